@@ -1,0 +1,5 @@
+"""How much where: starting plans, and the plans of methods that decide nothing by gradient."""
+
+from jpq.allocators.uniform import uniform
+
+__all__ = ["uniform"]

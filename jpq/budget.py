@@ -1,0 +1,124 @@
+"""Targets ("1%", "12M", "50KB") and the controller that drives the cost to them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from jpq.costs import COSTS, LayerUse, baseline
+from jpq.types import JpqError
+
+_FORM = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(%|[kKMGT]?)(B?)\s*")
+_FACTOR = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+FULL_USE = Fraction(97, 100)  # a landed model uses at least this much of its tightest target
+
+
+@dataclass(frozen=True)
+class Target:
+    """An upper limit for one cost, in its own unit (bit-operations, MACs, bytes)."""
+
+    cost: str  # a name in COSTS
+    asked: str
+    limit: int
+
+    @property
+    def flag(self) -> str:
+        """The command line's name for it."""
+        return f"--target-{self.cost}"
+
+
+def parse(cost: str, text: str, full: float) -> Target:
+    """The target that `text` names: a percentage of `full` (the fp32 model's cost), or an amount with k, M, G or T.
+
+    Raises JpqError for text of another form, for 0, and for more than the fp32 model costs.
+    """
+    flag = f"--target-{cost}"
+    match = _FORM.fullmatch(str(text))
+    if not match or (match[3] and (cost != "size" or match[2] == "%")):
+        example = "50KB or 5%" if cost == "size" else "1%, 12M or 1.2G"
+        raise JpqError(f"{flag} '{text}' is not an amount. Write it like {example}.")
+    number = Fraction(match[1])
+    limit = number / 100 * Fraction(full) if match[2] == "%" else number * _FACTOR[match[2]]
+    if number <= 0:
+        raise JpqError(f"{flag} {text} allows nothing. Give an amount above 0.")
+    if limit > full:
+        raise JpqError(f"{flag} {text} is more than the fp32 model costs ({full:,.0f}): nothing would have to be done.")
+    return Target(cost, str(text), math.floor(limit))
+
+
+def targets(asked: Mapping[str, str | None], uses: Sequence[LayerUse]) -> tuple[Target, ...]:
+    """Every target that was asked for, by cost name. `uses` give the fp32 baseline."""
+    full = baseline(uses)
+    return tuple(parse(cost, text, full[cost]) for cost, text in asked.items() if text is not None)
+
+
+def spent(target: Target, uses: Sequence[LayerUse]) -> Fraction:
+    """Cost over limit, exactly; `uses` hold whole numbers and fractions."""
+    return Fraction(COSTS[target.cost](uses)) / target.limit
+
+
+def meets(goals: Sequence[Target], uses: Sequence[LayerUse]) -> bool:
+    """Whether every target holds."""
+    return all(spent(t, uses) <= 1 for t in goals)
+
+
+@dataclass
+class Controller:
+    """Drives costs down a geometric ramp to their targets and holds them there.
+
+    Each target has its own multiplier lambda. While the cost (whole bits, whole units) is above the ramp the loss gets
+    `lambda * ln(cost / aim)`; at or below the ramp it gets nothing. The multiplier grows by `rate * ln(cost / aim)` (in
+    logs, clipped) while above and shrinks while below.
+
+    Why one-sided: dual ascent on `ln(cost / target)` keeps pushing until its multiplier has unwound, and closed
+    channels do not return: it lands far below the target (asked 0.10, got 0.047). Here the push ends with the excess,
+    and what remains on the boundary is a sliding mode whose time average is the constraint's true multiplier.
+    """
+
+    goals: tuple[Target, ...]
+    ramp: float = 0.7  # share of the search after which the aim is the target itself
+    rate: float = 0.05  # growth of ln lambda per step and unit of ln(cost / aim)
+    clip: float = 0.5  # largest |ln(cost / aim)| that moves lambda
+    low: float = 1e-2
+    high: float = 1e2
+    start: dict[str, float] = field(default_factory=dict)  # cost over limit when the search began
+    pressure: dict[str, float] = field(default_factory=dict)  # the multipliers
+
+    def begin(self, uses: Sequence[LayerUse], force: float = 0.1) -> None:
+        """Take the costs as they stand for the top of the ramp."""
+        with torch.no_grad():
+            self.start = {t.cost: max(1.0, float(COSTS[t.cost](uses)) / t.limit) for t in self.goals}
+        self.pressure = {t.cost: force for t in self.goals}
+
+    def aim(self, target: Target, progress: float) -> float:
+        """What the cost may be now: from its start geometrically to the limit, then the limit."""
+        left = max(0.0, 1.0 - progress / self.ramp)
+        return target.limit * self.start[target.cost] ** left
+
+    def loss(self, uses: Sequence[LayerUse], progress: float) -> Tensor:
+        """What is added to the loss; advances the multipliers. `uses` hold tensors with whole values."""
+        total = torch.zeros(())
+        for target in self.goals:
+            cost = COSTS[target.cost](uses)
+            excess = torch.log(cost / self.aim(target, progress))
+            over = float(excess)
+            step = self.rate * max(-self.clip, min(self.clip, over))
+            force = self.pressure[target.cost]
+            self.pressure[target.cost] = min(max(force * math.exp(step), self.low), self.high)
+            if over > 0:
+                total = total.to(cost.device) + force * excess
+        return total
+
+    def state(self) -> dict[str, dict[str, float]]:
+        """What a checkpoint keeps."""
+        return {"start": dict(self.start), "pressure": dict(self.pressure)}
+
+    def restore(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Go on from `state()`."""
+        self.start, self.pressure = dict(state["start"]), dict(state["pressure"])

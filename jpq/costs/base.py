@@ -1,0 +1,27 @@
+"""What it spends: one record per layer, read by the loss (tensors) and by the report (exact fractions) alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Number = Any  # Tensor while training; int or Fraction in a report: the same arithmetic
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """What one layer uses now."""
+
+    name: str
+    macs: int  # dense multiply-accumulates of one sample
+    weights: int  # dense number of weights
+    outputs_all: int  # dense number of output channels
+    inputs: Number  # share of input channels kept, in [0, 1] (1 for depthwise layers: their cost is linear)
+    outputs: Number  # share of output channels kept, in [0, 1]
+    density: Number  # share of the remaining weights that a mask keeps, in [0, 1]
+    w_bits: Number
+    a_bits: Number  # of the layer's input
+
+
+Cost = Callable[[Sequence[LayerUse]], Number]

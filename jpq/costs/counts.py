@@ -1,0 +1,53 @@
+"""MACs, bit-operations and bytes.
+
+    MACs  = sum_l macs_l * inputs_l * outputs_l * density_l
+    BOPs  = sum_l macs_l * inputs_l * outputs_l * density_l * w_bits_l * a_bits_l        (a_bits: of the layer's input)
+    bytes = sum_l (weights_l * inputs_l * outputs_l * density_l * w_bits_l + outputs_all_l * outputs_l * 64) / 8
+
+Bias, normalisation (folded), activations, pooling and adds count no operations. The 64 bits are the two fp32 numbers
+that each output channel keeps beside its weights: a scale, and a bias (its own, or a folded normalisation's). Source: the conventions in
+DJPQ (arXiv:2007.10463) and Bayesian Bits (arXiv:2005.07093), kept channels counted on both sides of a layer (strict).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from jpq.costs.base import LayerUse, Number
+
+
+def macs(uses: Sequence[LayerUse]) -> Number:
+    """Multiply-accumulates of one sample."""
+    return sum(u.macs * u.inputs * u.outputs * u.density for u in uses)
+
+
+def bops(uses: Sequence[LayerUse]) -> Number:
+    """Bit-operations of one sample."""
+    return sum(layer_bops(u) for u in uses)
+
+
+def layer_bops(u: LayerUse) -> Number:
+    """Bit-operations of one layer."""
+    return u.macs * u.inputs * u.outputs * u.density * u.w_bits * u.a_bits
+
+
+def size(uses: Sequence[LayerUse]) -> Number:
+    """Bytes of the weights at their bit-widths, and of scales and biases at 32 bits."""
+    bits = sum(
+        u.weights * u.inputs * u.outputs * u.density * u.w_bits + u.outputs_all * u.outputs * 64
+        for u in uses
+    )
+    return bits / 8
+
+
+def dense(u: LayerUse, bits: int = 32) -> LayerUse:
+    """The same layer with everything kept, at `bits` bits: the fp32 baseline that percentages refer to."""
+    return replace(u, inputs=1, outputs=1, density=1, w_bits=bits, a_bits=bits)
+
+
+def baseline(uses: Sequence[LayerUse]) -> dict[str, float]:
+    """Cost of the fp32 model by every measure."""
+    full = [dense(u) for u in uses]
+    weights_and_biases = sum(u.weights + u.outputs_all for u in full) * 4
+    return {"bops": bops(full), "macs": macs(full), "size": weights_and_biases}

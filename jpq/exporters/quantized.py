@@ -1,0 +1,74 @@
+"""Make the plan real: a physically smaller model with fixed brevitas quantizers, built anew and filled with weights.
+
+It is built from the float model's code, never cut out of the trained one: a quantizer whose shape belongs to the wide
+layer cannot survive in the narrow one.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from jpq.exporters.rebuild import apply_slices, slices
+from jpq.network.attach import Compressed
+from jpq.plan import Plan
+from jpq.quantizers import Fixed, Integer, act_quantizer, can_quantize, quantize_layer, weight_quantizer
+from jpq.types import JpqError
+
+
+def build(plan: Plan, model: nn.Module) -> nn.Module:
+    """The small model that `plan` describes, from its dense float `model` (not changed); ranges are still 1.
+
+    Raises JpqError where the plan names a layer that the model does not have.
+    """
+    small = apply_slices(copy.deepcopy(model), plan.slices)
+    modules = dict(small.named_modules())
+    for name, layer in plan.layers.items():
+        module = modules.get(name)
+        if module is None or not can_quantize(module):
+            raise JpqError(f"The plan quantizes layer '{name}', which the model does not have: is it the same model?")
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        ranges = torch.ones(()) if transposed else torch.ones(len(weight), *[1] * (weight.dim() - 1))
+        w = Integer(ranges.to(weight), Fixed(layer.w_bits), True).to(weight)
+        a = Integer(torch.ones(()).to(weight), Fixed(layer.a_bits), layer.signed).to(weight)
+        owner, _, leaf = name.rpartition(".")
+        setattr(small.get_submodule(owner), leaf, quantize_layer(module, w, a))
+    return small
+
+
+def complete(net: Compressed) -> Plan:
+    """The plan of a settled network, with the slices that make it physical."""
+    plan = net.plan()
+    dropped = {
+        int(label)
+        for site in net.sites
+        for label, kept in zip(site.labels, plan.kept[site.name], strict=True)
+        if not kept
+    }
+    return replace(plan, slices=slices(net.network, dropped))
+
+
+@torch.no_grad()
+def rebuild(net: Compressed, model: nn.Module) -> tuple[nn.Module, Plan]:
+    """(small model in eval mode, its plan) from a settled network and the float model that it was made of.
+
+    The law: in evaluation the small model computes what `net` computes, to rounding.
+    """
+    plan = complete(net)
+    dense = copy.deepcopy(model).to(next(net.model.parameters()))
+    trained = {name.replace("parametrizations.", "").replace(".original", ""): t for name, t in net.model.state_dict().items()}
+    dense.load_state_dict({name: trained[name] for name in dense.state_dict()})
+    small = build(plan, dense)
+    for name in plan.layers:
+        pair = net.quantizers(name)
+        assert pair is not None
+        layer = small.get_submodule(name)
+        rows = plan.slices.get(f"{name}.weight", {}).get(0)
+        ranges = pair[0].log_threshold
+        weight_quantizer(layer).log_threshold.copy_(ranges[rows] if rows is not None and ranges.dim() else ranges)
+        act_quantizer(layer).log_threshold.copy_(pair[1].log_threshold)
+    return small.eval(), plan

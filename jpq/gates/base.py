@@ -1,0 +1,53 @@
+"""How keep-or-drop is relaxed: the decision of one site, soft while training, exact afterwards."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from jpq.types import Units
+
+
+class Gate(nn.Module, ABC):
+    """Relaxed keep-or-drop decision over the `[rows, n]` units of one site. `keep` decides; the rest relaxes it."""
+
+    def __init__(self, rows: int, n: int):
+        super().__init__()
+        self.rows, self.n = rows, n
+
+    @abstractmethod
+    def relaxed(self) -> Units:
+        """z in training: multiplies the weights; drawn once per forward pass and shared by all taps."""
+
+    @abstractmethod
+    def margin(self) -> Units:
+        """Distance from the threshold in nats: > 0 kept, <= 0 dropped; landing closes the smallest first."""
+
+    def keep(self) -> Units:
+        """Exactly 0 or 1."""
+        return (self.margin() > 0).to(self.margin().dtype)
+
+    def alive(self) -> Units:
+        """Differentiable P(kept), what a cost counts."""
+        return self.keep()
+
+    def scale(self) -> Units:
+        """Multiplier of kept units, folded into the weights at landing."""
+        return torch.ones_like(self.keep())
+
+    def jitter(self, batch: int) -> Tensor | None:
+        """`[batch, n]` noise of mean 1 that multiplies what consumers read (gates with noise per sample)."""
+        return None
+
+    def penalty(self) -> Tensor | None:
+        """Own regulariser per unit, `[rows, n]` in nats; None for none."""
+        return None
+
+    def after_step(self, progress: float) -> None:  # noqa: B027
+        """Anneal, project or re-rank after an optimiser step; progress of the search in [0, 1]."""
+
+    def multiplier(self) -> Units:
+        """What multiplies the weights now: relaxed in training, `keep * scale` in evaluation."""
+        return self.relaxed() if self.training else self.keep() * self.scale()

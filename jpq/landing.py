@@ -1,0 +1,141 @@
+"""Soft decisions -> whole bits and 0/1 units that meet every target and use nearly all of the tightest.
+
+Every decision has a soft value: a width its real-valued bits, a unit its margin (nats above the threshold). One
+number, `shift`, moves them all: bits become `nearest(soft + shift)`, a unit stays where `margin + NATS * shift > 0`. The
+cost only grows with the shift, so bisection finds the most generous shift that still meets every target; what is left
+is spent on single decisions, those nearest to their next step first. At shift 0 nothing changes: where the controller
+did its work, landing has little to do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from jpq.budget import FULL_USE, Target, meets, spent
+from jpq.network.attach import Compressed
+from jpq.plan import LayerPlan, Plan
+from jpq.quantizers.base import nearest
+from jpq.types import JpqError
+
+NATS = 2.0  # a unit's margin, in nats, that weighs as much as one bit
+REACH = 24.0  # a shift that moves every bit from one end to the other
+
+
+@dataclass(frozen=True)
+class Soft:
+    """The soft values that landing rounds."""
+
+    plan: Plan  # as things stand: supplies signs, names and the layers' order
+    bits: Mapping[tuple[str, str], tuple[float, tuple[int, ...]]]  # (layer, "w" | "a") -> soft bits, choices
+    margins: Mapping[str, tuple[float, ...]]  # site -> unit -> nats above the threshold
+
+    def at(self, shift: float) -> Plan:
+        """The plan that this shift gives; every site keeps at least its best unit."""
+        layers = {}
+        for name, layer in self.plan.layers.items():
+            w, a = (nearest(soft + shift, choices) for soft, choices in (self.bits[name, "w"], self.bits[name, "a"]))
+            layers[name] = replace(layer, w_bits=w, a_bits=a)
+        kept = {}
+        for site, margins in self.margins.items():
+            best = max(range(len(margins)), key=margins.__getitem__)
+            kept[site] = tuple(u == best or m + NATS * shift > 0 for u, m in enumerate(margins))
+        return replace(self.plan, layers=layers, kept=kept)
+
+    def steps(self, plan: Plan) -> list[tuple[float, str, Plan]]:
+        """Every single decision that could be one step more generous: (shift it needed, its name, the plan with it)."""
+        found: list[tuple[float, str, Plan]] = []
+        for (name, side), (soft, choices) in self.bits.items():
+            now: LayerPlan = plan.layers[name]
+            bits = now.w_bits if side == "w" else now.a_bits
+            more = [c for c in choices if c > bits]
+            if more:
+                layer = replace(now, w_bits=more[0]) if side == "w" else replace(now, a_bits=more[0])
+                found.append(((bits + more[0]) / 2 - soft, f"{name} {side}", replace(plan, layers={**plan.layers, name: layer})))
+        for site, margins in self.margins.items():
+            closed = [u for u, k in enumerate(plan.kept[site]) if not k]
+            if closed:  # units of one site open in the order of their margins
+                unit = max(closed, key=margins.__getitem__)
+                kept = tuple(k or u == unit for u, k in enumerate(plan.kept[site]))
+                found.append((-margins[unit] / NATS, site, replace(plan, kept={**plan.kept, site: kept})))
+        return sorted(found, key=lambda step: step[0])
+
+
+def soft(net: Compressed) -> Soft:
+    """The soft values of a network under compression."""
+    bits = {}
+    for layer in net.network.layers:
+        pair = net.quantizers(layer.name)
+        if pair:
+            for side, quantizer in zip("wa", pair, strict=True):
+                bits[layer.name, side] = (quantizer.width.soft(), quantizer.width.choices)
+    margins = {s.name: tuple(g.margin()[0].tolist()) for s, g in zip(net.sites, net.gates, strict=True)}
+    return Soft(net.plan(), bits, margins)
+
+
+def smallest(net: Compressed) -> Plan:
+    """The cheapest plan there is: fewest bits, one unit at each site."""
+    return soft(net).at(-math.inf)
+
+
+def require(net: Compressed, goals: Sequence[Target]) -> None:
+    """Raise JpqError, naming the smallest possible cost, if a target cannot be met at all."""
+    uses = net.exact(smallest(net))
+    for goal in goals:
+        least = spent(goal, uses)
+        if least > 1:
+            raise JpqError(
+                f"{goal.flag} {goal.asked} ({goal.limit:,}) cannot be met: the smallest possible is "
+                f"{math.ceil(least * goal.limit):,}, with fewest bits and one unit at each site. "
+                "Allow fewer bits (--w-bits, --a-bits), skip fewer layers, or raise the target."
+            )
+
+
+def land(net: Compressed, goals: Sequence[Target]) -> Plan:
+    """The plan that meets every target and leaves as little of the tightest unused as single steps allow.
+
+    Raises JpqError if no plan meets them.
+    """
+    require(net, goals)
+    decisions = soft(net)
+    low, high = -REACH, REACH
+    if meets(goals, net.exact(decisions.at(high))):
+        return decisions.at(high)
+    for _ in range(48):
+        middle = (low + high) / 2
+        low, high = (middle, high) if meets(goals, net.exact(decisions.at(middle))) else (low, middle)
+    plan = decisions.at(low)
+    if not meets(goals, net.exact(plan)):  # margins or bits beyond REACH: begin at the very bottom
+        plan = decisions.at(-math.inf)
+    return fill(net, decisions, plan, goals)
+
+
+def fill(net: Compressed, decisions: Soft, plan: Plan, goals: Sequence[Target]) -> Plan:
+    """Spend what is left, nearest decisions first, until no single step fits."""
+    too_dear: set[str] = set()  # costs only grow: what does not fit now never will
+    while True:
+        for _, name, candidate in decisions.steps(plan):
+            if name in too_dear:
+                continue
+            if meets(goals, net.exact(candidate)):
+                plan = candidate
+                break
+            too_dear.add(name)
+        else:
+            return plan
+
+
+def note(goals: Sequence[Target], net: Compressed, plan: Plan) -> str | None:
+    """Why less than 97 % of the tightest target is used; None where it is not so."""
+    if not goals:
+        return None
+    uses = net.exact(plan)
+    tightest = max(goals, key=lambda g: spent(g, uses))
+    used = spent(tightest, uses)
+    if used >= FULL_USE:
+        return None
+    return (
+        f"{float(used):.1%} of {tightest.flag} {tightest.asked} is used: every decision is at its largest, or the next "
+        "single step (one more bit somewhere, or one more unit) would exceed a target."
+    )

@@ -1,0 +1,49 @@
+"""METHODS: a method is a row that composes a gate, a kind of width, and where they act."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jpq.gates import VIB, Gate, HardConcrete
+from jpq.quantizers import Fixed, Learned, PowerOfTwo, Width
+
+
+@dataclass(frozen=True)
+class Method:
+    """One named way to decide what stays and how many bits it gets."""
+
+    decides: str  # what it decides, in a few words
+    gate: type[Gate] | None  # on channels; None: nothing is pruned
+    width: type[Width]
+    searches: bool  # whether a search phase learns the decisions; otherwise an allocator takes them at the start
+    choose: str  # when to choose it
+    paper: str
+
+
+METHODS: Mapping[str, Method] = {
+    "djpq": Method(
+        "channels (VIB gates) and any whole bit-width per tensor, in one loss",
+        VIB, Learned, True,
+        "the default: the best accuracy per bit-operation where hardware takes any width (FPGA, custom NPU)",
+        "Wang et al., Differentiable Joint Pruning and Quantization, ECCV 2020, arXiv:2007.10463",
+    ),
+    "djpq-pow2": Method(
+        "channels (VIB gates) and 2, 4, 8 or 16 bits per tensor, in one loss",
+        VIB, PowerOfTwo, True,
+        "hardware with power-of-two widths only (most NPUs and CPUs)",
+        "the restricted DJPQ of arXiv:2007.10463",
+    ),
+    "l0": Method(
+        "channels (hard concrete gates) and any whole bit-width per tensor, in one loss",
+        HardConcrete, Learned, True,
+        "a stochastic alternative to VIB: channels are really absent in part of the training steps",
+        "Louizos et al., Learning Sparse Neural Networks through L0 Regularization, ICLR 2018, arXiv:1712.01312",
+    ),
+    "uniform": Method(
+        "one width for all weights and one for all activations; nothing is pruned",
+        None, Fixed, False,
+        "the baseline that a joint method must beat, and the simplest thing to deploy",
+        "plain quantization-aware training with learned ranges (Esser et al., LSQ, ICLR 2020, arXiv:1902.08153)",
+    ),
+}  # fmt: skip

@@ -1,0 +1,259 @@
+"""Models by name, their weights from a file, and whether they fit the data.
+
+`lenet5`, `vgg7`, `convnet`, `resnet20` .. `resnet56` are here; `torchvision:NAME` is torchvision's; `module:callable`
+imports and runs the user's own code.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jpq.network.pad import PadChannels
+from jpq.sources import call, imported
+from jpq.types import JpqError, unknown
+
+
+def lenet5(classes: int, channels: int) -> nn.Module:
+    """32C5-MP2-64C5-MP2-512-classes for 28x28 images: 4,267,008 MACs with 1 channel and 10 classes."""
+    return nn.Sequential(
+        *(nn.Conv2d(channels, 32, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, classes)),
+    )
+
+
+def vgg7(classes: int, channels: int) -> nn.Module:
+    """2x128C3-MP2-2x256C3-MP2-2x512C3-MP2-1024-classes for 32x32 images: 615,917,568 MACs (3 channels, 10 classes)."""
+    layers: list[nn.Module] = []
+    for width in (128, 256, 512):
+        layers += [*_conv_bn_relu(channels, width), *_conv_bn_relu(width, width), nn.MaxPool2d(2)]
+        channels = width
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8192, 1024), nn.ReLU(), nn.Linear(1024, classes))
+
+
+def convnet(classes: int, channels: int) -> nn.Module:
+    """Three 3x3 convolutions, 32-64-64 with strides 1, 2, 1, for small images such as the 8x8 digits; any size fits."""
+    return nn.Sequential(
+        *_conv_bn_relu(channels, 32),
+        *_conv_bn_relu(32, 64, stride=2),
+        *_conv_bn_relu(64, 64),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)),
+    )
+
+
+def _conv_bn_relu(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+    return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut without parameters: every second pixel, zero channels on both sides."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu1 = nn.ReLU()
+        self.relu2 = nn.ReLU()
+        self.pad: PadChannels | None = None
+        if inputs != outputs:
+            before = (outputs - inputs) // 2
+            self.pad = PadChannels(before, outputs - inputs - before)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] -> [B, outputs, H / stride, W / stride]."""
+        short = x if self.pad is None else self.pad(x[:, :, ::2, ::2])
+        return self.relu2(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x))))) + short)
+
+
+class ResNet(nn.Module):
+    """The CIFAR ResNet of He et al. 2016 (arXiv:1512.03385, section 4.2), option-A shortcuts, depth 6 * blocks + 2.
+
+    The names of its parameters are those of the public weights of akamaster/pytorch_resnet_cifar10.
+    """
+
+    def __init__(self, blocks: int, classes: int, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
+        self.layer1 = self._stage(blocks, 16, 16)
+        self.layer2 = self._stage(blocks, 16, 32)
+        self.layer3 = self._stage(blocks, 32, 64)
+        self.linear = nn.Linear(64, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+    @staticmethod
+    def _stage(blocks: int, inputs: int, outputs: int) -> nn.Sequential:
+        first = Block(inputs, outputs, stride=1 if inputs == outputs else 2)
+        return nn.Sequential(first, *(Block(outputs, outputs, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, H, W] -> [B, classes]."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def _resnet(blocks: int) -> Callable[[int, int], nn.Module]:
+    return lambda classes, channels: ResNet(blocks, classes, channels)
+
+
+MODELS: dict[str, Callable[[int, int], nn.Module]] = {
+    "lenet5": lenet5,
+    "vgg7": vgg7,
+    "convnet": convnet,
+    "resnet20": _resnet(3),
+    "resnet32": _resnet(5),
+    "resnet44": _resnet(7),
+    "resnet56": _resnet(9),
+}
+ONE_CHANNEL = frozenset({"lenet5", "convnet"})  # usually fed grey images
+
+
+def build(name: str, classes: int, channels: int | None = None) -> nn.Module:
+    """A new model with random weights; `channels` of the image, when not given: 1 for lenet5 and convnet, else 3."""
+    if classes < 1 or (channels is not None and channels < 1):
+        raise JpqError(f"Model '{name}' needs at least 1 class and 1 channel; got {classes} and {channels}.")
+    if channels is None:
+        channels = 1 if name in ONE_CHANNEL else 3
+    if name in MODELS:
+        return MODELS[name](classes, channels)
+    zoo = torchvision.models.list_models(module=torchvision.models)
+    if name in zoo:
+        raise unknown("model", name, [f"torchvision:{name}"])
+    kind, colon, rest = name.partition(":")
+    if not colon:
+        raise unknown("model", name, [*MODELS, "torchvision:NAME", "module:callable"])
+    if kind == "torchvision":
+        if rest not in zoo:
+            raise unknown("torchvision model", rest, zoo)
+        return _torchvision(rest, classes, channels)
+    return _user_model(name, classes, channels)
+
+
+def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
+    if channels != 3:
+        raise JpqError(
+            f"torchvision:{name} takes images of 3 channels; the data has {channels}. "
+            "Choose convnet or a resnet of jpq, or give the model as module:callable."
+        )
+    # their training-only heads return tuples, and their own initialisation takes minutes or warns
+    extra = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    return torchvision.models.get_model(name, weights=None, num_classes=classes, **extra)
+
+
+def _user_model(spec: str, classes: int, channels: int) -> nn.Module:
+    make = imported("model", spec)
+    takes = _parameters(make)
+    model = call("model", spec, make, **{k: v for k, v in (("classes", classes), ("channels", channels)) if k in takes})
+    if not isinstance(model, nn.Module):
+        raise JpqError(f"Model '{spec}' returned {type(model).__name__}; it must return a torch.nn.Module.")
+    return model
+
+
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    try:
+        found = inspect.signature(function).parameters.values()
+    except ValueError:  # some built-in callables have no signature
+        return frozenset()
+    return frozenset(p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Copy weights from .pth, .pt, .th or .safetensors into `model`; every key and shape must fit, all be finite.
+
+    Takes a plain dict of tensors, or one under `state_dict` or `model`; a `module.` prefix (DataParallel) is dropped.
+    Nothing in the file is executed.
+    """
+    path = Path(path)
+    given = _tensors(_read(path), path)
+    own = model.state_dict()
+    if not any(key.startswith("module.") for key in own):
+        given = {key.removeprefix("module."): value for key, value in given.items()}
+    # weights from before PyTorch 0.4.1 lack this counter, which no forward pass with a momentum reads
+    missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
+    shapes = [k for k in own if k in given and own[k].shape != given[k].shape]
+    wrong = [
+        _some("missing", missing),
+        _some("unexpected", [key for key in given if key not in own]),
+        _some("differently shaped", [f"{k} {list(given[k].shape)} for {list(own[k].shape)}" for k in shapes]),
+    ]
+    if any(wrong):
+        raise JpqError(
+            f"Weights '{path}' do not fit the model: {'; '.join(filter(None, wrong))}. "
+            "Choose the model, and the number of classes, that they were trained for."
+        )
+    bad = [key for key, value in given.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise JpqError(f"Weights '{path}' hold NaN or infinity: {_some('in', bad)}. Use a checkpoint from before that.")
+    model.load_state_dict(given, strict=False)
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise JpqError(f"There is no weights file '{path}'. Check --weights.")
+    if path.suffix not in (".pth", ".pt", ".th", ".safetensors"):
+        raise JpqError(f"Weights '{path}' end in '{path.suffix}'; jpq reads .pth, .pt, .th and .safetensors.")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign or cut file fails in many ways: pickle, zip, end of file, key, header
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise JpqError(
+            f"Weights '{path}' cannot be read: {reason}. Save them anew as torch.save(model.state_dict(), path)."
+        ) from error
+
+
+def _tensors(found: Any, path: Path) -> dict[str, Tensor]:
+    for key in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+            break
+    if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
+        raise JpqError(
+            f"Weights '{path}' hold no dict of tensors, plain or under 'state_dict' or 'model'. "
+            "Save them as torch.save(model.state_dict(), path)."
+        )
+    return {str(key): value for key, value in found.items()}
+
+
+def _some(what: str, keys: list[str]) -> str:
+    """`3 missing (a, b, ...)`: how many keys and the first few, or nothing."""
+    return f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else ""
+
+
+def check_fits(model: nn.Module, example: Tensor, classes: int | None = None) -> None:
+    """Run one batch [B, C, H, W] in eval mode; raise one sentence when the model cannot take it or answers amiss."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            out = model(example)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise JpqError(
+            f"The model cannot take a batch of shape {list(example.shape)}: {reason}. "
+            "Choose a model made for images of this size and number of channels, or resize the data."
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    wanted = [len(example), classes if classes is not None else "classes"]
+    got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    if not isinstance(out, Tensor) or out.dim() != 2 or (classes is not None and got != wanted):
+        raise JpqError(f"The model gives {got} for a batch of shape {list(example.shape)}; it must give {wanted}.")

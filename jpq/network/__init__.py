@@ -1,0 +1,1 @@
+"""The model as we see it: trace, rules, sites."""

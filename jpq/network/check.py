@@ -1,0 +1,117 @@
+"""Whether a model's own code works with fewer channels: found by running a smaller copy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from jpq.network.record import Network
+from jpq.network.resize import apply_slices, slices
+from jpq.network.sites import Site, channels
+
+REASON = "the model's code has fixed sizes there, or lets them follow others"
+_CLOSE = 1e-6  # relative, in float64; a wrong head size or shuffle is off by far more
+
+
+Test = Callable[[nn.Module, Network, tuple[Any, ...], dict[str, Any], Sequence[Site]], bool]
+
+
+def runs_smaller(
+    model: nn.Module, network: Network, args: tuple[Any, ...], kwargs: dict[str, Any], suspects: Collection[int]
+) -> Network:
+    """The network with those sites frozen whose units the model's code cannot lose.
+
+    Shapes are tried for every site, on the meta device. Sites with suspect classes (whose sizes a reshape or split
+    names) are also computed, on random weights: masked and shrunk must agree.
+    """
+    sites = [s for s in channels(network) if s.n > 1]
+    doubtful = [s for s in sites if set(s.labels.tolist()) & set(suspects)]
+
+    def passing(test: Test, sites: list[Site]) -> list[Site]:
+        """All if all pass together; else those that pass alone, if they pass together; else none."""
+        for _ in range(2):
+            if not sites or test(model, network, args, kwargs, sites):
+                return sites
+            sites = [s for s in sites if test(model, network, args, kwargs, [s])]
+        return sites if sites and test(model, network, args, kwargs, sites) else []
+
+    good = passing(_numbers_agree, passing(_shapes_agree, doubtful))
+    good = passing(_shapes_agree, [s for s in sites if s in good or s not in doubtful])
+    frozen = dict(network.frozen)
+    for site in sites:
+        if site not in good:
+            frozen |= dict.fromkeys(site.labels.tolist(), REASON)
+    return replace(network, frozen=frozen)
+
+
+def _dropped(sites: Sequence[Site]) -> list[int]:
+    """A third of every site's units, at least one, spread so that no regular pattern hides a mistake."""
+    return [int(c) for s in sites for i, c in enumerate(s.labels.tolist()) if i % 3 == 1]
+
+
+def _shapes_agree(
+    model: nn.Module, network: Network, args: tuple[Any, ...], kwargs: dict[str, Any], sites: Sequence[Site]
+) -> bool:
+    to_meta = lambda v: v.to("meta") if isinstance(v, Tensor) else v  # noqa: E731
+    try:
+        small = _copy(model, lambda t: torch.empty_like(t, device="meta"))
+        with torch.no_grad():
+            apply_slices(small, slices(network, _dropped(sites)))
+            small(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
+    except NotImplementedError:
+        return True  # an op that needs numbers: the second test decides
+    except Exception:
+        return False
+    return True
+
+
+def _numbers_agree(
+    model: nn.Module, network: Network, args: tuple[Any, ...], kwargs: dict[str, Any], sites: Sequence[Site]
+) -> bool:
+    widen = lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
+    dropped = set(_dropped(sites))
+    try:
+        masked = _copy(model, lambda t: _random(t).double() if t.is_floating_point() else t.clone())
+        small = copy.deepcopy(masked)
+        with torch.no_grad():
+            for site in sites:
+                keep = torch.tensor([[float(c not in dropped) for c in site.labels.tolist()]], dtype=torch.double)
+                for tap in site.taps:
+                    weight = masked.get_parameter(network.layer(tap.layer).weight)
+                    weight.mul_(tap.structure.expand(keep.to(weight.device), weight.shape))
+            apply_slices(small, slices(network, dropped))
+            outputs = [tree_flatten(m(*tree_map(widen, args), **tree_map(widen, kwargs)))[0] for m in (masked, small)]
+    except Exception:
+        return False
+    pairs = [(a, b) for a, b in zip(*outputs, strict=True) if isinstance(a, Tensor) and isinstance(b, Tensor)]
+    return all(a.shape == b.shape and _close(a, b) for a, b in pairs)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    a, b = a.double(), b.double()
+    return bool((a - b).norm() <= _CLOSE * a.norm()) and bool(a.isfinite().all())
+
+
+def _random(t: Tensor) -> Tensor:
+    """Weights that let every channel through, zero-initialised ones too; buffers and vectors stay near theirs."""
+    generator = torch.Generator(device=t.device).manual_seed(t.numel())
+    noise = torch.rand(t.shape, generator=generator, device=t.device, dtype=torch.float32)
+    if isinstance(t, nn.Parameter) and t.dim() > 1:
+        return (noise - 0.5) * (12 / max(t[0].numel(), 1)) ** 0.5
+    return t.detach() + 0.1 * noise
+
+
+def _copy(model: nn.Module, change: Any) -> nn.Module:
+    """A deep copy whose parameters and buffers are changed ones; what is shared stays shared."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(change(p).detach(), requires_grad=False)
+    for b in model.buffers():
+        memo[id(b)] = change(b)
+    return copy.deepcopy(model, memo)

@@ -1,0 +1,89 @@
+"""Where channels may be dropped: one site for all channels that the same layers make and the same layers read."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from jpq.network.record import Network
+from jpq.structures.axis import Axis
+from jpq.structures.base import Structure
+from jpq.types import NONE, Labels, unknown
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """The weights of one layer that a site's gate multiplies."""
+
+    layer: str
+    structure: Structure
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """All the weights that one gate controls."""
+
+    name: str
+    rows: int
+    n: int
+    taps: tuple[Tap, ...]
+    labels: Labels  # [n]: the label class of each unit
+    makers: tuple[str, ...]  # layers that produce these channels
+
+
+def channels(network: Network, skip: Collection[str] = ()) -> tuple[Site, ...]:
+    """Coupled channel sites: dropping a unit silences one label class in every layer that reads it.
+
+    Frozen classes are left out, so are classes made by a layer in `skip` and classes that no layer reads. Channels
+    are grouped by (makers, readers); one unit kept per site leaves no layer without input.
+    """
+    known = [layer.name for layer in network.layers]
+    for name in skip:
+        if name not in known:
+            raise unknown("layer", name, known)
+    makers: dict[int, list[str]] = defaultdict(list)
+    readers: dict[int, list[int]] = defaultdict(list)
+    made = [(layer.name, layer.outputs) for layer in network.layers] + list(network.embeddings.items())
+    for maker, labels in made:
+        for c in np.unique(labels).tolist():
+            makers[c].append(maker)
+    taps = _tapped(network)
+    for i, (_, _, labels) in enumerate(taps):
+        for c in np.unique(labels).tolist():
+            readers[c].append(i)
+    groups: dict[tuple[tuple[str, ...], tuple[int, ...]], list[int]] = defaultdict(list)
+    for c, by in makers.items():
+        if c != NONE and c not in network.frozen and readers[c] and not set(by) & set(skip):
+            groups[tuple(by), tuple(readers[c])].append(c)
+    sites, used = [], set[str]()
+    for (names, at), classes in groups.items():
+        units = np.array(sorted(classes), np.int64)
+        cut = tuple(Tap(taps[i][0], Axis(taps[i][1], _units(taps[i][2], units), len(units))) for i in at)
+        name = names[0] if names[0] not in used else f"{names[0]}->{cut[0].layer}"
+        while name in used:
+            name += "'"
+        used.add(name)
+        sites.append(Site(name, 1, len(units), cut, units, names))
+    return tuple(sites)
+
+
+def _tapped(network: Network) -> list[tuple[str, int, Labels]]:
+    """(layer, input dim of its weight, labels along that dim) of every layer that mixes channels."""
+    out = []
+    for layer in network.layers:
+        if layer.groups > 1 and layer.groups == len(layer.inputs):
+            continue  # depthwise: it hands its channels on, and their readers are masked
+        if layer.kind == "conv_transpose":
+            out.append((layer.name, 0, layer.inputs))
+        else:
+            out.append((layer.name, 1, layer.inputs[: layer.weight_shape[1]]))
+    return out
+
+
+def _units(labels: Labels, units: Labels) -> Labels:
+    """Position -> index of its class in the sorted `units`, NONE where it belongs to another site."""
+    at = np.minimum(np.searchsorted(units, labels), len(units) - 1)
+    return np.where(units[at] == labels, at, NONE)

@@ -1,0 +1,15 @@
+"""How many bits."""
+
+from jpq.quantizers.base import Width
+from jpq.quantizers.fixed import Fixed
+from jpq.quantizers.integer import Integer, fit_threshold
+from jpq.quantizers.layers import act_quantizer, can_quantize, quantize_layer, weight_quantizer
+from jpq.quantizers.learned import Learned
+from jpq.quantizers.power_of_two import PowerOfTwo
+
+WIDTHS: dict[str, type[Width]] = {"fixed": Fixed, "learned": Learned, "power_of_two": PowerOfTwo}
+
+__all__ = [
+    "WIDTHS", "Fixed", "Integer", "Learned", "PowerOfTwo", "Width", "act_quantizer", "can_quantize", "fit_threshold",
+    "quantize_layer", "weight_quantizer",
+]  # fmt: skip

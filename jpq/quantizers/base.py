@@ -1,0 +1,35 @@
+"""How many bits: the width of one quantizer, as a number that training can move.
+
+The grid, its range and its gradients are the same for every method (`Integer`); methods differ in where a width
+may lie and whether it learns. So the family is of widths, not of whole quantizers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+class Width(nn.Module, ABC):
+    """The bit-width of one tensor: whole in the forward pass, with a gradient where it learns."""
+
+    choices: tuple[int, ...]  # what it may land on, ascending
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """The bit-width now, a scalar out of `choices`, differentiable where it learns."""
+
+    @abstractmethod
+    def soft(self) -> float:
+        """The real number behind it: what landing rounds."""
+
+    @torch.no_grad()
+    def after_step(self) -> None:  # noqa: B027  (doing nothing is right for widths that do not learn)
+        """Bring the parameter back into its bounds after an optimiser step."""
+
+
+def nearest(value: float, choices: tuple[int, ...]) -> int:
+    """The choice that a soft width rounds to: nearest on the line, ties to the larger."""
+    return min(choices, key=lambda c: (abs(c - value), -c))

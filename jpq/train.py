@@ -1,0 +1,215 @@
+"""fit(): the one loop. Float training, search and fine-tuning differ in what they hand to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jpq.budget import Controller
+from jpq.data import Batches, Data
+from jpq.network.attach import Compressed
+from jpq.result import Row, Silent, Watch
+from jpq.types import JpqError
+
+WARM_UP = 0.03  # share of the steps in which the learning rate rises
+CLIP = 5.0  # largest norm of the weights' gradient
+
+
+@dataclass
+class Objective:
+    """What is minimised: task loss, distillation, the gates' regulariser and the budget's pressure."""
+
+    teacher: nn.Module | None = None
+    distill: float = 0.0
+    temperature: float = 1.0
+    gate_weight: float = 0.0
+    controller: Controller | None = None  # None outside the search: decisions are fixed
+
+    def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float) -> tuple[Tensor, float]:
+        """(loss, BOPs or nan) of one batch."""
+        logits = net(x)
+        loss = F.cross_entropy(logits, y)
+        if self.teacher is not None and self.distill > 0:
+            with torch.no_grad():
+                wanted = F.log_softmax(self.teacher(x) / self.temperature, 1)
+            given = F.log_softmax(logits / self.temperature, 1)
+            loss = loss + self.distill * self.temperature**2 * F.kl_div(given, wanted, log_target=True, reduction="batchmean")
+        if self.controller is not None and isinstance(net, Compressed):
+            uses = net.uses()
+            loss = loss + self.controller.loss(uses, progress)
+            if self.gate_weight:
+                loss = loss + self.gate_weight * net.penalty()
+        return loss, math.nan
+
+
+@dataclass
+class Phase:
+    """One stretch of training: `epochs` of it, at a place on the learning-rate curve of the whole."""
+
+    name: str  # "float" | "search" | "fine-tune"
+    epochs: int
+    before: int = 0  # epochs of the same curve that lie before this phase
+    total: int = 0  # epochs of the whole curve; 0: this phase alone
+    done: int = 0  # epochs already done (resumed)
+
+    def rate(self, epoch: float) -> float:
+        """Learning rate as a share of its peak, at a fractional epoch of this phase: warm-up, then cosine to 0."""
+        at = (self.before + epoch) / (self.total or self.epochs)
+        return min(1.0, at / WARM_UP + 0.01) * 0.5 * (1 + math.cos(math.pi * min(1.0, at)))
+
+
+@dataclass
+class Recorder:
+    """Turns epochs into rows: what the network costs now, and how long the run has taken."""
+
+    clock: Callable[[], float]
+    full_bops: float = math.nan
+    rows: list[Row] = field(default_factory=list)
+
+    def row(self, phase: Phase, epoch: int, loss: float, accuracy: float, net: nn.Module, objective: Objective, lr: float) -> Row:
+        """The row of one finished epoch, kept in `rows`."""
+        bops = aim = w_bits = a_bits = kept = pressure = math.nan
+        if isinstance(net, Compressed):
+            uses = net.exact()
+            bops = float(sum(u.macs * u.inputs * u.outputs * u.w_bits * u.a_bits for u in uses))
+            w_bits = sum(u.w_bits for u in uses) / len(uses)
+            a_bits = sum(u.a_bits for u in uses) / len(uses)
+            units = [k for mask in net.plan().kept.values() for k in mask]
+            kept = sum(units) / len(units) if units else 1.0
+        if objective.controller is not None:
+            goal = objective.controller.goals[0]
+            aim = objective.controller.aim(goal, epoch / phase.epochs) / self.full_bops if goal.cost == "bops" else math.nan
+            pressure = objective.controller.pressure[goal.cost]
+        row = Row(
+            phase.name, epoch, phase.epochs, loss, accuracy, bops, bops / self.full_bops, aim, pressure,
+            w_bits, a_bits, kept, lr, self.clock(),
+        )  # fmt: skip
+        self.rows.append(row)
+        return row
+
+
+def optimizer(net: nn.Module, lr: float, weight_decay: float, gate_lr: float = 0.0, bit_lr: float = 0.0) -> torch.optim.Optimizer:
+    """AdamW over weights, and over decisions where their rates are above 0; each group remembers its peak rate."""
+    if isinstance(net, Compressed):
+        own = net.weights()
+        groups = [(own["decayed"], lr, weight_decay), (own["plain"], lr, 0.0)]
+        if gate_lr or bit_lr:
+            decisions = net.decisions()
+            groups += [(decisions["gates"], gate_lr, 0.0), (decisions["bits"], bit_lr, 0.0)]
+    else:
+        wide = [p for p in net.parameters() if p.dim() > 1]
+        groups = [(wide, lr, weight_decay), ([p for p in net.parameters() if p.dim() <= 1], lr, 0.0)]
+    # decisions keep their rate: they must still move when the weights' rate has fallen
+    tables: list[dict[str, Any]] = [
+        {"params": ps, "lr": rate, "peak": rate, "weight_decay": decay, "curve": i < 2}
+        for i, (ps, rate, decay) in enumerate(groups)
+        if ps
+    ]
+    return torch.optim.AdamW(tables)
+
+
+def fit(
+    net: nn.Module,
+    data: Data,
+    phase: Phase,
+    objective: Objective,
+    optim: torch.optim.Optimizer,
+    recorder: Recorder,
+    watch: Watch | None = None,
+    save: Callable[[Phase], None] = lambda phase: None,
+) -> None:
+    """Train for one phase; after each epoch measure the held-out accuracy, record a row and `save`.
+
+    Raises JpqError when the loss is no longer a number; what was saved last stays as it is.
+    """
+    watch = watch or Silent()
+    watch.phase(phase.name, phase.epochs, len(data.train))
+    for epoch in range(phase.done, phase.epochs):
+        net.train()
+        losses = []
+        for i, (x, y) in enumerate(data.train.epoch(phase.before + epoch)):
+            at = epoch + i / len(data.train)
+            for group in optim.param_groups:
+                group["lr"] = group["peak"] * (phase.rate(at) if group["curve"] else 1.0)
+            loss, _ = objective(net, x, y, at / phase.epochs)
+            value = float(loss)
+            if not math.isfinite(value):
+                raise JpqError(_diverged(net, x, phase, epoch))
+            optim.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(optim.param_groups[0]["params"], CLIP)
+            optim.step()
+            if isinstance(net, Compressed):
+                net.after_step(at / phase.epochs)
+            losses.append(value)
+            watch.step(value, math.nan, math.nan)
+        accuracy = evaluate(net, data.held_out)
+        mean = sum(losses) / max(1, len(losses))
+        row = recorder.row(phase, epoch + 1, mean, accuracy, net, objective, optim.param_groups[0]["lr"])
+        phase.done = epoch + 1
+        watch.epoch(row)
+        save(phase)
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, batches: Batches) -> float:
+    """Share of samples whose largest logit is their class, in [0, 1]; evaluation mode."""
+    training = net.training
+    net.eval()
+    right = sum(int((net(x).argmax(1) == y).sum()) for x, y in batches)
+    net.train(training)
+    return right / batches.size
+
+
+@torch.no_grad()
+def reestimate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], count: int = 100) -> None:
+    """Set BatchNorm's running statistics to the plain average over up to `count` batches, with the final weights."""
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [m.momentum for m in norms]
+    net.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+        norm.train()
+    for i, (x, _) in enumerate(batches):
+        if i == count:
+            break
+        net(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    net.eval()
+
+
+@torch.no_grad()
+def _diverged(net: nn.Module, x: Tensor, phase: Phase, epoch: int) -> str:
+    """The sentence for a loss that is not a number: where it happened first."""
+    bad = [name for name, p in net.named_parameters() if not p.isfinite().all()]
+    first: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def look(_: nn.Module, __: Any, out: Any) -> None:
+            if isinstance(out, Tensor) and not first and not out.isfinite().all():
+                first.append(name)
+
+        return look
+
+    leaves: Sequence[tuple[str, nn.Module]] = [(n, m) for n, m in net.named_modules() if not list(m.children())]
+    handles = [m.register_forward_hook(hook(n)) for n, m in leaves]
+    try:
+        net(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    where = f"the output of layer '{first[0]}'" if first else f"parameter '{bad[0]}'" if bad else "the loss itself"
+    return (
+        f"The loss is not a number in phase {phase.name}, epoch {epoch + 1}: {where} is the first that is not finite. "
+        "The last checkpoint is kept. Lower --lr (or --gate-lr, --bit-lr), or look for bad samples in the data."
+    )

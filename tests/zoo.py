@@ -1,0 +1,327 @@
+"""Nets of a few lines, one topological feature each: ZOO[name] is (constructor, example)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jpq.network.pad import PadChannels
+
+Example = Tensor | tuple[Any, ...] | dict[str, Any]
+
+
+def conv(i: int, o: int, k: int = 3, **kw: Any) -> nn.Sequential:
+    """Convolution, batch norm, and an activation with f(0) != 0 so that dead channels are not zero."""
+    return nn.Sequential(nn.Conv2d(i, o, k, padding=k // 2, bias=False, **kw), nn.BatchNorm2d(o), nn.Softplus())
+
+
+class Head(nn.Sequential):
+    def __init__(self, n: int) -> None:
+        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n, 4))
+
+
+class Plain(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(conv(3, 8), conv(8, 6), Head(6))
+
+
+class Flat(nn.Sequential):  # one channel becomes 16 features
+    def __init__(self) -> None:
+        super().__init__(conv(3, 6), nn.Flatten(), nn.Linear(96, 10), nn.ReLU(), nn.Linear(10, 4))
+
+
+class FlatView(nn.Module):  # the same by numbers in the code, which a smaller net cannot run
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv(3, 6), conv(6, 4), nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x)).view(-1, 64))
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b, self.head = conv(3, 8), conv(8, 5), conv(5, 8), Head(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x + self.b(self.a(x)))
+
+
+class PreActivation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.body = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = Head(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.body(F.relu(self.norm(x)))
+        return self.head(F.relu(self.norm(x)))
+
+
+class Concat(nn.Module):  # DenseNet's growth, and a concat with the image
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = conv(3, 4), conv(4, 5), conv(9, 6), Head(9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        y = self.c(torch.cat([a, self.b(a)], 1))
+        return self.head(torch.cat([x, y], 1))
+
+
+class Chunk(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = conv(3, 8), conv(4, 4), Head(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.a(x).chunk(2, dim=1)
+        return self.head(torch.cat([left, self.b(right)], 1))
+
+
+class Split(nn.Module):  # sizes from the shape: whether that is so only running tells
+    def __init__(self, size: int | None = None) -> None:
+        super().__init__()
+        self.a, self.b, self.head, self.size = conv(3, 8), conv(4, 6), Head(6), size
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        left, right = torch.split(x, self.size or x.shape[1] // 2, dim=1)
+        return self.head(self.b(left * right))
+
+
+class SplitFixed(Split):
+    def __init__(self) -> None:
+        super().__init__(4)
+
+
+class Depthwise(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(conv(3, 8), conv(8, 8, groups=8), conv(8, 6, 1), Head(6))
+
+
+class DepthMultiplier(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(conv(3, 5), conv(5, 15, groups=5), conv(15, 6, 1), Head(6))
+
+
+class Grouped(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(conv(3, 8), conv(8, 12, groups=4), conv(12, 6, groups=2), Head(6))
+
+
+class Transposed(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(conv(3, 8), nn.ConvTranspose2d(8, 6, 2, 2), nn.ReLU(), nn.ConvTranspose2d(6, 4, 2, 2, groups=2),
+                         nn.ConvTranspose2d(4, 8, 2, groups=4), Head(8))  # fmt: skip
+
+
+class Shuffle(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = conv(3, 8), conv(8, 12, groups=2), Head(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x))
+        b, c, h, w = x.shape
+        return self.head(x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w))
+
+
+class PixelShuffle(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(conv(3, 16), nn.PixelShuffle(2), conv(4, 6), nn.PixelUnshuffle(2), Head(24))
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = conv(3, 8), conv(8, 8), Head(8)
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.head(self.b(x * self.gate(x)))
+
+
+class Shared(nn.Module):  # one layer called twice, another under two names
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = conv(3, 8), conv(8, 8), Head(8)
+        self.again = self.b
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.again(self.b(self.b(self.a(x)))))
+
+
+class Attention(nn.Module):  # heads are units where the code lets them be
+    def __init__(self, heads: int = 4, size: int = 3, rigid: bool = False) -> None:
+        super().__init__()
+        self.heads, self.size, self.rigid = heads, size, rigid
+        self.embed, self.qkv, self.out = nn.Linear(6, 10), nn.Linear(10, 3 * heads * size), nn.Linear(heads * size, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        b, n, _ = x.shape
+        size = 12 // self.heads if self.rigid else self.size
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, size).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(self.out(y).mean(1))
+
+
+class AttentionRigid(Attention):  # the head size follows from the number of heads: heads stay
+    def __init__(self) -> None:
+        super().__init__(rigid=True)
+
+
+class AttentionByHand(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.q, self.k, self.v, self.out = nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (f(x).view(b, n, self.num_heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = (q @ k.transpose(-2, -1) * 0.5).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).reshape(b, n, -1))
+
+
+class Transformer(nn.Module):  # nn.MultiheadAttention, LayerNorm, class token, positions, layer scale
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.attend = nn.Conv2d(3, 8, 2, 2), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.token, self.place = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 5, 8))
+        self.n1, self.n2, self.scale = nn.LayerNorm(8), nn.LayerNorm(8), nn.Parameter(torch.rand(8))
+        self.mlp, self.head = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.place
+        y = self.n1(x)
+        x = x + self.attend(y, y, y, need_weights=False)[0]
+        return self.head((x + self.scale * self.mlp(self.n2(x)))[:, 0])
+
+
+class Tokens(nn.Module):  # embedding, class token and positions without a LayerNorm: their columns go with the rest
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.token, self.scale = nn.Embedding(7, 6), nn.Parameter(torch.randn(1, 1, 6)), nn.Parameter(torch.rand(6))
+        self.mlp, self.head = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 6)), nn.Linear(6, 4)
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(index), -1, -1), self.table(index)], 1)
+        return self.head((x + self.scale * self.mlp(x)).mean(1))
+
+
+class Averages(nn.Module):  # GroupNorm and a mean over channels keep what they average
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b, self.c, self.head = conv(3, 8), nn.GroupNorm(2, 8), conv(8, 6), conv(6, 6), Head(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.norm(self.a(x)))
+        y = self.c(x)
+        return self.head(y * x.mean(1, keepdim=True).sigmoid())
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = conv(3, 6), conv(2, 6), nn.Linear(5, 6), Head(6)
+
+    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        return self.head(self.a(x) + self.b(y) * self.c(z)[..., None, None])
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = conv(3, 6), conv(6, 5), conv(6, 7), Head(7)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.a(x)
+        return {"map": self.b(x), "class": self.head(self.c(x))}
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = conv(3, 6), nn.PReLU(6), Head(6)
+
+    def forward(self, *, image: Tensor, scale: Tensor) -> Tensor:
+        return self.head(self.b(self.a(image)) * scale)
+
+
+class PaddedShortcut(nn.Module):  # option A of the CIFAR ResNets
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.pad, self.head = conv(3, 4), PadChannels(2, 2), Head(8)
+        self.a, self.b, self.c = conv(4, 6, stride=2), conv(6, 8), conv(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.pad(x[:, :, ::2, ::2]) + self.b(self.a(x))
+        return self.head(x + self.c(x))
+
+
+class PaddedByHand(PaddedShortcut):  # the same with numbers in the code
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)) + self.b(self.a(x))
+        return self.head(x + self.c(x))
+
+
+class Signal(nn.Sequential):  # one dimension, a batch norm without scale
+    def __init__(self) -> None:
+        super().__init__(nn.Conv1d(2, 6, 3), nn.BatchNorm1d(6, affine=False), nn.ELU(), nn.Conv1d(6, 5, 3), nn.MaxPool1d(2),
+                         nn.Flatten(), nn.Linear(30, 4))  # fmt: skip
+
+
+class Volume(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv3d(2, 5, 3), nn.BatchNorm3d(5), nn.ReLU(), nn.ConvTranspose3d(5, 4, 2), nn.InstanceNorm3d(4),
+                         nn.Flatten(2), nn.Linear(27, 3))  # fmt: skip
+
+
+IMAGE = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))
+ZOO: dict[str, tuple[Callable[[], nn.Module], Example]] = {
+    "plain": (Plain, IMAGE),
+    "flat": (Flat, IMAGE),
+    "flat_view": (FlatView, IMAGE),
+    "residual": (Residual, IMAGE),
+    "pre_activation": (PreActivation, IMAGE),
+    "concat": (Concat, IMAGE),
+    "chunk": (Chunk, IMAGE),
+    "split": (Split, IMAGE),
+    "split_fixed": (SplitFixed, IMAGE),
+    "depthwise": (Depthwise, IMAGE),
+    "depth_multiplier": (DepthMultiplier, IMAGE),
+    "grouped": (Grouped, IMAGE),
+    "transposed": (Transposed, IMAGE),
+    "shuffle": (Shuffle, IMAGE),
+    "pixel_shuffle": (PixelShuffle, IMAGE),
+    "squeeze_excite": (SqueezeExcite, IMAGE),
+    "shared": (Shared, IMAGE),
+    "attention": (Attention, TOKENS),
+    "attention_rigid": (AttentionRigid, TOKENS),
+    "attention_by_hand": (AttentionByHand, TOKENS),
+    "transformer": (Transformer, IMAGE),
+    "tokens": (Tokens, torch.tensor([[0, 1, 2], [3, 4, 6]])),
+    "averages": (Averages, IMAGE),
+    "two_inputs": (TwoInputs, (IMAGE, IMAGE[:, :2], TOKENS[:, 0, :5])),
+    "two_outputs": (TwoOutputs, IMAGE),
+    "keywords": (Keywords, {"image": IMAGE, "scale": torch.tensor(0.5)}),
+    "padded_shortcut": (PaddedShortcut, IMAGE),
+    "padded_by_hand": (PaddedByHand, IMAGE),
+    "signal": (Signal, torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(2))),
+    "volume": (Volume, torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(3))),
+}

@@ -89,6 +89,7 @@ class Controller:
     high: float = 1e2
     start: dict[str, float] = field(default_factory=dict)  # cost over limit when the search began
     pressure: dict[str, float] = field(default_factory=dict)  # the multipliers
+    seen: dict[str, tuple[float, float]] = field(default_factory=dict)  # (cost, aim) when the loss was last asked for
 
     def begin(self, uses: Sequence[LayerUse], force: float = 0.1) -> None:
         """Take the costs as they stand for the top of the ramp."""
@@ -106,8 +107,10 @@ class Controller:
         total = torch.zeros(())
         for target in self.goals:
             cost = COSTS[target.cost](uses)
-            excess = torch.log(cost / self.aim(target, progress))
-            over = float(excess)
+            aim = self.aim(target, progress)
+            excess = torch.log(cost / aim)
+            over = float(excess.detach())
+            self.seen[target.cost] = (aim * math.exp(over), aim)
             step = self.rate * max(-self.clip, min(self.clip, over))
             force = self.pressure[target.cost]
             self.pressure[target.cost] = min(max(force * math.exp(step), self.low), self.high)

@@ -10,34 +10,31 @@ import copy
 import os
 import platform
 import shlex
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from jpq import checkpoint, costs, landing, models, report
 from jpq.allocators import uniform
 from jpq.budget import Controller, Target, spent, targets
-from jpq.config import Config, write
+from jpq.compress import gates, widths
+from jpq.config import Config
 from jpq.data import Data
 from jpq.data import load as load_data
 from jpq.exporters import onnx, verify
 from jpq.exporters.quantized import build, rebuild
-from jpq.gates import Decided, Gate
+from jpq.journal import Journal, open_folder
 from jpq.methods import METHODS, Method
 from jpq.network.attach import Compressed, attach
-from jpq.network.record import Layer
 from jpq.network.sites import channels
 from jpq.network.trace import trace
 from jpq.plan import Plan, from_json
 from jpq.plan import read as read_plan
-from jpq.quantizers import Fixed, Width
-from jpq.result import Figures, LayerRow, Result, Row, Silent, Watch
-from jpq.train import Objective, Phase, Recorder, evaluate, fit, optimizer, reestimate
+from jpq.result import Figures, LayerRow, Result, Silent, Watch
+from jpq.train import Objective, Phase, evaluate, fit, optimizer, reestimate
 from jpq.types import JpqError, unknown
 
 CALIBRATION = 8  # batches that fit the quantizers' ranges
@@ -49,112 +46,46 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     Raises JpqError for settings, files or targets that cannot work, and when a check of the result fails.
     """
     config.check()
-    method = _method(config.decide.method)
-    run = _Run(config, watch or Silent(), open_folder(config))
+    d, method = config.decide, pick_method(config.decide.method)
+    run = Journal(config, watch or Silent(), open_folder(config))
     torch.manual_seed(config.run.seed)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    device = torch.device(_device(config.run.device))
+    device = pick_device(config.run.device)
 
     data = read_data(config, device)  # 1
-    model = float_model(config, data, device, run)
+    model = dense_model(config, data, device)
     network = trace(model, data.example)  # 2
-    sites = channels(network, config.decide.skip) if method.gate else ()  # 3
-    torch.manual_seed(config.run.seed)
-    net = attach(  # 4, 5
-        model, network, sites, gates(method), widths(method, config), calibration(data), config.decide.method
-    )
-    asked = {"bops": config.budget.target_bops, "macs": config.budget.target_macs, "size": config.budget.target_size}
-    goals = targets(asked, net.exact())
-    run.recorder.full_bops = costs.baseline(net.exact())["bops"]
+    sites = channels(network, d.skip) if method.gate else ()  # 3
 
-    plan = search(net, model, data, goals, method, config, run)  # 6, 7, 8
+    def attached(inputs: list[Tensor]) -> Compressed:
+        torch.manual_seed(config.run.seed)
+        make = widths(method, d.w_bits, d.a_bits, d.image_bits)
+        return attach(model, network, sites, gates(method), make, inputs, d.method)
+
+    goals = possible(attached([data.example]), config)  # 4
+    train_float(model, data, config, run)
+    net = attached(calibration(data))  # 5
+    run.recorder.full_bops = costs.baseline(net.exact())["bops"]
+    plan = search(net, model, data, goals, config, run)  # 6, 7, 8
     fine_tune(net, model, data, config, run, plan)  # 9
     return finish(net, model, data, goals, config, run, command)  # 10
 
 
-@dataclass
-class _Run:
-    """What accompanies one run: its folder, clock, history and checkpoint."""
-
-    config: Config
-    watch: Watch
-    folder: Path
-    recorder: Recorder = field(default_factory=lambda: Recorder(_clock()))
-    seconds: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    saved: dict[str, Any] | None = None  # the checkpoint that this run goes on from
-
-    def __post_init__(self) -> None:
-        if self.config.run.resume:
-            self.saved = checkpoint.load(self.folder)
-            if self.saved and self.saved["settings"] != self.config.hash():
-                raise JpqError(f"The checkpoint in {self.folder} belongs to other settings; run without --resume.")
-            if self.saved:
-                self.recorder.rows = [Row(**row) for row in self.saved["history"]]
-                earlier = self.recorder.rows[-1].seconds if self.recorder.rows else 0.0
-                self.recorder.clock = _clock(earlier)
-
-    def timed(self, name: str, work: Callable[[], Any]) -> Any:
-        """Do `work` and note how long it took."""
-        start = time.perf_counter()
-        done = work()
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 2)
-        return done
-
-    def keep(self, phase: Phase, net: nn.Module, optim: torch.optim.Optimizer, **more: Any) -> None:
-        """Write the checkpoint and the history so far."""
-        report.write_history(self.recorder.rows, self.folder)
-        state = {
-            "kind": "jpq checkpoint", "settings": self.config.hash(), "phase": phase.name, "done": phase.done,
-            "net": net.state_dict(), "optimizer": optim.state_dict(), "random": torch.get_rng_state(),
-            "history": [asdict(row) for row in self.recorder.rows], **more,
-        }  # fmt: skip
-        checkpoint.save(self.folder, state)
-
-    def go_on(self, phase: Phase, net: nn.Module, optim: torch.optim.Optimizer) -> None:
-        """If the checkpoint lies in this phase: put its state in place."""
-        if not self.saved or self.saved["phase"] != phase.name:
-            return
-        checkpoint.restore(net, self.saved["net"], self.folder / checkpoint.NAME)
-        optim.load_state_dict(self.saved["optimizer"])
-        torch.set_rng_state(self.saved["random"])
-        phase.done = int(self.saved["done"])
-
-    def is_past(self, phase: str) -> bool:
-        """Whether the checkpoint lies after this phase."""
-        order = ["float", "search", "fine-tune"]
-        return bool(self.saved) and order.index(self.saved["phase"]) > order.index(phase)  # type: ignore[index]
-
-
-def _clock(earlier: float = 0.0) -> Callable[[], float]:
-    start = time.perf_counter() - earlier
-    return lambda: round(time.perf_counter() - start, 2)
-
-
-def _method(name: str) -> Method:
+def pick_method(name: str) -> Method:
+    """The row of METHODS, or the closest names."""
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     return METHODS[name]
 
 
-def _device(name: str) -> str:
+def pick_device(name: str) -> torch.device:
+    """The device that --device names."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.split(":")[0] not in ("cpu", "cuda") or (name.startswith("cuda") and not torch.cuda.is_available()):
         raise JpqError(f"--device {name} is not here. Use cpu or auto.")
-    return name
-
-
-def open_folder(config: Config) -> Path:
-    """The run's folder, made, with its config.toml. Raises JpqError where it cannot be written."""
-    folder = config.run.out / config.hash()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write(config, folder / "config.toml")
-    except OSError as error:
-        raise JpqError(f"Cannot write to {folder}: {error.strerror}. Choose another folder with --out.") from error
-    return folder
+    return torch.device(name)
 
 
 def read_data(config: Config, device: torch.device) -> Data:
@@ -166,14 +97,38 @@ def read_data(config: Config, device: torch.device) -> Data:
     )  # fmt: skip
 
 
-def float_model(config: Config, data: Data, device: torch.device, run: _Run) -> nn.Module:
-    """The trained float model: from --weights, from an earlier part of this run, or trained now."""
+def dense_model(config: Config, data: Data, device: torch.device) -> nn.Module:
+    """The float model, with --weights where they are given, checked against the data's images and classes."""
     model = models.build(config.task.model, data.classes, data.shape[0]).to(device)
-    models.check_fits(model, data.example, data.classes)
-    kept = run.folder / "float.safetensors"
     if config.task.weights is not None:
         models.load_weights(model, config.task.weights)
-    elif run.is_past("float") and kept.exists():
+    models.check_fits(model, data.example, data.classes)
+    return model.eval()
+
+
+def possible(net: Compressed, config: Config) -> tuple[Target, ...]:
+    """The targets. Raises JpqError, naming the smallest possible cost, where one cannot be met."""
+    b = config.budget
+    goals = targets({"bops": b.target_bops, "macs": b.target_macs, "size": b.target_size}, net.exact())
+    if METHODS[net.method].searches:
+        landing.require(net, goals)
+    else:
+        uniform(net, goals, *bit_ranges(config))
+    return goals
+
+
+def bit_ranges(config: Config) -> tuple[range, range]:
+    """Every width that weights, and that activations, may have."""
+    (w_low, w_high), (a_low, a_high) = config.decide.w_bits, config.decide.a_bits
+    return range(w_low, w_high + 1), range(a_low, a_high + 1)
+
+
+def train_float(model: nn.Module, data: Data, config: Config, run: Journal) -> None:
+    """Train the float model, unless its weights were given or an earlier part of this run trained it."""
+    kept = run.folder / "float.safetensors"
+    if config.task.weights is not None:
+        return
+    if run.is_past("float"):
         checkpoint.load_tensors(model, kept)
     else:
         phase = Phase("float", config.train.float_epochs)
@@ -182,33 +137,12 @@ def float_model(config: Config, data: Data, device: torch.device, run: _Run) -> 
         save = lambda p: run.keep(p, model, optim)  # noqa: E731
         run.timed("float", lambda: fit(model, data, phase, Objective(), optim, run.recorder, run.watch, save))
         checkpoint.save_tensors(model, kept)
-    return model.eval()
-
-
-def gates(method: Method) -> Callable[[int, int], Gate]:
-    """What makes the gate of a site."""
-    return method.gate if method.gate else Decided.all
-
-
-def widths(method: Method, config: Config) -> Callable[[Layer], tuple[Width, Width]]:
-    """What makes the widths of a layer: the method's, and the image's fixed one."""
-
-    def pair(layer: Layer) -> tuple[Width, Width]:
-        (w_low, w_high), (a_low, a_high) = config.decide.w_bits, config.decide.a_bits
-        if method.width is Fixed:
-            made: tuple[Width, Width] = (
-                Fixed(w_high, tuple(range(w_low, w_high + 1))), Fixed(a_high, tuple(range(a_low, a_high + 1)))
-            )  # fmt: skip
-        else:
-            made = method.width(w_high, w_low, w_high), method.width(a_high, a_low, a_high)  # type: ignore[call-arg]
-        return (made[0], Fixed(config.decide.image_bits)) if layer.reads_input else made
-
-    return pair
+    model.eval()
 
 
 def calibration(data: Data) -> list[torch.Tensor]:
     """A few training batches."""
-    return [x for x, _ in data.train.epoch(0)][:CALIBRATION]
+    return [x for x, _ in islice(data.train.epoch(0), CALIBRATION)]
 
 
 def split(config: Config, method: Method) -> tuple[int, int]:
@@ -220,17 +154,15 @@ def split(config: Config, method: Method) -> tuple[int, int]:
 
 
 def search(
-    net: Compressed, model: nn.Module, data: Data, goals: tuple[Target, ...], method: Method, config: Config, run: _Run
+    net: Compressed, model: nn.Module, data: Data, goals: tuple[Target, ...], config: Config, run: Journal
 ) -> Plan:
     """Learn the decisions (or let the allocator take them), land them on the targets, and settle the network."""
-    d, t = config.decide, config.train
+    d, t, method = config.decide, config.train, METHODS[net.method]
     if not method.searches:
-        w, a = range(d.w_bits[0], d.w_bits[1] + 1), range(d.a_bits[0], d.a_bits[1] + 1)
-        plan = uniform(net, goals, w, a)
+        plan = uniform(net, goals, *bit_ranges(config))
     elif run.is_past("search"):
         plan = from_json(run.saved["plan"], str(run.folder / checkpoint.NAME))  # type: ignore[index]
     else:
-        landing.require(net, goals)
         epochs, rest = split(config, method)
         phase = Phase("search", epochs, before=0, total=epochs + rest)
         controller = Controller(goals)
@@ -250,7 +182,7 @@ def search(
     return plan
 
 
-def fine_tune(net: Compressed, model: nn.Module, data: Data, config: Config, run: _Run, plan: Plan) -> None:
+def fine_tune(net: Compressed, model: nn.Module, data: Data, config: Config, run: Journal, plan: Plan) -> None:
     """Train the landed network with its decisions fixed, then measure BatchNorm's statistics anew."""
     t = config.train
     before, epochs = split(config, METHODS[net.method])
@@ -264,7 +196,7 @@ def fine_tune(net: Compressed, model: nn.Module, data: Data, config: Config, run
 
 
 def finish(
-    net: Compressed, model: nn.Module, data: Data, goals: tuple[Target, ...], config: Config, run: _Run, command: str
+    net: Compressed, model: nn.Module, data: Data, goals: tuple[Target, ...], config: Config, run: Journal, command: str
 ) -> Result:
     """Rebuild, count again, export, verify, save, report. The test split is read here, and only here."""
     run.watch.phase("verify", 0, 0)

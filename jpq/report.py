@@ -172,8 +172,8 @@ def layer_chart(result: Result, config: Config) -> Figure:
         text = f"{100 * row.share:.1f} %  ({human(row.bops)})"
         spent.text(row.share + 0.02 * top, i, text, va="center", fontsize=small, color=INK)
     spent.set_xlim(0, 1.75 * top)
-    spent.xaxis.set_major_locator(MaxNLocator(4, prune="upper"))
-    spent.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    spent.set_xticks([])  # each bar has its number beside it
+    spent.spines["bottom"].set_visible(False)
     spent.set_title("share of the BOPs", fontsize=10, color=INK, loc="left")
     for axes in (bits, kept, spent):
         _quiet(axes)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jpq import costs
 from jpq.budget import Controller
 from jpq.data import Batches, Data
 from jpq.network.attach import Compressed
@@ -19,6 +20,7 @@ from jpq.types import JpqError
 
 WARM_UP = 0.03  # share of the steps in which the learning rate rises
 CLIP = 5.0  # largest norm of the weights' gradient
+_NONE = (math.nan, math.nan)
 
 
 @dataclass
@@ -31,8 +33,8 @@ class Objective:
     gate_weight: float = 0.0
     controller: Controller | None = None  # None outside the search: decisions are fixed
 
-    def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float) -> tuple[Tensor, float]:
-        """(loss, BOPs or nan) of one batch."""
+    def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float) -> Tensor:
+        """The loss of one batch; progress of the phase in [0, 1]."""
         logits = net(x)
         loss = F.cross_entropy(logits, y)
         if self.teacher is not None and self.distill > 0:
@@ -45,7 +47,7 @@ class Objective:
             loss = loss + self.controller.loss(uses, progress)
             if self.gate_weight:
                 loss = loss + self.gate_weight * net.penalty()
-        return loss, math.nan
+        return loss
 
 
 @dataclass
@@ -72,12 +74,17 @@ class Recorder:
     full_bops: float = math.nan
     rows: list[Row] = field(default_factory=list)
 
+    def shares(self, objective: Objective) -> tuple[float, float]:
+        """(BOPs now, BOPs aimed at) as shares of the fp32 model; nan outside a search for BOPs."""
+        bops, aim = objective.controller.seen.get("bops", _NONE) if objective.controller else _NONE
+        return bops / self.full_bops, aim / self.full_bops
+
     def row(self, phase: Phase, epoch: int, loss: float, accuracy: float, net: nn.Module, objective: Objective, lr: float) -> Row:
         """The row of one finished epoch, kept in `rows`."""
         bops = aim = w_bits = a_bits = kept = pressure = math.nan
         if isinstance(net, Compressed):
             uses = net.exact()
-            bops = float(sum(u.macs * u.inputs * u.outputs * u.w_bits * u.a_bits for u in uses))
+            bops = float(costs.bops(uses))
             w_bits = sum(u.w_bits for u in uses) / len(uses)
             a_bits = sum(u.a_bits for u in uses) / len(uses)
             units = [k for mask in net.plan().kept.values() for k in mask]
@@ -137,7 +144,7 @@ def fit(
             at = epoch + i / len(data.train)
             for group in optim.param_groups:
                 group["lr"] = group["peak"] * (phase.rate(at) if group["curve"] else 1.0)
-            loss, _ = objective(net, x, y, at / phase.epochs)
+            loss = objective(net, x, y, at / phase.epochs)
             value = float(loss)
             if not math.isfinite(value):
                 raise JpqError(_diverged(net, x, phase, epoch))
@@ -148,7 +155,7 @@ def fit(
             if isinstance(net, Compressed):
                 net.after_step(at / phase.epochs)
             losses.append(value)
-            watch.step(value, math.nan, math.nan)
+            watch.step(value, *recorder.shares(objective))
         accuracy = evaluate(net, data.held_out)
         mean = sum(losses) / max(1, len(losses))
         row = recorder.row(phase, epoch + 1, mean, accuracy, net, objective, optim.param_groups[0]["lr"])

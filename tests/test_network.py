@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 
@@ -11,6 +12,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from zoo import IMAGE, TOKENS, ZOO, Head, Residual, conv
 
 from jpq import models
 from jpq.network.call import Call, Dims
@@ -20,7 +22,6 @@ from jpq.network.rules import RULES, rule
 from jpq.network.sites import channels
 from jpq.network.trace import trace
 from jpq.types import NONE, JpqError
-from zoo import IMAGE, TOKENS, ZOO, Head, Residual, conv
 
 
 def zoo(name: str) -> Network:
@@ -53,7 +54,7 @@ def test_macs_of_torchvision(name: str, macs: int) -> None:
 
 @pytest.mark.parametrize(("name", "macs"), [("resnet20", 40_551_040), ("vgg7", 615_917_568)])
 def test_macs_of_our_models(name: str, macs: int) -> None:
-    network = trace(getattr(models, name)(), torch.zeros(1, 3, 32, 32))  # DJPQ and PACT papers: 0.62 G and 0.041 G
+    network = trace(models.build(name, 10, 3), torch.zeros(1, 3, 32, 32))
     assert sum(layer.macs for layer in network.layers) == macs
 
 
@@ -156,8 +157,6 @@ def test_skip() -> None:
     ],
 )
 def test_frozen_for_a_reason(name: str, layer: str, reason: str) -> None:
-    import re
-
     network = zoo(name)
     assert all(re.search(reason, r) for r in reasons(network, layer))
     assert any(reasons(network, layer))
@@ -250,7 +249,7 @@ def test_a_model_that_cannot_be_exported() -> None:
 
 
 def test_a_wrong_example() -> None:
-    with pytest.raises(JpqError, match=r"Residual does not run on the example \[\[2, 5, 6\]\]: .* a tuple for several"):
+    with pytest.raises(JpqError, match=r"Residual does not run on the example \[\[2, 5, 6\]\]: .* Give an example"):
         trace(Residual(), TOKENS)
 
 

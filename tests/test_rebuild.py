@@ -11,13 +11,14 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
+from zoo import ZOO, PaddedShortcut, Plain
 
+from jpq import models
 from jpq.exporters.rebuild import apply_slices, shrink, slices
 from jpq.network.record import Network
 from jpq.network.sites import Site, channels
 from jpq.network.trace import trace
 from jpq.types import JpqError
-from zoo import ZOO, PaddedShortcut, Plain
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -63,10 +64,10 @@ def dropped(sites: tuple[Site, ...], keep: dict[str, Tensor]) -> set[int]:
 
 @torch.no_grad()
 def run(model: nn.Module, example: Any) -> list[Tensor]:
-    widen = lambda v: v.double() if v.is_floating_point() else v  # noqa: E731
-    example = tree_map(widen, example)
-    out = model(**example) if isinstance(example, dict) else model(*(example if isinstance(example, tuple) else (example,)))
-    return tree_flatten(out)[0]
+    example = tree_map(lambda v: v.double() if v.is_floating_point() else v, example)
+    if isinstance(example, dict):
+        return tree_flatten(model(**example))[0]
+    return tree_flatten(model(*(example if isinstance(example, tuple) else (example,))))[0]
 
 
 def worst(a: list[Tensor], b: list[Tensor]) -> float:
@@ -168,6 +169,23 @@ def test_nothing_dropped_changes_nothing() -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     shrink(model, network, channels(network)[0].labels.tolist()[1:])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "shrink must leave the model alone"
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vgg7", "lenet5"])
+def test_our_models(name: str) -> None:
+    torch.manual_seed(0)
+    size = 28 if name == "lenet5" else 32
+    model = randomised(models.build(name, 10, 3))
+    error, count = law(model, torch.randn(2, 3, size, size, dtype=torch.double), seed=0)
+    assert error < 1e-10
+    assert count > 10
+
+
+def test_nothing_left_is_refused() -> None:
+    model = Plain().eval()
+    network = trace(model, torch.randn(2, 3, 4, 4))
+    with pytest.raises(JpqError, match="Nothing would be left of dim 0"):
+        shrink(model, network, network.layer("0.0").outputs.tolist())
 
 
 def test_a_plan_for_another_model_is_refused() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from zoo_tokens import Attention, AttentionByHand, AttentionRigid, Tokens, Transformer
 
 from jpq.network.pad import PadChannels
 
@@ -56,8 +57,8 @@ class Residual(nn.Module):
 class PreActivation(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.norm, self.body = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
-        self.head = Head(8)
+        self.stem, self.norm, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), Head(8)
+        self.body = nn.Conv2d(8, 8, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -119,8 +120,8 @@ class Grouped(nn.Sequential):
 
 class Transposed(nn.Sequential):
     def __init__(self) -> None:
-        super().__init__(conv(3, 8), nn.ConvTranspose2d(8, 6, 2, 2), nn.ReLU(), nn.ConvTranspose2d(6, 4, 2, 2, groups=2),
-                         nn.ConvTranspose2d(4, 8, 2, groups=4), Head(8))  # fmt: skip
+        up = nn.ConvTranspose2d(8, 6, 2, 2), nn.ReLU(), nn.ConvTranspose2d(6, 4, 2, 2, groups=2)
+        super().__init__(conv(3, 8), *up, nn.ConvTranspose2d(4, 8, 2, groups=4), Head(8))
 
 
 class Shuffle(nn.Module):
@@ -143,7 +144,8 @@ class SqueezeExcite(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.head = conv(3, 8), conv(8, 8), Head(8)
-        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1), nn.Sigmoid())
+        squeeze, excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), squeeze, nn.ReLU(), excite, nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
@@ -158,67 +160,6 @@ class Shared(nn.Module):  # one layer called twice, another under two names
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.again(self.b(self.b(self.a(x)))))
-
-
-class Attention(nn.Module):  # heads are units where the code lets them be
-    def __init__(self, heads: int = 4, size: int = 3, rigid: bool = False) -> None:
-        super().__init__()
-        self.heads, self.size, self.rigid = heads, size, rigid
-        self.embed, self.qkv, self.out = nn.Linear(6, 10), nn.Linear(10, 3 * heads * size), nn.Linear(heads * size, 8)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        b, n, _ = x.shape
-        size = 12 // self.heads if self.rigid else self.size
-        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, size).permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.head(self.out(y).mean(1))
-
-
-class AttentionRigid(Attention):  # the head size follows from the number of heads: heads stay
-    def __init__(self) -> None:
-        super().__init__(rigid=True)
-
-
-class AttentionByHand(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_heads = 4
-        self.q, self.k, self.v, self.out = nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(6, 8), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, n, _ = x.shape
-        q, k, v = (f(x).view(b, n, self.num_heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
-        y = (q @ k.transpose(-2, -1) * 0.5).softmax(-1) @ v
-        return self.out(y.transpose(1, 2).reshape(b, n, -1))
-
-
-class Transformer(nn.Module):  # nn.MultiheadAttention, LayerNorm, class token, positions, layer scale
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch, self.attend = nn.Conv2d(3, 8, 2, 2), nn.MultiheadAttention(8, 2, batch_first=True)
-        self.token, self.place = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 5, 8))
-        self.n1, self.n2, self.scale = nn.LayerNorm(8), nn.LayerNorm(8), nn.Parameter(torch.rand(8))
-        self.mlp, self.head = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patch(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.place
-        y = self.n1(x)
-        x = x + self.attend(y, y, y, need_weights=False)[0]
-        return self.head((x + self.scale * self.mlp(self.n2(x)))[:, 0])
-
-
-class Tokens(nn.Module):  # embedding, class token and positions without a LayerNorm: their columns go with the rest
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.token, self.scale = nn.Embedding(7, 6), nn.Parameter(torch.randn(1, 1, 6)), nn.Parameter(torch.rand(6))
-        self.mlp, self.head = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 6)), nn.Linear(6, 4)
-
-    def forward(self, index: Tensor) -> Tensor:
-        x = torch.cat([self.token.expand(len(index), -1, -1), self.table(index)], 1)
-        return self.head((x + self.scale * self.mlp(x)).mean(1))
 
 
 class Averages(nn.Module):  # GroupNorm and a mean over channels keep what they average
@@ -281,14 +222,14 @@ class PaddedByHand(PaddedShortcut):  # the same with numbers in the code
 
 class Signal(nn.Sequential):  # one dimension, a batch norm without scale
     def __init__(self) -> None:
-        super().__init__(nn.Conv1d(2, 6, 3), nn.BatchNorm1d(6, affine=False), nn.ELU(), nn.Conv1d(6, 5, 3), nn.MaxPool1d(2),
-                         nn.Flatten(), nn.Linear(30, 4))  # fmt: skip
+        first = nn.Conv1d(2, 6, 3), nn.BatchNorm1d(6, affine=False), nn.ELU()
+        super().__init__(*first, nn.Conv1d(6, 5, 3), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(30, 4))
 
 
 class Volume(nn.Sequential):
     def __init__(self) -> None:
-        super().__init__(nn.Conv3d(2, 5, 3), nn.BatchNorm3d(5), nn.ReLU(), nn.ConvTranspose3d(5, 4, 2), nn.InstanceNorm3d(4),
-                         nn.Flatten(2), nn.Linear(27, 3))  # fmt: skip
+        first = nn.Conv3d(2, 5, 3), nn.BatchNorm3d(5), nn.ReLU()
+        super().__init__(*first, nn.ConvTranspose3d(5, 4, 2), nn.InstanceNorm3d(4), nn.Flatten(2), nn.Linear(27, 3))
 
 
 IMAGE = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))

@@ -27,7 +27,8 @@ class Gate(nn.Module, ABC):
 
     def keep(self) -> Units:
         """Exactly 0 or 1."""
-        return (self.margin() > 0).to(self.margin().dtype)
+        margin = self.margin().detach()
+        return (margin > 0).to(margin.dtype)
 
     def alive(self) -> Units:
         """Differentiable P(kept), what a cost counts."""

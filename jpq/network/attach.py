@@ -265,7 +265,7 @@ def attach(
         network, sites: of that model (`trace`, `channels`).
         gate: (rows, n) -> gate.
         widths: layer -> (width of its weight, width of its input).
-        calibration: a few batches of inputs (a tensor, or a tuple of positional arguments, each).
+        calibration: a few batches of inputs (a tensor, a tuple of positional arguments, or a dict of keywords each).
         method: recorded in the plan.
     """
     if any(parametrize.is_parametrized(m) for m in model.modules()):
@@ -305,6 +305,13 @@ def quantize(model: nn.Module, layer: Layer, widths: tuple[Width, Width], seen: 
     setattr(model.get_submodule(owner), name, new)
 
 
+def call(model: nn.Module, batch: Any) -> Any:
+    """The model's output for a batch: a tensor, a tuple of positional arguments, or a dict of keywords."""
+    if isinstance(batch, dict):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
 @torch.no_grad()
 def observe(model: nn.Module, network: Network, batches: Batches) -> dict[str, Tensor]:
     """Up to SAMPLES of the values that each layer reads, spread evenly over `batches`; the model runs in eval mode."""
@@ -323,7 +330,7 @@ def observe(model: nn.Module, network: Network, batches: Batches) -> dict[str, T
     model.eval()
     try:
         for batch in batches:
-            model(*batch) if isinstance(batch, tuple) else model(batch)
+            call(model, batch)
     finally:
         model.train(training)
         for handle in handles:

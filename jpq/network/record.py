@@ -36,7 +36,7 @@ class Network:
     frozen: Mapping[int, str]  # class -> reason
     attributes: Mapping[str, Labels]  # integer attribute of a module ("pad.before", "attn.heads") -> what it counts
     embeddings: Mapping[str, Labels]  # module -> the classes of its columns
-    unknown_ops: tuple[str, ...]  # ops without a rule that touched labelled channels
+    unknown_ops: tuple[str, ...]  # ops without a rule that touched labels, or that hide a graph of their own
 
     def layer(self, name: str) -> Layer:
         """The layer of that name."""

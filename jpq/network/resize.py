@@ -29,6 +29,8 @@ def slices(network: Network, dropped: Collection[int]) -> dict[str, dict[int, li
     for name, axes in [*network.axes.items(), *counted.items()]:
         for dim, labels in axes.items():
             lost = np.isin(labels, gone)
+            if lost.all() and name in network.axes:
+                raise JpqError(f"Nothing would be left of dim {dim} of '{name}'. Keep at least one of its channels.")
             if lost.any():
                 out.setdefault(name, {})[int(dim)] = np.flatnonzero(~lost).tolist()
     return out

@@ -10,7 +10,9 @@ Add one of your own with the decorator; an op without a rule freezes every chann
 
 from __future__ import annotations
 
-from jpq.network import rules_layers, rules_pointwise, rules_shape
+from jpq.network import rules_layers, rules_pointwise, rules_reshape, rules_shape
 from jpq.network.call import RULES, Call, Dims, Rule, rule
 
-__all__ = ["RULES", "Call", "Dims", "Rule", "rule", "rules_layers", "rules_pointwise", "rules_shape"]
+__all__ = ["RULES", "Call", "Dims", "Rule", "rule"]
+
+MEMBERS = (rules_layers, rules_pointwise, rules_reshape, rules_shape)  # importing them fills the table

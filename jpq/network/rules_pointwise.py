@@ -6,15 +6,15 @@ from torch.fx import Node
 
 from jpq.network.call import Call, Dims, rule, shape_of
 
-_POINTWISE = """abs add addcdiv addcmul alias atan bernoulli bitwise_and bitwise_not bitwise_or celu ceil clamp
-clamp_max clamp_min clone contiguous copy cos detach div dropout elu eq erf exp expm1 feature_dropout floor fmod ge
-gelu gt hardshrink hardsigmoid hardswish hardtanh le leaky_relu lerp lift_fresh lift_fresh_copy log log1p log2 log_sigmoid
-logical_and logical_not logical_or lt masked_fill maximum minimum mish mul ne neg ones_like pow rad2deg reciprocal relu
-relu6 remainder round rsqrt rsub selu sigmoid sign silu sin softplus softshrink softsign sqrt square sub tan tanh
-tanhshrink threshold to true_divide type_as where zeros_like zero fill full_like alpha_dropout _to_copy float double
-half _assert_tensor_metadata"""
+_POINTWISE = """_assert_tensor_metadata _to_copy abs add addcdiv addcmul alias alpha_dropout atan bernoulli
+bitwise_and bitwise_not bitwise_or ceil celu clamp clamp_max clamp_min clone contiguous copy cos detach div double
+dropout elu eq erf exp expm1 feature_dropout fill float floor fmod full_like ge gelu gt half hardshrink hardsigmoid
+hardswish hardtanh le leaky_relu lerp lift_fresh lift_fresh_copy log log1p log2 log_sigmoid logical_and logical_not
+logical_or lt masked_fill maximum minimum mish mul ne neg ones_like pow rad2deg reciprocal relu relu6 remainder
+round rsqrt rsub selu sigmoid sign silu sin softplus softshrink softsign sqrt square sub tan tanh tanhshrink
+threshold true_divide where zero zeros_like"""
 _WINDOWED = """max_pool avg_pool adaptive_avg_pool adaptive_max_pool upsample_nearest upsample_bilinear upsample_linear
-upsample_trilinear upsample_bicubic _upsample_bilinear_aa reflection_pad replication_pad lp_pool"""
+upsample_trilinear upsample_bicubic reflection_pad replication_pad lp_pool"""
 _REDUCED = """mean sum prod amax amin max min argmax argmin all any var std norm linalg_vector_norm logsumexp median
 var_mean std_mean"""
 
@@ -25,12 +25,18 @@ def pointwise(call: Call) -> Dims:
     return call.merge(call.tensors)
 
 
+@rule("aten.to", "aten.type_as")
+def converted(call: Call) -> Dims:
+    """Another type or device; a second tensor only names it."""
+    return call.dims(call["self"])
+
+
 @rule(*(f"aten.{name}{n}d" for name in _WINDOWED.split() for n in (1, 2, 3)))
-@rule(*(f"aten.{name}{n}d.vec" for name in _WINDOWED.split() for n in (1, 2, 3)))
+@rule("aten._upsample_bilinear2d_aa", "aten._upsample_bicubic2d_aa")
 @rule(*(f"aten.max_pool{n}d_with_indices" for n in (1, 2, 3)))
 def windowed(call: Call) -> Dims | list[Dims]:
     """Windows over the last one, two or three dims; the dims before pass."""
-    n = int(call.op.rpartition("d")[0][-1]) if call.op[-1] == "d" else int(call.op.partition("d_with")[0][-1])
+    n = int(next(letter for letter in call.op if letter.isdigit()))
     dims = call.x
     for labels in dims[-n:]:
         call.freeze(labels, f"{call.op} mixes neighbouring channels")
@@ -77,7 +83,10 @@ def batch_norm(call: Call) -> Dims | list[Dims]:
     dims = call.x
     for name in ("weight", "bias", "running_mean", "running_var"):
         call.bind(call[name], 0, dims[1])
-    return dims if call.op in ("aten.batch_norm", "aten.instance_norm") else [dims, [None], [None]]
+    if call.op in ("aten.batch_norm", "aten.instance_norm"):
+        return dims
+    extra: list[Dims] = [[None], [None]]
+    return [dims, *extra]
 
 
 @rule("aten.prelu")

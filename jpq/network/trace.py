@@ -133,7 +133,7 @@ def _apply(book: Book, node: Node, missing: dict[str, None]) -> tuple[Dims, ...]
     if handler is not None:
         return outputs(handler(Call(book, node)))
     touched = [labels for n in node.all_input_nodes for dims in book.value(n) for labels in dims if labels is not None]
-    if touched:
+    if touched or not isinstance(node.target, torch._ops.OpOverload):  # other ops may hide layers in a subgraph
         missing[base] = None
     for labels in touched:
         book.classes.freeze(labels, f"op {base} has no rule")

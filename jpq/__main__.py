@@ -1,0 +1,7 @@
+"""`python -m jpq`."""
+
+import sys
+
+from jpq.cli import main
+
+sys.exit(main())

@@ -1,0 +1,254 @@
+"""The command line: optimize | inspect | evaluate | methods. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from jpq.config import Config
+
+T = TypeVar("T")
+COMMANDS = {
+    "optimize": "Prune and quantize a model together, onto a budget.",
+    "inspect": "What jpq sees in a model: layers, channels that can go, parts that must stay, and costs.",
+    "evaluate": "Accuracy of a model that an earlier run saved.",
+    "methods": "The methods, what each decides, and when to choose it.",
+}
+EXAMPLES = {
+    "optimize": (
+        "jpq optimize --target-bops 1%",
+        "jpq optimize --model resnet20 --weights resnet20.th --data cifar10 --target-bops 0.9%",
+        "jpq optimize --target-bops 12M --target-size 50KB --method djpq-pow2",
+        "jpq optimize --config runs/0123456789ab/config.toml --seed 1",
+    ),
+    "inspect": (
+        "jpq inspect --model lenet5 --data fashion-mnist",
+        "jpq inspect --model torchvision:resnet18 --input-shape 3 224 224",
+    ),
+    "evaluate": ("jpq evaluate runs/0123456789ab",),
+    "methods": ("jpq methods",),
+}
+METAVARS = {
+    "w_bits": "MIN MAX", "a_bits": "MIN MAX", "target_bops": "COST", "target_macs": "COST", "target_size": "SIZE",
+    "skip": "[LAYER ...]", "method": "NAME", "model": "NAME", "data": "NAME", "device": "NAME", "limit": "INT",
+    "weights": "FILE", "config": "FILE", "data_root": "FOLDER", "out": "FOLDER", "input_shape": "C H W",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """What inspect looks at."""
+
+    model: str = "convnet"
+    """convnet, lenet5, vgg7, resnet20/32/44/56, torchvision:NAME, or module:callable (runs your code)."""
+    data: str = "digits"
+    """Data set that says how large the images are, and how many classes there are."""
+    data_root: Path = Path("data")
+    """Where data sets lie, or are downloaded to."""
+    input_shape: tuple[int, int, int] | None = None
+    """Channels, height and width of an image; with it no data set is read."""
+    classes: int = 1000
+    """Number of classes, where --input-shape is given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Which saved model, on which images."""
+
+    run_folder: tyro.conf.Positional[Path]
+    """Folder of an earlier run, such as runs/0123456789ab."""
+    split: Literal["test", "held-out"] = "test"
+    """Which images: the test split, or the part of the training data that steered the run."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the number returned is the exit code: 0, 2 for bad input, 130 when interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    console, errors = Console(), Console(stderr=True)
+    try:
+        code = _dispatch(args, console)
+        console.file.flush()
+        return code
+    except SystemExit as end:  # the parser's --help and its errors; a pipe that rich found closed
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        again = [arg for arg in args if arg not in ("--resume", "--no-resume")]
+        how = f" Go on with: jpq {shlex.join(again)} --resume" if args[:1] == ["optimize"] else ""
+        errors.print(f"Stopped.{escape(how)}", soft_wrap=True, highlight=False)
+        return 130
+    except OSError as error:
+        _say_error(errors, f"{error.filename or 'A file'}: {error.strerror or error}.")
+        return 2
+    except Exception as error:
+        if type(error).__name__ != "JpqError":
+            raise
+        _say_error(errors, str(error))
+        return 2
+
+
+def _say_error(errors: Console, text: str) -> None:
+    errors.print(f"[bold red]error:[/] {escape(' '.join(text.split()))}", soft_wrap=True, highlight=False)
+
+
+def _dispatch(args: list[str], console: Console) -> int:
+    commands: dict[str, Callable[[list[str], Console], None]] = {
+        "optimize": _optimize, "inspect": _inspect, "evaluate": _evaluate, "methods": _methods,
+    }  # fmt: skip
+    if not args or args[0] in ("-h", "--help", "help"):
+        _help(console)
+    elif args[0] in ("-V", "--version"):
+        torch, brevitas = version("torch"), version("brevitas")
+        console.print(f"jpq {version('jpq')} (torch {torch}, brevitas {brevitas})", highlight=False)
+    elif args[0] in commands:
+        commands[args[0]](args[1:], console)
+    else:
+        close = difflib.get_close_matches(args[0], COMMANDS, n=2, cutoff=0.4)
+        hint = f"Did you mean {' or '.join(close)}?" if close else f"Choose from {', '.join(COMMANDS)}."
+        _say_error(Console(stderr=True), f"Unknown command '{args[0]}'. {hint} See jpq --help.")
+        return 2
+    return 0
+
+
+def _help(console: Console) -> None:
+    table = Table.grid(padding=(0, 2))
+    for name, text in COMMANDS.items():
+        table.add_row(f"  [bold cyan]{name}[/]", text)
+    before = "[bold]jpq[/] makes a trained PyTorch model smaller: it prunes and quantizes it together, exactly onto a budget."
+    start = "Start here (built-in data, under two minutes on two cores):\n  jpq optimize --target-bops 1%"
+    more = "[bold]jpq COMMAND --help[/] lists the flags of a command, [bold]jpq --version[/] the versions."
+    for part in (before, "", "usage: [bold]jpq COMMAND[/] \\[flags]", "", table, "", start, "", more):
+        console.print(part, highlight=False)
+
+
+def _optimize(args: list[str], console: Console) -> None:
+    config = parse(args).check()
+    from jpq.optimize import optimize, pick_method, split
+    from jpq.progress import Progress, layer_table, summary
+
+    search, tune = split(config, pick_method(config.decide.method))
+    planned = {} if config.task.weights else {"float": config.train.float_epochs}
+    with Progress(console, {**planned, "search": search, "fine-tune": tune}) as watch:
+        result = optimize(config, watch, shlex.join(["jpq", "optimize", *args]))
+    console.print(layer_table(result))
+    console.print(summary(result))
+
+
+def parse(args: Sequence[str]) -> Config:
+    """The config that these flags of `jpq optimize` describe, upon the file that --config names."""
+    from jpq.config import Config, from_tree, read, to_tree
+
+    named = [b for a, b in zip(args, [*args[1:], ""], strict=False) if a == "--config" and b]
+    named += [a.partition("=")[2] for a in args if a.startswith("--config=")]
+    base = read(Path(named[-1])) if named else Config()
+    parts: list[Any] = []
+    for field in dataclasses.fields(base):
+        part = getattr(base, field.name)
+        shown = _shown(type(part))
+        parts.append((field.name, shown, dataclasses.field(default=shown(**vars(part)))))
+    note = "Take settings from this TOML file, such as a run's config.toml; flags given here win."
+    file = Annotated[Path | None, _arg("config", note)]
+    flags = dataclasses.make_dataclass("Flags", [*parts, ("config", file, None)], frozen=True)
+    settings: Any = _parsed(flags, "optimize", args)
+    found = Config(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(base)})
+    return from_tree(to_tree(found), "the flags")
+
+
+def _shown(part: type[T]) -> type[T]:
+    """The same settings with the names of values that a help page shows, and no "(default: None)"."""
+    hints = get_type_hints(part)
+    known: Any = part
+    columns: list[Any] = [(f.name, Annotated[hints[f.name], _arg(f.name)], f) for f in dataclasses.fields(known)]
+    made: Any = dataclasses.make_dataclass(part.__name__, columns, bases=(part,), frozen=True)
+    made.__doc__ = part.__doc__
+    return made
+
+
+def _arg(name: str, text: str | None = None) -> Any:
+    return tyro.conf.arg(
+        metavar=METAVARS.get(name), help=text,
+        help_behavior_hint=lambda default: "" if default in ("None", "") else f"(default: {default})",
+    )  # fmt: skip
+
+
+def _parsed(flags: type[T], command: str, args: Sequence[str]) -> T:
+    """The flags of one command. Ends the program on --help (0) and on flags that make no sense (2)."""
+    about = "\n".join([COMMANDS[command], "", "examples:", *(f"  {line}" for line in EXAMPLES[command])])
+    flat = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(flags, prog=f"jpq {command}", description=about, args=list(args), config=flat)
+
+
+def _inspect(args: list[str], console: Console) -> None:
+    wanted = _parsed(_shown(Inspect), "inspect", args)
+    import torch
+
+    from jpq import models
+    from jpq.data import load
+    from jpq.network.sites import channels
+    from jpq.network.trace import trace
+
+    if wanted.input_shape is None:
+        data = load(wanted.data, wanted.data_root)
+        example, classes = data.example, data.classes
+    else:
+        example, classes = torch.randn(2, *wanted.input_shape), wanted.classes
+    model = models.build(wanted.model, classes, example.shape[1]).eval()
+    models.check_fits(model, example, classes)
+    start = time.perf_counter()
+    network = trace(model, example)
+    seconds = time.perf_counter() - start
+    from jpq.progress import inspection
+
+    console.print(inspection(network, channels(network), seconds))
+
+
+def _evaluate(args: list[str], console: Console) -> None:
+    wanted = _parsed(Evaluate, "evaluate", args)
+    from jpq.config import read
+    from jpq.optimize import load, read_data
+    from jpq.result import percent
+    from jpq.train import evaluate
+    from jpq.types import JpqError
+
+    folder = wanted.run_folder
+    if not (folder / "config.toml").is_file():
+        raise JpqError(f"{folder} is not the folder of a run: it has no config.toml. Give one like runs/0123456789ab.")
+    config = read(folder / "config.toml")
+    model, _ = load(folder)
+    import torch
+
+    data = read_data(config, torch.device("cpu"))
+    batches = data.test if wanted.split == "test" else data.held_out
+    accuracy = evaluate(model, batches)
+    console.print(f"{percent(accuracy)} of {batches.size} {wanted.split} images of {data.name} are right ({folder}).",
+                  soft_wrap=True, highlight=False)  # fmt: skip
+
+
+def _methods(args: list[str], console: Console) -> None:
+    if args:
+        _parsed(dataclasses.make_dataclass("Methods", [], frozen=True), "methods", args)
+    from jpq.methods import METHODS
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_lines=True)
+    for name in ("--method", "decides", "choose it for", "paper"):
+        table.add_column(name, no_wrap=name == "--method")
+    for name, method in METHODS.items():
+        table.add_row(f"[bold cyan]{name}[/]", *(escape(t) for t in (method.decides, method.choose, method.paper)))
+    console.print(table)

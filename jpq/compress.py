@@ -1,0 +1,163 @@
+"""Three lines inside somebody's own training loop: `compress`, `pressure`, `finalize`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jpq import landing
+from jpq.allocators import uniform
+from jpq.budget import Controller, targets
+from jpq.exporters.quantized import rebuild
+from jpq.gates import Decided, Gate
+from jpq.methods import METHODS, Method
+from jpq.network.attach import Compressed, attach
+from jpq.network.record import Layer
+from jpq.network.sites import channels
+from jpq.network.trace import trace
+from jpq.plan import Plan
+from jpq.quantizers import Fixed, Width
+from jpq.types import JpqError, unknown
+
+Bounds = tuple[int, int]
+
+
+class Joint(nn.Module):
+    """A model under compression, for use like any module: call it, add `pressure()` to the loss, call `step()`.
+
+    Made by `compress`. The search lasts `steps` optimiser steps; the budget is reached before it ends.
+    """
+
+    def __init__(self, net: Compressed, model: nn.Module, controller: Controller | None, steps: int, gate_weight: float):
+        super().__init__()
+        self.net = net
+        self._dense = [model]  # in a list: it is not part of what trains
+        self.controller, self.steps, self.gate_weight = controller, steps, gate_weight
+        self.done = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output under the decisions as they stand."""
+        return self.net(*args, **kwargs)
+
+    @property
+    def progress(self) -> float:
+        """Position in the search, in [0, 1]."""
+        return min(1.0, self.done / self.steps)
+
+    def groups(
+        self, lr: float = 1e-3, gate_lr: float = 0.02, bit_lr: float = 0.02, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Parameter groups for an optimiser (Adam's kind); decisions need larger rates than weights."""
+        weights, decisions = self.net.weights(), self.net.decisions()
+        groups = [
+            {"params": weights["decayed"], "lr": lr, "weight_decay": weight_decay},
+            {"params": weights["plain"], "lr": lr, "weight_decay": 0.0},
+            {"params": decisions["gates"], "lr": gate_lr, "weight_decay": 0.0},
+            {"params": decisions["bits"], "lr": bit_lr, "weight_decay": 0.0},
+        ]
+        return [g for g in groups if g["params"]]
+
+    def pressure(self) -> Tensor:
+        """What the budget and the gates add to the loss, a scalar; 0 once the decisions have landed."""
+        if self.controller is None:
+            return torch.zeros((), device=next(self.parameters()).device)
+        return self.controller.loss(self.net.uses(), self.progress) + self.gate_weight * self.net.penalty()
+
+    def step(self) -> None:
+        """After every `optimizer.step()`."""
+        self.net.after_step(self.progress)
+        self.done += 1
+
+    def share(self, cost: str = "bops") -> float:
+        """Cost of the decisions as they stand over the fp32 model's."""
+        from jpq.costs import COSTS, baseline
+
+        uses = self.net.exact()
+        return float(COSTS[cost](uses)) / baseline(uses)[cost]
+
+    def land(self) -> Plan:
+        """Take the decisions for good, within the budget. Go on training with a new optimiser to fine-tune."""
+        if self.controller is not None:
+            plan = landing.land(self.net, self.controller.goals)
+            self.net.settle(plan)
+            self.controller = None
+        return self.net.plan()
+
+    def finalize(self) -> nn.Module:
+        """The small model: an ordinary module in eval mode, physically smaller, with brevitas layers; lands if need be."""
+        self.land()
+        self.net.eval()
+        return rebuild(self.net, self._dense[0])[0]
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Any,
+    method: str = "djpq",
+    *,
+    bops: str | None = None,
+    size: str | None = None,
+    macs: str | None = None,
+    steps: int = 1000,
+    w_bits: Bounds = (2, 8),
+    a_bits: Bounds = (2, 8),
+    image_bits: int = 8,
+    skip: Collection[str] = (),
+    gate_weight: float = 0.02,
+) -> Joint:
+    """A trainable copy of a trained `model`, with gates and quantizers, that will end within its budget.
+
+    Args:
+        model: trained, in floating point; it is not changed.
+        example_inputs: one real batch (a tensor, or a tuple of positional arguments): it fits the ranges too.
+        method: a name in METHODS.
+        bops, size, macs: targets such as "1%", "12M", "50KB"; at least one.
+        steps: optimiser steps that the search may take.
+        w_bits, a_bits: smallest and largest width of weights and activations.
+        image_bits: width of the model's input.
+        skip: layers whose channels are not pruned.
+        gate_weight: weight of the gates' own regulariser.
+
+    Raises JpqError for an unknown method, and for targets that are malformed or cannot be met.
+    """
+    asked = {"bops": bops, "size": size, "macs": macs}
+    if not any(asked.values()):
+        raise JpqError('No target: give bops="1%" (or "12M"), size="50KB" or macs="50%".')
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    how = METHODS[method]
+    network = trace(model, example_inputs if isinstance(example_inputs, (tuple, dict)) else (example_inputs,))
+    sites = channels(network, skip) if how.gate else ()
+    net = attach(model, network, sites, gates(how), widths(how, w_bits, a_bits, image_bits), [example_inputs], method)
+    goals = targets(asked, net.exact())
+    if not how.searches:
+        net.settle(uniform(net, goals, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1)))
+        return Joint(net, copy.deepcopy(model), None, steps, 0.0)
+    landing.require(net, goals)
+    controller = Controller(goals)
+    controller.begin(net.exact())
+    return Joint(net, copy.deepcopy(model), controller, max(1, steps), gate_weight)
+
+
+def gates(method: Method) -> Callable[[int, int], Gate]:
+    """What makes the gate of a site."""
+    return method.gate if method.gate else Decided.all
+
+
+def widths(method: Method, w_bits: Bounds, a_bits: Bounds, image_bits: int) -> Callable[[Layer], tuple[Width, Width]]:
+    """What makes the widths of a layer's weight and input: the method's, and the image's fixed one."""
+
+    def one(bounds: Bounds) -> Width:
+        low, high = bounds
+        if method.width is Fixed:
+            return Fixed(high, tuple(range(low, high + 1)))
+        return method.width(high, low, high)  # type: ignore[call-arg]
+
+    def pair(layer: Layer) -> tuple[Width, Width]:
+        return one(w_bits), Fixed(image_bits) if layer.reads_input else one(a_bits)
+
+    return pair

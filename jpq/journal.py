@@ -1,0 +1,88 @@
+"""One run's folder, clock, history and checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from jpq import checkpoint, report
+from jpq.config import Config, write
+from jpq.result import Row, Watch
+from jpq.train import Phase, Recorder
+from jpq.types import JpqError
+
+
+@dataclass
+class Journal:
+    """What accompanies one run: its folder, its clock, its history and its checkpoint."""
+
+    config: Config
+    watch: Watch
+    folder: Path
+    recorder: Recorder = field(default_factory=lambda: Recorder(_clock()))
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    saved: dict[str, Any] | None = None  # the checkpoint that this run goes on from
+
+    def __post_init__(self) -> None:
+        if self.config.run.resume:
+            self.saved = checkpoint.load(self.folder)
+            if self.saved and self.saved["settings"] != self.config.hash():
+                raise JpqError(f"The checkpoint in {self.folder} belongs to other settings; run without --resume.")
+            if self.saved:
+                self.recorder.rows = [Row(**row) for row in self.saved["history"]]
+                earlier = self.recorder.rows[-1].seconds if self.recorder.rows else 0.0
+                self.recorder.clock = _clock(earlier)
+
+    def timed(self, name: str, work: Callable[[], Any]) -> Any:
+        """Do `work` and note how long it took."""
+        start = time.perf_counter()
+        done = work()
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 2)
+        return done
+
+    def keep(self, phase: Phase, net: nn.Module, optim: torch.optim.Optimizer, **more: Any) -> None:
+        """Write the checkpoint and the history so far."""
+        report.write_history(self.recorder.rows, self.folder)
+        state = {
+            "kind": "jpq checkpoint", "settings": self.config.hash(), "phase": phase.name, "done": phase.done,
+            "net": net.state_dict(), "optimizer": optim.state_dict(), "random": torch.get_rng_state(),
+            "history": [asdict(row) for row in self.recorder.rows], **more,
+        }  # fmt: skip
+        checkpoint.save(self.folder, state)
+
+    def go_on(self, phase: Phase, net: nn.Module, optim: torch.optim.Optimizer) -> None:
+        """If the checkpoint lies in this phase: put its state in place."""
+        if not self.saved or self.saved["phase"] != phase.name:
+            return
+        checkpoint.restore(net, self.saved["net"], self.folder / checkpoint.NAME)
+        optim.load_state_dict(self.saved["optimizer"])
+        torch.set_rng_state(self.saved["random"])
+        phase.done = int(self.saved["done"])
+
+    def is_past(self, phase: str) -> bool:
+        """Whether the checkpoint lies after this phase."""
+        order = ["float", "search", "fine-tune"]
+        return bool(self.saved) and order.index(self.saved["phase"]) > order.index(phase)  # type: ignore[index]
+
+
+def _clock(earlier: float = 0.0) -> Callable[[], float]:
+    start = time.perf_counter() - earlier
+    return lambda: round(time.perf_counter() - start, 2)
+
+
+def open_folder(config: Config) -> Path:
+    """The run's folder, made, with its config.toml. Raises JpqError where it cannot be written."""
+    folder = config.run.out / config.hash()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(config, folder / "config.toml")
+    except OSError as error:
+        raise JpqError(f"Cannot write to {folder}: {error.strerror}. Choose another folder with --out.") from error
+    return folder

@@ -1,0 +1,267 @@
+"""What the screen shows: a live line while a run works, then a table of the layers and a summary."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from jpq.result import Result, Row, human, percent
+
+if TYPE_CHECKING:
+    from jpq.network.record import Network
+    from jpq.network.sites import Site
+
+COST_OF_SEARCH = 2.0  # a step with gates and quantizers over a step of the float model, to guess the time left
+
+
+class Progress:
+    """A `Watch` for people: phase, epoch, loss, held-out accuracy, BOPs against their aim, and the time left.
+
+    On a terminal two lines are kept up to date; elsewhere (a log, CI) every epoch writes one line. Use it as a context.
+    `planned` names the phases to come with their epochs, in order, so that the time left covers all of them.
+    """
+
+    def __init__(self, console: Console, planned: Mapping[str, int]) -> None:
+        self.console = console
+        self.planned = dict(planned)
+        self.name, self.epochs, self.steps = "", 0, 0
+        self.done = 0  # steps of this phase, those of an earlier run included
+        self.timed = 0  # steps of this phase that this run did
+        self.began = time.monotonic()
+        self.loss = self.bops_share = self.aim_share = math.nan
+        self.row: Row | None = None
+        self.live: Live | None = None
+
+    def __enter__(self) -> Progress:
+        if self.console.is_terminal:
+            self.live = Live(get_renderable=self._screen, console=self.console, refresh_per_second=5, transient=True)
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._close_phase()
+        if self.live is not None:
+            self.name = ""
+            self.live.stop()
+
+    def phase(self, name: str, epochs: int, steps: int) -> None:
+        """A phase of so many epochs of so many steps begins."""
+        self._close_phase()
+        self.name, self.epochs, self.steps = name, epochs, steps
+        self.done = self.timed = 0
+        self.began = time.monotonic()
+        self.row = None
+        self.loss = self.bops_share = self.aim_share = math.nan
+        if self.live is None and not epochs:
+            self.console.print(f"{name} ...", soft_wrap=True, highlight=False)
+
+    def step(self, loss: float, bops_share: float, aim_share: float) -> None:
+        """One optimisation step is done."""
+        self.done += 1
+        self.timed += 1
+        self.loss, self.bops_share, self.aim_share = loss, bops_share, aim_share
+
+    def epoch(self, row: Row) -> None:
+        """One epoch is done."""
+        self.row = row
+        self.done = row.epoch * self.steps
+        if self.live is None:
+            numbers = self._numbers(row.loss, row.bops_share, row.aim_share)
+            parts = [f"{row.phase:<9} {row.epoch:>3}/{row.epochs}", *numbers, *self._left_text()]
+            self.console.print("  ".join(parts), soft_wrap=True, highlight=False)
+
+    def seconds_left(self) -> float | None:
+        """Time left in this and all planned phases; None until it can be guessed."""
+        if not self.timed or not self.steps:
+            return None
+        per_step = (time.monotonic() - self.began) / self.timed
+        left = max(0, self.epochs * self.steps - self.done) * per_step
+        factor = COST_OF_SEARCH if self.name == "float" else 1.0
+        names = list(self.planned)
+        later = names[names.index(self.name) + 1 :] if self.name in names else []
+        return left + sum(self.planned[name] for name in later) * self.steps * per_step * factor
+
+    def _left_text(self) -> list[str]:
+        left = self.seconds_left()
+        return [] if left is None else [f"{duration(left)} left"]
+
+    def _numbers(self, loss: float, bops: float, aim: float) -> list[str]:
+        """Loss, held-out accuracy and BOPs, as far as they are known."""
+        out = [f"loss {loss:.3f}"] if math.isfinite(loss) else []
+        if self.row is not None:
+            out.append(f"held-out {percent(self.row.accuracy)}")
+            bops = bops if math.isfinite(bops) else self.row.bops_share
+        if math.isfinite(bops):
+            out.append(f"BOPs {percent(bops)}" + (f" (aim {percent(aim)})" if math.isfinite(aim) else ""))
+        return out
+
+    def _screen(self) -> RenderableType:
+        if not self.name:
+            return Text("")
+        if not self.epochs:
+            return Spinner("dots", Text(f"{self.name} ..."))
+        total = self.epochs * self.steps
+        epoch = min(self.epochs, self.done // max(self.steps, 1) + 1)
+        line = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=total, completed=min(self.done, total), width=max(10, min(40, self.console.width - 50)))
+        line.add_row(
+            Text(f"{self.name:<9}", style="bold"), bar, Text(f"epoch {epoch}/{self.epochs}"),
+            Text("  ".join(self._left_text()), style="cyan"),
+        )  # fmt: skip
+        numbers = "   ".join(self._numbers(self.loss, self.bops_share, self.aim_share))
+        return Group(line, Text(f"          {numbers}", style="dim", no_wrap=True, overflow="ellipsis"))
+
+    def _close_phase(self) -> None:
+        """Leave one line on the terminal about the phase that ended."""
+        if self.live is None or not self.name:
+            return
+        parts = [f"{self.name:<9}", f"{self.epochs} epochs" if self.epochs else ""]
+        if self.row is not None:
+            parts += self._numbers(math.nan, self.row.bops_share, math.nan)
+        parts.append(duration(time.monotonic() - self.began))
+        self.live.console.print("[green]✓[/] " + escape("  ".join(p for p in parts if p)), highlight=False)
+        self.name = ""
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def layer_table(result: Result) -> Table:
+    """What became of each layer."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_footer=True, footer_style="bold")
+    rows = result.layers
+    kept, every = sum(r.outputs for r in rows), sum(r.outputs_all for r in rows)
+    table.add_column("layer", "total", overflow="fold")
+    macs, bops = (human(sum(getattr(r, field) for r in rows)) for field in ("macs", "bops"))
+    footers = ("", f"{kept}/{every}", "", "", macs, bops, "100 %")
+    for name, footer in zip(("in", "out", "w bits", "a bits", "MACs", "BOPs", "share"), footers, strict=True):
+        table.add_column(name, footer, justify="right", no_wrap=True)
+    for r in rows:
+        channels = (f"{r.inputs}/{r.inputs_all}", f"{r.outputs}/{r.outputs_all}")
+        cells = (str(r.w_bits), str(r.a_bits), human(r.macs), human(r.bops), f"{100 * r.share:.1f} %")
+        table.add_row(escape(r.name), *channels, *cells)
+    return table
+
+
+def summary(result: Result) -> Panel:
+    """How good and how dear the model was and is, whether the budget and the checks hold, and where the files are."""
+    full, now = result.float, result.compressed
+    top = Table.grid(padding=(0, 2))
+    for justify in ("left", "right", "right", "left"):
+        top.add_column(justify=justify, no_wrap=justify != "left")
+    top.add_row("", "[dim]float[/]", "[dim]compressed[/]", "")
+    points = 100 * (now.accuracy - full.accuracy)
+    change = f"{points:+.2f} points, test split"
+    top.add_row("accuracy", percent(full.accuracy), f"[bold]{percent(now.accuracy)}[/]", change)
+    for label, field, unit in (("BOPs", "bops", ""), ("MACs", "macs", ""), ("size", "size_bytes", "B")):
+        before, after = getattr(full, field), getattr(now, field)
+        share = f"{percent(now.bops_share)} of fp32, " if field == "bops" else ""
+        top.add_row(label, human(before, unit), f"[bold]{human(after, unit)}[/]", share + _factor(before, after))
+
+    rest = Table.grid(padding=(0, 2))
+    rest.add_column(no_wrap=True)
+    rest.add_column(overflow="fold")
+    for name, target in result.targets.items():
+        rest.add_row("target", target_line(name, target))
+    for line in verified_lines(result.verified):
+        rest.add_row("verified", line)
+    parts = ", ".join(f"{escape(k)} {duration(v)}" for k, v in result.seconds.items() if k != "total")
+    total = result.seconds.get("total", sum(result.seconds.values()))
+    rest.add_row("time", duration(total) + (f" ({parts})" if parts else ""))
+    files = "model.safetensors with plan.json, model.onnx, result.json, layers.csv, history.csv, curves.png, layers.png"
+    rest.add_row("files", f"[bold]{escape(os.path.relpath(result.folder))}[/]: {files}")
+    for note in result.notes:
+        rest.add_row("[yellow]note[/]", escape(note))
+    return Panel(Group(top, Text(""), rest), title=f"{escape(result.method)}", title_align="left", border_style="cyan",
+                 expand=False)  # fmt: skip
+
+
+def target_line(name: str, target: Mapping[str, Any]) -> str:
+    """One target as a sentence: what was asked, what it allows, how much of it is used."""
+    unit, shown = {"bops": ("", "BOPs"), "macs": ("", "MACs"), "size": ("B", "size")}.get(name, ("", name))
+    asked, limit, reached = str(target["asked"]), target["limit"], target["reached"]
+    allowed = f"{shown} {escape(asked)}" + (f" = {human(limit, unit)}" if "%" in asked else "")
+    verdict = "[green]met[/]" if reached <= limit else "[red]not met[/]"
+    return f"{allowed}: {verdict}, {100 * target['used']:.1f} % of it used"
+
+
+def verified_lines(verified: Mapping[str, Any]) -> list[str]:
+    """What was checked, in words; checks that are not known here are listed as they are."""
+    lines = []
+    for name, value in verified.items():
+        if name == "masked_vs_rebuilt_float64":
+            lines.append(f"rebuilt model = masked model (largest relative difference {value:.1e} in float64)")
+        elif name == "rebuilt_vs_onnxruntime":
+            same = value["images"] - value["argmax_differs"]
+            lines.append(
+                f"onnxruntime agrees on {same} of {value['images']} test images "
+                f"({value['at_a_rounding_boundary']} with a value at a rounding boundary)"
+            )
+        else:
+            lines.append(f"{escape(name.replace('_', ' '))}: {escape(str(value))}")
+    return lines
+
+
+def _factor(before: float, after: float) -> str:
+    """How many times less."""
+    if after <= 0:
+        return ""
+    times = before / after
+    return f"{times:.0f}x less" if times >= 20 else f"{times:.1f}x less"
+
+
+def inspection(network: Network, sites: Sequence[Site], seconds: float) -> Group:
+    """What was seen in a model: layers with their costs, sites, frozen channels and why."""
+    layers = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_footer=True, footer_style="bold")
+    macs = sum(layer.macs for layer in network.layers)
+    headers = ("layer", "kind", "in", "out", "free", "groups", "weights", "MACs", "fp32 BOPs")
+    counts = [math.prod(layer.weight_shape) for layer in network.layers]
+    footers = ("total", "", "", "", "", "", human(sum(counts)), human(macs), human(1024 * macs))
+    for i, (name, footer) in enumerate(zip(headers, footers, strict=True)):
+        layers.add_column(name, footer, justify="left" if i < 2 else "right", overflow="fold")
+    for layer, count in zip(network.layers, counts, strict=True):
+        free = sum(int(c) >= 0 and int(c) not in network.frozen for c in layer.outputs)
+        cells = (len(layer.inputs), len(layer.outputs), free, layer.groups)
+        costs = (human(count), human(layer.macs), human(1024 * layer.macs))
+        layers.add_row(escape(layer.name), layer.kind, *map(str, cells), *costs)
+    units = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    units.add_column("site", overflow="fold")
+    units.add_column("channels", justify="right")
+    units.add_column("read by", overflow="fold")
+    for site in sites:
+        units.add_row(escape(site.name), str(site.n), escape(", ".join(dict.fromkeys(tap.layer for tap in site.taps))))
+    frozen = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    frozen.add_column("frozen channels", justify="right")
+    frozen.add_column("reason", overflow="fold")
+    for reason, count in Counter(network.frozen.values()).most_common():
+        frozen.add_row(str(count), escape(reason))
+    channels = sum(site.n for site in sites)
+    line = f"{len(network.layers)} layers, {channels} channels in {len(sites)} sites can go, {human(macs)} MACs, "
+    line += f"{human(1024 * macs)} BOPs in fp32; traced in {seconds:.2f} s."
+    odd = [Text(f"ops without a rule: {', '.join(network.unknown_ops)}", style="yellow")] if network.unknown_ops else []
+    return Group(layers, units, frozen, *odd, Text(line))

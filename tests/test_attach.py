@@ -1,0 +1,147 @@
+"""The law with gates and quantizers on: soft == settled == rebuilt == exported, over the zoo."""
+
+import pytest
+import torch
+from test_rebuild import randomised
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map
+from zoo import ZOO
+
+from jpq import costs
+from jpq.exporters import onnx
+from jpq.exporters.quantized import rebuild
+from jpq.exporters.verify import compare, measure
+from jpq.gates import GATES, VIB
+from jpq.network.attach import attach, call
+from jpq.network.sites import channels
+from jpq.network.trace import trace
+from jpq.quantizers import Fixed, Learned
+from jpq.types import JpqError
+
+
+def widths(layer):
+    return Learned(6, 2, 8), Fixed(8) if layer.reads_input else Learned(5, 2, 8)
+
+
+def compressed(name, gate=VIB, seed=0, dtype=torch.float64):
+    """A zoo net with gates and quantizers, its decisions drawn at random."""
+    torch.manual_seed(seed)
+    make, example = ZOO[name]
+    model = randomised(make(), seed)
+    as_float = lambda t: t.to(dtype) if t.is_floating_point() else t  # noqa: E731
+    example = tree_map(as_float, example)
+    model = model.to(dtype)
+    network = trace(model, example)
+    net = attach(model, network, channels(network), gate, widths, [example], "djpq").to(dtype)
+    for p in net.gates.parameters():
+        p.data.add_(torch.randn_like(p) * 5)
+    for p in net.decisions()["bits"]:
+        p.data.sub_(torch.rand_like(p) * 4)
+    net.after_step(0.5)
+    for gate in net.gates:  # no site may lose everything
+        for p in gate.parameters():
+            p.data[0, -1] = 4.0 if p is getattr(gate, "log_var", None) else -4.0  # dropped
+            p.data[0, 0] = -9.0 if p is getattr(gate, "log_var", None) else 1.0  # kept
+        gate.after_step(0.5)
+    return model, net.eval(), example
+
+
+def flat(out):
+    return torch.cat([t.flatten() for t in tree_flatten(out)[0]])
+
+
+def gap(a, b):
+    a, b = flat(a), flat(b)
+    return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("gate", [GATES[g] for g in sorted(GATES)])
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_soft_settled_and_rebuilt_agree(name, gate):
+    model, net, example = compressed(name, gate)
+    with torch.no_grad():
+        before = call(net, example)
+        plan = net.plan()
+        soft_cost = float(costs.bops(net.uses()))
+        net.settle(plan)
+        after = call(net, example)
+        assert gap(before, after) <= 1e-10
+        assert net.plan() == plan
+        small, complete = rebuild(net, model)
+        assert gap(after, call(small.double(), example)) <= 1e-10
+    exact = costs.bops(net.exact(complete))
+    assert exact.denominator == 1
+    assert soft_cost == pytest.approx(float(exact), rel=1e-5)
+    kept = sum(sum(units) for units in plan.kept.values())
+    every = sum(len(units) for units in plan.kept.values())
+    assert not every or kept < every  # the draw really dropped something
+
+
+def test_counted_on_the_rebuilt_model():
+    for name in ("Residual", "Depthwise", "Flat"):
+        key = next(k for k in ZOO if k.lower() == name.lower())
+        model, net, example = compressed(key)
+        net.settle(net.plan())
+        small, plan = rebuild(net, model)
+        counted = measure(small, example)
+        uses = net.exact(plan)
+        assert counted["bops"] == costs.bops(uses)
+        assert counted["macs"] == costs.macs(uses)
+
+
+@pytest.mark.parametrize("name", ["Plain", "Residual", "Concat", "Depthwise"])
+def test_exported_file_computes_the_same(name, tmp_path):
+    key = next(k for k in ZOO if k.lower() == name.lower())
+    model, net, example = compressed(key, dtype=torch.float32)
+    net.settle(net.plan())
+    small, _ = rebuild(net, model)
+    onnx.export(small, example, tmp_path / "m.onnx")
+    x = torch.randn(64, *example.shape[1:])
+    found = compare(small, onnx.Session(tmp_path / "m.onnx"), [(x, torch.zeros(64))])
+    assert found["images"] == 64
+    assert found["argmax_differs"] <= found["at_a_rounding_boundary"]
+    assert found["at_a_rounding_boundary"] <= 3
+
+
+def test_gradients_reach_weights_ranges_bits_and_gates():
+    _, net, example = compressed("residual" if "residual" in ZOO else "Residual", dtype=torch.float32)
+    net.train()
+    loss = flat(call(net, example)).square().mean() + costs.bops(net.uses()).log() + net.penalty()
+    loss.backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None, name
+        assert bool(p.grad.isfinite().all()), name
+    groups = {**net.weights(), **net.decisions()}
+    assert sum(len(g) for g in groups.values()) == len(list(net.parameters()))
+
+
+def test_every_consumer_sees_the_same_noise():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            y = torch.relu(self.a(x))
+            return self.b(y) - self.c(y)
+
+    model = Twice()
+    model.c.load_state_dict(model.b.state_dict())
+    network = trace(model, torch.randn(2, 4))
+    net = attach(model, network, channels(network), VIB, lambda _: (Fixed(8), Fixed(8)), [torch.randn(50, 4)], "djpq")
+    net.gates[0].log_var.data.fill_(0.0)
+    net.train()
+    x = torch.randn(5, 4)
+    assert float(net(x).abs().max()) < 1e-6
+    one, other = net.layer("b")(torch.ones(2, 6)), net.layer("b")(torch.ones(2, 6))
+    assert torch.equal(one, other)  # within a forward pass
+    net(x)
+    assert not torch.equal(one, net.layer("b")(torch.ones(2, 6)))  # a new draw in the next
+
+
+def test_parametrized_models_are_refused():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    network = trace(model, torch.randn(1, 3))
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(JpqError, match="parametrizations"):
+        attach(model, network, (), VIB, widths, [torch.randn(1, 3)], "djpq")

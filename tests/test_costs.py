@@ -1,0 +1,156 @@
+"""Golden costs (the tables in the BOPs sheet, exact integers), the three ways to count, and targets."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+from jpq import costs
+from jpq.budget import Controller, Target, parse, spent, targets
+from jpq.models import build
+from jpq.network.attach import exact_uses
+from jpq.network.shares import Shares
+from jpq.network.sites import channels
+from jpq.network.trace import trace
+from jpq.plan import LayerPlan, Plan
+from jpq.types import JpqError
+
+# exact BOPs at W8A8, W4A8, W4A4, W3A3, W2A2 with the image at 8 bits
+UNIFORM = {
+    "lenet5": ((1, 28), 4_267_008, [273_088_512, 136_544_256, 75_644_928, 45_315_072, 22_597_632]),
+    "vgg7": ((3, 32), 615_917_568, [39_418_724_352, 19_709_362_176, 9_911_304_192, 5_596_342_272, 2_506_137_600]),
+    "resnet20": ((3, 32), 40_551_040, [2_595_266_560, 1_297_633_280, 655_894_528, 371_594_880, 167_512_576]),
+    "resnet56": ((3, 32), 125_485_696, [8_031_084_544, 4_015_542_272, 2_014_849_024, 1_136_006_784, 507_251_200]),
+}
+WIDTHS = [(8, 8), (4, 8), (4, 4), (3, 3), (2, 2)]
+
+
+def traced(name):
+    (channels_in, side), *_ = UNIFORM[name]
+    return trace(build(name, 10, channels_in), torch.randn(2, channels_in, side, side))
+
+
+def uniform_plan(network, w, a, sites=(), kept=None):
+    layers = {x.name: LayerPlan(w, 8 if x.reads_input else a, False) for x in network.layers}
+    return Plan("test", layers, kept or {s.name: (True,) * s.n for s in sites})
+
+
+@pytest.mark.parametrize("name", sorted(UNIFORM))
+def test_uniform_bits_cost_what_the_published_tables_say(name):
+    network = traced(name)
+    shares = Shares(network, ())
+    _, macs, bops = UNIFORM[name]
+    for (w, a), want in zip(WIDTHS, bops, strict=True):
+        uses = exact_uses(network, shares, uniform_plan(network, w, a))
+        assert costs.bops(uses) == want
+        assert costs.macs(uses) == macs
+    assert costs.baseline(uses)["bops"] == macs * 1024
+
+
+def test_resnet20_with_inner_channels_halved():
+    """MACs 20,497,024 and W4A4 335,030,272 = 0.80683 %."""
+    network = traced("resnet20")
+    sites = [s for s in channels(network) if s.name.endswith("conv1") and s.name != "conv1"]
+    kept = {s.name: tuple(i % 2 == 0 for i in range(s.n)) for s in sites}
+    uses = exact_uses(network, Shares(network, sites), uniform_plan(network, 4, 4, sites, kept))
+    assert costs.macs(uses) == 20_497_024
+    assert costs.bops(uses) == 335_030_272
+
+
+def test_vgg7_with_every_hidden_width_halved():
+    """MACs 154,866,688 and W4A4 2,506,178,560."""
+    network = traced("vgg7")
+    sites = channels(network)
+    kept = {s.name: tuple(i % 2 == 0 for i in range(s.n)) for s in sites}
+    uses = exact_uses(network, Shares(network, sites), uniform_plan(network, 4, 4, sites, kept))
+    assert costs.macs(uses) == 154_866_688
+    assert costs.bops(uses) == 2_506_178_560
+
+
+def test_depthwise_layers_cost_linearly():
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 8, 3, padding=1, groups=8), torch.nn.Conv2d(8, 4, 1)
+    )
+    network = trace(net, torch.randn(1, 3, 6, 6))
+    (site,) = [s for s in channels(network) if s.n == 8]
+    half = {site.name: (True, False) * 4}
+    full = {site.name: (True,) * 8}
+    shares = Shares(network, [site])
+    ratio = [
+        Fraction(costs.macs([h]), costs.macs([f]))
+        for h, f in zip(
+            exact_uses(network, shares, uniform_plan(network, 8, 8, [site], half)),
+            exact_uses(network, shares, uniform_plan(network, 8, 8, [site], full)),
+            strict=True,
+        )
+    ]
+    assert ratio == [Fraction(1, 2)] * 3
+
+
+def test_size_counts_weights_at_their_bits_and_two_numbers_per_channel():
+    use = costs.LayerUse("x", 1, 1000, 10, 1, Fraction(1, 2), 1, 4, 8)
+    assert costs.size([use]) == (1000 / 2 * 4 + 5 * 64) / 8
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"), [("1%", 10_000), ("0.25%", 2_500), ("100%", 10**6), ("12k", 12_000), ("0.5M", 500_000), ("1e3", 1000)]
+)
+def test_amounts(text, limit):
+    assert parse("bops", text, 10**6).limit == limit
+
+
+@pytest.mark.parametrize("text", ["0", "0%", "101%", "2M", "-1%", "much", "", "1 percent", "50KB", "nan", "inf"])
+def test_bad_amounts_are_refused(text):
+    with pytest.raises(JpqError, match="--target-bops"):
+        parse("bops", text, 10**6)
+
+
+def test_sizes_take_bytes():
+    assert parse("size", "50KB", 10**6).limit == 50_000
+
+
+def goal_and_uses(bits):
+    """A toy with one layer whose bits are a tensor."""
+    use = lambda b: [costs.LayerUse("x", 100, 10, 1, 1, 1, 1, b, b)]  # noqa: E731
+    return targets({"bops": "1%"}, use(32))[0], use(bits)
+
+
+def test_controller_reaches_the_wanted_cost_within_two_percent_and_stays():
+    goal, _ = goal_and_uses(32)
+    bits = torch.tensor(8.0, requires_grad=True)
+    controller = Controller((goal,))
+    controller.begin(goal_and_uses(8.0)[1])
+    optim = torch.optim.Adam([bits], 0.02)
+    seen = []
+    for step in range(1500):
+        _, uses = goal_and_uses(bits)
+        loss = controller.loss(uses, step / 1500) - 0.3 * bits  # the task always wants more bits
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+        seen.append(float(spent(goal, goal_and_uses(float(bits))[1])))
+    assert 0.98 < sum(seen[-200:]) / 200 < 1.02
+    assert min(seen) > 0.9  # no overshoot on the way down
+
+
+def test_controller_is_silent_at_or_below_the_aim_and_survives_a_checkpoint():
+    goal, uses = goal_and_uses(torch.tensor(2.0))
+    controller = Controller((goal,))
+    controller.begin(goal_and_uses(8.0)[1])
+    assert controller.loss(uses, 1.0) == 0
+    assert controller.aim(goal, 1.0) == goal.limit
+    assert controller.aim(goal, 0.0) == pytest.approx(6400)
+    twin = Controller((goal,))
+    twin.restore(controller.state())
+    assert twin.pressure == controller.pressure
+    assert twin.aim(goal, 0.3) == controller.aim(goal, 0.3)
+
+
+def test_several_targets_push_only_where_they_are_exceeded():
+    use = costs.LayerUse("x", 100, 1000, 1, 1, 1, 1, torch.tensor(4.0, requires_grad=True), torch.tensor(4.0, requires_grad=True))
+    loose, tight = Target("bops", "", 10**6), Target("size", "", 100)
+    controller = Controller((loose, tight))
+    controller.begin([use])
+    grads = torch.autograd.grad(controller.loss([use], 1.0), (use.w_bits, use.a_bits), allow_unused=True)
+    assert grads[0] > 0
+    assert grads[1] is None

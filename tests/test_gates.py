@@ -1,0 +1,134 @@
+"""Laws of the gates, over the table; and what the sheets say of each."""
+
+import math
+
+import pytest
+import torch
+
+from jpq.gates import GATES, VIB, Decided, HardConcrete
+from jpq.gates.hard_concrete import EDGE
+
+
+def make(name, n=64):
+    torch.manual_seed(0)
+    gate = GATES[name](1, n)
+    for p in gate.parameters():
+        p.data.add_(torch.linspace(-6, 6, n))
+    gate.after_step(0.5)
+    return gate
+
+
+@pytest.mark.parametrize("name", sorted(GATES))
+class TestEveryGate:
+    def test_starts_with_everything_kept(self, name):
+        gate = GATES[name](1, 9)
+        assert gate.keep().sum() == 9
+        assert gate.keep().shape == gate.margin().shape == gate.alive().shape == gate.scale().shape == (1, 9)
+
+    def test_evaluation_is_zero_exactly_where_dropped(self, name):
+        gate = make(name).eval()
+        assert torch.equal(gate.multiplier() == 0, gate.keep() == 0)
+        assert 0 < gate.keep().sum() < 64
+        assert torch.equal(gate.keep(), (gate.margin() > 0).float())
+
+    def test_alive_is_a_probability_that_rises_with_the_margin(self, name):
+        gate = make(name)
+        alive, margin = gate.alive()[0], gate.margin()[0]
+        assert bool(((alive >= 0) & (alive <= 1)).all())
+        assert bool((alive[margin.argsort()].diff() >= 0).all())
+        grads = torch.autograd.grad(gate.alive().sum(), list(gate.parameters()))
+        assert all(bool((g != 0).any()) for g in grads)
+
+    def test_a_step_keeps_everything_finite(self, name):
+        gate = GATES[name](1, 8)
+        for p in gate.parameters():
+            p.data.mul_(1e6)
+        gate.after_step(1.0)
+        assert bool(gate.margin().isfinite().all())
+        assert bool(gate.relaxed().isfinite().all())
+
+    def test_decided_gate_repeats_the_decision(self, name):
+        gate = make(name)
+        decided = Decided(gate.keep())
+        for mode in (True, False):
+            decided.train(mode)
+            assert torch.equal(decided.multiplier(), gate.keep())
+        assert not list(decided.parameters())
+
+
+class TestVIB:
+    def test_dropped_iff_variance_exceeds_squared_mean(self):
+        gate = VIB(1, 3)
+        gate.mu.data = torch.tensor([[0.5, 0.5, 0.5]])
+        gate.log_var.data = torch.tensor([[0.26, 0.24, 0.2499]]).log()
+        assert gate.keep().tolist() == [[0, 1, 1]]
+
+    def test_jitter_times_mu_has_the_gates_mean_and_variance(self):
+        gate = VIB(1, 4)
+        gate.mu.data = torch.tensor([[0.5, 1.0, 2.0, 0.1]])
+        gate.log_var.data = torch.tensor([[-1.0, -3.0, 0.5, -2.0]])
+        n = 40_000
+        torch.manual_seed(0)
+        z = gate.jitter(n) * gate.mu
+        sigma = gate.log_var[0].mul(0.5).exp()
+        assert bool(((z.mean(0) - gate.mu[0]).abs() < 4 * sigma / math.sqrt(n)).all())
+        assert bool(((z.var(0) / sigma**2 - 1).abs() < 4 * math.sqrt(2 / n)).all())
+        assert not torch.equal(z[0], z[1])
+
+    def test_penalty_is_the_least_kl_over_prior_variances(self):
+        gate = VIB(1, 3)
+        gate.mu.data = torch.tensor([[0.0, 0.7, -0.7]])
+        gate.log_var.data.fill_(-1.0)
+        var = torch.logspace(-3, 3, 20_001)[:, None]
+        own, mean = gate.log_var.exp(), gate.mu
+        kl = 0.5 * ((own + mean**2) / var - 1 + (var / own).log())
+        assert torch.allclose(gate.penalty(), kl.min(0).values[None], atol=1e-4)
+        assert gate.penalty()[0, 0].abs() < 1e-6
+        assert torch.allclose(gate.penalty()[0, 1], gate.penalty()[0, 2])
+
+    def test_penalty_alone_drops_every_unit(self):
+        gate = VIB(1, 8)
+        optim = torch.optim.Adam(gate.parameters(), 0.1)
+        for _ in range(400):
+            optim.zero_grad()
+            gate.penalty().sum().backward()
+            optim.step()
+            gate.after_step(0.0)
+        assert gate.keep().sum() == 0
+
+    def test_soft_share_tends_to_the_hard_one(self):
+        gate = make("vib")
+        sharp = VIB(1, 64, tau=1e-4)
+        sharp.load_state_dict(gate.state_dict())
+        assert torch.allclose(sharp.alive().sum(), gate.keep().sum())
+
+
+class TestHardConcrete:
+    def test_closed_forms_by_monte_carlo(self):
+        gate = HardConcrete(1, 5)
+        gate.log_alpha.data = torch.tensor([[-3.0, -1.0, 0.0, 1.0, 3.0]])
+        torch.manual_seed(0)
+        n = 20_000
+        z = torch.stack([gate.relaxed()[0] for _ in range(n)])
+        for found, want in (
+            ((z > 0).float().mean(0), gate.alive()[0]),
+            ((z == 1).float().mean(0), torch.sigmoid(gate.log_alpha - 2 / 3 * math.log(11))[0]),
+        ):
+            assert bool(((found - want).abs() < 4 * (want * (1 - want) / n).sqrt() + 1e-4).all())
+        assert bool((z == 0).any())
+        assert bool((z == 1).any())
+
+    def test_test_time_gate_switches_at_ln_11(self):
+        gate = HardConcrete(1, 4).eval()
+        gate.log_alpha.data = torch.tensor([[-EDGE - 1e-3, -EDGE + 1e-3, EDGE - 1e-3, EDGE + 1e-3]])
+        z = gate.multiplier()[0]
+        assert z[0] == 0
+        assert 0 < z[1] < 0.01
+        assert 0.99 < z[2] < 1
+        assert z[3] == 1
+
+    def test_bounded_where_it_can_return(self):
+        gate = HardConcrete(1, 2)
+        gate.log_alpha.data = torch.tensor([[-50.0, 50.0]])
+        gate.after_step(0.0)
+        assert float(gate.log_alpha.detach().abs().max()) == pytest.approx(math.log(100))

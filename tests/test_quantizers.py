@@ -1,0 +1,188 @@
+"""The integer quantizer against plain autograd, against brute force, and inside brevitas's layers."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from jpq.quantizers import WIDTHS, Fixed, Integer, Learned, PowerOfTwo, act_quantizer, quantize_layer, weight_quantizer
+from jpq.quantizers.base import nearest
+from jpq.quantizers.integer import _Quantize, fit_threshold, levels
+from jpq.quantizers.power_of_two import switch_point
+from jpq.types import JpqError
+
+
+def reference(x, threshold, bits, signed):
+    """The same formulas as a chain of differentiable operations, straight-through on round only."""
+    n = torch.exp2(bits - float(signed)) - 1
+    u = x / (threshold / n)
+    rounded = (u + (u.round() - u).detach()) * (threshold / n)
+    inside = (x.abs() <= threshold) if signed else (x >= 0) & (x <= threshold)
+    clipped = x.sign() * threshold if signed else (x > 0) * threshold
+    return torch.where(inside, rounded, clipped.expand_as(x))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("shape", [(), (5, 1)])
+@pytest.mark.parametrize("bits", [2.0, 3.0, 8.0])
+def test_gradients_equal_autograd_of_the_plain_chain(signed, shape, bits):
+    torch.manual_seed(0)
+    x = torch.randn(5, 40, dtype=torch.float64, requires_grad=True)
+    threshold = (torch.rand(shape, dtype=torch.float64) + 0.7).requires_grad_()
+    b = torch.tensor(bits, dtype=torch.float64, requires_grad=True)
+    jitter = torch.rand(5, 40, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(5, 40, dtype=torch.float64)
+    inputs = (x, threshold, b, jitter)
+    want = reference(x, threshold, b, signed) * jitter
+    got = _Quantize.apply(x, threshold, b, signed, jitter)
+    assert torch.allclose(got, want, atol=1e-12)
+    pairs = zip(torch.autograd.grad(got, inputs, g), torch.autograd.grad(want, inputs, g), strict=True)
+    for ours, theirs in pairs:
+        assert torch.allclose(ours, theirs, atol=1e-10)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_bits_gradient_is_the_derivative_at_fixed_rounding(signed):
+    """d x_q / d b by finite differences, with the rounded integers held: x_q = k * s(b)."""
+    torch.manual_seed(1)
+    x, threshold = torch.rand(1000, dtype=torch.float64) * 0.9, torch.tensor(1.0, dtype=torch.float64)
+    b = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(1000, dtype=torch.float64)
+    (ours,) = torch.autograd.grad(_Quantize.apply(x, threshold, b, signed, None), b, g)
+    # straight-through: d(round(u) s)/db = (round(u) - u) ds/db
+    scale = lambda v: threshold / (2 ** (v - signed) - 1)  # noqa: E731
+    slope = (scale(4 + 1e-6) - scale(4 - 1e-6)) / 2e-6
+    u = x / scale(4.0)
+    assert math.isclose(float(ours), float((g * (u.round() - u) * slope).sum()), rel_tol=1e-6)
+
+
+@given(bits=st.integers(2, 8), signed=st.booleans(), seed=st.integers(0, 10**6))
+@settings(max_examples=40, deadline=None)
+def test_grid(bits, signed, seed):
+    """Exact zero, the right number of levels, error at most half a step inside the range, idempotent."""
+    torch.manual_seed(seed)
+    x = torch.randn(2000) if signed else torch.randn(2000).abs()
+    threshold = torch.tensor(1.3)
+    quantizer = Integer(threshold, Fixed(bits), signed)
+    y, scale, zero, b = quantizer(torch.cat([x, torch.zeros(1), torch.linspace(-3, 3, 5000)]))
+    assert float(b) == bits
+    assert float(zero) == 0
+    assert y[2000] == 0
+    steps = (y / scale).round()
+    assert torch.allclose(steps * scale, y, atol=1e-6)
+    assert len(steps.unique()) == (2**bits - 1 if signed else 2**bits)
+    inside = x.abs() <= 1.3
+    assert float((y[:2000] - x)[inside].abs().max()) <= float(scale) / 2 + 1e-6
+    assert torch.allclose(quantizer(y)[0], y, atol=1e-6)
+
+
+def test_number_and_tensor_paths_agree():
+    """A scalar range takes torch's scalar loops, the same range per channel the broadcasting ones."""
+    x = torch.randn(6, 50, requires_grad=True)
+    outs = []
+    for shape in ((), (6, 1)):
+        t = torch.full(shape, 0.9, requires_grad=True)
+        b = torch.tensor(3.0, requires_grad=True)
+        y = _Quantize.apply(x, t, b, True, None)
+        grads = torch.autograd.grad(y.square().sum(), (x, t, b))
+        outs.append((y, grads[0], grads[1].sum(), grads[2]))
+    for one, other in zip(*outs, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(WIDTHS))
+def test_widths_are_whole_and_stay_in_bounds(name):
+    width = Fixed(5) if name == "fixed" else WIDTHS[name](8, 2, 8)
+    assert float(width()) in width.choices
+    for p in width.parameters():
+        assert torch.autograd.grad(width(), p)[0] == 1
+        for value in (-3.0, 2.4, 5.5, 99.0):
+            p.data.fill_(value)
+            width.after_step()
+            assert float(width()) in width.choices
+            assert width.choices[0] <= width.soft() <= width.choices[-1]
+
+
+def test_power_of_two_only_gives_powers_of_two_and_switches_where_it_says():
+    width = PowerOfTwo(8, 2, 16)
+    for small in (2, 4, 8):
+        for nudge, want in ((-0.01, small), (0.01, 2 * small)):
+            width.bits.data.fill_(switch_point(small) + nudge)
+            assert float(width()) == want
+    with pytest.raises(JpqError, match="No power of two"):
+        PowerOfTwo(6, 5, 7)
+
+
+def test_nearest_prefers_more_bits_on_a_tie():
+    assert nearest(3.0, (2, 4, 8)) == 4
+    assert nearest(-99, (2, 4, 8)) == 2
+
+
+def test_fitted_range_beats_the_maximum_and_survives_zeros():
+    torch.manual_seed(0)
+    w = torch.randn(8, 400)
+    w[3] = 0
+    fitted = fit_threshold(w, 2, True, per_channel=True)
+    assert fitted.shape == (8, 1)
+    assert bool((fitted > 0).all())
+
+    def error(ranges):
+        return float((Integer(ranges, Fixed(2), True)(w)[0] - w).square().mean())
+
+    assert error(fitted) < 0.5 * error(w.abs().amax(1, keepdim=True).clamp_min(1e-3))
+    assert float(fit_threshold(torch.zeros(4), 8, False, False)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv1d(4, 6, 3), (2, 4, 9)), (nn.Conv2d(4, 6, 3, padding=1, groups=2), (2, 4, 5, 5)),
+        (nn.Conv3d(2, 3, 2), (1, 2, 4, 4, 4)), (nn.ConvTranspose2d(4, 6, 3, 2, output_padding=1), (2, 4, 5, 5)),
+        (nn.Linear(4, 6), (3, 7, 4)), (nn.Linear(4, 6, bias=False), (3, 4)),
+    ],
+)  # fmt: skip
+def test_brevitas_layer_computes_on_our_grids(layer, shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    per_channel = not isinstance(layer, nn.ConvTranspose2d)
+    w = Integer(fit_threshold(layer.weight.detach(), 4, True, per_channel), Learned(4, 2, 8), True)
+    a = Integer(fit_threshold(x, 5, True, False), Learned(5, 2, 8), True)
+    plain = type(layer).forward
+    weight, inputs = w(layer.weight)[0], a(x)[0]
+    twin = quantize_layer(layer, w, a)
+    assert weight_quantizer(twin) is w
+    assert act_quantizer(twin) is a
+    out = twin(x)
+    out.sum().backward()
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        assert torch.allclose(plain(layer, inputs), out, atol=1e-5)
+    assert w.width.bits.grad is not None
+    assert a.width.bits.grad is not None
+
+
+def test_learned_bits_survive_assigning_a_weight():
+    layer = nn.Conv2d(3, 4, 3)
+    w, a = Integer(torch.ones(4, 1, 1, 1), Learned(5, 2, 8), True), Integer(torch.ones(()), Learned(5, 2, 8), False)
+    twin = quantize_layer(layer, w, a)
+    w.width.bits.data.fill_(3.2)
+    twin.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+    assert weight_quantizer(twin).width.soft() == pytest.approx(3.2)
+    twin.load_state_dict(twin.state_dict())
+    assert weight_quantizer(twin) is w
+
+
+def test_other_classes_are_refused():
+    class Odd(nn.Conv2d):
+        pass
+
+    with pytest.raises(JpqError, match="Odd"):
+        quantize_layer(Odd(1, 1, 1), Integer(torch.ones(()), Fixed(8), True), Integer(torch.ones(()), Fixed(8), True))
+
+
+def test_levels():
+    assert float(levels(torch.tensor(2.0), True)) == 1  # -1, 0, 1
+    assert float(levels(torch.tensor(4.0), False)) == 15

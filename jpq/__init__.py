@@ -11,7 +11,8 @@ from jpq.exporters.quantized import rebuild
 from jpq.exporters.verify import measure, verify
 from jpq.landing import land
 from jpq.methods import METHODS
-from jpq.network.attach import Compressed, attach
+from jpq.network.attach import attach
+from jpq.network.compressed import Compressed
 from jpq.network.sites import channels
 from jpq.network.trace import trace
 from jpq.optimize import load, optimize

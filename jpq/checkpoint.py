@@ -36,7 +36,9 @@ def load(folder: Path) -> dict[str, Any] | None:
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise JpqError(f"{path} is not a readable checkpoint ({_short(error)}). Remove it, or run without --resume.") from error
+        raise JpqError(
+            f"{path} is not a readable checkpoint ({_short(error)}). Remove it, or run without --resume."
+        ) from error
     if not isinstance(state, dict) or state.get("kind") != "jpq checkpoint":
         raise JpqError(f"{path} is not a checkpoint that jpq wrote. Remove it, or run without --resume.")
     return state
@@ -47,7 +49,9 @@ def restore(module: nn.Module, state: Mapping[str, Tensor], source: Path) -> Non
     try:
         module.load_state_dict(dict(state))
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise JpqError(f"{source} does not fit this model ({_short(error)}). Remove it, or run without --resume.") from error
+        raise JpqError(
+            f"{source} does not fit this model ({_short(error)}). Remove it, or run without --resume."
+        ) from error
 
 
 def save_tensors(module: nn.Module, path: Path) -> None:

@@ -32,7 +32,7 @@ COMMANDS = {
 EXAMPLES = {
     "optimize": (
         "jpq optimize --target-bops 1%",
-        "jpq optimize --model resnet20 --weights resnet20.th --data cifar10 --target-bops 0.9%",
+        "jpq optimize --model resnet20 --weights w.th --data cifar10 --target-bops 0.9%",
         "jpq optimize --target-bops 12M --target-size 50KB --method djpq-pow2",
         "jpq optimize --config runs/0123456789ab/config.toml --seed 1",
     ),
@@ -70,7 +70,7 @@ class Inspect:
 class Evaluate:
     """Which saved model, on which images."""
 
-    run_folder: tyro.conf.Positional[Path]
+    run_folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_FOLDER")]
     """Folder of an earlier run, such as runs/0123456789ab."""
     split: Literal["test", "held-out"] = "test"
     """Which images: the test split, or the part of the training data that steered the run."""
@@ -131,7 +131,7 @@ def _help(console: Console) -> None:
     table = Table.grid(padding=(0, 2))
     for name, text in COMMANDS.items():
         table.add_row(f"  [bold cyan]{name}[/]", text)
-    before = "[bold]jpq[/] makes a trained PyTorch model smaller: it prunes and quantizes it together, exactly onto a budget."
+    before = "[bold]jpq[/] makes a trained PyTorch model smaller: pruned and quantized together, onto a budget."
     start = "Start here (built-in data, under two minutes on two cores):\n  jpq optimize --target-bops 1%"
     more = "[bold]jpq COMMAND --help[/] lists the flags of a command, [bold]jpq --version[/] the versions."
     for part in (before, "", "usage: [bold]jpq COMMAND[/] \\[flags]", "", table, "", start, "", more):
@@ -153,7 +153,7 @@ def _optimize(args: list[str], console: Console) -> None:
 
 def parse(args: Sequence[str]) -> Config:
     """The config that these flags of `jpq optimize` describe, upon the file that --config names."""
-    from jpq.config import Config, from_tree, read, to_tree
+    from jpq.config import Config, read
 
     named = [b for a, b in zip(args, [*args[1:], ""], strict=False) if a == "--config" and b]
     named += [a.partition("=")[2] for a in args if a.startswith("--config=")]
@@ -167,15 +167,18 @@ def parse(args: Sequence[str]) -> Config:
     file = Annotated[Path | None, _arg("config", note)]
     flags = dataclasses.make_dataclass("Flags", [*parts, ("config", file, None)], frozen=True)
     settings: Any = _parsed(flags, "optimize", args)
-    found = Config(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(base)})
-    return from_tree(to_tree(found), "the flags")
+    names = [field.name for field in dataclasses.fields(base)]
+    return Config(**{name: type(getattr(base, name))(**vars(getattr(settings, name))) for name in names})
 
 
 def _shown(part: type[T]) -> type[T]:
     """The same settings with the names of values that a help page shows, and no "(default: None)"."""
     hints = get_type_hints(part)
     known: Any = part
-    columns: list[Any] = [(f.name, Annotated[hints[f.name], _arg(f.name)], f) for f in dataclasses.fields(known)]
+    columns: list[Any] = [
+        (f.name, Annotated[hints[f.name], _arg(f.name)], dataclasses.field(default=f.default))  # f itself is not ours
+        for f in dataclasses.fields(known)
+    ]
     made: Any = dataclasses.make_dataclass(part.__name__, columns, bases=(part,), frozen=True)
     made.__doc__ = part.__doc__
     return made

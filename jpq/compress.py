@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from jpq import landing
-from jpq.allocators import uniform
+from jpq.allocators import start_bits, uniform
 from jpq.budget import Controller, targets
 from jpq.exporters.quantized import rebuild
 from jpq.gates import Decided, Gate
 from jpq.methods import METHODS, Method
-from jpq.network.attach import Compressed, attach
+from jpq.network.attach import attach
+from jpq.network.compressed import Compressed, exact_uses
 from jpq.network.record import Layer
+from jpq.network.shares import Shares
 from jpq.network.sites import channels
 from jpq.network.trace import trace
 from jpq.plan import Plan
@@ -32,7 +34,9 @@ class Joint(nn.Module):
     Made by `compress`. The search lasts `steps` optimiser steps; the budget is reached before it ends.
     """
 
-    def __init__(self, net: Compressed, model: nn.Module, controller: Controller | None, steps: int, gate_weight: float):
+    def __init__(
+        self, net: Compressed, model: nn.Module, controller: Controller | None, steps: int, gate_weight: float
+    ):
         super().__init__()
         self.net = net
         self._dense = [model]  # in a list: it is not part of what trains
@@ -49,7 +53,7 @@ class Joint(nn.Module):
         return min(1.0, self.done / self.steps)
 
     def groups(
-        self, lr: float = 1e-3, gate_lr: float = 0.02, bit_lr: float = 0.02, weight_decay: float = 0.0
+        self, lr: float = 1e-3, gate_lr: float = 0.05, bit_lr: float = 0.02, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]:
         """Parameter groups for an optimiser (Adam's kind); decisions need larger rates than weights."""
         weights, decisions = self.net.weights(), self.net.decisions()
@@ -107,7 +111,7 @@ def compress(
     a_bits: Bounds = (2, 8),
     image_bits: int = 8,
     skip: Collection[str] = (),
-    gate_weight: float = 0.02,
+    gate_weight: float = 0.03,
 ) -> Joint:
     """A trainable copy of a trained `model`, with gates and quantizers, that will end within its budget.
 
@@ -132,8 +136,10 @@ def compress(
     how = METHODS[method]
     network = trace(model, example_inputs if isinstance(example_inputs, (tuple, dict)) else (example_inputs,))
     sites = channels(network, skip) if how.gate else ()
-    net = attach(model, network, sites, gates(how), widths(how, w_bits, a_bits, image_bits), [example_inputs], method)
-    goals = targets(asked, net.exact())
+    goals = targets(asked, exact_uses(network, Shares(network, ()), Plan(method, {}, {})))
+    start = start_bits(network, goals, w_bits, a_bits, image_bits)
+    make = widths(how, w_bits, a_bits, image_bits, start)
+    net = attach(model, network, sites, gates(how), make, [example_inputs], method)
     if not how.searches:
         net.settle(uniform(net, goals, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1)))
         return Joint(net, copy.deepcopy(model), None, steps, 0.0)
@@ -148,16 +154,21 @@ def gates(method: Method) -> Callable[[int, int], Gate]:
     return method.gate if method.gate else Decided.all
 
 
-def widths(method: Method, w_bits: Bounds, a_bits: Bounds, image_bits: int) -> Callable[[Layer], tuple[Width, Width]]:
-    """What makes the widths of a layer's weight and input: the method's, and the image's fixed one."""
+def widths(
+    method: Method, w_bits: Bounds, a_bits: Bounds, image_bits: int, start: tuple[float, float]
+) -> Callable[[Layer], tuple[Width, Width]]:
+    """What makes the widths of a layer's weight and input: the method's, and the image's fixed one.
 
-    def one(bounds: Bounds) -> Width:
+    `start` is where widths that learn begin (weights, activations).
+    """
+
+    def one(bounds: Bounds, bits: float) -> Width:
         low, high = bounds
         if method.width is Fixed:
             return Fixed(high, tuple(range(low, high + 1)))
-        return method.width(high, low, high)  # type: ignore[call-arg]
+        return method.width(bits, low, high)
 
     def pair(layer: Layer) -> tuple[Width, Width]:
-        return one(w_bits), Fixed(image_bits) if layer.reads_input else one(a_bits)
+        return one(w_bits, start[0]), Fixed(image_bits) if layer.reads_input else one(a_bits, start[1])
 
     return pair

@@ -64,11 +64,11 @@ class Decide:
     """Bit-width of the model's input, which is not learned."""
     skip: tuple[str, ...] = ()
     """Layers whose channels are not pruned."""
-    gate_lr: float = 0.02
+    gate_lr: float = 0.05
     """Learning rate of the gates (Adam)."""
     bit_lr: float = 0.02
     """Learning rate of the bit-widths (Adam)."""
-    gate_weight: float = 0.02
+    gate_weight: float = 0.03
     """Weight of the gates' own regulariser (averaged over all units; nats)."""
 
 
@@ -127,7 +127,9 @@ class Config:
         d, t = self.decide, self.train
         for flag, (low, high) in (("--w-bits", d.w_bits), ("--a-bits", d.a_bits)):
             if not 2 <= low <= high <= 16:
-                raise JpqError(f"{flag} {low} {high}: give a smallest and a largest bit-width, 2 <= small <= large <= 16.")
+                raise JpqError(
+                    f"{flag} {low} {high}: give a smallest and a largest bit-width, 2 <= small <= large <= 16."
+                )
         if not 2 <= d.image_bits <= 16:
             raise JpqError(f"--image-bits {d.image_bits} is outside 2 to 16.")
         for flag, share in (("--search", t.search), ("--held-out", self.task.held_out)):
@@ -136,10 +138,19 @@ class Config:
         for flag, number in (("--epochs", t.epochs), ("--batch-size", t.batch_size)):
             if number < 2:
                 raise JpqError(f"{flag} {number}: at least 2 are needed.")
-        for flag, rate in (("--lr", t.lr), ("--gate-lr", d.gate_lr), ("--bit-lr", d.bit_lr), ("--temperature", t.temperature)):
+        for flag, rate in (
+            ("--lr", t.lr),
+            ("--gate-lr", d.gate_lr),
+            ("--bit-lr", d.bit_lr),
+            ("--temperature", t.temperature),
+        ):
             if not 0 < rate < float("inf"):
                 raise JpqError(f"{flag} {rate} must be a positive number.")
-        for flag, weight in (("--weight-decay", t.weight_decay), ("--distill", t.distill), ("--gate-weight", d.gate_weight)):
+        for flag, weight in (
+            ("--weight-decay", t.weight_decay),
+            ("--distill", t.distill),
+            ("--gate-weight", d.gate_weight),
+        ):
             if not 0 <= weight < float("inf"):
                 raise JpqError(f"{flag} {weight} must be zero or a positive number.")
         if t.float_epochs < 1 and self.task.weights is None:
@@ -195,7 +206,7 @@ def _typed(value: Any, kind: str, where: str) -> Any:
         return tuple(value)
     if kind == "tuple[str, ...]" and isinstance(value, list) and all(isinstance(v, str) for v in value):
         return tuple(value)
-    plain = {"str": str, "int": int, "bool": bool, "float": (int, float)}
+    plain: dict[str, Any] = {"str": str, "int": int, "bool": bool, "float": (int, float)}
     want = plain.get(kind.split(" | ")[0])
     if want is not None and isinstance(value, want) and (kind == "bool") == isinstance(value, bool):
         return float(value) if kind.startswith("float") else value

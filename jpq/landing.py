@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jpq.budget import FULL_USE, Target, meets, spent
-from jpq.network.attach import Compressed
+from jpq.network.compressed import Compressed
 from jpq.plan import LayerPlan, Plan
 from jpq.quantizers.base import nearest
 from jpq.types import JpqError
@@ -52,7 +52,9 @@ class Soft:
             more = [c for c in choices if c > bits]
             if more:
                 layer = replace(now, w_bits=more[0]) if side == "w" else replace(now, a_bits=more[0])
-                found.append(((bits + more[0]) / 2 - soft, f"{name} {side}", replace(plan, layers={**plan.layers, name: layer})))
+                found.append(
+                    ((bits + more[0]) / 2 - soft, f"{name} {side}", replace(plan, layers={**plan.layers, name: layer}))
+                )
         for site, margins in self.margins.items():
             closed = [u for u, k in enumerate(plan.kept[site]) if not k]
             if closed:  # units of one site open in the order of their margins

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from jpq import checkpoint, costs, landing, models, report
-from jpq.allocators import uniform
+from jpq.allocators import start_bits, uniform
 from jpq.budget import Controller, Target, spent, targets
 from jpq.compress import gates, widths
 from jpq.config import Config
@@ -28,7 +28,10 @@ from jpq.exporters import onnx, verify
 from jpq.exporters.quantized import build, rebuild
 from jpq.journal import Journal, open_folder
 from jpq.methods import METHODS, Method
-from jpq.network.attach import Compressed, attach
+from jpq.network.attach import attach
+from jpq.network.compressed import Compressed, exact_uses
+from jpq.network.record import Network
+from jpq.network.shares import Shares
 from jpq.network.sites import channels
 from jpq.network.trace import trace
 from jpq.plan import Plan, from_json
@@ -58,12 +61,15 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     network = trace(model, data.example)  # 2
     sites = channels(network, d.skip) if method.gate else ()  # 3
 
+    goals = asked(network, config)  # 4
+    start = start_bits(network, goals, d.w_bits, d.a_bits, d.image_bits)
+
     def attached(inputs: list[Tensor]) -> Compressed:
         torch.manual_seed(config.run.seed)
-        make = widths(method, d.w_bits, d.a_bits, d.image_bits)
+        make = widths(method, d.w_bits, d.a_bits, d.image_bits, start)
         return attach(model, network, sites, gates(method), make, inputs, d.method)
 
-    goals = possible(attached([data.example]), config)  # 4
+    possible(attached([data.example]), goals, config)
     train_float(model, data, config, run)
     net = attached(calibration(data))  # 5
     run.recorder.full_bops = costs.baseline(net.exact())["bops"]
@@ -106,15 +112,19 @@ def dense_model(config: Config, data: Data, device: torch.device) -> nn.Module:
     return model.eval()
 
 
-def possible(net: Compressed, config: Config) -> tuple[Target, ...]:
-    """The targets. Raises JpqError, naming the smallest possible cost, where one cannot be met."""
+def asked(network: Network, config: Config) -> tuple[Target, ...]:
+    """The targets, in units of this network."""
     b = config.budget
-    goals = targets({"bops": b.target_bops, "macs": b.target_macs, "size": b.target_size}, net.exact())
+    dense = exact_uses(network, Shares(network, ()), Plan(config.decide.method, {}, {}))
+    return targets({"bops": b.target_bops, "macs": b.target_macs, "size": b.target_size}, dense)
+
+
+def possible(net: Compressed, goals: tuple[Target, ...], config: Config) -> None:
+    """Raises JpqError, naming the smallest possible cost, where a target cannot be met."""
     if METHODS[net.method].searches:
         landing.require(net, goals)
     else:
         uniform(net, goals, *bit_ranges(config))
-    return goals
 
 
 def bit_ranges(config: Config) -> tuple[range, range]:
@@ -209,7 +219,9 @@ def finish(
     (run.folder / "plan.json").write_text(plan.to_json())
     checkpoint.save_tensors(small, run.folder / "model.safetensors")
     onnx.export(small, data.example, run.folder / "model.onnx")
-    verified = run.timed("verify", lambda: verify.verify(net, small, run.folder / "model.onnx", data.test, data.example))
+    verified = run.timed(
+        "verify", lambda: verify.verify(net, small, run.folder / "model.onnx", data.test, data.example)
+    )
     full = costs.baseline(uses)
     figures = {
         "float": Figures(evaluate(model, data.test), int(full["bops"]), int(full["macs"]), int(full["size"]), 1.0),
@@ -250,8 +262,16 @@ def layer_rows(net: Compressed, plan: Plan) -> tuple[LayerRow, ...]:
         kept = (i, i_all) if i_all == len(layer.inputs) else (o, o_all)  # depthwise reads what it writes
         rows.append(
             LayerRow(
-                layer.name, layer.kind, *kept, o, o_all, int(use.w_bits), int(use.a_bits),
-                int(use.macs * use.inputs * use.outputs), bops, float(bops / total),
+                layer.name,
+                layer.kind,
+                *kept,
+                o,
+                o_all,
+                int(use.w_bits),
+                int(use.a_bits),
+                int(use.macs * use.inputs * use.outputs),
+                bops,
+                float(bops / total),
             )  # fmt: skip
         )
     return tuple(rows)
@@ -262,7 +282,11 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
 
     names = ("jpq", "torch", "torchvision", "brevitas", "numpy", "onnx", "onnxruntime")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}, "cores": str(os.cpu_count())}
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+        "cores": str(os.cpu_count()),
+    }
 
 
 def load(folder: str | Path) -> tuple[nn.Module, Plan]:

@@ -142,10 +142,10 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 3 min 20 s, 2 h 05 min."""
+    """Seconds as people say them: 2.4 s, 42 s, 3 min 20 s, 2 h 05 min."""
     whole = round(seconds)
     if whole < 60:
-        return f"{whole} s"
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
@@ -215,7 +215,7 @@ def verified_lines(verified: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, value in verified.items():
         if name == "masked_vs_rebuilt_float64":
-            lines.append(f"rebuilt model = masked model (largest relative difference {value:.1e} in float64)")
+            lines.append(f"rebuilt model = masked model (largest relative difference {value:.2g} in float64)")
         elif name == "rebuilt_vs_onnxruntime":
             same = value["images"] - value["argmax_differs"]
             lines.append(
@@ -229,8 +229,8 @@ def verified_lines(verified: Mapping[str, Any]) -> list[str]:
 
 def _factor(before: float, after: float) -> str:
     """How many times less."""
-    if after <= 0:
-        return ""
+    if after <= 0 or after == before:
+        return "the same" if after == before else ""
     times = before / after
     return f"{times:.0f}x less" if times >= 20 else f"{times:.1f}x less"
 

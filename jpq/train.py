@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from jpq import costs
 from jpq.budget import Controller
 from jpq.data import Batches, Data
-from jpq.network.attach import Compressed
+from jpq.network.compressed import Compressed
 from jpq.result import Row, Silent, Watch
 from jpq.types import JpqError
 
@@ -41,7 +41,9 @@ class Objective:
             with torch.no_grad():
                 wanted = F.log_softmax(self.teacher(x) / self.temperature, 1)
             given = F.log_softmax(logits / self.temperature, 1)
-            loss = loss + self.distill * self.temperature**2 * F.kl_div(given, wanted, log_target=True, reduction="batchmean")
+            loss = loss + self.distill * self.temperature**2 * F.kl_div(
+                given, wanted, log_target=True, reduction="batchmean"
+            )
         if self.controller is not None and isinstance(net, Compressed):
             uses = net.uses()
             loss = loss + self.controller.loss(uses, progress)
@@ -79,7 +81,9 @@ class Recorder:
         bops, aim = objective.controller.seen.get("bops", _NONE) if objective.controller else _NONE
         return bops / self.full_bops, aim / self.full_bops
 
-    def row(self, phase: Phase, epoch: int, loss: float, accuracy: float, net: nn.Module, objective: Objective, lr: float) -> Row:
+    def row(
+        self, phase: Phase, epoch: int, loss: float, accuracy: float, net: nn.Module, objective: Objective, lr: float
+    ) -> Row:
         """The row of one finished epoch, kept in `rows`."""
         bops = aim = w_bits = a_bits = kept = pressure = math.nan
         if isinstance(net, Compressed):
@@ -91,7 +95,11 @@ class Recorder:
             kept = sum(units) / len(units) if units else 1.0
         if objective.controller is not None:
             goal = objective.controller.goals[0]
-            aim = objective.controller.aim(goal, epoch / phase.epochs) / self.full_bops if goal.cost == "bops" else math.nan
+            aim = (
+                objective.controller.aim(goal, epoch / phase.epochs) / self.full_bops
+                if goal.cost == "bops"
+                else math.nan
+            )
             pressure = objective.controller.pressure[goal.cost]
         row = Row(
             phase.name, epoch, phase.epochs, loss, accuracy, bops, bops / self.full_bops, aim, pressure,
@@ -101,7 +109,9 @@ class Recorder:
         return row
 
 
-def optimizer(net: nn.Module, lr: float, weight_decay: float, gate_lr: float = 0.0, bit_lr: float = 0.0) -> torch.optim.Optimizer:
+def optimizer(
+    net: nn.Module, lr: float, weight_decay: float, gate_lr: float = 0.0, bit_lr: float = 0.0
+) -> torch.optim.Optimizer:
     """AdamW over weights, and over decisions where their rates are above 0; each group remembers its peak rate."""
     if isinstance(net, Compressed):
         own = net.weights()

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import jpq
 from jpq.budget import Controller, targets
 from jpq.gates import VIB, Decided
-from jpq.network.attach import Compressed, attach
+from jpq.network.attach import attach
+from jpq.network.compressed import Compressed
 from jpq.quantizers import Fixed, Learned
 from jpq.train import Objective, optimizer
 
@@ -63,7 +63,9 @@ def bare(model: nn.Module, x: torch.Tensor) -> Compressed:
 
 def stepper(net: nn.Module, objective: Objective, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
     """One whole training step."""
-    optim = optimizer(net, 1e-3, 1e-4, 0.02, 0.02) if isinstance(net, Compressed) else torch.optim.AdamW(net.parameters())
+    optim = (
+        optimizer(net, 1e-3, 1e-4, 0.02, 0.02) if isinstance(net, Compressed) else torch.optim.AdamW(net.parameters())
+    )
 
     def step() -> None:
         net.train()

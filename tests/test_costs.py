@@ -8,7 +8,7 @@ import torch
 from jpq import costs
 from jpq.budget import Controller, Target, parse, spent, targets
 from jpq.models import build
-from jpq.network.attach import exact_uses
+from jpq.network.compressed import exact_uses
 from jpq.network.shares import Shares
 from jpq.network.sites import channels
 from jpq.network.trace import trace
@@ -93,7 +93,8 @@ def test_size_counts_weights_at_their_bits_and_two_numbers_per_channel():
 
 
 @pytest.mark.parametrize(
-    ("text", "limit"), [("1%", 10_000), ("0.25%", 2_500), ("100%", 10**6), ("12k", 12_000), ("0.5M", 500_000), ("1e3", 1000)]
+    ("text", "limit"),
+    [("1%", 10_000), ("0.25%", 2_500), ("100%", 10**6), ("12k", 12_000), ("0.5M", 500_000), ("1e3", 1000)],
 )
 def test_amounts(text, limit):
     assert parse("bops", text, 10**6).limit == limit
@@ -147,7 +148,9 @@ def test_controller_is_silent_at_or_below_the_aim_and_survives_a_checkpoint():
 
 
 def test_several_targets_push_only_where_they_are_exceeded():
-    use = costs.LayerUse("x", 100, 1000, 1, 1, 1, 1, torch.tensor(4.0, requires_grad=True), torch.tensor(4.0, requires_grad=True))
+    use = costs.LayerUse(
+        "x", 100, 1000, 1, 1, 1, 1, torch.tensor(4.0, requires_grad=True), torch.tensor(4.0, requires_grad=True)
+    )
     loose, tight = Target("bops", "", 10**6), Target("size", "", 100)
     controller = Controller((loose, tight))
     controller.begin([use])

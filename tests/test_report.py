@@ -21,7 +21,7 @@ def history(search: int = 8, tune: int = 6) -> tuple[Row, ...]:
         share, aim = 0.0625 * 0.15 ** (i / search), 0.0625 * 0.155 ** (i / search)
         wave = share * (1 + 0.05 * math.sin(i))
         rows.append(Row("search", i + 1, search, 1.2 / (i + 1), 0.9 + 0.05 * i / search, wave * 1e8, wave, aim,
-                        0.1 * i, 8 - 4 * i / search, 8 - 3 * i / search, 1 - 0.5 * i / search, 2e-3, 3.0 + i))  # fmt: skip
+                        0.1 * i, 8 - 4 * i / search, 8 - 3 * i / search, 0.9, 2e-3, 3.0 + i))  # fmt: skip
     for i in range(tune):
         rows.append(Row("fine-tune", i + 1, tune, 0.2 / (i + 1), 0.96 + 0.02 * i / tune, 0.98e6, 0.0098, 0.01,
                         0.0, 3.5, 4.2, 0.45, 1e-3, 12.0 + i))  # fmt: skip
@@ -33,12 +33,13 @@ def result(folder: Path, n: int = 4, **changes: object) -> Result:
     spent = spent / max(spent.sum(), 1)
     layers = tuple(
         LayerRow(f"layer{i // 6 + 1}.{i % 6 // 2}.conv{i % 2 + 1}", "conv2d", 3 + i, 16, 16 - i % 13, 16, 2 + i % 5,
-                 3 + i % 4, 10_000 * (i + 1), int(980_000 * spent[i]), float(spent[i]))  # fmt: skip
+                 3 + i % 4, 10_000 * (i + 1), int(980_000 * spent[i]), float(spent[i]))
         for i in range(n)
-    )
+    )  # fmt: skip
     values = {
         "folder": folder, "method": "djpq", "float": Figures(0.9833, 100_000_000, 97_656, 150_400, 1.0),
-        "compressed": Figures(0.9778, 980_000, 40_120, 12_345, 0.0098), "held_out": {"float": 0.985, "compressed": 0.979},
+        "compressed": Figures(0.9778, 980_000, 40_120, 12_345, 0.0098),
+        "held_out": {"float": 0.985, "compressed": 0.979},
         "targets": {"bops": {"asked": "1%", "limit": 1_000_000, "reached": 980_000, "used": 0.98}},
         "verified": {"rebuilt": {"difference": 0.0}}, "layers": layers, "history": history(),
         "seconds": {"search": 9.0, "total": 20.0}, "command": "jpq optimize --target-bops 1%",
@@ -120,6 +121,8 @@ def test_human_units(number: float, unit: str, text: str) -> None:
     assert human(number, unit) == text
 
 
-@pytest.mark.parametrize(("share", "text"), [(0.0098, "0.98 %"), (1.0, "100.00 %"), (0.000042, "0.0042 %"), (0, "0.00 %")])
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0098, "0.98 %"), (1.0, "100.00 %"), (0.000042, "0.0042 %"), (0, "0.00 %")]
+)
 def test_percent(share: float, text: str) -> None:
     assert percent(share) == text

@@ -1,5 +1,6 @@
 """How much where: starting plans, and the plans of methods that decide nothing by gradient."""
 
+from jpq.allocators.start import start_bits
 from jpq.allocators.uniform import uniform
 
-__all__ = ["uniform"]
+__all__ = ["start_bits", "uniform"]

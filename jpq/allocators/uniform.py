@@ -6,20 +6,21 @@ from collections.abc import Sequence
 
 from jpq.budget import Target, meets, spent
 from jpq.costs import bops
-from jpq.network.attach import Compressed
+from jpq.network.compressed import Compressed
 from jpq.plan import Plan
 from jpq.types import JpqError
 
 
 def uniform(net: Compressed, goals: Sequence[Target], w_bits: Sequence[int], a_bits: Sequence[int]) -> Plan:
-    """The dearest pair (weight bits, activation bits) that meets every target, with nothing pruned.
+    """The dearest balanced pair (weight bits, activation bits, at most 1 apart) that meets every target.
 
-    Of pairs that cost the same the most balanced is taken. Layers whose width is fixed (the image) keep it.
+    Nothing is pruned. Of pairs that cost the same the more balanced is taken; an unbalanced one (W2A5) only where no
+    balanced one fits. Layers whose width is fixed (the image) keep it.
     Raises JpqError, naming the smallest possible cost, if no pair does.
     """
     now = net.plan()
     fixed = {name: net.quantizers(name)[1].width.choices for name in now.layers}  # type: ignore[index]
-    fits: list[tuple[float, int, Plan]] = []
+    fits: list[tuple[bool, float, int, Plan]] = []
     for w in w_bits:
         for a in a_bits:
             layers = {
@@ -29,11 +30,11 @@ def uniform(net: Compressed, goals: Sequence[Target], w_bits: Sequence[int], a_b
             plan = Plan(now.method, layers, {site: (True,) * len(units) for site, units in now.kept.items()})
             uses = net.exact(plan)
             if meets(goals, uses):
-                fits.append((float(bops(uses)), -abs(w - a), plan))
+                fits.append((abs(w - a) <= 1, float(bops(uses)), -abs(w - a), plan))
             least = min(goals, key=lambda g: -spent(g, uses)) if goals else None
             if (w, a) == (w_bits[0], a_bits[0]) and least is not None and spent(least, uses) > 1:
                 raise JpqError(
                     f"{least.flag} {least.asked} ({least.limit:,}) cannot be met by uniform bits: the smallest possible is "
                     f"{int(spent(least, uses) * least.limit):,}, at {w} and {a} bits. Choose a method that prunes too."
                 )
-    return max(fits, key=lambda fit: fit[:2])[2]
+    return max(fits, key=lambda fit: fit[:3])[3]

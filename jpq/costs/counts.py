@@ -2,7 +2,7 @@
 
     MACs  = sum_l macs_l * inputs_l * outputs_l * density_l
     BOPs  = sum_l macs_l * inputs_l * outputs_l * density_l * w_bits_l * a_bits_l        (a_bits: of the layer's input)
-    bytes = sum_l (weights_l * inputs_l * outputs_l * density_l * w_bits_l + outputs_all_l * outputs_l * 64) / 8
+    bytes = sum_l (weights_l * inputs_l * outputs_l * density_l * w_bits_l + channels_l * outputs_l * 64) / 8
 
 Bias, normalisation (folded), activations, pooling and adds count no operations. The 64 bits are the two fp32 numbers
 that each output channel keeps beside its weights: a scale, and a bias (its own, or a folded normalisation's). Source: the conventions in
@@ -34,10 +34,7 @@ def layer_bops(u: LayerUse) -> Number:
 
 def size(uses: Sequence[LayerUse]) -> Number:
     """Bytes of the weights at their bit-widths, and of scales and biases at 32 bits."""
-    bits = sum(
-        u.weights * u.inputs * u.outputs * u.density * u.w_bits + u.outputs_all * u.outputs * 64
-        for u in uses
-    )
+    bits = sum(u.weights * u.inputs * u.outputs * u.density * u.w_bits + u.outputs_all * u.outputs * 64 for u in uses)
     return bits / 8
 
 

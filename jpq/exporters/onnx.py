@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,6 +27,7 @@ OPSET = 17
 def export(small: nn.Module, example: Tensor, path: Path) -> None:
     """Write a rebuilt model to `path`; the batch dimension is dynamic, inputs are called "input", outputs "output"."""
     model = copy.deepcopy(small).cpu().eval()
+    module: Any
     for module in model.modules():
         if hasattr(module, "weight_quant"):
             wide = max(float(q.width()) for q in (weight_quantizer(module), act_quantizer(module)))
@@ -64,7 +66,11 @@ def _quiet() -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

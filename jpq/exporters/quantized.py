@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from jpq.exporters.rebuild import apply_slices, slices
-from jpq.network.attach import Compressed
+from jpq.network.compressed import Compressed
 from jpq.plan import Plan
 from jpq.quantizers import Fixed, Integer, act_quantizer, can_quantize, quantize_layer, weight_quantizer
 from jpq.types import JpqError
@@ -30,7 +30,7 @@ def build(plan: Plan, model: nn.Module) -> nn.Module:
         module = modules.get(name)
         if module is None or not can_quantize(module):
             raise JpqError(f"The plan quantizes layer '{name}', which the model does not have: is it the same model?")
-        weight: Tensor = module.weight  # type: ignore[assignment]
+        weight: Tensor = module.weight
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
         ranges = torch.ones(()) if transposed else torch.ones(len(weight), *[1] * (weight.dim() - 1))
         w = Integer(ranges.to(weight), Fixed(layer.w_bits), True).to(weight)
@@ -60,7 +60,9 @@ def rebuild(net: Compressed, model: nn.Module) -> tuple[nn.Module, Plan]:
     """
     plan = complete(net)
     dense = copy.deepcopy(model).to(next(net.model.parameters()))
-    trained = {name.replace("parametrizations.", "").replace(".original", ""): t for name, t in net.model.state_dict().items()}
+    trained = {
+        name.replace("parametrizations.", "").replace(".original", ""): t for name, t in net.model.state_dict().items()
+    }
     dense.load_state_dict({name: trained[name] for name in dense.state_dict()})
     small = build(plan, dense)
     for name in plan.layers:

@@ -29,7 +29,9 @@ def difference(one: nn.Module, other: nn.Module, x: Tensor) -> float:
 
 
 @torch.no_grad()
-def compare(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], batches: Iterable[Pair]) -> dict[str, Any]:
+def compare(
+    one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], batches: Iterable[Pair]
+) -> dict[str, Any]:
     """How far apart two models are on every sample, in float32.
 
     A sample differs "at a boundary" where its outputs are further apart than rounding of sums explains: somewhere a
@@ -67,7 +69,9 @@ def verify(masked: nn.Module, small: nn.Module, path: Path, batches: Iterable[Pa
     small.eval()
     exact = difference(masked, small, example)
     if not exact <= EXACT:
-        raise JpqError(f"The rebuilt model is not the masked one: relative difference {exact:.2e} in float64. This is a bug in jpq.")
+        raise JpqError(
+            f"The rebuilt model is not the masked one: relative difference {exact:.2e} in float64. This is a bug in jpq."
+        )
     outside = compare(small, Session(path), batches)
     if outside["largest_gap_where_argmax_differs"] > 0.1 or outside["argmax_agreement"] < 0.995:
         raise JpqError(

@@ -46,7 +46,7 @@ class Gate(nn.Module, ABC):
         """Own regulariser per unit, `[rows, n]` in nats; None for none."""
         return None
 
-    def after_step(self, progress: float) -> None:  # noqa: B027
+    def after_step(self, progress: float) -> None:
         """Anneal, project or re-rank after an optimiser step; progress of the search in [0, 1]."""
 
     def multiplier(self) -> Units:

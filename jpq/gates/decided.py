@@ -11,6 +11,8 @@ from jpq.types import Units
 class Decided(Gate):
     """Exactly 0 or 1 for each unit, unchanged by training."""
 
+    kept: Units
+
     def __init__(self, keep: Units):
         super().__init__(*keep.shape)
         self.register_buffer("kept", keep.detach().clone())

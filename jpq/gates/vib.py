@@ -1,7 +1,7 @@
 """Variational information bottleneck: Gaussian noise on each channel, kept while the signal is above the noise.
 
-Every unit carries z ~ N(mu, sigma^2); a KL term to a zero-mean prior with its best variance raises sigma (and shrinks mu)
-wherever the loss does not mind, so the ratio of both ends up measuring how much the unit matters.
+Every unit carries z ~ N(mu, sigma^2); a KL term to a zero-mean prior with its best variance raises sigma (and
+shrinks mu) wherever the loss does not mind, so the ratio of both ends up measuring how much the unit matters.
 
 B. Dai, C. Zhu, B. Guo, D. Wipf, "Compressing Neural Networks using the Variational Information Bottleneck", ICML 2018,
 arXiv:1802.10399; the gate of DJPQ (Wang et al., ECCV 2020, arXiv:2007.10463).
@@ -16,7 +16,8 @@ arXiv:1802.10399; the gate of DJPQ (Wang et al., ECCV 2020, arXiv:2007.10463).
 We differ: mu multiplies the consumer's weights, before they are quantized, and the noise z / mu multiplies what the
 consumer reads, after it is quantized, fresh per sample: without quantizers that is z * x exactly; with them landing
 can fold mu into the weights and change nothing. The units of all sites share one KL weight (VIBNet's factors 1/width
-serve its own layout); what a unit costs enters through the budget instead. P(kept) is sigmoid((ln alpha - ln
+serve its own layout); what a unit costs enters through the budget instead. ln sigma^2 starts at -4, not -9: a search
+of a few hundred steps must be able to reach the threshold (measured on digits at 0.25 % BOPs, see studies). P(kept) is sigmoid((ln alpha - ln
 alpha_th) / tau): with the plain alpha, as remembered from DJPQ, the gradient is 0 at the start (alpha = e^9).
 """
 
@@ -37,7 +38,7 @@ FLOOR = 1e-3  # smallest mu: below it a unit is long since dropped, and z / mu s
 class VIB(Gate):
     """Keep unit i iff mu_i^2 > threshold * sigma_i^2."""
 
-    def __init__(self, rows: int, n: int, start: float = -9.0, threshold: float = 1.0, tau: float = 1.0):
+    def __init__(self, rows: int, n: int, start: float = -4.0, threshold: float = 1.0, tau: float = 1.0):
         super().__init__(rows, n)
         self.mu = nn.Parameter(torch.ones(rows, n))
         self.log_var = nn.Parameter(torch.full((rows, n), start))

@@ -53,9 +53,7 @@ def _depthwise(call: Call, weight: Node, inner: Labels | None, n_in: int, times:
     return outer
 
 
-def _dense(
-    call: Call, weight: Node, name: str, inner: Labels | None, groups: int, transposed: bool
-) -> Labels:
+def _dense(call: Call, weight: Node, name: str, inner: Labels | None, groups: int, transposed: bool) -> Labels:
     """A full product, or one per group: groups lose channels at the same places."""
     shape = shape_of(weight)
     if inner is not None and groups > 1:

@@ -31,7 +31,9 @@ class Shares:
             depthwise = layer.groups > 1 and layer.groups == len(layer.inputs)
             self.sides.append((1, 1, Counter()) if depthwise else self._side(layer.inputs))
             self.sides.append(self._side(layer.outputs))
-        entries = [(row, offsets[s] + u, c) for row, (_, _, held) in enumerate(self.sides) for (s, u), c in held.items()]
+        entries = [
+            (row, offsets[s] + u, c) for row, (_, _, held) in enumerate(self.sides) for (s, u), c in held.items()
+        ]
         rows, units, counts = zip(*entries, strict=True) if entries else ((), (), ())
         self._rows, self._units = torch.tensor(rows, dtype=torch.long), torch.tensor(units, dtype=torch.long)
         self._counts = torch.tensor(counts, dtype=torch.get_default_dtype())

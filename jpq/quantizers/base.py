@@ -26,7 +26,7 @@ class Width(nn.Module, ABC):
         """The real number behind it: what landing rounds."""
 
     @torch.no_grad()
-    def after_step(self) -> None:  # noqa: B027  (doing nothing is right for widths that do not learn)
+    def after_step(self) -> None:
         """Bring the parameter back into its bounds after an optimiser step."""
 
 

@@ -11,6 +11,8 @@ from jpq.quantizers.base import Width
 class Fixed(Width):
     """`bits`, unchanged by training."""
 
+    bits: Tensor
+
     def __init__(self, bits: int, choices: tuple[int, ...] = ()):
         super().__init__()
         self.choices = choices or (bits,)

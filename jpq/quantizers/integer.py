@@ -38,9 +38,7 @@ class _Quantize(torch.autograd.Function):
     """The formulas above. `threshold` is a scalar or broadcasts to x; `bits` is a scalar; `jitter` broadcasts to x."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, threshold: Tensor, bits: Tensor, signed: bool, jitter: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, threshold: Tensor, bits: Tensor, signed: bool, jitter: Tensor | None) -> Tensor:
         n = levels(bits, signed)
         scale = threshold / n
         if x.is_cpu and threshold.numel() == 1:  # plain numbers take torch's fastest loops; on a GPU they would wait
@@ -92,6 +90,8 @@ class Integer(nn.Module):
         signed: whether the grid reaches below zero.
     """
 
+    zero_point: Tensor
+
     def __init__(self, threshold: Tensor, width: Width, signed: bool):
         super().__init__()
         self.log_threshold = nn.Parameter(threshold.detach().clamp_min(1e-8).log())
@@ -131,7 +131,9 @@ def fit_threshold(x: Tensor, bits: float, signed: bool, per_channel: bool, grid:
     best, best_error = top.clone(), torch.full_like(top, math.inf)
     for fraction in torch.linspace(1.0, 1.0 / grid, grid).tolist():
         scale = top * fraction / n
-        error = ((flat / scale).round_().clamp_(-n if signed else 0.0, n).mul_(scale) - flat).square().sum(1, keepdim=True)
+        error = (
+            ((flat / scale).round_().clamp_(-n if signed else 0.0, n).mul_(scale) - flat).square().sum(1, keepdim=True)
+        )
         better = error < best_error
         best, best_error = torch.where(better, top * fraction, best), torch.where(better, error, best_error)
     return best.reshape([-1] + [1] * (x.dim() - 1)) if per_channel else best.reshape(())

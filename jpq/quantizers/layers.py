@@ -6,6 +6,8 @@ instance, so there is one owner of ranges and bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import brevitas.nn as qnn
 from brevitas.inject import ExtendedInjector
 from brevitas.inject.enum import FloatToIntImplType, QuantType
@@ -14,8 +16,6 @@ from torch import nn
 
 from jpq.quantizers.integer import Integer
 from jpq.types import JpqError
-
-QuantLayer = qnn.QuantConv1d | qnn.QuantConv2d | qnn.QuantConv3d | qnn.QuantLinear
 
 
 class _WeightGrid(ExtendedInjector):
@@ -32,7 +32,7 @@ class _ActGrid(ExtendedInjector):
     float_to_int_impl_type = FloatToIntImplType.ROUND
 
 
-_CONVS: dict[type[nn.Module], type[nn.Module]] = {
+_CONVS: dict[type[nn.Module], Any] = {
     nn.Conv1d: qnn.QuantConv1d,
     nn.Conv2d: qnn.QuantConv2d,
     nn.Conv3d: qnn.QuantConv3d,
@@ -56,7 +56,7 @@ def quantize_layer(layer: nn.Module, weight: Integer, act: Integer) -> nn.Module
     # an unsigned grid is 0..N, a signed one -N..N: narrow only where there is a sign
     a = _ActGrid.let(tensor_quant=act, signed=act.signed, narrow_range=act.signed)
     if type(layer) is nn.Linear:
-        new: nn.Module = qnn.QuantLinear(
+        new: Any = qnn.QuantLinear(
             layer.in_features, layer.out_features, layer.bias is not None, weight_quant=w, input_quant=a, device="meta"
         )
     elif type(layer) in _CONVS:
@@ -74,11 +74,11 @@ def quantize_layer(layer: nn.Module, weight: Integer, act: Integer) -> nn.Module
     return new.train(layer.training)
 
 
-def weight_quantizer(layer: nn.Module) -> Integer:
+def weight_quantizer(layer: Any) -> Integer:
     """The weight quantizer inside a brevitas layer."""
     return layer.weight_quant.tensor_quant
 
 
-def act_quantizer(layer: nn.Module) -> Integer:
+def act_quantizer(layer: Any) -> Integer:
     """The input quantizer inside a brevitas layer."""
     return layer.input_quant.fused_activation_quant_proxy.tensor_quant

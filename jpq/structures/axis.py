@@ -29,8 +29,11 @@ class Axis(Structure):
         return torch.as_tensor(self.index)
 
     def shape(self, weight: Size) -> tuple[int, int]:
+        """(1, n). Raises JpqError where the weight has another number of positions."""
         if weight[self.dim] != len(self.index):
-            raise JpqError(f"Axis expects {len(self.index)} positions on dim {self.dim}; the weight is {tuple(weight)}.")
+            raise JpqError(
+                f"Axis expects {len(self.index)} positions on dim {self.dim}; the weight is {tuple(weight)}."
+            )
         return 1, self.n
 
     def expand(self, z: Units, weight: Size) -> Weight:
@@ -41,6 +44,7 @@ class Axis(Structure):
         return mask.reshape([-1 if d == self.dim else 1 for d in range(len(weight))])
 
     def pool(self, x: Weight) -> Units:
+        """Sums over the positions of each unit: `[1, n]`."""
         sums = x.movedim(self.dim, 0).flatten(1).sum(1)
         index = self._positions.to(x.device)
         held = index != NONE

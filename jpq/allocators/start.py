@@ -1,0 +1,40 @@
+"""Where a search for bits begins: the same width everywhere, at a cost somewhat above the budget.
+
+From 8 bits everywhere a short search spends its time walking down; from the budget itself nothing is left to
+redistribute. Twice the budget (`headroom`) leaves both room and time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jpq.budget import Target
+from jpq.costs import COSTS
+from jpq.network.compressed import exact_uses
+from jpq.network.record import Network
+from jpq.network.shares import Shares
+from jpq.plan import LayerPlan, Plan
+
+Bounds = tuple[int, int]
+
+
+def start_bits(
+    network: Network, goals: Sequence[Target], w_bits: Bounds, a_bits: Bounds, image_bits: int, headroom: float = 2.0
+) -> tuple[float, float]:
+    """(weight, activation) widths, real numbers, at which the dense network costs `headroom` times its tightest target.
+
+    At least one bit above the smallest width (so that there is a way down), at most the largest.
+    """
+    shares = Shares(network, ())
+    excess = lambda bits: max(_cost(network, shares, bits, image_bits, g) / g.limit for g in goals)  # noqa: E731
+    low, high = 1.0, 16.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) < headroom else (low, middle)
+    w, a = (min(max(low, bounds[0] + 1.0), float(bounds[1])) for bounds in (w_bits, a_bits))
+    return w, a
+
+
+def _cost(network: Network, shares: Shares, bits: float, image_bits: int, goal: Target) -> float:
+    fake = {x.name: LayerPlan(bits, image_bits if x.reads_input else bits, False) for x in network.layers}  # type: ignore[arg-type]
+    return float(COSTS[goal.cost](exact_uses(network, shares, Plan("", fake, {}))))

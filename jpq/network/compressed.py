@@ -1,0 +1,186 @@
+"""A model under compression: the one thing that the trainer sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.utils.parametrize as parametrize
+from torch import Tensor, nn
+
+from jpq.costs import LayerUse
+from jpq.gates import Decided, Gate
+from jpq.network.record import Layer, Network
+from jpq.network.shares import Shares
+from jpq.network.sites import Site
+from jpq.network.taps import Draw
+from jpq.plan import LayerPlan, Plan
+from jpq.quantizers import Fixed, Integer, Width, act_quantizer, fit_threshold, weight_quantizer
+
+FLOAT_BITS = 32  # of layers that cannot be quantized
+
+
+class Compressed(nn.Module):
+    """A model under compression. The trainer sees this and nothing of gates or quantizers.
+
+    Args:
+        model: attached model (see `attach`).
+        network, sites: what is known of the float model.
+        gates: one per site, in the same order.
+    """
+
+    def __init__(self, model: nn.Module, network: Network, sites: Sequence[Site], gates: Iterable[Gate], method: str):
+        super().__init__()
+        self.model, self.network, self.sites, self.method = model, network, tuple(sites), method
+        self.gates: Any = nn.ModuleList(gates)  # of Gate
+        self.draws: list[Draw] = []
+        self.shares = Shares(network, self.sites)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output under the decisions as they stand; a fresh draw of every gate."""
+        for draw in self.draws:
+            draw.again()
+        return self.model(*args, **kwargs)
+
+    def layer(self, name: str) -> Any:
+        """The module of that name inside the attached model."""
+        return self.model.get_submodule(name)
+
+    def quantizers(self, name: str) -> tuple[Integer, Integer] | None:
+        """(weight, input) quantizers of a layer; None where it stays in floating point."""
+        layer = self.layer(name)
+        return (weight_quantizer(layer), act_quantizer(layer)) if hasattr(layer, "weight_quant") else None
+
+    def uses(self) -> list[LayerUse]:
+        """What each layer uses now: values whole (hard decisions), gradients soft."""
+        alive = [_hard(g.keep(), g.alive()) for g in self.gates]
+        inputs, outputs = self.shares.soft(alive)
+        return [
+            _use(layer, inputs[i], outputs[i], *self._widths(layer.name)) for i, layer in enumerate(self.network.layers)
+        ]
+
+    @torch.no_grad()
+    def exact(self, plan: Plan | None = None) -> list[LayerUse]:
+        """What each layer uses under a plan (default: as things stand), in whole numbers and fractions."""
+        return exact_uses(self.network, self.shares, plan or self.plan())
+
+    def _widths(self, name: str) -> tuple[Any, Any]:
+        pair = self.quantizers(name)
+        return (pair[0].width(), pair[1].width()) if pair else (FLOAT_BITS, FLOAT_BITS)
+
+    def penalty(self) -> Tensor:
+        """The gates' own regulariser, averaged over all units (nats per unit)."""
+        parts = [p for p in (g.penalty() for g in self.gates) if p is not None]
+        units = sum(g.n * g.rows for g in self.gates)
+        device = next(self.model.parameters()).device
+        return sum((p.sum() for p in parts), torch.zeros((), device=device)) / max(1, units)
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Let gates anneal and widths return into their bounds; once after every optimiser step."""
+        for gate in self.gates:
+            gate.after_step(progress)
+        for width in self.widths():
+            width.after_step()
+
+    def widths(self) -> list[Width]:
+        """Every bit-width."""
+        return [m for m in self.model.modules() if isinstance(m, Width)]
+
+    def decisions(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters that decide: "gates" and "bits"."""
+        return {
+            "gates": list(self.gates.parameters()),
+            "bits": [p for width in self.widths() for p in width.parameters()],
+        }
+
+    def weights(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters that compute: "decayed" (weights of two or more dims) and "plain" (biases, norms, ranges)."""
+        ranges = {id(m.log_threshold) for m in self.model.modules() if isinstance(m, Integer)}
+        deciding = {id(p) for group in self.decisions().values() for p in group}
+        own = [p for p in self.model.parameters() if id(p) not in deciding]
+        decayed = [p for p in own if p.dim() > 1 and id(p) not in ranges]
+        plain = [p for p in own if p.dim() <= 1 or id(p) in ranges]
+        return {"decayed": decayed, "plain": plain}
+
+    @torch.no_grad()
+    def plan(self) -> Plan:
+        """The decisions as they stand."""
+        layers = {}
+        for layer in self.network.layers:
+            pair = self.quantizers(layer.name)
+            if pair:
+                layers[layer.name] = LayerPlan(
+                    round(float(pair[0].width())), round(float(pair[1].width())), pair[1].signed
+                )
+        kept = {s.name: tuple(g.keep()[0].bool().tolist()) for s, g in zip(self.sites, self.gates, strict=True)}
+        return Plan(self.method, layers, kept)
+
+    @torch.no_grad()
+    def settle(self, plan: Plan) -> None:
+        """Take the plan's decisions for good: gates become 0/1 with their scale folded in, widths become fixed.
+
+        Under a plan that equals the decisions as they stand, evaluation before and after agrees exactly.
+        """
+        for draw, site, gate in zip(self.draws, self.sites, self.gates, strict=True):
+            for tap in site.taps:
+                weight = _original(self.model, self.network.layer(tap.layer))
+                weight.mul_(tap.structure.expand(gate.scale(), weight.shape))
+            kept = torch.tensor([plan.kept[site.name]], dtype=gate.keep().dtype, device=gate.keep().device)
+            draw.gate = Decided(kept)
+            draw.again()
+        self.gates = nn.ModuleList(draw.gate for draw in self.draws)
+        for layer in self.network.layers:
+            pair = self.quantizers(layer.name)
+            if not pair:
+                continue
+            decided = plan.layers[layer.name]
+            self._fix(layer, pair[0], decided.w_bits)
+            pair[1].width = _fixed(pair[1].width, decided.a_bits)
+        self.model.train(self.training)
+
+    def _fix(self, layer: Layer, quantizer: Integer, bits: int) -> None:
+        """Fix the weight's width; where that changes it, fit its range anew."""
+        changed = bits != round(float(quantizer.width()))
+        quantizer.width = _fixed(quantizer.width, bits)
+        if changed:
+            weight = self.layer(layer.name).weight
+            per_channel = quantizer.log_threshold.dim() > 0
+            quantizer.log_threshold.copy_(fit_threshold(weight, bits, True, per_channel).clamp_min(1e-8).log())
+
+
+def _hard(keep: Tensor, alive: Tensor) -> Tensor:
+    return keep + (alive - alive.detach())
+
+
+def _fixed(width: Width, bits: int) -> Fixed:
+    return Fixed(bits, width.choices).to(next(iter(width.state_dict().values())).device)
+
+
+def _use(layer: Layer, inputs: Any, outputs: Any, w_bits: Any, a_bits: Any) -> LayerUse:
+    return LayerUse(
+        layer.name, layer.macs, prod(layer.weight_shape), len(layer.outputs), inputs, outputs, 1, w_bits, a_bits
+    )
+
+
+def exact_uses(network: Network, shares: Shares, plan: Plan) -> list[LayerUse]:
+    """What each layer uses under a plan, in whole numbers and fractions."""
+    inputs, outputs = shares.exact(plan.kept)
+    uses = []
+    for i, layer in enumerate(network.layers):
+        bits = plan.layers.get(layer.name)
+        w, a = (bits.w_bits, bits.a_bits) if bits else (FLOAT_BITS, FLOAT_BITS)
+        uses.append(_use(layer, Fraction(*inputs[i]), Fraction(*outputs[i]), w, a))
+    return uses
+
+
+def _original(model: nn.Module, layer: Layer) -> Tensor:
+    """The trainable weight behind the mask."""
+    owner, _, name = layer.weight.rpartition(".")
+    module = model.get_submodule(owner)
+    if parametrize.is_parametrized(module, name):
+        return module.parametrizations[name].original  # type: ignore[index,union-attr]
+    return getattr(module, name)

@@ -1,0 +1,70 @@
+"""What a gate's decision does to the layers that it reaches: a mask on weights, noise on inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jpq.gates import Gate
+from jpq.structures import Structure
+from jpq.types import NONE, Weight
+
+
+class Draw:
+    """What one gate's decision is in this forward pass: every tap sees the same."""
+
+    def __init__(self, gate: Gate):
+        self.gate = gate
+        self.again()
+
+    def again(self) -> None:
+        """A new draw, at the start of a forward pass."""
+        self.z = self.gate.multiplier()
+        self._noise: dict[int, Tensor | None] = {}
+
+    def noise(self, batch: int) -> Tensor | None:
+        """`[batch, n]`, the same for every consumer in one forward pass."""
+        if batch not in self._noise:
+            self._noise[batch] = self.gate.jitter(batch)
+        return self._noise[batch]
+
+
+class Masked(nn.Module):
+    """Parametrization of a weight: times the mask of every tap on it."""
+
+    def __init__(self, taps: Sequence[tuple[Draw, Structure]]):
+        super().__init__()
+        self.taps = list(taps)
+
+    def forward(self, weight: Weight) -> Weight:
+        """weight * expand(z) for each tap."""
+        for draw, structure in self.taps:
+            weight = weight * structure.expand(draw.z, weight.shape)
+        return weight
+
+
+class Jitter:
+    """Noise per sample that multiplies the input of one layer, gathered from the gates that it reads."""
+
+    def __init__(self, taps: Sequence[tuple[Draw, Any]], channel_dim: int):
+        self.taps, self.channel_dim = list(taps), channel_dim
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """A tensor that broadcasts to x, or None."""
+        total = None
+        for draw, axis in self.taps:
+            noise = draw.noise(x.shape[0])
+            if noise is None:
+                continue
+            index = torch.as_tensor(axis.index, device=x.device)
+            padded = torch.cat([noise, noise.new_ones(len(noise), 1)], 1)
+            part = padded[:, torch.where(index == NONE, axis.n, index)]
+            total = part if total is None else total * part
+        if total is None:
+            return None
+        shape = [1] * x.dim()
+        shape[0], shape[self.channel_dim] = x.shape[0], -1
+        return total.reshape(shape)

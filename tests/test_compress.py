@@ -1,0 +1,99 @@
+"""The three-line use, on real data, in somebody else's loop."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import jpq
+from jpq.data import load
+
+
+def trained(data, epochs=6):
+    torch.manual_seed(0)
+    model = jpq.models.build("convnet", 10, 1)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for epoch in range(epochs):
+        for x, y in data.train.epoch(epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits", batch_size=64)
+
+
+@pytest.fixture(scope="module")
+def float_model(digits):
+    return trained(digits)
+
+
+def accuracy(model, batches):
+    model.eval()
+    with torch.no_grad():
+        return sum(int((model(x).argmax(1) == y).sum()) for x, y in batches) / batches.size
+
+
+def run(net, data, epochs, lr=2e-3):
+    optimizer = torch.optim.Adam(net.groups(lr=lr))
+    net.train()
+    for epoch in range(epochs):
+        for x, y in data.train.epoch(epoch):
+            loss = F.cross_entropy(net(x), y) + net.pressure()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            net.step()
+
+
+@pytest.mark.parametrize("method", sorted(jpq.METHODS))
+def test_every_method_lands_on_its_budget_in_a_users_own_loop(method, digits, float_model):
+    before = {k: v.clone() for k, v in float_model.state_dict().items()}
+    x, _ = next(iter(digits.train.epoch(0)))
+    net = jpq.compress(float_model, x, method=method, bops="1%", steps=5 * len(digits.train))
+    run(net, digits, 5)
+    net.land()
+    run(net, digits, 3)
+    small = net.finalize()
+    counted = jpq.measure(small, x)
+    limit = 0.01 * jpq.costs.baseline(net.net.exact())["bops"]
+    assert counted["bops"] <= limit
+    if method in ("djpq", "l0"):
+        assert counted["bops"] >= 0.97 * limit
+    assert accuracy(small, digits.held_out) > 0.9
+    assert isinstance(small, nn.Module)
+    assert all(torch.equal(v, before[k]) for k, v in float_model.state_dict().items())  # the user's model is untouched
+
+
+def test_pruned_networks_are_physically_smaller(digits, float_model):
+    x, _ = next(iter(digits.train.epoch(0)))
+    net = jpq.compress(float_model, x, method="djpq", macs="30%", steps=4 * len(digits.train))
+    run(net, digits, 4)
+    small = net.finalize()
+    weights = lambda m: sum(p.numel() for n, p in m.named_parameters() if n.endswith("weight"))  # noqa: E731
+    assert weights(small) < 0.6 * weights(float_model)
+    assert jpq.measure(small, x)["macs"] <= 0.3 * jpq.costs.baseline(net.net.exact())["macs"]
+
+
+def test_pressure_is_zero_once_landed(digits, float_model):
+    x, _ = next(iter(digits.train.epoch(0)))
+    net = jpq.compress(float_model, x, bops="1%", steps=10)
+    assert float(net.pressure().detach()) > 0
+    net.land()
+    assert float(net.pressure()) == 0
+    assert net.share() <= 0.01
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({}, "No target"), ({"bops": "0"}, "--target-bops"), ({"bops": "1%", "method": "djqp"}, "djpq"),
+        ({"bops": "0.00001%"}, "smallest possible"), ({"size": "1KB2"}, "--target-size"),
+    ],
+)  # fmt: skip
+def test_bad_requests(given, says, float_model):
+    with pytest.raises(jpq.JpqError, match=says):
+        jpq.compress(float_model, torch.rand(8, 1, 8, 8), **given)

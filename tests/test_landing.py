@@ -1,0 +1,122 @@
+"""Landing: under every target, at least 97 % of the tightest used, deterministic, and never above on any draw."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jpq import costs, landing
+from jpq.allocators import start_bits, uniform
+from jpq.budget import FULL_USE, spent, targets
+from jpq.gates import VIB, Decided
+from jpq.models import build
+from jpq.network.attach import attach
+from jpq.network.sites import channels
+from jpq.network.trace import trace
+from jpq.quantizers import Fixed, Learned, PowerOfTwo
+from jpq.types import JpqError
+
+MODEL = build("convnet", 10, 1)
+EXAMPLE = torch.randn(4, 1, 8, 8)
+NETWORK = trace(MODEL, EXAMPLE)
+
+
+def net(width=Learned, gate=VIB, high=8):
+    def widths(layer):
+        make = (lambda: Fixed(high, tuple(range(2, high + 1)))) if width is Fixed else (lambda: width(high, 2, high))
+        return make(), Fixed(8) if layer.reads_input else make()
+
+    sites = channels(NETWORK) if gate is VIB else ()
+    return attach(MODEL, NETWORK, sites, gate, widths, [EXAMPLE], "djpq")
+
+
+NET = net()
+
+
+def scatter(network, seed):
+    torch.manual_seed(seed)
+    for p in network.gates.parameters():
+        p.data.normal_(0, 3)
+    for width in network.widths():
+        for p in width.parameters():
+            p.data.uniform_(0, 10)
+    network.after_step(1.0)
+
+
+@given(seed=st.integers(0, 10**6), share=st.floats(0.0005, 0.06))
+@settings(max_examples=40, deadline=None)
+def test_lands_under_the_target_and_uses_it(seed, share):
+    scatter(NET, seed)
+    goals = targets({"bops": f"{100 * share:.4f}%"}, NET.exact())
+    plan = landing.land(NET, goals)
+    used = spent(goals[0], NET.exact(plan))
+    assert used <= 1
+    assert used >= FULL_USE or landing.note(goals, NET, plan)
+    assert landing.land(NET, goals) == plan
+    assert all(any(units) for units in plan.kept.values())
+
+
+def test_uses_97_percent_at_the_budgets_that_people_ask_for():
+    for seed in range(5):
+        scatter(NET, seed)
+        for text in ("2%", "1%", "0.5%", "0.25%"):
+            goals = targets({"bops": text}, NET.exact())
+            assert FULL_USE <= spent(goals[0], NET.exact(landing.land(NET, goals))) <= 1
+
+
+def test_changes_nothing_where_the_decisions_already_fit():
+    scatter(NET, 3)
+    now = NET.plan()
+    cost = costs.bops(NET.exact(now))
+    soft = landing.soft(NET)
+    assert costs.bops(NET.exact(soft.at(0.0))) == cost
+
+
+def test_several_targets_hold_together():
+    scatter(NET, 1)
+    goals = targets({"bops": "1%", "size": "6%", "macs": "60%"}, NET.exact())
+    uses = NET.exact(landing.land(NET, goals))
+    assert all(spent(g, uses) <= 1 for g in goals)
+    assert max(spent(g, uses) for g in goals) >= FULL_USE
+
+
+def test_impossible_targets_name_the_smallest_possible():
+    goals = targets({"bops": "0.0001%"}, NET.exact())
+    least = int(costs.bops(NET.exact(landing.smallest(NET))))
+    with pytest.raises(JpqError, match=f"{least:,}"):
+        landing.require(NET, goals)
+
+
+def test_powers_of_two_land_on_powers_of_two_and_say_what_they_leave():
+    network = net(PowerOfTwo)
+    scatter(network, 0)
+    goals = targets({"bops": "1%"}, network.exact())
+    plan = landing.land(network, goals)
+    assert {x.w_bits for x in plan.layers.values()} | {x.a_bits for x in plan.layers.values()} <= {2, 4, 8}
+    assert spent(goals[0], network.exact(plan)) <= 1
+
+
+def test_uniform_takes_the_dearest_balanced_pair_that_fits():
+    network = net(Fixed, Decided.all)
+    goals = targets({"bops": "1.6%"}, network.exact())
+    plan = uniform(network, goals, range(2, 9), range(2, 9))
+    assert {(x.w_bits, x.a_bits) for n, x in plan.layers.items() if n != NETWORK.layers[0].name} == {(4, 4)}
+    assert plan.layers[NETWORK.layers[0].name].a_bits == 8
+    with pytest.raises(JpqError, match="smallest possible"):
+        uniform(network, targets({"bops": "0.1%"}, network.exact()), range(2, 9), range(2, 9))
+
+
+def test_search_starts_above_the_budget_within_the_bounds():
+    goals = targets({"bops": "1%"}, NET.exact())
+    w, a = start_bits(NETWORK, goals, (2, 8), (2, 8), 8)
+    assert w == a
+    assert 4 < w < 5  # W4.5A4.5 costs about twice 1 %
+    assert start_bits(NETWORK, targets({"bops": "0.1%"}, NET.exact()), (2, 8), (2, 8), 8) == (3.0, 3.0)
+    assert start_bits(NETWORK, targets({"bops": "90%"}, NET.exact()), (2, 8), (2, 6), 8) == (8.0, 6.0)
+
+
+def test_exact_costs_are_whole_numbers():
+    scatter(NET, 7)
+    assert Fraction(costs.bops(NET.exact())).denominator == 1

@@ -1,0 +1,94 @@
+"""House rules that a machine can hold: imports go down, heavy packages stay where they belong, files stay small."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import jpq
+
+ROOT = Path(jpq.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+# each layer may import itself and what stands below it
+LAYERS = [
+    {"cli", "__main__", "progress"},
+    {"__init__"},
+    {"optimize", "journal"},
+    {"compress", "report"},
+    {"train", "landing", "checkpoint", "methods"},
+    {"allocators", "exporters"},
+    {"models", "data", "sources"},
+    {"budget"},
+    {"network"},
+    {"structures", "gates", "quantizers", "costs", "plan", "config", "result"},
+    {"types"},
+]
+ONLY = {
+    "brevitas": {"quantizers", "exporters", "network/attach.py"},
+    "pandas": {"report.py"},
+    "matplotlib": {"report.py"},
+    "rich": {"cli.py", "progress.py"},
+    "tyro": {"cli.py"},
+    "onnxruntime": {"exporters"},
+    "sklearn": {"sources.py", "data.py"},
+}
+
+
+def part(module):
+    """The first name below jpq, of "jpq.network.attach" or of a path."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            if node.module == "jpq":
+                yield from (f"jpq.{a.name}" for a in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names)
+
+
+def own(path):
+    relative = path.relative_to(ROOT)
+    return relative.parts[0].removesuffix(".py")
+
+
+def height(name):
+    for level, layer in enumerate(LAYERS):
+        if name in layer:
+            return level
+    raise AssertionError(f"{name} has no place in the layers")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down(path):
+    here = own(path)
+    for module in imports(path):
+        if module.startswith("jpq.") and part(module) != here and here not in ("cli", "__init__", "progress"):
+            pads = here == "models" and module == "jpq.network.pad"
+            assert height(part(module)) >= height(here) or pads, f"{path.name} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_heavy_packages_stay_where_they_belong(path):
+    relative = str(path.relative_to(ROOT))
+    for module in imports(path):
+        allowed = ONLY.get(module.split(".")[0])
+        assert allowed is None or any(relative == a or relative.startswith(f"{a}/") for a in allowed), (
+            f"{relative}: {module}"
+        )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_stay_small(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_method_files_import_only_their_base_and_types():
+    for family in ("gates", "quantizers", "structures"):
+        for path in (ROOT / family).glob("*.py"):
+            for module in imports(path):
+                if module.startswith("jpq."):
+                    assert module.startswith((f"jpq.{family}", "jpq.types")), f"{path.name} imports {module}"

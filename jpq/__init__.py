@@ -1,27 +1,52 @@
 """jpq: prune and quantize a trained network together, in one loss, exactly onto a budget.
 
-`optimize` is the whole job; `compress` is for use inside one's own training loop; the rest are the pieces.
+`optimize` is the whole job; `compress` is for use inside one's own training loop; the rest are the pieces. Names are
+imported when they are first used, so that `jpq --help` need not wait for torch.
 """
 
-from jpq import costs, data, gates, models, quantizers, structures
-from jpq.compress import Joint, compress
-from jpq.config import Budget, Config
-from jpq.exporters.onnx import export as export_onnx
-from jpq.exporters.quantized import rebuild
-from jpq.exporters.verify import measure, verify
-from jpq.landing import land
-from jpq.methods import METHODS
-from jpq.network.attach import attach
-from jpq.network.compressed import Compressed
-from jpq.network.sites import channels
-from jpq.network.trace import trace
-from jpq.optimize import load, optimize
-from jpq.plan import Plan
-from jpq.train import fit
-from jpq.types import JpqError
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jpq.config import Budget, Config
+    from jpq.exporters.onnx import export as export_onnx
+    from jpq.exporters.quantized import rebuild
+    from jpq.exporters.verify import measure, verify
+    from jpq.joint import Joint, compress
+    from jpq.landing import land
+    from jpq.methods import METHODS
+    from jpq.network.attach import attach
+    from jpq.network.compressed import Compressed
+    from jpq.network.sites import channels
+    from jpq.network.trace import trace
+    from jpq.plan import Plan
+    from jpq.recipe import load, optimize
+    from jpq.train import fit
+    from jpq.types import JpqError
+
+_HOMES = {
+    "METHODS": "methods", "Budget": "config", "Compressed": "network.compressed", "Config": "config",
+    "Joint": "joint", "JpqError": "types", "Plan": "plan", "attach": "network.attach", "channels": "network.sites",
+    "compress": "joint", "export_onnx": "exporters.onnx:export", "fit": "train", "land": "landing", "load": "recipe",
+    "measure": "exporters.verify", "optimize": "recipe", "rebuild": "exporters.quantized", "trace": "network.trace",
+    "verify": "exporters.verify",
+}  # fmt: skip
+_PARTS = ("costs", "data", "gates", "models", "quantizers", "structures")
 
 __all__ = [
-    "METHODS", "Budget", "Compressed", "Config", "Joint", "JpqError", "Plan", "attach", "channels", "compress", "costs",
-    "data", "export_onnx", "fit", "gates", "land", "load", "measure", "models", "optimize", "quantizers", "rebuild",
-    "structures", "trace", "verify",
+    "METHODS", "Budget", "Compressed", "Config", "Joint", "JpqError", "Plan", "attach", "channels", "compress",
+    "export_onnx", "fit", "land", "load", "measure", "optimize", "rebuild", "trace", "verify",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PARTS:
+        return import_module(f"jpq.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jpq' has no attribute '{name}'")
+    home, _, attribute = _HOMES[name].partition(":")
+    return getattr(import_module(f"jpq.{home}"), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES, *_PARTS])

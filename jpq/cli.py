@@ -140,8 +140,8 @@ def _help(console: Console) -> None:
 
 def _optimize(args: list[str], console: Console) -> None:
     config = parse(args).check()
-    from jpq.optimize import optimize, pick_method, split
     from jpq.progress import Progress, layer_table, summary
+    from jpq.recipe import optimize, pick_method, split
 
     search, tune = split(config, pick_method(config.decide.method))
     planned = {} if config.task.weights else {"float": config.train.float_epochs}
@@ -225,7 +225,7 @@ def _inspect(args: list[str], console: Console) -> None:
 def _evaluate(args: list[str], console: Console) -> None:
     wanted = _parsed(Evaluate, "evaluate", args)
     from jpq.config import read
-    from jpq.optimize import load, read_data
+    from jpq.recipe import load, read_data
     from jpq.result import percent
     from jpq.train import evaluate
     from jpq.types import JpqError

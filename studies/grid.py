@@ -57,11 +57,19 @@ def line(result: Result, config: jpq.Config, command: str) -> dict[str, object]:
         "a_bits_mean": round(statistics.mean(x.a_bits for x in layers), 2),
         "channels_kept": round(sum(x.outputs for x in layers) / sum(x.outputs_all for x in layers), 3),
         "masked_vs_rebuilt": result.verified["masked_vs_rebuilt_float64"],
-        "onnx_argmax_agreement": verified["argmax_agreement"], "onnx_boundary_images": verified["at_a_rounding_boundary"],
+        "onnx_argmax_agreement": verified["argmax_agreement"],
+        "onnx_boundary_images": verified["at_a_rounding_boundary"],
         "test_images": verified["images"], "seconds": result.seconds["total"], "threads": torch.get_num_threads(),
-        "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores shared" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+        "hardware": hardware(),
         "torch": torch.__version__, "command": command,
     }  # fmt: skip
+
+
+def hardware() -> str:
+    """What the run ran on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores, shared"
 
 
 def append(path: Path, row: dict[str, object]) -> None:
@@ -135,7 +143,8 @@ def main(name: str, title: str, base: jpq.Config, methods: list[str], wanted: li
                         train=replace(base.train, epochs=args.epochs),
                         run=replace(base.run, seed=seed, out=Path(folder), threads=args.threads),
                     )
-                    command = f"python studies/{name}.py --methods {method} --targets {shlex.quote(target)} --seeds {seed} --epochs {args.epochs}"
+                    own = f"--methods {method} --targets {shlex.quote(target)} --seeds {seed} --epochs {args.epochs}"
+                    command = f"python studies/{name}.py {own}"
                     try:
                         append(path, line(jpq.optimize(config, Print(), command), config, command))
                     except jpq.JpqError as error:  # such as uniform bits at a budget below 2 bits everywhere

@@ -110,7 +110,8 @@ def main() -> None:
         for name, times in seconds.items():
             ratios = [t / f for t, f in zip(times, seconds["float"], strict=True)]
             rows.append({
-                "model": "resnet20", "batch": batch, "step": name, "median_ms": round(1000 * statistics.median(times), 1),
+                "model": "resnet20", "batch": batch, "step": name,
+                "median_ms": round(1000 * statistics.median(times), 1),
                 "ratio_to_float": round(statistics.median(ratios), 3), "ratio_min": round(min(ratios), 3),
                 "ratio_max": round(max(ratios), 3), "n": args.rounds, "threads": 1, "torch": torch.__version__,
                 "hardware": f"{platform.machine()} CPU, 1 thread",

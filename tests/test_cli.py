@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console, RenderableType
 from test_report import result
 
-from jpq import cli, optimize
+from jpq import cli, recipe
 from jpq.cli import main, parse
 from jpq.config import Config
 from jpq.methods import METHODS
@@ -168,7 +168,7 @@ def test_interrupt_says_how_to_go_on(capsys: Captured, monkeypatch: pytest.Monke
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["jpq.optimize"], "optimize", interrupted)
+    monkeypatch.setattr(recipe, "optimize", interrupted)
     assert main(["optimize", "--target-bops", "1%", "--resume"]) == 130
     assert "jpq optimize --target-bops 1% --resume" in capsys.readouterr().err
 
@@ -177,7 +177,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(sys.modules["jpq.optimize"], "optimize", broken)
+    monkeypatch.setattr(recipe, "optimize", broken)
     with pytest.raises(ZeroDivisionError):
         main(["optimize", "--target-bops", "1%"])
 
@@ -257,4 +257,4 @@ def test_durations() -> None:
 
 def test_library_errors_are_jpq_errors() -> None:
     with pytest.raises(JpqError):
-        optimize(Config())
+        recipe.optimize(Config())

@@ -14,8 +14,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
     {"cli", "__main__", "progress"},
     {"__init__"},
-    {"optimize", "journal"},
-    {"compress", "report"},
+    {"recipe", "journal", "figures"},
+    {"joint", "report"},
     {"train", "landing", "checkpoint", "methods"},
     {"allocators", "exporters"},
     {"models", "data", "sources"},

@@ -39,7 +39,8 @@ def export(small: nn.Module, example: Tensor, path: Path) -> None:
     with _quiet():
         export_onnx_qcdq(
             model, args=example.cpu(), export_path=str(part), dynamo=False, opset_version=OPSET,
-            input_names=["input"], output_names=["output"], dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}},
+            input_names=["input"], output_names=["output"],
+            dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}},
         )  # fmt: skip
     onnx.checker.check_model(str(part))
     part.replace(path)

@@ -70,12 +70,12 @@ def verify(masked: nn.Module, small: nn.Module, path: Path, batches: Iterable[Pa
     exact = difference(masked, small, example)
     if not exact <= EXACT:
         raise JpqError(
-            f"The rebuilt model is not the masked one: relative difference {exact:.2e} in float64. This is a bug in jpq."
+            f"The rebuilt model is not the masked one: they differ by {exact:.2e} in float64. This is a bug in jpq."
         )
     outside = compare(small, Session(path), batches)
     if outside["largest_gap_where_argmax_differs"] > 0.1 or outside["argmax_agreement"] < 0.995:
         raise JpqError(
-            f"onnxruntime disagrees with the rebuilt model: {outside['argmax_differs']} of {outside['images']} images get "
+            f"onnxruntime and the rebuilt model differ: {outside['argmax_differs']} of {outside['images']} images get "
             f"another class, by up to {outside['largest_gap_where_argmax_differs']:.1%} of the output range."
         )
     return {"masked_vs_rebuilt_float64": exact, "rebuilt_vs_onnxruntime": outside}

@@ -17,8 +17,9 @@ We differ: mu multiplies the consumer's weights, before they are quantized, and 
 consumer reads, after it is quantized, fresh per sample: without quantizers that is z * x exactly; with them landing
 can fold mu into the weights and change nothing. The units of all sites share one KL weight (VIBNet's factors 1/width
 serve its own layout); what a unit costs enters through the budget instead. ln sigma^2 starts at -4, not -9: a search
-of a few hundred steps must be able to reach the threshold (measured on digits at 0.25 % BOPs, see studies). P(kept) is sigmoid((ln alpha - ln
-alpha_th) / tau): with the plain alpha, as remembered from DJPQ, the gradient is 0 at the start (alpha = e^9).
+of a few hundred steps must be able to reach the threshold (measured on digits at 0.25 % BOPs, see studies).
+P(kept) is sigmoid((ln alpha - ln alpha_th) / tau): with the plain alpha, as remembered from DJPQ, the gradient is 0
+at the start.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Learned(Width):
 
     def soft(self) -> float:
         """The real-valued bits."""
-        return float(self.bits)
+        return float(self.bits.detach())
 
     @torch.no_grad()
     def after_step(self) -> None:

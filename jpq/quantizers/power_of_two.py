@@ -34,7 +34,7 @@ class PowerOfTwo(Width):
 
     def soft(self) -> float:
         """The real-valued bits."""
-        return float(self.bits)
+        return float(self.bits.detach())
 
     @torch.no_grad()
     def after_step(self) -> None:

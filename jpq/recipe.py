@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import platform
 import shlex
 from dataclasses import replace
 from itertools import islice
@@ -19,13 +17,14 @@ from torch import Tensor, nn
 
 from jpq import checkpoint, costs, landing, models, report
 from jpq.allocators import start_bits, uniform
-from jpq.budget import Controller, Target, spent, targets
-from jpq.compress import gates, widths
+from jpq.budget import Controller, Target, targets
 from jpq.config import Config
 from jpq.data import Data
 from jpq.data import load as load_data
 from jpq.exporters import onnx, verify
 from jpq.exporters.quantized import build, rebuild
+from jpq.figures import layer_rows, reached, versions
+from jpq.joint import gates, widths
 from jpq.journal import Journal, open_folder
 from jpq.methods import METHODS, Method
 from jpq.network.attach import attach
@@ -36,10 +35,11 @@ from jpq.network.sites import channels
 from jpq.network.trace import trace
 from jpq.plan import Plan, from_json
 from jpq.plan import read as read_plan
-from jpq.result import Figures, LayerRow, Result, Silent, Watch
+from jpq.result import Figures, Result, Silent, Watch
 from jpq.train import Objective, Phase, evaluate, fit, optimizer, reestimate
 from jpq.types import JpqError, unknown
 
+SPLITS = ("train", "held_out", "test")
 CALIBRATION = 8  # batches that fit the quantizers' ranges
 
 
@@ -232,61 +232,25 @@ def finish(
     }  # fmt: skip
     run.seconds["total"] = run.recorder.clock()
     result = Result(
-        folder=run.folder, method=net.method, float=figures["float"], compressed=figures["compressed"],
+        folder=run.folder,
+        method=net.method,
+        float=figures["float"],
+        compressed=figures["compressed"],
         held_out={"float": evaluate(model, data.held_out), "compressed": evaluate(small, data.held_out)},
-        targets={
-            g.cost: {"asked": g.asked, "limit": g.limit, "reached": int(costs.COSTS[g.cost](uses)), "used": float(spent(g, uses))}
-            for g in goals
-        },
-        verified=verified, layers=layer_rows(net, plan), history=tuple(run.recorder.rows), seconds=run.seconds,
-        command=command or shlex.join(["jpq", "optimize"]), versions=versions(), seed=config.run.seed,
+        targets={goal.cost: reached(goal, uses) for goal in goals},
+        verified=verified,
+        layers=layer_rows(net, plan),
+        history=tuple(run.recorder.rows),
+        seconds=run.seconds,
+        command=command or shlex.join(["jpq", "optimize"]),
+        versions=versions(),
+        seed=config.run.seed,
         notes=tuple(run.notes),
-        data={
-            "name": data.name, "checksum": data.checksum, "train": data.train.size, "held_out": data.held_out.size,
-            "test": data.test.size,
-        },
-    )  # fmt: skip
+        data={"name": data.name, "checksum": data.checksum, **{k: getattr(data, k).size for k in SPLITS}},
+    )
     report.write(result, config)
     (run.folder / checkpoint.NAME).unlink(missing_ok=True)
     return result
-
-
-def layer_rows(net: Compressed, plan: Plan) -> tuple[LayerRow, ...]:
-    """One row per layer of the landed model."""
-    uses = net.exact(plan)
-    total = costs.bops(uses)
-    inputs, outputs = net.shares.exact(plan.kept)
-    rows = []
-    for layer, use, (i, i_all), (o, o_all) in zip(net.network.layers, uses, inputs, outputs, strict=True):
-        bops = int(costs.layer_bops(use))
-        kept = (i, i_all) if i_all == len(layer.inputs) else (o, o_all)  # depthwise reads what it writes
-        rows.append(
-            LayerRow(
-                layer.name,
-                layer.kind,
-                *kept,
-                o,
-                o_all,
-                int(use.w_bits),
-                int(use.a_bits),
-                int(use.macs * use.inputs * use.outputs),
-                bops,
-                float(bops / total),
-            )  # fmt: skip
-        )
-    return tuple(rows)
-
-
-def versions() -> dict[str, str]:
-    """What this run was computed with."""
-    from importlib.metadata import version
-
-    names = ("jpq", "torch", "torchvision", "brevitas", "numpy", "onnx", "onnxruntime")
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in names},
-        "cores": str(os.cpu_count()),
-    }
 
 
 def load(folder: str | Path) -> tuple[nn.Module, Plan]:

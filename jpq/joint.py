@@ -92,7 +92,7 @@ class Joint(nn.Module):
         return self.net.plan()
 
     def finalize(self) -> nn.Module:
-        """The small model: an ordinary module in eval mode, physically smaller, with brevitas layers; lands if need be."""
+        """The small model: an ordinary module in eval mode, physically smaller, with brevitas layers."""
         self.land()
         self.net.eval()
         return rebuild(self.net, self._dense[0])[0]

@@ -1,0 +1,46 @@
+"""What a landed network amounts to: the rows and numbers that a report is made of."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from jpq import costs
+from jpq.budget import Target, spent
+from jpq.network.compressed import Compressed
+from jpq.plan import Plan
+from jpq.result import LayerRow
+
+
+def reached(goal: Target, uses: Sequence[costs.LayerUse]) -> dict[str, Any]:
+    """How one target was met."""
+    cost = int(costs.COSTS[goal.cost](uses))
+    return {"asked": goal.asked, "limit": goal.limit, "reached": cost, "used": float(spent(goal, uses))}
+
+
+def layer_rows(net: Compressed, plan: Plan) -> tuple[LayerRow, ...]:
+    """One row per layer of the landed model."""
+    uses = net.exact(plan)
+    total = costs.bops(uses)
+    inputs, outputs = net.shares.exact(plan.kept)
+    rows = []
+    for layer, use, (i, i_all), (o, o_all) in zip(net.network.layers, uses, inputs, outputs, strict=True):
+        bops = int(costs.layer_bops(use))
+        kept = (i, i_all) if i_all == len(layer.inputs) else (o, o_all)  # depthwise reads what it writes
+        macs = int(use.macs * use.inputs * use.outputs)
+        bits = int(use.w_bits), int(use.a_bits)
+        rows.append(LayerRow(layer.name, layer.kind, *kept, o, o_all, *bits, macs, bops, float(bops / total)))
+    return tuple(rows)
+
+
+def versions() -> dict[str, str]:
+    """What this run was computed with."""
+    names = ("jpq", "torch", "torchvision", "brevitas", "numpy", "onnx", "onnxruntime")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+        "cores": str(os.cpu_count()),
+    }

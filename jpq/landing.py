@@ -3,8 +3,8 @@
 Every decision has a soft value: a width its real-valued bits, a unit its margin (nats above the threshold). One
 number, `shift`, moves them all: bits become `nearest(soft + shift)`, a unit stays where `margin + NATS * shift > 0`.
 The cost only grows with the shift, so bisection finds the most generous shift that still meets every target; what is
-left is spent on single decisions, those nearest to their next step first. At shift 0 nothing changes: where the controller
-did its work, landing has little to do.
+left is spent on single decisions, those nearest to their next step first. At shift 0 nothing changes: where the
+controller did its work, landing has little to do.
 """
 
 from __future__ import annotations

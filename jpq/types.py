@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `jpq --help` needs only the error
     import numpy as np
     import numpy.typing as npt
     from torch import Tensor
+
+    Labels = npt.NDArray[np.int64]  # [channels]: which class each channel belongs to; NONE where it has none
 else:
-    Tensor, np, npt = Any, None, None
+    Tensor = Labels = Any
 
 Units = Tensor  # [rows, n]: one number per unit of a site; the units of a row compete
 Weight = Tensor  # shaped like the layer's weight
 Share = Tensor | float  # a part of a whole, in [0, 1]
-Labels: TypeAlias = (
-    "npt.NDArray[np.int64]"  # [channels]: which class each channel belongs to; NONE where it has no class
-)
 
 NONE = -1  # a channel that carries no label: a constant, or something no rule could follow
 

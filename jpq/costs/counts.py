@@ -6,7 +6,8 @@
 
 Bias, normalisation (folded), activations, pooling and adds count no operations. The 64 bits are the two fp32 numbers
 that each output channel keeps beside its weights: a scale, and a bias (its own, or a folded normalisation's).
-Source: the conventions in DJPQ (arXiv:2007.10463) and Bayesian Bits (arXiv:2005.07093), kept channels counted on both sides of a layer (strict).
+Source: the conventions in DJPQ (arXiv:2007.10463) and Bayesian Bits (arXiv:2005.07093); kept channels count on both
+sides of a layer (strict).
 """
 
 from __future__ import annotations

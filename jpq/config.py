@@ -105,7 +105,7 @@ class Run:
     device: str = "auto"
     """cpu, cuda, or auto."""
     threads: int = 0
-    """CPU threads; 0 leaves the choice to torch."""
+    """CPU threads; 0: one for small nets, torch's choice for larger ones."""
     out: Path = Path("runs")
     """Folder for runs; this one goes to OUT/<hash of its settings>."""
     resume: bool = False

@@ -40,6 +40,7 @@ from jpq.train import Objective, Phase, evaluate, fit, optimizer, reestimate
 from jpq.types import JpqError, unknown
 
 SPLITS = ("train", "held_out", "test")
+SMALL = 5 * 10**8  # MACs of a batch
 CALIBRATION = 8  # batches that fit the quantizers' ranges
 
 
@@ -52,13 +53,12 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     d, method = config.decide, pick_method(config.decide.method)
     run = Journal(config, watch or Silent(), open_folder(config))
     torch.manual_seed(config.run.seed)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
     device = pick_device(config.run.device)
 
     data = read_data(config, device)  # 1
     model = dense_model(config, data, device)
     network = trace(model, data.example)  # 2
+    set_threads(config, network)
     sites = channels(network, d.skip) if method.gate else ()  # 3
 
     goals = asked(network, config)  # 4
@@ -92,6 +92,14 @@ def pick_device(name: str) -> torch.device:
     if name.split(":")[0] not in ("cpu", "cuda") or (name.startswith("cuda") and not torch.cuda.is_available()):
         raise JpqError(f"--device {name} is not here. Use cpu or auto.")
     return torch.device(name)
+
+
+def set_threads(config: Config, network: Network) -> None:
+    """CPU threads: as asked; else 1 for small nets, where threads wait longer for each other than they work."""
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    elif sum(layer.macs for layer in network.layers) * config.train.batch_size < SMALL:
+        torch.set_num_threads(1)
 
 
 def read_data(config: Config, device: torch.device) -> Data:

@@ -155,7 +155,7 @@ def fit(
             for group in optim.param_groups:
                 group["lr"] = group["peak"] * (phase.rate(at) if group["curve"] else 1.0)
             loss = objective(net, x, y, at / phase.epochs)
-            value = float(loss)
+            value = float(loss.detach())
             if not math.isfinite(value):
                 raise JpqError(_diverged(net, x, phase, epoch))
             optim.zero_grad()

@@ -1,0 +1,32 @@
+"""README is the manual: its code blocks run as they stand, its flags exist, and its figures are in the CSVs."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from jpq.config import Config
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+
+
+def test_python_blocks_run_one_after_the_other(capsys):
+    names = {}
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(block, names)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert float(lines[0].split()[-1]) <= 0.01
+    assert float(lines[-1]) <= 1e-9
+
+
+def test_flags_exist():
+    known = {f"--{f.name.replace('_', '-')}" for part in vars(Config()).values() for f in dataclasses.fields(part)}
+    used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) - {"--config", "--help", "--input-shape"}
+    assert used <= known, used - known
+
+
+def test_links_and_commands_name_files_that_are_there():
+    for path in re.findall(r"\b((?:studies|tests|jpq)/[\w./]+\.(?:py|csv|png))", TEXT):
+        assert (ROOT / path).exists(), path

@@ -1,0 +1,211 @@
+"""The main job end to end on the built-in data: files, promises, resuming, and bad input."""
+
+import json
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx
+import pandas as pd
+import pytest
+import torch
+
+import jpq
+from jpq import checkpoint, recipe
+from jpq.config import Budget, Config, Decide, Run, Task, Train
+from jpq.exporters.onnx import Session
+from jpq.result import Silent
+from jpq.types import JpqError
+
+QUICK = Train(epochs=4, float_epochs=3, lr=3e-3)
+
+
+def config(out, method="djpq", train=QUICK, **budget):
+    return Config(
+        task=Task(limit=600),
+        budget=Budget(**(budget or {"target_bops": "1%"})),
+        decide=Decide(method=method),
+        train=train,
+        run=Run(out=out, device="cpu"),
+    )
+
+
+class Stop(Silent):
+    """Interrupts a run after some epoch of some phase, as Ctrl-C would."""
+
+    def __init__(self, phase, epoch):
+        self.at = (phase, epoch)
+
+    def step(self, loss, bops_share, aim_share):
+        if self.next == self.at:
+            raise KeyboardInterrupt
+
+    def phase(self, name, epochs, steps):
+        self.next = (name, 1)
+
+    def epoch(self, row):
+        self.next = (row.phase, row.epoch + 1)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    asked = config(out)
+    return asked, jpq.optimize(asked, command="jpq optimize --target-bops 1%")
+
+
+def test_folder_holds_everything(finished):
+    _, result = finished
+    names = {p.name for p in result.folder.iterdir()}
+    assert names >= {
+        "config.toml", "history.csv", "layers.csv", "result.json", "model.safetensors", "plan.json", "model.onnx",
+        "curves.png", "layers.png",
+    }  # fmt: skip
+    assert checkpoint.NAME not in names
+    tree = json.loads((result.folder / "result.json").read_text())
+    for side in ("float", "compressed"):
+        assert 0 <= tree[side]["accuracy"] <= 1
+        assert all(tree[side][k] > 0 for k in ("bops", "macs", "size_bytes"))
+    assert tree["compressed"]["bops_share"] == tree["compressed"]["bops"] / tree["float"]["bops"]
+    assert tree["verified"]["masked_vs_rebuilt_float64"] <= 1e-10
+    assert tree["verified"]["rebuilt_vs_onnxruntime"]["images"] == tree["data"]["test"]
+    assert tree["command"] == "jpq optimize --target-bops 1%"
+    assert tree["seed"] == 0
+    assert tree["versions"]["torch"] == version("torch")
+    assert tree["seconds"]["total"] > 0
+    assert len(pd.read_csv(result.folder / "history.csv")) == 3 + 4
+
+
+def test_budget_is_a_promise_counted_on_the_rebuilt_model(finished):
+    _, result = finished
+    small, _ = jpq.load(result.folder)
+    counted = jpq.measure(small, torch.rand(1, 1, 8, 8))
+    limit = result.targets["bops"]["limit"]
+    assert 0.97 * limit <= counted["bops"] <= limit
+    assert counted["bops"] == result.compressed.bops == pd.read_csv(result.folder / "layers.csv").bops.sum()
+
+
+def test_saved_model_is_the_reported_one(finished):
+    asked, result = finished
+    small, plan = jpq.load(result.folder)
+    data = recipe.read_data(asked, torch.device("cpu"))
+    assert recipe.evaluate(small, data.test) == result.compressed.accuracy
+    session = Session(result.folder / "model.onnx")
+    x, _ = next(iter(data.test))
+    assert torch.equal(session(x).argmax(1), small(x).argmax(1))
+    assert session(x[:1]).shape == (1, 10)  # the batch is dynamic
+    kinds = {node.op_type for node in onnx.load(result.folder / "model.onnx").graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear", "Conv"} <= kinds
+    assert plan.method == "djpq"
+
+
+@pytest.mark.parametrize("phase", ["float", "search", "fine-tune"])
+def test_resuming_gives_the_same_bits_as_never_stopping(phase, finished, tmp_path):
+    asked, whole = finished
+    again = replace(asked, run=replace(asked.run, out=tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        jpq.optimize(again, Stop(phase, 2))
+    result = jpq.optimize(replace(again, run=replace(again.run, resume=True)))
+    strip = lambda rows: [repr(replace(r, seconds=0.0)) for r in rows]  # noqa: E731
+    assert strip(result.history) == strip(whole.history)
+    assert result.compressed == whole.compressed
+    ours, theirs = (recipe.load(r.folder)[0].state_dict() for r in (result, whole))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+@pytest.mark.parametrize(
+    ("method", "budget"),
+    [
+        ("djpq-pow2", {"target_bops": "1.5%"}), ("l0", {"target_bops": "0.5%"}), ("uniform", {"target_bops": "1%"}),
+        ("djpq", {"target_bops": "2%", "target_size": "12KB"}), ("djpq", {"target_macs": "40%"}),
+    ],
+)  # fmt: skip
+def test_methods_and_targets(method, budget, tmp_path):
+    result = jpq.optimize(config(tmp_path, method, replace(QUICK, epochs=3), **budget))
+    assert all(t["reached"] <= t["limit"] for t in result.targets.values())
+    used = max(t["used"] for t in result.targets.values())
+    assert used >= 0.97 or result.notes
+    if method == "djpq-pow2":
+        assert {x.w_bits for x in result.layers} | {x.a_bits for x in result.layers} <= {2, 4, 8}
+    if method == "uniform":
+        assert len({x.w_bits for x in result.layers}) == 1
+        assert not any(r.phase == "search" for r in result.history)
+    if "target_macs" in budget:
+        assert any(x.outputs < x.outputs_all for x in result.layers)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"budget": Budget(target_bops="0.0001%")}, "smallest possible"),
+        ({"budget": Budget(target_bops="0%")}, "above 0"),
+        ({"budget": Budget(target_bops="120%")}, "more than the fp32 model"),
+        ({"budget": Budget(target_bops="0.1%"), "decide": Decide(method="uniform")}, "prunes too"),
+        ({"decide": Decide(method="djqp")}, "djpq"),
+        ({"task": Task(model="convnett")}, "convnet"),
+        ({"task": Task(data="digit")}, "digits"),
+        ({"task": Task(weights=Path("nowhere.pth"))}, "nowhere.pth"),
+        ({"task": Task(model="vgg7")}, "vgg7|image|channels|8x8|8"),
+        ({"run": Run(device="cuda:9")}, "--device"),
+    ],
+)
+def test_bad_input_ends_before_training(change, says, tmp_path):
+    asked = replace(config(tmp_path), **change)
+    asked = replace(asked, run=replace(asked.run, out=tmp_path))
+    watch = Stop("float", 1)
+    with pytest.raises(JpqError, match=says) as caught:
+        jpq.optimize(asked, watch)
+    assert len(str(caught.value)) < 500
+    assert not hasattr(watch, "next")  # no phase had begun
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JpqError, match="--out"):
+        jpq.optimize(config(tmp_path / "file"))
+
+
+def test_loss_that_is_not_a_number_names_phase_and_layer(tmp_path):
+    asked = config(tmp_path, train=replace(QUICK, float_epochs=2, lr=1e30))
+    with pytest.raises(JpqError, match=r"phase float.*(layer|parameter) '"):
+        jpq.optimize(asked)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
+def test_corrupt_checkpoints_are_refused(content, tmp_path):
+    asked = config(tmp_path)
+    folder = tmp_path / asked.hash()
+    folder.mkdir()
+    (folder / checkpoint.NAME).write_bytes(content)
+    with pytest.raises(JpqError, match="--resume"):
+        jpq.optimize(replace(asked, run=replace(asked.run, resume=True)))
+
+
+def test_foreign_checkpoints_are_refused(tmp_path):
+    asked = config(tmp_path)
+    folder = tmp_path / asked.hash()
+    folder.mkdir()
+    resumed = replace(asked, run=replace(asked.run, resume=True))
+    for foreign in ({"state_dict": {}}, {"kind": "jpq checkpoint", "settings": "another", "phase": "float"}):
+        torch.save(foreign, folder / checkpoint.NAME)
+        with pytest.raises(JpqError, match="--resume"):
+            jpq.optimize(resumed)
+
+
+@pytest.mark.parametrize("damage", ["plan", "missing", "truncated", "other"])
+def test_damaged_run_folders_end_in_a_sentence(damage, finished, tmp_path):
+    _, result = finished
+    for name in ("plan.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((result.folder / name).read_bytes())
+    if damage == "plan":
+        (tmp_path / "plan.json").write_text("{}")
+    elif damage == "missing":
+        (tmp_path / "model.safetensors").unlink()
+    elif damage == "truncated":
+        (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:200])
+    else:
+        tree = json.loads((tmp_path / "plan.json").read_text())
+        tree["layers"]["99"] = next(iter(tree["layers"].values()))
+        (tmp_path / "plan.json").write_text(json.dumps(tree))
+    with pytest.raises(JpqError):
+        jpq.load(tmp_path)

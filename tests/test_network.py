@@ -84,6 +84,12 @@ def test_macs_by_kind() -> None:
     assert zoo("signal").layer("0").macs == 2 * 6 * 3 * 14
 
 
+def test_macs_of_an_example_without_batch() -> None:
+    network = trace(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1)), IMAGE[0])
+    assert [layer.macs for layer in network.layers] == [3 * 6 * 9 * 4, 6 * 4 * 4]
+    assert [site.n for site in channels(network)] == [6]
+
+
 def test_axes_name_every_parameter_that_shrinks() -> None:
     network = zoo("residual")
     stem = network.layer("stem.0").outputs

@@ -192,6 +192,8 @@ def _record(book: Book, unknown_ops: list[str], batch: int) -> Network:
             for call in calls:
                 for labels in (call.inputs, call.outputs):
                     book.classes.freeze(labels, "its module owns several weights; give each a module of its own")
+    if any(len(shape_of(call.node.all_input_nodes[0])) < len(call.shape) for call in book.calls):
+        batch = 1  # the example is one sample without a batch dim
     find = book.classes.find
     layers = tuple(_layer(weight, calls, batch, owners, book) for weight, calls in grouped.items())
     axes: dict[str, dict[int, Labels]] = {
@@ -210,7 +212,7 @@ def _record(book: Book, unknown_ops: list[str], batch: int) -> Network:
 def _layer(weight: str, calls: list[LayerCall], batch: int, owners: list[str], book: Book) -> Layer:
     owner, first = weight.rpartition(".")[0], calls[0]
     return Layer(
-        name=owner if owners.count(owner) == 1 else weight,
+        name=owner if owner and owners.count(owner) == 1 else weight,
         weight=weight,
         kind=first.kind,
         weight_shape=first.shape,

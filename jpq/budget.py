@@ -118,6 +118,10 @@ class Controller:
                 total = total.to(cost.device) + force * excess
         return total
 
+    def force(self) -> float:
+        """The largest multiplier: what one unit of ln(cost) is worth now, in nats of the task's loss."""
+        return max(self.pressure.values(), default=0.0)
+
     def state(self) -> dict[str, dict[str, float]]:
         """What a checkpoint keeps."""
         return {"start": dict(self.start), "pressure": dict(self.pressure)}

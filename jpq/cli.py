@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import os
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -109,6 +111,8 @@ def _say_error(errors: Console, text: str) -> None:
 
 
 def _dispatch(args: list[str], console: Console) -> int:
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA toolkit: nobody asked for one
+    warnings.filterwarnings("ignore", message="fast_hadamard_transform")  # brevitas, on import
     commands: dict[str, Callable[[list[str], Console], None]] = {
         "optimize": _optimize, "inspect": _inspect, "evaluate": _evaluate, "methods": _methods,
     }  # fmt: skip

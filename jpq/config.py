@@ -69,7 +69,7 @@ class Decide:
     bit_lr: float = 0.02
     """Learning rate of the bit-widths (Adam)."""
     gate_weight: float = 0.03
-    """Weight of the gates' own regulariser (averaged over all units; nats)."""
+    """Weight of the gates' own regulariser (nats, mean over units), times the budget's pressure."""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,8 @@ class Joint(nn.Module):
         """What the budget and the gates add to the loss, a scalar; 0 once the decisions have landed."""
         if self.controller is None:
             return torch.zeros((), device=next(self.parameters()).device)
-        return self.controller.loss(self.net.uses(), self.progress) + self.gate_weight * self.net.penalty()
+        cost = self.controller.loss(self.net.uses(), self.progress)
+        return cost + self.gate_weight * self.controller.force() * self.net.penalty()
 
     def step(self) -> None:
         """After every `optimizer.step()`."""

@@ -83,14 +83,17 @@ def smallest(net: Compressed) -> Plan:
 
 def require(net: Compressed, goals: Sequence[Target]) -> None:
     """Raise JpqError, naming the smallest possible cost, if a target cannot be met at all."""
-    uses = net.exact(smallest(net))
+    plan = smallest(net)
+    uses = net.exact(plan)
+    rigid = [layer.name for layer in net.network.layers if layer.name not in plan.layers]
+    stay = f" {len(rigid)} layers cannot be quantized and stay at 32 bits, such as '{rigid[0]}'." if rigid else ""
     for goal in goals:
         least = spent(goal, uses)
         if least > 1:
             raise JpqError(
                 f"{goal.flag} {goal.asked} ({goal.limit:,}) cannot be met: the smallest possible is "
                 f"{math.ceil(least * goal.limit):,}, with fewest bits and one unit at each site. "
-                "Allow fewer bits (--w-bits, --a-bits), skip fewer layers, or raise the target."
+                f"Allow fewer bits (--w-bits, --a-bits), skip fewer layers, or raise the target.{stay}"
             )
 
 

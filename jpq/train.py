@@ -48,7 +48,7 @@ class Objective:
             uses = net.uses()
             loss = loss + self.controller.loss(uses, progress)
             if self.gate_weight:
-                loss = loss + self.gate_weight * net.penalty()
+                loss = loss + self.gate_weight * self.controller.force() * net.penalty()
         return loss
 
 

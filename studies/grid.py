@@ -25,11 +25,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import jpq
+from jpq.recipe import split
 from jpq.result import Result, Row, Silent
 
 RESULTS = Path(__file__).parent / "results"
 COLOURS = {"djpq": "#0072B2", "djpq-pow2": "#009E73", "l0": "#CC79A7", "uniform": "#E69F00"}
-KEY = ["method", "target", "seed", "epochs"]
+KEY = ["method", "target", "seed", "epochs", "search_epochs"]
 
 
 class Print(Silent):
@@ -50,6 +51,7 @@ def line(result: Result, config: jpq.Config, command: str) -> dict[str, object]:
     return {
         "model": config.task.model, "data": config.task.data, "method": result.method,
         "target": config.budget.target_bops, "seed": result.seed, "epochs": config.train.epochs,
+        "search_epochs": sum(r.phase == "search" for r in result.history), "bit_lr": config.decide.bit_lr,
         "float_accuracy": round(result.float.accuracy, 4), "accuracy": round(result.compressed.accuracy, 4),
         "bops_share": round(result.compressed.bops_share, 7), "target_used": round(result.targets["bops"]["used"], 4),
         "bops": result.compressed.bops, "macs": result.compressed.macs, "size_bytes": result.compressed.size_bytes,
@@ -92,13 +94,16 @@ def done(path: Path) -> set[tuple[str, ...]]:
 def picture(path: Path, title: str) -> None:
     """Accuracy against BOPs, a line per method through the means of its seeds, a dot per run."""
     table = pd.read_csv(path)
+    last = table.groupby("method").search_epochs.last().to_dict()
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.subplots()
-    for method, runs in table.groupby("method"):
+    for (method, epochs, searched), runs in table.groupby(["method", "epochs", "search_epochs"]):
         colour = COLOURS.get(str(method), "#555555")
+        label = f"{method}, {epochs} epochs" + (f" ({searched} of search)" if searched else "")
+        style = "-" if searched == last.get(method, searched) else ":"
         axes.scatter(100 * runs.bops_share, 100 * runs.accuracy, s=16, color=colour, alpha=0.5)
         means = runs.groupby("target")[["bops_share", "accuracy"]].mean().sort_values("bops_share")
-        axes.plot(100 * means.bops_share, 100 * means.accuracy, marker="o", color=colour, label=str(method))
+        axes.plot(100 * means.bops_share, 100 * means.accuracy, marker="o", linestyle=style, color=colour, label=label)
     axes.axhline(
         100 * table.float_accuracy.mean(), color="#555555", linestyle="--", linewidth=1, label="float model (mean)"
     )
@@ -131,7 +136,8 @@ def main(name: str, title: str, base: jpq.Config, methods: list[str], wanted: li
     for seed in args.seeds if not args.plot else []:
         for target in args.targets:
             for method in args.methods:
-                if (method, target, str(seed), str(args.epochs)) in done(path):
+                searched = split(replace(base, train=replace(base.train, epochs=args.epochs)), jpq.METHODS[method])[0]
+                if (method, target, str(seed), str(args.epochs), str(searched)) in done(path):
                     continue
                 print(f"{name}: {method} {target} seed {seed}", flush=True)
                 with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +156,7 @@ def main(name: str, title: str, base: jpq.Config, methods: list[str], wanted: li
                     except jpq.JpqError as error:  # such as uniform bits at a budget below 2 bits everywhere
                         print(f"  not possible: {error}", flush=True)
     table = pd.read_csv(path)
-    means = table.groupby(["target", "method", "epochs"]).agg(
+    means = table.groupby(["target", "method", "epochs", "search_epochs"]).agg(
         n=("accuracy", "size"),
         accuracy=("accuracy", "mean"),
         least=("accuracy", "min"),

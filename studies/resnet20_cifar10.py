@@ -13,14 +13,15 @@ from pathlib import Path
 import grid
 
 import jpq
-from jpq.config import Run, Task, Train
+from jpq.config import Decide, Run, Task, Train
 
 BASE = jpq.Config(
     task=Task(
         model="resnet20", data="cifar10", data_root=Path("data"), weights=Path("data/weights/resnet20-12fca82f.th"),
         held_out=0.02,
     ),
-    train=Train(epochs=4, batch_size=128, lr=1e-3),
+    decide=Decide(bit_lr=0.01),
+    train=Train(epochs=4, search=0.25, batch_size=128, lr=1e-3),
     run=Run(device="auto"),
 )  # fmt: skip
 

@@ -145,3 +145,19 @@ def test_parametrized_models_are_refused():
     nn.utils.parametrizations.weight_norm(model[0])
     with pytest.raises(JpqError, match="parametrizations"):
         attach(model, network, (), VIB, widths, [torch.randn(1, 3)], "djpq")
+
+
+def test_layers_whose_module_is_never_called_stay_in_floating_point():
+    class ByFunction(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.b(torch.relu(nn.functional.linear(x, self.a.weight, self.a.bias)))
+
+    model = ByFunction()
+    network = trace(model, torch.randn(2, 4))
+    net = attach(model, network, (), VIB, lambda _: (Fixed(4), Fixed(4)), [torch.randn(50, 4)], "uniform")
+    assert set(net.plan().layers) == {"b"}
+    assert {u.name: u.w_bits for u in net.exact()} == {"a": 32, "b": 4}

@@ -30,3 +30,11 @@ def test_flags_exist():
 def test_links_and_commands_name_files_that_are_there():
     for path in re.findall(r"\b((?:studies|tests|jpq)/[\w./]+\.(?:py|csv|png))", TEXT):
         assert (ROOT / path).exists(), path
+
+
+def test_figures_are_those_of_the_csvs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    import summary
+
+    assert summary.figures() in TEXT
+    assert summary.figures().count("\n| ") > 10

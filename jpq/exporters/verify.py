@@ -83,7 +83,7 @@ def verify(masked: nn.Module, small: nn.Module, path: Path, batches: Iterable[Pa
 
 @torch.no_grad()
 def measure(small: nn.Module, example: Tensor) -> dict[str, int]:
-    """Cost of a rebuilt model counted by running it: every layer's own shapes and its quantizers' own bits."""
+    """Cost of a rebuilt model's quantized layers, counted by running it: their own shapes, their quantizers' bits."""
     uses: list[LayerUse] = []
 
     def watch(name: str) -> Callable[..., None]:

@@ -68,12 +68,16 @@ def attach(
 
 
 def quantize(model: nn.Module, layer: Layer, widths: tuple[Width, Width], seen: Tensor | None) -> None:
-    """Replace one layer of `model` by its quantized twin, ranges fitted to its weight and to `seen` inputs."""
-    module = model.get_submodule(layer.name)
-    if not can_quantize(module) or layer.weight != f"{layer.name}.weight":
+    """Replace one layer of `model` by its quantized twin, ranges fitted to its weight and to `seen` inputs.
+
+    Left as it is: a layer of another class, and one whose module is never called (`seen` is None): code that hands a
+    module's weight to a function, as Swin's attention does, would not notice the quantizers.
+    """
+    module = dict(model.named_modules()).get(layer.name)
+    if module is None or seen is None or not can_quantize(module) or layer.weight != f"{layer.name}.weight":
         return
     weight: Tensor = module.weight.detach()  # type: ignore[operator]
-    x = seen if seen is not None and seen.numel() else torch.ones(1, device=weight.device)
+    x = seen if seen.numel() else torch.ones(1, device=weight.device)
     signed = bool(x.min() < -1e-6 * x.abs().max())
     w = Integer(fit_threshold(weight, widths[0].soft(), True, layer.kind != "conv_transpose"), widths[0], True)
     a = Integer(fit_threshold(x, widths[1].soft(), signed, False), widths[1], signed)
@@ -102,7 +106,8 @@ def observe(model: nn.Module, network: Network, batches: Batches) -> dict[str, T
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in seen]
+    modules = dict(model.named_modules())
+    handles = [modules[name].register_forward_pre_hook(watch(name)) for name in seen if name in modules]
     training = model.training
     model.eval()
     try:

@@ -46,8 +46,8 @@ class Compressed(nn.Module):
         return self.model(*args, **kwargs)
 
     def layer(self, name: str) -> Any:
-        """The module of that name inside the attached model."""
-        return self.model.get_submodule(name)
+        """The module of that name inside the attached model; None where a layer's weight belongs to no such module."""
+        return dict(self.model.named_modules()).get(name)
 
     def quantizers(self, name: str) -> tuple[Integer, Integer] | None:
         """(weight, input) quantizers of a layer; None where it stays in floating point."""

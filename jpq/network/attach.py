@@ -76,7 +76,7 @@ def quantize(model: nn.Module, layer: Layer, widths: tuple[Width, Width], seen: 
     module = dict(model.named_modules()).get(layer.name)
     if module is None or seen is None or not can_quantize(module) or layer.weight != f"{layer.name}.weight":
         return
-    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    weight: Tensor = module.weight.detach()
     x = seen if seen.numel() else torch.ones(1, device=weight.device)
     signed = bool(x.min() < -1e-6 * x.abs().max())
     w = Integer(fit_threshold(weight, widths[0].soft(), True, layer.kind != "conv_transpose"), widths[0], True)

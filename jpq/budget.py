@@ -45,7 +45,7 @@ def parse(cost: str, text: str, full: float) -> Target:
         raise JpqError(f"{flag} '{text}' is not an amount. Write it like {example}.")
     number = Fraction(match[1])
     limit = number / 100 * Fraction(full) if match[2] == "%" else number * _FACTOR[match[2]]
-    if number <= 0:
+    if limit < 1:
         raise JpqError(f"{flag} {text} allows nothing. Give an amount above 0.")
     if limit > full:
         raise JpqError(f"{flag} {text} is more than the fp32 model costs ({full:,.0f}): nothing would have to be done.")

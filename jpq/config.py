@@ -126,12 +126,12 @@ class Config:
         """This config, once every value makes sense. Raises JpqError with the flag to change."""
         d, t = self.decide, self.train
         for flag, (low, high) in (("--w-bits", d.w_bits), ("--a-bits", d.a_bits)):
-            if not 2 <= low <= high <= 16:
+            if not 2 <= low <= high <= 8:
                 raise JpqError(
-                    f"{flag} {low} {high}: give a smallest and a largest bit-width, 2 <= small <= large <= 16."
+                    f"{flag} {low} {high}: give a smallest and a largest bit-width, 2 <= small <= large <= 8."
                 )
-        if not 2 <= d.image_bits <= 16:
-            raise JpqError(f"--image-bits {d.image_bits} is outside 2 to 16.")
+        if not 2 <= d.image_bits <= 8:
+            raise JpqError(f"--image-bits {d.image_bits} is outside 2 to 8.")
         for flag, share in (("--search", t.search), ("--held-out", self.task.held_out)):
             if not 0 < share < 1:
                 raise JpqError(f"{flag} {share} must lie between 0 and 1.")

@@ -129,6 +129,7 @@ def compress(
 
     Raises JpqError for an unknown method, and for targets that are malformed or cannot be met.
     """
+    example_inputs = tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs
     asked = {"bops": bops, "size": size, "macs": macs}
     if not any(asked.values()):
         raise JpqError('No target: give bops="1%" (or "12M"), size="50KB" or macs="50%".')

@@ -33,6 +33,10 @@ class Journal:
     def __post_init__(self) -> None:
         if self.config.run.resume:
             self.saved = checkpoint.load(self.folder)
+            if self.saved is None and (self.folder / "result.json").exists():
+                raise JpqError(
+                    f"Nothing to go on with: {self.folder} holds a finished run. Start anew without --resume."
+                )
             if self.saved and self.saved["settings"] != self.config.hash():
                 raise JpqError(f"The checkpoint in {self.folder} belongs to other settings; run without --resume.")
             if self.saved:
@@ -51,10 +55,17 @@ class Journal:
         """Write the checkpoint and the history so far."""
         report.write_history(self.recorder.rows, self.folder)
         state = {
-            "kind": "jpq checkpoint", "settings": self.config.hash(), "phase": phase.name, "done": phase.done,
-            "net": net.state_dict(), "optimizer": optim.state_dict(), "random": torch.get_rng_state(),
-            "history": [asdict(row) for row in self.recorder.rows], **more,
-        }  # fmt: skip
+            "kind": "jpq checkpoint",
+            "settings": self.config.hash(),
+            "phase": phase.name,
+            "done": phase.done,
+            "net": net.state_dict(),
+            "optimizer": optim.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "history": [asdict(row) for row in self.recorder.rows],
+            **more,
+        }
         checkpoint.save(self.folder, state)
 
     def go_on(self, phase: Phase, net: nn.Module, optim: torch.optim.Optimizer) -> None:
@@ -64,6 +75,8 @@ class Journal:
         checkpoint.restore(net, self.saved["net"], self.folder / checkpoint.NAME)
         optim.load_state_dict(self.saved["optimizer"])
         torch.set_rng_state(self.saved["random"])
+        if self.saved["random_cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(self.saved["random_cuda"])
         phase.done = int(self.saved["done"])
 
     def is_past(self, phase: str) -> bool:

@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from jpq.budget import FULL_USE, Target, meets, spent
 from jpq.network.compressed import Compressed
 from jpq.plan import LayerPlan, Plan
-from jpq.quantizers.base import nearest
+from jpq.quantizers import Width
 from jpq.types import JpqError
 
 NATS = 2.0  # a unit's margin, in nats, that weighs as much as one bit
+BOTTOM = 1e6  # a shift below everything
 REACH = 24.0  # a shift that moves every bit from one end to the other
 
 
@@ -28,14 +29,14 @@ class Soft:
     """The soft values that landing rounds."""
 
     plan: Plan  # as things stand: supplies signs, names and the layers' order
-    bits: Mapping[tuple[str, str], tuple[float, tuple[int, ...]]]  # (layer, "w" | "a") -> soft bits, choices
+    widths: Mapping[tuple[str, str], Width]  # (layer, "w" | "a")
     margins: Mapping[str, tuple[float, ...]]  # site -> unit -> nats above the threshold
 
     def at(self, shift: float) -> Plan:
         """The plan that this shift gives; every site keeps at least its best unit."""
         layers = {}
         for name, layer in self.plan.layers.items():
-            w, a = (nearest(soft + shift, choices) for soft, choices in (self.bits[name, "w"], self.bits[name, "a"]))
+            w, a = (width.nearest(width.soft() + shift) for width in (self.widths[name, "w"], self.widths[name, "a"]))
             layers[name] = replace(layer, w_bits=w, a_bits=a)
         kept = {}
         for site, margins in self.margins.items():
@@ -46,14 +47,18 @@ class Soft:
     def steps(self, plan: Plan) -> list[tuple[float, str, Plan]]:
         """Every single decision that could be one step more generous: (shift it needed, its name, the plan with it)."""
         found: list[tuple[float, str, Plan]] = []
-        for (name, side), (soft, choices) in self.bits.items():
+        for (name, side), width in self.widths.items():
             now: LayerPlan = plan.layers[name]
             bits = now.w_bits if side == "w" else now.a_bits
-            more = [c for c in choices if c > bits]
+            more = [c for c in width.choices if c > bits]
             if more:
                 layer = replace(now, w_bits=more[0]) if side == "w" else replace(now, a_bits=more[0])
                 found.append(
-                    ((bits + more[0]) / 2 - soft, f"{name} {side}", replace(plan, layers={**plan.layers, name: layer}))
+                    (
+                        width.switch(bits, more[0]) - width.soft(),
+                        f"{name} {side}",
+                        replace(plan, layers={**plan.layers, name: layer}),
+                    )
                 )
         for site, margins in self.margins.items():
             closed = [u for u, k in enumerate(plan.kept[site]) if not k]
@@ -66,19 +71,19 @@ class Soft:
 
 def soft(net: Compressed) -> Soft:
     """The soft values of a network under compression."""
-    bits = {}
+    widths = {}
     for layer in net.network.layers:
         pair = net.quantizers(layer.name)
         if pair:
             for side, quantizer in zip("wa", pair, strict=True):
-                bits[layer.name, side] = (quantizer.width.soft(), quantizer.width.choices)
+                widths[layer.name, side] = quantizer.width
     margins = {s.name: tuple(g.margin()[0].tolist()) for s, g in zip(net.sites, net.gates, strict=True)}
-    return Soft(net.plan(), bits, margins)
+    return Soft(net.plan(), widths, margins)
 
 
 def smallest(net: Compressed) -> Plan:
     """The cheapest plan there is: fewest bits, one unit at each site."""
-    return soft(net).at(-math.inf)
+    return soft(net).at(-BOTTOM)
 
 
 def require(net: Compressed, goals: Sequence[Target]) -> None:
@@ -112,7 +117,7 @@ def land(net: Compressed, goals: Sequence[Target]) -> Plan:
         low, high = (middle, high) if meets(goals, net.exact(decisions.at(middle))) else (low, middle)
     plan = decisions.at(low)
     if not meets(goals, net.exact(plan)):  # margins or bits beyond REACH: begin at the very bottom
-        plan = decisions.at(-math.inf)
+        plan = decisions.at(-BOTTOM)
     return fill(net, decisions, plan, goals)
 
 

@@ -29,7 +29,7 @@ METHODS: Mapping[str, Method] = {
         "Wang et al., Differentiable Joint Pruning and Quantization, ECCV 2020, arXiv:2007.10463",
     ),
     "djpq-pow2": Method(
-        "channels (VIB gates) and 2, 4, 8 or 16 bits per tensor, in one loss",
+        "channels (VIB gates) and 2, 4 or 8 bits per tensor, in one loss",
         VIB, PowerOfTwo, True,
         "hardware with power-of-two widths only (most NPUs and CPUs)",
         "the restricted DJPQ of arXiv:2007.10463",

@@ -89,8 +89,13 @@ def pick_device(name: str) -> torch.device:
     """The device that --device names."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.split(":")[0] not in ("cpu", "cuda") or (name.startswith("cuda") and not torch.cuda.is_available()):
-        raise JpqError(f"--device {name} is not here. Use cpu or auto.")
+    here = {
+        "cpu",
+        *(["cuda"] if torch.cuda.is_available() else []),
+        *(f"cuda:{i}" for i in range(torch.cuda.device_count())),
+    }
+    if name not in here:
+        raise JpqError(f"--device {name} is not here. Use {', '.join(sorted(here))} or auto.")
     return torch.device(name)
 
 
@@ -218,6 +223,7 @@ def finish(
 ) -> Result:
     """Rebuild, count again, export, verify, save, report. The test split is read here, and only here."""
     run.watch.phase("verify", 0, 0)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # compare at full precision
     small, plan = rebuild(net, model)
     plan = replace(plan, model={"name": config.task.model, "classes": data.classes, "channels": data.shape[0]})
     uses = net.exact(plan)

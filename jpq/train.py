@@ -166,6 +166,8 @@ def fit(
                 net.after_step(at / phase.epochs)
             losses.append(value)
             watch.step(value, *recorder.shares(objective))
+        if not all(bool(p.isfinite().all()) for p in net.parameters()):  # before it can replace a good checkpoint
+            raise JpqError(_diverged(net, x, phase, epoch))
         accuracy = evaluate(net, data.held_out)
         mean = sum(losses) / max(1, len(losses))
         row = recorder.row(phase, epoch + 1, mean, accuracy, net, objective, optim.param_groups[0]["lr"])

@@ -12,7 +12,7 @@ from jpq.exporters import onnx
 from jpq.exporters.quantized import rebuild
 from jpq.exporters.verify import compare, measure
 from jpq.gates import GATES, VIB
-from jpq.network.attach import attach, call
+from jpq.network.attach import attach, call, observe
 from jpq.network.sites import channels
 from jpq.network.trace import trace
 from jpq.quantizers import Fixed, Learned
@@ -161,3 +161,74 @@ def test_layers_whose_module_is_never_called_stay_in_floating_point():
     net = attach(model, network, (), VIB, lambda _: (Fixed(4), Fixed(4)), [torch.randn(50, 4)], "uniform")
     assert set(net.plan().layers) == {"b"}
     assert {u.name: u.w_bits for u in net.exact()} == {"a": 32, "b": 4}
+
+
+class Grouped(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.ReLU(), nn.Conv2d(8, 4, 1)
+        )
+
+
+def test_grouped_layers_train_with_noise_on_every_group():
+    model, x = Grouped(), torch.randn(5, 3, 6, 6)
+    network = trace(model, x)
+    net = attach(model, network, channels(network), VIB, widths, [x], "djpq")
+    net.train()
+    assert net(x).shape == (5, 4, 6, 6)
+    assert any(tap.layer == "2" for site in net.sites for tap in site.taps)
+
+
+def test_transposed_layers_are_counted_where_the_kernel_is_applied():
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, stride=2)),
+        torch.randn(2, 3, 5, 5),
+    )
+    network = trace(model, x)
+    net = attach(model, network, (), VIB, lambda _: (Fixed(4), Fixed(4)), [x], "uniform")
+    net.settle(net.plan())
+    small, plan = rebuild(net, model)
+    assert measure(small, x)["bops"] == costs.bops(net.exact(plan))
+
+
+def test_modules_under_two_names_stay_one_and_tied_weights_are_refused():
+    class Twice(nn.Module):
+        def __init__(self, tied):
+            super().__init__()
+            self.a, self.c = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.b = nn.Linear(4, 4) if tied else self.a
+            if tied:
+                self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+
+    x = torch.randn(20, 4)
+    model = Twice(tied=False)
+    network = trace(model, x)
+    net = attach(model, network, channels(network), VIB, lambda _: (Fixed(4), Fixed(4)), [x], "djpq")
+    assert net.model.a is net.model.b
+    net.settle(net.plan())
+    small, plan = rebuild(net.eval(), model)
+    assert measure(small, x)["bops"] == costs.bops(net.exact(plan))
+    tied = Twice(tied=True)
+    network = trace(tied, x)
+    with pytest.raises(JpqError, match="share one weight"):
+        attach(tied, network, (), VIB, lambda _: (Fixed(4), Fixed(4)), [x], "djpq")
+
+
+def test_calibration_sees_every_column_and_both_ends():
+    class Columns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv2d(1, 2, 1)
+
+        def forward(self, x):
+            return self.a(x)
+
+    model = Columns()
+    x = torch.arange(64.0).expand(4096, 1, 1, 64).contiguous()
+    x[77, 0, 0, 3] = -5.0
+    seen = observe(model, trace(model, x[:2]), [x])["a"]
+    assert len(seen.round().unique()) == 65
+    assert seen.min() == -5

@@ -85,6 +85,8 @@ def test_several_targets_hold_together():
 def test_impossible_targets_name_the_smallest_possible():
     goals = targets({"bops": "0.0001%"}, NET.exact())
     least = int(costs.bops(NET.exact(landing.smallest(NET))))
+    assert {(x.w_bits, x.a_bits) for x in landing.smallest(NET).layers.values()} == {(2, 2), (2, 8)}
+    assert all(sum(units) == 1 for units in landing.smallest(NET).kept.values())
     with pytest.raises(JpqError, match=f"{least:,}"):
         landing.require(NET, goals)
 

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from jpq.quantizers import WIDTHS, Fixed, Integer, Learned, PowerOfTwo, act_quantizer, quantize_layer, weight_quantizer
-from jpq.quantizers.base import nearest
 from jpq.quantizers.integer import _Quantize, fit_threshold, levels
-from jpq.quantizers.power_of_two import switch_point
 from jpq.types import JpqError
 
 
@@ -110,15 +108,15 @@ def test_power_of_two_only_gives_powers_of_two_and_switches_where_it_says():
     width = PowerOfTwo(8, 2, 16)
     for small in (2, 4, 8):
         for nudge, want in ((-0.01, small), (0.01, 2 * small)):
-            width.bits.data.fill_(switch_point(small) + nudge)
-            assert float(width()) == want
+            width.bits.data.fill_(width.switch(small, 2 * small) + nudge)
+            assert float(width()) == width.nearest(width.soft()) == want
     with pytest.raises(JpqError, match="No power of two"):
         PowerOfTwo(6, 5, 7)
 
 
 def test_nearest_prefers_more_bits_on_a_tie():
-    assert nearest(3.0, (2, 4, 8)) == 4
-    assert nearest(-99, (2, 4, 8)) == 2
+    assert Learned(3, 2, 8).nearest(4.5) == 5
+    assert Learned(3, 2, 8).nearest(-1e6) == PowerOfTwo(3, 2, 8).nearest(-1e6) == 2
 
 
 def test_fitted_range_beats_the_maximum_and_survives_zeros():

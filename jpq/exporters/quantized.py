@@ -7,6 +7,7 @@ layer cannot survive in the narrow one.
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 
 import torch
@@ -15,8 +16,12 @@ from torch import Tensor, nn
 from jpq.exporters.rebuild import apply_slices, slices
 from jpq.network.compressed import Compressed
 from jpq.plan import Plan
-from jpq.quantizers import Fixed, Integer, act_quantizer, can_quantize, quantize_layer, weight_quantizer
+from jpq.quantizers import (
+    Fixed, Integer, act_quantizer, can_quantize, quantize_layer, replace_everywhere, weight_quantizer,
+)  # fmt: skip
 from jpq.types import JpqError
+
+_MASKED = re.compile(r"parametrizations\.(\w+)\.original$")  # where a parametrized parameter is kept
 
 
 def build(plan: Plan, model: nn.Module) -> nn.Module:
@@ -35,8 +40,7 @@ def build(plan: Plan, model: nn.Module) -> nn.Module:
         ranges = torch.ones(()) if transposed else torch.ones(len(weight), *[1] * (weight.dim() - 1))
         w = Integer(ranges.to(weight), Fixed(layer.w_bits), True).to(weight)
         a = Integer(torch.ones(()).to(weight), Fixed(layer.a_bits), layer.signed).to(weight)
-        owner, _, leaf = name.rpartition(".")
-        setattr(small.get_submodule(owner), leaf, quantize_layer(module, w, a))
+        replace_everywhere(small, module, quantize_layer(module, w, a))
     return small
 
 
@@ -60,9 +64,7 @@ def rebuild(net: Compressed, model: nn.Module) -> tuple[nn.Module, Plan]:
     """
     plan = complete(net)
     dense = copy.deepcopy(model).to(next(net.model.parameters()))
-    trained = {
-        name.replace("parametrizations.", "").replace(".original", ""): t for name, t in net.model.state_dict().items()
-    }
+    trained = {_MASKED.sub(r"\1", name): t for name, t in net.model.state_dict().items()}
     dense.load_state_dict({name: trained[name] for name in dense.state_dict()})
     small = build(plan, dense)
     for name in plan.layers:

@@ -87,9 +87,10 @@ def measure(small: nn.Module, example: Tensor) -> dict[str, int]:
     uses: list[LayerUse] = []
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(layer: Any, _: Any, out: Tensor) -> None:
+        def hook(layer: Any, args: tuple[Any, ...], out: Tensor) -> None:
             weight = layer.weight
-            positions = out.numel() // out.shape[0] // (out.shape[-1] if weight.dim() == 2 else out.shape[1])
+            at = args[0] if getattr(layer, "transposed", False) else out  # where the kernel is applied
+            positions = at.numel() // at.shape[0] // (at.shape[-1] if weight.dim() == 2 else at.shape[1])
             w, a = (round(float(q.width())) for q in (weight_quantizer(layer), act_quantizer(layer)))
             uses.append(LayerUse(name, weight.numel() * positions, weight.numel(), out.shape[1], 1, 1, 1, w, a))
 

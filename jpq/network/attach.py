@@ -15,11 +15,11 @@ from jpq.network.compressed import Compressed
 from jpq.network.record import Layer, Network
 from jpq.network.sites import Site
 from jpq.network.taps import Draw, Jitter, Masked
-from jpq.quantizers import Integer, Width, can_quantize, fit_threshold, quantize_layer
+from jpq.quantizers import Integer, Width, can_quantize, fit_threshold, quantize_layer, replace_everywhere
 from jpq.structures import Structure
 from jpq.types import JpqError
 
-SAMPLES = 2**16  # activations per layer that calibration looks at
+SAMPLES = 2**14  # activations per layer and batch that calibration looks at
 Batches = Iterable[Any]
 MakeWidth = Callable[[Layer], tuple[Width, Width]]
 
@@ -45,10 +45,13 @@ def attach(
     """
     if any(parametrize.is_parametrized(m) for m in model.modules()):
         raise JpqError("The model already carries parametrizations; remove them before compressing it.")
+    for layer in network.layers:
+        refuse_tied(model, layer)
     model = copy.deepcopy(model)
     device = next(model.parameters()).device
     seen = observe(model, network, calibration)
     compressed = Compressed(model, network, sites, [gate(s.rows, s.n).to(device) for s in sites], method)
+    compressed.seen = seen
     compressed.draws = [Draw(g) for g in compressed.gates]
     taps: dict[str, list[tuple[Draw, Structure]]] = {}
     for draw, site in zip(compressed.draws, sites, strict=True):
@@ -63,7 +66,7 @@ def attach(
             )
             pair = compressed.quantizers(layer.name)
             if pair:
-                pair[1].jitter = Jitter(taps[layer.name], -1 if layer.kind == "linear" else 1)
+                pair[1].jitter = Jitter(taps[layer.name], -1 if layer.kind == "linear" else 1, layer.groups)
     return compressed
 
 
@@ -82,8 +85,18 @@ def quantize(model: nn.Module, layer: Layer, widths: tuple[Width, Width], seen: 
     w = Integer(fit_threshold(weight, widths[0].soft(), True, layer.kind != "conv_transpose"), widths[0], True)
     a = Integer(fit_threshold(x, widths[1].soft(), signed, False), widths[1], signed)
     new = quantize_layer(module, w.to(weight), a.to(weight))
-    owner, _, name = layer.name.rpartition(".")
-    setattr(model.get_submodule(owner), name, new)
+    replace_everywhere(model, module, new)
+
+
+def refuse_tied(model: nn.Module, layer: Layer) -> None:
+    """Raise JpqError where several modules share one weight: a mask or grid on one would not reach the other."""
+    weight = model.get_parameter(layer.weight)
+    owners = [n for n, m in model.named_modules() if any(p is weight for p in m.parameters(recurse=False))]
+    if len(owners) > 1:
+        raise JpqError(
+            f"Layers {' and '.join(owners)} share one weight, which jpq cannot compress yet. "
+            "Give each its own (copy the weight), or use one module twice."
+        )
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -95,14 +108,19 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 @torch.no_grad()
 def observe(model: nn.Module, network: Network, batches: Batches) -> dict[str, Tensor]:
-    """Up to SAMPLES of the values that each layer reads, spread evenly over `batches`; the model runs in eval mode."""
+    """Values that each layer reads, with the extremes: a random SAMPLES of each batch; the model runs in eval mode.
+
+    Drawn at random because any regular stride shares a factor with some image's width and sees one column only.
+    """
+    draw = torch.Generator().manual_seed(0)
     seen: dict[str, list[Tensor]] = {layer.name: [] for layer in network.layers}
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], Tensor):
-                flat = args[0].detach().flatten()
-                seen[name].append(flat[:: max(1, flat.numel() // SAMPLES)])
+                flat = args[0].detach().flatten().float()
+                pick = torch.randint(flat.numel(), (min(SAMPLES, flat.numel()),), generator=draw).to(flat.device)
+                seen[name].append(torch.cat([flat[pick], flat.min()[None], flat.max()[None]]))
 
         return hook
 
@@ -117,5 +135,4 @@ def observe(model: nn.Module, network: Network, batches: Batches) -> dict[str, T
         model.train(training)
         for handle in handles:
             handle.remove()
-    joined = {name: torch.cat(parts) for name, parts in seen.items() if parts}
-    return {name: x[:: max(1, len(x) // SAMPLES)] for name, x in joined.items()}
+    return {name: torch.cat(parts) for name, parts in seen.items() if parts}

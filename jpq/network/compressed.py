@@ -37,6 +37,7 @@ class Compressed(nn.Module):
         self.model, self.network, self.sites, self.method = model, network, tuple(sites), method
         self.gates: Any = nn.ModuleList(gates)  # of Gate
         self.draws: list[Draw] = []
+        self.seen: dict[str, Tensor] = {}  # calibration samples of each layer's input
         self.shares = Shares(network, self.sites)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +129,9 @@ class Compressed(nn.Module):
         for draw, site, gate in zip(self.draws, self.sites, self.gates, strict=True):
             for tap in site.taps:
                 weight = _original(self.model, self.network.layer(tap.layer))
-                weight.mul_(tap.structure.expand(gate.scale(), weight.shape))
+                # a unit that landing opened again has scale 0 with some gates: its weights stay as they are
+                scale = torch.where(gate.keep() > 0, gate.scale(), torch.ones_like(gate.scale()))
+                weight.mul_(tap.structure.expand(scale, weight.shape))
             kept = torch.tensor([plan.kept[site.name]], dtype=gate.keep().dtype, device=gate.keep().device)
             draw.gate = Decided(kept)
             draw.again()
@@ -139,8 +142,16 @@ class Compressed(nn.Module):
                 continue
             decided = plan.layers[layer.name]
             self._fix(layer, pair[0], decided.w_bits)
-            pair[1].width = _fixed(pair[1].width, decided.a_bits)
+            self._fix_input(layer, pair[1], decided.a_bits)
         self.model.train(self.training)
+
+    def _fix_input(self, layer: Layer, quantizer: Integer, bits: int) -> None:
+        """Fix the input's width; where that changes it, fit its range anew to what calibration saw."""
+        changed = bits != round(float(quantizer.width()))
+        quantizer.width = _fixed(quantizer.width, bits)
+        if changed and layer.name in self.seen:
+            fitted = fit_threshold(self.seen[layer.name].to(quantizer.log_threshold), bits, quantizer.signed, False)
+            quantizer.log_threshold.copy_(fitted.clamp_min(1e-8).log())
 
     def _fix(self, layer: Layer, quantizer: Integer, bits: int) -> None:
         """Fix the weight's width; where that changes it, fit its range anew."""

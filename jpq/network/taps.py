@@ -49,8 +49,8 @@ class Masked(nn.Module):
 class Jitter:
     """Noise per sample that multiplies the input of one layer, gathered from the gates that it reads."""
 
-    def __init__(self, taps: Sequence[tuple[Draw, Any]], channel_dim: int):
-        self.taps, self.channel_dim = list(taps), channel_dim
+    def __init__(self, taps: Sequence[tuple[Draw, Any]], channel_dim: int, groups: int = 1):
+        self.taps, self.channel_dim, self.groups = list(taps), channel_dim, groups
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """A tensor that broadcasts to x, or None."""
@@ -59,7 +59,7 @@ class Jitter:
             noise = draw.noise(x.shape[0])
             if noise is None:
                 continue
-            index = torch.as_tensor(axis.index, device=x.device)
+            index = torch.as_tensor(axis.index, device=x.device).repeat(self.groups)  # the same channels of each group
             padded = torch.cat([noise, noise.new_ones(len(noise), 1)], 1)
             part = padded[:, torch.where(index == NONE, axis.n, index)]
             total = part if total is None else total * part

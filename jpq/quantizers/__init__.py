@@ -3,7 +3,7 @@
 from jpq.quantizers.base import Width
 from jpq.quantizers.fixed import Fixed
 from jpq.quantizers.integer import Integer, fit_threshold
-from jpq.quantizers.layers import act_quantizer, can_quantize, quantize_layer, weight_quantizer
+from jpq.quantizers.layers import act_quantizer, can_quantize, quantize_layer, replace_everywhere, weight_quantizer
 from jpq.quantizers.learned import Learned
 from jpq.quantizers.power_of_two import PowerOfTwo
 
@@ -11,5 +11,5 @@ WIDTHS: dict[str, type[Width]] = {"fixed": Fixed, "learned": Learned, "power_of_
 
 __all__ = [
     "WIDTHS", "Fixed", "Integer", "Learned", "PowerOfTwo", "Width", "act_quantizer", "can_quantize", "fit_threshold",
-    "quantize_layer", "weight_quantizer",
+    "quantize_layer", "replace_everywhere", "weight_quantizer",
 ]  # fmt: skip

@@ -25,11 +25,14 @@ class Width(nn.Module, ABC):
     def soft(self) -> float:
         """The real number behind it: what landing rounds."""
 
+    def nearest(self, value: float) -> int:
+        """The choice that a soft width rounds to; ties go to the larger."""
+        return min(self.choices, key=lambda c: (abs(c - value), -c))
+
+    def switch(self, small: int, large: int) -> float:
+        """The soft width at which rounding passes from one choice to the next."""
+        return (small + large) / 2
+
     @torch.no_grad()
     def after_step(self) -> None:
         """Bring the parameter back into its bounds after an optimiser step."""
-
-
-def nearest(value: float, choices: tuple[int, ...]) -> int:
-    """The choice that a soft width rounds to: nearest on the line, ties to the larger."""
-    return min(choices, key=lambda c: (abs(c - value), -c))

@@ -63,8 +63,8 @@ class _Quantize(torch.autograd.Function):
         if x.is_cpu and threshold.numel() == 1:
             top = float(threshold)
             # one fused pass: g where low < x < high; nudged so that the ends, and 0 itself, count as inside
-            low = -math.nextafter(top, math.inf) if ctx.signed else -1e-30
-            dx = torch.ops.aten.hardtanh_backward(g, x, low, math.nextafter(top, math.inf))
+            top *= 1 + 3e-7  # beyond the last float32 that counts
+            dx = torch.ops.aten.hardtanh_backward(g, x, -top if ctx.signed else -1e-30, top)
         else:
             dx = g * ((x.abs() <= threshold) if ctx.signed else (x >= 0) & (x <= threshold))
         error = (q - x).mul_(dx)

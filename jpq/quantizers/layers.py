@@ -74,6 +74,13 @@ def quantize_layer(layer: nn.Module, weight: Integer, act: Integer) -> nn.Module
     return new.train(layer.training)
 
 
+def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` under every name that `old` has in `model`: a shared module stays shared."""
+    for alias in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
+        owner, _, leaf = alias.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, new)
+
+
 def weight_quantizer(layer: Any) -> Integer:
     """The weight quantizer inside a brevitas layer."""
     return layer.weight_quant.tensor_quant

@@ -36,12 +36,16 @@ class PowerOfTwo(Width):
         """The real-valued bits."""
         return float(self.bits.detach())
 
+    def nearest(self, value: float) -> int:
+        """The power of two that is nearest in logarithms, as in training."""
+        at = math.log2(max(value, 1e-3))
+        return min(self.choices, key=lambda c: (abs(math.log2(c) - at), -c))
+
+    def switch(self, small: int, large: int) -> float:
+        """The geometric mean: 2.83, 5.66, 11.3."""
+        return math.sqrt(small * large)
+
     @torch.no_grad()
     def after_step(self) -> None:
         """Clamp to the smallest and largest choice."""
         self.bits.clamp_(self.choices[0], self.choices[-1])
-
-
-def switch_point(small: int) -> float:
-    """Where the rounding passes from `small` to twice as many bits: `small * sqrt(2)`."""
-    return small * math.sqrt(2.0)

@@ -21,7 +21,7 @@ BASE = jpq.Config(
         held_out=0.02,
     ),
     decide=Decide(bit_lr=0.01),
-    train=Train(epochs=4, search=0.25, batch_size=128, lr=1e-3),
+    train=Train(epochs=3, search=0.34, batch_size=128, lr=1e-3),
     run=Run(device="auto"),
 )  # fmt: skip
 

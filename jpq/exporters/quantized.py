@@ -17,7 +17,13 @@ from jpq.exporters.rebuild import apply_slices, slices
 from jpq.network.compressed import Compressed
 from jpq.plan import Plan
 from jpq.quantizers import (
-    Fixed, Integer, act_quantizer, can_quantize, quantize_layer, replace_everywhere, weight_quantizer,
+    Fixed,
+    Integer,
+    act_quantizer,
+    can_quantize,
+    quantize_layer,
+    replace_everywhere,
+    weight_quantizer,
 )  # fmt: skip
 from jpq.types import JpqError
 

@@ -10,7 +10,7 @@ from jpq.config import Task, Train
 
 BASE = jpq.Config(
     task=Task(model="lenet5", data="fashion-mnist"),
-    train=Train(epochs=3, search=0.34, float_epochs=3, batch_size=128, lr=2e-3),
+    train=Train(epochs=6, search=0.34, float_epochs=6, batch_size=128, lr=2e-3),
 )
 
 if __name__ == "__main__":

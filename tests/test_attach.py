@@ -1,5 +1,7 @@
 """The law with gates and quantizers on: soft == settled == rebuilt == exported, over the zoo."""
 
+import copy
+
 import pytest
 import torch
 from test_rebuild import randomised
@@ -10,7 +12,7 @@ from zoo import ZOO
 from jpq import costs
 from jpq.exporters import onnx
 from jpq.exporters.quantized import rebuild
-from jpq.exporters.verify import compare, measure
+from jpq.exporters.verify import compare, measure, verify
 from jpq.gates import GATES, VIB
 from jpq.network.attach import attach, call, observe
 from jpq.network.sites import channels
@@ -101,6 +103,25 @@ def test_exported_file_computes_the_same(name, tmp_path):
     assert found["images"] == 64
     assert found["argmax_differs"] <= found["at_a_rounding_boundary"]
     assert found["at_a_rounding_boundary"] <= 3
+
+
+def test_an_export_that_computes_something_else_is_found(tmp_path):
+    model, net, example = compressed(next(k for k in ZOO if k.lower() == "plain"), dtype=torch.float32)
+    net.settle(net.plan())
+    net.eval()
+    small, _ = rebuild(net, model)
+    onnx.export(small, example, tmp_path / "good.onnx")
+    x = torch.randn(64, *example.shape[1:])
+    batches = [(x, torch.zeros(64))]
+    verify(net, small, tmp_path / "good.onnx", batches, example)
+    other = copy.deepcopy(small)
+    with torch.no_grad():
+        next(m for m in other.modules() if hasattr(m, "weight_quant")).weight.mul_(0.9)
+    onnx.export(other, example, tmp_path / "bad.onnx")
+    with pytest.raises(JpqError, match="onnxruntime and the rebuilt model differ"):
+        verify(net, small, tmp_path / "bad.onnx", batches, example)
+    with pytest.raises(JpqError, match="not the masked one"):
+        verify(net, other, tmp_path / "good.onnx", batches, example)
 
 
 def test_gradients_reach_weights_ranges_bits_and_gates():

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jpq.network.compressed import Compressed
     from jpq.network.sites import channels
     from jpq.network.trace import trace
+    from jpq.network.unpack import unpacked
     from jpq.plan import Plan
     from jpq.recipe import load, optimize
     from jpq.train import fit
@@ -29,13 +30,13 @@ _HOMES = {
     "Joint": "joint", "JpqError": "types", "Plan": "plan", "attach": "network.attach", "channels": "network.sites",
     "compress": "joint", "export_onnx": "exporters.onnx:export", "fit": "train", "land": "landing", "load": "recipe",
     "measure": "exporters.verify", "optimize": "recipe", "rebuild": "exporters.quantized", "trace": "network.trace",
-    "verify": "exporters.verify",
+    "unpacked": "network.unpack", "verify": "exporters.verify",
 }  # fmt: skip
 _PARTS = ("costs", "data", "gates", "models", "quantizers", "structures")
 
 __all__ = [
     "METHODS", "Budget", "Compressed", "Config", "Joint", "JpqError", "Plan", "attach", "channels", "compress",
-    "export_onnx", "fit", "land", "load", "measure", "optimize", "rebuild", "trace", "verify",
+    "export_onnx", "fit", "land", "load", "measure", "optimize", "rebuild", "trace", "unpacked", "verify",
 ]  # fmt: skip
 
 

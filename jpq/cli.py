@@ -210,6 +210,7 @@ def _inspect(args: list[str], console: Console) -> None:
     from jpq.data import load
     from jpq.network.sites import channels
     from jpq.network.trace import trace
+    from jpq.network.unpack import unpacked
 
     if wanted.input_shape is None:
         data = load(wanted.data, wanted.data_root)
@@ -218,6 +219,7 @@ def _inspect(args: list[str], console: Console) -> None:
         example, classes = torch.randn(2, *wanted.input_shape), wanted.classes
     model = models.build(wanted.model, classes, example.shape[1]).eval()
     models.check_fits(model, example, classes)
+    model = unpacked(model)
     start = time.perf_counter()
     network = trace(model, example)
     seconds = time.perf_counter() - start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -21,6 +20,7 @@ from jpq.network.record import Layer
 from jpq.network.shares import Shares
 from jpq.network.sites import channels
 from jpq.network.trace import trace
+from jpq.network.unpack import unpacked
 from jpq.plan import Plan
 from jpq.quantizers import Fixed, Width
 from jpq.types import JpqError, unknown
@@ -136,6 +136,7 @@ def compress(
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     how = METHODS[method]
+    model = unpacked(model)
     network = trace(model, example_inputs if isinstance(example_inputs, (tuple, dict)) else (example_inputs,))
     sites = channels(network, skip) if how.gate else ()
     goals = targets(asked, exact_uses(network, Shares(network, ()), Plan(method, {}, {})))
@@ -144,11 +145,11 @@ def compress(
     net = attach(model, network, sites, gates(how), make, [example_inputs], method)
     if not how.searches:
         net.settle(uniform(net, goals, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1)))
-        return Joint(net, copy.deepcopy(model), None, steps, 0.0)
+        return Joint(net, model, None, steps, 0.0)
     landing.require(net, goals)
     controller = Controller(goals)
     controller.begin(net.exact())
-    return Joint(net, copy.deepcopy(model), controller, max(1, steps), gate_weight)
+    return Joint(net, model, controller, max(1, steps), gate_weight)
 
 
 def gates(method: Method) -> Callable[[int, int], Gate]:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 import shlex
 from dataclasses import replace
 from itertools import islice
@@ -33,6 +32,7 @@ from jpq.network.record import Network
 from jpq.network.shares import Shares
 from jpq.network.sites import channels
 from jpq.network.trace import trace
+from jpq.network.unpack import unpacked
 from jpq.plan import Plan, from_json
 from jpq.plan import read as read_plan
 from jpq.result import Figures, Result, Silent, Watch
@@ -117,12 +117,12 @@ def read_data(config: Config, device: torch.device) -> Data:
 
 
 def dense_model(config: Config, data: Data, device: torch.device) -> nn.Module:
-    """The float model, with --weights where they are given, checked against the data's images and classes."""
+    """The float model, unpacked, with --weights where they are given, checked against the data's images and classes."""
     model = models.build(config.task.model, data.classes, data.shape[0]).to(device)
     if config.task.weights is not None:
         models.load_weights(model, config.task.weights)
     models.check_fits(model, data.example, data.classes)
-    return model.eval()
+    return unpacked(model).eval()
 
 
 def asked(network: Network, config: Config) -> tuple[Target, ...]:
@@ -284,6 +284,6 @@ def load(folder: str | Path) -> tuple[nn.Module, Plan]:
         dense = models.build(str(plan.model["name"]), int(plan.model["classes"]), int(plan.model["channels"]))
     except KeyError as error:
         raise JpqError(f"{folder / 'plan.json'} does not say which model it belongs to ({error}).") from error
-    small = build(plan, copy.deepcopy(dense))
+    small = build(plan, unpacked(dense))
     checkpoint.load_tensors(small, folder / "model.safetensors")
     return small.eval(), plan

@@ -44,7 +44,10 @@ def attach(
         method: recorded in the plan.
     """
     if any(parametrize.is_parametrized(m) for m in model.modules()):
-        raise JpqError("The model already carries parametrizations; remove them before compressing it.")
+        raise JpqError(
+            "The model already carries parametrizations; remove them before compressing it. "
+            "jpq.unpacked folds weight_norm and spectral_norm."
+        )
     for layer in network.layers:
         refuse_tied(model, layer)
     model = copy.deepcopy(model)

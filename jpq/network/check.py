@@ -61,7 +61,7 @@ def _shapes_agree(
     to_meta = lambda v: v.to("meta") if isinstance(v, Tensor) else v  # noqa: E731
     try:
         small = _copy(model, lambda t: torch.empty_like(t, device="meta"))
-        with torch.no_grad():
+        with torch.no_grad(), torch.device("meta"):  # where tensors that the model makes for itself belong too
             apply_slices(small, slices(network, _dropped(sites)))
             small(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
     except NotImplementedError:

@@ -82,7 +82,7 @@ def linear(call: Call) -> Dims:
     call.bind(call["bias"], 0, outer)
     if call.module()[1].endswith(".MultiheadAttention"):  # its code compares sizes with attributes of its own
         for labels in (dims[-1], outer):
-            call.freeze(labels, "inside nn.MultiheadAttention, whose code has fixed sizes")
+            call.freeze(labels, "inside nn.MultiheadAttention, whose code has fixed sizes; jpq.unpacked frees it")
     macs = prod(call.shape[:-1]) * prod(shape)
     call.book.calls.append(LayerCall(call.node, name, "linear", shape, 1, macs, _known(dims[-1], shape[1]), outer))
     return [*dims[:-1], outer]

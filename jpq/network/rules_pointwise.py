@@ -61,7 +61,7 @@ def reduced(call: Call) -> Dims | list[Dims]:
     return call.each(out)
 
 
-@rule("aten.softmax", "aten.log_softmax", "aten._softmax", "aten._log_softmax", "aten.cumsum", "aten.glu", "aten.sort")
+@rule("aten.softmax", "aten.log_softmax", "aten._softmax", "aten._log_softmax", "aten.cumsum", "aten.sort")
 def along(call: Call) -> Dims | list[Dims]:
     """Mixes one dim, passes the others."""
     dims, d = call.x, call.dim(call["dim"])

@@ -25,6 +25,9 @@ def reshape(call: Call) -> Dims:
     free = set(range(len(target))) if call.op == "aten.flatten" else set()
     if call.op in ("aten.view", "aten.reshape"):
         free = {d for d, n in enumerate(call["size"] or call["shape"]) if n == -1}
+    if call.op == "aten.unflatten":
+        start = call.dim(call["dim"])
+        free = set(range(len(target))) - {start + d for d, n in enumerate(call["sizes"]) if n != -1}
     result: Dims = list(out)
     for src, dst in _blocks(source, target):
         labelled = [d for d in src if dims[d] is not None]

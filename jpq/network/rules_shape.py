@@ -91,6 +91,16 @@ def split(call: Call) -> list[Dims]:
     return [[*dims[:d], part, *dims[d + 1 :]] for part in parts]
 
 
+@rule("aten.glu")
+def glu(call: Call) -> Dims:
+    """One half of a dim times the sigmoid of the other: both lose channels at the same places."""
+    dims, d = call.x, call.dim(call["dim"])
+    labels = dims[d]
+    if labels is not None:
+        dims[d] = call.tie(labels.reshape(2, -1)).copy()
+    return dims
+
+
 @rule("aten.cat", "aten.concat", "aten.concatenate")
 def cat(call: Call) -> Dims:
     """Labels side by side along the dim, tied index by index on all others."""

@@ -36,8 +36,8 @@ float double half _to_copy lift_fresh lift_fresh_copy pixel_unshuffle getitem"""
 def trace(model: nn.Module, example: Example) -> Network:
     """The network behind `model`; the example is what its forward takes: a tensor, a tuple, or a dict of keywords.
 
-    The model is read in evaluation mode and left as it was. A smaller copy is run to find channel counts that its
-    code holds as plain numbers; those channels are frozen.
+    The model is read in evaluation mode and left as it was; `unpacked` beforehand makes more of it prunable. A smaller
+    copy is run to find channel counts that its code holds as plain numbers; those channels are frozen.
     """
     args, kwargs = _call_of(example)
     with _evaluating(model):
@@ -105,6 +105,7 @@ def _first_line(error: Exception) -> str:
 
 def _walk(model: nn.Module, program: ExportedProgram) -> tuple[Book, list[str]]:
     """Carry labels through the graph, node by node."""
+    program.graph.eliminate_dead_code()  # such as attention weights that nobody asked for
     book, missing = Book(model, _parameters(model, program), _origins(program)), dict[str, None]()
     for node in program.graph.nodes:
         if node in book.parameters:

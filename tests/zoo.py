@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from zoo_attention import UNPACKED
 from zoo_tokens import Attention, AttentionByHand, AttentionRigid, Tokens, Transformer
 
 from jpq.network.pad import PadChannels
@@ -265,4 +266,5 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Example]] = {
     "padded_by_hand": (PaddedByHand, IMAGE),
     "signal": (Signal, torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(2))),
     "volume": (Volume, torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(3))),
+    **UNPACKED,
 }

@@ -51,7 +51,7 @@ class Transformer(nn.Module):  # nn.MultiheadAttention, LayerNorm, class token, 
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.place
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.place
         y = self.n1(x)
         x = x + self.attend(y, y, y, need_weights=False)[0]
         return self.head((x + self.scale * self.mlp(self.n2(x)))[:, 0])

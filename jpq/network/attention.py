@@ -89,7 +89,7 @@ class Attention(nn.Module):
     def _longer(self, x: Tensor, learned: Tensor | None) -> Tensor:
         """[B, S, inner], with a learned token and one of zeros behind the others where the options ask for them."""
         if learned is not None:
-            x = torch.cat([x, learned.expand(len(x), -1, -1)], 1)
+            x = torch.cat([x, learned.expand(x.shape[0], -1, -1)], 1)
         return F.pad(x, (0, 0, 0, 1)) if self.add_zero_attn else x
 
 
@@ -98,7 +98,7 @@ def _mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor
     total = None
     if attn_mask is not None:  # [L, S] or [B * heads, L, S]
         total = _added(attn_mask, q.dtype)
-        total = total[None, None] if total.dim() == 2 else total.unflatten(0, (len(q), -1))
+        total = total[None, None] if total.dim() == 2 else total.unflatten(0, (q.shape[0], -1))
     if padding is not None:  # [B, S]
         hidden = _added(padding, q.dtype)[:, None, None]
         total = hidden if total is None else total + hidden

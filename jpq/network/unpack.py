@@ -66,15 +66,14 @@ def _fold(module: nn.Module, owners: dict[int, set[nn.Module]]) -> None:
 
     Not by remove_parametrizations: a copy has its parametrized class in common with the model it was copied from.
     """
-    norms = (WeightNorm, SpectralNorm)
-    known = parametrize.is_parametrized(module) or any(isinstance(h, norms) for h in module._forward_pre_hooks.values())
-    if not known or _shares(module, owners):
+    hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, (WeightNorm, SpectralNorm))]
+    if not (hooks or parametrize.is_parametrized(module)) or _shares(module, owners):
         return
-    for hook in list(module._forward_pre_hooks.values()):
-        if isinstance(hook, WeightNorm):
-            remove_weight_norm(module, hook.name)
-        elif isinstance(hook, SpectralNorm):
-            remove_spectral_norm(module, hook.name)
+    for hook in hooks:
+        parts = dict(module.named_parameters(recurse=False))
+        learns = any(p.requires_grad for name, p in parts.items() if name.startswith(f"{hook.name}_"))
+        (remove_weight_norm if isinstance(hook, WeightNorm) else remove_spectral_norm)(module, hook.name)
+        module.get_parameter(hook.name).requires_grad_(learns)
     if not parametrize.is_parametrized(module):
         return
     lists: Any = dict(module.parametrizations.items())  # type: ignore[operator,union-attr]

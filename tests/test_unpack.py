@@ -1,0 +1,292 @@
+"""Parts that hide their layers give way to parts that compute the same, with heads as units, as far as ONNX."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from test_attach import gap
+from test_rebuild import law, randomised, run, torchvision_model, worst
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from zoo_attention import PACKED, Vision
+
+import jpq
+from jpq.config import Budget, Config, Run, Task, Train
+from jpq.exporters.onnx import Session
+from jpq.exporters.verify import compare
+from jpq.network.attention import Attention, Encoder
+from jpq.network.sites import channels
+from jpq.network.trace import trace
+from jpq.network.unpack import unpacked
+from jpq.types import JpqError
+
+B, L, S = 3, 4, 6
+
+
+def attention(heads: int = 4, **options: Any) -> nn.MultiheadAttention:
+    torch.manual_seed(0)
+    made = nn.MultiheadAttention(8, heads, dtype=torch.double, **options).eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.normal_()
+    return made
+
+
+G = torch.Generator().manual_seed(1)
+HIDDEN, PADDED = torch.rand(L, S, generator=G) < 0.3, torch.rand(B, S, generator=G) < 0.3
+HIDDEN[:, 0] = PADDED[:, 0] = False
+UPPER = torch.full((L, S), float("-inf"), dtype=torch.double).triu(1)
+MASKS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "truth": {"attn_mask": HIDDEN},
+    "numbers": {"attn_mask": torch.randn(L, S, generator=G, dtype=torch.double)},
+    "each head": {},
+    "causal": {"attn_mask": UPPER, "is_causal": True},
+    "padding": {"key_padding_mask": PADDED},
+    "padding by numbers": {"key_padding_mask": torch.randn(B, S, generator=G, dtype=torch.double)},
+    "both": {"attn_mask": HIDDEN, "key_padding_mask": PADDED},
+    "causal and padding": {"attn_mask": UPPER, "is_causal": True, "key_padding_mask": PADDED.double()},
+}
+OPTIONS: list[dict[str, Any]] = [
+    {}, {"bias": False}, {"kdim": 7, "vdim": 5}, {"kdim": 7, "vdim": 5, "bias": False}, {"add_bias_kv": True},
+    {"add_zero_attn": True}, {"add_bias_kv": True, "add_zero_attn": True, "kdim": 5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", MASKS)
+def test_attention_computes_what_torch_computes(kind: str, options: dict[str, Any]) -> None:
+    for heads, batch_first, weights, average in itertools.product((1, 4), (True, False), (True, False), (True, False)):
+        theirs = attention(heads, batch_first=batch_first, **options)
+        ours = unpacked(theirs)
+        assert type(ours) is Attention
+        assert ours.num_heads == heads
+        g = torch.Generator().manual_seed(2)
+        inputs = [torch.randn(B, n, d, generator=g, dtype=torch.double)
+                  for n, d in ((L, 8), (S, theirs.kdim), (S, theirs.vdim))]  # fmt: skip
+        inputs = inputs if batch_first else [x.transpose(0, 1) for x in inputs]
+        given = {"need_weights": weights, "average_attn_weights": average, **MASKS[kind]}
+        if kind == "each head":
+            given["attn_mask"] = torch.randn(B * heads, L, S, generator=g, dtype=torch.double)
+        expected, found = theirs(*inputs, **given), ours(*inputs, **given)
+        assert worst([expected[0]], [found[0]]) < 1e-12
+        assert found[1] is None if not weights else worst([expected[1]], [found[1]]) < 1e-12
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_without_a_batch_dim(batch_first: bool) -> None:
+    theirs = attention(batch_first=batch_first)
+    x, padded = torch.randn(S, 8).double(), torch.arange(S) > 3
+    for expected, found in zip(*(m(x, x, x, padded) for m in (theirs, unpacked(theirs))), strict=True):
+        assert worst([expected], [found]) < 1e-12
+
+
+def test_attention_learns_as_torch_does() -> None:
+    theirs = attention(batch_first=True).train()
+    ours, x = unpacked(theirs), torch.randn(B, S, 8).double()
+    for m in (theirs, ours):
+        m(x, x, x)[0].square().sum().backward()
+    assert ours.training
+    split = torch.cat([ours.q_proj.weight.grad, ours.k_proj.weight.grad, ours.v_proj.weight.grad])
+    assert worst([theirs.in_proj_weight.grad], [split]) < 1e-12
+    assert worst([theirs.out_proj.bias.grad], [ours.out_proj.bias.grad]) < 1e-12
+
+
+def test_attention_drops_out() -> None:
+    ours, x = unpacked(attention(batch_first=True, dropout=0.9).train()), torch.randn(B, S, 8).double()
+    for weights in (True, False):
+        assert not torch.equal(ours(x, x, x, need_weights=weights)[0], ours(x, x, x, need_weights=weights)[0])
+
+
+def test_attention_refuses_a_hint_without_its_mask() -> None:
+    x = torch.randn(B, S, 8).double()
+    with pytest.raises(JpqError, match="give that mask"):
+        unpacked(attention())(x, x, x, is_causal=True)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_unpacked_computes_the_same(name: str) -> None:
+    make, example = PACKED[name]
+    torch.manual_seed(0)
+    model = randomised(make())
+    for p in model.parameters():
+        p.requires_grad_(False)
+    before = run(model, example)
+    new = unpacked(model)
+    assert worst(before, run(new, example)) < 1e-12
+    assert worst(before, run(model, example)) == 0.0, "the model itself must stay as it is"
+    assert not any(p.requires_grad for p in new.parameters())
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_padding_is_as_without_the_fast_path(kind: str) -> None:
+    torch.manual_seed(0)
+    part: Any = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, nn.LayerNorm(8))
+    if kind == "decoder":
+        part = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), 2)
+    part = randomised(part)
+    x, padded = torch.randn(2, 5, 8).double(), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    given = (x,) if kind == "encoder" else (x, x)
+    named = {"src_key_padding_mask" if kind == "encoder" else "tgt_key_padding_mask": padded}
+    new = unpacked(part)
+    slow = part(*given, **named)  # torch takes the fast path only where no gradient is asked for
+    with torch.no_grad():
+        fast = part(*given, **named)
+        found = new(*given, **named)
+    assert worst([slow], [found]) < 1e-12
+    assert worst([fast[~padded]], [found[~padded]]) < 1e-12
+
+
+def test_a_quantized_encoder_layer_takes_no_fast_path() -> None:
+    layer = unpacked(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval())
+    called = []
+    layer.linear1.register_forward_pre_hook(lambda *_: called.append(1))
+    layer.linear1._forward_pre_hooks, hooks = {}, layer.linear1._forward_pre_hooks  # torch looks for hooks
+    layer.activation = lambda x: (called.append(1), F.relu(x))[1]
+    with torch.no_grad():
+        layer(torch.randn(2, 3, 8))
+    assert called
+    assert hooks
+
+
+def test_shared_stays_shared_and_watched_stays() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = attention()
+            self.b, self.c, self.d = self.a, attention(), attention()
+            self.d.in_proj_weight = self.c.in_proj_weight
+            self.e = attention()
+            self.e.register_forward_hook(lambda *_: None)
+
+    model = unpacked(Twice())
+    assert type(model.a) is Attention
+    assert model.b is model.a
+    for kept in (model.c, model.d, model.e):
+        assert type(kept) is nn.MultiheadAttention
+    assert model.d.in_proj_weight is model.c.in_proj_weight
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.weight_norm,
+                                  nn.utils.spectral_norm])  # fmt: skip
+def test_norms_are_folded(norm: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Flatten(), norm(nn.Linear(32, 4))).double()
+    x = torch.randn(2, 3, 4, 4).double()
+    model(x).sum().backward()  # hooks leave a computed weight behind, which copy.deepcopy alone would refuse
+    new = unpacked(model)
+    assert [type(m) for m in new] == [nn.Conv2d, nn.ReLU, nn.Flatten, nn.Linear]
+    assert set(new.state_dict()) == {"0.weight", "0.bias", "3.weight", "3.bias"}
+    assert all(p.requires_grad for p in new.parameters())
+    assert new.training
+    expected = model.eval()(x)
+    assert torch.equal(new.eval()(x), expected)
+    assert [s.n for s in channels(trace(new, x))] == [8]
+    assert torch.equal(model(x), expected), "the model itself must stay as it is"
+
+
+def test_other_parametrizations_stay_and_are_refused() -> None:
+    model = nn.Sequential(parametrizations.spectral_norm(parametrizations.orthogonal(nn.Linear(4, 4))), nn.Linear(4, 3))
+    new = unpacked(model)
+    assert parametrize.is_parametrized(new[0])
+    with pytest.raises(JpqError, match="carries parametrizations"):
+        jpq.compress(model, torch.randn(8, 4), bops="50%")
+
+
+def small_vit() -> tuple[nn.Module, Tensor]:
+    vit = torchvision.models.VisionTransformer(32, 16, num_layers=3, num_heads=4, hidden_dim=32, mlp_dim=48)
+    return randomised(vit), torch.randn(2, 3, 32, 32, dtype=torch.double)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "heads", "hidden"),
+    [
+        ("small vit", 32, [4] * 3, 3),
+        ("swin_t", 64, [3, 3, 6, 6, *[12] * 6, 24, 24], 12),
+        pytest.param("vit_b_16", 32, [12] * 12, 12, marks=pytest.mark.slow),
+        pytest.param("swin_v2_t", 64, [3, 3, 6, 6, *[12] * 6, 24, 24], 12, marks=pytest.mark.slow),
+        pytest.param("maxvit_t", 224, [*[2] * 4, *[4] * 4, *[8] * 10, *[16] * 4], 22, marks=pytest.mark.slow),
+    ],
+)
+def test_torchvision_heads(name: str, size: int, heads: list[int], hidden: int) -> None:
+    torch.manual_seed(0)
+    packed, example = small_vit() if name == "small vit" else torchvision_model(name, size)
+    model = unpacked(packed)
+    assert worst(run(packed, example), run(model, example)) < 1e-12
+    network = trace(model, example)
+    sites = channels(network)
+    assert [s.n for s in sites if s.makers[0].endswith(("q_proj", "qkv"))] == heads
+    assert len([s.n for s in sites if "mlp" in s.name]) == hidden
+    assert network.unknown_ops == ()
+    error, count = law(model, example, seed=0)
+    assert error < 1e-9
+    assert count > 50
+
+
+@pytest.mark.parametrize("name", ["transformer", "one_head", "windows", "relative", "video"])
+def test_the_work_is_counted_as_before(name: str) -> None:
+    make, example = PACKED[name]
+    model = make().eval()
+    before, after = (sum(layer.macs for layer in trace(m, example).layers) for m in (model, unpacked(model)))
+    assert before == after
+
+
+def images(n: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(4, (n,), generator=g)
+    return F.one_hot(y, 4).float().repeat_interleave(2, 1)[:, None, :, None] + torch.rand(n, 1, 8, 8, generator=g), y
+
+
+def test_compress_a_vision_transformer_and_export_it(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = Vision(4, 1), images(512)
+    keys = set(model.state_dict())
+    net = jpq.compress(model.eval(), x[:64], method="djpq", bops="3%", steps=60)
+    optimizer = torch.optim.Adam(net.groups(lr=3e-3))
+    net.train()
+    for step in range(60):
+        at = torch.arange(64) + 64 * (step % 8)
+        loss = F.cross_entropy(net(x[at]), y[at]) + net.pressure()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        net.step()
+    small = net.finalize()
+    assert gap(copy.deepcopy(net.net).double().eval()(x.double()), copy.deepcopy(small).double()(x.double())) < 1e-9
+    assert set(net.net.plan().layers) == {layer.name for layer in net.net.network.layers}, "every layer is quantized"
+    assert {s.n for s in net.net.sites} == {4, 32}
+    counted = jpq.measure(small, x[:2])
+    uses = net.net.exact()
+    assert counted["bops"] == jpq.costs.bops(uses) <= 0.03 * jpq.costs.baseline(uses)["bops"]
+    assert type(small.blocks) is Encoder
+    jpq.export_onnx(small, x[:2], tmp_path / "vit.onnx")
+    found = compare(small, Session(tmp_path / "vit.onnx"), [(x, y)])
+    assert found["argmax_differs"] == 0
+    assert len(small(x).argmax(1).unique()) > 1, "a constant answer shows nothing"
+    assert set(model.state_dict()) == keys
+
+
+def test_optimize_saves_and_loads_a_vision_transformer(tmp_path: Any) -> None:
+    task, train = Task(model="zoo_attention:Vision", limit=400), Train(epochs=3, float_epochs=2, lr=3e-3)
+    asked = Config(task=task, budget=Budget(target_bops="4%"), train=train, run=Run(out=tmp_path, device="cpu"))
+    result = jpq.optimize(asked)
+    assert result.verified["masked_vs_rebuilt_float64"] <= 1e-9
+    assert result.notes == (), "no layer stays at 32 bits"
+    small, plan = jpq.load(result.folder)
+    assert "blocks.layers.0.self_attn.q_proj" in plan.layers
+    x = jpq.data.load("digits").example
+    assert gap(small(x), Session(result.folder / "model.onnx")(x)) < 1e-3
+
+
+def test_weights_of_the_original_load_before_unpacking(tmp_path: Any) -> None:
+    original, x = Vision(10, 1).eval(), torch.randn(3, 1, 8, 8)
+    torch.save(original.state_dict(), tmp_path / "w.pth")
+    model = jpq.models.build("zoo_attention:Vision", 10, 1).eval()
+    jpq.models.load_weights(model, tmp_path / "w.pth")
+    assert gap(original(x), unpacked(model)(x)) < 1e-5

@@ -16,7 +16,7 @@ from jpq.quantizers import act_quantizer, weight_quantizer
 from jpq.types import JpqError
 
 EXACT = 1e-9  # largest relative difference in float64 of two models that compute the same
-RARE = 0.005  # share of images whose class may change at a rounding boundary
+RARE = 0.01  # share of images whose class may change at a rounding boundary
 CLOSE = 1e-3  # relative difference in float32 below which no rounding boundary was crossed
 
 Pair = tuple[Tensor, Tensor]
@@ -82,12 +82,14 @@ def verify(masked: nn.Module, small: nn.Module, path: Path, batches: Iterable[Pa
     first = [next(iter(batches))]
     own = compare(small, lambda x: precise(x.double()).float(), first)
     here = compare(small, session, first)
-    if outside["argmax_differs"] > max(2, RARE * outside["images"]):
+    flips = RARE + 4 * own["argmax_differs"] / own["images"]
+    if outside["argmax_differs"] > max(2, flips * outside["images"]):
         raise JpqError(
             f"onnxruntime and the rebuilt model differ: {outside['argmax_differs']} of {outside['images']} images get "
             "another class. This is a bug in jpq or in onnxruntime."
         )
-    if here["at_a_rounding_boundary"] > 4 * own["at_a_rounding_boundary"] + 0.05 * own["images"] + 1:
+    crossed = 2.5 * own["at_a_rounding_boundary"] + 0.05 * own["images"] + 1
+    if here["at_a_rounding_boundary"] > crossed:
         raise JpqError(
             f"onnxruntime and the rebuilt model differ on {here['at_a_rounding_boundary']} of {here['images']} images, "
             f"float32 and float64 of the rebuilt model on {own['at_a_rounding_boundary']}: this is more than rounding."

@@ -19,6 +19,7 @@ LAYERS = [
     {"train", "landing", "checkpoint", "methods"},
     {"allocators", "exporters"},
     {"models", "data", "sources"},
+    {"vision"},
     {"budget"},
     {"network"},
     {"structures", "gates", "quantizers", "costs", "plan", "config", "result"},

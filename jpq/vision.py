@@ -49,11 +49,11 @@ def build(name: str, classes: int) -> nn.Module:
         extra |= {"aux_logits": False, "init_weights": False}
     if kind == "detection" and not name.endswith(BACKBONE):
         raise JpqError(
-            f"torchvision:{name} is a detector, whose forward chooses boxes by their values, and no exported graph can "
-            f"hold that. Nearly all of its work is in its backbone: give torchvision:{name}{BACKBONE}."
+            f"torchvision:{name} is a detector, whose code chooses boxes by their values, which no exported graph can "
+            f"hold. Its backbone can be read: give torchvision:{name}{BACKBONE}."
         )
     model = torchvision.models.get_model(name.removesuffix(BACKBONE), weights=None, num_classes=classes, **extra)
-    return model.backbone if kind == "detection" else model  # type: ignore[return-value]
+    return model.backbone if kind == "detection" else model
 
 
 def usual_shape(name: str) -> tuple[int, ...]:

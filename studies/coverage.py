@@ -13,8 +13,8 @@ anew), so an interrupted run goes on. Columns:
     layers, macs         layers with weights (each once, however often it is called), and their MACs
     frozen               channels that layers make and that must stay, by reason
     unknown_ops          ops without a rule that touched a channel
-    trace_s              processor seconds of trace and sites; of them export_s in torch.export, check_s in running smaller copies,
-                         labels_s in the rest
+    trace_s              processor seconds of trace and sites; of them export_s in torch.export, check_s in running
+                         smaller copies, labels_s in the rest
     rebuild_s            processor seconds of building the small model, the longest over seeds (float64)
     exact_input          what masked and rebuilt model are compared on: smaller than `input` where the network allows it
     rebuilt_ok           every seed's relative difference is at most 1e-9
@@ -48,6 +48,7 @@ from jpq.exporters import law
 from jpq.network import trace as tracing
 from jpq.network.reach import halved_share, prunable_share, stuck
 from jpq.network.sites import channels
+from jpq.network.unpack import unpacked
 from jpq.types import JpqError
 
 RESULTS = Path(__file__).parent / "results" / "coverage.csv"
@@ -94,7 +95,7 @@ def measure(name: str, seeds: Sequence[int], shape: tuple[int, ...] | None = Non
     row: dict[str, Any] = {"model": name, "kind": kind, "input": _times(shape)}
     torch.manual_seed(0)
     try:
-        model = vision.build(name, vision.CLASSES[kind]).eval()
+        model = unpacked(vision.build(name, vision.CLASSES[kind]).eval())
         seconds: dict[str, float] = {}
         start = time.process_time()
         with timed(torch.export, "export", seconds), timed(tracing, "runs_smaller", seconds):

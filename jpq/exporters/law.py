@@ -103,8 +103,8 @@ def masked(model: nn.Module, network: Network, sites: Sequence[Site], keep: Keep
         yield model
     finally:
         with torch.no_grad():
-            for name, weight in before.items():
-                model.get_parameter(name).copy_(weight)
+            for name, was in before.items():
+                model.get_parameter(name).copy_(was)
 
 
 @torch.no_grad()

@@ -93,7 +93,8 @@ def _numbers_agree(
                     weight.mul_(tap.structure.expand(keep.to(weight.device), weight.shape))
             apply_slices(small, slices(network, dropped))
             with Unaveraged() if network.opened else nullcontext():
-                outputs = [tree_flatten(m(*tree_map(widen, args), **tree_map(widen, kwargs)))[0] for m in (masked, small)]
+                both = [m(*tree_map(widen, args), **tree_map(widen, kwargs)) for m in (masked, small)]
+            outputs = [tree_flatten(out)[0] for out in both]
     except Exception:
         return False
     pairs = [(a, b) for a, b in zip(*outputs, strict=True) if isinstance(a, Tensor) and isinstance(b, Tensor)]

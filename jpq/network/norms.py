@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from jpq.network.record import Network
 from jpq.network.sites import Site
+from jpq.types import JpqError
 
 WARNING = "the rebuilt model is not the masked one, and fine-tuning must repair it"
 _PLACES = {  # function -> positions of weight and bias among its arguments
@@ -27,6 +28,17 @@ _PLACES = {  # function -> positions of weight and bias among its arguments
 def opened_units(network: Network, sites: Sequence[Site]) -> int:
     """Units that may go only because averages were opened; where there is one, rebuilding is not exact."""
     return sum(int(c) in network.opened for site in sites for c in site.labels)
+
+
+def require_opened(network: Network, prunes: bool) -> None:
+    """Raises JpqError where averages were opened in vain: nothing is pruned, or no channel is free by that alone."""
+    if not prunes:
+        raise JpqError("--open-norms lets more channels be pruned, and this method prunes none. Leave it out.")
+    if not network.opened:
+        raise JpqError(
+            "--open-norms opens nothing here: no channel that could go lies inside the average of a LayerNorm, RMSNorm "
+            "or GroupNorm (`jpq inspect` says why the rest stays). Leave it out."
+        )
 
 
 class Unaveraged(TorchFunctionMode):

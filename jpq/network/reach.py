@@ -29,9 +29,8 @@ class Stuck:
 def prunable_share(network: Network, sites: Sequence[Site]) -> Fraction:
     """Share of the dense MACs in layers of whose inputs or outputs at least one channel belongs to a site."""
     free = np.unique(np.concatenate([np.empty(0, np.int64), *(s.labels for s in sites)]))
-    touched = [
-        layer.macs for layer in network.layers if np.isin(layer.inputs, free).any() or np.isin(layer.outputs, free).any()
-    ]
+    inside = lambda labels: bool(np.isin(labels, free).any())  # noqa: E731
+    touched = [layer.macs for layer in network.layers if inside(layer.inputs) or inside(layer.outputs)]
     return Fraction(sum(touched), max(1, sum(layer.macs for layer in network.layers)))
 
 

@@ -40,7 +40,8 @@ EXAMPLES = {
     ),
     "inspect": (
         "jpq inspect --model lenet5 --data fashion-mnist",
-        "jpq inspect --model torchvision:resnet18 --input-shape 3 224 224",
+        "jpq inspect --model torchvision:densenet121 --all",
+        "jpq inspect --model torchvision:r3d_18 --input-shape 3 16 112 112",
     ),
     "evaluate": ("jpq evaluate runs/0123456789ab",),
     "methods": ("jpq methods",),
@@ -57,15 +58,20 @@ class Inspect:
     """What inspect looks at."""
 
     model: str = "convnet"
-    """convnet, lenet5, vgg7, resnet20/32/44/56, torchvision:NAME, or module:callable (runs your code)."""
-    data: str = "digits"
-    """Data set that says how large the images are, and how many classes there are."""
+    """convnet, lenet5, vgg7, resnet20/32/44/56, torchvision:NAME (classification, segmentation, video; a detector's
+    NAME.backbone), or module:callable (runs your code)."""
+    input_shape: tuple[int, ...] | None = None
+    """One sample without the batch: channels, (frames,) height and width. Default: what the model usually takes."""
+    classes: int | None = None
+    """Number of classes. Default: what the model usually has."""
+    data: str | None = None
+    """A data set that says both instead."""
     data_root: Path = Path("data")
     """Where data sets lie, or are downloaded to."""
-    input_shape: tuple[int, int, int] | None = None
-    """Channels, height and width of an image; with it no data set is read."""
-    classes: int = 1000
-    """Number of classes, where --input-shape is given."""
+    open_norms: bool = False
+    """Count channels inside the averages of LayerNorm, RMSNorm and GroupNorm as free (see jpq optimize --help)."""
+    all: bool = False
+    """Every layer and site, where a long model is summed up by parts otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,21 +217,25 @@ def _inspect(args: list[str], console: Console) -> None:
     from jpq.network.sites import channels
     from jpq.network.trace import trace
     from jpq.network.unpack import unpacked
+    from jpq.types import JpqError
 
-    if wanted.input_shape is None:
+    shape, classes = models.usual(wanted.model) or (None, 1000)
+    if wanted.data is not None:
         data = load(wanted.data, wanted.data_root)
-        example, classes = data.example, data.classes
-    else:
-        example, classes = torch.randn(2, *wanted.input_shape), wanted.classes
-    model = models.build(wanted.model, classes, example.shape[1]).eval()
-    models.check_fits(model, example, classes)
-    model = unpacked(model)
+        shape, classes = data.shape, data.classes
+    shape, classes = wanted.input_shape or shape, wanted.classes or classes
+    if shape is None:
+        raise JpqError(f"Say what {wanted.model} takes: --input-shape 3 224 224, or a data set with --data NAME.")
+    example = torch.randn(2, *shape)
+    model = unpacked(models.build(wanted.model, classes, shape[0]).eval())
     start = time.perf_counter()
-    network = trace(model, example)
+    network = trace(model, example, open_norms=wanted.open_norms)
+    sites = channels(network)
     seconds = time.perf_counter() - start
-    from jpq.progress import inspection
+    from jpq.inspection import inspection
 
-    console.print(inspection(network, channels(network), seconds))
+    title = f"{wanted.model}, {' x '.join(map(str, shape))}"
+    console.print(inspection(title, model, network, sites, seconds, wanted.all, wanted.open_norms))
 
 
 def _evaluate(args: list[str], console: Console) -> None:

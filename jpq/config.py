@@ -64,6 +64,9 @@ class Decide:
     """Bit-width of the model's input, which is not learned."""
     skip: tuple[str, ...] = ()
     """Layers whose channels are not pruned."""
+    open_norms: bool = False
+    """Also prune channels inside the averages of LayerNorm, RMSNorm and GroupNorm. NOT exact: fine-tuning, then of the
+    rebuilt model, must repair what their absence does to the rest."""
     gate_lr: float = 0.05
     """Learning rate of the gates (Adam)."""
     bit_lr: float = 0.02

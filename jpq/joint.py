@@ -16,6 +16,7 @@ from jpq.gates import Decided, Gate
 from jpq.methods import METHODS, Method
 from jpq.network.attach import attach
 from jpq.network.compressed import Compressed, exact_uses
+from jpq.network.norms import require_opened
 from jpq.network.record import Layer
 from jpq.network.shares import Shares
 from jpq.network.sites import channels
@@ -93,7 +94,10 @@ class Joint(nn.Module):
         return self.net.plan()
 
     def finalize(self) -> nn.Module:
-        """The small model: an ordinary module in eval mode, physically smaller, with brevitas layers."""
+        """The small model: an ordinary module in eval mode, physically smaller, with brevitas layers.
+
+        It computes what this one does, unless averages were opened (`open_norms`): then go on training it.
+        """
         self.land()
         self.net.eval()
         return rebuild(self.net, self._dense[0])[0]
@@ -113,6 +117,7 @@ def compress(
     image_bits: int = 8,
     skip: Collection[str] = (),
     gate_weight: float = 0.03,
+    open_norms: bool = False,
 ) -> Joint:
     """A trainable copy of a trained `model`, with gates and quantizers, that will end within its budget.
 
@@ -126,6 +131,8 @@ def compress(
         image_bits: width of the model's input.
         skip: layers whose channels are not pruned.
         gate_weight: weight of the gates' own regulariser.
+        open_norms: also prune channels inside the averages of LayerNorm, RMSNorm and GroupNorm. What `finalize` gives
+            is then not what was trained, since the averages miss those channels: go on training it.
 
     Raises JpqError for an unknown method, and for targets that are malformed or cannot be met.
     """
@@ -137,7 +144,10 @@ def compress(
         raise unknown("method", method, METHODS)
     how = METHODS[method]
     model = unpacked(model)
-    network = trace(model, example_inputs if isinstance(example_inputs, (tuple, dict)) else (example_inputs,))
+    example = example_inputs if isinstance(example_inputs, (tuple, dict)) else (example_inputs,)
+    network = trace(model, example, open_norms=open_norms)
+    if open_norms:
+        require_opened(network, how.gate is not None)
     sites = channels(network, skip) if how.gate else ()
     goals = targets(asked, exact_uses(network, Shares(network, ()), Plan(method, {}, {})))
     start = start_bits(network, goals, w_bits, a_bits, image_bits)

@@ -1,7 +1,7 @@
 """Models by name, their weights from a file, and whether they fit the data.
 
-`lenet5`, `vgg7`, `convnet`, `resnet20` .. `resnet56` are here; `torchvision:NAME` is torchvision's; `module:callable`
-imports and runs the user's own code.
+`lenet5`, `vgg7`, `convnet`, `resnet20` .. `resnet56` are here; `torchvision:NAME` is torchvision's (see `jpq.vision`);
+`module:callable` imports and runs the user's own code.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jpq import vision
 from jpq.network.pad import PadChannels
 from jpq.sources import call, imported
 from jpq.types import JpqError, unknown
@@ -132,28 +132,31 @@ def build(name: str, classes: int, channels: int | None = None) -> nn.Module:
         channels = 1 if name in ONE_CHANNEL else 3
     if name in MODELS:
         return MODELS[name](classes, channels)
-    zoo = torchvision.models.list_models(module=torchvision.models)
-    if name in zoo:
+    if name in vision.kinds():
         raise unknown("model", name, [f"torchvision:{name}"])
     kind, colon, rest = name.partition(":")
     if not colon:
         raise unknown("model", name, [*MODELS, "torchvision:NAME", "module:callable"])
-    if kind == "torchvision":
-        if rest not in zoo:
-            raise unknown("torchvision model", rest, zoo)
-        return _torchvision(rest, classes, channels)
-    return _user_model(name, classes, channels)
-
-
-def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
+    if kind != "torchvision":
+        return _user_model(name, classes, channels)
+    vision.kind_of(rest)
     if channels != 3:
         raise JpqError(
-            f"torchvision:{name} takes images of 3 channels; the data has {channels}. "
+            f"torchvision:{rest} takes images of 3 channels; the data has {channels}. "
             "Choose convnet or a resnet of jpq, or give the model as module:callable."
         )
-    # their training-only heads return tuples, and their own initialisation takes minutes or warns
-    extra = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    return torchvision.models.get_model(name, weights=None, num_classes=classes, **extra)
+    return vision.build(rest, classes)
+
+
+def usual(name: str) -> tuple[tuple[int, ...], int] | None:
+    """(shape of one sample, number of classes) that a named model usually has; None where only its author knows."""
+    if name in MODELS:
+        shape = {"lenet5": (1, 28, 28), "convnet": (1, 8, 8)}.get(name, (3, 32, 32))
+        return shape, 10
+    kind, _, rest = name.partition(":")
+    if kind != "torchvision":
+        return None
+    return vision.usual_shape(rest), vision.CLASSES[vision.kind_of(rest)]
 
 
 def _user_model(spec: str, classes: int, channels: int) -> nn.Module:

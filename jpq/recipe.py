@@ -21,13 +21,15 @@ from jpq.config import Config
 from jpq.data import Data
 from jpq.data import load as load_data
 from jpq.exporters import onnx, verify
-from jpq.exporters.quantized import build, rebuild
+from jpq.exporters.quantized import build, complete, rebuild
 from jpq.figures import layer_rows, reached, versions
 from jpq.joint import gates, widths
 from jpq.journal import Journal, open_folder
+from jpq.machine import pick_device, set_threads
 from jpq.methods import METHODS, Method
 from jpq.network.attach import attach
 from jpq.network.compressed import Compressed, exact_uses
+from jpq.network.norms import require_opened
 from jpq.network.record import Network
 from jpq.network.shares import Shares
 from jpq.network.sites import channels
@@ -40,7 +42,6 @@ from jpq.train import Objective, Phase, evaluate, fit, optimizer, reestimate
 from jpq.types import JpqError, unknown
 
 SPLITS = ("train", "held_out", "test")
-SMALL = 5 * 10**8  # MACs of a batch
 CALIBRATION = 8  # batches that fit the quantizers' ranges
 
 
@@ -57,8 +58,10 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
 
     data = read_data(config, device)  # 1
     model = dense_model(config, data, device)
-    network = trace(model, data.example)  # 2
-    set_threads(config, network)
+    network = trace(model, data.example, open_norms=d.open_norms)  # 2
+    if d.open_norms:
+        require_opened(network, method.gate is not None)
+    set_threads(config.run.threads, sum(layer.macs for layer in network.layers) * config.train.batch_size)
     sites = channels(network, d.skip) if method.gate else ()  # 3
 
     goals = asked(network, config)  # 4
@@ -74,8 +77,9 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     net = attached(calibration(data))  # 5
     run.recorder.full_bops = costs.baseline(net.exact())["bops"]
     plan = search(net, model, data, goals, config, run)  # 6, 7, 8
-    fine_tune(net, model, data, config, run, plan)  # 9
-    return finish(net, model, data, goals, config, run, command)  # 10
+    tuned = opened(net, model, data, run) if net.opened else net
+    fine_tune(tuned, model, data, config, run, plan)  # 9
+    return finish(net, tuned, model, data, goals, config, run, command)  # 10
 
 
 def pick_method(name: str) -> Method:
@@ -83,28 +87,6 @@ def pick_method(name: str) -> Method:
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     return METHODS[name]
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that --device names."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    here = {
-        "cpu",
-        *(["cuda"] if torch.cuda.is_available() else []),
-        *(f"cuda:{i}" for i in range(torch.cuda.device_count())),
-    }
-    if name not in here:
-        raise JpqError(f"--device {name} is not here. Use {', '.join(sorted(here))} or auto.")
-    return torch.device(name)
-
-
-def set_threads(config: Config, network: Network) -> None:
-    """CPU threads: as asked; else 1 for small nets, where threads wait longer for each other than they work."""
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    elif sum(layer.macs for layer in network.layers) * config.train.batch_size < SMALL:
-        torch.set_num_threads(1)
 
 
 def read_data(config: Config, device: torch.device) -> Data:
@@ -205,26 +187,35 @@ def search(
     return plan
 
 
-def fine_tune(net: Compressed, model: nn.Module, data: Data, config: Config, run: Journal, plan: Plan) -> None:
+def opened(net: Compressed, model: nn.Module, data: Data, run: Journal) -> nn.Module:
+    """The small model at landing, to be fine-tuned in place of `net`: what opened averages did shows on it alone."""
+    small, _ = rebuild(net, model)
+    resumed = run.saved if run.is_past("search") else None  # which never trained this `net`
+    run.opened = float(resumed["opened"]) if resumed else verify.difference(net, small, data.example)
+    return small
+
+
+def fine_tune(net: nn.Module, model: nn.Module, data: Data, config: Config, run: Journal, plan: Plan) -> None:
     """Train the landed network with its decisions fixed, then measure BatchNorm's statistics anew."""
     t = config.train
-    before, epochs = split(config, METHODS[net.method])
+    before, epochs = split(config, METHODS[plan.method])
     phase = Phase("fine-tune", epochs, before=before, total=before + epochs)
     optim = optimizer(net, t.lr, t.weight_decay)
     run.go_on(phase, net, optim)
-    save = lambda p: run.keep(p, net, optim, plan=plan.to_json())  # noqa: E731
+    save = lambda p: run.keep(p, net, optim, plan=plan.to_json(), opened=run.opened)  # noqa: E731
     objective = Objective(model, t.distill, t.temperature)
     run.timed("fine-tune", lambda: fit(net, data, phase, objective, optim, run.recorder, run.watch, save))
     run.timed("fine-tune", lambda: reestimate(net, data.train.epoch(phase.total)))
 
 
 def finish(
-    net: Compressed, model: nn.Module, data: Data, goals: tuple[Target, ...], config: Config, run: Journal, command: str
-) -> Result:
+    net: Compressed, tuned: nn.Module, model: nn.Module, data: Data, goals: tuple[Target, ...], config: Config,
+    run: Journal, command: str,
+) -> Result:  # fmt: skip
     """Rebuild, count again, export, verify, save, report. The test split is read here, and only here."""
     run.watch.phase("verify", 0, 0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # compare at full precision
-    small, plan = rebuild(net, model)
+    small, plan = rebuild(net, model) if tuned is net else (tuned.eval(), complete(net))
     plan = replace(plan, model={"name": config.task.model, "classes": data.classes, "channels": data.shape[0]})
     uses = net.exact(plan)
     counted = verify.measure(small, data.example)
@@ -239,9 +230,12 @@ def finish(
     (run.folder / "plan.json").write_text(plan.to_json())
     checkpoint.save_tensors(small, run.folder / "model.safetensors")
     onnx.export(small, data.example, run.folder / "model.onnx")
-    verified = run.timed(
-        "verify", lambda: verify.verify(net, small, run.folder / "model.onnx", data.test, data.example)
-    )
+    path = run.folder / "model.onnx"
+    if tuned is net:
+        verified = run.timed("verify", lambda: verify.verify(net, small, path, data.test, data.example))
+    else:
+        outside = run.timed("verify", lambda: verify.exported(small, path, data.test))
+        verified = {verify.OPENED: run.opened, **outside}
     full = costs.baseline(uses)
     figures = {
         "float": Figures(evaluate(model, data.test), int(full["bops"]), int(full["macs"]), int(full["size"]), 1.0),

@@ -15,6 +15,7 @@ from jpq import costs
 from jpq.budget import Controller
 from jpq.data import Batches, Data
 from jpq.network.compressed import Compressed
+from jpq.quantizers import Integer
 from jpq.result import Row, Silent, Watch
 from jpq.types import JpqError
 
@@ -120,8 +121,12 @@ def optimizer(
             decisions = net.decisions()
             groups += [(decisions["gates"], gate_lr, 0.0), (decisions["bits"], bit_lr, 0.0)]
     else:
-        wide = [p for p in net.parameters() if p.dim() > 1]
-        groups = [(wide, lr, weight_decay), ([p for p in net.parameters() if p.dim() <= 1], lr, 0.0)]
+        ranges = {id(m.log_threshold) for m in net.modules() if isinstance(m, Integer)}
+        wide = {id(p) for p in net.parameters() if p.dim() > 1 and id(p) not in ranges}
+        groups = [
+            ([p for p in net.parameters() if id(p) in wide], lr, weight_decay),
+            ([p for p in net.parameters() if id(p) not in wide], lr, 0.0),
+        ]
     # decisions keep their rate: they must still move when the weights' rate has fallen
     tables: list[dict[str, Any]] = [
         {"params": ps, "lr": rate, "peak": rate, "weight_decay": decay, "curve": i < 2}

@@ -113,6 +113,7 @@ def test_axes_name_every_parameter_that_shrinks() -> None:
         ("split", {"a.0": 4, "b.0": 6}),
         ("split_fixed", {"b.0": 6}),
         ("grouped", {"0.0": 2, "1.0": 3, "2.0": 3}),
+        ("group_norms", {"a": 2}),
         ("shuffle", {"a.0": 4, "b.0": 6}),
         ("attention", {"embed": 10, "qkv": 4, "out": 8}),
         ("attention_rigid", {"embed": 10, "out": 8}),

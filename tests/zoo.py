@@ -166,12 +166,23 @@ class Shared(nn.Module):  # one layer called twice, another under two names
 class Averages(nn.Module):  # GroupNorm and a mean over channels keep what they average
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.norm, self.b, self.c, self.head = conv(3, 8), nn.GroupNorm(2, 8), conv(8, 6), conv(6, 6), Head(6)
+        self.a, self.norm, self.b, self.c, self.head = conv(3, 8), nn.GroupNorm(1, 8), conv(8, 6), conv(6, 6), Head(6)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.b(self.norm(self.a(x)))
         y = self.c(x)
         return self.head(y * x.mean(1, keepdim=True).sigmoid())
+
+
+class GroupNorms(nn.Module):  # whole groups can go, through a residual sum too
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), Head(8)
+        self.n1, self.n2 = nn.GroupNorm(4, 8), nn.GroupNorm(2, 8, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.head(x + self.n2(self.b(F.softplus(self.n1(x)))))
 
 
 class TwoInputs(nn.Module):
@@ -259,6 +270,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Example]] = {
     "transformer": (Transformer, IMAGE),
     "tokens": (Tokens, torch.tensor([[0, 1, 2], [3, 4, 6]])),
     "averages": (Averages, IMAGE),
+    "group_norms": (GroupNorms, IMAGE),
     "two_inputs": (TwoInputs, (IMAGE, IMAGE[:, :2], TOKENS[:, 0, :5])),
     "two_outputs": (TwoOutputs, IMAGE),
     "keywords": (Keywords, {"image": IMAGE, "scale": torch.tensor(0.5)}),

@@ -57,6 +57,19 @@ class Transformer(nn.Module):  # nn.MultiheadAttention, LayerNorm, class token, 
         return self.head((x + self.scale * self.mlp(self.n2(x)))[:, 0])
 
 
+class Normed(nn.Module):  # a residual stream through a LayerNorm, an RMSNorm and a GroupNorm: frozen, or opened
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head, self.n1, self.n2 = nn.Linear(6, 12), nn.Linear(12, 4), nn.LayerNorm(12), nn.RMSNorm(12)
+        self.n3, self.n4 = nn.GroupNorm(3, 12), nn.LayerNorm(12, elementwise_affine=False)
+        self.mlp = nn.Sequential(nn.Linear(12, 9), nn.GELU(), nn.Linear(9, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = self.n2(x + self.mlp(self.n1(x)))
+        return self.head(self.n4(self.n3(x.transpose(1, 2)).transpose(1, 2)).mean(1))
+
+
 class Tokens(nn.Module):  # embedding, class token and positions without a LayerNorm: their columns go with the rest
     def __init__(self) -> None:
         super().__init__()

@@ -66,7 +66,8 @@ def complete(net: Compressed) -> Plan:
 def rebuild(net: Compressed, model: nn.Module) -> tuple[nn.Module, Plan]:
     """(small model in eval mode, its plan) from a settled network and the float model that it was made of.
 
-    The law: in evaluation the small model computes what `net` computes, to rounding.
+    The law: in evaluation the small model computes what `net` computes, to rounding; unless channels went from inside
+    averages that were opened (`net.opened`), which fine-tuning of the small model must repair.
     """
     plan = complete(net)
     dense = copy.deepcopy(model).to(next(net.model.parameters()))

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from jpq.costs import LayerUse, bops, macs
 from jpq.exporters.onnx import Session
+from jpq.network.compressed import Compressed
 from jpq.quantizers import act_quantizer, weight_quantizer
 from jpq.types import JpqError
 
+OPENED = "masked_vs_rebuilt_at_landing_with_open_norms"  # measured, where the law cannot hold
 EXACT = 1e-9  # largest relative difference in float64 of two models that compute the same
 RARE = 0.01  # share of images whose class may change at a rounding boundary
 CLOSE = 1e-3  # relative difference in float32 below which no rounding boundary was crossed
@@ -63,8 +65,8 @@ def compare(
 def verify(masked: nn.Module, small: nn.Module, path: Path, batches: Iterable[Pair], example: Tensor) -> dict[str, Any]:
     """Differences between masked, rebuilt and exported model. Raises JpqError where the law is broken.
 
-    How often a value sits at a rounding boundary depends on the network (at 2 bits one crossing can change a class), so
-    the yardstick is the rebuilt model itself, in float32 against float64: onnxruntime may not differ far more often.
+    Where channels went from inside averages that were opened, masked and rebuilt model cannot be the same: how far they
+    are apart then stands under the key `OPENED`, however far that is.
 
     Args:
         masked: the settled network; small: the rebuilt one; path: its ONNX file.
@@ -72,10 +74,21 @@ def verify(masked: nn.Module, small: nn.Module, path: Path, batches: Iterable[Pa
     """
     small.eval()
     exact = difference(masked, small, example)
-    if not exact <= EXACT:
+    opened = isinstance(masked, Compressed) and masked.opened > 0
+    if not opened and not exact <= EXACT:
         raise JpqError(
             f"The rebuilt model is not the masked one: they differ by {exact:.2e} in float64. This is a bug in jpq."
         )
+    return {OPENED if opened else "masked_vs_rebuilt_float64": exact} | exported(small, path, batches)
+
+
+def exported(small: nn.Module, path: Path, batches: Iterable[Pair]) -> dict[str, Any]:
+    """How far the file in onnxruntime is from the rebuilt model. Raises JpqError where rounding does not explain it.
+
+    How often a value sits at a rounding boundary depends on the network (at 2 bits one crossing can change a class), so
+    the yardstick is the rebuilt model itself, in float32 against float64: onnxruntime may not differ far more often.
+    `batches` are read twice.
+    """
     session = Session(path)
     outside = compare(small, session, batches)
     precise = copy.deepcopy(small).double()
@@ -94,7 +107,7 @@ def verify(masked: nn.Module, small: nn.Module, path: Path, batches: Iterable[Pa
             f"onnxruntime and the rebuilt model differ on {here['at_a_rounding_boundary']} of {here['images']} images, "
             f"float32 and float64 of the rebuilt model on {own['at_a_rounding_boundary']}: this is more than rounding."
         )
-    return {"masked_vs_rebuilt_float64": exact, "rebuilt_vs_onnxruntime": outside, "rebuilt_vs_its_float64": own}
+    return {"rebuilt_vs_onnxruntime": outside, "rebuilt_vs_its_float64": own}
 
 
 @torch.no_grad()

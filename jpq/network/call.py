@@ -58,6 +58,8 @@ class Book:
     embeddings: dict[str, Labels] = field(default_factory=dict)
     calls: list[LayerCall] = field(default_factory=list)
     suspects: list[Labels] = field(default_factory=list)
+    open_norms: bool = False  # channels inside a normalisation's average may go, though the rest then changes
+    opened: list[tuple[Labels, str]] = field(default_factory=list)
 
     def axis(self, name: str, dim: int, size: int) -> Labels:
         """The labels of one dim of a parameter, made when first asked for."""
@@ -120,6 +122,21 @@ class Call:
     def freeze(self, labels: Labels | None, reason: str) -> None:
         """These channels stay."""
         self.classes.freeze(labels, reason)
+
+    def average(self, labels: Labels | None, reason: str) -> None:
+        """These channels are averaged by a normalisation: they stay, unless averages are opened."""
+        if not self.book.open_norms:
+            self.freeze(labels, reason)
+        elif labels is not None:
+            self.book.opened.append((labels[labels != NONE], reason))
+
+    def counts(self, name: str, value: Any, labels: Labels | None) -> bool:
+        """Note that the calling module's attribute `name`, if it is `value`, counts these labels; whether it is."""
+        path, _ = self.module()
+        if labels is None or vars(self.book.model.get_submodule(path)).get(name) != value:
+            return False
+        self.book.attribute(f"{path}.{name}".lstrip("."), labels)
+        return True
 
     def tie(self, blocks: Labels) -> Labels:
         """[g, n]: entry i of every block stands or falls together; gives the first block."""

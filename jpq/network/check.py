@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from jpq.network.norms import Unaveraged
 from jpq.network.record import Network
 from jpq.network.resize import apply_slices, slices
 from jpq.network.sites import Site, channels
@@ -28,7 +30,7 @@ def runs_smaller(
     """The network with those sites frozen whose units the model's code cannot lose.
 
     Shapes are tried for every site, on the meta device. Sites with suspect classes (whose sizes a reshape or split
-    names) are also computed, on random weights: masked and shrunk must agree.
+    names) are also computed, on random weights: masked and shrunk must agree, apart from averages that were opened.
     """
     sites = [s for s in channels(network) if s.n > 1]
     doubtful = [s for s in sites if set(s.labels.tolist()) & set(suspects)]
@@ -51,8 +53,12 @@ def runs_smaller(
 
 
 def _dropped(sites: Sequence[Site]) -> list[int]:
-    """A third of every site's units, at least one, spread so that no regular pattern hides a mistake."""
-    return [int(c) for s in sites for i, c in enumerate(s.labels.tolist()) if i % 3 == 1]
+    """A third of every site's units, and 0 to 3 more: sites that the code wants equally large must not stay so."""
+    gone: list[int] = []
+    for k, site in enumerate(sites):
+        units = site.labels.tolist()
+        gone += [*units[1::3], *units[2::3][: k % 4]]
+    return gone
 
 
 def _shapes_agree(
@@ -86,7 +92,9 @@ def _numbers_agree(
                     weight = masked.get_parameter(network.layer(tap.layer).weight)
                     weight.mul_(tap.structure.expand(keep.to(weight.device), weight.shape))
             apply_slices(small, slices(network, dropped))
-            outputs = [tree_flatten(m(*tree_map(widen, args), **tree_map(widen, kwargs)))[0] for m in (masked, small)]
+            with Unaveraged() if network.opened else nullcontext():
+                both = [m(*tree_map(widen, args), **tree_map(widen, kwargs)) for m in (masked, small)]
+            outputs = [tree_flatten(out)[0] for out in both]
     except Exception:
         return False
     pairs = [(a, b) for a, b in zip(*outputs, strict=True) if isinstance(a, Tensor) and isinstance(b, Tensor)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from jpq.costs import LayerUse
 from jpq.gates import Decided, Gate
+from jpq.network.norms import opened_units
 from jpq.network.record import Layer, Network
 from jpq.network.shares import Shares
 from jpq.network.sites import Site
@@ -39,6 +40,7 @@ class Compressed(nn.Module):
         self.draws: list[Draw] = []
         self.seen: dict[str, Tensor] = {}  # calibration samples of each layer's input
         self.shares = Shares(network, self.sites)
+        self.opened = opened_units(network, self.sites)  # with any, the rebuilt model is not the masked one
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output under the decisions as they stand; a fresh draw of every gate."""

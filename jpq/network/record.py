@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jpq.types import Labels, unknown
 
@@ -37,6 +37,7 @@ class Network:
     attributes: Mapping[str, Labels]  # integer attribute of a module ("pad.before", "attn.heads") -> what it counts
     embeddings: Mapping[str, Labels]  # module -> the classes of its columns
     unknown_ops: tuple[str, ...]  # ops without a rule that touched labels, or that hide a graph of their own
+    opened: Mapping[int, str] = field(default_factory=dict)  # class that only `open_norms` frees -> why it was frozen
 
     def layer(self, name: str) -> Layer:
         """The layer of that name."""

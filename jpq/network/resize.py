@@ -20,8 +20,8 @@ Slices = Mapping[str, Mapping[int, list[int]]]  # parameter, buffer or counting 
 def slices(network: Network, dropped: Collection[int]) -> dict[str, dict[int, list[int]]]:
     """What is kept of every parameter, buffer and counting attribute that loses something.
 
-    A name that ends in an integer attribute ("shortcut.pad.before", "attention.heads") has the one dim 0; the
-    attribute becomes the number of kept entries.
+    A name that ends in a counting attribute ("shortcut.pad.before", "attention.heads", "norm.normalized_shape") has
+    the one dim 0; the attribute becomes the number of kept entries.
     """
     gone = np.array(sorted(dropped), np.int64)
     out: dict[str, dict[int, list[int]]] = {}
@@ -48,8 +48,9 @@ def apply_slices(model: nn.Module, slices: Slices) -> nn.Module:
         except AttributeError as e:
             raise JpqError(f"The plan slices '{name}', which this {type(model).__name__} has not. Load the plan "
                            "into the model that it was made from.") from e  # fmt: skip
-        if isinstance(value, int):
-            setattr(module, attribute, len(axes[next(iter(axes))]))
+        if isinstance(value, int | tuple):  # a count, or the shape of a normalisation over one dim
+            count = len(axes[next(iter(axes))])
+            setattr(module, attribute, count if isinstance(value, int) else (count,))
             continue
         owners[path] = module
         _slice(name, value, {int(dim): kept for dim, kept in axes.items()})

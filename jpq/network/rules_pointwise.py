@@ -102,19 +102,36 @@ def prelu(call: Call) -> Dims:
 @rule("aten.layer_norm", "aten.rms_norm", "aten._fused_rms_norm")
 def layer_norm(call: Call) -> Dims:
     """Averages over the last dims: without one channel the others would change."""
-    dims, n = call.dims(call["input"]), len(call["normalized_shape"])
-    for k, labels in enumerate(dims[-n:]):
-        call.freeze(labels, "inside LayerNorm's average")
+    dims, shape = call.dims(call["input"]), tuple(call["normalized_shape"])
+    for k, labels in enumerate(dims[-len(shape) :]):
+        (call.average if len(shape) == 1 else call.freeze)(labels, "inside LayerNorm's average")
         for name in ("weight", "bias"):
             call.bind(call[name], k, labels)
+    if len(shape) == 1 and call.book.open_norms:
+        call.counts("normalized_shape", shape, dims[-1])
     return dims
 
 
 @rule("aten.group_norm")
 def group_norm(call: Call) -> Dims:
-    """Averages over groups of channels: without one channel the others would change."""
-    dims = call.dims(call["input"])
-    call.freeze(dims[1], "inside GroupNorm's average")
+    """Averages over groups of channels: a whole group may go, and without one channel the rest of it would change.
+
+    Where averages are opened, all groups lose channels at the same places and stay equally large.
+    """
+    dims, groups = call.dims(call["input"]), call["num_groups"]
+    labels = dims[1]
     for name in ("weight", "bias"):
-        call.bind(call[name], 0, dims[1])
+        call.bind(call[name], 0, labels)
+    if labels is None:
+        return dims
+    by_group = labels.reshape(groups, -1)
+    if call.book.open_norms:
+        call.tie(by_group)
+        call.average(labels, "inside GroupNorm's average")
+        call.counts("num_channels", len(labels), labels)
+    elif groups > 1 and call.counts("num_groups", groups, by_group[:, 0].copy()):
+        call.counts("num_channels", len(labels), labels)
+        call.tie(by_group.T)
+    else:
+        call.freeze(labels, "inside GroupNorm's average")
     return dims

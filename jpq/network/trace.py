@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,19 +34,24 @@ unsqueeze squeeze select unbind slice narrow chunk split split_with_sizes cat st
 float double half _to_copy lift_fresh lift_fresh_copy pixel_unshuffle getitem"""  # leave an input's values an input
 
 
-def trace(model: nn.Module, example: Example) -> Network:
+def trace(model: nn.Module, example: Example, *, open_norms: bool = False) -> Network:
     """The network behind `model`; the example is what its forward takes: a tensor, a tuple, or a dict of keywords.
 
     The model is read in evaluation mode and left as it was; `unpacked` beforehand makes more of it prunable. A smaller
     copy is run to find channel counts that its code holds as plain numbers; those channels are frozen.
+
+    So are channels that LayerNorm, RMSNorm or GroupNorm average over, since without one the others change. With
+    `open_norms` they may go nevertheless (GroupNorm's groups stay equally large): the rebuilt model then is NOT the
+    masked one, and fine-tuning must repair it. `Network.opened` lists them.
     """
     args, kwargs = _call_of(example)
     with _evaluating(model):
         program = _export(model, args, kwargs)
-        book, unknown_ops = _walk(model, program)
+        book, unknown_ops = _walk(model, program, open_norms)
         network = _record(book, unknown_ops, _batch(args, kwargs))
         suspects = {int(c) for labels in book.suspects for c in np.unique(book.classes.find(labels))}
-        return runs_smaller(model, network, args, kwargs, suspects)
+        network = runs_smaller(model, network, args, kwargs, suspects)
+        return replace(network, opened={c: why for c, why in network.opened.items() if c not in network.frozen})
 
 
 def _call_of(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -103,10 +109,11 @@ def _first_line(error: Exception) -> str:
     return text if text.endswith((".", "!", "?")) else text + "."
 
 
-def _walk(model: nn.Module, program: ExportedProgram) -> tuple[Book, list[str]]:
+def _walk(model: nn.Module, program: ExportedProgram, open_norms: bool = False) -> tuple[Book, list[str]]:
     """Carry labels through the graph, node by node."""
     program.graph.eliminate_dead_code()  # such as attention weights that nobody asked for
-    book, missing = Book(model, _parameters(model, program), _origins(program)), dict[str, None]()
+    book = Book(model, _parameters(model, program), _origins(program), open_norms=open_norms)
+    missing: dict[str, None] = {}
     for node in program.graph.nodes:
         if node in book.parameters:
             continue
@@ -207,6 +214,7 @@ def _record(book: Book, unknown_ops: list[str], batch: int) -> Network:
         attributes={name: find(labels) for name, labels in book.attributes.items()},
         embeddings={name: find(labels) for name, labels in book.embeddings.items()},
         unknown_ops=tuple(unknown_ops),
+        opened={int(c): why for labels, why in reversed(book.opened) for c in np.unique(find(labels))},
     )
 
 

@@ -1,0 +1,31 @@
+"""What a run works on: the device, and how many CPU threads."""
+
+from __future__ import annotations
+
+import torch
+
+from jpq.types import JpqError
+
+SMALL = 5 * 10**8  # MACs of a batch
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that --device names."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    here = {
+        "cpu",
+        *(["cuda"] if torch.cuda.is_available() else []),
+        *(f"cuda:{i}" for i in range(torch.cuda.device_count())),
+    }
+    if name not in here:
+        raise JpqError(f"--device {name} is not here. Use {', '.join(sorted(here))} or auto.")
+    return torch.device(name)
+
+
+def set_threads(asked: int, macs: int) -> None:
+    """CPU threads: as asked; else 1 for a net of few MACs a batch, where threads wait longer than they work."""
+    if asked:
+        torch.set_num_threads(asked)
+    elif macs < SMALL:
+        torch.set_num_threads(1)

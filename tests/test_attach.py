@@ -4,10 +4,9 @@ import copy
 
 import pytest
 import torch
-from test_rebuild import randomised
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
-from zoo import ZOO
+from zoo import ZOO, randomised
 
 from jpq import costs
 from jpq.exporters import onnx

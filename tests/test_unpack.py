@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from test_attach import gap
-from test_rebuild import law, randomised, run, torchvision_model, worst
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from zoo import randomised
 from zoo_attention import PACKED, Vision
 
 import jpq
 from jpq.config import Budget, Config, Run, Task, Train
+from jpq.exporters.law import apart, hold, outputs
 from jpq.exporters.onnx import Session
 from jpq.exporters.verify import compare
 from jpq.network.attention import Attention, Encoder
@@ -75,8 +76,8 @@ def test_attention_computes_what_torch_computes(kind: str, options: dict[str, An
         if kind == "each head":
             given["attn_mask"] = torch.randn(B * heads, L, S, generator=g, dtype=torch.double)
         expected, found = theirs(*inputs, **given), ours(*inputs, **given)
-        assert worst([expected[0]], [found[0]]) < 1e-12
-        assert found[1] is None if not weights else worst([expected[1]], [found[1]]) < 1e-12
+        assert apart([expected[0]], [found[0]]) < 1e-12
+        assert found[1] is None if not weights else apart([expected[1]], [found[1]]) < 1e-12
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -84,7 +85,7 @@ def test_attention_without_a_batch_dim(batch_first: bool) -> None:
     theirs = attention(batch_first=batch_first)
     x, padded = torch.randn(S, 8).double(), torch.arange(S) > 3
     for expected, found in zip(*(m(x, x, x, padded) for m in (theirs, unpacked(theirs))), strict=True):
-        assert worst([expected], [found]) < 1e-12
+        assert apart([expected], [found]) < 1e-12
 
 
 def test_attention_learns_as_torch_does() -> None:
@@ -94,8 +95,8 @@ def test_attention_learns_as_torch_does() -> None:
         m(x, x, x)[0].square().sum().backward()
     assert ours.training
     split = torch.cat([ours.q_proj.weight.grad, ours.k_proj.weight.grad, ours.v_proj.weight.grad])
-    assert worst([theirs.in_proj_weight.grad], [split]) < 1e-12
-    assert worst([theirs.out_proj.bias.grad], [ours.out_proj.bias.grad]) < 1e-12
+    assert apart([theirs.in_proj_weight.grad], [split]) < 1e-12
+    assert apart([theirs.out_proj.bias.grad], [ours.out_proj.bias.grad]) < 1e-12
 
 
 def test_attention_drops_out() -> None:
@@ -117,10 +118,10 @@ def test_unpacked_computes_the_same(name: str) -> None:
     model = randomised(make())
     for p in model.parameters():
         p.requires_grad_(False)
-    before = run(model, example)
+    before = outputs(model, example)
     new = unpacked(model)
-    assert worst(before, run(new, example)) < 1e-12
-    assert worst(before, run(model, example)) == 0.0, "the model itself must stay as it is"
+    assert apart(before, outputs(new, example)) < 1e-12
+    assert apart(before, outputs(model, example)) == 0.0, "the model itself must stay as it is"
     assert not any(p.requires_grad for p in new.parameters())
 
 
@@ -139,8 +140,8 @@ def test_padding_is_as_without_the_fast_path(kind: str) -> None:
     with torch.no_grad():
         fast = part(*given, **named)
         found = new(*given, **named)
-    assert worst([slow], [found]) < 1e-12
-    assert worst([fast[~padded]], [found[~padded]]) < 1e-12
+    assert apart([slow], [found]) < 1e-12
+    assert apart([fast[~padded]], [found[~padded]]) < 1e-12
 
 
 def test_a_quantized_encoder_layer_takes_no_fast_path() -> None:
@@ -199,6 +200,12 @@ def test_other_parametrizations_stay_and_are_refused() -> None:
         jpq.compress(model, torch.randn(8, 4), bops="50%")
 
 
+def torchvision_model(name: str, size: int) -> tuple[nn.Module, Tensor]:
+    kw: dict[str, Any] = {"image_size": size} if name.startswith("vit") else {}
+    model = torchvision.models.get_model(name, weights=None, **kw)
+    return randomised(model), torch.randn(2, 3, size, size, dtype=torch.double)
+
+
 def small_vit() -> tuple[nn.Module, Tensor]:
     vit = torchvision.models.VisionTransformer(32, 16, num_layers=3, num_heads=4, hidden_dim=32, mlp_dim=48)
     return randomised(vit), torch.randn(2, 3, 32, 32, dtype=torch.double)
@@ -218,15 +225,15 @@ def test_torchvision_heads(name: str, size: int, heads: list[int], hidden: int) 
     torch.manual_seed(0)
     packed, example = small_vit() if name == "small vit" else torchvision_model(name, size)
     model = unpacked(packed)
-    assert worst(run(packed, example), run(model, example)) < 1e-12
+    assert apart(outputs(packed, example), outputs(model, example)) < 1e-12
     network = trace(model, example)
     sites = channels(network)
     assert [s.n for s in sites if s.makers[0].endswith(("q_proj", "qkv"))] == heads
     assert len([s.n for s in sites if "mlp" in s.name]) == hidden
     assert network.unknown_ops == ()
-    error, count = law(model, example, seed=0)
-    assert error < 1e-9
-    assert count > 50
+    found = hold(model, network, sites, example, seed=0)
+    assert found.difference < 1e-9
+    assert found.dropped > 50
 
 
 @pytest.mark.parametrize("name", ["transformer", "one_head", "windows", "relative", "video"])

@@ -280,3 +280,19 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Example]] = {
     "volume": (Volume, torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(3))),
     **UNPACKED,
 }
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Float64, with batch statistics and scales that no channel could hide behind; zero-initialised weights filled."""
+    g = torch.Generator().manual_seed(seed)
+    for p in model.double().parameters():
+        with torch.no_grad():
+            if p.dim() < 2 or not p.any():
+                p.copy_(torch.rand(p.shape, generator=g, dtype=p.dtype) + 0.5)
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            assert m.running_mean is not None
+            assert m.running_var is not None
+            m.running_mean.copy_(torch.randn(m.num_features, generator=g))
+            m.running_var.copy_(torch.rand(m.num_features, generator=g) + 0.5)
+    return model.eval()

@@ -123,11 +123,10 @@ def test_torchvisions_trunks(name: str) -> None:
     network = trace(model, x, open_norms=True)
     sites = channels(network)
     scramble(model, x)
-    if name == "convnext_tiny":
-        assert opened_units(network, sites) == 96 + 192 + 384 + 768
-        assert hold(model, network, sites, x, 0).difference > 1e-6
-    with Unaveraged():
-        assert hold(model, network, sites, x, 0).difference < 1e-9
+    assert opened_units(network, sites) == 96 + 192 + 384 + 768
+    assert hold(model, network, sites, x, 0).difference > 1e-3
+    with Unaveraged():  # a softmax of numbers that nothing normalised magnifies rounding
+        assert hold(model, network, sites, x, 0).difference < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from jpq.network.call import Call, Dims, rule, shape_of
 from jpq.types import Labels
 
 _HEADS = ("heads", "num_heads", "n_heads", "nheads", "n_head", "num_attention_heads")
+_WIDTH = "hidden_dim"  # where torchvision's ViT keeps the number of channels that it reshapes by
 _PRODUCTS = ("matmul", "bmm", "scaled_dot_product_attention", "einsum")
 _PASSING = """view reshape permute transpose swapaxes select unbind getitem mul div contiguous chunk split unsqueeze
 squeeze expand clone softmax slice t numpy_T"""  # what may lie between a reshape and the product it prepares
@@ -42,6 +43,7 @@ def reshape(call: Call) -> Dims:
                 result[at] = moved
                 if at not in free:
                     call.suspect(labels)
+                    call.counts(_WIDTH, call.shape[at], moved)
     return result
 
 

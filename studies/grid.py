@@ -61,6 +61,7 @@ def line(result: Result, config: jpq.Config, command: str) -> dict[str, object]:
         "masked_vs_rebuilt": result.verified["masked_vs_rebuilt_float64"],
         "onnx_argmax_agreement": verified["argmax_agreement"],
         "onnx_boundary_images": verified["at_a_rounding_boundary"],
+        "onnx_optimised_agreement": result.verified["rebuilt_vs_onnxruntime_optimised"]["argmax_agreement"],
         "test_images": verified["images"], "seconds": result.seconds["total"], "threads": torch.get_num_threads(),
         "hardware": hardware(),
         "torch": torch.__version__, "command": command,

@@ -47,10 +47,15 @@ def export(small: nn.Module, example: Tensor, path: Path) -> None:
 
 
 class Session:
-    """An exported file in onnxruntime, called like the model it came from."""
+    """An exported file in onnxruntime, called like the model it came from.
 
-    def __init__(self, path: Path, threads: int = 0):
+    Unless `optimised`, the graph runs as it is written: onnxruntime's fusions round biases to integers.
+    """
+
+    def __init__(self, path: Path, threads: int = 0, optimised: bool = True):
         options = onnxruntime.SessionOptions()
+        if not optimised:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

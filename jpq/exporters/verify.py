@@ -18,7 +18,7 @@ from jpq.types import JpqError
 
 OPENED = "masked_vs_rebuilt_at_landing_with_open_norms"  # measured, where the law cannot hold
 EXACT = 1e-9  # largest relative difference in float64 of two models that compute the same
-RARE = 0.01  # share of images whose class may change at a rounding boundary
+RARE = 0.005  # share of images whose class may change at a rounding boundary
 CLOSE = 1e-3  # relative difference in float32 below which no rounding boundary was crossed
 
 Pair = tuple[Tensor, Tensor]
@@ -70,7 +70,7 @@ def verify(masked: nn.Module, small: nn.Module, path: Path, batches: Iterable[Pa
 
     Args:
         masked: the settled network; small: the rebuilt one; path: its ONNX file.
-        batches: samples for the comparison in float32 and onnxruntime, read twice; example: a batch for float64.
+        batches: samples for the comparison in float32 and onnxruntime; example: a batch for float64.
     """
     small.eval()
     exact = difference(masked, small, example)
@@ -85,16 +85,17 @@ def verify(masked: nn.Module, small: nn.Module, path: Path, batches: Iterable[Pa
 def exported(small: nn.Module, path: Path, batches: Iterable[Pair]) -> dict[str, Any]:
     """How far the file in onnxruntime is from the rebuilt model. Raises JpqError where rounding does not explain it.
 
-    How often a value sits at a rounding boundary depends on the network (at 2 bits one crossing can change a class), so
-    the yardstick is the rebuilt model itself, in float32 against float64: onnxruntime may not differ far more often.
-    `batches` are read twice.
+    The promise is about the file as ONNX defines it, so onnxruntime runs it as written. How often a value then sits at a
+    rounding boundary depends on the network (at 2 bits one crossing can change a class): the yardstick is the rebuilt
+    model itself, in float32 against float64. onnxruntime's default optimisations replace layers by integer kernels and
+    round biases to 32-bit integers for them, which crosses more boundaries; what that changes is measured beside it.
+    `batches` are read three times.
     """
-    session = Session(path)
-    outside = compare(small, session, batches)
+    written = Session(path, optimised=False)
+    outside = compare(small, written, batches)
     precise = copy.deepcopy(small).double()
     first = [next(iter(batches))]
-    own = compare(small, lambda x: precise(x.double()).float(), first)
-    here = compare(small, session, first)
+    own, here = compare(small, lambda x: precise(x.double()).float(), first), compare(small, written, first)
     flips = RARE + 4 * own["argmax_differs"] / own["images"]
     if outside["argmax_differs"] > max(2, flips * outside["images"]):
         raise JpqError(
@@ -107,7 +108,10 @@ def exported(small: nn.Module, path: Path, batches: Iterable[Pair]) -> dict[str,
             f"onnxruntime and the rebuilt model differ on {here['at_a_rounding_boundary']} of {here['images']} images, "
             f"float32 and float64 of the rebuilt model on {own['at_a_rounding_boundary']}: this is more than rounding."
         )
-    return {"rebuilt_vs_onnxruntime": outside, "rebuilt_vs_its_float64": own}
+    return {
+        "rebuilt_vs_onnxruntime": outside,
+        "rebuilt_vs_onnxruntime_optimised": compare(small, Session(path), batches),
+    }
 
 
 @torch.no_grad()

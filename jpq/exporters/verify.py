@@ -85,8 +85,8 @@ def verify(masked: nn.Module, small: nn.Module, path: Path, batches: Iterable[Pa
 def exported(small: nn.Module, path: Path, batches: Iterable[Pair]) -> dict[str, Any]:
     """How far the file in onnxruntime is from the rebuilt model. Raises JpqError where rounding does not explain it.
 
-    The promise is about the file as ONNX defines it, so onnxruntime runs it as written. How often a value then sits at a
-    rounding boundary depends on the network (at 2 bits one crossing can change a class): the yardstick is the rebuilt
+    The promise is about the file as ONNX defines it, so onnxruntime runs it as written. How often a value then sits at
+    a rounding boundary depends on the network (at 2 bits one crossing can change a class): the yardstick is the rebuilt
     model itself, in float32 against float64. onnxruntime's default optimisations replace layers by integer kernels and
     round biases to 32-bit integers for them, which crosses more boundaries; what that changes is measured beside it.
     `batches` are read three times.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 
-from torch import nn
+from torch import Tensor, nn
 
 from jpq.network.record import Network
 from jpq.network.resize import apply_slices, slices
@@ -19,4 +19,11 @@ def shrink(model: nn.Module, network: Network, dropped: Collection[int]) -> nn.M
     It computes what `model` computes when every weight that reads a dropped channel is zero. Modules and parameters
     that are shared stay shared.
     """
-    return apply_slices(copy.deepcopy(model), slices(network, dropped))
+    cut = slices(network, dropped)
+    tensors = [t for t in [*model.parameters(), *model.buffers()] if type(t) in (nn.Parameter, Tensor)]
+    borrowed = [t.detach() if type(t) is Tensor else nn.Parameter(t.detach(), t.requires_grad) for t in tensors]
+    small = apply_slices(copy.deepcopy(model, dict(zip(map(id, tensors), borrowed, strict=True))), cut)
+    for old, new in zip(tensors, borrowed, strict=True):
+        if new.data_ptr() == old.data_ptr():  # not sliced: copied only now, so that wide weights never are
+            new.data = new.data.clone()
+    return small

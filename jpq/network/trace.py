@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -19,6 +18,7 @@ from torch.fx import Node
 
 from jpq.network.call import Book, Call, Dims, LayerCall, outputs, shape_of
 from jpq.network.check import runs_smaller
+from jpq.network.labels import distinct
 from jpq.network.record import Layer, Network
 from jpq.network.rules import RULES
 from jpq.types import JpqError, Labels
@@ -44,7 +44,7 @@ def trace(model: nn.Module, example: Example) -> Network:
         program = _export(model, args, kwargs)
         book, unknown_ops = _walk(model, program)
         network = _record(book, unknown_ops, _batch(args, kwargs))
-        suspects = {int(c) for labels in book.suspects for c in np.unique(book.classes.find(labels))}
+        suspects = {c for labels in book.suspects for c in distinct(book.classes.find(labels))}
         return runs_smaller(model, network, args, kwargs, suspects)
 
 

@@ -217,7 +217,7 @@ def _inspect(args: list[str], console: Console) -> None:
     else:
         example, classes = torch.randn(2, *wanted.input_shape), wanted.classes
     model = models.build(wanted.model, classes, example.shape[1]).eval()
-    models.check_fits(model, example, classes)
+    models.check_runs(model, example)
     start = time.perf_counter()
     network = trace(model, example)
     seconds = time.perf_counter() - start

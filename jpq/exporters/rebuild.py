@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from torch import Tensor, nn
 
+from jpq.network.accept import unwrapped
 from jpq.network.record import Network
 from jpq.network.resize import apply_slices, slices
 
@@ -17,8 +18,9 @@ def shrink(model: nn.Module, network: Network, dropped: Collection[int]) -> nn.M
     """A deep copy of the float `model` without the channels whose label class is in `dropped`.
 
     It computes what `model` computes when every weight that reads a dropped channel is zero. Modules and parameters
-    that are shared stay shared.
+    that are shared stay shared; DataParallel and torch.compile are taken off.
     """
+    model = unwrapped(model)
     cut = slices(network, dropped)
     tensors = [t for t in [*model.parameters(), *model.buffers()] if type(t) in (nn.Parameter, Tensor)]
     borrowed = [t.detach() if type(t) is Tensor else nn.Parameter(t.detach(), t.requires_grad) for t in tensors]

@@ -11,7 +11,9 @@ import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
 from jpq.gates import Gate
+from jpq.network.accept import require_wide, unwrapped
 from jpq.network.compressed import Compressed
+from jpq.network.read import call
 from jpq.network.record import Layer, Network
 from jpq.network.sites import Site
 from jpq.network.taps import Draw, Jitter, Masked
@@ -42,7 +44,11 @@ def attach(
         widths: layer -> (width of its weight, width of its input).
         calibration: a few batches of inputs (a tensor, a tuple of positional arguments, or a dict of keywords each).
         method: recorded in the plan.
+
+    Raises JpqError for weights in half precision, parametrized or tied ones. DataParallel and torch.compile come off.
     """
+    model = unwrapped(model)
+    require_wide(model)
     if any(parametrize.is_parametrized(m) for m in model.modules()):
         raise JpqError("The model already carries parametrizations; remove them before compressing it.")
     for layer in network.layers:
@@ -99,13 +105,6 @@ def refuse_tied(model: nn.Module, layer: Layer) -> None:
         )
 
 
-def call(model: nn.Module, batch: Any) -> Any:
-    """The model's output for a batch: a tensor, a tuple of positional arguments, or a dict of keywords."""
-    if isinstance(batch, dict):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-
-
 @torch.no_grad()
 def observe(model: nn.Module, network: Network, batches: Batches) -> dict[str, Tensor]:
     """Values that each layer reads, with the extremes: a random SAMPLES of each batch; the model runs in eval mode.
@@ -116,16 +115,19 @@ def observe(model: nn.Module, network: Network, batches: Batches) -> dict[str, T
     seen: dict[str, list[Tensor]] = {layer.name: [] for layer in network.layers}
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor):
-                flat = args[0].detach().flatten().float()
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs.get("input")
+            if isinstance(x, Tensor):
+                flat = x.detach().flatten().float()
                 pick = torch.randint(flat.numel(), (min(SAMPLES, flat.numel()),), generator=draw).to(flat.device)
                 seen[name].append(torch.cat([flat[pick], flat.min()[None], flat.max()[None]]))
 
         return hook
 
     modules = dict(model.named_modules())
-    handles = [modules[name].register_forward_pre_hook(watch(name)) for name in seen if name in modules]
+    handles = [
+        modules[name].register_forward_pre_hook(watch(name), with_kwargs=True) for name in seen if name in modules
+    ]
     training = model.training
     model.eval()
     try:

@@ -37,6 +37,7 @@ class Network:
     attributes: Mapping[str, Labels]  # integer attribute of a module ("pad.before", "attn.heads") -> what it counts
     embeddings: Mapping[str, Labels]  # module -> the classes of its columns
     unknown_ops: tuple[str, ...]  # ops without a rule that touched labels, or that hide a graph of their own
+    idle: tuple[str, ...] = ()  # modules with parameters that evaluation never reads
 
     def layer(self, name: str) -> Layer:
         """The layer of that name."""

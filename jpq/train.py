@@ -38,8 +38,8 @@ class Objective:
         logits = net(x)
         if not isinstance(logits, Tensor):
             raise JpqError(f"In training the model gives a {type(logits).__name__}, and jpq trains on one tensor of "
-                           "class scores. Build it without auxiliary outputs (aux_logits=False), or use jpq.compress in your "
-                           "own loop.")  # fmt: skip
+                           "class scores. Build it without auxiliary outputs (aux_logits=False), or use jpq.compress "
+                           "in your own loop.")  # fmt: skip
         loss = F.cross_entropy(logits, y)
         if self.teacher is not None and self.distill > 0:
             with torch.no_grad():

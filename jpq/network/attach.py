@@ -21,6 +21,8 @@ from jpq.quantizers import Integer, Width, can_quantize, fit_threshold, quantize
 from jpq.structures import Structure
 from jpq.types import JpqError
 
+__all__ = ["attach", "call", "observe", "quantize", "refuse_tied"]
+
 SAMPLES = 2**14  # activations per layer and batch that calibration looks at
 Batches = Iterable[Any]
 MakeWidth = Callable[[Layer], tuple[Width, Width]]

@@ -27,8 +27,8 @@ scale per channel:
 `call["x"]` is an argument by the name in the op's schema (a node of the graph where it is a tensor), `call.dims` the
 labels of a tensor, `call.bind` says that a dim of a parameter shrinks with these channels, `call.join` ties two dims,
 `call.merge` does what broadcasting does, and `call.freeze` keeps channels, for a reason that the report shows. A rule
-must be true: a channel that it hands on may be removed, and the op must then compute the same for the others. An op that
-mixes channels freezes them or, like a layer, returns new ones.
+must be true: a channel that it hands on may be removed, and the op must then compute the same for the others. An op
+that mixes channels freezes them or, like a layer, returns new ones.
 """
 
 from __future__ import annotations

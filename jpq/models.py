@@ -17,7 +17,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jpq.network.accept import unwrapped
+from jpq.network.accept import accepted
 from jpq.network.pad import PadChannels
 from jpq.network.read import blame, named_inputs
 from jpq.sources import call, imported
@@ -161,12 +161,10 @@ def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
 def _user_model(spec: str, classes: int, channels: int) -> nn.Module:
     make = imported("model", spec)
     takes = _parameters(make)
-    model = unwrapped(
-        call("model", spec, make, **{k: v for k, v in (("classes", classes), ("channels", channels)) if k in takes})
-    )
+    model = call("model", spec, make, **{k: v for k, v in (("classes", classes), ("channels", channels)) if k in takes})
     if not isinstance(model, nn.Module):
         raise JpqError(f"Model '{spec}' returned {type(model).__name__}; it must return a torch.nn.Module.")
-    return model
+    return accepted(model)
 
 
 def _parameters(function: Callable[..., Any]) -> frozenset[str]:

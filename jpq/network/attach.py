@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from jpq.gates import Gate
 from jpq.network.accept import require_wide, unwrapped
 from jpq.network.compressed import Compressed
-from jpq.network.read import call
+from jpq.network.read import arguments, call, does_not_run
 from jpq.network.record import Layer, Network
 from jpq.network.sites import Site
 from jpq.network.taps import Draw, Jitter, Masked
@@ -112,6 +112,7 @@ def observe(model: nn.Module, network: Network, batches: Batches) -> dict[str, T
     """Values that each layer reads, with the extremes: a random SAMPLES of each batch; the model runs in eval mode.
 
     Drawn at random because any regular stride shares a factor with some image's width and sees one column only.
+    Raises JpqError for a batch that the model cannot take.
     """
     draw = torch.Generator().manual_seed(0)
     seen: dict[str, list[Tensor]] = {layer.name: [] for layer in network.layers}
@@ -134,7 +135,10 @@ def observe(model: nn.Module, network: Network, batches: Batches) -> dict[str, T
     model.eval()
     try:
         for batch in batches:
-            call(model, batch)
+            try:
+                call(model, batch)
+            except Exception as error:
+                raise does_not_run(model, *arguments(batch), error) from error
     finally:
         model.train(training)
         for handle in handles:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from jpq.network.record import Network
 from jpq.network.resize import apply_slices, slices
 from jpq.network.sites import Site, channels
+from jpq.types import JpqError
 
 REASON = "the model's code has fixed sizes there, or lets them follow others"
 UNTRIED = "a copy of the model could not be tried with fewer channels there"
@@ -69,8 +70,8 @@ def _shapes_agree(
     model: nn.Module, network: Network, args: tuple[Any, ...], kwargs: dict[str, Any], sites: Sequence[Site]
 ) -> bool:
     to_meta = lambda v: v.to("meta") if isinstance(v, Tensor) else v  # noqa: E731
+    small = _copy(model, lambda t: torch.empty_like(t, device="meta"))
     try:
-        small = _copy(model, lambda t: torch.empty_like(t, device="meta"))
         with torch.no_grad():
             apply_slices(small, slices(network, _dropped(sites)))
             small(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
@@ -88,9 +89,9 @@ def _numbers_agree(
         return v.to(torch.double, copy=True) if v.is_floating_point() else v.clone()
 
     dropped = set(_dropped(sites))
+    masked = _copy(model, lambda t: _random(t).double() if t.is_floating_point() else t.clone())
+    small = copy.deepcopy(masked)
     try:
-        masked = _copy(model, lambda t: _random(t).double() if t.is_floating_point() else t.clone())
-        small = copy.deepcopy(masked)
         with torch.no_grad():
             for site in sites:
                 keep = torch.tensor([[float(c not in dropped) for c in site.labels.tolist()]], dtype=torch.double)
@@ -128,4 +129,8 @@ def _copy(model: nn.Module, change: Any) -> nn.Module:
         memo[id(p)] = nn.Parameter(change(p).detach(), requires_grad=False)
     for b in model.buffers():
         memo[id(b)] = change(b)
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise JpqError(f"{type(model).__name__} cannot be copied, and jpq works on copies: {error}. Make its "
+                       "attributes such that copy.deepcopy(model) works.") from error  # fmt: skip

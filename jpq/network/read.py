@@ -58,7 +58,11 @@ def named_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
         return plain
     bound = signature.bind(*args, **kwargs).arguments
     kinds = {signature.parameters[name].kind for name in bound}
-    return plain if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} else dict(bound)
+    if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        return plain
+    return {
+        name: bound[name] for name in [*(n for n in bound if n not in kwargs), *kwargs]
+    }  # in the order of its leaves
 
 
 def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:

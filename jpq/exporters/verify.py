@@ -88,6 +88,8 @@ def verify(masked: nn.Module, small: nn.Module, path: Path, batches: Iterable[Pa
     How often a value sits at a rounding boundary depends on the network (at 2 bits one crossing can change a class), so
     the yardstick is the rebuilt model itself, in float32 against float64: onnxruntime may not differ far more often.
 
+    Models may take several tensors and give several: batches and example are what `jpq.trace` takes.
+
     Args:
         masked: the settled network; small: the rebuilt one; path: its ONNX file.
         batches: samples for the comparison in float32 and onnxruntime, read twice; example: a batch for float64.

@@ -227,7 +227,9 @@ def _inspect(args: list[str], console: Console) -> None:
     if shape is None:
         raise JpqError(f"Say what {wanted.model} takes: --input-shape 3 224 224, or a data set with --data NAME.")
     example = torch.randn(2, *shape)
-    model = unpacked(models.build(wanted.model, classes, shape[0]).eval())
+    model = models.build(wanted.model, classes, shape[0]).eval()
+    models.check_runs(model, example)
+    model = unpacked(model)
     start = time.perf_counter()
     network = trace(model, example, open_norms=wanted.open_norms)
     sites = channels(network)

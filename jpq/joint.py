@@ -123,7 +123,8 @@ def compress(
 
     Args:
         model: trained, in floating point; it is not changed.
-        example_inputs: one real batch (a tensor, or a tuple of positional arguments): it fits the ranges too.
+        example_inputs: one real batch (a tensor, a tuple of positional arguments, or a dict of keywords): it fits the
+            ranges too.
         method: a name in METHODS.
         bops, size, macs: targets such as "1%", "12M", "50KB"; at least one.
         steps: optimiser steps that the search may take.

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jpq import vision
+from jpq.network.accept import accepted
 from jpq.network.pad import PadChannels
+from jpq.network.read import blame, named_inputs
 from jpq.sources import call, imported
 from jpq.types import JpqError, unknown
 
@@ -165,7 +167,7 @@ def _user_model(spec: str, classes: int, channels: int) -> nn.Module:
     model = call("model", spec, make, **{k: v for k, v in (("classes", classes), ("channels", channels)) if k in takes})
     if not isinstance(model, nn.Module):
         raise JpqError(f"Model '{spec}' returned {type(model).__name__}; it must return a torch.nn.Module.")
-    return model
+    return accepted(model)
 
 
 def _parameters(function: Callable[..., Any]) -> frozenset[str]:
@@ -240,23 +242,36 @@ def _some(what: str, keys: list[str]) -> str:
     return f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else ""
 
 
-def check_fits(model: nn.Module, example: Tensor, classes: int | None = None) -> None:
-    """Run one batch [B, C, H, W] in eval mode; raise one sentence when the model cannot take it or answers amiss."""
+def check_runs(model: nn.Module, example: Tensor) -> Any:
+    """What the model gives for one batch [B, C, H, W] in eval mode; JpqError names the layer where it fails."""
+    try:
+        named_inputs(model, (example,), {})
+    except TypeError as error:
+        raise JpqError(f"The model does not take one image tensor ({error}), which is all that the command line feeds "
+                       "it. Use jpq.trace and jpq.compress in Python.") from error  # fmt: skip
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
-            out = model(example)
+            return model(example)
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = blame(model, {"image": example}, error)
         raise JpqError(
-            f"The model cannot take a batch of shape {list(example.shape)}: {reason}. "
-            "Choose a model made for images of this size and number of channels, or resize the data."
+            f"The model cannot take a batch of shape {list(example.shape)}: {reason} "
+            "Choose a model made for images of this size, channels and type, or resize the data."
         ) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def check_fits(model: nn.Module, example: Tensor, classes: int | None = None) -> None:
+    """Run one batch [B, C, H, W] in eval mode; raise one sentence when the model cannot take it or answers amiss."""
+    out = check_runs(model, example)
     wanted = [len(example), classes if classes is not None else "classes"]
     got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if not isinstance(out, Tensor) or out.dim() != 2 or (classes is not None and got != wanted):
-        raise JpqError(f"The model gives {got} for a batch of shape {list(example.shape)}; it must give {wanted}.")
+        raise JpqError(
+            f"The model gives {got} for a batch of shape {list(example.shape)}; it must give {wanted}: jpq optimize "
+            "trains on class scores. For other outputs use jpq.compress in your own loop."
+        )

@@ -37,6 +37,10 @@ class Objective:
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float) -> Tensor:
         """The loss of one batch; progress of the phase in [0, 1]."""
         logits = net(x)
+        if not isinstance(logits, Tensor):
+            raise JpqError(f"In training the model gives a {type(logits).__name__}, and jpq trains on one tensor of "
+                           "class scores. Build it without auxiliary outputs (aux_logits=False), or use jpq.compress "
+                           "in your own loop.")  # fmt: skip
         loss = F.cross_entropy(logits, y)
         if self.teacher is not None and self.distill > 0:
             with torch.no_grad():

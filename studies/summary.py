@@ -64,6 +64,28 @@ def step_cost() -> list[str]:
     return [*lines, ""]
 
 
+def analysis_speed() -> list[str]:
+    """Seeing a network and removing half of it, beside Torch-Pruning."""
+    table = pd.read_csv(HERE / "results" / "analysis_speed.csv")
+    first = table.iloc[0]
+    lines = [
+        f"**Seconds to see a network and to remove every second unit**, 224 x 224 images, {first.hardware}, "
+        f"{first.threads} thread, processor time, median of {first.n} in one process, beside Torch-Pruning "
+        f"{first.torch_pruning} (group search and pruning of all groups; `python studies/analysis_speed.py`)",
+        "",
+        "| model | export | labels | check | sites | rebuild | jpq | Torch-Pruning | Torch-Pruning / jpq |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in table.itertuples():
+        stages = (row.jpq_export_s, row.jpq_labels_s, row.jpq_check_s, row.jpq_sites_s, row.jpq_rebuild_s)
+        note = "" if row.tp_runs else " (its model does not run)"
+        lines.append(
+            f"| {row.model} | {' | '.join(f'{s:.2f}' for s in stages)} | {row.jpq_total_s:.1f} "
+            f"| {row.tp_total_s:.1f}{note} | {row.ratio:.2f} ({row.ratio_min:.2f} to {row.ratio_max:.2f}) |"
+        )
+    return [*lines, ""]
+
+
 def figures() -> str:
     """The whole section."""
     lines = [

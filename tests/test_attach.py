@@ -13,7 +13,8 @@ from jpq.exporters import onnx
 from jpq.exporters.quantized import rebuild
 from jpq.exporters.verify import compare, measure, verify
 from jpq.gates import GATES, VIB
-from jpq.network.attach import attach, call, observe
+from jpq.network.attach import attach, observe
+from jpq.network.read import call
 from jpq.network.sites import channels
 from jpq.network.trace import trace
 from jpq.quantizers import Fixed, Learned

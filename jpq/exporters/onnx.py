@@ -7,7 +7,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,40 @@ import onnxruntime
 import torch
 from brevitas.export import export_onnx_qcdq
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from jpq.network.read import arguments, named_inputs, tensors
 from jpq.quantizers import act_quantizer, weight_quantizer
 from jpq.types import JpqError
 
 OPSET = 17
 
 
-def export(small: nn.Module, example: Tensor, path: Path) -> None:
-    """Write a rebuilt model to `path`; the batch dimension is dynamic, inputs are called "input", outputs "output"."""
+class _Flat(nn.Module):
+    """A model as ONNX knows it: tensors in, tensors out; whatever else the example holds stays as it was."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        super().__init__()
+        self.model = model
+        self._leaves, self._shape = tree_flatten((args, kwargs))
+
+    def forward(self, *given: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The output's tensors, alone or in order."""
+        feed = iter(given)
+        leaves = [next(feed) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        args, kwargs = tree_unflatten(leaves, self._shape)
+        out = tensors(self.model(*args, **kwargs))
+        return out[0] if len(out) == 1 else tuple(out)
+
+
+def export(small: nn.Module, example: Any, path: Path) -> None:
+    """Write a rebuilt model to `path`; the batch dimension is dynamic.
+
+    The one input is called "input", the one output "output". Several inputs (a tuple or a dict as example) have the
+    names that `forward` gives them, several outputs the keys of their dict or output_0, output_1, ...
+
+    Raises JpqError for widths above 8 bits.
+    """
     model = copy.deepcopy(small).cpu().eval()
     module: Any
     for module in model.modules():
@@ -35,15 +60,40 @@ def export(small: nn.Module, example: Tensor, path: Path) -> None:
                 raise JpqError(f"QCDQ export holds at most 8 bits; a layer has {wide:.0f}. Lower --w-bits or --a-bits.")
             module.weight_quant.skip_create_quant_tensor = False
             module.input_quant.skip_create_quant_tensor = False
+    args, kwargs = arguments(tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, example))
+    inputs = tensors((args, kwargs))
+    with torch.no_grad():
+        out = model(*args, **kwargs)
+    flat = model if len(inputs) == len(args) and isinstance(out, Tensor) else _Flat(model, args, kwargs)
+    names = _input_names(model, args, kwargs), _output_names(out)
+    batched = [t.dim() > 0 and len(t) == len(inputs[0]) for t in [*inputs, *tensors(out)]]
     part = path.with_suffix(".part")
     with _quiet():
         export_onnx_qcdq(
-            model, args=example.cpu(), export_path=str(part), dynamo=False, opset_version=OPSET,
-            input_names=["input"], output_names=["output"],
-            dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}},
+            flat, args=tuple(inputs), export_path=str(part), dynamo=False, opset_version=OPSET,
+            input_names=names[0], output_names=names[1],
+            dynamic_axes={n: {0: "batch"} for n, b in zip(names[0] + names[1], batched, strict=True) if b},
         )  # fmt: skip
     onnx.checker.check_model(str(part))
     part.replace(path)
+
+
+def _input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    found = _numbered({name: len(tensors(value)) for name, value in named_inputs(model, args, kwargs).items()})
+    return found if len(found) > 1 else ["input"]
+
+
+def _output_names(out: Any) -> list[str]:
+    count = len(tensors(out))
+    if count == 1:
+        return ["output"]
+    keyed = {str(k): len(tensors(v)) for k, v in out.items()} if isinstance(out, Mapping) else {}
+    return _numbered(keyed or {"output": count})
+
+
+def _numbered(counts: Mapping[str, int]) -> list[str]:
+    """A name for each tensor: its own where it is alone under it, else with a number."""
+    return [name if n == 1 else f"{name}_{i}" for name, n in counts.items() for i in range(n)]
 
 
 class Session:
@@ -60,10 +110,16 @@ class Session:
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The output for one batch, on the CPU."""
-        (out,) = self._session.run(None, {"input": np.ascontiguousarray(x.cpu().numpy(), dtype=np.float32)})
-        return torch.from_numpy(np.asarray(out))
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+        """The output for one batch, on the CPU: a tensor, or a tuple of all tensors that the model gives."""
+        names = [i.name for i in self._session.get_inputs()]
+        order = [*args, *(kwargs[name] for name in names if name in kwargs)] if set(names) >= set(kwargs) else kwargs
+        values = [v.detach().cpu() for v in tensors(order)]
+        feed = [np.ascontiguousarray((v.float() if v.is_floating_point() else v).numpy()) for v in values]
+        out = tuple(
+            torch.from_numpy(np.asarray(o)) for o in self._session.run(None, dict(zip(names, feed, strict=True)))
+        )
+        return out[0] if len(out) == 1 else out
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from jpq.exporters.rebuild import apply_slices, slices
+from jpq.network.accept import unwrapped
 from jpq.network.compressed import Compressed
 from jpq.plan import Plan
 from jpq.quantizers import (
@@ -35,7 +36,7 @@ def build(plan: Plan, model: nn.Module) -> nn.Module:
 
     Raises JpqError where the plan names a layer that the model does not have.
     """
-    small = apply_slices(copy.deepcopy(model), plan.slices)
+    small = apply_slices(copy.deepcopy(unwrapped(model)), plan.slices)
     modules = dict(small.named_modules())
     for name, layer in plan.layers.items():
         module = modules.get(name)
@@ -70,7 +71,7 @@ def rebuild(net: Compressed, model: nn.Module) -> tuple[nn.Module, Plan]:
     averages that were opened (`net.opened`), which fine-tuning of the small model must repair.
     """
     plan = complete(net)
-    dense = copy.deepcopy(model).to(next(net.model.parameters()))
+    dense = copy.deepcopy(unwrapped(model)).to(next(net.model.parameters()))
     trained = {_MASKED.sub(r"\1", name): t for name, t in net.model.state_dict().items()}
     dense.load_state_dict({name: trained[name] for name in dense.state_dict()})
     small = build(plan, dense)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 
-from torch import nn
+from torch import Tensor, nn
 
+from jpq.network.accept import unwrapped
 from jpq.network.record import Network
 from jpq.network.resize import apply_slices, slices
 
@@ -17,6 +18,14 @@ def shrink(model: nn.Module, network: Network, dropped: Collection[int]) -> nn.M
     """A deep copy of the float `model` without the channels whose label class is in `dropped`.
 
     It computes what `model` computes when every weight that reads a dropped channel is zero. Modules and parameters
-    that are shared stay shared.
+    that are shared stay shared; DataParallel and torch.compile are taken off.
     """
-    return apply_slices(copy.deepcopy(model), slices(network, dropped))
+    model = unwrapped(model)
+    cut = slices(network, dropped)
+    tensors = [t for t in [*model.parameters(), *model.buffers()] if type(t) in (nn.Parameter, Tensor)]
+    borrowed = [t.detach() if type(t) is Tensor else nn.Parameter(t.detach(), t.requires_grad) for t in tensors]
+    small = apply_slices(copy.deepcopy(model, dict(zip(map(id, tensors), borrowed, strict=True))), cut)
+    for old, new in zip(tensors, borrowed, strict=True):
+        if new.data_ptr() == old.data_ptr():  # not sliced: copied only now, so that wide weights never are
+            new.data = new.data.clone()
+    return small

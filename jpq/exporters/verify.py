@@ -9,64 +9,88 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from jpq.costs import LayerUse, bops, macs
 from jpq.exporters.onnx import Session
 from jpq.network.compressed import Compressed
+from jpq.network.read import batch_of, call, tensors
 from jpq.quantizers import act_quantizer, weight_quantizer
 from jpq.types import JpqError
 
 OPENED = "masked_vs_rebuilt_at_landing_with_open_norms"  # measured, where the law cannot hold
 EXACT = 1e-9  # largest relative difference in float64 of two models that compute the same
-RARE = 0.005  # share of images whose class may change at a rounding boundary
+RARE = 0.005  # share of decisions (of an image's class) that may change at a rounding boundary
+GAP = 0.1  # share of the output range within which outputs without classes agree
 CLOSE = 1e-3  # relative difference in float32 below which no rounding boundary was crossed
 
-Pair = tuple[Tensor, Tensor]
+Pair = tuple[Any, Any]  # (a batch: a tensor, a tuple or a dict; its labels, which nobody reads here)
 
 
 @torch.no_grad()
-def difference(one: nn.Module, other: nn.Module, x: Tensor) -> float:
+def difference(one: nn.Module, other: nn.Module, x: Any) -> float:
     """Largest relative difference of two models' outputs in float64, evaluation mode; they are not changed."""
-    a, b = (copy.deepcopy(m).double().eval()(x.double()) for m in (one, other))
-    return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
+    pairs = zip(*(tensors(call(copy.deepcopy(m).double().eval(), _wide(x))) for m in (one, other)), strict=True)
+    return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs)
+
+
+def _wide(x: Any) -> Any:
+    return tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, x)
 
 
 @torch.no_grad()
-def compare(
-    one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], batches: Iterable[Pair]
-) -> dict[str, Any]:
+def compare(one: Callable[..., Any], other: Callable[..., Any], batches: Iterable[Pair]) -> dict[str, Any]:
     """How far apart two models are on every sample, in float32.
 
     A sample differs "at a boundary" where its outputs are further apart than rounding of sums explains: somewhere a
-    value sat so near to the middle of two quantization levels that the order of a sum decided which.
+    value sat so near to the middle of two quantization levels that the order of a sum decided which. Classes are
+    compared along dim 1: one decision per sample of [B, classes], one per place of [B, classes, H, W]. An output
+    without classes decides nothing, and agrees where it is within a tenth of its range.
     """
-    images = agree = boundary = 0
+    images = decisions = agree = boundary = 0
     largest = worst_gap = 0.0
     for x, _ in batches:
-        a, b = one(x).detach().cpu(), other(x).detach().cpu()
-        apart = (a - b).abs().amax(1) / a.abs().amax().clamp_min(1e-30)
-        same = a.argmax(1) == b.argmax(1)
-        top = a.topk(2, 1).values
-        gap = (top[:, 0] - top[:, 1]) / a.abs().amax().clamp_min(1e-30)
-        images, agree, boundary = images + len(a), agree + int(same.sum()), boundary + int((apart > CLOSE).sum())
+        pairs = [[t.detach().cpu().float() for t in tensors(call(m, x))] for m in (one, other)]
+        apart = torch.stack([_apart(a, b) for a, b in zip(*pairs, strict=True)]).amax(0)
+        images, boundary = images + len(apart), boundary + int((apart > CLOSE).sum())
         largest = max(largest, float(apart.max()))
-        if not bool(same.all()):
-            worst_gap = max(worst_gap, float(gap[~same].max()))
+        for a, b in zip(*pairs, strict=True):
+            same, gap = _decided(a, b)
+            decisions, agree = decisions + same.numel(), agree + int(same.sum())
+            if not bool(same.all()):
+                worst_gap = max(worst_gap, float(gap[~same].max()))
     return {
         "images": images,
-        "argmax_agreement": agree / max(1, images),
-        "argmax_differs": images - agree,
+        "argmax_agreement": agree / max(1, decisions),
+        "argmax_differs": decisions - agree,
         "at_a_rounding_boundary": boundary,
         "largest_relative_difference": largest,
         "largest_gap_where_argmax_differs": worst_gap,
     }
 
 
-def verify(masked: nn.Module, small: nn.Module, path: Path, batches: Iterable[Pair], example: Tensor) -> dict[str, Any]:
+def _apart(a: Tensor, b: Tensor) -> Tensor:
+    """[B]: largest difference of each sample, relative to the batch's largest output."""
+    return (a - b).abs().reshape(len(a), -1).amax(1) / a.abs().amax().clamp_min(1e-30)
+
+
+def _decided(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(whether each decision is the same, how clear it was as a share of the output range)."""
+    if a.dim() < 2 or a.shape[1] < 2:
+        apart = _apart(a, b)
+        return apart <= GAP, apart
+    top = a.topk(2, 1).values
+    gap = (top.select(1, 0) - top.select(1, 1)) / a.abs().amax().clamp_min(1e-30)
+    return a.argmax(1) == b.argmax(1), gap
+
+
+def verify(masked: nn.Module, small: nn.Module, path: Path, batches: Iterable[Pair], example: Any) -> dict[str, Any]:
     """Differences between masked, rebuilt and exported model. Raises JpqError where the law is broken.
 
     Where channels went from inside averages that were opened, masked and rebuilt model cannot be the same: how far they
     are apart then stands under the key `OPENED`, however far that is.
+
+    Models may take several tensors and give several: batches and example are what `jpq.trace` takes.
 
     Args:
         masked: the settled network; small: the rebuilt one; path: its ONNX file.
@@ -95,7 +119,8 @@ def exported(small: nn.Module, path: Path, batches: Iterable[Pair]) -> dict[str,
     outside = compare(small, written, batches)
     precise = copy.deepcopy(small).double()
     first = [next(iter(batches))]
-    own, here = compare(small, lambda x: precise(x.double()).float(), first), compare(small, written, first)
+    own = compare(small, lambda *args, **kwargs: precise(*_wide(args), **_wide(kwargs)), first)
+    here = compare(small, written, first)
     flips = RARE + 4 * own["argmax_differs"] / own["images"]
     if outside["argmax_differs"] > max(2, flips * outside["images"]):
         raise JpqError(
@@ -115,25 +140,32 @@ def exported(small: nn.Module, path: Path, batches: Iterable[Pair]) -> dict[str,
 
 
 @torch.no_grad()
-def measure(small: nn.Module, example: Tensor) -> dict[str, int]:
-    """Cost of a rebuilt model's quantized layers, counted by running it: their own shapes, their quantizers' bits."""
+def measure(small: nn.Module, example: Any) -> dict[str, int]:
+    """Cost of a rebuilt model's quantized layers, counted by running it: their own shapes, their quantizers' bits.
+
+    The example is a tensor, a tuple of positional arguments, or a dict of keywords; costs are those of one sample.
+    """
     uses: list[LayerUse] = []
+    samples = batch_of(example)
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(layer: Any, args: tuple[Any, ...], out: Tensor) -> None:
+        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
             weight = layer.weight
-            at = args[0] if getattr(layer, "transposed", False) else out  # where the kernel is applied
-            positions = at.numel() // at.shape[0] // (at.shape[-1] if weight.dim() == 2 else at.shape[1])
+            x = args[0] if args else kwargs["input"]
+            at = x if getattr(layer, "transposed", False) else out  # where the kernel is applied
+            dim = at.dim() - weight.dim() + 1 if weight.dim() > 2 else at.dim() - 1
+            batch = 1 if dim == 0 else samples  # one sample without a batch dim
+            count = weight.numel() * (at.numel() // at.shape[dim]) // batch
             w, a = (round(float(q.width())) for q in (weight_quantizer(layer), act_quantizer(layer)))
-            uses.append(LayerUse(name, weight.numel() * positions, weight.numel(), out.shape[1], 1, 1, 1, w, a))
+            uses.append(LayerUse(name, count, weight.numel(), out.shape[dim], 1, 1, 1, w, a))
 
         return hook
 
     layers: Sequence[tuple[str, Any]] = [(n, m) for n, m in small.named_modules() if hasattr(m, "weight_quant")]
-    handles = [m.register_forward_hook(watch(n)) for n, m in layers]
+    handles = [m.register_forward_hook(watch(n), with_kwargs=True) for n, m in layers]
     training = small.training
     try:
-        small.eval()(example)
+        call(small.eval(), example)
     finally:
         small.train(training)
         for handle in handles:

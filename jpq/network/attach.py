@@ -11,13 +11,17 @@ import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
 from jpq.gates import Gate
+from jpq.network.accept import require_wide, unwrapped
 from jpq.network.compressed import Compressed
+from jpq.network.read import arguments, call, does_not_run
 from jpq.network.record import Layer, Network
 from jpq.network.sites import Site
 from jpq.network.taps import Draw, Jitter, Masked
 from jpq.quantizers import Integer, Width, can_quantize, fit_threshold, quantize_layer, replace_everywhere
 from jpq.structures import Structure
 from jpq.types import JpqError
+
+__all__ = ["attach", "call", "observe", "quantize", "refuse_tied"]
 
 SAMPLES = 2**14  # activations per layer and batch that calibration looks at
 Batches = Iterable[Any]
@@ -42,7 +46,11 @@ def attach(
         widths: layer -> (width of its weight, width of its input).
         calibration: a few batches of inputs (a tensor, a tuple of positional arguments, or a dict of keywords each).
         method: recorded in the plan.
+
+    Raises JpqError for weights in half precision, parametrized or tied ones. DataParallel and torch.compile come off.
     """
+    model = unwrapped(model)
+    require_wide(model)
     if any(parametrize.is_parametrized(m) for m in model.modules()):
         raise JpqError(
             "The model already carries parametrizations; remove them before compressing it. "
@@ -102,38 +110,38 @@ def refuse_tied(model: nn.Module, layer: Layer) -> None:
         )
 
 
-def call(model: nn.Module, batch: Any) -> Any:
-    """The model's output for a batch: a tensor, a tuple of positional arguments, or a dict of keywords."""
-    if isinstance(batch, dict):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-
-
 @torch.no_grad()
 def observe(model: nn.Module, network: Network, batches: Batches) -> dict[str, Tensor]:
     """Values that each layer reads, with the extremes: a random SAMPLES of each batch; the model runs in eval mode.
 
     Drawn at random because any regular stride shares a factor with some image's width and sees one column only.
+    Raises JpqError for a batch that the model cannot take.
     """
     draw = torch.Generator().manual_seed(0)
     seen: dict[str, list[Tensor]] = {layer.name: [] for layer in network.layers}
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor):
-                flat = args[0].detach().flatten().float()
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs.get("input")
+            if isinstance(x, Tensor):
+                flat = x.detach().flatten().float()
                 pick = torch.randint(flat.numel(), (min(SAMPLES, flat.numel()),), generator=draw).to(flat.device)
                 seen[name].append(torch.cat([flat[pick], flat.min()[None], flat.max()[None]]))
 
         return hook
 
     modules = dict(model.named_modules())
-    handles = [modules[name].register_forward_pre_hook(watch(name)) for name in seen if name in modules]
+    handles = [
+        modules[name].register_forward_pre_hook(watch(name), with_kwargs=True) for name in seen if name in modules
+    ]
     training = model.training
     model.eval()
     try:
         for batch in batches:
-            call(model, batch)
+            try:
+                call(model, batch)
+            except Exception as error:
+                raise does_not_run(model, *arguments(batch), error) from error
     finally:
         model.train(training)
         for handle in handles:

@@ -49,8 +49,8 @@ class Book:
     """Everything learnt while walking the graph."""
 
     model: nn.Module
-    parameters: dict[Node, str]  # placeholders that are parameters or buffers, under the model's first name for them
-    origins: dict[Node, str]  # "input" (the model's, merely moved and scaled), "constant" or "computed"
+    parameters: dict[Node, str] = field(default_factory=dict)  # placeholders of parameters and buffers: the first name
+    origins: dict[Node, str] = field(default_factory=dict)  # "input" (merely moved and scaled), "constant", "computed"
     classes: Classes = field(default_factory=Classes)
     values: dict[Node, tuple[Dims, ...]] = field(default_factory=dict)
     axes: dict[str, dict[int, Labels]] = field(default_factory=dict)

@@ -16,8 +16,10 @@ from jpq.network.norms import Unaveraged
 from jpq.network.record import Network
 from jpq.network.resize import apply_slices, slices
 from jpq.network.sites import Site, channels
+from jpq.types import JpqError
 
 REASON = "the model's code has fixed sizes there, or lets them follow others"
+UNTRIED = "a copy of the model could not be tried with fewer channels there"
 _CLOSE = 1e-6  # relative, in float64; a wrong head size or shuffle is off by far more
 
 
@@ -30,25 +32,34 @@ def runs_smaller(
     """The network with those sites frozen whose units the model's code cannot lose.
 
     Shapes are tried for every site, on the meta device. Sites with suspect classes (whose sizes a reshape or split
-    names) are also computed, on random weights: masked and shrunk must agree, apart from averages that were opened.
+    names) are also computed, on random weights: masked and shrunk must agree, apart from averages that were opened; so
+    are all sites of a model whose code asks for values, which the meta device has not.
     """
     sites = [s for s in channels(network) if s.n > 1]
     doubtful = [s for s in sites if set(s.labels.tolist()) & set(suspects)]
+    reason = REASON
+
+    def agree(test: Test, sites: Sequence[Site]) -> bool:
+        return test(model, network, args, kwargs, sites)
 
     def passing(test: Test, sites: list[Site]) -> list[Site]:
         """All if all pass together; else those that pass alone, if they pass together; else none."""
         for _ in range(2):
-            if not sites or test(model, network, args, kwargs, sites):
+            if not sites or agree(test, sites):
                 return sites
-            sites = [s for s in sites if test(model, network, args, kwargs, [s])]
-        return sites if sites and test(model, network, args, kwargs, sites) else []
+            sites = [s for s in sites if agree(test, [s])]
+        return sites if sites and agree(test, sites) else []
 
     good = passing(_numbers_agree, passing(_shapes_agree, doubtful))
     good = passing(_shapes_agree, [s for s in sites if s in good or s not in doubtful])
+    if len(good) < len(sites) and not agree(_shapes_agree, ()):
+        good = passing(_numbers_agree, sites)
+        if len(good) < len(sites) and not agree(_numbers_agree, ()):
+            reason = UNTRIED
     frozen = dict(network.frozen)
     for site in sites:
         if site not in good:
-            frozen |= dict.fromkeys(site.labels.tolist(), REASON)
+            frozen |= dict.fromkeys(site.labels.tolist(), reason)
     return replace(network, frozen=frozen)
 
 
@@ -65,13 +76,11 @@ def _shapes_agree(
     model: nn.Module, network: Network, args: tuple[Any, ...], kwargs: dict[str, Any], sites: Sequence[Site]
 ) -> bool:
     to_meta = lambda v: v.to("meta") if isinstance(v, Tensor) else v  # noqa: E731
+    small = _copy(model, lambda t: torch.empty_like(t, device="meta"))
     try:
-        small = _copy(model, lambda t: torch.empty_like(t, device="meta"))
         with torch.no_grad(), torch.device("meta"):  # where tensors that the model makes for itself belong too
             apply_slices(small, slices(network, _dropped(sites)))
             small(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
-    except NotImplementedError:
-        return True  # an op that needs numbers: the second test decides
     except Exception:
         return False
     return True
@@ -80,11 +89,15 @@ def _shapes_agree(
 def _numbers_agree(
     model: nn.Module, network: Network, args: tuple[Any, ...], kwargs: dict[str, Any], sites: Sequence[Site]
 ) -> bool:
-    widen = lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
+    def widened(v: Any) -> Any:  # a copy, as some models write into their input
+        if not isinstance(v, Tensor):
+            return v
+        return v.to(torch.double, copy=True) if v.is_floating_point() else v.clone()
+
     dropped = set(_dropped(sites))
+    masked = _copy(model, lambda t: _random(t).double() if t.is_floating_point() else t.clone())
+    small = copy.deepcopy(masked)
     try:
-        masked = _copy(model, lambda t: _random(t).double() if t.is_floating_point() else t.clone())
-        small = copy.deepcopy(masked)
         with torch.no_grad():
             for site in sites:
                 keep = torch.tensor([[float(c not in dropped) for c in site.labels.tolist()]], dtype=torch.double)
@@ -93,7 +106,7 @@ def _numbers_agree(
                     weight.mul_(tap.structure.expand(keep.to(weight.device), weight.shape))
             apply_slices(small, slices(network, dropped))
             with Unaveraged() if network.opened else nullcontext():
-                both = [m(*tree_map(widen, args), **tree_map(widen, kwargs)) for m in (masked, small)]
+                both = [m(*tree_map(widened, args), **tree_map(widened, kwargs)) for m in (masked, small)]
             outputs = [tree_flatten(out)[0] for out in both]
     except Exception:
         return False
@@ -122,4 +135,8 @@ def _copy(model: nn.Module, change: Any) -> nn.Module:
         memo[id(p)] = nn.Parameter(change(p).detach(), requires_grad=False)
     for b in model.buffers():
         memo[id(b)] = change(b)
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise JpqError(f"{type(model).__name__} cannot be copied, and jpq works on copies: {error}. Make its "
+                       "attributes such that copy.deepcopy(model) works.") from error  # fmt: skip

@@ -7,6 +7,12 @@ import numpy as np
 from jpq.types import NONE, Labels
 
 
+def distinct(labels: Labels) -> list[int]:
+    """Each class once, smallest first; NONE too. Sorting beats the hashing of np.unique on runs of numbers."""
+    ordered = np.sort(labels)
+    return ordered[np.diff(ordered, prepend=ordered[:1] - 1) != 0].tolist()
+
+
 class Classes:
     """Which channels stand or fall together, and which may not fall at all.
 
@@ -46,7 +52,7 @@ class Classes:
         """Frozen class -> its first reason."""
         out: dict[int, str] = {}
         for labels, reason in self._frozen:
-            for root in np.unique(self.find(labels)).tolist():
+            for root in distinct(self.find(labels)):
                 out.setdefault(root, reason)
         return out
 

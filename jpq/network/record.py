@@ -38,6 +38,7 @@ class Network:
     embeddings: Mapping[str, Labels]  # module -> the classes of its columns
     unknown_ops: tuple[str, ...]  # ops without a rule that touched labels, or that hide a graph of their own
     opened: Mapping[int, str] = field(default_factory=dict)  # class that only `open_norms` frees -> why it was frozen
+    idle: tuple[str, ...] = ()  # modules with parameters that evaluation never reads
 
     def layer(self, name: str) -> Layer:
         """The layer of that name."""

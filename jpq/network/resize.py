@@ -23,12 +23,14 @@ def slices(network: Network, dropped: Collection[int]) -> dict[str, dict[int, li
     A name that ends in a counting attribute ("shortcut.pad.before", "attention.heads", "norm.normalized_shape") has
     the one dim 0; the attribute becomes the number of kept entries.
     """
-    gone = np.array(sorted(dropped), np.int64)
+    above = max(dropped, default=0) + 1
+    gone = np.zeros(above + 2, bool)  # the last two entries stand for larger classes and for NONE
+    gone[list(dropped)] = True
     out: dict[str, dict[int, list[int]]] = {}
     counted = {name: {0: labels} for name, labels in network.attributes.items()}
     for name, axes in [*network.axes.items(), *counted.items()]:
         for dim, labels in axes.items():
-            lost = np.isin(labels, gone)
+            lost = gone[np.minimum(labels, above)]
             if lost.all() and name in network.axes:
                 raise JpqError(f"Nothing would be left of dim {dim} of '{name}'. Keep at least one of its channels.")
             if lost.any():

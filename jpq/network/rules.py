@@ -1,11 +1,34 @@
 """What each ATen op does to channel labels: `RULES`, op name -> handler.
 
-Add one of your own with the decorator; an op without a rule freezes every channel that it touches, and is listed in
-`Network.unknown_ops`:
+An op without a rule freezes every channel that it touches, and is listed in `Network.unknown_ops`; `jpq inspect` shows
+both. A rule of your own lifts that. It gets the call and returns, for each dim of the output, the labels that this dim
+carries (a label per index), or None where it carries none. Say that this op scales channels and squashes them, with one
+scale per channel:
 
-    @rule("aten.cosh")
-    def cosh(call: Call) -> Dims:
-        return call.x
+    import torch
+    from torch import Tensor
+
+    from jpq.network.rules import Call, Dims, rule
+
+    @torch.library.custom_op("mine::squash", mutates_args=())
+    def squash(x: Tensor, scale: Tensor) -> Tensor:
+        return torch.tanh(x * scale[:, None, None])
+
+    @squash.register_fake
+    def _(x: Tensor, scale: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    @rule("mine.squash")
+    def squash_rule(call: Call) -> Dims:
+        dims = call.dims(call["x"])
+        call.bind(call["scale"], 0, dims[1])
+        return dims
+
+`call["x"]` is an argument by the name in the op's schema (a node of the graph where it is a tensor), `call.dims` the
+labels of a tensor, `call.bind` says that a dim of a parameter shrinks with these channels, `call.join` ties two dims,
+`call.merge` does what broadcasting does, and `call.freeze` keeps channels, for a reason that the report shows. A rule
+must be true: a channel that it hands on may be removed, and the op must then compute the same for the others. An op
+that mixes channels freezes them or, like a layer, returns new ones.
 """
 
 from __future__ import annotations

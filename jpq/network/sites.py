@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from jpq.network.labels import distinct
 from jpq.network.record import Network
 from jpq.structures.axis import Axis
 from jpq.structures.base import Structure
@@ -44,22 +45,16 @@ def channels(network: Network, skip: Collection[str] = ()) -> tuple[Site, ...]:
     for name in skip:
         if name not in known:
             raise unknown("layer", name, known)
-    makers: dict[int, list[str]] = defaultdict(list)
-    readers: dict[int, list[int]] = defaultdict(list)
     made = [(layer.name, layer.outputs) for layer in network.layers] + list(network.embeddings.items())
-    for maker, labels in made:
-        for c in np.unique(labels).tolist():
-            makers[c].append(maker)
     taps = _tapped(network)
-    for i, (_, _, labels) in enumerate(taps):
-        for c in np.unique(labels).tolist():
-            readers[c].append(i)
-    groups: dict[tuple[tuple[str, ...], tuple[int, ...]], list[int]] = defaultdict(list)
+    makers, readers = _members([labels for _, labels in made]), _members([labels for _, _, labels in taps])
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = defaultdict(list)
     for c, by in makers.items():
-        if c != NONE and c not in network.frozen and readers[c] and not set(by) & set(skip):
-            groups[tuple(by), tuple(readers[c])].append(c)
+        if c not in network.frozen and c in readers and not any(made[i][0] in skip for i in by):
+            groups[by, readers[c]].append(c)
     sites, used = [], set[str]()
-    for (names, at), classes in groups.items():
+    for (by, at), classes in groups.items():
+        names = tuple(made[i][0] for i in by)
         units = np.array(sorted(classes), np.int64)
         cut = tuple(Tap(taps[i][0], Axis(taps[i][1], _units(taps[i][2], units), len(units))) for i in at)
         name = names[0] if names[0] not in used else f"{names[0]}->{cut[0].layer}"
@@ -68,6 +63,23 @@ def channels(network: Network, skip: Collection[str] = ()) -> tuple[Site, ...]:
         used.add(name)
         sites.append(Site(name, 1, len(units), cut, units, names))
     return tuple(sites)
+
+
+def _members(arrays: Sequence[Labels]) -> dict[int, tuple[int, ...]]:
+    """Class -> the arrays that it occurs in, in the order in which classes first occur.
+
+    Classes with equal histories are told apart together, so that the cost does not grow with the channels of a stage.
+    """
+    history = np.zeros(max((int(a.max(initial=NONE)) for a in arrays), default=NONE) + 1, np.int64)
+    told: list[tuple[int, ...]] = [()]
+    order: dict[int, None] = {}
+    for i, labels in enumerate(arrays):
+        classes = np.array([c for c in distinct(labels) if c != NONE], np.int64)
+        old, which = np.unique(history[classes], return_inverse=True)
+        order.update(dict.fromkeys(classes[history[classes] == 0].tolist()))
+        history[classes] = len(told) + which
+        told += [(*told[h], i) for h in old]
+    return {c: told[history[c]] for c in order}
 
 
 def _tapped(network: Network) -> list[tuple[str, int, Labels]]:

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 import operator
-import traceback
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from jpq.network.accept import accepted
 from jpq.network.call import Book, Call, Dims, LayerCall, outputs, shape_of
 from jpq.network.check import runs_smaller
+from jpq.network.labels import distinct
+from jpq.network.read import Example, arguments, batch_of, exported
 from jpq.network.record import Layer, Network
 from jpq.network.rules import RULES
 from jpq.types import JpqError, Labels
 
 __all__ = ["Layer", "Network", "trace"]
-
-Example = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
 
 _SILENT = ("aten.sym_size", "aten._assert_async", "aten._assert_scalar", "aten._assert_tensor_metadata")
 _PLAIN = """add sub mul div rsub to clone contiguous alias detach view reshape flatten unflatten permute transpose
@@ -37,83 +34,74 @@ float double half _to_copy lift_fresh lift_fresh_copy pixel_unshuffle getitem"""
 def trace(model: nn.Module, example: Example, *, open_norms: bool = False) -> Network:
     """The network behind `model`; the example is what its forward takes: a tensor, a tuple, or a dict of keywords.
 
-    The model is read in evaluation mode and left as it was; `unpacked` beforehand makes more of it prunable. A smaller
-    copy is run to find channel counts that its code holds as plain numbers; those channels are frozen.
+    The model is read in evaluation mode and left as it was; DataParallel and torch.compile are looked through, and
+    `unpacked` beforehand makes more of it prunable. A smaller copy is run to find channels that its code holds as plain
+    numbers; those channels are frozen, and so are those that parts which only train (auxiliary heads) read.
 
     So are channels that LayerNorm, RMSNorm or GroupNorm average over, since without one the others change. With
     `open_norms` they may go nevertheless (GroupNorm's groups stay equally large): the rebuilt model then is NOT the
     masked one, and fine-tuning must repair it. `Network.opened` lists them.
+
+    Raises JpqError where the model cannot be read or run.
     """
-    args, kwargs = _call_of(example)
-    with _evaluating(model):
-        program = _export(model, args, kwargs)
-        book, unknown_ops = _walk(model, program, open_norms)
-        network = _record(book, unknown_ops, _batch(args, kwargs))
-        suspects = {int(c) for labels in book.suspects for c in np.unique(book.classes.find(labels))}
+    model, (args, kwargs) = accepted(model), arguments(example)
+    with _mode(model, training=False):
+        program = exported(model, args, kwargs)
+        book, unknown_ops = walk(Book(model, open_norms=open_norms), program)
+        idle = _idle(book, program)
+        if idle:
+            _keep_idle(book, idle, args, kwargs)
+        network = record(book, unknown_ops, batch_of((args, kwargs)), idle)
+        suspects = {c for labels in book.suspects for c in distinct(book.classes.find(labels))}
         network = runs_smaller(model, network, args, kwargs, suspects)
         return replace(network, opened={c: why for c, why in network.opened.items() if c not in network.frozen})
 
 
-def _call_of(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example, dict):
-        return (), example
-    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
-
-
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, then every module's own mode again."""
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Evaluation mode, or training mode of all but torch's own layers; then every module's own mode again."""
     modes = {m: m.training for m in model.modules()}
-    model.eval()
     try:
+        model.eval()
+    except NotImplementedError as error:
+        raise JpqError(f"The {type(model).__name__} has no evaluation mode. Give the module that it was exported "
+                       "from.") from error  # fmt: skip
+    try:
+        for m in model.modules():
+            m.training = training and not type(m).__module__.startswith("torch.nn.")
         yield
     finally:
         for m, mode in modes.items():
             m.training = mode
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    level = logging.root.manager.disable
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            logging.disable(logging.WARNING)
-            return torch.export.export(model, args, kwargs, strict=False)
-    except Exception as error:
-        raise _unreadable(model, args, kwargs, error) from error
-    finally:
-        logging.disable(level)
+def _idle(book: Book, program: ExportedProgram) -> list[str]:
+    """Parameters that evaluation never reads."""
+    own = {name for name, _ in book.model.named_parameters()}
+    used = {book.parameters[n] for n in program.graph.nodes if n in book.parameters and n.users}
+    return sorted(own - used)
 
 
-def _unreadable(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> JpqError:
-    """Tell a wrong example from a model that cannot be exported."""
-    name = type(model).__name__
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    except Exception as wrong:
-        shapes = [list(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in (*args, *kwargs.values())]
-        return JpqError(f"{name} does not run on the example {shapes}: {_first_line(wrong)} "
-                        "Give an example of the shape that its forward takes (a tuple for several inputs, a dict for "
-                        "keywords).")  # fmt: skip
-    frames = [f for f in traceback.extract_tb(error.__traceback__)
-              if "/torch/" not in f.filename and f.filename != __file__]  # fmt: skip
-    where = f" at {frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else ""
-    return JpqError(f"torch.export cannot read {name}{where}: {_first_line(error)} Values of tensors cannot steer "
-                    "Python code: replace that line by tensor operations (torch.where, masks), or trace a submodule "
-                    "that does without it.")  # fmt: skip
+def _keep_idle(book: Book, idle: Collection[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Freeze what these parameters touch in training mode, so that the smaller model still trains; see that graph."""
+    calls = len(book.calls)
+    with _mode(book.model, training=True):
+        try:
+            walk(book, exported(book.model, args, kwargs))
+        except JpqError:
+            return  # it is the evaluation that must agree; `Network.idle` names these parameters
+    del book.calls[calls:]
+    for name in idle:
+        for labels in book.axes.get(name, {}).values():
+            book.classes.freeze(labels, f"read or made by '{name.rpartition('.')[0]}', which only runs in training")
 
 
-def _first_line(error: Exception) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text if text.endswith((".", "!", "?")) else text + "."
-
-
-def _walk(model: nn.Module, program: ExportedProgram, open_norms: bool = False) -> tuple[Book, list[str]]:
-    """Carry labels through the graph, node by node."""
+def walk(book: Book, program: ExportedProgram) -> tuple[Book, list[str]]:
+    """Carry labels through the graph, node by node; gives the ops without a rule, too."""
     program.graph.eliminate_dead_code()  # such as attention weights that nobody asked for
-    book = Book(model, _parameters(model, program), _origins(program), open_norms=open_norms)
-    missing: dict[str, None] = {}
+    missing = dict[str, None]()
+    book.parameters.update(_parameters(book.model, program))
+    book.origins.update(_origins(program))
     for node in program.graph.nodes:
         if node in book.parameters:
             continue
@@ -133,21 +121,39 @@ def _walk(model: nn.Module, program: ExportedProgram, open_norms: bool = False) 
 
 
 def _apply(book: Book, node: Node, missing: dict[str, None]) -> tuple[Dims, ...]:
-    """One node by its rule; without one, everything it touches is frozen."""
+    """One node by its rule; without one, or one that does not fit, everything it touches is frozen."""
     base = _base(node)
     if base in _SILENT:
         return ([None] * len(shape_of(node)),)
-    handler = RULES.get(base) or RULES.get(base.rstrip("_"))
+    handler, why = RULES.get(base) or RULES.get(base.rstrip("_")), "has no rule; add one with jpq.network.rules"
     if handler is not None:
-        return outputs(handler(Call(book, node)))
+        try:
+            return _checked(outputs(handler(Call(book, node))), node)
+        except Exception as error:
+            if not handler.__module__.startswith("jpq."):
+                raise JpqError(f"Your rule for {base} failed: {type(error).__name__}: {error}") from error
+            why = "is used in a way that its rule does not cover"
     touched = [labels for n in node.all_input_nodes for dims in book.value(n) for labels in dims if labels is not None]
-    if touched or not isinstance(node.target, torch._ops.OpOverload):  # other ops may hide layers in a subgraph
+    if touched or isinstance(node.target, torch._ops.HigherOrderOperator):  # those may hide layers in a subgraph
         missing[base] = None
     for labels in touched:
-        book.classes.freeze(labels, f"op {base} has no rule")
+        book.classes.freeze(labels, f"op {base} {why}")
     value = node.meta.get("val")
     values = value if isinstance(value, (tuple, list)) else [value]
     return tuple([None] * (v.dim() if isinstance(v, Tensor) else 0) for v in values)
+
+
+def _checked(out: tuple[Dims, ...], node: Node) -> tuple[Dims, ...]:
+    """What a rule said, if it has a label for every index of every dim, or None; else ValueError."""
+    value = node.meta.get("val")
+    for dims, tensor in zip(out, value if isinstance(value, (tuple, list)) else [value], strict=False):
+        known = [None if labels is None else len(labels) for labels in dims]
+        sizes = list(tensor.shape) if isinstance(tensor, Tensor) else known
+        wrong = [k for k, n in zip(known, sizes, strict=False) if k is not None and (not isinstance(n, int) or k != n)]
+        if len(known) != len(sizes) or wrong:
+            raise ValueError(f"it gave labels for sizes {known} to an output of shape {sizes}; give one entry per dim, "
+                             "None or a label for each index.")  # fmt: skip
+    return out
 
 
 def _parameters(model: nn.Module, program: ExportedProgram) -> dict[Node, str]:
@@ -184,12 +190,7 @@ def _origins(program: ExportedProgram) -> dict[Node, str]:
     return out
 
 
-def _batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    sizes = [v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 0]
-    return max(int(sizes[0]), 1) if sizes else 1
-
-
-def _record(book: Book, unknown_ops: list[str], batch: int) -> Network:
+def record(book: Book, unknown_ops: list[str], batch: int, idle: Collection[str] = ()) -> Network:
     """Resolve every label to its class."""
     grouped: dict[str, list[LayerCall]] = {}
     for call in book.calls:
@@ -214,7 +215,8 @@ def _record(book: Book, unknown_ops: list[str], batch: int) -> Network:
         attributes={name: find(labels) for name, labels in book.attributes.items()},
         embeddings={name: find(labels) for name, labels in book.embeddings.items()},
         unknown_ops=tuple(unknown_ops),
-        opened={int(c): why for labels, why in reversed(book.opened) for c in np.unique(find(labels))},
+        opened={int(c): why for labels, why in reversed(book.opened) for c in distinct(find(labels))},
+        idle=tuple(dict.fromkeys(name.rpartition(".")[0] for name in idle)),
     )
 
 

@@ -1,0 +1,115 @@
+"""A rule of one's own for an op that jpq does not know: the example of the documentation, run."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from zoo import IMAGE, Head, conv
+
+from jpq.exporters.rebuild import shrink
+from jpq.network import rules
+from jpq.network.call import Call, Dims
+from jpq.network.rules import RULES, rule
+from jpq.network.sites import channels
+from jpq.network.trace import trace
+from jpq.progress import inspection
+from jpq.types import JpqError
+
+EXAMPLE = textwrap.dedent(
+    (rules.__doc__ or "").split("one\nscale per channel:\n", 1)[1].split("\n\n`call[", 1)[0]
+)  # the indented block between the two paragraphs
+DEFINITION, _, RULE = EXAMPLE.partition("@rule(")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _squash() -> None:
+    """The documentation's op, without its rule."""
+    exec(DEFINITION, {})
+
+
+@pytest.fixture
+def own_rules() -> Iterator[None]:
+    """Rules made in a test go with it."""
+    before = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(before)
+
+
+class Squashed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = conv(3, 6), conv(6, 5), Head(5)
+        self.scale = nn.Parameter(torch.rand(6) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(torch.ops.mine.squash(self.a(x), self.scale)))
+
+
+def test_without_a_rule_the_report_says_what_to_do() -> None:
+    network = trace(Squashed(), IMAGE)
+    assert network.unknown_ops == ("mine.squash",)
+    assert [s.name for s in channels(network)] == ["b.0"]
+    console = Console(width=200, record=True, quiet=False)
+    with console.capture() as shown:
+        console.print(inspection(network, channels(network), 1.0))
+    assert "op mine.squash has no rule; add one with jpq.network.rules" in shown.get()
+    assert "ops without a rule: mine.squash" in shown.get()
+
+
+def test_the_documented_rule(own_rules: None) -> None:
+    names = {"Call": Call, "Dims": Dims, "rule": rule}
+    exec(f"@rule({RULE}", names)
+    torch.manual_seed(0)
+    model = Squashed().double().eval()
+    x = IMAGE.double()
+    network = trace(model, x)
+    assert network.unknown_ops == ()
+    site = channels(network)[0]
+    assert (site.name, site.n) == ("a.0", 6)
+    gone = site.labels[[1, 4]]
+    small = shrink(model, network, gone.tolist())
+    assert small.scale.shape == (4,)
+    with torch.no_grad():
+        model.b[0].weight[:, [1, 4]] = 0
+        assert torch.allclose(model(x), small(x), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (
+            lambda call: call.x[:2],
+            r"Your rule for mine\.squash .*sizes \[None, 6\] to an output of shape \[2, 6, 4, 4\]",
+        ),
+        (lambda call: [call.x[1], *call.x[1:]], r"sizes \[6, 6, None, None\]"),
+        (lambda call: call["nothing"].shape, "Your rule for mine.squash failed: AttributeError"),
+    ],
+)
+def test_a_rule_that_is_wrong_names_itself(answer, says, own_rules: None) -> None:  # type: ignore[no-untyped-def]
+    rule("mine.squash")(answer)
+    with pytest.raises(JpqError, match=says):
+        trace(Squashed(), IMAGE)
+
+
+def test_a_use_that_our_own_rule_does_not_cover_freezes() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = conv(3, 6), conv(6, 5), Head(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.head(self.b(x + x[x > 0].sum()))
+
+    network = trace(Odd(), IMAGE)
+    assert [s.name for s in channels(network)] == ["b.0"]
+    assert network.unknown_ops == ("aten.index",)
+    assert network.frozen[int(network.layer("a.0").outputs[0])] == (
+        "op aten.index is used in a way that its rule does not cover"
+    )

@@ -14,7 +14,7 @@ from jpq.types import JpqError
 if TYPE_CHECKING:
     from jpq.network.record import Network
 
-Slices = Mapping[str, Mapping[int, list[int]]]  # parameter, buffer or counting attribute -> dim -> kept indices
+Slices = Mapping[str, Mapping[int, list[int]]]  # parameter, buffer or counting attribute -> dim -> kept indices, in order
 
 
 def slices(network: Network, dropped: Collection[int]) -> dict[str, dict[int, list[int]]]:
@@ -62,8 +62,8 @@ def apply_slices(model: nn.Module, slices: Slices) -> nn.Module:
 def _slice(name: str, value: Tensor, axes: dict[int, list[int]]) -> None:
     data = value.data
     for dim, kept in axes.items():
-        if kept and kept[-1] >= data.shape[dim]:
-            raise JpqError(f"The plan keeps index {kept[-1]} of dim {dim} of '{name}', which has only "
+        if kept and max(kept) >= data.shape[dim]:
+            raise JpqError(f"The plan keeps index {max(kept)} of dim {dim} of '{name}', which has only "
                            f"{data.shape[dim]}. Load the plan into the model that it was made from, once.")  # fmt: skip
         data = data.index_select(dim, torch.tensor(kept, dtype=torch.long, device=data.device))
     value.data = data  # in place, so parameters and modules that are shared stay shared

@@ -121,7 +121,7 @@ def _broken(found: Blocks, labels: Labels) -> Iterator[int]:
     heads, sizes = _compressed(labels)
     k = 0
     while k < len(heads):
-        block, place = found.at.get(int(heads[k]), (NONE, 0))
+        block, _ = found.at.get(int(heads[k]), (NONE, 0))
         chain = found.members[block] if block != NONE else (int(heads[k]),)
         part = tuple(heads[k : k + len(chain)].tolist())
         whole = part == chain or part == chain[::-1]

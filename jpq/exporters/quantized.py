@@ -13,8 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from jpq.exporters.rebuild import apply_slices, slices
+from jpq.exporters.reorder import layout
+from jpq.exporters.select import insert, layer_of
 from jpq.network.compressed import Compressed
+from jpq.network.resize import apply_slices
 from jpq.plan import Plan
 from jpq.quantizers import (
     Fixed,
@@ -47,19 +49,14 @@ def build(plan: Plan, model: nn.Module) -> nn.Module:
         w = Integer(ranges.to(weight), Fixed(layer.w_bits), True).to(weight)
         a = Integer(torch.ones(()).to(weight), Fixed(layer.a_bits), layer.signed).to(weight)
         replace_everywhere(small, module, quantize_layer(module, w, a))
-    return small
+    return insert(small, plan.selects)
 
 
 def complete(net: Compressed) -> Plan:
-    """The plan of a settled network, with the slices that make it physical."""
+    """The plan of a settled network, with the slices and selections that make it physical."""
     plan = net.plan()
-    dropped = {
-        int(label)
-        for site in net.sites
-        for label, kept in zip(site.labels, plan.kept[site.name], strict=True)
-        if not kept
-    }
-    return replace(plan, slices=slices(net.network, dropped))
+    found = layout(net.network, net.sites, plan.kept)
+    return replace(plan, slices=found.slices, selects=found.selects)
 
 
 @torch.no_grad()
@@ -77,7 +74,7 @@ def rebuild(net: Compressed, model: nn.Module) -> tuple[nn.Module, Plan]:
     for name in plan.layers:
         pair = net.quantizers(name)
         assert pair is not None
-        layer = small.get_submodule(name)
+        layer = layer_of(small, name)
         rows = plan.slices.get(f"{name}.weight", {}).get(0)
         ranges = pair[0].log_threshold
         weight_quantizer(layer).log_threshold.copy_(ranges[rows] if rows is not None and ranges.dim() else ranges)

@@ -24,7 +24,7 @@ from jpq.exporters.order import order
 from jpq.exporters.select import insert
 from jpq.network.consumers import dropped
 from jpq.network.record import Network
-from jpq.network.resize import Slices, apply_slices
+from jpq.network.resize import Slices, apply_slices, slices
 from jpq.network.sites import Site, tapped
 from jpq.types import NONE, JpqError, Labels
 
@@ -70,7 +70,7 @@ def layout(network: Network, sites: Sequence[Site], kept: Kept, reorder: bool = 
     readers = {layer.name: _reader(layer.name, layer.inputs, closed[layer.name], gone) for layer in network.layers}
     partial = [r for r in readers.values() if not r.whole]
     rank = _choose(held, partial, gone) if reorder else held.natural()
-    slices = _slices(network, held, rank, gone)
+    kept_slices = slices(network, gone.tolist(), lambda labels: held.places(labels, rank))
     selects = {}
     for name, dim, labels in tapped(network):
         reader = readers[name]
@@ -80,9 +80,9 @@ def layout(network: Network, sites: Sequence[Site], kept: Kept, reorder: bool = 
             raise JpqError(f"Nothing would be left of the input of layer '{name}'. Keep at least one of its channels.")
         at = held.places(labels, rank)
         left = at[~np.isin(labels[at], [*gone, *reader.closed])]
-        slices.setdefault(network.layer(name).weight, {})[dim] = left.tolist()
+        kept_slices.setdefault(network.layer(name).weight, {})[dim] = left.tolist()
         selects[name] = reader.positions(held, rank).tolist()
-    return Layout(slices, selects, sum(r.copied(held, rank) for r in partial))
+    return Layout(kept_slices, selects, sum(r.copied(held, rank) for r in partial))
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,18 +182,3 @@ def _only(sets: Sequence[frozenset[int]], members: Sequence[int]) -> list[int]:
     """The classes of these sets alone, in their best order."""
     wanted = frozenset[int]().union(*sets)
     return order(sets, [c for c in members if c in wanted])
-
-
-def _slices(network: Network, held: Blocks, rank: Labels, gone: Labels) -> dict[str, dict[int, list[int]]]:
-    """What is kept of every axis that loses something or changes its order; attributes count what is left."""
-    out: dict[str, dict[int, list[int]]] = {}
-    counted = {name: {0: labels} for name, labels in network.attributes.items()}
-    for name, axes in [*network.axes.items(), *counted.items()]:
-        for dim, labels in axes.items():
-            at = held.places(labels, rank)
-            left = at[~np.isin(labels[at], gone)]
-            if not len(left) and name in network.axes:
-                raise JpqError(f"Nothing would be left of dim {dim} of '{name}'. Keep at least one of its channels.")
-            if not np.array_equal(left, np.arange(len(labels))):
-                out.setdefault(name, {})[int(dim)] = left.tolist()
-    return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Select(nn.Module):
     def __init__(self, index: Sequence[int], dim: int, always_gather: bool = False):
         super().__init__()
         self.dim, self.start, self.length = dim, index[0], len(index)
-        self.runs = 1 + sum(b != a + 1 for a, b in zip(index, index[1:], strict=False))
+        self.runs = 1 + sum(b != a + 1 for a, b in pairwise(index))
         copy = always_gather or not contiguous(index)
         self.register_buffer("index", torch.tensor(index, dtype=torch.long) if copy else None, persistent=False)
 
@@ -38,7 +39,9 @@ class Select(nn.Module):
 
     def extra_repr(self) -> str:
         """What it reads, for `print(model)`."""
-        what = f"{self.start}:{self.start + self.length}" if self.index is None else f"{self.length} in {self.runs} runs"
+        what = (
+            f"{self.start}:{self.start + self.length}" if self.index is None else f"{self.length} in {self.runs} runs"
+        )
         return f"{what}, dim={self.dim}"
 
 

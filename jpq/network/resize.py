@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jpq.types import JpqError
+from jpq.types import JpqError, Labels
 
 if TYPE_CHECKING:
     from jpq.network.record import Network
 
-Slices = Mapping[str, Mapping[int, list[int]]]  # parameter, buffer or counting attribute -> dim -> kept indices, in order
+Slices = Mapping[
+    str, Mapping[int, list[int]]
+]  # parameter, buffer or counting attribute -> dim -> kept indices, in order
 
 
-def slices(network: Network, dropped: Collection[int]) -> dict[str, dict[int, list[int]]]:
-    """What is kept of every parameter, buffer and counting attribute that loses something.
+def slices(
+    network: Network, dropped: Collection[int], places: Callable[[Labels], Labels] | None = None
+) -> dict[str, dict[int, list[int]]]:
+    """What is kept of every parameter, buffer and counting attribute that loses something or changes its order.
 
     A name that ends in a counting attribute ("shortcut.pad.before", "attention.heads", "norm.normalized_shape") has
-    the one dim 0; the attribute becomes the number of kept entries.
+    the one dim 0; the attribute becomes the number of kept entries. `places` gives the positions of an axis in their
+    new order.
     """
     gone = np.array(sorted(dropped), np.int64)
     out: dict[str, dict[int, list[int]]] = {}
     counted = {name: {0: labels} for name, labels in network.attributes.items()}
     for name, axes in [*network.axes.items(), *counted.items()]:
         for dim, labels in axes.items():
-            lost = np.isin(labels, gone)
-            if lost.all() and name in network.axes:
+            natural = np.arange(len(labels))
+            at = places(labels) if places else natural
+            left = at[~np.isin(labels[at], gone)]
+            if not len(left) and name in network.axes:
                 raise JpqError(f"Nothing would be left of dim {dim} of '{name}'. Keep at least one of its channels.")
-            if lost.any():
-                out.setdefault(name, {})[int(dim)] = np.flatnonzero(~lost).tolist()
+            if not np.array_equal(left, natural):
+                out.setdefault(name, {})[int(dim)] = left.tolist()
     return out
 
 

@@ -46,7 +46,7 @@ def _lay(sets: Sequence[Set]) -> list[int]:
     """The channels of all sets, path after path."""
     parents = [_parent(i, sets) for i in range(len(sets))]
     roots = [i for i, p in enumerate(parents) if p is None]
-    within = {r: _lay([sets[i] for i, p in enumerate(parents) if p == r]) for r in roots}
+    within = {r: _lay([sets[i] for i in range(len(sets)) if i != r and _root(i, parents) == r]) for r in roots}
     out: dict[int, None] = {}
     for path in _cover([sets[r] for r in roots]):
         nodes = [roots[k] for k in path]
@@ -64,6 +64,12 @@ def _parent(i: int, sets: Sequence[Set]) -> int | None:
     holders = [p for p, s in enumerate(sets) if sets[i] < s or (sets[i] == s and p < i)]
     holders = [p for p in holders if not any(sets[q] == sets[p] and q < p for q in holders)]
     return min(holders, key=lambda p: (len(sets[p]), p), default=None)
+
+
+def _root(i: int, parents: Sequence[int | None]) -> int:
+    while (parent := parents[i]) is not None:
+        i = parent
+    return i
 
 
 def _cover(sets: Sequence[Set]) -> list[list[int]]:

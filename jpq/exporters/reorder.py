@@ -23,9 +23,10 @@ from jpq.exporters.blocks import Blocks, blocks
 from jpq.exporters.order import order
 from jpq.exporters.select import insert
 from jpq.network.consumers import dropped
-from jpq.network.record import Network
+from jpq.network.record import Layer, Network
 from jpq.network.resize import Slices, apply_slices, slices
-from jpq.network.sites import Site, tapped
+from jpq.network.sites import Site
+from jpq.structures import Axis
 from jpq.types import NONE, JpqError, Labels
 
 Kept = Mapping[str, Sequence[bool]]  # site -> unit -> kept
@@ -62,47 +63,41 @@ def layout(network: Network, sites: Sequence[Site], kept: Kept, reorder: bool = 
     """
     gone = np.array(sorted(dropped(sites, kept)), np.int64)
     closed: dict[str, list[int]] = defaultdict(list)
+    axes: dict[str, Axis] = {}  # of a reader's weight: the input dim, and how many positions it has
     for site in sites:
         shut = [label for label, keeps in zip(site.labels.tolist(), kept[site.name], strict=True) if not keeps]
         for tap in site.taps:
+            assert isinstance(tap.structure, Axis)
             closed[tap.layer] += shut
+            axes[tap.layer] = tap.structure
     held = blocks(network)
-    readers = {layer.name: _reader(layer.name, layer.inputs, closed[layer.name], gone) for layer in network.layers}
-    partial = [r for r in readers.values() if not r.whole]
-    rank = _choose(held, partial, gone) if reorder else held.natural()
+    readers = [_reader(layer, closed[layer.name], gone) for layer in network.layers]
+    readers = [reader for reader in readers if (reader.alive != reader.kept).any()]
+    for reader in readers:
+        if not reader.kept.any():
+            raise JpqError(f"Layer '{reader.layer.name}' would read nothing. Keep at least one of its inputs.")
+    rank = _choose(held, readers, gone) if reorder else held.natural()
     kept_slices = slices(network, gone.tolist(), lambda labels: held.places(labels, rank))
     selects = {}
-    for name, dim, labels in tapped(network):
-        reader = readers[name]
-        if reader.whole:
-            continue
-        if not reader.kept.any():
-            raise JpqError(f"Nothing would be left of the input of layer '{name}'. Keep at least one of its channels.")
-        at = held.places(labels, rank)
-        left = at[~np.isin(labels[at], [*gone, *reader.closed])]
-        kept_slices.setdefault(network.layer(name).weight, {})[dim] = left.tolist()
-        selects[name] = reader.positions(held, rank).tolist()
-    return Layout(kept_slices, selects, sum(r.copied(held, rank) for r in partial))
+    for reader in readers:
+        axis = axes[reader.layer.name]
+        at = held.places(reader.layer.inputs[: len(axis.index)], rank)  # of one group, where there are several
+        kept_slices.setdefault(reader.layer.weight, {})[axis.dim] = at[reader.kept[at]].tolist()
+        selects[reader.layer.name] = reader.positions(held, rank).tolist()
+    return Layout(kept_slices, selects, sum(r.copied(held, rank) for r in readers))
 
 
 @dataclass(frozen=True, eq=False)
 class _Reader:
-    """A layer and what it reads of its input."""
+    """A layer that does not read everything that is left of its input."""
 
-    name: str
-    labels: Labels  # of its whole dense input
-    closed: Labels  # classes that it does not keep
-    alive: np.ndarray = field(repr=False)  # positions that the network keeps
+    layer: Layer
+    alive: np.ndarray = field(repr=False)  # positions of its dense input that the network keeps
     kept: np.ndarray = field(repr=False)  # positions that this layer keeps
-
-    @property
-    def whole(self) -> bool:
-        """Whether it reads everything that is left."""
-        return bool((self.alive == self.kept).all())
 
     def positions(self, held: Blocks, rank: Labels) -> Labels:
         """Where, in its new input, the channels are that it reads."""
-        at = held.places(self.labels, rank)
+        at = held.places(self.layer.inputs, rank)
         return np.flatnonzero(self.kept[at][self.alive[at]])
 
     def copied(self, held: Blocks, rank: Labels) -> int:
@@ -113,27 +108,29 @@ class _Reader:
     def demands(self, held: Blocks) -> dict[int, tuple[str, frozenset[int]]]:
         """What each block must do for this reader to take a view: hold its classes side by side, first or last.
 
-        Empty where no order can: a block between the first and the last that it reads from is not read whole, or a
-        block with a gap appears twice.
+        Empty where no order can: a block between the first and the last that it reads from is not read whole, or one
+        block would have to end in two ways.
         """
-        runs = [(b, slice(s, s + n)) for s, n, b in held.runs(self.labels) if self.alive[s : s + n].any()]
+        runs = [(b, slice(s, s + n)) for s, n, b in held.runs(self.layer.inputs) if self.alive[s : s + n].any()]
         read = [k for k, (_, at) in enumerate(runs) if self.kept[at].any()]
         runs = runs[read[0] : read[-1] + 1]
         out: dict[int, tuple[str, frozenset[int]]] = {}
         for k, (block, at) in enumerate(runs):
             if (self.alive[at] == self.kept[at]).all():
                 continue
-            if block == NONE or block in out or 0 < k < len(runs) - 1:
+            if block == NONE or 0 < k < len(runs) - 1:
                 return {}
-            backward = held.at[int(self.labels[at][0])][1] != 0
+            backward = held.at[int(self.layer.inputs[at][0])][1] != 0
             side = "side by side" if len(runs) == 1 else "last" if (k == 0) != backward else "first"
-            out[block] = side, frozenset(self.labels[at][self.kept[at]].tolist())
+            demand = side, frozenset(self.layer.inputs[at][self.kept[at]].tolist())
+            if out.setdefault(block, demand) != demand:
+                return {}
         return out
 
 
-def _reader(name: str, labels: Labels, closed: Sequence[int], gone: Labels) -> _Reader:
-    shut, alive = np.array(sorted(closed), np.int64), ~np.isin(labels, gone)
-    return _Reader(name, labels, shut, alive, alive & ~np.isin(labels, shut))
+def _reader(layer: Layer, closed: Sequence[int], gone: Labels) -> _Reader:
+    alive = ~np.isin(layer.inputs, gone)
+    return _Reader(layer, alive, alive & ~np.isin(layer.inputs, np.array(closed, np.int64)))
 
 
 def _choose(held: Blocks, readers: Sequence[_Reader], gone: Labels) -> Labels:

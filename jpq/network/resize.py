@@ -33,13 +33,13 @@ def slices(
     counted = {name: {0: labels} for name, labels in network.attributes.items()}
     for name, axes in [*network.axes.items(), *counted.items()]:
         for dim, labels in axes.items():
+            lost = np.isin(labels, gone)
+            if lost.all() and name in network.axes:
+                raise JpqError(f"Nothing would be left of dim {dim} of '{name}'. Keep at least one of its channels.")
             natural = np.arange(len(labels))
             at = places(labels) if places else natural
-            left = at[~np.isin(labels[at], gone)]
-            if not len(left) and name in network.axes:
-                raise JpqError(f"Nothing would be left of dim {dim} of '{name}'. Keep at least one of its channels.")
-            if not np.array_equal(left, natural):
-                out.setdefault(name, {})[int(dim)] = left.tolist()
+            if lost.any() or (at != natural).any():
+                out.setdefault(name, {})[int(dim)] = at[~lost[at]].tolist()
     return out
 
 

@@ -50,7 +50,7 @@ def channels(network: Network, skip: Collection[str] = ()) -> tuple[Site, ...]:
     for maker, labels in made:
         for c in np.unique(labels).tolist():
             makers[c].append(maker)
-    taps = tapped(network)
+    taps = _tapped(network)
     for i, (_, _, labels) in enumerate(taps):
         for c in np.unique(labels).tolist():
             readers[c].append(i)
@@ -70,7 +70,7 @@ def channels(network: Network, skip: Collection[str] = ()) -> tuple[Site, ...]:
     return tuple(sites)
 
 
-def tapped(network: Network) -> list[tuple[str, int, Labels]]:
+def _tapped(network: Network) -> list[tuple[str, int, Labels]]:
     """(layer, input dim of its weight, labels along that dim) of every layer that mixes channels."""
     out = []
     for layer in network.layers:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from jpq.exporters.reorder import layout
-from jpq.exporters.select import insert, layer_of
+from jpq.exporters.select import insert
 from jpq.network.compressed import Compressed
 from jpq.network.resize import apply_slices
 from jpq.plan import Plan
@@ -74,7 +74,7 @@ def rebuild(net: Compressed, model: nn.Module) -> tuple[nn.Module, Plan]:
     for name in plan.layers:
         pair = net.quantizers(name)
         assert pair is not None
-        layer = layer_of(small, name)
+        layer = small.get_submodule(name)
         rows = plan.slices.get(f"{name}.weight", {}).get(0)
         ranges = pair[0].log_threshold
         weight_quantizer(layer).log_threshold.copy_(ranges[rows] if rows is not None and ranges.dim() else ranges)

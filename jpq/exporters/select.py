@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from jpq.exporters.order import contiguous
 from jpq.network.attach import call
-from jpq.quantizers import replace_everywhere
 from jpq.types import JpqError
 
 
@@ -45,20 +44,11 @@ class Select(nn.Module):
         return f"{what}, dim={self.dim}"
 
 
-class Selected(nn.Module):
-    """A layer that reads a selection of its input."""
-
-    def __init__(self, select: Select, layer: nn.Module):
-        super().__init__()
-        self.select, self.layer = select, layer
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The layer's output."""
-        return self.layer(self.select(x), *args, **kwargs)
-
-
 def insert(model: nn.Module, selects: Mapping[str, Sequence[int]], always_gather: bool = False) -> nn.Module:
-    """Put a Select in front of each named Conv or Linear layer of `model`, in place."""
+    """Let each named Conv or Linear layer of `model` read a selection, in place.
+
+    The Select becomes the layer's child `select` and runs before its forward: the layer keeps its name and its class.
+    """
     modules: dict[str, Any] = dict(model.named_modules())
     for name, index in selects.items():
         layer = modules.get(name)
@@ -66,15 +56,13 @@ def insert(model: nn.Module, selects: Mapping[str, Sequence[int]], always_gather
             raise JpqError(f"The plan selects {len(index)} inputs for layer '{name}', which the model cannot do. Load "
                            "the plan into the model that it was made from.")  # fmt: skip
         dim = -1 if layer.weight.dim() == 2 else 1 - layer.weight.dim()
-        select = Select(index, dim, always_gather).to(layer.weight.device)
-        replace_everywhere(model, layer, Selected(select, layer).train(layer.training))
+        layer.select = Select(index, dim, always_gather).to(layer.weight.device)
+        layer.register_forward_pre_hook(_selected)
     return model
 
 
-def layer_of(model: nn.Module, name: str) -> Any:
-    """The layer of that name, without the selection in front of it."""
-    module = model.get_submodule(name)
-    return module.layer if isinstance(module, Selected) else module
+def _selected(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (layer.select(args[0]), *args[1:])
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_rebuild import decide, masked, randomised, run, torchvision_model, worst
 from torch import nn
 from torch.utils._pytree import tree_map
 from zoo import ZOO, conv
 from zoo_readers import IMAGE, READERS, Body
 
+from jpq import vision
 from jpq.exporters.blocks import Blocks, blocks
+from jpq.exporters.law import apart, decide, masked, outputs, scramble
 from jpq.exporters.reorder import export, layout
 from jpq.exporters.select import Select, copies, insert
 from jpq.network.consumers import dropped, per_consumer
@@ -27,14 +28,18 @@ NETS = {**{name: (make, IMAGE) for name, make in READERS.items()}, **{f"zoo_{n}"
 def prepared(name):
     make, example = NETS[name]
     torch.manual_seed(0)
-    model = randomised(make())
-    example = tree_map(lambda v: v.double() if v.is_floating_point() else v, example)
-    return model, example, trace(model, example)
+    model = make()
+    network = trace(model, example)
+    return scramble(model, example), example, network
 
 
 def decisions(sites, seed, share):
     keep = decide(sites, seed, share)
     return keep, {name: keep[name][0].bool().tolist() for name in keep}
+
+
+def spent(model, example):
+    return copies(model, tree_map(lambda v: v.double() if v.is_floating_point() else v, example))
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -43,12 +48,13 @@ def test_masked_is_exported(name):
     sites = per_consumer(network)
     for seed, share in enumerate((0.2, 0.5, 0.6, 0.7, 0.9)):
         keep, kept = decisions(sites, seed, share)
-        want = run(masked(model, network, sites, keep), example)
+        with masked(model, network, sites, keep):
+            want = outputs(model, example)
         small = export(model, network, sites, kept)
         naive = export(model, network, sites, kept, reorder=False, gather=True)
-        assert worst(want, run(small, example)) <= 1e-12
-        assert worst(want, run(naive, example)) <= 1e-12
-        here, there = copies(small, example), copies(naive, example)
+        assert apart(want, outputs(small, example)) <= 1e-12
+        assert apart(want, outputs(naive, example)) <= 1e-12
+        here, there = spent(small, example), spent(naive, example)
         assert here.channels == layout(network, sites, kept).copied <= there.channels
         assert here.views + here.gathers == there.gathers
         assert there.views == 0
@@ -59,7 +65,7 @@ def test_masked_is_exported(name):
 def test_any_order_within_blocks_is_the_same_model(name):
     model, example, network = prepared(name)
     held = blocks(network)
-    want = run(model, example)
+    want = outputs(model, example)
     for seed in range(3):
         rank, rng = held.natural(), np.random.default_rng(seed)
         for members in held.members:
@@ -67,7 +73,7 @@ def test_any_order_within_blocks_is_the_same_model(name):
             rank[list(members)] = rng.permutation(n) if seed else np.arange(n)[::-1]
         moved = slices(network, (), lambda labels, rank=rank: held.places(labels, rank))
         assert moved or seed or not held.members
-        assert worst(want, run(apply_slices(copy.deepcopy(model), moved), example)) <= 1e-12
+        assert apart(want, outputs(apply_slices(copy.deepcopy(model), moved), example)) <= 1e-12
 
 
 @pytest.mark.parametrize(
@@ -110,7 +116,7 @@ def test_two_readers_take_views(name):
     views = 0
     for seed in range(20):
         _, kept = decisions(sites, seed, 0.5)
-        found = copies(export(model, network, sites, kept), example)
+        found = spent(export(model, network, sites, kept), example)
         assert found.channels == found.gathers == found.runs == found.size_bytes == 0
         views += found.views
     assert views > 10
@@ -124,8 +130,8 @@ def test_readers_of_a_concat_that_take_its_ends():
     kept["a.0 for readers.0"] = [True, False, True, False, False, True]
     kept["a.0 for b.0"] = [False, True, False, True, False, False]
     small = export(model, network, tuple(sites.values()), kept)
-    assert copies(small, example).gathers == 0
-    assert copies(export(model, network, tuple(sites.values()), kept, reorder=False), example).gathers == 2
+    assert spent(small, example).gathers == 0
+    assert spent(export(model, network, tuple(sites.values()), kept, reorder=False), example).gathers == 2
 
 
 @pytest.mark.parametrize("name", ["added", "joined", "zoo_residual", "zoo_concat", "zoo_padded_shortcut"])
@@ -136,7 +142,7 @@ def test_coupled_sites_need_no_selection(name):
     found = layout(network, sites, kept)
     assert not found.selects
     assert found.slices == slices(network, dropped(sites, kept)), "the natural order"
-    assert copies(export(model, network, sites, kept), example).to_dict() == dict.fromkeys(
+    assert spent(export(model, network, sites, kept), example).to_dict() == dict.fromkeys(
         ("views", "gathers", "runs", "channels", "size_bytes"), 0
     )
 
@@ -163,7 +169,7 @@ def test_the_layout_is_plain_data_and_stable():
     cut, selects = json.loads(json.dumps([found.slices, found.selects]))
     again = insert(apply_slices(copy.deepcopy(model), cut), selects)
     small = export(model, network, sites, kept)
-    assert worst(run(again, example), run(small, example)) == 0
+    assert apart(outputs(again, example), outputs(small, example)) == 0
     assert str(again) == str(small)
     assert layout(network, sites, {name: [True] * len(k) for name, k in kept.items()}) == type(found)({}, {}, 0)
 
@@ -202,11 +208,13 @@ def test_nothing_left_is_refused():
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "googlenet", "mobilenet_v2", "shufflenet_v2_x0_5"])
 def test_torchvision(name):
     torch.manual_seed(0)
-    model, example = torchvision_model(name, 64)
+    model, example = vision.build(name, 10), torch.randn(2, 3, 64, 64)
     network = trace(model, example)
+    scramble(model, example)
     sites = per_consumer(network)
     keep, kept = decisions(sites, 0, 0.6)
     small = export(model, network, sites, kept)
-    assert worst(run(masked(model, network, sites, keep), example), run(small, example)) <= 1e-9
+    with masked(model, network, sites, keep):
+        assert apart(outputs(model, example), outputs(small, example)) <= 1e-9
     naive = layout(network, sites, kept, reorder=False)
-    assert copies(small, example).channels < naive.copied
+    assert spent(small, example).channels < naive.copied

@@ -3,14 +3,14 @@
 Wherever a class of a block appears, on an axis of a parameter or on a side of a layer, the whole block does, forward
 or backward, each class the same number of times in a row. Ops whose labels are known map such runs to such runs
 (arithmetic, concat, flatten, flip, chunks, groups), so one permutation within the block, mirrored where the block
-runs backward, changes no result. Everything else keeps its place: classes that are frozen, and classes that some
-tensor holds in another order.
+runs backward, changes no result. Everything else keeps its place: classes that are frozen, classes that no layer
+makes (the axes of a table), and classes that some tensor holds in another order.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +58,9 @@ class Blocks:
 def blocks(network: Network) -> Blocks:
     """The blocks of a network: chains of classes that are neighbours wherever either appears."""
     sequences = _sequences(network)
-    chains = _chains(sequences, network.frozen)
+    made = [layer.outputs for layer in network.layers] + list(network.embeddings.values())
+    free = {c for labels in made for c in labels.tolist()} - {NONE} - network.frozen.keys()
+    chains = _chains(sequences, free)
     while True:
         found = _numbered(chains)
         broken = {b for labels in sequences for b in _broken(found, labels)}
@@ -86,8 +88,8 @@ def _compressed(labels: Labels) -> tuple[Labels, Labels]:
     return labels[starts], np.diff(np.append(starts, len(labels)))
 
 
-def _chains(sequences: Sequence[Labels], frozen: Mapping[int, str]) -> list[tuple[int, ...]]:
-    """Classes in a row whose every occurrence has the same neighbour."""
+def _chains(sequences: Sequence[Labels], free: Collection[int]) -> list[tuple[int, ...]]:
+    """Free classes in a row whose every occurrence has the same neighbour."""
     counts: dict[int, int] = defaultdict(int)
     pairs: dict[tuple[int, int], int] = defaultdict(int)
     order: dict[int, None] = {}
@@ -101,7 +103,7 @@ def _chains(sequences: Sequence[Labels], frozen: Mapping[int, str]) -> list[tupl
             pairs[min(a, b), max(a, b)] += 1
     beside: dict[int, list[int]] = defaultdict(list)
     for (a, b), n in pairs.items():
-        if n == counts[a] == counts[b] and NONE not in (a, b) and a not in frozen and b not in frozen:
+        if n == counts[a] == counts[b] and a in free and b in free:
             beside[a].append(b)
             beside[b].append(a)
     chains, seen = [], set[int]()

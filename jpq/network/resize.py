@@ -14,9 +14,8 @@ from jpq.types import JpqError, Labels
 if TYPE_CHECKING:
     from jpq.network.record import Network
 
-Slices = Mapping[
-    str, Mapping[int, list[int]]
-]  # parameter, buffer or counting attribute -> dim -> kept indices, in order
+# parameter, buffer or counting attribute -> dim -> kept indices, in their new order
+Slices = Mapping[str, Mapping[int, list[int]]]
 
 
 def slices(

@@ -55,7 +55,9 @@ class Decide:
     """How keep-or-drop and bit-widths are decided."""
 
     method: str = "djpq"
-    """djpq, djpq-pow2, l0 or uniform: see `jpq methods`."""
+    """djpq, djpq-pow2, l0, uniform or upscale: see `jpq methods`."""
+    score: str = "l1"
+    """What ranks channels, for upscale: l1, l2, fpgm, lamp or hrank."""
     w_bits: tuple[int, int] = (2, 8)
     """Smallest and largest bit-width of weights."""
     a_bits: tuple[int, int] = (2, 8)

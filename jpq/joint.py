@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from jpq import landing
-from jpq.allocators import start_bits, uniform
-from jpq.budget import Controller, targets
+from jpq.allocators import rank, start_bits, uniform
+from jpq.budget import Controller, Target, targets
 from jpq.exporters.quantized import rebuild
 from jpq.gates import Decided, Gate
 from jpq.methods import METHODS, Method
@@ -19,11 +19,11 @@ from jpq.network.compressed import Compressed, exact_uses
 from jpq.network.norms import require_opened
 from jpq.network.record import Layer
 from jpq.network.shares import Shares
-from jpq.network.sites import channels
 from jpq.network.trace import trace
 from jpq.network.unpack import unpacked
 from jpq.plan import Plan
 from jpq.quantizers import Fixed, Width
+from jpq.scores import SCORES, Score
 from jpq.types import JpqError, unknown
 
 Bounds = tuple[int, int]
@@ -118,6 +118,7 @@ def compress(
     skip: Collection[str] = (),
     gate_weight: float = 0.03,
     open_norms: bool = False,
+    score: str = "l1",
 ) -> Joint:
     """A trainable copy of a trained `model`, with gates and quantizers, that will end within its budget.
 
@@ -134,8 +135,9 @@ def compress(
         gate_weight: weight of the gates' own regulariser.
         open_norms: also prune channels inside the averages of LayerNorm, RMSNorm and GroupNorm. What `finalize` gives
             is then not what was trained, since the averages miss those channels: go on training it.
+        score: a name in jpq.scores.SCORES, for methods that rank channels by one.
 
-    Raises JpqError for an unknown method, and for targets that are malformed or cannot be met.
+    Raises JpqError for an unknown method or score, and for targets that are malformed or cannot be met.
     """
     example_inputs = tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs
     asked = {"bops": bops, "size": size, "macs": macs}
@@ -143,24 +145,39 @@ def compress(
         raise JpqError('No target: give bops="1%" (or "12M"), size="50KB" or macs="50%".')
     if method not in METHODS:
         raise unknown("method", method, METHODS)
-    how = METHODS[method]
+    how, by = METHODS[method], pick_score(score)
     model = unpacked(model)
     example = example_inputs if isinstance(example_inputs, (tuple, dict)) else (example_inputs,)
     network = trace(model, example, open_norms=open_norms)
     if open_norms:
         require_opened(network, how.gate is not None)
-    sites = channels(network, skip) if how.gate else ()
+    sites = how.sites(network, skip) if how.gate else ()
     goals = targets(asked, exact_uses(network, Shares(network, ()), Plan(method, {}, {})))
     start = start_bits(network, goals, w_bits, a_bits, image_bits)
     make = widths(how, w_bits, a_bits, image_bits, start)
     net = attach(model, network, sites, gates(how), make, [example_inputs], method)
     if not how.searches:
-        net.settle(uniform(net, goals, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1)))
+        net.settle(decide(net, goals, w_bits, a_bits, by, example_inputs))
         return Joint(net, model, None, steps, 0.0)
     landing.require(net, goals)
     controller = Controller(goals)
     controller.begin(net.exact())
     return Joint(net, model, controller, max(1, steps), gate_weight)
+
+
+def pick_score(name: str) -> Score:
+    """The score of that name, or the closest names."""
+    if name not in SCORES:
+        raise unknown("score", name, SCORES)
+    return SCORES[name]
+
+
+def decide(net: Compressed, goals: Sequence[Target], w_bits: Bounds, a_bits: Bounds, score: Score, batch: Any) -> Plan:
+    """The plan of a method that does not search: uniform bits, or the units that a score puts first."""
+    if METHODS[net.method].gate is None:
+        return uniform(net, goals, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1))
+    rank(net, score, batch)
+    return landing.land(net, goals)
 
 
 def gates(method: Method) -> Callable[[int, int], Gate]:
@@ -179,7 +196,7 @@ def widths(
     def one(bounds: Bounds, bits: float) -> Width:
         low, high = bounds
         if method.width is Fixed:
-            return Fixed(high, tuple(range(low, high + 1)))
+            return Fixed(high) if method.gate else Fixed(high, tuple(range(low, high + 1)))
         return method.width(bits, low, high)
 
     def pair(layer: Layer) -> tuple[Width, Width]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from jpq.gates import VIB, Gate, HardConcrete
+from jpq.gates import VIB, Gate, HardConcrete, Ranked
+from jpq.network.consumers import per_consumer
+from jpq.network.sites import Site, channels
 from jpq.quantizers import Fixed, Learned, PowerOfTwo, Width
 
 
@@ -14,11 +16,12 @@ class Method:
     """One named way to decide what stays and how many bits it gets."""
 
     decides: str  # what it decides, in a few words
-    gate: type[Gate] | None  # on channels; None: nothing is pruned
+    gate: type[Gate] | None  # on the sites; None: nothing is pruned
     width: type[Width]
-    searches: bool  # whether a search phase learns the decisions; otherwise an allocator takes them at the start
+    searches: bool  # whether a search phase learns the decisions; otherwise they are taken at the start
     choose: str  # when to choose it
     paper: str
+    sites: Callable[..., tuple[Site, ...]] = channels  # (network, skip) -> where channels may be dropped
 
 
 METHODS: Mapping[str, Method] = {
@@ -45,5 +48,12 @@ METHODS: Mapping[str, Method] = {
         None, Fixed, False,
         "the baseline that a joint method must beat, and the simplest thing to deploy",
         "plain quantization-aware training with learned ranges (Esser et al., LSQ, ICLR 2020, arXiv:1902.08153)",
+    ),
+    "upscale": Method(
+        "channels for each reader on its own, by a score (--score); bits are the largest of --w-bits and --a-bits",
+        Ranked, Fixed, False,
+        "one-shot pruning that no coupling holds back, at given bits; readers select their channels at run time",
+        "Wan et al., UPSCALE: Unconstrained Channel Pruning, ICML 2023, arXiv:2307.08771",
+        per_consumer,
     ),
 }  # fmt: skip

@@ -30,6 +30,7 @@ class Plan:
     layers: Mapping[str, LayerPlan]
     kept: Mapping[str, tuple[bool, ...]]  # site -> unit -> kept
     slices: Mapping[str, Mapping[int, list[int]]] = field(default_factory=dict)  # parameter -> dim -> kept indices
+    selects: Mapping[str, list[int]] = field(default_factory=dict)  # layer -> inputs it reads, where that is a part
     model: Mapping[str, Any] = field(default_factory=dict)  # how to build the dense model: name, classes, channels
 
     def to_json(self) -> str:
@@ -51,6 +52,7 @@ def from_json(text: str, source: str) -> Plan:
                 name: {int(dim): [int(i) for i in index] for dim, index in dims.items()}
                 for name, dims in tree["slices"].items()
             },
+            selects={name: [int(i) for i in index] for name, index in tree.get("selects", {}).items()},
             model=dict(tree["model"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jpq import checkpoint, costs, landing, models, report
-from jpq.allocators import start_bits, uniform
+from jpq.allocators import start_bits
 from jpq.budget import Controller, Target, targets
 from jpq.config import Config
 from jpq.data import Data
@@ -23,7 +23,7 @@ from jpq.data import load as load_data
 from jpq.exporters import onnx, verify
 from jpq.exporters.quantized import build, complete, rebuild
 from jpq.figures import layer_rows, reached, versions
-from jpq.joint import gates, widths
+from jpq.joint import decide, gates, pick_score, widths
 from jpq.journal import Journal, open_folder
 from jpq.machine import pick_device, set_threads
 from jpq.methods import METHODS, Method
@@ -32,7 +32,6 @@ from jpq.network.compressed import Compressed, exact_uses
 from jpq.network.norms import require_opened
 from jpq.network.record import Network
 from jpq.network.shares import Shares
-from jpq.network.sites import channels
 from jpq.network.trace import trace
 from jpq.network.unpack import unpacked
 from jpq.plan import Plan, from_json
@@ -52,6 +51,7 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     """
     config.check()
     d, method = config.decide, pick_method(config.decide.method)
+    pick_score(d.score)
     run = Journal(config, watch or Silent(), open_folder(config))
     torch.manual_seed(config.run.seed)
     device = pick_device(config.run.device)
@@ -62,7 +62,7 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     if d.open_norms:
         require_opened(network, method.gate is not None)
     set_threads(config.run.threads, sum(layer.macs for layer in network.layers) * config.train.batch_size)
-    sites = channels(network, d.skip) if method.gate else ()  # 3
+    sites = method.sites(network, d.skip) if method.gate else ()  # 3
 
     goals = asked(network, config)  # 4
     start = start_bits(network, goals, d.w_bits, d.a_bits, d.image_bits)
@@ -116,16 +116,10 @@ def asked(network: Network, config: Config) -> tuple[Target, ...]:
 
 def possible(net: Compressed, goals: tuple[Target, ...], config: Config) -> None:
     """Raises JpqError, naming the smallest possible cost, where a target cannot be met."""
-    if METHODS[net.method].searches:
+    if METHODS[net.method].gate:
         landing.require(net, goals)
     else:
-        uniform(net, goals, *bit_ranges(config))
-
-
-def bit_ranges(config: Config) -> tuple[range, range]:
-    """Every width that weights, and that activations, may have."""
-    (w_low, w_high), (a_low, a_high) = config.decide.w_bits, config.decide.a_bits
-    return range(w_low, w_high + 1), range(a_low, a_high + 1)
+        decide(net, goals, config.decide.w_bits, config.decide.a_bits, pick_score(config.decide.score), None)
 
 
 def train_float(model: nn.Module, data: Data, config: Config, run: Journal) -> None:
@@ -161,10 +155,10 @@ def split(config: Config, method: Method) -> tuple[int, int]:
 def search(
     net: Compressed, model: nn.Module, data: Data, goals: tuple[Target, ...], config: Config, run: Journal
 ) -> Plan:
-    """Learn the decisions (or let the allocator take them), land them on the targets, and settle the network."""
+    """Learn the decisions (or take them at once), land them on the targets, and settle the network."""
     d, t, method = config.decide, config.train, METHODS[net.method]
     if not method.searches:
-        plan = uniform(net, goals, *bit_ranges(config))
+        plan = decide(net, goals, d.w_bits, d.a_bits, pick_score(d.score), calibration(data)[0])
     elif run.is_past("search"):
         plan = from_json(run.saved["plan"], str(run.folder / checkpoint.NAME))  # type: ignore[index]
     else:

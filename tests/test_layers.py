@@ -22,7 +22,7 @@ LAYERS = [
     {"vision"},
     {"budget"},
     {"network"},
-    {"structures", "gates", "quantizers", "costs", "plan", "config", "result"},
+    {"structures", "gates", "quantizers", "scores", "costs", "plan", "config", "result"},
     {"types"},
 ]
 ONLY = {
@@ -89,7 +89,7 @@ def test_files_stay_small(path):
 
 
 def test_method_files_import_only_their_base_and_types():
-    for family in ("gates", "quantizers", "structures"):
+    for family in ("gates", "quantizers", "scores", "structures"):
         for path in (ROOT / family).glob("*.py"):
             for module in imports(path):
                 if module.startswith("jpq."):

@@ -1,6 +1,7 @@
 """How much where: starting plans, and the plans of methods that decide nothing by gradient."""
 
+from jpq.allocators.ranked import rank
 from jpq.allocators.start import start_bits
 from jpq.allocators.uniform import uniform
 
-__all__ = ["start_bits", "uniform"]
+__all__ = ["rank", "start_bits", "uniform"]

@@ -13,9 +13,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from jpq.exporters.rebuild import apply_slices, slices
+from jpq.exporters.reorder import layout
+from jpq.exporters.select import insert
 from jpq.network.accept import unwrapped
 from jpq.network.compressed import Compressed
+from jpq.network.resize import apply_slices
 from jpq.plan import Plan
 from jpq.quantizers import (
     Fixed,
@@ -48,19 +50,14 @@ def build(plan: Plan, model: nn.Module) -> nn.Module:
         w = Integer(ranges.to(weight), Fixed(layer.w_bits), True).to(weight)
         a = Integer(torch.ones(()).to(weight), Fixed(layer.a_bits), layer.signed).to(weight)
         replace_everywhere(small, module, quantize_layer(module, w, a))
-    return small
+    return insert(small, plan.selects)
 
 
 def complete(net: Compressed) -> Plan:
-    """The plan of a settled network, with the slices that make it physical."""
+    """The plan of a settled network, with the slices and selections that make it physical."""
     plan = net.plan()
-    dropped = {
-        int(label)
-        for site in net.sites
-        for label, kept in zip(site.labels, plan.kept[site.name], strict=True)
-        if not kept
-    }
-    return replace(plan, slices=slices(net.network, dropped))
+    found = layout(net.network, net.sites, plan.kept)
+    return replace(plan, slices=found.slices, selects=found.selects)
 
 
 @torch.no_grad()

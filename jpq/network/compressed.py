@@ -130,7 +130,7 @@ class Compressed(nn.Module):
         """
         for draw, site, gate in zip(self.draws, self.sites, self.gates, strict=True):
             for tap in site.taps:
-                weight = _original(self.model, self.network.layer(tap.layer))
+                weight = original(self.model, self.network.layer(tap.layer))
                 # a unit that landing opened again has scale 0 with some gates: its weights stay as they are
                 scale = torch.where(gate.keep() > 0, gate.scale(), torch.ones_like(gate.scale()))
                 weight.mul_(tap.structure.expand(scale, weight.shape))
@@ -190,7 +190,7 @@ def exact_uses(network: Network, shares: Shares, plan: Plan) -> list[LayerUse]:
     return uses
 
 
-def _original(model: nn.Module, layer: Layer) -> Tensor:
+def original(model: nn.Module, layer: Layer) -> Tensor:
     """The trainable weight behind the mask."""
     owner, _, name = layer.weight.rpartition(".")
     module = model.get_submodule(owner)

@@ -22,6 +22,7 @@ class Layer:
     outputs: Labels  # [channels out]
     reads_input: bool  # the model's input reaches it through nothing but moves and arithmetic with constants
     calls: int
+    wrappable: bool = True  # only ever called as a torch Conv or Linear module: a selection can be put before it
 
 
 @dataclass(frozen=True, eq=False)

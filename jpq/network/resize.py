@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jpq.types import JpqError
+from jpq.types import JpqError, Labels
 
 if TYPE_CHECKING:
     from jpq.network.record import Network
 
-Slices = Mapping[str, Mapping[int, list[int]]]  # parameter, buffer or counting attribute -> dim -> kept indices
+# parameter, buffer or counting attribute -> dim -> kept indices, in their new order
+Slices = Mapping[str, Mapping[int, list[int]]]
 
 
-def slices(network: Network, dropped: Collection[int]) -> dict[str, dict[int, list[int]]]:
-    """What is kept of every parameter, buffer and counting attribute that loses something.
+def slices(
+    network: Network, dropped: Collection[int], places: Callable[[Labels], Labels] | None = None
+) -> dict[str, dict[int, list[int]]]:
+    """What is kept of every parameter, buffer and counting attribute that loses something or changes its order.
 
     A name that ends in a counting attribute ("shortcut.pad.before", "attention.heads", "norm.normalized_shape") has
-    the one dim 0; the attribute becomes the number of kept entries.
+    the one dim 0; the attribute becomes the number of kept entries. `places` gives the positions of an axis in their
+    new order.
     """
     above = max(dropped, default=0) + 1
     gone = np.zeros(above + 2, bool)  # the last two entries stand for larger classes and for NONE
@@ -33,8 +37,10 @@ def slices(network: Network, dropped: Collection[int]) -> dict[str, dict[int, li
             lost = gone[np.minimum(labels, above)]
             if lost.all() and name in network.axes:
                 raise JpqError(f"Nothing would be left of dim {dim} of '{name}'. Keep at least one of its channels.")
-            if lost.any():
-                out.setdefault(name, {})[int(dim)] = np.flatnonzero(~lost).tolist()
+            natural = np.arange(len(labels))
+            at = places(labels) if places else natural
+            if lost.any() or (at != natural).any():
+                out.setdefault(name, {})[int(dim)] = at[~lost[at]].tolist()
     return out
 
 
@@ -64,8 +70,8 @@ def apply_slices(model: nn.Module, slices: Slices) -> nn.Module:
 def _slice(name: str, value: Tensor, axes: dict[int, list[int]]) -> None:
     data = value.data
     for dim, kept in axes.items():
-        if kept and kept[-1] >= data.shape[dim]:
-            raise JpqError(f"The plan keeps index {kept[-1]} of dim {dim} of '{name}', which has only "
+        if kept and max(kept) >= data.shape[dim]:
+            raise JpqError(f"The plan keeps index {max(kept)} of dim {dim} of '{name}', which has only "
                            f"{data.shape[dim]}. Load the plan into the model that it was made from, once.")  # fmt: skip
         data = data.index_select(dim, torch.tensor(kept, dtype=torch.long, device=data.device))
     value.data = data  # in place, so parameters and modules that are shared stay shared

@@ -233,4 +233,13 @@ def _layer(weight: str, calls: list[LayerCall], batch: int, owners: list[str], b
         outputs=book.classes.find(first.outputs),
         reads_input=any(book.origins[call.node.all_input_nodes[0]] == "input" for call in calls),
         calls=len(calls),
+        wrappable=all(_is_own(call.node, owner, book.model) for call in calls),
     )
+
+
+def _is_own(node: Node, owner: str, model: nn.Module) -> bool:
+    """Whether the forward of the module that owns the weight makes this call, and is a torch layer's."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    module = model.get_submodule(owner)
+    plain = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and type(module).__module__.startswith("torch.nn.")
+    return plain and bool(stack) and model.get_submodule(stack[-1][0].split("@")[0]) is module

@@ -1,0 +1,123 @@
+"""Which units go first: a score's ranking, written into the margins of `Ranked` gates for landing to cut."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jpq.gates import Ranked
+from jpq.network.attach import call
+from jpq.network.compressed import Compressed, original
+from jpq.network.sites import Site
+from jpq.scores import Evidence, Score, SiteView
+from jpq.types import JpqError
+
+Member = tuple[Site, Ranked]
+
+
+@torch.no_grad()
+def rank(net: Compressed, score: Score, batch: Any) -> None:
+    """Set the margin of every unit to the share of units that score no higher.
+
+    Sites of one reader compete with each other, coupled sites each for themselves: landing then takes the same share
+    everywhere. Where the score may be compared between layers, all units of the network compete.
+
+    Args:
+        net: attached with `Ranked` gates.
+        score: larger is more important.
+        batch: inputs of the model, for scores that need activations.
+    """
+    groups: dict[str, list[Member]] = defaultdict(list)
+    for site, gate in zip(net.sites, net.gates, strict=True):
+        groups[site.taps[0].layer if len(site.taps) == 1 else f"{site.name} (coupled)"].append((site, gate))
+    wants = "activations" in score.needs
+    seen = _inputs(net, {tap.layer for site in net.sites for tap in site.taps}, batch) if wants else {}
+    scores = []
+    for name, members in groups.items():
+        view = SiteView(name, _joined([_rows(net, site) for site, _ in members], 0, 1))
+        maps = _joined([_maps(site, seen) for site, _ in members], 1, 2) if wants else None
+        scores.append(score(view, Evidence(maps))[0].cpu())
+    if score.everywhere and scores:
+        margins = list(_quantiles(torch.cat(scores)).split([len(s) for s in scores]))
+    else:
+        margins = [_quantiles(s) for s in scores]
+    for members, values in zip(groups.values(), margins, strict=True):
+        for (_, gate), part in zip(members, values.split([gate.n for _, gate in members]), strict=True):
+            gate.margins.copy_(part[None])
+
+
+def _quantiles(scores: Tensor) -> Tensor:
+    """Share of entries that stand no higher, in (0, 1]; of equals the first stands lower."""
+    out = torch.empty(len(scores))
+    out[scores.argsort(stable=True)] = torch.arange(1, len(scores) + 1) / len(scores)
+    return out
+
+
+def _rows(net: Compressed, site: Site) -> Tensor:
+    """[n, rest]: the weights that read each unit, over all taps."""
+    parts = []
+    for tap in site.taps:
+        axis: Any = tap.structure
+        weight = original(net.model, net.network.layer(tap.layer)).detach().movedim(axis.dim, 0).flatten(1)
+        parts.append(_of_units(weight, axis.index, site.n).flatten(1))
+    return torch.cat(parts, 1)
+
+
+def _maps(site: Site, seen: dict[str, Tensor]) -> Tensor:
+    """[batch, n, height, width]: the units as the first tap reads them; a flattened unit is one row."""
+    tap = site.taps[0]
+    axis: Any = tap.structure
+    x = seen[tap.layer]  # [batch, positions, height, width]
+    return _of_units(x.transpose(0, 1), axis.index, site.n).permute(2, 0, 1, 3, 4).flatten(2, 3)
+
+
+def _of_units(x: Tensor, index: np.ndarray, n: int) -> Tensor:
+    """[positions, ...] -> [n, most positions of a unit, ...], zeros where a unit has fewer."""
+    held = [np.flatnonzero(index == u) for u in range(n)]
+    at = np.full((n, max(map(len, held))), len(x))
+    for u, places in enumerate(held):
+        at[u, : len(places)] = places
+    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[torch.as_tensor(at, device=x.device)]
+
+
+def _joined(parts: list[Tensor], along: int, pad: int) -> Tensor:
+    """Parts side by side, zeros appended on the dims from `pad` on to the largest."""
+    rank = parts[0].dim()
+    sizes = [max(p.shape[d] for p in parts) if d >= pad else 0 for d in range(rank)]
+    grown = []
+    for p in parts:
+        missing = [n - p.shape[d] if d >= pad else 0 for d, n in enumerate(sizes)]
+        grown.append(nn.functional.pad(p, [m for after in reversed(missing) for m in (0, after)]))
+    return torch.cat(grown, along)
+
+
+def _inputs(net: Compressed, names: set[str], batch: Any) -> dict[str, Tensor]:
+    """What each layer reads, [batch, channels, height, width]; several calls of one layer: the last."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(layer: Any, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach().movedim(-1 if layer.weight.dim() == 2 else 1, 1)
+            x = x.reshape(*x.shape, *[1] * (4 - x.dim()))
+            seen[name] = x.flatten(3)
+
+        return hook
+
+    handles = [net.layer(name).register_forward_pre_hook(watch(name)) for name in names if net.layer(name) is not None]
+    training = net.training
+    try:
+        call(net.eval(), batch)
+    finally:
+        net.train(training)
+        for handle in handles:
+            handle.remove()
+    lost = names - seen.keys()
+    if lost:
+        raise JpqError(f"This score needs what layer '{min(lost)}' reads, which no module of its own computes. "
+                       "Choose another --score, or exclude the layers before it with --skip.")  # fmt: skip
+    return seen

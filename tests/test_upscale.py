@@ -1,0 +1,171 @@
+"""Unconstrained pruning with quantizers on: counted, rebuilt, exported, saved and loaded."""
+
+import json
+from fractions import Fraction
+
+import onnx as onnx_format
+import pytest
+import torch
+from test_attach import gap, widths
+from test_rebuild import randomised
+from torch.utils._pytree import tree_map
+from zoo import ZOO
+from zoo_readers import IMAGE, READERS
+
+import jpq
+from jpq import costs
+from jpq.config import Budget, Config, Decide, Run, Task, Train
+from jpq.exporters import onnx
+from jpq.exporters.quantized import build, rebuild
+from jpq.exporters.select import Select, copies
+from jpq.exporters.verify import difference, measure
+from jpq.gates import VIB, Ranked
+from jpq.network.attach import attach, call
+from jpq.network.consumers import dropped, per_consumer
+from jpq.network.shares import Shares
+from jpq.network.trace import trace
+from jpq.plan import from_json
+
+NETS = {**{name: (make, IMAGE) for name, make in READERS.items()}, **{f"zoo_{n}": pair for n, pair in ZOO.items()}}
+
+
+def settled(name, seed=0):
+    """A net whose readers keep about half of their inputs each, with 8-bit weights and inputs."""
+    torch.manual_seed(seed)
+    make, example = NETS[name]
+    model = randomised(make(), seed)
+    example = tree_map(lambda t: t.double() if t.is_floating_point() else t, example)
+    network = trace(model, example)
+    net = attach(model, network, per_consumer(network), Ranked, widths, [example], "upscale").double()
+    for gate in net.gates:
+        gate.margins.copy_(torch.rand_like(gate.margins) - 0.5)
+        gate.margins[0, torch.randint(gate.n, ())] = 1.0
+    net.eval().settle(net.plan())
+    return model, net, example
+
+
+@pytest.mark.parametrize("name", sorted(NETS))
+def test_settled_rebuilt_and_loaded_agree(name):
+    model, net, example = settled(name)
+    small, plan = rebuild(net, model)
+    with torch.no_grad():
+        want = call(net, example)
+        assert gap(want, call(small.double(), example)) <= 1e-10
+        again = build(from_json(plan.to_json(), "here"), model)
+        again.load_state_dict(small.state_dict())
+        assert gap(call(small, example), call(again.double().eval(), example)) == 0
+
+
+@pytest.mark.parametrize("name", ["chain", "joined", "added", "flipped", "depthwise", "transposed", "zoo_concat"])
+def test_counted_on_the_rebuilt_model(name):
+    model, net, example = settled(name)
+    small, plan = rebuild(net, model)
+    counted, uses = measure(small, example), net.exact(plan)
+    assert (counted["bops"], counted["macs"]) == (costs.bops(uses), costs.macs(uses))
+
+
+def test_a_reader_is_charged_for_what_it_keeps_and_a_producer_for_what_anybody_keeps():
+    model, net, example = settled("chain")
+    small, plan = rebuild(net, model)
+    uses = {u.name: u for u in net.exact(plan)}
+    for site in net.sites:
+        (tap,) = site.taps
+        assert uses[tap.layer].inputs == Fraction(sum(plan.kept[site.name]), site.n)
+    made = 12 - len(dropped(net.sites, plan.kept))
+    assert uses["body.0"].outputs * 12 == made == small.body[0].out_channels
+    assert measure(small, example)["macs"] == costs.macs(uses.values())
+
+
+def test_soft_shares_are_exact_at_the_corners_and_have_gradients():
+    network = trace(READERS["joined"](), IMAGE)
+    sites = per_consumer(network)
+    shares = Shares(network, sites)
+    generator = torch.Generator().manual_seed(0)
+    hard = [(torch.rand(1, s.n, generator=generator) < 0.5).double() for s in sites]
+    soft = shares.soft(hard)
+    exact = shares.exact({s.name: h[0].bool().tolist() for s, h in zip(sites, hard, strict=True)})
+    for ours, (kept, whole) in zip([*soft[0], *soft[1]], [*exact[0], *exact[1]], strict=True):
+        assert float(ours) == pytest.approx(kept / whole)
+    half = [torch.full((1, s.n), 0.5, dtype=torch.double, requires_grad=True) for s in sites]
+    _, outputs = shares.soft(half)
+    at = [layer.name for layer in network.layers].index("a.0")
+    readers = sum(s.name.startswith("a.0 for") for s in sites)
+    assert float(outputs[at]) == pytest.approx(1 - 0.5**readers), "P(any of the readers keeps it)"
+    outputs[at].backward()
+    assert all(bool((h.grad > 0).all()) for s, h in zip(sites, half, strict=True) if s.name.startswith("a.0 for"))
+
+
+def test_gates_that_learn_work_on_every_reader():
+    torch.manual_seed(0)
+    model = randomised(READERS["added"]()).float()
+    network = trace(model, IMAGE)
+    net = attach(model, network, per_consumer(network), VIB, widths, [IMAGE], "djpq")
+    sum(out.square().mean() for out in net(IMAGE)).add(costs.bops(net.uses()).log()).add(net.penalty()).backward()
+    assert all(bool(p.grad.abs().sum() > 0) for p in net.gates.parameters() if p.requires_grad and p.grad is not None)
+    for gate in net.gates:
+        gate.log_var.data[0, ::2] = 4.0
+    net.eval().settle(net.plan())
+    small, _ = rebuild(net, model)
+    with torch.no_grad():
+        assert gap(net(IMAGE), small(IMAGE)) <= 1e-5
+
+
+def test_exported_file_slices_and_gathers(tmp_path):
+    torch.manual_seed(1)
+    model = jpq.models.build("resnet20", 10, 3).eval()
+    x = torch.randn(4, 3, 16, 16)
+    net = jpq.compress(model, x, method="upscale", bops="0.8%", w_bits=(4, 4), a_bits=(4, 4))
+    small = net.finalize()
+    found = copies(small, x)
+    assert found.views >= 1
+    assert found.gathers >= 1
+    path = tmp_path / "small.onnx"
+    onnx.export(small, x, path)
+    kinds = [node.op_type for node in onnx_format.load(path).graph.node]
+    strided = 6  # of the two shortcuts: every second row and column, and what torch makes of their padding
+    assert (kinds.count("Slice") - strided, kinds.count("Gather")) == (found.views, found.gathers)
+    batches = [(torch.randn(8, 3, 16, 16), torch.zeros(8))]
+    checked = jpq.verify(net.net, small, path, batches, x)
+    assert checked["masked_vs_rebuilt_float64"] <= 1e-9
+    assert checked["rebuilt_vs_onnxruntime"]["images"] == 8
+
+
+@pytest.mark.parametrize("score", ["l1", "lamp", "hrank"])
+def test_lands_on_the_budget_at_the_bits_that_were_given(score):
+    torch.manual_seed(0)
+    model = READERS["joined"]().eval()
+    net = jpq.compress(model, IMAGE, method="upscale", bops="1%", w_bits=(2, 5), a_bits=(2, 4), score=score)
+    plan = net.net.plan()
+    first = net.net.network.layers[0].name
+    assert {(b.w_bits, b.a_bits) for name, b in plan.layers.items() if name != first} == {(5, 4)}
+    assert (plan.layers[first].w_bits, plan.layers[first].a_bits) == (5, 8)
+    small = net.finalize()
+    limit = 0.01 * costs.baseline(net.net.exact())["bops"]
+    assert 0.9 * limit <= measure(small, IMAGE)["bops"] <= limit
+
+
+def test_impossible_targets_are_refused():
+    with pytest.raises(jpq.JpqError, match="smallest possible"):
+        jpq.compress(READERS["chain"](), IMAGE, method="upscale", bops="0.001%")
+
+
+def test_a_run_from_the_command_can_be_loaded(tmp_path):
+    asked = Config(
+        task=Task(model="resnet20", limit=120),
+        budget=Budget(target_bops="0.8%"),
+        decide=Decide(method="upscale", w_bits=(4, 4), a_bits=(4, 4), score="l2"),
+        train=Train(epochs=2, float_epochs=1),
+        run=Run(out=tmp_path, device="cpu"),
+    )
+    result = jpq.optimize(asked)
+    assert 0.97 <= result.targets["bops"]["used"] <= 1
+    assert result.verified["masked_vs_rebuilt_float64"] <= 1e-9
+    small, plan = jpq.load(result.folder)
+    assert plan.selects
+    assert json.loads((result.folder / "plan.json").read_text())["selects"] == {
+        k: list(v) for k, v in plan.selects.items()
+    }
+    assert sum(isinstance(m, Select) for m in small.modules()) == len(plan.selects)
+    x = torch.rand(16, 1, 8, 8)
+    assert torch.allclose(small(x), onnx.Session(result.folder / "model.onnx")(x), atol=0.05)
+    assert difference(small, jpq.load(result.folder)[0], x) == 0

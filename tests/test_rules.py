@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from zoo import IMAGE, Head, conv
 
 from jpq.exporters.rebuild import shrink
+from jpq.inspection import inspection
 from jpq.network import rules
 from jpq.network.call import Call, Dims
 from jpq.network.rules import RULES, rule
 from jpq.network.sites import channels
 from jpq.network.trace import trace
-from jpq.progress import inspection
 from jpq.types import JpqError
 
 EXAMPLE = textwrap.dedent(
@@ -57,9 +57,9 @@ def test_without_a_rule_the_report_says_what_to_do() -> None:
     assert [s.name for s in channels(network)] == ["b.0"]
     console = Console(width=200, record=True, quiet=False)
     with console.capture() as shown:
-        console.print(inspection(network, channels(network), 1.0))
+        console.print(inspection("mine", Squashed(), network, channels(network), 1.0, False, False))
     assert "op mine.squash has no rule; add one with jpq.network.rules" in shown.get()
-    assert "ops without a rule: mine.squash" in shown.get()
+    assert "ops without a rule froze what they touch: mine.squash" in shown.get()
 
 
 def test_the_documented_rule(own_rules: None) -> None:

@@ -7,9 +7,8 @@ import onnx as onnx_format
 import pytest
 import torch
 from test_attach import gap, widths
-from test_rebuild import randomised
 from torch.utils._pytree import tree_map
-from zoo import ZOO
+from zoo import ZOO, randomised
 from zoo_readers import IMAGE, READERS
 
 import jpq

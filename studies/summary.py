@@ -122,8 +122,8 @@ def coverage() -> str:
         f"{int(images.exact.sum())} of {len(images)} classification networks and {int(rest.exact.sum())} of "
         f"{len(rest)} others are rebuilt exactly: with a random half of the units of every site dropped, masked and "
         f"rebuilt network differ by at most {done.difference.max():.1g} (relative, float64, {span(done.seeds)} random "
-        f"halves each; a mirrored image changes the same outputs by {done.sensitivity.min():.0e} at least). Random weights, torch "
-        f"{table.torch.iloc[0]}, torchvision {table.torchvision.iloc[0]}; `python studies/coverage.py`, a row per "
+        f"halves each; a mirrored image changes the same outputs by {done.sensitivity.min():.0e} at least). Random weights, "
+        f"torch {table.torch.iloc[0]}, torchvision {table.torchvision.iloc[0]}; `python studies/coverage.py`, a row per "
         "network in `studies/results/coverage.csv`.",
         "",
         "| networks | exact | layers with so many % of the MACs are touched | MACs gone without every second unit, % "

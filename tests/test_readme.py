@@ -4,6 +4,8 @@ import dataclasses
 import re
 from pathlib import Path
 
+import pandas as pd
+
 from jpq.config import Config
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +25,7 @@ def test_python_blocks_run_one_after_the_other(capsys):
 
 def test_flags_exist():
     known = {f"--{f.name.replace('_', '-')}" for part in vars(Config()).values() for f in dataclasses.fields(part)}
-    used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) - {"--config", "--help", "--input-shape"}
+    used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) - {"--config", "--help", "--input-shape", "--all"}
     assert used <= known, used - known
 
 
@@ -38,3 +40,19 @@ def test_figures_are_those_of_the_csvs(monkeypatch):
 
     assert summary.figures() in TEXT
     assert summary.figures().count("\n| ") > 10
+
+
+def test_coverage_names_every_network_once(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    import coverage
+    import summary
+
+    assert summary.coverage() in TEXT
+    table = pd.read_csv(ROOT / "studies" / "results" / "coverage.csv")
+    assert table.model.is_unique
+    assert set(table.model) <= set(coverage.names())
+    assert len(coverage.names()) == 80 + 6 + 12 + 9
+    rows = [line for line in summary.coverage().splitlines() if line.startswith("| ")][1:]
+    counts = [[int(n) for n in re.findall(r"(\d+) of (\d+)", row.split("|")[2])[0]] for row in rows]
+    assert sum(total for _, total in counts) == len(table)
+    assert sum(exact for exact, _ in counts) == int((table.difference <= 1e-9).sum())

@@ -1,0 +1,122 @@
+"""`jpq inspect` and what it counts: how far pruning reaches, why the rest stays, long models summed up."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from test_cli import refused
+from zoo import ZOO
+
+from jpq.cli import main
+from jpq.exporters.rebuild import shrink
+from jpq.inspection import ROWS, STAGES, stages
+from jpq.network.reach import halved_share, prunable_share, stuck
+from jpq.network.sites import channels
+from jpq.network.trace import trace
+from jpq.types import NONE
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_reach_is_what_rebuilding_gives(name: str) -> None:
+    constructor, example = ZOO[name]
+    model = constructor().eval()
+    network = trace(model, example)
+    sites = channels(network)
+    gone = {int(c) for site in sites for c in site.labels[1::2]}
+    again = trace(shrink(model, network, gone), example)
+    left = Fraction(sum(layer.macs for layer in again.layers), sum(layer.macs for layer in network.layers))
+    assert halved_share(network, sites) == 1 - left
+    assert halved_share(network, sites) < prunable_share(network, sites) <= 1
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_channel_can_go_or_has_a_reason(name: str) -> None:
+    network = trace(ZOO[name][0](), ZOO[name][1])
+    sites = channels(network)
+    made = np.concatenate([*(layer.outputs for layer in network.layers), *network.embeddings.values()])
+    rows = stuck(network, sites)
+    assert sum(row.channels for row in rows) + sum(site.n for site in sites) == len(set(made.tolist()) - {NONE})
+    assert all(row.reason and row.makers for row in rows)
+
+
+def test_prunable_share_by_hand() -> None:
+    network = trace(*[part() if callable(part) else part for part in ZOO["two_outputs"]])
+    sites = channels(network)  # a feeds b and c; b is an output, c feeds the head
+    assert [site.name for site in sites] == ["a.0", "c.0"]
+    assert prunable_share(network, sites) == 1
+    only = [site for site in sites if site.name == "c.0"]
+    macs = {layer.name: layer.macs for layer in network.layers}
+    assert prunable_share(network, only) == Fraction(macs["c.0"] + macs["head.2"], sum(macs.values()))
+    assert prunable_share(network, []) == 0
+
+
+def test_stages() -> None:
+    few = [f"a.{i}" for i in range(ROWS)]
+    many = ["stem", *(f"body.{i}.{j}" for i in range(5) for j in range(8)), "head.fc"]
+    assert stages(few, False) == {name: name for name in few}
+    assert stages(many, True) == {name: name for name in many}
+    cut = stages(many, False)
+    assert (cut["stem"], cut["body.3.7"], cut["head.fc"]) == ("stem", "body.3", "head.fc")
+    deep = stages([f"m.{i}.{j}" for i in range(STAGES + 1) for j in range(2)], False)
+    assert set(deep.values()) == {"m"}
+
+
+def shown(args: list[str], capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["inspect", *args]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_long_model_is_summed_up(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ["--model", "torchvision:densenet121", "--input-shape", "3", "64", "64"]
+    short = shown(args, capsys, monkeypatch)
+    assert re.search(r"features\.denseblock1 +12 layers", short)
+    assert "denselayer" not in short
+    assert re.search(r"1000 +reaches the model's output +classifier", short)
+    assert "10240 units (channels, heads or groups) in 120 sites" in " ".join(short.replace("│", " ").split())
+    every = shown(
+        ["--model", "torchvision:densenet121", "--input-shape", "3", "64", "64", "--all"], capsys, monkeypatch
+    )
+    assert len(re.findall(r"denselayer\d+\.conv2 +conv", every)) == 58
+    totals = [re.findall(r"total .*", out)[0].split() for out in (short, every)]
+    assert totals[0] == totals[1]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], ["convnet, 1 x 8 x 8", "4 layers"]),
+        (["--data", "digits", "--classes", "7"], ["convnet, 1 x 8 x 8", "7 reaches the model's output"]),
+        (["--model", "torchvision:convnext_tiny"], ["3 x 224 x 224", "--open-norms lets the 1440 channels inside a"]),
+        (
+            ["--model", "torchvision:convnext_tiny", "--open-norms"],
+            ["1440 of the units lie inside averages", "is not the masked one, and fine-tuning must repair it"],
+        ),
+        (["--model", "lenet5", "--open-norms"], ["0 of the units lie inside averages"]),
+        (["--model", "torchvision:r3d_18", "--input-shape", "3", "4", "32", "32"], ["3 x 4 x 32 x 32", "400 reaches"]),
+        (["--model", "torchvision:lraspp_mobilenet_v3_large"], ["3 x 224 x 224", "21 reaches the model's output"]),
+    ],
+    ids=lambda value: " ".join(value[:4]),
+)
+def test_inspect(args: list[str], words: list[str], capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = " ".join(shown(args, capsys, monkeypatch).replace("│", " ").split())
+    for text in words:
+        assert text in out, text
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--model", "torchvision:ssd300_vgg16"], "give torchvision:ssd300_vgg16.backbone"),
+        (["--model", "torchvision:s3e"], "Did you mean s3d"),
+        (["--model", "mine:net"], "Say what mine:net takes"),
+        (["--model", "resnet20", "--input-shape", "3", "8"], "does not run on the example [[2, 3, 8]]"),
+    ],
+)
+def test_bad_input(args: list[str], words: str, capsys: Captured) -> None:
+    assert words in refused(["inspect", *args], capsys)

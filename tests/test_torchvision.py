@@ -1,0 +1,78 @@
+"""torchvision's networks: with a random half of every site's units gone, masked and rebuilt are the same in float64."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
+import coverage
+
+from jpq import vision
+from jpq.types import JpqError
+
+IMAGES = [name for name in coverage.names() if vision.kind_of(name) == "classification"]
+OTHERS = [name for name in coverage.names() if name not in IMAGES]
+
+
+def holds(name: str, seeds: int) -> None:
+    row = coverage.measure(name, range(seeds), coverage.exact_shape(name))
+    assert row["rebuilt_ok"], row
+    assert row["difference"] <= 1e-9
+    assert row["sensitivity"] > 1e-5, "the check must be able to see a wrong channel"
+    assert row["unknown_ops"] == ""
+    assert row["prunable_macs"] > 0.5
+    assert row["units"] > 500
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "densenet121", "shufflenet_v2_x0_5", "googlenet"])
+def test_some(name: str) -> None:
+    holds(name, seeds=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IMAGES)
+def test_all_80_classification_networks(name: str) -> None:
+    assert len(IMAGES) == 80
+    holds(name, seeds=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_segmentation_backbones_and_video(name: str) -> None:
+    assert len(OTHERS) == 6 + 12 + 9
+    holds(name, seeds=1)
+
+
+def test_a_network_that_fails_gets_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise JpqError("because")
+
+    monkeypatch.setattr(coverage.law, "hold", refuse)
+    row = coverage.measure("squeezenet1_1", [0], (3, 64, 64))
+    assert (row["rebuilt_ok"], row["why_not"]) == (False, "because")
+    assert row["units"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("fasterrcnn_resnet50_fpn", "is a detector.*give torchvision:fasterrcnn_resnet50_fpn.backbone"),
+        ("resnet18.backbone", "Unknown torchvision model 'resnet18.backbone'. Did you mean resnet18"),
+        ("ssd300_vgg17.backbone", "Did you mean ssd300_vgg16"),
+    ],
+)
+def test_names_that_cannot_be_built(name: str, says: str) -> None:
+    with pytest.raises(JpqError, match=says):
+        vision.build(name, 10)
+
+
+def test_usual_shapes() -> None:
+    shapes = {name: vision.usual_shape(name) for name in coverage.names()}
+    assert shapes["resnet18"] == (3, 224, 224)
+    assert shapes["inception_v3"] == (3, 299, 299)
+    assert shapes["ssd300_vgg16.backbone"] == (3, 300, 300)
+    assert shapes["r3d_18"] == (3, 16, 112, 112)
+    assert shapes["mvit_v2_s"] == (3, 16, 224, 224)

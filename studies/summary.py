@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import unconstrained
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -25,13 +26,7 @@ KINDS = {
 OUTPUT = "reaches the model's output"
 
 
-FIRST = (
-    "Made before two faults of the calibration were found: ranges were fitted to one column of each image, and those "
-    "of `uniform` for 8 bits instead of its own. Both matter most in few epochs and at few bits."
-)
-
-
-def compared(name: str, title: str, note: str = "") -> list[str]:
+def compared(name: str, title: str) -> list[str]:
     """One study: a row per target and method, means over seeds."""
     table = pd.read_csv(HERE / "results" / f"{name}.csv")
     groups = table.groupby(["target", "method", "epochs", "search_epochs"], sort=False)
@@ -45,7 +40,6 @@ def compared(name: str, title: str, note: str = "") -> list[str]:
     lines = [
         f"**{title}** (`studies/results/{name}.csv`; each line holds the command that made it)",
         "",
-        *([note, ""] if note else []),
         "| BOPs asked | method | epochs (of search) | n | test accuracy % | float % | BOPs used % | KB |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -105,8 +99,9 @@ def figures() -> str:
         *compared("digits", "Digits, convnet, float model trained in the run"),
         *compared("fashion_mnist", "Fashion-MNIST, LeNet-5, float model trained in the run"),
         *compared("resnet20_cifar10", "CIFAR-10, ResNet20 from public weights"),
-        *compared("resnet20_cifar10_first", "CIFAR-10, ResNet20, first measurement, to be repeated", FIRST),
         *step_cost(),
+        *analysis_speed(),
+        *unconstrained.table(),
     ]
     return "\n".join(lines)
 
@@ -144,9 +139,9 @@ def coverage() -> str:
         f"{int(images.exact.sum())} of {len(images)} classification networks and {int(rest.exact.sum())} of "
         f"{len(rest)} others are rebuilt exactly: with a random half of the units of every site dropped, masked and "
         f"rebuilt network differ by at most {done.difference.max():.1g} (relative, float64, {span(done.seeds)} random "
-        f"halves each; a mirrored image changes the same outputs by {done.sensitivity.min():.0e} at least). Random weights, "
-        f"torch {table.torch.iloc[0]}, torchvision {table.torchvision.iloc[0]}; `python studies/coverage.py`, a row per "
-        "network in `studies/results/coverage.csv`.",
+        f"halves each; a mirrored image changes the same outputs by {done.sensitivity.min():.0e} at least). Random "
+        f"weights, torch {table.torch.iloc[0]}, torchvision {table.torchvision.iloc[0]}; `python studies/coverage.py`, "
+        "a row per network in `studies/results/coverage.csv`.",
         "",
         "| networks | exact | layers with so many % of the MACs are touched | MACs gone without every second unit, % "
         "| largest difference | what stays, besides the outputs |",

@@ -178,10 +178,10 @@ def table(path: Path = RESULTS) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows[rows.agreement == 0].itertuples():
+        copied = f"{row.channels:,.0f} | {row.gathers:.0f} | {row.size_bytes / 1e6:.2f}"
         lines.append(
-            f"| {row.model} | {100 * row.amount:.0f} % | {row.export} | {100 * row.macs_share:.1f} | {row.channels:,} "
-            f"| {row.gathers} | {row.size_bytes / 1e6:.2f} | {row.torch_ms:.1f} ({row.torch_ratio:.2f}) "
-            f"| {row.onnx_ms:.1f} ({row.onnx_ratio:.2f}) |"
+            f"| {row.model} | {100 * row.amount:.0f} % | {row.export} | {100 * row.macs_share:.1f} | {copied} "
+            f"| {row.torch_ms:.1f} ({row.torch_ratio:.2f}) | {row.onnx_ms:.1f} ({row.onnx_ratio:.2f}) |"
         )
     return [*lines, ""]
 

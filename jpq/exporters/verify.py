@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ def measure(small: nn.Module, example: Tensor) -> dict[str, int]:
             at = args[0] if getattr(layer, "transposed", False) else out  # where the kernel is applied
             positions = at.numel() // at.shape[0] // (at.shape[-1] if weight.dim() == 2 else at.shape[1])
             w, a = (round(float(q.width())) for q in (weight_quantizer(layer), act_quantizer(layer)))
-            uses.append(LayerUse(name, weight.numel() * positions, weight.numel(), out.shape[1], 1, 1, 1, w, a))
+            mask = getattr(layer, "mask", None)
+            density = 1 if mask is None else Fraction(int(mask.sum()), mask.numel())
+            uses.append(LayerUse(name, weight.numel() * positions, weight.numel(), out.shape[1], 1, 1, density, w, a))
 
         return hook
 

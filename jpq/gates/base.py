@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,11 @@ from jpq.types import Units
 
 class Gate(nn.Module, ABC):
     """Relaxed keep-or-drop decision over the `[rows, n]` units of one site. `keep` decides; the rest relaxes it."""
+
+    counted: ClassVar[bool] = False  # how many units stay is given: landing leaves them, and they need no pressure
+    sees_weights: ClassVar[bool] = False  # wants `see` called before every draw
+    straight_through: ClassVar[bool] = False  # dropped weights get the gradient of kept ones, and may come back
+    held_out: ClassVar[bool] = False  # decisions learn on other batches than the weights (bi-level)
 
     def __init__(self, rows: int, n: int):
         super().__init__()
@@ -24,6 +31,12 @@ class Gate(nn.Module, ABC):
     @abstractmethod
     def margin(self) -> Units:
         """Distance from the threshold in nats: > 0 kept, <= 0 dropped; landing closes the smallest first."""
+
+    def see(self, squares: Units) -> None:
+        """The float weights of each unit as they stand, squared and summed over all taps; differentiable."""
+
+    def join(self, gates: Sequence[Gate]) -> None:
+        """All gates of the network, this one among them: for methods that rank units of all sites together."""
 
     def keep(self) -> Units:
         """Exactly 0 or 1."""

@@ -11,13 +11,13 @@ import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
 from jpq.gates import Gate
-from jpq.network.compressed import Compressed
+from jpq.network.compressed import Compressed, original
 from jpq.network.record import Layer, Network
 from jpq.network.sites import Site
 from jpq.network.taps import Draw, Jitter, Masked
 from jpq.quantizers import Integer, Width, can_quantize, fit_threshold, quantize_layer, replace_everywhere
-from jpq.structures import Structure
-from jpq.types import JpqError
+from jpq.structures import Axis, Structure
+from jpq.types import JpqError, Units
 
 SAMPLES = 2**14  # activations per layer and batch that calibration looks at
 Batches = Iterable[Any]
@@ -52,7 +52,9 @@ def attach(
     seen = observe(model, network, calibration)
     compressed = Compressed(model, network, sites, [gate(s.rows, s.n).to(device) for s in sites], method)
     compressed.seen = seen
-    compressed.draws = [Draw(g) for g in compressed.gates]
+    compressed.draws = [Draw(g, _squares(model, network, s)) for g, s in zip(compressed.gates, sites, strict=True)]
+    for g in compressed.gates:
+        g.join(list(compressed.gates))
     taps: dict[str, list[tuple[Draw, Structure]]] = {}
     for draw, site in zip(compressed.draws, sites, strict=True):
         for tap in site.taps:
@@ -66,8 +68,22 @@ def attach(
             )
             pair = compressed.quantizers(layer.name)
             if pair:
-                pair[1].jitter = Jitter(taps[layer.name], -1 if layer.kind == "linear" else 1, layer.groups)
+                noisy = [(d, s) for d, s in taps[layer.name] if isinstance(s, Axis)]  # masks have no noise per sample
+                pair[1].jitter = Jitter(noisy, -1 if layer.kind == "linear" else 1, layer.groups) if noisy else None
     return compressed
+
+
+def _squares(model: nn.Module, network: Network, site: Site) -> Callable[[], Units]:
+    """What gives the float weights of a site's units, squared and summed over its taps: `[rows, n]`."""
+
+    def squares() -> Units:
+        parts = []
+        for tap in site.taps:
+            weight = original(model, network.layer(tap.layer))
+            parts.append(tap.structure.pool(weight.square()))
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+    return squares
 
 
 def quantize(model: nn.Module, layer: Layer, widths: tuple[Width, Width], seen: Tensor | None) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from jpq.costs import LayerUse
 from jpq.gates import Decided, Gate
+from jpq.network.densities import Densities
 from jpq.network.record import Layer, Network
 from jpq.network.shares import Shares
 from jpq.network.sites import Site
 from jpq.network.taps import Draw
-from jpq.plan import LayerPlan, Plan
+from jpq.plan import LayerPlan, MaskPlan, Plan
 from jpq.quantizers import Fixed, Integer, Width, act_quantizer, fit_threshold, weight_quantizer
 
 FLOAT_BITS = 32  # of layers that cannot be quantized
@@ -39,6 +40,7 @@ class Compressed(nn.Module):
         self.draws: list[Draw] = []
         self.seen: dict[str, Tensor] = {}  # calibration samples of each layer's input
         self.shares = Shares(network, self.sites)
+        self.densities = Densities(network, self.sites)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output under the decisions as they stand; a fresh draw of every gate."""
@@ -59,14 +61,16 @@ class Compressed(nn.Module):
         """What each layer uses now: values whole (hard decisions), gradients soft."""
         alive = [_hard(g.keep(), g.alive()) for g in self.gates]
         inputs, outputs = self.shares.soft(alive)
+        density = self.densities.soft(alive)
         return [
-            _use(layer, inputs[i], outputs[i], *self._widths(layer.name)) for i, layer in enumerate(self.network.layers)
+            _use(layer, inputs[i], outputs[i], density.get(layer.name, 1), *self._widths(layer.name))
+            for i, layer in enumerate(self.network.layers)
         ]
 
     @torch.no_grad()
     def exact(self, plan: Plan | None = None) -> list[LayerUse]:
         """What each layer uses under a plan (default: as things stand), in whole numbers and fractions."""
-        return exact_uses(self.network, self.shares, plan or self.plan())
+        return exact_uses(self.network, self.shares, plan or self.plan(), self.densities)
 
     def _widths(self, name: str) -> tuple[Any, Any]:
         pair = self.quantizers(name)
@@ -117,8 +121,12 @@ class Compressed(nn.Module):
                 layers[layer.name] = LayerPlan(
                     round(float(pair[0].width())), round(float(pair[1].width())), pair[1].signed
                 )
-        kept = {s.name: tuple(g.keep()[0].bool().tolist()) for s, g in zip(self.sites, self.gates, strict=True)}
-        return Plan(self.method, layers, kept)
+        for draw in self.draws:
+            draw.look()
+        pairs = list(zip(self.sites, self.gates, strict=True))
+        kept = {s.name: tuple(g.keep()[0].bool().tolist()) for s, g in pairs if not s.is_mask}
+        masks = {s.taps[0].layer: MaskPlan.of(g.keep()) for s, g in pairs if s.is_mask}
+        return Plan(self.method, layers, kept, masks)
 
     @torch.no_grad()
     def settle(self, plan: Plan) -> None:
@@ -127,13 +135,17 @@ class Compressed(nn.Module):
         Under a plan that equals the decisions as they stand, evaluation before and after agrees exactly.
         """
         for draw, site, gate in zip(self.draws, self.sites, self.gates, strict=True):
+            draw.look()
             for tap in site.taps:
-                weight = _original(self.model, self.network.layer(tap.layer))
+                weight = original(self.model, self.network.layer(tap.layer))
                 # a unit that landing opened again has scale 0 with some gates: its weights stay as they are
                 scale = torch.where(gate.keep() > 0, gate.scale(), torch.ones_like(gate.scale()))
                 weight.mul_(tap.structure.expand(scale, weight.shape))
-            kept = torch.tensor([plan.kept[site.name]], dtype=gate.keep().dtype, device=gate.keep().device)
-            draw.gate = Decided(kept)
+            if site.is_mask:
+                kept = plan.masks[site.taps[0].layer].units()
+            else:
+                kept = torch.tensor([plan.kept[site.name]])
+            draw.gate = Decided(kept.to(gate.keep()))
             draw.again()
         self.gates = nn.ModuleList(draw.gate for draw in self.draws)
         for layer in self.network.layers:
@@ -171,24 +183,26 @@ def _fixed(width: Width, bits: int) -> Fixed:
     return Fixed(bits, width.choices).to(next(iter(width.state_dict().values())).device)
 
 
-def _use(layer: Layer, inputs: Any, outputs: Any, w_bits: Any, a_bits: Any) -> LayerUse:
+def _use(layer: Layer, inputs: Any, outputs: Any, density: Any, w_bits: Any, a_bits: Any) -> LayerUse:
     return LayerUse(
-        layer.name, layer.macs, prod(layer.weight_shape), len(layer.outputs), inputs, outputs, 1, w_bits, a_bits
+        layer.name, layer.macs, prod(layer.weight_shape), len(layer.outputs), inputs, outputs, density, w_bits, a_bits
     )
 
 
-def exact_uses(network: Network, shares: Shares, plan: Plan) -> list[LayerUse]:
+def exact_uses(network: Network, shares: Shares, plan: Plan, densities: Densities | None = None) -> list[LayerUse]:
     """What each layer uses under a plan, in whole numbers and fractions."""
     inputs, outputs = shares.exact(plan.kept)
+    density = densities.exact(plan.masks) if densities else {}
     uses = []
     for i, layer in enumerate(network.layers):
         bits = plan.layers.get(layer.name)
         w, a = (bits.w_bits, bits.a_bits) if bits else (FLOAT_BITS, FLOAT_BITS)
-        uses.append(_use(layer, Fraction(*inputs[i]), Fraction(*outputs[i]), w, a))
+        share = density.get(layer.name, 1)
+        uses.append(_use(layer, Fraction(*inputs[i]), Fraction(*outputs[i]), share, w, a))
     return uses
 
 
-def _original(model: nn.Module, layer: Layer) -> Tensor:
+def original(model: nn.Module, layer: Layer) -> Tensor:
     """The trainable weight behind the mask."""
     owner, _, name = layer.weight.rpartition(".")
     module = model.get_submodule(owner)

@@ -7,11 +7,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Size
 
 from jpq.network.record import Network
 from jpq.structures.axis import Axis
 from jpq.structures.base import Structure
-from jpq.types import NONE, Labels, unknown
+from jpq.types import NONE, JpqError, Labels, unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +31,13 @@ class Site:
     rows: int
     n: int
     taps: tuple[Tap, ...]
-    labels: Labels  # [n]: the label class of each unit
+    labels: Labels  # [n]: the label class of each unit; empty for a mask inside one layer
     makers: tuple[str, ...]  # layers that produce these channels
+
+    @property
+    def is_mask(self) -> bool:
+        """Whether this is a mask on the weights of one layer, which removes no channel."""
+        return not len(self.labels)
 
 
 def channels(network: Network, skip: Collection[str] = ()) -> tuple[Site, ...]:
@@ -67,6 +73,26 @@ def channels(network: Network, skip: Collection[str] = ()) -> tuple[Site, ...]:
             name += "'"
         used.add(name)
         sites.append(Site(name, 1, len(units), cut, units, names))
+    return tuple(sites)
+
+
+def masks(network: Network, structure: Structure, skip: Collection[str] = ()) -> tuple[Site, ...]:
+    """A site for each layer whose weight the structure fits: masks inside layers, which remove no channel.
+
+    Layers in `skip` are left out, so are weights that the structure refuses (a window longer than the weight's row).
+    """
+    known = [layer.name for layer in network.layers]
+    for name in skip:
+        if name not in known:
+            raise unknown("layer", name, known)
+    sites = []
+    for layer in network.layers:
+        try:
+            rows, n = structure.shape(Size(layer.weight_shape))
+        except JpqError:
+            continue
+        if layer.name not in skip and layer.weight == f"{layer.name}.weight":
+            sites.append(Site(layer.name, rows, n, (Tap(layer.name, structure),), np.zeros(0, np.int64), (layer.name,)))
     return tuple(sites)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,18 +10,27 @@ from torch import Tensor, nn
 
 from jpq.gates import Gate
 from jpq.structures import Structure
-from jpq.types import NONE, Weight
+from jpq.types import NONE, Units, Weight
 
 
 class Draw:
-    """What one gate's decision is in this forward pass: every tap sees the same."""
+    """What one gate's decision is in this forward pass: every tap sees the same.
 
-    def __init__(self, gate: Gate):
-        self.gate = gate
+    `squares` gives the float weights of each unit, squared and summed, to gates that rank by them.
+    """
+
+    def __init__(self, gate: Gate, squares: Callable[[], Units] | None = None):
+        self.gate, self.squares = gate, squares
         self.again()
+
+    def look(self) -> None:
+        """Show the gate the weights as they stand."""
+        if self.gate.sees_weights and self.squares is not None:
+            self.gate.see(self.squares())
 
     def again(self) -> None:
         """A new draw, at the start of a forward pass."""
+        self.look()
         self.z = self.gate.multiplier()
         self._noise: dict[int, Tensor | None] = {}
 
@@ -40,9 +49,10 @@ class Masked(nn.Module):
         self.taps = list(taps)
 
     def forward(self, weight: Weight) -> Weight:
-        """weight * expand(z) for each tap."""
+        """weight * expand(z) for each tap; where the gate says so, backward as if there were no mask."""
         for draw, structure in self.taps:
-            weight = weight * structure.expand(draw.z, weight.shape)
+            masked = weight * structure.expand(draw.z, weight.shape)
+            weight = weight + (masked - weight).detach() if draw.gate.straight_through else masked
         return weight
 
 

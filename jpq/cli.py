@@ -47,7 +47,8 @@ EXAMPLES = {
 }
 METAVARS = {
     "w_bits": "MIN MAX", "a_bits": "MIN MAX", "target_bops": "COST", "target_macs": "COST", "target_size": "SIZE",
-    "skip": "[LAYER ...]", "method": "NAME", "model": "NAME", "data": "NAME", "device": "NAME", "limit": "INT",
+    "skip": "[LAYER ...]",
+    "method": "NAME", "structure": "NAME", "model": "NAME", "data": "NAME", "device": "NAME", "limit": "INT",
     "weights": "FILE", "config": "FILE", "data_root": "FOLDER", "out": "FOLDER", "input_shape": "C H W",
 }  # fmt: skip
 

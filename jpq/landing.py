@@ -153,20 +153,23 @@ def fill(net: Compressed, decisions: Soft, plan: Plan, goals: Sequence[Target]) 
 def open_masks(net: Compressed, decisions: Soft, plan: Plan, goals: Sequence[Target]) -> Plan:
     """Spend what single bits and channels leave on more units of the masks, layer by layer, best margins first."""
     for name, margins in decisions.masks.items():
-        closed = margins.masked_fill(plan.masks[name].units(), -math.inf).flatten()
-        order = closed.argsort(descending=True)[: int((closed > -math.inf).sum())]
-
-        def opened(count: int, name: str = name, order: Tensor = order) -> Plan:
-            keep = plan.masks[name].units()
-            keep.view(-1)[order[:count]] = True
-            return replace(plan, masks={**plan.masks, name: MaskPlan.of(keep)})
-
+        kept = plan.masks[name].units()
+        closed = margins.masked_fill(kept, -math.inf).flatten()
+        order = closed.argsort(descending=True)[: int((~kept).sum())]
         low, high = 0, len(order)
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if meets(goals, net.exact(opened(middle))) else (low, middle - 1)
-        plan = opened(low)
+            fits = meets(goals, net.exact(_opened(plan, name, kept, order[:middle])))
+            low, high = (middle, high) if fits else (low, middle - 1)
+        plan = _opened(plan, name, kept, order[:low])
     return plan
+
+
+def _opened(plan: Plan, name: str, kept: Tensor, more: Tensor) -> Plan:
+    """The plan with more units of one mask."""
+    keep = kept.clone()
+    keep.view(-1)[more] = True
+    return replace(plan, masks={**plan.masks, name: MaskPlan.of(keep)})
 
 
 def note(goals: Sequence[Target], net: Compressed, plan: Plan) -> str | None:

@@ -24,14 +24,13 @@ from jpq.data import load as load_data
 from jpq.exporters import onnx, verify
 from jpq.exporters.quantized import build, rebuild
 from jpq.figures import layer_rows, reached, versions
-from jpq.joint import gates, widths
+from jpq.joint import gates, sites_of, widths
 from jpq.journal import Journal, open_folder
 from jpq.methods import METHODS, Method
 from jpq.network.attach import attach
 from jpq.network.compressed import Compressed, exact_uses
 from jpq.network.record import Network
 from jpq.network.shares import Shares
-from jpq.network.sites import channels
 from jpq.network.trace import trace
 from jpq.plan import Plan, from_json
 from jpq.plan import read as read_plan
@@ -59,7 +58,7 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     model = dense_model(config, data, device)
     network = trace(model, data.example)  # 2
     set_threads(config, network)
-    sites = channels(network, d.skip) if method.gate else ()  # 3
+    sites = sites_of(method, network, d.structure, d.skip)  # 3
 
     goals = asked(network, config)  # 4
     start = start_bits(network, goals, d.w_bits, d.a_bits, d.image_bits)
@@ -67,7 +66,7 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     def attached(inputs: list[Tensor]) -> Compressed:
         torch.manual_seed(config.run.seed)
         make = widths(method, d.w_bits, d.a_bits, d.image_bits, start)
-        return attach(model, network, sites, gates(method), make, inputs, d.method)
+        return attach(model, network, sites, gates(method, d.density), make, inputs, d.method)
 
     possible(attached([data.example]), goals, config)
     train_float(model, data, config, run)

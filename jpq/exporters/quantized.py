@@ -63,6 +63,7 @@ def complete(net: Compressed) -> Plan:
     dropped = {
         int(label)
         for site in net.sites
+        if not site.is_mask
         for label, kept in zip(site.labels, plan.kept[site.name], strict=True)
         if not kept
     }

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from jpq.types import Units
+from jpq.structures.base import Structure
+from jpq.types import Units, Weight
 
 
 class Gate(nn.Module, ABC):
@@ -32,11 +33,22 @@ class Gate(nn.Module, ABC):
     def margin(self) -> Units:
         """Distance from the threshold in nats: > 0 kept, <= 0 dropped; landing closes the smallest first."""
 
-    def see(self, squares: Units) -> None:
-        """The float weights of each unit as they stand, squared and summed over all taps; differentiable."""
+    def bind(self, sizes: Units, quota: int | None) -> None:
+        """What the site is like: weights that each unit stands for (0: padding), and units per row that must stay."""
+
+    def see(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
+        """The float weights of the site's taps as they stand, and how units lie in them; before every draw."""
 
     def join(self, gates: Sequence[Gate]) -> None:
-        """All gates of the network, this one among them: for methods that rank units of all sites together."""
+        """All gates of the network, once, at the start: for methods that rank units of all sites together."""
+
+    def loss(self) -> Tensor | None:
+        """What the method itself adds to the loss, unscaled (an augmented Lagrangian); None for nothing."""
+        return None
+
+    def metrics(self) -> dict[str, float]:
+        """What the report says about this gate's decisions beside how many units stay."""
+        return {}
 
     def keep(self) -> Units:
         """Exactly 0 or 1."""
@@ -65,3 +77,9 @@ class Gate(nn.Module, ABC):
     def multiplier(self) -> Units:
         """What multiplies the weights now: relaxed in training, `keep * scale` in evaluation."""
         return self.relaxed() if self.training else self.keep() * self.scale()
+
+
+def squares(weights: Sequence[tuple[Weight, Structure]]) -> Units:
+    """`[rows, n]`: the weights of each unit, squared and summed over all taps; differentiable."""
+    parts = [structure.pool(weight.square()) for weight, structure in weights]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]

@@ -8,7 +8,6 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
 from jpq.costs import LayerUse
@@ -17,7 +16,7 @@ from jpq.network.densities import Densities
 from jpq.network.record import Layer, Network
 from jpq.network.shares import Shares
 from jpq.network.sites import Site
-from jpq.network.taps import Draw
+from jpq.network.taps import Draw, original
 from jpq.plan import LayerPlan, MaskPlan, Plan
 from jpq.quantizers import Fixed, Integer, Width, act_quantizer, fit_threshold, weight_quantizer
 
@@ -59,7 +58,7 @@ class Compressed(nn.Module):
 
     def uses(self) -> list[LayerUse]:
         """What each layer uses now: values whole (hard decisions), gradients soft."""
-        alive = [_hard(g.keep(), g.alive()) for g in self.gates]
+        alive = [g.keep() if g.counted else _hard(g.keep(), g.alive()) for g in self.gates]
         inputs, outputs = self.shares.soft(alive)
         density = self.densities.soft(alive)
         return [
@@ -82,6 +81,11 @@ class Compressed(nn.Module):
         units = sum(g.n * g.rows for g in self.gates)
         device = next(self.model.parameters()).device
         return sum((p.sum() for p in parts), torch.zeros((), device=device)) / max(1, units)
+
+    def own_loss(self) -> Tensor:
+        """What the gates add to the loss as it is (augmented Lagrangians), a scalar."""
+        parts = [p for p in (g.loss() for g in self.gates) if p is not None]
+        return sum(parts, torch.zeros((), device=next(self.model.parameters()).device))
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
@@ -137,14 +141,13 @@ class Compressed(nn.Module):
         for draw, site, gate in zip(self.draws, self.sites, self.gates, strict=True):
             draw.look()
             for tap in site.taps:
-                weight = original(self.model, self.network.layer(tap.layer))
+                owner, _, name = self.network.layer(tap.layer).weight.rpartition(".")
+                weight = original(self.model.get_submodule(owner), name)
                 # a unit that landing opened again has scale 0 with some gates: its weights stay as they are
                 scale = torch.where(gate.keep() > 0, gate.scale(), torch.ones_like(gate.scale()))
                 weight.mul_(tap.structure.expand(scale, weight.shape))
-            if site.is_mask:
-                kept = plan.masks[site.taps[0].layer].units()
-            else:
-                kept = torch.tensor([plan.kept[site.name]])
+            mask = site.is_mask
+            kept = plan.masks[site.taps[0].layer].units() if mask else torch.tensor([plan.kept[site.name]])
             draw.gate = Decided(kept.to(gate.keep()))
             draw.again()
         self.gates = nn.ModuleList(draw.gate for draw in self.draws)
@@ -200,12 +203,3 @@ def exact_uses(network: Network, shares: Shares, plan: Plan, densities: Densitie
         share = density.get(layer.name, 1)
         uses.append(_use(layer, Fraction(*inputs[i]), Fraction(*outputs[i]), share, w, a))
     return uses
-
-
-def original(model: nn.Module, layer: Layer) -> Tensor:
-    """The trainable weight behind the mask."""
-    owner, _, name = layer.weight.rpartition(".")
-    module = model.get_submodule(owner)
-    if parametrize.is_parametrized(module, name):
-        return module.parametrizations[name].original  # type: ignore[index,union-attr]
-    return getattr(module, name)

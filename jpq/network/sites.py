@@ -10,8 +10,7 @@ import numpy as np
 from torch import Size
 
 from jpq.network.record import Network
-from jpq.structures.axis import Axis
-from jpq.structures.base import Structure
+from jpq.structures import Axis, Layout, Structure, parse
 from jpq.types import NONE, JpqError, Labels, unknown
 
 
@@ -76,23 +75,29 @@ def channels(network: Network, skip: Collection[str] = ()) -> tuple[Site, ...]:
     return tuple(sites)
 
 
-def masks(network: Network, structure: Structure, skip: Collection[str] = ()) -> tuple[Site, ...]:
+def masks(network: Network, structure: str, skip: Collection[str] = ()) -> tuple[Site, ...]:
     """A site for each layer whose weight the structure fits: masks inside layers, which remove no channel.
 
-    Layers in `skip` are left out, so are weights that the structure refuses (a window longer than the weight's row).
+    Layers in `skip` stay dense, so do weights that the structure refuses (4 x 4 kernels have no 3 x 3 pattern).
+    Raises JpqError for a structure that cannot be read, and for one that fits no layer, with the reason.
     """
     known = [layer.name for layer in network.layers]
     for name in skip:
         if name not in known:
             raise unknown("layer", name, known)
-    sites = []
+    sites, refused = [], ""
     for layer in network.layers:
-        try:
-            rows, n = structure.shape(Size(layer.weight_shape))
-        except JpqError:
+        if layer.name in skip or layer.weight != f"{layer.name}.weight":
             continue
-        if layer.name not in skip and layer.weight == f"{layer.name}.weight":
-            sites.append(Site(layer.name, rows, n, (Tap(layer.name, structure),), np.zeros(0, np.int64), (layer.name,)))
+        own = parse(structure, Layout(layer.kind == "conv_transpose", layer.groups))
+        try:
+            rows, n = own.shape(Size(layer.weight_shape))
+        except JpqError as reason:
+            refused = str(reason)
+        else:
+            sites.append(Site(layer.name, rows, n, (Tap(layer.name, own),), np.zeros(0, np.int64), (layer.name,)))
+    if not sites:
+        raise JpqError(f"--structure {structure} fits no layer of this model. {refused}")
     return tuple(sites)
 
 

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
 from jpq.gates import Gate
 from jpq.structures import Structure
-from jpq.types import NONE, Units, Weight
+from jpq.types import NONE, Weight
 
 
 class Draw:
     """What one gate's decision is in this forward pass: every tap sees the same.
 
-    `squares` gives the float weights of each unit, squared and summed, to gates that rank by them.
+    Args:
+        gate: the gate.
+        reach: what its taps multiply: (module, name of its weight, structure), for gates that look at weights.
     """
 
-    def __init__(self, gate: Gate, squares: Callable[[], Units] | None = None):
-        self.gate, self.squares = gate, squares
+    def __init__(self, gate: Gate, reach: Sequence[tuple[nn.Module, str, Structure]] = ()):
+        self.gate, self.reach = gate, list(reach)
         self.again()
 
     def look(self) -> None:
-        """Show the gate the weights as they stand."""
-        if self.gate.sees_weights and self.squares is not None:
-            self.gate.see(self.squares())
+        """Show the gate the float weights as they stand."""
+        if self.gate.sees_weights and self.reach:
+            self.gate.see([(original(module, name), structure) for module, name, structure in self.reach])
 
     def again(self) -> None:
         """A new draw, at the start of a forward pass."""
@@ -39,6 +42,13 @@ class Draw:
         if batch not in self._noise:
             self._noise[batch] = self.gate.jitter(batch)
         return self._noise[batch]
+
+
+def original(module: nn.Module, name: str) -> Tensor:
+    """The trainable weight behind the masks."""
+    if parametrize.is_parametrized(module, name):
+        return module.parametrizations[name].original  # type: ignore[index,union-attr]
+    return getattr(module, name)
 
 
 class Masked(nn.Module):

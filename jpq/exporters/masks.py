@@ -1,18 +1,18 @@
 """The kept units of one structure in as few bits as the cheapest of five encodings needs.
 
-R rows of n units, v_r of them real and k_r kept. Rows are "even" where k_r = min(q, v_r) with one q for all of them, as in
-N:M and k-of-n masks and wherever there is a single row; q then stands in the header.
+R rows of n units, v_r of them real and k_r kept. Rows are "even" where k_r = min(q, v_r) with one q for all of them, as
+in N:M and k-of-n masks and wherever there is a single row; q then stands in the header.
 
 | encoding | bits | what is written |
 |---|---|---|
 | `all` | 0 | nothing: everything is kept |
 | `bitmap` | sum v_r | one bit for each real unit |
 | `rank` | R * ceil(log2 C(n, q)) | which choice of q units: sum of C(p_i, i), p_i the i-th kept place; even, n <= 62 |
-| `kept` | sum k_r * ceil(log2 n) | where in its row each kept unit is, rising; not even: the k_r first, in whole bytes |
+| `kept` | sum k_r * ceil(log2 n) | the place of each kept unit in its row, rising; not even: first the k_r, in bytes |
 | `dropped` | sum (v_r - k_r) * ceil(log2 n) | the same of those that are dropped |
 
-The smallest is taken, the earliest in this table where several are: 2:4 takes 3 bits for 4 weights (`rank`), 1:4 takes 2,
-the single weights of a layer of a million a bit each (`bitmap`), or 20 for each kept one below 5 % density (`kept`).
+The smallest is taken, the earliest in this table where several are: 2:4 takes 3 bits for 4 weights (`rank`), 1:4 takes
+2, the single weights of a layer of a million a bit each (`bitmap`), or 20 a kept one below 5 % density (`kept`).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,9 @@ def _decode(entry: Mapping[str, Any], streams: list[Tensor], room: int, most: in
         if form.encoding not in masks.ENCODINGS:
             raise JpqError(f"it has an unknown encoding of masks, {form.encoding!r}")
         kept = torch.from_numpy(masks.decode(mask, _valid(structure, size), form))
-        flags, _ = _units(structure, kept, size)
+        flags, valid = _units(structure, kept, size)
+        if replace(_form(flags, valid), bits=0) != form:
+            raise JpqError("a mask is not in its smallest form: jpq writes no other")
         stays = _mask(structure, flags, size)
     elif len(mask):
         raise JpqError("a layer without a structure has a mask")
@@ -218,8 +220,9 @@ def _units(structure: Structure, kept: Tensor | None, weight: Size) -> tuple[mas
         raise JpqError("Kept units are 0 or 1: take the decision (gate.keep()) before packing.")
     valid = _valid(structure, weight)
     flags = units.bool().numpy() & valid
-    if not structure.partition and bool((flags.sum(1) > 1).any()):
-        raise JpqError(f"At most one unit in each row of {structure.spec()} may be kept.")
+    quota = structure.quota()
+    if quota is not None and bool((flags.sum(1) > quota).any()):
+        raise JpqError(f"{structure.spec()} keeps at most {quota} in each row; a dense layer is packed without it.")
     return flags, valid
 
 
@@ -239,7 +242,7 @@ def _describe(tensor: Tensor) -> list[Any]:
 
 
 def _crc(data: bits.Bytes) -> int:
-    return zlib.crc32(memoryview(data))
+    return zlib.crc32(data.data)
 
 
 def _whole(value: Any, low: int, high: int) -> int:

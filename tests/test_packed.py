@@ -148,6 +148,15 @@ def test_streams_of_bits(width):
         assert whole == {1: 0b101, 3: 0b111_000_111}[width]
 
 
+@pytest.mark.parametrize(
+    ("data", "match"), [([7, 0], "take 1 bytes, not 2"), ([], "not 0"), ([64 + 7], "behind the last number")]
+)
+def test_streams_of_another_length_are_refused(data, match):
+    assert bits.unpack(np.array([0b101_011], np.uint8), 3, 2).tolist() == [3, 5]
+    with pytest.raises(JpqError, match=match):
+        bits.unpack(np.array(data, np.uint8), 3, 2)
+
+
 @pytest.mark.parametrize("encoding", masks.ENCODINGS)
 def test_every_encoding_says_the_same(encoding):
     """Also where another would be smaller."""

@@ -39,16 +39,19 @@ def topk_rows(scores: Units, k: int | Tensor, valid: Tensor | None = None) -> Un
         wanted = wanted.minimum(real.sum(1))
     if n <= SMALL:
         return (_ranks(s, real) < wanted[:, None]).logical_and_(real).to(scores.dtype)
-    if rows == 1 and 0 < int(wanted[0]) < n:  # selection, not a sort
-        least = s.kthvalue(n - int(wanted[0]) + 1, 1, keepdim=True).values
+    most = int(wanted.max()) if rows else 0
+    if not most:
+        return torch.zeros_like(scores)
+    if int(wanted.min()) == most:  # one selection for all rows, which need not be sorted
+        least = s.topk(most, 1, sorted=False).values.amin(1, keepdim=True)
     else:
-        most = int(wanted.max()) if rows else 0
-        best = s.topk(max(most, 1), 1).values if 4 * most <= n else s.sort(1, descending=True).values
-        least = best.gather(1, (wanted[:, None] - 1).clamp_min(0))
+        least = s.topk(most, 1).values.gather(1, (wanted[:, None] - 1).clamp_min(0))
     above = s > least
     tied = (s == least) & real
     room = (wanted - above.sum(1))[:, None]
-    return (above | tied & (tied.cumsum(1) <= room)).logical_and_((wanted > 0)[:, None]).to(scores.dtype)
+    if bool((tied.sum(1, keepdim=True) > room).any()):
+        tied &= tied.cumsum(1) <= room
+    return (above | tied).to(scores.dtype)
 
 
 def _ranks(s: Units, real: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Size, Tensor
 
+from jpq.structures.layout import PLAIN, Layout
 from jpq.types import JpqError, Units, Weight
 
 
@@ -24,6 +25,8 @@ class Structure(ABC):
 
     partition: ClassVar[bool] = True  # each weight belongs to at most one unit, and expand(1) is 1 everywhere
     # False: units of a row overlap, and at most one of them may be kept
+
+    layout: Layout = PLAIN  # what the weight's size does not tell of its layer
 
     @abstractmethod
     def shape(self, weight: Size) -> tuple[int, int]:

@@ -30,9 +30,9 @@ class Layout:
 
     def sides(self, weight: Size) -> tuple[int, int, int, int]:
         """(groups, outputs of one, inputs of one, taps). Raises JpqError for a weight that cannot be split so."""
-        if not 2 <= len(weight) <= 5:
+        if not 2 <= len(weight) <= 5 or 0 in weight:
             raise JpqError(
-                f"Masks need the weight of a linear or convolution layer, of 2 to 5 dims; this one is {tuple(weight)}."
+                f"Masks need a linear or convolution layer's weight, 2 to 5 dims, none empty; this is {tuple(weight)}."
             )
         if self.groups < 1 or weight[0] % self.groups:
             raise JpqError(f"A weight of size {tuple(weight)} cannot be split into {self.groups} groups.")

@@ -1,5 +1,7 @@
 """The law with gates and quantizers on: soft == settled == rebuilt == exported, over the zoo."""
 
+import copy
+
 import pytest
 import torch
 from test_rebuild import randomised
@@ -10,7 +12,7 @@ from zoo import ZOO
 from jpq import costs
 from jpq.exporters import onnx
 from jpq.exporters.quantized import rebuild
-from jpq.exporters.verify import compare, measure
+from jpq.exporters.verify import compare, measure, verify
 from jpq.gates import GATES, VIB
 from jpq.network.attach import attach, call, observe
 from jpq.network.sites import channels
@@ -23,8 +25,8 @@ def widths(layer):
     return Learned(6, 2, 8), Fixed(8) if layer.reads_input else Learned(5, 2, 8)
 
 
-def compressed(name, gate=VIB, seed=0, dtype=torch.float64):
-    """A zoo net with gates and quantizers, its decisions drawn at random."""
+def compressed(name, gate=VIB, seed=0, dtype=torch.float64, fewer=4):
+    """A zoo net with gates and quantizers, its decisions drawn at random; each width loses up to `fewer` bits."""
     torch.manual_seed(seed)
     make, example = ZOO[name]
     model = randomised(make(), seed)
@@ -36,7 +38,7 @@ def compressed(name, gate=VIB, seed=0, dtype=torch.float64):
     for p in net.gates.parameters():
         p.data.add_(torch.randn_like(p) * 5)
     for p in net.decisions()["bits"]:
-        p.data.sub_(torch.rand_like(p) * 4)
+        p.data.sub_(torch.rand_like(p) * fewer)
     net.after_step(0.5)
     for gate in net.gates:  # no site may lose everything
         for p in gate.parameters():
@@ -92,15 +94,39 @@ def test_counted_on_the_rebuilt_model():
 @pytest.mark.parametrize("name", ["Plain", "Residual", "Concat", "Depthwise"])
 def test_exported_file_computes_the_same(name, tmp_path):
     key = next(k for k in ZOO if k.lower() == name.lower())
-    model, net, example = compressed(key, dtype=torch.float32)
-    net.settle(net.plan())
-    small, _ = rebuild(net, model)
+    for seed in range(30):  # a net that its quantizers have silenced shows nothing
+        model, net, example = compressed(key, dtype=torch.float32, seed=seed, fewer=1)
+        net.settle(net.plan())
+        small, _ = rebuild(net, model)
+        x = 3 * torch.randn(64, *example.shape[1:])
+        if float(small(x).std(0).max()) > 0:
+            break
+    else:
+        pytest.fail("every draw of the decisions gives a constant output")
     onnx.export(small, example, tmp_path / "m.onnx")
-    x = torch.randn(64, *example.shape[1:])
     found = compare(small, onnx.Session(tmp_path / "m.onnx"), [(x, torch.zeros(64))])
     assert found["images"] == 64
     assert found["argmax_differs"] <= found["at_a_rounding_boundary"]
     assert found["at_a_rounding_boundary"] <= 3
+
+
+def test_an_export_that_computes_something_else_is_found(tmp_path):
+    model, net, example = compressed(next(k for k in ZOO if k.lower() == "plain"), dtype=torch.float32, seed=1)
+    net.settle(net.plan())
+    net.eval()
+    small, _ = rebuild(net, model)
+    onnx.export(small, example, tmp_path / "good.onnx")
+    x = torch.randn(64, *example.shape[1:])
+    batches = [(x, torch.zeros(64))]
+    verify(net, small, tmp_path / "good.onnx", batches, example)
+    other = copy.deepcopy(small)
+    with torch.no_grad():
+        [m for m in other.modules() if hasattr(m, "weight_quant")][-1].weight.mul_(0.7)
+    onnx.export(other, example, tmp_path / "bad.onnx")
+    with pytest.raises(JpqError, match="onnxruntime and the rebuilt model differ"):
+        verify(net, small, tmp_path / "bad.onnx", batches, example)
+    with pytest.raises(JpqError, match="not the masked one"):
+        verify(net, other, tmp_path / "good.onnx", batches, example)
 
 
 def test_gradients_reach_weights_ranges_bits_and_gates():

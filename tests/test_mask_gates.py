@@ -1,4 +1,4 @@
-"""Gates that keep k units: the properties that their sheets name, and the faults of public code that must not return."""
+"""Gates that keep k units: the properties that their sheets name, and the faults of public code that stay away."""
 
 import itertools
 import math
@@ -270,7 +270,7 @@ def test_dpf_mask_swaps_and_then_stays():
     gate.kept.copy_(torch.tensor([[1.0, 0.0]]))
     draw, history = Draw(gate, []), []
     masked = Masked([(draw, Elementwise())])
-    for step in range(200):
+    for _ in range(200):
         gate.see([(weight, Elementwise())])
         draw.again()
         loss = ((masked(weight) - torch.tensor([[0.0, 1.0]])) ** 2).sum()

@@ -20,10 +20,14 @@ class Densities:
         self.places = {s.taps[0].layer: i for i, s in enumerate(sites) if s.is_mask}
         self.sizes: dict[str, Tensor] = {}  # layer -> [rows, n]: weights of each unit
         self.all: dict[str, int] = {}
+        self.overlapping: set[str] = set()
         for name, i in self.places.items():
             shape = Size(network.layer(name).weight_shape)
-            self.sizes[name] = sites[i].taps[0].structure.pool(torch.ones(shape))
+            structure = sites[i].taps[0].structure
+            self.sizes[name] = structure.sizes(shape)
             self.all[name] = shape.numel()
+            if not structure.partition:  # of overlapping units at most one stays: what they all leave out is dropped
+                self.overlapping.add(name)
 
     def soft(self, alive: Sequence[Tensor]) -> dict[str, Tensor]:
         """Layer -> share kept, a scalar in [0, 1], differentiable; from the `[rows, n]` units of every site."""
@@ -32,9 +36,11 @@ class Densities:
             units = alive[i]
             if self.sizes[name].device != units.device:
                 self.sizes[name] = self.sizes[name].to(units.device)
-            # weights in no unit always stay
-            dropped = (self.sizes[name].to(units) * (1 - units)).sum()
-            out[name] = 1 - dropped / self.all[name]
+            sizes = self.sizes[name].to(units)
+            if name in self.overlapping:
+                out[name] = (sizes * units).sum() / self.all[name]
+            else:  # weights in no unit always stay
+                out[name] = 1 - (sizes * (1 - units)).sum() / self.all[name]
         return out
 
     def exact(self, masks: Mapping[str, MaskPlan]) -> dict[str, Fraction]:
@@ -42,6 +48,10 @@ class Densities:
         out = {}
         for name, mask in masks.items():
             sizes = self.sizes[name].to("cpu", torch.float64)
-            dropped = int((sizes * ~mask.units()).sum())
-            out[name] = Fraction(self.all[name] - dropped, self.all[name])
+            keep = mask.units()
+            if name in self.overlapping:
+                kept = int((sizes * keep).sum())
+            else:
+                kept = self.all[name] - int((sizes * ~keep).sum())
+            out[name] = Fraction(kept, self.all[name])
         return out

@@ -64,8 +64,13 @@ class Decide:
     """Smallest and largest bit-width of activations."""
     image_bits: int = 8
     """Bit-width of the model's input, which is not learned."""
+    structure: str = ""
+    """Where zeros may lie: channels, elementwise, per-output, kernels, 2:4, block:8x4, pattern ... Default: the
+    method's."""
+    density: float = 0.5
+    """Share of the weights that stay, for methods that are told how many (dpp, pdp, smart, dpf, admm)."""
     skip: tuple[str, ...] = ()
-    """Layers whose channels are not pruned."""
+    """Layers whose channels or weights are not pruned."""
     open_norms: bool = False
     """Also prune channels inside the averages of LayerNorm, RMSNorm and GroupNorm. NOT exact: fine-tuning, then of the
     rebuilt model, must repair what their absence does to the rest."""
@@ -135,6 +140,8 @@ class Config:
                 raise JpqError(
                     f"{flag} {low} {high}: give a smallest and a largest bit-width, 2 <= small <= large <= 8."
                 )
+        if not 0 < d.density <= 1:
+            raise JpqError(f"--density {d.density} must lie above 0 and be at most 1: it is the share that stays.")
         if not 2 <= d.image_bits <= 8:
             raise JpqError(f"--image-bits {d.image_bits} is outside 2 to 8.")
         for flag, share in (("--search", t.search), ("--held-out", self.task.held_out)):

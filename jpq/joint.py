@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +13,14 @@ from jpq import landing
 from jpq.allocators import rank, start_bits, uniform
 from jpq.budget import Controller, Target, targets
 from jpq.exporters.quantized import rebuild
-from jpq.gates import Decided, Gate
+from jpq.gates import Counted, Decided, Gate
 from jpq.methods import METHODS, Method
 from jpq.network.attach import attach
 from jpq.network.compressed import Compressed, exact_uses
 from jpq.network.norms import require_opened
-from jpq.network.record import Layer
+from jpq.network.record import Layer, Network
 from jpq.network.shares import Shares
+from jpq.network.sites import Site, masks
 from jpq.network.trace import trace
 from jpq.network.unpack import unpacked
 from jpq.plan import Plan
@@ -71,7 +73,7 @@ class Joint(nn.Module):
         if self.controller is None:
             return torch.zeros((), device=next(self.parameters()).device)
         cost = self.controller.loss(self.net.uses(), self.progress)
-        return cost + self.gate_weight * self.controller.force() * self.net.penalty()
+        return cost + self.net.own_loss() + self.gate_weight * self.controller.force() * self.net.penalty()
 
     def step(self) -> None:
         """After every `optimizer.step()`."""
@@ -116,6 +118,8 @@ def compress(
     a_bits: Bounds = (2, 8),
     image_bits: int = 8,
     skip: Collection[str] = (),
+    structure: str = "",
+    density: float = 0.5,
     gate_weight: float = 0.03,
     open_norms: bool = False,
     score: str = "l1",
@@ -131,7 +135,9 @@ def compress(
         steps: optimiser steps that the search may take.
         w_bits, a_bits: smallest and largest width of weights and activations.
         image_bits: width of the model's input.
-        skip: layers whose channels are not pruned.
+        skip: layers whose channels or weights are not pruned.
+        structure: where zeros may lie ("channels", "elementwise", "2:4", ...); default: the method's.
+        density: share of the weights that stay, for methods that are told how many.
         gate_weight: weight of the gates' own regulariser.
         open_norms: also prune channels inside the averages of LayerNorm, RMSNorm and GroupNorm. What `finalize` gives
             is then not what was trained, since the averages miss those channels: go on training it.
@@ -151,11 +157,11 @@ def compress(
     network = trace(model, example, open_norms=open_norms)
     if open_norms:
         require_opened(network, how.gate is not None)
-    sites = how.sites(network, skip) if how.gate else ()
+    sites = sites_of(how, network, structure, skip)
     goals = targets(asked, exact_uses(network, Shares(network, ()), Plan(method, {}, {})))
     start = start_bits(network, goals, w_bits, a_bits, image_bits)
     make = widths(how, w_bits, a_bits, image_bits, start)
-    net = attach(model, network, sites, gates(how), make, [example_inputs], method)
+    net = attach(model, network, sites, gates(how, density), make, [example_inputs], method)
     if not how.searches:
         net.settle(decide(net, goals, w_bits, a_bits, by, example_inputs))
         return Joint(net, model, None, steps, 0.0)
@@ -180,9 +186,34 @@ def decide(net: Compressed, goals: Sequence[Target], w_bits: Bounds, a_bits: Bou
     return landing.land(net, goals)
 
 
-def gates(method: Method) -> Callable[[int, int], Gate]:
+def gates(method: Method, density: float = 0.5) -> Callable[[int, int], Gate]:
     """What makes the gate of a site."""
-    return method.gate if method.gate else Decided.all
+    if method.gate is None:
+        return Decided.all
+    return partial(method.gate, density=density) if issubclass(method.gate, Counted) else method.gate
+
+
+def sites_of(method: Method, network: Network, structure: str, skip: Collection[str]) -> tuple[Site, ...]:
+    """Where the method acts: coupled channels, or the weights of each layer.
+
+    Raises JpqError for a structure that the method's gate cannot fill.
+    """
+    if method.gate is None:
+        if structure:
+            raise JpqError(f"--structure {structure}: this method prunes nothing. Choose another --method.")
+        return ()
+    structure = structure or method.structure
+    if structure == "channels":
+        return method.sites(network, skip)
+    found = masks(network, structure, skip)
+    example = found[0].taps[0].structure
+    if example.quota() is not None and not issubclass(method.gate, Counted):
+        names = [name for name, m in METHODS.items() if m.gate is not None and issubclass(m.gate, Counted)]
+        raise JpqError(
+            f"--structure {structure} needs exactly {example.quota()} units in each row, and this method decides each "
+            f"unit on its own. Choose --method {', '.join(names)}, or another structure."
+        )
+    return found
 
 
 def widths(

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
 
 from jpq.budget import FULL_USE, Target, meets, spent
 from jpq.network.compressed import Compressed
-from jpq.plan import LayerPlan, Plan
+from jpq.plan import LayerPlan, MaskPlan, Plan
 from jpq.quantizers import Width
 from jpq.types import JpqError
 
@@ -30,7 +32,8 @@ class Soft:
 
     plan: Plan  # as things stand: supplies signs, names and the layers' order
     widths: Mapping[tuple[str, str], Width]  # (layer, "w" | "a")
-    margins: Mapping[str, tuple[float, ...]]  # site -> unit -> nats above the threshold
+    margins: Mapping[str, tuple[float, ...]]  # channel site -> unit -> nats above the threshold
+    masks: Mapping[str, Tensor] = field(default_factory=dict)  # layer -> [rows, n] margins, where landing may choose
 
     def at(self, shift: float) -> Plan:
         """The plan that this shift gives; every site keeps at least its best unit."""
@@ -42,7 +45,8 @@ class Soft:
         for site, margins in self.margins.items():
             best = max(range(len(margins)), key=margins.__getitem__)
             kept[site] = tuple(u == best or m + NATS * shift > 0 for u, m in enumerate(margins))
-        return replace(self.plan, layers=layers, kept=kept)
+        masks = {name: MaskPlan.of(_above(margins, -NATS * shift)) for name, margins in self.masks.items()}
+        return replace(self.plan, layers=layers, kept=kept, masks={**self.plan.masks, **masks})
 
     def steps(self, plan: Plan) -> list[tuple[float, str, Plan]]:
         """Every single decision that could be one step more generous: (shift it needed, its name, the plan with it)."""
@@ -69,6 +73,13 @@ class Soft:
         return sorted(found, key=lambda step: step[0])
 
 
+def _above(margins: Tensor, threshold: float) -> Tensor:
+    """Units above the threshold, and the best unit in any case."""
+    keep = margins > threshold
+    keep.view(-1)[margins.argmax()] = True
+    return keep
+
+
 def soft(net: Compressed) -> Soft:
     """The soft values of a network under compression."""
     widths = {}
@@ -77,8 +88,11 @@ def soft(net: Compressed) -> Soft:
         if pair:
             for side, quantizer in zip("wa", pair, strict=True):
                 widths[layer.name, side] = quantizer.width
-    margins = {s.name: tuple(g.margin()[0].tolist()) for s, g in zip(net.sites, net.gates, strict=True)}
-    return Soft(net.plan(), widths, margins)
+    plan = net.plan()  # also shows the gates the weights as they stand
+    free = [(s, g) for s, g in zip(net.sites, net.gates, strict=True) if not g.counted]
+    margins = {s.name: tuple(g.margin()[0].tolist()) for s, g in free if not s.is_mask}
+    masks = {s.taps[0].layer: g.margin().detach().cpu() for s, g in free if s.is_mask}
+    return Soft(plan, widths, margins, masks)
 
 
 def smallest(net: Compressed) -> Plan:
@@ -118,7 +132,7 @@ def land(net: Compressed, goals: Sequence[Target]) -> Plan:
     plan = decisions.at(low)
     if not meets(goals, net.exact(plan)):  # margins or bits beyond REACH: begin at the very bottom
         plan = decisions.at(-BOTTOM)
-    return fill(net, decisions, plan, goals)
+    return open_masks(net, decisions, fill(net, decisions, plan, goals), goals)
 
 
 def fill(net: Compressed, decisions: Soft, plan: Plan, goals: Sequence[Target]) -> Plan:
@@ -134,6 +148,28 @@ def fill(net: Compressed, decisions: Soft, plan: Plan, goals: Sequence[Target]) 
             too_dear.add(name)
         else:
             return plan
+
+
+def open_masks(net: Compressed, decisions: Soft, plan: Plan, goals: Sequence[Target]) -> Plan:
+    """Spend what single bits and channels leave on more units of the masks, layer by layer, best margins first."""
+    for name, margins in decisions.masks.items():
+        kept = plan.masks[name].units()
+        closed = margins.masked_fill(kept, -math.inf).flatten()
+        order = closed.argsort(descending=True)[: int((~kept).sum())]
+        low, high = 0, len(order)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = meets(goals, net.exact(_opened(plan, name, kept, order[:middle])))
+            low, high = (middle, high) if fits else (low, middle - 1)
+        plan = _opened(plan, name, kept, order[:low])
+    return plan
+
+
+def _opened(plan: Plan, name: str, kept: Tensor, more: Tensor) -> Plan:
+    """The plan with more units of one mask."""
+    keep = kept.clone()
+    keep.view(-1)[more] = True
+    return replace(plan, masks={**plan.masks, name: MaskPlan.of(keep)})
 
 
 def note(goals: Sequence[Target], net: Compressed, plan: Plan) -> str | None:

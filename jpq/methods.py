@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from jpq.gates import VIB, Gate, HardConcrete, Ranked
+from jpq.gates import VIB, Admm, Feedback, Gate, GumbelTopK, HardConcrete, LearnedTopK, Ranked, SoftThreshold
 from jpq.network.consumers import per_consumer
 from jpq.network.sites import Site, channels
 from jpq.quantizers import Fixed, Learned, PowerOfTwo, Width
@@ -22,6 +22,7 @@ class Method:
     choose: str  # when to choose it
     paper: str
     sites: Callable[..., tuple[Site, ...]] = channels  # (network, skip) -> where channels may be dropped
+    structure: str = "channels"  # where zeros may lie: on those sites, or as a mask inside each layer
 
 
 METHODS: Mapping[str, Method] = {
@@ -42,6 +43,48 @@ METHODS: Mapping[str, Method] = {
         HardConcrete, Learned, True,
         "a stochastic alternative to VIB: channels are really absent in part of the training steps",
         "Louizos et al., Learning Sparse Neural Networks through L0 Regularization, ICLR 2018, arXiv:1712.01312",
+    ),
+    "dpp": Method(
+        "exactly k of n weights of each neuron (Gumbel top-k), and any whole bit-width per tensor",
+        GumbelTopK, Learned, True,
+        "hardware that wants the same number of weights in every neuron, kernel row or tile",
+        "Gonzalez-Carabarin et al., Dynamic Probabilistic Pruning, IEEE TNNLS, arXiv:2105.12686",
+        structure="per-output",
+    ),
+    "pdp": Method(
+        "single weights by a soft threshold on the weights themselves, and any whole bit-width per tensor",
+        SoftThreshold, Learned, True,
+        "unstructured sparsity without any parameter beside the weights",
+        "Cho et al., PDP: Parameter-free Differentiable Pruning is All You Need, NeurIPS 2023, arXiv:2305.11203",
+        structure="elementwise",
+    ),
+    "pdp-2:4": Method(
+        "2 of 4 consecutive weights by the same soft threshold, and any whole bit-width per tensor",
+        SoftThreshold, Learned, True,
+        "sparse tensor cores and every other 2:4 kernel",
+        "Cho et al., PDP, NeurIPS 2023, arXiv:2305.11203",
+        structure="2:4",
+    ),
+    "smart": Method(
+        "blocks of weights by scores of their own and one differentiable top-k, and any whole bit-width per tensor",
+        LearnedTopK, Learned, True,
+        "block-sparse kernels: one ranking decides over all layers how much each may keep",
+        "Ding et al., SMART Pruner, arXiv:2403.19969",
+        structure="block:8x4",
+    ),
+    "dpf": Method(
+        "single weights by magnitude, re-decided every 16 steps, and any whole bit-width per tensor",
+        Feedback, Learned, True,
+        "the simplest strong unstructured method: dropped weights keep learning and may return",
+        "Lin et al., Dynamic Model Pruning with Feedback, ICLR 2020, arXiv:2006.07253",
+        structure="elementwise",
+    ),
+    "admm": Method(
+        "kernel patterns (4 of 9 weights) by alternating projection, and any whole bit-width per tensor",
+        Admm, Learned, True,
+        "pattern kernels on mobile CPUs, or any structure without a relaxation of its own",
+        "Zhang et al., ECCV 2018, arXiv:1804.03294; Gong et al., GLSVLSI 2020, arXiv:2003.06513",
+        structure="pattern",
     ),
     "uniform": Method(
         "one width for all weights and one for all activations; nothing is pruned",

@@ -23,7 +23,7 @@ from jpq.data import load as load_data
 from jpq.exporters import onnx, verify
 from jpq.exporters.quantized import build, complete, rebuild
 from jpq.figures import layer_rows, reached, versions
-from jpq.joint import decide, gates, pick_score, widths
+from jpq.joint import decide, gates, pick_score, sites_of, widths
 from jpq.journal import Journal, open_folder
 from jpq.machine import pick_device, set_threads
 from jpq.methods import METHODS, Method
@@ -62,7 +62,7 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     if d.open_norms:
         require_opened(network, method.gate is not None)
     set_threads(config.run.threads, sum(layer.macs for layer in network.layers) * config.train.batch_size)
-    sites = method.sites(network, d.skip) if method.gate else ()  # 3
+    sites = sites_of(method, network, d.structure, d.skip)  # 3
 
     goals = asked(network, config)  # 4
     start = start_bits(network, goals, d.w_bits, d.a_bits, d.image_bits)
@@ -70,7 +70,7 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     def attached(inputs: list[Tensor]) -> Compressed:
         torch.manual_seed(config.run.seed)
         make = widths(method, d.w_bits, d.a_bits, d.image_bits, start)
-        return attach(model, network, sites, gates(method), make, inputs, d.method)
+        return attach(model, network, sites, gates(method, d.density), make, inputs, d.method)
 
     possible(attached([data.example]), goals, config)
     train_float(model, data, config, run)

@@ -51,6 +51,7 @@ class Objective:
             )
         if self.controller is not None and isinstance(net, Compressed):
             uses = net.uses()
+            loss = loss + net.own_loss()
             loss = loss + self.controller.loss(uses, progress)
             if self.gate_weight:
                 loss = loss + self.gate_weight * self.controller.force() * net.penalty()

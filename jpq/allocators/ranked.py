@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from jpq.gates import Ranked
 from jpq.network.attach import call
-from jpq.network.compressed import Compressed, original
+from jpq.network.compressed import Compressed
 from jpq.network.sites import Site
+from jpq.network.taps import original
 from jpq.scores import Evidence, Score, SiteView
 from jpq.types import JpqError
 
@@ -63,7 +64,8 @@ def _rows(net: Compressed, site: Site) -> Tensor:
     parts = []
     for tap in site.taps:
         axis: Any = tap.structure
-        weight = original(net.model, net.network.layer(tap.layer)).detach().movedim(axis.dim, 0).flatten(1)
+        owner, _, name = net.network.layer(tap.layer).weight.rpartition(".")
+        weight = original(net.model.get_submodule(owner), name).detach().movedim(axis.dim, 0).flatten(1)
         parts.append(_of_units(weight, axis.index, site.n).flatten(1))
     return torch.cat(parts, 1)
 

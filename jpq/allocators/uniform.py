@@ -27,7 +27,8 @@ def uniform(net: Compressed, goals: Sequence[Target], w_bits: Sequence[int], a_b
                 name: type(layer)(w, a if len(fixed[name]) > 1 else layer.a_bits, layer.signed)
                 for name, layer in now.layers.items()
             }
-            plan = Plan(now.method, layers, {site: (True,) * len(units) for site, units in now.kept.items()})
+            kept = {site: (True,) * len(units) for site, units in now.kept.items()}
+            plan = Plan(now.method, layers, kept, now.masks)
             uses = net.exact(plan)
             if meets(goals, uses):
                 fits.append((abs(w - a) <= 1, float(bops(uses)), -abs(w - a), plan))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +51,19 @@ def build(plan: Plan, model: nn.Module) -> nn.Module:
         w = Integer(ranges.to(weight), Fixed(layer.w_bits), True).to(weight)
         a = Integer(torch.ones(()).to(weight), Fixed(layer.a_bits), layer.signed).to(weight)
         replace_everywhere(small, module, quantize_layer(module, w, a))
+    modules = dict(small.named_modules())
+    for name in plan.masks:
+        if name not in modules:
+            raise JpqError(f"The plan masks layer '{name}', which the model does not have: is it the same model?")
+        # which weights there are: counts and storage need it, the forward pass does not
+        modules[name].register_buffer("mask", torch.ones_like(modules[name].weight, dtype=torch.bool))
     return insert(small, plan.selects)
 
 
 def complete(net: Compressed) -> Plan:
     """The plan of a settled network, with the slices and selections that make it physical."""
     plan = net.plan()
-    found = layout(net.network, net.sites, plan.kept)
+    found = layout(net.network, [site for site in net.sites if not site.is_mask], plan.kept)
     return replace(plan, slices=found.slices, selects=found.selects)
 
 
@@ -80,4 +87,11 @@ def rebuild(net: Compressed, model: nn.Module) -> tuple[nn.Module, Plan]:
         ranges = pair[0].log_threshold
         weight_quantizer(layer).log_threshold.copy_(ranges[rows] if rows is not None and ranges.dim() else ranges)
         act_quantizer(layer).log_threshold.copy_(pair[1].log_threshold)
+    for site in net.sites:
+        if site.is_mask:
+            masked: Any = small.get_submodule(site.taps[0].layer)
+            keep = plan.masks[site.taps[0].layer].units().to(masked.weight)
+            mask = site.taps[0].structure.expand(keep, masked.weight.shape)
+            masked.mask.copy_(mask.expand_as(masked.weight) > 0)
+            masked.weight.mul_(masked.mask)
     return small.eval(), plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,9 @@ def measure(small: nn.Module, example: Any) -> dict[str, int]:
             batch = 1 if dim == 0 else samples  # one sample without a batch dim
             count = weight.numel() * (at.numel() // at.shape[dim]) // batch
             w, a = (round(float(q.width())) for q in (weight_quantizer(layer), act_quantizer(layer)))
-            uses.append(LayerUse(name, count, weight.numel(), out.shape[dim], 1, 1, 1, w, a))
+            mask = getattr(layer, "mask", None)
+            density = 1 if mask is None else Fraction(int(mask.sum()), mask.numel())
+            uses.append(LayerUse(name, count, weight.numel(), out.shape[dim], 1, 1, density, w, a))
 
         return hook
 

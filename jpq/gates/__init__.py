@@ -1,11 +1,38 @@
 """How keep or drop is relaxed."""
 
+from jpq.gates.admm import Admm
 from jpq.gates.base import Gate
+from jpq.gates.counted import Counted
 from jpq.gates.decided import Decided
+from jpq.gates.feedback import Feedback
+from jpq.gates.gumbel_topk import GumbelTopK
 from jpq.gates.hard_concrete import HardConcrete
+from jpq.gates.learned_topk import LearnedTopK
 from jpq.gates.ranked import Ranked
+from jpq.gates.soft_threshold import SoftThreshold
 from jpq.gates.vib import VIB
 
-GATES: dict[str, type[Gate]] = {"vib": VIB, "hard_concrete": HardConcrete}
+GATES: dict[str, type[Gate]] = {
+    "vib": VIB,
+    "hard_concrete": HardConcrete,
+    "gumbel_topk": GumbelTopK,
+    "soft_threshold": SoftThreshold,
+    "learned_topk": LearnedTopK,
+    "feedback": Feedback,
+    "admm": Admm,
+}
 
-__all__ = ["GATES", "VIB", "Decided", "Gate", "HardConcrete", "Ranked"]
+__all__ = [
+    "GATES",
+    "VIB",
+    "Admm",
+    "Counted",
+    "Decided",
+    "Feedback",
+    "Gate",
+    "GumbelTopK",
+    "HardConcrete",
+    "LearnedTopK",
+    "Ranked",
+    "SoftThreshold",
+]

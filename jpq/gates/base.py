@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from jpq.types import Units
+from jpq.structures.base import Structure
+from jpq.types import Units, Weight
 
 
 class Gate(nn.Module, ABC):
     """Relaxed keep-or-drop decision over the `[rows, n]` units of one site. `keep` decides; the rest relaxes it."""
+
+    counted: ClassVar[bool] = False  # how many units stay is given: landing leaves them, and they need no pressure
+    sees_weights: ClassVar[bool] = False  # wants `see` called before every draw
+    straight_through: ClassVar[bool] = False  # dropped weights get the gradient of kept ones, and may come back
+    held_out: ClassVar[bool] = False  # decisions learn on other batches than the weights (bi-level)
 
     def __init__(self, rows: int, n: int):
         super().__init__()
@@ -24,6 +32,23 @@ class Gate(nn.Module, ABC):
     @abstractmethod
     def margin(self) -> Units:
         """Distance from the threshold in nats: > 0 kept, <= 0 dropped; landing closes the smallest first."""
+
+    def bind(self, sizes: Units, quota: int | None) -> None:
+        """What the site is like: weights that each unit stands for (0: padding), and units per row that must stay."""
+
+    def see(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
+        """The float weights of the site's taps as they stand, and how units lie in them; before every draw."""
+
+    def join(self, gates: Sequence[Gate]) -> None:
+        """All gates of the network, once, at the start: for methods that rank units of all sites together."""
+
+    def loss(self) -> Tensor | None:
+        """What the method itself adds to the loss, unscaled (an augmented Lagrangian); None for nothing."""
+        return None
+
+    def metrics(self) -> dict[str, float]:
+        """What the report says about this gate's decisions beside how many units stay."""
+        return {}
 
     def keep(self) -> Units:
         """Exactly 0 or 1."""
@@ -52,3 +77,9 @@ class Gate(nn.Module, ABC):
     def multiplier(self) -> Units:
         """What multiplies the weights now: relaxed in training, `keep * scale` in evaluation."""
         return self.relaxed() if self.training else self.keep() * self.scale()
+
+
+def squares(weights: Sequence[tuple[Weight, Structure]]) -> Units:
+    """`[rows, n]`: the weights of each unit, squared and summed over all taps; differentiable."""
+    parts = [structure.pool(weight.square()) for weight, structure in weights]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]

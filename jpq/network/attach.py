@@ -18,7 +18,7 @@ from jpq.network.record import Layer, Network
 from jpq.network.sites import Site
 from jpq.network.taps import Draw, Jitter, Masked
 from jpq.quantizers import Integer, Width, can_quantize, fit_threshold, quantize_layer, replace_everywhere
-from jpq.structures import Structure
+from jpq.structures import Axis, Structure
 from jpq.types import JpqError
 
 __all__ = ["attach", "call", "observe", "quantize", "refuse_tied"]
@@ -63,6 +63,10 @@ def attach(
     seen = observe(model, network, calibration)
     compressed = Compressed(model, network, sites, [gate(s.rows, s.n).to(device) for s in sites], method)
     compressed.seen = seen
+    for one, site in zip(compressed.gates, sites, strict=True):
+        shapes = [torch.Size(network.layer(t.layer).weight_shape) for t in site.taps]
+        sizes = torch.stack([t.structure.sizes(s) for t, s in zip(site.taps, shapes, strict=True)]).sum(0)
+        one.bind(sizes.to(device), site.taps[0].structure.quota())
     compressed.draws = [Draw(g) for g in compressed.gates]
     taps: dict[str, list[tuple[Draw, Structure]]] = {}
     for draw, site in zip(compressed.draws, sites, strict=True):
@@ -77,8 +81,25 @@ def attach(
             )
             pair = compressed.quantizers(layer.name)
             if pair:
-                pair[1].jitter = Jitter(taps[layer.name], -1 if layer.kind == "linear" else 1, layer.groups)
+                noisy = [(d, s) for d, s in taps[layer.name] if isinstance(s, Axis)]  # masks have no noise per sample
+                pair[1].jitter = Jitter(noisy, -1 if layer.kind == "linear" else 1, layer.groups) if noisy else None
+    for draw, site in zip(compressed.draws, sites, strict=True):
+        draw.reach = _reach(model, network, site)
+        draw.look()
+    for draw in compressed.draws:
+        draw.gate.join(list(compressed.gates))
+    for draw in compressed.draws:
+        draw.again()
     return compressed
+
+
+def _reach(model: nn.Module, network: Network, site: Site) -> list[tuple[nn.Module, str, Structure]]:
+    """What a site's taps multiply: (module, name of its weight, structure)."""
+    reach = []
+    for tap in site.taps:
+        owner, _, name = network.layer(tap.layer).weight.rpartition(".")
+        reach.append((model.get_submodule(owner), name, tap.structure))
+    return reach
 
 
 def quantize(model: nn.Module, layer: Layer, widths: tuple[Width, Width], seen: Tensor | None) -> None:

@@ -8,17 +8,17 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
 from jpq.costs import LayerUse
 from jpq.gates import Decided, Gate
+from jpq.network.densities import Densities
 from jpq.network.norms import opened_units
 from jpq.network.record import Layer, Network
 from jpq.network.shares import Shares
 from jpq.network.sites import Site
-from jpq.network.taps import Draw
-from jpq.plan import LayerPlan, Plan
+from jpq.network.taps import Draw, original
+from jpq.plan import LayerPlan, MaskPlan, Plan
 from jpq.quantizers import Fixed, Integer, Width, act_quantizer, fit_threshold, weight_quantizer
 
 FLOAT_BITS = 32  # of layers that cannot be quantized
@@ -39,8 +39,9 @@ class Compressed(nn.Module):
         self.gates: Any = nn.ModuleList(gates)  # of Gate
         self.draws: list[Draw] = []
         self.seen: dict[str, Tensor] = {}  # calibration samples of each layer's input
-        self.shares = Shares(network, self.sites)
+        self.shares = Shares(network, [s for s in self.sites if not s.is_mask])
         self.opened = opened_units(network, self.sites)  # with any, the rebuilt model is not the masked one
+        self.densities = Densities(network, self.sites)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output under the decisions as they stand; a fresh draw of every gate."""
@@ -59,16 +60,18 @@ class Compressed(nn.Module):
 
     def uses(self) -> list[LayerUse]:
         """What each layer uses now: values whole (hard decisions), gradients soft."""
-        alive = [_hard(g.keep(), g.alive()) for g in self.gates]
-        inputs, outputs = self.shares.soft(alive)
+        alive = [g.keep() if g.counted else _hard(g.keep(), g.alive()) for g in self.gates]
+        inputs, outputs = self.shares.soft([a for a, s in zip(alive, self.sites, strict=True) if not s.is_mask])
+        density = self.densities.soft(alive)
         return [
-            _use(layer, inputs[i], outputs[i], *self._widths(layer.name)) for i, layer in enumerate(self.network.layers)
+            _use(layer, inputs[i], outputs[i], density.get(layer.name, 1), *self._widths(layer.name))
+            for i, layer in enumerate(self.network.layers)
         ]
 
     @torch.no_grad()
     def exact(self, plan: Plan | None = None) -> list[LayerUse]:
         """What each layer uses under a plan (default: as things stand), in whole numbers and fractions."""
-        return exact_uses(self.network, self.shares, plan or self.plan())
+        return exact_uses(self.network, self.shares, plan or self.plan(), self.densities)
 
     def _widths(self, name: str) -> tuple[Any, Any]:
         pair = self.quantizers(name)
@@ -80,6 +83,11 @@ class Compressed(nn.Module):
         units = sum(g.n * g.rows for g in self.gates)
         device = next(self.model.parameters()).device
         return sum((p.sum() for p in parts), torch.zeros((), device=device)) / max(1, units)
+
+    def own_loss(self) -> Tensor:
+        """What the gates add to the loss as it is (augmented Lagrangians), a scalar."""
+        parts = [p for p in (g.loss() for g in self.gates) if p is not None]
+        return sum(parts, torch.zeros((), device=next(self.model.parameters()).device))
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
@@ -119,8 +127,12 @@ class Compressed(nn.Module):
                 layers[layer.name] = LayerPlan(
                     round(float(pair[0].width())), round(float(pair[1].width())), pair[1].signed
                 )
-        kept = {s.name: tuple(g.keep()[0].bool().tolist()) for s, g in zip(self.sites, self.gates, strict=True)}
-        return Plan(self.method, layers, kept)
+        for draw in self.draws:
+            draw.look()
+        pairs = list(zip(self.sites, self.gates, strict=True))
+        kept = {s.name: tuple(g.keep()[0].bool().tolist()) for s, g in pairs if not s.is_mask}
+        masks = {s.taps[0].layer: MaskPlan.of(g.keep()) for s, g in pairs if s.is_mask}
+        return Plan(self.method, layers, kept, masks)
 
     @torch.no_grad()
     def settle(self, plan: Plan) -> None:
@@ -129,13 +141,16 @@ class Compressed(nn.Module):
         Under a plan that equals the decisions as they stand, evaluation before and after agrees exactly.
         """
         for draw, site, gate in zip(self.draws, self.sites, self.gates, strict=True):
+            draw.look()
             for tap in site.taps:
-                weight = original(self.model, self.network.layer(tap.layer))
+                owner, _, name = self.network.layer(tap.layer).weight.rpartition(".")
+                weight = original(self.model.get_submodule(owner), name)
                 # a unit that landing opened again has scale 0 with some gates: its weights stay as they are
                 scale = torch.where(gate.keep() > 0, gate.scale(), torch.ones_like(gate.scale()))
                 weight.mul_(tap.structure.expand(scale, weight.shape))
-            kept = torch.tensor([plan.kept[site.name]], dtype=gate.keep().dtype, device=gate.keep().device)
-            draw.gate = Decided(kept)
+            mask = site.is_mask
+            kept = plan.masks[site.taps[0].layer].units() if mask else torch.tensor([plan.kept[site.name]])
+            draw.gate = Decided(kept.to(gate.keep()))
             draw.again()
         self.gates = nn.ModuleList(draw.gate for draw in self.draws)
         for layer in self.network.layers:
@@ -173,27 +188,20 @@ def _fixed(width: Width, bits: int) -> Fixed:
     return Fixed(bits, width.choices).to(next(iter(width.state_dict().values())).device)
 
 
-def _use(layer: Layer, inputs: Any, outputs: Any, w_bits: Any, a_bits: Any) -> LayerUse:
+def _use(layer: Layer, inputs: Any, outputs: Any, density: Any, w_bits: Any, a_bits: Any) -> LayerUse:
     return LayerUse(
-        layer.name, layer.macs, prod(layer.weight_shape), len(layer.outputs), inputs, outputs, 1, w_bits, a_bits
+        layer.name, layer.macs, prod(layer.weight_shape), len(layer.outputs), inputs, outputs, density, w_bits, a_bits
     )
 
 
-def exact_uses(network: Network, shares: Shares, plan: Plan) -> list[LayerUse]:
+def exact_uses(network: Network, shares: Shares, plan: Plan, densities: Densities | None = None) -> list[LayerUse]:
     """What each layer uses under a plan, in whole numbers and fractions."""
     inputs, outputs = shares.exact(plan.kept)
+    density = densities.exact(plan.masks) if densities else {}
     uses = []
     for i, layer in enumerate(network.layers):
         bits = plan.layers.get(layer.name)
         w, a = (bits.w_bits, bits.a_bits) if bits else (FLOAT_BITS, FLOAT_BITS)
-        uses.append(_use(layer, Fraction(*inputs[i]), Fraction(*outputs[i]), w, a))
+        share = density.get(layer.name, 1)
+        uses.append(_use(layer, Fraction(*inputs[i]), Fraction(*outputs[i]), share, w, a))
     return uses
-
-
-def original(model: nn.Module, layer: Layer) -> Tensor:
-    """The trainable weight behind the mask."""
-    owner, _, name = layer.weight.rpartition(".")
-    module = model.get_submodule(owner)
-    if parametrize.is_parametrized(module, name):
-        return module.parametrizations[name].original  # type: ignore[index,union-attr]
-    return getattr(module, name)

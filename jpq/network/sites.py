@@ -7,12 +7,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Size
 
 from jpq.network.labels import distinct
 from jpq.network.record import Network
-from jpq.structures.axis import Axis
-from jpq.structures.base import Structure
-from jpq.types import NONE, Labels, unknown
+from jpq.structures import Axis, Layout, Structure, parse
+from jpq.types import NONE, JpqError, Labels, unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +31,13 @@ class Site:
     rows: int
     n: int
     taps: tuple[Tap, ...]
-    labels: Labels  # [n]: the label class of each unit
+    labels: Labels  # [n]: the label class of each unit; empty for a mask inside one layer
     makers: tuple[str, ...]  # layers that produce these channels
+
+    @property
+    def is_mask(self) -> bool:
+        """Whether this is a mask on the weights of one layer, which removes no channel."""
+        return not len(self.labels)
 
 
 def channels(network: Network, skip: Collection[str] = ()) -> tuple[Site, ...]:
@@ -80,6 +85,32 @@ def _members(arrays: Sequence[Labels]) -> dict[int, tuple[int, ...]]:
         history[classes] = len(told) + which
         told += [(*told[h], i) for h in old]
     return {c: told[history[c]] for c in order}
+
+
+def masks(network: Network, structure: str, skip: Collection[str] = ()) -> tuple[Site, ...]:
+    """A site for each layer whose weight the structure fits: masks inside layers, which remove no channel.
+
+    Layers in `skip` stay dense, so do weights that the structure refuses (4 x 4 kernels have no 3 x 3 pattern).
+    Raises JpqError for a structure that cannot be read, and for one that fits no layer, with the reason.
+    """
+    known = [layer.name for layer in network.layers]
+    for name in skip:
+        if name not in known:
+            raise unknown("layer", name, known)
+    sites, refused = [], ""
+    for layer in network.layers:
+        if layer.name in skip or layer.weight != f"{layer.name}.weight":
+            continue
+        own = parse(structure, Layout(layer.kind == "conv_transpose", layer.groups))
+        try:
+            rows, n = own.shape(Size(layer.weight_shape))
+        except JpqError as reason:
+            refused = str(reason)
+        else:
+            sites.append(Site(layer.name, rows, n, (Tap(layer.name, own),), np.zeros(0, np.int64), (layer.name,)))
+    if not sites:
+        raise JpqError(f"--structure {structure} fits no layer of this model. {refused}")
+    return tuple(sites)
 
 
 def _tapped(network: Network) -> list[tuple[str, int, Labels]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
 from jpq.gates import Gate
@@ -14,14 +15,25 @@ from jpq.types import NONE, Weight
 
 
 class Draw:
-    """What one gate's decision is in this forward pass: every tap sees the same."""
+    """What one gate's decision is in this forward pass: every tap sees the same.
 
-    def __init__(self, gate: Gate):
-        self.gate = gate
+    Args:
+        gate: the gate.
+        reach: what its taps multiply: (module, name of its weight, structure), for gates that look at weights.
+    """
+
+    def __init__(self, gate: Gate, reach: Sequence[tuple[nn.Module, str, Structure]] = ()):
+        self.gate, self.reach = gate, list(reach)
         self.again()
+
+    def look(self) -> None:
+        """Show the gate the float weights as they stand."""
+        if self.gate.sees_weights and self.reach:
+            self.gate.see([(original(module, name), structure) for module, name, structure in self.reach])
 
     def again(self) -> None:
         """A new draw, at the start of a forward pass."""
+        self.look()
         self.z = self.gate.multiplier()
         self._noise: dict[int, Tensor | None] = {}
 
@@ -32,6 +44,13 @@ class Draw:
         return self._noise[batch]
 
 
+def original(module: nn.Module, name: str) -> Tensor:
+    """The trainable weight behind the masks."""
+    if parametrize.is_parametrized(module, name):
+        return module.parametrizations[name].original  # type: ignore[index,union-attr]
+    return getattr(module, name)
+
+
 class Masked(nn.Module):
     """Parametrization of a weight: times the mask of every tap on it."""
 
@@ -40,9 +59,10 @@ class Masked(nn.Module):
         self.taps = list(taps)
 
     def forward(self, weight: Weight) -> Weight:
-        """weight * expand(z) for each tap."""
+        """weight * expand(z) for each tap; where the gate says so, backward as if there were no mask."""
         for draw, structure in self.taps:
-            weight = weight * structure.expand(draw.z, weight.shape)
+            masked = weight * structure.expand(draw.z, weight.shape)
+            weight = weight + (masked - weight).detach() if draw.gate.straight_through else masked
         return weight
 
 

@@ -1,0 +1,112 @@
+"""ADMM: the dense weights are pulled towards the nearest weights that obey the structure, which move to meet them.
+
+    W-step: minimise task + rho/2 ||W - Z + U||^2     Z = Pi(W + U)     U <- U + W - Z
+
+S. Boyd et al., "Distributed Optimization and Statistical Learning via ADMM", 2011; for pruning: T. Zhang et al.,
+ECCV 2018, arXiv:1804.03294, and the pattern pruning of Y. Gong et al., GLSVLSI 2020, arXiv:2003.06513.
+
+| symbol | here | value or shape |
+|---|---|---|
+| Pi: nearest point that keeps k units of each row | `project` | any structure; layer by layer |
+| rho | `rho` | 1e-4, 1e-3, 1e-2, 1e-1: a quarter of the search each |
+| Z and U updates | `UPDATES` of them in the search | 5 for each rho |
+
+When rho rises, U (the scaled dual) is divided by as much: left alone it would undo what was reached. The mask comes
+from the chosen units, not from which weights are zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from jpq.gates.counted import Counted
+from jpq.structures.base import Structure
+from jpq.types import Units, Weight
+
+RHOS = (1e-4, 1e-3, 1e-2, 1e-1)
+UPDATES = 20
+
+
+class Admm(Counted):
+    """Dense while it searches; keeps the units of the last projection."""
+
+    sees_weights: ClassVar[bool] = True
+    kept: Units
+    done: Tensor
+
+    def __init__(self, rows: int, n: int, density: float = 0.5):
+        super().__init__(rows, n, density)
+        self.register_buffer("kept", torch.ones(rows, n))
+        self.register_buffer("done", torch.zeros((), dtype=torch.long))  # updates so far
+        self.seen: list[tuple[Weight, Structure]] = []
+
+    def see(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
+        """The weights themselves; Z starts as their projection, U as zero."""
+        self.seen = list(weights)
+        if not hasattr(self, "z0"):
+            for i, (weight, _) in enumerate(self.seen):
+                self.register_buffer(f"u{i}", torch.zeros_like(weight))
+                self.register_buffer(f"z{i}", torch.zeros_like(weight))
+            self.project()
+
+    @property
+    def rho(self) -> float:
+        """The penalty's weight now."""
+        return RHOS[min(int(self.done) * len(RHOS) // UPDATES, len(RHOS) - 1)]
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Z = Pi(W + U): of each row the units of the largest norm stay, which is the nearest point."""
+        sums = [(weight + self.dual(i), structure) for i, (weight, structure) in enumerate(self.seen)]
+        norms = torch.stack([structure.pool(total.square()) for total, structure in sums]).sum(0)
+        self.kept.copy_(self.top(norms, self.density))
+        for i, (total, structure) in enumerate(sums):
+            self.near(i).copy_(total * structure.expand(self.kept.to(total), total.shape))
+
+    def dual(self, i: int) -> Tensor:
+        """U of tap i."""
+        return self.get_buffer(f"u{i}")
+
+    def near(self, i: int) -> Tensor:
+        """Z of tap i."""
+        return self.get_buffer(f"z{i}")
+
+    def relaxed(self) -> Units:
+        """Dense."""
+        return torch.ones_like(self.kept)
+
+    def keep(self) -> Units:
+        """Units of the last projection."""
+        return self.kept
+
+    def multiplier(self) -> Units:
+        """Dense in training; the mask in evaluation."""
+        return self.relaxed() if self.training else self.kept
+
+    def loss(self) -> Tensor:
+        """rho/2 ||W - Z + U||^2 over all taps."""
+        parts = [(w - self.near(i) + self.dual(i)).square().sum() for i, (w, _) in enumerate(self.seen)]
+        return self.rho / 2 * torch.stack(parts).sum()
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Z and U, `UPDATES` times in the search."""
+        if int(progress * UPDATES) <= int(self.done):
+            return
+        before = self.rho
+        self.project()
+        for i, (weight, _) in enumerate(self.seen):
+            self.dual(i).add_(weight - self.near(i))
+        self.done.fill_(int(progress * UPDATES))
+        for i in range(len(self.seen)):
+            self.dual(i).mul_(before / self.rho)
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, float]:
+        """||W - Z|| / ||W||: how far the weights still are from the structure."""
+        apart = sum(float((w - self.near(i)).square().sum()) for i, (w, _) in enumerate(self.seen))
+        return {"residual": (apart / max(1e-30, sum(float(w.square().sum()) for w, _ in self.seen))) ** 0.5}

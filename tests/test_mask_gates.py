@@ -1,0 +1,354 @@
+"""Gates that keep k units: the properties that their sheets name, and the faults of public code that stay away."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from jpq.gates import Admm, Feedback, GumbelTopK, LearnedTopK, SoftThreshold
+from jpq.gates.counted import best_of_all
+from jpq.gates.feedback import EVERY, FREEZE
+from jpq.gates.gumbel_topk import drawn
+from jpq.gates.learned_topk import soft_topk
+from jpq.gates.soft_threshold import RAMP
+from jpq.network.taps import Draw, Masked
+from jpq.structures import Elementwise, PerOutput, Window
+from jpq.types import JpqError
+
+COUNTED = [GumbelTopK, SoftThreshold, LearnedTopK, Feedback, Admm]
+
+
+def seen(gate, weight, structure):
+    """A gate bound to one weight, as `attach` does it."""
+    gate.bind(structure.sizes(weight.shape), structure.quota())
+    gate.see([(weight, structure)])
+    gate.join([gate])
+    return gate
+
+
+# --- all of them
+
+
+@pytest.mark.parametrize("make", COUNTED)
+@pytest.mark.parametrize(
+    ("structure", "shape"), [(PerOutput(), (6, 10)), (Window(2, 4), (5, 10)), (Elementwise(), (6, 10))]
+)
+def test_the_end_of_the_search_keeps_exactly_what_was_asked(make, structure, shape):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(shape))
+    gate = seen(make(*structure.shape(weight.shape), density=0.4), weight, structure)
+    for step in range(101):
+        gate.see([(weight, structure)])
+        gate.relaxed()
+        gate.after_step(step / 100)
+    gate.see([(weight, structure)])
+    mask = structure.expand(gate.keep(), weight.shape).expand(shape)
+    assert set(mask.unique().tolist()) <= {0.0, 1.0}
+    if isinstance(structure, Window):  # 10 inputs: windows of 4, 4 and 2
+        assert torch.equal(mask.reshape(5, 10).split([4, 4, 2], 1)[0].sum(1), torch.full((5,), 2.0))
+        assert mask.sum() == 5 * (2 + 2 + 2)
+    elif isinstance(structure, PerOutput):
+        assert torch.equal(mask.sum(1), torch.full((6,), 4.0))
+    else:
+        assert mask.sum() == 24
+    assert torch.equal(gate.margin() > 0, gate.keep() > 0)
+
+
+@pytest.mark.parametrize("make", COUNTED)
+def test_a_density_outside_is_refused(make):
+    for density in (0.0, -0.1, 1.5):
+        with pytest.raises(JpqError, match="--density"):
+            make(1, 4, density=density)
+
+
+def test_best_of_all_counts_weights_not_units():
+    scores = [torch.tensor([[5.0, 1.0]]), torch.tensor([[4.0, 3.0, 0.0]])]
+    sizes = [torch.tensor([[4.0, 4.0]]), torch.tensor([[1.0, 1.0, 0.0]])]  # the last unit is padding
+    keep = best_of_all(scores, sizes, 0.6)
+    assert [k.tolist() for k in keep] == [[[1.0, 0.0]], [[1.0, 1.0, 0.0]]]
+    nothing = best_of_all(scores, sizes, 0.01)
+    assert [k.tolist() for k in nothing] == [[[1.0, 0.0]], [[1.0, 0.0, 0.0]]]  # the best unit of a site always stays
+
+
+# --- DPP
+
+
+def slow_drawn(scores, k):
+    """k softmaxes, one after the other, each over what the earlier draws left."""
+    total, left = torch.zeros_like(scores), torch.zeros_like(scores)
+    for index in scores.argsort(descending=True)[:k]:
+        total = total + torch.softmax(scores + left, 0)
+        left[index] = -math.inf
+    return total
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+@pytest.mark.parametrize("temperature", [5.0, 0.5, 0.01])
+def test_the_closed_form_of_k_draws(k, temperature):
+    torch.manual_seed(k)
+    scores = (torch.randn(4, 7, dtype=torch.double) / temperature).requires_grad_()
+    fast = drawn(scores, torch.full((4,), k))
+    slow = torch.stack([slow_drawn(row, k) for row in scores])
+    assert torch.allclose(fast, slow, atol=1e-10)
+    weight = torch.randn(4, 7, dtype=torch.double)
+    a, b = (torch.autograd.grad((f * weight).sum(), scores)[0] for f in (fast, slow))
+    assert torch.allclose(a, b, atol=1e-8)
+
+
+def test_draws_tend_to_the_mask_in_score_order():
+    scores = torch.randn(3, 12, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    soft = drawn(scores / 1e-3, torch.full((3,), 4))
+    hard = torch.zeros_like(scores).scatter(1, scores.topk(4, 1).indices, 1.0)
+    assert (soft - hard).abs().sum() < 0.05  # by position instead of score it misses by whole units
+
+
+def test_gumbel_mask_has_k_ones_and_gradients_that_sum_to_zero():
+    torch.manual_seed(0)
+    gate = GumbelTopK(5, 8, density=0.375)
+    mask = gate.relaxed()
+    assert torch.equal(mask.detach().sum(1), torch.full((5,), 3.0))
+    assert set(mask.detach().unique().tolist()) == {0.0, 1.0}
+    (mask * torch.randn(5, 8)).sum().backward()
+    assert (gate.logits.grad != 0).all(), "dropped units must learn too"
+    assert torch.allclose(gate.logits.grad.sum(1), torch.zeros(5), atol=1e-5)
+
+
+def test_gumbel_frequencies_are_the_softmax():
+    torch.manual_seed(0)
+    gate = GumbelTopK(1, 3, density=1 / 3, noise=1.0, start="random")
+    with torch.no_grad():
+        gate.logits.copy_(torch.tensor([[1.0, 0.0, -1.0]]))
+    often = torch.stack([gate.relaxed().detach()[0] for _ in range(4000)]).mean(0)
+    assert torch.allclose(often, torch.softmax(gate.logits.detach()[0], 0), atol=0.03)
+
+
+def test_gumbel_metrics_at_their_ends():
+    gate = GumbelTopK(2, 4, density=0.25, start="random")
+    with torch.no_grad():
+        gate.logits.zero_()
+    assert gate.metrics() == pytest.approx({"confidence": 0.0, "diversity": 0.0}, abs=1e-6)
+    with torch.no_grad():
+        gate.logits.copy_(torch.tensor([[50.0, 0, 0, 0], [0, 50.0, 0, 0]]))
+    assert gate.metrics()["confidence"] == pytest.approx(1.0)
+    assert gate.metrics()["diversity"] == pytest.approx(math.log(2) / math.log(4))
+
+
+# --- PDP
+
+
+def test_pdp_mask_is_the_formula_and_its_gradient():
+    torch.manual_seed(0)
+    weight = torch.randn(1, 9, dtype=torch.double, requires_grad=True)
+    gate = seen(SoftThreshold(1, 9, density=4 / 9, tau=0.3), weight, Elementwise()).double()
+    gate.after_step(1.0)
+    gate.see([(weight, Elementwise())])
+    m = gate.relaxed()
+    size = weight.detach().abs().flatten().sort(descending=True).values
+    t = float(size[3] + size[4]) / 2
+    assert torch.allclose(m, torch.sigmoid((weight**2 - t * t) / 0.3))
+    assert int((m >= 0.5).sum()) == 4
+    (m * weight).sum().backward()  # the threshold is a constant: no weight gets more than the formula says
+    md, w = m.detach(), weight.detach()
+    assert torch.allclose(weight.grad, md + 2 * w**2 / 0.3 * md * (1 - md))
+    assert (weight.grad[m < 0.5] > 0).all()
+
+
+@pytest.mark.parametrize(("density", "kept"), [(1.0, 7), (1 / 7, 1)])
+def test_pdp_ends_are_exact(density, kept):
+    weight = nn.Parameter(torch.tensor([[3.0, -2.0, 1.0, 0.5, -4.0, 0.1, 6.0]]))
+    gate = seen(SoftThreshold(1, 7, density=density), weight, Elementwise())
+    gate.after_step(1.0)
+    assert int(gate.keep().sum()) == kept
+    if density == 1.0:
+        assert torch.equal(gate.relaxed(), torch.ones(1, 7))
+
+
+def test_pdp_turns_hard_as_tau_falls():
+    weight = nn.Parameter(torch.tensor([[3.0, -2.0, 1.0, 0.5]]))
+    gate = seen(SoftThreshold(1, 4, density=0.5, tau=1e-9), weight, Elementwise())
+    gate.after_step(1.0)
+    assert torch.equal(gate.relaxed(), torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
+
+
+def test_pdp_shares_come_from_one_quantile_and_ramp_up():
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(1, n) * scale) for n, scale in ((40, 1.0), (60, 0.1), (100, 0.5))]
+    gates = [SoftThreshold(1, w.numel(), density=0.3) for w in weights]
+    for gate, weight in zip(gates, weights, strict=True):
+        gate.see([(weight, Elementwise())])
+    for gate in gates:
+        gate.join(gates)
+    kept = [gate.final * gate.n for gate in gates]
+    assert sum(kept) == pytest.approx(0.3 * 200, abs=3)  # one weight per layer
+    assert gates[0].final > gates[2].final > gates[1].final
+    gates[0].after_step(RAMP / 2)
+    assert float(gates[0].now) == pytest.approx((1 + gates[0].final) / 2)
+    gates[0].after_step(RAMP)
+    assert float(gates[0].now) == pytest.approx(gates[0].final)
+
+
+# --- SMART
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.05, 1e-3])
+def test_smart_sums_to_k_and_does_not_mind_a_shift(tau):
+    torch.manual_seed(0)
+    m, sizes = torch.randn(3, 20, dtype=torch.double), torch.randint(1, 9, (3, 20)).double()
+    k = sizes.sum(1) * torch.tensor([0.1, 0.5, 0.9], dtype=torch.double)
+    f = soft_topk(m, sizes, k, torch.tensor(tau, dtype=torch.double))
+    assert ((sizes * f).sum(1) - k).abs().max() < 1e-6
+    assert bool(((f >= 0) & (f <= 1)).all())
+    assert torch.allclose(f, soft_topk(m + 3.0, sizes, k, torch.tensor(tau, dtype=torch.double)), atol=1e-8)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_smart_gradient_is_exact(weighted):
+    torch.manual_seed(1)
+    m = torch.randn(2, 6, dtype=torch.double, requires_grad=True)
+    sizes = torch.randint(1, 5, (2, 6)).double() if weighted else torch.ones(2, 6, dtype=torch.double)
+    k, tau = sizes.sum(1) * 0.4, torch.tensor(0.7, dtype=torch.double)
+    assert torch.autograd.gradcheck(lambda x: soft_topk(x, sizes, k, tau), (m,), atol=1e-7)
+    g = torch.randn(2, 6, dtype=torch.double)
+    (grad,) = torch.autograd.grad((soft_topk(m, sizes, k, tau) * g).sum(), m)
+    if not weighted:
+        assert grad.sum(1).abs().max() < 1e-10
+    f = soft_topk(m, sizes, k, tau).detach()
+    assert not torch.allclose(grad, f * (1 - f) * g / tau, atol=1e-3), "lambda was taken for a constant"
+
+
+def test_smart_becomes_the_hard_ranking():
+    m = torch.tensor([[0.6, 0.5, 0.4, -0.2]], dtype=torch.double, requires_grad=True)
+    one, k = torch.ones(1, 4, dtype=torch.double), torch.tensor([2.0], dtype=torch.double)
+    warm = soft_topk(m, one, k, torch.tensor(1.0))
+    assert torch.allclose(warm, torch.tensor([[0.57, 0.54, 0.52, 0.37]], dtype=torch.double), atol=0.01)
+    assert torch.allclose(soft_topk(m, one, k, torch.tensor(1e-3)), torch.tensor([[1.0, 1, 0, 0]], dtype=torch.double))
+    (grad,) = torch.autograd.grad(warm[0, 0], m)
+    assert (grad != 0).all(), "blocks outside the top k learn too"
+
+
+def test_smart_ranks_all_layers_at_once():
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(1, 30)), nn.Parameter(torch.randn(1, 30) * 0.01)]
+    gates = [LearnedTopK(1, 30, density=0.5) for _ in weights]
+    for gate, weight in zip(gates, weights, strict=True):
+        gate.see([(weight, Elementwise())])
+    for gate in gates:
+        gate.join(gates)
+    soft = [gate.relaxed() for gate in gates]
+    assert float(sum(f.sum() for f in soft)) == pytest.approx(30, abs=1e-3)
+    assert sum(int(gate.keep().sum()) for gate in gates) == 30
+    assert int(gates[0].keep().sum()) > 25
+    sum((f**2).sum() for f in soft).backward()
+    assert all(gate.scores.grad is not None for gate in gates)
+    with torch.no_grad():  # a changed score must not be answered from what was ranked before
+        gates[1].scores.add_(100.0)
+    assert int(gates[1].keep().sum()) == 30
+    assert int(gates[0].keep().sum()) == 1  # the best unit of a site always stays
+
+
+# --- DPF
+
+
+def test_dpf_gives_dropped_weights_the_gradient_of_kept_ones():
+    weight = nn.Parameter(torch.tensor([[1.0, 0.2]]))
+    gate = seen(Feedback(1, 2, density=0.5), weight, Elementwise())
+    for step in range(EVERY):
+        gate.see([(weight, Elementwise())])
+        gate.after_step(FREEZE * (step + 1) / EVERY)
+    draw = Draw(gate)
+    masked = Masked([(draw, Elementwise())])(weight)
+    assert masked.tolist() == [[1.0, 0.0]]
+    ((masked - torch.tensor([[0.0, 1.0]])) ** 2).sum().backward()
+    assert weight.grad.tolist() == [[2.0, -2.0]]
+
+
+def test_dpf_mask_swaps_and_then_stays():
+    weight = nn.Parameter(torch.tensor([[1.0, 0.2]]))
+    gate = seen(Feedback(1, 2, density=0.5), weight, Elementwise())
+    gate.kept.copy_(torch.tensor([[1.0, 0.0]]))
+    draw, history = Draw(gate, []), []
+    masked = Masked([(draw, Elementwise())])
+    for _ in range(200):
+        gate.see([(weight, Elementwise())])
+        draw.again()
+        loss = ((masked(weight) - torch.tensor([[0.0, 1.0]])) ** 2).sum()
+        (grad,) = torch.autograd.grad(loss, weight)
+        with torch.no_grad():
+            weight -= 0.05 * grad
+        gate.after_step(0.7)
+        history.append(gate.keep()[0].tolist())
+    assert history[EVERY - 2] == [1.0, 0.0]
+    assert all(kept == [0.0, 1.0] for kept in history[2 * EVERY :])
+
+
+def test_dpf_follows_the_cubic_and_freezes():
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(1, 1000))
+    gate = seen(Feedback(1, 1000, density=0.1), weight, Elementwise())
+    masks = []
+    for step in range(1, 401):
+        with torch.no_grad():
+            weight.copy_(torch.randn(1, 1000))  # the ranking changes all the time
+        gate.see([(weight, Elementwise())])
+        gate.after_step(step / 400)
+        masks.append(gate.keep().clone())
+        if step % EVERY == 0 and step < 300:
+            assert float(masks[-1].mean()) == pytest.approx(1 - 0.9 * (1 - (1 - step / 300) ** 3), abs=2e-3)
+    changed = [s + 1 for s in range(1, 400) if not torch.equal(masks[s], masks[s - 1])]
+    assert all(s % EVERY == 0 or s == 300 for s in changed)
+    assert max(changed) == 300
+    assert float(masks[-1].mean()) == pytest.approx(0.1, abs=1e-3)
+
+
+# --- ADMM
+
+
+def test_admm_projects_onto_the_nearest_point():
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(2, 6))
+    gate = seen(Admm(2, 6, density=1 / 3), weight, PerOutput())
+    best = min(
+        float((weight.detach() * (1 - torch.tensor(mask))).square().sum())
+        for rows in itertools.product(itertools.combinations(range(6), 2), repeat=2)
+        for mask in [[[float(c in row) for c in range(6)] for row in rows]]
+    )
+    assert float((weight.detach() - gate.near(0)).square().sum()) == pytest.approx(best)
+
+
+def test_admm_drives_weights_to_the_structure():
+    torch.manual_seed(0)
+    weight, target = nn.Parameter(torch.randn(4, 8)), torch.randn(4, 8)
+    gate = seen(Admm(8, 4, density=0.5), weight, Window(2, 4))
+    optim = torch.optim.SGD([weight], lr=0.2)
+    residual = []
+    for step in range(2000):
+        gate.see([(weight, Window(2, 4))])
+        loss = 0.01 * ((weight - target) ** 2).sum() + gate.loss()
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+        gate.after_step((step + 1) / 2000)
+        residual.append(gate.metrics()["residual"])
+    assert residual[-1] < 0.3 * residual[400]
+    mask = Window(2, 4).expand(gate.keep(), weight.shape)
+    assert float((weight.detach() * (1 - mask)).norm() / weight.detach().norm()) < 0.1
+
+
+def test_admm_rescales_its_dual_when_rho_rises():
+    weight = nn.Parameter(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    gate = seen(Admm(1, 4, density=0.5), weight, Elementwise())
+    for i in range(1, 5):
+        gate.after_step(i / 20)
+    before, rho = gate.dual(0).clone(), gate.rho
+    gate.after_step(5 / 20)
+    assert gate.rho == pytest.approx(10 * rho)
+    step = weight.detach() - gate.near(0)
+    assert torch.allclose(gate.dual(0) * gate.rho, (before + step) * rho, rtol=1e-5)
+
+
+def test_admm_keeps_a_chosen_unit_that_happens_to_be_zero():
+    weight = nn.Parameter(torch.tensor([[5.0, 0.0, 0.0, 0.0]]))
+    gate = seen(Admm(1, 4, density=0.5), weight, Elementwise())
+    assert int(gate.keep().sum()) == 2

@@ -115,7 +115,7 @@ def test_inspect(args: list[str], words: list[str], capsys: Captured, monkeypatc
         (["--model", "torchvision:ssd300_vgg16"], "give torchvision:ssd300_vgg16.backbone"),
         (["--model", "torchvision:s3e"], "Did you mean s3d"),
         (["--model", "mine:net"], "Say what mine:net takes"),
-        (["--model", "resnet20", "--input-shape", "3", "8"], "does not run on the example [[2, 3, 8]]"),
+        (["--model", "resnet20", "--input-shape", "3", "8"], "cannot take a batch of shape [2, 3, 8]"),
     ],
 )
 def test_bad_input(args: list[str], words: str, capsys: Captured) -> None:

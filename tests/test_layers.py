@@ -89,8 +89,10 @@ def test_files_stay_small(path):
 
 
 def test_method_files_import_only_their_base_and_types():
+    beside = {"gates": ("jpq.structures",)}  # a gate that ranks weights sees how its units lie in them
     for family in ("gates", "quantizers", "scores", "structures"):
         for path in (ROOT / family).glob("*.py"):
             for module in imports(path):
                 if module.startswith("jpq."):
-                    assert module.startswith((f"jpq.{family}", "jpq.types")), f"{path.name} imports {module}"
+                    allowed = (f"jpq.{family}", "jpq.types", *beside.get(family, ()))
+                    assert module.startswith(allowed), f"{path.name} imports {module}"

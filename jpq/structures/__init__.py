@@ -2,7 +2,28 @@
 
 from jpq.structures.axis import Axis
 from jpq.structures.base import Structure
+from jpq.structures.block import Block, BlockPunched
+from jpq.structures.elementwise import Elementwise
+from jpq.structures.layout import Layout
+from jpq.structures.parse import STRUCTURES, parse
+from jpq.structures.pattern import KernelPattern
+from jpq.structures.per_output import PerOutput
+from jpq.structures.slices import Channels, Filters, Kernels
+from jpq.structures.window import Window
 
-STRUCTURES: dict[str, type[Structure]] = {"axis": Axis}
-
-__all__ = ["STRUCTURES", "Axis", "Structure"]
+__all__ = [
+    "STRUCTURES",
+    "Axis",
+    "Block",
+    "BlockPunched",
+    "Channels",
+    "Elementwise",
+    "Filters",
+    "KernelPattern",
+    "Kernels",
+    "Layout",
+    "PerOutput",
+    "Structure",
+    "Window",
+    "parse",
+]

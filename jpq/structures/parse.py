@@ -1,0 +1,57 @@
+"""Structures by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jpq.structures.base import Structure
+from jpq.structures.block import Block, BlockPunched
+from jpq.structures.elementwise import Elementwise
+from jpq.structures.layout import PLAIN, Layout
+from jpq.structures.pattern import KernelPattern
+from jpq.structures.per_output import PerOutput
+from jpq.structures.slices import Channels, Filters, Kernels
+from jpq.structures.window import Window
+from jpq.types import JpqError, unknown
+
+
+@dataclass(frozen=True)
+class Named:
+    """A structure that text can ask for."""
+
+    make: Callable[..., Structure]  # numbers, layout=Layout -> structure
+    form: str  # how it is written
+    numbers: tuple[int, ...]  # how many it may take
+    spans: bool = False  # whether * may stand for "all"
+
+
+STRUCTURES: dict[str, Named] = {
+    "elementwise": Named(Elementwise, "elementwise", (0,)),
+    "per-output": Named(PerOutput, "per-output or per-output:TILES", (0, 1)),
+    "kernels": Named(Kernels, "kernels", (0,)),
+    "filters": Named(Filters, "filters", (0,)),
+    "channels": Named(Channels, "channels", (0,)),
+    "window": Named(Window, "N:M or window:N:M, such as 2:4", (2,)),
+    "block": Named(Block, "block:AxB, such as block:8x4 or block:*x1", (2,), True),
+    "punched": Named(BlockPunched, "punched:FILTERSxCHANNELS, such as punched:8x4", (2,), True),
+    "pattern": Named(KernelPattern, "pattern, pattern:4 or pattern:3x3:1.3.4.5/1.3.4.7", (0,)),
+}
+
+
+def parse(text: str, layout: Layout = PLAIN) -> Structure:
+    """The structure that a text names, for a layer of this layout. Raises JpqError with what it may be."""
+    name, _, rest = text.strip().partition(":")
+    if re.fullmatch(r"\d{1,9}:\d{1,9}", text.strip()):
+        name, rest = "window", text.strip()
+    if name not in STRUCTURES:
+        raise unknown("structure", name, [*STRUCTURES, "2:4"])
+    if name == "pattern":
+        return KernelPattern.read(rest, layout)
+    named = STRUCTURES[name]
+    numbers = re.split("[:x]", rest) if rest else []
+    legal = r"\d{1,9}|\*" if named.spans else r"\d{1,9}"
+    if len(numbers) not in named.numbers or not all(re.fullmatch(legal, n) for n in numbers):
+        raise JpqError(f"Cannot read structure '{text}': write {named.form}.")
+    return named.make(*(None if n == "*" else int(n) for n in numbers), layout=layout)

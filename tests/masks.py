@@ -1,0 +1,103 @@
+"""Weights of every kind of layer, structures that fit them, and which unit each weight belongs to, by plain loops."""
+
+from itertools import product
+from math import ceil, prod
+
+from torch import Size
+
+from jpq.structures import Layout, parse
+from jpq.types import JpqError
+
+WEIGHTS = {  # name: (size, layout)
+    "linear": ((6, 10), Layout()),
+    "narrow": ((5, 3), Layout()),
+    "conv1d": ((4, 6, 5), Layout()),
+    "conv": ((6, 7, 3, 3), Layout()),
+    "first": ((8, 3, 3, 3), Layout()),
+    "pointwise": ((5, 9, 1, 1), Layout()),
+    "oblong": ((3, 5, 1, 4), Layout()),
+    "conv3d": ((3, 5, 2, 3, 2), Layout()),
+    "grouped": ((6, 5, 3, 3), Layout(groups=2)),
+    "depthwise": ((7, 1, 3, 3), Layout(groups=7)),
+    "transposed": ((7, 4, 3, 3), Layout(transposed=True)),
+    "transposed1d": ((5, 3, 4), Layout(transposed=True)),
+    "transposed-grouped": ((10, 3, 3, 3), Layout(transposed=True, groups=2)),
+}
+SPECS = [
+    "elementwise", "per-output", "per-output:2", "kernels", "filters", "channels", "2:4", "1:4", "1:2", "3:5", "2:100",
+    "block:1x1", "block:2x3", "block:4x4", "block:*x1", "block:1x*", "block:100x7", "block:5x2", "punched:2x4",
+    "punched:4x2", "punched:*x1", "punched:3x*", "pattern", "pattern:2", "pattern:3x3:0.8/4/1.2.3.5.6.7",
+]  # fmt: skip
+
+
+def cases():
+    """(spec, name of a weight, structure, size) of all that is legal."""
+    for spec, (name, (size, layout)) in product(SPECS, WEIGHTS.items()):
+        structure = parse(spec, layout)
+        try:
+            structure.shape(Size(size))
+        except JpqError:
+            continue
+        yield spec, name, structure, Size(size)
+
+
+def refused():
+    """(spec, name of a weight) of all that is not."""
+    legal = {(spec, name) for spec, name, *_ in cases()}
+    return set(product(SPECS, WEIGHTS)) - legal
+
+
+def coordinates(size, layout):
+    """{index of a weight: (group, output in it, input in it, tap)}, from the layouts that torch documents."""
+    kernel = size[2:]
+    found = {}
+    for index in product(*map(range, size)):
+        first, second, *at = index
+        tap = 0
+        for i, n in zip(at, kernel, strict=True):
+            tap = tap * n + i
+        per = size[0] // layout.groups
+        group, own = divmod(first, per)
+        out, inn = (second, own) if layout.transposed else (own, second)
+        found[index] = (group, out, inn, tap)
+    return found
+
+
+def units(spec, size, layout):
+    """{index of a weight: (row, column)} for structures that are partitions."""
+    where = coordinates(size, layout)
+    outs, ins, taps = (1 + max(c[d] for c in where.values()) for d in (1, 2, 3))
+    name, _, rest = spec.partition(":")
+    if name.isdigit():
+        name, rest = "window", rest
+    sides = [None if s == "*" else int(s) for s in rest.split("x")] if rest else []
+    found = {}
+    for flat, (index, (g, o, i, t)) in enumerate(where.items()):
+        neuron = g * outs + o
+        if name == "elementwise":
+            unit = 0, flat
+        elif name == "per-output":
+            n = ins * taps // (sides[0] if sides else 1)
+            row, column = divmod(neuron * ins * taps + i * taps + t, n)
+            unit = row, column
+        elif name == "kernels":
+            unit = neuron, i
+        elif name == "filters":
+            unit = 0, neuron
+        elif name == "channels":
+            unit = 0, g * ins + i
+        elif name == "window":
+            m = min(sides[0], ins)
+            windows = ceil(ins / m)
+            unit = (neuron * taps + t) * windows + i // m, i % m
+        elif name == "block":
+            a, b = sides[0] or outs, sides[1] or ins * taps
+            down, across = ceil(outs / a), ceil(ins * taps / b)
+            unit = 0, (g * down + o // a) * across + (i * taps + t) // b
+        elif name == "punched":
+            a, b = sides[0] or outs, sides[1] or ins
+            down, across = ceil(outs / a), ceil(ins / b)
+            unit = 0, ((g * down + o // a) * across + i // b) * taps + t
+        found[index] = unit
+    assert len(found) == prod(size)
+    return found

@@ -117,7 +117,7 @@ def stays(frozen: pd.Series) -> str:
     for text in frozen.dropna():
         for reason in {part.split(" ", 1)[1] for part in text.split("; ")} - {OUTPUT}:
             reasons[reason] = reasons.get(reason, 0) + 1
-    found = sorted(reasons.items(), key=lambda item: -item[1])
+    found = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
     every = len(frozen)
     return "; ".join(why if n == every else f"{why} ({n} of {every})" for why, n in found) or "nothing"
 

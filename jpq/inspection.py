@@ -139,6 +139,9 @@ def _summary(
     if network.unknown_ops:
         rows.add_row("[yellow]note[/]", f"ops without a rule froze what they touch: {', '.join(network.unknown_ops)} "
                                         "(write one with jpq.network.rules)")  # fmt: skip
+    if network.idle:
+        rows.add_row("note", f"only training, or nobody, uses {', '.join(map(escape, network.idle[:6]))}"
+                             f"{' ...' if len(network.idle) > 6 else ''}")  # fmt: skip
     inside = opened_units(network, sites)
     if opened:
         text = f"{inside} of the units lie inside averages that --open-norms opened"

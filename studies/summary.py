@@ -85,7 +85,7 @@ def analysis_speed() -> list[str]:
     ]
     for row in table.itertuples():
         stages = (row.jpq_export_s, row.jpq_labels_s, row.jpq_check_s, row.jpq_sites_s, row.jpq_rebuild_s)
-        note = "" if row.tp_runs else " (its model does not run)"
+        note = "" if row.tp_runs else " (its model does not run until sizes in its code are set by hand)"
         lines.append(
             f"| {row.model} | {' | '.join(f'{s:.2f}' for s in stages)} | {row.jpq_total_s:.1f} "
             f"| {row.tp_total_s:.1f}{note} | {row.ratio:.2f} ({row.ratio_min:.2f} to {row.ratio_max:.2f}) |"
@@ -117,7 +117,7 @@ def stays(frozen: pd.Series) -> str:
     for text in frozen.dropna():
         for reason in {part.split(" ", 1)[1] for part in text.split("; ")} - {OUTPUT}:
             reasons[reason] = reasons.get(reason, 0) + 1
-    found = sorted(reasons.items(), key=lambda item: -item[1])
+    found = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
     every = len(frozen)
     return "; ".join(why if n == every else f"{why} ({n} of {every})" for why, n in found) or "nothing"
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torchvision
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import IMAGE, ZOO, Head, Residual, conv
@@ -18,6 +19,7 @@ from zoo import IMAGE, ZOO, Head, Residual, conv
 import jpq
 from jpq.exporters.onnx import Session
 from jpq.exporters.rebuild import shrink
+from jpq.inspection import inspection
 from jpq.network.read import call, tensors
 from jpq.network.sites import channels
 from jpq.network.trace import trace
@@ -147,6 +149,7 @@ def test_decisions_of_a_dense_output_are_counted_place_by_place() -> None:
     one: Callable[[Tensor], Any] = lambda x: (scores, x[:, 0, 0, 0])  # noqa: E731
     found = compare(one, lambda x: (other, x[:, 0, 0, 0] * 1.5), [(torch.ones(2, 1, 1, 1), None)])
     assert found["images"] == found["at_a_rounding_boundary"] == 2
+    assert found["decisions"] == 2 * 16 + 2
     assert found["argmax_differs"] == 1 + 2, "one of 32 places, and two numbers that are off by half"
     assert found["argmax_agreement"] == pytest.approx(31 / 34)
 
@@ -195,6 +198,10 @@ def test_parameters_that_nobody_reads_are_named() -> None:
     model.unused = nn.Linear(3, 3)
     network = trace(model, IMAGE)
     assert network.idle == ("unused",)
+    console = Console(width=150)
+    with console.capture() as shown:
+        console.print(inspection("mine", model, network, channels(network), 1.0, False, False))
+    assert "only training, or nobody, uses unused" in shown.get()
     assert [s.name for s in channels(network)] == ["stem.0", "a.0"]
 
 

@@ -246,7 +246,22 @@ class Volume(nn.Sequential):
 
 IMAGE = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))
+
+
+class Interleaved(nn.Module):
+    """Neighbouring channels share one learned factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = conv(3, 6), Head(6)
+        self.scale = nn.Parameter(torch.rand(3) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.a(x) * self.scale.repeat_interleave(2, 0)[:, None, None])
+
+
 ZOO: dict[str, tuple[Callable[[], nn.Module], Example]] = {
+    "interleaved": (Interleaved, IMAGE),
     "plain": (Plain, IMAGE),
     "flat": (Flat, IMAGE),
     "flat_view": (FlatView, IMAGE),

@@ -159,6 +159,21 @@ def repeat(call: Call) -> Dims:
     return [None if labels is None else np.tile(labels, n) for labels, n in zip(dims, times, strict=True)]
 
 
+@rule("aten.repeat_interleave")
+def repeat_interleave(call: Call) -> Dims:
+    """Each index several times in a row, with the same label; where the counts are a tensor, or dims are flattened,
+    channels keep their places."""
+    dims, times = call.x, call["repeats"]
+    if call["dim"] is None or not isinstance(times, int):
+        for labels in dims:
+            call.freeze(labels, f"repeated by {call.op} in an order that is not known")
+        return [None] * len(call.shape)
+    d = call.dim(call["dim"])
+    labels = dims[d]
+    dims[d] = None if labels is None else np.repeat(labels, times)
+    return dims
+
+
 @rule("aten.flip", "aten.roll")
 def flip(call: Call) -> Dims:
     """A reversed dim has reversed labels; channels that are rolled keep their places."""

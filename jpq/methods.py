@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jpq.gates import VIB, Admm, Feedback, Gate, GumbelTopK, HardConcrete, LearnedTopK, SoftThreshold
-from jpq.quantizers import Fixed, Learned, PowerOfTwo, Width
+from jpq.quantizers import Fixed, Gated, Learned, PowerOfTwo, Width
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,12 @@ METHODS: Mapping[str, Method] = {
         "pattern kernels on mobile CPUs, or any structure without a relaxation of its own",
         "Zhang et al., ECCV 2018, arXiv:1804.03294; Gong et al., GLSVLSI 2020, arXiv:2003.06513",
         "pattern",
+    ),
+    "bayesian-bits": Method(
+        "channels (hard concrete gates) and 2, 4 or 8 bits per tensor (a gate for each doubling), in one loss",
+        HardConcrete, Gated, True,
+        "power-of-two hardware, where training should feel the coarser grid in some steps before a width is given up",
+        "van Baalen et al., Bayesian Bits, NeurIPS 2020, arXiv:2005.07093",
     ),
     "uniform": Method(
         "one width for all weights and one for all activations; nothing is pruned",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jpq.gates import VIB, Admm, Feedback, Gate, GumbelTopK, HardConcrete, LearnedTopK, SoftThreshold
-from jpq.quantizers import Fixed, Gated, Learned, PowerOfTwo, Width
+from jpq.gates import VIB, Admm, Feedback, Gate, GumbelTopK, HardConcrete, LearnedTopK, SoftThreshold, ZeroBin
+from jpq.quantizers import Fixed, Gated, Learned, PowerOfTwo, Squashed, Width
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,13 @@ METHODS: Mapping[str, Method] = {
         HardConcrete, Gated, True,
         "power-of-two hardware, where training should feel the coarser grid in some steps before a width is given up",
         "van Baalen et al., Bayesian Bits, NeurIPS 2020, arXiv:2005.07093",
+    ),
+    "codeq": Method(
+        "single weights by a learned dead zone inside the quantizer, and any whole bit-width per tensor",
+        ZeroBin, Squashed, True,
+        "unstructured sparsity whose share per layer is learned with the bits; no density to choose",
+        "Wenshoj et al., CoDeQ: Joint Model Compression with Dead-Zone Quantizer, 2025, arXiv:2512.12981",
+        "elementwise",
     ),
     "uniform": Method(
         "one width for all weights and one for all activations; nothing is pruned",

@@ -10,6 +10,7 @@ from jpq.gates.hard_concrete import HardConcrete
 from jpq.gates.learned_topk import LearnedTopK
 from jpq.gates.soft_threshold import SoftThreshold
 from jpq.gates.vib import VIB
+from jpq.gates.zero_bin import ZeroBin
 
 GATES: dict[str, type[Gate]] = {
     "vib": VIB,
@@ -19,6 +20,7 @@ GATES: dict[str, type[Gate]] = {
     "learned_topk": LearnedTopK,
     "feedback": Feedback,
     "admm": Admm,
+    "zero_bin": ZeroBin,
 }
 
 __all__ = [
@@ -33,4 +35,5 @@ __all__ = [
     "HardConcrete",
     "LearnedTopK",
     "SoftThreshold",
+    "ZeroBin",
 ]

@@ -135,6 +135,26 @@ def test_gate_keeps_what_the_grid_does_not_zero():
         assert 0 < float(made.keep().mean()) < 1
 
 
+def test_gate_obeys_the_laws_of_gates():
+    torch.manual_seed(0)
+    fresh = ZeroBin(1, 9)
+    assert fresh.keep().sum() == 9
+    made = gate(torch.randn(64), 0.8).eval()
+    assert 0 < made.keep().sum() < 64
+    assert torch.equal(made.multiplier(), made.keep())
+    assert torch.equal(made.train().multiplier(), made.keep())  # without a grid that drops, the mask itself
+    alive, margin = made.alive()[0].detach(), made.margin()[0].detach()
+    assert bool(((alive >= 0) & (alive <= 1)).all())
+    assert bool((alive[margin.argsort()].diff() >= 0).all())
+    for theta in (0.0, 1e6, -1e6):
+        made.theta.data.fill_(theta)
+        made.after_step(1.0)
+        assert bool(made.margin().isfinite().all())
+    zeros = gate(torch.zeros(8))
+    assert bool(zeros.margin().isfinite().all())
+    assert bool(DeadZone(zeros.ends).quantize(torch.zeros(8), torch.ones(()), torch.tensor(4.0), True).isfinite().all())
+
+
 def test_weight_decay_on_theta_raises_the_share_of_zeros():
     """The paper's regulariser lambda * theta^2 with the task off."""
     torch.manual_seed(0)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from jpq.gates import VIB, Admm, Feedback, Gate, GumbelTopK, HardConcrete, LearnedTopK, Ranked, SoftThreshold
+from jpq.gates import VIB, Admm, Feedback, Gate, GumbelTopK, HardConcrete, LearnedTopK, Ranked, SoftThreshold, ZeroBin
 from jpq.network.consumers import per_consumer
 from jpq.network.sites import Site, channels
-from jpq.quantizers import Fixed, Learned, PowerOfTwo, Width
+from jpq.quantizers import Fixed, Gated, Learned, PowerOfTwo, Squashed, Width
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,19 @@ METHODS: Mapping[str, Method] = {
         "pattern kernels on mobile CPUs, or any structure without a relaxation of its own",
         "Zhang et al., ECCV 2018, arXiv:1804.03294; Gong et al., GLSVLSI 2020, arXiv:2003.06513",
         structure="pattern",
+    ),
+    "bayesian-bits": Method(
+        "channels (hard concrete gates) and 2, 4 or 8 bits per tensor (a gate for each doubling), in one loss",
+        HardConcrete, Gated, True,
+        "power-of-two hardware, where training should feel the coarser grid in some steps before a width is given up",
+        "van Baalen et al., Bayesian Bits, NeurIPS 2020, arXiv:2005.07093",
+    ),
+    "codeq": Method(
+        "single weights by a learned dead zone inside the quantizer, and any whole bit-width per tensor",
+        ZeroBin, Squashed, True,
+        "unstructured sparsity whose share per layer is learned with the bits; no density to choose",
+        "Wenshoj et al., CoDeQ: Joint Model Compression with Dead-Zone Quantizer, 2025, arXiv:2512.12981",
+        structure="elementwise",
     ),
     "uniform": Method(
         "one width for all weights and one for all activations; nothing is pruned",

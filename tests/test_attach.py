@@ -57,7 +57,7 @@ def gap(a, b):
     return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
 
 
-@pytest.mark.parametrize("gate", [GATES[g] for g in sorted(GATES)])
+@pytest.mark.parametrize("gate", [GATES[g] for g in sorted(set(GATES) - {"zero_bin"})])
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_soft_settled_and_rebuilt_agree(name, gate):
     model, net, example = compressed(name, gate)

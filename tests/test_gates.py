@@ -18,7 +18,7 @@ def make(name, n=64):
     return gate
 
 
-@pytest.mark.parametrize("name", sorted(GATES))
+@pytest.mark.parametrize("name", sorted(set(GATES) - {"zero_bin"}))  # that one is made of weights: test_codeq.py
 class TestEveryGate:
     def test_starts_with_everything_kept(self, name):
         gate = GATES[name](1, 9)

@@ -96,7 +96,9 @@ def test_widths_are_whole_and_stay_in_bounds(name):
     width = Fixed(5) if name == "fixed" else WIDTHS[name](8, 2, 8)
     assert float(width()) in width.choices
     for p in width.parameters():
-        assert torch.autograd.grad(width(), p)[0] == 1
+        slope = torch.autograd.grad(width(), p)[0]
+        assert bool((slope > 0).all())
+        assert name in ("gated", "squashed") or slope == 1
         for value in (-3.0, 2.4, 5.5, 99.0):
             p.data.fill_(value)
             width.after_step()

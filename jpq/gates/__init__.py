@@ -11,6 +11,7 @@ from jpq.gates.learned_topk import LearnedTopK
 from jpq.gates.ranked import Ranked
 from jpq.gates.soft_threshold import SoftThreshold
 from jpq.gates.vib import VIB
+from jpq.gates.zero_bin import ZeroBin
 
 GATES: dict[str, type[Gate]] = {
     "vib": VIB,
@@ -20,6 +21,7 @@ GATES: dict[str, type[Gate]] = {
     "learned_topk": LearnedTopK,
     "feedback": Feedback,
     "admm": Admm,
+    "zero_bin": ZeroBin,
 }
 
 __all__ = [
@@ -35,4 +37,5 @@ __all__ = [
     "LearnedTopK",
     "Ranked",
     "SoftThreshold",
+    "ZeroBin",
 ]

@@ -10,14 +10,22 @@ import torch
 import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
-from jpq.gates import Gate
+from jpq.gates import Gate, ZeroBin
 from jpq.network.accept import require_wide, unwrapped
 from jpq.network.compressed import Compressed
 from jpq.network.read import arguments, call, does_not_run
 from jpq.network.record import Layer, Network
 from jpq.network.sites import Site
 from jpq.network.taps import Draw, Jitter, Masked
-from jpq.quantizers import Integer, Width, can_quantize, fit_threshold, quantize_layer, replace_everywhere
+from jpq.quantizers import (
+    DeadZone,
+    Integer,
+    Width,
+    can_quantize,
+    fit_threshold,
+    quantize_layer,
+    replace_everywhere,
+)  # fmt: skip
 from jpq.structures import Axis, Structure
 from jpq.types import JpqError
 
@@ -86,11 +94,27 @@ def attach(
     for draw, site in zip(compressed.draws, sites, strict=True):
         draw.reach = _reach(model, network, site)
         draw.look()
+        pair = compressed.quantizers(site.taps[0].layer)
+        if isinstance(draw.gate, ZeroBin) and pair:
+            put_zero_bin(draw.gate, pair[0])
     for draw in compressed.draws:
         draw.gate.join(list(compressed.gates))
     for draw in compressed.draws:
         draw.again()
     return compressed
+
+
+def put_zero_bin(gate: ZeroBin, quantizer: Integer) -> None:
+    """Let training round a weight on a grid with the gate's dead zone.
+
+    Raises JpqError where the width brings a grid of its own.
+    """
+    if quantizer.grid is not None:
+        raise JpqError(
+            f"Widths of kind {type(quantizer.width).__name__} and a dead zone each bring a grid to train on; choose "
+            "widths that have none (learned, squashed or power_of_two)."
+        )
+    quantizer.grid, gate.in_grid = DeadZone(gate.ends), True
 
 
 def _reach(model: nn.Module, network: Network, site: Site) -> list[tuple[nn.Module, str, Structure]]:

@@ -19,7 +19,7 @@ from jpq.network.shares import Shares
 from jpq.network.sites import Site
 from jpq.network.taps import Draw, original
 from jpq.plan import LayerPlan, MaskPlan, Plan
-from jpq.quantizers import Fixed, Integer, Width, act_quantizer, fit_threshold, weight_quantizer
+from jpq.quantizers import Integer, Width, act_quantizer, fit_threshold, weight_quantizer
 
 FLOAT_BITS = 32  # of layers that cannot be quantized
 
@@ -165,7 +165,7 @@ class Compressed(nn.Module):
     def _fix_input(self, layer: Layer, quantizer: Integer, bits: int) -> None:
         """Fix the input's width; where that changes it, fit its range anew to what calibration saw."""
         changed = bits != round(float(quantizer.width()))
-        quantizer.width = _fixed(quantizer.width, bits)
+        quantizer.fix(bits)
         if changed and layer.name in self.seen:
             fitted = fit_threshold(self.seen[layer.name].to(quantizer.log_threshold), bits, quantizer.signed, False)
             quantizer.log_threshold.copy_(fitted.clamp_min(1e-8).log())
@@ -173,7 +173,7 @@ class Compressed(nn.Module):
     def _fix(self, layer: Layer, quantizer: Integer, bits: int) -> None:
         """Fix the weight's width; where that changes it, fit its range anew."""
         changed = bits != round(float(quantizer.width()))
-        quantizer.width = _fixed(quantizer.width, bits)
+        quantizer.fix(bits)
         if changed:
             weight = self.layer(layer.name).weight
             per_channel = quantizer.log_threshold.dim() > 0
@@ -182,10 +182,6 @@ class Compressed(nn.Module):
 
 def _hard(keep: Tensor, alive: Tensor) -> Tensor:
     return keep + (alive - alive.detach())
-
-
-def _fixed(width: Width, bits: int) -> Fixed:
-    return Fixed(bits, width.choices).to(next(iter(width.state_dict().values())).device)
 
 
 def _use(layer: Layer, inputs: Any, outputs: Any, density: Any, w_bits: Any, a_bits: Any) -> LayerUse:

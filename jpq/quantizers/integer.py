@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq.quantizers.base import Width
+from jpq.quantizers.base import Grid, Width
+from jpq.quantizers.fixed import Fixed
 
 
 def levels(bits: Tensor, signed: bool) -> Tensor:
@@ -94,7 +95,11 @@ class Integer(nn.Module):
 
     def __init__(self, threshold: Tensor, width: Width, signed: bool):
         super().__init__()
-        self.log_threshold = nn.Parameter(threshold.detach().clamp_min(1e-8).log())
+        self.grid: Grid | None = width.grid()  # what training rounds on, until `fix`
+        start = threshold.detach().clamp_min(1e-8)
+        if self.grid is not None:
+            start = start / self.grid.range(torch.ones_like(start), signed).detach()
+        self.log_threshold = nn.Parameter(start.log())
         self.width = width
         self.signed = signed
         self.register_buffer("zero_point", torch.zeros(()), persistent=False)
@@ -102,8 +107,9 @@ class Integer(nn.Module):
 
     @property
     def threshold(self) -> Tensor:
-        """The range r."""
-        return self.log_threshold.exp()
+        """The range r of the plain grid."""
+        learned = self.log_threshold.exp()
+        return learned if self.grid is None else self.grid.range(learned, self.signed)
 
     def scale(self) -> Tensor:
         """The step s of the grid."""
@@ -113,8 +119,21 @@ class Integer(nn.Module):
         """Quantized x, and the grid it lies on."""
         bits, threshold = self.width(), self.threshold
         jitter = self.jitter(x) if self.jitter is not None and self.training else None
-        q: Tensor = _Quantize.apply(x, threshold, bits, self.signed, jitter)
+        q: Tensor
+        if self.grid is not None and self.training:
+            q = self.grid.quantize(x, self.log_threshold.exp(), bits, self.signed)
+            q = q if jitter is None else q * jitter
+        else:
+            q = _Quantize.apply(x, threshold, bits, self.signed, jitter)
         return q, threshold / levels(bits, self.signed), self.zero_point, bits
+
+    @torch.no_grad()
+    def fix(self, bits: int) -> None:
+        """The plain grid at `bits` from here on; evaluation stays as it is where that is the width now."""
+        if self.grid is not None:
+            self.log_threshold.copy_(self.threshold.log())
+            self.grid = None
+        self.width = Fixed(bits, self.width.choices).to(self.log_threshold.device)
 
 
 @torch.no_grad()

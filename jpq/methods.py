@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jpq.gates import VIB, Admm, Feedback, Gate, GumbelTopK, HardConcrete, LearnedTopK, SoftThreshold
+from jpq.gates import (
+    VIB, Admm, Annealed, Feedback, Gate, GumbelTopK, HardConcrete, LearnedTopK, Polarized, SoftThreshold,
+)  # fmt: skip
 from jpq.quantizers import Fixed, Learned, PowerOfTwo, Width
 
 
@@ -41,6 +43,17 @@ METHODS: Mapping[str, Method] = {
         "a stochastic alternative to VIB: channels are really absent in part of the training steps",
         "Louizos et al., Learning Sparse Neural Networks through L0 Regularization, ICLR 2018, arXiv:1712.01312",
     ),
+    "gdp": Method(
+        "channels (polarized gates, smoothed L0) and any whole bit-width per tensor, in one loss",
+        Polarized, Learned, True,
+        "when dropping must cost nothing at the end: gates polarise to exact zeros while training",
+        "Guo et al., GDP: Gates with Differentiable Polarization, ICCV 2021, arXiv:2109.02220",
+    ),
+    "dais": Method(
+        "channels (annealed indicators, learned on the other half of the data) and any whole bit-width per tensor",
+        Annealed, Learned, True,
+        "small data, where decisions taken on the batches that train the weights would follow their noise",
+        "Guan et al., DAIS: Differentiable Annealing Indicator Search, IEEE TNNLS 2023, arXiv:2011.02166",
     "dpp": Method(
         "exactly k of n weights of each neuron (Gumbel top-k), and any whole bit-width per tensor",
         GumbelTopK, Learned, True,

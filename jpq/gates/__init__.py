@@ -1,6 +1,7 @@
 """How keep or drop is relaxed."""
 
 from jpq.gates.admm import Admm
+from jpq.gates.annealed import Annealed
 from jpq.gates.base import Gate
 from jpq.gates.counted import Counted
 from jpq.gates.decided import Decided
@@ -8,12 +9,15 @@ from jpq.gates.feedback import Feedback
 from jpq.gates.gumbel_topk import GumbelTopK
 from jpq.gates.hard_concrete import HardConcrete
 from jpq.gates.learned_topk import LearnedTopK
+from jpq.gates.polarized import Polarized
 from jpq.gates.soft_threshold import SoftThreshold
 from jpq.gates.vib import VIB
 
 GATES: dict[str, type[Gate]] = {
     "vib": VIB,
     "hard_concrete": HardConcrete,
+    "polarized": Polarized,
+    "annealed": Annealed,
     "gumbel_topk": GumbelTopK,
     "soft_threshold": SoftThreshold,
     "learned_topk": LearnedTopK,
@@ -25,6 +29,7 @@ __all__ = [
     "GATES",
     "VIB",
     "Admm",
+    "Annealed",
     "Counted",
     "Decided",
     "Feedback",
@@ -32,5 +37,6 @@ __all__ = [
     "GumbelTopK",
     "HardConcrete",
     "LearnedTopK",
+    "Polarized",
     "SoftThreshold",
 ]

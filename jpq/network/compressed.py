@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from jpq.network.taps import Draw, original
 from jpq.plan import LayerPlan, MaskPlan, Plan
 from jpq.quantizers import Fixed, Integer, Width, act_quantizer, fit_threshold, weight_quantizer
 
+Side = Literal["both", "weights", "decisions"]
 FLOAT_BITS = 32  # of layers that cannot be quantized
 
 
@@ -40,6 +41,7 @@ class Compressed(nn.Module):
         self.seen: dict[str, Tensor] = {}  # calibration samples of each layer's input
         self.shares = Shares(network, self.sites)
         self.densities = Densities(network, self.sites)
+        self._resting: list[nn.Parameter] = []  # what `learn` has switched off
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output under the decisions as they stand; a fresh draw of every gate."""
@@ -115,6 +117,25 @@ class Compressed(nn.Module):
         plain = [p for p in own if p.dim() <= 1 or id(p) in ranges]
         return {"decayed": decayed, "plain": plain}
 
+    @property
+    def held_out(self) -> bool:
+        """Whether decisions learn on other batches than the weights (bi-level)."""
+        return any(gate.held_out for gate in self.gates)
+
+    def learn(self, side: Side) -> None:
+        """Let only the weights, or only the decisions, get gradients until the next call.
+
+        The other side's are taken away too: an optimiser leaves parameters without a gradient as they are, bit for
+        bit, whatever their momentum and decay.
+        """
+        for p in self._resting:
+            p.requires_grad_(True)
+        groups = {"both": {}, "weights": self.decisions(), "decisions": self.weights()}[side]
+        self._resting = [p for group in groups.values() for p in group if p.requires_grad]
+        for p in self._resting:
+            p.requires_grad_(False)
+            p.grad = None
+
     @torch.no_grad()
     def plan(self) -> Plan:
         """The decisions as they stand."""
@@ -138,6 +159,7 @@ class Compressed(nn.Module):
 
         Under a plan that equals the decisions as they stand, evaluation before and after agrees exactly.
         """
+        self.learn("both")
         for draw, site, gate in zip(self.draws, self.sites, self.gates, strict=True):
             draw.look()
             for tap in site.taps:

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jpq.gates import (
-    VIB, Admm, Annealed, Feedback, Gate, GumbelTopK, HardConcrete, LearnedTopK, Polarized, SoftThreshold,
+    VIB,
+    Admm,
+    Annealed,
+    Feedback,
+    Gate,
+    GumbelTopK,
+    HardConcrete,
+    LearnedTopK,
+    Polarized,
+    SoftThreshold,
+    Stochastic,
 )  # fmt: skip
 from jpq.quantizers import Fixed, Learned, PowerOfTwo, Width
 
@@ -54,6 +64,7 @@ METHODS: Mapping[str, Method] = {
         Annealed, Learned, True,
         "small data, where decisions taken on the batches that train the weights would follow their noise",
         "Guan et al., DAIS: Differentiable Annealing Indicator Search, IEEE TNNLS 2023, arXiv:2011.02166",
+    ),
     "dpp": Method(
         "exactly k of n weights of each neuron (Gumbel top-k), and any whole bit-width per tensor",
         GumbelTopK, Learned, True,
@@ -95,6 +106,13 @@ METHODS: Mapping[str, Method] = {
         "pattern kernels on mobile CPUs, or any structure without a relaxation of its own",
         "Zhang et al., ECCV 2018, arXiv:1804.03294; Gong et al., GLSVLSI 2020, arXiv:2003.06513",
         "pattern",
+    ),
+    "spp": Method(
+        "columns of the weight matrix by probabilities that rise and fall, and any whole bit-width per tensor",
+        Stochastic, Learned, True,
+        "dense matrix products over fewer columns; or whole channels, with --structure channels",
+        "Wang et al., Structured Probabilistic Pruning, BMVC 2018, arXiv:1709.06994",
+        "block:*x1",
     ),
     "uniform": Method(
         "one width for all weights and one for all activations; nothing is pruned",

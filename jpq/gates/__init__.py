@@ -11,6 +11,7 @@ from jpq.gates.hard_concrete import HardConcrete
 from jpq.gates.learned_topk import LearnedTopK
 from jpq.gates.polarized import Polarized
 from jpq.gates.soft_threshold import SoftThreshold
+from jpq.gates.stochastic import Stochastic
 from jpq.gates.vib import VIB
 
 GATES: dict[str, type[Gate]] = {
@@ -23,6 +24,7 @@ GATES: dict[str, type[Gate]] = {
     "learned_topk": LearnedTopK,
     "feedback": Feedback,
     "admm": Admm,
+    "stochastic": Stochastic,
 }
 
 __all__ = [
@@ -39,4 +41,5 @@ __all__ = [
     "LearnedTopK",
     "Polarized",
     "SoftThreshold",
+    "Stochastic",
 ]

@@ -189,6 +189,8 @@ def sites_of(method: Method, network: Network, structure: str, skip: Collection[
     structure = structure or method.structure
     if structure == "channels":
         return channels(network, skip)
+    if method.gate.steps_itself:
+        raise JpqError(f"--structure {structure}: latent vectors generate whole channels. Leave --structure out.")
     found = masks(network, structure, skip)
     example = found[0].taps[0].structure
     if example.quota() is not None and not issubclass(method.gate, Counted):

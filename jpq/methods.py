@@ -13,11 +13,12 @@ from jpq.gates import (
     Gate,
     GumbelTopK,
     HardConcrete,
+    Hyper,
     LearnedTopK,
     Polarized,
     SoftThreshold,
     Stochastic,
-)  # fmt: skip
+)
 from jpq.quantizers import Fixed, Learned, PowerOfTwo, Width
 
 
@@ -106,6 +107,12 @@ METHODS: Mapping[str, Method] = {
         "pattern kernels on mobile CPUs, or any structure without a relaxation of its own",
         "Zhang et al., ECCV 2018, arXiv:1804.03294; Gong et al., GLSVLSI 2020, arXiv:2003.06513",
         "pattern",
+    ),
+    "dhp": Method(
+        "channels (latent vectors that generate the weights, made sparse) and any whole bit-width per tensor",
+        Hyper, Learned, True,
+        "long searches: neighbouring layers share one latent, so what one layer drops shapes the next one's weights",
+        "Li et al., DHP: Differentiable Meta Pruning via HyperNetworks, ECCV 2020, arXiv:2003.13683",
     ),
     "spp": Method(
         "columns of the weight matrix by probabilities that rise and fall, and any whole bit-width per tensor",

@@ -59,7 +59,7 @@ def test_starts_at_half_with_everything_kept():
 
 def test_budget_presses_above_and_never_below():
     """The paper also pushes up where E < (1 - tol) F; here landing spends what is left (see `Annealed`)."""
-    _, net, _ = gated("Residual", Annealed)
+    _, net, _ = gated("residual", Annealed)
     full = costs.macs(net.exact())
     for limit, signs in ((0.5, {1.0}), (1.0, {0.0}), (2.0, {0.0})):
         controller = Controller((Target("macs", "", math.floor(full * limit)),), pressure={"macs": 1.0})
@@ -70,7 +70,7 @@ def test_budget_presses_above_and_never_below():
 
 
 def test_gradient_of_the_budget_is_the_closed_form():
-    _, net, _ = gated("Plain", Annealed)
+    _, net, _ = gated("plain", Annealed)
     for gate in net.gates:
         gate.after_step(0.3)
     cost = costs.macs(net.uses())
@@ -86,7 +86,7 @@ def test_gradient_of_the_budget_is_the_closed_form():
 
 
 def test_layers_joined_by_an_add_share_one_indicator():
-    _, net, _ = gated("Residual", Annealed)
+    _, net, _ = gated("residual", Annealed)
     joined = [s for s in net.sites if len(s.makers) > 1]
     assert joined
     assert all(len(s.makers) == 2 and s.n == 8 for s in joined)

@@ -132,7 +132,7 @@ def test_the_share_between_shrinks_while_training():
 
 
 def test_the_price_is_what_the_cost_asks_for():
-    _, net, _ = gated("Residual", Polarized)
+    _, net, _ = gated("residual", Polarized)
     cost = costs.macs(net.uses()).log() * 3
     cost.backward()
     for gate, site in zip(net.gates, net.sites, strict=True):
@@ -144,7 +144,7 @@ def test_the_price_is_what_the_cost_asks_for():
         net.gates[0].alive()  # and without a graph nothing is charged
 
 
-@pytest.mark.parametrize("name", ["Residual", "PreActivation", "Depthwise", "Concat"])
+@pytest.mark.parametrize("name", ["residual", "pre_activation", "depthwise", "concat"])
 def test_bilinear_cost_is_the_counted_one_for_every_binary_gate(name):
     _, net, example = gated(name, Polarized)
     shares = Shares(net.network, net.sites)
@@ -166,13 +166,13 @@ def test_bilinear_cost_is_the_counted_one_for_every_binary_gate(name):
 
 
 def test_no_gate_before_a_depthwise_layer():
-    _, net, _ = gated("Depthwise", Polarized)
+    _, net, _ = gated("depthwise", Polarized)
     depthwise = {layer.name for layer in net.network.layers if layer.groups == len(layer.inputs) > 1}
     assert depthwise
     assert not depthwise & {tap.layer for site in net.sites for tap in site.taps}
 
 
-@pytest.mark.parametrize("name", ["Residual", "Flat"])
+@pytest.mark.parametrize("name", ["residual", "flat"])
 def test_folded_and_sliced_equals_gated(name):
     assert name in ZOO
     model, net, example = gated(name, Polarized)

@@ -8,6 +8,7 @@ from jpq.gates.decided import Decided
 from jpq.gates.feedback import Feedback
 from jpq.gates.gumbel_topk import GumbelTopK
 from jpq.gates.hard_concrete import HardConcrete
+from jpq.gates.hyper import Hyper
 from jpq.gates.learned_topk import LearnedTopK
 from jpq.gates.polarized import Polarized
 from jpq.gates.soft_threshold import SoftThreshold
@@ -25,6 +26,7 @@ GATES: dict[str, type[Gate]] = {
     "feedback": Feedback,
     "admm": Admm,
     "stochastic": Stochastic,
+    "hyper": Hyper,
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "Gate",
     "GumbelTopK",
     "HardConcrete",
+    "Hyper",
     "LearnedTopK",
     "Polarized",
     "SoftThreshold",

@@ -156,8 +156,9 @@ def change(rank: Tensor, left: Tensor) -> Tensor:
     """Delta(r): what a unit's probability gains at rank r with `left` (K) units still to go.
 
     A at r = 0, u A at N = -ln u / a, 0 at K, point-symmetric about (N, u A) and falling; a = (ln 2 - ln u) / K.
+    In float64.
     """
-    a = (math.log(2) - math.log(TURN)) / left.clamp_min(1)
+    a = (math.log(2) - math.log(TURN)) / left.clamp_min(1).double()
     turn = -math.log(TURN) / a
     near = RISE * (-a * rank).exp()
     far = 2 * TURN * RISE - RISE * (-a * (2 * turn - rank)).clamp_max(STEEP).exp()

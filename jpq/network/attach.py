@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from jpq.gates import Gate
 from jpq.network.compressed import Compressed
+from jpq.network.hyper import Hypernetworks
 from jpq.network.record import Layer, Network
 from jpq.network.sites import Site
 from jpq.network.taps import Draw, Jitter, Masked
@@ -61,8 +62,10 @@ def attach(
     for draw, site in zip(compressed.draws, sites, strict=True):
         for tap in site.taps:
             taps.setdefault(tap.layer, []).append((draw, tap.structure))
+    hyper = Hypernetworks(sites, list(compressed.gates))
     for layer in network.layers:
         quantize(model, layer, widths(layer), seen.get(layer.name))
+        hyper.register(model, layer)
         if layer.name in taps:
             owner, _, name = layer.weight.rpartition(".")
             parametrize.register_parametrization(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from jpq.costs import LayerUse
 from jpq.gates import Decided, Gate
 from jpq.network.densities import Densities
+from jpq.network.hyper import fold
 from jpq.network.record import Layer, Network
 from jpq.network.shares import Shares
 from jpq.network.sites import Site
@@ -104,7 +105,7 @@ class Compressed(nn.Module):
     def decisions(self) -> dict[str, list[nn.Parameter]]:
         """Parameters that decide: "gates" and "bits"."""
         return {
-            "gates": list(self.gates.parameters()),
+            "gates": [p for gate in self.gates if not gate.steps_itself for p in gate.parameters()],
             "bits": [p for width in self.widths() for p in width.parameters()],
         }
 
@@ -160,6 +161,8 @@ class Compressed(nn.Module):
         Under a plan that equals the decisions as they stand, evaluation before and after agrees exactly.
         """
         self.learn("both")
+        for layer in self.network.layers:
+            fold(self.model, layer)
         for draw, site, gate in zip(self.draws, self.sites, self.gates, strict=True):
             draw.look()
             for tap in site.taps:

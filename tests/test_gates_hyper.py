@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -74,14 +75,14 @@ def test_starts_at_the_pretrained_weights(name):
         assert not h.b1.any()
 
 
-def test_first_weights_have_the_papers_variance():
+def test_the_hypernetwork_starts_at_the_papers_variance():
     torch.manual_seed(0)
-    h = Generated(torch.zeros(64, 32, 3, 3), [], torch.arange(32).numpy(), torch.arange(32, 96).numpy())
-    drawn = (torch.rand_like(h.w2) * 2 - 1) * (3 / (EMBEDDING * 32 * 9)) ** 0.5  # the draw before it meets a weight
-    z = [torch.randn(32), torch.randn(64)]
-    made = generate(*z, h.b0.detach(), h.w1.detach(), h.b1.detach(), drawn)
-    assert float(made.var()) * 32 * 9 == pytest.approx(1.0, rel=0.35)
-    assert float(h(torch.zeros(64, 32, 3, 3)).detach().abs().max()) < 1e-5  # asked for a weight of zeros
+    zeros = torch.zeros(64, 32, 3, 3)
+    h = Generated(zeros, [], np.arange(32), np.arange(32, 96))
+    assert float(h.w1.detach().var()) == pytest.approx(1, rel=0.03)
+    # var(O) * fan_in would be 1; asking for a certain weight fixes one of the m directions of each kernel
+    assert float(h.w2.detach().var()) * EMBEDDING * 32 * 9 == pytest.approx(1 - 1 / EMBEDDING, rel=0.03)
+    assert float(h(zeros).detach().abs().max()) < 1e-6
 
 
 def test_own_latents_where_no_site_decides():
@@ -111,13 +112,13 @@ def test_one_latent_on_both_sides_of_an_add():
     assert difference(net, small, example) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["residual", "depthwise", "grouped", "concat", "flat"])
+@pytest.mark.parametrize("name", ["residual", "depthwise", "squeeze_excite", "pixel_shuffle", "concat", "flat"])
 def test_export_computes_what_the_network_without_the_channels_did(name):
     model, net, example = gated(name, Hyper)
     torch.manual_seed(3)
     stirred(net)
     for gate in net.gates:
-        gate.z.data[0, LEAST:] *= (torch.rand(gate.n - LEAST) > 0.5).float()
+        gate.z.data[0, LEAST:] *= (torch.rand(gate.n)[LEAST:] > 0.5).float()
     net.eval()
     kept = sum(int(g.keep().sum()) for g in net.gates)
     assert kept < sum(g.n for g in net.gates)
@@ -199,7 +200,7 @@ def test_the_price_is_the_budgets_and_does_not_move_latents_by_gradient():
         assert float(gate.price[0, 0]) == pytest.approx(float(saved) / float(full), rel=1e-4)
 
 
-def test_search_ends_within_two_percent_of_the_wanted_share():
+def test_search_ends_within_a_unit_of_the_wanted_share():
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1), nn.ReLU(),
@@ -217,7 +218,7 @@ def test_search_ends_within_two_percent_of_the_wanted_share():
         net.step()
     assert net.share("macs") <= 0.6  # the proximal step did most of it
     net.land()
-    assert 0.4 * 0.97 <= net.share("macs") <= 0.4
+    assert 0.4 - 1 / 24 <= net.share("macs") <= 0.4
     assert all(int(g.keep().sum()) >= LEAST for g in net.net.gates)
     assert math.isfinite(float(F.cross_entropy(net(x), y)))
 

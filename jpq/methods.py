@@ -14,6 +14,7 @@ from jpq.gates import (
     GumbelTopK,
     HardConcrete,
     Hyper,
+    Lasso,
     LearnedTopK,
     Polarized,
     SoftThreshold,
@@ -113,6 +114,13 @@ METHODS: Mapping[str, Method] = {
         Hyper, Learned, True,
         "long searches: neighbouring layers share one latent, so what one layer drops shapes the next one's weights",
         "Li et al., DHP: Differentiable Meta Pruning via HyperNetworks, ECCV 2020, arXiv:2003.13683",
+    ),
+    "dsp": Method(
+        "which input channels each learned group of filters reads, and any whole bit-width per tensor",
+        Lasso, Learned, True,
+        "dense branches instead of sparse kernels: more channels go than when all filters must agree",
+        "Park et al., Dynamic Structure Pruning for Compressing CNNs, AAAI 2023, arXiv:2303.09736",
+        "kernels",
     ),
     "spp": Method(
         "columns of the weight matrix by probabilities that rise and fall, and any whole bit-width per tensor",

@@ -9,6 +9,7 @@ from jpq.gates.feedback import Feedback
 from jpq.gates.gumbel_topk import GumbelTopK
 from jpq.gates.hard_concrete import HardConcrete
 from jpq.gates.hyper import Hyper
+from jpq.gates.lasso import Lasso
 from jpq.gates.learned_topk import LearnedTopK
 from jpq.gates.polarized import Polarized
 from jpq.gates.soft_threshold import SoftThreshold
@@ -27,6 +28,7 @@ GATES: dict[str, type[Gate]] = {
     "admm": Admm,
     "stochastic": Stochastic,
     "hyper": Hyper,
+    "lasso": Lasso,
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "GumbelTopK",
     "HardConcrete",
     "Hyper",
+    "Lasso",
     "LearnedTopK",
     "Polarized",
     "SoftThreshold",

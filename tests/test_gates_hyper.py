@@ -160,11 +160,10 @@ def test_proximal_step_gives_exact_zeros_and_changes_no_sign():
 
 def test_a_step_is_plain_gradient_then_prox():
     gate = Hyper(1, 6)
-    gate.price.fill_(0.1)
-    gate.z.grad = torch.arange(6.0)[None]
+    gate.price.fill_(0.1 / RATE)
+    gate.z.grad = torch.tensor([[0.0, 0.2, 0.5, 0.95, 1.05, 1.5]]) / RATE
     gate.after_step(0.0)
-    assert gate.z[0].tolist() == pytest.approx([abs(1 - RATE * g) - RATE * 0.1 if RATE * g <= 1 else
-                                                -(RATE * g - 1 - RATE * 0.1) for g in range(6)])  # fmt: skip
+    assert gate.z[0].tolist() == pytest.approx([0.9, 0.7, 0.4, 0.0, 0.0, -0.4])
     assert gate.z.grad is None
 
 

@@ -32,7 +32,7 @@ from jpq.types import Units
 
 THRESHOLD = 5e-3
 LEAST = 4
-RATE = 0.3
+RATE = 1.0
 TINY = 1e-12
 FAR = 60.0  # margin of the last units of a site: beyond what landing shifts
 

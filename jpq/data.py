@@ -98,6 +98,26 @@ class Batches:
                 images = self.augment.apply(images, moves[part])
             yield self.normalise(images), self.labels.index_select(0, which)
 
+    def halves(self) -> tuple[Batches, Batches]:
+        """Two halves of the samples, for bi-level methods: disjoint, and the same in every epoch and every run.
+
+        They are split by sample and stratified by class, whatever the seed, and each is shuffled within itself: no
+        sample that one half ever gives is given by the other. Raises JpqError below 4 samples.
+        """
+        if self.size < 4:
+            raise JpqError(
+                f"{self.size} training samples cannot be halved for a bi-level method: at least 4 are needed."
+            )
+        first = stratified(self.labels.cpu(), self.size // 2, seed=0).to(self.labels.device)
+        one, other = (
+            Batches(
+                self.images[mask], self.labels[mask], mean=self.mean, std=self.std, batch_size=self.batch_size,
+                augment=self.augment, shuffle=self.shuffle, seed=self.seed + i,
+            )
+            for i, mask in enumerate((first, ~first))
+        )  # fmt: skip
+        return one, other
+
     def normalise(self, images: Tensor) -> Tensor:
         """Stored images -> (x - mean) / std in float32, where bytes count as x / 255."""
         return images.float().sub(self._mean).div_(self._std)

@@ -16,7 +16,7 @@ from jpq.exporters.quantized import rebuild
 from jpq.gates import Counted, Decided, Gate
 from jpq.methods import METHODS, Method
 from jpq.network.attach import attach
-from jpq.network.compressed import Compressed, exact_uses
+from jpq.network.compressed import Compressed, Side, exact_uses
 from jpq.network.norms import require_opened
 from jpq.network.record import Layer, Network
 from jpq.network.shares import Shares
@@ -35,6 +35,11 @@ class Joint(nn.Module):
     """A model under compression, for use like any module: call it, add `pressure()` to the loss, call `step()`.
 
     Made by `compress`. The search lasts `steps` optimiser steps; the budget is reached before it ends.
+
+    With a bi-level method (`dais`) steps alternate by themselves: in one only the weights get gradients, in the next
+    only the decisions, and `turn` says which. Split the training samples into two fixed halves (`Batches.halves`, or
+    by index) and take each batch from the half of `turn`; use a single optimiser that leaves parameters without a
+    gradient alone, as torch's do after `zero_grad()`.
     """
 
     def __init__(
@@ -48,12 +53,21 @@ class Joint(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output under the decisions as they stand."""
+        if self.training:
+            self.net.learn(self.turn)
         return self.net(*args, **kwargs)
 
     @property
     def progress(self) -> float:
         """Position in the search, in [0, 1]."""
         return min(1.0, self.done / self.steps)
+
+    @property
+    def turn(self) -> Side:
+        """What learns from the next batch: "both", or with a bi-level method "weights" and "decisions" in turn."""
+        if self.controller is None or not self.net.held_out:
+            return "both"
+        return "decisions" if self.done % 2 else "weights"
 
     def groups(
         self, lr: float = 1e-3, gate_lr: float = 0.05, bit_lr: float = 0.02, weight_decay: float = 0.0
@@ -69,8 +83,8 @@ class Joint(nn.Module):
         return [g for g in groups if g["params"]]
 
     def pressure(self) -> Tensor:
-        """What the budget and the gates add to the loss, a scalar; 0 once the decisions have landed."""
-        if self.controller is None:
+        """What the budget and the gates add to the loss, a scalar; 0 once landed, and where only weights learn."""
+        if self.controller is None or self.turn == "weights":
             return torch.zeros((), device=next(self.parameters()).device)
         cost = self.controller.loss(self.net.uses(), self.progress)
         return cost + self.net.own_loss() + self.gate_weight * self.controller.force() * self.net.penalty()
@@ -205,6 +219,8 @@ def sites_of(method: Method, network: Network, structure: str, skip: Collection[
     structure = structure or method.structure
     if structure == "channels":
         return method.sites(network, skip)
+    if method.gate.steps_itself:
+        raise JpqError(f"--structure {structure}: latent vectors generate whole channels. Leave --structure out.")
     found = masks(network, structure, skip)
     example = found[0].taps[0].structure
     if example.quota() is not None and not issubclass(method.gate, Counted):

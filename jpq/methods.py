@@ -5,7 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from jpq.gates import VIB, Admm, Feedback, Gate, GumbelTopK, HardConcrete, LearnedTopK, Ranked, SoftThreshold, ZeroBin
+from jpq.gates import (
+    VIB,
+    Admm,
+    Annealed,
+    Feedback,
+    Gate,
+    GumbelTopK,
+    HardConcrete,
+    Hyper,
+    Lasso,
+    LearnedTopK,
+    Polarized,
+    Ranked,
+    SoftThreshold,
+    Stochastic,
+    ZeroBin,
+)
 from jpq.network.consumers import per_consumer
 from jpq.network.sites import Site, channels
 from jpq.quantizers import Fixed, Gated, Learned, PowerOfTwo, Squashed, Width
@@ -43,6 +59,18 @@ METHODS: Mapping[str, Method] = {
         HardConcrete, Learned, True,
         "a stochastic alternative to VIB: channels are really absent in part of the training steps",
         "Louizos et al., Learning Sparse Neural Networks through L0 Regularization, ICLR 2018, arXiv:1712.01312",
+    ),
+    "gdp": Method(
+        "channels (polarized gates, smoothed L0) and any whole bit-width per tensor, in one loss",
+        Polarized, Learned, True,
+        "when dropping must cost nothing at the end: gates polarise to exact zeros while training",
+        "Guo et al., GDP: Gates with Differentiable Polarization, ICCV 2021, arXiv:2109.02220",
+    ),
+    "dais": Method(
+        "channels (annealed indicators, learned on the other half of the data) and any whole bit-width per tensor",
+        Annealed, Learned, True,
+        "small data, where decisions taken on the batches that train the weights would follow their noise",
+        "Guan et al., DAIS: Differentiable Annealing Indicator Search, IEEE TNNLS 2023, arXiv:2011.02166",
     ),
     "dpp": Method(
         "exactly k of n weights of each neuron (Gumbel top-k), and any whole bit-width per tensor",
@@ -98,6 +126,26 @@ METHODS: Mapping[str, Method] = {
         "unstructured sparsity whose share per layer is learned with the bits; no density to choose",
         "Wenshoj et al., CoDeQ: Joint Model Compression with Dead-Zone Quantizer, 2025, arXiv:2512.12981",
         structure="elementwise",
+    ),
+    "dhp": Method(
+        "channels (latent vectors that generate the weights, made sparse) and any whole bit-width per tensor",
+        Hyper, Learned, True,
+        "long searches: neighbouring layers share one latent, so what one layer drops shapes the next one's weights",
+        "Li et al., DHP: Differentiable Meta Pruning via HyperNetworks, ECCV 2020, arXiv:2003.13683",
+    ),
+    "dsp": Method(
+        "which input channels each learned group of filters reads, and any whole bit-width per tensor",
+        Lasso, Learned, True,
+        "dense branches instead of sparse kernels: more channels go than when all filters must agree",
+        "Park et al., Dynamic Structure Pruning for Compressing CNNs, AAAI 2023, arXiv:2303.09736",
+        structure="kernels",
+    ),
+    "spp": Method(
+        "columns of the weight matrix by probabilities that rise and fall, and any whole bit-width per tensor",
+        Stochastic, Learned, True,
+        "dense matrix products over fewer columns; or whole channels, with --structure channels",
+        "Wang et al., Structured Probabilistic Pruning, BMVC 2018, arXiv:1709.06994",
+        structure="block:*x1",
     ),
     "uniform": Method(
         "one width for all weights and one for all activations; nothing is pruned",

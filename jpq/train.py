@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from jpq import costs
 from jpq.budget import Controller
 from jpq.data import Batches, Data
-from jpq.network.compressed import Compressed
+from jpq.network.compressed import Compressed, Side
 from jpq.quantizers import Integer
 from jpq.result import Row, Silent, Watch
 from jpq.types import JpqError
@@ -34,8 +34,8 @@ class Objective:
     gate_weight: float = 0.0
     controller: Controller | None = None  # None outside the search: decisions are fixed
 
-    def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float) -> Tensor:
-        """The loss of one batch; progress of the phase in [0, 1]."""
+    def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, side: Side = "both") -> Tensor:
+        """The loss of one batch; progress of the phase in [0, 1]. What the weights alone learn from has no budget."""
         logits = net(x)
         if not isinstance(logits, Tensor):
             raise JpqError(f"In training the model gives a {type(logits).__name__}, and jpq trains on one tensor of "
@@ -49,7 +49,7 @@ class Objective:
             loss = loss + self.distill * self.temperature**2 * F.kl_div(
                 given, wanted, log_target=True, reduction="batchmean"
             )
-        if self.controller is not None and isinstance(net, Compressed):
+        if self.controller is not None and isinstance(net, Compressed) and side != "weights":
             uses = net.uses()
             loss = loss + net.own_loss()
             loss = loss + self.controller.loss(uses, progress)
@@ -153,18 +153,26 @@ def fit(
 ) -> None:
     """Train for one phase; after each epoch measure the held-out accuracy, record a row and `save`.
 
+    In a search whose gates are `held_out` (bi-level), batches alternate: weights learn on the task alone from one half
+    of the training samples, decisions on everything from the other (`Batches.halves`); an epoch is still one pass.
+
     Raises JpqError when the loss is no longer a number; what was saved last stays as it is.
     """
     watch = watch or Silent()
-    watch.phase(phase.name, phase.epochs, len(data.train))
+    bilevel = objective.controller is not None and isinstance(net, Compressed) and net.held_out
+    parts = data.train.halves() if bilevel else (data.train,)
+    steps = len(parts) * min(len(part) for part in parts)
+    watch.phase(phase.name, phase.epochs, steps)
     for epoch in range(phase.done, phase.epochs):
         net.train()
         losses = []
-        for i, (x, y) in enumerate(data.train.epoch(phase.before + epoch)):
-            at = epoch + i / len(data.train)
+        for i, (side, x, y) in enumerate(_turns(parts, phase.before + epoch)):
+            at = epoch + i / steps
+            if isinstance(net, Compressed):
+                net.learn(side)
             for group in optim.param_groups:
                 group["lr"] = group["peak"] * (phase.rate(at) if group["curve"] else 1.0)
-            loss = objective(net, x, y, at / phase.epochs)
+            loss = objective(net, x, y, at / phase.epochs, side)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise JpqError(_diverged(net, x, phase, epoch))
@@ -184,6 +192,14 @@ def fit(
         phase.done = epoch + 1
         watch.epoch(row)
         save(phase)
+
+
+def _turns(parts: Sequence[Batches], epoch: int) -> Iterator[tuple[Side, Tensor, Tensor]]:
+    """The batches of one epoch, and what learns from each: everything, or from two halves weights and decisions."""
+    sides: tuple[Side, ...] = ("both",) if len(parts) == 1 else ("weights", "decisions")
+    for turn in zip(*(part.epoch(epoch) for part in parts), strict=False):  # halves may differ by one batch
+        for side, (x, y) in zip(sides, turn, strict=True):
+            yield side, x, y
 
 
 @torch.no_grad()

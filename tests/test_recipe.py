@@ -113,6 +113,17 @@ def test_resuming_gives_the_same_bits_as_never_stopping(phase, finished, tmp_pat
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
+@pytest.mark.parametrize("method", ["gdp", "dais", "spp", "dhp", "dsp"])
+def test_everything_that_a_gate_remembers_is_in_the_checkpoint(method, tmp_path):
+    asked = [config(tmp_path / name, method) for name in ("whole", "stopped")]
+    whole = jpq.optimize(asked[0])
+    with pytest.raises(KeyboardInterrupt):
+        jpq.optimize(asked[1], Stop("search", 2))
+    result = jpq.optimize(replace(asked[1], run=replace(asked[1].run, resume=True)))
+    ours, theirs = (recipe.load(r.folder)[0].state_dict() for r in (result, whole))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
 @pytest.mark.parametrize(
     ("method", "budget"),
     [

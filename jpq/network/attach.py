@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from jpq.gates import Gate, ZeroBin
 from jpq.network.accept import require_wide, unwrapped
 from jpq.network.compressed import Compressed
+from jpq.network.hyper import Hypernetworks
 from jpq.network.read import arguments, call, does_not_run
 from jpq.network.record import Layer, Network
 from jpq.network.sites import Site
@@ -80,8 +81,10 @@ def attach(
     for draw, site in zip(compressed.draws, sites, strict=True):
         for tap in site.taps:
             taps.setdefault(tap.layer, []).append((draw, tap.structure))
+    hyper = Hypernetworks(sites, list(compressed.gates))
     for layer in network.layers:
         quantize(model, layer, widths(layer), seen.get(layer.name))
+        hyper.register(model, layer)
         if layer.name in taps:
             owner, _, name = layer.weight.rpartition(".")
             parametrize.register_parametrization(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from jpq.costs import LayerUse
 from jpq.gates import Decided, Gate
 from jpq.network.densities import Densities
+from jpq.network.hyper import fold
 from jpq.network.norms import opened_units
 from jpq.network.record import Layer, Network
 from jpq.network.shares import Shares
@@ -21,6 +22,7 @@ from jpq.network.taps import Draw, original
 from jpq.plan import LayerPlan, MaskPlan, Plan
 from jpq.quantizers import Integer, Width, act_quantizer, fit_threshold, weight_quantizer
 
+Side = Literal["both", "weights", "decisions"]
 FLOAT_BITS = 32  # of layers that cannot be quantized
 
 
@@ -42,6 +44,7 @@ class Compressed(nn.Module):
         self.shares = Shares(network, [s for s in self.sites if not s.is_mask])
         self.opened = opened_units(network, self.sites)  # with any, the rebuilt model is not the masked one
         self.densities = Densities(network, self.sites)
+        self._resting: list[nn.Parameter] = []  # what `learn` has switched off
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output under the decisions as they stand; a fresh draw of every gate."""
@@ -104,7 +107,7 @@ class Compressed(nn.Module):
     def decisions(self) -> dict[str, list[nn.Parameter]]:
         """Parameters that decide: "gates" and "bits"."""
         return {
-            "gates": list(self.gates.parameters()),
+            "gates": [p for gate in self.gates if not gate.steps_itself for p in gate.parameters()],
             "bits": [p for width in self.widths() for p in width.parameters()],
         }
 
@@ -116,6 +119,25 @@ class Compressed(nn.Module):
         decayed = [p for p in own if p.dim() > 1 and id(p) not in ranges]
         plain = [p for p in own if p.dim() <= 1 or id(p) in ranges]
         return {"decayed": decayed, "plain": plain}
+
+    @property
+    def held_out(self) -> bool:
+        """Whether decisions learn on other batches than the weights (bi-level)."""
+        return any(gate.held_out for gate in self.gates)
+
+    def learn(self, side: Side) -> None:
+        """Let only the weights, or only the decisions, get gradients until the next call.
+
+        The other side's are taken away too: an optimiser leaves parameters without a gradient as they are, bit for
+        bit, whatever their momentum and decay.
+        """
+        for p in self._resting:
+            p.requires_grad_(True)
+        groups = {"both": {}, "weights": self.decisions(), "decisions": self.weights()}[side]
+        self._resting = [p for group in groups.values() for p in group if p.requires_grad]
+        for p in self._resting:
+            p.requires_grad_(False)
+            p.grad = None
 
     @torch.no_grad()
     def plan(self) -> Plan:
@@ -140,6 +162,9 @@ class Compressed(nn.Module):
 
         Under a plan that equals the decisions as they stand, evaluation before and after agrees exactly.
         """
+        self.learn("both")
+        for layer in self.network.layers:
+            fold(self.model, layer)
         for draw, site, gate in zip(self.draws, self.sites, self.gates, strict=True):
             draw.look()
             for tap in site.taps:

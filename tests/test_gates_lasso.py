@@ -1,0 +1,236 @@
+"""DSP: filters that sort themselves into groups, channels that go group by group, and the branches that are left."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from zoo import ZOO
+
+import jpq
+from jpq.exporters.branches import Branches, branched
+from jpq.exporters.quantized import rebuild
+from jpq.exporters.verify import difference, measure
+from jpq.gates import Lasso
+from jpq.gates.lasso import LEAST, SPAN, coefficients, regulariser, running
+from jpq.network.attach import attach
+from jpq.network.sites import masks
+from jpq.network.trace import trace
+from jpq.quantizers import Fixed
+from jpq.structures import Kernels
+
+ROWS = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 2.0], [0.0, 2.0]])  # the sheet's W, kernels of one weight
+
+
+def hard(groups, count=2):
+    return F.one_hot(torch.tensor(groups), count).T.double()
+
+
+def gate_on(weight, groups=2, density=0.5):
+    structure = Kernels()
+    gate = Lasso(*structure.shape(weight.shape), density=density, groups=groups)
+    gate.bind(structure.sizes(weight.shape), None)
+    gate.see([(weight, structure)])
+    gate.join([gate])
+    return gate
+
+
+@pytest.mark.parametrize(
+    ("p", "want"),
+    [
+        (hard([0, 0, 1, 1]), 6.0), (hard([0, 1, 0, 1]), 8.485), (hard([0, 0, 0, 0]), 24.0),
+        (torch.ones(1, 4).double(), 8.485),
+    ],
+)  # fmt: skip
+def test_the_worked_examples(p, want):
+    assert float(regulariser(ROWS.double().square(), p, 1.0)) == pytest.approx(want, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("shares", "beta", "kept"),
+    [((0.05, 0.10, 0.25, 0.60), 0.2, (0, 0, 1, 1)), ((0.25, 0.60, 0.05, 0.10), 0.2, (1, 1, 0, 0))],
+)
+def test_channels_go_while_the_running_sum_stays_below_beta(shares, beta, kept):
+    assert (running(torch.tensor([shares])) >= beta).int().tolist() == [list(kept)]
+
+
+def test_a_larger_beta_drops_a_superset():
+    torch.manual_seed(0)
+    gate = gate_on(nn.Parameter(torch.randn(12, 9, 3, 3)))
+    gate.alpha.copy_(torch.randn(2, 12))
+    sums = running(gate._energies())
+    dropped = [sums < beta for beta in (0.05, 0.2, 0.5, 0.9)]
+    assert all(bool((b | ~a).all()) for a, b in pairwise(dropped))
+    assert bool((dropped[3].sum() > dropped[0].sum()).item())
+
+
+def test_closed_forms_equal_finite_differences():
+    torch.manual_seed(0)
+    weight = torch.randn(6, 5, 4, dtype=torch.float64, requires_grad=True)  # filters, channels, taps
+    p = torch.softmax(torch.randn(3, 6, dtype=torch.float64), 0).requires_grad_(True)
+    value = lambda w, q: regulariser(w.square().sum(2), q, 2.0)  # noqa: E731
+    assert torch.autograd.gradcheck(value, (weight, p))
+    (grad,) = torch.autograd.grad(value(weight, p), weight)
+    assert torch.allclose(grad, weight * coefficients(weight.square().sum(2), p, 2.0)[:, :, None])
+    size, norm = p.sqrt().sum(1, keepdim=True), (p.square() @ weight.square().sum(2)).sqrt()
+    squares, kappa = weight.square().sum(2), 2.0 * (3 / 6) ** 1.5
+    closed = kappa * (size**2 * p * ((1 / norm) @ squares.T) + norm.sum(1, keepdim=True) * size / p.sqrt())
+    assert torch.allclose(torch.autograd.grad(value(weight, p), p)[0], closed, rtol=1e-6)
+
+
+def test_channels_of_zeros_give_no_nan():
+    squares = torch.zeros(4, 3)
+    squares[:, 0] = 1.0
+    p = torch.full((2, 4), 0.5, requires_grad=True)
+    assert torch.equal(coefficients(squares, p, 1.0)[:, 1:], torch.zeros(4, 2))
+    (grad,) = torch.autograd.grad(regulariser(squares, p, 1.0) + coefficients(squares, p, 1.0).sum(), p)
+    assert bool(grad.isfinite().all())
+
+
+def test_the_noise_is_not_divided_by_the_temperature():
+    torch.manual_seed(0)
+    gate = gate_on(nn.Parameter(torch.randn(4000, 4, 1, 1)))
+    gate.alpha[0] = 0.5
+    first = (gate._drawn()[0] > 0.5).float().mean()  # P(alpha / tau + noise wins) = sigmoid(1), not sigmoid(0.5)
+    assert abs(float(first) - float(torch.sigmoid(torch.tensor(1.0)))) < 4 * 0.0075
+
+
+def learned(labels_from, steps, seed=0):
+    """A layer of two planted families of filters, trained on a task while it sorts itself."""
+    torch.manual_seed(seed)
+    weight = nn.Parameter(0.1 * torch.randn(16, 8, 1, 1))
+    weight.data[:8, :4] += torch.randn(8, 4, 1, 1)
+    weight.data[8:, 4:] += torch.randn(8, 4, 1, 1)
+    gate = gate_on(weight)
+    target = labels_from(weight.detach())
+    optimizer = torch.optim.Adam([weight], 0.01)
+    start = regulariser(weight.detach().square().sum((2, 3)), torch.full((2, 16), 0.5), 1.0)
+    for i in range(steps):
+        gate.relaxed()
+        x = torch.randn(32, 8, 1, 1)
+        optimizer.zero_grad()
+        (F.conv2d(x, weight) - F.conv2d(x, target)).square().mean().backward()
+        optimizer.step()
+        gate.after_step((i + 1) / steps * SPAN * 0.999)
+    return gate, weight, float(start)
+
+
+def test_planted_families_are_separated_and_the_regulariser_falls():
+    gate, weight, start = learned(torch.clone, 400)
+    groups = gate.alpha.argmax(0)
+    agree = (groups == torch.arange(16) // 8).float().mean()
+    assert max(float(agree), 1 - float(agree)) >= 0.9
+    assert float(regulariser(weight.detach().square().sum((2, 3)), gate.members, 1.0)) < start
+
+
+def test_the_task_reaches_the_logits():
+    one, _, _ = learned(torch.clone, steps=6)
+    other, _, _ = learned(lambda w: w.flip(1), steps=6)
+    assert not torch.equal(one.alpha, other.alpha)
+
+
+def test_same_seed_same_groups():
+    assert torch.equal(learned(torch.clone, 20)[0].alpha, learned(torch.clone, 20)[0].alpha)
+
+
+def test_one_group_is_plain_input_channel_pruning():
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(6, 10, 3, 3))
+    gate = gate_on(weight, groups=1, density=0.4)
+    gate.after_step(SPAN)
+    energy = weight.detach().square().sum((0, 2, 3))
+    assert bool((gate.kept == gate.kept[0]).all())
+    assert torch.equal(gate.kept[0] > 0, energy >= energy.topk(4).values[-1])
+
+
+def test_density_is_met_over_all_layers_together():
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(64, 128, 3, 3)), nn.Parameter(torch.randn(128, 64, 1, 1) * 3)]
+    gates = [gate_on(w, groups=4, density=0.3) for w in weights]
+    for gate in gates:
+        gate.alpha.copy_(torch.randn(4, gate.rows))
+        gate.join(gates)
+    for gate in gates:
+        gate.after_step(SPAN)
+    kept = sum(float((g.kept * g.sizes).sum()) for g in gates)
+    share = kept / sum(float(g.sizes.sum()) for g in gates)
+    assert 0.295 <= share <= 0.3
+    assert all(bool(g.decided) for g in gates)
+    for gate in gates:  # all filters of a group decide alike
+        for members in gate.members:
+            rows = gate.kept[members > 0]
+            assert bool((rows == rows[:1]).all())
+
+
+def test_the_image_stays():
+    gate = gate_on(nn.Parameter(torch.randn(8, LEAST - 1, 3, 3)), density=0.1)
+    gate.after_step(1.0)
+    assert gate.kept.all()
+
+
+def grouped(name="plain"):
+    torch.manual_seed(0)
+    make, example = ZOO[name]
+    model = make().eval()
+    network = trace(model, example)
+    make_gate = lambda rows, n: Lasso(rows, n, density=0.4, groups=2)  # noqa: E731
+    net = attach(
+        model, network, masks(network, "kernels"), make_gate, lambda layer: (Fixed(8), Fixed(8)), [example], "test"
+    )
+    for gate in net.gates:
+        gate.alpha.copy_(torch.randn_like(gate.alpha))
+    return model, net, example
+
+
+def test_masked_kernels_stay_exactly_zero_in_every_step():
+    _, net, example = grouped()
+    net.train()
+    optimizer = torch.optim.Adam([p for group in net.weights().values() for p in group], 0.05)
+    for i in range(8):
+        optimizer.zero_grad()
+        net(example).square().sum().backward()
+        optimizer.step()
+        net.after_step(SPAN + i / 100)
+        net(example)
+        for gate, site in zip(net.gates, net.sites, strict=True):
+            weight = net.model.get_submodule(site.taps[0].layer).weight
+            assert not weight[gate.kept == 0].any()
+    assert any(bool((g.kept == 0).any()) for g in net.gates)
+
+
+@pytest.mark.parametrize("name", ["plain", "residual"])
+def test_branches_compute_and_cost_what_the_masked_layer_does(name):
+    model, net, example = grouped(name)
+    net.after_step(1.0)
+    net.eval().settle(net.plan())
+    small, _ = rebuild(net, model)
+    assert difference(net, small, example) < 1e-9
+    packed = branched(small)
+    cut = [m for m in packed.modules() if isinstance(m, Branches)]
+    assert cut
+    assert all(len(m.convs) <= 2 for m in cut)
+    assert difference(small, packed, example) < 1e-9
+    with torch.no_grad():
+        assert float((small(example) - packed(example)).abs().max()) < 1e-5
+    assert measure(packed, example)["macs"] == measure(small, example)["macs"]
+    assert measure(packed, example)["bops"] == measure(small, example)["bops"]
+
+
+def test_filters_that_read_nothing_give_their_bias():
+    conv = nn.Conv2d(4, 6, 3, padding=1)
+    mask = torch.ones(6, 4, 3, 3, dtype=torch.bool)
+    mask[:2] = False
+    mask[2:, :2] = False
+    conv.weight.data *= mask
+    conv.register_buffer("mask", mask)
+    x = torch.randn(2, 4, 5, 5)
+    packed = branched(nn.Sequential(conv))
+    assert isinstance(packed[0], Branches)
+    assert torch.allclose(packed(x), conv(x), atol=1e-6)
+    assert torch.equal(packed(x)[:, 0], conv.bias[0].expand(2, 5, 5))
+
+
+def test_nothing_to_cut_is_refused():
+    with pytest.raises(jpq.JpqError, match="dsp"):
+        branched(nn.Sequential(nn.Conv2d(4, 6, 3)))

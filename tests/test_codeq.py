@@ -7,9 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 from test_attach import call, gap
-from test_rebuild import randomised
 from torch import nn
-from zoo import ZOO
+from zoo import ZOO, randomised
 
 from jpq import costs, landing
 from jpq.budget import FULL_USE, spent, targets

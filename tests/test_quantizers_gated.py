@@ -8,9 +8,8 @@ import pytest
 import torch
 import torchvision
 from test_attach import call, gap
-from test_rebuild import randomised
 from torch import nn
-from zoo import ZOO
+from zoo import ZOO, randomised
 
 from jpq import costs, landing
 from jpq.budget import FULL_USE, spent, targets

@@ -18,6 +18,7 @@ class Gate(nn.Module, ABC):
 
     counted: ClassVar[bool] = False  # how many units stay is given: landing leaves them, and they need no pressure
     sees_weights: ClassVar[bool] = False  # wants `see` called before every draw
+    single_weights: ClassVar[bool] = False  # a unit must be one weight
     straight_through: ClassVar[bool] = False  # dropped weights get the gradient of kept ones, and may come back
     steps_itself: ClassVar[bool] = False  # `after_step` moves its parameters; no optimiser does
     held_out: ClassVar[bool] = False  # decisions learn on other batches than the weights (bi-level)

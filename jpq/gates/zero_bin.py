@@ -44,6 +44,7 @@ class ZeroBin(Gate):
     """Keep weight i iff |w_i| > d / 2."""
 
     sees_weights: ClassVar[bool] = True
+    single_weights: ClassVar[bool] = True
 
     def __init__(self, rows: int, n: int, start: float = START):
         super().__init__(rows, n)

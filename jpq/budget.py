@@ -30,7 +30,7 @@ class Target:
     @property
     def flag(self) -> str:
         """The command line's name for it."""
-        return f"--target-{self.cost}"
+        return f"--target-{self.cost.removesuffix('-structured')}"
 
 
 def parse(cost: str, text: str, full: float) -> Target:
@@ -38,7 +38,7 @@ def parse(cost: str, text: str, full: float) -> Target:
 
     Raises JpqError for text of another form, for 0, and for more than the fp32 model costs.
     """
-    flag = f"--target-{cost}"
+    flag = Target(cost, "", 0).flag
     match = _FORM.fullmatch(str(text))
     if not match or (match[3] and (cost != "size" or match[2] == "%")):
         example = "50KB or 5%" if cost == "size" else "1%, 12M or 1.2G"

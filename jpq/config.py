@@ -38,12 +38,18 @@ class Task:
     """Use only this many training samples (for a quick try)."""
 
 
+BOPS = ("bops", "bops-structured")  # names in jpq.costs.COSTS that --cost may have
+
+
 @dataclass(frozen=True)
 class Budget:
     """What the small model may cost. At least one target; all of them hold together."""
 
     target_bops: str | None = None
     """Bit-operations: "1%" of the fp32 model, or "12M", "1.2G"."""
+    cost: str = "bops"
+    """How bit-operations are counted. bops: weights that a mask drops cost nothing. bops-structured: they do where they
+    lie anywhere (--structure elementwise), since no common device skips those."""
     target_macs: str | None = None
     """Multiply-accumulates: "50%" or "12M"."""
     target_size: str | None = None
@@ -169,7 +175,9 @@ class Config:
             raise JpqError("--float-epochs 0 needs --weights: there is nothing trained to compress.")
         if self.task.limit is not None and self.task.limit < 20:
             raise JpqError(f"--limit {self.task.limit}: at least 20 samples are needed to split off a held-out part.")
-        if not any(asdict(self.budget).values()):
+        if self.budget.cost not in BOPS:
+            raise unknown("cost", self.budget.cost, BOPS)
+        if not any(v for k, v in asdict(self.budget).items() if k != "cost"):
             raise JpqError("No target: give --target-bops 1% (or 12M, 1.2G), --target-size 50KB or --target-macs 50%.")
         return self
 

@@ -21,18 +21,20 @@ def reached(goal: Target, uses: Sequence[costs.LayerUse]) -> dict[str, Any]:
     return {"asked": goal.asked, "limit": goal.limit, "reached": cost, "used": float(spent(goal, uses))}
 
 
-def layer_rows(net: Compressed, plan: Plan) -> tuple[LayerRow, ...]:
-    """One row per layer of the landed model."""
-    uses = net.exact(plan)
+def layer_rows(net: Compressed, plan: Plan, cost: str = "bops") -> tuple[LayerRow, ...]:
+    """One row per layer of the landed model; operations as `cost` ("bops" or "bops-structured") counts them."""
+    densities = net.densities.exact(plan.masks)
+    uses = net.exact(plan) if cost == "bops" else costs.structured(net.exact(plan))
     total = costs.bops(uses)
     inputs, outputs = net.shares.exact(plan.kept)
     rows = []
     for layer, use, (i, i_all), (o, o_all) in zip(net.network.layers, uses, inputs, outputs, strict=True):
         bops = int(costs.layer_bops(use))
         kept = (i, i_all) if i_all == len(layer.inputs) else (o, o_all)  # depthwise reads what it writes
-        macs = int(use.macs * use.inputs * use.outputs)
+        macs = int(use.macs * use.inputs * use.outputs * use.density)
+        density = float(densities[layer.name].share) if layer.name in densities else 1.0
         bits = int(use.w_bits), int(use.a_bits)
-        rows.append(LayerRow(layer.name, layer.kind, *kept, o, o_all, *bits, macs, bops, float(bops / total)))
+        rows.append(LayerRow(layer.name, layer.kind, *kept, o, o_all, *bits, macs, bops, float(bops / total), density))
     return tuple(rows)
 
 

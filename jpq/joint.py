@@ -173,7 +173,7 @@ def compress(
         require_opened(network, how.gate is not None)
     sites = sites_of(how, network, structure, skip)
     goals = targets(asked, exact_uses(network, Shares(network, ()), Plan(method, {}, {})))
-    start = start_bits(network, goals, w_bits, a_bits, image_bits)
+    start = start_bits(network, goals, w_bits, a_bits, image_bits, share_left(sites, how, density))
     make = widths(how, w_bits, a_bits, image_bits, start)
     net = attach(model, network, sites, gates(how, density), make, [example_inputs], method)
     if not how.searches:
@@ -230,6 +230,14 @@ def sites_of(method: Method, network: Network, structure: str, skip: Collection[
             f"unit on its own. Choose --method {', '.join(names)}, or another structure."
         )
     return found
+
+
+def share_left(sites: Collection[Site], method: Method, density: float) -> float:
+    """Share of the operations that stays whatever is learned: of gates that are told how many units stay."""
+    if method.gate is None or not issubclass(method.gate, Counted):
+        return 1.0
+    quotas = [tap.structure.quota() for site in sites for tap in site.taps[:1]]
+    return sum(density if q is None else q / site.n for q, site in zip(quotas, sites, strict=True)) / max(1, len(sites))
 
 
 def widths(

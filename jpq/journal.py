@@ -29,6 +29,7 @@ class Journal:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     saved: dict[str, Any] | None = None  # the checkpoint that this run goes on from
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # what the gates said at landing
     opened: float = 0.0  # how far opened averages set the rebuilt model apart from the masked one, at landing
 
     def __post_init__(self) -> None:

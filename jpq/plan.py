@@ -60,6 +60,7 @@ class Plan:
     layers: Mapping[str, LayerPlan]
     kept: Mapping[str, tuple[bool, ...]]  # channel site -> unit -> kept
     masks: Mapping[str, MaskPlan] = field(default_factory=dict)  # layer -> which of its weights' units stay
+    structure: str = ""  # what the masks' units are, as `jpq.structures.parse` reads it
     slices: Mapping[str, Mapping[int, list[int]]] = field(default_factory=dict)  # parameter -> dim -> kept indices
     selects: Mapping[str, list[int]] = field(default_factory=dict)  # layer -> inputs it reads, where that is a part
     model: Mapping[str, Any] = field(default_factory=dict)  # how to build the dense model: name, classes, channels
@@ -80,6 +81,7 @@ def from_json(text: str, source: str) -> Plan:
             layers={name: _layer(value) for name, value in tree["layers"].items()},
             kept={name: tuple(bool(u) for u in units) for name, units in tree["kept"].items()},
             masks={name: _mask(value) for name, value in tree.get("masks", {}).items()},
+            structure=str(tree.get("structure", "")),
             slices={
                 name: {int(dim): [int(i) for i in index] for dim, index in dims.items()}
                 for name, dims in tree["slices"].items()

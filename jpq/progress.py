@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -153,13 +154,17 @@ def layer_table(result: Result) -> Table:
     rows = result.layers
     kept, every = sum(r.outputs for r in rows), sum(r.outputs_all for r in rows)
     table.add_column("layer", "total", overflow="fold")
+    masked = any(r.density < 1 for r in rows)
     macs, bops = (human(sum(getattr(r, field) for r in rows)) for field in ("macs", "bops"))
-    footers = ("", f"{kept}/{every}", "", "", macs, bops, "100 %")
-    for name, footer in zip(("in", "out", "w bits", "a bits", "MACs", "BOPs", "share"), footers, strict=True):
-        table.add_column(name, footer, justify="right", no_wrap=True)
+    names = ["in", "out", "density", "w bits", "a bits", "MACs", "BOPs", "share"]
+    footers = ["", f"{kept}/{every}", "", "", "", macs, bops, "100 %"]
+    for name, footer in zip(names, footers, strict=True):
+        if masked or name != "density":
+            table.add_column(name, footer, justify="right", no_wrap=True)
     for r in rows:
         channels = (f"{r.inputs}/{r.inputs_all}", f"{r.outputs}/{r.outputs_all}")
-        cells = (str(r.w_bits), str(r.a_bits), human(r.macs), human(r.bops), f"{100 * r.share:.1f} %")
+        density = (percent(r.density),) if masked else ()
+        cells = (*density, str(r.w_bits), str(r.a_bits), human(r.macs), human(r.bops), f"{100 * r.share:.1f} %")
         table.add_row(escape(r.name), *channels, *cells)
     return table
 
@@ -179,6 +184,10 @@ def summary(result: Result) -> Panel:
         share = f"{percent(now.bops_share)} of fp32, " if field == "bops" else ""
         top.add_row(label, human(before, unit), f"[bold]{human(after, unit)}[/]", share + _factor(before, after))
 
+    if now.bops_structured > now.bops:
+        share = f"{percent(now.bops_structured / full.bops)} of fp32, where zeros that lie anywhere cost what others do"
+        top.add_row("", "", human(now.bops_structured), share)
+
     rest = Table.grid(padding=(0, 2))
     rest.add_column(no_wrap=True)
     rest.add_column(overflow="fold")
@@ -186,10 +195,15 @@ def summary(result: Result) -> Panel:
         rest.add_row("target", target_line(name, target))
     for line in verified_lines(result.verified):
         rest.add_row("verified", line)
+    if result.metrics:
+        rest.add_row("gates", metrics_line(result.metrics))
     parts = ", ".join(f"{escape(k)} {duration(v)}" for k, v in result.seconds.items() if k != "total")
     total = result.seconds.get("total", sum(result.seconds.values()))
     rest.add_row("time", duration(total) + (f" ({parts})" if parts else ""))
-    files = "model.safetensors with plan.json, model.onnx, result.json, layers.csv, history.csv, curves.png, layers.png"
+    files = (
+        "model.safetensors with plan.json, model.onnx, model.packed, result.json, layers.csv, history.csv, curves.png, "
+        "layers.png"
+    )
     rest.add_row("files", f"[bold]{escape(os.path.relpath(result.folder))}[/]: {files}")
     for note in result.notes:
         rest.add_row("[yellow]note[/]", escape(note))
@@ -199,11 +213,23 @@ def summary(result: Result) -> Panel:
 
 def target_line(name: str, target: Mapping[str, Any]) -> str:
     """One target as a sentence: what was asked, what it allows, how much of it is used."""
-    unit, shown = {"bops": ("", "BOPs"), "macs": ("", "MACs"), "size": ("B", "size")}.get(name, ("", name))
+    unit, shown = {
+        "bops": ("", "BOPs"),
+        "bops-structured": ("", "structured BOPs"),
+        "macs": ("", "MACs"),
+        "size": ("B", "size"),
+    }.get(name, ("", name))
     asked, limit, reached = str(target["asked"]), target["limit"], target["reached"]
     allowed = f"{shown} {escape(asked)}" + (f" = {human(limit, unit)}" if "%" in asked else "")
     verdict = "[green]met[/]" if reached <= limit else "[red]not met[/]"
     return f"{allowed}: {verdict}, {100 * target['used']:.1f} % of it used"
+
+
+def metrics_line(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """What gates said at landing, as means over the sites."""
+    names = dict.fromkeys(name for numbers in metrics.values() for name in numbers)
+    means = {name: statistics.mean(n[name] for n in metrics.values() if name in n) for name in names}
+    return ", ".join(f"{name.replace('_', ' ')} {mean:.3g}" for name, mean in means.items()) + " (means over sites)"
 
 
 def verified_lines(verified: Mapping[str, Any]) -> list[str]:

@@ -6,24 +6,22 @@
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jpq import checkpoint, costs, landing, models, report
+from jpq import checkpoint, costs, landing, models
 from jpq.allocators import start_bits
 from jpq.budget import Controller, Target, targets
 from jpq.config import Config
 from jpq.data import Data
 from jpq.data import load as load_data
-from jpq.exporters import onnx, verify
-from jpq.exporters.quantized import build, complete, rebuild
-from jpq.figures import layer_rows, reached, versions
-from jpq.joint import decide, gates, pick_score, sites_of, widths
+from jpq.exporters import verify
+from jpq.exporters.quantized import build, rebuild
+from jpq.joint import decide, gates, pick_score, share_left, sites_of, widths
 from jpq.journal import Journal, open_folder
 from jpq.machine import pick_device, set_threads
 from jpq.methods import METHODS, Method
@@ -34,14 +32,15 @@ from jpq.network.record import Network
 from jpq.network.shares import Shares
 from jpq.network.trace import trace
 from jpq.network.unpack import unpacked
+from jpq.outcome import finish
 from jpq.plan import Plan, from_json
 from jpq.plan import read as read_plan
-from jpq.result import Figures, Result, Silent, Watch
-from jpq.train import Objective, Phase, evaluate, fit, optimizer, reestimate
+from jpq.result import Result, Silent, Watch
+from jpq.train import Objective, Phase, fit, optimizer, reestimate
 from jpq.types import JpqError, unknown
 
-SPLITS = ("train", "held_out", "test")
 CALIBRATION = 8  # batches that fit the quantizers' ranges
+Moments = dict[Tensor, Any]  # Adam's moving averages, by parameter
 
 
 def optimize(config: Config, watch: Watch | None = None, command: str = "") -> Result:
@@ -65,7 +64,7 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     sites = sites_of(method, network, d.structure, d.skip)  # 3
 
     goals = asked(network, config)  # 4
-    start = start_bits(network, goals, d.w_bits, d.a_bits, d.image_bits)
+    start = start_bits(network, goals, d.w_bits, d.a_bits, d.image_bits, share_left(sites, method, d.density))
 
     def attached(inputs: list[Tensor]) -> Compressed:
         torch.manual_seed(config.run.seed)
@@ -75,10 +74,10 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     possible(attached([data.example]), goals, config)
     train_float(model, data, config, run)
     net = attached(calibration(data))  # 5
-    run.recorder.full_bops = costs.baseline(net.exact())["bops"]
-    plan = search(net, model, data, goals, config, run)  # 6, 7, 8
+    run.recorder.full_bops, run.recorder.cost = costs.baseline(net.exact())["bops"], config.budget.cost
+    plan, moments = search(net, model, data, goals, config, run)  # 6, 7, 8
     tuned = opened(net, model, data, run) if net.opened else net
-    fine_tune(tuned, model, data, config, run, plan)  # 9
+    fine_tune(tuned, model, data, config, run, plan, moments)  # 9
     return finish(net, tuned, model, data, goals, config, run, command)  # 10
 
 
@@ -111,7 +110,7 @@ def asked(network: Network, config: Config) -> tuple[Target, ...]:
     """The targets, in units of this network."""
     b = config.budget
     dense = exact_uses(network, Shares(network, ()), Plan(config.decide.method, {}, {}))
-    return targets({"bops": b.target_bops, "macs": b.target_macs, "size": b.target_size}, dense)
+    return targets({b.cost: b.target_bops, "macs": b.target_macs, "size": b.target_size}, dense)
 
 
 def possible(net: Compressed, goals: tuple[Target, ...], config: Config) -> None:
@@ -154,13 +153,18 @@ def split(config: Config, method: Method) -> tuple[int, int]:
 
 def search(
     net: Compressed, model: nn.Module, data: Data, goals: tuple[Target, ...], config: Config, run: Journal
-) -> Plan:
-    """Learn the decisions (or take them at once), land them on the targets, and settle the network."""
+) -> tuple[Plan, Moments]:
+    """Learn the decisions (or take them at once), land them on the targets, and settle the network.
+
+    Returns the plan and what the optimiser knows of each parameter by then.
+    """
     d, t, method = config.decide, config.train, METHODS[net.method]
+    moments: Moments = {}
     if not method.searches:
         plan = decide(net, goals, d.w_bits, d.a_bits, pick_score(d.score), calibration(data)[0])
     elif run.is_past("search"):
         plan = from_json(run.saved["plan"], str(run.folder / checkpoint.NAME))  # type: ignore[index]
+        run.metrics = run.saved["metrics"]  # type: ignore[index]
     else:
         epochs, rest = split(config, method)
         phase = Phase("search", epochs, before=0, total=epochs + rest)
@@ -173,12 +177,13 @@ def search(
             controller.restore(run.saved["controller"])
         save = lambda p: run.keep(p, net, optim, controller=controller.state())  # noqa: E731
         run.timed("search", lambda: fit(net, data, phase, objective, optim, run.recorder, run.watch, save))
-        plan = landing.land(net, goals)
+        run.metrics = net.metrics()
+        plan, moments = landing.land(net, goals), dict(optim.state)
     note = landing.note(goals, net, plan)
     if note:
         run.notes.append(note)
     net.settle(plan)
-    return plan
+    return plan, moments
 
 
 def opened(net: Compressed, model: nn.Module, data: Data, run: Journal) -> nn.Module:
@@ -189,76 +194,23 @@ def opened(net: Compressed, model: nn.Module, data: Data, run: Journal) -> nn.Mo
     return small
 
 
-def fine_tune(net: nn.Module, model: nn.Module, data: Data, config: Config, run: Journal, plan: Plan) -> None:
-    """Train the landed network with its decisions fixed, then measure BatchNorm's statistics anew."""
+def fine_tune(
+    net: nn.Module, model: nn.Module, data: Data, config: Config, run: Journal, plan: Plan, moments: Moments
+) -> None:
+    """Train the landed network with its decisions fixed, then measure BatchNorm's statistics anew.
+
+    The learning rate is high where the search ends, so parameters that trained in it keep their Adam `moments`.
+    """
     t = config.train
     before, epochs = split(config, METHODS[plan.method])
     phase = Phase("fine-tune", epochs, before=before, total=before + epochs)
     optim = optimizer(net, t.lr, t.weight_decay)
+    optim.state.update({p: moments[p] for group in optim.param_groups for p in group["params"] if p in moments})
     run.go_on(phase, net, optim)
-    save = lambda p: run.keep(p, net, optim, plan=plan.to_json(), opened=run.opened)  # noqa: E731
+    save = lambda p: run.keep(p, net, optim, plan=plan.to_json(), opened=run.opened, metrics=run.metrics)  # noqa: E731
     objective = Objective(model, t.distill, t.temperature)
     run.timed("fine-tune", lambda: fit(net, data, phase, objective, optim, run.recorder, run.watch, save))
     run.timed("fine-tune", lambda: reestimate(net, data.train.epoch(phase.total)))
-
-
-def finish(
-    net: Compressed, tuned: nn.Module, model: nn.Module, data: Data, goals: tuple[Target, ...], config: Config,
-    run: Journal, command: str,
-) -> Result:  # fmt: skip
-    """Rebuild, count again, export, verify, save, report. The test split is read here, and only here."""
-    run.watch.phase("verify", 0, 0)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # compare at full precision
-    small, plan = rebuild(net, model) if tuned is net else (tuned.eval(), complete(net))
-    plan = replace(plan, model={"name": config.task.model, "classes": data.classes, "channels": data.shape[0]})
-    uses = net.exact(plan)
-    counted = verify.measure(small, data.example)
-    planned = [u for u in uses if u.name in plan.layers]
-    if counted["bops"] != costs.bops(planned) or counted["macs"] != costs.macs(planned):
-        raise JpqError(
-            f"The rebuilt model counts {counted}, the plan {costs.bops(planned)} BOPs. This is a bug in jpq."
-        )
-    if len(planned) < len(uses):
-        rigid = [u.name for u in uses if u.name not in plan.layers]
-        run.notes.append(f"{len(rigid)} layers cannot be quantized and stay at 32 bits: {', '.join(rigid[:5])} ...")
-    (run.folder / "plan.json").write_text(plan.to_json())
-    checkpoint.save_tensors(small, run.folder / "model.safetensors")
-    onnx.export(small, data.example, run.folder / "model.onnx")
-    path = run.folder / "model.onnx"
-    if tuned is net:
-        verified = run.timed("verify", lambda: verify.verify(net, small, path, data.test, data.example))
-    else:
-        outside = run.timed("verify", lambda: verify.exported(small, path, data.test))
-        verified = {verify.OPENED: run.opened, **outside}
-    full = costs.baseline(uses)
-    figures = {
-        "float": Figures(evaluate(model, data.test), int(full["bops"]), int(full["macs"]), int(full["size"]), 1.0),
-        "compressed": Figures(
-            evaluate(small, data.test), int(costs.bops(uses)), int(costs.macs(uses)), int(costs.size(uses)),
-            float(costs.bops(uses)) / full["bops"],
-        ),
-    }  # fmt: skip
-    run.seconds["total"] = run.recorder.clock()
-    result = Result(
-        folder=run.folder,
-        method=net.method,
-        float=figures["float"],
-        compressed=figures["compressed"],
-        held_out={"float": evaluate(model, data.held_out), "compressed": evaluate(small, data.held_out)},
-        targets={goal.cost: reached(goal, uses) for goal in goals},
-        verified=verified,
-        layers=layer_rows(net, plan),
-        history=tuple(run.recorder.rows),
-        seconds=run.seconds,
-        command=command or shlex.join(["jpq", "optimize"]),
-        versions=versions(),
-        seed=config.run.seed,
-        notes=tuple(run.notes),
-        data={"name": data.name, "checksum": data.checksum, **{k: getattr(data, k).size for k in SPLITS}},
-    )
-    report.write(result, config)
-    (run.folder / checkpoint.NAME).unlink(missing_ok=True)
-    return result
 
 
 def load(folder: str | Path) -> tuple[nn.Module, Plan]:

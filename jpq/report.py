@@ -86,7 +86,7 @@ def curves(result: Result, config: Config) -> Figure:
         cost.plot(x, [100 * row.aim_share for row in rows], color=ORANGE, lw=2, ls="--", label="aim of the controller")
         cost.plot(x, [100 * row.bops_share for row in rows], color=BLUE, lw=2, marker=mark, ms=3.5, label="BOPs now")
         _percent_ticks(cost)
-    limit = result.targets.get("bops", {}).get("limit")
+    limit = next((t["limit"] for name, t in result.targets.items() if name.startswith("bops")), None)
     if limit is not None and result.float.bops > 0:
         share = limit / result.float.bops
         cost.axhline(100 * share, color=INK, lw=1.2, ls=":", label=f"budget {percent(share)}")
@@ -157,14 +157,16 @@ def layer_chart(result: Result, config: Config) -> Figure:
         bits.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, ncols=2, frameon=False, borderaxespad=0.2,
                     columnspacing=1, handlelength=1)  # fmt: skip
 
-    shares = [row.outputs / max(row.outputs_all, 1) for row in layers]
+    masked = any(row.density < 1 for row in layers)
+    shares = [row.density if masked else row.outputs / max(row.outputs_all, 1) for row in layers]
     kept.barh(y, [1.0] * len(layers), height=0.72, color=GREY)
     kept.barh(y, shares, height=0.72, color=GREEN)
     for i, row in enumerate(layers):
-        kept.text(1.03, i, f"{row.outputs}/{row.outputs_all}", va="center", fontsize=small, color=INK)
+        text = percent(row.density) if masked else f"{row.outputs}/{row.outputs_all}"
+        kept.text(1.03, i, text, va="center", fontsize=small, color=INK)
     kept.set_xlim(0, 1.38)
     kept.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"])
-    kept.set_title("output channels kept", fontsize=10, color=INK, loc="left")
+    kept.set_title("weights kept" if masked else "output channels kept", fontsize=10, color=INK, loc="left")
 
     spent.barh(y, [row.share for row in layers], height=0.72, color=INK)
     top = max([row.share for row in layers], default=1.0) or 1.0

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+Numbers = dict[str, dict[str, float]]  # of what -> name -> number
+
 
 @dataclass(frozen=True)
 class Row:
@@ -44,6 +46,7 @@ class LayerRow:
     macs: int
     bops: int
     share: float  # of the compressed model's BOPs
+    density: float = 1.0  # share of the layer's weights that its mask keeps
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Figures:
     macs: int
     size_bytes: int  # weights at their bit-widths, biases and scales at 32 bits
     bops_share: float  # of the fp32 model
+    bops_structured: int = 0  # with weights that an elementwise mask drops counted as work
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class Result:
     versions: dict[str, str]
     seed: int
     notes: tuple[str, ...] = field(default=())
+    metrics: Numbers = field(default_factory=dict)  # site -> what its gate said at landing
+    packed: dict[str, int] = field(default_factory=dict)  # bytes of model.packed: total, header, promised, others
     data: dict[str, Any] = field(default_factory=dict)  # name, checksum, sizes of the splits
 
 

@@ -80,11 +80,12 @@ class Recorder:
 
     clock: Callable[[], float]
     full_bops: float = math.nan
+    cost: str = "bops"  # how they are counted, a name in COSTS
     rows: list[Row] = field(default_factory=list)
 
     def shares(self, objective: Objective) -> tuple[float, float]:
         """(BOPs now, BOPs aimed at) as shares of the fp32 model; nan outside a search for BOPs."""
-        bops, aim = objective.controller.seen.get("bops", _NONE) if objective.controller else _NONE
+        bops, aim = objective.controller.seen.get(self.cost, _NONE) if objective.controller else _NONE
         return bops / self.full_bops, aim / self.full_bops
 
     def row(
@@ -94,7 +95,7 @@ class Recorder:
         bops = aim = w_bits = a_bits = kept = pressure = math.nan
         if isinstance(net, Compressed):
             uses = net.exact()
-            bops = float(costs.bops(uses))
+            bops = float(costs.COSTS[self.cost](uses))
             w_bits = sum(u.w_bits for u in uses) / len(uses)
             a_bits = sum(u.a_bits for u in uses) / len(uses)
             units = [k for mask in net.plan().kept.values() for k in mask]
@@ -103,7 +104,7 @@ class Recorder:
             goal = objective.controller.goals[0]
             aim = (
                 objective.controller.aim(goal, epoch / phase.epochs) / self.full_bops
-                if goal.cost == "bops"
+                if goal.cost == self.cost
                 else math.nan
             )
             pressure = objective.controller.pressure[goal.cost]

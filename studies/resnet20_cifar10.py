@@ -20,7 +20,7 @@ BASE = jpq.Config(
         model="resnet20", data="cifar10", data_root=Path("data"), weights=Path("data/weights/resnet20-12fca82f.th"),
         held_out=0.02,
     ),
-    decide=Decide(bit_lr=0.01),
+    decide=Decide(bit_lr=0.01, gate_lr=0.01),
     train=Train(epochs=3, search=0.34, batch_size=128, lr=1e-3),
     run=Run(device="auto"),
 )  # fmt: skip

@@ -14,7 +14,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
     {"cli", "__main__", "progress", "inspection"},
     {"__init__"},
-    {"recipe", "journal", "figures", "machine"},
+    {"recipe", "outcome", "journal", "figures", "machine"},
     {"joint", "report"},
     {"train", "landing", "checkpoint", "methods"},
     {"allocators", "exporters"},

@@ -12,10 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Size
 
-from jpq.exporters import bits, masks
 from jpq.exporters.packed import Packed, header_bytes, load_packed, packed_bits, packed_bytes, save_packed
 from jpq.gates.topk import topk_rows
-from jpq.structures import Axis, KernelPattern, Layout, parse
+from jpq.structures import Axis, KernelPattern, Layout, bits, encoding, parse
 from jpq.types import JpqError
 
 CASES = list(cases())
@@ -157,7 +156,7 @@ def test_streams_of_another_length_are_refused(data, match):
         bits.unpack(np.array(data, np.uint8), 3, 2)
 
 
-@pytest.mark.parametrize("encoding", masks.ENCODINGS)
+@pytest.mark.parametrize("encoding", encoding.ENCODINGS)
 def test_every_encoding_says_the_same(encoding):
     """Also where another would be smaller."""
     draw = np.random.default_rng(0)
@@ -169,8 +168,8 @@ def test_every_encoding_says_the_same(encoding):
             kept = valid
         for even in (q, None) if encoding in ("kept", "dropped") else (q,):
             listed = kept if encoding == "kept" else valid & ~kept
-            form = masks.Form(encoding, even, int(listed.sum(1).max()), 0)
-            assert (masks.decode(masks.encode(kept, valid, form), valid, form) == kept).all()
+            form = encoding.Form(encoding, even, int(listed.sum(1).max()), 0)
+            assert (encoding.decode(encoding.encode(kept, valid, form), valid, form) == kept).all()
 
 
 @pytest.mark.parametrize(
@@ -317,14 +316,14 @@ def test_a_reader_makes_no_more_room_than_it_is_told(small):
 def test_forged_places_out_of_order_or_range():
     valid = np.ones((2, 5), bool)
     for columns in ([2, 0, 1, 3], [0, 0, 1, 2], [0, 1, 2, 7]):
-        form = masks.Form("kept", 2, 0, 0)
+        form = encoding.Form("kept", 2, 0, 0)
         with pytest.raises(JpqError, match="rising order"):
-            masks.decode(bits.pack(np.array(columns), 3), valid, form)
+            encoding.decode(bits.pack(np.array(columns), 3), valid, form)
     valid[0, 3:] = False
     with pytest.raises(JpqError, match="do not exist"):
-        masks.decode(bits.pack(np.array([0, 4, 0, 1]), 3), valid, masks.Form("kept", 2, 0, 0))
+        encoding.decode(bits.pack(np.array([0, 4, 0, 1]), 3), valid, encoding.Form("kept", 2, 0, 0))
     with pytest.raises(JpqError, match="more units than a row has"):
-        masks.decode(bits.pack(np.array([4, 1]), 3), valid, masks.Form("kept", None, 4, 0))
+        encoding.decode(bits.pack(np.array([4, 1]), 3), valid, encoding.Form("kept", None, 4, 0))
 
 
 @pytest.mark.parametrize("name", ["missing.jpq", "folder", "text.jpq", "other.safetensors"])

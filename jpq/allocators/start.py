@@ -1,7 +1,9 @@
 """Where a search for bits begins: the same width everywhere, at a cost somewhat above the budget.
 
-From 8 bits everywhere a short search spends its time walking down; from the budget itself nothing is left to
-redistribute. Twice the budget (`headroom`) leaves both room and time.
+From 8 bits everywhere a short search spends its time walking down, and the weights learn for a grid that they will not
+have. A little above the budget (`headroom`) most widths start where they will end, and bits move by exchange: the task
+pulls all of them up, the budget pushes all of them down. Measured on CIFAR-10, ResNet20, one epoch of search of three:
+the last training loss is 0.36 with 1.25 and 0.41 with 2.
 """
 
 from __future__ import annotations
@@ -15,18 +17,26 @@ from jpq.network.record import Network
 from jpq.network.shares import Shares
 from jpq.plan import LayerPlan, Plan
 
+HEADROOM = 1.25
 Bounds = tuple[int, int]
 
 
 def start_bits(
-    network: Network, goals: Sequence[Target], w_bits: Bounds, a_bits: Bounds, image_bits: int, headroom: float = 2.0
+    network: Network,
+    goals: Sequence[Target],
+    w_bits: Bounds,
+    a_bits: Bounds,
+    image_bits: int,
+    left: float = 1.0,
+    headroom: float = HEADROOM,
 ) -> tuple[float, float]:
-    """(weight, activation) widths, real numbers, at which the dense network costs `headroom` times its tightest target.
+    """(weight, activation) widths, real numbers, at which the network costs `headroom` times its tightest target.
 
-    At least one bit above the smallest width (so that there is a way down), at most the largest.
+    `left` is the share of the dense network's operations that stays whatever is learned (masks of a given density). At
+    least one bit above the smallest width (so that there is a way down), at most the largest.
     """
     shares = Shares(network, ())
-    excess = lambda bits: max(_cost(network, shares, bits, image_bits, g) / g.limit for g in goals)  # noqa: E731
+    excess = lambda bits: left * max(_cost(network, shares, bits, image_bits, g) / g.limit for g in goals)  # noqa: E731
     low, high = 1.0, 16.0
     for _ in range(40):
         middle = (low + high) / 2

@@ -22,6 +22,8 @@ class LayerUse:
     density: Number  # share of the remaining weights that a mask keeps, in [0, 1]
     w_bits: Number
     a_bits: Number  # of the layer's input
+    mask_bits: Number = 0  # what it takes to store which weights stay
+    regular: bool = True  # whether devices are known that skip what the mask drops
 
 
 Cost = Callable[[Sequence[LayerUse]], Number]

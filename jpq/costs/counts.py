@@ -2,10 +2,14 @@
 
     MACs  = sum_l macs_l * inputs_l * outputs_l * density_l
     BOPs  = sum_l macs_l * inputs_l * outputs_l * density_l * w_bits_l * a_bits_l        (a_bits: of the layer's input)
-    bytes = sum_l (weights_l * inputs_l * outputs_l * density_l * w_bits_l + channels_l * outputs_l * 64) / 8
+    bytes = sum_l (weights_l * inputs_l * outputs_l * density_l * w_bits_l + mask_l + channels_l * outputs_l * 64) / 8
+
+Structured BOPs count density only where devices are known that skip what is dropped (`Structure.regular`): zeros
+that lie anywhere cost what other weights do.
 
 Bias, normalisation (folded), activations, pooling and adds count no operations. The 64 bits are the two fp32 numbers
-that each output channel keeps beside its weights: a scale, and a bias (its own, or a folded normalisation's).
+that each output channel keeps beside its weights: a scale, and a bias (its own, or a folded normalisation's). mask_l
+are the bits that say which weights stay, in the smallest of the encodings of `structures/encoding.py`.
 Source: the conventions in DJPQ (arXiv:2007.10463) and Bayesian Bits (arXiv:2005.07093); kept channels count on both
 sides of a layer (strict).
 """
@@ -28,24 +32,34 @@ def bops(uses: Sequence[LayerUse]) -> Number:
     return sum(layer_bops(u) for u in uses)
 
 
+def structured(uses: Sequence[LayerUse]) -> list[LayerUse]:
+    """The same layers on hardware that cannot skip zeros that lie anywhere: it computes with them."""
+    return [u if u.regular else replace(u, density=1) for u in uses]
+
+
+def bops_structured(uses: Sequence[LayerUse]) -> Number:
+    """Bit-operations of one sample on such hardware."""
+    return bops(structured(uses))
+
+
 def layer_bops(u: LayerUse) -> Number:
     """Bit-operations of one layer."""
     return u.macs * u.inputs * u.outputs * u.density * u.w_bits * u.a_bits
 
 
 def size(uses: Sequence[LayerUse]) -> Number:
-    """Bytes of the weights at their bit-widths, and of scales and biases at 32 bits."""
-    bits = sum(u.weights * u.inputs * u.outputs * u.density * u.w_bits + u.outputs_all * u.outputs * 64 for u in uses)
-    return bits / 8
+    """Bytes of the weights at their bit-widths, of masks, and of scales and biases at 32 bits."""
+    values = sum(u.weights * u.inputs * u.outputs * u.density * u.w_bits for u in uses)
+    return (values + sum(u.mask_bits + u.outputs_all * u.outputs * 64 for u in uses)) / 8
 
 
 def dense(u: LayerUse, bits: int = 32) -> LayerUse:
     """The same layer with everything kept, at `bits` bits: the fp32 baseline that percentages refer to."""
-    return replace(u, inputs=1, outputs=1, density=1, w_bits=bits, a_bits=bits)
+    return replace(u, inputs=1, outputs=1, density=1, w_bits=bits, a_bits=bits, mask_bits=0)
 
 
 def baseline(uses: Sequence[LayerUse]) -> dict[str, float]:
     """Cost of the fp32 model by every measure."""
     full = [dense(u) for u in uses]
     weights_and_biases = sum(u.weights + u.outputs_all for u in full) * 4
-    return {"bops": bops(full), "macs": macs(full), "size": weights_and_biases}
+    return {"bops": bops(full), "bops-structured": bops(full), "macs": macs(full), "size": weights_and_biases}

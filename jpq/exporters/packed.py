@@ -2,8 +2,8 @@
 
 A safetensors file of bytes. Each layer has `layers/NAME/values`, the integers of the kept weights in the order of
 `weight.flatten()`, at `bits` bits each (signed ones plus 2^(bits - 1)), and `layers/NAME/mask`, the kept units of its
-structure (see masks.py). Other tensors (scales, biases) are stored as they are, as `tensors/NAME`. The metadata `jpq`
-is the JSON of what a reader needs, with a checksum of every stream; `crc32` is its own.
+structure (see structures/encoding.py). Other tensors (scales, biases) are stored as they are, as `tensors/NAME`. The
+metadata `jpq` is the JSON of what a reader needs, with a checksum of every stream; `crc32` is its own.
 
     bytes on disk = header_bytes(path) + packed_bytes(layers, tensors)         packed_bytes: ceil(bits / 8) per stream
 """
@@ -25,8 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Size, Tensor
 
-from jpq.exporters import bits, masks
-from jpq.structures import Layout, Structure, parse
+from jpq.structures import Layout, Structure, bits, encoding, parse
 from jpq.types import JpqError
 
 FORMAT = "jpq packed 1"
@@ -150,7 +149,7 @@ def _encode(packed: Packed) -> tuple[bits.Bytes, bits.Bytes, dict[str, Any]]:
         structure = packed.structure
         flags, valid = _units(structure, packed.kept, weight.shape)
         form = _form(flags, valid)
-        mask = masks.encode(flags, valid, form)
+        mask = encoding.encode(flags, valid, form)
         stays = _mask(structure, flags, weight.shape)
         if flat[~stays].any():
             raise JpqError("Weights that the mask drops are not zero: multiply by the mask first.")
@@ -184,10 +183,10 @@ def _decode(entry: Mapping[str, Any], streams: list[Tensor], room: int, most: in
         rows, n = structure.shape(size)
         _whole(rows * n, 0, most)
         even = None if entry["even"] is None else _whole(entry["even"], 0, n)
-        form = masks.Form(entry["encoding"], even, _whole(entry["most"], 0, n), 0)
-        if form.encoding not in masks.ENCODINGS:
+        form = encoding.Form(entry["encoding"], even, _whole(entry["most"], 0, n), 0)
+        if form.encoding not in encoding.ENCODINGS:
             raise JpqError(f"it has an unknown encoding of masks, {form.encoding!r}")
-        kept = torch.from_numpy(masks.decode(mask, _valid(structure, size), form))
+        kept = torch.from_numpy(encoding.decode(mask, _valid(structure, size), form))
         flags, valid = _units(structure, kept, size)
         if replace(_form(flags, valid), bits=0) != form:
             raise JpqError("a mask is not in its smallest form: jpq writes no other")
@@ -204,12 +203,12 @@ def _decode(entry: Mapping[str, Any], streams: list[Tensor], room: int, most: in
     return Packed(weight.reshape(size), width, signed, structure, kept)
 
 
-def _valid(structure: Structure, weight: Size) -> masks.Flags:
+def _valid(structure: Structure, weight: Size) -> encoding.Flags:
     valid = structure.valid(weight)
     return np.ones(structure.shape(weight), np.bool_) if valid is None else valid.numpy()
 
 
-def _units(structure: Structure, kept: Tensor | None, weight: Size) -> tuple[masks.Flags, masks.Flags]:
+def _units(structure: Structure, kept: Tensor | None, weight: Size) -> tuple[encoding.Flags, encoding.Flags]:
     """(kept, real) units. Raises JpqError where they are no decision about this weight."""
     shape = structure.shape(weight)
     if kept is None or tuple(kept.shape) != shape:
@@ -226,11 +225,11 @@ def _units(structure: Structure, kept: Tensor | None, weight: Size) -> tuple[mas
     return flags, valid
 
 
-def _form(flags: masks.Flags, valid: masks.Flags) -> masks.Form:
-    return masks.choose(flags.shape[1], valid.sum(1), flags.sum(1))
+def _form(flags: encoding.Flags, valid: encoding.Flags) -> encoding.Form:
+    return encoding.choose(flags.shape[1], valid.sum(1), flags.sum(1))
 
 
-def _mask(structure: Structure, flags: masks.Flags, weight: Size) -> masks.Flags:
+def _mask(structure: Structure, flags: encoding.Flags, weight: Size) -> encoding.Flags:
     """Which weights stay, `[weights]`."""
     mask = structure.expand(torch.from_numpy(flags).to(torch.uint8), weight)
     return mask.expand(weight).flatten().numpy().astype(np.bool_)

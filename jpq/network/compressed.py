@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from jpq.costs import LayerUse
 from jpq.gates import Decided, Gate
-from jpq.network.densities import Densities
+from jpq.network.densities import DENSE, Densities, Density
 from jpq.network.hyper import fold
 from jpq.network.norms import opened_units
 from jpq.network.record import Layer, Network
@@ -67,7 +67,7 @@ class Compressed(nn.Module):
         inputs, outputs = self.shares.soft([a for a, s in zip(alive, self.sites, strict=True) if not s.is_mask])
         density = self.densities.soft(alive)
         return [
-            _use(layer, inputs[i], outputs[i], density.get(layer.name, 1), *self._widths(layer.name))
+            _use(layer, inputs[i], outputs[i], density.get(layer.name, DENSE), *self._widths(layer.name))
             for i, layer in enumerate(self.network.layers)
         ]
 
@@ -86,6 +86,11 @@ class Compressed(nn.Module):
         units = sum(g.n * g.rows for g in self.gates)
         device = next(self.model.parameters()).device
         return sum((p.sum() for p in parts), torch.zeros((), device=device)) / max(1, units)
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """What the gates say about their decisions, by site; sites whose gate says nothing are left out."""
+        said = {site.name: gate.metrics() for site, gate in zip(self.sites, self.gates, strict=True)}
+        return {name: numbers for name, numbers in said.items() if numbers}
 
     def own_loss(self) -> Tensor:
         """What the gates add to the loss as it is (augmented Lagrangians), a scalar."""
@@ -154,7 +159,8 @@ class Compressed(nn.Module):
         pairs = list(zip(self.sites, self.gates, strict=True))
         kept = {s.name: tuple(g.keep()[0].bool().tolist()) for s, g in pairs if not s.is_mask}
         masks = {s.taps[0].layer: MaskPlan.of(g.keep()) for s, g in pairs if s.is_mask}
-        return Plan(self.method, layers, kept, masks)
+        structure = next((s.taps[0].structure.spec() for s in self.sites if s.is_mask), "")
+        return Plan(self.method, layers, kept, masks, structure)
 
     @torch.no_grad()
     def settle(self, plan: Plan) -> None:
@@ -209,10 +215,11 @@ def _hard(keep: Tensor, alive: Tensor) -> Tensor:
     return keep + (alive - alive.detach())
 
 
-def _use(layer: Layer, inputs: Any, outputs: Any, density: Any, w_bits: Any, a_bits: Any) -> LayerUse:
+def _use(layer: Layer, inputs: Any, outputs: Any, density: Density, w_bits: Any, a_bits: Any) -> LayerUse:
     return LayerUse(
-        layer.name, layer.macs, prod(layer.weight_shape), len(layer.outputs), inputs, outputs, density, w_bits, a_bits
-    )
+        layer.name, layer.macs, prod(layer.weight_shape), len(layer.outputs), inputs, outputs,
+        density.share, w_bits, a_bits, density.bits, density.regular,
+    )  # fmt: skip
 
 
 def exact_uses(network: Network, shares: Shares, plan: Plan, densities: Densities | None = None) -> list[LayerUse]:
@@ -223,6 +230,6 @@ def exact_uses(network: Network, shares: Shares, plan: Plan, densities: Densitie
     for i, layer in enumerate(network.layers):
         bits = plan.layers.get(layer.name)
         w, a = (bits.w_bits, bits.a_bits) if bits else (FLOAT_BITS, FLOAT_BITS)
-        share = density.get(layer.name, 1)
-        uses.append(_use(layer, Fraction(*inputs[i]), Fraction(*outputs[i]), share, w, a))
+        left = density.get(layer.name, DENSE)
+        uses.append(_use(layer, Fraction(*inputs[i]), Fraction(*outputs[i]), left, w, a))
     return uses

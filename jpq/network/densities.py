@@ -1,9 +1,11 @@
-"""Which part of a layer's weights a mask keeps: soft while training, exact in a report."""
+"""Which part of a layer's weights a mask keeps, and what storing it takes: soft while training, exact in reports."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Size, Tensor
@@ -11,6 +13,20 @@ from torch import Size, Tensor
 from jpq.network.record import Network
 from jpq.network.sites import Site
 from jpq.plan import MaskPlan
+from jpq.structures import encoding
+from jpq.types import Units
+
+
+@dataclass(frozen=True)
+class Density:
+    """What a mask leaves of one layer."""
+
+    share: Any = 1  # of the weights, in [0, 1]; a Tensor while training, a Fraction in a report
+    bits: int = 0  # that say which
+    regular: bool = True  # whether devices are known that skip the others
+
+
+DENSE = Density()
 
 
 class Densities:
@@ -21,16 +37,19 @@ class Densities:
         self.sizes: dict[str, Tensor] = {}  # layer -> [rows, n]: weights of each unit
         self.all: dict[str, int] = {}
         self.overlapping: set[str] = set()
+        self.regular: dict[str, bool] = {}
+        self._known: dict[tuple[str, MaskPlan], Density] = {}  # landing asks for the same masks again and again
         for name, i in self.places.items():
             shape = Size(network.layer(name).weight_shape)
             structure = sites[i].taps[0].structure
             self.sizes[name] = structure.sizes(shape)
             self.all[name] = shape.numel()
+            self.regular[name] = structure.regular
             if not structure.partition:  # of overlapping units at most one stays: what they all leave out is dropped
                 self.overlapping.add(name)
 
-    def soft(self, alive: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Layer -> share kept, a scalar in [0, 1], differentiable; from the `[rows, n]` units of every site."""
+    def soft(self, alive: Sequence[Tensor]) -> dict[str, Density]:
+        """By layer, the share a differentiable scalar; from the `[rows, n]` units of every site."""
         out = {}
         for name, i in self.places.items():
             units = alive[i]
@@ -38,20 +57,32 @@ class Densities:
                 self.sizes[name] = self.sizes[name].to(units.device)
             sizes = self.sizes[name].to(units)
             if name in self.overlapping:
-                out[name] = (sizes * units).sum() / self.all[name]
+                share = (sizes * units).sum() / self.all[name]
             else:  # weights in no unit always stay
-                out[name] = 1 - (sizes * (1 - units)).sum() / self.all[name]
+                share = 1 - (sizes * (1 - units)).sum() / self.all[name]
+            out[name] = Density(share, self._stored(name, units.detach() > 0), self.regular[name])
         return out
 
-    def exact(self, masks: Mapping[str, MaskPlan]) -> dict[str, Fraction]:
-        """Layer -> share kept under a plan, counted."""
-        out = {}
-        for name, mask in masks.items():
+    def exact(self, masks: Mapping[str, MaskPlan]) -> dict[str, Density]:
+        """By layer, under a plan, counted."""
+        return {name: self._counted(name, mask) for name, mask in masks.items()}
+
+    def _counted(self, name: str, mask: MaskPlan) -> Density:
+        if (name, mask) not in self._known:
             sizes = self.sizes[name].to("cpu", torch.float64)
             keep = mask.units()
             if name in self.overlapping:
                 kept = int((sizes * keep).sum())
             else:
                 kept = self.all[name] - int((sizes * ~keep).sum())
-            out[name] = Fraction(kept, self.all[name])
-        return out
+            if len(self._known) > 4 * len(self.places) + 64:
+                self._known.clear()
+            share = Fraction(kept, self.all[name])
+            self._known[name, mask] = Density(share, self._stored(name, keep), self.regular[name])
+        return self._known[name, mask]
+
+    def _stored(self, name: str, keep: Units) -> int:
+        """Bits of the mask on disk."""
+        valid = self.sizes[name].to(keep.device) > 0
+        counts = torch.stack([valid.sum(1), (keep & valid).sum(1)]).cpu().numpy()
+        return encoding.choose(keep.shape[1], counts[0], counts[1]).bits

@@ -26,6 +26,8 @@ class Structure(ABC):
     partition: ClassVar[bool] = True  # each weight belongs to at most one unit, and expand(1) is 1 everywhere
     # False: units of a row overlap, and at most one of them may be kept
 
+    regular: ClassVar[bool] = True  # whether devices are known that skip what it drops
+
     layout: Layout = PLAIN  # what the weight's size does not tell of its layer
 
     @abstractmethod

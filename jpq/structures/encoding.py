@@ -23,8 +23,8 @@ from math import comb
 import numpy as np
 import numpy.typing as npt
 
-from jpq.exporters import bits
-from jpq.exporters.bits import Bytes, Ints
+from jpq.structures import bits
+from jpq.structures.bits import Bytes, Ints
 from jpq.types import JpqError
 
 Flags = npt.NDArray[np.bool_]  # [rows, n]

@@ -1,0 +1,112 @@
+"""What a run leaves behind: the model rebuilt, counted again, exported, packed, verified and reported."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, replace
+
+import torch
+from torch import nn
+
+from jpq import checkpoint, costs, report
+from jpq.budget import Target
+from jpq.config import Config
+from jpq.data import Data
+from jpq.exporters import onnx, verify
+from jpq.exporters.branches import branched
+from jpq.exporters.pack import pack
+from jpq.exporters.quantized import complete, rebuild
+from jpq.figures import layer_rows, reached, versions
+from jpq.journal import Journal
+from jpq.network.compressed import Compressed
+from jpq.plan import Plan
+from jpq.result import Figures, Result
+from jpq.train import evaluate
+from jpq.types import JpqError
+
+SPLITS = ("train", "held_out", "test")
+
+
+def finish(
+    net: Compressed, tuned: nn.Module, model: nn.Module, data: Data, goals: tuple[Target, ...], config: Config,
+    run: Journal, command: str,
+) -> Result:  # fmt: skip
+    """Rebuild, count again, export, verify, save, report. The test split is read here, and only here."""
+    run.watch.phase("verify", 0, 0)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # compare at full precision
+    small, plan = rebuild(net, model) if tuned is net else (tuned.eval(), complete(net))
+    plan = replace(plan, model={"name": config.task.model, "classes": data.classes, "channels": data.shape[0]})
+    uses = net.exact(plan)
+    counted = verify.measure(small, data.example)
+    planned = [u for u in uses if u.name in plan.layers]
+    if counted["bops"] != costs.bops(planned) or counted["macs"] != costs.macs(planned):
+        raise JpqError(
+            f"The rebuilt model counts {counted}, the plan {costs.bops(planned)} BOPs. This is a bug in jpq."
+        )
+    if len(planned) < len(uses):
+        rigid = [u.name for u in uses if u.name not in plan.layers]
+        run.notes.append(f"{len(rigid)} layers cannot be quantized and stay at 32 bits: {', '.join(rigid[:5])} ...")
+    (run.folder / "plan.json").write_text(plan.to_json())
+    checkpoint.save_tensors(small, run.folder / "model.safetensors")
+    stored = pack(small, plan, data.example, run.folder / "model.packed")
+    path = run.folder / "model.onnx"
+    onnx.export(branched_or_same(small, plan, data.example), data.example, path)
+    if tuned is net:
+        verified = run.timed("verify", lambda: verify.verify(net, small, path, data.test, data.example))
+    else:
+        outside = run.timed("verify", lambda: verify.exported(small, path, data.test))
+        verified = {verify.OPENED: run.opened, **outside}
+    full = costs.baseline(uses)
+    structured = int(costs.bops_structured(uses))
+    size = int(costs.size(uses))
+    if config.budget.cost == "bops-structured":
+        uses = costs.structured(uses)
+    figures = {
+        "float": Figures(
+            evaluate(model, data.test), int(full["bops"]), int(full["macs"]), int(full["size"]), 1.0, int(full["bops"])
+        ),
+        "compressed": Figures(
+            evaluate(small, data.test), int(costs.bops(uses)), int(costs.macs(uses)), size,
+            float(costs.bops(uses)) / full["bops"], structured,
+        ),
+    }  # fmt: skip
+    run.seconds["total"] = run.recorder.clock()
+    result = Result(
+        folder=run.folder,
+        method=net.method,
+        float=figures["float"],
+        compressed=figures["compressed"],
+        held_out={"float": evaluate(model, data.held_out), "compressed": evaluate(small, data.held_out)},
+        targets={goal.cost: reached(goal, uses) for goal in goals},
+        verified=verified,
+        layers=layer_rows(net, plan, config.budget.cost),
+        history=tuple(run.recorder.rows),
+        seconds=run.seconds,
+        command=command or shlex.join(["jpq", "optimize"]),
+        versions=versions(),
+        seed=config.run.seed,
+        notes=tuple(run.notes),
+        metrics=run.metrics,
+        packed=asdict(stored),
+        data={"name": data.name, "checksum": data.checksum, **{k: getattr(data, k).size for k in SPLITS}},
+    )
+    report.write(result, config)
+    (run.folder / checkpoint.NAME).unlink(missing_ok=True)
+    return result
+
+
+def branched_or_same(small: nn.Module, plan: Plan, example: torch.Tensor) -> nn.Module:
+    """What is exported: where whole kernels were dropped and filters share what they read, dense branches.
+
+    Raises JpqError where the branches compute something else.
+    """
+    if plan.structure != "kernels":
+        return small
+    try:
+        cut = branched(small)
+    except JpqError:  # filters share nothing
+        return small
+    apart = verify.difference(small, cut, example)
+    if apart > verify.EXACT:
+        raise JpqError(f"The branches are not the masked layers: {apart:.2e} apart in float64. This is a bug in jpq.")
+    return cut

@@ -59,7 +59,7 @@ class Inspect:
     """What inspect looks at."""
 
     model: str = "convnet"
-    """convnet, lenet5, vgg7, resnet20/32/44/56, torchvision:NAME (classification, segmentation, video; a detector's
+    """convnet, lenet5, vgg7, resnet8/20/32/44/56, torchvision:NAME (classification, segmentation, video; a detector's
     NAME.backbone), or module:callable (runs your code)."""
     input_shape: tuple[int, ...] | None = None
     """One sample without the batch: channels, (frames,) height and width. Default: what the model usually takes."""

@@ -25,7 +25,7 @@ class Task:
     """What is made smaller, and the data that say how good it is."""
 
     model: str = "convnet"
-    """convnet, lenet5, vgg7, resnet20/32/44/56, torchvision:NAME, or module:callable (runs your code)."""
+    """convnet, lenet5, vgg7, resnet8/20/32/44/56, torchvision:NAME, or module:callable (runs your code)."""
     weights: Path | None = None
     """Trained weights (.pth, .th, .safetensors). Without them a float model is trained first, in this run."""
     data: str = "digits"

@@ -1,6 +1,6 @@
 """Models by name, their weights from a file, and whether they fit the data.
 
-`lenet5`, `vgg7`, `convnet`, `resnet20` .. `resnet56` are here; `torchvision:NAME` is torchvision's (see `jpq.vision`);
+`lenet5`, `vgg7`, `convnet`, `resnet8` .. `resnet56` are here; `torchvision:NAME` is torchvision's (see `jpq.vision`);
 `module:callable` imports and runs the user's own code.
 """
 
@@ -118,6 +118,7 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "lenet5": lenet5,
     "vgg7": vgg7,
     "convnet": convnet,
+    "resnet8": _resnet(1),
     "resnet20": _resnet(3),
     "resnet32": _resnet(5),
     "resnet44": _resnet(7),

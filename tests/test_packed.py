@@ -156,19 +156,19 @@ def test_streams_of_another_length_are_refused(data, match):
         bits.unpack(np.array(data, np.uint8), 3, 2)
 
 
-@pytest.mark.parametrize("encoding", encoding.ENCODINGS)
-def test_every_encoding_says_the_same(encoding):
+@pytest.mark.parametrize("name", encoding.ENCODINGS)
+def test_every_encoding_says_the_same(name):
     """Also where another would be smaller."""
     draw = np.random.default_rng(0)
     for n, q in ((4, 2), (5, 1), (62, 31), (7, 7), (6, 0)):
         valid = np.ones((9, n), bool)
         valid[::3, n - n // 3 :] = False
         kept = topk_rows(torch.from_numpy(draw.random((9, n))), q, torch.from_numpy(valid)).numpy().astype(bool)
-        if encoding == "all":
+        if name == "all":
             kept = valid
-        for even in (q, None) if encoding in ("kept", "dropped") else (q,):
-            listed = kept if encoding == "kept" else valid & ~kept
-            form = encoding.Form(encoding, even, int(listed.sum(1).max()), 0)
+        for even in (q, None) if name in ("kept", "dropped") else (q,):
+            listed = kept if name == "kept" else valid & ~kept
+            form = encoding.Form(name, even, int(listed.sum(1).max()), 0)
             assert (encoding.decode(encoding.encode(kept, valid, form), valid, form) == kept).all()
 
 

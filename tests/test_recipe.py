@@ -15,6 +15,7 @@ from jpq import checkpoint, recipe
 from jpq.config import Budget, Config, Decide, Run, Task, Train
 from jpq.exporters.onnx import Session
 from jpq.result import Silent
+from jpq.train import evaluate
 from jpq.types import JpqError
 
 QUICK = Train(epochs=4, float_epochs=3, lr=3e-3)
@@ -89,7 +90,7 @@ def test_saved_model_is_the_reported_one(finished):
     asked, result = finished
     small, plan = jpq.load(result.folder)
     data = recipe.read_data(asked, torch.device("cpu"))
-    assert recipe.evaluate(small, data.test) == result.compressed.accuracy
+    assert evaluate(small, data.test) == result.compressed.accuracy
     session = Session(result.folder / "model.onnx")
     x, _ = next(iter(data.test))
     assert torch.equal(session(x).argmax(1), small(x).argmax(1))

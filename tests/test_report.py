@@ -53,9 +53,9 @@ def test_result_json_holds_what_it_promises(tmp_path: Path) -> None:
     report.write(result(tmp_path, verified=odd), Config())
     tree = json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
     assert set(tree) == {"float", "compressed", "held_out", "targets", "verified", "seconds", "command", "versions",
-                         "seed", "method", "data", "notes"}  # fmt: skip
+                         "seed", "method", "data", "notes", "metrics", "packed"}  # fmt: skip
     assert tree["compressed"] == {"accuracy": 0.9778, "bops": 980_000, "macs": 40_120, "size_bytes": 12_345,
-                                  "bops_share": 0.0098}  # fmt: skip
+                                  "bops_share": 0.0098, "bops_structured": 0}  # fmt: skip
     assert tree["targets"]["bops"]["asked"] == "1%"
     assert tree["verified"] == {"worst": None, "most": 0.5, "far": None, "same": True, "at": [1, "x"]}
     assert tree["notes"] == ["a note"]

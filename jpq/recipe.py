@@ -7,15 +7,17 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jpq import checkpoint, costs, landing, models, report
-from jpq.allocators import start_bits
+from jpq import checkpoint, costs, landing, models, report, stages
+from jpq.allocators import rank, start_bits
 from jpq.budget import Controller, Target, targets
 from jpq.config import Config
 from jpq.data import Data
@@ -116,10 +118,13 @@ def asked(network: Network, config: Config) -> tuple[Target, ...]:
 
 def possible(net: Compressed, goals: tuple[Target, ...], config: Config) -> None:
     """Raises JpqError, naming the smallest possible cost, where a target cannot be met."""
-    if METHODS[net.method].gate:
+    d, method = config.decide, METHODS[net.method]
+    if method.stages:
+        stages.decide(net, goals, d.w_bits, d.a_bits, d.density)
+    elif method.gate:
         landing.require(net, goals)
     else:
-        decide(net, goals, config.decide.w_bits, config.decide.a_bits, pick_score(config.decide.score), None)
+        decide(net, goals, d.w_bits, d.a_bits, pick_score(d.score), None)
 
 
 def train_float(model: nn.Module, data: Data, config: Config, run: Journal) -> None:
@@ -132,11 +137,19 @@ def train_float(model: nn.Module, data: Data, config: Config, run: Journal) -> N
     else:
         phase = Phase("float", config.train.float_epochs)
         optim = optimizer(model, config.train.lr, config.train.weight_decay)
-        run.go_on(phase, model, optim)
-        save = lambda p: run.keep(p, model, optim)  # noqa: E731
-        run.timed("float", lambda: fit(model, data, phase, Objective(), optim, run.recorder, run.watch, save))
+        train(model, data, phase, Objective(), optim, run)
         checkpoint.save_tensors(model, kept)
     model.eval()
+
+
+def train(
+    net: nn.Module, data: Data, phase: Phase, objective: Objective, optim: torch.optim.Optimizer, run: Journal,
+    more: Callable[[], dict[str, Any]] = dict,
+) -> None:  # fmt: skip
+    """One phase from where the run stands, with a checkpoint after every epoch that holds `more` too."""
+    run.go_on(phase, net, optim)
+    save = lambda p: run.keep(p, net, optim, **more())  # noqa: E731
+    run.timed(phase.name, lambda: fit(net, data, phase, objective, optim, run.recorder, run.watch, save))
 
 
 def calibration(data: Data) -> list[torch.Tensor]:
@@ -146,7 +159,7 @@ def calibration(data: Data) -> list[torch.Tensor]:
 
 def split(config: Config, method: Method) -> tuple[int, int]:
     """(search epochs, fine-tune epochs)."""
-    if not method.searches:
+    if not (method.searches or method.stages):
         return 0, config.train.epochs
     search = min(config.train.epochs - 1, max(1, round(config.train.search * config.train.epochs)))
     return search, config.train.epochs - search
@@ -157,22 +170,28 @@ def search(
 ) -> Plan:
     """Learn the decisions (or take them at once), land them on the targets, and settle the network."""
     d, t, method = config.decide, config.train, METHODS[net.method]
-    if not method.searches:
-        plan = decide(net, goals, d.w_bits, d.a_bits, pick_score(d.score), calibration(data)[0])
-    elif run.is_past("search"):
+    epochs, rest = split(config, method)
+    phase = Phase("search", epochs, before=0, total=epochs + rest)
+    if run.is_past("search"):
         plan = from_json(run.saved["plan"], str(run.folder / checkpoint.NAME))  # type: ignore[index]
+    elif method.stages:
+        batches = calibration(data)
+        rank(net, pick_score(d.score), batches[0])
+        plan = stages.decide(net, goals, d.w_bits, d.a_bits, d.density)
+        net.settle(stages.pruned(net, plan))
+        objective = Objective(model, t.distill, t.temperature)
+        train(net, data, phase, objective, optimizer(net, t.lr, t.weight_decay), run)
+        stages.observe_again(net, batches)
+    elif not method.searches:
+        plan = decide(net, goals, d.w_bits, d.a_bits, pick_score(d.score), calibration(data)[0])
     else:
-        epochs, rest = split(config, method)
-        phase = Phase("search", epochs, before=0, total=epochs + rest)
         controller = Controller(goals)
         controller.begin(net.exact())
         objective = Objective(model, t.distill, t.temperature, d.gate_weight, controller)
         optim = optimizer(net, t.lr, t.weight_decay, d.gate_lr, d.bit_lr)
-        run.go_on(phase, net, optim)
-        if phase.done and run.saved:
-            controller.restore(run.saved["controller"])
-        save = lambda p: run.keep(p, net, optim, controller=controller.state())  # noqa: E731
-        run.timed("search", lambda: fit(net, data, phase, objective, optim, run.recorder, run.watch, save))
+        if run.is_in("search"):
+            controller.restore(run.saved["controller"])  # type: ignore[index]
+        train(net, data, phase, objective, optim, run, lambda: {"controller": controller.state()})
         plan = landing.land(net, goals)
     note = landing.note(goals, net, plan)
     if note:
@@ -195,10 +214,8 @@ def fine_tune(net: nn.Module, model: nn.Module, data: Data, config: Config, run:
     before, epochs = split(config, METHODS[plan.method])
     phase = Phase("fine-tune", epochs, before=before, total=before + epochs)
     optim = optimizer(net, t.lr, t.weight_decay)
-    run.go_on(phase, net, optim)
-    save = lambda p: run.keep(p, net, optim, plan=plan.to_json(), opened=run.opened)  # noqa: E731
     objective = Objective(model, t.distill, t.temperature)
-    run.timed("fine-tune", lambda: fit(net, data, phase, objective, optim, run.recorder, run.watch, save))
+    train(net, data, phase, objective, optim, run, lambda: {"plan": plan.to_json(), "opened": run.opened})
     run.timed("fine-tune", lambda: reestimate(net, data.train.epoch(phase.total)))
 
 

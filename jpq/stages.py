@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from jpq import costs
+from jpq.allocators.ranked import require_channels
 from jpq.allocators.uniform import everywhere, uniform
 from jpq.budget import Target, meets
 from jpq.landing import BOTTOM, Soft, land, note, require, soft
@@ -36,8 +37,9 @@ def decide(net: Compressed, goals: Sequence[Target], w_bits: Bounds, a_bits: Bou
         density: share of the dense network's MACs that stay before what the bits leave of the budget opens more, or
             the smallest bits close more.
 
-    Raises JpqError, naming the smallest possible cost or density, for what cannot be met.
+    Raises JpqError, naming the smallest possible cost or density, for what cannot be met, and where units are not channels.
     """
+    require_channels(net)
     ranking = soft(net)
     least = everywhere(net, w_bits[0], a_bits[0])
     require(net, goals, at(ranking, least).at(-BOTTOM))

@@ -37,7 +37,8 @@ def decide(net: Compressed, goals: Sequence[Target], w_bits: Bounds, a_bits: Bou
         density: share of the dense network's MACs that stay before what the bits leave of the budget opens more, or
             the smallest bits close more.
 
-    Raises JpqError, naming the smallest possible cost or density, for what cannot be met, and where units are not channels.
+    Raises JpqError, naming the smallest possible cost or density, for what cannot be met, and for units that are no
+    channels.
     """
     require_channels(net)
     ranking = soft(net)

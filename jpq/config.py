@@ -61,9 +61,9 @@ class Decide:
     """How keep-or-drop and bit-widths are decided."""
 
     method: str = "djpq"
-    """djpq, djpq-pow2, l0, uniform or upscale: see `jpq methods`."""
+    """djpq, djpq-pow2, l0, uniform, two-stage, upscale ...: see `jpq methods`."""
     score: str = "l1"
-    """What ranks channels, for upscale: l1, l2, fpgm, lamp or hrank."""
+    """What ranks channels, for upscale and two-stage: l1, l2, fpgm, lamp or hrank."""
     w_bits: tuple[int, int] = (2, 8)
     """Smallest and largest bit-width of weights."""
     a_bits: tuple[int, int] = (2, 8)
@@ -74,7 +74,8 @@ class Decide:
     """Where zeros may lie: channels, elementwise, per-output, kernels, 2:4, block:8x4, pattern ... Default: the
     method's."""
     density: float = 0.5
-    """Share of the weights that stay, for methods that are told how many (dpp, pdp, smart, dpf, admm)."""
+    """Share of the weights that stay, for methods that are told how many (dpp, pdp, smart, dpf, admm); for two-stage,
+    share of the MACs that stays before bits are chosen (what the bits leave of the budget then opens more channels)."""
     skip: tuple[str, ...] = ()
     """Layers whose channels or weights are not pruned."""
     open_norms: bool = False

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq import landing
+from jpq import landing, stages
 from jpq.allocators import rank, start_bits, uniform
 from jpq.budget import Controller, Target, targets
 from jpq.exporters.quantized import rebuild
@@ -43,12 +43,14 @@ class Joint(nn.Module):
     """
 
     def __init__(
-        self, net: Compressed, model: nn.Module, controller: Controller | None, steps: int, gate_weight: float
-    ):
+        self, net: Compressed, model: nn.Module, controller: Controller | None, steps: int, gate_weight: float,
+        second: Callable[[], None] | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.net = net
         self._dense = [model]  # in a list: it is not part of what trains
         self.controller, self.steps, self.gate_weight = controller, steps, gate_weight
+        self.second = second  # what `land` does where everything is planned already
         self.done = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -107,6 +109,9 @@ class Joint(nn.Module):
             plan = landing.land(self.net, self.controller.goals)
             self.net.settle(plan)
             self.controller = None
+        if self.second is not None:
+            self.second()
+            self.second = None
         return self.net.plan()
 
     def finalize(self) -> nn.Module:
@@ -144,14 +149,14 @@ def compress(
         model: trained, in floating point; it is not changed.
         example_inputs: one real batch (a tensor, a tuple of positional arguments, or a dict of keywords): it fits the
             ranges too.
-        method: a name in METHODS.
+        method: a name in METHODS. With "two-stage" train the pruned network first; `land` then quantizes it.
         bops, size, macs: targets such as "1%", "12M", "50KB"; at least one.
         steps: optimiser steps that the search may take.
         w_bits, a_bits: smallest and largest width of weights and activations.
         image_bits: width of the model's input.
         skip: layers whose channels or weights are not pruned.
         structure: where zeros may lie ("channels", "elementwise", "2:4", ...); default: the method's.
-        density: share of the weights that stay, for methods that are told how many.
+        density: share of the weights that stay, for methods that are told how many; of the MACs, for "two-stage".
         gate_weight: weight of the gates' own regulariser.
         open_norms: also prune channels inside the averages of LayerNorm, RMSNorm and GroupNorm. What `finalize` gives
             is then not what was trained, since the averages miss those channels: go on training it.
@@ -176,6 +181,11 @@ def compress(
     start = start_bits(network, goals, w_bits, a_bits, image_bits, share_left(sites, how, density))
     make = widths(how, w_bits, a_bits, image_bits, start)
     net = attach(model, network, sites, gates(how, density), make, [example_inputs], method)
+    if how.stages:
+        rank(net, by, example_inputs)
+        plan = stages.decide(net, goals, w_bits, a_bits, density)
+        net.settle(stages.pruned(net, plan))
+        return Joint(net, model, None, steps, 0.0, partial(stages.quantize, net, plan, [example_inputs]))
     if not how.searches:
         net.settle(decide(net, goals, w_bits, a_bits, by, example_inputs))
         return Joint(net, model, None, steps, 0.0)

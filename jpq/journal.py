@@ -72,7 +72,7 @@ class Journal:
 
     def go_on(self, phase: Phase, net: nn.Module, optim: torch.optim.Optimizer) -> None:
         """If the checkpoint lies in this phase: put its state in place."""
-        if not self.saved or self.saved["phase"] != phase.name:
+        if not self.saved or not self.is_in(phase.name):
             return
         checkpoint.restore(net, self.saved["net"], self.folder / checkpoint.NAME)
         optim.load_state_dict(self.saved["optimizer"])
@@ -80,6 +80,10 @@ class Journal:
         if self.saved["random_cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(self.saved["random_cuda"])
         phase.done = int(self.saved["done"])
+
+    def is_in(self, phase: str) -> bool:
+        """Whether the checkpoint lies in this phase."""
+        return bool(self.saved) and self.saved["phase"] == phase  # type: ignore[index]
 
     def is_past(self, phase: str) -> bool:
         """Whether the checkpoint lies after this phase."""

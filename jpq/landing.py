@@ -100,29 +100,32 @@ def smallest(net: Compressed) -> Plan:
     return soft(net).at(-BOTTOM)
 
 
-def require(net: Compressed, goals: Sequence[Target]) -> None:
-    """Raise JpqError, naming the smallest possible cost, if a target cannot be met at all."""
-    plan = smallest(net)
+def require(net: Compressed, goals: Sequence[Target], least: Plan | None = None) -> None:
+    """Raise JpqError, naming the smallest possible cost, if a target cannot be met at all.
+
+    `least` is the cheapest plan, where it is not the network's own (`smallest`).
+    """
+    plan = smallest(net) if least is None else least
     uses = net.exact(plan)
     rigid = [layer.name for layer in net.network.layers if layer.name not in plan.layers]
     stay = f" {len(rigid)} layers cannot be quantized and stay at 32 bits, such as '{rigid[0]}'." if rigid else ""
     for goal in goals:
-        least = spent(goal, uses)
-        if least > 1:
+        share = spent(goal, uses)
+        if share > 1:
             raise JpqError(
                 f"{goal.flag} {goal.asked} ({goal.limit:,}) cannot be met: the smallest possible is "
-                f"{math.ceil(least * goal.limit):,}, with fewest bits and one unit at each site. "
+                f"{math.ceil(share * goal.limit):,}, with fewest bits and one unit at each site. "
                 f"Allow fewer bits (--w-bits, --a-bits), skip fewer layers, or raise the target.{stay}"
             )
 
 
-def land(net: Compressed, goals: Sequence[Target]) -> Plan:
+def land(net: Compressed, goals: Sequence[Target], decisions: Soft | None = None) -> Plan:
     """The plan that meets every target and leaves as little of the tightest unused as single steps allow.
 
-    Raises JpqError if no plan meets them.
+    `decisions` are the network's own unless given. Raises JpqError if no plan meets the targets.
     """
-    require(net, goals)
-    decisions = soft(net)
+    decisions = decisions or soft(net)
+    require(net, goals, decisions.at(-BOTTOM))
     low, high = -REACH, REACH
     if meets(goals, net.exact(decisions.at(high))):
         return decisions.at(high)

@@ -38,6 +38,7 @@ class Method:
     choose: str  # when to choose it
     paper: str
     sites: Callable[..., tuple[Site, ...]] = channels  # (network, skip) -> where channels may be dropped
+    stages: bool = False  # whether the search phase trains the pruned network, before it is quantized
     structure: str = "channels"  # where zeros may lie: on those sites, or as a mask inside each layer
 
 
@@ -152,6 +153,13 @@ METHODS: Mapping[str, Method] = {
         None, Fixed, False,
         "the baseline that a joint method must beat, and the simplest thing to deploy",
         "plain quantization-aware training with learned ranges (Esser et al., LSQ, ICLR 2020, arXiv:1902.08153)",
+    ),
+    "two-stage": Method(
+        "channels by a score (--score, --density), then one width for all weights and one for all activations",
+        Ranked, Fixed, False,
+        "the baseline that people use today: prune, fine-tune, quantize, fine-tune",
+        "magnitude pruning (Li et al., ICLR 2017, arXiv:1608.08710), then LSQ (Esser et al., ICLR 2020)",
+        stages=True,
     ),
     "upscale": Method(
         "channels for each reader on its own, by a score (--score); bits are the largest of --w-bits and --a-bits",

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq import checkpoint, costs, landing, models
-from jpq.allocators import start_bits
+from jpq import checkpoint, costs, landing, models, stages
+from jpq.allocators import rank, start_bits
 from jpq.budget import Controller, Target, targets
 from jpq.config import Config
 from jpq.data import Data
@@ -115,10 +116,13 @@ def asked(network: Network, config: Config) -> tuple[Target, ...]:
 
 def possible(net: Compressed, goals: tuple[Target, ...], config: Config) -> None:
     """Raises JpqError, naming the smallest possible cost, where a target cannot be met."""
-    if METHODS[net.method].gate:
+    d, method = config.decide, METHODS[net.method]
+    if method.stages:
+        stages.decide(net, goals, d.w_bits, d.a_bits, d.density)
+    elif method.gate:
         landing.require(net, goals)
     else:
-        decide(net, goals, config.decide.w_bits, config.decide.a_bits, pick_score(config.decide.score), None)
+        decide(net, goals, d.w_bits, d.a_bits, pick_score(d.score), None)
 
 
 def train_float(model: nn.Module, data: Data, config: Config, run: Journal) -> None:
@@ -131,11 +135,19 @@ def train_float(model: nn.Module, data: Data, config: Config, run: Journal) -> N
     else:
         phase = Phase("float", config.train.float_epochs)
         optim = optimizer(model, config.train.lr, config.train.weight_decay)
-        run.go_on(phase, model, optim)
-        save = lambda p: run.keep(p, model, optim)  # noqa: E731
-        run.timed("float", lambda: fit(model, data, phase, Objective(), optim, run.recorder, run.watch, save))
+        train(model, data, phase, Objective(), optim, run)
         checkpoint.save_tensors(model, kept)
     model.eval()
+
+
+def train(
+    net: nn.Module, data: Data, phase: Phase, objective: Objective, optim: torch.optim.Optimizer, run: Journal,
+    more: Callable[[], dict[str, Any]] = dict,
+) -> None:  # fmt: skip
+    """One phase from where the run stands, with a checkpoint after every epoch that holds `more` too."""
+    run.go_on(phase, net, optim)
+    save = lambda p: run.keep(p, net, optim, **more())  # noqa: E731
+    run.timed(phase.name, lambda: fit(net, data, phase, objective, optim, run.recorder, run.watch, save))
 
 
 def calibration(data: Data) -> list[torch.Tensor]:
@@ -145,7 +157,7 @@ def calibration(data: Data) -> list[torch.Tensor]:
 
 def split(config: Config, method: Method) -> tuple[int, int]:
     """(search epochs, fine-tune epochs)."""
-    if not method.searches:
+    if not (method.searches or method.stages):
         return 0, config.train.epochs
     search = min(config.train.epochs - 1, max(1, round(config.train.search * config.train.epochs)))
     return search, config.train.epochs - search
@@ -160,23 +172,31 @@ def search(
     """
     d, t, method = config.decide, config.train, METHODS[net.method]
     moments: Moments = {}
-    if not method.searches:
-        plan = decide(net, goals, d.w_bits, d.a_bits, pick_score(d.score), calibration(data)[0])
-    elif run.is_past("search"):
+    epochs, rest = split(config, method)
+    phase = Phase("search", epochs, before=0, total=epochs + rest)
+    if run.is_past("search"):
         plan = from_json(run.saved["plan"], str(run.folder / checkpoint.NAME))  # type: ignore[index]
         run.metrics = run.saved["metrics"]  # type: ignore[index]
+    elif method.stages:
+        batches = calibration(data)
+        rank(net, pick_score(d.score), batches[0])
+        plan = stages.decide(net, goals, d.w_bits, d.a_bits, d.density)
+        net.settle(stages.pruned(net, plan))
+        objective = Objective(model, t.distill, t.temperature)
+        optim = optimizer(net, t.lr, t.weight_decay)
+        train(net, data, phase, objective, optim, run)
+        moments = dict(optim.state)
+        stages.observe_again(net, batches)
+    elif not method.searches:
+        plan = decide(net, goals, d.w_bits, d.a_bits, pick_score(d.score), calibration(data)[0])
     else:
-        epochs, rest = split(config, method)
-        phase = Phase("search", epochs, before=0, total=epochs + rest)
         controller = Controller(goals)
         controller.begin(net.exact())
         objective = Objective(model, t.distill, t.temperature, d.gate_weight, controller)
         optim = optimizer(net, t.lr, t.weight_decay, d.gate_lr, d.bit_lr)
-        run.go_on(phase, net, optim)
-        if phase.done and run.saved:
-            controller.restore(run.saved["controller"])
-        save = lambda p: run.keep(p, net, optim, controller=controller.state())  # noqa: E731
-        run.timed("search", lambda: fit(net, data, phase, objective, optim, run.recorder, run.watch, save))
+        if run.is_in("search"):
+            controller.restore(run.saved["controller"])  # type: ignore[index]
+        train(net, data, phase, objective, optim, run, lambda: {"controller": controller.state()})
         run.metrics = net.metrics()
         plan, moments = landing.land(net, goals), dict(optim.state)
     note = landing.note(goals, net, plan)
@@ -206,10 +226,9 @@ def fine_tune(
     phase = Phase("fine-tune", epochs, before=before, total=before + epochs)
     optim = optimizer(net, t.lr, t.weight_decay)
     optim.state.update({p: moments[p] for group in optim.param_groups for p in group["params"] if p in moments})
-    run.go_on(phase, net, optim)
-    save = lambda p: run.keep(p, net, optim, plan=plan.to_json(), opened=run.opened, metrics=run.metrics)  # noqa: E731
     objective = Objective(model, t.distill, t.temperature)
-    run.timed("fine-tune", lambda: fit(net, data, phase, objective, optim, run.recorder, run.watch, save))
+    settled = lambda: {"plan": plan.to_json(), "opened": run.opened, "metrics": run.metrics}  # noqa: E731
+    train(net, data, phase, objective, optim, run, settled)
     run.timed("fine-tune", lambda: reestimate(net, data.train.epoch(phase.total)))
 
 

@@ -16,6 +16,7 @@ import shlex
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,9 +55,11 @@ def line(result: Result, config: jpq.Config, command: str) -> dict[str, object]:
         "search_epochs": sum(r.phase == "search" for r in result.history), "bit_lr": config.decide.bit_lr,
         "float_accuracy": round(result.float.accuracy, 4), "accuracy": round(result.compressed.accuracy, 4),
         "bops_share": round(result.compressed.bops_share, 7), "target_used": round(result.targets["bops"]["used"], 4),
-        "bops": result.compressed.bops, "macs": result.compressed.macs, "size_bytes": result.compressed.size_bytes,
+        "bops": result.compressed.bops, "bops_structured": result.compressed.bops_structured,
+        "packed_bytes": result.packed["layers"], "macs": result.compressed.macs, "size_bytes": result.compressed.size_bytes,
         "w_bits_mean": round(statistics.mean(x.w_bits for x in layers), 2),
         "a_bits_mean": round(statistics.mean(x.a_bits for x in layers), 2),
+        "density": round(sum(x.macs for x in layers) / max(1, sum(x.macs / x.density for x in layers)), 4),
         "channels_kept": round(sum(x.outputs for x in layers) / sum(x.outputs_all for x in layers), 3),
         "masked_vs_rebuilt": result.verified["masked_vs_rebuilt_float64"],
         "onnx_argmax_agreement": verified["argmax_agreement"],
@@ -118,8 +121,14 @@ def picture(path: Path, title: str) -> None:
     figure.savefig(path.with_suffix(".png"), dpi=110)
 
 
-def main(name: str, title: str, base: jpq.Config, methods: list[str], wanted: list[str], seeds: list[int]) -> None:
-    """The command line of a study: runs what is missing, prints the table of means, draws."""
+def main(
+    name: str, title: str, base: jpq.Config, methods: list[str], wanted: list[str], seeds: list[int],
+    prepare: Callable[[jpq.Config], jpq.Config] = lambda config: config, draw: Callable[[Path, str], None] = picture,
+) -> None:  # fmt: skip
+    """The command line of a study: runs what is missing, prints the table of means, draws.
+
+    `prepare` may change what all runs share (train float weights once) before the first that is missing.
+    """
     parser = argparse.ArgumentParser(
         description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -142,9 +151,9 @@ def main(name: str, title: str, base: jpq.Config, methods: list[str], wanted: li
                     continue
                 print(f"{name}: {method} {target} seed {seed}", flush=True)
                 with tempfile.TemporaryDirectory() as folder:
+                    task = replace(base.task, data_root=args.data_root, weights=args.weights)
                     config = replace(
-                        base,
-                        task=replace(base.task, data_root=args.data_root, weights=args.weights),
+                        prepare(replace(base, task=task)),
                         budget=replace(base.budget, target_bops=target),
                         decide=replace(base.decide, method=method),
                         train=replace(base.train, epochs=args.epochs),
@@ -164,4 +173,4 @@ def main(name: str, title: str, base: jpq.Config, methods: list[str], wanted: li
         bops_share=("bops_share", "mean"),
     )
     print(f"float {table.float_accuracy.mean():.4f}\n{means.round(5).to_string()}")
-    picture(path, title)
+    draw(path, title)

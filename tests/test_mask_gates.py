@@ -13,7 +13,12 @@ from jpq.gates.feedback import EVERY, FREEZE
 from jpq.gates.gumbel_topk import drawn
 from jpq.gates.learned_topk import soft_topk
 from jpq.gates.soft_threshold import RAMP
+from jpq.models import build
+from jpq.network.attach import attach
+from jpq.network.sites import masks
 from jpq.network.taps import Draw, Masked
+from jpq.network.trace import trace
+from jpq.quantizers import Fixed
 from jpq.structures import Elementwise, PerOutput, Window
 from jpq.types import JpqError
 
@@ -334,6 +339,18 @@ def test_admm_drives_weights_to_the_structure():
     assert residual[-1] < 0.3 * residual[400]
     mask = Window(2, 4).expand(gate.keep(), weight.shape)
     assert float((weight.detach() * (1 - mask)).norm() / weight.detach().norm()) < 0.1
+
+
+def test_admm_trains_the_dense_network_also_where_patterns_overlap():
+    torch.manual_seed(0)
+    model, x = build("convnet", 10, 1).eval(), torch.randn(4, 1, 8, 8)
+    network = trace(model, x)
+    width = lambda _: (Fixed(8), Fixed(8))  # noqa: E731
+    ours, plain = (
+        attach(model, network, sites, Admm, width, [x], "admm") for sites in (masks(network, "pattern", ()), ())
+    )
+    assert torch.equal(ours.train()(x), plain.train()(x))
+    assert not torch.equal(ours.eval()(x), plain.eval()(x))
 
 
 def test_admm_rescales_its_dual_when_rho_rises():

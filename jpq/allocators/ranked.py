@@ -32,7 +32,10 @@ def rank(net: Compressed, score: Score, batch: Any) -> None:
         net: attached with `Ranked` gates.
         score: larger is more important.
         batch: inputs of the model, for scores that need activations.
+
+    Raises JpqError where the units are not channels.
     """
+    require_channels(net)
     groups: dict[str, list[Member]] = defaultdict(list)
     for site, gate in zip(net.sites, net.gates, strict=True):
         groups[site.taps[0].layer if len(site.taps) == 1 else f"{site.name} (coupled)"].append((site, gate))
@@ -50,6 +53,12 @@ def rank(net: Compressed, score: Score, batch: Any) -> None:
     for members, values in zip(groups.values(), margins, strict=True):
         for (_, gate), part in zip(members, values.split([gate.n for _, gate in members]), strict=True):
             gate.margins.copy_(part[None])
+
+
+def require_channels(net: Compressed) -> None:
+    """Raise JpqError where a site is a mask inside a layer: scores rank channels."""
+    if any(site.is_mask for site in net.sites):
+        raise JpqError("Scores rank whole channels: leave --structure out, or choose a --method that learns its gates.")
 
 
 def _quantiles(scores: Tensor) -> Tensor:

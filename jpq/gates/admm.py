@@ -83,9 +83,9 @@ class Admm(Counted):
         """Units of the last projection."""
         return self.kept
 
-    def multiplier(self) -> Units:
-        """Dense in training; the mask in evaluation."""
-        return self.relaxed() if self.training else self.kept
+    def multiplier(self) -> Units | None:
+        """Dense in training (where patterns overlap, no z says that); the mask in evaluation."""
+        return None if self.training else self.kept
 
     def loss(self) -> Tensor:
         """rho/2 ||W - Z + U||^2 over all taps."""

@@ -76,8 +76,8 @@ class Gate(nn.Module, ABC):
     def after_step(self, progress: float) -> None:
         """Anneal, project or re-rank after an optimiser step; progress of the search in [0, 1]."""
 
-    def multiplier(self) -> Units:
-        """What multiplies the weights now: relaxed in training, `keep * scale` in evaluation."""
+    def multiplier(self) -> Units | None:
+        """What multiplies the weights now: relaxed in training, `keep * scale` in evaluation; None: they stay dense."""
         return self.relaxed() if self.training else self.keep() * self.scale()
 
 

@@ -1,0 +1,101 @@
+"""Prune first, then quantize: the two stages that most people use today, planned so that they meet a budget exactly.
+
+Everything is decided at the start, from the trained weights: channels go by a score until `density` of the MACs is
+left; then come the widest uniform bits that fit; then channels open or close by rank until the budget is used up
+(where all are open before that, the bits grow by one step and a few close). Stage one trains the pruned network at the
+widest bits that are allowed, which is nearly float; stage two trains it quantized.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from jpq import costs
+from jpq.allocators.ranked import require_channels
+from jpq.allocators.uniform import everywhere, uniform
+from jpq.budget import Target, meets
+from jpq.landing import BOTTOM, Soft, land, note, require, soft
+from jpq.network.attach import observe
+from jpq.network.compressed import Compressed
+from jpq.plan import Plan
+from jpq.quantizers import Fixed
+from jpq.types import JpqError
+
+Bounds = tuple[int, int]
+
+
+def decide(net: Compressed, goals: Sequence[Target], w_bits: Bounds, a_bits: Bounds, density: float) -> Plan:
+    """The plan that both stages share.
+
+    Args:
+        net: attached with `Ranked` gates, which hold a ranking (`allocators.rank`) unless only errors are wanted.
+        goals: all of them are met. Targets for MACs count in stage one too.
+        w_bits, a_bits: smallest and largest width.
+        density: share of the dense network's MACs that stay before what the bits leave of the budget opens more, or
+            the smallest bits close more.
+
+    Raises JpqError, naming the smallest possible cost or density, for what cannot be met, and for units that are no
+    channels.
+    """
+    require_channels(net)
+    ranking = soft(net)
+    least = everywhere(net, w_bits[0], a_bits[0])
+    require(net, goals, at(ranking, least).at(-BOTTOM))
+    pruned = land(net, [stays(net, ranking, density), *(g for g in goals if g.cost == "macs")], ranking)
+    bits = replace(least, kept=pruned.kept)
+    if meets(goals, net.exact(bits)):
+        bits = uniform(net, goals, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1), pruned.kept)
+    plan = land(net, goals, at(ranking, bits))
+    more = wider(net, bits, w_bits[1], a_bits[1])
+    if note(goals, net, plan) and more:  # every channel is open: bits that are a step too wide close a few again
+        return land(net, goals, at(ranking, more))
+    return plan
+
+
+def wider(net: Compressed, bits: Plan, w_most: int, a_most: int) -> Plan | None:
+    """The next wider bits: one more for activations or weights, whichever have fewer; None where both are widest."""
+    inner = [layer for name, layer in bits.layers.items() if not net.network.layer(name).reads_input]
+    w, a = (inner[0].w_bits, inner[0].a_bits) if inner else (w_most, a_most)
+    if (w, a) == (w_most, a_most):
+        return None
+    first = a < a_most and (a <= w or w == w_most)
+    return everywhere(net, w, a + 1) if first else everywhere(net, w + 1, a)
+
+
+def at(ranking: Soft, plan: Plan) -> Soft:
+    """The same ranking of channels, with every width as it is in `plan`."""
+    layers = plan.layers
+    widths = {(n, side): Fixed(layers[n].w_bits if side == "w" else layers[n].a_bits) for n, side in ranking.widths}
+    return replace(ranking, widths=widths)
+
+
+def stays(net: Compressed, ranking: Soft, density: float) -> Target:
+    """A density as a target for MACs. Raises JpqError where even one channel at each site is more."""
+    full = costs.baseline(net.exact())["macs"]
+    least = costs.macs(net.exact(ranking.at(-BOTTOM)))
+    if density * full < least:
+        share = math.ceil(1000 * least / full) / 1000
+        raise JpqError(
+            f"--density {density} cannot be met: with one channel at each site {share} of the MACs stay. "
+            "Raise --density, or skip fewer layers."
+        )
+    return Target("macs", str(density), math.floor(density * full))
+
+
+def pruned(net: Compressed, plan: Plan) -> Plan:
+    """Stage one: the plan's channels at the bits as they stand."""
+    return replace(plan, layers=net.plan().layers)
+
+
+def observe_again(net: Compressed, batches: Iterable[Any]) -> None:
+    """Let the ranges that stage two begins with be fitted to what the pruned network's layers read now."""
+    net.seen = observe(net.model, net.network, batches)
+
+
+def quantize(net: Compressed, plan: Plan, batches: Iterable[Any]) -> None:
+    """Stage two: take the plan's bits."""
+    observe_again(net, batches)
+    net.settle(plan)

@@ -1,0 +1,177 @@
+"""Prune first, then quantize: everything planned at the start, two phases of training, a budget that is used up."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_recipe import QUICK, Stop, config
+
+import jpq
+from jpq import costs, recipe, stages
+from jpq.allocators import rank
+from jpq.budget import FULL_USE, spent, targets
+from jpq.gates import Ranked
+from jpq.models import build
+from jpq.network.attach import attach
+from jpq.network.sites import channels
+from jpq.network.trace import trace
+from jpq.quantizers import Fixed
+from jpq.scores import SCORES
+from jpq.types import JpqError
+
+EXAMPLE = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def ranked(seed=0):
+    torch.manual_seed(seed)
+    model = build("convnet", 10, 1)
+    network = trace(model, EXAMPLE)
+    net = attach(model, network, channels(network), Ranked, lambda _: (Fixed(8), Fixed(8)), [EXAMPLE], "two-stage")
+    rank(net, SCORES["l1"], EXAMPLE)
+    return net
+
+
+def pair(net, plan):
+    """(weight bits, activation bits), the same in every layer; the image keeps its own."""
+    image = {layer.name for layer in net.network.layers if layer.reads_input}
+    (w,) = {x.w_bits for x in plan.layers.values()}
+    (a,) = {x.a_bits for name, x in plan.layers.items() if name not in image}
+    assert {x.a_bits for name, x in plan.layers.items() if name in image} == {8}
+    return w, a
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    asked = config(tmp_path_factory.mktemp("runs"), "two-stage")
+    return asked, jpq.optimize(asked)
+
+
+def test_two_phases_and_a_budget_that_is_used_up(finished):
+    _, result = finished
+    assert [(r.phase, r.epoch) for r in result.history] == [
+        *(("float", e) for e in (1, 2, 3)), *(("search", e) for e in (1, 2)), *(("fine-tune", e) for e in (1, 2)),
+    ]  # fmt: skip
+    first, last = (next(r for r in result.history if r.phase == name) for name in ("search", "fine-tune"))
+    assert first.kept == last.kept < 1  # the same channels in both
+    assert first.w_bits == 8 > last.w_bits
+    assert 0.97 <= result.targets["bops"]["used"] <= 1
+    assert not result.notes
+    assert len({x.w_bits for x in result.layers}) == 1
+    assert result.verified["masked_vs_rebuilt_float64"] <= 1e-10
+    small, plan = jpq.load(result.folder)
+    assert plan.method == "two-stage"
+    assert jpq.measure(small, torch.rand(1, 1, 8, 8))["bops"] == result.compressed.bops
+
+
+@pytest.mark.parametrize("phase", ["search", "fine-tune"])
+def test_resuming_gives_the_same_bits_as_never_stopping(phase, finished, tmp_path):
+    asked, whole = finished
+    again = replace(asked, run=replace(asked.run, out=tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        jpq.optimize(again, Stop(phase, 2))
+    result = jpq.optimize(replace(again, run=replace(again.run, resume=True)))
+    strip = lambda rows: [repr(replace(r, seconds=0.0)) for r in rows]  # noqa: E731
+    assert strip(result.history) == strip(whole.history)
+    assert result.compressed == whole.compressed
+    ours, theirs = (recipe.load(r.folder)[0].state_dict() for r in (result, whole))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("share", ["0.3%", "1%", "2.5%"])
+def test_the_plan_meets_the_budget_at_the_widest_bits_that_the_density_allows(density, share):
+    net = ranked()
+    goals = targets({"bops": share}, net.exact())
+    plan = stages.decide(net, goals, (2, 8), (2, 8), density)
+    used = spent(goals[0], net.exact(plan))
+    whole = pair(net, plan) == (8, 8) and all(all(units) for units in plan.kept.values())
+    assert FULL_USE <= used <= 1 or whole
+    w, a = pair(net, plan)
+    assert abs(w - a) <= 1
+    full = costs.baseline(net.exact())["macs"]
+    if (w, a) not in ((2, 2), (8, 8)):  # one more step of bits would not fit at the density
+        assert costs.macs(net.exact(plan)) < min(full, 2 * density * full) or used >= FULL_USE
+    assert plan == stages.decide(net, goals, (2, 8), (2, 8), density)
+
+
+def test_a_smaller_density_buys_wider_bits():
+    net = ranked()
+    goals = targets({"bops": "0.8%"}, net.exact())
+    bits = [sum(pair(net, stages.decide(net, goals, (2, 8), (2, 8), density))) for density in (1.0, 0.5, 0.25, 0.1)]
+    assert bits == sorted(bits)
+    assert bits[0] < bits[-1]
+
+
+def test_channels_go_in_the_order_of_their_ranks():
+    net = ranked()
+    plan = stages.decide(net, targets({"bops": "0.7%"}, net.exact()), (2, 8), (2, 8), 0.4)
+    for site, gate in zip(net.sites, net.gates, strict=True):
+        kept = torch.tensor(plan.kept[site.name])
+        assert gate.margins[0, kept].min() > gate.margins[0, ~kept].max()
+
+
+def test_a_budget_below_the_smallest_bits_at_the_density_closes_more_channels():
+    net = ranked()
+    goals = targets({"bops": "0.05%"}, net.exact())
+    plan = stages.decide(net, goals, (4, 8), (4, 8), 1.0)
+    assert pair(net, plan) == (4, 4)
+    assert FULL_USE <= spent(goals[0], net.exact(plan)) <= 1
+
+
+def test_several_targets_hold_together():
+    net = ranked()
+    goals = targets({"bops": "2%", "macs": "30%", "size": "20KB"}, net.exact())
+    uses = net.exact(stages.decide(net, goals, (2, 8), (2, 8), 0.5))
+    assert all(spent(goal, uses) <= 1 for goal in goals)
+    assert max(spent(goal, uses) for goal in goals) >= FULL_USE
+
+
+@pytest.mark.parametrize(
+    ("bops", "decide", "says"),
+    [
+        ("0.0001%", {}, "smallest possible"),
+        ("1%", {"density": 1e-6}, r"--density 1e-06 cannot be met.*of the MACs stay"),
+        ("1%", {"density": 0.0}, "--density"),
+        ("1%", {"score": "l3"}, "l1"),
+        ("1%", {"structure": "elementwise"}, "--structure"),
+    ],
+)
+def test_what_cannot_be_ends_before_training(bops, decide, says, tmp_path):
+    asked = config(tmp_path, "two-stage", target_bops=bops)
+    watch = Stop("float", 1)
+    with pytest.raises(JpqError, match=says):
+        jpq.optimize(replace(asked, decide=replace(asked.decide, **decide)), watch)
+    assert not hasattr(watch, "next")
+
+
+def test_in_a_loop_of_ones_own_landing_quantizes():
+    torch.manual_seed(0)
+    net = jpq.compress(build("convnet", 10, 1).eval(), EXAMPLE, method="two-stage", bops="1%", density=0.6)
+    before = net.net.plan()
+    assert pair(net.net, before) == (8, 8)
+    assert float(net.pressure()) == 0
+    after = net.land()
+    assert after.kept == before.kept
+    assert 0.97 <= net.share() / 0.01 <= 1
+    assert net.land() == after
+    small = net.finalize()
+    assert jpq.measure(small, EXAMPLE)["bops"] == costs.bops(net.net.exact())
+
+
+def test_ranges_of_stage_two_are_fitted_to_what_the_pruned_network_reads():
+    net = ranked()
+    plan = stages.decide(net, targets({"bops": "0.5%"}, net.exact()), (2, 8), (2, 8), 0.3)
+    net.settle(stages.pruned(net, plan))
+    for p in net.weights()["decayed"]:
+        p.data.mul_(3)
+    last = net.network.layers[-1].name
+    seen = net.seen[last].clone()
+    stages.quantize(net, plan, [EXAMPLE])
+    assert net.seen[last].abs().max() != seen.abs().max()
+    assert net.plan().layers == plan.layers
+
+
+def test_epochs_are_as_many_as_every_other_method_has(tmp_path):
+    asked = config(tmp_path, "two-stage", replace(QUICK, epochs=10, search=0.3))
+    for method in ("djpq", "two-stage"):
+        assert recipe.split(asked, jpq.METHODS[method]) == (3, 7)

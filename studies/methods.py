@@ -48,7 +48,7 @@ def prepare(config: jpq.Config) -> jpq.Config:
 
 
 def draw(path: Path, title: str) -> None:
-    """Two panels, accuracy against bit-operations and against bytes: a line per method through the means of its seeds."""
+    """Accuracy against bit-operations and against bytes, a line per method through the means of its seeds."""
     table = pd.read_csv(path)
     figure = Figure(figsize=(11, 6), layout="constrained")
     figure.suptitle(title)
@@ -70,8 +70,9 @@ def draw(path: Path, title: str) -> None:
     ticks = sorted({round(100 * s, 2) for s in table.groupby("target").bops_share.mean()})
     panels[0].set_xticks(ticks)
     panels[0].xaxis.set_major_formatter(lambda v, _: f"{v:g}")
-    for axes in panels:
-        axes.xaxis.set_minor_formatter(lambda v, _: f"{v:g}" if axes is panels[1] else "")
+    panels[0].xaxis.set_minor_formatter(lambda v, _: "")
+    panels[1].xaxis.set_minor_formatter(lambda v, _: f"{v:g}")
+    panels[1].xaxis.set_major_formatter(lambda v, _: f"{v:g}")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     FigureCanvasAgg(figure)
     figure.savefig(path.with_suffix(".png"), dpi=110)

@@ -41,7 +41,7 @@ class Soft:
         for name, layer in self.plan.layers.items():
             w, a = (width.nearest(width.soft() + shift) for width in (self.widths[name, "w"], self.widths[name, "a"]))
             layers[name] = replace(layer, w_bits=w, a_bits=a)
-        kept = {}
+        kept = dict(self.plan.kept)
         for site, margins in self.margins.items():
             best = max(range(len(margins)), key=margins.__getitem__)
             kept[site] = tuple(u == best or m + NATS * shift > 0 for u, m in enumerate(margins))

@@ -23,6 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from jpq.gates.base import Holds
 from jpq.gates.counted import Counted
 from jpq.structures.base import Structure
 from jpq.types import Units, Weight
@@ -35,6 +36,7 @@ class Admm(Counted):
     """Dense while it searches; keeps the units of the last projection."""
 
     sees_weights: ClassVar[bool] = True
+    holds_quota: ClassVar[Holds] = "always"
     kept: Units
     done: Tensor
 
@@ -83,9 +85,9 @@ class Admm(Counted):
         """Units of the last projection."""
         return self.kept
 
-    def multiplier(self) -> Units:
-        """Dense in training; the mask in evaluation."""
-        return self.relaxed() if self.training else self.kept
+    def multiplier(self) -> Units | None:
+        """Nothing in training (units that overlap have no z that is dense); the mask in evaluation."""
+        return None if self.training else self.kept
 
     def loss(self) -> Tensor:
         """rho/2 ||W - Z + U||^2 over all taps."""

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from jpq.gates.base import Gate
+from jpq.gates.base import Gate, Holds
 from jpq.gates.topk import kept_of_rows, topk_rows
 from jpq.types import JpqError, Units
 
@@ -25,6 +25,7 @@ class Counted(Gate):
     """Exactly k units of each row, or of all pooled rows together."""
 
     counted: ClassVar[bool] = True
+    holds_quota: ClassVar[Holds] = "at the end"
 
     def __init__(self, rows: int, n: int, density: float = 0.5):
         super().__init__(rows, n)

@@ -61,6 +61,8 @@ class Masked(nn.Module):
     def forward(self, weight: Weight) -> Weight:
         """weight * expand(z) for each tap; where the gate says so, backward as if there were no mask."""
         for draw, structure in self.taps:
+            if draw.z is None:
+                continue
             masked = weight * structure.expand(draw.z, weight.shape)
             weight = weight + (masked - weight).detach() if draw.gate.straight_through else masked
         return weight

@@ -26,6 +26,8 @@ class Structure(ABC):
     partition: ClassVar[bool] = True  # each weight belongs to at most one unit, and expand(1) is 1 everywhere
     # False: units of a row overlap, and at most one of them may be kept
 
+    single_weights: ClassVar[bool] = False  # a unit is one weight
+
     layout: Layout = PLAIN  # what the weight's size does not tell of its layer
 
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Size
 
@@ -14,6 +15,8 @@ from jpq.types import Units, Weight
 @dataclass(frozen=True)
 class Elementwise(Structure):
     """One row of all the weights of a layer, in the order of `weight.flatten()`: they compete with each other."""
+
+    single_weights: ClassVar[bool] = True
 
     layout: Layout = PLAIN  # makes no difference
 

@@ -96,23 +96,30 @@ def soft(net: Compressed) -> Soft:
 
 
 def smallest(net: Compressed) -> Plan:
-    """The cheapest plan there is: fewest bits, one unit at each site."""
-    return soft(net).at(-BOTTOM)
+    """The cheapest plan there is: fewest bits, one unit at each site, or as many as gates that count will leave."""
+    plan = soft(net).at(-BOTTOM)
+    given = [(site, gate.least()) for site, gate in zip(net.sites, net.gates, strict=True) if gate.counted]
+    kept = {site.name: tuple(units[0].bool().tolist()) for site, units in given if not site.is_mask}
+    masks = {site.taps[0].layer: MaskPlan.of(units) for site, units in given if site.is_mask}
+    return replace(plan, kept={**plan.kept, **kept}, masks={**plan.masks, **masks})
 
 
-def require(net: Compressed, goals: Sequence[Target]) -> None:
-    """Raise JpqError, naming the smallest possible cost, if a target cannot be met at all."""
-    plan = smallest(net)
+def require(net: Compressed, goals: Sequence[Target], plan: Plan | None = None) -> None:
+    """Raise JpqError, naming the smallest possible cost (or that of `plan`), if a target cannot be met at all."""
+    plan = plan or smallest(net)
     uses = net.exact(plan)
     rigid = [layer.name for layer in net.network.layers if layer.name not in plan.layers]
     stay = f" {len(rigid)} layers cannot be quantized and stay at 32 bits, such as '{rigid[0]}'." if rigid else ""
+    counted = any(gate.counted for gate in net.gates)
+    units, less = ("the units that --density leaves", "keep less") if counted else ("one unit at each site", "")
+    ways = [less, "allow fewer bits (--w-bits, --a-bits)", "skip fewer layers", "or raise the target"]
     for goal in goals:
         least = spent(goal, uses)
         if least > 1:
             raise JpqError(
                 f"{goal.flag} {goal.asked} ({goal.limit:,}) cannot be met: the smallest possible is "
-                f"{math.ceil(least * goal.limit):,}, with fewest bits and one unit at each site. "
-                f"Allow fewer bits (--w-bits, --a-bits), skip fewer layers, or raise the target.{stay}"
+                f"{math.ceil(least * goal.limit):,}, with fewest bits and {units}. "
+                f"{', '.join(filter(None, ways)).capitalize()}.{stay}"
             )
 
 
@@ -121,8 +128,8 @@ def land(net: Compressed, goals: Sequence[Target]) -> Plan:
 
     Raises JpqError if no plan meets them.
     """
-    require(net, goals)
     decisions = soft(net)
+    require(net, goals, decisions.at(-BOTTOM))
     low, high = -REACH, REACH
     if meets(goals, net.exact(decisions.at(high))):
         return decisions.at(high)

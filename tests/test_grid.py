@@ -26,7 +26,8 @@ from jpq.network.trace import trace
 from jpq.quantizers import WIDTHS, Fixed
 from jpq.structures import STRUCTURES
 
-STEPS, TUNE, TARGET = 10, 2, "2.5%"
+STEPS, TUNE = 10, 2
+DENSITY = 0.4
 PLACES = [compose.CHANNELS, *(named.example for named in STRUCTURES.values())]
 
 
@@ -38,6 +39,13 @@ class Cell(NamedTuple):
     @property
     def method(self) -> str:
         return next(name for name, m in METHODS.items() if m.gate is GATES[self.gate])
+
+    @property
+    def target(self) -> str:
+        """One that no bits meet without pruning, and no pruning without fewer bits where those are not fixed."""
+        if self.width == "fixed":
+            return "2.5%"
+        return "1%" if GATES[self.gate].counted else "0.4%"
 
     @property
     def refusal(self) -> str | None:
@@ -122,7 +130,14 @@ def run(cell: Cell, task: Task) -> None:
     torch.manual_seed(0)
     x = task.batches[0][0]
     net = jpq.compress(
-        task.model, x, cell.method, bops=TARGET, steps=STEPS, structure=cell.structure, width=cell.width, density=0.4
+        task.model,
+        x,
+        cell.method,
+        bops=cell.target,
+        steps=STEPS,
+        structure=cell.structure,
+        width=cell.width,
+        density=DENSITY,
     )
     limit = net.controller.goals[0].limit
     made = [w for w in net.net.widths() if not isinstance(w, Fixed)]
@@ -161,7 +176,12 @@ def test_illegal_cells_are_refused_with_the_reason(gate: str, task: Task) -> Non
             continue
         with pytest.raises(jpq.JpqError) as caught:
             jpq.compress(
-                task.model, task.batches[0][0], cell.method, bops=TARGET, structure=cell.structure, width=cell.width
+                task.model,
+                task.batches[0][0],
+                cell.method,
+                bops=cell.target,
+                structure=cell.structure,
+                width=cell.width,
             )
         said = str(caught.value)
         assert cell.refusal in said

@@ -58,6 +58,10 @@ class Counted(Gate):
             return real.minimum(torch.full_like(real, self.quota))
         return kept_of_rows(density, real).clamp_min(1)
 
+    def least(self) -> Units:
+        """As many units as stay in the end, before it is known which: here, the largest of each row."""
+        return self.top(self.sizes, self.density)
+
     def margin(self) -> Units:
         """Far above or below 0: which units stay is not for landing to change."""
         return FAR * (2 * self.keep() - 1)

@@ -126,6 +126,18 @@ def fit(net: joint.Joint, batches: list[tuple[Tensor, Tensor]], steps: int) -> N
         net.step()
 
 
+def density(net: jpq.Compressed, plan: jpq.Plan) -> float:
+    """The share that stays of the weights that gates decide about."""
+    kept = every = 0.0
+    for site in net.sites:
+        shapes = [torch.Size(net.network.layer(tap.layer).weight_shape) for tap in site.taps]
+        sizes = sum(tap.structure.sizes(shape) for tap, shape in zip(site.taps, shapes, strict=True))
+        units = plan.masks[site.name].units() if site.is_mask else torch.tensor([plan.kept[site.name]])
+        kept += float((sizes * units).sum())
+        every += shapes[0].numel() if site.is_mask else float(sizes.sum())
+    return kept / every
+
+
 def run(cell: Cell, task: Task) -> None:
     torch.manual_seed(0)
     x = task.batches[0][0]
@@ -154,6 +166,9 @@ def run(cell: Cell, task: Task) -> None:
     assert difference(net.net, small, x) < EXACT
     whole = all(all(units) for units in plan.kept.values()) and all(bool(m.units().all()) for m in plan.masks.values())
     assert not whole, "nothing was pruned"
+    if GATES[cell.gate].counted:
+        asked = {"2:4": 1 / 2, "pattern": 4 / 9}.get(cell.structure, DENSITY)
+        assert density(net.net, plan) == pytest.approx(asked, abs=0.1), "as much as was asked for"
     if cell.width == "fixed":
         assert {b for layer in plan.layers.values() for b in (layer.w_bits, layer.a_bits)} == {8}
 

@@ -105,13 +105,17 @@ def smallest(net: Compressed) -> Plan:
 
 
 def require(net: Compressed, goals: Sequence[Target], plan: Plan | None = None) -> None:
-    """Raise JpqError, naming the smallest possible cost (or that of `plan`), if a target cannot be met at all."""
+    """Raise JpqError, naming the smallest possible cost, if a target cannot be met at all.
+
+    `plan`: the cheapest as things stand now, where gates that count have not come to their end yet.
+    """
+    given = "the units that --density leaves" if plan is None else "the units that stand until the search ends"
     plan = plan or smallest(net)
     uses = net.exact(plan)
     rigid = [layer.name for layer in net.network.layers if layer.name not in plan.layers]
     stay = f" {len(rigid)} layers cannot be quantized and stay at 32 bits, such as '{rigid[0]}'." if rigid else ""
     counted = any(gate.counted for gate in net.gates)
-    units, less = ("the units that --density leaves", "keep less") if counted else ("one unit at each site", "")
+    units, less = (given, "keep less") if counted else ("one unit at each site", "")
     ways = [less, "allow fewer bits (--w-bits, --a-bits)", "skip fewer layers", "or raise the target"]
     for goal in goals:
         least = spent(goal, uses)

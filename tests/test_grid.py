@@ -184,29 +184,66 @@ def test_every_cell_runs_to_its_budget(cell: Cell, task: Task) -> None:
     run(cell, task)
 
 
+def advised(cell: Cell, said: str) -> list[Cell]:
+    """The cells that a refusal says to choose instead."""
+    first, also, rest = said.partition("Choose ")[2].partition(" with ")
+    base = cell._replace(width="learned") if first == "--width learned" else cell
+    rows = {name: g for name, m in METHODS.items() for g, gate in GATES.items() if gate is m.gate}
+    found = []
+    for part in re.split(r", or (?=--)", rest if also else first):
+        flag, _, names = part.partition(" ")
+        for name in filter(None, (n.strip(".") for n in re.split(r", | or ", names))):
+            found.append(base._replace(gate=rows[name]) if flag == "--method" else base._replace(**{flag[2:]: name}))
+    return found
+
+
 @pytest.mark.parametrize("gate", GATES)
-def test_illegal_cells_are_refused_with_the_reason(gate: str, task: Task) -> None:
+def test_illegal_cells_are_refused_with_the_reason_and_a_way_out(gate: str, task: Task) -> None:
     for cell in CELLS:
         if cell.gate != gate or not cell.refusal:
             continue
         with pytest.raises(jpq.JpqError) as caught:
             jpq.compress(
-                task.model,
-                task.batches[0][0],
-                cell.method,
-                bops=cell.target,
-                structure=cell.structure,
-                width=cell.width,
+                task.model, task.batches[0][0], cell.method, bops="1%", structure=cell.structure, width=cell.width
             )
         said = str(caught.value)
-        assert cell.refusal in said
-        assert all(text in said for text in (cell.method, cell.structure, cell.width, "Choose --"))
+        asked = f"--method {cell.method}, --structure {cell.structure}, --width {cell.width}: "
+        assert said.removeprefix(asked) == cell.refusal
         assert len(said) < 400
         assert "\n" not in said
-        for flag, at in (("--structure", 1), ("--width", 2)):  # what is to be chosen instead is legal
-            found = re.search(rf" or {flag} ([^-]+(?:-[a-z]+)*)", said)
-            names = PLACES if at == 1 else WIDTHS
-            if found and "learned with" not in said:
-                for name in re.findall(r"[\w:-]+", found[1]):
-                    if name in names:
-                        assert not cell._replace(**{Cell._fields[at]: name}).refusal
+        instead = advised(cell, said)
+        assert instead
+        assert not any(other.refusal for other in instead)
+
+
+def test_every_gate_is_within_reach_of_the_command_line() -> None:
+    assert {m.gate for m in METHODS.values()} >= set(GATES.values())
+    assert {len(set(at)) for at in zip(*FAST, strict=True)} == {len(GATES), len(PLACES), len(WIDTHS)}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_named_methods_are_legal(name: str) -> None:
+    assert compose.compose(name) == METHODS[name]
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (("djpq", "", "learnt"), "Unknown width 'learnt'. Did you mean learned"),
+        (("djpq", "elementwize", ""), "Unknown structure 'elementwize'. Did you mean elementwise"),
+        (("djqp", "", ""), "Unknown method 'djqp'. Did you mean djpq"),
+        (("uniform", "2:4", ""), "method uniform prunes nothing. Choose --method djpq"),
+        (("uniform", "", "learned"), "method uniform does not search, so its bits are fixed. Choose --method djpq"),
+        (("upscale", "", "gated"), "method upscale does not search"),
+        (("upscale", "elementwise", ""), "decides about whole channels"),
+        (("djpq", "2:4", ""), "exactly 2 of each row must stay.* Choose --method dpp, pdp, smart, dpf, admm or spp"),
+        (("dpf", "", "fixed"), "both given.*--width learned"),
+        (("codeq", "", "gated"), "grid of their own.*--width fixed, learned, power-of-two or squashed"),
+        (("codeq", "channels", ""), "single weights.*--structure elementwise or per-output"),
+        (("spp", "pattern", ""), "overlap.*--method dpp, smart, dpf or admm"),
+        (("dsp", "2:4", "fixed"), "Choose --width learned with --method dpp"),
+    ],
+)
+def test_what_does_not_go_together(asked: tuple[str, str, str], says: str) -> None:
+    with pytest.raises(jpq.JpqError, match=says):
+        compose.compose(*asked)

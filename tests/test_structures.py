@@ -47,6 +47,7 @@ class TestEveryStructure:
         if structure.partition:
             assert bool((structure.expand(torch.ones(shape), size) == 1).all())
             assert structure.sizes(size).sum() == size.numel()
+        assert not structure.single_weights or structure.sizes(size).max() == 1
 
     def test_binary_units_give_a_binary_mask_that_broadcasts(self, spec, structure, size):
         z = decision(structure, size)

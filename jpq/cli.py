@@ -48,9 +48,9 @@ EXAMPLES = {
 }
 METAVARS = {
     "w_bits": "MIN MAX", "a_bits": "MIN MAX", "target_bops": "COST", "target_macs": "COST", "target_size": "SIZE",
-    "skip": "[LAYER ...]", "method": "NAME", "score": "NAME", "structure": "NAME", "model": "NAME", "data": "NAME",
-    "device": "NAME", "limit": "INT", "weights": "FILE", "config": "FILE", "data_root": "FOLDER", "out": "FOLDER",
-    "input_shape": "C H W", "cost": "NAME",
+    "skip": "[LAYER ...]", "method": "NAME", "score": "NAME", "structure": "NAME", "width": "NAME", "model": "NAME",
+    "data": "NAME", "device": "NAME", "limit": "INT", "weights": "FILE", "config": "FILE", "data_root": "FOLDER",
+    "out": "FOLDER", "input_shape": "C H W", "cost": "NAME",
 }  # fmt: skip
 
 

@@ -61,7 +61,8 @@ class Decide:
     """How keep-or-drop and bit-widths are decided."""
 
     method: str = "djpq"
-    """djpq, djpq-pow2, l0, uniform, two-stage, upscale ...: see `jpq methods`."""
+    """What prunes, such as djpq, l0, dpf, pdp-2:4, uniform, two-stage or upscale: see `jpq methods`. Every method also
+    takes another --structure and --width, where they go together."""
     score: str = "l1"
     """What ranks channels, for upscale and two-stage: l1, l2, fpgm, lamp or hrank."""
     w_bits: tuple[int, int] = (2, 8)
@@ -73,6 +74,9 @@ class Decide:
     structure: str = ""
     """Where zeros may lie: channels, elementwise, per-output, kernels, 2:4, block:8x4, pattern ... Default: the
     method's."""
+    width: str = ""
+    """How bits are chosen: learned, power-of-two, gated, squashed, or fixed (the largest of --w-bits and --a-bits, so
+    that only pruning can reach the target). Default: the method's."""
     density: float = 0.5
     """Share of the weights that stay, for methods that are told how many (dpp, pdp, smart, dpf, admm); for two-stage,
     share of the MACs that stays before bits are chosen (what the bits leave of the budget then opens more channels)."""

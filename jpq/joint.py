@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from jpq import landing, stages
 from jpq.allocators import rank, start_bits, uniform
 from jpq.budget import Controller, Target, targets
+from jpq.compose import CHANNELS, compose
 from jpq.exporters.quantized import rebuild
 from jpq.gates import Counted, Decided, Gate
 from jpq.methods import METHODS, Method
@@ -138,6 +139,7 @@ def compress(
     image_bits: int = 8,
     skip: Collection[str] = (),
     structure: str = "",
+    width: str = "",
     density: float = 0.5,
     gate_weight: float = 0.03,
     open_norms: bool = False,
@@ -156,27 +158,28 @@ def compress(
         image_bits: width of the model's input.
         skip: layers whose channels or weights are not pruned.
         structure: where zeros may lie ("channels", "elementwise", "2:4", ...); default: the method's.
+        width: how bits are chosen, a name in jpq.quantizers.WIDTHS; default: the method's. "fixed": the largest of
+            w_bits and a_bits everywhere, so that only pruning can reach the targets.
         density: share of the weights that stay, for methods that are told how many; of the MACs, for "two-stage".
         gate_weight: weight of the gates' own regulariser.
         open_norms: also prune channels inside the averages of LayerNorm, RMSNorm and GroupNorm. What `finalize` gives
             is then not what was trained, since the averages miss those channels: go on training it.
         score: a name in jpq.scores.SCORES, for methods that rank channels by one.
 
-    Raises JpqError for an unknown method or score, and for targets that are malformed or cannot be met.
+    Raises JpqError for unknown names, for what does not go together (`jpq.compose.refusal`), and for targets that are
+    malformed or cannot be met.
     """
     example_inputs = tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs
     asked = {"bops": bops, "size": size, "macs": macs}
     if not any(asked.values()):
         raise JpqError('No target: give bops="1%" (or "12M"), size="50KB" or macs="50%".')
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
-    how, by = METHODS[method], pick_score(score)
+    how, by = compose(method, structure, width), pick_score(score)
     model = unpacked(model)
     example = example_inputs if isinstance(example_inputs, (tuple, dict)) else (example_inputs,)
     network = trace(model, example, open_norms=open_norms)
     if open_norms:
         require_opened(network, how.gate is not None)
-    sites = sites_of(how, network, structure, skip)
+    sites = sites_of(how, network, skip)
     goals = targets(asked, exact_uses(network, Shares(network, ()), Plan(method, {}, {})))
     start = start_bits(network, goals, w_bits, a_bits, image_bits, share_left(sites, how, density))
     make = widths(how, w_bits, a_bits, image_bits, start)
@@ -217,29 +220,11 @@ def gates(method: Method, density: float = 0.5) -> Callable[[int, int], Gate]:
     return partial(method.gate, density=density) if issubclass(method.gate, Counted) else method.gate
 
 
-def sites_of(method: Method, network: Network, structure: str, skip: Collection[str]) -> tuple[Site, ...]:
-    """Where the method acts: coupled channels, or the weights of each layer.
-
-    Raises JpqError for a structure that the method's gate cannot fill.
-    """
+def sites_of(method: Method, network: Network, skip: Collection[str]) -> tuple[Site, ...]:
+    """Where the method acts: coupled channels, or the weights of each layer."""
     if method.gate is None:
-        if structure:
-            raise JpqError(f"--structure {structure}: this method prunes nothing. Choose another --method.")
         return ()
-    structure = structure or method.structure
-    if structure == "channels":
-        return method.sites(network, skip)
-    if method.gate.steps_itself:
-        raise JpqError(f"--structure {structure}: latent vectors generate whole channels. Leave --structure out.")
-    found = masks(network, structure, skip)
-    example = found[0].taps[0].structure
-    if example.quota() is not None and not issubclass(method.gate, Counted):
-        names = [name for name, m in METHODS.items() if m.gate is not None and issubclass(m.gate, Counted)]
-        raise JpqError(
-            f"--structure {structure} needs exactly {example.quota()} units in each row, and this method decides each "
-            f"unit on its own. Choose --method {', '.join(names)}, or another structure."
-        )
-    return found
+    return method.sites(network, skip) if method.structure == CHANNELS else masks(network, method.structure, skip)
 
 
 def share_left(sites: Collection[Site], method: Method, density: float) -> float:

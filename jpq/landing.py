@@ -41,7 +41,7 @@ class Soft:
         for name, layer in self.plan.layers.items():
             w, a = (width.nearest(width.soft() + shift) for width in (self.widths[name, "w"], self.widths[name, "a"]))
             layers[name] = replace(layer, w_bits=w, a_bits=a)
-        kept = {}
+        kept = dict(self.plan.kept)
         for site, margins in self.margins.items():
             best = max(range(len(margins)), key=margins.__getitem__)
             kept[site] = tuple(u == best or m + NATS * shift > 0 for u, m in enumerate(margins))
@@ -96,26 +96,35 @@ def soft(net: Compressed) -> Soft:
 
 
 def smallest(net: Compressed) -> Plan:
-    """The cheapest plan there is: fewest bits, one unit at each site."""
-    return soft(net).at(-BOTTOM)
+    """The cheapest plan there is: fewest bits, one unit at each site, or as many as gates that count will leave."""
+    plan = soft(net).at(-BOTTOM)
+    given = [(site, gate.least()) for site, gate in zip(net.sites, net.gates, strict=True) if gate.counted]
+    kept = {site.name: tuple(units[0].bool().tolist()) for site, units in given if not site.is_mask}
+    masks = {site.taps[0].layer: MaskPlan.of(units) for site, units in given if site.is_mask}
+    return replace(plan, kept={**plan.kept, **kept}, masks={**plan.masks, **masks})
 
 
 def require(net: Compressed, goals: Sequence[Target], least: Plan | None = None) -> None:
     """Raise JpqError, naming the smallest possible cost, if a target cannot be met at all.
 
-    `least` is the cheapest plan, where it is not the network's own (`smallest`).
+    `least`: the cheapest plan, where it is not the network's own (`smallest`): of gates that count and have not come to
+    their end yet, or of decisions that are not the network's.
     """
+    given = "the units that --density leaves" if least is None else "the units that stand until the search ends"
     plan = smallest(net) if least is None else least
     uses = net.exact(plan)
     rigid = [layer.name for layer in net.network.layers if layer.name not in plan.layers]
     stay = f" {len(rigid)} layers cannot be quantized and stay at 32 bits, such as '{rigid[0]}'." if rigid else ""
+    counted = any(gate.counted for gate in net.gates)
+    units, less = (given, "keep less") if counted else ("one unit at each site", "")
+    ways = [less, "allow fewer bits (--w-bits, --a-bits)", "skip fewer layers", "or raise the target"]
     for goal in goals:
         share = spent(goal, uses)
         if share > 1:
             raise JpqError(
                 f"{goal.flag} {goal.asked} ({goal.limit:,}) cannot be met: the smallest possible is "
-                f"{math.ceil(share * goal.limit):,}, with fewest bits and one unit at each site. "
-                f"Allow fewer bits (--w-bits, --a-bits), skip fewer layers, or raise the target.{stay}"
+                f"{math.ceil(share * goal.limit):,}, with fewest bits and {units}. "
+                f"{', '.join(filter(None, ways)).capitalize()}.{stay}"
             )
 
 

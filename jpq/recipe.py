@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from jpq import checkpoint, costs, landing, models, stages
 from jpq.allocators import rank, start_bits
 from jpq.budget import Controller, Target, targets
+from jpq.compose import compose
 from jpq.config import Config
 from jpq.data import Data
 from jpq.data import load as load_data
@@ -50,7 +51,8 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     Raises JpqError for settings, files or targets that cannot work, and when a check of the result fails.
     """
     config.check()
-    d, method = config.decide, pick_method(config.decide.method)
+    d = config.decide
+    method = compose(d.method, d.structure, d.width)
     pick_score(d.score)
     run = Journal(config, watch or Silent(), open_folder(config))
     torch.manual_seed(config.run.seed)
@@ -62,7 +64,7 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     if d.open_norms:
         require_opened(network, method.gate is not None)
     set_threads(config.run.threads, sum(layer.macs for layer in network.layers) * config.train.batch_size)
-    sites = sites_of(method, network, d.structure, d.skip)  # 3
+    sites = sites_of(method, network, d.skip)  # 3
 
     goals = asked(network, config)  # 4
     start = start_bits(network, goals, d.w_bits, d.a_bits, d.image_bits, share_left(sites, method, d.density))

@@ -24,7 +24,7 @@ WEIGHTS = {  # name: (size, layout)
     "transposed-grouped": ((10, 3, 3, 3), Layout(transposed=True, groups=2)),
 }
 SPECS = [
-    "elementwise", "per-output", "per-output:2", "kernels", "filters", "channels", "2:4", "1:4", "1:2", "3:5", "2:100",
+    "elementwise", "per-output", "per-output:2", "kernels", "filters", "inputs", "2:4", "1:4", "1:2", "3:5", "2:100",
     "block:1x1", "block:2x3", "block:4x4", "block:*x1", "block:1x*", "block:100x7", "block:5x2", "punched:2x4",
     "punched:4x2", "punched:*x1", "punched:3x*", "pattern", "pattern:2", "pattern:3x3:0.8/4/1.2.3.5.6.7",
 ]  # fmt: skip
@@ -84,7 +84,7 @@ def units(spec, size, layout):
             unit = neuron, i
         elif name == "filters":
             unit = 0, neuron
-        elif name == "channels":
+        elif name == "inputs":
             unit = 0, g * ins + i
         elif name == "window":
             m = min(sides[0], ins)

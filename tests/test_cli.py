@@ -107,6 +107,10 @@ def test_flags_override_the_config_file(how: list[str]) -> None:
     ("args", "words"),
     [
         (["--target-bops", "1%", "--method", "djqp"], "Unknown method 'djqp'. Did you mean djpq"),
+        (["--target-bops", "1%", "--width", "learnt"], "Unknown width 'learnt'. Did you mean learned"),
+        (["--target-bops", "1%", "--structure", "elementwize"], "Did you mean elementwise"),
+        (["--target-bops", "1%", "--structure", "2:4"], "exactly 2 of each row must stay"),
+        (["--target-bops", "1%", "--method", "dpf", "--width", "fixed"], "Choose --method djpq"),
         (["--target-bops", "1%", "--model", "lenet"], "Did you mean lenet5"),
         (["--target-bops", "1%", "--model", "no.such.module:f"], "no.such.module"),
         (["--target-bops", "1%", "--data", "digit"], "Did you mean digits"),

@@ -15,8 +15,8 @@ ONE = Config(budget=Budget(target_bops="1%"))
 def test_config_survives_toml(tmp_path: Path) -> None:
     config = Config(
         Task(model="lenet5", weights=Path("w.pth"), limit=100), Budget(target_bops="1%", target_size="50KB"),
-        Decide(w_bits=(3, 5), skip=("conv1", "fc")), Train(lr=0.5, augment=False),
-        Run(seed=7, out=Path("x/y"), resume=True),
+        Decide(w_bits=(3, 5), skip=("conv1", "fc"), structure="2:4", width="power-of-two"),
+        Train(lr=0.5, augment=False), Run(seed=7, out=Path("x/y"), resume=True),
     )  # fmt: skip
     write(config, tmp_path / "config.toml")
     assert read(tmp_path / "config.toml") == config
@@ -45,7 +45,8 @@ def test_hash_ignores_where_and_how_a_run_works(run: Run) -> None:
 @pytest.mark.parametrize(
     "part",
     [{"train": Train(lr=1e-3)}, {"train": Train(epochs=41)}, {"run": Run(seed=1)}, {"budget": Budget(target_bops="2%")},
-     {"decide": Decide(method="l0")}, {"decide": Decide(skip=("a",))}, {"task": Task(weights=Path("w.pth"))}],
+     {"decide": Decide(method="l0")}, {"decide": Decide(width="gated")}, {"decide": Decide(structure="2:4")},
+     {"decide": Decide(skip=("a",))}, {"task": Task(weights=Path("w.pth"))}],
     ids=str,
 )  # fmt: skip
 def test_hash_feels_everything_that_changes_the_result(part: dict[str, Any]) -> None:

@@ -13,12 +13,12 @@ from jpq.exporters.branches import Branches, branched
 from jpq.exporters.quantized import rebuild
 from jpq.exporters.verify import difference, measure
 from jpq.gates import Lasso
-from jpq.gates.lasso import LEAST, SPAN, coefficients, regulariser, running
+from jpq.gates.lasso import LEAST, SPAN, STRENGTH, coefficients, regulariser, running
 from jpq.network.attach import attach
 from jpq.network.sites import masks
 from jpq.network.trace import trace
 from jpq.quantizers import Fixed
-from jpq.structures import Kernels
+from jpq.structures import Inputs, Kernels
 
 ROWS = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 2.0], [0.0, 2.0]])  # the sheet's W, kernels of one weight
 
@@ -197,6 +197,26 @@ def test_masked_kernels_stay_exactly_zero_in_every_step():
             weight = net.model.get_submodule(site.taps[0].layer).weight
             assert not weight[gate.kept == 0].any()
     assert any(bool((g.kept == 0).any()) for g in net.gates)
+
+
+def test_one_row_is_the_plain_group_lasso_over_all_its_taps():
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(3, 8))]
+    gate = Lasso(1, 8, density=0.5)
+    taps = [(weight, Inputs()) for weight in weights]
+    gate.bind(sum(Inputs().sizes(weight.shape) for weight in weights), None)
+    gate.see(taps)
+    gate.relaxed()
+    before = [weight.detach().clone() for weight in weights]
+    gate.after_step(SPAN / 2)
+    norms = torch.cat(before).norm(dim=0)
+    left = 1 - 2 * STRENGTH / 4 * 9**0.5 / norms  # rate 2 STRENGTH x dx at x = dx = 1/2; kappa = root of the size
+    for weight, old in zip(weights, before, strict=True):
+        assert torch.allclose(weight.detach(), old * left, atol=1e-5)
+    gate.see(taps)
+    gate.after_step(SPAN)
+    energy = torch.cat(weights).detach().square().sum(0)
+    assert sorted(energy.topk(4).indices.tolist()) == gate.keep()[0].nonzero()[:, 0].tolist()
 
 
 @pytest.mark.parametrize("name", ["plain", "residual"])

@@ -19,7 +19,7 @@ from jpq.network.sites import masks
 from jpq.network.taps import Draw, Masked
 from jpq.network.trace import trace
 from jpq.quantizers import Fixed
-from jpq.structures import Elementwise, PerOutput, Window
+from jpq.structures import Elementwise, KernelPattern, PerOutput, Window
 from jpq.types import JpqError
 
 COUNTED = [GumbelTopK, SoftThreshold, LearnedTopK, Feedback, Admm]
@@ -59,6 +59,21 @@ def test_the_end_of_the_search_keeps_exactly_what_was_asked(make, structure, sha
     else:
         assert mask.sum() == 24
     assert torch.equal(gate.margin() > 0, gate.keep() > 0)
+
+
+@pytest.mark.parametrize("make", [gate for gate in COUNTED if gate.holds_quota == "always"])
+def test_patterns_are_never_piled_up(make):
+    """Units that overlap: a row of ones would multiply the kernel's centre by the number of patterns."""
+    torch.manual_seed(0)
+    structure, conv = KernelPattern(), nn.Conv2d(3, 4, 3)
+    gate = seen(make(*structure.shape(conv.weight.shape)), conv.weight, structure)
+    for progress in (0.0, 0.3, 1.0):
+        masked = Masked([(Draw(gate, [(conv, "weight", structure)]), structure)])
+        share = (masked(conv.weight) / conv.weight).detach()
+        assert bool(((share > -1e-6) & (share < 1 + 1e-6)).all())
+        assert float(share.mean()) == pytest.approx(1.0 if make is Admm else 4 / 9, abs=1e-6)
+        gate.after_step(progress)
+    assert torch.equal(gate.keep().sum(1), torch.ones(12))
 
 
 @pytest.mark.parametrize("make", COUNTED)

@@ -95,6 +95,7 @@ def test_number_and_tensor_paths_agree():
 def test_widths_are_whole_and_stay_in_bounds(name):
     width = Fixed(5) if name == "fixed" else WIDTHS[name](8, 2, 8)
     assert float(width()) in width.choices
+    assert (width.grid() is not None) == width.own_grid
     for p in width.parameters():
         slope = torch.autograd.grad(width(), p)[0]
         assert bool((slope > 0).all())

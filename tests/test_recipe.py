@@ -146,6 +146,15 @@ def test_methods_and_targets(method, budget, tmp_path):
         assert any(x.outputs < x.outputs_all for x in result.layers)
 
 
+def test_a_composed_method_runs_like_a_named_one(tmp_path):
+    asked = config(tmp_path, train=replace(QUICK, epochs=3))
+    composed = replace(asked.decide, method="dpf", structure="channels", width="power-of-two")
+    result = jpq.optimize(replace(asked, decide=composed))
+    assert result.targets["bops"]["reached"] <= result.targets["bops"]["limit"]
+    assert {x.w_bits for x in result.layers} | {x.a_bits for x in result.layers} <= {2, 4, 8}
+    assert sum(x.outputs for x in result.layers) < sum(x.outputs_all for x in result.layers)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -154,6 +163,8 @@ def test_methods_and_targets(method, budget, tmp_path):
         ({"budget": Budget(target_bops="120%")}, "more than the fp32 model"),
         ({"budget": Budget(target_bops="0.1%"), "decide": Decide(method="uniform")}, "prunes too"),
         ({"decide": Decide(method="djqp")}, "djpq"),
+        ({"decide": Decide(width="bayesian")}, "Unknown width"),
+        ({"decide": Decide(method="dhp", structure="2:4")}, "whole channels"),
         ({"task": Task(model="convnett")}, "convnet"),
         ({"task": Task(data="digit")}, "digits"),
         ({"task": Task(weights=Path("nowhere.pth"))}, "nowhere.pth"),

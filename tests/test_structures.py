@@ -47,6 +47,7 @@ class TestEveryStructure:
         if structure.partition:
             assert bool((structure.expand(torch.ones(shape), size) == 1).all())
             assert structure.sizes(size).sum() == size.numel()
+        assert not structure.single_weights or structure.sizes(size).max() == 1
 
     def test_binary_units_give_a_binary_mask_that_broadcasts(self, spec, structure, size):
         z = decision(structure, size)
@@ -155,7 +156,7 @@ def test_a_transposed_layer_is_masked_like_the_convolution_that_it_undoes(groups
     for i in range(4):
         z = torch.ones(1, 4)
         z[0, i] = 0
-        mask = parse("channels", layout).expand(z, layer.weight.shape)
+        mask = parse("inputs", layout).expand(z, layer.weight.shape)
         x = torch.zeros(1, 4, 5, 5)
         x[0, i] = 1.0
         assert not nn.functional.conv_transpose2d(x, layer.weight * mask, groups=groups).any()

@@ -23,6 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from jpq.gates.base import Holds
 from jpq.gates.counted import Counted
 from jpq.structures.base import Structure
 from jpq.types import Units, Weight
@@ -35,6 +36,7 @@ class Admm(Counted):
     """Dense while it searches; keeps the units of the last projection."""
 
     sees_weights: ClassVar[bool] = True
+    holds_quota: ClassVar[Holds] = "always"
     kept: Units
     done: Tensor
 

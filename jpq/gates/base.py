@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from jpq.structures.base import Structure
 from jpq.types import Units, Weight
+
+Holds = Literal["never", "at the end", "always"]
 
 
 class Gate(nn.Module, ABC):
@@ -19,6 +21,8 @@ class Gate(nn.Module, ABC):
     counted: ClassVar[bool] = False  # how many units stay is given: landing leaves them, and they need no pressure
     sees_weights: ClassVar[bool] = False  # wants `see` called before every draw
     single_weights: ClassVar[bool] = False  # a unit must be one weight
+    whole_channels: ClassVar[bool] = False  # a unit must be a channel
+    holds_quota: ClassVar[Holds] = "never"  # when rows keep as many units as the structure says
     straight_through: ClassVar[bool] = False  # dropped weights get the gradient of kept ones, and may come back
     steps_itself: ClassVar[bool] = False  # `after_step` moves its parameters; no optimiser does
     held_out: ClassVar[bool] = False  # decisions learn on other batches than the weights (bi-level)

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from jpq.gates.base import Gate
+from jpq.gates.base import Gate, Holds
 from jpq.gates.topk import kept_of_rows, topk_rows
 from jpq.types import JpqError, Units
 
@@ -25,6 +25,7 @@ class Counted(Gate):
     """Exactly k units of each row, or of all pooled rows together."""
 
     counted: ClassVar[bool] = True
+    holds_quota: ClassVar[Holds] = "at the end"
 
     def __init__(self, rows: int, n: int, density: float = 0.5):
         super().__init__(rows, n)
@@ -56,6 +57,10 @@ class Counted(Gate):
         if self.quota is not None:
             return real.minimum(torch.full_like(real, self.quota))
         return kept_of_rows(density, real).clamp_min(1)
+
+    def least(self) -> Units:
+        """As many units as stay in the end, before it is known which: here, the largest of each row."""
+        return self.top(self.sizes, self.density)
 
     def margin(self) -> Units:
         """Far above or below 0: which units stay is not for landing to change."""

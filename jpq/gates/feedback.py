@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from jpq.gates.base import Gate, squares
+from jpq.gates.base import Gate, Holds, squares
 from jpq.gates.counted import Counted, best_of_all
 from jpq.structures.base import Structure
 from jpq.types import Units, Weight
@@ -32,6 +32,7 @@ class Feedback(Counted):
     """Keep the largest units of all layers together, decided anew every 16 steps."""
 
     sees_weights: ClassVar[bool] = True
+    holds_quota: ClassVar[Holds] = "always"
     straight_through: ClassVar[bool] = True
     kept: Units
     steps: Tensor
@@ -44,11 +45,15 @@ class Feedback(Counted):
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
         self.pool: list[Feedback] = [self]
         self.scores: Units = torch.ones(rows, n)
+        self.started = False
 
     @torch.no_grad()
     def see(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
-        """Mean square of each unit's weights."""
+        """Mean square of each unit's weights. A quota has no ramp: the first mask stands from the start."""
         self.scores = squares(weights) / self.sizes.clamp_min(1)
+        if self.quota is not None and not self.started:
+            self.kept.copy_(self.top(self.scores, self.density))
+        self.started = True
 
     def join(self, gates: Sequence[Gate]) -> None:
         """Who is ranked together with this one."""

@@ -30,7 +30,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from jpq.gates.base import squares
+from jpq.gates.base import Holds, squares
 from jpq.gates.counted import Counted
 from jpq.structures.base import Structure
 from jpq.types import Units, Weight
@@ -43,6 +43,7 @@ class GumbelTopK(Counted):
     """Keep the k largest logits of each row."""
 
     sees_weights: ClassVar[bool] = True  # once, for the start
+    holds_quota: ClassVar[Holds] = "always"
 
     def __init__(self, rows: int, n: int, density: float = 0.5, noise: float = 0.1, start: str = "magnitude"):
         super().__init__(rows, n, density)

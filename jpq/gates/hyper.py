@@ -41,6 +41,7 @@ class Hyper(Gate):
     """Keep unit i iff abs(z_i) >= T, and the LEAST largest in any case."""
 
     steps_itself: ClassVar[bool] = True
+    whole_channels: ClassVar[bool] = True
     price: Units
 
     def __init__(self, rows: int, n: int):

@@ -2,7 +2,8 @@
 
 J.-H. Park, Y. Kim, J. Kim, J.-Y. Choi, S. Lee, "Dynamic Structure Pruning for Compressing CNNs", AAAI 2023,
 arXiv:2303.09736. Made for kernels (`structures/slices.py`): a unit is (filter, input channel), and all filters of a
-group decide alike, so that `exporters/branches.py` can cut the layer into dense branches.
+group decide alike, so that `exporters/branches.py` can cut the layer into dense branches. Where all units are one row
+(channels, blocks, single weights) there is one group, and this is the plain group lasso.
 
 | paper | here | value or shape |
 |---|---|---|
@@ -32,10 +33,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from jpq.gates.base import Gate
+from jpq.gates.base import Gate, Holds
 from jpq.gates.counted import Counted
 from jpq.structures.base import Structure
-from jpq.types import JpqError, Units, Weight
+from jpq.types import Units, Weight
 
 GROUPS = 4
 TAU = 0.5
@@ -51,6 +52,7 @@ class Lasso(Counted):
     """Keep the input channels that hold most of each group's energy."""
 
     sees_weights: ClassVar[bool] = True
+    holds_quota: ClassVar[Holds] = "never"
     kept: Units
     alpha: Tensor
     first: Tensor
@@ -71,12 +73,10 @@ class Lasso(Counted):
         self.register_buffer("decided", torch.zeros((), dtype=torch.bool))
         self.pool: list[Lasso] = [self]
         self.weights: list[tuple[Weight, Structure]] = []
-        self.before: Weight | None = None
+        self.before: list[Weight] = []
 
     def see(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
-        """Remembers where the weight is. Raises JpqError where a unit spans several layers."""
-        if len(weights) > 1:
-            raise JpqError("Filter groups belong to one layer: use them with --structure kernels.")
+        """Remembers where the weights are."""
         self.weights = list(weights)
 
     def join(self, gates: Sequence[Gate]) -> None:
@@ -87,7 +87,7 @@ class Lasso(Counted):
     def relaxed(self) -> Units:
         """1 while groups are learned, then the mask."""
         if self.weights and not bool(self.decided):
-            self.before = self.weights[0][0].detach().clone()
+            self.before = [weight.detach().clone() for weight, _ in self.weights]
         return self.kept
 
     def keep(self) -> Units:
@@ -104,9 +104,9 @@ class Lasso(Counted):
         """Learn groups and shrink; at the end of the span the last gate decides for all."""
         if bool(self.decided):
             return
-        if self.before is not None and self.n >= LEAST:
+        if self.before and self.n >= LEAST:
             self._learn(min(1.0, progress / SPAN))
-        self.before = None
+        self.before = []
         self.last.fill_(progress)
         if progress >= SPAN and self.pool[-1] is self:
             self._decide()
@@ -122,29 +122,33 @@ class Lasso(Counted):
 
     def _learn(self, x: float) -> None:
         """One step of the logits and of the weights; x = t / T."""
-        weight, structure = self.weights[0]
-        assert self.before is not None
-        before, task = self.before, weight - self.before
+        weights, before = [weight.detach() for weight, _ in self.weights], self.before
         rate = 2 * STRENGTH * x * max(0.0, x - float(self.last) / SPAN)
         kernel = float(self.sizes[0, 0]) ** 0.5
 
-        def shrunk(w: Weight, p: Tensor) -> Weight:
-            left = 1 - rate * coefficients(structure.pool(w.square()), p, kernel)
-            return w * structure.expand(left.clamp_min(HALF), w.shape)
+        def shrunk(ws: list[Weight], p: Tensor) -> list[Weight]:
+            left = (1 - rate * coefficients(self._products(ws, ws), p, kernel)).clamp_min(HALF)
+            return [w * s.expand(left, w.shape) for w, (_, s) in zip(ws, self.weights, strict=True)]
 
         p = self._drawn()
         one = shrunk(before, p)
-        two = one + task
-        moved = shrunk(two, p) - one
+        two = [w + now - then for w, now, then in zip(one, weights, before, strict=True)]
+        moved = [after - w for after, w in zip(shrunk(two, p), one, strict=True)]
         with torch.enable_grad():
             p = p.requires_grad_(True)
-            own = regulariser(structure.pool(two.square()), p, kernel)
-            mixed = (coefficients(structure.pool(before.square()), p, kernel) * structure.pool(before * moved)).sum()
+            own = regulariser(self._products(two, two), p, kernel)
+            mixed = (coefficients(self._products(before, before), p, kernel) * self._products(before, moved)).sum()
             (wanted,) = torch.autograd.grad(own + mixed, p)
         # through the softmax, with respect to alpha
         p = p.detach()
         self._adam(p * (wanted - (p * wanted).sum(0)) / TAU)
-        weight.copy_(shrunk(weight.detach(), self.members))
+        for weight, less in zip(weights, shrunk(weights, self.members), strict=True):
+            weight.copy_(less)
+
+    def _products(self, one: Sequence[Weight], other: Sequence[Weight]) -> Units:
+        """Inner product of each unit's weights in both, over all taps: `[rows, n]`."""
+        pairs = zip(one, other, self.weights, strict=True)
+        return torch.stack([structure.pool(a * b) for a, b, (_, structure) in pairs]).sum(0)
 
     def _adam(self, grad: Tensor) -> None:
         self.steps += 1
@@ -155,8 +159,8 @@ class Lasso(Counted):
 
     def _energies(self) -> Units:
         """Share of its group's energy that each (group, channel) holds, spread over the filters: `[rows, n]`."""
-        weight, structure = self.weights[0]
-        energy = self.members @ structure.pool(weight.detach().square())
+        weights = [weight.detach() for weight, _ in self.weights]
+        energy = self.members @ self._products(weights, weights)
         return self.members.T @ (energy / energy.sum(1, keepdim=True).clamp_min(EPS))
 
     def _decide(self) -> None:

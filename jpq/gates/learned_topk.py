@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from jpq.gates.base import Gate, squares
+from jpq.gates.base import Gate, Holds, squares
 from jpq.gates.counted import Counted, best_of_all
 from jpq.structures.base import Structure
 from jpq.types import Units, Weight
@@ -81,6 +81,7 @@ class LearnedTopK(Counted):
     """Keep the best units by scores that training learns."""
 
     sees_weights: ClassVar[bool] = True  # once, for the start
+    holds_quota: ClassVar[Holds] = "always"
     spread: Tensor
     progress: Tensor
 

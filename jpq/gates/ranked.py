@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from jpq.gates.base import Gate
@@ -11,6 +13,7 @@ from jpq.types import Units
 class Ranked(Gate):
     """Everything is kept until landing; `margins` in (0, 1] say in which order units go."""
 
+    whole_channels: ClassVar[bool] = True
     margins: Units
 
     def __init__(self, rows: int, n: int):

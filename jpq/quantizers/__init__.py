@@ -11,7 +11,7 @@ from jpq.quantizers.power_of_two import PowerOfTwo
 from jpq.quantizers.squashed import Squashed
 
 WIDTHS: dict[str, type[Width]] = {
-    "fixed": Fixed, "learned": Learned, "power_of_two": PowerOfTwo, "gated": Gated, "squashed": Squashed,
+    "fixed": Fixed, "learned": Learned, "power-of-two": PowerOfTwo, "gated": Gated, "squashed": Squashed,
 }  # fmt: skip
 
 __all__ = [

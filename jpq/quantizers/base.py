@@ -8,6 +8,7 @@ in another way brings a `Grid`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ class Grid(ABC):
 class Width(nn.Module, ABC):
     """The bit-width of one tensor: whole in the forward pass, with a gradient where it learns."""
 
+    own_grid: ClassVar[bool] = False  # whether `grid` gives one
     choices: tuple[int, ...]  # what it may land on, ascending
 
     @abstractmethod

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ NATS = 2.0  # nats of a gate's margin that landing takes for one bit, as it does
 
 class Gated(Width):
     """2, 4, 8, ... bits within [low, high]: each wider choice stands behind a gate and all gates below it."""
+
+    own_grid: ClassVar[bool] = True
 
     def __init__(self, start: float, low: int, high: int):
         super().__init__()

@@ -8,7 +8,7 @@ from jpq.structures.layout import Layout
 from jpq.structures.parse import STRUCTURES, parse
 from jpq.structures.pattern import KernelPattern
 from jpq.structures.per_output import PerOutput
-from jpq.structures.slices import Channels, Filters, Kernels
+from jpq.structures.slices import Filters, Inputs, Kernels
 from jpq.structures.window import Window
 
 __all__ = [
@@ -16,9 +16,9 @@ __all__ = [
     "Axis",
     "Block",
     "BlockPunched",
-    "Channels",
     "Elementwise",
     "Filters",
+    "Inputs",
     "KernelPattern",
     "Kernels",
     "Layout",

@@ -27,6 +27,7 @@ class Structure(ABC):
     # False: units of a row overlap, and at most one of them may be kept
 
     regular: ClassVar[bool] = True  # whether devices are known that skip what it drops
+    single_weights: ClassVar[bool] = False  # a unit is one weight
 
     layout: Layout = PLAIN  # what the weight's size does not tell of its layer
 

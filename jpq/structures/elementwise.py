@@ -16,6 +16,7 @@ from jpq.types import Units, Weight
 class Elementwise(Structure):
     """One row of all the weights of a layer, in the order of `weight.flatten()`: they compete with each other."""
 
+    single_weights: ClassVar[bool] = True
     regular: ClassVar[bool] = False
 
     layout: Layout = PLAIN  # makes no difference

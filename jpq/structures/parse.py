@@ -12,7 +12,7 @@ from jpq.structures.elementwise import Elementwise
 from jpq.structures.layout import PLAIN, Layout
 from jpq.structures.pattern import KernelPattern
 from jpq.structures.per_output import PerOutput
-from jpq.structures.slices import Channels, Filters, Kernels
+from jpq.structures.slices import Filters, Inputs, Kernels
 from jpq.structures.window import Window
 from jpq.types import JpqError, unknown
 
@@ -23,20 +23,21 @@ class Named:
 
     make: Callable[..., Structure]  # numbers, layout=Layout -> structure
     form: str  # how it is written
-    numbers: tuple[int, ...]  # how many it may take
+    example: str  # one that fits most layers
+    numbers: tuple[int, ...] = (0,)  # how many it may take
     spans: bool = False  # whether * may stand for "all"
 
 
 STRUCTURES: dict[str, Named] = {
-    "elementwise": Named(Elementwise, "elementwise", (0,)),
-    "per-output": Named(PerOutput, "per-output or per-output:TILES", (0, 1)),
-    "kernels": Named(Kernels, "kernels", (0,)),
-    "filters": Named(Filters, "filters", (0,)),
-    "channels": Named(Channels, "channels", (0,)),
-    "window": Named(Window, "N:M or window:N:M, such as 2:4", (2,)),
-    "block": Named(Block, "block:AxB, such as block:8x4 or block:*x1", (2,), True),
-    "punched": Named(BlockPunched, "punched:FILTERSxCHANNELS, such as punched:8x4", (2,), True),
-    "pattern": Named(KernelPattern, "pattern, pattern:4 or pattern:3x3:1.3.4.5/1.3.4.7", (0,)),
+    "elementwise": Named(Elementwise, "elementwise", "elementwise"),
+    "per-output": Named(PerOutput, "per-output or per-output:TILES", "per-output", (0, 1)),
+    "kernels": Named(Kernels, "kernels", "kernels"),
+    "filters": Named(Filters, "filters", "filters"),
+    "inputs": Named(Inputs, "inputs", "inputs"),
+    "window": Named(Window, "N:M or window:N:M, such as 2:4", "2:4", (2,)),
+    "block": Named(Block, "block:AxB, such as block:8x4 or block:*x1", "block:8x4", (2,), True),
+    "punched": Named(BlockPunched, "punched:FILTERSxCHANNELS, such as punched:8x4", "punched:8x4", (2,), True),
+    "pattern": Named(KernelPattern, "pattern, pattern:4 or pattern:3x3:1.3.4.5/1.3.4.7", "pattern"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Size
 
@@ -18,6 +19,8 @@ class PerOutput(Structure):
     A row may be cut into equal `tiles` of consecutive weights (input channel, then kernel position), each a row of
     its own, as hardware with several memories wants. Source: dynamic probabilistic pruning, arXiv:2105.12686.
     """
+
+    single_weights: ClassVar[bool] = True
 
     tiles: int = 1
     layout: Layout = PLAIN

@@ -66,7 +66,7 @@ class Filters(Structure):
 
 
 @dataclass(frozen=True)
-class Channels(Structure):
+class Inputs(Structure):
     """One row with a unit for each input channel, over all groups: every weight that reads it."""
 
     layout: Layout = PLAIN
@@ -86,5 +86,5 @@ class Channels(Structure):
         return self.layout.open(x).sum((1, 3)).reshape(1, -1)
 
     def spec(self) -> str:
-        """`channels`."""
-        return "channels"
+        """`inputs`."""
+        return "inputs"

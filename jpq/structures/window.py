@@ -9,6 +9,7 @@ arXiv:2104.08378), and not weight.flatten(1), where the kernel position runs fas
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Size, Tensor
@@ -27,6 +28,8 @@ class Window(Structure):
     keeps `keep` of those that exist (all, if there are no more), the rest of the row is padding. Windows neither span
     kernel positions nor groups.
     """
+
+    single_weights: ClassVar[bool] = True
 
     keep: int
     of: int

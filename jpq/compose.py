@@ -1,0 +1,98 @@
+"""The grid: any gate on any structure with any kind of width, and the reason where they do not go together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from jpq.gates import Gate
+from jpq.methods import METHODS, Method
+from jpq.quantizers import WIDTHS, Fixed, Learned, Width
+from jpq.structures import STRUCTURES, parse
+from jpq.types import JpqError, unknown
+
+CHANNELS = "channels"  # units that leave the network; every other structure is a mask inside each layer
+SHOWN = 6  # alternatives that a refusal lists
+
+
+def compose(method: str, structure: str = "", width: str = "") -> Method:
+    """A row of METHODS, with another structure or kind of width where they are named.
+
+    Raises JpqError for unknown names, and for what does not go together, with what to choose instead.
+    """
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    if width and width not in WIDTHS:
+        raise unknown("width", width, WIDTHS)
+    row = METHODS[method]
+    made = replace(row, structure=structure or row.structure, width=WIDTHS[width] if width else row.width)
+    others = [name for name, m in METHODS.items() if m.searches]
+    if row.gate is None and structure:
+        raise JpqError(f"--structure {structure}: method {method} prunes nothing. Choose --method {_any(others)}.")
+    if not row.searches and made.width is not row.width:
+        raise JpqError(
+            f"--width {width}: method {method} does not search, so its bits are fixed. Choose --method {_any(others)}."
+        )
+    reason = refusal(row.gate, made.structure, made.width) if row.gate else None
+    if reason:
+        raise JpqError(f"--method {method}, --structure {made.structure}, --width {_name(made.width)}: {reason}")
+    return made
+
+
+def refusal(gate: type[Gate], structure: str, width: type[Width]) -> str | None:
+    """Why these three do not go together and what to choose instead; None where they do.
+
+    Raises JpqError for a structure that cannot be read.
+    """
+    reason = _clash(gate, structure, width)
+    if reason is None:
+        return None
+    instead = _instead(gate, structure, width)
+    if not instead:  # one change is not enough
+        rest = _instead(gate, structure, Learned)
+        instead = f"--width learned{f' with {rest}' if rest else ''}"
+    return f"{reason}. Choose {instead}."
+
+
+def _clash(gate: type[Gate], structure: str, width: type[Width]) -> str | None:
+    """The first reason against it."""
+    units = None if structure == CHANNELS else parse(structure)
+    if gate.counted and issubclass(width, Fixed):
+        return "how much stays (--density) and the bits are both given, so nothing could move towards the budget"
+    if gate.single_weights and width.own_grid:
+        return f"{_name(width)} widths and a dead zone each bring a grid of their own to train on"
+    if gate.single_weights and not (units and units.single_weights):
+        return "a dead zone drops single weights, and these units are more than one"
+    if units is None:
+        return None
+    if gate.whole_channels:
+        return "this method decides about whole channels, and this structure is a mask inside each layer"
+    if units.quota() is not None and gate.holds_quota == "never":
+        return f"exactly {units.quota()} of each row must stay, and this method does not count the units of a row"
+    if not units.partition and gate.holds_quota != "always":
+        return "these units overlap, so one of each row may count at any time, and this method counts at the end only"
+    return None
+
+
+def _instead(gate: type[Gate], structure: str, width: type[Width]) -> str:
+    """What fits if only one of the three changes; empty where nothing does."""
+    examples = [CHANNELS, *(named.example for named in STRUCTURES.values())]
+    rows: dict[type[Gate], str] = {}  # the first method of each gate
+    for name, method in METHODS.items():
+        if method.gate and method.searches:
+            rows.setdefault(method.gate, name)
+    fits = {
+        "--method": [name for g, name in rows.items() if not _clash(g, structure, width)],
+        "--structure": [s for s in examples if not _clash(gate, s, width)],
+        "--width": [name for name, w in WIDTHS.items() if not _clash(gate, structure, w)],
+    }
+    return ", or ".join(f"{flag} {_any(names)}" for flag, names in fits.items() if names)
+
+
+def _any(names: list[str]) -> str:
+    shown = names[:SHOWN]
+    more = ["..."] if len(names) > SHOWN else []
+    return " or ".join([", ".join([*shown, *more][:-1]), [*shown, *more][-1]]) if len(shown) > 1 else shown[0]
+
+
+def _name(width: type[Width]) -> str:
+    return next(name for name, w in WIDTHS.items() if w is width)

@@ -16,7 +16,7 @@ LAYERS = [
     {"__init__"},
     {"recipe", "outcome", "journal", "figures", "machine"},
     {"joint", "report"},
-    {"train", "landing", "checkpoint", "methods"},
+    {"train", "stages", "compose", "landing", "checkpoint", "methods"},
     {"allocators", "exporters"},
     {"models", "data", "sources"},
     {"vision"},

@@ -1,0 +1,147 @@
+"""A rebuilt model in one packed file: as large as `size` promised, and the same model when it is read again."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from test_attach import compressed, flat, gap
+from test_recipe import config
+from torch import nn
+
+import jpq
+from jpq import costs
+from jpq.config import Budget
+from jpq.exporters.branches import Branches
+from jpq.exporters.pack import folded, pack, unpack
+from jpq.exporters.quantized import rebuild
+from jpq.network.attach import attach
+from jpq.network.read import call
+from jpq.network.sites import masks
+from jpq.network.trace import trace
+from jpq.quantizers import Fixed, weight_quantizer
+from jpq.types import JpqError
+
+NETS = ["plain", "residual", "pre_activation", "shared", "signal", "transposed", "group_norms", "tokens"]
+
+
+def norms(model):
+    return [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def small_one(name, structure=None):
+    """(rebuilt model in float32, plan, uses, example) with decisions at random."""
+    model, net, example = compressed(name, dtype=torch.float32)
+    if structure:
+        network = trace(model, example)
+        gate = lambda rows, n: jpq.gates.SoftThreshold(rows, n, density=0.4)  # noqa: E731
+        bits = lambda layer: (Fixed(3), Fixed(8))  # noqa: E731
+        net = attach(model, network, masks(network, structure), gate, bits, [example], "test")
+        net.train()
+        call(net, example)
+        net.after_step(1.0)
+        net.eval()
+    net.settle(net.plan())
+    small, plan = rebuild(net, model)
+    return small, plan, net.exact(plan), example
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_folding_norms_changes_nothing(name):
+    small, _, _, example = small_one(name)
+    small = small.double()
+    example = torch.utils._pytree.tree_map(lambda t: t.double() if t.is_floating_point() else t, example)
+    assert gap(call(folded(small, example), example), call(small, example)) < 1e-9
+
+
+def test_norms_that_read_a_layer_go_and_others_stay():
+    small, _, _, example = small_one("plain")
+    assert norms(small)
+    assert not norms(folded(small, example))
+    small, _, _, example = small_one("pre_activation")  # its norms read sums
+    assert norms(folded(small, example))
+
+
+class Peeks(nn.Module):
+    """What the convolution makes is read by the norm, and by somebody else."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.head(self.norm(x) + x).mean((2, 3))
+
+
+def test_a_norm_is_not_folded_where_something_else_reads_the_layer():
+    torch.manual_seed(0)
+    model, x = Peeks().eval(), torch.randn(4, 3, 6, 6)
+    model.norm.running_mean.normal_()
+    network = trace(model, x)
+    net = attach(model, network, (), None, lambda layer: (Fixed(4), Fixed(8)), [x], "test")
+    net.settle(net.plan())
+    small, _ = rebuild(net, model)
+    assert norms(folded(small, x)) == ["norm"]
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("structure", [None, "2:4", "per-output", "block:2x2"])
+def test_size_on_disk_is_what_size_promised_and_the_model_comes_back(name, structure, tmp_path):
+    small, plan, uses, example = small_one(name, structure)
+    path = tmp_path / "model.packed"
+    stored = pack(small, plan, example, path)
+    assert stored.total == path.stat().st_size == stored.header + stored.layers + stored.others
+    promised = costs.size([u for u in uses if u.name in plan.layers])
+    assert 0 <= stored.layers - promised < 2 * len(plan.layers)  # two streams a layer, each in whole bytes
+    again = unpack(small, path)
+    out, back = flat(call(small, example)), flat(call(again, example))
+    assert float((out - back).abs().median() / out.abs().max()) < 1e-5  # an input at a rounding boundary may cross it
+    grids = [(weight_quantizer(m), m) for m in folded(small, example).modules() if hasattr(m, "weight_quant")]
+    new = [(weight_quantizer(m), m) for m in again.modules() if hasattr(m, "weight_quant")]
+    for (a, layer), (b, other) in zip(grids, new, strict=True):
+        assert torch.equal((layer.weight / a.scale()).round(), (other.weight / b.scale()).round())
+
+
+def test_a_file_of_another_model_is_refused(tmp_path):
+    small, plan, _, example = small_one("plain")
+    pack(small, plan, example, tmp_path / "one")
+    other, _, _, _ = small_one("residual")
+    with pytest.raises(JpqError, match="another model"):
+        unpack(other, tmp_path / "one")
+
+
+def test_a_run_packs_its_model_and_counts_densities(tmp_path):
+    asked = config(tmp_path, method="dpf", budget=Budget(target_bops="1%"))
+    result = jpq.optimize(asked)
+    tree = json.loads((result.folder / "result.json").read_text())
+    assert tree["packed"]["total"] == (result.folder / "model.packed").stat().st_size
+    assert 0 <= tree["packed"]["layers"] - tree["compressed"]["size_bytes"] < 2 * len(result.layers) + 1
+    assert tree["compressed"]["bops_structured"] > 1.5 * tree["compressed"]["bops"]
+    rows = pd.read_csv(result.folder / "layers.csv")
+    assert rows.bops.sum() == tree["compressed"]["bops"]
+    assert rows.macs.sum() == pytest.approx(tree["compressed"]["macs"], abs=len(rows))
+    assert 0.4 < (rows.density * rows.macs).sum() / rows.macs.sum() < 0.8
+
+
+def test_zeros_that_no_device_skips_may_be_counted_as_work(tmp_path):
+    budget = Budget(target_bops="1%", cost="bops-structured")
+    result = jpq.optimize(config(tmp_path, method="dpf", budget=budget))
+    assert result.compressed.bops == result.compressed.bops_structured <= result.targets["bops-structured"]["limit"]
+    assert result.targets["bops-structured"]["used"] >= 0.97
+    assert sum(row.bops for row in result.layers) == result.compressed.bops
+    assert min(row.density for row in result.layers) < 1
+
+
+def test_filter_groups_are_exported_as_branches(tmp_path):
+    import onnx
+
+    result = jpq.optimize(config(tmp_path, method="dsp", budget=Budget(target_bops="1%")))
+    assert result.verified["rebuilt_vs_onnxruntime"]["argmax_differs"] <= 2
+    nodes = onnx.load(result.folder / "model.onnx").graph.node
+    small, plan = jpq.load(result.folder)
+    from jpq.outcome import branched_or_same
+
+    cut = branched_or_same(small, plan, torch.rand(4, 1, 8, 8))
+    branches = [m for m in cut.modules() if isinstance(m, Branches)]
+    assert bool(branches) == ("Gather" in {node.op_type for node in nodes})

@@ -124,7 +124,6 @@ def dais_accuracy() -> Found:
     return Found(text, verdict(max(ours) <= 0.25, mean(ours) < mean(warm)), len(SEEDS))
 
 
-@torch.no_grad()
 def dhp_slices() -> Found:
     """Yes up to 1e-12 (relative, float64), for random latents and biases and every second draw of the channels."""
     net = started("dhp", 0, 1, **EIGHT).net.double()
@@ -139,7 +138,7 @@ def dhp_slices() -> Found:
         cut = lambda t, i=ins, o=outs: t[i][:, o]  # noqa: E731
         whole: Tensor = generate(z_in, z_out, b0, hyper.w1, b1, hyper.w2)[outs][:, ins]
         sliced = generate(z_in[ins], z_out[outs], cut(b0), cut(hyper.w1), cut(b1), cut(hyper.w2))
-        apart.append(float((whole - sliced).abs().max() / whole.abs().max()))
+        apart.append(float(((whole - sliced).abs().max() / whole.abs().max()).detach()))
     text = f"largest relative difference {max(apart):.1e} over {len(apart)} draws in {len(made)} layers"
     return Found(text, verdict(max(apart) <= 1e-12), len(apart))
 

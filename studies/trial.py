@@ -79,9 +79,10 @@ def variant(method: str, gate: type[Gate]) -> str:
 
 def started(method: str, seed: int, steps: int, **asked: object) -> Joint:
     """The trained convnet under compression; the search takes `steps`."""
-    torch.manual_seed(seed)
+    model = float_model(seed)  # before the seed: it draws when it is not yet cached
     x, _ = next(iter(digits().train.epoch(0)))
-    return jpq.compress(float_model(seed), x, method=method, steps=steps, **asked)
+    torch.manual_seed(seed)
+    return jpq.compress(model, x, method=method, steps=steps, **asked)
 
 
 def endless(part: Batches, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

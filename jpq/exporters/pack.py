@@ -50,7 +50,8 @@ def pack(small: nn.Module, plan: Plan, example: Any, path: Path) -> Stored:
     flat = folded(small, example).cpu()
     layers: dict[str, Packed] = {}
     own: dict[str, Tensor] = {}
-    others = dict(flat.state_dict())
+    once = {name for name, _ in (*flat.named_parameters(), *flat.named_buffers())}  # not what is shared again
+    others = {name: tensor for name, tensor in flat.state_dict().items() if name in once}
     for name, layer in _quantized(flat).items():
         grid, transposed = weight_quantizer(layer), bool(getattr(layer, "transposed", False))
         scale = grid.scale().detach()

@@ -1,6 +1,6 @@
 """The figures that README shows, made from the CSVs in results/ and written between its markers.
 
-python studies/summary.py [figures] [coverage]
+python studies/summary.py [figures] [coverage] [methods] [claims]
 """
 
 import sys
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 import unconstrained
+
+import jpq
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -157,7 +159,51 @@ def coverage() -> str:
     return "\n".join([*lines, "", *(["Not rebuilt: " + "; ".join(failed), ""] if failed else [])])
 
 
-SECTIONS = {"figures": figures, "coverage": coverage}  # between <!-- NAME --> and <!-- end of NAME -->
+def methods() -> str:
+    """Every method: what it decides, what it reached beside the others, and what became of its paper's claims."""
+    table = pd.read_csv(HERE / "results" / "methods.csv")
+    budgets = sorted(set(table.target), key=lambda text: -float(text.rstrip("%")))
+    means = table.groupby(["method", "target"])[["accuracy", "size_bytes", "bops_structured", "bops"]].mean()
+    counts = table.groupby(["method", "target"]).size()
+    lines = [
+        "| `--method` | decides | structure | " + " | ".join(f"% right at {b}" for b in budgets)
+        + f" | KB at {budgets[0]} | structured BOPs | choose it for |",
+        "|---|---|---|" + "---|" * (len(budgets) + 3),
+    ]  # fmt: skip
+    for name, method in jpq.METHODS.items():
+        cells = [
+            f"{100 * means.accuracy[name, b]:.2f} (n={counts[name, b]})" if (name, b) in means.index else "-"
+            for b in budgets
+        ]
+        size = structured = "-"
+        if (name, budgets[0]) in means.index:
+            row = means.loc[(name, budgets[0])]
+            size, structured = f"{row.size_bytes / 1000:.1f}", f"x {row.bops_structured / row.bops:.2f}"
+        where = "-" if method.gate is None else method.structure
+        lines.append(f"| `{name}` | {method.decides} | {where} | {' | '.join(cells)} | {size} | {structured} "
+                     f"| {method.choose} |")  # fmt: skip
+    first = table.iloc[0]
+    lines += [
+        "",
+        f"{first.model} on {first.data}, 10,000 training images, {first.epochs} epochs, half of them search, the same "
+        f"float weights ({100 * table.float_accuracy.mean():.2f} %), means over n seeds; {first.hardware}. At so short "
+        "a training, and with so few seeds, half a point says nothing. Structured BOPs: what hardware "
+        "pays that cannot skip zeros that lie anywhere, times the budget (`python studies/methods.py`).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def claims() -> str:
+    """What the methods' papers claim, tested on digits."""
+    table = pd.read_csv(HERE / "results" / "claims.csv")
+    lines = ["| method | claim | measured | holds |", "|---|---|---|---|"]
+    lines += [f"| {row.method} | {row.claim} | {row.measured} | {row.holds} |" for row in table.itertuples()]
+    return "\n".join([*lines, ""])
+
+
+# between <!-- NAME --> and <!-- end of NAME -->
+SECTIONS = {"figures": figures, "coverage": coverage, "methods": methods, "claims": claims}
 
 
 def main() -> None:

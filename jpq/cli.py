@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -198,7 +197,7 @@ def _shown(part: type[T]) -> type[T]:
 def _arg(name: str, text: str | None = None) -> Any:
     return tyro.conf.arg(
         metavar=METAVARS.get(name), help=text,
-        help_behavior_hint=lambda default: "" if default in ("None", "") else f"(default: {default})",
+        help_behavior_hint=lambda default: "" if default in ("None", "", "''") else f"(default: {default})",
     )  # fmt: skip
 
 
@@ -268,9 +267,15 @@ def _methods(args: list[str], console: Console) -> None:
         _parsed(dataclasses.make_dataclass("Methods", [], frozen=True), "methods", args)
     from jpq.methods import METHODS
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_lines=True)
-    for name in ("--method", "decides", "choose it for", "paper"):
-        table.add_column(name, no_wrap=name == "--method")
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, method in METHODS.items():
-        table.add_row(f"[bold cyan]{name}[/]", *(escape(t) for t in (method.decides, method.choose, method.paper)))
+        table.add_row(f"[bold cyan]{name}[/]", f"[dim]decides:[/] {escape(method.decides)}")
+        if method.gate is not None:
+            table.add_row("", f"[dim]zeros:[/] {escape(method.structure)}")
+        table.add_row("", f"[dim]choose:[/] {escape(method.choose)}")
+        table.add_row("", f"[dim]{escape(method.paper)}[/]")
+        table.add_row("", "")
     console.print(table)
+    console.print("Every method takes another --structure and --width where they go together.", soft_wrap=True)

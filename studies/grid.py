@@ -80,7 +80,13 @@ def hardware() -> str:
 
 
 def append(path: Path, row: dict[str, object]) -> None:
-    """Add one line (and the header to a new file)."""
+    """Add one line (and the header to a new file; lines of before a column was added leave it empty)."""
+    if path.exists() and path.stat().st_size:
+        table = pd.read_csv(path, dtype=str)
+        if list(table) != list(row):
+            table = pd.concat([table, pd.DataFrame([row])])
+            table[[*row, *(c for c in table if c not in row)]].to_csv(path, index=False)
+            return
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(row))
         if path.stat().st_size == 0:

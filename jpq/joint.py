@@ -13,6 +13,7 @@ from jpq import landing, stages
 from jpq.allocators import rank, start_bits, uniform
 from jpq.budget import Controller, Target, targets
 from jpq.compose import CHANNELS, compose
+from jpq.config import BOPS
 from jpq.exporters.quantized import rebuild
 from jpq.gates import Counted, Decided, Gate
 from jpq.methods import METHODS, Method
@@ -133,6 +134,7 @@ def compress(
     bops: str | None = None,
     size: str | None = None,
     macs: str | None = None,
+    cost: str = "bops",
     steps: int = 1000,
     w_bits: Bounds = (2, 8),
     a_bits: Bounds = (2, 8),
@@ -153,6 +155,7 @@ def compress(
             ranges too.
         method: a name in METHODS. With "two-stage" train the pruned network first; `land` then quantizes it.
         bops, size, macs: targets such as "1%", "12M", "50KB"; at least one.
+        cost: how `bops` are counted: "bops", or "bops-structured" (zeros that lie anywhere count as work).
         steps: optimiser steps that the search may take.
         w_bits, a_bits: smallest and largest width of weights and activations.
         image_bits: width of the model's input.
@@ -170,7 +173,9 @@ def compress(
     malformed or cannot be met.
     """
     example_inputs = tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs
-    asked = {"bops": bops, "size": size, "macs": macs}
+    if cost not in BOPS:
+        raise unknown("cost", cost, BOPS)
+    asked = {cost: bops, "size": size, "macs": macs}
     if not any(asked.values()):
         raise JpqError('No target: give bops="1%" (or "12M"), size="50KB" or macs="50%".')
     how, by = compose(method, structure, width), pick_score(score)

@@ -57,6 +57,7 @@ def test_hash_feels_everything_that_changes_the_result(part: dict[str, Any]) -> 
     ("part", "words"),
     [
         ({"budget": Budget()}, "No target"),
+        ({"budget": Budget(target_bops="1%", cost="bop")}, "cost .bop.*bops"),
         ({"decide": Decide(w_bits=(5, 3))}, "--w-bits 5 3"),
         ({"decide": Decide(a_bits=(1, 8))}, "--a-bits 1 8"),
         ({"decide": Decide(image_bits=40)}, "--image-bits 40"),

@@ -28,6 +28,13 @@ def save(folder: Path, state: Mapping[str, Any]) -> None:
         raise JpqError(f"Cannot write the checkpoint {folder / NAME}: {error}. The last good one is kept.") from error
 
 
+def save_text(text: str, path: Path) -> None:
+    """Write a small file, beside and renamed."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
 def load(folder: Path) -> dict[str, Any] | None:
     """The folder's checkpoint, or None where there is none. Raises JpqError for a file that is not one of ours."""
     path = folder / NAME

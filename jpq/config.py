@@ -48,8 +48,8 @@ class Budget:
     target_bops: str | None = None
     """Bit-operations: "1%" of the fp32 model, or "12M", "1.2G"."""
     cost: str = "bops"
-    """How bit-operations are counted. bops: weights that a mask drops cost nothing. bops-structured: they do where they
-    lie anywhere (--structure elementwise), since no common device skips those."""
+    """How bit-operations are counted. bops: weights that a mask drops cost nothing. bops-structured: they cost what
+    others do where they lie anywhere in a layer (--structure elementwise), since no common device skips those."""
     target_macs: str | None = None
     """Multiply-accumulates: "50%" or "12M"."""
     target_size: str | None = None
@@ -78,8 +78,9 @@ class Decide:
     """How bits are chosen: learned, power-of-two, gated, squashed, or fixed (the largest of --w-bits and --a-bits, so
     that only pruning can reach the target). Default: the method's."""
     density: float = 0.5
-    """Share of the weights that stay, for methods that are told how many (dpp, pdp, smart, dpf, admm); for two-stage,
-    share of the MACs that stays before bits are chosen (what the bits leave of the budget then opens more channels)."""
+    """Share of the weights that stay, for methods that are told how many (dpp, pdp, smart, dpf, dsp, spp, admm); N:M
+    and patterns say it themselves. For two-stage: share of the MACs that stays before bits are chosen (what the bits
+    leave of the budget then opens more channels)."""
     skip: tuple[str, ...] = ()
     """Layers whose channels or weights are not pruned."""
     open_norms: bool = False

@@ -22,14 +22,16 @@ def reached(goal: Target, uses: Sequence[costs.LayerUse]) -> dict[str, Any]:
 
 
 def layer_rows(net: Compressed, plan: Plan, cost: str = "bops") -> tuple[LayerRow, ...]:
-    """One row per layer of the landed model; operations as `cost` ("bops" or "bops-structured") counts them."""
+    """One row per layer of the landed model; bit-operations as `cost` ("bops" or "bops-structured") counts them."""
     densities = net.densities.exact(plan.masks)
-    uses = net.exact(plan) if cost == "bops" else costs.structured(net.exact(plan))
-    total = costs.bops(uses)
+    uses = net.exact(plan)
+    counted = uses if cost == "bops" else costs.structured(uses)
+    total = costs.bops(counted)
     inputs, outputs = net.shares.exact(plan.kept)
     rows = []
-    for layer, use, (i, i_all), (o, o_all) in zip(net.network.layers, uses, inputs, outputs, strict=True):
-        bops = int(costs.layer_bops(use))
+    every = zip(net.network.layers, uses, counted, inputs, outputs, strict=True)
+    for layer, use, count, (i, i_all), (o, o_all) in every:
+        bops = int(costs.layer_bops(count))
         kept = (i, i_all) if i_all == len(layer.inputs) else (o, o_all)  # depthwise reads what it writes
         macs = int(use.macs * use.inputs * use.outputs * use.density)
         density = float(densities[layer.name].share) if layer.name in densities else 1.0

@@ -108,6 +108,7 @@ class Joint(nn.Module):
     def land(self) -> Plan:
         """Take the decisions for good, within the budget. Go on training with a new optimiser to fine-tune."""
         if self.controller is not None:
+            self.net.conclude()
             plan = landing.land(self.net, self.controller.goals)
             self.net.settle(plan)
             self.controller = None
@@ -232,12 +233,14 @@ def sites_of(method: Method, network: Network, skip: Collection[str]) -> tuple[S
     return method.sites(network, skip) if method.structure == CHANNELS else masks(network, method.structure, skip)
 
 
-def share_left(sites: Collection[Site], method: Method, density: float) -> float:
-    """Share of the operations that stays whatever is learned: of gates that are told how many units stay."""
-    if method.gate is None or not issubclass(method.gate, Counted):
-        return 1.0
-    quotas = [tap.structure.quota() for site in sites for tap in site.taps[:1]]
-    return sum(density if q is None else q / site.n for q, site in zip(quotas, sites, strict=True)) / max(1, len(sites))
+def share_left(sites: Collection[Site], method: Method, density: float) -> dict[str, float]:
+    """Cost -> share of it that stays whatever is learned: of gates that are told how many units stay."""
+    if method.gate is None or not issubclass(method.gate, Counted) or not sites:
+        return {}
+    structures = [site.taps[0].structure for site in sites]
+    quotas = [s.quota() for s in structures]
+    share = sum(density if q is None else q / site.n for q, site in zip(quotas, sites, strict=True)) / len(sites)
+    return {"bops": share, "bops-structured": share if all(s.regular for s in structures) else 1.0}
 
 
 def widths(

@@ -2,9 +2,9 @@
 
 Every decision has a soft value: a width its real-valued bits, a unit its margin (nats above the threshold). One
 number, `shift`, moves them all: bits become `nearest(soft + shift)`, a unit stays where `margin + NATS * shift > 0`.
-The cost only grows with the shift, so bisection finds the most generous shift that still meets every target; what is
-left is spent on single decisions, those nearest to their next step first. At shift 0 nothing changes: where the
-controller did its work, landing has little to do.
+The cost grows with the shift (but for the bytes of a mask, which shrink as it fills up), so bisection finds the most
+generous shift that still meets every target; what is left is spent on single decisions, those nearest to their next
+step first. At shift 0 nothing changes: where the controller did its work, landing has little to do.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def land(net: Compressed, goals: Sequence[Target], decisions: Soft | None = None
 
 def fill(net: Compressed, decisions: Soft, plan: Plan, goals: Sequence[Target]) -> Plan:
     """Spend what is left, nearest decisions first, until no single step fits."""
-    too_dear: set[str] = set()  # costs only grow: what does not fit now never will
+    too_dear: set[str] = set()  # costs grow: what does not fit now never will
     while True:
         for _, name, candidate in decisions.steps(plan):
             if name in too_dear:

@@ -46,7 +46,7 @@ def finish(
     if len(planned) < len(uses):
         rigid = [u.name for u in uses if u.name not in plan.layers]
         run.notes.append(f"{len(rigid)} layers cannot be quantized and stay at 32 bits: {', '.join(rigid[:5])} ...")
-    (run.folder / "plan.json").write_text(plan.to_json())
+    checkpoint.save_text(plan.to_json(), run.folder / "plan.json")
     checkpoint.save_tensors(small, run.folder / "model.safetensors")
     stored = pack(small, plan, data.example, run.folder / "model.packed")
     path = run.folder / "model.onnx"
@@ -57,17 +57,14 @@ def finish(
         outside = run.timed("verify", lambda: verify.exported(small, path, data.test))
         verified = {verify.OPENED: run.opened, **outside}
     full = costs.baseline(uses)
-    structured = int(costs.bops_structured(uses))
-    size = int(costs.size(uses))
-    if config.budget.cost == "bops-structured":
-        uses = costs.structured(uses)
+    bops = costs.COSTS[config.budget.cost](uses)
     figures = {
         "float": Figures(
             evaluate(model, data.test), int(full["bops"]), int(full["macs"]), int(full["size"]), 1.0, int(full["bops"])
         ),
         "compressed": Figures(
-            evaluate(small, data.test), int(costs.bops(uses)), int(costs.macs(uses)), size,
-            float(costs.bops(uses)) / full["bops"], structured,
+            evaluate(small, data.test), int(bops), int(costs.macs(uses)), int(costs.size(uses)),
+            float(bops) / full["bops"], int(costs.bops_structured(uses)),
         ),
     }  # fmt: skip
     run.seconds["total"] = run.recorder.clock()

@@ -199,6 +199,7 @@ def search(
         if run.is_in("search"):
             controller.restore(run.saved["controller"])  # type: ignore[index]
         train(net, data, phase, objective, optim, run, lambda: {"controller": controller.state()})
+        net.conclude()
         run.metrics = net.metrics()
         plan, moments = landing.land(net, goals), dict(optim.state)
     note = landing.note(goals, net, plan)

@@ -26,7 +26,7 @@ class Row:
     pressure: float  # multiplier of log(cost / target)
     w_bits: float  # mean over layers
     a_bits: float
-    kept: float  # share of units kept
+    kept: float  # share of units kept; of weights, where masks lie inside layers
     lr: float
     seconds: float  # since the run began
 

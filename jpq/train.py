@@ -98,8 +98,11 @@ class Recorder:
             bops = float(costs.COSTS[self.cost](uses))
             w_bits = sum(u.w_bits for u in uses) / len(uses)
             a_bits = sum(u.a_bits for u in uses) / len(uses)
-            units = [k for mask in net.plan().kept.values() for k in mask]
+            plan = net.plan()
+            units = [k for mask in plan.kept.values() for k in mask]
             kept = sum(units) / len(units) if units else 1.0
+            if plan.masks:
+                kept = float(sum(u.weights * u.density for u in uses) / sum(u.weights for u in uses))
         if objective.controller is not None:
             goal = objective.controller.goals[0]
             aim = (

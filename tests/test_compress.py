@@ -1,5 +1,7 @@
 """The three-line use, on real data, in somebody else's loop."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,3 +100,26 @@ def test_pressure_is_zero_once_landed(digits, float_model):
 def test_bad_requests(given, says, float_model):
     with pytest.raises(jpq.JpqError, match=says):
         jpq.compress(float_model, torch.rand(8, 1, 8, 8), **given)
+
+
+@pytest.mark.parametrize("method", ["dpf", "pdp", "dsp", "spp"])
+def test_landing_before_the_search_ends_keeps_the_density(method, float_model):
+    batch = torch.rand(16, 1, 8, 8)
+    net = jpq.compress(float_model, batch, method=method, bops="2%", steps=100, density=0.3)
+    for _ in range(4):
+        net(batch).square().mean().backward()
+        net.step()
+    plan = net.land()
+    uses = [u for u in net.net.exact(plan) if u.name in plan.masks]
+    kept = sum(u.weights * u.density for u in uses) / sum(u.weights for u in uses)
+    assert 0.25 < kept < 0.4
+
+
+@pytest.mark.parametrize("method", ["pdp", "dpf", "smart"])
+def test_impossible_targets_are_refused_before_training_where_layers_share_a_density(method, float_model):
+    batch = torch.rand(16, 1, 8, 8)
+    with pytest.raises(jpq.JpqError, match="smallest possible is") as error:
+        jpq.compress(float_model, batch, method=method, bops="0.001%", density=0.3)
+    least = int(re.search(r"smallest possible is ([\d,]+)", str(error.value))[1].replace(",", ""))
+    net = jpq.compress(float_model, batch, method=method, bops=str(least), steps=20, density=0.3)
+    assert net.land().masks

@@ -254,3 +254,16 @@ def test_filters_that_read_nothing_give_their_bias():
 def test_nothing_to_cut_is_refused():
     with pytest.raises(jpq.JpqError, match="dsp"):
         branched(nn.Sequential(nn.Conv2d(4, 6, 3)))
+
+
+@pytest.mark.parametrize("density", [0.05, 0.02, 0.001])
+def test_no_filter_loses_everything(density):
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(16, 16, 3, 3)), nn.Parameter(torch.randn(16, 16, 3, 3) / 10)]
+    gates = [gate_on(w, groups=4, density=density) for w in weights]
+    for gate in gates:
+        gate.alpha.copy_(torch.randn(4, gate.rows))
+        gate.join(gates)
+    for gate in gates:
+        gate.after_step(SPAN)
+    assert all(bool((g.kept.sum(1) >= 1).all()) for g in gates)

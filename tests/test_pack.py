@@ -86,6 +86,30 @@ def test_a_norm_is_not_folded_where_something_else_reads_the_layer():
     assert norms(folded(small, x)) == ["norm"]
 
 
+class Tokens(nn.Module):
+    """A norm over positions reads a linear layer, whose outputs lie on another dim."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.linear, self.norm, self.head = nn.Linear(8, 16), norm, nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.linear(x))).mean(1)
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm1d(5), nn.BatchNorm1d(5, track_running_stats=False), nn.BatchNorm1d(5, False)], ids=str
+)
+def test_norms_over_other_dims_or_without_statistics_stay(norm, tmp_path):
+    torch.manual_seed(0)
+    model, x = Tokens(norm).eval(), torch.randn(6, 5, 8)
+    net = attach(model, trace(model, x), (), None, lambda layer: (Fixed(4), Fixed(8)), [x], "test")
+    net.settle(net.plan())
+    small, plan = rebuild(net, model)
+    pack(small, plan, x, tmp_path / "one")
+    assert gap(unpack(small, tmp_path / "one")(x), small(x)) < 1e-5
+
+
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("structure", [None, "2:4", "per-output", "block:2x2"])
 def test_size_on_disk_is_what_size_promised_and_the_model_comes_back(name, structure, tmp_path):
@@ -131,6 +155,14 @@ def test_zeros_that_no_device_skips_may_be_counted_as_work(tmp_path):
     assert result.targets["bops-structured"]["used"] >= 0.97
     assert sum(row.bops for row in result.layers) == result.compressed.bops
     assert min(row.density for row in result.layers) < 1
+    assert result.compressed.macs < 0.8 * sum(row.macs / row.density for row in result.layers)
+
+
+def test_other_targets_count_masks_whatever_the_cost_of_bops(tmp_path):
+    asked = {"target_bops": "2%", "target_macs": "75%", "cost": "bops-structured"}
+    result = jpq.optimize(config(tmp_path, method="dpf", **asked))
+    assert result.targets["macs"]["reached"] == result.compressed.macs <= result.targets["macs"]["limit"]
+    assert result.targets["bops-structured"]["reached"] == result.compressed.bops_structured
 
 
 def test_filter_groups_are_exported_as_branches(tmp_path):

@@ -8,7 +8,7 @@ the last training loss is 0.36 with 1.25 and 0.41 with 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jpq.budget import Target
 from jpq.costs import COSTS
@@ -27,16 +27,20 @@ def start_bits(
     w_bits: Bounds,
     a_bits: Bounds,
     image_bits: int,
-    left: float = 1.0,
+    left: Mapping[str, float] | None = None,
     headroom: float = HEADROOM,
 ) -> tuple[float, float]:
     """(weight, activation) widths, real numbers, at which the network costs `headroom` times its tightest target.
 
-    `left` is the share of the dense network's operations that stays whatever is learned (masks of a given density). At
-    least one bit above the smallest width (so that there is a way down), at most the largest.
+    `left`: cost -> the share of it that stays whatever is learned (masks of a given density). At least one bit above
+    the smallest width (so that there is a way down), at most the largest.
     """
     shares = Shares(network, ())
-    excess = lambda bits: left * max(_cost(network, shares, bits, image_bits, g) / g.limit for g in goals)  # noqa: E731
+    stays = left or {}
+
+    def excess(bits: float) -> float:
+        return max(stays.get(g.cost, 1.0) * _cost(network, shares, bits, image_bits, g) / g.limit for g in goals)
+
     low, high = 1.0, 16.0
     for _ in range(40):
         middle = (low + high) / 2

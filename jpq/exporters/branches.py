@@ -88,7 +88,7 @@ def _branches(layer: Any, reads: Tensor) -> Branches | None:
     bias = None
     if empty:
         bias = layer.bias if layer.bias is not None else layer.weight.new_zeros(len(reads))
-    return Branches(parts, bias, len(reads))
+    return Branches(parts, bias, len(reads)).to(layer.weight.device)
 
 
 @torch.no_grad()

@@ -100,7 +100,8 @@ def unpack(small: nn.Module, path: Path) -> nn.Module:
         act_quantizer(layer).log_threshold.copy_(tensors.pop(f"{name}.range").double().log())
         layer.bias = nn.Parameter(tensors.pop(f"{name}.bias").to(layer.weight))
     for name, module in list(small.named_modules()):
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.running_mean" not in tensors:
+        known = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+        if known and f"{name}.running_mean" not in tensors:  # it was folded
             replace_everywhere(small, module, nn.Identity())
     places = {**dict(small.named_parameters()), **dict(small.named_buffers())}
     for name, tensor in tensors.items():  # one by one: load_state_dict lets brevitas make the quantizers anew
@@ -130,6 +131,7 @@ def _pairs(model: nn.Module, example: Any) -> list[Pair]:
     made: dict[int, str] = {}
     keep: list[Tensor] = []  # so that no address is used twice
     calls: Counter[str] = Counter()
+    outputs: dict[str, int] = {}
     pairs: list[Pair] = []
 
     def layer_hook(name: str) -> Callable[..., None]:
@@ -143,14 +145,16 @@ def _pairs(model: nn.Module, example: Any) -> list[Pair]:
     def norm_hook(name: str) -> Callable[..., None]:
         def hook(norm: Any, args: tuple[Any, ...], _: Tensor) -> None:
             calls[name] += 1
-            if args and id(args[0]) in made and norm.running_mean is not None:
-                pairs.append((made[id(args[0])], name))
+            read = args[0] if args else None
+            if id(read) in made and norm.running_mean is not None and norm.num_features == outputs[made[id(read)]]:
+                pairs.append((made[id(read)], name))
 
         return hook
 
     handles = []
     for name, m in model.named_modules():
         if hasattr(m, "weight_quant") and weight_quantizer(m).log_threshold.dim() > 0:
+            outputs[name] = len(m.weight)
             handles.append(m.register_forward_hook(layer_hook(name)))
         elif isinstance(m, nn.modules.batchnorm._BatchNorm):
             handles.append(m.register_forward_hook(norm_hook(name)))

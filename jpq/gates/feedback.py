@@ -60,6 +60,13 @@ class Feedback(Counted):
         if self.pooled:
             self.pool = [g for g in gates if isinstance(g, Feedback) and g.pooled]
 
+    def least(self) -> Units:
+        """What the weights as they stand would leave: learning may move it between layers."""
+        if not self.pooled or not all(g.started for g in self.pool):
+            return super().least()
+        masks = best_of_all([g.scores for g in self.pool], [g.sizes for g in self.pool], self.density)
+        return masks[next(i for i, g in enumerate(self.pool) if g is self)]
+
     def sparsity(self, progress: float) -> float:
         """Share of the weights that is dropped at this point of the search: the cubic."""
         return (1 - self.density) * (1 - (1 - min(1.0, progress / FREEZE)) ** 3)

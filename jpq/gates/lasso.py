@@ -163,9 +163,13 @@ class Lasso(Counted):
         energy = self.members @ self._products(weights, weights)
         return self.members.T @ (energy / energy.sum(1, keepdim=True).clamp_min(EPS))
 
+    def least(self) -> Units:
+        """Layers with few inputs stay dense."""
+        return super().least() if self.n >= LEAST else torch.ones_like(self.kept)
+
     def _decide(self) -> None:
         chosen = [g for g in self.pool if g.n >= LEAST]
-        sums = [running(g._energies()) for g in chosen]
+        sums = [running(g._energies().double()) for g in chosen]
         every = sum(float(g.sizes.sum()) for g in chosen)
         low, high = 0.0, 1.0
         for _ in range(50):
@@ -173,7 +177,7 @@ class Lasso(Counted):
             kept = sum(float((g.sizes * (s >= beta)).sum()) for g, s in zip(chosen, sums, strict=True))
             low, high = (beta, high) if kept > self.density * every else (low, beta)
         for gate, total in zip(chosen, sums, strict=True):
-            gate.kept.copy_(total >= high)
+            gate.kept.copy_((total >= high) | (total == total.amax(1, keepdim=True)))  # a row keeps its best
         for gate in self.pool:
             gate.decided.fill_(True)
 

@@ -93,7 +93,7 @@ class LearnedTopK(Counted):
         self.pool: list[LearnedTopK] = [self]
         self.place = 0  # in the pool
         self.drawn: dict[int, Units] = {}  # what is left of the pool's last common solution, by place
-        self.hard: tuple[list[int], list[Units]] = ([], [])  # versions of the scores, and the pool's masks at them
+        self.hard: tuple[list[Any], list[Units]] = ([], [])  # versions of the scores, and the pool's masks at them
         self.first: Units | None = None
 
     @torch.no_grad()
@@ -135,11 +135,15 @@ class LearnedTopK(Counted):
             leader.drawn = {place: part[None] for place, part in enumerate(parts)}
         return leader.drawn.pop(self.place)
 
+    def least(self) -> Units:
+        """What the scores as they stand leave: learning may move it between layers."""
+        return self.keep()
+
     def keep(self) -> Units:
         """The best by hard ranking: what f tends to as tau falls."""
         if not self.pooled:
             return self.top(self.scores, self.density)
-        leader, versions = self.pool[0], [g.scores._version for g in self.pool]
+        leader, versions = self.pool[0], [(g.scores._version, g.scores.device, g.scores.dtype) for g in self.pool]
         if leader.hard[0] != versions:
             scores, sizes = [g.scores for g in self.pool], [g.sizes for g in self.pool]
             leader.hard = versions, best_of_all(scores, sizes, self.density)

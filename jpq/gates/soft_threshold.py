@@ -59,6 +59,10 @@ class SoftThreshold(Counted):
             for gate, keep in zip(pool, best_of_all(scores, sizes, self.density), strict=True):
                 gate.final = float((keep * gate.sizes).sum() / gate.sizes.sum())
 
+    def least(self) -> Units:
+        """The share that the pool's quantile leaves of this layer."""
+        return self.top(self.sizes, self.final)
+
     def threshold(self) -> Units:
         """t^2 of each row, `[rows, 1]`; below everything where all stay."""
         size = self.seen.detach().clamp_min(0).sqrt()

@@ -23,6 +23,7 @@ from jpq.plan import LayerPlan, MaskPlan, Plan
 from jpq.quantizers import Integer, Width, act_quantizer, fit_threshold, weight_quantizer
 
 Side = Literal["both", "weights", "decisions"]
+CONCLUDED = 0.9  # position in the search at which every gate that counts has decided
 FLOAT_BITS = 32  # of layers that cannot be quantized
 
 
@@ -44,6 +45,8 @@ class Compressed(nn.Module):
         self.shares = Shares(network, [s for s in self.sites if not s.is_mask])
         self.opened = opened_units(network, self.sites)  # with any, the rebuilt model is not the masked one
         self.densities = Densities(network, self.sites)
+        self.progress: Tensor
+        self.register_buffer("progress", torch.zeros((), dtype=torch.float64))  # of the search, as last heard
         self._resting: list[nn.Parameter] = []  # what `learn` has switched off
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,10 +103,23 @@ class Compressed(nn.Module):
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """Let gates anneal and widths return into their bounds; once after every optimiser step."""
+        self.progress.fill_(progress)
         for gate in self.gates:
             gate.after_step(progress)
         for width in self.widths():
             width.after_step()
+
+    @torch.no_grad()
+    def conclude(self) -> None:
+        """Let gates that count decide now, where the search ended before they came to it."""
+        if float(self.progress) >= CONCLUDED:
+            return
+        for draw in self.draws:
+            if draw.gate.counted:
+                draw.look()
+                draw.gate.after_step(1.0)
+        for draw in self.draws:
+            draw.again()
 
     def widths(self) -> list[Width]:
         """Every bit-width."""

@@ -17,7 +17,8 @@ class PerOutput(Structure):
     """A row for each output neuron, a unit for each weight that it reads: k of n inputs of every neuron.
 
     A row may be cut into equal `tiles` of consecutive weights (input channel, then kernel position), each a row of
-    its own, as hardware with several memories wants. Source: dynamic probabilistic pruning, arXiv:2105.12686.
+    its own, as hardware with several memories wants. Source: dynamic probabilistic pruning, arXiv:2105.12686. Engines
+    of fixed fan-in (LUT networks on FPGAs, one index memory per neuron) skip what it drops; GPUs and CPUs do not.
     """
 
     single_weights: ClassVar[bool] = True

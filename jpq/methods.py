@@ -64,13 +64,13 @@ METHODS: Mapping[str, Method] = {
     "gdp": Method(
         "channels (polarized gates, smoothed L0) and any whole bit-width per tensor, in one loss",
         Polarized, Learned, True,
-        "when dropping must cost nothing at the end: gates polarise to exact zeros while training",
+        "when landing must cost nothing: gates polarise to exact zeros while training",
         "Guo et al., GDP: Gates with Differentiable Polarization, ICCV 2021, arXiv:2109.02220",
     ),
     "dais": Method(
         "channels (annealed indicators, learned on the other half of the data) and any whole bit-width per tensor",
         Annealed, Learned, True,
-        "small data, where decisions taken on the batches that train the weights would follow their noise",
+        "decisions that must not follow the noise of the batches that train the weights",
         "Guan et al., DAIS: Differentiable Annealing Indicator Search, IEEE TNNLS 2023, arXiv:2011.02166",
     ),
     "dpp": Method(
@@ -104,21 +104,21 @@ METHODS: Mapping[str, Method] = {
     "dpf": Method(
         "single weights by magnitude, re-decided every 16 steps, and any whole bit-width per tensor",
         Feedback, Learned, True,
-        "the simplest strong unstructured method: dropped weights keep learning and may return",
+        "unstructured sparsity by plain magnitude: dropped weights keep learning and may return",
         "Lin et al., Dynamic Model Pruning with Feedback, ICLR 2020, arXiv:2006.07253",
         structure="elementwise",
     ),
     "admm": Method(
         "kernel patterns (4 of 9 weights) by alternating projection, and any whole bit-width per tensor",
         Admm, Learned, True,
-        "pattern kernels on mobile CPUs, or any structure without a relaxation of its own",
+        "pattern kernels on mobile CPUs, in long trainings: a short one leaves the weights far from the patterns",
         "Zhang et al., ECCV 2018, arXiv:1804.03294; Gong et al., GLSVLSI 2020, arXiv:2003.06513",
         structure="pattern",
     ),
     "bayesian-bits": Method(
         "channels (hard concrete gates) and 2, 4 or 8 bits per tensor (a gate for each doubling), in one loss",
         HardConcrete, Gated, True,
-        "power-of-two hardware, where training should feel the coarser grid in some steps before a width is given up",
+        "power-of-two hardware, in long trainings: some steps feel the coarser grid before a width is given up",
         "van Baalen et al., Bayesian Bits, NeurIPS 2020, arXiv:2005.07093",
     ),
     "codeq": Method(
@@ -137,7 +137,7 @@ METHODS: Mapping[str, Method] = {
     "dsp": Method(
         "which input channels each learned group of filters reads, and any whole bit-width per tensor",
         Lasso, Learned, True,
-        "dense branches instead of sparse kernels: more channels go than when all filters must agree",
+        "dense branches instead of sparse kernels, in long trainings: in short ones a single group does as well",
         "Park et al., Dynamic Structure Pruning for Compressing CNNs, AAAI 2023, arXiv:2303.09736",
         structure="kernels",
     ),

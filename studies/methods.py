@@ -47,6 +47,11 @@ def prepare(config: jpq.Config) -> jpq.Config:
     return config
 
 
+def by_cost(means: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The means in the order of a cost; of equal costs the best first."""
+    return means.sort_values([column, "accuracy"], ascending=[True, False])
+
+
 def draw(path: Path, title: str) -> None:
     """Accuracy against bit-operations and against bytes, a line per method through the means of its seeds."""
     table = pd.read_csv(path)
@@ -63,11 +68,15 @@ def draw(path: Path, title: str) -> None:
             style = {"linestyle": "--", "color": "#222222" if name == "uniform" else "#888888", "linewidth": 2}
             style = style if name in PLAIN else {"linestyle": "-", "color": colours[i % 20], "linewidth": 1.2}
             axes.plot(scale * means[column], 100 * means.accuracy, marker="o", markersize=4, label=name, **style)
+        points = by_cost(table.groupby(["method", "target"])[[column, "accuracy"]].mean(), column)
+        front = points[points.accuracy > points.accuracy.cummax().shift(fill_value=0)]
+        axes.plot(scale * front[column], 100 * front.accuracy, drawstyle="steps-post", color="#000000", linewidth=0.8,
+                  alpha=0.6, label="not dominated")  # fmt: skip
         axes.axhline(100 * table.float_accuracy.mean(), color="#555555", linestyle=":", linewidth=1, label="float")
         axes.set(xscale="log", xlabel=label)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("test accuracy, % (mean over seeds)")
-    ticks = sorted({round(100 * s, 2) for s in table.groupby("target").bops_share.mean()})
+    ticks = sorted(float(text.rstrip("%")) for text in set(table.target))
     panels[0].set_xticks(ticks)
     panels[0].xaxis.set_major_formatter(lambda v, _: f"{v:g}")
     panels[0].xaxis.set_minor_formatter(lambda v, _: "")

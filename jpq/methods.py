@@ -46,7 +46,7 @@ METHODS: Mapping[str, Method] = {
     "djpq": Method(
         "channels (VIB gates) and any whole bit-width per tensor, in one loss",
         VIB, Learned, True,
-        "the default: the best accuracy per bit-operation where hardware takes any width (FPGA, custom NPU)",
+        "the default: steady at every budget, and whole channels go; for hardware of any width (FPGA, custom NPU)",
         "Wang et al., Differentiable Joint Pruning and Quantization, ECCV 2020, arXiv:2007.10463",
     ),
     "djpq-pow2": Method(

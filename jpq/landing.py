@@ -4,7 +4,8 @@ Every decision has a soft value: a width its real-valued bits, a unit its margin
 number, `shift`, moves them all: bits become `nearest(soft + shift)`, a unit stays where `margin + NATS * shift > 0`.
 The cost grows with the shift (but for the bytes of a mask, which shrink as it fills up), so bisection finds the most
 generous shift that still meets every target; what is left is spent on single decisions, those nearest to their next
-step first. At shift 0 nothing changes: where the controller did its work, landing has little to do.
+step first, and where those are too coarse for a small network, on steps back that pay for a step forward elsewhere. At shift
+0 nothing changes: where the controller did its work, landing has little to do.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -24,6 +27,7 @@ from jpq.types import JpqError
 NATS = 2.0  # a unit's margin, in nats, that weighs as much as one bit
 BOTTOM = 1e6  # a shift below everything
 REACH = 24.0  # a shift that moves every bit from one end to the other
+NEAR = 2.0  # how many bits a step back may lie behind the step forward that it pays for
 
 
 @dataclass(frozen=True)
@@ -48,29 +52,62 @@ class Soft:
         masks = {name: MaskPlan.of(_above(margins, -NATS * shift)) for name, margins in self.masks.items()}
         return replace(self.plan, layers=layers, kept=kept, masks={**self.plan.masks, **masks})
 
-    def steps(self, plan: Plan) -> list[tuple[float, str, Plan]]:
-        """Every single decision that could be one step more generous: (shift it needed, its name, the plan with it)."""
-        found: list[tuple[float, str, Plan]] = []
+    def steps(self, plan: Plan) -> list[Step]:
+        """Every single decision that could be one step more generous, the nearest first."""
+        found: list[Step] = []
         for (name, side), width in self.widths.items():
-            now: LayerPlan = plan.layers[name]
-            bits = now.w_bits if side == "w" else now.a_bits
+            bits = _bits(plan.layers[name], side)
             more = [c for c in width.choices if c > bits]
             if more:
-                layer = replace(now, w_bits=more[0]) if side == "w" else replace(now, a_bits=more[0])
-                found.append(
-                    (
-                        width.switch(bits, more[0]) - width.soft(),
-                        f"{name} {side}",
-                        replace(plan, layers={**plan.layers, name: layer}),
-                    )
-                )
+                shift = width.switch(bits, more[0]) - width.soft()
+                found.append(Step(shift, f"{name} {side}", _with_bits(plan, name, side, more[0])))
         for site, margins in self.margins.items():
             closed = [u for u, k in enumerate(plan.kept[site]) if not k]
             if closed:  # units of one site open in the order of their margins
                 unit = max(closed, key=margins.__getitem__)
-                kept = tuple(k or u == unit for u, k in enumerate(plan.kept[site]))
-                found.append((-margins[unit] / NATS, site, replace(plan, kept={**plan.kept, site: kept})))
-        return sorted(found, key=lambda step: step[0])
+                found.append(Step(-margins[unit] / NATS, site, _with_unit(plan, site, unit, True)))
+        return sorted(found, key=lambda step: step.shift)
+
+    def steps_back(self, plan: Plan) -> list[Step]:
+        """Every single decision that could be one step less generous, the nearest first."""
+        found: list[Step] = []
+        for (name, side), width in self.widths.items():
+            bits = _bits(plan.layers[name], side)
+            less = [c for c in width.choices if c < bits]
+            if less:
+                shift = width.switch(less[-1], bits) - width.soft()
+                found.append(Step(shift, f"{name} {side}", _with_bits(plan, name, side, less[-1])))
+        for site, margins in self.margins.items():
+            open_ = [u for u, k in enumerate(plan.kept[site]) if k]
+            if len(open_) > 1:
+                unit = min(open_, key=margins.__getitem__)
+                found.append(Step(-margins[unit] / NATS, site, _with_unit(plan, site, unit, False)))
+        return sorted(found, key=lambda step: -step.shift)
+
+
+class Step(NamedTuple):
+    """One decision, one step further: the shift at which rounding would take it, its name, and the plan with it."""
+
+    shift: float
+    name: str
+    plan: Plan
+
+
+def _bits(layer: LayerPlan, side: str) -> int:
+    return layer.w_bits if side == "w" else layer.a_bits
+
+
+def _with_bits(plan: Plan, name: str, side: str, bits: int) -> Plan:
+    """The plan with another width."""
+    now = plan.layers[name]
+    layer = replace(now, w_bits=bits) if side == "w" else replace(now, a_bits=bits)
+    return replace(plan, layers={**plan.layers, name: layer})
+
+
+def _with_unit(plan: Plan, site: str, unit: int, open_: bool) -> Plan:
+    """The plan with one unit opened or closed."""
+    kept = tuple(open_ if u == unit else k for u, k in enumerate(plan.kept[site]))
+    return replace(plan, kept={**plan.kept, site: kept})
 
 
 def _above(margins: Tensor, threshold: float) -> Tensor:
@@ -144,22 +181,41 @@ def land(net: Compressed, goals: Sequence[Target], decisions: Soft | None = None
     plan = decisions.at(low)
     if not meets(goals, net.exact(plan)):  # margins or bits beyond REACH: begin at the very bottom
         plan = decisions.at(-BOTTOM)
-    return open_masks(net, decisions, fill(net, decisions, plan, goals), goals)
+    plan = open_masks(net, decisions, fill(net, decisions, plan, goals), goals)
+    return plan if _used(goals, net, plan) >= FULL_USE else exchange(net, decisions, plan, goals)
 
 
 def fill(net: Compressed, decisions: Soft, plan: Plan, goals: Sequence[Target]) -> Plan:
     """Spend what is left, nearest decisions first, until no single step fits."""
     too_dear: set[str] = set()  # costs grow: what does not fit now never will
     while True:
-        for _, name, candidate in decisions.steps(plan):
-            if name in too_dear:
+        for step in decisions.steps(plan):
+            if step.name in too_dear:
                 continue
-            if meets(goals, net.exact(candidate)):
-                plan = candidate
+            if meets(goals, net.exact(step.plan)):
+                plan = step.plan
                 break
-            too_dear.add(name)
+            too_dear.add(step.name)
         else:
             return plan
+
+
+def exchange(net: Compressed, decisions: Soft, plan: Plan, goals: Sequence[Target]) -> Plan:
+    """One step forward that does not fit, with steps back elsewhere that pay for it, if that uses 97 % of a target.
+
+    The nearest step forward that can be paid for; no step back lies more than `NEAR` bits behind it (a power of two
+    that falls from 8 bits to 4 is not worth a few percent of the budget).
+    """
+    for more in decisions.steps(plan):
+        candidate: Plan | None = more.plan
+        while candidate is not None and not meets(goals, net.exact(candidate)):
+            back = (s for s in decisions.steps_back(candidate) if s.name != more.name)
+            candidate = next((s.plan for s in back if more.shift - s.shift <= NEAR), None)
+        if candidate is not None:
+            candidate = fill(net, decisions, candidate, goals)
+            if _used(goals, net, candidate) >= FULL_USE:
+                return candidate
+    return plan
 
 
 def open_masks(net: Compressed, decisions: Soft, plan: Plan, goals: Sequence[Target]) -> Plan:
@@ -184,15 +240,21 @@ def _opened(plan: Plan, name: str, kept: Tensor, more: Tensor) -> Plan:
     return replace(plan, masks={**plan.masks, name: MaskPlan.of(keep)})
 
 
+def _used(goals: Sequence[Target], net: Compressed, plan: Plan) -> Fraction:
+    """Share of the tightest target that a plan uses."""
+    uses = net.exact(plan)
+    return max((spent(goal, uses) for goal in goals), default=Fraction(1))
+
+
 def note(goals: Sequence[Target], net: Compressed, plan: Plan) -> str | None:
     """Why less than 97 % of the tightest target is used; None where it is not so."""
     if not goals:
         return None
-    uses = net.exact(plan)
-    tightest = max(goals, key=lambda g: spent(g, uses))
-    used = spent(tightest, uses)
+    used = _used(goals, net, plan)
     if used >= FULL_USE:
         return None
+    uses = net.exact(plan)
+    tightest = max(goals, key=lambda g: spent(g, uses))
     return (
         f"{float(used):.1%} of {tightest.flag} {tightest.asked} is used: every decision is at its largest, or the next "
         "single step (one more bit somewhere, or one more unit) would exceed a target."

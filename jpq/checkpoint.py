@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from jpq.files import replace_file
 from jpq.types import JpqError
 
 NAME = "checkpoint.pt"
@@ -20,19 +20,10 @@ NAME = "checkpoint.pt"
 
 def save(folder: Path, state: Mapping[str, Any]) -> None:
     """Keep `state` (tensors, numbers, text, lists and dicts of them) as the folder's checkpoint."""
-    part = folder / f".{NAME}.part"
     try:
-        torch.save(dict(state), part)
-        os.replace(part, folder / NAME)
+        replace_file(folder / NAME, lambda part: torch.save(dict(state), part))
     except (OSError, RuntimeError) as error:
         raise JpqError(f"Cannot write the checkpoint {folder / NAME}: {error}. The last good one is kept.") from error
-
-
-def save_text(text: str, path: Path) -> None:
-    """Write a small file, beside and renamed."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def load(folder: Path) -> dict[str, Any] | None:
@@ -62,10 +53,9 @@ def restore(module: nn.Module, state: Mapping[str, Tensor], source: Path) -> Non
 
 
 def save_tensors(module: nn.Module, path: Path) -> None:
-    """The module's state as safetensors, written beside and renamed."""
-    part = path.with_name(f".{path.name}.part")
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}, part)
-    os.replace(part, path)
+    """The module's state as safetensors."""
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+    replace_file(path, lambda part: save_file(state, part))
 
 
 def load_tensors(module: nn.Module, path: Path) -> None:

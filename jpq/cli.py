@@ -150,10 +150,12 @@ def _help(console: Console) -> None:
 
 def _optimize(args: list[str], console: Console) -> None:
     config = parse(args).check()
+    from jpq.compose import compose
     from jpq.progress import Progress, layer_table, summary
-    from jpq.recipe import optimize, pick_method, split
+    from jpq.recipe import optimize, split
 
-    search, tune = split(config, pick_method(config.decide.method))
+    d = config.decide
+    search, tune = split(config, compose(d.method, d.structure, d.width))
     planned = {} if config.task.weights else {"float": config.train.float_epochs}
     with Progress(console, {**planned, "search": search, "fine-tune": tune}) as watch:
         result = optimize(config, watch, shlex.join(["jpq", "optimize", *args]))

@@ -28,6 +28,7 @@ from jpq.network.unpack import unpacked
 from jpq.plan import Plan
 from jpq.quantizers import Fixed, Width
 from jpq.scores import SCORES, Score
+from jpq.train import pressure
 from jpq.types import JpqError, unknown
 
 Bounds = tuple[int, int]
@@ -90,8 +91,7 @@ class Joint(nn.Module):
         """What the budget and the gates add to the loss, a scalar; 0 once landed, and where only weights learn."""
         if self.controller is None or self.turn == "weights":
             return torch.zeros((), device=next(self.parameters()).device)
-        cost = self.controller.loss(self.net.uses(), self.progress)
-        return cost + self.net.own_loss() + self.gate_weight * self.controller.force() * self.net.penalty()
+        return pressure(self.net, self.controller, self.progress, self.gate_weight)
 
     def step(self) -> None:
         """After every `optimizer.step()`."""

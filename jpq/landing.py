@@ -4,8 +4,8 @@ Every decision has a soft value: a width its real-valued bits, a unit its margin
 number, `shift`, moves them all: bits become `nearest(soft + shift)`, a unit stays where `margin + NATS * shift > 0`.
 The cost grows with the shift (but for the bytes of a mask, which shrink as it fills up), so bisection finds the most
 generous shift that still meets every target; what is left is spent on single decisions, those nearest to their next
-step first, and where those are too coarse for a small network, on steps back that pay for a step forward elsewhere. At shift
-0 nothing changes: where the controller did its work, landing has little to do.
+step first, and where those are too coarse for a small network, steps back pay for a step forward elsewhere. At shift 0
+nothing changes: where the controller did its work, landing has little to do.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from jpq.exporters.branches import branched
 from jpq.exporters.pack import pack
 from jpq.exporters.quantized import complete, rebuild
 from jpq.figures import layer_rows, reached, versions
+from jpq.files import replace_file
 from jpq.journal import Journal
 from jpq.network.compressed import Compressed
 from jpq.plan import Plan
@@ -46,7 +47,7 @@ def finish(
     if len(planned) < len(uses):
         rigid = [u.name for u in uses if u.name not in plan.layers]
         run.notes.append(f"{len(rigid)} layers cannot be quantized and stay at 32 bits: {', '.join(rigid[:5])} ...")
-    checkpoint.save_text(plan.to_json(), run.folder / "plan.json")
+    replace_file(run.folder / "plan.json", lambda path: path.write_text(plan.to_json()))
     checkpoint.save_tensors(small, run.folder / "model.safetensors")
     stored = pack(small, plan, data.example, run.folder / "model.packed")
     path = run.folder / "model.onnx"

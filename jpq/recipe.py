@@ -39,7 +39,7 @@ from jpq.plan import Plan, from_json
 from jpq.plan import read as read_plan
 from jpq.result import Result, Silent, Watch
 from jpq.train import Objective, Phase, fit, optimizer, reestimate
-from jpq.types import JpqError, unknown
+from jpq.types import JpqError
 
 CALIBRATION = 8  # batches that fit the quantizers' ranges
 Moments = dict[Tensor, Any]  # Adam's moving averages, by parameter
@@ -82,13 +82,6 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     tuned = opened(net, model, data, run) if net.opened else net
     fine_tune(tuned, model, data, config, run, plan, moments)  # 9
     return finish(net, tuned, model, data, goals, config, run, command)  # 10
-
-
-def pick_method(name: str) -> Method:
-    """The row of METHODS, or the closest names."""
-    if name not in METHODS:
-        raise unknown("method", name, METHODS)
-    return METHODS[name]
 
 
 def read_data(config: Config, device: torch.device) -> Data:

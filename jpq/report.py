@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from jpq.config import Config
+from jpq.files import replace_file
 from jpq.result import LayerRow, Result, Row, human, percent
 
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#E69F00", "#009E73", "#E3E3E3", "#333333"  # Okabe and Ito's palette
@@ -28,9 +28,9 @@ def write(result: Result, config: Config) -> None:
     folder = result.folder
     write_history(result.history, folder)
     layers = pd.DataFrame([asdict(row) for row in result.layers], columns=[f.name for f in fields(LayerRow)])
-    _replace(folder / "layers.csv", lambda path: layers.to_csv(path, index=False))
+    replace_file(folder / "layers.csv", lambda path: layers.to_csv(path, index=False))
     text = json.dumps(_plain(record(result)), indent=2, allow_nan=False) + "\n"
-    _replace(folder / "result.json", lambda path: path.write_text(text))
+    replace_file(folder / "result.json", lambda path: path.write_text(text))
     _save(curves(result, config), folder / "curves.png")
     _save(layer_chart(result, config), folder / "layers.png")
 
@@ -38,7 +38,7 @@ def write(result: Result, config: Config) -> None:
 def write_history(rows: Sequence[Row], folder: Path) -> None:
     """Write history.csv, one line an epoch; a reader never sees half a file."""
     frame = pd.DataFrame([asdict(row) for row in rows], columns=[f.name for f in fields(Row)])
-    _replace(folder / "history.csv", lambda path: frame.to_csv(path, index=False))
+    replace_file(folder / "history.csv", lambda path: frame.to_csv(path, index=False))
 
 
 def record(result: Result) -> dict[str, Any]:
@@ -60,16 +60,9 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
-def _replace(path: Path, write_to: Callable[[Path], object]) -> None:
-    """Write beside the file, then put it in its place in one step."""
-    part = path.with_name(f".{path.name}.part")
-    write_to(part)
-    os.replace(part, path)
-
-
 def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
-    _replace(path, lambda part: figure.savefig(part, format="png", dpi=110))
+    replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
 
 
 def curves(result: Result, config: Config) -> Figure:

@@ -15,6 +15,7 @@ from jpq import costs
 from jpq.budget import Controller
 from jpq.data import Batches, Data
 from jpq.network.compressed import Compressed, Side
+from jpq.network.read import evaluating, heard
 from jpq.quantizers import Integer
 from jpq.result import Row, Silent, Watch
 from jpq.types import JpqError
@@ -50,12 +51,14 @@ class Objective:
                 given, wanted, log_target=True, reduction="batchmean"
             )
         if self.controller is not None and isinstance(net, Compressed) and side != "weights":
-            uses = net.uses()
-            loss = loss + net.own_loss()
-            loss = loss + self.controller.loss(uses, progress)
-            if self.gate_weight:
-                loss = loss + self.gate_weight * self.controller.force() * net.penalty()
+            loss = loss + pressure(net, self.controller, progress, self.gate_weight)
         return loss
+
+
+def pressure(net: Compressed, controller: Controller, progress: float, gate_weight: float) -> Tensor:
+    """What a search adds to the task's loss, a scalar: the budget, the gates' own loss and their regulariser."""
+    loss = controller.loss(net.uses(), progress) + net.own_loss()
+    return loss + gate_weight * controller.force() * net.penalty() if gate_weight else loss
 
 
 @dataclass
@@ -209,10 +212,8 @@ def _turns(parts: Sequence[Batches], epoch: int) -> Iterator[tuple[Side, Tensor,
 @torch.no_grad()
 def evaluate(net: nn.Module, batches: Batches) -> float:
     """Share of samples whose largest logit is their class, in [0, 1]; evaluation mode."""
-    training = net.training
-    net.eval()
-    right = sum(int((net(x).argmax(1) == y).sum()) for x, y in batches)
-    net.train(training)
+    with evaluating(net):
+        right = sum(int((net(x).argmax(1) == y).sum()) for x, y in batches)
     return right / batches.size
 
 
@@ -243,20 +244,12 @@ def _diverged(net: nn.Module, x: Tensor, phase: Phase, epoch: int) -> str:
     bad = [name for name, p in net.named_parameters() if not p.isfinite().all()]
     first: list[str] = []
 
-    def hook(name: str) -> Callable[..., None]:
-        def look(_: nn.Module, __: Any, out: Any) -> None:
-            if isinstance(out, Tensor) and not first and not out.isfinite().all():
-                first.append(name)
+    def look(name: str, _: nn.Module, __: Any, out: Any) -> None:
+        if isinstance(out, Tensor) and not first and not out.isfinite().all():
+            first.append(name)
 
-        return look
-
-    leaves: Sequence[tuple[str, nn.Module]] = [(n, m) for n, m in net.named_modules() if not list(m.children())]
-    handles = [m.register_forward_hook(hook(n)) for n, m in leaves]
-    try:
+    with heard({n: m for n, m in net.named_modules() if not list(m.children())}, look):
         net(x)
-    finally:
-        for handle in handles:
-            handle.remove()
     where = f"the output of layer '{first[0]}'" if first else f"parameter '{bad[0]}'" if bad else "the loss itself"
     return (
         f"The loss is not a number in phase {phase.name}, epoch {epoch + 1}: {where} is the first that is not finite. "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from jpq.gates import Ranked
-from jpq.network.attach import call
 from jpq.network.compressed import Compressed
+from jpq.network.read import call, evaluating, heard
 from jpq.network.sites import Site
 from jpq.network.taps import original
 from jpq.scores import Evidence, Score, SiteView
@@ -111,22 +110,13 @@ def _inputs(net: Compressed, names: set[str], batch: Any) -> dict[str, Tensor]:
     """What each layer reads, [batch, channels, height, width]; several calls of one layer: the last."""
     seen: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(layer: Any, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().movedim(-1 if layer.weight.dim() == 2 else 1, 1)
-            x = x.reshape(*x.shape, *[1] * (4 - x.dim()))
-            seen[name] = x.flatten(3)
+    def keep(name: str, layer: Any, x: Any, _: Any) -> None:
+        x = x.detach().movedim(-1 if layer.weight.dim() == 2 else 1, 1)
+        seen[name] = x.reshape(*x.shape, *[1] * (4 - x.dim())).flatten(3)
 
-        return hook
-
-    handles = [net.layer(name).register_forward_pre_hook(watch(name)) for name in names if net.layer(name) is not None]
-    training = net.training
-    try:
-        call(net.eval(), batch)
-    finally:
-        net.train(training)
-        for handle in handles:
-            handle.remove()
+    layers = {name: layer for name in names if (layer := net.layer(name)) is not None}
+    with evaluating(net), heard(layers, keep):
+        call(net, batch)
     lost = names - seen.keys()
     if lost:
         raise JpqError(f"This score needs what layer '{min(lost)}' reads, which no module of its own computes. "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from jpq.exporters.rebuild import shrink
-from jpq.network.attach import call
+from jpq.network.read import call, heard
 from jpq.network.record import Network
 from jpq.network.sites import Site
 from jpq.types import JpqError
@@ -52,23 +52,19 @@ def scramble(model: nn.Module, example: Any, seed: int = 0) -> nn.Module:
         elif p.dim() > 1 and p.std() > 0 and not name.endswith(("table", "embedding", "token")):
             p.mul_(GAIN / (p.std() * p[0].numel() ** 0.5))
 
-    def measure(norm: Any, args: tuple[Any, ...]) -> None:
+    def measure(_: str, norm: Any, x: Any, __: Any) -> None:
         if norm.running_mean is None or norm.running_var is None:
             return
-        values = args[0].transpose(0, 1).flatten(1)
+        values = x.transpose(0, 1).flatten(1)
         spread = values.std(1, unbiased=False)
         off = torch.rand(2, len(spread), generator=g, dtype=torch.double) - 0.5
         norm.running_mean.copy_(values.mean(1) + off[0] * spread)
         norm.running_var.copy_(torch.where(spread > 0, spread, 1.0).square() * (1 + off[1]))
 
-    norms = [m for m in model.eval().modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    handles = [m.register_forward_pre_hook(measure) for m in norms]
-    try:
-        if handles:
+    norms = {n: m for n, m in model.eval().named_modules() if isinstance(m, nn.modules.batchnorm._NormBase)}
+    if norms:
+        with heard(norms, measure, before=True):
             outputs(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
     return model
 
 

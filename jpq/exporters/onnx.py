@@ -19,6 +19,7 @@ from brevitas.export import export_onnx_qcdq
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from jpq.files import replace_file
 from jpq.network.read import arguments, named_inputs, tensors
 from jpq.quantizers import act_quantizer, weight_quantizer
 from jpq.types import JpqError
@@ -67,15 +68,17 @@ def export(small: nn.Module, example: Any, path: Path) -> None:
     flat = model if len(inputs) == len(args) and isinstance(out, Tensor) else _Flat(model, args, kwargs)
     names = _input_names(model, args, kwargs), _output_names(out)
     batched = [t.dim() > 0 and len(t) == len(inputs[0]) for t in [*inputs, *tensors(out)]]
-    part = path.with_suffix(".part")
-    with _quiet():
-        export_onnx_qcdq(
-            flat, args=tuple(inputs), export_path=str(part), dynamo=False, opset_version=OPSET,
-            input_names=names[0], output_names=names[1],
-            dynamic_axes={n: {0: "batch"} for n, b in zip(names[0] + names[1], batched, strict=True) if b},
-        )  # fmt: skip
-    onnx.checker.check_model(str(part))
-    part.replace(path)
+
+    def write(part: Path) -> None:
+        with _quiet():
+            export_onnx_qcdq(
+                flat, args=tuple(inputs), export_path=str(part), dynamo=False, opset_version=OPSET,
+                input_names=names[0], output_names=names[1],
+                dynamic_axes={n: {0: "batch"} for n, b in zip(names[0] + names[1], batched, strict=True) if b},
+            )  # fmt: skip
+        onnx.checker.check_model(str(part))
+
+    replace_file(path, write)
 
 
 def _input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from jpq.exporters.packed import Packed, header_bytes, load_packed, packed_bytes, save_packed
 from jpq.exporters.verify import EXACT, difference
-from jpq.network.read import call
+from jpq.network.read import call, heard
 from jpq.plan import Plan
 from jpq.quantizers import act_quantizer, replace_everywhere, weight_quantizer
 from jpq.quantizers.integer import levels
@@ -133,36 +132,23 @@ def _pairs(model: nn.Module, example: Any) -> list[Pair]:
     calls: Counter[str] = Counter()
     outputs: dict[str, int] = {}
     pairs: list[Pair] = []
+    modules: dict[str, nn.Module] = {}
 
-    def layer_hook(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, out: Tensor) -> None:
-            calls[name] += 1
+    def pair(name: str, module: Any, x: Any, out: Any) -> None:
+        calls[name] += 1
+        if name in outputs:
             made[id(out)] = name
             keep.append(out)
+        elif id(x) in made and module.running_mean is not None and module.num_features == outputs[made[id(x)]]:
+            pairs.append((made[id(x)], name))
 
-        return hook
-
-    def norm_hook(name: str) -> Callable[..., None]:
-        def hook(norm: Any, args: tuple[Any, ...], _: Tensor) -> None:
-            calls[name] += 1
-            read = args[0] if args else None
-            if id(read) in made and norm.running_mean is not None and norm.num_features == outputs[made[id(read)]]:
-                pairs.append((made[id(read)], name))
-
-        return hook
-
-    handles = []
     for name, m in model.named_modules():
         if hasattr(m, "weight_quant") and weight_quantizer(m).log_threshold.dim() > 0:
-            outputs[name] = len(m.weight)
-            handles.append(m.register_forward_hook(layer_hook(name)))
+            outputs[name], modules[name] = len(m.weight), m
         elif isinstance(m, nn.modules.batchnorm._BatchNorm):
-            handles.append(m.register_forward_hook(norm_hook(name)))
-    try:
+            modules[name] = m
+    with heard(modules, pair):
         call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
     return [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == 1]
 
 

@@ -11,7 +11,6 @@ metadata `jpq` is the JSON of what a reader needs, with a checksum of every stre
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Size, Tensor
 
+from jpq.files import replace_file
 from jpq.structures import Layout, Structure, bits, encoding, parse
 from jpq.types import JpqError
 
@@ -93,10 +93,9 @@ def save_packed(path: Path, layers: Mapping[str, Packed], tensors: Mapping[str, 
         streams[f"tensors/{name}"] = stored
         about["tensors"][name] = _describe(stored)
     text = json.dumps(about, separators=(",", ":"))
-    part = path.with_name(f".{path.name}.part")
+    about_it = {"jpq": text, "crc32": str(zlib.crc32(text.encode()))}
     try:
-        save_file(streams, part, {"jpq": text, "crc32": str(zlib.crc32(text.encode()))})
-        os.replace(part, path)
+        replace_file(path, lambda part: save_file(streams, part, about_it))
     except (OSError, SafetensorError) as error:
         raise JpqError(f"Cannot write {path}: {error}.") from error
 

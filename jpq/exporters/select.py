@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jpq.exporters.order import contiguous
-from jpq.network.attach import call
+from jpq.network.read import call, evaluating, heard
 from jpq.types import JpqError
 
 
@@ -85,19 +85,13 @@ def copies(model: nn.Module, example: Any) -> Copies:
     """Counted by running an exported model on a batch (a tensor, a tuple of arguments, or a dict of keywords)."""
     size = 0
 
-    def watch(_: nn.Module, __: Any, out: Tensor) -> None:
+    def count(_: str, __: nn.Module, ___: Any, out: Tensor) -> None:
         nonlocal size
         size += out.numel() * out.element_size()
 
-    selects = [m for m in model.modules() if isinstance(m, Select)]
-    gathers = [s for s in selects if s.index is not None]
-    handles = [s.register_forward_hook(watch) for s in gathers]
-    training = model.training
-    try:
-        call(model.eval(), example)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    runs, channels = sum(s.runs for s in gathers), sum(s.length for s in gathers)
+    selects = {n: m for n, m in model.named_modules() if isinstance(m, Select)}
+    gathers = {n: s for n, s in selects.items() if s.index is not None}
+    with evaluating(model), heard(gathers, count):
+        call(model, example)
+    runs, channels = sum(s.runs for s in gathers.values()), sum(s.length for s in gathers.values())
     return Copies(len(selects) - len(gathers), len(gathers), runs, channels, size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from jpq.costs import LayerUse, bops, macs
 from jpq.exporters.onnx import Session
 from jpq.network.compressed import Compressed
-from jpq.network.read import batch_of, call, tensors
+from jpq.network.read import batch_of, call, evaluating, heard, tensors
 from jpq.quantizers import act_quantizer, weight_quantizer
 from jpq.types import JpqError
 
@@ -150,28 +150,18 @@ def measure(small: nn.Module, example: Any) -> dict[str, int]:
     uses: list[LayerUse] = []
     samples = batch_of(example)
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-            weight = layer.weight
-            x = args[0] if args else kwargs["input"]
-            at = x if getattr(layer, "transposed", False) else out  # where the kernel is applied
-            dim = at.dim() - weight.dim() + 1 if weight.dim() > 2 else at.dim() - 1
-            batch = 1 if dim == 0 else samples  # one sample without a batch dim
-            count = weight.numel() * (at.numel() // at.shape[dim]) // batch
-            w, a = (round(float(q.width())) for q in (weight_quantizer(layer), act_quantizer(layer)))
-            mask = getattr(layer, "mask", None)
-            density = 1 if mask is None else Fraction(int(mask.sum()), mask.numel())
-            uses.append(LayerUse(name, count, weight.numel(), out.shape[dim], 1, 1, density, w, a))
+    def count(name: str, layer: Any, x: Any, out: Tensor) -> None:
+        weight = layer.weight
+        at = x if getattr(layer, "transposed", False) else out  # where the kernel is applied
+        dim = at.dim() - weight.dim() + 1 if weight.dim() > 2 else at.dim() - 1
+        batch = 1 if dim == 0 else samples  # one sample without a batch dim
+        work = weight.numel() * (at.numel() // at.shape[dim]) // batch
+        w, a = (round(float(q.width())) for q in (weight_quantizer(layer), act_quantizer(layer)))
+        mask = getattr(layer, "mask", None)
+        density = 1 if mask is None else Fraction(int(mask.sum()), mask.numel())
+        uses.append(LayerUse(name, work, weight.numel(), out.shape[dim], 1, 1, density, w, a))
 
-        return hook
-
-    layers: Sequence[tuple[str, Any]] = [(n, m) for n, m in small.named_modules() if hasattr(m, "weight_quant")]
-    handles = [m.register_forward_hook(watch(n), with_kwargs=True) for n, m in layers]
-    training = small.training
-    try:
-        call(small.eval(), example)
-    finally:
-        small.train(training)
-        for handle in handles:
-            handle.remove()
+    layers = {n: m for n, m in small.named_modules() if hasattr(m, "weight_quant")}
+    with evaluating(small), heard(layers, count):
+        call(small, example)
     return {"bops": int(bops(uses)), "macs": int(macs(uses)), "layers": len(uses)}

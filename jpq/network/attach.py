@@ -14,7 +14,7 @@ from jpq.gates import Gate, ZeroBin
 from jpq.network.accept import require_wide, unwrapped
 from jpq.network.compressed import Compressed
 from jpq.network.hyper import Hypernetworks
-from jpq.network.read import arguments, call, does_not_run
+from jpq.network.read import arguments, call, does_not_run, evaluating, heard
 from jpq.network.record import Layer, Network
 from jpq.network.sites import Site
 from jpq.network.taps import Draw, Jitter, Masked
@@ -168,30 +168,17 @@ def observe(model: nn.Module, network: Network, batches: Batches) -> dict[str, T
     draw = torch.Generator().manual_seed(0)
     seen: dict[str, list[Tensor]] = {layer.name: [] for layer in network.layers}
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs.get("input")
-            if isinstance(x, Tensor):
-                flat = x.detach().flatten().float()
-                pick = torch.randint(flat.numel(), (min(SAMPLES, flat.numel()),), generator=draw).to(flat.device)
-                seen[name].append(torch.cat([flat[pick], flat.min()[None], flat.max()[None]]))
+    def sample(name: str, _: nn.Module, x: Tensor | None, __: Any) -> None:
+        if x is not None:
+            flat = x.detach().flatten().float()
+            pick = torch.randint(flat.numel(), (min(SAMPLES, flat.numel()),), generator=draw).to(flat.device)
+            seen[name].append(torch.cat([flat[pick], flat.min()[None], flat.max()[None]]))
 
-        return hook
-
-    modules = dict(model.named_modules())
-    handles = [
-        modules[name].register_forward_pre_hook(watch(name), with_kwargs=True) for name in seen if name in modules
-    ]
-    training = model.training
-    model.eval()
-    try:
+    modules = {n: m for n, m in model.named_modules() if n in seen}
+    with evaluating(model), heard(modules, sample, before=True):
         for batch in batches:
             try:
                 call(model, batch)
             except Exception as error:
                 raise does_not_run(model, *arguments(batch), error) from error
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
     return {name: torch.cat(parts) for name, parts in seen.items() if parts}

@@ -39,6 +39,47 @@ def call(model: Callable[..., Any], example: Any) -> Any:
     return model(*args, **kwargs)
 
 
+Heard = Callable[[str, Any, Any, Any], None]  # (name of the module, module, what it reads first, what it gives)
+
+
+@contextmanager
+def heard(modules: Mapping[str, nn.Module], note: Heard, before: bool = False) -> Iterator[None]:
+    """`note` each call of the modules; before a call (`before`) there is nothing given yet (None).
+
+    What a module reads first is None where it is not a tensor.
+    """
+
+    def hook(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any = None) -> None:
+            x = args[0] if args else kwargs.get("input")
+            note(name, module, x if isinstance(x, Tensor) else None, out)
+
+        return look
+
+    handles = [
+        module.register_forward_pre_hook(hook(name), with_kwargs=True)
+        if before
+        else module.register_forward_hook(hook(name), with_kwargs=True)
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def tensors(value: Any) -> list[Tensor]:
     """The tensors in any nest of tuples, lists, dicts, named tuples and registered classes, in order."""
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]

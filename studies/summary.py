@@ -6,6 +6,7 @@ python studies/summary.py [figures] [coverage] [methods] [claims]
 import sys
 from pathlib import Path
 
+import methods as every
 import pandas as pd
 import unconstrained
 
@@ -185,7 +186,8 @@ def methods() -> str:
     first = table.iloc[0]
     lines += [
         "",
-        f"{first.model} on {first.data}, 10,000 training images, {first.epochs} epochs, half of them search, the same "
+        f"{first.model} on {first.data}, {every.BASE.task.limit:,} training images, {first.epochs} epochs, "
+        f"{table.search_epochs.max()} of them search, the same "
         f"float weights ({100 * table.float_accuracy.mean():.2f} %), means over n seeds; {first.hardware}. At so short "
         "a training, and with so few seeds, half a point says nothing. Structured BOPs: what hardware "
         "pays that cannot skip zeros that lie anywhere, times the budget (`python studies/methods.py`).",

@@ -2,8 +2,8 @@
 
 From 8 bits everywhere a short search spends its time walking down, and the weights learn for a grid that they will not
 have. A little above the budget (`headroom`) most widths start where they will end, and bits move by exchange: the task
-pulls all of them up, the budget pushes all of them down. Measured on CIFAR-10, ResNet20, one epoch of search of three:
-the last training loss is 0.36 with 1.25 and 0.41 with 2.
+pulls all of them up, the budget pushes all of them down. On CIFAR-10 with ResNet20 (0.9 %, one epoch of search of
+three, seed 0, one run each) the last training loss is lower with 1.25 than with 2.
 """
 
 from __future__ import annotations

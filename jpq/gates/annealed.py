@@ -17,8 +17,8 @@ Annealing Indicator Search", IEEE TNNLS 34(12), arXiv:2011.02166.
 In units of COLD = 1/50, the last temperature, Adam's usual 0.05 is the paper's 1e-3 and the last margins are alpha.
 
 We differ: ln E weighs only while E is above what the budget's ramp allows; below it there is no -ln E, landing spends
-what is left. Kept indicators are folded into the weights as they are (studies/claims.py says how near 1) instead of being set
-to 1, so that landing changes nothing that trained. No look-ahead weights (first order).
+what is left. Kept indicators are folded into the weights as they are (studies/claims.py measures how near to 1 they
+come) instead of being set to 1, so that landing changes nothing that trained. No look-ahead weights (first order).
 """
 
 from __future__ import annotations

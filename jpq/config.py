@@ -65,6 +65,11 @@ class Decide:
     takes another --structure and --width, where they go together."""
     score: str = "l1"
     """What ranks channels, for upscale and two-stage: l1, l2, fpgm, lamp or hrank."""
+    allocator: str = ""
+    """How much stays where, for upscale and two-stage. uniform: the same share of every layer, the same bits.
+    threshold: one ranking of all channels, bits by noise. greedy: by gain per MAC, bits by noise. reinforce: a learned
+    distribution over layers. sampled: an Optuna search. The last two try plans on held-out images. Default: threshold
+    for scores that may be compared between layers, else uniform, with the same bits everywhere."""
     w_bits: tuple[int, int] = (2, 8)
     """Smallest and largest bit-width of weights."""
     a_bits: tuple[int, int] = (2, 8)

@@ -98,6 +98,13 @@ class Batches:
                 images = self.augment.apply(images, moves[part])
             yield self.normalise(images), self.labels.index_select(0, which)
 
+    def first(self, count: int) -> Batches:
+        """The first samples alone."""
+        return Batches(
+            self.images[:count], self.labels[:count], mean=self.mean, std=self.std, batch_size=self.batch_size,
+            augment=self.augment, shuffle=self.shuffle, seed=self.seed,
+        )  # fmt: skip
+
     def halves(self) -> tuple[Batches, Batches]:
         """Two halves of the samples, for bi-level methods: disjoint, and the same in every epoch and every run.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jpq import landing, stages
-from jpq.allocators import rank, start_bits, uniform
+from jpq.allocators import Evidence, bit_widths, pick_allocator, place, start_bits, uniform
 from jpq.budget import Controller, Target, targets
 from jpq.compose import CHANNELS, compose
 from jpq.config import BOPS
@@ -147,6 +147,7 @@ def compress(
     gate_weight: float = 0.03,
     open_norms: bool = False,
     score: str = "l1",
+    allocator: str = "",
 ) -> Joint:
     """A trainable copy of a trained `model`, with gates and quantizers, that will end within its budget.
 
@@ -169,6 +170,8 @@ def compress(
         open_norms: also prune channels inside the averages of LayerNorm, RMSNorm and GroupNorm. What `finalize` gives
             is then not what was trained, since the averages miss those channels: go on training it.
         score: a name in jpq.scores.SCORES, for methods that rank channels by one.
+        allocator: how much stays where, for the same methods: a name in jpq.allocators.ALLOCATORS that measures no
+            accuracy; default: as the score allows.
 
     Raises JpqError for unknown names, for what does not go together (`jpq.compose.refusal`), and for targets that are
     malformed or cannot be met.
@@ -180,6 +183,7 @@ def compress(
     if not any(asked.values()):
         raise JpqError('No target: give bops="1%" (or "12M"), size="50KB" or macs="50%".')
     how, by = compose(method, structure, width), pick_score(score)
+    pick_allocator(allocator)
     model = unpacked(model)
     example = example_inputs if isinstance(example_inputs, (tuple, dict)) else (example_inputs,)
     network = trace(model, example, open_norms=open_norms)
@@ -190,13 +194,17 @@ def compress(
     start = start_bits(network, goals, w_bits, a_bits, image_bits, share_left(sites, how, density))
     make = widths(how, w_bits, a_bits, image_bits, start)
     net = attach(model, network, sites, gates(how, density), make, [example_inputs], method)
+    evidence = Evidence([example_inputs])
     if how.stages:
-        rank(net, by, example_inputs)
-        plan = stages.decide(net, goals, w_bits, a_bits, density)
+        place(net, by, allocator, evidence, stages.goal_of(net, density))
+        plan = stages.decide(
+            net, goals, w_bits, a_bits, density,
+            lambda kept: bit_widths(net, allocator, evidence, kept, goals, w_bits, a_bits),
+        )  # fmt: skip
         net.settle(stages.pruned(net, plan))
         return Joint(net, model, None, steps, 0.0, partial(stages.quantize, net, plan, [example_inputs]))
     if not how.searches:
-        net.settle(decide(net, goals, w_bits, a_bits, by, example_inputs))
+        net.settle(decide(net, goals, w_bits, a_bits, by, evidence, allocator))
         return Joint(net, model, None, steps, 0.0)
     landing.require(net, goals)
     controller = Controller(goals)
@@ -211,11 +219,18 @@ def pick_score(name: str) -> Score:
     return SCORES[name]
 
 
-def decide(net: Compressed, goals: Sequence[Target], w_bits: Bounds, a_bits: Bounds, score: Score, batch: Any) -> Plan:
-    """The plan of a method that does not search: uniform bits, or the units that a score puts first."""
+def decide(
+    net: Compressed, goals: Sequence[Target], w_bits: Bounds, a_bits: Bounds, score: Score, evidence: Evidence | None,
+    allocator: str = "",
+) -> Plan:  # fmt: skip
+    """The plan of a method that does not search: uniform bits, or the units that a score and an allocator put first.
+
+    Without evidence the ranking stands as it is: enough to tell targets that cannot be met.
+    """
     if METHODS[net.method].gate is None:
         return uniform(net, goals, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1))
-    rank(net, score, batch)
+    if evidence:
+        place(net, score, allocator, evidence, goals[0])
     return landing.land(net, goals)
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from jpq import checkpoint, costs, landing, models, stages
-from jpq.allocators import rank, start_bits
+from jpq.allocators import Evidence, bit_widths, pick_allocator, place, start_bits
 from jpq.budget import Controller, Target, targets
 from jpq.compose import compose
 from jpq.config import Config
@@ -38,10 +39,11 @@ from jpq.outcome import finish
 from jpq.plan import Plan, from_json
 from jpq.plan import read as read_plan
 from jpq.result import Result, Silent, Watch
-from jpq.train import Objective, Phase, fit, optimizer, reestimate
+from jpq.train import Objective, Phase, evaluate, fit, optimizer, reestimate
 from jpq.types import JpqError
 
 CALIBRATION = 8  # batches that fit the quantizers' ranges
+JUDGED = 1000  # held-out images on which allocators try plans
 Moments = dict[Tensor, Any]  # Adam's moving averages, by parameter
 
 
@@ -54,6 +56,7 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     d = config.decide
     method = compose(d.method, d.structure, d.width)
     pick_score(d.score)
+    pick_allocator(d.allocator)
     run = Journal(config, watch or Silent(), open_folder(config))
     torch.manual_seed(config.run.seed)
     device = pick_device(config.run.device)
@@ -150,6 +153,23 @@ def calibration(data: Data) -> list[torch.Tensor]:
     return [x for x, _ in islice(data.train.epoch(0), CALIBRATION)]
 
 
+def judged(net: Compressed, data: Data, config: Config) -> Evidence:
+    """What allocators may look at: training batches, and the held-out accuracy of any plan.
+
+    The accuracy is that of a copy that settles on the plan and measures BatchNorm's statistics anew.
+    """
+    images = data.held_out.first(JUDGED)
+    batches = list(islice(data.train.epoch(0), CALIBRATION))
+
+    def accuracy(plan: Plan) -> float:
+        trial = copy.deepcopy(net)
+        trial.settle(plan)
+        reestimate(trial, batches)
+        return evaluate(trial, images)
+
+    return Evidence([x for x, _ in batches], accuracy, config.run.seed)
+
+
 def split(config: Config, method: Method) -> tuple[int, int]:
     """(search epochs, fine-tune epochs)."""
     if not (method.searches or method.stages):
@@ -174,8 +194,10 @@ def search(
         run.metrics = run.saved["metrics"]  # type: ignore[index]
     elif method.stages:
         batches = calibration(data)
-        rank(net, pick_score(d.score), batches[0])
-        plan = stages.decide(net, goals, d.w_bits, d.a_bits, d.density)
+        evidence = judged(net, data, config)
+        place(net, pick_score(d.score), d.allocator, evidence, stages.goal_of(net, d.density))
+        widths = lambda plan: bit_widths(net, d.allocator, evidence, plan, goals, d.w_bits, d.a_bits)  # noqa: E731
+        plan = stages.decide(net, goals, d.w_bits, d.a_bits, d.density, widths)
         net.settle(stages.pruned(net, plan))
         objective = Objective(model, t.distill, t.temperature)
         optim = optimizer(net, t.lr, t.weight_decay)
@@ -183,7 +205,7 @@ def search(
         moments = dict(optim.state)
         stages.observe_again(net, batches)
     elif not method.searches:
-        plan = decide(net, goals, d.w_bits, d.a_bits, pick_score(d.score), calibration(data)[0])
+        plan = decide(net, goals, d.w_bits, d.a_bits, pick_score(d.score), judged(net, data, config), d.allocator)
     else:
         controller = Controller(goals)
         controller.begin(net.exact())

@@ -1,15 +1,15 @@
 """Prune first, then quantize: the two stages that most people use today, planned so that they meet a budget exactly.
 
-Everything is decided at the start, from the trained weights: channels go by a score until `density` of the MACs is
-left; then come the widest uniform bits that fit; then channels open or close by rank until the budget is used up
-(where all are open before that, the bits grow by one step and a few close). Stage one trains the pruned network at the
-widest bits that are allowed, which is nearly float; stage two trains it quantized.
+Everything is decided at the start, from the trained weights: channels go by a score and an allocator until `density`
+of the MACs is left; then come the widest uniform bits that fit, or the allocator's bits; then channels open or close by
+rank until the budget is used up (where all are open before that, uniform bits grow by one step and a few close). Stage
+one trains the pruned network at the widest bits that are allowed, which is nearly float; stage two trains it quantized.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,13 +21,21 @@ from jpq.landing import BOTTOM, Soft, land, note, require, soft
 from jpq.network.attach import observe
 from jpq.network.compressed import Compressed
 from jpq.plan import Plan
-from jpq.quantizers import Fixed
+from jpq.quantizers import Fixed, Width
 from jpq.types import JpqError
 
 Bounds = tuple[int, int]
+Widths = Callable[[Plan], Mapping[tuple[str, str], Width] | None]  # soft widths for the units that a plan keeps
 
 
-def decide(net: Compressed, goals: Sequence[Target], w_bits: Bounds, a_bits: Bounds, density: float) -> Plan:
+def decide(
+    net: Compressed,
+    goals: Sequence[Target],
+    w_bits: Bounds,
+    a_bits: Bounds,
+    density: float,
+    widths: Widths | None = None,
+) -> Plan:
     """The plan that both stages share.
 
     Args:
@@ -36,6 +44,7 @@ def decide(net: Compressed, goals: Sequence[Target], w_bits: Bounds, a_bits: Bou
         w_bits, a_bits: smallest and largest width.
         density: share of the dense network's MACs that stay before what the bits leave of the budget opens more, or
             the smallest bits close more.
+        widths: what chooses soft widths for the pruned network; default: the same bits everywhere.
 
     Raises JpqError, naming the smallest possible cost or density, for what cannot be met, and for units that are no
     channels.
@@ -44,8 +53,11 @@ def decide(net: Compressed, goals: Sequence[Target], w_bits: Bounds, a_bits: Bou
     ranking = soft(net)
     least = everywhere(net, w_bits[0], a_bits[0])
     require(net, goals, at(ranking, least).at(-BOTTOM))
-    pruned = land(net, [stays(net, ranking, density), *(g for g in goals if g.cost == "macs")], ranking)
+    pruned = land(net, [goal_of(net, density), *(g for g in goals if g.cost == "macs")], ranking)
     bits = replace(least, kept=pruned.kept)
+    chosen = widths(pruned) if widths and meets(goals, net.exact(bits)) else None
+    if chosen:
+        return land(net, goals, at(ranking, land(net, goals, wide(ranking, bits, chosen))))
     if meets(goals, net.exact(bits)):
         bits = uniform(net, goals, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1), pruned.kept)
     plan = land(net, goals, at(ranking, bits))
@@ -72,10 +84,15 @@ def at(ranking: Soft, plan: Plan) -> Soft:
     return replace(ranking, widths=widths)
 
 
-def stays(net: Compressed, ranking: Soft, density: float) -> Target:
+def wide(ranking: Soft, plan: Plan, widths: Mapping[tuple[str, str], Width]) -> Soft:
+    """Soft widths alone, with the channels of `plan`."""
+    return replace(ranking, plan=plan, widths={**at(ranking, plan).widths, **widths}, margins={})
+
+
+def goal_of(net: Compressed, density: float) -> Target:
     """A density as a target for MACs. Raises JpqError where even one channel at each site is more."""
     full = costs.baseline(net.exact())["macs"]
-    least = costs.macs(net.exact(ranking.at(-BOTTOM)))
+    least = costs.macs(net.exact(soft(net).at(-BOTTOM)))
     if density * full < least:
         share = math.ceil(1000 * least / full) / 1000
         raise JpqError(

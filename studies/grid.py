@@ -16,9 +16,10 @@ import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -131,10 +132,12 @@ def picture(path: Path, title: str) -> None:
 def main(
     name: str, title: str, base: jpq.Config, methods: list[str], wanted: list[str], seeds: list[int],
     prepare: Callable[[jpq.Config], jpq.Config] = lambda config: config, draw: Callable[[Path, str], None] = picture,
+    variants: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:  # fmt: skip
     """The command line of a study: runs what is missing, prints the table of means, draws.
 
-    `prepare` may change what all runs share (train float weights once) before the first that is missing.
+    `prepare` may change what all runs share (train float weights once) before the first that is missing. `variants`
+    give names to settings of `Decide`; other names are methods.
     """
     parser = argparse.ArgumentParser(
         description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -153,7 +156,9 @@ def main(
     for seed in args.seeds if not args.plot else []:
         for target in args.targets:
             for method in args.methods:
-                searched = split(replace(base, train=replace(base.train, epochs=args.epochs)), jpq.METHODS[method])[0]
+                chosen = {"method": method} if variants is None else variants[method]
+                train = replace(base.train, epochs=args.epochs)
+                searched = split(replace(base, train=train), jpq.METHODS[chosen["method"]])[0]
                 if (method, target, str(seed), str(args.epochs), str(searched)) in done(path):
                     continue
                 print(f"{name}: {method} {target} seed {seed}", flush=True)
@@ -162,14 +167,15 @@ def main(
                     config = replace(
                         prepare(replace(base, task=task)),
                         budget=replace(base.budget, target_bops=target),
-                        decide=replace(base.decide, method=method),
-                        train=replace(base.train, epochs=args.epochs),
+                        decide=replace(base.decide, **chosen),
+                        train=train,
                         run=replace(base.run, seed=seed, out=Path(folder), threads=args.threads),
                     )
                     own = f"--methods {method} --targets {shlex.quote(target)} --seeds {seed} --epochs {args.epochs}"
                     command = f"python studies/{name}.py {own}"
                     try:
-                        append(path, line(jpq.optimize(config, Print(), command), config, command))
+                        result = jpq.optimize(config, Print(), command)
+                        append(path, line(result, config, command) | {"method": method})
                     except jpq.JpqError as error:  # such as uniform bits at a budget below 2 bits everywhere
                         print(f"  not possible: {error}", flush=True)
     table = pd.read_csv(path)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jpq.gates import Ranked
 from jpq.network.compressed import Compressed
 from jpq.network.read import call, evaluating, heard
 from jpq.network.sites import Site
 from jpq.network.taps import original
 from jpq.scores import Evidence, Score, SiteView
 from jpq.types import JpqError
-
-Member = tuple[Site, Ranked]
 
 
 @torch.no_grad()
@@ -34,24 +33,52 @@ def rank(net: Compressed, score: Score, batch: Any) -> None:
 
     Raises JpqError where the units are not channels.
     """
+    groups = scored(net, score, batch)
+    if score.everywhere and groups:
+        margins = list(quantiles(torch.cat([g.scores for g in groups])).split([len(g.scores) for g in groups]))
+    else:
+        margins = [quantiles(g.scores) for g in groups]
+    order(net, groups, margins)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Units that compete with each other: those of one reader, or those of one coupled site."""
+
+    name: str
+    sites: tuple[Site, ...]
+    scores: Tensor  # [n], on the CPU: larger is more important
+
+    def of(self, site: Site, values: Tensor) -> Tensor:
+        """The part of `[n]` values that belongs to one of its sites."""
+        parts = values.split([s.n for s in self.sites])
+        return parts[self.sites.index(site)]
+
+
+@torch.no_grad()
+def scored(net: Compressed, score: Score, batch: Any) -> list[Group]:
+    """The groups of a network and the scores of their units. Raises JpqError where the units are not channels."""
     require_channels(net)
-    groups: dict[str, list[Member]] = defaultdict(list)
-    for site, gate in zip(net.sites, net.gates, strict=True):
-        groups[site.taps[0].layer if len(site.taps) == 1 else f"{site.name} (coupled)"].append((site, gate))
+    members: dict[str, list[Site]] = defaultdict(list)
+    for site in net.sites:
+        members[site.taps[0].layer if len(site.taps) == 1 else f"{site.name} (coupled)"].append(site)
     wants = "activations" in score.needs
     seen = _inputs(net, {tap.layer for site in net.sites for tap in site.taps}, batch) if wants else {}
-    scores = []
-    for name, members in groups.items():
-        view = SiteView(name, _joined([_rows(net, site) for site, _ in members], 0, 1))
-        maps = _joined([_maps(site, seen) for site, _ in members], 1, 2) if wants else None
-        scores.append(score(view, Evidence(maps))[0].cpu())
-    if score.everywhere and scores:
-        margins = list(_quantiles(torch.cat(scores)).split([len(s) for s in scores]))
-    else:
-        margins = [_quantiles(s) for s in scores]
-    for members, values in zip(groups.values(), margins, strict=True):
-        for (_, gate), part in zip(members, values.split([gate.n for _, gate in members]), strict=True):
-            gate.margins.copy_(part[None])
+    groups = []
+    for name, sites in members.items():
+        view = SiteView(name, _joined([_rows(net, site) for site in sites], 0, 1))
+        maps = _joined([_maps(site, seen) for site in sites], 1, 2) if wants else None
+        groups.append(Group(name, tuple(sites), score(view, Evidence(maps))[0].cpu()))
+    return groups
+
+
+@torch.no_grad()
+def order(net: Compressed, groups: Sequence[Group], margins: Sequence[Tensor]) -> None:
+    """Write margins, `[n]` for each group, into the network's `Ranked` gates: the smallest go first."""
+    gates = {site.name: gate for site, gate in zip(net.sites, net.gates, strict=True)}
+    for group, values in zip(groups, margins, strict=True):
+        for site in group.sites:
+            gates[site.name].margins.copy_(group.of(site, values)[None])
 
 
 def require_channels(net: Compressed) -> None:
@@ -60,7 +87,7 @@ def require_channels(net: Compressed) -> None:
         raise JpqError("Scores rank whole channels: leave --structure out, or choose a --method that learns its gates.")
 
 
-def _quantiles(scores: Tensor) -> Tensor:
+def quantiles(scores: Tensor) -> Tensor:
     """Share of entries that stand no higher, in (0, 1]; of equals the first stands lower."""
     out = torch.empty(len(scores))
     out[scores.argsort(stable=True)] = torch.arange(1, len(scores) + 1) / len(scores)

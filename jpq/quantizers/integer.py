@@ -82,6 +82,13 @@ class _Quantize(torch.autograd.Function):
         return dx, d_threshold, d_bits, None, d_jitter
 
 
+@torch.no_grad()
+def quantized(x: Tensor, threshold: Tensor, bits: float, signed: bool) -> Tensor:
+    """x on the plain grid with the range `threshold`, a scalar or one that broadcasts to x; no gradient."""
+    out: Tensor = _Quantize.apply(x, threshold, torch.tensor(float(bits), device=x.device), signed, None)
+    return out
+
+
 class Integer(nn.Module):
     """brevitas `tensor_quant`: x -> (x_q, scale, zero point, bit-width).
 

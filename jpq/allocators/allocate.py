@@ -1,0 +1,179 @@
+"""ALLOCATORS: how much stays where, in channels and in bits, for methods that decide before they train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jpq import costs, landing
+from jpq.allocators import units
+from jpq.allocators.noise import Key, bits_by_noise, sensitivities
+from jpq.allocators.ranked import order, quantiles, scored
+from jpq.allocators.reinforce import Counts, Policy, learn
+from jpq.allocators.sampled import search
+from jpq.allocators.units import Allocator, Margins, Problem, in_order
+from jpq.budget import Target, meets
+from jpq.network.compressed import Compressed
+from jpq.plan import Plan
+from jpq.quantizers import Learned, Width
+from jpq.scores import Score
+from jpq.types import JpqError, unknown
+
+Bounds = tuple[int, int]
+TRIALS = 40  # of the search baseline, once for channels and once for bits
+REACH_BITS = 2.0  # largest offset of a width that the search baseline tries
+
+
+def reinforced(problem: Problem) -> Margins:
+    """Units in the order in which a learned distribution over layers lets them go; what is left follows by share."""
+    ranks = [group.scores.argsort(descending=True, stable=True) for group in problem.groups]
+    full = problem.macs([torch.ones(len(r)) for r in ranks])
+
+    def kept(gone: Counts) -> list[Tensor]:
+        return [torch.zeros(len(r)).index_fill(0, r[: len(r) - int(n)], 1.0) for r, n in zip(ranks, gone, strict=True)]
+
+    def quality(gone: Counts) -> tuple[float, float]:
+        now = kept(gone)
+        return problem.measured(now), problem.macs(now) / full
+
+    path = learn([len(r) for r in ranks], quality, lambda gone: problem.enough(kept(gone)), Policy(), problem.seed)
+    went: list[tuple[int, int]] = []
+    gone = np.zeros(len(ranks), np.int64)
+    for now in path:
+        for g, r in enumerate(ranks):
+            went += [(g, int(u)) for u in r[len(r) - int(now[g]) : len(r) - int(gone[g])].flip(0)]
+        gone = now
+    stay = [(g, int(u), i / len(r)) for g, r in enumerate(ranks) for i, u in enumerate(r[: len(r) - int(gone[g])])]
+    stay.sort(key=lambda entry: entry[2])  # the best of each group first
+    return in_order(problem, [(g, u) for g, u, _ in stay] + went[::-1])
+
+
+def sampled(problem: Problem) -> Margins:
+    """Each group's places plus an offset that a search over held-out accuracy chooses."""
+    places = [quantiles(group.scores) for group in problem.groups]
+
+    def margins(offsets: Mapping[str, float]) -> Margins:
+        moved = [p + offsets[g.name] for p, g in zip(places, problem.groups, strict=True)]
+        return list(quantiles(torch.cat(moved)).split([len(p) for p in moved]))
+
+    def accuracy(offsets: Mapping[str, float]) -> float:
+        return problem.measured(within(problem, margins(offsets)))
+
+    return margins(search([g.name for g in problem.groups], accuracy, TRIALS, problem.seed)) if places else []
+
+
+def within(problem: Problem, margins: Margins) -> list[Tensor]:
+    """The units that stay where as few as needed go, in the order of their margins; one of each group at least."""
+    flat = torch.cat(margins).sort().values
+
+    def kept(cut: int) -> list[Tensor]:
+        out = [(m > flat[cut - 1]).float() if cut else torch.ones(len(m)) for m in margins]
+        for keep, m in zip(out, margins, strict=True):
+            keep[m.argmax()] = 1.0
+        return out
+
+    low, high = 0, len(flat)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if problem.enough(kept(middle)) else (middle + 1, high)
+    return kept(low)
+
+
+ALLOCATORS: Mapping[str, Allocator] = {
+    "uniform": units.uniform,
+    "threshold": units.threshold,
+    "greedy": units.greedy,
+    "reinforce": reinforced,
+    "sampled": sampled,
+}
+MEASURING = ("reinforce", "sampled")  # those that try plans on held-out images
+
+
+def pick_allocator(name: str) -> Allocator | None:
+    """The allocator of that name; None for an empty one (as the score allows); or the closest names."""
+    if name and name not in ALLOCATORS:
+        raise unknown("allocator", name, ALLOCATORS)
+    return ALLOCATORS[name] if name else None
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What allocators look at beside the network: inputs of the model, and a way to measure a plan."""
+
+    batches: Sequence[Any]
+    accuracy: Callable[[Plan], float] | None = None
+    seed: int = 0
+
+
+def place(net: Compressed, score: Score, allocator: str, evidence: Evidence, goal: Target | None = None) -> None:
+    """Write an allocator's order into the margins of `Ranked` gates, for landing to cut.
+
+    Without an allocator units of all layers compete where the score may be compared between layers; else every layer
+    gives the same share. `goal`: what the units may cost, for allocators that work towards it.
+
+    Raises JpqError for an unknown name, and for units that are no channels.
+    """
+    chosen = pick_allocator(allocator) or (units.threshold if score.everywhere else units.uniform)
+    groups = scored(net, score, evidence.batches[0])
+    problem = Problem(net, groups, score.everywhere, goal, evidence.accuracy, evidence.seed)
+    order(net, groups, chosen(problem))
+
+
+def bit_widths(
+    net: Compressed, allocator: str, evidence: Evidence, plan: Plan, goals: Sequence[Target], w_bits: Bounds,
+    a_bits: Bounds,
+) -> dict[Key, Width] | None:  # fmt: skip
+    """Soft widths of every tensor for landing to shift, given what `plan` keeps; None: the same everywhere."""
+    if allocator in ("", "uniform"):
+        return None
+    bounds = {"w": w_bits, "a": a_bits}
+    if allocator in ("threshold", "greedy"):
+        return bits_by_noise(net, sensitivities(net, evidence.batches, evidence.seed), plan, w_bits, a_bits)
+    if evidence.accuracy is None:
+        raise JpqError(f"Allocator {allocator} measures accuracy and needs data: use `jpq optimize`, or choose "
+                       "uniform, threshold or greedy.")  # fmt: skip
+    measure = evidence.accuracy
+    free = [
+        (layer.name, side)
+        for layer in net.network.layers
+        for side in "wa"
+        if layer.name in plan.layers and not (side == "a" and layer.reads_input)
+    ]
+    if allocator == "sampled":
+        ranking = replace(landing.soft(net), plan=plan, margins={})
+
+        def soft(offsets: Mapping[str, float]) -> dict[Key, Width]:
+            return {(n, s): Learned(4.0 + offsets[f"{n} {s}"], *bounds[s]) for n, s in free}
+
+        def accuracy(offsets: Mapping[str, float]) -> float:
+            widths = {**ranking.widths, **soft(offsets)}
+            return measure(landing.land(net, goals, replace(ranking, widths=widths)))
+
+        return soft(search([f"{n} {s}" for n, s in free], accuracy, TRIALS, evidence.seed, REACH_BITS))
+    full = float(costs.bops(net.exact(with_bits(plan, {key: bounds[key[1]][1] for key in free}))))
+
+    def at(gone: Counts) -> Plan:
+        return with_bits(plan, {key: bounds[key[1]][1] - int(n) for key, n in zip(free, gone, strict=True)})
+
+    def quality(gone: Counts) -> tuple[float, float]:
+        now = at(gone)
+        return measure(now), float(costs.bops(net.exact(now))) / full
+
+    steps = [bounds[side][1] - bounds[side][0] + 1 for _, side in free]
+    path = learn(steps, quality, lambda gone: meets(goals, net.exact(at(gone))), Policy(), evidence.seed)
+    last = path[-1] if path else np.zeros(len(free), np.int64)
+    return {key: Learned(bounds[key[1]][1] - int(n), *bounds[key[1]]) for key, n in zip(free, last, strict=True)}
+
+
+def with_bits(plan: Plan, bits: Mapping[Key, int]) -> Plan:
+    """The plan with other widths."""
+    layers = {
+        name: replace(layer, w_bits=bits.get((name, "w"), layer.w_bits), a_bits=bits.get((name, "a"), layer.a_bits))
+        for name, layer in plan.layers.items()
+    }
+    return replace(plan, layers=layers)

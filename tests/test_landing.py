@@ -110,7 +110,7 @@ def test_gates_that_count_are_judged_by_what_will_stay():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_step_back_pays_for_a_step_forward_where_single_steps_are_too_coarse(seed, monkeypatch):
-    """Found by CI: with masks that landing may not choose, only eight widths are left, and one bit can be 4 % of all."""
+    """Found by CI: with masks that landing may not choose only eight widths are left, and one bit can be 4 % of all."""
     torch.manual_seed(seed)
     model = build("convnet", 10, 1)
     make = lambda rows, n: Feedback(rows, n, density=0.1)  # noqa: E731

@@ -19,33 +19,35 @@ from jpq.gates import Gate
 from jpq.network.attach import attach
 from jpq.network.compressed import Compressed
 from jpq.network.read import call
+from jpq.network.record import Network
 from jpq.network.sites import channels
 from jpq.network.trace import trace
 from jpq.plan import Plan
 from jpq.quantizers import Fixed
 
+Sites = Callable[[Network], Any]
 Net = tuple[nn.Module, Compressed, Any]  # float model, the same with gates and quantizers, example
 
 
-def gated(name: str, gate: type[Gate], seed: int = 0) -> Net:
-    """A net of the zoo with a gate at each site and 8 bits everywhere."""
+def gated(name: str, gate: Callable[..., Gate], seed: int = 0, sites: Sites = channels) -> Net:
+    """A net of the zoo with a gate at each of `sites(network)` and 8 bits everywhere."""
     torch.manual_seed(seed)
     make, example = ZOO[name]
     model = make().eval()
     network = trace(model, example)
-    net = attach(model, network, channels(network), gate, lambda layer: (Fixed(8), Fixed(8)), [example], "test")
+    net = attach(model, network, sites(network), gate, lambda layer: (Fixed(8), Fixed(8)), [example], "test")
     return model, net, example
 
 
 def attached(
     name: str,
-    gate: type[Gate],
+    gate: Callable[..., Gate],
     widths: Callable[..., Any],
-    sites: Callable[..., Any] = channels,
+    sites: Sites = channels,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Net:
-    """A net of the zoo whose every channel matters, with a gate at each of `sites(network)` and widths of one's own."""
+    """The same with random statistics, behind which no channel can hide, and widths of one's own."""
     torch.manual_seed(seed)
     make, example = ZOO[name]
     model = randomised(make(), seed).to(dtype)

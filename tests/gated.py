@@ -1,26 +1,86 @@
-"""Small networks with gates on them, for the tests of single methods."""
+"""Small networks with gates on them, for the tests of single methods: made, settled, rebuilt and exported."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from zoo import ZOO
+from torch.utils._pytree import tree_map
+from zoo import ZOO, randomised
 
+from jpq import costs
+from jpq.exporters import onnx
+from jpq.exporters.quantized import rebuild
+from jpq.exporters.verify import compare
 from jpq.gates import Gate
 from jpq.network.attach import attach
 from jpq.network.compressed import Compressed
+from jpq.network.read import call
+from jpq.network.record import Network
 from jpq.network.sites import channels
 from jpq.network.trace import trace
+from jpq.plan import Plan
 from jpq.quantizers import Fixed
 
+Sites = Callable[[Network], Any]
+Net = tuple[nn.Module, Compressed, Any]  # float model, the same with gates and quantizers, example
 
-def gated(name: str, gate: type[Gate], seed: int = 0) -> tuple[nn.Module, Compressed, Any]:
-    """(float model, the same with a gate at each site and 8 bits everywhere, example) of a net of the zoo."""
+
+def gated(name: str, gate: Callable[..., Gate], seed: int = 0, sites: Sites = channels) -> Net:
+    """A net of the zoo with a gate at each of `sites(network)` and 8 bits everywhere."""
     torch.manual_seed(seed)
     make, example = ZOO[name]
     model = make().eval()
     network = trace(model, example)
-    net = attach(model, network, channels(network), gate, lambda layer: (Fixed(8), Fixed(8)), [example], "test")
+    net = attach(model, network, sites(network), gate, lambda layer: (Fixed(8), Fixed(8)), [example], "test")
     return model, net, example
+
+
+def attached(
+    name: str,
+    gate: Callable[..., Gate],
+    widths: Callable[..., Any],
+    sites: Sites = channels,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Net:
+    """The same with random statistics, behind which no channel can hide, and widths of one's own."""
+    torch.manual_seed(seed)
+    make, example = ZOO[name]
+    model = randomised(make(), seed).to(dtype)
+    example = tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, example)
+    network = trace(model, example)
+    return model, attach(model, network, sites(network), gate, widths, [example], "test").to(dtype), example
+
+
+class Rebuilt(NamedTuple):
+    """A network before and after it settles on its plan, and the rebuilt model: they give and cost the same."""
+
+    soft: Any  # output before
+    bops: float  # before
+    plan: Plan
+    settled: Any  # output after
+    rebuilt: Any  # output of the rebuilt model
+    model: nn.Module
+    complete: Plan  # of the rebuilt model
+
+
+@torch.no_grad()
+def rebuilt(model: nn.Module, net: Compressed, example: Any) -> Rebuilt:
+    soft, bops, plan = call(net, example), float(costs.bops(net.uses())), net.plan()
+    net.settle(plan)
+    settled = call(net, example)
+    small, complete = rebuild(net, model)
+    return Rebuilt(soft, bops, plan, settled, call(small, example), small, complete)
+
+
+def compare_exported(model: nn.Module, net: Compressed, example: Any, path: Path) -> dict[str, Any]:
+    """How far the settled network, rebuilt, is apart from its ONNX file on 64 random samples."""
+    net.settle(net.plan())
+    small, _ = rebuild(net, model)
+    onnx.export(small, example, path)
+    x = torch.randn(64, *example.shape[1:])
+    return compare(small, onnx.Session(path), [(x, torch.zeros(64))])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_recipe import config
+from runs import config
 from test_stages import EXAMPLE, ranked
 
 import jpq

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from gated import attached, rebuilt
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map
-from zoo import ZOO, randomised
+from torch.utils._pytree import tree_flatten
+from zoo import ZOO
 
 from jpq import costs
 from jpq.exporters import onnx
@@ -27,14 +28,7 @@ def widths(layer):
 
 def compressed(name, gate=VIB, seed=0, dtype=torch.float64, fewer=4):
     """A zoo net with gates and quantizers, its decisions drawn at random; each width loses up to `fewer` bits."""
-    torch.manual_seed(seed)
-    make, example = ZOO[name]
-    model = randomised(make(), seed)
-    as_float = lambda t: t.to(dtype) if t.is_floating_point() else t  # noqa: E731
-    example = tree_map(as_float, example)
-    model = model.to(dtype)
-    network = trace(model, example)
-    net = attach(model, network, channels(network), gate, widths, [example], "djpq").to(dtype)
+    model, net, example = attached(name, gate, widths, seed=seed, dtype=dtype)
     for p in net.gates.parameters():
         p.data.add_(torch.randn_like(p) * 5)
     for p in net.decisions()["bits"]:
@@ -65,28 +59,21 @@ FREE = [gate for _, gate in sorted(GATES.items()) if not (gate.counted or gate.s
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_soft_settled_and_rebuilt_agree(name, gate):
     model, net, example = compressed(name, gate)
-    with torch.no_grad():
-        before = call(net, example)
-        plan = net.plan()
-        soft_cost = float(costs.bops(net.uses()))
-        net.settle(plan)
-        after = call(net, example)
-        assert gap(before, after) <= 1e-10
-        assert net.plan() == plan
-        small, complete = rebuild(net, model)
-        assert gap(after, call(small.double(), example)) <= 1e-10
-    exact = costs.bops(net.exact(complete))
+    found = rebuilt(model, net, example)
+    assert gap(found.soft, found.settled) <= 1e-10
+    assert gap(found.settled, found.rebuilt) <= 1e-10
+    assert net.plan() == found.plan
+    exact = costs.bops(net.exact(found.complete))
     assert exact.denominator == 1
-    assert soft_cost == pytest.approx(float(exact), rel=1e-5)
-    kept = sum(sum(units) for units in plan.kept.values())
-    every = sum(len(units) for units in plan.kept.values())
+    assert found.bops == pytest.approx(float(exact), rel=1e-5)
+    kept = sum(sum(units) for units in found.plan.kept.values())
+    every = sum(len(units) for units in found.plan.kept.values())
     assert not every or kept < every  # the draw really dropped something
 
 
 def test_counted_on_the_rebuilt_model():
-    for name in ("Residual", "Depthwise", "Flat"):
-        key = next(k for k in ZOO if k.lower() == name.lower())
-        model, net, example = compressed(key)
+    for name in ("residual", "depthwise", "flat"):
+        model, net, example = compressed(name)
         net.settle(net.plan())
         small, plan = rebuild(net, model)
         counted = measure(small, example)
@@ -118,7 +105,7 @@ def test_exported_file_computes_the_same(name, tmp_path):
 
 
 def test_an_export_that_computes_something_else_is_found(tmp_path):
-    model, net, example = compressed(next(k for k in ZOO if k.lower() == "plain"), dtype=torch.float32, seed=1)
+    model, net, example = compressed("plain", dtype=torch.float32, seed=1)
     net.settle(net.plan())
     net.eval()
     small, _ = rebuild(net, model)

@@ -6,18 +6,17 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_attach import call, gap
+from gated import attached, compare_exported, rebuilt
+from test_attach import gap
 from torch import nn
-from zoo import ZOO, randomised
 
 from jpq import costs, landing
 from jpq.budget import FULL_USE, spent, targets
-from jpq.exporters import onnx
-from jpq.exporters.quantized import rebuild
-from jpq.exporters.verify import compare, measure
+from jpq.exporters.verify import measure
 from jpq.gates import ZeroBin
 from jpq.models import build
 from jpq.network.attach import attach
+from jpq.network.read import call
 from jpq.network.sites import channels, masks
 from jpq.network.trace import trace
 from jpq.quantizers import DeadZone, Fixed, Gated, Integer, Learned, Squashed
@@ -26,7 +25,6 @@ from jpq.types import JpqError
 
 DOUBLE = torch.float64
 ONE = torch.tensor(1.0, dtype=DOUBLE)
-ZOO_KEY = {name.lower(): name for name in ZOO}
 
 
 def rounded(w, d, bits, top=1.0):
@@ -216,12 +214,7 @@ def widths(layer):
 
 def compressed(name, seed=0, dtype=DOUBLE):
     """A zoo net with a dead zone in each layer, zones and bits drawn at random."""
-    torch.manual_seed(seed)
-    make, example = ZOO[name]
-    model = randomised(make(), seed).to(dtype)
-    example = example.to(dtype)
-    network = trace(model, example)
-    net = attach(model, network, masks(network, "elementwise"), ZeroBin, widths, [example], "codeq").to(dtype)
+    model, net, example = attached(name, ZeroBin, widths, lambda network: masks(network, "elementwise"), seed, dtype)
     for p in net.decisions()["gates"]:
         p.data.uniform_(0.2, 1.5)
     for p in net.decisions()["bits"]:
@@ -232,38 +225,29 @@ def compressed(name, seed=0, dtype=DOUBLE):
 
 @pytest.mark.parametrize("name", ["plain", "residual", "depthwise", "concat", "flat"])
 def test_masked_settled_and_rebuilt_agree(name):
-    model, net, example = compressed(ZOO_KEY[name])
-    with torch.no_grad():
-        before, plan = call(net, example), net.plan()
-        soft = float(costs.bops(net.uses()))
-        net.settle(plan)
-        assert gap(before, call(net, example)) <= 1e-10
-        small, complete = rebuild(net, model)
-        assert gap(before, call(small, example)) <= 1e-10
-    uses = net.exact(complete)
+    model, net, example = compressed(name)
+    found = rebuilt(model, net, example)
+    assert gap(found.soft, found.settled) <= 1e-10
+    assert gap(found.soft, found.rebuilt) <= 1e-10
+    uses = net.exact(found.complete)
     exact = costs.bops(uses)
-    assert soft == pytest.approx(float(exact), rel=1e-5)
-    assert Fraction(measure(small, example)["bops"]) == exact
+    assert found.bops == pytest.approx(float(exact), rel=1e-5)
+    assert Fraction(measure(found.model, example)["bops"]) == exact
     assert all(0 < u.density < 1 for u in uses)
     for u in uses:  # density is what is counted, and dropped weights are zeros of the rebuilt model
-        layer = small.get_submodule(u.name)
+        layer = found.model.get_submodule(u.name)
         assert Fraction(int(layer.mask.sum()), layer.mask.numel()) == u.density
         assert not bool(layer.weight[~layer.mask].any())
         assert not bool(layer.weight_quant(layer.weight)[~layer.mask].any())
 
 
 def test_exported_file_computes_the_same(tmp_path):
-    model, net, example = compressed(ZOO_KEY["residual"], dtype=torch.float32)
-    net.settle(net.plan())
-    small, _ = rebuild(net, model)
-    onnx.export(small, example, tmp_path / "m.onnx")
-    x = torch.randn(64, *example.shape[1:])
-    found = compare(small, onnx.Session(tmp_path / "m.onnx"), [(x, torch.zeros(64))])
+    found = compare_exported(*compressed("residual", dtype=torch.float32), tmp_path / "m.onnx")
     assert found["argmax_differs"] <= found["at_a_rounding_boundary"] <= 3
 
 
 def test_training_rounds_on_the_dead_zone_grid_and_reaches_every_decision():
-    _, net, example = compressed(ZOO_KEY["residual"], dtype=torch.float32)
+    _, net, example = compressed("residual", dtype=torch.float32)
     net.train()
     for g in net.gates:
         assert g.in_grid

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from gated import gated
 from torch import nn
-from zoo import ZOO
 
 import jpq
 from jpq.exporters.branches import Branches, branched
@@ -14,10 +14,7 @@ from jpq.exporters.quantized import rebuild
 from jpq.exporters.verify import difference, measure
 from jpq.gates import Lasso
 from jpq.gates.lasso import LEAST, SPAN, STRENGTH, coefficients, regulariser, running
-from jpq.network.attach import attach
 from jpq.network.sites import masks
-from jpq.network.trace import trace
-from jpq.quantizers import Fixed
 from jpq.structures import Inputs, Kernels
 
 ROWS = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 2.0], [0.0, 2.0]])  # the sheet's W, kernels of one weight
@@ -170,14 +167,8 @@ def test_the_image_stays():
 
 
 def grouped(name="plain"):
-    torch.manual_seed(0)
-    make, example = ZOO[name]
-    model = make().eval()
-    network = trace(model, example)
-    make_gate = lambda rows, n: Lasso(rows, n, density=0.4, groups=2)  # noqa: E731
-    net = attach(
-        model, network, masks(network, "kernels"), make_gate, lambda layer: (Fixed(8), Fixed(8)), [example], "test"
-    )
+    make = lambda rows, n: Lasso(rows, n, density=0.4, groups=2)  # noqa: E731
+    model, net, example = gated(name, make, sites=lambda network: masks(network, "kernels"))
     for gate in net.gates:
         gate.alpha.copy_(torch.randn_like(gate.alpha))
     return model, net, example

@@ -6,6 +6,7 @@ an illegal one is refused with the reason. All cells run in the slow suite, a co
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from itertools import combinations, product
@@ -72,6 +73,7 @@ def cover(cells: list[Cell], seed: int = 0) -> list[Cell]:
 
 
 FAST = cover(LEGAL)
+CASES = [pytest.param(cell, id="-".join(cell), marks=() if cell in FAST else pytest.mark.slow) for cell in LEGAL]
 
 
 class Task(NamedTuple):
@@ -114,16 +116,18 @@ def traced_once(task: Task):
         yield
 
 
-def fit(net: joint.Joint, batches: list[tuple[Tensor, Tensor]], steps: int) -> None:
+def fit(net: joint.Joint, batches: list[tuple[Tensor, Tensor]], steps: int) -> list[float]:
+    """The losses of some steps of training."""
     net.train()
-    optimizer = torch.optim.Adam(net.groups())
+    optimizer, losses = torch.optim.Adam(net.groups()), []
     for x, y in batches[:steps]:
         loss = F.cross_entropy(net(x), y) + net.pressure()
-        assert bool(loss.isfinite())
+        losses.append(float(loss.detach()))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         net.step()
+    return losses
 
 
 def density(net: jpq.Compressed, plan: jpq.Plan) -> float:
@@ -138,7 +142,8 @@ def density(net: jpq.Compressed, plan: jpq.Plan) -> float:
     return kept / every
 
 
-def run(cell: Cell, task: Task) -> None:
+@pytest.mark.parametrize("cell", CASES)
+def test_every_legal_cell_runs_to_its_budget(cell: Cell, task: Task) -> None:
     torch.manual_seed(0)
     x = task.batches[0][0]
     net = jpq.compress(
@@ -156,9 +161,9 @@ def run(cell: Cell, task: Task) -> None:
     assert all(type(w) is WIDTHS[cell.width] for w in made)
     assert bool(made) == (cell.width != "fixed")
     assert all(type(gate) is GATES[cell.gate] for gate in net.net.gates)
-    fit(net, task.batches, STEPS)
+    assert all(map(math.isfinite, fit(net, task.batches, STEPS)))
     plan = net.land()
-    fit(net, task.batches, TUNE)
+    assert all(map(math.isfinite, fit(net, task.batches, TUNE)))
     small = net.finalize()
     counted = jpq.measure(small, x)
     assert counted["bops"] <= limit
@@ -171,17 +176,6 @@ def run(cell: Cell, task: Task) -> None:
         assert density(net.net, plan) == pytest.approx(asked, abs=0.1), "as much as was asked for"
     if cell.width == "fixed":
         assert {b for layer in plan.layers.values() for b in (layer.w_bits, layer.a_bits)} == {8}
-
-
-@pytest.mark.parametrize("cell", FAST, ids="-".join)
-def test_every_pair_runs_to_its_budget(cell: Cell, task: Task) -> None:
-    run(cell, task)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cell", [cell for cell in LEGAL if cell not in FAST], ids="-".join)
-def test_every_cell_runs_to_its_budget(cell: Cell, task: Task) -> None:
-    run(cell, task)
 
 
 def advised(cell: Cell, said: str) -> list[Cell]:

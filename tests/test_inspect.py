@@ -7,11 +7,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from cuts import cut
 from test_cli import refused
 from zoo import ZOO
 
 from jpq.cli import main
-from jpq.exporters.rebuild import shrink
 from jpq.inspection import ROWS, STAGES, stages
 from jpq.network.reach import halved_share, prunable_share, stuck
 from jpq.network.sites import channels
@@ -23,12 +23,7 @@ Captured = pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("name", ZOO)
 def test_reach_is_what_rebuilding_gives(name: str) -> None:
-    constructor, example = ZOO[name]
-    model = constructor().eval()
-    network = trace(model, example)
-    sites = channels(network)
-    gone = {int(c) for site in sites for c in site.labels[1::2]}
-    again = trace(shrink(model, network, gone), example)
+    network, sites, _, again = cut(name, lambda sites: {int(c) for site in sites for c in site.labels[1::2]})
     left = Fraction(sum(layer.macs for layer in again.layers), sum(layer.macs for layer in network.layers))
     assert halved_share(network, sites) == 1 - left
     assert halved_share(network, sites) < prunable_share(network, sites) <= 1

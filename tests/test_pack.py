@@ -6,8 +6,8 @@ import onnx
 import pandas as pd
 import pytest
 import torch
+from runs import config
 from test_attach import compressed, flat, gap
-from test_recipe import config
 from torch import nn
 
 import jpq

@@ -7,19 +7,18 @@ from itertools import pairwise
 import pytest
 import torch
 import torchvision
-from test_attach import call, gap
+from gated import attached, compare_exported, rebuilt
+from test_attach import gap
 from torch import nn
-from zoo import ZOO, randomised
 
 from jpq import costs, landing
 from jpq.budget import FULL_USE, spent, targets
-from jpq.exporters import onnx
-from jpq.exporters.quantized import rebuild
-from jpq.exporters.verify import compare, measure
+from jpq.exporters.verify import measure
 from jpq.gates import Decided, HardConcrete
 from jpq.models import build
 from jpq.network.attach import attach
 from jpq.network.prior import prior
+from jpq.network.read import call
 from jpq.network.sites import channels
 from jpq.network.trace import trace
 from jpq.quantizers import Fixed, Gated, Integer, Learned
@@ -27,7 +26,6 @@ from jpq.quantizers.gated import CLOSED, LADDER, NATS, _Nest
 from jpq.types import JpqError
 
 DOUBLE = torch.float64
-ZOO_KEY = {name.lower(): name for name in ZOO}
 
 
 def opened(count, low=2, high=16):
@@ -239,15 +237,13 @@ def test_regulariser_is_the_papers_sum():
         prior(fork(Learned)[0])
 
 
+def widths(layer):
+    return Gated(8, 2, 8), Fixed(8) if layer.reads_input else Gated(8, 2, 8)
+
+
 def compressed(name, seed=0, dtype=DOUBLE):
     """A zoo net with gated widths and channel gates, decisions drawn at random."""
-    torch.manual_seed(seed)
-    make, example = ZOO[name]
-    model = randomised(make(), seed).to(dtype)
-    example = example.to(dtype)
-    network = trace(model, example)
-    pair = lambda layer: (Gated(8, 2, 8), Fixed(8) if layer.reads_input else Gated(8, 2, 8))  # noqa: E731
-    net = attach(model, network, channels(network), HardConcrete, pair, [example], "bayesian-bits").to(dtype)
+    model, net, example = attached(name, HardConcrete, widths, seed=seed, dtype=dtype)
     for p in [*net.decisions()["gates"], *net.decisions()["bits"]]:
         p.data.copy_(torch.randn_like(p) * 3)
     for gate in net.gates:
@@ -259,33 +255,24 @@ def compressed(name, seed=0, dtype=DOUBLE):
 @pytest.mark.parametrize("name", ["plain", "residual", "depthwise", "concat", "flat"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_gated_settled_and_rebuilt_agree(name, seed):
-    model, net, example = compressed(ZOO_KEY[name], seed)
-    with torch.no_grad():
-        before, plan = call(net, example), net.plan()
-        soft = float(costs.bops(net.uses()))
-        assert {b for x in plan.layers.values() for b in (x.w_bits, x.a_bits)} <= {2, 4, 8}
-        net.settle(plan)
-        assert gap(before, call(net, example)) <= 1e-10
-        small, complete = rebuild(net, model)
-        assert gap(before, call(small, example)) <= 1e-10
-    exact = costs.bops(net.exact(complete))
-    assert soft == pytest.approx(float(exact), rel=1e-5)
-    assert Fraction(measure(small, example)["bops"]) == exact
+    model, net, example = compressed(name, seed)
+    found = rebuilt(model, net, example)
+    assert {b for x in found.plan.layers.values() for b in (x.w_bits, x.a_bits)} <= {2, 4, 8}
+    assert gap(found.soft, found.settled) <= 1e-10
+    assert gap(found.soft, found.rebuilt) <= 1e-10
+    exact = costs.bops(net.exact(found.complete))
+    assert found.bops == pytest.approx(float(exact), rel=1e-5)
+    assert Fraction(measure(found.model, example)["bops"]) == exact
     assert not [m for m in net.modules() if isinstance(m, Gated)]  # plain grids from here on
 
 
 def test_gated_network_exports(tmp_path):
-    model, net, example = compressed(ZOO_KEY["residual"], dtype=torch.float32)
-    net.settle(net.plan())
-    small, _ = rebuild(net, model)
-    onnx.export(small, example, tmp_path / "m.onnx")
-    x = torch.randn(64, *example.shape[1:])
-    found = compare(small, onnx.Session(tmp_path / "m.onnx"), [(x, torch.zeros(64))])
+    found = compare_exported(*compressed("residual", dtype=torch.float32), tmp_path / "m.onnx")
     assert found["argmax_differs"] <= found["at_a_rounding_boundary"] <= 3
 
 
 def test_training_reaches_weights_ranges_gates_and_channels():
-    _, net, example = compressed(ZOO_KEY["residual"], dtype=torch.float32)
+    _, net, example = compressed("residual", dtype=torch.float32)
     for p in net.decisions()["bits"]:
         p.data.fill_(0.0)
     torch.manual_seed(3)
@@ -303,8 +290,7 @@ def test_training_reaches_weights_ranges_gates_and_channels():
 def test_lands_on_its_budget():
     model, x = build("convnet", 10, 1), torch.randn(4, 1, 8, 8)
     network = trace(model, x)
-    pair = lambda layer: (Gated(8, 2, 8), Fixed(8) if layer.reads_input else Gated(8, 2, 8))  # noqa: E731
-    net = attach(model, network, channels(network), HardConcrete, pair, [x], "bayesian-bits")
+    net = attach(model, network, channels(network), HardConcrete, widths, [x], "bayesian-bits")
     for seed in range(5):
         torch.manual_seed(seed)
         for p in [*net.decisions()["gates"], *net.decisions()["bits"]]:

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from cuts import cut
 from zoo import ZOO, PaddedShortcut, Plain
 
 from jpq import models
@@ -56,12 +57,7 @@ def test_the_check_sees_one_wrong_channel() -> None:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_the_shrunk_model_traces_to_the_kept_macs(name: str) -> None:
-    constructor, example = ZOO[name]
-    model = constructor().eval()
-    network = trace(model, example)
-    sites = channels(network)
-    gone = dropped(sites, decide(sites, seed=1, share=0.5))
-    again = trace(shrink(model, network, gone), example)
+    network, _, gone, again = cut(name, lambda sites: dropped(sites, decide(sites, seed=1, share=0.5)))
     assert [layer.name for layer in again.layers] == [layer.name for layer in network.layers]
     for old, new in zip(network.layers, again.layers, strict=True):
         assert len(new.inputs) == sum(int(c) not in gone for c in old.inputs)

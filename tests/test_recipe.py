@@ -9,43 +9,14 @@ import onnx
 import pandas as pd
 import pytest
 import torch
+from runs import QUICK, Stop, config, outcome, resumed
 
 import jpq
 from jpq import checkpoint, recipe
-from jpq.config import Budget, Config, Decide, Run, Task, Train
+from jpq.config import Budget, Decide, Run, Task
 from jpq.exporters.onnx import Session
-from jpq.result import Silent
 from jpq.train import evaluate
 from jpq.types import JpqError
-
-QUICK = Train(epochs=4, float_epochs=3, lr=3e-3)
-
-
-def config(out, method="djpq", train=QUICK, **budget):
-    return Config(
-        task=Task(limit=600),
-        budget=Budget(**(budget or {"target_bops": "1%"})),
-        decide=Decide(method=method),
-        train=train,
-        run=Run(out=out, device="cpu"),
-    )
-
-
-class Stop(Silent):
-    """Interrupts a run after some epoch of some phase, as Ctrl-C would."""
-
-    def __init__(self, phase, epoch):
-        self.at = (phase, epoch)
-
-    def step(self, loss, bops_share, aim_share):
-        if self.next == self.at:
-            raise KeyboardInterrupt
-
-    def phase(self, name, epochs, steps):
-        self.next = (name, 1)
-
-    def epoch(self, row):
-        self.next = (row.phase, row.epoch + 1)
 
 
 @pytest.fixture(scope="module")
@@ -103,26 +74,14 @@ def test_saved_model_is_the_reported_one(finished):
 @pytest.mark.parametrize("phase", ["float", "search", "fine-tune"])
 def test_resuming_gives_the_same_bits_as_never_stopping(phase, finished, tmp_path):
     asked, whole = finished
-    again = replace(asked, run=replace(asked.run, out=tmp_path))
-    with pytest.raises(KeyboardInterrupt):
-        jpq.optimize(again, Stop(phase, 2))
-    result = jpq.optimize(replace(again, run=replace(again.run, resume=True)))
-    strip = lambda rows: [repr(replace(r, seconds=0.0)) for r in rows]  # noqa: E731
-    assert strip(result.history) == strip(whole.history)
-    assert result.compressed == whole.compressed
-    ours, theirs = (recipe.load(r.folder)[0].state_dict() for r in (result, whole))
-    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert outcome(resumed(asked, tmp_path, phase)) == outcome(whole)
 
 
 @pytest.mark.parametrize("method", ["gdp", "dais", "spp", "dhp", "dsp"])
 def test_everything_that_a_gate_remembers_is_in_the_checkpoint(method, tmp_path):
-    asked = [config(tmp_path / name, method) for name in ("whole", "stopped")]
-    whole = jpq.optimize(asked[0])
-    with pytest.raises(KeyboardInterrupt):
-        jpq.optimize(asked[1], Stop("search", 2))
-    result = jpq.optimize(replace(asked[1], run=replace(asked[1].run, resume=True)))
-    ours, theirs = (recipe.load(r.folder)[0].state_dict() for r in (result, whole))
-    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    asked = config(tmp_path / "whole", method)
+    whole = jpq.optimize(asked)
+    assert outcome(resumed(asked, tmp_path / "stopped", "search")) == outcome(whole)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_recipe import QUICK, Stop, config
+from runs import QUICK, Stop, config, outcome, resumed
 
 import jpq
 from jpq import costs, recipe, stages
@@ -66,15 +66,7 @@ def test_two_phases_and_a_budget_that_is_used_up(finished):
 @pytest.mark.parametrize("phase", ["search", "fine-tune"])
 def test_resuming_gives_the_same_bits_as_never_stopping(phase, finished, tmp_path):
     asked, whole = finished
-    again = replace(asked, run=replace(asked.run, out=tmp_path))
-    with pytest.raises(KeyboardInterrupt):
-        jpq.optimize(again, Stop(phase, 2))
-    result = jpq.optimize(replace(again, run=replace(again.run, resume=True)))
-    strip = lambda rows: [repr(replace(r, seconds=0.0)) for r in rows]  # noqa: E731
-    assert strip(result.history) == strip(whole.history)
-    assert result.compressed == whole.compressed
-    ours, theirs = (recipe.load(r.folder)[0].state_dict() for r in (result, whole))
-    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert outcome(resumed(asked, tmp_path, phase)) == outcome(whole)
 
 
 @pytest.mark.parametrize("density", [0.1, 0.3, 0.5, 0.8, 1.0])

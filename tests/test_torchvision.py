@@ -17,7 +17,16 @@ IMAGES = [name for name in coverage.names() if vision.kind_of(name) == "classifi
 OTHERS = [name for name in coverage.names() if name not in IMAGES]
 
 
-def holds(name: str, seeds: int) -> None:
+FAST = ["resnet18", "mobilenet_v2", "densenet121", "shufflenet_v2_x0_5", "googlenet"]
+CASES = [
+    *(pytest.param(name, 1, id=name) for name in FAST),
+    *(pytest.param(name, 2, id=f"{name}-2", marks=pytest.mark.slow) for name in IMAGES),
+    *(pytest.param(name, 1, id=name, marks=pytest.mark.slow) for name in OTHERS),
+]
+
+
+@pytest.mark.parametrize(("name", "seeds"), CASES)
+def test_masked_is_rebuilt(name: str, seeds: int) -> None:
     row = coverage.measure(name, range(seeds), coverage.exact_shape(name))
     assert row["rebuilt_ok"], row
     assert row["difference"] <= 1e-9
@@ -27,23 +36,9 @@ def holds(name: str, seeds: int) -> None:
     assert row["units"] > 500
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "densenet121", "shufflenet_v2_x0_5", "googlenet"])
-def test_some(name: str) -> None:
-    holds(name, seeds=1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", IMAGES)
-def test_all_80_classification_networks(name: str) -> None:
-    assert len(IMAGES) == 80
-    holds(name, seeds=2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OTHERS)
-def test_segmentation_backbones_and_video(name: str) -> None:
-    assert len(OTHERS) == 6 + 12 + 9
-    holds(name, seeds=1)
+def test_no_network_is_left_out() -> None:
+    assert len(IMAGES) == 80, "classification"
+    assert len(OTHERS) == 6 + 12 + 9, "segmentation, backbones of detectors, video"
 
 
 def test_a_network_that_fails_gets_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,30 @@
+"""A net of the zoo as `trace` reads it, whole and rebuilt without some of its channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from zoo import ZOO
+
+from jpq.exporters.rebuild import shrink
+from jpq.network.record import Network
+from jpq.network.sites import Site, channels
+from jpq.network.trace import trace
+
+
+class Cut(NamedTuple):
+    network: Network
+    sites: Sequence[Site]
+    gone: set[int]
+    again: Network  # of the model without those channels
+
+
+def cut(name: str, choose: Callable[[Sequence[Site]], set[int]]) -> Cut:
+    """The net without the channels that `choose` takes from its sites."""
+    constructor, example = ZOO[name]
+    model = constructor().eval()
+    network = trace(model, example)
+    sites = channels(network)
+    gone = choose(sites)
+    return Cut(network, sites, gone, trace(shrink(model, network, gone), example))

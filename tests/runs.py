@@ -1,0 +1,72 @@
+"""Short runs of the main job on the built-in data: whole, or stopped and resumed."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import jpq
+from jpq import recipe
+from jpq.config import Budget, Config, Decide, Run, Task, Train
+from jpq.result import Figures, Result, Row, Silent
+
+QUICK = Train(epochs=4, float_epochs=3, lr=3e-3)
+
+
+def config(out: Path, method: str = "djpq", train: Train = QUICK, **budget: str) -> Config:
+    return Config(
+        task=Task(limit=600),
+        budget=Budget(**(budget or {"target_bops": "1%"})),
+        decide=Decide(method=method),
+        train=train,
+        run=Run(out=out, device="cpu"),
+    )
+
+
+class Stop(Silent):
+    """Interrupts a run after some epoch of some phase, as Ctrl-C would."""
+
+    def __init__(self, phase: str, epoch: int) -> None:
+        self.at = (phase, epoch)
+
+    def step(self, loss: float, bops_share: float, aim_share: float) -> None:
+        if self.next == self.at:
+            raise KeyboardInterrupt
+
+    def phase(self, name: str, epochs: int, steps: int) -> None:
+        self.next = (name, 1)
+
+    def epoch(self, row: Row) -> None:
+        self.next = (row.phase, row.epoch + 1)
+
+
+def resumed(asked: Config, out: Path, phase: str) -> Result:
+    """The result of a run into `out` that is stopped in the second epoch of a phase and then resumed."""
+    asked = replace(asked, run=replace(asked.run, out=out))
+    with pytest.raises(KeyboardInterrupt):
+        jpq.optimize(asked, Stop(phase, 2))
+    return jpq.optimize(replace(asked, run=replace(asked.run, resume=True)))
+
+
+class Outcome(NamedTuple):
+    """What two runs of the same settings have in common, to the bit."""
+
+    history: list[str]  # but for the seconds
+    compressed: Figures
+    weights: dict[str, tuple[Any, ...]]  # name -> dtype, size and digest of the saved model's tensor
+
+
+def outcome(result: Result) -> Outcome:
+    model, _ = recipe.load(result.folder)
+    return Outcome(
+        [repr(replace(row, seconds=0.0)) for row in result.history],
+        result.compressed,
+        {
+            name: (t.dtype, *t.shape, hashlib.sha256(t.numpy().tobytes()).hexdigest())
+            for name, t in model.state_dict().items()
+        },
+    )

@@ -14,7 +14,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
     {"cli", "__main__", "progress", "inspection"},
     {"__init__"},
-    {"recipe", "outcome", "journal", "figures", "machine"},
+    {"recipe", "outcome", "bench", "journal", "figures", "machine"},
     {"joint", "report"},
     {"train", "stages", "compose", "landing", "checkpoint", "methods"},
     {"allocators", "exporters"},

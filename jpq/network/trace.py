@@ -234,6 +234,8 @@ def _layer(weight: str, calls: list[LayerCall], batch: int, owners: list[str], b
         reads_input=any(book.origins[call.node.all_input_nodes[0]] == "input" for call in calls),
         calls=len(calls),
         wrappable=all(_is_own(call.node, owner, book.model) for call in calls),
+        stride=first.stride,
+        size=first.size,
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: optimize | inspect | evaluate | methods. Heavy imports wait until a command needs them."""
+"""The command line: optimize | inspect | evaluate | bench | methods. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ COMMANDS = {
     "optimize": "Prune and quantize a model together, onto a budget.",
     "inspect": "What jpq sees in a model: layers, channels that can go, parts that must stay, and costs.",
     "evaluate": "Accuracy of a model that an earlier run saved.",
+    "bench": "Measure a model's layers into a table of latencies, or exported models against one.",
     "methods": "The methods, what each decides, and when to choose it.",
 }
 EXAMPLES = {
@@ -43,13 +44,19 @@ EXAMPLES = {
         "jpq inspect --model torchvision:r3d_18 --input-shape 3 16 112 112",
     ),
     "evaluate": ("jpq evaluate runs/0123456789ab",),
+    "bench": (
+        "jpq bench --table convnet.csv --model convnet",
+        "jpq bench --table resnet20.csv --model resnet20 --data cifar10 --threads 2",
+        "jpq bench runs/0123456789ab --table resnet20.csv",
+        "jpq bench runs/0123456789ab/model.onnx other.onnx",
+    ),
     "methods": ("jpq methods",),
 }
 METAVARS = {
     "w_bits": "MIN MAX", "a_bits": "MIN MAX", "target_bops": "COST", "target_macs": "COST", "target_size": "SIZE",
     "skip": "[LAYER ...]", "method": "NAME", "score": "NAME", "structure": "NAME", "width": "NAME", "model": "NAME",
     "data": "NAME", "device": "NAME", "limit": "INT", "weights": "FILE", "config": "FILE", "data_root": "FOLDER",
-    "out": "FOLDER", "input_shape": "C H W", "cost": "NAME",
+    "out": "FOLDER", "target_latency": "TIME", "latency_table": "FILE", "table": "FILE", "input_shape": "C H W", "cost": "NAME",
 }  # fmt: skip
 
 
@@ -82,6 +89,31 @@ class Evaluate:
     """Folder of an earlier run, such as runs/0123456789ab."""
     split: Literal["test", "held-out"] = "test"
     """Which images: the test split, or the part of the training data that steered the run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What bench measures, with onnxruntime on this machine's CPU, one sample at a time."""
+
+    what: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[RUN_FOLDER|FILE.onnx ...]")] = ()
+    """Runs or ONNX files to time; with --table, what it predicts for a run stands beside what the run's model takes."""
+    table: Path | None = None
+    """With --model: the file to write (replaced if it is there). With runs: the table to predict from; default: the
+    one that the run was given."""
+    model: str | None = None
+    """Whose layers are measured: each distinct one at a grid of channel counts, in float and quantized."""
+    data: str | None = None
+    """A data set that says what the model takes and gives. Default: what it usually has."""
+    data_root: Path = Path("data")
+    """Where data sets lie, or are downloaded to."""
+    input_shape: tuple[int, ...] | None = None
+    """One sample without the batch: channels, (frames,) height and width."""
+    classes: int | None = None
+    """Number of classes."""
+    threads: int = 1
+    """CPU threads of onnxruntime. (Predictions are checked with as many as their table was measured with.)"""
+    repeats: int = 30
+    """Timed calls of everything; the median counts."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,7 +152,7 @@ def _dispatch(args: list[str], console: Console) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA toolkit: nobody asked for one
     warnings.filterwarnings("ignore", message="fast_hadamard_transform")  # brevitas, on import
     commands: dict[str, Callable[[list[str], Console], None]] = {
-        "optimize": _optimize, "inspect": _inspect, "evaluate": _evaluate, "methods": _methods,
+        "optimize": _optimize, "inspect": _inspect, "evaluate": _evaluate, "bench": _bench, "methods": _methods,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help", "help"):
         _help(console)
@@ -212,13 +244,28 @@ def _parsed(flags: type[T], command: str, args: Sequence[str]) -> T:
 
 def _inspect(args: list[str], console: Console) -> None:
     wanted = _parsed(_shown(Inspect), "inspect", args)
+    from jpq.network.sites import channels
+    from jpq.network.trace import trace
+    from jpq.network.unpack import unpacked
+
+    model, example = _example(wanted)
+    model = unpacked(model)
+    start = time.perf_counter()
+    network = trace(model, example, open_norms=wanted.open_norms)
+    sites = channels(network)
+    seconds = time.perf_counter() - start
+    from jpq.inspection import inspection
+
+    title = f"{wanted.model}, {' x '.join(map(str, example.shape[1:]))}"
+    console.print(inspection(title, model, network, sites, seconds, wanted.all, wanted.open_norms))
+
+
+def _example(wanted: Any) -> tuple[Any, Any]:
+    """The model that --model, --data, --input-shape and --classes describe, and two samples of noise for it."""
     import torch
 
     from jpq import models
     from jpq.data import load
-    from jpq.network.sites import channels
-    from jpq.network.trace import trace
-    from jpq.network.unpack import unpacked
     from jpq.types import JpqError
 
     shape, classes = models.usual(wanted.model) or (None, 1000)
@@ -231,15 +278,67 @@ def _inspect(args: list[str], console: Console) -> None:
     example = torch.randn(2, *shape)
     model = models.build(wanted.model, classes, shape[0]).eval()
     models.check_runs(model, example)
-    model = unpacked(model)
-    start = time.perf_counter()
-    network = trace(model, example, open_norms=wanted.open_norms)
-    sites = channels(network)
-    seconds = time.perf_counter() - start
-    from jpq.inspection import inspection
+    return model, example
 
-    title = f"{wanted.model}, {' x '.join(map(str, shape))}"
-    console.print(inspection(title, model, network, sites, seconds, wanted.all, wanted.open_norms))
+
+def _bench(args: list[str], console: Console) -> None:
+    wanted = _parsed(_shown(Bench), "bench", args)
+    from jpq.types import JpqError
+
+    if wanted.threads < 1 or wanted.repeats < 1:
+        raise JpqError(f"--threads {wanted.threads} --repeats {wanted.repeats}: at least one of each is needed.")
+    if wanted.model is not None and wanted.what:
+        raise JpqError("Give either --model, to measure its layers into --table, or runs and ONNX files to time.")
+    if wanted.model is not None:
+        if wanted.table is None:
+            raise JpqError(f"Say where the table goes: jpq bench --table FILE.csv --model {wanted.model}.")
+        _bench_layers(wanted, console)
+    elif wanted.what:
+        _bench_models(wanted, console)
+    else:
+        raise JpqError("Nothing to measure: give --table FILE.csv --model NAME, or runs and ONNX files.")
+
+
+def _bench_layers(wanted: Bench, console: Console) -> None:
+    from rich.progress import Progress as Bar
+
+    from jpq import bench
+    from jpq.network.trace import trace
+    from jpq.network.unpack import unpacked
+
+    assert wanted.table is not None and wanted.model is not None
+    bench.require_place(wanted.table)
+    model, example = _example(wanted)
+    network = trace(unpacked(model), example)
+    start = time.perf_counter()
+    with Bar(console=console, transient=True) as bar:
+        task = bar.add_task("measuring", total=None)
+        tell = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        entries = bench.measure(network, wanted.model, wanted.threads, wanted.repeats, tell)
+    bench.write_table(entries, wanted.table)
+    shapes = len({(e.shape, e.form) for e in entries if e.form})
+    console.print(f"{wanted.table}: {len(entries)} measurements of {shapes} kinds of layers, median of {wanted.repeats}, "
+                  f"{wanted.threads} threads, {time.perf_counter() - start:.0f} s.", soft_wrap=True, highlight=False)  # fmt: skip
+    full, small = (bench.whole(network, entries, bits) for bits in (bench.FLOAT, bench.INT8))
+    console.print(f"Sums over {wanted.model}'s layers: {full:.4g} ms in float, {small:.4g} ms quantized. Next: jpq optimize "
+                  f"--model {wanted.model} --latency-table {wanted.table} --target-latency {0.6 * min(full, small):.3g}ms",
+                  soft_wrap=True, highlight=False)  # fmt: skip
+
+
+def _bench_models(wanted: Bench, console: Console) -> None:
+    from jpq import bench
+    from jpq.progress import latency_line, ms
+
+    for path in wanted.what:
+        own = wanted.table or path / bench.NAME
+        if path.is_dir() and (wanted.table is not None or own.is_file()):
+            table = bench.read_table(own)
+            bench.require_run(path)
+            line = latency_line(bench.compare(path / "model.onnx", bench.predicted(path, table), table, wanted.repeats))
+        else:
+            file = path / "model.onnx" if path.is_dir() else path
+            line = f"{ms(bench.time_model(file, wanted.threads, wanted.repeats))} in onnxruntime"
+        console.print(f"{escape(str(path))}: {line}", soft_wrap=True, highlight=False)
 
 
 def _evaluate(args: list[str], console: Console) -> None:

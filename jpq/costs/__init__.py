@@ -1,6 +1,6 @@
 """What it spends."""
 
-from jpq.costs.base import DENSE, Clock, Cost, LayerUse
+from jpq.costs.base import DENSE, Clock, Cost, LayerUse, Number
 from jpq.costs.counts import baseline, bops, bops_structured, dense, layer_bops, macs, size, structured
 from jpq.costs.latency import latency_ns, layer_latency
 
@@ -18,6 +18,7 @@ __all__ = [
     "Clock",
     "Cost",
     "LayerUse",
+    "Number",
     "baseline",
     "bops",
     "bops_structured",

@@ -145,9 +145,9 @@ class _Place:
     beyond: Number  # 1, or the count over the last node
 
 
-def curve(table: Table, shape: Shape, inputs: int, outputs: int, times: Fraction) -> Curve | None:
+def curve(table: Table, shape: Shape, form: str, inputs: int, outputs: int, times: Fraction) -> Curve | None:
     """How long a layer takes by this table; None where the table has no dense line for its shape."""
-    mine = [e for e in table.entries if e.shape == shape]
+    mine = _of_form([e for e in table.entries if e.shape == shape], form)
     plain = [e for e in mine if e.scheme == DENSE]
     if not plain:
         return None
@@ -167,6 +167,18 @@ def curve(table: Table, shape: Shape, inputs: int, outputs: int, times: Fraction
     made = Curve(shape, inputs, outputs, times, axes, bits, nodes, {})
     made.masked.update(_masked(made, [e for e in mine if e.scheme != DENSE]))
     return made
+
+
+def _of_form(entries: Sequence[Entry], form: str) -> list[Entry]:
+    """Of each width and scheme the lines measured in this form; else those that hold for any; else all."""
+    groups: dict[tuple[int, str], list[Entry]] = defaultdict(list)
+    for e in entries:
+        groups[e.bits, e.scheme].append(e)
+    picked = []
+    for lines in groups.values():
+        exact = [e for e in lines if e.form == form]
+        picked += exact or [e for e in lines if not e.form] or lines
+    return picked
 
 
 def isotonic(seen: np.ndarray) -> np.ndarray:

@@ -7,12 +7,14 @@
 | kernel, stride | such as 3x3 and 1x1; empty for linear |
 | size | positions where the kernel is applied, such as 32x32: what a conv makes, what a conv_transpose reads; the tokens \
 of a linear layer (empty: one) |
+| form | what it reads and hands on where it is quantized: int8>int8, int8>float, float>int8 or float>float (integer \
+kernels need integers on both sides); empty: any |
 | inputs, outputs | channels of the layer as it was measured |
 | bits | width of weights and input as they really ran: 32 float, 8 int8 |
 | scheme, density | dense and 1, or what a mask's units are (block:8x4, 2:4, pattern ...) and the share of weights it keeps |
 | ms | milliseconds of one call with one sample |
 
-groups, scheme and density may be left out; other columns are kept for people (hardware, threads, onnxruntime, n ...).
+groups, form, scheme and density may be left out; other columns are kept for people (hardware, threads, onnxruntime, n ...).
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from jpq.types import JpqError, unknown
 
 KINDS = ("conv", "depthwise", "conv_transpose", "linear")
 NEEDED = ("kind", "kernel", "stride", "size", "inputs", "outputs", "bits", "ms")
-OPTIONAL = {"groups": "1", "scheme": DENSE, "density": "1"}
+FORMS = ("", "int8>int8", "int8>float", "float>int8", "float>float")
+OPTIONAL = {"groups": "1", "form": "", "scheme": DENSE, "density": "1"}
 MOST_ROWS = 100_000
 LONGEST = 1e7  # ms: nearly three hours
 WIDEST = 2**24  # channels, and positions on one side
@@ -62,6 +65,7 @@ class Entry:
     ms: float
     scheme: str = DENSE
     density: float = 1.0
+    form: str = ""
     notes: Mapping[str, str] = field(default_factory=dict, compare=False)  # the columns for people
 
 
@@ -99,7 +103,8 @@ def parse(text: str, source: str) -> Table:
             if len(entries) == MOST_ROWS:
                 raise JpqError(f"{source} has more than {MOST_ROWS:,} lines. Keep those of the layers you need.")
             cells = {k: (v or "").strip() for k, v in line.items() if k is not None and not isinstance(v, list)}
-            entries.append(_entry({**OPTIONAL, **{k: v for k, v in cells.items() if v}}, f"{source}, line {lines.line_num}"))
+            given = {k: v for k, v in cells.items() if v}
+            entries.append(_entry({**OPTIONAL, **given}, f"{source}, line {lines.line_num}"))
     except csv.Error as error:
         raise JpqError(f"{source}, line {lines.line_num}, is not CSV: {error}.") from error
     if not entries:
@@ -113,11 +118,11 @@ def write(entries: Iterable[Entry]) -> str:
     extra = list(dict.fromkeys(k for e in entries for k in e.notes))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["kind", "groups", *NEEDED[1:-1], "scheme", "density", "ms", *extra])
+    writer.writerow(["kind", "groups", *NEEDED[1:-1], "form", "scheme", "density", "ms", *extra])
     for e in entries:
         s = e.shape
         key = [s.kind, s.groups, sides(s.kernel), sides(s.stride), sides(s.size), e.inputs, e.outputs, e.bits]
-        writer.writerow([*key, e.scheme, f"{e.density:g}", f"{e.ms:.6f}", *(e.notes.get(k, "") for k in extra)])
+        writer.writerow([*key, e.form, e.scheme, f"{e.density:g}", f"{e.ms:.6f}", *(e.notes.get(k, "") for k in extra)])
     return out.getvalue()
 
 
@@ -145,7 +150,9 @@ def _entry(cells: Mapping[str, str], where: str) -> Entry:
     scheme = DENSE if density == 1 and cells["scheme"] == DENSE else cells["scheme"]
     if scheme == DENSE and density != 1:
         raise JpqError(f"{where}: density {cells['density']} needs a scheme, such as block:8x4; dense layers keep all.")
-    return Entry(shape, inputs, outputs, bits, ms, scheme, density, notes)
+    if cells["form"] not in FORMS:
+        raise JpqError(f"{where}: {unknown('form', cells['form'], FORMS[1:])}")
+    return Entry(shape, inputs, outputs, bits, ms, scheme, density, cells["form"], notes)
 
 
 def _number(cells: Mapping[str, str], name: str, where: str) -> float:

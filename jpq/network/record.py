@@ -26,6 +26,7 @@ class Layer:
     wrappable: bool = True  # only ever called as a torch Conv or Linear module: a selection can be put before it
     stride: tuple[int, ...] = ()  # of the first call, as is
     size: tuple[int, ...] = ()  # positions where the kernel is applied (dims of the output; transposed, of the input)
+    form: str = ""  # what it reads and hands on where all layers are quantized, such as "float>int8" (`network.forms`)
     clock: Clock | None = None  # how long it takes, where a table says so (`network.timed`)
 
 

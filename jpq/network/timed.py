@@ -34,7 +34,7 @@ def timed(network: Network, table: Table) -> Network:
     table = replace(table, entries=tuple(_named(e, table.source) for e in table.entries))
     layers, lost = [], []
     for layer in network.layers:
-        clock = curve(table, shape(layer), len(layer.inputs), len(layer.outputs), times(layer))
+        clock = curve(table, shape(layer), layer.form, len(layer.inputs), len(layer.outputs), times(layer))
         if clock is None:
             lost.append(layer)
         layers.append(replace(layer, clock=clock))

@@ -99,21 +99,29 @@ def _counts(network: Network, layer: Layer, labels: Labels) -> list[int]:
     return sorted({c for c in odd if c < n} | {n})
 
 
-def measure(network: Network, name: str, threads: int = 1, repeats: int = 30, tell: Tell = lambda i, n: None) -> list[Entry]:
+def measure(
+    network: Network, name: str, threads: int = 1, repeats: int = 60, tell: Tell = lambda done, of: None
+) -> list[Entry]:
     """The table of a network: the median of `repeats` calls each, less what a call costs by itself.
 
     All in this process, in random order and in turns, so that a slow moment hits all alike.
     """
     todo = points(network)
+    order = {p: i for i, p in enumerate(todo)}
     random.Random(0).shuffle(todo)
     common = {"hardware": hardware(), "onnxruntime": version("onnxruntime"), "threads": str(threads)}
-    total, done, entries = len(todo) * (repeats + 2), 0, []
+    done, total = 0, len(todo) * repeats
+
+    def count(calls: int) -> None:
+        nonlocal done
+        done += calls
+        tell(min(done, total), total)
+
+    entries: dict[Point, Entry] = {}
     for part in _loads(todo):
         made = [layer_model(p.shape, p.inputs, p.outputs, p.copies, p.form) for p in part]
         runners = [Runner(call_model(), threads), *(Runner(m, threads) for m in made)]
-        rounds = iter(range(1, repeats + 3))
-        seconds = take_turns(runners, repeats, lambda: tell(done + len(part) * next(rounds), total))
-        done += len(part) * (repeats + 2)
+        seconds = take_turns(runners, repeats, count)
         call = float(np.median(seconds[0]))
         for p, model, own in zip(part, made, seconds[1:], strict=True):
             ms = max(1e-6, 1e3 * (float(np.median(own)) - call) / p.copies)
@@ -122,11 +130,8 @@ def measure(network: Network, name: str, threads: int = 1, repeats: int = 30, te
             notes = {"n": str(repeats), "ms_least": f"{least:.6f}", "copies": str(p.copies), "kernels": nodes,
                      "model": name, **common}  # fmt: skip
             bits = FLOAT if p.form is None else INT8
-            entries.append(Entry(p.shape, p.inputs, p.outputs, bits, ms, form=p.form or "", notes=notes))
-    order = {p: i for i, p in enumerate(points(network))}
-    ranks = [order[p] for p in todo]
-    tell(total, total)
-    return [e for _, e in sorted(zip(ranks, entries, strict=True), key=lambda pair: pair[0])]
+            entries[p] = Entry(p.shape, p.inputs, p.outputs, bits, ms, form=p.form or "", notes=notes)
+    return [entries[p] for p in sorted(entries, key=order.__getitem__)]
 
 
 def _loads(todo: list[Point]) -> Iterator[list[Point]]:
@@ -153,7 +158,9 @@ def read_table(path: Path) -> Table:
             raise JpqError(f"{path} is larger than {LARGEST // 2**20} MB: this is no table of latencies.")
         return parse(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
-        raise JpqError(f"Cannot read the latency table {path}: {error.strerror}. jpq bench --table writes one.") from error
+        raise JpqError(
+            f"Cannot read the latency table {path}: {error.strerror}. jpq bench --table writes one."
+        ) from error
     except UnicodeDecodeError as error:
         raise JpqError(f"{path} is no text, so no table of latencies. jpq bench --table writes one.") from error
 

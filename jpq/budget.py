@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from jpq.costs import COSTS, LayerUse, baseline
+from jpq.costs import COSTS, LayerUse, baseline, dense, latency_ns
 from jpq.types import JpqError
 
 _FORM = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(%|[kKMGT]?)(B?)\s*")
@@ -40,11 +40,11 @@ class Target:
         return f"{math.ceil(up / 100) / 10**4:.4f} ms" if self.cost == "latency" else f"{up:,}"
 
 
-def parse(cost: str, text: str, full: float) -> Target:
-    """The target that `text` names: a percentage of `full` (the fp32 model's cost), or an amount with k, M, G or T (of time:
-    with ns, us, ms or s).
+def parse(cost: str, text: str, full: float, most: float | None = None) -> Target:
+    """The target that `text` names: a percentage of `full` (the fp32 model's cost), or an amount with k, M, G or T.
 
-    Raises JpqError for text of another form, for 0, and for more than the fp32 model costs.
+    Amounts of time have ns, us, ms or s. Raises JpqError for text of another form, for 0, and for more than the model
+    costs: `most`, where that is more than the fp32 model does (quantized layers may be slower).
     """
     flag = Target(cost, "", 0).flag
     time = cost == "latency"
@@ -56,9 +56,10 @@ def parse(cost: str, text: str, full: float) -> Target:
     limit = number / 100 * Fraction(full) if match[2] == "%" else number * (_NS if time else _FACTOR)[match[2]]
     if limit < 1:
         raise JpqError(f"{flag} {text} allows nothing. Give an amount above 0.")
-    if limit > full:
-        most = Target(cost, "", 0).shown(full)
-        raise JpqError(f"{flag} {text} is more than the fp32 model costs ({most}): nothing would have to be done.")
+    if limit > max(full, most or 0):
+        dear = Target(cost, "", 0).shown(max(full, most or 0))
+        which = "fp32" if (most or 0) <= full else "whole quantized"
+        raise JpqError(f"{flag} {text} is more than the {which} model costs ({dear}): nothing would have to be done.")
     return Target(cost, str(text), math.floor(limit))
 
 
@@ -70,7 +71,8 @@ def targets(asked: Mapping[str, str | None], uses: Sequence[LayerUse]) -> tuple[
             f"--target-latency {asked['latency']} needs measured layers: run jpq bench --table FILE.csv --model NAME, "
             "then add --latency-table FILE.csv."
         )
-    return tuple(parse(cost, text, full[cost]) for cost, text in asked.items() if text is not None)
+    most = {"latency": float(latency_ns([dense(u, 8) for u in uses]))} if "latency" in full else {}
+    return tuple(parse(cost, text, full[cost], most.get(cost)) for cost, text in asked.items() if text is not None)
 
 
 def spent(target: Target, uses: Sequence[LayerUse]) -> Fraction:

@@ -56,7 +56,8 @@ METAVARS = {
     "w_bits": "MIN MAX", "a_bits": "MIN MAX", "target_bops": "COST", "target_macs": "COST", "target_size": "SIZE",
     "skip": "[LAYER ...]", "method": "NAME", "score": "NAME", "structure": "NAME", "width": "NAME", "model": "NAME",
     "data": "NAME", "device": "NAME", "limit": "INT", "weights": "FILE", "config": "FILE", "data_root": "FOLDER",
-    "out": "FOLDER", "target_latency": "TIME", "latency_table": "FILE", "table": "FILE", "input_shape": "C H W", "cost": "NAME",
+    "out": "FOLDER", "target_latency": "TIME", "latency_table": "FILE", "table": "FILE",
+    "classes": "INT", "what": "[RUN_FOLDER|FILE.onnx ...]", "input_shape": "C H W", "cost": "NAME",
 }  # fmt: skip
 
 
@@ -95,7 +96,7 @@ class Evaluate:
 class Bench:
     """What bench measures, with onnxruntime on this machine's CPU, one sample at a time."""
 
-    what: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[RUN_FOLDER|FILE.onnx ...]")] = ()
+    what: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Runs or ONNX files to time; with --table, what it predicts for a run stands beside what the run's model takes."""
     table: Path | None = None
     """With --model: the file to write (replaced if it is there). With runs: the table to predict from; default: the
@@ -112,7 +113,7 @@ class Bench:
     """Number of classes."""
     threads: int = 1
     """CPU threads of onnxruntime. (Predictions are checked with as many as their table was measured with.)"""
-    repeats: int = 30
+    repeats: int = 60
     """Timed calls of everything; the median counts."""
 
 
@@ -217,7 +218,7 @@ def parse(args: Sequence[str]) -> Config:
 
 def _shown(part: type[T]) -> type[T]:
     """The same settings with the names of values that a help page shows, and no "(default: None)"."""
-    hints = get_type_hints(part)
+    hints = get_type_hints(part, include_extras=True)
     known: Any = part
     columns: list[Any] = [
         (f.name, Annotated[hints[f.name], _arg(f.name)], dataclasses.field(default=f.default))  # f itself is not ours
@@ -317,12 +318,16 @@ def _bench_layers(wanted: Bench, console: Console) -> None:
         entries = bench.measure(network, wanted.model, wanted.threads, wanted.repeats, tell)
     bench.write_table(entries, wanted.table)
     shapes = len({(e.shape, e.form) for e in entries if e.form})
-    console.print(f"{wanted.table}: {len(entries)} measurements of {shapes} kinds of layers, median of {wanted.repeats}, "
-                  f"{wanted.threads} threads, {time.perf_counter() - start:.0f} s.", soft_wrap=True, highlight=False)  # fmt: skip
+    seconds = time.perf_counter() - start
     full, small = (bench.whole(network, entries, bits) for bits in (bench.FLOAT, bench.INT8))
-    console.print(f"Sums over {wanted.model}'s layers: {full:.4g} ms in float, {small:.4g} ms quantized. Next: jpq optimize "
-                  f"--model {wanted.model} --latency-table {wanted.table} --target-latency {0.6 * min(full, small):.3g}ms",
-                  soft_wrap=True, highlight=False)  # fmt: skip
+    for line in (
+        f"{wanted.table}: {len(entries)} measurements of {shapes} kinds of layers (each the median of "
+        f"{wanted.repeats}; threads: {wanted.threads}) in {seconds:.0f} s.",
+        f"All of {wanted.model}'s layers: {full:.3g} ms in float, {small:.3g} ms quantized.",
+        f"Next: jpq optimize --model {wanted.model} --latency-table {wanted.table} "
+        f"--target-latency {0.6 * min(full, small):.2g}ms",
+    ):
+        console.print(escape(line), soft_wrap=True, highlight=False)
 
 
 def _bench_models(wanted: Bench, console: Console) -> None:

@@ -43,6 +43,7 @@ def uniform(
             if (w, a) == (w_bits[0], a_bits[0]) and least is not None and spent(least, uses) > 1:
                 raise JpqError(
                     f"{least.flag} {least.asked} ({least.shown(least.limit)}) cannot be met by uniform bits; smallest "
-                    f"possible: {least.shown(spent(least, uses) * least.limit)}, at {w} and {a} bits. Choose a method that prunes too."
+                    f"possible: {least.shown(spent(least, uses) * least.limit)}, at {w} and {a} bits. Choose a method "
+                    "that prunes too."
                 )
     return max(fits, key=lambda fit: fit[:3])[3]

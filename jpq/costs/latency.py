@@ -5,7 +5,7 @@
 | symbol | meaning | here |
 |---|---|---|
 | T | bilinear in channels in and out between the nearest measured counts, in nanoseconds | `Curve._at` |
-| bits | the larger of the weight's and the input's; what lies between measured widths runs as the next wider one | `_level` |
+| bits | the larger of weight and input; between measured widths it runs as the next wider one | `_level` |
 | rho | time at a density over the dense time, as measured for the mask's scheme; 1 where it was not | `Curve._ratio` |
 | times | calls of the layer in one sample, by MACs | `Curve.times` |
 
@@ -91,20 +91,20 @@ class Curve:
         return scheme == DENSE or scheme in self.masked
 
     def _level(self, bits: Number) -> int:
-        return min(bisect_left(self.bits, float(bits) - 1e-6), len(self.bits) - 1)
+        return min(bisect_left(self.bits, _plain(bits) - 1e-6), len(self.bits) - 1)
 
     def _step(self, level: int, places: tuple[_Place, _Place]) -> Number:
         """What one more bit costs: the step that ends at this width, spread over its widths."""
         if not level or self.bits[level] > QUANTIZED:
             return 0.0
         step = self._at(level, places) - self._at(level - 1, places)
-        return float(step) / (self.bits[level] - self.bits[level - 1])
+        return _plain(step) / (self.bits[level] - self.bits[level - 1])
 
     def _place(self, axis: int, count: Number) -> _Place:
         """Between which nodes a count lies, how far along, and by how much it is beyond the last."""
         nodes = self.axes[axis]
         count = count if isinstance(count, Tensor) else Fraction(count)
-        at = float(count)
+        at = _plain(count)
         if at <= nodes[0] or (axis == 0 and self.shape.kind == "depthwise"):
             return _Place(0, 0, Fraction(0), Fraction(1))
         if at > nodes[-1] * (1 + 1e-6):
@@ -125,7 +125,7 @@ class Curve:
             return 1
         widths = self.masked[scheme]
         points = widths[min(widths, key=lambda b: (b < bits, abs(b - bits)))]
-        at = float(density)
+        at = _plain(density)
         high = bisect_left([float(d) for d, _ in points], at)
         if high == 0:
             return points[0][1]
@@ -212,6 +212,10 @@ def _masked(dense: Curve, entries: Sequence[Entry]) -> dict[str, dict[int, tuple
         rising = [(max(ratios[: i + 1]) + min(ratios[i:])) / 2 for i in range(len(ratios))]
         out[scheme][bits] = tuple(zip(known, rising, strict=True))
     return dict(out)
+
+
+def _plain(x: Number) -> float:
+    return float(x.detach() if isinstance(x, Tensor) else x)
 
 
 def _larger(w: Number, a: Number) -> Number:

@@ -5,13 +5,11 @@
 | kind | conv, depthwise, conv_transpose or linear |
 | groups | of a grouped conv; 1 for all others, depthwise too |
 | kernel, stride | such as 3x3 and 1x1; empty for linear |
-| size | positions where the kernel is applied, such as 32x32: what a conv makes, what a conv_transpose reads; the tokens \
-of a linear layer (empty: one) |
-| form | what it reads and hands on where it is quantized: int8>int8, int8>float, float>int8 or float>float (integer \
-kernels need integers on both sides); empty: any |
+| size | places where the kernel is applied, such as 32x32: a conv's output, a conv_transpose's input; tokens |
+| form | what it reads and hands on where quantized: int8>int8, int8>float, float>int8, float>float; empty: any |
 | inputs, outputs | channels of the layer as it was measured |
 | bits | width of weights and input as they really ran: 32 float, 8 int8 |
-| scheme, density | dense and 1, or what a mask's units are (block:8x4, 2:4, pattern ...) and the share of weights it keeps |
+| scheme, density | dense and 1, or a mask's units (block:8x4, 2:4, pattern ...) and its share of weights |
 | ms | milliseconds of one call with one sample |
 
 groups, form, scheme and density may be left out; other columns are kept for people (hardware, threads, onnxruntime, n ...).
@@ -97,7 +95,7 @@ def parse(text: str, source: str) -> Table:
             f"{source} is no table of latencies: column{'s' * (len(lost) > 1)} {', '.join(lost)} missing. "
             f"It needs {', '.join(NEEDED)}; jpq bench --table writes one."
         )
-    entries = []
+    entries: list[Entry] = []
     try:
         for line in lines:
             if len(entries) == MOST_ROWS:

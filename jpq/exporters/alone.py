@@ -7,6 +7,7 @@ Convolutions and linear layers are followed by ReLU, which runtimes fuse with th
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
@@ -21,7 +22,8 @@ SCALE = 0.05  # of every grid: what the numbers are does not matter for time
 def layer_model(shape: Shape, inputs: int, outputs: int, copies: int, form: str | None = None) -> ModelProto:
     """`copies` layers of this shape side by side, one sample.
 
-    `form` says what a quantized layer reads and hands on, such as "float>int8"; None: a float layer. Padding is half the kernel (rounded down), dilation 1: the same work at the same positions, whatever the layer's own.
+    `form` says what a quantized layer reads and hands on, such as "float>int8"; None: a float layer. Padding is half
+    the kernel (rounded down), dilation 1: the same work at the same places, whatever the layer's own.
     """
     rng = np.random.default_rng(0)
     int8 = form is not None
@@ -29,11 +31,11 @@ def layer_model(shape: Shape, inputs: int, outputs: int, copies: int, form: str 
     kinds = {"int8": TensorProto.UINT8, "float": TensorProto.FLOAT}
     x = helper.make_tensor_value_info("x", kinds[reads], _input(shape, inputs))
     nodes: list[NodeProto] = []
-    tensors = [] if not int8 else [
-        numpy_helper.from_array(np.float32(SCALE), "scale"), numpy_helper.from_array(np.uint8(0), "zero"),
-        numpy_helper.from_array(np.full(outputs, SCALE, np.float32), "scales"),
-        numpy_helper.from_array(np.zeros(outputs, np.int8), "zeros"),
-    ]  # fmt: skip
+    grids: dict[str, np.ndarray] = {
+        "scale": np.array(SCALE, np.float32), "zero": np.array(0, np.uint8), "zero8": np.array(0, np.int8),
+        "scales": np.full(outputs, SCALE, np.float32), "zeros": np.zeros(outputs, np.int8),
+    }  # fmt: skip
+    tensors = [numpy_helper.from_array(value, name) for name, value in grids.items()] if int8 else []
     size = _weight(shape, inputs, outputs)
     axis = 1 if shape.kind == "conv_transpose" else 0
     for i in range(copies):
@@ -43,14 +45,12 @@ def layer_model(shape: Shape, inputs: int, outputs: int, copies: int, form: str 
         weight = f"w{i}"
         if int8:
             grid = ["scales", "zeros"] if size[axis] == outputs else ["scale", "zero8"]
-            if grid[1] == "zero8" and i == 0:
-                tensors.append(numpy_helper.from_array(np.int8(0), "zero8"))
-            options = {"axis": axis} if grid[0] == "scales" else {}
+            options: dict[str, Any] = {"axis": axis} if grid[0] == "scales" else {}
             nodes.append(helper.make_node("DequantizeLinear", [weight, *grid], [f"dw{i}"], **options))
             weight = f"dw{i}"
         read = "x"
         if reads == "float" and int8:  # every copy quantizes for itself, on a grid of its own: nothing is shared
-            tensors.append(numpy_helper.from_array(np.float32(SCALE * (1 + i / 64)), f"scale{i}"))
+            tensors.append(numpy_helper.from_array(np.array(SCALE * (1 + i / 64), np.float32), f"scale{i}"))
             nodes.append(helper.make_node("QuantizeLinear", ["x", f"scale{i}", "zero"], [f"q{i}"]))
             read = f"q{i}"
         if int8:
@@ -62,7 +62,10 @@ def layer_model(shape: Shape, inputs: int, outputs: int, copies: int, form: str 
         if hands == "int8":
             nodes.append(helper.make_node("QuantizeLinear", [f"r{i}", "scale", "zero"], [f"out{i}"]))
     free = [None] * len(_input(shape, inputs))
-    results = [helper.make_tensor_value_info(f"{'out' if hands == 'int8' else 'r'}{i}", kinds[hands], free) for i in range(copies)]
+    results = [
+        helper.make_tensor_value_info(f"{'out' if hands == 'int8' else 'r'}{i}", kinds[hands], free)
+        for i in range(copies)
+    ]
     graph = helper.make_graph(nodes, "layer", [x], results, tensors)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR)
 
@@ -97,7 +100,7 @@ def _layer(shape: Shape, inputs: int, x: str, weight: str, bias: str, y: str) ->
     if shape.kind == "linear":
         return [helper.make_node("Gemm", [x, weight, bias], [y], transB=1)]
     op = "ConvTranspose" if shape.kind == "conv_transpose" else "Conv"
-    options = {
+    options: dict[str, Any] = {
         "kernel_shape": list(shape.kernel),
         "strides": list(shape.stride),
         "group": inputs if shape.kind == "depthwise" else shape.groups,

@@ -23,7 +23,9 @@ def fold_norms(model: onnx.ModelProto) -> int:
     """Fold what can be folded, in place; how many normalisations went."""
     graph = model.graph
     known = {t.name: t for t in graph.initializer}
-    known |= {n.output[0]: n.attribute[0].t for n in graph.node if n.op_type == "Constant" and n.attribute[0].HasField("t")}
+    known |= {
+        n.output[0]: n.attribute[0].t for n in graph.node if n.op_type == "Constant" and n.attribute[0].HasField("t")
+    }
     makers = {out: n for n in graph.node for out in n.output}
     readers: dict[str, int] = defaultdict(int)
     for name in [i for n in graph.node for i in n.input] + [o.name for o in graph.output]:

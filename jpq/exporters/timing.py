@@ -50,20 +50,21 @@ class Runner:
         self._session.run_with_iobinding(self._binding)
 
 
-def take_turns(runners: Sequence[Callable[[], None]], rounds: int, tell: Callable[[], None] = lambda: None) -> np.ndarray:
-    """[runners, rounds]: seconds of every call. Each round every runner warms up with one call and is timed in the next."""
+def take_turns(
+    runners: Sequence[Callable[[], None]], rounds: int, tell: Callable[[int], None] = lambda calls: None
+) -> np.ndarray:
+    """[runners, rounds]: seconds of calls. Each round every runner warms up with one call and is timed in the next."""
     seconds = np.zeros((len(runners), rounds))
     for _ in range(2):
         for run in runners:
             run()
-        tell()
     for i in range(rounds):
         for j, run in enumerate(runners):
             run()
             start = time.perf_counter()
             run()
             seconds[j, i] = time.perf_counter() - start
-        tell()
+        tell(len(runners))
     return seconds
 
 

@@ -40,7 +40,6 @@ from jpq.types import JpqError
 
 NS = 10**6  # nanoseconds of a millisecond
 QUANTIZED = 8  # widths up to here are compared with each other
-_NEVER = np.iinfo(np.int64).max // 4
 
 
 def latency_ns(uses: Sequence[LayerUse]) -> Number:
@@ -182,14 +181,15 @@ def _of_form(entries: Sequence[Entry], form: str) -> list[Entry]:
 
 
 def isotonic(seen: np.ndarray) -> np.ndarray:
-    """The nearest array (in its largest deviation) that falls along no axis; entries below 0 were not measured."""
-    below = np.where(seen < 0, 0, seen)
-    above = np.where(seen < 0, _NEVER, seen)
+    """The nearest array (in its largest deviation) that falls along no axis; entries below 0 were not measured.
+
+    Where nothing smaller (larger) was measured, the smallest (largest) of all stands for it.
+    """
+    below = np.where(seen < 0, seen[seen >= 0].min(), seen)
+    above = np.where(seen < 0, seen.max(), seen)
     for axis in range(seen.ndim):
         below = np.maximum.accumulate(below, axis)
         above = np.flip(np.minimum.accumulate(np.flip(above, axis), axis), axis)
-    below = np.where(below == 0, above, below)  # nothing smaller was measured
-    above = np.where(above == _NEVER, below, above)  # nothing larger was
     return (below + above) // 2
 
 

@@ -96,11 +96,12 @@ def picture(frame: pd.DataFrame, path: Path) -> None:
     figure = Figure(figsize=(6.4, 5), layout="constrained")
     axes = figure.subplots()
     for name, rows in frame.groupby("model"):
-        axes.scatter(rows.predicted_ms, rows.measured_ms, s=26, color=MODELS[name], label=f"{name}, {len(rows)} plans")
+        dots = {"s": 26, "color": MODELS[name], "label": f"{name}, {len(rows)} plans"}
+        axes.scatter(rows.predicted_ms, rows.measured_ms, **dots)
     top = 1.08 * max(frame.predicted_ms.max(), frame.measured_ms.max())
     axes.plot([0, top], [0, top], color="#555555", lw=1, ls="--", label="measured = predicted")
-    axes.set(xlim=(0, top), ylim=(0, top), xlabel="predicted from single layers, ms",
-             ylabel="whole model in onnxruntime, ms", title="Latency of random widths and bits, one thread")  # fmt: skip
+    axes.set(xlim=(0, top), ylim=(0, top), title="Latency of random widths and bits, one thread")
+    axes.set(xlabel="predicted from single layers, ms", ylabel="whole model in onnxruntime, ms")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     FigureCanvasAgg(figure)

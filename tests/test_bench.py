@@ -174,7 +174,7 @@ def test_a_run_from_the_table_to_the_measured_model(tmp_path, capsys, monkeypatc
         (["bench"], "Nothing to measure"),
         (["bench", "--model", "convnet"], "Say where the table goes"),
         (["bench", "--model", "convnet", "--table", "no/folder/t.csv"], "a file in a folder that is there"),
-        (["bench", "--model", "convnett", "--table", "t.csv"], "Did you mean convnet"),
+        (["bench", "--model", "convnett", "--table", "t.csv", "--data", "digits"], "Did you mean convnet"),
         (["bench", "--model", "convnet", "--table", "t.csv", "--threads", "0"], "at least one"),
         (["bench", "nothing.onnx"], "nothing.onnx is not there"),
         (["bench", "text.onnx"], "onnxruntime cannot load text.onnx"),

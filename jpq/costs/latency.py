@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from jpq.costs.base import DENSE, LayerUse, Number
-from jpq.costs.table import Entry, Shape, Table
+from jpq.costs.table import MODELLED, Entry, Shape, Table
 from jpq.types import JpqError
 
 NS = 10**6  # nanoseconds of a millisecond
@@ -71,6 +71,7 @@ class Curve:
     bits: tuple[int, ...]  # measured widths
     nodes: np.ndarray  # [bits, in, out], nanoseconds
     masked: dict[str, dict[int, tuple[tuple[Fraction, Fraction], ...]]]  # scheme -> bits -> (density, share of dense)
+    modelled: frozenset[str] = frozenset()  # schemes whose lines are not measured (`costs.roofline`)
 
     def __call__(
         self, inputs: Number, outputs: Number, density: Number, w_bits: Number, a_bits: Number, scheme: str = DENSE
@@ -87,7 +88,7 @@ class Curve:
 
     def measured(self, scheme: str) -> bool:
         """Whether the table says how fast masks of this scheme run here."""
-        return scheme == DENSE or scheme in self.masked
+        return scheme == DENSE or (scheme in self.masked and scheme not in self.modelled)
 
     def _level(self, bits: Number) -> int:
         return min(bisect_left(self.bits, _plain(bits) - 1e-6), len(self.bits) - 1)
@@ -163,7 +164,8 @@ def curve(table: Table, shape: Shape, form: str, inputs: int, outputs: int, time
     few = sum(b <= QUANTIZED for b in bits)
     parts = [isotonic(seen[:few])] if few else []
     nodes = np.concatenate([*parts, *(isotonic(seen[i : i + 1]) for i in range(few, len(bits)))])
-    made = Curve(shape, inputs, outputs, times, axes, bits, nodes, {})
+    guessed = frozenset(e.scheme for e in mine if e.notes.get("source") == MODELLED)
+    made = Curve(shape, inputs, outputs, times, axes, bits, nodes, {}, guessed)
     made.masked.update(_masked(made, [e for e in mine if e.scheme != DENSE]))
     return made
 

@@ -9,10 +9,10 @@
 | form | what it reads and hands on where quantized: int8>int8, int8>float, float>int8, float>float; empty: any |
 | inputs, outputs | channels of the layer as it was measured |
 | bits | width of weights and input as they really ran: 32 float, 8 int8 |
-| scheme, density | dense and 1, or a mask's units (block:8x4, 2:4, pattern ...) and its share of weights |
-| ms | milliseconds of one call with one sample |
+| scheme, density | dense and 1, or what a mask's units are (block:8x4 ...) and the share of weights it keeps |
+| ms | milliseconds of one call, one sample |
 
-groups, form, scheme and density may be left out; other columns are kept for people (hardware, threads, onnxruntime, n ...).
+groups, form, scheme and density may be left out; other columns are for people (hardware, threads, n ...).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ NEEDED = ("kind", "kernel", "stride", "size", "inputs", "outputs", "bits", "ms")
 FORMS = ("", "int8>int8", "int8>float", "float>int8", "float>float")
 OPTIONAL = {"groups": "1", "form": "", "scheme": DENSE, "density": "1"}
 MOST_ROWS = 100_000
+MODELLED = "modelled"  # in the column source: nobody measured this line
 LONGEST = 1e7  # ms: nearly three hours
 WIDEST = 2**24  # channels, and positions on one side
 

@@ -18,6 +18,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, numpy_helper
 
+_GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+
 
 def fold_norms(model: onnx.ModelProto) -> int:
     """Fold what can be folded, in place; how many normalisations went."""
@@ -35,12 +37,13 @@ def fold_norms(model: onnx.ModelProto) -> int:
         conv = makers.get(norm.input[0]) if norm.op_type == "BatchNormalization" else None
         if conv is not None and conv.op_type == "Conv" and readers[conv.output[0]] == 1 and len(norm.output) == 1:
             parts = _weight(conv, makers, readers)
-            if parts and all(name in known for name in (*norm.input[1:], *conv.input[2:], *parts[1:])):
-                if _fold(graph, norm, conv, parts, known):
-                    gone.append(norm)
+            stored = parts and all(name in known for name in (*norm.input[1:], *conv.input[2:], *parts[1:]))
+            if parts and stored and _fold(graph, norm, conv, parts, known):
+                gone.append(norm)
     for norm in gone:
         graph.node.remove(norm)
-    _drop_unread(graph)
+    if not any(a.type in _GRAPHS for n in graph.node for a in n.attribute):  # whose own graphs may read anything
+        _drop_unread(graph)
     return len(gone)
 
 

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress as Bar
 
 from jpq.types import JpqError
-
-Build = Callable[[Any], tuple[Any, Any]]  # flags of a model -> (the model, two samples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +38,7 @@ class Bench:
     """Timed calls of everything; the median counts."""
 
 
-def run(wanted: Bench, console: Console, build: Build) -> None:
+def run(wanted: Bench, console: Console) -> None:
     """Measure what was asked for. Raises JpqError for flags that make no sense together."""
     if wanted.threads < 1 or wanted.repeats < 1:
         raise JpqError(f"--threads {wanted.threads} --repeats {wanted.repeats}: at least one of each is needed.")
@@ -51,22 +47,23 @@ def run(wanted: Bench, console: Console, build: Build) -> None:
     if wanted.model is not None:
         if wanted.table is None:
             raise JpqError(f"Say where the table goes: jpq bench --table FILE.csv --model {wanted.model}.")
-        _layers(wanted, console, build)
+        _layers(wanted, console)
     elif wanted.what:
         _models(wanted, console)
     else:
         raise JpqError("Nothing to measure: give --table FILE.csv --model NAME, or runs and ONNX files.")
 
 
-def _layers(wanted: Bench, console: Console, build: Build) -> None:
+def _layers(wanted: Bench, console: Console) -> None:
     from jpq import bench
+    from jpq.inspection import noise
     from jpq.network.trace import trace
     from jpq.network.unpack import unpacked
 
     assert wanted.table is not None
     assert wanted.model is not None
     bench.require_place(wanted.table)
-    model, example = build(wanted)
+    model, example = noise(wanted)
     network = trace(unpacked(model), example)
     start = time.perf_counter()
     with Bar(console=console, transient=True) as bar:

@@ -194,8 +194,8 @@ def parse(args: Sequence[str]) -> Config:
 def _shown(part: type[T], place: str = "") -> type[T]:
     """The same settings with the names of values that a help page shows, and no "(default: None)"."""
     hints = get_type_hints(part)
-    if place:  # the one setting that needs no flag
-        hints[place] = tyro.conf.Positional[hints[place]]
+    positional: Any = tyro.conf.Positional
+    hints |= {place: positional[hints[place]]} if place else {}  # the one setting that needs no flag
     known: Any = part
     columns: list[Any] = [
         (f.name, Annotated[hints[f.name], _arg(f.name)], dataclasses.field(default=f.default))  # f itself is not ours
@@ -226,43 +226,22 @@ def _inspect(args: list[str], console: Console) -> None:
     from jpq.network.trace import trace
     from jpq.network.unpack import unpacked
 
-    model, example = _example(wanted)
+    from jpq.inspection import inspection, noise
+
+    model, example = noise(wanted)
     model = unpacked(model)
     start = time.perf_counter()
     network = trace(model, example, open_norms=wanted.open_norms)
     sites = channels(network)
     seconds = time.perf_counter() - start
-    from jpq.inspection import inspection
-
     title = f"{wanted.model}, {' x '.join(map(str, example.shape[1:]))}"
     console.print(inspection(title, model, network, sites, seconds, wanted.all, wanted.open_norms))
-
-
-def _example(wanted: Any) -> tuple[Any, Any]:
-    """The model that --model, --data, --input-shape and --classes describe, and two samples of noise for it."""
-    import torch
-
-    from jpq import models
-    from jpq.data import load
-    from jpq.types import JpqError
-
-    shape, classes = models.usual(wanted.model) or (None, 1000)
-    if wanted.data is not None:
-        data = load(wanted.data, wanted.data_root)
-        shape, classes = data.shape, data.classes
-    shape, classes = wanted.input_shape or shape, wanted.classes or classes
-    if shape is None:
-        raise JpqError(f"Say what {wanted.model} takes: --input-shape 3 224 224, or a data set with --data NAME.")
-    example = torch.randn(2, *shape)
-    model = models.build(wanted.model, classes, shape[0]).eval()
-    models.check_runs(model, example)
-    return model, example
 
 
 def _bench(args: list[str], console: Console) -> None:
     from jpq import benching
 
-    benching.run(_parsed(_shown(benching.Bench, "what"), "bench", args), console, _example)
+    benching.run(_parsed(_shown(benching.Bench, "what"), "bench", args), console)
 
 
 def _evaluate(args: list[str], console: Console) -> None:

@@ -3,9 +3,9 @@
     ms(scheme, density) = ms_dense * min(1, density * (1 + SLOW / b) + INDEX / b)
 
 b is the number of weights that one index stands for: those of a unit (of block:8x4, 32), times the units of a row where
-a structure counts them (2:4, 4; a pattern's choices). Larger blocks are never slower at the same density, and a
-mask that would not pay runs dense. Masks that no device is known to skip gain nothing. The form is that of the scheme
-mapping sheet, `MACs * density * eta(block) + o(block)`; both constants are ours, and no speed-up may be claimed from it.
+a structure counts them (2:4, 4; a pattern's choices). Larger blocks are never slower at the same density; a mask that
+would not pay runs dense. Masks that no device is known to skip gain nothing. The form is that of the scheme mapping
+sheet, `MACs * density * eta(block) + o(block)`; both constants are ours, and no speed-up may be claimed from it.
 """
 
 from __future__ import annotations

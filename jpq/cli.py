@@ -1,4 +1,4 @@
-"""The command line: optimize | inspect | evaluate | methods. Heavy imports wait until a command needs them."""
+"""The command line: optimize | inspect | evaluate | bench | methods. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ COMMANDS = {
     "optimize": "Prune and quantize a model together, onto a budget.",
     "inspect": "What jpq sees in a model: layers, channels that can go, parts that must stay, and costs.",
     "evaluate": "Accuracy of a model that an earlier run saved.",
+    "bench": "Measure a model's layers into a table of latencies, or exported models against one.",
     "methods": "The methods, what each decides, and when to choose it.",
 }
 EXAMPLES = {
@@ -43,13 +44,20 @@ EXAMPLES = {
         "jpq inspect --model torchvision:r3d_18 --input-shape 3 16 112 112",
     ),
     "evaluate": ("jpq evaluate runs/0123456789ab",),
+    "bench": (
+        "jpq bench --table convnet.csv --model convnet",
+        "jpq bench --table resnet20.csv --model resnet20 --data cifar10 --threads 2",
+        "jpq bench runs/0123456789ab --table resnet20.csv",
+        "jpq bench runs/0123456789ab/model.onnx other.onnx",
+    ),
     "methods": ("jpq methods",),
 }
 METAVARS = {
     "w_bits": "MIN MAX", "a_bits": "MIN MAX", "target_bops": "COST", "target_macs": "COST", "target_size": "SIZE",
     "skip": "[LAYER ...]", "method": "NAME", "score": "NAME", "structure": "NAME", "width": "NAME", "model": "NAME",
     "data": "NAME", "device": "NAME", "limit": "INT", "weights": "FILE", "config": "FILE", "data_root": "FOLDER",
-    "out": "FOLDER", "input_shape": "C H W", "cost": "NAME",
+    "out": "FOLDER", "target_latency": "TIME", "latency_table": "FILE", "table": "FILE",
+    "classes": "INT", "what": "[RUN_FOLDER|FILE.onnx ...]", "input_shape": "C H W", "cost": "NAME",
 }  # fmt: skip
 
 
@@ -120,7 +128,7 @@ def _dispatch(args: list[str], console: Console) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA toolkit: nobody asked for one
     warnings.filterwarnings("ignore", message="fast_hadamard_transform")  # brevitas, on import
     commands: dict[str, Callable[[list[str], Console], None]] = {
-        "optimize": _optimize, "inspect": _inspect, "evaluate": _evaluate, "methods": _methods,
+        "optimize": _optimize, "inspect": _inspect, "evaluate": _evaluate, "bench": _bench, "methods": _methods,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help", "help"):
         _help(console)
@@ -183,9 +191,11 @@ def parse(args: Sequence[str]) -> Config:
     return Config(**{name: type(getattr(base, name))(**vars(getattr(settings, name))) for name in names})
 
 
-def _shown(part: type[T]) -> type[T]:
+def _shown(part: type[T], place: str = "") -> type[T]:
     """The same settings with the names of values that a help page shows, and no "(default: None)"."""
     hints = get_type_hints(part)
+    positional: Any = tyro.conf.Positional
+    hints |= {place: positional[hints[place]]} if place else {}  # the one setting that needs no flag
     known: Any = part
     columns: list[Any] = [
         (f.name, Annotated[hints[f.name], _arg(f.name)], dataclasses.field(default=f.default))  # f itself is not ours
@@ -212,34 +222,25 @@ def _parsed(flags: type[T], command: str, args: Sequence[str]) -> T:
 
 def _inspect(args: list[str], console: Console) -> None:
     wanted = _parsed(_shown(Inspect), "inspect", args)
-    import torch
-
-    from jpq import models
-    from jpq.data import load
+    from jpq.inspection import inspection, noise
     from jpq.network.sites import channels
     from jpq.network.trace import trace
     from jpq.network.unpack import unpacked
-    from jpq.types import JpqError
 
-    shape, classes = models.usual(wanted.model) or (None, 1000)
-    if wanted.data is not None:
-        data = load(wanted.data, wanted.data_root)
-        shape, classes = data.shape, data.classes
-    shape, classes = wanted.input_shape or shape, wanted.classes or classes
-    if shape is None:
-        raise JpqError(f"Say what {wanted.model} takes: --input-shape 3 224 224, or a data set with --data NAME.")
-    example = torch.randn(2, *shape)
-    model = models.build(wanted.model, classes, shape[0]).eval()
-    models.check_runs(model, example)
+    model, example = noise(wanted)
     model = unpacked(model)
     start = time.perf_counter()
     network = trace(model, example, open_norms=wanted.open_norms)
     sites = channels(network)
     seconds = time.perf_counter() - start
-    from jpq.inspection import inspection
-
-    title = f"{wanted.model}, {' x '.join(map(str, shape))}"
+    title = f"{wanted.model}, {' x '.join(map(str, example.shape[1:]))}"
     console.print(inspection(title, model, network, sites, seconds, wanted.all, wanted.open_norms))
+
+
+def _bench(args: list[str], console: Console) -> None:
+    from jpq import benching
+
+    benching.run(_parsed(_shown(benching.Bench, "what"), "bench", args), console)
 
 
 def _evaluate(args: list[str], console: Console) -> None:

@@ -54,6 +54,10 @@ class Budget:
     """Multiply-accumulates: "50%" or "12M"."""
     target_size: str | None = None
     """Weights on disk: "5%" of the fp32 model, or "50KB"."""
+    target_latency: str | None = None
+    """Time for one sample as --latency-table predicts it: "3ms", "250us", or "50%" of the fp32 model."""
+    latency_table: Path | None = None
+    """Measured layers of this model, from jpq bench --table FILE. Without a target the prediction is only reported."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +192,13 @@ class Config:
             raise JpqError(f"--limit {self.task.limit}: at least 20 samples are needed to split off a held-out part.")
         if self.budget.cost not in BOPS:
             raise unknown("cost", self.budget.cost, BOPS)
-        if not any(v for k, v in asdict(self.budget).items() if k != "cost"):
-            raise JpqError("No target: give --target-bops 1% (or 12M, 1.2G), --target-size 50KB or --target-macs 50%.")
+        b = self.budget
+        if not any((b.target_bops, b.target_macs, b.target_size, b.target_latency)):
+            raise JpqError("No target: give --target-bops 1% (or 12M, 1.2G), --target-size 50KB, --target-macs 50% or "
+                           "--target-latency 3ms.")  # fmt: skip
+        if b.target_latency and b.latency_table is None:
+            raise JpqError(f"--target-latency {b.target_latency} needs measured layers: run jpq bench --table FILE.csv "
+                           f"--model {self.task.model}, then add --latency-table FILE.csv.")  # fmt: skip
         return self
 
     def hash(self) -> str:

@@ -14,6 +14,7 @@ from jpq.allocators import Evidence, bit_widths, pick_allocator, place, start_bi
 from jpq.budget import Controller, Target, targets
 from jpq.compose import CHANNELS, compose
 from jpq.config import BOPS
+from jpq.costs.table import Table
 from jpq.exporters.quantized import rebuild
 from jpq.gates import Counted, Decided, Gate
 from jpq.methods import METHODS, Method
@@ -23,6 +24,7 @@ from jpq.network.norms import require_opened
 from jpq.network.record import Layer, Network
 from jpq.network.shares import Shares
 from jpq.network.sites import Site, masks
+from jpq.network.timed import timed
 from jpq.network.trace import trace
 from jpq.network.unpack import unpacked
 from jpq.plan import Plan
@@ -148,6 +150,8 @@ def compress(
     open_norms: bool = False,
     score: str = "l1",
     allocator: str = "",
+    latency: str | None = None,
+    table: Table | None = None,
 ) -> Joint:
     """A trainable copy of a trained `model`, with gates and quantizers, that will end within its budget.
 
@@ -172,6 +176,7 @@ def compress(
         score: a name in jpq.scores.SCORES, for methods that rank channels by one.
         allocator: how much stays where, for the same methods: a name in jpq.allocators.ALLOCATORS that measures no
             accuracy; default: as the score allows.
+        latency: a target such as "3ms" or "50%", by `table`: measured layers (`jpq.bench.read_table`).
 
     Raises JpqError for unknown names, for what does not go together (`jpq.compose.refusal`), and for targets that are
     malformed or cannot be met.
@@ -179,9 +184,9 @@ def compress(
     example_inputs = tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs
     if cost not in BOPS:
         raise unknown("cost", cost, BOPS)
-    asked = {cost: bops, "size": size, "macs": macs}
+    asked = {cost: bops, "size": size, "macs": macs, "latency": latency}
     if not any(asked.values()):
-        raise JpqError('No target: give bops="1%" (or "12M"), size="50KB" or macs="50%".')
+        raise JpqError('No target: give bops="1%" (or "12M"), size="50KB", macs="50%" or latency="3ms".')
     how, by = compose(method, structure, width), pick_score(score)
     pick_allocator(allocator)
     model = unpacked(model)
@@ -189,6 +194,8 @@ def compress(
     network = trace(model, example, open_norms=open_norms)
     if open_norms:
         require_opened(network, how.gate is not None)
+    if table is not None:
+        network = timed(network, table)
     sites = sites_of(how, network, skip)
     goals = targets(asked, exact_uses(network, Shares(network, ()), Plan(method, {}, {})))
     start = start_bits(network, goals, w_bits, a_bits, image_bits, share_left(sites, how, density))

@@ -159,8 +159,8 @@ def require(net: Compressed, goals: Sequence[Target], least: Plan | None = None)
         share = spent(goal, uses)
         if share > 1:
             raise JpqError(
-                f"{goal.flag} {goal.asked} ({goal.limit:,}) cannot be met: the smallest possible is "
-                f"{math.ceil(share * goal.limit):,}, with fewest bits and {units}. "
+                f"{goal.flag} {goal.asked} ({goal.shown(goal.limit)}) cannot be met: the smallest possible is "
+                f"{goal.shown(share * goal.limit)}, with fewest bits and {units}. "
                 f"{', '.join(filter(None, ways)).capitalize()}.{stay}"
             )
 

@@ -188,6 +188,10 @@ def summary(result: Result) -> Panel:
         share = f"{percent(now.bops_structured / full.bops)} of fp32, where zeros that lie anywhere cost what others do"
         top.add_row("", "", human(now.bops_structured), share)
 
+    if now.latency_ms is not None and full.latency_ms is not None:
+        share = f"predicted; {percent(now.latency_ms / full.latency_ms)} of fp32"
+        top.add_row("latency", ms(full.latency_ms), f"[bold]{ms(now.latency_ms)}[/]", share)
+
     rest = Table.grid(padding=(0, 2))
     rest.add_column(no_wrap=True)
     rest.add_column(overflow="fold")
@@ -195,6 +199,8 @@ def summary(result: Result) -> Panel:
         rest.add_row("target", target_line(name, target))
     for line in verified_lines(result.verified):
         rest.add_row("verified", line)
+    if result.latency:
+        rest.add_row("measured", latency_line(result.latency))
     if result.metrics:
         rest.add_row("gates", metrics_line(result.metrics))
     parts = ", ".join(f"{escape(k)} {duration(v)}" for k, v in result.seconds.items() if k != "total")
@@ -218,11 +224,28 @@ def target_line(name: str, target: Mapping[str, Any]) -> str:
         "bops-structured": ("", "structured BOPs"),
         "macs": ("", "MACs"),
         "size": ("B", "size"),
+        "latency": ("", "latency"),
     }.get(name, ("", name))
     asked, limit, reached = str(target["asked"]), target["limit"], target["reached"]
-    allowed = f"{shown} {escape(asked)}" + (f" = {human(limit, unit)}" if "%" in asked else "")
+    amount = ms(limit / 1e6) if name == "latency" else human(limit, unit)
+    allowed = f"{shown} {escape(asked)}" + (f" = {amount}" if "%" in asked else "")
     verdict = "[green]met[/]" if reached <= limit else "[red]not met[/]"
     return f"{allowed}: {verdict}, {100 * target['used']:.1f} % of it used"
+
+
+def ms(milliseconds: float) -> str:
+    """Milliseconds with three digits."""
+    return f"{milliseconds:#.3g} ms"
+
+
+def latency_line(found: Mapping[str, Any]) -> str:
+    """What onnxruntime takes for one sample, beside what the table of layers predicted."""
+    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
+    line = (
+        f"{ms(found['measured_ms'])} in onnxruntime ({threads}, median of {found['n']}), predicted "
+        f"{ms(found['predicted_ms'])}: {found['measured_over_predicted']:.2f} times as long"
+    )
+    return line + (f"; {escape(found['elsewhere'])}" if "elsewhere" in found else "")
 
 
 def metrics_line(metrics: Mapping[str, Mapping[str, float]]) -> str:

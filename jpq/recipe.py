@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq import checkpoint, costs, landing, models, stages
+from jpq import bench, checkpoint, costs, landing, models, stages
 from jpq.allocators import Evidence, bit_widths, pick_allocator, place, start_bits
 from jpq.budget import Controller, Target, targets
 from jpq.compose import compose
 from jpq.config import Config
+from jpq.costs.table import Table
 from jpq.data import Data
 from jpq.data import load as load_data
 from jpq.exporters import verify
@@ -33,6 +34,7 @@ from jpq.network.compressed import Compressed, exact_uses
 from jpq.network.norms import require_opened
 from jpq.network.record import Network
 from jpq.network.shares import Shares
+from jpq.network.timed import timed
 from jpq.network.trace import trace
 from jpq.network.unpack import unpacked
 from jpq.outcome import finish
@@ -66,6 +68,7 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     network = trace(model, data.example, open_norms=d.open_norms)  # 2
     if d.open_norms:
         require_opened(network, method.gate is not None)
+    network, table = with_clocks(network, config, run)
     set_threads(config.run.threads, sum(layer.macs for layer in network.layers) * config.train.batch_size)
     sites = sites_of(method, network, d.skip)  # 3
 
@@ -84,7 +87,7 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     plan, moments = search(net, model, data, goals, config, run)  # 6, 7, 8
     tuned = opened(net, model, data, run) if net.opened else net
     fine_tune(tuned, model, data, config, run, plan, moments)  # 9
-    return finish(net, tuned, model, data, goals, config, run, command)  # 10
+    return finish(net, tuned, model, data, goals, config, run, command, table)  # 10
 
 
 def read_data(config: Config, device: torch.device) -> Data:
@@ -109,7 +112,18 @@ def asked(network: Network, config: Config) -> tuple[Target, ...]:
     """The targets, in units of this network."""
     b = config.budget
     dense = exact_uses(network, Shares(network, ()), Plan(config.decide.method, {}, {}))
-    return targets({b.cost: b.target_bops, "macs": b.target_macs, "size": b.target_size}, dense)
+    wanted = {b.cost: b.target_bops, "macs": b.target_macs, "size": b.target_size, "latency": b.target_latency}
+    return targets(wanted, dense)
+
+
+def with_clocks(network: Network, config: Config, run: Journal) -> tuple[Network, Table | None]:
+    """The network with its layers' measured times, and the table they are from, where one is given."""
+    if config.budget.latency_table is None:
+        return network, None
+    table = bench.read_table(config.budget.latency_table)
+    network = timed(network, table)
+    bench.write_table(list(table.entries), run.folder / bench.NAME)
+    return network, table
 
 
 def possible(net: Compressed, goals: tuple[Target, ...], config: Config) -> None:

@@ -47,6 +47,7 @@ class LayerRow:
     bops: int
     share: float  # of the compressed model's BOPs
     density: float = 1.0  # share of the layer's weights that its mask keeps
+    latency_ms: float | None = None  # predicted, where a table of measured layers was given
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Figures:
     size_bytes: int  # weights at their bit-widths, biases and scales at 32 bits
     bops_share: float  # of the fp32 model
     bops_structured: int = 0  # with weights that an elementwise mask drops counted as work
+    latency_ms: float | None = None  # predicted, where a table of measured layers was given
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Result:
     seed: int
     notes: tuple[str, ...] = field(default=())
     metrics: Numbers = field(default_factory=dict)  # site -> what its gate said at landing
+    latency: dict[str, Any] = field(default_factory=dict)  # model.onnx: predicted_ms, measured_ms, their ratio ...
     packed: dict[str, int] = field(default_factory=dict)  # bytes of model.packed: total, header, promised, others
     data: dict[str, Any] = field(default_factory=dict)  # name, checksum, sizes of the splits
 

@@ -12,9 +12,9 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # each layer may import itself and what stands below it
 LAYERS = [
-    {"cli", "__main__", "progress", "inspection"},
+    {"cli", "__main__", "progress", "inspection", "benching"},
     {"__init__"},
-    {"recipe", "outcome", "journal", "figures", "machine"},
+    {"recipe", "outcome", "bench", "journal", "figures", "machine"},
     {"joint", "report"},
     {"train", "stages", "compose", "landing", "checkpoint", "methods"},
     {"allocators", "exporters"},
@@ -23,13 +23,13 @@ LAYERS = [
     {"budget"},
     {"network"},
     {"structures", "gates", "quantizers", "scores", "costs", "plan", "config", "result"},
-    {"types"},
+    {"types", "files"},
 ]
 ONLY = {
     "brevitas": {"quantizers", "exporters", "network/attach.py"},
     "pandas": {"report.py"},
     "matplotlib": {"report.py"},
-    "rich": {"cli.py", "progress.py", "inspection.py"},
+    "rich": {"cli.py", "progress.py", "inspection.py", "benching.py"},
     "tyro": {"cli.py"},
     "onnxruntime": {"exporters"},
     "sklearn": {"sources.py", "data.py"},

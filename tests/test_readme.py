@@ -25,7 +25,13 @@ def test_python_blocks_run_one_after_the_other(capsys):
 
 def test_flags_exist():
     known = {f"--{f.name.replace('_', '-')}" for part in vars(Config()).values() for f in dataclasses.fields(part)}
-    used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) - {"--config", "--help", "--input-shape", "--all"}
+    used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) - {
+        "--config",
+        "--help",
+        "--input-shape",
+        "--all",
+        "--table",
+    }
     assert used <= known, used - known
 
 

@@ -234,7 +234,7 @@ def _hard(keep: Tensor, alive: Tensor) -> Tensor:
 def _use(layer: Layer, inputs: Any, outputs: Any, density: Density, w_bits: Any, a_bits: Any) -> LayerUse:
     return LayerUse(
         layer.name, layer.macs, prod(layer.weight_shape), len(layer.outputs), inputs, outputs,
-        density.share, w_bits, a_bits, density.bits, density.regular,
+        density.share, w_bits, a_bits, density.bits, density.regular, density.scheme, layer.clock,
     )  # fmt: skip
 
 

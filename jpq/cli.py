@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 COMMANDS = {
     "optimize": "Prune and quantize a model together, onto a budget.",
+    "prune-private": "Prune a trained model without any data; the mask is for jpq optimize --mask.",
     "inspect": "What jpq sees in a model: layers, channels that can go, parts that must stay, and costs.",
     "evaluate": "Accuracy of a model that an earlier run saved.",
     "methods": "The methods, what each decides, and when to choose it.",
@@ -36,6 +37,11 @@ EXAMPLES = {
         "jpq optimize --model resnet20 --weights w.th --data cifar10 --target-bops 0.9%",
         "jpq optimize --target-bops 12M --target-size 50KB --method djpq-pow2",
         "jpq optimize --config runs/0123456789ab/config.toml --seed 1",
+    ),
+    "prune-private": (
+        "jpq prune-private --model resnet20 --weights w.th --synthetic --out private",
+        "jpq optimize --mask private --model resnet20 --weights w.th --data cifar10 --target-bops 0.5%",
+        "jpq prune-private --weights w.safetensors --structure 2:4 --inputs noise",
     ),
     "inspect": (
         "jpq inspect --model lenet5 --data fashion-mnist",
@@ -49,7 +55,8 @@ METAVARS = {
     "w_bits": "MIN MAX", "a_bits": "MIN MAX", "target_bops": "COST", "target_macs": "COST", "target_size": "SIZE",
     "skip": "[LAYER ...]", "method": "NAME", "score": "NAME", "structure": "NAME", "width": "NAME", "model": "NAME",
     "data": "NAME", "device": "NAME", "limit": "INT", "weights": "FILE", "config": "FILE", "data_root": "FOLDER",
-    "out": "FOLDER", "input_shape": "C H W", "cost": "NAME",
+    "out": "FOLDER", "input_shape": "C H W", "cost": "NAME", "mask": "FILE", "like": "NAME", "inputs": "NAME",
+    "density": "SHARE",
 }  # fmt: skip
 
 
@@ -120,7 +127,8 @@ def _dispatch(args: list[str], console: Console) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA toolkit: nobody asked for one
     warnings.filterwarnings("ignore", message="fast_hadamard_transform")  # brevitas, on import
     commands: dict[str, Callable[[list[str], Console], None]] = {
-        "optimize": _optimize, "inspect": _inspect, "evaluate": _evaluate, "methods": _methods,
+        "optimize": _optimize, "prune-private": _prune_private, "inspect": _inspect, "evaluate": _evaluate,
+        "methods": _methods,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help", "help"):
         _help(console)
@@ -240,6 +248,17 @@ def _inspect(args: list[str], console: Console) -> None:
 
     title = f"{wanted.model}, {' x '.join(map(str, shape))}"
     console.print(inspection(title, model, network, sites, seconds, wanted.all, wanted.open_norms))
+
+
+def _prune_private(args: list[str], console: Console) -> None:
+    from jpq.private import Private
+
+    wanted = _parsed(_shown(Private), "prune-private", args).check()
+    from jpq.designer import prune_private
+    from jpq.private_report import layer_line, report
+
+    done = prune_private(wanted, lambda row: console.print(layer_line(row), soft_wrap=True, highlight=False))
+    console.print(report(done, wanted))
 
 
 def _evaluate(args: list[str], console: Console) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq import checkpoint, costs, landing, models, stages
+from jpq import checkpoint, costs, handover, landing, models, stages
 from jpq.allocators import rank, start_bits
 from jpq.budget import Controller, Target, targets
 from jpq.compose import compose
@@ -26,7 +26,7 @@ from jpq.exporters.quantized import build, rebuild
 from jpq.joint import decide, gates, pick_score, share_left, sites_of, widths
 from jpq.journal import Journal, open_folder
 from jpq.machine import pick_device, set_threads
-from jpq.methods import METHODS, Method
+from jpq.methods import Method, row
 from jpq.network.attach import attach
 from jpq.network.compressed import Compressed, exact_uses
 from jpq.network.norms import require_opened
@@ -42,6 +42,10 @@ from jpq.train import Objective, Phase, fit, optimizer, reestimate
 from jpq.types import JpqError
 
 CALIBRATION = 8  # batches that fit the quantizers' ranges
+OBEYED = (
+    "--weights are pruned already: the float accuracy, and what is distilled from, are those of the pruned model. Give "
+    "the dense model with --weights, and the folder that the pruned one lies in with --mask."
+)
 Moments = dict[Tensor, Any]  # Adam's moving averages, by parameter
 
 
@@ -50,10 +54,11 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
 
     Raises JpqError for settings, files or targets that cannot work, and when a check of the result fails.
     """
-    config.check()
+    config = config.check()
     d = config.decide
     method = compose(d.method, d.structure, d.width)
     pick_score(d.score)
+    given = handover.read(d.mask) if d.mask else None
     run = Journal(config, watch or Silent(), open_folder(config))
     torch.manual_seed(config.run.seed)
     device = pick_device(config.run.device)
@@ -64,18 +69,23 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     if d.open_norms:
         require_opened(network, method.gate is not None)
     set_threads(config.run.threads, sum(layer.macs for layer in network.layers) * config.train.batch_size)
-    sites = sites_of(method, network, d.skip)  # 3
+    sites = given.sites(network) if given else sites_of(method, network, d.skip)  # 3
 
     goals = asked(network, config)  # 4
-    start = start_bits(network, goals, d.w_bits, d.a_bits, d.image_bits, share_left(sites, method, d.density))
+    left = given.share_left(network, sites) if given else share_left(sites, method, d.density)
+    start = start_bits(network, goals, d.w_bits, d.a_bits, d.image_bits, left)
 
     def attached(inputs: list[Tensor]) -> Compressed:
         torch.manual_seed(config.run.seed)
         make = widths(method, d.w_bits, d.a_bits, d.image_bits, start)
-        return attach(model, network, sites, gates(method, d.density), make, inputs, d.method)
+        first = given.start(model, sites) if given else model
+        net = attach(first, network, sites, gates(method, d.density), make, inputs, d.method)
+        return given.put(net) if given else net
 
     possible(attached([data.example]), goals, config)
     train_float(model, data, config, run)
+    if given and given.obeyed(model, sites):
+        run.notes.append(OBEYED)
     net = attached(calibration(data))  # 5
     run.recorder.full_bops, run.recorder.cost = costs.baseline(net.exact())["bops"], config.budget.cost
     plan, moments = search(net, model, data, goals, config, run)  # 6, 7, 8
@@ -111,7 +121,7 @@ def asked(network: Network, config: Config) -> tuple[Target, ...]:
 
 def possible(net: Compressed, goals: tuple[Target, ...], config: Config) -> None:
     """Raises JpqError, naming the smallest possible cost, where a target cannot be met."""
-    d, method = config.decide, METHODS[net.method]
+    d, method = config.decide, row(net.method)
     if method.stages:
         stages.decide(net, goals, d.w_bits, d.a_bits, d.density)
     elif method.gate:
@@ -165,7 +175,7 @@ def search(
 
     Returns the plan and what the optimiser knows of each parameter by then.
     """
-    d, t, method = config.decide, config.train, METHODS[net.method]
+    d, t, method = config.decide, config.train, row(net.method)
     moments: Moments = {}
     epochs, rest = split(config, method)
     phase = Phase("search", epochs, before=0, total=epochs + rest)
@@ -218,7 +228,7 @@ def fine_tune(
     The learning rate is high where the search ends, so parameters that trained in it keep their Adam `moments`.
     """
     t = config.train
-    before, epochs = split(config, METHODS[plan.method])
+    before, epochs = split(config, row(plan.method))
     phase = Phase("fine-tune", epochs, before=before, total=before + epochs)
     optim = optimizer(net, t.lr, t.weight_decay)
     optim.state.update({p: moments[p] for group in optim.param_groups for p in group["params"] if p in moments})

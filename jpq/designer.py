@@ -70,10 +70,10 @@ def prune_private(settings: Private, note: Callable[[LayerReport], None] = lambd
     device = pick_device(s.device)
     usual, usual_classes = models.usual(s.model) or (None, 1000)
     shape, classes = s.input_shape or usual, s.classes or usual_classes
+    model = models.build(s.model, classes, shape[0] if shape else None).to(device).eval()
     if shape is None:
         raise JpqError(f"Say what {s.model} takes: --input-shape 3 224 224.")
     constants = normalisation(s.like, shape)
-    model = models.build(s.model, classes, shape[0]).to(device).eval()
     assert s.weights is not None
     models.load_weights(model, s.weights)
     draw = noise(shape, constants, s.seed, device)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jpq import landing, stages
+from jpq import handover, landing, stages
 from jpq.allocators import rank, start_bits, uniform
 from jpq.budget import Controller, Target, targets
 from jpq.compose import CHANNELS, compose
-from jpq.config import BOPS
+from jpq.config import BOPS, MASKED
 from jpq.exporters.quantized import rebuild
 from jpq.gates import Counted, Decided, Gate
 from jpq.methods import METHODS, Method
@@ -147,6 +148,7 @@ def compress(
     gate_weight: float = 0.03,
     open_norms: bool = False,
     score: str = "l1",
+    mask: str | Path | None = None,
 ) -> Joint:
     """A trainable copy of a trained `model`, with gates and quantizers, that will end within its budget.
 
@@ -169,6 +171,8 @@ def compress(
         open_norms: also prune channels inside the averages of LayerNorm, RMSNorm and GroupNorm. What `finalize` gives
             is then not what was trained, since the averages miss those channels: go on training it.
         score: a name in jpq.scores.SCORES, for methods that rank channels by one.
+        mask: a mask to hold instead of a method: the folder of `jpq prune-private`, whose weights then are the start,
+            or a mask's file alone. Leave `method`, `structure` and `skip` out.
 
     Raises JpqError for unknown names, for what does not go together (`jpq.compose.refusal`), and for targets that are
     malformed or cannot be met.
@@ -179,17 +183,26 @@ def compress(
     asked = {cost: bops, "size": size, "macs": macs}
     if not any(asked.values()):
         raise JpqError('No target: give bops="1%" (or "12M"), size="50KB" or macs="50%".')
+    given = handover.read(Path(mask)) if mask else None
+    if given and (structure or skip):
+        raise JpqError("mask says which weights are dropped, and where: leave structure and skip out.")
+    method = MASKED if given else method
+    if method == MASKED and not given:
+        raise JpqError("Method masked: there is no mask to hold. Give one as mask=..., or choose a method.")
     how, by = compose(method, structure, width), pick_score(score)
     model = unpacked(model)
     example = example_inputs if isinstance(example_inputs, (tuple, dict)) else (example_inputs,)
     network = trace(model, example, open_norms=open_norms)
     if open_norms:
         require_opened(network, how.gate is not None)
-    sites = sites_of(how, network, skip)
+    sites = given.sites(network) if given else sites_of(how, network, skip)
     goals = targets(asked, exact_uses(network, Shares(network, ()), Plan(method, {}, {})))
-    start = start_bits(network, goals, w_bits, a_bits, image_bits, share_left(sites, how, density))
+    left = given.share_left(network, sites) if given else share_left(sites, how, density)
+    start = start_bits(network, goals, w_bits, a_bits, image_bits, left)
     make = widths(how, w_bits, a_bits, image_bits, start)
-    net = attach(model, network, sites, gates(how, density), make, [example_inputs], method)
+    first = given.start(model, sites) if given else model
+    net = attach(first, network, sites, gates(how, density), make, [example_inputs], method)
+    net = given.put(net) if given else net
     if how.stages:
         rank(net, by, example_inputs)
         plan = stages.decide(net, goals, w_bits, a_bits, density)

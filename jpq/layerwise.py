@@ -13,7 +13,8 @@ arXiv:2003.06513: the images may be random, so no data are needed.
 | Z_n, U_n, rho, Pi | `jpq.gates.Admm` | like W_n |
 
 We differ: images are drawn anew for each rho, not for each step, so that the layers before run once for many steps; and
-the learning rate is relative to the weights' mean size. Only weights change; biases and norms do not.
+weights are measured in their root mean square, the output's error in that of Ahat, so that rho and the learning rate
+mean the same in every layer. Only weights change; biases and norms do not.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Steps:
     rhos: Sequence[float] = RHOS
     images: int = 256  # that a layer learns from at each rho
     batch_size: int = 64
-    lr: float = 0.05  # of Adam, times the mean size of the layer's weights
+    lr: float = 0.05  # of Adam, times the root mean square of the layer's weights
     matched: bool = True  # whether each BatchNorm is measured anew on the images, in a copy
     seed: int = 0  # of the order of images
 
@@ -121,9 +122,10 @@ def _one(
     name, structure = site.taps[0].layer, site.taps[0].structure
     layer: Any = student.get_submodule(name)
     dense = layer.weight.detach().clone()
-    weight = dense.clone().requires_grad_(True)
+    unit = dense.square().mean().sqrt().clamp_min(1e-12)
+    weight = (dense / unit).requires_grad_(True)
     gate.see([(weight, structure)])  # Z = Pi(W), U = 0
-    one_shot = gate.near(0).clone()
+    one_shot = gate.near(0) * unit
 
     def given(x: Tensor, w: Tensor) -> Tensor:
         return follow(functional_call(layer, {"weight": w}, (x,)))
@@ -140,10 +142,10 @@ def _one(
                 parts.append((ours, given(theirs, dense)))
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
-    residuals = _admm(gate, weight, given, pool, how)
+    residuals = _admm(gate, weight, lambda x, w: given(x, w * unit), pool, how)
     gate.dual(0).zero_()
     gate.project()  # once more, of the weights alone
-    pruned = gate.near(0).clone()
+    pruned = gate.near(0) * unit
     test, channel = pool(), -1 if dense.dim() == 2 else 1
     crude, after = (_error(given, test, w) if test else 0.0 for w in (one_shot, pruned))
     dead = _dead(test[1].movedim(channel, 0).flatten(1)) if test else 0.0
@@ -158,19 +160,19 @@ def _admm(
     """Pull `weight`, in place; the residual at the end of each rho."""
     each = how.steps // len(how.rhos) // EACH * EACH
     order = torch.Generator().manual_seed(how.seed)
-    rate = float(how.lr * weight.detach().abs().mean().clamp_min(1e-12))
     residuals = []
     for turn in range(len(how.rhos)):
         known = pool()
         if known is None:
             return [gate.metrics()["residual"]]
         rows = max(1, len(known[0]) * how.batch_size // how.images)
-        optim = torch.optim.Adam([weight], rate)
+        optim = torch.optim.Adam([weight], how.lr)
+        size = known[1].square().mean().clamp_min(1e-30)
         for i in range(each):
-            optim.param_groups[0]["lr"] = rate * 0.1 ** (3 * i // each)
+            optim.param_groups[0]["lr"] = how.lr * 0.1 ** (3 * i // each)
             which = torch.randint(len(known[0]), (rows,), generator=order).to(weight.device)
             x, wanted = (part[which] for part in known)
-            loss = F.mse_loss(given(x, weight), wanted) + gate.loss()
+            loss = F.mse_loss(given(x, weight), wanted) / size + gate.loss()
             optim.zero_grad()
             loss.backward()
             optim.step()

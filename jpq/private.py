@@ -50,7 +50,8 @@ class Private:
     batch_size: int = 64
     """Images of a step."""
     lr: float = 0.05
-    """Learning rate (Adam), times the mean size of the layer's weights; falls tenfold after each third of a rho."""
+    """Learning rate (Adam), times the root mean square of the layer's weights; falls tenfold after each third of a
+    rho."""
     seed: int = 0
     """Seeds the images and their order."""
     device: str = "auto"

@@ -1,4 +1,4 @@
-"""The command line: optimize | inspect | evaluate | methods. Heavy imports wait until a command needs them."""
+"""The command line: one function a command. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ EXAMPLES = {
     "prune-private": (
         "jpq prune-private --model resnet20 --weights w.th --synthetic --out private",
         "jpq optimize --mask private --model resnet20 --weights w.th --data cifar10 --target-bops 0.5%",
-        "jpq prune-private --weights w.safetensors --structure 2:4 --inputs noise",
     ),
     "inspect": (
         "jpq inspect --model lenet5 --data fashion-mnist",
@@ -53,10 +52,9 @@ EXAMPLES = {
 }
 METAVARS = {
     "w_bits": "MIN MAX", "a_bits": "MIN MAX", "target_bops": "COST", "target_macs": "COST", "target_size": "SIZE",
-    "skip": "[LAYER ...]", "method": "NAME", "score": "NAME", "structure": "NAME", "width": "NAME", "model": "NAME",
-    "data": "NAME", "device": "NAME", "limit": "INT", "weights": "FILE", "config": "FILE", "data_root": "FOLDER",
-    "out": "FOLDER", "input_shape": "C H W", "cost": "NAME", "mask": "FILE", "like": "NAME", "inputs": "NAME",
-    "density": "SHARE",
+    "skip": "[LAYER ...]", **dict.fromkeys(("weights", "config", "mask"), "FILE"), "data_root": "FOLDER",
+    "out": "FOLDER", "input_shape": "C H W", "limit": "INT", "classes": "INT", "density": "SHARE", "inputs": "NAME",
+    **dict.fromkeys(("method", "score", "structure", "width", "model", "data", "device", "cost", "like"), "NAME"),
 }  # fmt: skip
 
 
@@ -257,8 +255,8 @@ def _prune_private(args: list[str], console: Console) -> None:
     from jpq.designer import prune_private
     from jpq.private_report import layer_line, report
 
-    done = prune_private(wanted, lambda row: console.print(layer_line(row), soft_wrap=True, highlight=False))
-    console.print(report(done, wanted))
+    watch = lambda row: console.print(layer_line(row), soft_wrap=True, highlight=False)  # noqa: E731
+    console.print(report(prune_private(wanted, watch), wanted))
 
 
 def _evaluate(args: list[str], console: Console) -> None:

@@ -9,13 +9,13 @@ Y. Gong et al., GLSVLSI 2020, arXiv:2003.06513. No data set is opened here: `jpq
 from __future__ import annotations
 
 import copy
+import csv
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -181,8 +181,14 @@ def _apart(dense: nn.Module, other: nn.Module, x: Tensor) -> float:
 
 def _report(folder: Path, done: Pruned, settings: Private) -> None:
     """layers.csv and report.json."""
-    table = pd.DataFrame([asdict(row) for row in done.layers])
-    replace_file(folder / "layers.csv", lambda path: table.to_csv(path, index=False))
+
+    def lines(path: Path) -> None:
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, [f.name for f in fields(LayerReport)])
+            table.writeheader()
+            table.writerows(asdict(row) for row in done.layers)
+
+    replace_file(folder / "layers.csv", lines)
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
     tree = {
         "settings": plain, "density": done.density, "error": done.error, "error_one_shot": done.error_one_shot,

@@ -7,13 +7,13 @@ A folder holds `mask.json` (a plan without bits: which units of each layer stay,
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Size, nn
+from torch import Size, Tensor, nn
 
 from jpq import checkpoint
 from jpq import plan as plans
@@ -100,6 +100,16 @@ class Handover:
     def units(self, sites: Sequence[Site]) -> list[Units]:
         """`[rows, n]`, bool, for each site."""
         return [self.plan.masks[site.taps[0].layer].units() for site in sites]
+
+    def require_same(self, state: Mapping[str, Tensor], sites: Sequence[Site]) -> None:
+        """Raise JpqError where a checkpoint of the network (its state) holds another mask: the file has changed."""
+        for i, (site, keep) in enumerate(zip(sites, self.units(sites), strict=True)):
+            held = state.get(f"gates.{i}.kept")
+            if held is not None and not torch.equal(held.bool(), keep):
+                raise JpqError(
+                    f"The mask {self.source} is no longer the one that this run began with: layer "
+                    f"{site.taps[0].layer} keeps other units. Run without --resume."
+                )
 
     def share_left(self, network: Network, sites: Sequence[Site]) -> dict[str, float]:
         """Cost -> share of it that the mask leaves."""

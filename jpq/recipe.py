@@ -84,6 +84,8 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
 
     possible(attached([data.example]), goals, config)
     train_float(model, data, config, run)
+    if given and run.saved:
+        given.require_same(run.saved["net"], sites)
     if given and given.obeyed(model, sites):
         run.notes.append(OBEYED)
     net = attached(calibration(data))  # 5

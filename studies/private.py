@@ -5,8 +5,8 @@
 Four ways to the same structure and density: `one-shot` projects the dense weights (magnitude), `noise` and `matched`
 are jpq prune-private on random images, `real` is the same ADMM on training images. Then each is retrained alike with
 its mask held, by jpq.compress(mask=...), onto the same budget; without distillation. Accuracies are of the test
-images: right after pruning (in floating point) and at the end; nothing was chosen by them. Source of the claim that retraining
-recovers what pruning on random images costs: Gong et al., GLSVLSI 2020, arXiv:2003.06513.
+images: right after pruning (in floating point) and at the end; nothing was chosen by them. Source of
+the claim that retraining recovers what pruning on random images costs: Gong et al., GLSVLSI 2020, arXiv:2003.06513.
 """
 
 from __future__ import annotations

@@ -402,6 +402,21 @@ def test_resuming_holds_the_mask_and_gives_the_same_bits(phase, retrained, tmp_p
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
+def test_a_mask_that_changed_since_the_run_began_is_refused(trained, handed, tmp_path):
+    folder = tmp_path / "private"
+    folder.mkdir()
+    for path in handed[0].iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    asked = client(trained, tmp_path, folder)
+    with pytest.raises(KeyboardInterrupt):
+        jpq.optimize(asked, Stop("search", 2))
+    given = handover.read(folder)
+    other = MaskPlan.of(given.plan.masks["3"].units().flip(0).float())
+    (folder / "mask.json").write_text(altered(given, **{"3": other}).to_json())
+    with pytest.raises(JpqError, match=r"layer 3 keeps other units\. Run without --resume"):
+        jpq.optimize(replace(asked, run=replace(asked.run, resume=True)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", ["power-of-two", "gated", "squashed"])
 def test_any_width_that_learns(width, trained, handed, tmp_path):
@@ -523,7 +538,7 @@ def test_damaged_handovers_are_refused(damage, words, trained, handed, tmp_path,
         (["--mask", "HANDED", "--weights", "W", "--skip", "3"], "Leave --skip out"),
         (["--mask", "HANDED", "--weights", "W", "--width", "fixed"], "Choose --width learned"),
         (["--mask", "HANDED", "--weights", "W", "--width", "learnt"], "Did you mean learned"),
-        (["--mask", "HANDED", "--weights", "W", "--target-bops", "0.01%"], "smallest possible"),
+        (["--mask", "HANDED", "--weights", "W", "--target-bops", "0.01%"], "units that --mask keeps. Allow fewer bits"),
         (["--mask", "HANDED", "--weights", "W", "--model", "lenet5", "--data", "digits"], "lenet5|do not fit"),
         (["--method", "masked"], "Give one with --mask"),
     ],

@@ -192,8 +192,12 @@ def main() -> None:
                 grid.append(PATH, row)
                 print({k: row[k] for k in (*KEY, "after_pruning", "accuracy", "target_used")}, flush=True)
     table = pd.read_csv(PATH)
-    means = table.groupby(["data", "way"])[["float_accuracy", "after_pruning", "accuracy"]].agg(["mean", "min"])
-    print(means.round(4).assign(n=table.groupby(["data", "way"]).size()).to_string())
+    means = table.groupby(["data", "way"]).agg(
+        n=("seed", "size"), float=("float_accuracy", "mean"), after_pruning=("after_pruning", "mean"),
+        accuracy=("accuracy", "mean"), least=("accuracy", "min"), layer_error=("layer_error", "mean"),
+        layer_error_one_shot=("layer_error_one_shot", "mean"), residual=("residual", "mean"),
+    )  # fmt: skip
+    print(means.round(4).to_string())
     picture()
 
 

@@ -24,7 +24,7 @@ from jpq.data import IMAGENET, RECIPES
 from jpq.figures import versions
 from jpq.files import replace_file
 from jpq.gates.admm import Admm
-from jpq.layerwise import Draw, LayerReport, Steps, prune
+from jpq.layerwise import Draw, LayerReport, Steps, frozen, prune
 from jpq.machine import pick_device, set_threads
 from jpq.network.accept import require_wide
 from jpq.network.attach import refuse_tied
@@ -47,7 +47,7 @@ class Pruned:
     sites: tuple[Site, ...]
     kept: tuple[Units, ...]
     layers: tuple[LayerReport, ...]
-    error: float  # of the whole model's output on new images, ||y - yhat|| / ||yhat||
+    error: float  # of the whole model's output on new images, ||y - yhat|| / ||yhat||, norms as the images were matched
     error_one_shot: float  # the same, all layers projected without ADMM
 
     @property
@@ -116,8 +116,8 @@ def pruned(
 
     small = prune(model, sites, gates, draw, how, noted)
     crude = one_shot(model, sites, others)
-    x = draw(how.batch_size)
-    errors = [_apart(model, other, x) for other in (small, crude)]
+    dense, x = frozen(model, draw, how), draw(how.batch_size)
+    errors = [_apart(dense, _with_weights(dense, other, sites), x) for other in (small, crude)]
     return Pruned(small, sites, tuple(gate.keep() for gate in gates), tuple(rows), *errors)
 
 
@@ -169,6 +169,16 @@ def normalisation(like: str, shape: Sequence[int]) -> Constants:
     if len(found[0]) != shape[0]:
         raise JpqError(f"--like {like} has {len(found[0])} channels, and the model's input has {shape[0]}.")
     return found
+
+
+@torch.no_grad()
+def _with_weights(dense: nn.Module, other: nn.Module, sites: Sequence[Site]) -> nn.Module:
+    """A copy of `dense` with the masked layers' weights of `other`."""
+    model = copy.deepcopy(dense)
+    for site in sites:
+        ours, theirs = (m.get_submodule(site.taps[0].layer) for m in (model, other))
+        ours.load_state_dict(theirs.state_dict())
+    return model
 
 
 @torch.no_grad()

@@ -99,10 +99,7 @@ def prune(
         how: how long and how hard.
         note: told about each layer when it is done.
     """
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    if how.matched:
-        batches = -(-how.images // how.batch_size)
-        reestimate(teacher, ((draw(how.batch_size), torch.empty(0)) for _ in range(batches)))
+    teacher = frozen(model, draw, how)
     student, done = copy.deepcopy(teacher), copy.deepcopy(model).eval()
     follows = followers(teacher, draw(2))
     for site, gate in zip(sites, gates, strict=True):
@@ -113,6 +110,15 @@ def prune(
             kept.weight.data.copy_(weight)
         note(row)
     return done
+
+
+def frozen(model: nn.Module, draw: Draw, how: Steps) -> nn.Module:
+    """The dense teacher: a copy of `model`, its BatchNorms measured on the images where inputs are matched."""
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    if how.matched:
+        batches = -(-how.images // how.batch_size)
+        reestimate(teacher, ((draw(how.batch_size), torch.empty(0)) for _ in range(batches)))
+    return teacher
 
 
 def _one(

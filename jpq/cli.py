@@ -1,4 +1,4 @@
-"""The command line: optimize | inspect | evaluate | bench | methods. Heavy imports wait until a command needs them."""
+"""The command line: one function a command. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 COMMANDS = {
     "optimize": "Prune and quantize a model together, onto a budget.",
+    "prune-private": "Prune a trained model without any data; the mask is for jpq optimize --mask.",
     "inspect": "What jpq sees in a model: layers, channels that can go, parts that must stay, and costs.",
     "evaluate": "Accuracy of a model that an earlier run saved.",
     "bench": "Measure a model's layers into a table of latencies, or exported models against one.",
@@ -37,6 +38,10 @@ EXAMPLES = {
         "jpq optimize --model resnet20 --weights w.th --data cifar10 --target-bops 0.9%",
         "jpq optimize --target-bops 12M --target-size 50KB --method djpq-pow2",
         "jpq optimize --config runs/0123456789ab/config.toml --seed 1",
+    ),
+    "prune-private": (
+        "jpq prune-private --model resnet20 --weights w.th --synthetic --out private",
+        "jpq optimize --mask private --model resnet20 --weights w.th --data cifar10 --target-bops 0.5%",
     ),
     "inspect": (
         "jpq inspect --model lenet5 --data fashion-mnist",
@@ -54,10 +59,12 @@ EXAMPLES = {
 }
 METAVARS = {
     "w_bits": "MIN MAX", "a_bits": "MIN MAX", "target_bops": "COST", "target_macs": "COST", "target_size": "SIZE",
-    "skip": "[LAYER ...]", "method": "NAME", "score": "NAME", "structure": "NAME", "width": "NAME", "model": "NAME",
-    "data": "NAME", "device": "NAME", "limit": "INT", "weights": "FILE", "config": "FILE", "data_root": "FOLDER",
-    "out": "FOLDER", "target_latency": "TIME", "latency_table": "FILE", "table": "FILE",
-    "classes": "INT", "what": "[RUN_FOLDER|FILE.onnx ...]", "input_shape": "C H W", "cost": "NAME",
+    "skip": "[LAYER ...]", **dict.fromkeys(("weights", "config", "mask", "latency_table", "table"), "FILE"),
+    "data_root": "FOLDER", "out": "FOLDER", "input_shape": "C H W", "limit": "INT", "classes": "INT",
+    "density": "SHARE", "inputs": "NAME", "target_latency": "TIME", "what": "[RUN_FOLDER|FILE.onnx ...]",
+    **dict.fromkeys(
+        ("method", "score", "allocator", "structure", "width", "model", "data", "device", "cost", "like"), "NAME"
+    ),
 }  # fmt: skip
 
 
@@ -128,7 +135,8 @@ def _dispatch(args: list[str], console: Console) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA toolkit: nobody asked for one
     warnings.filterwarnings("ignore", message="fast_hadamard_transform")  # brevitas, on import
     commands: dict[str, Callable[[list[str], Console], None]] = {
-        "optimize": _optimize, "inspect": _inspect, "evaluate": _evaluate, "bench": _bench, "methods": _methods,
+        "optimize": _optimize, "prune-private": _prune_private, "inspect": _inspect, "evaluate": _evaluate,
+        "bench": _bench, "methods": _methods,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help", "help"):
         _help(console)
@@ -241,6 +249,17 @@ def _bench(args: list[str], console: Console) -> None:
     from jpq import benching
 
     benching.run(_parsed(_shown(benching.Bench, "what"), "bench", args), console)
+
+
+def _prune_private(args: list[str], console: Console) -> None:
+    from jpq.private import Private
+
+    wanted = _parsed(_shown(Private), "prune-private", args).check()
+    from jpq.designer import prune_private
+    from jpq.private_report import layer_line, report
+
+    watch = lambda row: console.print(layer_line(row), soft_wrap=True, highlight=False)  # noqa: E731
+    console.print(report(prune_private(wanted, watch), wanted))
 
 
 def _evaluate(args: list[str], console: Console) -> None:

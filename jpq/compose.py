@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from jpq.config import MASKED
 from jpq.gates import Gate
-from jpq.methods import METHODS, Method
+from jpq.methods import GIVEN, METHODS, Method
 from jpq.quantizers import WIDTHS, Fixed, Learned, Width
 from jpq.structures import STRUCTURES, parse
 from jpq.types import JpqError, unknown
@@ -19,6 +20,8 @@ def compose(method: str, structure: str = "", width: str = "") -> Method:
 
     Raises JpqError for unknown names, and for what does not go together, with what to choose instead.
     """
+    if method == MASKED:
+        return replace(GIVEN, width=_learns(width)) if width else GIVEN
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     if width and width not in WIDTHS:
@@ -36,6 +39,19 @@ def compose(method: str, structure: str = "", width: str = "") -> Method:
     if reason:
         raise JpqError(f"--method {method}, --structure {made.structure}, --width {_name(made.width)}: {reason}")
     return made
+
+
+def _learns(width: str) -> type[Width]:
+    """A kind of width that can move towards the budget where nothing else can."""
+    learn = [name for name, w in WIDTHS.items() if not issubclass(w, Fixed)]
+    if width not in WIDTHS:
+        raise unknown("width", width, learn)
+    if width not in learn:
+        raise JpqError(
+            f"--width {width}: the mask is given and so are the bits, so nothing could move towards the budget. "
+            f"Choose --width {_any(learn)}."
+        )
+    return WIDTHS[width]
 
 
 def refusal(gate: type[Gate], structure: str, width: type[Width]) -> str | None:

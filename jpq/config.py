@@ -38,6 +38,7 @@ class Task:
     """Use only this many training samples (for a quick try)."""
 
 
+MASKED = "masked"  # the method where a mask is given
 BOPS = ("bops", "bops-structured")  # names in jpq.costs.COSTS that --cost may have
 
 
@@ -92,6 +93,10 @@ class Decide:
     leave of the budget then opens more channels)."""
     skip: tuple[str, ...] = ()
     """Layers whose channels or weights are not pruned."""
+    mask: Path | None = None
+    """A mask to hold while weights and bits learn, in place of a method: the folder of `jpq prune-private` (training
+    begins with the weights in it; --weights names the dense model), or the file of a mask alone (mask.json, a run's
+    plan.json)."""
     open_norms: bool = False
     """Also prune channels inside the averages of LayerNorm, RMSNorm and GroupNorm. NOT exact: fine-tuning, then of the
     rebuilt model, must repair what their absence does to the rest."""
@@ -154,7 +159,32 @@ class Config:
     run: Run = field(default_factory=Run)
 
     def check(self) -> Config:
-        """This config, once every value makes sense. Raises JpqError with the flag to change."""
+        """This config, once every value makes sense; with a mask, under the method `masked`.
+
+        Raises JpqError with the flag to change.
+        """
+        masked = self.decide.mask is not None or self.decide.method == MASKED
+        return replace(self, decide=self._masked())._checked() if masked else self._checked()
+
+    def _masked(self) -> Decide:
+        """The decisions that are left where a mask is given."""
+        d = self.decide
+        if d.mask is None:
+            raise JpqError("--method masked: there is no mask to hold. Give one with --mask, or choose a method.")
+        if d.method not in (Decide.method, MASKED):
+            raise JpqError(f"--mask says what is pruned, and --method {d.method} would too. Leave one of them out.")
+        for flag, value in (("--structure", d.structure), ("--skip", " ".join(d.skip))):
+            if value:
+                raise JpqError(f"{flag} {value}: --mask says which weights are dropped, and where. Leave {flag} out.")
+        if d.mask.is_dir() and self.task.weights is None:
+            raise JpqError(
+                f"--mask {d.mask} brings pruned weights: give the dense model that they come from with --weights, or "
+                "the mask alone (its mask.json)."
+            )
+        return replace(d, method=MASKED)
+
+    def _checked(self) -> Config:
+        """This config, once every value that does not depend on a mask makes sense."""
         d, t = self.decide, self.train
         for flag, (low, high) in (("--w-bits", d.w_bits), ("--a-bits", d.a_bits)):
             if not 2 <= low <= high <= 8:

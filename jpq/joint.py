@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jpq import landing, stages
+from jpq import handover, landing, stages
 from jpq.allocators import Evidence, bit_widths, pick_allocator, place, start_bits, uniform
 from jpq.budget import Controller, Target, targets
 from jpq.compose import CHANNELS, compose
-from jpq.config import BOPS
+from jpq.config import BOPS, MASKED
 from jpq.costs.table import Table
 from jpq.exporters.quantized import rebuild
 from jpq.gates import Counted, Decided, Gate
@@ -152,6 +153,7 @@ def compress(
     allocator: str = "",
     latency: str | None = None,
     table: Table | None = None,
+    mask: str | Path | None = None,
 ) -> Joint:
     """A trainable copy of a trained `model`, with gates and quantizers, that will end within its budget.
 
@@ -177,6 +179,8 @@ def compress(
         allocator: how much stays where, for the same methods: a name in jpq.allocators.ALLOCATORS that measures no
             accuracy; default: as the score allows.
         latency: a target such as "3ms" or "50%", by `table`: measured layers (`jpq.bench.read_table`).
+        mask: a mask to hold instead of a method: the folder of `jpq prune-private`, whose weights then are the start,
+            or a mask's file alone. Leave `method`, `structure` and `skip` out.
 
     Raises JpqError for unknown names, for what does not go together (`jpq.compose.refusal`), and for targets that are
     malformed or cannot be met.
@@ -187,6 +191,12 @@ def compress(
     asked = {cost: bops, "size": size, "macs": macs, "latency": latency}
     if not any(asked.values()):
         raise JpqError('No target: give bops="1%" (or "12M"), size="50KB", macs="50%" or latency="3ms".')
+    given = handover.read(Path(mask)) if mask else None
+    if given and (structure or skip):
+        raise JpqError("mask says which weights are dropped, and where: leave structure and skip out.")
+    method = MASKED if given else method
+    if method == MASKED and not given:
+        raise JpqError("Method masked: there is no mask to hold. Give one as mask=..., or choose a method.")
     how, by = compose(method, structure, width), pick_score(score)
     pick_allocator(allocator)
     model = unpacked(model)
@@ -196,11 +206,14 @@ def compress(
         require_opened(network, how.gate is not None)
     if table is not None:
         network = timed(network, table)
-    sites = sites_of(how, network, skip)
+    sites = given.sites(network) if given else sites_of(how, network, skip)
     goals = targets(asked, exact_uses(network, Shares(network, ()), Plan(method, {}, {})))
-    start = start_bits(network, goals, w_bits, a_bits, image_bits, share_left(sites, how, density))
+    left = given.share_left(network, sites) if given else share_left(sites, how, density)
+    start = start_bits(network, goals, w_bits, a_bits, image_bits, left)
     make = widths(how, w_bits, a_bits, image_bits, start)
-    net = attach(model, network, sites, gates(how, density), make, [example_inputs], method)
+    first = given.start(model, sites) if given else model
+    net = attach(first, network, sites, gates(how, density), make, [example_inputs], method)
+    net = given.put(net) if given else net
     evidence = Evidence([example_inputs])
     if how.stages:
         place(net, by, allocator, evidence, stages.goal_of(net, density))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from jpq.config import MASKED
 from jpq.gates import (
     VIB,
     Admm,
     Annealed,
     Feedback,
     Gate,
+    Given,
     GumbelTopK,
     HardConcrete,
     Hyper,
@@ -169,3 +171,16 @@ METHODS: Mapping[str, Method] = {
         per_consumer,
     ),
 }  # fmt: skip
+
+GIVEN = Method(
+    "any whole bit-width per tensor; the mask is given (--mask) and held",
+    Given, Learned, True,
+    "the client's half of pruning without her data: jpq prune-private made the mask",
+    "Gong et al., GLSVLSI 2020, arXiv:2003.06513",
+    structure="pattern",
+)  # fmt: skip
+
+
+def row(name: str) -> Method:
+    """The method that a plan names: a row of METHODS, or the one that stands behind a given mask."""
+    return GIVEN if name == MASKED else METHODS[name]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq import bench, checkpoint, costs, landing, models, stages
+from jpq import bench, checkpoint, costs, handover, landing, models, stages
 from jpq.allocators import Evidence, bit_widths, pick_allocator, place, start_bits
 from jpq.budget import Controller, Target, targets
 from jpq.compose import compose
@@ -28,7 +28,7 @@ from jpq.exporters.quantized import build, rebuild
 from jpq.joint import decide, gates, pick_score, share_left, sites_of, widths
 from jpq.journal import Journal, open_folder
 from jpq.machine import pick_device, set_threads
-from jpq.methods import METHODS, Method
+from jpq.methods import Method, row
 from jpq.network.attach import attach
 from jpq.network.compressed import Compressed, exact_uses
 from jpq.network.norms import require_opened
@@ -46,6 +46,10 @@ from jpq.types import JpqError
 
 CALIBRATION = 8  # batches that fit the quantizers' ranges
 JUDGED = 1000  # held-out images on which allocators try plans
+OBEYED = (
+    "--weights are pruned already: the float accuracy, and what is distilled from, are those of the pruned model. Give "
+    "the dense model with --weights, and the folder that the pruned one lies in with --mask."
+)
 Moments = dict[Tensor, Any]  # Adam's moving averages, by parameter
 
 
@@ -54,11 +58,12 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
 
     Raises JpqError for settings, files or targets that cannot work, and when a check of the result fails.
     """
-    config.check()
+    config = config.check()
     d = config.decide
     method = compose(d.method, d.structure, d.width)
     pick_score(d.score)
     pick_allocator(d.allocator)
+    given = handover.read(d.mask) if d.mask else None
     run = Journal(config, watch or Silent(), open_folder(config))
     torch.manual_seed(config.run.seed)
     device = pick_device(config.run.device)
@@ -70,18 +75,25 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
         require_opened(network, method.gate is not None)
     network, table = with_clocks(network, config, run)
     set_threads(config.run.threads, sum(layer.macs for layer in network.layers) * config.train.batch_size)
-    sites = sites_of(method, network, d.skip)  # 3
+    sites = given.sites(network) if given else sites_of(method, network, d.skip)  # 3
 
     goals = asked(network, config)  # 4
-    start = start_bits(network, goals, d.w_bits, d.a_bits, d.image_bits, share_left(sites, method, d.density))
+    left = given.share_left(network, sites) if given else share_left(sites, method, d.density)
+    start = start_bits(network, goals, d.w_bits, d.a_bits, d.image_bits, left)
 
     def attached(inputs: list[Tensor]) -> Compressed:
         torch.manual_seed(config.run.seed)
         make = widths(method, d.w_bits, d.a_bits, d.image_bits, start)
-        return attach(model, network, sites, gates(method, d.density), make, inputs, d.method)
+        first = given.start(model, sites) if given else model
+        net = attach(first, network, sites, gates(method, d.density), make, inputs, d.method)
+        return given.put(net) if given else net
 
     possible(attached([data.example]), goals, config)
     train_float(model, data, config, run)
+    if given and run.saved:
+        given.require_same(run.saved["net"], sites)
+    if given and given.obeyed(model, sites):
+        run.notes.append(OBEYED)
     net = attached(calibration(data))  # 5
     run.recorder.full_bops, run.recorder.cost = costs.baseline(net.exact())["bops"], config.budget.cost
     plan, moments = search(net, model, data, goals, config, run)  # 6, 7, 8
@@ -128,7 +140,7 @@ def with_clocks(network: Network, config: Config, run: Journal) -> tuple[Network
 
 def possible(net: Compressed, goals: tuple[Target, ...], config: Config) -> None:
     """Raises JpqError, naming the smallest possible cost, where a target cannot be met."""
-    d, method = config.decide, METHODS[net.method]
+    d, method = config.decide, row(net.method)
     if method.stages:
         stages.decide(net, goals, d.w_bits, d.a_bits, d.density)
     elif method.gate:
@@ -199,7 +211,7 @@ def search(
 
     Returns the plan and what the optimiser knows of each parameter by then.
     """
-    d, t, method = config.decide, config.train, METHODS[net.method]
+    d, t, method = config.decide, config.train, row(net.method)
     moments: Moments = {}
     epochs, rest = split(config, method)
     phase = Phase("search", epochs, before=0, total=epochs + rest)
@@ -254,7 +266,7 @@ def fine_tune(
     The learning rate is high where the search ends, so parameters that trained in it keep their Adam `moments`.
     """
     t = config.train
-    before, epochs = split(config, METHODS[plan.method])
+    before, epochs = split(config, row(plan.method))
     phase = Phase("fine-tune", epochs, before=before, total=before + epochs)
     optim = optimizer(net, t.lr, t.weight_decay)
     optim.state.update({p: moments[p] for group in optim.param_groups for p in group["params"] if p in moments})

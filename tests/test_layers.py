@@ -12,24 +12,24 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # each layer may import itself and what stands below it
 LAYERS = [
-    {"cli", "__main__", "progress", "inspection", "benching"},
+    {"cli", "__main__", "progress", "inspection", "benching", "private_report"},
     {"__init__"},
-    {"recipe", "outcome", "bench", "journal", "figures", "machine"},
+    {"recipe", "designer", "outcome", "bench", "journal", "figures", "machine"},
     {"joint", "report"},
-    {"train", "stages", "compose", "landing", "checkpoint", "methods"},
+    {"train", "stages", "compose", "landing", "checkpoint", "methods", "handover", "layerwise"},
     {"allocators", "exporters"},
     {"models", "data", "sources"},
     {"vision"},
     {"budget"},
     {"network"},
-    {"structures", "gates", "quantizers", "scores", "costs", "plan", "config", "result"},
+    {"structures", "gates", "quantizers", "scores", "costs", "plan", "config", "private", "result"},
     {"types", "files"},
 ]
 ONLY = {
     "brevitas": {"quantizers", "exporters", "network/attach.py"},
     "pandas": {"report.py"},
     "matplotlib": {"report.py"},
-    "rich": {"cli.py", "progress.py", "inspection.py", "benching.py"},
+    "rich": {"cli.py", "progress.py", "inspection.py", "benching.py", "private_report.py"},
     "tyro": {"cli.py"},
     "onnxruntime": {"exporters"},
     "sklearn": {"sources.py", "data.py"},

@@ -6,6 +6,7 @@ from jpq.gates.base import Gate
 from jpq.gates.counted import Counted
 from jpq.gates.decided import Decided
 from jpq.gates.feedback import Feedback
+from jpq.gates.given import Given
 from jpq.gates.gumbel_topk import GumbelTopK
 from jpq.gates.hard_concrete import HardConcrete
 from jpq.gates.hyper import Hyper
@@ -43,6 +44,7 @@ __all__ = [
     "Decided",
     "Feedback",
     "Gate",
+    "Given",
     "GumbelTopK",
     "HardConcrete",
     "Hyper",

@@ -13,6 +13,7 @@ from jpq.budget import Target, spent
 from jpq.network.compressed import Compressed
 from jpq.plan import Plan
 from jpq.result import LayerRow
+from jpq.types import DENSE
 
 
 def reached(goal: Target, uses: Sequence[costs.LayerUse]) -> dict[str, Any]:
@@ -36,7 +37,12 @@ def layer_rows(net: Compressed, plan: Plan, cost: str = "bops") -> tuple[LayerRo
         macs = int(use.macs * use.inputs * use.outputs * use.density)
         density = float(densities[layer.name].share) if layer.name in densities else 1.0
         bits = int(use.w_bits), int(use.a_bits)
-        rows.append(LayerRow(layer.name, layer.kind, *kept, o, o_all, *bits, macs, bops, float(bops / total), density))
+        structure = plan.structures.get(layer.name, DENSE)
+        rows.append(
+            LayerRow(
+                layer.name, layer.kind, *kept, o, o_all, *bits, macs, bops, float(bops / total), density, structure
+            )
+        )
     return tuple(rows)
 
 

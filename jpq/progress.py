@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jpq.result import Result, Row, human, percent
+from jpq.types import DENSE
 
 OPENED = "masked_vs_rebuilt_at_landing_with_open_norms"  # as verify has it, without importing torch for --help
 COST_OF_SEARCH = 2.0  # a step with gates and quantizers over a step of the float model, to guess the time left
@@ -155,9 +156,12 @@ def layer_table(result: Result) -> Table:
     kept, every = sum(r.outputs for r in rows), sum(r.outputs_all for r in rows)
     table.add_column("layer", "total", overflow="fold")
     masked = any(r.density < 1 for r in rows)
+    mixed = len({r.structure for r in rows} - {DENSE}) > 1
     macs, bops = (human(sum(getattr(r, field) for r in rows)) for field in ("macs", "bops"))
     names = ["in", "out", "density", "w bits", "a bits", "MACs", "BOPs", "share"]
     footers = ["", f"{kept}/{every}", "", "", "", macs, bops, "100 %"]
+    if mixed:
+        table.add_column("structure", overflow="fold")
     for name, footer in zip(names, footers, strict=True):
         if masked or name != "density":
             table.add_column(name, footer, justify="right", no_wrap=True)
@@ -165,7 +169,8 @@ def layer_table(result: Result) -> Table:
         channels = (f"{r.inputs}/{r.inputs_all}", f"{r.outputs}/{r.outputs_all}")
         density = (percent(r.density),) if masked else ()
         cells = (*density, str(r.w_bits), str(r.a_bits), human(r.macs), human(r.bops), f"{100 * r.share:.1f} %")
-        table.add_row(escape(r.name), *channels, *cells)
+        structure = (escape(r.structure),) if mixed else ()
+        table.add_row(escape(r.name), *structure, *channels, *cells)
     return table
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from jpq.types import DENSE
+
 Numbers = dict[str, dict[str, float]]  # of what -> name -> number
 
 
@@ -47,6 +49,7 @@ class LayerRow:
     bops: int
     share: float  # of the compressed model's BOPs
     density: float = 1.0  # share of the layer's weights that its mask keeps
+    structure: str = DENSE  # what the units of its mask are
 
 
 @dataclass(frozen=True)

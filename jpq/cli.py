@@ -49,7 +49,7 @@ METAVARS = {
     "w_bits": "MIN MAX", "a_bits": "MIN MAX", "target_bops": "COST", "target_macs": "COST", "target_size": "SIZE",
     "skip": "[LAYER ...]", "method": "NAME", "score": "NAME", "structure": "NAME", "width": "NAME", "model": "NAME",
     "data": "NAME", "device": "NAME", "limit": "INT", "weights": "FILE", "config": "FILE", "data_root": "FOLDER",
-    "out": "FOLDER", "input_shape": "C H W", "cost": "NAME",
+    "out": "FOLDER", "input_shape": "C H W", "cost": "NAME", "proxy": "NAME",
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from jpq import landing, stages
 from jpq.allocators import rank, start_bits, uniform
 from jpq.budget import Controller, Target, targets
-from jpq.compose import CHANNELS, compose
+from jpq.compose import CHANNELS, SEARCH, compose
 from jpq.config import BOPS
 from jpq.exporters.quantized import rebuild
 from jpq.gates import Counted, Decided, Gate
+from jpq.mapping import mapped
 from jpq.methods import METHODS, Method
 from jpq.network.attach import attach
 from jpq.network.compressed import Compressed, Side, exact_uses
@@ -161,7 +162,8 @@ def compress(
         w_bits, a_bits: smallest and largest width of weights and activations.
         image_bits: width of the model's input.
         skip: layers whose channels or weights are not pruned.
-        structure: where zeros may lie ("channels", "elementwise", "2:4", ...); default: the method's.
+        structure: where zeros may lie ("channels", "elementwise", "2:4", ...), "rules" for a structure that suits each
+            layer, or one for each by name ("conv1=pattern,fc=block:8x1"); default: the method's.
         width: how bits are chosen, a name in jpq.quantizers.WIDTHS; default: the method's. "fixed": the largest of
             w_bits and a_bits everywhere, so that only pruning can reach the targets.
         density: share of the weights that stay, for methods that are told how many; of the MACs, for "two-stage".
@@ -180,12 +182,15 @@ def compress(
     if not any(asked.values()):
         raise JpqError('No target: give bops="1%" (or "12M"), size="50KB" or macs="50%".')
     how, by = compose(method, structure, width), pick_score(score)
+    if how.structure == SEARCH:
+        raise JpqError('structure="search" judges mappings on held-out data, which compress has not: use jpq.optimize, '
+                       'or structure="rules".')  # fmt: skip
     model = unpacked(model)
     example = example_inputs if isinstance(example_inputs, (tuple, dict)) else (example_inputs,)
     network = trace(model, example, open_norms=open_norms)
     if open_norms:
         require_opened(network, how.gate is not None)
-    sites = sites_of(how, network, skip)
+    sites = sites_of(how, network, skip, mapped(how, network, example, density, skip))
     goals = targets(asked, exact_uses(network, Shares(network, ()), Plan(method, {}, {})))
     start = start_bits(network, goals, w_bits, a_bits, image_bits, share_left(sites, how, density))
     make = widths(how, w_bits, a_bits, image_bits, start)
@@ -226,11 +231,15 @@ def gates(method: Method, density: float = 0.5) -> Callable[[int, int], Gate]:
     return partial(method.gate, density=density) if issubclass(method.gate, Counted) else method.gate
 
 
-def sites_of(method: Method, network: Network, skip: Collection[str]) -> tuple[Site, ...]:
-    """Where the method acts: coupled channels, or the weights of each layer."""
+def sites_of(
+    method: Method, network: Network, skip: Collection[str], mapping: Mapping[str, str] | None = None
+) -> tuple[Site, ...]:
+    """Where the method acts: coupled channels, or the weights of each layer, by a mapping where each has its own."""
     if method.gate is None:
         return ()
-    return method.sites(network, skip) if method.structure == CHANNELS else masks(network, method.structure, skip)
+    if method.structure == CHANNELS:
+        return method.sites(network, skip)
+    return masks(network, method.structure if mapping is None else mapping, skip)
 
 
 def share_left(sites: Collection[Site], method: Method, density: float) -> dict[str, float]:

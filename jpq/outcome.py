@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import torch
 from torch import nn
 
-from jpq import checkpoint, costs, report
+from jpq import checkpoint, costs, mapping, report
 from jpq.budget import Target
 from jpq.config import Config
 from jpq.data import Data
@@ -57,6 +57,10 @@ def finish(
     else:
         outside = run.timed("verify", lambda: verify.exported(small, path, data.test))
         verified = {verify.OPENED: run.opened, **outside}
+    schemes = {}
+    if run.schemes:
+        left = {u.name: float(u.density) for u in uses}
+        schemes = mapping.record(net.network, plan.structures, left, run.schemes)
     full = costs.baseline(uses)
     bops = costs.COSTS[config.budget.cost](uses)
     figures = {
@@ -86,6 +90,7 @@ def finish(
         notes=tuple(run.notes),
         metrics=run.metrics,
         packed=asdict(stored),
+        schemes=schemes,
         data={"name": data.name, "checksum": data.checksum, **{k: getattr(data, k).size for k in SPLITS}},
     )
     report.write(result, config)

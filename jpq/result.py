@@ -84,6 +84,7 @@ class Result:
     notes: tuple[str, ...] = field(default=())
     metrics: Numbers = field(default_factory=dict)  # site -> what its gate said at landing
     packed: dict[str, int] = field(default_factory=dict)  # bytes of model.packed: total, header, promised, others
+    schemes: dict[str, Any] = field(default_factory=dict)  # who mapped them, and ms that are modelled (jpq.mapping)
     data: dict[str, Any] = field(default_factory=dict)  # name, checksum, sizes of the splits
 
 

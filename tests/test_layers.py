@@ -15,7 +15,7 @@ LAYERS = [
     {"cli", "__main__", "progress", "inspection"},
     {"__init__"},
     {"recipe", "outcome", "journal", "figures", "machine"},
-    {"joint", "report"},
+    {"joint", "report", "mapping"},
     {"train", "stages", "compose", "landing", "checkpoint", "methods"},
     {"allocators", "exporters"},
     {"models", "data", "sources"},

@@ -8,10 +8,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from jpq.allocators.scheme_search import Found, search
-from jpq.allocators.schemes import frugal, hard, milliseconds, modelled, project, rules, variants
+from jpq.allocators.schemes import Latency, frugal, hard, milliseconds, modelled, project, rules, stays, variants
 from jpq.compose import RULES, SEARCH, legal
 from jpq.data import Batches, Data
 from jpq.files import replace_file
@@ -31,7 +32,12 @@ Mapped = Mapping[str, str]  # layer -> structure
 
 
 def mapped(
-    method: Method, network: Network, example: Any, density: float, skip: Collection[str] = ()
+    method: Method,
+    network: Network,
+    example: Any,
+    density: float,
+    skip: Collection[str] = (),
+    latency: Latency = modelled,
 ) -> dict[str, str] | None:
     """{layer: structure} where the method's structure says so layer by layer; None where all layers have the same.
 
@@ -40,7 +46,7 @@ def mapped(
     """
     fits = legal(method)
     if method.structure == RULES:
-        return rules(network, density, hard(network, example), legal=fits, skip=skip)
+        return rules(network, density, hard(network, example), legal=fits, skip=skip, latency=latency)
     if method.structure == SEARCH:
         return frugal(network, density, legal=fits, skip=skip)
     given = by_layer(method.structure)
@@ -52,7 +58,7 @@ def mapped(
 
 def searched(
     method: Method, network: Network, model: nn.Module, data: Data, density: float, skip: Collection[str], *,
-    trained: bool = False, lr: float = 1e-3, seed: int = 0, samples: int = 200,
+    trained: bool = False, lr: float = 1e-3, seed: int = 0, samples: int = 200, latency: Latency = modelled,
 ) -> tuple[Found, float]:  # fmt: skip
     """(what the search found, its limit in ms): as fast as the rules' mapping, and as accurate as it gets.
 
@@ -64,13 +70,13 @@ def searched(
         lr: of that training. seed, samples: of the search.
     """
     fits = legal(method)
-    start = rules(network, density, hard(network, data.example), legal=fits, skip=skip)
-    limit = sum(milliseconds(network, start, density).values())
-    ms = {}
+    start = rules(network, density, hard(network, data.example), legal=fits, skip=skip, latency=latency)
+    limit = sum(milliseconds(network, start, density, latency).values())
+    ms: dict[str, dict[str, float]] = {}
     for layer in network.layers:
-        kinds = {} if layer.name in skip else variants(layer, fits)
-        ms[layer.name] = {s: modelled(layer, s, density) for kind in kinds.values() for s in kind} or {DENSE: modelled(
-            layer, DENSE, 1.0)}  # fmt: skip
+        kinds = {DENSE: (DENSE,)} if layer.name in skip else variants(layer, fits)
+        each = [structure for kind in kinds.values() for structure in kind]
+        ms[layer.name] = {s: latency(layer, s, stays(layer, s, density)) for s in each}
     proxy = Proxy(network, model, data, density, trained=trained, lr=lr)
     return search(ms, proxy, limit, start=start, seed=seed, samples=samples), limit
 
@@ -88,8 +94,7 @@ class Proxy:
         self.model = copy.deepcopy(model).eval()
         self.before = {name: t.clone() for name, t in self.model.state_dict().items()}
         self.train = [batch for _, batch in zip(range(SETTLE), data.train.epoch(0), strict=False)]
-        first = part(data.train, SHARE)
-        self.lesson = list(first.epoch(0)) if trained else []
+        self.lesson = list(part(data.train, SHARE).epoch(0)) if trained else []
         self.judges = part(data.held_out, JUDGES / data.held_out.size)
         self.known: dict[tuple[str, str], Tensor] = {}  # (layer, structure) -> projected weight
 
@@ -111,10 +116,9 @@ class Proxy:
     def projected(self, name: str, structure: str) -> Tensor:
         """The float model's weight with the weakest units zeroed."""
         if (name, structure) not in self.known:
-            weight = self.before[self.network.layer(name).weight]
-            self.known[name, structure] = project(
-                weight, parse(structure, layout(self.network.layer(name))), self.density
-            )
+            layer = self.network.layer(name)
+            own = parse(structure, layout(layer))
+            self.known[name, structure] = project(self.before[layer.weight], own, self.density)
         return self.known[name, structure]
 
     def study(self, masked: Mapped) -> None:
@@ -122,20 +126,23 @@ class Proxy:
         self.model.train()
         optim = optimizer(self.model, self.lr, 0.0)
         zeros = {name: self.projected(name, s) == 0 for name, s in masked.items()}
-        for x, y in self.lesson:
-            optim.zero_grad()
-            nn.functional.cross_entropy(self.model(x), y).backward()
-            optim.step()
-            for name, zero in zeros.items():
-                self.weight(name).data[zero] = 0
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # of dropout
+            for x, y in self.lesson:
+                optim.zero_grad()
+                nn.functional.cross_entropy(self.model(x), y).backward()
+                optim.step()
+                for name, zero in zeros.items():
+                    self.weight(name).data[zero] = 0
         self.model.eval()
 
 
 def part(batches: Batches, share: float) -> Batches:
-    """The first of the samples, not augmented and in order; all of them from a share of 1 on."""
+    """A fixed random part of the samples, not augmented and always in one order; all of them from a share of 1 on."""
     count = max(1, min(batches.size, round(share * batches.size)))
+    which = torch.randperm(batches.size, generator=torch.Generator().manual_seed(0))[:count].to(batches.images.device)
     return Batches(
-        batches.images[:count], batches.labels[:count], mean=batches.mean, std=batches.std,
+        batches.images[which], batches.labels[which], mean=batches.mean, std=batches.std,
         batch_size=batches.batch_size, seed=batches.seed,
     )  # fmt: skip
 
@@ -143,7 +150,7 @@ def part(batches: Batches, share: float) -> Batches:
 def record(network: Network, mapping: Mapped, density: float | Mapping[str, float], by: str) -> dict[str, Any]:
     """What a report says of a mapping: every layer's structure, and milliseconds that are modelled, not measured."""
     ms = milliseconds(network, mapping, density)
-    dense = milliseconds(network, {}, {})
+    dense = milliseconds(network, {}, 1.0)
     return {
         "by": by,
         "latency": "modelled",

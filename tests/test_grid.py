@@ -28,7 +28,7 @@ from jpq.structures import STRUCTURES
 
 STEPS, TUNE = 10, 2
 DENSITY = 0.4
-PLACES = [compose.CHANNELS, *(named.example for named in STRUCTURES.values())]
+PLACES = [compose.CHANNELS, *(named.example for named in STRUCTURES.values()), compose.RULES]
 
 
 class Cell(NamedTuple):

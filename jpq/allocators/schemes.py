@@ -19,12 +19,13 @@ is not public in numbers. A gate that cannot take patterns gets block-punched la
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Size, Tensor
 
-from jpq.costs.roofline import kept_share, roofline
+from jpq.costs.roofline import roofline
 from jpq.gates.topk import kept_of_rows, topk_rows
 from jpq.network.read import tensors
 from jpq.network.record import Layer, Network
@@ -36,17 +37,24 @@ SIDES = (1, 2, 4, 8, 16, 32)  # of blocks, below the one that spans the layer
 TOLERANCE = 0.2  # how much slower than the coarsest variant a finer one may be
 CLASSES, PIXELS = 100, 64  # a task with more is hard
 
-Latency = Callable[[Layer, str, float], float]  # (layer, structure, density) -> milliseconds of one sample
+Latency = Callable[[Layer, str, float], float]  # (layer, structure, share of weights that stays) -> ms of one sample
 Legal = Callable[[str], bool]  # whether the method takes this structure
 
 
-def modelled(layer: Layer, structure: str, density: float) -> float:
-    """Milliseconds by `costs.roofline`; `density` gives way where the structure itself says how much stays."""
-    size = Size(layer.weight_shape)
+def modelled(layer: Layer, structure: str, share: float) -> float:
+    """Milliseconds by `costs.roofline`."""
+    own = None if structure == DENSE else parse(structure, layout(layer))
+    return roofline(layer.macs, Size(layer.weight_shape), own, share)
+
+
+def stays(layer: Layer, structure: str, density: float) -> float:
+    """Share of the weights that stays where `density` is asked for: whole units (5 of 9), or what a pattern says."""
     if structure == DENSE:
-        return roofline(layer.macs, size, None, 1.0)
-    own = parse(structure, layout(layer))
-    return roofline(layer.macs, size, own, kept_share(own, size, density))
+        return 1.0
+    own, size = parse(structure, layout(layer)), Size(layer.weight_shape)
+    sizes = own.sizes(size)
+    share = (_counts(own, sizes, density) / (sizes > 0).sum(1)).mean()
+    return float(share * sizes.sum() / size.numel())
 
 
 def variants(layer: Layer, legal: Legal = lambda structure: True) -> dict[str, tuple[str, ...]]:
@@ -123,18 +131,24 @@ def frugal(network: Network, density: float, *, legal: Legal, skip: Collection[s
     """{layer: structure} of the least weights, the finest of equal ones: no mapping can cost less."""
     out = {}
     for layer in network.layers:
-        size = Size(layer.weight_shape)
         each = [s for kind in variants(layer, legal).values() for s in kind if s != DENSE and layer.name not in skip]
-        out[layer.name] = min(each, key=lambda s: kept_share(parse(s, layout(layer)), size, density), default=DENSE)
+        out[layer.name] = min(each, key=partial(stays, layer, density=density), default=DENSE)
     return out
 
 
 def milliseconds(
     network: Network, mapping: Mapping[str, str], density: float | Mapping[str, float], latency: Latency = modelled
 ) -> dict[str, float]:
-    """What each layer takes under a mapping; layers that it leaves out are dense."""
-    share = density if isinstance(density, Mapping) else dict.fromkeys(mapping, density)
-    return {x.name: latency(x, mapping.get(x.name, DENSE), share.get(x.name, 1.0)) for x in network.layers}
+    """What each layer takes under a mapping; layers that it leaves out are dense.
+
+    `density`: the share that is asked for, or by layer the share that stayed.
+    """
+    out = {}
+    for layer in network.layers:
+        structure = mapping.get(layer.name, DENSE)
+        share = density[layer.name] if isinstance(density, Mapping) else stays(layer, structure, density)
+        out[layer.name] = latency(layer, structure, share)
+    return out
 
 
 def best(weight: Weight, structure: Structure, density: float) -> Units:
@@ -144,9 +158,14 @@ def best(weight: Weight, structure: Structure, density: float) -> Units:
     (then the point is not always the nearest).
     """
     sizes = structure.sizes(weight.shape).to(weight.device)
+    scores = structure.pool(weight.square()) / sizes.clamp_min(1)
+    return topk_rows(scores, _counts(structure, sizes, density), sizes > 0)
+
+
+def _counts(structure: Structure, sizes: Units, density: float) -> Tensor:
+    """Units that stay in each row, `[rows]`."""
     quota, real = structure.quota(), (sizes > 0).sum(1)
-    k = kept_of_rows(density, real).clamp_min(1) if quota is None else real.clamp_max(quota)
-    return topk_rows(structure.pool(weight.square()) / sizes.clamp_min(1), k, sizes > 0)
+    return kept_of_rows(density, real).clamp_min(1) if quota is None else real.clamp_max(quota)
 
 
 @torch.no_grad()

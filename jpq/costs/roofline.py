@@ -35,13 +35,6 @@ def together(structure: Structure, weight: Size) -> float:
     return mean
 
 
-def kept_share(structure: Structure, weight: Size, density: float) -> float:
-    """Share of the weights that stays: what the structure itself says (4 of 9 positions), else `density`."""
-    quota = structure.quota()
-    n = structure.shape(weight)[1]
-    return density if quota is None else min(1.0, float(quota * structure.sizes(weight).sum() / n / weight.numel()))
-
-
 def roofline(macs: int, weight: Size, structure: Structure | None, density: float) -> float:
     """Milliseconds of one sample. `density`: the share of the weights that stays; 1 is meant without a structure."""
     w = float("inf") if structure is None else together(structure, weight)

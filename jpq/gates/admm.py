@@ -62,10 +62,14 @@ class Admm(Counted):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Z = Pi(W + U): of each row the units of the largest norm stay, which is the nearest point."""
+        """Z = Pi(W + U): of each row the units of the largest norm stay, which is the nearest point.
+
+        Units at ragged edges rank by their mean square: by their norm the full ones would all come first, and more
+        weights than `density` would stay.
+        """
         sums = [(weight + self.dual(i), structure) for i, (weight, structure) in enumerate(self.seen)]
         norms = torch.stack([structure.pool(total.square()) for total, structure in sums]).sum(0)
-        self.kept.copy_(self.top(norms, self.density))
+        self.kept.copy_(self.top(norms / self.sizes.clamp_min(1), self.density))
         for i, (total, structure) in enumerate(sums):
             self.near(i).copy_(total * structure.expand(self.kept.to(total), total.shape))
 

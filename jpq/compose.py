@@ -66,7 +66,8 @@ def _clash(gate: type[Gate], structure: str, width: type[Width]) -> str | None:
     if structure in (RULES, SEARCH):
         reasons = [_clash_of_one(gate, scheme, width) for scheme in SCHEMES]
         return reasons[-1] if all(reasons) else None
-    asked = [s for s in by_layer(structure).values() if s != DENSE] or [structure]
+    given = by_layer(structure)
+    asked = [s for s in given.values() if s != DENSE] if given else [structure]
     return next(filter(None, (_clash_of_one(gate, s, width) for s in asked)), None)
 
 

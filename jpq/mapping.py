@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq.allocators.scheme_search import Found, search
+from jpq.allocators.scheme_search import SAMPLES, Found, search
 from jpq.allocators.schemes import Latency, frugal, hard, milliseconds, modelled, project, rules, stays, variants
 from jpq.compose import RULES, SEARCH, legal
 from jpq.data import Batches, Data
@@ -58,7 +58,7 @@ def mapped(
 
 def searched(
     method: Method, network: Network, model: nn.Module, data: Data, density: float, skip: Collection[str], *,
-    trained: bool = False, lr: float = 1e-3, seed: int = 0, samples: int = 200, latency: Latency = modelled,
+    trained: bool = False, lr: float = 1e-3, seed: int = 0, samples: int = SAMPLES, latency: Latency = modelled,
 ) -> tuple[Found, float]:  # fmt: skip
     """(what the search found, its limit in ms): as fast as the rules' mapping, and as accurate as it gets.
 

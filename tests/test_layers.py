@@ -23,7 +23,7 @@ LAYERS = [
     {"budget"},
     {"network"},
     {"structures", "gates", "quantizers", "scores", "costs", "plan", "config", "result"},
-    {"types"},
+    {"types", "files"},
 ]
 ONLY = {
     "brevitas": {"quantizers", "exporters", "network/attach.py"},

@@ -199,8 +199,8 @@ def summary(result: Result) -> Panel:
         rest.add_row("target", target_line(name, target))
     if result.schemes:
         s = result.schemes
-        said = f"by {s['by']}: {s['ms']:.3g} ms a sample, {s['dense_ms']:.3g} ms dense ({s['latency']}, not measured)"
-        rest.add_row("schemes", said)
+        how = "modelled, not measured" if s["latency"] == "modelled" else s["latency"]
+        rest.add_row("schemes", f"by {s['by']}: {s['ms']:.3g} ms a sample, {s['dense_ms']:.3g} ms dense ({how})")
     for line in verified_lines(result.verified):
         rest.add_row("verified", line)
     if result.metrics:

@@ -3,7 +3,8 @@
     python studies/schemes.py
 
 ResNet8 on the digits, ten epochs. All runs start from the same float weights (trained here, kept in runs/schemes), have
-the same batches, rates and target of bit-operations, and keep 4 of 9 weights where a mask is. Milliseconds are modelled
+the same batches, rates and target of bit-operations, and keep 4 of 9 weights where a mask is: of each layer with admm
+and scheme-mapping, of all blocks together with dpf, which takes them where weights are small. Milliseconds are modelled
 (jpq/costs/roofline.py), on the densities that training ended with; nothing was timed. Written are schemes.csv (a line
 per run), schemes_proxies.csv (what the two proxies of the search say of random mappings, and what training made of
 them) and schemes.png. Test images are read once per run, and by no search. `--part proxies` or `--part runs` does one.
@@ -46,15 +47,11 @@ BASE = jpq.Config(
     train=Train(epochs=10, search=0.5, float_epochs=20),
 )
 CASES = [  # (method, structure, proxy)
-    ("dpf", "pattern", ""),
-    ("dpf", "punched:8x8", ""),
-    ("dpf", "block:8x1", ""),
-    ("dpf", "rules", ""),
-    ("dpf", "search", "projected"),
-    ("scheme-mapping", "rules", ""),
-    ("scheme-mapping", "search", "projected"),
+    *((method, structure, "") for method in ("admm", "dpf") for structure in ("pattern", "punched:8x8", "block:8x1")),
+    *((method, "rules", "") for method in ("admm", "dpf", "scheme-mapping")),
+    *((method, "search", "projected") for method in ("admm", "dpf", "scheme-mapping")),
 ]
-RANDOM = 10  # mappings that the proxies are asked about
+RANDOM = 8  # mappings that the proxies are asked about
 PATHS = {"runs": grid.RESULTS / "schemes.csv", "proxies": grid.RESULTS / "schemes_proxies.csv"}
 
 
@@ -121,7 +118,7 @@ def runs(base: jpq.Config, seeds: list[int]) -> None:
 def proxies(base: jpq.Config) -> None:
     """A line of schemes_proxies.csv for each random mapping: what is guessed of it, and what becomes of it."""
     seen, path = network(), PATHS["proxies"]
-    method = compose("dpf", "rules")
+    method = compose("admm", "rules")
     assert base.task.weights is not None
     data = read_data(base, torch.device("cpu"))
     model = build("resnet8", data.classes, data.shape[0]).eval()
@@ -144,7 +141,7 @@ def proxies(base: jpq.Config) -> None:
             said |= {f"{kind}_seconds": round(time.perf_counter() - start, 3)}
         text = ",".join(f"{name}={s}" for name, s in mapping.items() if s != DENSE)
         command = "python studies/schemes.py --part proxies"
-        result, _ = optimized(base, "dpf", text, "", 0, command)
+        result, _ = optimized(base, "admm", text, "", 0, command)
         grid.append(path, {
             "number": i, **said, "final_held_out": round(result.held_out["compressed"], 4),
             "final_accuracy": round(result.compressed.accuracy, 4), **modelled(seen, result), "mapping": text, "n": 1,

@@ -63,7 +63,8 @@ METAVARS = {
     "data_root": "FOLDER", "out": "FOLDER", "input_shape": "C H W", "limit": "INT", "classes": "INT",
     "density": "SHARE", "inputs": "NAME", "target_latency": "TIME", "what": "[RUN_FOLDER|FILE.onnx ...]",
     **dict.fromkeys(
-        ("method", "score", "allocator", "structure", "width", "model", "data", "device", "cost", "like"), "NAME"
+        ("method", "score", "allocator", "structure", "width", "model", "data", "device", "cost", "like", "proxy"),
+        "NAME",
     ),
 }  # fmt: skip
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from jpq.config import MASKED
 from jpq.gates import Gate
 from jpq.methods import GIVEN, METHODS, Method
 from jpq.quantizers import WIDTHS, Fixed, Learned, Width
-from jpq.structures import STRUCTURES, parse
-from jpq.types import JpqError, unknown
+from jpq.structures import STRUCTURES, Structure, by_layer, parse
+from jpq.types import DENSE, JpqError, unknown
 
 CHANNELS = "channels"  # units that leave the network; every other structure is a mask inside each layer
+RULES, SEARCH = "rules", "search"  # a structure for each layer: by rules, or by policy gradient
+SCHEMES = ("pattern", "punched:8x8", "block:8x1")  # what those two choose from, with one size of block each
 SHOWN = 6  # alternatives that a refusal lists
 
 
@@ -69,9 +72,24 @@ def refusal(gate: type[Gate], structure: str, width: type[Width]) -> str | None:
     return f"{reason}. Choose {instead}."
 
 
+def legal(method: Method) -> Callable[[str], bool]:
+    """Whether one layer of this method may have a structure."""
+    return lambda structure: method.gate is not None and _clash(method.gate, structure, method.width) is None
+
+
 def _clash(gate: type[Gate], structure: str, width: type[Width]) -> str | None:
-    """The first reason against it."""
-    units = None if structure == CHANNELS else parse(structure)
+    """The first reason against it: against every scheme to choose from, or against one that is asked for."""
+    if structure in (RULES, SEARCH):
+        reasons = [_clash_of_one(gate, scheme, width) for scheme in SCHEMES]
+        return reasons[-1] if all(reasons) else None
+    given = by_layer(structure)
+    asked = [s for s in given.values() if s != DENSE] if given else [structure]
+    return next(filter(None, (_clash_of_one(gate, s, width) for s in asked)), None)
+
+
+def _clash_of_one(gate: type[Gate], structure: str, width: type[Width]) -> str | None:
+    """The first reason against one structure."""
+    units = None if structure == CHANNELS else _parsed(structure)
     if gate.counted and issubclass(width, Fixed):
         return "how much stays (--density) and the bits are both given, so nothing could move towards the budget"
     if gate.single_weights and width.own_grid:
@@ -89,9 +107,16 @@ def _clash(gate: type[Gate], structure: str, width: type[Width]) -> str | None:
     return None
 
 
+def _parsed(structure: str) -> Structure:
+    name = structure.partition(":")[0].strip()
+    if name not in STRUCTURES and not name.isdigit():
+        raise unknown("structure", name, [CHANNELS, RULES, SEARCH, *STRUCTURES, "2:4"])
+    return parse(structure)
+
+
 def _instead(gate: type[Gate], structure: str, width: type[Width]) -> str:
     """What fits if only one of the three changes; empty where nothing does."""
-    examples = [CHANNELS, *(named.example for named in STRUCTURES.values())]
+    examples = [CHANNELS, *(named.example for named in STRUCTURES.values()), RULES]
     rows: dict[type[Gate], str] = {}  # the first method of each gate
     for name, method in METHODS.items():
         if method.gate and method.searches:

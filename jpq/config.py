@@ -61,6 +61,9 @@ class Budget:
     """Measured layers of this model, from jpq bench --table FILE. Without a target the prediction is only reported."""
 
 
+PROXIES = ("projected", "trained")
+
+
 @dataclass(frozen=True)
 class Decide:
     """How keep-or-drop and bit-widths are decided."""
@@ -82,8 +85,12 @@ class Decide:
     image_bits: int = 8
     """Bit-width of the model's input, which is not learned."""
     structure: str = ""
-    """Where zeros may lie: channels, elementwise, per-output, kernels, 2:4, block:8x4, pattern ... Default: the
+    """Where zeros may lie: channels, elementwise, per-output, kernels, 2:4, block:8x4, pattern ... rules gives each
+    layer what suits it, search learns that on held-out data, and conv1=pattern,fc=block:8x1 says it. Default: the
     method's."""
+    proxy: str = "projected"
+    """How --structure search judges a mapping: projected (zeroed at once), or trained (then also trained for an epoch
+    of a tenth of the data, which takes many times as long)."""
     width: str = ""
     """How bits are chosen: learned, power-of-two, gated, squashed, or fixed (the largest of --w-bits and --a-bits, so
     that only pruning can reach the target). Default: the method's."""
@@ -220,6 +227,8 @@ class Config:
             raise JpqError("--float-epochs 0 needs --weights: there is nothing trained to compress.")
         if self.task.limit is not None and self.task.limit < 20:
             raise JpqError(f"--limit {self.task.limit}: at least 20 samples are needed to split off a held-out part.")
+        if d.proxy not in PROXIES:
+            raise unknown("proxy", d.proxy, PROXIES)
         if self.budget.cost not in BOPS:
             raise unknown("cost", self.budget.cost, BOPS)
         b = self.budget

@@ -14,6 +14,7 @@ from jpq.costs.latency import NS
 from jpq.network.compressed import Compressed
 from jpq.plan import Plan
 from jpq.result import LayerRow
+from jpq.types import DENSE
 
 
 def reached(goal: Target, uses: Sequence[costs.LayerUse]) -> dict[str, Any]:
@@ -39,8 +40,10 @@ def layer_rows(net: Compressed, plan: Plan, cost: str = "bops") -> tuple[LayerRo
         density = float(densities[layer.name].share) if layer.name in densities else 1.0
         bits = int(use.w_bits), int(use.a_bits)
         ms = None if use.clock is None else float(costs.layer_latency(use)) / NS
+        structure = plan.structures.get(layer.name, DENSE)
         share = float(bops / total)
-        rows.append(LayerRow(layer.name, layer.kind, *kept, o, o_all, *bits, macs, bops, share, density, ms))
+        row = LayerRow(layer.name, layer.kind, *kept, o, o_all, *bits, macs, bops, share, density, structure, ms)
+        rows.append(row)
     return tuple(rows)
 
 

@@ -51,8 +51,14 @@ class Handover:
                 f"The mask {self.source} is for {_some(strangers)}, which this model does not have.{made} "
                 "Choose the --model that it was made for."
             )
-        found = {site.taps[0].layer: site for site in masks(network, plan.structure)}
-        self._refuse([n for n in plan.masks if n not in found], f"is of structure {plan.structure}, which does not fit")
+        found: dict[str, Site] = {}
+        unfit = []
+        for name, text in plan.structures.items():
+            try:
+                (found[name],) = masks(network, {name: text})
+            except JpqError:
+                unfit.append(f"{name} ({text})")
+        self._refuse(unfit, "is of a structure that does not fit")
         wrong = [
             f"{name} (it has {mask.rows} x {mask.n} units, the layer {found[name].rows} x {found[name].n})"
             for name, mask in plan.masks.items()
@@ -66,7 +72,7 @@ class Handover:
             quota = structure.quota()
             valid = structure.valid(Size(every[name].weight_shape))
             if quota is not None and int(keep.sum(1).max()) > quota:
-                self._refuse([name], f"keeps more than the {quota} of each row that {plan.structure} allows in")
+                self._refuse([name], f"keeps more than the {quota} of each row that {plan.structures[name]} allows in")
             if valid is not None and bool((keep & ~valid).any()):
                 self._refuse([name], "keeps units that stand for no weight in")
         return tuple(found[layer.name] for layer in network.layers if layer.name in plan.masks)
@@ -159,7 +165,8 @@ def _plan(path: Path) -> Plan:
 def write(folder: Path, sites: Sequence[Site], kept: Sequence[Units], model: nn.Module, about: dict[str, Any]) -> None:
     """Put mask and weights into a folder that is there."""
     drops = {site.taps[0].layer: MaskPlan.of(keep) for site, keep in zip(sites, kept, strict=True)}
-    plan = Plan("prune-private", {}, {}, drops, sites[0].taps[0].structure.spec(), model=about)
+    structures = {site.taps[0].layer: site.taps[0].structure.spec() for site in sites}
+    plan = Plan("prune-private", {}, {}, drops, structures, model=about)
     replace_file(folder / MASK, lambda path: path.write_text(plan.to_json()))
     checkpoint.save_tensors(model, folder / WEIGHTS)
 

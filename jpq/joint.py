@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from jpq import handover, landing, stages
 from jpq.allocators import Evidence, bit_widths, pick_allocator, place, start_bits, uniform
 from jpq.budget import Controller, Target, targets
-from jpq.compose import CHANNELS, compose
+from jpq.compose import CHANNELS, SEARCH, compose
 from jpq.config import BOPS, MASKED
 from jpq.costs.table import Table
 from jpq.exporters.quantized import rebuild
 from jpq.gates import Counted, Decided, Gate
+from jpq.mapping import mapped
 from jpq.methods import METHODS, Method
 from jpq.network.attach import attach
 from jpq.network.compressed import Compressed, Side, exact_uses
@@ -168,7 +169,8 @@ def compress(
         w_bits, a_bits: smallest and largest width of weights and activations.
         image_bits: width of the model's input.
         skip: layers whose channels or weights are not pruned.
-        structure: where zeros may lie ("channels", "elementwise", "2:4", ...); default: the method's.
+        structure: where zeros may lie ("channels", "elementwise", "2:4", ...), "rules" for a structure that suits each
+            layer, or one for each by name ("conv1=pattern,fc=block:8x1"); default: the method's.
         width: how bits are chosen, a name in jpq.quantizers.WIDTHS; default: the method's. "fixed": the largest of
             w_bits and a_bits everywhere, so that only pruning can reach the targets.
         density: share of the weights that stay, for methods that are told how many; of the MACs, for "two-stage".
@@ -199,6 +201,9 @@ def compress(
         raise JpqError("Method masked: there is no mask to hold. Give one as mask=..., or choose a method.")
     how, by = compose(method, structure, width), pick_score(score)
     pick_allocator(allocator)
+    if how.structure == SEARCH:
+        raise JpqError('structure="search" judges mappings on held-out data, which compress has not: use jpq.optimize, '
+                       'or structure="rules".')  # fmt: skip
     model = unpacked(model)
     example = example_inputs if isinstance(example_inputs, (tuple, dict)) else (example_inputs,)
     network = trace(model, example, open_norms=open_norms)
@@ -206,7 +211,8 @@ def compress(
         require_opened(network, how.gate is not None)
     if table is not None:
         network = timed(network, table)
-    sites = given.sites(network) if given else sites_of(how, network, skip)
+    schemes = None if given else mapped(how, network, example, density, skip)
+    sites = given.sites(network) if given else sites_of(how, network, skip, schemes)
     goals = targets(asked, exact_uses(network, Shares(network, ()), Plan(method, {}, {})))
     left = given.share_left(network, sites) if given else share_left(sites, how, density)
     start = start_bits(network, goals, w_bits, a_bits, image_bits, left)
@@ -261,11 +267,15 @@ def gates(method: Method, density: float = 0.5) -> Callable[[int, int], Gate]:
     return partial(method.gate, density=density) if issubclass(method.gate, Counted) else method.gate
 
 
-def sites_of(method: Method, network: Network, skip: Collection[str]) -> tuple[Site, ...]:
-    """Where the method acts: coupled channels, or the weights of each layer."""
+def sites_of(
+    method: Method, network: Network, skip: Collection[str], mapping: Mapping[str, str] | None = None
+) -> tuple[Site, ...]:
+    """Where the method acts: coupled channels, or the weights of each layer, by a mapping where each has its own."""
     if method.gate is None:
         return ()
-    return method.sites(network, skip) if method.structure == CHANNELS else masks(network, method.structure, skip)
+    if method.structure == CHANNELS:
+        return method.sites(network, skip)
+    return masks(network, method.structure if mapping is None else mapping, skip)
 
 
 def share_left(sites: Collection[Site], method: Method, density: float) -> dict[str, float]:

@@ -20,6 +20,7 @@ from jpq.gates import (
     LearnedTopK,
     Polarized,
     Ranked,
+    Reweighted,
     SoftThreshold,
     Stochastic,
     ZeroBin,
@@ -149,6 +150,13 @@ METHODS: Mapping[str, Method] = {
         "dense matrix products over fewer columns; or whole channels, with --structure channels",
         "Wang et al., Structured Probabilistic Pruning, BMVC 2018, arXiv:1709.06994",
         structure="block:*x1",
+    ),
+    "scheme-mapping": Method(
+        "block-punched kernels and columns of blocks, their size layer by layer, and any whole bit-width per tensor",
+        Reweighted, Learned, True,
+        "block-sparse kernels whose compiler takes another block size in each layer",
+        "Gong et al., Automatic Mapping of the Best-Suited DNN Pruning Schemes, ACM TODAES 2022, arXiv:2111.11581",
+        structure="rules",
     ),
     "uniform": Method(
         "one width for all weights and one for all activations; nothing is pruned",

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import torch
 from torch import nn
 
-from jpq import bench, checkpoint, costs, report
+from jpq import bench, checkpoint, costs, mapping, report
 from jpq.budget import Target
 from jpq.config import Config
 from jpq.costs.latency import NS
@@ -59,6 +59,10 @@ def finish(
     else:
         outside = run.timed("verify", lambda: verify.exported(small, path, data.test))
         verified = {verify.OPENED: run.opened, **outside}
+    schemes = {}
+    if run.schemes:
+        left = {u.name: float(u.density) for u in uses}
+        schemes = mapping.record(net.network, plan.structures, left, run.schemes)
     full = costs.baseline(uses)
     bops = costs.COSTS[config.budget.cost](uses)
     predicted = _ms(costs.latency_ns(uses)) if table is not None else None
@@ -94,6 +98,7 @@ def finish(
         metrics=run.metrics,
         packed=asdict(stored),
         latency=timing,
+        schemes=schemes,
         data={"name": data.name, "checksum": data.checksum, **{k: getattr(data, k).size for k in SPLITS}},
     )
     report.write(result, config)
@@ -110,7 +115,7 @@ def branched_or_same(small: nn.Module, plan: Plan, example: torch.Tensor) -> nn.
 
     Raises JpqError where the branches compute something else.
     """
-    if plan.structure != "kernels":
+    if set(plan.structures.values()) != {"kernels"}:
         return small
     try:
         cut = branched(small)

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jpq.result import Result, Row, human, percent
+from jpq.types import DENSE
 
 OPENED = "masked_vs_rebuilt_at_landing_with_open_norms"  # as verify has it, without importing torch for --help
 COST_OF_SEARCH = 2.0  # a step with gates and quantizers over a step of the float model, to guess the time left
@@ -155,17 +156,20 @@ def layer_table(result: Result) -> Table:
     kept, every = sum(r.outputs for r in rows), sum(r.outputs_all for r in rows)
     table.add_column("layer", "total", overflow="fold")
     masked = any(r.density < 1 for r in rows)
+    mixed = len({r.structure for r in rows} - {DENSE}) > 1
     macs, bops = (human(sum(getattr(r, field) for r in rows)) for field in ("macs", "bops"))
-    names = ["in", "out", "density", "w bits", "a bits", "MACs", "BOPs", "share"]
+    names = ["structure" if mixed else "in", "out", "density", "w bits", "a bits", "MACs", "BOPs", "share"]
     footers = ["", f"{kept}/{every}", "", "", "", macs, bops, "100 %"]
+    hidden = {"out"} if mixed else set() if masked else {"density"}  # masks remove no channel
     for name, footer in zip(names, footers, strict=True):
-        if masked or name != "density":
+        if name not in hidden:
             table.add_column(name, footer, justify="right", no_wrap=True)
     for r in rows:
         channels = (f"{r.inputs}/{r.inputs_all}", f"{r.outputs}/{r.outputs_all}")
+        where = (escape(r.structure),) if mixed else channels
         density = (percent(r.density),) if masked else ()
         cells = (*density, str(r.w_bits), str(r.a_bits), human(r.macs), human(r.bops), f"{100 * r.share:.1f} %")
-        table.add_row(escape(r.name), *channels, *cells)
+        table.add_row(escape(r.name), *where, *cells)
     return table
 
 
@@ -197,6 +201,10 @@ def summary(result: Result) -> Panel:
     rest.add_column(overflow="fold")
     for name, target in result.targets.items():
         rest.add_row("target", target_line(name, target))
+    if result.schemes:
+        s = result.schemes
+        how = "modelled, not measured" if s["latency"] == "modelled" else s["latency"]
+        rest.add_row("schemes", f"by {s['by']}: {s['ms']:.3g} ms a sample, {s['dense_ms']:.3g} ms dense ({how})")
     for line in verified_lines(result.verified):
         rest.add_row("verified", line)
     if result.latency:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq import bench, checkpoint, costs, handover, landing, models, stages
+from jpq import bench, checkpoint, costs, handover, landing, mapping, models, stages
 from jpq.allocators import Evidence, bit_widths, pick_allocator, place, start_bits
 from jpq.budget import Controller, Target, targets
-from jpq.compose import compose
+from jpq.compose import RULES, SEARCH, compose
 from jpq.config import Config
 from jpq.costs.table import Table
 from jpq.data import Data
@@ -28,6 +28,7 @@ from jpq.exporters.quantized import build, rebuild
 from jpq.joint import decide, gates, pick_score, share_left, sites_of, widths
 from jpq.journal import Journal, open_folder
 from jpq.machine import pick_device, set_threads
+from jpq.mapping import mapped
 from jpq.methods import Method, row
 from jpq.network.attach import attach
 from jpq.network.compressed import Compressed, exact_uses
@@ -75,14 +76,15 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
         require_opened(network, method.gate is not None)
     network, table = with_clocks(network, config, run)
     set_threads(config.run.threads, sum(layer.macs for layer in network.layers) * config.train.batch_size)
-    sites = given.sites(network) if given else sites_of(method, network, d.skip)  # 3
+    schemes = None if given else mapped(method, network, data.example, d.density, d.skip)
+    sites = given.sites(network) if given else sites_of(method, network, d.skip, schemes)  # 3
 
     goals = asked(network, config)  # 4
-    left = given.share_left(network, sites) if given else share_left(sites, method, d.density)
-    start = start_bits(network, goals, d.w_bits, d.a_bits, d.image_bits, left)
 
     def attached(inputs: list[Tensor]) -> Compressed:
         torch.manual_seed(config.run.seed)
+        left = given.share_left(network, sites) if given else share_left(sites, method, d.density)
+        start = start_bits(network, goals, d.w_bits, d.a_bits, d.image_bits, left)
         make = widths(method, d.w_bits, d.a_bits, d.image_bits, start)
         first = given.start(model, sites) if given else model
         net = attach(first, network, sites, gates(method, d.density), make, inputs, d.method)
@@ -94,6 +96,12 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
         given.require_same(run.saved["net"], sites)
     if given and given.obeyed(model, sites):
         run.notes.append(OBEYED)
+    if method.structure == SEARCH:
+        schemes = search_schemes(method, network, model, data, config, run)
+        sites = sites_of(method, network, d.skip, schemes)
+        possible(attached([data.example]), goals, config)
+    if schemes is not None:
+        run.schemes = method.structure if method.structure in (RULES, SEARCH) else "hand"
     net = attached(calibration(data))  # 5
     run.recorder.full_bops, run.recorder.cost = costs.baseline(net.exact())["bops"], config.budget.cost
     plan, moments = search(net, model, data, goals, config, run)  # 6, 7, 8
@@ -162,6 +170,23 @@ def train_float(model: nn.Module, data: Data, config: Config, run: Journal) -> N
         train(model, data, phase, Objective(), optim, run)
         checkpoint.save_tensors(model, kept)
     model.eval()
+
+
+def search_schemes(
+    method: Method, network: Network, model: nn.Module, data: Data, config: Config, run: Journal
+) -> dict[str, str]:
+    """The structure of each layer by search on held-out data, unless an earlier part of this run found it."""
+    d, path = config.decide, run.folder / mapping.NAME
+    if run.is_past("float") and path.exists():
+        return mapping.read(path)
+    found, limit = run.timed("schemes", lambda: mapping.searched(
+        method, network, model, data, d.density, d.skip, trained=d.proxy == "trained", lr=config.train.lr,
+        seed=config.run.seed,
+    ))  # fmt: skip
+    about = mapping.record(network, found.mapping, d.density, SEARCH)
+    mapping.save(path, {**about, "limit_ms": limit, "reward": found.reward, "proxy_accuracy": found.accuracy,
+                        "judged": found.judged})  # fmt: skip
+    return dict(found.mapping)
 
 
 def train(

@@ -15,7 +15,7 @@ from jpq import landing
 from jpq.budget import FULL_USE, Controller, spent, targets
 from jpq.costs import baseline, latency_ns, layer_latency
 from jpq.costs.latency import NS, curve, isotonic
-from jpq.costs.roofline import modelled
+from jpq.costs.modelled import modelled
 from jpq.costs.table import MOST_ROWS, Entry, Shape, Table, parse, write
 from jpq.gates import VIB, Decided
 from jpq.joint import compress

@@ -15,7 +15,7 @@ LAYERS = [
     {"cli", "__main__", "progress", "inspection", "benching", "private_report"},
     {"__init__"},
     {"recipe", "designer", "outcome", "bench", "journal", "figures", "machine"},
-    {"joint", "report"},
+    {"joint", "report", "mapping"},
     {"train", "stages", "compose", "landing", "checkpoint", "methods", "handover", "layerwise"},
     {"allocators", "exporters"},
     {"models", "data", "sources"},

@@ -1,70 +1,43 @@
-"""What masks might gain where nobody measured a kernel for them: a model, never a measurement.
+"""How long a layer with a mask would take: modelled, never measured.
 
-    ms(scheme, density) = ms_dense * min(1, density * (1 + SLOW / b) + INDEX / b)
+    ms = max(MACs * density * (1 + LANES / w) / MACS_A_MS,  weights * density * (1 + INDEX / w) / BYTES_A_MS)
 
-b is the number of weights that one index stands for: those of a unit (of block:8x4, 32), times the units of a row where
-a structure counts them (2:4, 4; a pattern's choices). Larger blocks are never slower at the same density; a mask that
-would not pay runs dense. Masks that no device is known to skip gain nothing. The form is that of the scheme mapping
-sheet, `MACs * density * eta(block) + o(block)`; both constants are ours, and no speed-up may be claimed from it.
+w is how many weights one look-up of an index serves (`together`); without a mask it is infinite. Both terms fall as w
+grows, so a coarser variant at the same density is never slower. Form: Y. Gong et al., arXiv:2111.11581, `MACs * density
+* eta(scheme, block) + o(scheme, block)`, as the larger of computing (eta) and reading (o). The paper's phone model is
+unknown: the numbers below are chosen, for one core with eight 8-bit lanes. They rank block sizes; no phone's speed
+follows from them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
 from torch import Size
 
-from jpq.costs.base import DENSE
-from jpq.costs.table import MODELLED, Entry, Shape, Table
-from jpq.structures import Layout, parse
-from jpq.types import JpqError
+from jpq.structures import KernelPattern, Structure
 
-SLOW = 4.0  # how much longer a single weight takes that is found by an index of its own
-INDEX = 0.5  # reading all indices, as a share of the dense time
-DENSITIES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+MACS_A_MS = 8e6  # eight a nanosecond
+BYTES_A_MS = 4e6
+LANES = 8.0  # multiply-accumulates that one look-up takes the time of
+INDEX = 2.0  # bytes of one index; a weight has one byte
 
 
-def modelled(table: Table, schemes: Sequence[str]) -> Table:
-    """The table with lines for masks of these schemes where it has none; their column `source` says "modelled".
+def together(structure: Structure, weight: Size) -> float:
+    """w: weights that one look-up serves, on average.
 
-    A scheme that makes no sense for a layer (patterns on 1x1 kernels) gets no line there.
-    Raises JpqError for a scheme that is no structure.
+    Of a partition the weights of a unit. A kernel's pattern serves its positions in all filters that have the same one:
+    kernels that read one channel are sorted by pattern (W. Niu et al., PatDNN, arXiv:2001.00138).
     """
-    known = {(e.shape, e.scheme) for e in table.entries}
-    more = []
-    for scheme in schemes:
-        parse(scheme)
-        for e in table.entries:
-            share = _weights_per_index(scheme, e) if e.scheme == DENSE and (e.shape, scheme) not in known else None
-            if share is None:
-                continue
-            for density in DENSITIES:
-                ratio = min(1.0, density * (1 + SLOW / share) + INDEX / share)
-                more.append(replace(e, scheme=scheme, density=density, ms=e.ms * ratio, notes={"source": MODELLED}))
-    return replace(table, entries=(*table.entries, *more))
+    sizes = structure.sizes(weight)
+    mean = float(sizes.sum() / (sizes > 0).sum())
+    if isinstance(structure, KernelPattern):
+        _, outputs, _, _ = structure.layout.sides(weight)
+        return mean * max(1.0, outputs / len(structure.patterns))
+    return mean
 
 
-def _weights_per_index(scheme: str, e: Entry) -> float | None:
-    """b; None where the mask gains nothing or makes no sense."""
-    size = _weight(e.shape, e.inputs, e.outputs)
-    transposed = e.shape.kind == "conv_transpose"
-    groups = e.inputs if e.shape.kind == "depthwise" else e.shape.groups
-    structure = parse(scheme, Layout(groups=groups, transposed=transposed))
-    try:
-        structure.shape(size)
-        units = structure.sizes(size)
-    except JpqError:
-        return None
-    if not structure.regular:
-        return None
-    row = units.shape[1] if structure.quota() is not None else 1
-    return max(1.0, float(units.max())) * row
-
-
-def _weight(shape: Shape, inputs: int, outputs: int) -> Size:
-    if shape.kind == "depthwise":
-        return Size((outputs, 1, *shape.kernel))
-    if shape.kind == "conv_transpose":
-        return Size((inputs, max(1, outputs // shape.groups), *shape.kernel))
-    return Size((outputs, max(1, inputs // shape.groups), *shape.kernel))
+def roofline(macs: int, weight: Size, structure: Structure | None, density: float) -> float:
+    """Milliseconds of one sample. `density`: the share of the weights that stays; 1 is meant without a structure."""
+    w = float("inf") if structure is None else together(structure, weight)
+    share = 1.0 if structure is None else density
+    compute = macs * share * (1 + LANES / w) / MACS_A_MS
+    return max(compute, weight.numel() * share * (1 + INDEX / w) / BYTES_A_MS)

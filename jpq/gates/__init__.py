@@ -14,6 +14,7 @@ from jpq.gates.lasso import Lasso
 from jpq.gates.learned_topk import LearnedTopK
 from jpq.gates.polarized import Polarized
 from jpq.gates.ranked import Ranked
+from jpq.gates.reweighted import Reweighted
 from jpq.gates.soft_threshold import SoftThreshold
 from jpq.gates.stochastic import Stochastic
 from jpq.gates.vib import VIB
@@ -33,6 +34,7 @@ GATES: dict[str, type[Gate]] = {
     "stochastic": Stochastic,
     "hyper": Hyper,
     "lasso": Lasso,
+    "reweighted": Reweighted,
 }
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "LearnedTopK",
     "Polarized",
     "Ranked",
+    "Reweighted",
     "SoftThreshold",
     "Stochastic",
     "ZeroBin",

@@ -65,10 +65,14 @@ class Admm(Counted):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Z = Pi(W + U): of each row the units of the largest norm stay, of rows the strongest: the nearest point."""
+        """Z = Pi(W + U): of each row the units of the largest norm stay, of rows the strongest: the nearest point.
+
+        Units at ragged edges rank by their mean square: by their norm the full ones would all come first, and more
+        weights than `density` would stay.
+        """
         sums = [(weight + self.dual(i), structure) for i, (weight, structure) in enumerate(self.seen)]
         norms = torch.stack([structure.pool(total.square()) for total, structure in sums]).sum(0)
-        self.kept.copy_(self.top(norms, self.density))
+        self.kept.copy_(self.top(norms / self.sizes.clamp_min(1), self.density))
         if self.connected < 1:
             self.kept.copy_(strongest_rows(self.kept, norms, max(1, kept_of(self.connected, self.rows))))
         for i, (total, structure) in enumerate(sums):

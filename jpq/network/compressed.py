@@ -175,8 +175,8 @@ class Compressed(nn.Module):
         pairs = list(zip(self.sites, self.gates, strict=True))
         kept = {s.name: tuple(g.keep()[0].bool().tolist()) for s, g in pairs if not s.is_mask}
         masks = {s.taps[0].layer: MaskPlan.of(g.keep()) for s, g in pairs if s.is_mask}
-        structure = next((s.taps[0].structure.spec() for s in self.sites if s.is_mask), "")
-        return Plan(self.method, layers, kept, masks, structure)
+        structures = {s.taps[0].layer: s.taps[0].structure.spec() for s in self.sites if s.is_mask}
+        return Plan(self.method, layers, kept, masks, structures)
 
     @torch.no_grad()
     def settle(self, plan: Plan) -> None:

@@ -29,7 +29,7 @@ def average_precision(found: Sequence[Boxes], wanted: Sequence[Boxes], iou: floa
     Raises JpqError for different numbers of images, and where no object is wanted at all.
     """
     if len(found) != len(wanted):
-        raise JpqError(f"There are detections of {len(found)} images and objects of {len(wanted)}: give one entry each.")
+        raise JpqError(f"There are detections of {len(found)} images, and objects of {len(wanted)}: give one each.")
     labels = sorted({int(label) for target in wanted for label in target["labels"]})
     if not labels:
         raise JpqError("No image shows an object, so there is nothing to find. Give targets with boxes.")

@@ -29,7 +29,7 @@ class Shapes:
         return len(self.images)
 
     def batches(self, size: int, order: torch.Generator | None = None) -> Iterator[tuple[list[Tensor], list[Target]]]:
-        """What a torchvision detector takes: images in [0, 1], and targets; with `order` shuffled, half of them mirrored."""
+        """What a torchvision detector takes: images in [0, 1], and targets; with `order` shuffled, half mirrored."""
         at = torch.arange(len(self)) if order is None else torch.randperm(len(self), generator=order)
         for part in at.split(size):
             images = [self.images[i].float() / 255 for i in part]

@@ -63,7 +63,9 @@ def core(detector: nn.Module) -> Core:
     Raises JpqError for others.
     """
     _require(detector)
-    return Core(detector.backbone, detector.head)  # type: ignore[arg-type]
+    part = Core(detector.backbone, detector.head)  # type: ignore[arg-type]
+    part.training = detector.training  # the mode of its parts stays as it is
+    return part
 
 
 def _require(detector: nn.Module) -> None:

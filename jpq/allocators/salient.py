@@ -84,8 +84,7 @@ def saliency(
     for scene in scenes:
         seen = _Pass()
         with evaluating(model), heard(listened, seen.note, before=True), torch.enable_grad():
-            image = scene.images.detach().clone().requires_grad_()
-            torch.autograd.grad(scene.utility(model(image * 1)), image)  # frozen weights: nothing else gets a gradient
+            _backward(model, scene)
         lost = readers - seen.names.keys()
         if lost:
             raise JpqError(
@@ -103,6 +102,19 @@ def saliency(
     if not images:
         raise JpqError("Saliency needs at least one batch of images.")
     return {site.name: _of_site(site, sums, member, images) for site in sites}
+
+
+def _backward(model: nn.Module, scene: Scene) -> None:
+    """Gradients of the utility to everything between it and the images; weights get none."""
+    image = scene.images.detach().clone().requires_grad_()
+    wanted = scene.utility(model(image * 1))
+    try:
+        torch.autograd.grad(wanted, image)
+    except RuntimeError as error:
+        raise JpqError(
+            f"The detector's scores cannot be differentiated ({str(error).partition('.')[0]}). Where a layer changes "
+            "what another has read, build it with inplace=False."
+        ) from error
 
 
 def _of_layer(name: str, module: Any, seen: _Pass, scene: Scene, score: Score) -> Tensor | None:

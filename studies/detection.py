@@ -6,7 +6,7 @@
 The detector is torchvision's ssdlite320_mobilenet_v3_large (its factory, random weights, images of 128 x 128), trained
 on 3,000 images of `shapes.py` for the first 13 epochs of a cycle of 18 (20 minutes of one core; kept in --weights).
 Each run attaches 8-bit weights and activations and a ranking of channels to its backbone and head, lands on the target,
-rebuilds the small detector and trains it for `tune` epochs on 1,500 of these images. A row per run; what is there
+rebuilds the small detector and trains it for `tune` epochs on 640 of these images. A row per run; what is there
 already is skipped.
 
     score, ranking      what ranks channels: global (one ranking for the network, each layer's values divided by their
@@ -14,7 +14,7 @@ already is skipped.
                         each site).
                         random: one draw per seed; "none": nothing is pruned
     tune                epochs of fine-tuning; 0: as rebuilt
-    split               held-out (300 images, where tune is 0) or test (500 others), both unknown to all training
+    split               held-out (200 images, where tune is 0) or test (300 others), both unknown to all training
     ap50, ap            mean average precision at IoU .5 and over .5 to .95, in [0, 1]
     bops_share          BOPs over those of the float32 detector (backbone and head), counted on the rebuilt one
     masked_vs_rebuilt   largest relative difference of their outputs in float64, at landing
@@ -28,6 +28,7 @@ five rounds: each would need its own training.
 from __future__ import annotations
 
 import argparse
+import copy
 import shlex
 import tempfile
 import time
@@ -60,13 +61,8 @@ from jpq.quantizers import Fixed
 from jpq.scores import L1
 
 BATCH = 32
-EPOCHS, CYCLE, TRAIN, TUNE, RANK = (
-    13,
-    18,
-    3000,
-    1500,
-    256,
-)  # epochs, of how many, and images of training, fine-tuning and ranking
+EPOCHS, CYCLE = 13, 18  # of float training, and of the learning rate's curve
+TRAIN, TUNE, RANK = 3000, 640, 64  # images
 DENSE = "6.25%"  # 8 bits, nothing pruned
 TABLE = RESULTS / "detection.csv"
 KEY = ["score", "ranking", "target", "tune", "seed"]
@@ -91,7 +87,8 @@ class Run:
 
 @cache
 def data(split: str) -> shapes.Shapes:
-    return shapes.make(*{"train": (TRAIN, 1), "held-out": (300, 2), "test": (500, 3)}[split])
+    """Images by their seeds; "tune" are the first of "train"."""
+    return shapes.make(*{"train": (TRAIN, 1), "tune": (TUNE, 1), "held-out": (200, 2), "test": (300, 3)}[split])
 
 
 def part_of(whole: shapes.Shapes, n: int) -> shapes.Shapes:
@@ -154,24 +151,34 @@ def trained(weights: Path) -> nn.Module:
     return model.eval()
 
 
-def seen(n: int) -> list[detection.Batch]:
-    return list(part_of(data("train"), n).batches(BATCH))
+def seen(n: int, size: int = 8) -> list[detection.Batch]:
+    """The first training images: small batches, since saliency holds every map and its gradient."""
+    return list(part_of(data("tune"), n).batches(size))
 
 
+@cache
 def attached(model: nn.Module) -> tuple[detection.Core, Compressed]:
     """The detector's core, and its copy with 8 bits everywhere and all that `rank` needs."""
     core = detection.core(model)
-    batches = [detection.prepared(model, images) for images, _ in seen(4 * BATCH)]
+    batches = [detection.prepared(model, images) for images, _ in seen(RANK)]
     network = jpq.trace(core, batches[0][:2])
     sites, boxes_only = detection.rankable(model, core, network, jpq.channels(network), batches[0])
     assert not boxes_only, boxes_only
     return core, jpq.attach(core, network, sites, Ranked, lambda _: (Fixed(8), Fixed(8)), batches, "saliency").eval()
 
 
+@cache
+def salient(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Saliency of the network that runs: with 8 bits."""
+    net = attached(model)[1]
+    found = saliency(net, net.network, net.sites, detection.scenes(model, seen(RANK)))
+    return {name: values for name, values in found.items() if values is not None}
+
+
 def rank_by(net: Compressed, model: nn.Module, run: Run) -> None:
     """Write the run's ranking into the gates."""
     if run.score == "saliency":
-        values = saliency(net, net.network, net.sites, detection.scenes(model, seen(RANK)))
+        values = salient(model)
     elif run.score == "random":
         draw = torch.Generator().manual_seed(run.seed)
         values = {site.name: torch.rand(site.n, generator=draw) for site in net.sites}
@@ -180,7 +187,7 @@ def rank_by(net: Compressed, model: nn.Module, run: Run) -> None:
     if run.ranking == "global":
         rank_everywhere(net, values)
     elif run.score == "l1":
-        rank(net, L1(), detection.prepared(model, seen(BATCH)[0][0]))
+        rank(net, L1(), detection.prepared(model, seen(8)[0][0]))
     else:
         for site, gate in zip(net.sites, net.gates, strict=True):
             gate.margins[0, values[site.name].argsort()] = torch.arange(1.0, site.n + 1) / site.n
@@ -197,7 +204,7 @@ def measured(model: nn.Module, run: Run) -> tuple[nn.Module, dict[str, object]]:
     """The small detector, and its row."""
     start = time.process_time()
     torch.manual_seed(run.seed)
-    core, net = attached(model)
+    core, net = copy.deepcopy(attached(model))
     full = costs.baseline(net.exact())
     if run.score != "none":
         rank_by(net, model, run)
@@ -205,12 +212,12 @@ def measured(model: nn.Module, run: Run) -> tuple[nn.Module, dict[str, object]]:
     else:
         net.settle(net.plan())
     small, _ = jpq.rebuild(net.eval(), core)
-    x = detection.prepared(model, seen(8)[0][0])
+    x = detection.prepared(model, seen(2)[0][0])
     apart = verify.difference(net, small, x)
     del net
     smaller = detection.around(model, small)
     if run.tune:
-        fit(smaller, part_of(data("train"), TUNE), run.tune, 1e-3, run.seed)
+        fit(smaller, data("tune"), run.tune, 1e-3, run.seed)
     split = "test" if run.tune else "held-out"
     detections, wanted = found(smaller, data(split)), data(split).targets
     counted = jpq.measure(small.eval(), x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import detection as zoo
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import jpq
@@ -247,13 +251,40 @@ def test_nothing_to_look_at():
 # detectors
 
 
-def ssdlite(side=SIDE):
+class Stages(nn.Module):
+    """A backbone of two maps."""
+
+    def __init__(self):
+        super().__init__()
+        block = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU6(True))  # noqa: E731
+        self.first, self.second = nn.Sequential(block(3, 16), block(16, 24), block(24, 32)), block(32, 40)
+
+    def forward(self, x):
+        fine = self.first(x)
+        return OrderedDict([("0", fine), ("1", self.second(fine))])
+
+
+def small_ssd():
+    """torchvision's SSD with SSDlite's heads, on a backbone of four layers."""
     torch.manual_seed(0)
+    anchors = DefaultBoxGenerator([[2, 3]] * 2, min_ratio=0.2, max_ratio=0.9)
+    head = SSDLiteHead([32, 40], anchors.num_anchors_per_location(), 4, nn.BatchNorm2d)
+    return scrambled(SSD(Stages(), anchors, (SIDE, SIDE), 4, head=head, image_mean=[0.5] * 3, image_std=[0.5] * 3))
+
+
+def ssdlite():
+    torch.manual_seed(0)
+    side = SIDE
     model = zoo.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)
     model.transform = GeneralizedRCNNTransform(
         side, side, [0.5] * 3, [0.5] * 3, size_divisible=1, fixed_size=(side, side)
     )
-    law.scramble(detection.core(model), torch.randn(2, 3, side, side).double())  # fresh ones drown their signal
+    return scrambled(model)
+
+
+def scrambled(model):
+    """With weights that hand the image on: fresh ones drown it."""
+    law.scramble(detection.core(model), torch.randn(2, 3, SIDE, SIDE).double())
     return model.float().eval()
 
 
@@ -263,10 +294,10 @@ def photographs(n=2, seed=0):
     return [F.avg_pool2d(x, 2) for x in images], [{**t, "boxes": t["boxes"] / 2} for t in wanted]
 
 
-@pytest.fixture(scope="module")
-def pruned():
-    """A ranked and landed SSDlite: (detector, core, masked, small, images)."""
-    detector = ssdlite()
+@pytest.fixture(scope="module", params=[small_ssd, pytest.param(ssdlite, marks=pytest.mark.slow)])
+def pruned(request):
+    """A ranked and landed detector: (detector, core, masked, small, images)."""
+    detector = request.param()
     images, wanted = photographs()
     part, x = detection.core(detector), detection.prepared(detector, images)
     network = jpq.trace(part, x)
@@ -288,7 +319,7 @@ def same(one, other, tolerance):
 
 
 def test_the_core_gives_the_detectors_own_detections():
-    detector = ssdlite()
+    detector = small_ssd()
     images, _ = photographs()
     part = detection.core(detector)
     with torch.no_grad():
@@ -301,8 +332,7 @@ def test_backbone_and_heads_are_pruned_and_the_heads_outputs_keep_their_width(pr
     _, part, _, small, _ = pruned
     wide, narrow = dict(part.named_parameters()), dict(small.named_parameters())
     less = {name for name in wide if narrow[name].numel() < wide[name].numel()}
-    assert any(name.startswith("backbone.features") for name in less)
-    assert any(name.startswith("backbone.extra") for name in less)
+    assert any(name.startswith("backbone") for name in less)
     for head in ("classification_head", "regression_head"):
         assert f"head.{head}.module_list.0.0.0.weight" in less
         last = f"head.{head}.module_list.0.1.weight"
@@ -338,10 +368,10 @@ def test_the_smaller_detector_trains_and_the_first_stays_as_it_was(pruned):
     before = {name: t.clone() for name, t in detector.state_dict().items()}
     _, wanted = photographs()
     assert verify.difference(detector.backbone, part.backbone, detection.prepared(detector, images)) == 0
-    smaller = detection.around(detector, small).train()
+    own = copy.deepcopy(small)  # training moves batch statistics
+    smaller = detection.around(detector, own).train()
     sum(smaller(images, wanted).values()).backward()
-    assert all(p.grad is not None for p in small.head.parameters())
-    small.eval()
+    assert all(p.grad is not None for p in own.head.parameters())
     assert all(torch.equal(t, before[name]) for name, t in detector.state_dict().items())
 
 
@@ -351,7 +381,7 @@ def test_a_core_under_compression_trains_inside_the_detector(pruned):
     losses = []
     for part in (net, small):
         model = detection.around(detector, part).train()
-        part.eval()  # fixed batch statistics, so that both compute the same
+        part.eval()  # fixed batch statistics, so that both compute the same; part of `model`, which stays in training
         losses.append({k: float(v.detach()) for k, v in model(images, wanted).items()})
     assert losses[0].keys() == {"bbox_regression", "classification"}
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)  # rounding boundaries
@@ -370,25 +400,26 @@ def test_the_same_images_give_the_same_ranking_and_the_floor_goes_last(pruned):
     assert all(torch.equal(a, b) for a, b in zip(*margins, strict=True))
     for site, gate in zip(net.sites, net.gates, strict=True):
         assert int((gate.margins > 1).sum()) == max(FLOOR, round(0.1 * site.n))
-    assert len({float(m) for g in net.gates for m in (g.margins - (g.margins > 1).float()).flatten()}) > 1000
+    places = torch.cat([torch.where(g.margins > 1, g.margins - 1, g.margins).flatten() for g in net.gates])
+    assert torch.allclose(places.sort().values, torch.arange(1, len(places) + 1) / len(places), atol=1e-6)
 
 
 def test_coupled_members_lose_the_same_channels(pruned):
     _, _, net, small, _ = pruned
-    plan = net.plan()
-    kept = sum(plan.kept["backbone.features.0.13.0"])
-    assert kept < 672
-    readers = ["head.regression_head.module_list.0.1", "head.classification_head.module_list.0.1"]
-    assert [small.get_submodule(name).weight.shape[1] for name in readers] == [kept, kept]
-    assert small.get_submodule("backbone.features.1.0.1.0").weight.shape[0] == kept, "depthwise, behind the maps"
+    readers = [f"head.{head}_head.module_list.0.1" for head in ("regression", "classification")]
+    (site,) = (s for s in net.sites if set(readers) <= {tap.layer for tap in s.taps})
+    kept = sum(net.plan().kept[site.name])
+    assert kept < site.n
+    assert {small.get_submodule(name).weight.shape[1] for name in readers} == {kept}
+    assert {small.get_submodule(name).weight.shape[0] for name in site.makers} == {kept}, "depthwise in the heads too"
 
 
 def test_confidence():
     logits = torch.tensor([[[2.0, 1.0, 0.0], [0.0, 0.0, 4.0]]])
-    soft = detection.confidence(ssdlite(), {"cls_logits": logits})
+    soft = detection.confidence(small_ssd(), {"cls_logits": logits})
     assert soft[0].tolist() == pytest.approx(logits.softmax(-1)[0, [0, 1], [1, 2]].tolist()), "never the background"
     labels = torch.tensor([[-1, 1]])
-    own = detection.confidence(ssdlite(), {"cls_logits": logits}, labels)
+    own = detection.confidence(small_ssd(), {"cls_logits": logits}, labels)
     assert own[0].tolist() == pytest.approx([0, float(logits.softmax(-1)[0, 1, 1])])
     plain = object()  # RetinaNet and FCOS: one sigmoid per class
     centre = {"cls_logits": logits, "bbox_ctrness": torch.zeros(1, 2, 1)}
@@ -397,7 +428,7 @@ def test_confidence():
 
 def test_assigned_boxes_are_those_of_the_training():
     """As many boxes as `compute_loss` takes for foreground, with the class of the object that they overlap most."""
-    detector = ssdlite()
+    detector = small_ssd()
     images, wanted = photographs(3)
     labels = detection.assigned(detector, images, wanted)
     seen = []
@@ -422,7 +453,7 @@ def test_variants_rank_differently(pruned, kwargs):
     )
     assert all((other[s.name] >= 0).all() for s in sites)
     changed = [s.name for s in sites if not torch.allclose(plain[s.name], other[s.name])]
-    assert len(changed) > len(sites) / 2
+    assert len(changed) >= len(sites) / 4, "places of 1 x 1 maps are always inside"
 
 
 @pytest.mark.slow
@@ -463,7 +494,7 @@ def test_other_networks_are_refused():
 
 
 def test_ways_to_count_and_targets_that_are_missing():
-    detector = ssdlite()
+    detector = small_ssd()
     images, _ = photographs(1)
     with pytest.raises(JpqError, match="no way 'best' to count"):
         list(detection.scenes(detector, [(images, None)], counts="best"))

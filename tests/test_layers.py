@@ -16,13 +16,13 @@ LAYERS = [
     {"__init__"},
     {"recipe", "outcome", "journal", "figures", "machine"},
     {"joint", "report"},
-    {"train", "stages", "compose", "landing", "checkpoint", "methods"},
+    {"train", "stages", "compose", "landing", "checkpoint", "methods", "detection"},
     {"allocators", "exporters"},
     {"models", "data", "sources"},
     {"vision"},
     {"budget"},
     {"network"},
-    {"structures", "gates", "quantizers", "scores", "costs", "plan", "config", "result"},
+    {"structures", "gates", "quantizers", "scores", "costs", "plan", "config", "result", "average_precision"},
     {"types"},
 ]
 ONLY = {

@@ -59,7 +59,8 @@ class _Pass:
         if key not in self.maps:
             self.held.append(x)
             self.maps[key] = x.detach().clone()
-            x.register_hook(lambda g: self.gradients.__setitem__(key, g.detach()))
+            gradients = self.gradients  # not self: it holds x, and a cycle would keep every batch in memory
+            x.register_hook(lambda g: gradients.__setitem__(key, g.detach()))
 
 
 def saliency(
@@ -127,7 +128,7 @@ def _of_layer(name: str, module: Any, seen: _Pass, scene: Scene, score: Score) -
     for key in keys:
         a = seen.maps[key]
         g = seen.gradients.get(key, torch.zeros_like(a))
-        if scene.boxes is not None and a.dim() == 4:
+        if scene.boxes is not None and module.weight.dim() == 4:
             height, width = scene.images.shape[-2:]
             a = a * inside(scene.boxes, (height, width), (a.shape[2], a.shape[3])).to(a)
         for parts, x in ((maps, a), (gradients, g)):

@@ -6,8 +6,8 @@
 The detector is torchvision's ssdlite320_mobilenet_v3_large (its factory, random weights, images of 128 x 128), trained
 on 3,000 images of `shapes.py` for the first 13 epochs of a cycle of 18 (20 minutes of one core; kept in --weights).
 Each run attaches 8-bit weights and activations and a ranking of channels to its backbone and head, lands on the target,
-rebuilds the small detector and trains it for `tune` epochs on 640 of these images. A row per run; what is there
-already is skipped.
+rebuilds the small detector, trains it for `tune` epochs on 640 of these images, and measures batch norms anew. A row
+per run; what is there already is skipped.
 
     score, ranking      what ranks channels: global (one ranking for the network, each layer's values divided by their
                         norm, and a floor of 8 channels or a tenth of each site) or uniform (the same share at
@@ -59,6 +59,7 @@ from jpq.gates import Ranked
 from jpq.network.compressed import Compressed
 from jpq.quantizers import Fixed
 from jpq.scores import L1
+from jpq.train import reestimate
 
 BATCH = 32
 EPOCHS, CYCLE = 13, 18  # of float training, and of the learning rate's curve
@@ -88,7 +89,7 @@ class Run:
 @cache
 def data(split: str) -> shapes.Shapes:
     """Images by their seeds; "tune" are the first of "train"."""
-    return shapes.make(*{"train": (TRAIN, 1), "tune": (TUNE, 1), "held-out": (200, 2), "test": (300, 3)}[split])
+    return shapes.make(*{"train": (TRAIN, 1), "tune": (TUNE, 1), "held-out": (200, 2), "test": (300, 4)}[split])
 
 
 def part_of(whole: shapes.Shapes, n: int) -> shapes.Shapes:
@@ -106,21 +107,28 @@ def detector() -> nn.Module:
 
 
 def fit(
-    model: nn.Module, images: shapes.Shapes, epochs: int, lr: float, seed: int, cycle: int = 0, save: Path | None = None
+    model: nn.Module,
+    images: shapes.Shapes,
+    epochs: int,
+    lr: float,
+    seed: int,
+    cycle: int = 0,
+    batch: int = BATCH,
+    save: Path | None = None,
 ) -> None:
     """Train with AdamW on the detector's own losses, one cycle of the learning rate over `cycle` epochs."""
     own = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in own if p.dim() > 1], "weight_decay": 0.01},
               {"params": [p for p in own if p.dim() <= 1], "weight_decay": 0.0}]  # fmt: skip
     optim = torch.optim.AdamW(groups, lr=lr)
-    steps = (cycle or epochs) * -(-len(images) // BATCH)
+    steps = (cycle or epochs) * -(-len(images) // batch)
     curve = torch.optim.lr_scheduler.OneCycleLR(optim, lr, total_steps=steps, pct_start=0.1)
     order = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
         model.train()
         losses, start = [], time.time()
-        for batch, wanted in images.batches(BATCH, order):
-            loss = sum(model(batch, wanted).values())
+        for shown, wanted in images.batches(batch, order):
+            loss = sum(model(shown, wanted).values())
             optim.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(own, 5.0)
@@ -147,7 +155,7 @@ def trained(weights: Path) -> nn.Module:
     if weights.exists():
         model.load_state_dict(torch.load(weights, weights_only=True))
     else:
-        fit(model, data("train"), EPOCHS, 2e-3, 0, CYCLE, weights)
+        fit(model, data("train"), EPOCHS, 2e-3, 0, CYCLE, save=weights)
     return model.eval()
 
 
@@ -217,7 +225,8 @@ def measured(model: nn.Module, run: Run) -> tuple[nn.Module, dict[str, object]]:
     del net
     smaller = detection.around(model, small)
     if run.tune:
-        fit(smaller, data("tune"), run.tune, 1e-3, run.seed)
+        fit(smaller, data("tune"), run.tune, 1e-3, run.seed, batch=16)
+        reestimate(small, ((detection.prepared(model, images), None) for images, _ in data("tune").batches(BATCH)))
     split = "test" if run.tune else "held-out"
     detections, wanted = found(smaller, data(split)), data(split).targets
     counted = jpq.measure(small.eval(), x)

@@ -120,7 +120,13 @@ class _Maps(nn.Module):
         """Maps without channels; the head's outputs wait in `outputs`."""
         sizes, names = self._sizes(images)
         out = self.part(images)
-        self.outputs = dict(out) if isinstance(out, Mapping) else dict(zip(names, out, strict=True))
+        named = isinstance(out, Mapping)
+        if set(out) != set(names) if named else len(out) != len(names):
+            raise JpqError(
+                f"What stands in for the core gives {', '.join(map(str, out)) if named else len(out)}; the detector's head "
+                f"gives {len(names)} outputs, {', '.join(names)}. Give this detector's core, rebuilt or exported."
+            )
+        self.outputs = dict(out) if named else dict(zip(names, out, strict=True))
         return OrderedDict((str(i), images.new_empty(len(images), 0, *size)) for i, size in enumerate(sizes))
 
     def _sizes(self, images: Tensor) -> tuple[list[tuple[int, int]], list[str]]:
@@ -129,7 +135,7 @@ class _Maps(nn.Module):
         if (height, width) not in self._known:
             dense = self._dense[0]
             with torch.no_grad(), evaluating(dense):
-                maps = dense.backbone(images[:1])
+                maps = dense.backbone(images[:1].to(next(dense.parameters())))
                 maps = [maps] if isinstance(maps, Tensor) else list(maps.values())
                 sizes = [(int(m.shape[2]), int(m.shape[3])) for m in maps]
                 self._known[height, width] = sizes, list(dense.head(maps))

@@ -359,7 +359,7 @@ def test_masked_rebuilt_and_exported_core_detect_the_same(pruned, tmp_path):
 def test_masked_and_rebuilt_detector_in_float64(pruned):
     detector, _, net, small, images = pruned
     wide = [x.double() for x in images]
-    models = [detection.around(copy.deepcopy(detector).double(), copy.deepcopy(part).double()) for part in (net, small)]
+    models = [detection.around(detector, copy.deepcopy(part)).double() for part in (net, small)]
     same(*(model(wide) for model in models), 1e-9)
 
 
@@ -491,6 +491,17 @@ def test_other_networks_are_refused():
         detection.core(nn.Linear(2, 2))
     with pytest.raises(JpqError, match="is not a one-stage detector"):
         detection.around(nn.Linear(2, 2), nn.Linear(2, 2))
+
+
+def test_a_part_of_something_else_is_refused():
+    detector = small_ssd()
+    images, _ = photographs(1)
+    for other, says in (
+        (lambda x: (x, x, x), "gives 3; the detector.s head gives 2 outputs"),
+        (lambda x: {"out": x}, "gives out; the detector"),
+    ):
+        with pytest.raises(JpqError, match=says):
+            detection.around(detector, other)(images)
 
 
 def test_ways_to_count_and_targets_that_are_missing():

@@ -122,8 +122,9 @@ class _Maps(nn.Module):
         out = self.part(images)
         named = isinstance(out, Mapping)
         if set(out) != set(names) if named else len(out) != len(names):
+            what = ", ".join(map(str, out)) if named else len(out)
             raise JpqError(
-                f"What stands in for the core gives {', '.join(map(str, out)) if named else len(out)}; the detector's head "
+                f"What stands in for the core gives {what}; the detector's head "
                 f"gives {len(names)} outputs, {', '.join(names)}. Give this detector's core, rebuilt or exported."
             )
         self.outputs = dict(out) if named else dict(zip(names, out, strict=True))

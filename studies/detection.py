@@ -326,6 +326,20 @@ def shown(before: nn.Module, after: nn.Module, path: Path, titles: tuple[str, st
     figure.savefig(path, dpi=110)
 
 
+def sentence() -> str:
+    """What README says: the CSV's figures at 3 % of the BOPs, one ranking for the network."""
+    table = pd.read_csv(TABLE)
+    rows = table[(table.target == "3%") & (table.ranking == "global")]
+    parts = []
+    for tune, how, split in ((0, "as pruned", "held-out"), (1, "after 40 steps of training", "test")):
+        at = rows[rows.tune == tune].groupby("score").ap50.mean()
+        most = table[(table.score == "float") & (table.tune == tune)].ap50.mean()
+        n = rows[rows.tune == tune].n.max()
+        listed = ", ".join(f"{name} {at[name]:.3f}" for name in COLOURS if name in at)
+        parts.append(f"{how} {listed} ({split}, n = {n}; float {most:.3f})")
+    return f"AP at IoU .5 with 8 bits and 3 % of the BOPs: {'; '.join(parts)}. One seed; `python studies/detection.py`."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scores", nargs="+", default=["saliency", "l1", "random"])

@@ -16,13 +16,13 @@ LAYERS = [
     {"__init__"},
     {"recipe", "designer", "outcome", "bench", "journal", "figures", "machine"},
     {"joint", "report", "mapping"},
-    {"train", "stages", "compose", "landing", "checkpoint", "methods", "handover", "layerwise"},
+    {"train", "stages", "compose", "landing", "checkpoint", "methods", "handover", "layerwise", "detection"},
     {"allocators", "exporters"},
     {"models", "data", "sources"},
     {"vision"},
     {"budget"},
     {"network"},
-    {"structures", "gates", "quantizers", "scores", "costs", "plan", "config", "private", "result"},
+    {"structures", "gates", "quantizers", "scores", "costs", "plan", "config", "private", "result", "average_precision"},
     {"types", "files"},
 ]
 ONLY = {

@@ -266,7 +266,7 @@ def test_what_is_handed_back(handed):
     given = handover.read(out)
     table = pd.read_csv(out / "layers.csv", dtype={"name": str})
     assert list(table.name) == list(given.plan.masks) == ["0", "3", "6"]
-    assert (given.plan.structure, given.plan.model) == ("pattern", {"name": "convnet", "classes": 10, "channels": 1})
+    assert (set(given.plan.structures.values()), given.plan.model) == ({"pattern"}, {"name": "convnet", "classes": 10, "channels": 1})
     tensors = load_file(out / "weights.safetensors")
     for row in table.itertuples():
         weight, keep = tensors[f"{row.name}.weight"], given.plan.masks[row.name].units()
@@ -300,7 +300,7 @@ def test_other_structures(structure, trained, tmp_path):
     )
     done = designer.prune_private(settings)
     given = handover.read(tmp_path)
-    assert parse(given.plan.structure) == parse(structure)
+    assert {parse(text) for text in given.plan.structures.values()} == {parse(structure)}
     expected = {"2:4": 0.5, "pattern:4": 0.75 * 4 / 9}.get(structure, 0.5)
     assert done.layers[1].density == pytest.approx(expected, abs=0.02)
     x = torch.randn(4, 1, 8, 8)
@@ -358,7 +358,7 @@ def masked_weights(folder, given):
     small, decided = jpq.load(folder)
     for name, mask in given.plan.masks.items():
         weight = small.get_submodule(name).weight.detach()
-        yield name, weight, parse(given.plan.structure).expand(mask.units().float(), weight.shape), decided
+        yield name, weight, parse(given.plan.structures[name]).expand(mask.units().float(), weight.shape), decided
 
 
 def test_the_mask_is_held_and_the_budget_met(retrained, handed):

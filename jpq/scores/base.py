@@ -24,12 +24,13 @@ class Evidence:
     """What was seen when the model ran; a score names what it needs in `needs`."""
 
     activations: Tensor | None = None  # [batch, n, height, width]: the units as the layer reads them
+    activation_gradients: Tensor | None = None  # the same shape: of what is to be kept, a sum over the batch
 
 
 class Score(ABC):
     """Ranks the units of one site."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()  # of the names "activations"
+    needs: ClassVar[frozenset[str]] = frozenset()  # of the names "activations" and "activation_gradients"
     everywhere: ClassVar[bool] = False  # whether units of different layers may be compared by it
 
     @abstractmethod

@@ -47,7 +47,8 @@ EXAMPLES = {
 }
 METAVARS = {
     "w_bits": "MIN MAX", "a_bits": "MIN MAX", "target_bops": "COST", "target_macs": "COST", "target_size": "SIZE",
-    "skip": "[LAYER ...]", "method": "NAME", "score": "NAME", "structure": "NAME", "width": "NAME", "model": "NAME",
+    "skip": "[LAYER ...]", "method": "NAME", "score": "NAME", "schedule": "NAME", "classes": "0,3,5",
+    "structure": "NAME", "width": "NAME", "model": "NAME",
     "data": "NAME", "device": "NAME", "limit": "INT", "weights": "FILE", "config": "FILE", "data_root": "FOLDER",
     "out": "FOLDER", "input_shape": "C H W", "cost": "NAME",
 }  # fmt: skip

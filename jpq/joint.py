@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from jpq import landing, stages
 from jpq.allocators import rank, start_bits, uniform
-from jpq.budget import Controller, Target, targets
+from jpq.allocators.evidence import Batches
+from jpq.budget import Controller, Target, meets, targets
+from jpq.closing import Closing, open_share, within
 from jpq.compose import CHANNELS, compose
 from jpq.config import BOPS
 from jpq.exporters.quantized import rebuild
-from jpq.gates import Counted, Decided, Gate
+from jpq.gates import Counted, Decided, Gate, Ranked
 from jpq.methods import METHODS, Method
 from jpq.network.attach import attach
 from jpq.network.compressed import Compressed, Side, exact_uses
@@ -27,7 +29,8 @@ from jpq.network.trace import trace
 from jpq.network.unpack import unpacked
 from jpq.plan import Plan
 from jpq.quantizers import Fixed, Width
-from jpq.scores import SCORES, Score
+from jpq.schedule import pick_schedule
+from jpq.scores import Score, pick_score
 from jpq.train import pressure
 from jpq.types import JpqError, unknown
 
@@ -146,7 +149,10 @@ def compress(
     density: float = 0.5,
     gate_weight: float = 0.03,
     open_norms: bool = False,
-    score: str = "l1",
+    score: str = "",
+    schedule: str = "",
+    classes: str = "",
+    evidence: Batches | None = None,
 ) -> Joint:
     """A trainable copy of a trained `model`, with gates and quantizers, that will end within its budget.
 
@@ -164,11 +170,16 @@ def compress(
         structure: where zeros may lie ("channels", "elementwise", "2:4", ...); default: the method's.
         width: how bits are chosen, a name in jpq.quantizers.WIDTHS; default: the method's. "fixed": the largest of
             w_bits and a_bits everywhere, so that only pruning can reach the targets.
-        density: share of the weights that stay, for methods that are told how many; of the MACs, for "two-stage".
+        density: share of the weights that stay, for methods that are told how many; of the MACs, for those that rank
+            channels by a score (but for "upscale").
         gate_weight: weight of the gates' own regulariser.
         open_norms: also prune channels inside the averages of LayerNorm, RMSNorm and GroupNorm. What `finalize` gives
             is then not what was trained, since the averages miss those channels: go on training it.
-        score: a name in jpq.scores.SCORES, for methods that rank channels by one.
+        score: a name in jpq.scores.SCORES, for methods that rank channels by one; default: the method's.
+        schedule: when ranked channels close, a name in jpq.schedule.SCHEDULES; default: the method's.
+        classes: the only ones that score "catro" has to tell apart, such as "0,3,5".
+        evidence: training batches for scores that look at data, (inputs, classes) pairs, iterated at each decision
+            (a list, a DataLoader); default: the example inputs, without classes.
 
     Raises JpqError for unknown names, for what does not go together (`jpq.compose.refusal`), and for targets that are
     malformed or cannot be met.
@@ -179,7 +190,9 @@ def compress(
     asked = {cost: bops, "size": size, "macs": macs}
     if not any(asked.values()):
         raise JpqError('No target: give bops="1%" (or "12M"), size="50KB" or macs="50%".')
-    how, by = compose(method, structure, width), pick_score(score)
+    how = compose(method, structure, width, score, schedule, classes)
+    by = pick_score(how.score or "l1", classes)
+    labelled = [(example_inputs, None)] if evidence is None else evidence
     model = unpacked(model)
     example = example_inputs if isinstance(example_inputs, (tuple, dict)) else (example_inputs,)
     network = trace(model, example, open_norms=open_norms)
@@ -191,31 +204,29 @@ def compress(
     make = widths(how, w_bits, a_bits, image_bits, start)
     net = attach(model, network, sites, gates(how, density), make, [example_inputs], method)
     if how.stages:
-        rank(net, by, example_inputs)
+        rank(net, by, labelled, open_share(net, within(net, density)))
         plan = stages.decide(net, goals, w_bits, a_bits, density)
         net.settle(stages.pruned(net, plan))
         return Joint(net, model, None, steps, 0.0, partial(stages.quantize, net, plan, [example_inputs]))
     if not how.searches:
-        net.settle(decide(net, goals, w_bits, a_bits, by, example_inputs))
+        net.settle(decide(net, goals, w_bits, a_bits, by, labelled))
         return Joint(net, model, None, steps, 0.0)
     landing.require(net, goals)
     controller = Controller(goals)
+    if how.gate is Ranked:
+        net.closing = Closing(net, by, pick_schedule(how.schedule), density, lambda _: labelled)
+        net.closing(0.0)
     controller.begin(net.exact())
     return Joint(net, model, controller, max(1, steps), gate_weight)
 
 
-def pick_score(name: str) -> Score:
-    """The score of that name, or the closest names."""
-    if name not in SCORES:
-        raise unknown("score", name, SCORES)
-    return SCORES[name]
-
-
-def decide(net: Compressed, goals: Sequence[Target], w_bits: Bounds, a_bits: Bounds, score: Score, batch: Any) -> Plan:
+def decide(
+    net: Compressed, goals: Sequence[Target], w_bits: Bounds, a_bits: Bounds, score: Score, batches: Batches = ()
+) -> Plan:
     """The plan of a method that does not search: uniform bits, or the units that a score puts first."""
     if METHODS[net.method].gate is None:
         return uniform(net, goals, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1))
-    rank(net, score, batch)
+    rank(net, score, batches, open_share(net, lambda uses: meets(goals, uses)))
     return landing.land(net, goals)
 
 
@@ -235,6 +246,8 @@ def sites_of(method: Method, network: Network, skip: Collection[str]) -> tuple[S
 
 def share_left(sites: Collection[Site], method: Method, density: float) -> dict[str, float]:
     """Cost -> share of it that stays whatever is learned: of gates that are told how many units stay."""
+    if method.gate is Ranked and method.searches:
+        return {"bops": density, "bops-structured": density}
     if method.gate is None or not issubclass(method.gate, Counted) or not sites:
         return {}
     structures = [site.taps[0].structure for site in sites]

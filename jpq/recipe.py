@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 from jpq import checkpoint, costs, landing, models, stages
 from jpq.allocators import rank, start_bits
 from jpq.budget import Controller, Target, targets
+from jpq.closing import Closing, open_share, within
 from jpq.compose import compose
 from jpq.config import Config
 from jpq.data import Data
 from jpq.data import load as load_data
 from jpq.exporters import verify
 from jpq.exporters.quantized import build, rebuild
-from jpq.joint import decide, gates, pick_score, share_left, sites_of, widths
+from jpq.gates import Ranked
+from jpq.joint import decide, gates, share_left, sites_of, widths
 from jpq.journal import Journal, open_folder
 from jpq.machine import pick_device, set_threads
 from jpq.methods import METHODS, Method
@@ -38,10 +41,13 @@ from jpq.outcome import finish
 from jpq.plan import Plan, from_json
 from jpq.plan import read as read_plan
 from jpq.result import Result, Silent, Watch
+from jpq.schedule import pick_schedule
+from jpq.scores import Score, pick_score
 from jpq.train import Objective, Phase, fit, optimizer, reestimate
 from jpq.types import JpqError
 
 CALIBRATION = 8  # batches that fit the quantizers' ranges
+EVIDENCE = 10**6  # the first epoch that scores look at: no training comes to it
 Moments = dict[Tensor, Any]  # Adam's moving averages, by parameter
 
 
@@ -52,8 +58,7 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     """
     config.check()
     d = config.decide
-    method = compose(d.method, d.structure, d.width)
-    pick_score(d.score)
+    method = compose(d.method, d.structure, d.width, d.score, d.schedule, d.classes)
     run = Journal(config, watch or Silent(), open_folder(config))
     torch.manual_seed(config.run.seed)
     device = pick_device(config.run.device)
@@ -116,8 +121,10 @@ def possible(net: Compressed, goals: tuple[Target, ...], config: Config) -> None
         stages.decide(net, goals, d.w_bits, d.a_bits, d.density)
     elif method.gate:
         landing.require(net, goals)
+        if method.gate is Ranked and method.searches:
+            stages.stays(net, landing.soft(net), d.density)
     else:
-        decide(net, goals, d.w_bits, d.a_bits, pick_score(d.score), None)
+        decide(net, goals, d.w_bits, d.a_bits, score_of(config))
 
 
 def train_float(model: nn.Module, data: Data, config: Config, run: Journal) -> None:
@@ -150,6 +157,16 @@ def calibration(data: Data) -> list[torch.Tensor]:
     return [x for x, _ in islice(data.train.epoch(0), CALIBRATION)]
 
 
+def score_of(config: Config) -> Score:
+    """What ranks channels: --score, or the method's own."""
+    return pick_score(config.decide.score or METHODS[config.decide.method].score or "l1", config.decide.classes)
+
+
+def evidence(data: Data, decision: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Training batches for a score, others at each decision."""
+    return data.train.epoch(EVIDENCE + decision)
+
+
 def split(config: Config, method: Method) -> tuple[int, int]:
     """(search epochs, fine-tune epochs)."""
     if not (method.searches or method.stages):
@@ -173,18 +190,22 @@ def search(
         plan = from_json(run.saved["plan"], str(run.folder / checkpoint.NAME))  # type: ignore[index]
         run.metrics = run.saved["metrics"]  # type: ignore[index]
     elif method.stages:
-        batches = calibration(data)
-        rank(net, pick_score(d.score), batches[0])
+        rank(net, score_of(config), evidence(data), open_share(net, within(net, d.density)))
         plan = stages.decide(net, goals, d.w_bits, d.a_bits, d.density)
         net.settle(stages.pruned(net, plan))
         objective = Objective(model, t.distill, t.temperature)
         optim = optimizer(net, t.lr, t.weight_decay)
         train(net, data, phase, objective, optim, run)
         moments = dict(optim.state)
-        stages.observe_again(net, batches)
+        stages.observe_again(net, calibration(data))
     elif not method.searches:
-        plan = decide(net, goals, d.w_bits, d.a_bits, pick_score(d.score), calibration(data)[0])
+        plan = decide(net, goals, d.w_bits, d.a_bits, score_of(config), evidence(data))
     else:
+        if method.gate is Ranked:
+            schedule = pick_schedule(d.schedule or method.schedule)
+            net.closing = Closing(net, score_of(config), schedule, d.density, partial(evidence, data))
+            if not run.is_in("search"):
+                net.closing(0.0)
         controller = Controller(goals)
         controller.begin(net.exact())
         objective = Objective(model, t.distill, t.temperature, d.gate_weight, controller)
@@ -195,6 +216,8 @@ def search(
         net.conclude()
         run.metrics = net.metrics()
         plan, moments = landing.land(net, goals), dict(optim.state)
+    if d.classes:
+        run.notes.append(f"Channels were ranked for classes {d.classes} alone; every accuracy is on all classes.")
     note = landing.note(goals, net, plan)
     if note:
         run.notes.append(note)

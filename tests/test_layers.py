@@ -16,13 +16,13 @@ LAYERS = [
     {"__init__"},
     {"recipe", "outcome", "journal", "figures", "machine"},
     {"joint", "report"},
-    {"train", "stages", "compose", "landing", "checkpoint", "methods"},
+    {"train", "stages", "closing", "compose", "landing", "checkpoint", "methods"},
     {"allocators", "exporters"},
     {"models", "data", "sources"},
     {"vision"},
     {"budget"},
     {"network"},
-    {"structures", "gates", "quantizers", "scores", "costs", "plan", "config", "result"},
+    {"structures", "gates", "quantizers", "scores", "costs", "plan", "config", "result", "schedule"},
     {"types"},
 ]
 ONLY = {

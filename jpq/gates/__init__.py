@@ -32,6 +32,7 @@ GATES: dict[str, type[Gate]] = {
     "stochastic": Stochastic,
     "hyper": Hyper,
     "lasso": Lasso,
+    "ranked": Ranked,
 }
 
 __all__ = [

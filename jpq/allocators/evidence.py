@@ -7,13 +7,14 @@ Gradients are of gates that multiply the units where each layer has read and qua
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jpq.network.chains import Chains, batch_scales, norm_scales
 from jpq.network.compressed import Compressed
@@ -82,11 +83,12 @@ def gate_gradients(
     """
     if labels is None:
         raise JpqError("Gradients of gates need labels.")
-    device = next(net.parameters()).device
+    like = next(net.parameters())
     samples = len(labels)
-    gates = [torch.ones(samples, site.n, device=device, requires_grad=True) for site in net.sites]
-    with torch.enable_grad(), evaluating(net), frozen(net), multiplied(net, gates):
-        out = loss(call(net, x), labels)
+    gates = [like.new_ones(samples, site.n).requires_grad_() for site in net.sites]
+    kernels = sdpa_kernel(SDPBackend.MATH) if curvature else nullcontext()  # others have no second derivative
+    with torch.enable_grad(), evaluating(net), frozen(net), multiplied(net, gates), kernels:
+        out = loss(call(net.model, x), labels)
         first = torch.autograd.grad(out, gates, create_graph=curvature)
         second = [_diagonal(g, z) for g, z in zip(first, gates, strict=True)] if curvature else []
     return [g.detach() * samples for g in first], second
@@ -127,15 +129,15 @@ def multiplied(net: Compressed, gates: Sequence[Tensor]) -> Iterator[None]:
     met: set[str] = set()
     handles = []
     for name, cuts in taps.items():
-        layer, kind = net.layer(name), net.network.layer(name)
+        layer = net.layer(name)
         if layer is None:
             continue
-        dim = -1 if kind.kind == "linear" else 1
+        dim = -1 if net.network.layer(name).kind == "linear" else 1
 
-        def scaled(x: Tensor, name: str = name, cuts: Any = cuts, dim: int = dim, groups: int = kind.groups) -> Tensor:
+        def scaled(x: Tensor, name: str = name, cuts: Any = cuts, dim: int = dim) -> Tensor:
             met.add(name)
             for gate, tap in cuts:
-                x = x * _broadcast(gate, tap.structure.index, groups, x, dim)
+                x = x * _broadcast(gate, tap.structure.index, x, dim)
             return x
 
         if hasattr(layer, "input_quant"):
@@ -150,12 +152,12 @@ def multiplied(net: Compressed, gates: Sequence[Tensor]) -> Iterator[None]:
             handle.remove()
 
 
-def _broadcast(gate: Tensor, index: np.ndarray, groups: int, x: Tensor, dim: int) -> Tensor:
+def _broadcast(gate: Tensor, index: np.ndarray, x: Tensor, dim: int) -> Tensor:
     """The gates of x's channels, with x's number of dims."""
     samples, n = gate.shape
     rows = x.shape[0]
     z = gate.repeat_interleave(rows // samples, 0) if rows % samples == 0 else gate.mean(0, keepdim=True)
-    at = torch.as_tensor(index, device=x.device).repeat(groups)
+    at = _channels(index, x.shape[dim], x.device)
     z = torch.cat([z, z.new_ones(len(z), 1)], 1)[:, torch.where(at == NONE, n, at)]
     shape = [1] * x.dim()
     shape[0], shape[dim] = len(z), -1
@@ -187,21 +189,24 @@ def _heard(net: Compressed, batches: Sequence[Any], needs: Collection[str]) -> t
             seen[name] = x.reshape(*x.shape, *[1] * (4 - x.dim())).flatten(3)
 
         with evaluating(net), heard(layers, keep):
-            call(net, batch)
+            call(net.model, batch)
         _require_heard(names - seen.keys())
         for site in net.sites:
             if not maps.get(site.name, ()) and "activations" in needs:
                 maps[site.name] = _maps(site, seen)
             if every:
-                groups = [net.network.layer(tap.layer).groups for tap in site.taps]
-                parts = [_means(tap, seen[tap.layer], g, site.n) for tap, g in zip(site.taps, groups, strict=True)]
-                means[site.name].append(torch.stack(parts))
+                means[site.name].append(torch.stack([_means(tap, seen[tap.layer], site.n) for tap in site.taps]))
     return maps, {name: torch.cat(parts, 1) for name, parts in means.items()} if every else {}
 
 
-def _means(tap: Tap, x: Tensor, groups: int, n: int) -> Tensor:
+def _channels(index: np.ndarray, channels: int, device: torch.device) -> Tensor:
+    """The unit of each channel that a layer reads: every group of a grouped layer reads the same."""
+    return torch.as_tensor(index, device=device).repeat(channels // len(index))
+
+
+def _means(tap: Tap, x: Tensor, n: int) -> Tensor:
     """[samples, n]: mean of each unit over all places where one layer reads it."""
-    index = torch.as_tensor(tap.structure.index, device=x.device).repeat(groups)  # type: ignore[attr-defined]
+    index = _channels(tap.structure.index, x.shape[1], x.device)  # type: ignore[attr-defined]
     held = index != NONE
     flat = x.flatten(2).mean(2)[:, held]
     sums = flat.new_zeros(len(flat), n).index_add(1, index[held], flat)

@@ -57,6 +57,21 @@ def rank(
         gate.margins.copy_(own[None])
 
 
+@torch.no_grad()
+def scores(net: Compressed, score: Score, batches: Batches = (), loss: Loss = F.cross_entropy) -> dict[str, Tensor]:
+    """Site -> `[n]`, the scores themselves, where nothing is about to go; of closed units minus infinity."""
+    require_channels(net)
+    found: dict[str, Tensor] = {}
+    with evaluating(net):
+        for draw in net.draws:
+            draw.again()
+        evidence = collect(net, score.needs, batches, score.batches, loss)
+        for name, members in _groups(net).items():
+            parts = _score(net, score, name, members, evidence, 1.0).split([gate.n for _, _, gate in members])
+            found.update({site.name: part for (_, site, _), part in zip(members, parts, strict=True)})
+    return found
+
+
 def require_channels(net: Compressed) -> None:
     """Raise JpqError where a site is a mask inside a layer: scores rank channels."""
     if any(site.is_mask for site in net.sites):
@@ -74,12 +89,12 @@ def _groups(net: Compressed) -> Groups:
 def _together(net: Compressed, score: Score, evidence: Sequence[Evidence], share: float) -> list[Tensor]:
     """`[n]` margins of each site; each group's units scored on what the network is now."""
     groups = _groups(net)
-    scores = [_score(net, score, name, members, evidence, share) for name, members in groups.items()]
+    found = [_score(net, score, name, members, evidence, share) for name, members in groups.items()]
     former = [_former(members) for members in groups.values()]
     if score.everywhere:
-        margins = list(_quantiles(torch.cat(scores), torch.cat(former)).split([len(s) for s in scores]))
+        margins = list(_quantiles(torch.cat(found), torch.cat(former)).split([len(s) for s in found]))
     else:
-        margins = [_quantiles(s, f) for s, f in zip(scores, former, strict=True)]
+        margins = [_quantiles(s, f) for s, f in zip(found, former, strict=True)]
     out: list[Tensor] = [torch.empty(0)] * len(net.sites)
     for members, values in zip(groups.values(), margins, strict=True):
         for (i, _, _), part in zip(members, values.split([gate.n for _, _, gate in members]), strict=True):

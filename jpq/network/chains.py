@@ -162,7 +162,7 @@ def batch_scales(net: Compressed, batch: Any) -> dict[str, Tensor]:
     modules = {layer.name: m for layer in net.network.layers if (m := net.layer(layer.name)) is not None}
     norms = {n: m for n, m in net.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     with evaluating(net), heard({**modules, **norms}, note):
-        call(net, batch)
+        call(net.model, batch)
     return scales
 
 

@@ -91,7 +91,7 @@ class Catro(Score):
         score = torch.full_like(total, -torch.inf)
         if not bool(alive.any()):
             return score[None]
-        b, w = between[alive], within[alive] + EPS * within.mean()
+        b, w = between[alive], within[alive] + EPS * total.mean()
         wanted_units = min(site.stay or len(total), int(alive.sum()))
         score[alive] = best_set(b, w, max(1, wanted_units))[0]
         return score[None]

@@ -112,9 +112,10 @@ def _in_order(net: Compressed, score: Score, batches: Batches, share: float, los
         members = _groups(net)[name]
         evidence = collect(net, score.needs, batches, score.batches, loss)
         margins = _quantiles(_score(net, score, name, members, evidence, share), _former(members))
+        left = 1 - max(1, round(share * len(margins))) / len(margins)
         for (i, _, gate), part in zip(members, margins.split([g.n for _, _, g in members]), strict=True):
             out[i] = part
-            net.draws[i].z = (part > 1 - share + 1e-6).to(gate.margins)[None]
+            net.draws[i].z = (part > left + 1e-6).to(gate.margins)[None]
     for draw in net.draws:
         draw.again()
     return out

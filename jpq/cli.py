@@ -60,11 +60,11 @@ EXAMPLES = {
 METAVARS = {
     "w_bits": "MIN MAX", "a_bits": "MIN MAX", "target_bops": "COST", "target_macs": "COST", "target_size": "SIZE",
     "skip": "[LAYER ...]", **dict.fromkeys(("weights", "config", "mask", "latency_table", "table"), "FILE"),
-    "data_root": "FOLDER", "out": "FOLDER", "input_shape": "C H W", "limit": "INT", "classes": "INT",
+    "data_root": "FOLDER", "out": "FOLDER", "input_shape": "C H W", "limit": "INT", "classes": "0,3,5",
     "density": "SHARE", "inputs": "NAME", "target_latency": "TIME", "what": "[RUN_FOLDER|FILE.onnx ...]",
     **dict.fromkeys(
-        ("method", "score", "allocator", "structure", "width", "model", "data", "device", "cost", "like", "proxy"),
-        "NAME",
+        ("method", "score", "schedule", "allocator", "structure", "width", "model", "data", "device", "cost", "like",
+         "proxy"), "NAME",
     ),
 }  # fmt: skip
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from jpq.allocators import pick_allocator
 from jpq.config import MASKED
 from jpq.gates import Gate
 from jpq.methods import GIVEN, METHODS, Method
 from jpq.quantizers import WIDTHS, Fixed, Learned, Width
+from jpq.schedule import pick_schedule
+from jpq.scores import pick_score
 from jpq.structures import STRUCTURES, Structure, by_layer, parse
 from jpq.types import DENSE, JpqError, unknown
 
@@ -18,8 +21,11 @@ SCHEMES = ("pattern", "punched:8x8", "block:8x1")  # what those two choose from,
 SHOWN = 6  # alternatives that a refusal lists
 
 
-def compose(method: str, structure: str = "", width: str = "") -> Method:
-    """A row of METHODS, with another structure or kind of width where they are named.
+def compose(
+    method: str, structure: str = "", width: str = "", score: str = "", schedule: str = "", classes: str = "",
+    allocator: str = "",
+) -> Method:  # fmt: skip
+    """A row of METHODS, with another structure, kind of width, score or schedule where they are named.
 
     Raises JpqError for unknown names, and for what does not go together, with what to choose instead.
     """
@@ -30,7 +36,10 @@ def compose(method: str, structure: str = "", width: str = "") -> Method:
     if width and width not in WIDTHS:
         raise unknown("width", width, WIDTHS)
     row = METHODS[method]
-    made = replace(row, structure=structure or row.structure, width=WIDTHS[width] if width else row.width)
+    made = replace(
+        row, structure=structure or row.structure, width=WIDTHS[width] if width else row.width,
+        score=score or row.score, schedule=schedule or row.schedule,
+    )  # fmt: skip
     others = [name for name, m in METHODS.items() if m.searches]
     if row.gate is None and structure:
         raise JpqError(f"--structure {structure}: method {method} prunes nothing. Choose --method {_any(others)}.")
@@ -38,6 +47,8 @@ def compose(method: str, structure: str = "", width: str = "") -> Method:
         raise JpqError(
             f"--width {width}: method {method} does not search, so its bits are fixed. Choose --method {_any(others)}."
         )
+    _check_ranking(method, row, score, schedule, classes)
+    _check_allocator(method, row, allocator)
     reason = refusal(row.gate, made.structure, made.width) if row.gate else None
     if reason:
         raise JpqError(f"--method {method}, --structure {made.structure}, --width {_name(made.width)}: {reason}")
@@ -55,6 +66,29 @@ def _learns(width: str) -> type[Width]:
             f"Choose --width {_any(learn)}."
         )
     return WIDTHS[width]
+
+
+def _check_ranking(method: str, row: Method, score: str, schedule: str, classes: str) -> None:
+    """Raises JpqError for a score or a schedule of an unknown name, or with a method that does not take one."""
+    flags = {"--score": (score, "score"), "--schedule": (schedule, "schedule"), "--classes": (classes, "score")}
+    for flag, (given, needs) in flags.items():
+        if given and not getattr(row, needs):
+            takes = [name for name, m in METHODS.items() if getattr(m, needs)]
+            why = "ranks no channels" if not row.score else "closes channels at once, before it trains"
+            raise JpqError(f"{flag} {given}: method {method} {why}. Choose --method {_any(takes)}.")
+    pick_score(score or row.score or "l1", classes)
+    pick_schedule(schedule or row.schedule or "one-shot")
+
+
+def _check_allocator(method: str, row: Method, allocator: str) -> None:
+    """Raises JpqError for an allocator of an unknown name, or with a method that does not take one."""
+    pick_allocator(allocator)
+    takes = [name for name, m in METHODS.items() if m.score and not m.searches]
+    if allocator and method not in takes:
+        raise JpqError(
+            f"--allocator {allocator}: method {method} learns how much stays where, or is told. Choose --method "
+            f"{_any(takes)}."
+        )
 
 
 def refusal(gate: type[Gate], structure: str, width: type[Width]) -> str | None:

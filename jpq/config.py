@@ -71,8 +71,16 @@ class Decide:
     method: str = "djpq"
     """What prunes, such as djpq, l0, dpf, pdp-2:4, uniform, two-stage or upscale: see `jpq methods`. Every method also
     takes another --structure and --width, where they go together."""
-    score: str = "l1"
-    """What ranks channels, for upscale and two-stage: l1, l2, fpgm, lamp or hrank."""
+    score: str = ""
+    """What ranks channels, for ranked, taylor, lookahead, catro, two-stage and upscale: l1, l2, fpgm, lamp, hrank,
+    taylor, taylor-full, taylor2, lookahead, lookahead-forward, lookahead-backward, lfp, lbp, catro, bn-scale or random.
+    Default: the method's."""
+    schedule: str = ""
+    """When ranked channels close during the search: one-shot (at its start), iterative (ten steps) or cubic. Default:
+    the method's."""
+    classes: str = ""
+    """For --score catro: only these classes (such as 0,3,5) need to be told apart when channels are ranked. Training,
+    and every accuracy that is reported, is still on all classes."""
     allocator: str = ""
     """How much stays where, for upscale and two-stage. uniform: the same share of every layer, the same bits.
     threshold: one ranking of all channels, bits by noise. greedy: by gain per MAC, bits by noise. reinforce: a learned
@@ -96,8 +104,8 @@ class Decide:
     that only pruning can reach the target). Default: the method's."""
     density: float = 0.5
     """Share of the weights that stay, for methods that are told how many (dpp, pdp, smart, dpf, dsp, spp, admm); N:M
-    and patterns say it themselves. For two-stage: share of the MACs that stays before bits are chosen (what the bits
-    leave of the budget then opens more channels)."""
+    and patterns say it themselves. Share of the MACs that stays, for ranked, taylor, lookahead and catro when the
+    search ends, for two-stage before bits are chosen (what the bits leave of the budget then opens more channels)."""
     skip: tuple[str, ...] = ()
     """Layers whose channels or weights are not pruned."""
     mask: Path | None = None

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from jpq import handover, landing, stages
-from jpq.allocators import Evidence, bit_widths, pick_allocator, place, start_bits, uniform
-from jpq.budget import Controller, Target, targets
+from jpq.allocators import Judge, bit_widths, place, start_bits, uniform
+from jpq.allocators.evidence import Batches
+from jpq.budget import Controller, Target, meets, targets
+from jpq.closing import Closing, open_share, within
 from jpq.compose import CHANNELS, SEARCH, compose
 from jpq.config import BOPS, MASKED
 from jpq.costs.table import Table
 from jpq.exporters.quantized import rebuild
-from jpq.gates import Counted, Decided, Gate
+from jpq.gates import Counted, Decided, Gate, Ranked
 from jpq.mapping import mapped
 from jpq.methods import METHODS, Method
 from jpq.network.attach import attach
@@ -31,7 +33,8 @@ from jpq.network.trace import trace
 from jpq.network.unpack import unpacked
 from jpq.plan import Plan
 from jpq.quantizers import Fixed, Width
-from jpq.scores import SCORES, Score
+from jpq.schedule import pick_schedule
+from jpq.scores import Score, pick_score
 from jpq.train import pressure
 from jpq.types import JpqError, unknown
 
@@ -150,7 +153,10 @@ def compress(
     density: float = 0.5,
     gate_weight: float = 0.03,
     open_norms: bool = False,
-    score: str = "l1",
+    score: str = "",
+    schedule: str = "",
+    classes: str = "",
+    evidence: Batches | None = None,
     allocator: str = "",
     latency: str | None = None,
     table: Table | None = None,
@@ -173,13 +179,18 @@ def compress(
             layer, or one for each by name ("conv1=pattern,fc=block:8x1"); default: the method's.
         width: how bits are chosen, a name in jpq.quantizers.WIDTHS; default: the method's. "fixed": the largest of
             w_bits and a_bits everywhere, so that only pruning can reach the targets.
-        density: share of the weights that stay, for methods that are told how many; of the MACs, for "two-stage".
+        density: share of the weights that stay, for methods that are told how many; of the MACs, for those that rank
+            channels by a score (but for "upscale").
         gate_weight: weight of the gates' own regulariser.
         open_norms: also prune channels inside the averages of LayerNorm, RMSNorm and GroupNorm. What `finalize` gives
             is then not what was trained, since the averages miss those channels: go on training it.
-        score: a name in jpq.scores.SCORES, for methods that rank channels by one.
-        allocator: how much stays where, for the same methods: a name in jpq.allocators.ALLOCATORS that measures no
-            accuracy; default: as the score allows.
+        score: a name in jpq.scores.SCORES, for methods that rank channels by one; default: the method's.
+        schedule: when ranked channels close, a name in jpq.schedule.SCHEDULES; default: the method's.
+        classes: the only ones that score "catro" has to tell apart, such as "0,3,5".
+        evidence: training batches for scores that look at data, (inputs, classes) pairs, iterated at each decision
+            (a list, a DataLoader); default: the example inputs, without classes.
+        allocator: how much stays where, for "two-stage" and "upscale": a name in jpq.allocators.ALLOCATORS that
+            measures no accuracy; default: as the score allows.
         latency: a target such as "3ms" or "50%", by `table`: measured layers (`jpq.bench.read_table`).
         mask: a mask to hold instead of a method: the folder of `jpq prune-private`, whose weights then are the start,
             or a mask's file alone. Leave `method`, `structure` and `skip` out.
@@ -199,8 +210,10 @@ def compress(
     method = MASKED if given else method
     if method == MASKED and not given:
         raise JpqError("Method masked: there is no mask to hold. Give one as mask=..., or choose a method.")
-    how, by = compose(method, structure, width), pick_score(score)
-    pick_allocator(allocator)
+    how = compose(method, structure, width, score, schedule, classes, allocator)
+    by = pick_score(how.score or "l1", classes)
+    labelled = [(example_inputs, None)] if evidence is None else evidence
+    judge = Judge(lambda: labelled)
     if how.structure == SEARCH:
         raise JpqError('structure="search" judges mappings on held-out data, which compress has not: use jpq.optimize, '
                        'or structure="rules".')  # fmt: skip
@@ -220,43 +233,38 @@ def compress(
     first = given.start(model, sites) if given else model
     net = attach(first, network, sites, gates(how, density), make, [example_inputs], method)
     net = given.put(net) if given else net
-    evidence = Evidence([example_inputs])
     if how.stages:
-        place(net, by, allocator, evidence, stages.goal_of(net, density))
+        place(net, by, allocator, judge, open_share(net, within(net, density)), stages.goal_of(net, density))
         plan = stages.decide(
             net, goals, w_bits, a_bits, density,
-            lambda kept: bit_widths(net, allocator, evidence, kept, goals, w_bits, a_bits),
+            lambda kept: bit_widths(net, allocator, judge, kept, goals, w_bits, a_bits),
         )  # fmt: skip
         net.settle(stages.pruned(net, plan))
         return Joint(net, model, None, steps, 0.0, partial(stages.quantize, net, plan, [example_inputs]))
     if not how.searches:
-        net.settle(decide(net, goals, w_bits, a_bits, by, evidence, allocator))
+        net.settle(decide(net, goals, w_bits, a_bits, by, judge, allocator))
         return Joint(net, model, None, steps, 0.0)
     landing.require(net, goals)
     controller = Controller(goals)
+    if how.gate is Ranked:
+        net.closing = Closing(net, by, pick_schedule(how.schedule), density, lambda _: labelled)
+        net.closing(0.0)
     controller.begin(net.exact())
     return Joint(net, model, controller, max(1, steps), gate_weight)
 
 
-def pick_score(name: str) -> Score:
-    """The score of that name, or the closest names."""
-    if name not in SCORES:
-        raise unknown("score", name, SCORES)
-    return SCORES[name]
-
-
 def decide(
-    net: Compressed, goals: Sequence[Target], w_bits: Bounds, a_bits: Bounds, score: Score, evidence: Evidence | None,
+    net: Compressed, goals: Sequence[Target], w_bits: Bounds, a_bits: Bounds, score: Score, judge: Judge | None,
     allocator: str = "",
 ) -> Plan:  # fmt: skip
     """The plan of a method that does not search: uniform bits, or the units that a score and an allocator put first.
 
-    Without evidence the ranking stands as it is: enough to tell targets that cannot be met.
+    Without a judge the ranking stands as it is: enough to tell targets that cannot be met.
     """
     if METHODS[net.method].gate is None:
         return uniform(net, goals, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1))
-    if evidence:
-        place(net, score, allocator, evidence, goals[0])
+    if judge:
+        place(net, score, allocator, judge, open_share(net, lambda uses: meets(goals, uses)), goals[0])
     return landing.land(net, goals)
 
 
@@ -280,6 +288,8 @@ def sites_of(
 
 def share_left(sites: Collection[Site], method: Method, density: float) -> dict[str, float]:
     """Cost -> share of it that stays whatever is learned: of gates that are told how many units stay."""
+    if method.gate is Ranked and method.searches:
+        return {"bops": density, "bops-structured": density}
     if method.gate is None or not issubclass(method.gate, Counted) or not sites:
         return {}
     structures = [site.taps[0].structure for site in sites]

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from jpq import bench, checkpoint, costs, handover, landing, mapping, models, stages
-from jpq.allocators import Evidence, bit_widths, pick_allocator, place, start_bits
+from jpq.allocators import Judge, bit_widths, place, start_bits
 from jpq.budget import Controller, Target, targets
+from jpq.closing import Closing, open_share, within
 from jpq.compose import RULES, SEARCH, compose
 from jpq.config import Config
 from jpq.costs.table import Table
@@ -25,7 +27,8 @@ from jpq.data import Data
 from jpq.data import load as load_data
 from jpq.exporters import verify
 from jpq.exporters.quantized import build, rebuild
-from jpq.joint import decide, gates, pick_score, share_left, sites_of, widths
+from jpq.gates import Ranked
+from jpq.joint import decide, gates, share_left, sites_of, widths
 from jpq.journal import Journal, open_folder
 from jpq.machine import pick_device, set_threads
 from jpq.mapping import mapped
@@ -42,11 +45,14 @@ from jpq.outcome import finish
 from jpq.plan import Plan, from_json
 from jpq.plan import read as read_plan
 from jpq.result import Result, Silent, Watch
+from jpq.schedule import pick_schedule
+from jpq.scores import Score, pick_score
 from jpq.train import Objective, Phase, evaluate, fit, optimizer, reestimate
 from jpq.types import JpqError
 
 CALIBRATION = 8  # batches that fit the quantizers' ranges
 JUDGED = 1000  # held-out images on which allocators try plans
+EVIDENCE = 10**6  # the first epoch that scores look at: no training comes to it
 OBEYED = (
     "--weights are pruned already: the float accuracy, and what is distilled from, are those of the pruned model. Give "
     "the dense model with --weights, and the folder that the pruned one lies in with --mask."
@@ -61,9 +67,7 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     """
     config = config.check()
     d = config.decide
-    method = compose(d.method, d.structure, d.width)
-    pick_score(d.score)
-    pick_allocator(d.allocator)
+    method = compose(d.method, d.structure, d.width, d.score, d.schedule, d.classes, d.allocator)
     given = handover.read(d.mask) if d.mask else None
     run = Journal(config, watch or Silent(), open_folder(config))
     torch.manual_seed(config.run.seed)
@@ -153,8 +157,10 @@ def possible(net: Compressed, goals: tuple[Target, ...], config: Config) -> None
         stages.decide(net, goals, d.w_bits, d.a_bits, d.density)
     elif method.gate:
         landing.require(net, goals)
+        if method.gate is Ranked and method.searches:
+            stages.goal_of(net, d.density)
     else:
-        decide(net, goals, d.w_bits, d.a_bits, pick_score(d.score), None)
+        decide(net, goals, d.w_bits, d.a_bits, score_of(config), None)
 
 
 def train_float(model: nn.Module, data: Data, config: Config, run: Journal) -> None:
@@ -204,7 +210,17 @@ def calibration(data: Data) -> list[torch.Tensor]:
     return [x for x, _ in islice(data.train.epoch(0), CALIBRATION)]
 
 
-def judged(net: Compressed, data: Data, config: Config) -> Evidence:
+def score_of(config: Config) -> Score:
+    """What ranks channels: --score, or the method's own."""
+    return pick_score(config.decide.score or row(config.decide.method).score or "l1", config.decide.classes)
+
+
+def evidence(data: Data, decision: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Training batches for a score, others at each decision."""
+    return data.train.epoch(EVIDENCE + decision)
+
+
+def judge_of(net: Compressed, data: Data, config: Config) -> Judge:
     """What allocators may look at: training batches, and the held-out accuracy of any plan.
 
     The accuracy is that of a copy that settles on the plan and measures BatchNorm's statistics anew.
@@ -218,7 +234,7 @@ def judged(net: Compressed, data: Data, config: Config) -> Evidence:
         reestimate(trial, batches)
         return evaluate(trial, images)
 
-    return Evidence([x for x, _ in batches], accuracy, config.run.seed)
+    return Judge(partial(evidence, data), accuracy, config.run.seed)
 
 
 def split(config: Config, method: Method) -> tuple[int, int]:
@@ -244,20 +260,25 @@ def search(
         plan = from_json(run.saved["plan"], str(run.folder / checkpoint.NAME))  # type: ignore[index]
         run.metrics = run.saved["metrics"]  # type: ignore[index]
     elif method.stages:
-        batches = calibration(data)
-        evidence = judged(net, data, config)
-        place(net, pick_score(d.score), d.allocator, evidence, stages.goal_of(net, d.density))
-        widths = lambda plan: bit_widths(net, d.allocator, evidence, plan, goals, d.w_bits, d.a_bits)  # noqa: E731
+        judge = judge_of(net, data, config)
+        share = open_share(net, within(net, d.density))
+        place(net, score_of(config), d.allocator, judge, share, stages.goal_of(net, d.density))
+        widths = lambda plan: bit_widths(net, d.allocator, judge, plan, goals, d.w_bits, d.a_bits)  # noqa: E731
         plan = stages.decide(net, goals, d.w_bits, d.a_bits, d.density, widths)
         net.settle(stages.pruned(net, plan))
         objective = Objective(model, t.distill, t.temperature)
         optim = optimizer(net, t.lr, t.weight_decay)
         train(net, data, phase, objective, optim, run)
         moments = dict(optim.state)
-        stages.observe_again(net, batches)
+        stages.observe_again(net, calibration(data))
     elif not method.searches:
-        plan = decide(net, goals, d.w_bits, d.a_bits, pick_score(d.score), judged(net, data, config), d.allocator)
+        plan = decide(net, goals, d.w_bits, d.a_bits, score_of(config), judge_of(net, data, config), d.allocator)
     else:
+        if method.gate is Ranked:
+            schedule = pick_schedule(d.schedule or method.schedule)
+            net.closing = Closing(net, score_of(config), schedule, d.density, partial(evidence, data))
+            if not run.is_in("search"):
+                net.closing(0.0)
         controller = Controller(goals)
         controller.begin(net.exact())
         objective = Objective(model, t.distill, t.temperature, d.gate_weight, controller)
@@ -268,6 +289,8 @@ def search(
         net.conclude()
         run.metrics = net.metrics()
         plan, moments = landing.land(net, goals), dict(optim.state)
+    if d.classes:
+        run.notes.append(f"Channels were ranked for classes {d.classes} alone; every accuracy is on all classes.")
     note = landing.note(goals, net, plan)
     if note:
         run.notes.append(note)

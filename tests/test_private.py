@@ -266,7 +266,10 @@ def test_what_is_handed_back(handed):
     given = handover.read(out)
     table = pd.read_csv(out / "layers.csv", dtype={"name": str})
     assert list(table.name) == list(given.plan.masks) == ["0", "3", "6"]
-    assert (set(given.plan.structures.values()), given.plan.model) == ({"pattern"}, {"name": "convnet", "classes": 10, "channels": 1})
+    assert (set(given.plan.structures.values()), given.plan.model) == (
+        {"pattern"},
+        {"name": "convnet", "classes": 10, "channels": 1},
+    )
     tensors = load_file(out / "weights.safetensors")
     for row in table.itertuples():
         weight, keep = tensors[f"{row.name}.weight"], given.plan.masks[row.name].units()

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jpq.allocators.ranked import _quantiles, require_channels
+from jpq.allocators.ranked import quantiles, require_channels
 from jpq.network.compressed import Compressed
 from jpq.network.read import evaluating, heard
 from jpq.network.record import Network
@@ -179,7 +179,7 @@ def rank_everywhere(net: Compressed, values: Mapping[str, Tensor | None], floor:
     if not scores:
         return
     for gate, own, place in zip(
-        net.gates, scores, _quantiles(torch.cat(scores)).split([len(v) for v in scores]), strict=True
+        net.gates, scores, quantiles(torch.cat(scores)).split([len(v) for v in scores]), strict=True
     ):
         last = own.argsort(descending=True, stable=True)[: max(floor, round(SHARE * len(own)))]
         margins = place.clone()

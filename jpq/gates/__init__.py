@@ -35,6 +35,7 @@ GATES: dict[str, type[Gate]] = {
     "hyper": Hyper,
     "lasso": Lasso,
     "reweighted": Reweighted,
+    "ranked": Ranked,
 }
 
 __all__ = [

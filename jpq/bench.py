@@ -15,13 +15,11 @@ import torch
 
 from jpq import costs, models
 from jpq.compose import compose
-from jpq.config import read as read_config
 from jpq.costs.latency import NS
 from jpq.costs.table import Entry, Shape, Table, parse, write
 from jpq.exporters.alone import call_model, layer_model
 from jpq.exporters.timing import Runner, hardware, kernels, take_turns
 from jpq.files import replace_file
-from jpq.joint import sites_of
 from jpq.network.compressed import exact_uses
 from jpq.network.densities import Densities
 from jpq.network.record import Layer, Network
@@ -29,8 +27,10 @@ from jpq.network.shares import Shares
 from jpq.network.timed import shape, timed
 from jpq.network.trace import trace
 from jpq.network.unpack import unpacked
+from jpq.parts import sites_of
 from jpq.plan import Plan
 from jpq.plan import read as read_plan
+from jpq.settings import read as read_config
 from jpq.types import NONE, JpqError, Labels
 
 FLOAT, INT8 = 32, 8

@@ -182,7 +182,8 @@ def _optimize(args: list[str], console: Console) -> None:
 
 def parse(args: Sequence[str]) -> Config:
     """The config that these flags of `jpq optimize` describe, upon the file that --config names."""
-    from jpq.config import Config, read
+    from jpq.config import Config
+    from jpq.settings import read
 
     named = [b for a, b in zip(args, [*args[1:], ""], strict=False) if a == "--config" and b]
     named += [a.partition("=")[2] for a in args if a.startswith("--config=")]
@@ -265,9 +266,9 @@ def _prune_private(args: list[str], console: Console) -> None:
 
 def _evaluate(args: list[str], console: Console) -> None:
     wanted = _parsed(Evaluate, "evaluate", args)
-    from jpq.config import read
     from jpq.recipe import load, read_data
     from jpq.result import percent
+    from jpq.settings import read
     from jpq.train import evaluate
     from jpq.types import JpqError
 

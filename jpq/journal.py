@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from jpq import checkpoint, report
-from jpq.config import Config, write
+from jpq.config import Config
 from jpq.result import Row, Watch
+from jpq.settings import write
 from jpq.train import Phase, Recorder
 from jpq.types import JpqError
 

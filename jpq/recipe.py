@@ -6,10 +6,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jpq import bench, checkpoint, costs, handover, landing, mapping, models, stages
-from jpq.allocators import Judge, bit_widths, place, start_bits
+from jpq.allocators import bit_widths, place, start_bits
 from jpq.budget import Controller, Target, targets
 from jpq.closing import Closing, open_share, within
 from jpq.compose import RULES, SEARCH, compose
@@ -28,8 +26,8 @@ from jpq.data import load as load_data
 from jpq.exporters import verify
 from jpq.exporters.quantized import build, rebuild
 from jpq.gates import Ranked
-from jpq.joint import decide, gates, share_left, sites_of, widths
 from jpq.journal import Journal, open_folder
+from jpq.judging import calibration, evidence, judge_of, score_of
 from jpq.machine import pick_device, set_threads
 from jpq.mapping import mapped
 from jpq.methods import Method, row
@@ -42,17 +40,14 @@ from jpq.network.timed import timed
 from jpq.network.trace import trace
 from jpq.network.unpack import unpacked
 from jpq.outcome import finish
+from jpq.parts import asked, decide, gates, share_left, sites_of, widths
 from jpq.plan import Plan, from_json
 from jpq.plan import read as read_plan
 from jpq.result import Result, Silent, Watch
 from jpq.schedule import pick_schedule
-from jpq.scores import Score, pick_score
-from jpq.train import Objective, Phase, evaluate, fit, optimizer, reestimate
+from jpq.train import Objective, Phase, fit, optimizer, reestimate
 from jpq.types import JpqError
 
-CALIBRATION = 8  # batches that fit the quantizers' ranges
-JUDGED = 1000  # held-out images on which allocators try plans
-EVIDENCE = 10**6  # the first epoch that scores look at: no training comes to it
 OBEYED = (
     "--weights are pruned already: the float accuracy, and what is distilled from, are those of the pruned model. Give "
     "the dense model with --weights, and the folder that the pruned one lies in with --mask."
@@ -132,14 +127,6 @@ def dense_model(config: Config, data: Data, device: torch.device) -> nn.Module:
     return unpacked(model).eval()
 
 
-def asked(network: Network, config: Config) -> tuple[Target, ...]:
-    """The targets, in units of this network."""
-    b = config.budget
-    dense = exact_uses(network, Shares(network, ()), Plan(config.decide.method, {}, {}))
-    wanted = {b.cost: b.target_bops, "macs": b.target_macs, "size": b.target_size, "latency": b.target_latency}
-    return targets(wanted, dense)
-
-
 def with_clocks(network: Network, config: Config, run: Journal) -> tuple[Network, Table | None]:
     """The network with its layers' measured times, and the table they are from, where one is given."""
     if config.budget.latency_table is None:
@@ -203,38 +190,6 @@ def train(
     run.go_on(phase, net, optim)
     save = lambda p: run.keep(p, net, optim, **more())  # noqa: E731
     run.timed(phase.name, lambda: fit(net, data, phase, objective, optim, run.recorder, run.watch, save))
-
-
-def calibration(data: Data) -> list[torch.Tensor]:
-    """A few training batches."""
-    return [x for x, _ in islice(data.train.epoch(0), CALIBRATION)]
-
-
-def score_of(config: Config) -> Score:
-    """What ranks channels: --score, or the method's own."""
-    return pick_score(config.decide.score or row(config.decide.method).score or "l1", config.decide.classes)
-
-
-def evidence(data: Data, decision: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Training batches for a score, others at each decision."""
-    return data.train.epoch(EVIDENCE + decision)
-
-
-def judge_of(net: Compressed, data: Data, config: Config) -> Judge:
-    """What allocators may look at: training batches, and the held-out accuracy of any plan.
-
-    The accuracy is that of a copy that settles on the plan and measures BatchNorm's statistics anew.
-    """
-    images = data.held_out.first(JUDGED)
-    batches = list(islice(data.train.epoch(0), CALIBRATION))
-
-    def accuracy(plan: Plan) -> float:
-        trial = copy.deepcopy(net)
-        trial.settle(plan)
-        reestimate(trial, batches)
-        return evaluate(trial, images)
-
-    return Judge(partial(evidence, data), accuracy, config.run.seed)
 
 
 def split(config: Config, method: Method) -> tuple[int, int]:

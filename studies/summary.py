@@ -237,9 +237,10 @@ def scores() -> str:
     lines += [
         "",
         f"ResNet20 on CIFAR-10, 8 bits, {int(pruned.images.max()):,} held-out images that the public weights were "
-        f"trained on ({100 * pruned.float_accuracy.max():.1f} % right before; the same for all scores), channels closed "
-        "at once; one seed where no n is given. Pearson, Spearman: with the squared change of the loss when a channel is "
-        f"removed, over {units} channels, on {images} training images, Taylor scores times the layers that share the gate "
+        f"trained on ({100 * pruned.float_accuracy.max():.1f} % right before; the same for all scores), channels "
+        "closed at once; one seed where no n is given. Pearson, Spearman: with the squared change of the loss when a "
+        f"channel is removed, over {units} channels, on {images} training images, Taylor scores times the layers that "
+        "share the gate "
         "(`python studies/scores.py`).",
         "",
     ]

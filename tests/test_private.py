@@ -549,7 +549,7 @@ def test_the_client_is_told_what_does_not_go_together(args, words, trained, hand
 def test_a_run_with_a_mask_can_be_repeated_from_its_settings(retrained, tmp_path):
     asked, result = retrained
     assert plan.read(result.folder / "plan.json").method == "masked"
-    from jpq.config import read
+    from jpq.settings import read
 
     again = read(result.folder / "config.toml").check()
     assert again.hash() == asked.check().hash() == result.folder.name

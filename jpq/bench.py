@@ -212,8 +212,10 @@ def require_run(folder: Path) -> None:
 def predicted(folder: Path, table: Table) -> float:
     """Milliseconds that a table predicts for the model of a run."""
     config, plan = read_config(folder / "config.toml"), read_plan(folder / "plan.json")
-    d = config.decide
-    dense = unpacked(models.build(str(plan.model["name"]), int(plan.model["classes"]), int(plan.model["channels"])))
+    d, made_of = config.decide, plan.model
+    if not {"name", "classes", "channels"} <= set(made_of):
+        raise JpqError(f"{folder / 'plan.json'} does not say which model it belongs to.")
+    dense = unpacked(models.build(str(made_of["name"]), int(made_of["classes"]), int(made_of["channels"])))
     sample = Runner(folder / "model.onnx").shapes[0]
     network = timed(trace(dense, torch.zeros(2, *sample[1:]), open_norms=d.open_norms), table)
     sites = sites_of(compose(d.method, d.structure, d.width), network, d.skip)

@@ -79,7 +79,7 @@ def _layers(wanted: Bench, console: Console) -> None:
         f"{wanted.repeats}; threads: {wanted.threads}) in {seconds:.0f} s.",
         f"All of {wanted.model}'s layers: {full:.3g} ms in float, {small:.3g} ms quantized.",
         f"Next: jpq optimize --model {wanted.model} --latency-table {wanted.table} "
-        f"--target-latency {0.6 * min(full, small):.2g}ms",
+        f"--target-latency {0.7 * small:.2g}ms",
     ):
         console.print(escape(line), soft_wrap=True, highlight=False)
 

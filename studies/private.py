@@ -7,6 +7,7 @@ are jpq prune-private on random images, `real` is the same ADMM on training imag
 its mask held, by jpq.compress(mask=...), onto the same budget; without distillation. Accuracies are of the test
 images: right after pruning (in floating point) and at the end; nothing was chosen by them. Source of
 the claim that retraining recovers what pruning on random images costs: Gong et al., GLSVLSI 2020, arXiv:2003.06513.
+Norms are not measured anew at the end, as jpq optimize would.
 """
 
 from __future__ import annotations

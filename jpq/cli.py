@@ -20,53 +20,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from jpq.usage import COMMANDS, EXAMPLES, METAVARS
+
 if TYPE_CHECKING:
     from jpq.config import Config
 
 T = TypeVar("T")
-COMMANDS = {
-    "optimize": "Prune and quantize a model together, onto a budget.",
-    "prune-private": "Prune a trained model without any data; the mask is for jpq optimize --mask.",
-    "inspect": "What jpq sees in a model: layers, channels that can go, parts that must stay, and costs.",
-    "evaluate": "Accuracy of a model that an earlier run saved.",
-    "bench": "Measure a model's layers into a table of latencies, or exported models against one.",
-    "methods": "The methods, what each decides, and when to choose it.",
-}
-EXAMPLES = {
-    "optimize": (
-        "jpq optimize --target-bops 1%",
-        "jpq optimize --model resnet20 --weights w.th --data cifar10 --target-bops 0.9%",
-        "jpq optimize --target-bops 12M --target-size 50KB --method djpq-pow2",
-        "jpq optimize --config runs/0123456789ab/config.toml --seed 1",
-    ),
-    "prune-private": (
-        "jpq prune-private --model resnet20 --weights w.th --synthetic --out private",
-        "jpq optimize --mask private --model resnet20 --weights w.th --data cifar10 --target-bops 0.5%",
-    ),
-    "inspect": (
-        "jpq inspect --model lenet5 --data fashion-mnist",
-        "jpq inspect --model torchvision:densenet121 --all",
-        "jpq inspect --model torchvision:r3d_18 --input-shape 3 16 112 112",
-    ),
-    "evaluate": ("jpq evaluate runs/0123456789ab",),
-    "bench": (
-        "jpq bench --table convnet.csv --model convnet",
-        "jpq bench --table resnet20.csv --model resnet20 --data cifar10 --threads 2",
-        "jpq bench runs/0123456789ab --table resnet20.csv",
-        "jpq bench runs/0123456789ab/model.onnx other.onnx",
-    ),
-    "methods": ("jpq methods",),
-}
-METAVARS = {
-    "w_bits": "MIN MAX", "a_bits": "MIN MAX", "target_bops": "COST", "target_macs": "COST", "target_size": "SIZE",
-    "skip": "[LAYER ...]", **dict.fromkeys(("weights", "config", "mask", "latency_table", "table"), "FILE"),
-    "data_root": "FOLDER", "out": "FOLDER", "input_shape": "C H W", "limit": "INT", "classes": "0,3,5",
-    "density": "SHARE", "inputs": "NAME", "target_latency": "TIME", "what": "[RUN_FOLDER|FILE.onnx ...]",
-    **dict.fromkeys(
-        ("method", "score", "schedule", "allocator", "structure", "width", "model", "data", "device", "cost", "like",
-         "proxy"), "NAME",
-    ),
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from jpq import bench, checkpoint, costs, handover, landing, mapping, models, stages
 from jpq.allocators import bit_widths, place, start_bits
-from jpq.budget import Controller, Target, targets
+from jpq.budget import Controller, Target
 from jpq.closing import Closing, open_share, within
 from jpq.compose import RULES, SEARCH, compose
 from jpq.config import Config
@@ -32,10 +32,9 @@ from jpq.machine import pick_device, set_threads
 from jpq.mapping import mapped
 from jpq.methods import Method, row
 from jpq.network.attach import attach
-from jpq.network.compressed import Compressed, exact_uses
+from jpq.network.compressed import Compressed
 from jpq.network.norms import require_opened
 from jpq.network.record import Network
-from jpq.network.shares import Shares
 from jpq.network.timed import timed
 from jpq.network.trace import trace
 from jpq.network.unpack import unpacked

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def rank(
         if score.order == "together":
             margins = _together(net, score, collect(net, score.needs, batches, score.batches, loss), share)
         else:
-            margins = _in_order(net, score, list(batches), share, loss)
+            margins = _in_order(net, score, list(islice(batches, score.batches)), share, loss)
     for gate, own in zip(net.gates, margins, strict=True):
         gate.margins.copy_(own[None])
 

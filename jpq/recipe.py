@@ -64,6 +64,7 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     device = pick_device(config.run.device)
 
     data = read_data(config, device)  # 1
+    known_classes(d.classes, data)
     model = dense_model(config, data, device)
     network = trace(model, data.example, open_norms=d.open_norms)  # 2
     if d.open_norms:
@@ -107,6 +108,13 @@ def dense_model(config: Config, data: Data, device: torch.device) -> nn.Module:
     return unpacked(model).eval()
 
 
+def known_classes(classes: str, data: Data) -> None:
+    """Raises JpqError for a class that the data do not have."""
+    for number in filter(None, classes.split(",")):
+        if int(number) >= data.classes:
+            raise JpqError(f"--classes {classes}: data '{data.name}' has classes 0 to {data.classes - 1} only.")
+
+
 def asked(network: Network, config: Config) -> tuple[Target, ...]:
     """The targets, in units of this network."""
     b = config.budget
@@ -117,6 +125,8 @@ def asked(network: Network, config: Config) -> tuple[Target, ...]:
 def possible(net: Compressed, goals: tuple[Target, ...], config: Config) -> None:
     """Raises JpqError, naming the smallest possible cost, where a target cannot be met."""
     d, method = config.decide, METHODS[net.method]
+    if method.gate is Ranked and score_of(config).needs == {"scales"}:
+        rank(net, score_of(config))  # it needs no data, and may find nothing to rank by
     if method.stages:
         stages.decide(net, goals, d.w_bits, d.a_bits, d.density)
     elif method.gate:

@@ -236,10 +236,11 @@ def scores() -> str:
     units, images = int(removal.units.max()), int(removal.images.max())
     lines += [
         "",
-        f"ResNet20 on CIFAR-10, 8 bits, {int(pruned.images.max()):,} held-out images that the public weights were trained "
-        f"on ({100 * pruned.float_accuracy.max():.1f} % right before; the same for all scores), channels closed at once; "
-        f"one seed where no n is given. Pearson, Spearman: with the squared change of the loss when a channel is removed, "
-        f"over {units} channels, on {images} training images, Taylor scores times the layers that share the gate "
+        f"ResNet20 on CIFAR-10, 8 bits, {int(pruned.images.max()):,} held-out images that the public weights were "
+        f"trained on ({100 * pruned.float_accuracy.max():.1f} % right before; the same for all scores), channels "
+        "closed at once; one seed where no n is given. Pearson, Spearman: with the squared change of the loss when a "
+        f"channel is removed, over {units} channels, on {images} training images, Taylor scores times the layers that "
+        "share the gate "
         "(`python studies/scores.py`).",
         "",
     ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jpq import bench, checkpoint, costs, handover, landing, mapping, models, stages
-from jpq.allocators import bit_widths, place, start_bits
+from jpq.allocators import bit_widths, place, rank, start_bits
 from jpq.budget import Controller, Target
 from jpq.closing import Closing, open_share, within
 from jpq.compose import RULES, SEARCH, compose
@@ -68,6 +68,7 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     device = pick_device(config.run.device)
 
     data = read_data(config, device)  # 1
+    known_classes(d.classes, data)
     model = dense_model(config, data, device)
     network = trace(model, data.example, open_norms=d.open_norms)  # 2
     if d.open_norms:
@@ -136,9 +137,18 @@ def with_clocks(network: Network, config: Config, run: Journal) -> tuple[Network
     return network, table
 
 
+def known_classes(classes: str, data: Data) -> None:
+    """Raises JpqError for a class that the data do not have."""
+    for number in filter(None, classes.split(",")):
+        if int(number) >= data.classes:
+            raise JpqError(f"--classes {classes}: data '{data.name}' has classes 0 to {data.classes - 1} only.")
+
+
 def possible(net: Compressed, goals: tuple[Target, ...], config: Config) -> None:
     """Raises JpqError, naming the smallest possible cost, where a target cannot be met."""
     d, method = config.decide, row(net.method)
+    if method.gate is Ranked and score_of(config).needs == {"scales"}:
+        rank(net, score_of(config))  # it needs no data, and may find nothing to rank by
     if method.stages:
         stages.decide(net, goals, d.w_bits, d.a_bits, d.density)
     elif method.gate:

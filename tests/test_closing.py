@@ -228,6 +228,7 @@ def test_classes_rank_and_the_report_says_what_its_accuracy_is_of(tmp_path):
         ("taylor", {"classes": "0,1"}, "score taylor does not look at classes. Choose --score catro"),
         ("uniform", {"classes": "0,1"}, "method uniform ranks no channels"),
         ("catro", {"classes": "0;1"}, "by their numbers: --classes 0,3,5"),
+        ("catro", {"classes": "3,50"}, "--classes 3,50: data 'digits' has classes 0 to 9 only"),
         ("taylor", {"density": 1e-6}, "--density 1e-06 cannot be met.*of the MACs stay"),
         ("taylor", {"structure": "elementwise"}, "decides about whole channels"),
     ],
@@ -240,10 +241,14 @@ def test_what_cannot_be_ends_before_training(method, decide, says, tmp_path):
     assert not hasattr(watch, "next")
 
 
-def test_classes_that_no_batch_has(tmp_path):
-    asked = config(tmp_path, "catro")
-    with pytest.raises(JpqError, match="0 samples of 0 classes"):
-        jpq.optimize(replace(asked, decide=replace(asked.decide, classes="40,50")))
+def test_a_network_without_norms_has_no_scales_to_rank_by(tmp_path):
+    """It is found out where the targets are tried, before anything trains."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10))
+    net = jpq.compress(model, BATCHES[0][0], "ranked", bops="5%", evidence=BATCHES)
+    asked = config(tmp_path, "ranked", target_bops="5%")
+    recipe.possible(net.net, net.controller.goals, asked)
+    with pytest.raises(JpqError, match=r"pass no normalisation with a scale\. Choose another --score"):
+        recipe.possible(net.net, net.controller.goals, replace(asked, decide=replace(asked.decide, score="bn-scale")))
 
 
 def test_rows_carry_their_score_and_schedule():

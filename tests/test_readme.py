@@ -59,3 +59,13 @@ def test_coverage_names_every_network_once(monkeypatch):
     counts = [[int(n) for n in re.findall(r"(\d+) of (\d+)", row.split("|")[2])[0]] for row in rows]
     assert sum(total for _, total in counts) == len(table)
     assert sum(exact for exact, _ in counts) == int((table.difference <= 1e-9).sum())
+
+
+def test_scores_are_those_of_the_csv(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    import summary
+
+    from jpq.scores import SCORES
+
+    assert summary.scores() in TEXT
+    assert set(summary.SCORES) == set(SCORES)

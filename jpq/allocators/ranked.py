@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def scored(
             found = collect(net, score.needs, batches, score.batches, loss)
             scores = {name: _score(net, score, name, g, found, share) for name, g in _groups(net).items()}
         else:
-            scores = _in_order(net, score, list(batches), share, loss)
+            scores = _in_order(net, score, list(islice(batches, score.batches)), share, loss)
     return [Group(name, tuple(site for _, site, _ in g), scores[name]) for name, g in _groups(net).items()]
 
 

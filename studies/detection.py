@@ -10,7 +10,8 @@ rebuilds the small detector, trains it for `tune` epochs on 640 of these images,
 per run; what is there already is skipped.
 
     score, ranking      what ranks channels: global (one ranking for the network, each layer's values divided by their
-                        norm, and a floor of 8 channels or a tenth of each site) or uniform (the same share at
+                        norm, and a floor of 8 channels or a tenth of each site), even (the same with the root mean
+                        square for the norm, which does not favour narrow layers) or uniform (the same share at
                         each site).
                         random: one draw per seed; "none": nothing is pruned
     tune                epochs of fine-tuning; 0: as rebuilt
@@ -192,7 +193,9 @@ def rank_by(net: Compressed, model: nn.Module, run: Run) -> None:
         values = {site.name: torch.rand(site.n, generator=draw) for site in net.sites}
     else:
         values = {site.name: l1(net, site) for site in net.sites}
-    if run.ranking == "global":
+    if run.ranking == "even":
+        values = {name: own * len(own) ** 0.5 for name, own in values.items()}
+    if run.ranking in ("global", "even"):
         rank_everywhere(net, values)
     elif run.score == "l1":
         rank(net, L1(), detection.prepared(model, seen(8)[0][0]))
@@ -231,7 +234,7 @@ def measured(model: nn.Module, run: Run) -> tuple[nn.Module, dict[str, object]]:
     detections, wanted = found(smaller, data(split)), data(split).targets
     counted = jpq.measure(small.eval(), x)
     largest = onnx_ap = None
-    if run.tune and run.seed == 0:
+    if run.tune and run.score == "saliency":
         largest, onnx_ap = outside(model, small, data(split))
     return smaller, {
         "model": "ssdlite320_mobilenet_v3_large", "data": "shapes", "image": shapes.SIDE, "score": run.score,
@@ -290,7 +293,7 @@ def compared(path: Path) -> None:
         for (score, ranking), runs in rows[rows.score.isin(COLOURS)].groupby(["score", "ranking"]):
             axes.scatter(100 * runs.bops_share, 100 * runs.ap50, s=14, color=COLOURS[score], alpha=0.5)
             means = runs.groupby("target")[["bops_share", "ap50"]].mean().sort_values("bops_share")
-            style = "-" if ranking == "global" else ":"
+            style = {"global": "-", "even": "--", "uniform": ":"}[ranking]
             axes.plot(
                 100 * means.bops_share, 100 * means.ap50, style, color=COLOURS[score], label=f"{score}, {ranking}"
             )
@@ -326,24 +329,29 @@ def shown(before: nn.Module, after: nn.Module, path: Path, titles: tuple[str, st
     figure.savefig(path, dpi=110)
 
 
-def sentence() -> str:
-    """What README says: the CSV's figures at 3 % of the BOPs, one ranking for the network."""
+def summary() -> str:
+    """What README says: AP at IoU .5 with 3 % of the BOPs, a row for each score and ranking."""
     table = pd.read_csv(TABLE)
-    rows = table[(table.target == "3%") & (table.ranking == "global")]
-    parts = []
-    for tune, how, split in ((0, "as pruned", "held-out"), (1, "after 40 steps of training", "test")):
-        at = rows[rows.tune == tune].groupby("score").ap50.mean()
-        most = table[(table.score == "float") & (table.tune == tune)].ap50.mean()
-        n = rows[rows.tune == tune].n.max()
-        listed = ", ".join(f"{name} {at[name]:.3f}" for name in COLOURS if name in at)
-        parts.append(f"{how} {listed} ({split}, n = {n}; float {most:.3f})")
-    return f"AP at IoU .5 with 8 bits and 3 % of the BOPs: {'; '.join(parts)}. One seed; `python studies/detection.py`."
+    rows = table[(table.target == "3%") & (table.seed == 0)]
+    lines = ["| score | ranking | as pruned, % | after 40 steps of training, % |", "|---|---|---|---|"]
+    for (score, ranking), runs in rows.groupby(["score", "ranking"], sort=False):
+        shown = {int(tune): f"{100 * own.ap50.iloc[0]:.1f}" for tune, own in runs.groupby("tune")}
+        lines.append(f"| {score} | {ranking} | {shown.get(0, '-')} | {shown.get(1, '-')} |")
+    dense = {int(tune): 100 * own.ap50.iloc[0] for tune, own in table[table.score == "float"].groupby("tune")}
+    n = {int(tune): int(own.n.max()) for tune, own in rows.groupby("tune")}
+    about = (
+        f"AP at IoU .5 of ssdlite320_mobilenet_v3_large on synthetic shapes with 8 bits and 3 % of the BOPs, one seed; "
+        f"as pruned on {n[0]} held-out images (float {dense[0]:.1f}), trained on {n[1]} test images (float {dense[1]:.1f})"
+    )
+    return "\n".join([f"{about}; `python studies/detection.py`:", "", *lines])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scores", nargs="+", default=["saliency", "l1", "random"])
-    parser.add_argument("--rankings", nargs="+", default=["global", "uniform"], choices=["global", "uniform", "-"])
+    parser.add_argument(
+        "--rankings", nargs="+", default=["global", "uniform"], choices=["global", "even", "uniform", "-"]
+    )
     parser.add_argument("--targets", nargs="+", default=["5%", "4%", "3%", "2%"])
     parser.add_argument("--tune", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])

@@ -604,3 +604,11 @@ def test_shapes_come_from_the_seed_alone_and_their_boxes_fit():
         assert set(target["labels"].tolist()) <= {1, 2, 3}
     twice = shapes.mirrored(shapes.mirrored(one.targets[0]))
     assert torch.allclose(twice["boxes"], one.targets[0]["boxes"], atol=1e-4)
+
+
+def test_figures_in_the_manual_are_those_of_the_csv():
+    import detection as study
+
+    manual = (Path(__file__).parents[1] / "README.md").read_text()
+    assert study.summary() in manual
+    assert study.summary().count("\n| ") > 3

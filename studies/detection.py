@@ -9,9 +9,9 @@ Each run attaches 8-bit weights and activations and a ranking of channels to its
 rebuilds the small detector, trains it for `tune` epochs on 640 of these images, and measures batch norms anew. A row
 per run; what is there already is skipped.
 
-    score, ranking      what ranks channels: global (one ranking for the network, each layer's values divided by their
-                        norm, and a floor of 8 channels or a tenth of each site) or uniform (the same share at
-                        each site).
+    score, ranking      what ranks channels: even (one ranking for the network, each layer's values divided by their
+                        root mean square, and a floor of 8 channels or a tenth of each site), global (the same
+                        divided by their norm, which favours narrow layers) or uniform (the same share at each site).
                         random: one draw per seed; "none": nothing is pruned
     tune                epochs of fine-tuning; 0: as rebuilt
     split               held-out (200 images, where tune is 0) or test (300 others), both unknown to all training
@@ -193,6 +193,8 @@ def rank_by(net: Compressed, model: nn.Module, run: Run) -> None:
     else:
         values = {site.name: l1(net, site) for site in net.sites}
     if run.ranking == "global":
+        values = {name: own / len(own) ** 0.5 for name, own in values.items()}
+    if run.ranking in ("global", "even"):
         rank_everywhere(net, values)
     elif run.score == "l1":
         rank(net, L1(), detection.prepared(model, seen(8)[0][0]))
@@ -203,9 +205,9 @@ def rank_by(net: Compressed, model: nn.Module, run: Run) -> None:
 
 @torch.no_grad()
 def l1(net: Compressed, site: jpq.network.sites.Site) -> torch.Tensor:
-    """[n], of norm 1: the sum of |w| over all that reads each channel, as `L1` counts."""
+    """[n], of root mean square 1: the sum of |w| over all that reads each channel, as `L1` counts."""
     sums = sum(tap.structure.pool(net.layer(tap.layer).weight.abs())[0] for tap in site.taps)
-    return sums / sums.norm()
+    return sums / sums.square().mean().sqrt()
 
 
 def measured(model: nn.Module, run: Run) -> tuple[nn.Module, dict[str, object]]:
@@ -231,7 +233,7 @@ def measured(model: nn.Module, run: Run) -> tuple[nn.Module, dict[str, object]]:
     detections, wanted = found(smaller, data(split)), data(split).targets
     counted = jpq.measure(small.eval(), x)
     largest = onnx_ap = None
-    if run.tune and run.seed == 0:
+    if run.tune and run.score == "saliency":
         largest, onnx_ap = outside(model, small, data(split))
     return smaller, {
         "model": "ssdlite320_mobilenet_v3_large", "data": "shapes", "image": shapes.SIDE, "score": run.score,
@@ -290,7 +292,7 @@ def compared(path: Path) -> None:
         for (score, ranking), runs in rows[rows.score.isin(COLOURS)].groupby(["score", "ranking"]):
             axes.scatter(100 * runs.bops_share, 100 * runs.ap50, s=14, color=COLOURS[score], alpha=0.5)
             means = runs.groupby("target")[["bops_share", "ap50"]].mean().sort_values("bops_share")
-            style = "-" if ranking == "global" else ":"
+            style = {"global": "-", "even": "--", "uniform": ":"}[ranking]
             axes.plot(
                 100 * means.bops_share, 100 * means.ap50, style, color=COLOURS[score], label=f"{score}, {ranking}"
             )
@@ -323,27 +325,33 @@ def shown(before: nn.Module, after: nn.Module, path: Path, titles: tuple[str, st
             axes.imshow(large.permute(1, 2, 0).numpy())
             axes.set(xticks=[], yticks=[])
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
 
 
-def sentence() -> str:
-    """What README says: the CSV's figures at 3 % of the BOPs, one ranking for the network."""
+def summary() -> str:
+    """What README says: AP at IoU .5 with 3 % of the BOPs, a row for each score and ranking."""
     table = pd.read_csv(TABLE)
-    rows = table[(table.target == "3%") & (table.ranking == "global")]
-    parts = []
-    for tune, how, split in ((0, "as pruned", "held-out"), (1, "after 40 steps of training", "test")):
-        at = rows[rows.tune == tune].groupby("score").ap50.mean()
-        most = table[(table.score == "float") & (table.tune == tune)].ap50.mean()
-        n = rows[rows.tune == tune].n.max()
-        listed = ", ".join(f"{name} {at[name]:.3f}" for name in COLOURS if name in at)
-        parts.append(f"{how} {listed} ({split}, n = {n}; float {most:.3f})")
-    return f"AP at IoU .5 with 8 bits and 3 % of the BOPs: {'; '.join(parts)}. One seed; `python studies/detection.py`."
+    rows = table[(table.target == "3%") & (table.seed == 0)]
+    lines = ["| score | ranking | as pruned, % | after 40 steps of training, % |", "|---|---|---|---|"]
+    for (score, ranking), runs in rows.groupby(["score", "ranking"], sort=False):
+        shown = {int(tune): f"{100 * own.ap50.iloc[0]:.1f}" for tune, own in runs.groupby("tune")}
+        lines.append(f"| {score} | {ranking} | {shown.get(0, '-')} | {shown.get(1, '-')} |")
+    dense = {int(tune): 100 * own.ap50.iloc[0] for tune, own in table[table.score == "float"].groupby("tune")}
+    n = {int(tune): int(own.n.max()) for tune, own in rows.groupby("tune")}
+    about = (
+        f"AP at IoU .5 of ssdlite320_mobilenet_v3_large on synthetic shapes with 8 bits and 3 % of the BOPs, one seed; "
+        f"as pruned on {n[0]} held-out images (float {dense[0]:.1f}), trained on {n[1]} test images (float "
+        f"{dense[1]:.1f})"
+    )
+    return "\n".join([f"{about}; `python studies/detection.py`:", "", *lines])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scores", nargs="+", default=["saliency", "l1", "random"])
-    parser.add_argument("--rankings", nargs="+", default=["global", "uniform"], choices=["global", "uniform", "-"])
+    parser.add_argument(
+        "--rankings", nargs="+", default=["even", "global", "uniform"], choices=["global", "even", "uniform", "-"]
+    )
     parser.add_argument("--targets", nargs="+", default=["5%", "4%", "3%", "2%"])
     parser.add_argument("--tune", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -363,8 +371,8 @@ def main() -> None:
             smaller, row = measured(model, run)
             append(TABLE, row)
             print({k: row[k] for k in ("ap50", "ap", "bops_share", "masked_vs_rebuilt", "onnx_largest", "onnx_ap50")})
-            if (run.score, run.ranking, run.target, run.tune, run.seed) == ("saliency", "global", "3%", 1, 0):
-                titles = f"float, AP50 on n = {len(data('test'))}", f"{row['ap50']:.1%} at {row['bops_share']:.2%} BOPs"
+            if (run.score, run.ranking, run.target, run.tune, run.seed) == ("saliency", "even", "3%", 1, 0):
+                titles = "float", f"8 bits, {row['bops_share']:.2%} of the BOPs"
                 shown(model, smaller, RESULTS / "detection_boxes.png", titles)
     table = pd.read_csv(TABLE)
     print(table.groupby(["tune", "target", "ranking", "score"]).agg(

@@ -4,8 +4,11 @@ A member of a site is one tensor that its taps read, after normalisation and act
 tensor are one member, with the whole gradient of that tensor. The source is silent about layers that are called several
 times (a head on all scales): their maps count as one, with the places of all.
 
-    I^m_c <- I^m_c / (||I^m||_2 + 1e-12)     over all channels c of the tensor m
+    I^m_c <- I^m_c / (rms(I^m) + 1e-12)      root mean square over all channels c of the tensor m
     I_u    = mean of I^m_c over the members m of the site of u, and over the channels that u stands for
+
+The root mean square takes the place of a norm: that falls on channels the harder, the more a layer has of them, so one
+ranking of the network empties its wide layers (`studies/detection.py` measures both).
 """
 
 from __future__ import annotations
@@ -150,7 +153,7 @@ def _of_site(site: Site, sums: Mapping[str, Tensor], member: Mapping[str, str], 
         if name not in sums or name in found:
             continue
         values = sums[name].cpu() / images
-        values = values / (values.norm() + TINY)
+        values = values / (values.square().mean().sqrt() + TINY)
         axis: Any = tap.structure
         index = np.tile(axis.index, len(values) // len(axis.index))  # the same channels of each group
         found[name] = torch.stack([values[np.flatnonzero(index == u)].mean() for u in range(site.n)])

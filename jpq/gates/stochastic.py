@@ -111,7 +111,7 @@ class Stochastic(Counted):
 
     @torch.no_grad()
     def importance(self) -> Units:
-        """L1 norm of each unit's weights over all taps; at ragged edges, where units are smaller, as if of full size."""
+        """L1 norm of each unit's weights over all taps; smaller units at ragged edges as if of full size."""
         parts = [structure.pool(weight.detach().abs()) for weight, structure in self.weights]
         return torch.stack(parts).sum(0) * (self.sizes.amax(1, keepdim=True) / self.sizes.clamp_min(1))
 

@@ -118,7 +118,7 @@ def masks(network: Network, structure: str | Mapping[str, str], skip: Collection
             sites.append(Site(layer.name, rows, n, (Tap(layer.name, own),), np.zeros(0, np.int64), (layer.name,)))
     if not sites and mapped:
         raise JpqError(
-            "Every layer is to stay dense, so nothing would be pruned: choose another --structure, or a lower --density."
+            "Every layer is to stay dense, so nothing would be pruned: choose another --structure or a lower --density."
         )
     if not sites:
         raise JpqError(f"--structure {structure} fits no layer of this model. {refused}")

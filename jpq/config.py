@@ -89,7 +89,7 @@ class Decide:
     method's."""
     proxy: str = "projected"
     """How --structure search judges a mapping: projected (zeroed at once), or trained (then also trained for an epoch
-    of a tenth of the data, which takes many times as long)."""
+    of a tenth of the data: twice the time on the digits, and a somewhat better guess; studies/schemes.py)."""
     width: str = ""
     """How bits are chosen: learned, power-of-two, gated, squashed, or fixed (the largest of --w-bits and --a-bits, so
     that only pruning can reach the target). Default: the method's."""

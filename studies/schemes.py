@@ -155,11 +155,13 @@ def draw() -> None:
     table = pd.read_csv(PATHS["runs"])
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.subplots()
-    for i, ((method, structure), own) in enumerate(table.groupby(["method", "structure"], sort=False)):
-        axes.scatter(1e3 * own.modelled_ms, 100 * own.accuracy, s=14, color=f"C{i}", alpha=0.5)
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(table.structure))}
+    shapes = dict(zip(dict.fromkeys(table.method), "osD^", strict=False))
+    for (method, structure), own in table.groupby(["method", "structure"], sort=False):
+        look = {"color": colours[structure], "marker": shapes[method]}
+        axes.scatter(1e3 * own.modelled_ms, 100 * own.accuracy, s=14, alpha=0.5, **look)
         mean = own[["modelled_ms", "accuracy"]].mean()
-        label = f"{method}, {structure}"
-        axes.scatter(1e3 * mean.modelled_ms, 100 * mean.accuracy, s=70, color=f"C{i}", label=label)
+        axes.scatter(1e3 * mean.modelled_ms, 100 * mean.accuracy, s=60, label=f"{method}, {structure}", **look)
     axes.axhline(100 * table.float_accuracy.mean(), color="#555555", linestyle="--", linewidth=1, label="float model")
     axes.set(xlabel="modelled microseconds of one sample (not measured)", ylabel="test accuracy, %",
              title="ResNet8 on the digits, 0.5 % of fp32's BOPs, 4 of 9 weights kept")  # fmt: skip

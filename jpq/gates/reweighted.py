@@ -13,7 +13,8 @@ X. Ma et al., BLK-REW, arXiv:2001.08357, and Y. Gong et al., arXiv:2111.11581.
 | the layer's ratio | `density`, layer by layer | |
 
 The weights are dense in the search; landing makes the hard projection, by the mean square of each unit so that ragged
-edges rank with the rest, and fine-tuning trains what is left.
+edges rank with the rest, and fine-tuning trains what is left. lam is made for long trainings: in ten epochs of ResNet8
+on the digits it moves the weights no nearer to the structure than none at all (`metrics`: 0.675 with either).
 """
 
 from __future__ import annotations

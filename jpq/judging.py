@@ -17,6 +17,7 @@ from jpq.network.compressed import Compressed
 from jpq.plan import Plan
 from jpq.scores import Score, pick_score
 from jpq.train import evaluate, reestimate
+from jpq.types import JpqError
 
 CALIBRATION = 8  # batches that fit the quantizers' ranges
 JUDGED = 1000  # held-out images on which allocators try plans
@@ -31,6 +32,13 @@ def calibration(data: Data) -> list[Tensor]:
 def score_of(config: Config) -> Score:
     """What ranks channels: --score, or the method's own."""
     return pick_score(config.decide.score or row(config.decide.method).score or "l1", config.decide.classes)
+
+
+def known_classes(classes: str, data: Data) -> None:
+    """Raises JpqError for a class that the data do not have."""
+    for number in filter(None, classes.split(",")):
+        if int(number) >= data.classes:
+            raise JpqError(f"--classes {classes}: data '{data.name}' has classes 0 to {data.classes - 1} only.")
 
 
 def evidence(data: Data, decision: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

@@ -27,7 +27,7 @@ from jpq.exporters import verify
 from jpq.exporters.quantized import build, rebuild
 from jpq.gates import Ranked
 from jpq.journal import Journal, open_folder
-from jpq.judging import calibration, evidence, judge_of, score_of
+from jpq.judging import calibration, evidence, judge_of, known_classes, score_of
 from jpq.machine import pick_device, set_threads
 from jpq.mapping import mapped
 from jpq.methods import Method, row
@@ -135,13 +135,6 @@ def with_clocks(network: Network, config: Config, run: Journal) -> tuple[Network
     network = timed(network, table)
     bench.write_table(list(table.entries), run.folder / bench.NAME)
     return network, table
-
-
-def known_classes(classes: str, data: Data) -> None:
-    """Raises JpqError for a class that the data do not have."""
-    for number in filter(None, classes.split(",")):
-        if int(number) >= data.classes:
-            raise JpqError(f"--classes {classes}: data '{data.name}' has classes 0 to {data.classes - 1} only.")
 
 
 def possible(net: Compressed, goals: tuple[Target, ...], config: Config) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jpq.allocators.scheme_search import SAMPLES, Found, search
-from jpq.allocators.schemes import Latency, frugal, hard, milliseconds, modelled, project, rules, stays, variants
+from jpq.allocators.schemes import Latency, frugal, hard, milliseconds, project, rules, source, stays, timed, variants
 from jpq.compose import RULES, SEARCH, legal
 from jpq.data import Batches, Data
 from jpq.files import replace_file
@@ -37,7 +37,7 @@ def mapped(
     example: Any,
     density: float,
     skip: Collection[str] = (),
-    latency: Latency = modelled,
+    latency: Latency = timed,
 ) -> dict[str, str] | None:
     """{layer: structure} where the method's structure says so layer by layer; None where all layers have the same.
 
@@ -58,7 +58,7 @@ def mapped(
 
 def searched(
     method: Method, network: Network, model: nn.Module, data: Data, density: float, skip: Collection[str], *,
-    trained: bool = False, lr: float = 1e-3, seed: int = 0, samples: int = SAMPLES, latency: Latency = modelled,
+    trained: bool = False, lr: float = 1e-3, seed: int = 0, samples: int = SAMPLES, latency: Latency = timed,
 ) -> tuple[Found, float]:  # fmt: skip
     """(what the search found, its limit in ms): as fast as the rules' mapping, and as accurate as it gets.
 
@@ -148,12 +148,12 @@ def part(batches: Batches, share: float) -> Batches:
 
 
 def record(network: Network, mapping: Mapped, density: float | Mapping[str, float], by: str) -> dict[str, Any]:
-    """What a report says of a mapping: every layer's structure, and milliseconds that are modelled, not measured."""
+    """What a report says of a mapping: every layer's structure, its milliseconds, and where those are from."""
     ms = milliseconds(network, mapping, density)
     dense = milliseconds(network, {}, 1.0)
     return {
         "by": by,
-        "latency": "modelled",
+        "latency": source(network, mapping),
         "ms": sum(ms.values()),
         "dense_ms": sum(dense.values()),
         "layers": {name: {"structure": mapping.get(name, DENSE), "ms": ms[name]} for name in ms},

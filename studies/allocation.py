@@ -17,7 +17,7 @@ from methods import BASE, prepare
 
 from jpq.allocators import ALLOCATORS
 
-VARIANTS = {name: {"method": "two-stage", "allocator": name, "score": "l2"} for name in ALLOCATORS}
+VARIANTS = {name: {"method": "two-stage", "allocator": name, "score": "taylor"} for name in ALLOCATORS}
 VARIANTS["djpq"] = {"method": "djpq"}
 
 

@@ -15,7 +15,6 @@ from jpq import landing
 from jpq.budget import FULL_USE, Controller, spent, targets
 from jpq.costs import baseline, latency_ns, layer_latency
 from jpq.costs.latency import NS, curve, isotonic
-from jpq.costs.modelled import modelled
 from jpq.costs.table import MOST_ROWS, Entry, Shape, Table, parse, write
 from jpq.gates import VIB, Decided
 from jpq.joint import compress
@@ -191,28 +190,6 @@ def test_a_masked_network_is_charged_by_its_scheme():
     use = next(u for u in uses if u.name == name)
     assert use.density == Fraction(1, 2)
     assert 2 * layer_latency(use) == pytest.approx(float(layer_latency(replace(use, density=1))), abs=2)
-
-
-def test_modelled_masks_say_so_and_larger_blocks_are_never_slower():
-    schemes = ["block:1x1", "block:2x2", "block:8x4", "2:4", "elementwise", "pattern"]
-    network = timed(NETWORK, modelled(TABLE, schemes))
-    layer = network.layers[1]
-    for density in (Fraction(1, 8), Fraction(1, 4), Fraction(3, 4)):
-        ms = {s: float(layer.clock(1, 1, density, 8, 8, s)) / NS for s in [*schemes, "dense"]}
-        assert ms["block:8x4"] <= ms["block:2x2"] <= ms["block:1x1"] <= ms["dense"] == ms["elementwise"]
-    assert ms["block:8x4"] < ms["dense"]
-    assert not layer.clock.measured("block:8x4")
-    assert layer.clock.measured("dense")
-    assert "pattern" not in network.layers[-1].clock.masked  # a linear layer has no kernels
-    mine = replace(TABLE.entries[0], scheme="block:8x4", density=0.5)
-    kept = [
-        e
-        for e in modelled(replace(TABLE, entries=(*TABLE.entries, mine)), ["block:8x4"]).entries
-        if e.shape == mine.shape
-    ]
-    assert [e for e in kept if e.scheme == "block:8x4"] == [mine]  # what was measured is not modelled
-    with pytest.raises(JpqError, match="Unknown structure"):
-        modelled(TABLE, ["blocks:8x4"])
 
 
 def test_a_layer_takes_the_lines_of_its_own_form():

@@ -16,7 +16,7 @@ from torch import Size, nn
 import jpq
 from jpq import mapping, recipe
 from jpq.allocators.scheme_search import reward, search
-from jpq.allocators.schemes import hard, modelled, project, rules, smallest_within, stays, variants
+from jpq.allocators.schemes import hard, modelled, project, rules, smallest_within, source, stays, timed, variants
 from jpq.compose import compose, legal
 from jpq.config import Budget, Config, Decide, Run, Task, Train
 from jpq.costs.roofline import roofline, together
@@ -400,3 +400,27 @@ def test_mappings_that_make_no_sense(method, structure, words):
 def test_mappings_are_read_as_they_are_written(asked):
     assert by_layer(", ".join(f"{name}={structure}" for name, structure in asked.items())) == asked
     assert by_layer("block:8x1") == {}
+
+
+def test_a_table_of_latencies_says_how_long_layers_take():
+    """Lines for a mask count as they are; for other masks the dense layer's time counts, times what is modelled."""
+
+    class Clock:
+        def __call__(self, inputs, outputs, density, w_bits, a_bits, scheme):
+            return 5e6 if scheme == "dense" else 1e6 + 1e6 * float(density)
+
+        def measured(self, scheme):
+            return scheme in ("dense", "block:4x1")
+
+    network = jpq.trace(build("convnet", 10, 1), torch.randn(2, 1, 8, 8))
+    layer = replace(network.layers[-1], clock=Clock())
+    assert timed(layer, "dense", 1.0) == 5.0
+    assert timed(layer, "block:4x1", 0.5) == 1.5
+    gain = modelled(layer, "block:2x1", 0.5) / modelled(layer, "dense", 1.0)
+    assert timed(layer, "block:2x1", 0.5) == pytest.approx(5 * gain)
+    assert timed(network.layers[-1], "block:2x1", 0.5) == modelled(network.layers[-1], "block:2x1", 0.5)
+    clocked = replace(network, layers=tuple(replace(x, clock=Clock()) for x in network.layers))
+    last = layer.name
+    assert source(network, {}) == "modelled"
+    assert source(clocked, {last: "block:4x1"}) == "measured"
+    assert source(clocked, {last: "block:2x1"}) == "measured layers, modelled masks"

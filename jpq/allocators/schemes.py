@@ -19,13 +19,16 @@ is not public in numbers. A gate that cannot take patterns gets block-punched la
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Size, Tensor
 
+from jpq.costs.latency import NS
 from jpq.costs.roofline import roofline
+from jpq.costs.table import MODELLED
 from jpq.gates.topk import kept_of_rows, topk_rows
 from jpq.network.read import tensors
 from jpq.network.record import Layer, Network
@@ -45,6 +48,28 @@ def modelled(layer: Layer, structure: str, share: float) -> float:
     """Milliseconds by `costs.roofline`."""
     own = None if structure == DENSE else parse(structure, layout(layer))
     return roofline(layer.macs, Size(layer.weight_shape), own, share)
+
+
+def timed(layer: Layer, structure: str, share: float) -> float:
+    """Milliseconds by the layer's table of latencies, at 8 bits; by the roofline where it has none.
+
+    Of masks that the table has no measured lines for: the dense layer's time, times what the roofline says they gain.
+    """
+    if layer.clock is None:
+        return modelled(layer, structure, share)
+    known = layer.clock.measured(structure)
+    dense = layer.clock(1, 1, Fraction(share) if known else 1, 8, 8, structure if known else DENSE)
+    gain = 1.0 if known else modelled(layer, structure, share) / modelled(layer, DENSE, 1.0)
+    return float(dense) / NS * gain
+
+
+def source(network: Network, mapping: Mapping[str, str]) -> str:
+    """Where the milliseconds of a mapping are from: "measured", "modelled", or "measured layers, modelled masks"."""
+    clocks = [(layer.clock, mapping.get(layer.name, DENSE)) for layer in network.layers]
+    if any(clock is None for clock, _ in clocks):
+        return MODELLED
+    known = all(clock is not None and clock.measured(structure) for clock, structure in clocks)
+    return "measured" if known else "measured layers, modelled masks"
 
 
 def stays(layer: Layer, structure: str, density: float) -> float:
@@ -97,7 +122,7 @@ def rules(
     legal: Legal = lambda structure: True,
     skip: Collection[str] = (),
     tolerance: float = TOLERANCE,
-    latency: Latency = modelled,
+    latency: Latency = timed,
 ) -> dict[str, str]:
     """{layer: structure} by the rules above, every layer named.
 
@@ -137,7 +162,7 @@ def frugal(network: Network, density: float, *, legal: Legal, skip: Collection[s
 
 
 def milliseconds(
-    network: Network, mapping: Mapping[str, str], density: float | Mapping[str, float], latency: Latency = modelled
+    network: Network, mapping: Mapping[str, str], density: float | Mapping[str, float], latency: Latency = timed
 ) -> dict[str, float]:
     """What each layer takes under a mapping; layers that it leaves out are dense.
 

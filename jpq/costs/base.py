@@ -18,6 +18,9 @@ class Clock(Protocol):
     ) -> Number:
         """Nanoseconds of one sample; the arguments are those of `LayerUse`."""
 
+    def measured(self, scheme: str) -> bool:
+        """Whether the table says how fast masks of this scheme run."""
+
 
 @dataclass(frozen=True)
 class LayerUse:

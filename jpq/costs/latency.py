@@ -71,7 +71,7 @@ class Curve:
     bits: tuple[int, ...]  # measured widths
     nodes: np.ndarray  # [bits, in, out], nanoseconds
     masked: dict[str, dict[int, tuple[tuple[Fraction, Fraction], ...]]]  # scheme -> bits -> (density, share of dense)
-    modelled: frozenset[str] = frozenset()  # schemes whose lines are not measured (`costs.roofline`)
+    modelled: frozenset[str] = frozenset()  # schemes whose lines are not measured (column source)
 
     def __call__(
         self, inputs: Number, outputs: Number, density: Number, w_bits: Number, a_bits: Number, scheme: str = DENSE

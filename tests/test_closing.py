@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_recipe import QUICK, Stop, config
+from runs import QUICK, Stop, config
 
 import jpq
 from jpq import costs, recipe

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_recipe import Stop
+from runs import Stop
 from torch import Size, nn
 
 import jpq
@@ -412,7 +412,7 @@ def test_a_table_of_latencies_says_how_long_layers_take():
         def measured(self, scheme):
             return scheme in ("dense", "block:4x1")
 
-    network = jpq.trace(build("convnet", 10, 1), torch.randn(2, 1, 8, 8))
+    network = jpq.trace(jpq.models.build("convnet", 10, 1), torch.randn(2, 1, 8, 8))
     layer = replace(network.layers[-1], clock=Clock())
     assert timed(layer, "dense", 1.0) == 5.0
     assert timed(layer, "block:4x1", 0.5) == 1.5

@@ -176,15 +176,15 @@ def draw(path: Path) -> None:
     left.grid(alpha=0.3)
     left.legend(frameon=False, fontsize=8)
     units = pd.read_csv(RESULTS / f"{NAME}_removal.csv")
-    for score, colour in (("l1", "#999999"), ("taylor", "#0072B2")):
+    for score, colour in (("l1", "#999999"), ("taylor", "#0072B2"), ("taylor2", "#D55E00")):
         r = table[(table.part == "removal") & (table.score == score)].iloc[0]
-        own = units[score] * (units.uses if score == "taylor" else 1)
+        own = units[score] * (units.uses if "taylor" in score else 1)
         right.scatter(units.oracle, own / own.max(), s=9, color=colour, alpha=0.6,
                       label=f"{score}: Pearson {r.pearson:.2f}, Spearman {r.spearman:.2f}")  # fmt: skip
     right.set(xscale="log", yscale="log", xlabel="squared change of the loss without the channel",
               ylabel="score, share of the largest", title=f"{len(units)} channels, one at a time")  # fmt: skip
     right.grid(alpha=0.3)
-    right.legend(frameon=False, fontsize=8)
+    right.legend(fontsize=8)
     FigureCanvasAgg(figure)
     figure.savefig(path.with_suffix(".png"), dpi=110)
 

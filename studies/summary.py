@@ -6,6 +6,7 @@ python studies/summary.py [figures] [coverage] [methods] [claims]
 import sys
 from pathlib import Path
 
+import allocation as where
 import methods as every
 import pandas as pd
 import unconstrained
@@ -256,7 +257,39 @@ def claims() -> str:
 
 
 # between <!-- NAME --> and <!-- end of NAME -->
-SECTIONS = {"figures": figures, "coverage": coverage, "methods": methods, "scores": scores, "claims": claims}
+def allocation() -> str:
+    """What the allocators do with one score, one network and the same budgets."""
+    table = pd.read_csv(HERE / "results" / "allocation.csv")
+    budgets = sorted(set(table.target), key=lambda text: -float(text.rstrip("%")))
+    means = table.groupby(["method", "target"]).agg(
+        accuracy=("accuracy", "mean"), least=("accuracy", "min"), n=("accuracy", "size"), seconds=("seconds", "median")
+    )
+    lines = [
+        "| `--allocator` | " + " | ".join(f"% right at {b}" for b in budgets) + " | seconds of a run |",
+        "|---|" + "---|" * (len(budgets) + 1),
+    ]
+    for name in dict.fromkeys(table.method):
+        cells = []
+        for budget in budgets:
+            row = means.loc[(name, budget)] if (name, budget) in means.index else None
+            cells.append("-" if row is None else f"{100 * row.accuracy:.2f} (n={row.n:.0f})")
+        shown = f"`{name}`" if name != "djpq" else "beside them: method `djpq`"
+        lines.append(f"| {shown} | {' | '.join(cells)} | {table[table.method == name].seconds.median():.0f} |")
+    first = table.iloc[0]
+    lines += [
+        "",
+        f"{first.model} on {first.data}, {every.BASE.task.limit:,} training images, {first.epochs} epochs, `two-stage` "
+        f"with score `{where.SCORE}`, float {100 * table.float_accuracy.mean():.2f} %, test images, means over n seeds; "
+        f"{first.hardware} (`python studies/allocation.py`).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+SECTIONS = {
+    "figures": figures, "coverage": coverage, "methods": methods, "scores": scores, "allocation": allocation,
+    "claims": claims,
+}  # fmt: skip
 
 
 def main() -> None:

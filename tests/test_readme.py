@@ -61,6 +61,21 @@ def test_coverage_names_every_network_once(monkeypatch):
     assert sum(exact for exact, _ in counts) == int((table.difference <= 1e-9).sum())
 
 
+def test_allocators_are_those_of_the_csv(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    import summary
+
+    from jpq.allocators import ALLOCATORS
+
+    assert summary.allocation() in TEXT
+    table = pd.read_csv(ROOT / "studies" / "results" / "allocation.csv")
+    assert set(table.method) == {*ALLOCATORS, "djpq"}
+    assert (table.target_used <= 1).all()
+    assert {tuple(sorted(runs.method)) for _, runs in table.groupby(["target", "seed"])} == {
+        tuple(sorted([*ALLOCATORS, "djpq"]))
+    }
+
+
 def test_scores_are_those_of_the_csv(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "studies"))
     import summary

@@ -279,7 +279,7 @@ def allocation() -> str:
     lines += [
         "",
         f"{first.model} on {first.data}, {every.BASE.task.limit:,} training images, {first.epochs} epochs, `two-stage` "
-        f"with score `{where.SCORE}`, float {100 * table.float_accuracy.mean():.2f} %, test images, means over n seeds; "
+        f"with score `{where.SCORE}`, float {100 * table.float_accuracy.mean():.2f} %, test split, means over n seeds; "
         f"{first.hardware} (`python studies/allocation.py`).",
         "",
     ]

@@ -21,11 +21,6 @@ per run; what is there already is skipped.
     onnx_largest        largest relative difference of rebuilt and exported outputs in onnxruntime, over 32 images (a
                         value at a rounding boundary makes it large); onnx_ap50: of the exported file, over `n` images
 
-Found (one seed, 2 shared CPU cores, 2026-11-21): at 3 % of the BOPs and without training after pruning, saliency finds
-.71 (even), L1 .25, random .03 (AP at IoU .5, n = 200). After one epoch (40 steps) the order is another: L1 .991, random
-.979, saliency .965 (even); .989 and .987 for L1 and saliency at uniform shares (n = 300). It does not
-beat L1 then; at 2 %, uniform shares: L1 .984, saliency .979, random .947.
-
 SSDlite's heads have no layer that feeds only boxes, so all sites are ranked. We prune in one step, not in the sheet's
 five rounds: each would need its own training.
 """
@@ -94,7 +89,7 @@ class Run:
 @cache
 def data(split: str) -> shapes.Shapes:
     """Images by their seeds; "tune" are the first of "train"."""
-    return shapes.make(*{"train": (TRAIN, 1), "tune": (TUNE, 1), "held-out": (200, 2), "test": (300, 4)}[split])
+    return shapes.make(*{"train": (TRAIN, 1), "tune": (TUNE, 1), "held-out": (200, 2), "test": (300, 5)}[split])
 
 
 def part_of(whole: shapes.Shapes, n: int) -> shapes.Shapes:
@@ -202,7 +197,7 @@ def rank_by(net: Compressed, model: nn.Module, run: Run) -> None:
     if run.ranking in ("global", "even"):
         rank_everywhere(net, values)
     elif run.score == "l1":
-        rank(net, L1(), detection.prepared(model, seen(8)[0][0]))
+        rank(net, L1())
     else:
         for site, gate in zip(net.sites, net.gates, strict=True):
             gate.margins[0, values[site.name].argsort()] = torch.arange(1.0, site.n + 1) / site.n

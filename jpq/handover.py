@@ -23,6 +23,7 @@ from jpq.network.compressed import Compressed
 from jpq.network.record import Network
 from jpq.network.sites import Site, masks
 from jpq.plan import MaskPlan, Plan
+from jpq.structures import parse
 from jpq.types import JpqError, Units
 
 MASK, WEIGHTS = "mask.json", "weights.safetensors"
@@ -54,6 +55,7 @@ class Handover:
         found: dict[str, Site] = {}
         unfit = []
         for name, text in plan.structures.items():
+            parse(text)
             try:
                 (found[name],) = masks(network, {name: text})
             except JpqError:

@@ -458,8 +458,8 @@ def test_weights_that_are_pruned_already_are_noted(handed, tmp_path):
 
 def altered(given, **masks):
     """The plan with other masks: of a layer, or None for that layer left out."""
-    kept = {**given.plan.masks, **masks}
-    return replace(given.plan, masks={name: mask for name, mask in kept.items() if mask is not None})
+    kept = {name: mask for name, mask in {**given.plan.masks, **masks}.items() if mask is not None}
+    return replace(given.plan, masks=kept, structures=dict.fromkeys(kept, "pattern"))
 
 
 def of(*shape, value=1.0):
@@ -476,9 +476,9 @@ def of(*shape, value=1.0):
         ),
         (lambda g: altered(g, **{"6": of(4096, 4, value=0.0)}), "keeps nothing in layer 6"),
         (lambda g: altered(g, **{"0": of(32, 4)}), "keeps more than the 1 of each row that pattern allows in layer 0"),
-        (lambda g: altered(g, **{"11": of(640, 4)}), "is of structure pattern, which does not fit layer 11"),
-        (lambda g: replace(g.plan, structure="patern"), "Did you mean pattern"),
-        (lambda g: replace(g.plan, masks={}), "holds no mask"),
+        (lambda g: altered(g, **{"11": of(640, 4)}), "is of a structure that does not fit layer 11 (pattern)"),
+        (lambda g: replace(g.plan, structures=dict.fromkeys(g.plan.masks, "patern")), "Did you mean pattern"),
+        (lambda g: replace(g.plan, masks={}, structures={}), "holds no mask"),
         (lambda g: replace(g.plan, kept={"0": (True, False)}), "drops whole channels"),
     ],
 )
@@ -493,7 +493,8 @@ def test_padding_is_not_kept():
     network = trace(nn.Sequential(nn.Conv2d(6, 4, 1)), torch.randn(2, 6, 4, 4))
     keep = torch.tensor([[1.0, 1.0, 0.0, 0.0]]).repeat(8, 1)  # the second window of each filter has two inputs
     fits, beyond = (
-        handover.Handover(Plan("test", {}, {}, {"0": MaskPlan.of(k)}, "2:4"), Path("m")) for k in (keep, keep.flip(1))
+        handover.Handover(Plan("test", {}, {}, {"0": MaskPlan.of(k)}, {"0": "2:4"}), Path("m"))
+        for k in (keep, keep.flip(1))
     )
     assert len(fits.sites(network)) == 1
     with pytest.raises(JpqError, match="no weight"):

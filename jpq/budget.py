@@ -1,4 +1,4 @@
-"""Targets ("1%", "12M", "50KB") and the controller that drives the cost to them."""
+"""Targets ("1%", "12M", "50KB", "3ms") and the controller that drives the cost to them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from jpq.costs import COSTS, LayerUse, baseline
+from jpq.costs import COSTS, LayerUse, baseline, dense, latency_ns
 from jpq.types import JpqError
 
 _FORM = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(%|[kKMGT]?)(B?)\s*")
+_TIME = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(%|ns|us|ms|s)\s*")
+_NS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
 _FACTOR = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 FULL_USE = Fraction(97, 100)  # a landed model uses at least this much of its tightest target
 
 
 @dataclass(frozen=True)
 class Target:
-    """An upper limit for one cost, in its own unit (bit-operations, MACs, bytes)."""
+    """An upper limit for one cost, in its own unit (bit-operations, MACs, bytes, nanoseconds)."""
 
     cost: str  # a name in COSTS
     asked: str
@@ -32,30 +34,45 @@ class Target:
         """The command line's name for it."""
         return f"--target-{self.cost.removesuffix('-structured')}"
 
+    def shown(self, cost: float | Fraction) -> str:
+        """A cost of this kind as a message has it, rounded up: "1,234", or "0.5123 ms"."""
+        up = math.ceil(cost)
+        return f"{math.ceil(up / 100) / 10**4:.4f} ms" if self.cost == "latency" else f"{up:,}"
 
-def parse(cost: str, text: str, full: float) -> Target:
+
+def parse(cost: str, text: str, full: float, most: float | None = None) -> Target:
     """The target that `text` names: a percentage of `full` (the fp32 model's cost), or an amount with k, M, G or T.
 
-    Raises JpqError for text of another form, for 0, and for more than the fp32 model costs.
+    Amounts of time have ns, us, ms or s. Raises JpqError for text of another form, for 0, and for more than the model
+    costs: `most`, where that is more than the fp32 model does (quantized layers may be slower).
     """
     flag = Target(cost, "", 0).flag
-    match = _FORM.fullmatch(str(text))
-    if not match or (match[3] and (cost != "size" or match[2] == "%")):
-        example = "50KB or 5%" if cost == "size" else "1%, 12M or 1.2G"
+    time = cost == "latency"
+    match = (_TIME if time else _FORM).fullmatch(str(text))
+    if not match or (not time and match[3] and (cost != "size" or match[2] == "%")):
+        example = "50KB or 5%" if cost == "size" else "3ms, 250us or 50%" if time else "1%, 12M or 1.2G"
         raise JpqError(f"{flag} '{text}' is not an amount. Write it like {example}.")
     number = Fraction(match[1])
-    limit = number / 100 * Fraction(full) if match[2] == "%" else number * _FACTOR[match[2]]
+    limit = number / 100 * Fraction(full) if match[2] == "%" else number * (_NS if time else _FACTOR)[match[2]]
     if limit < 1:
         raise JpqError(f"{flag} {text} allows nothing. Give an amount above 0.")
-    if limit > full:
-        raise JpqError(f"{flag} {text} is more than the fp32 model costs ({full:,.0f}): nothing would have to be done.")
+    if limit > max(full, most or 0):
+        dear = Target(cost, "", 0).shown(max(full, most or 0))
+        which = "fp32" if (most or 0) <= full else "whole quantized"
+        raise JpqError(f"{flag} {text} is more than the {which} model costs ({dear}): nothing would have to be done.")
     return Target(cost, str(text), math.floor(limit))
 
 
 def targets(asked: Mapping[str, str | None], uses: Sequence[LayerUse]) -> tuple[Target, ...]:
     """Every target that was asked for, by cost name. `uses` give the fp32 baseline."""
     full = baseline(uses)
-    return tuple(parse(cost, text, full[cost]) for cost, text in asked.items() if text is not None)
+    if asked.get("latency") is not None and "latency" not in full:
+        raise JpqError(
+            f"--target-latency {asked['latency']} needs measured layers: run jpq bench --table FILE.csv --model NAME, "
+            "then add --latency-table FILE.csv."
+        )
+    most = {"latency": float(latency_ns([dense(u, 8) for u in uses]))} if "latency" in full else {}
+    return tuple(parse(cost, text, full[cost], most.get(cost)) for cost, text in asked.items() if text is not None)
 
 
 def spent(target: Target, uses: Sequence[LayerUse]) -> Fraction:
@@ -108,14 +125,15 @@ class Controller:
         for target in self.goals:
             cost = COSTS[target.cost](uses)
             aim = self.aim(target, progress)
-            excess = torch.log(cost / aim)
+            moves = isinstance(cost, Tensor)  # not where only channels cost and none can go
+            excess = torch.log(cost / aim) if moves else torch.tensor(math.log(cost / aim))
             over = float(excess.detach())
             self.seen[target.cost] = (aim * math.exp(over), aim)
             step = self.rate * max(-self.clip, min(self.clip, over))
             force = self.pressure[target.cost]
             self.pressure[target.cost] = min(max(force * math.exp(step), self.low), self.high)
             if over > 0:
-                total = total.to(cost.device) + force * excess
+                total = total.to(excess.device) + force * excess
         return total
 
     def force(self) -> float:

@@ -1,4 +1,4 @@
-"""The command line: optimize | inspect | evaluate | methods. Heavy imports wait until a command needs them."""
+"""The command line: one function a command. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -20,37 +20,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from jpq.usage import COMMANDS, EXAMPLES, METAVARS
+
 if TYPE_CHECKING:
     from jpq.config import Config
 
 T = TypeVar("T")
-COMMANDS = {
-    "optimize": "Prune and quantize a model together, onto a budget.",
-    "inspect": "What jpq sees in a model: layers, channels that can go, parts that must stay, and costs.",
-    "evaluate": "Accuracy of a model that an earlier run saved.",
-    "methods": "The methods, what each decides, and when to choose it.",
-}
-EXAMPLES = {
-    "optimize": (
-        "jpq optimize --target-bops 1%",
-        "jpq optimize --model resnet20 --weights w.th --data cifar10 --target-bops 0.9%",
-        "jpq optimize --target-bops 12M --target-size 50KB --method djpq-pow2",
-        "jpq optimize --config runs/0123456789ab/config.toml --seed 1",
-    ),
-    "inspect": (
-        "jpq inspect --model lenet5 --data fashion-mnist",
-        "jpq inspect --model torchvision:densenet121 --all",
-        "jpq inspect --model torchvision:r3d_18 --input-shape 3 16 112 112",
-    ),
-    "evaluate": ("jpq evaluate runs/0123456789ab",),
-    "methods": ("jpq methods",),
-}
-METAVARS = {
-    "w_bits": "MIN MAX", "a_bits": "MIN MAX", "target_bops": "COST", "target_macs": "COST", "target_size": "SIZE",
-    "skip": "[LAYER ...]", "method": "NAME", "score": "NAME", "structure": "NAME", "width": "NAME", "model": "NAME",
-    "data": "NAME", "device": "NAME", "limit": "INT", "weights": "FILE", "config": "FILE", "data_root": "FOLDER",
-    "out": "FOLDER", "input_shape": "C H W", "cost": "NAME",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +95,8 @@ def _dispatch(args: list[str], console: Console) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA toolkit: nobody asked for one
     warnings.filterwarnings("ignore", message="fast_hadamard_transform")  # brevitas, on import
     commands: dict[str, Callable[[list[str], Console], None]] = {
-        "optimize": _optimize, "inspect": _inspect, "evaluate": _evaluate, "methods": _methods,
+        "optimize": _optimize, "prune-private": _prune_private, "inspect": _inspect, "evaluate": _evaluate,
+        "bench": _bench, "methods": _methods,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help", "help"):
         _help(console)
@@ -165,7 +141,8 @@ def _optimize(args: list[str], console: Console) -> None:
 
 def parse(args: Sequence[str]) -> Config:
     """The config that these flags of `jpq optimize` describe, upon the file that --config names."""
-    from jpq.config import Config, read
+    from jpq.config import Config
+    from jpq.settings import read
 
     named = [b for a, b in zip(args, [*args[1:], ""], strict=False) if a == "--config" and b]
     named += [a.partition("=")[2] for a in args if a.startswith("--config=")]
@@ -183,9 +160,11 @@ def parse(args: Sequence[str]) -> Config:
     return Config(**{name: type(getattr(base, name))(**vars(getattr(settings, name))) for name in names})
 
 
-def _shown(part: type[T]) -> type[T]:
+def _shown(part: type[T], place: str = "") -> type[T]:
     """The same settings with the names of values that a help page shows, and no "(default: None)"."""
     hints = get_type_hints(part)
+    positional: Any = tyro.conf.Positional
+    hints |= {place: positional[hints[place]]} if place else {}  # the one setting that needs no flag
     known: Any = part
     columns: list[Any] = [
         (f.name, Annotated[hints[f.name], _arg(f.name)], dataclasses.field(default=f.default))  # f itself is not ours
@@ -212,41 +191,43 @@ def _parsed(flags: type[T], command: str, args: Sequence[str]) -> T:
 
 def _inspect(args: list[str], console: Console) -> None:
     wanted = _parsed(_shown(Inspect), "inspect", args)
-    import torch
-
-    from jpq import models
-    from jpq.data import load
+    from jpq.inspection import inspection, noise
     from jpq.network.sites import channels
     from jpq.network.trace import trace
     from jpq.network.unpack import unpacked
-    from jpq.types import JpqError
 
-    shape, classes = models.usual(wanted.model) or (None, 1000)
-    if wanted.data is not None:
-        data = load(wanted.data, wanted.data_root)
-        shape, classes = data.shape, data.classes
-    shape, classes = wanted.input_shape or shape, wanted.classes or classes
-    if shape is None:
-        raise JpqError(f"Say what {wanted.model} takes: --input-shape 3 224 224, or a data set with --data NAME.")
-    example = torch.randn(2, *shape)
-    model = models.build(wanted.model, classes, shape[0]).eval()
-    models.check_runs(model, example)
+    model, example = noise(wanted)
     model = unpacked(model)
     start = time.perf_counter()
     network = trace(model, example, open_norms=wanted.open_norms)
     sites = channels(network)
     seconds = time.perf_counter() - start
-    from jpq.inspection import inspection
-
-    title = f"{wanted.model}, {' x '.join(map(str, shape))}"
+    title = f"{wanted.model}, {' x '.join(map(str, example.shape[1:]))}"
     console.print(inspection(title, model, network, sites, seconds, wanted.all, wanted.open_norms))
+
+
+def _bench(args: list[str], console: Console) -> None:
+    from jpq import benching
+
+    benching.run(_parsed(_shown(benching.Bench, "what"), "bench", args), console)
+
+
+def _prune_private(args: list[str], console: Console) -> None:
+    from jpq.private import Private
+
+    wanted = _parsed(_shown(Private), "prune-private", args).check()
+    from jpq.designer import prune_private
+    from jpq.private_report import layer_line, report
+
+    watch = lambda row: console.print(layer_line(row), soft_wrap=True, highlight=False)  # noqa: E731
+    console.print(report(prune_private(wanted, watch), wanted))
 
 
 def _evaluate(args: list[str], console: Console) -> None:
     wanted = _parsed(Evaluate, "evaluate", args)
-    from jpq.config import read
     from jpq.recipe import load, read_data
     from jpq.result import percent
+    from jpq.settings import read
     from jpq.train import evaluate
     from jpq.types import JpqError
 

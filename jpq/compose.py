@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
+from jpq.allocators import pick_allocator
+from jpq.config import MASKED
 from jpq.gates import Gate
-from jpq.methods import METHODS, Method
+from jpq.methods import GIVEN, METHODS, Method
 from jpq.quantizers import WIDTHS, Fixed, Learned, Width
-from jpq.structures import STRUCTURES, parse
-from jpq.types import JpqError, unknown
+from jpq.schedule import pick_schedule
+from jpq.scores import pick_score
+from jpq.structures import STRUCTURES, Structure, by_layer, parse
+from jpq.types import DENSE, JpqError, unknown
 
 CHANNELS = "channels"  # units that leave the network; every other structure is a mask inside each layer
+RULES, SEARCH = "rules", "search"  # a structure for each layer: by rules, or by policy gradient
+SCHEMES = ("pattern", "punched:8x8", "block:8x1")  # what those two choose from, with one size of block each
 SHOWN = 6  # alternatives that a refusal lists
 
 
-def compose(method: str, structure: str = "", width: str = "") -> Method:
-    """A row of METHODS, with another structure or kind of width where they are named.
+def compose(
+    method: str, structure: str = "", width: str = "", score: str = "", schedule: str = "", classes: str = "",
+    allocator: str = "",
+) -> Method:  # fmt: skip
+    """A row of METHODS, with another structure, kind of width, score or schedule where they are named.
 
     Raises JpqError for unknown names, and for what does not go together, with what to choose instead.
     """
+    if method == MASKED:
+        return replace(GIVEN, width=_learns(width)) if width else GIVEN
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     if width and width not in WIDTHS:
         raise unknown("width", width, WIDTHS)
     row = METHODS[method]
-    made = replace(row, structure=structure or row.structure, width=WIDTHS[width] if width else row.width)
+    made = replace(
+        row, structure=structure or row.structure, width=WIDTHS[width] if width else row.width,
+        score=score or row.score, schedule=schedule or row.schedule,
+    )  # fmt: skip
     others = [name for name, m in METHODS.items() if m.searches]
     if row.gate is None and structure:
         raise JpqError(f"--structure {structure}: method {method} prunes nothing. Choose --method {_any(others)}.")
@@ -32,10 +47,48 @@ def compose(method: str, structure: str = "", width: str = "") -> Method:
         raise JpqError(
             f"--width {width}: method {method} does not search, so its bits are fixed. Choose --method {_any(others)}."
         )
+    _check_ranking(method, row, score, schedule, classes)
+    _check_allocator(method, row, allocator)
     reason = refusal(row.gate, made.structure, made.width) if row.gate else None
     if reason:
         raise JpqError(f"--method {method}, --structure {made.structure}, --width {_name(made.width)}: {reason}")
     return made
+
+
+def _learns(width: str) -> type[Width]:
+    """A kind of width that can move towards the budget where nothing else can."""
+    learn = [name for name, w in WIDTHS.items() if not issubclass(w, Fixed)]
+    if width not in WIDTHS:
+        raise unknown("width", width, learn)
+    if width not in learn:
+        raise JpqError(
+            f"--width {width}: the mask is given and so are the bits, so nothing could move towards the budget. "
+            f"Choose --width {_any(learn)}."
+        )
+    return WIDTHS[width]
+
+
+def _check_ranking(method: str, row: Method, score: str, schedule: str, classes: str) -> None:
+    """Raises JpqError for a score or a schedule of an unknown name, or with a method that does not take one."""
+    flags = {"--score": (score, "score"), "--schedule": (schedule, "schedule"), "--classes": (classes, "score")}
+    for flag, (given, needs) in flags.items():
+        if given and not getattr(row, needs):
+            takes = [name for name, m in METHODS.items() if getattr(m, needs)]
+            why = "ranks no channels" if not row.score else "closes channels at once, before it trains"
+            raise JpqError(f"{flag} {given}: method {method} {why}. Choose --method {_any(takes)}.")
+    pick_score(score or row.score or "l1", classes)
+    pick_schedule(schedule or row.schedule or "one-shot")
+
+
+def _check_allocator(method: str, row: Method, allocator: str) -> None:
+    """Raises JpqError for an allocator of an unknown name, or with a method that does not take one."""
+    pick_allocator(allocator)
+    takes = [name for name, m in METHODS.items() if m.score and not m.searches]
+    if allocator and method not in takes:
+        raise JpqError(
+            f"--allocator {allocator}: method {method} learns how much stays where, or is told. Choose --method "
+            f"{_any(takes)}."
+        )
 
 
 def refusal(gate: type[Gate], structure: str, width: type[Width]) -> str | None:
@@ -53,9 +106,24 @@ def refusal(gate: type[Gate], structure: str, width: type[Width]) -> str | None:
     return f"{reason}. Choose {instead}."
 
 
+def legal(method: Method) -> Callable[[str], bool]:
+    """Whether one layer of this method may have a structure."""
+    return lambda structure: method.gate is not None and _clash(method.gate, structure, method.width) is None
+
+
 def _clash(gate: type[Gate], structure: str, width: type[Width]) -> str | None:
-    """The first reason against it."""
-    units = None if structure == CHANNELS else parse(structure)
+    """The first reason against it: against every scheme to choose from, or against one that is asked for."""
+    if structure in (RULES, SEARCH):
+        reasons = [_clash_of_one(gate, scheme, width) for scheme in SCHEMES]
+        return reasons[-1] if all(reasons) else None
+    given = by_layer(structure)
+    asked = [s for s in given.values() if s != DENSE] if given else [structure]
+    return next(filter(None, (_clash_of_one(gate, s, width) for s in asked)), None)
+
+
+def _clash_of_one(gate: type[Gate], structure: str, width: type[Width]) -> str | None:
+    """The first reason against one structure."""
+    units = None if structure == CHANNELS else _parsed(structure)
     if gate.counted and issubclass(width, Fixed):
         return "how much stays (--density) and the bits are both given, so nothing could move towards the budget"
     if gate.single_weights and width.own_grid:
@@ -73,9 +141,16 @@ def _clash(gate: type[Gate], structure: str, width: type[Width]) -> str | None:
     return None
 
 
+def _parsed(structure: str) -> Structure:
+    name = structure.partition(":")[0].strip()
+    if name not in STRUCTURES and not name.isdigit():
+        raise unknown("structure", name, [CHANNELS, RULES, SEARCH, *STRUCTURES, "2:4"])
+    return parse(structure)
+
+
 def _instead(gate: type[Gate], structure: str, width: type[Width]) -> str:
     """What fits if only one of the three changes; empty where nothing does."""
-    examples = [CHANNELS, *(named.example for named in STRUCTURES.values())]
+    examples = [CHANNELS, *(named.example for named in STRUCTURES.values()), RULES]
     rows: dict[type[Gate], str] = {}  # the first method of each gate
     for name, method in METHODS.items():
         if method.gate and method.searches:

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from jpq.types import JpqError, unknown
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 @dataclass(frozen=True)
@@ -38,6 +29,7 @@ class Task:
     """Use only this many training samples (for a quick try)."""
 
 
+MASKED = "masked"  # the method where a mask is given
 BOPS = ("bops", "bops-structured")  # names in jpq.costs.COSTS that --cost may have
 
 
@@ -54,6 +46,13 @@ class Budget:
     """Multiply-accumulates: "50%" or "12M"."""
     target_size: str | None = None
     """Weights on disk: "5%" of the fp32 model, or "50KB"."""
+    target_latency: str | None = None
+    """Time for one sample as --latency-table predicts it: "3ms", "250us", or "50%" of the fp32 model."""
+    latency_table: Path | None = None
+    """Measured layers of this model, from jpq bench --table FILE. Without a target the prediction is only reported."""
+
+
+PROXIES = ("projected", "trained")
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,16 @@ class Decide:
     method: str = "djpq"
     """What prunes, such as djpq, l0, dpf, pdp-2:4, uniform, two-stage or upscale: see `jpq methods`. Every method also
     takes another --structure and --width, where they go together."""
-    score: str = "l1"
-    """What ranks channels, for upscale and two-stage: l1, l2, fpgm, lamp or hrank."""
+    score: str = ""
+    """What ranks channels, for ranked, taylor, lookahead, catro, two-stage and upscale: l1, l2, fpgm, lamp, hrank,
+    taylor, taylor-full, taylor2, lookahead, lookahead-forward, lookahead-backward, lfp, lbp, catro, bn-scale or random.
+    Default: the method's."""
+    schedule: str = ""
+    """When ranked channels close during the search: one-shot (at its start), iterative (ten steps) or cubic. Default:
+    the method's."""
+    classes: str = ""
+    """For --score catro: only these classes (such as 0,3,5) need to be told apart when channels are ranked. Training,
+    and every accuracy that is reported, is still on all classes."""
     allocator: str = ""
     """How much stays where, for upscale and two-stage. uniform: the same share of every layer, the same bits.
     threshold: one ranking of all channels, bits by noise. greedy: by gain per MAC, bits by noise. reinforce: a learned
@@ -77,17 +84,25 @@ class Decide:
     image_bits: int = 8
     """Bit-width of the model's input, which is not learned."""
     structure: str = ""
-    """Where zeros may lie: channels, elementwise, per-output, kernels, 2:4, block:8x4, pattern ... Default: the
+    """Where zeros may lie: channels, elementwise, per-output, kernels, 2:4, block:8x4, pattern ... rules gives each
+    layer what suits it, search learns that on held-out data, and conv1=pattern,fc=block:8x1 says it. Default: the
     method's."""
+    proxy: str = "projected"
+    """How --structure search judges a mapping: projected (zeroed at once), or trained (then also trained for an epoch
+    of a tenth of the data: twice the time on the digits, and a somewhat better guess; studies/schemes.py)."""
     width: str = ""
     """How bits are chosen: learned, power-of-two, gated, squashed, or fixed (the largest of --w-bits and --a-bits, so
     that only pruning can reach the target). Default: the method's."""
     density: float = 0.5
     """Share of the weights that stay, for methods that are told how many (dpp, pdp, smart, dpf, dsp, spp, admm); N:M
-    and patterns say it themselves. For two-stage: share of the MACs that stays before bits are chosen (what the bits
-    leave of the budget then opens more channels)."""
+    and patterns say it themselves. Share of the MACs that stays, for ranked, taylor, lookahead and catro when the
+    search ends, for two-stage before bits are chosen (what the bits leave of the budget then opens more channels)."""
     skip: tuple[str, ...] = ()
     """Layers whose channels or weights are not pruned."""
+    mask: Path | None = None
+    """A mask to hold while weights and bits learn, in place of a method: the folder of `jpq prune-private` (training
+    begins with the weights in it; --weights names the dense model), or the file of a mask alone (mask.json, a run's
+    plan.json)."""
     open_norms: bool = False
     """Also prune channels inside the averages of LayerNorm, RMSNorm and GroupNorm. NOT exact: fine-tuning, then of the
     rebuilt model, must repair what their absence does to the rest."""
@@ -150,7 +165,32 @@ class Config:
     run: Run = field(default_factory=Run)
 
     def check(self) -> Config:
-        """This config, once every value makes sense. Raises JpqError with the flag to change."""
+        """This config, once every value makes sense; with a mask, under the method `masked`.
+
+        Raises JpqError with the flag to change.
+        """
+        masked = self.decide.mask is not None or self.decide.method == MASKED
+        return replace(self, decide=self._masked())._checked() if masked else self._checked()
+
+    def _masked(self) -> Decide:
+        """The decisions that are left where a mask is given."""
+        d = self.decide
+        if d.mask is None:
+            raise JpqError("--method masked: there is no mask to hold. Give one with --mask, or choose a method.")
+        if d.method not in (Decide.method, MASKED):
+            raise JpqError(f"--mask says what is pruned, and --method {d.method} would too. Leave one of them out.")
+        for flag, value in (("--structure", d.structure), ("--skip", " ".join(d.skip))):
+            if value:
+                raise JpqError(f"{flag} {value}: --mask says which weights are dropped, and where. Leave {flag} out.")
+        if d.mask.is_dir() and self.task.weights is None:
+            raise JpqError(
+                f"--mask {d.mask} brings pruned weights: give the dense model that they come from with --weights, or "
+                "the mask alone (its mask.json)."
+            )
+        return replace(d, method=MASKED)
+
+    def _checked(self) -> Config:
+        """This config, once every value that does not depend on a mask makes sense."""
         d, t = self.decide, self.train
         for flag, (low, high) in (("--w-bits", d.w_bits), ("--a-bits", d.a_bits)):
             if not 2 <= low <= high <= 8:
@@ -186,10 +226,17 @@ class Config:
             raise JpqError("--float-epochs 0 needs --weights: there is nothing trained to compress.")
         if self.task.limit is not None and self.task.limit < 20:
             raise JpqError(f"--limit {self.task.limit}: at least 20 samples are needed to split off a held-out part.")
+        if d.proxy not in PROXIES:
+            raise unknown("proxy", d.proxy, PROXIES)
         if self.budget.cost not in BOPS:
             raise unknown("cost", self.budget.cost, BOPS)
-        if not any(v for k, v in asdict(self.budget).items() if k != "cost"):
-            raise JpqError("No target: give --target-bops 1% (or 12M, 1.2G), --target-size 50KB or --target-macs 50%.")
+        b = self.budget
+        if not any((b.target_bops, b.target_macs, b.target_size, b.target_latency)):
+            raise JpqError("No target: give --target-bops 1% (or 12M, 1.2G), --target-size 50KB, --target-macs 50% or "
+                           "--target-latency 3ms.")  # fmt: skip
+        if b.target_latency and b.latency_table is None:
+            raise JpqError(f"--target-latency {b.target_latency} needs measured layers: run jpq bench --table FILE.csv "
+                           f"--model {self.task.model}, then add --latency-table FILE.csv.")  # fmt: skip
         return self
 
     def hash(self) -> str:
@@ -207,53 +254,3 @@ def to_tree(config: Config) -> dict[str, dict[str, Any]]:
         plain = {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in table.items()}
         tree[section] = {k: v for k, v in plain.items() if v is not None}
     return tree
-
-
-def from_tree(tree: Mapping[str, Any], source: str) -> Config:
-    """The config that these tables describe; what they leave out keeps its default."""
-    config = Config()
-    known = {f.name for f in fields(config)}
-    for section, table in tree.items():
-        if section not in known:
-            raise unknown(f"section in {source}", section, known)
-        if not isinstance(table, Mapping):
-            raise JpqError(f"{source}: '{section}' must be a table of settings, such as [{section}].")
-        part = getattr(config, section)
-        types = {f.name: f.type for f in fields(part)}
-        values = {}
-        for key, value in table.items():
-            if key not in types:
-                raise unknown(f"setting in [{section}] of {source}", key, types)
-            values[key] = _typed(value, str(types[key]), f"{source}: {section}.{key}")
-        config = replace(config, **{section: replace(part, **values)})
-    return config
-
-
-def _typed(value: Any, kind: str, where: str) -> Any:
-    """A TOML value as the field's type, or an error that says what was expected."""
-    if kind.startswith("Path") and isinstance(value, str):
-        return Path(value)
-    if kind == "tuple[int, int]" and isinstance(value, list) and len(value) == 2 and all(type(v) is int for v in value):
-        return tuple(value)
-    if kind == "tuple[str, ...]" and isinstance(value, list) and all(isinstance(v, str) for v in value):
-        return tuple(value)
-    plain: dict[str, Any] = {"str": str, "int": int, "bool": bool, "float": (int, float)}
-    want = plain.get(kind.split(" | ")[0])
-    if want is not None and isinstance(value, want) and (kind == "bool") == isinstance(value, bool):
-        return float(value) if kind.startswith("float") else value
-    raise JpqError(f"{where} is {value!r}; expected {kind}.")
-
-
-def read(path: Path) -> Config:
-    """The config in a TOML file."""
-    try:
-        return from_tree(tomllib.loads(path.read_text()), str(path))
-    except OSError as error:
-        raise JpqError(f"Cannot read the config file {path}: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise JpqError(f"{path} is not valid TOML: {error}.") from error
-
-
-def write(config: Config, path: Path) -> None:
-    """Save the config as TOML."""
-    path.write_text(tomli_w.dumps(to_tree(config)))

@@ -10,15 +10,18 @@ from typing import Any
 
 from jpq import costs
 from jpq.budget import Target, spent
+from jpq.costs.latency import NS
 from jpq.network.compressed import Compressed
 from jpq.plan import Plan
 from jpq.result import LayerRow
+from jpq.types import DENSE
 
 
 def reached(goal: Target, uses: Sequence[costs.LayerUse]) -> dict[str, Any]:
     """How one target was met."""
     cost = int(costs.COSTS[goal.cost](uses))
-    return {"asked": goal.asked, "limit": goal.limit, "reached": cost, "used": float(spent(goal, uses))}
+    line = {"asked": goal.asked, "limit": goal.limit, "reached": cost, "used": float(spent(goal, uses))}
+    return {**line, "unit": "ns"} if goal.cost == "latency" else line
 
 
 def layer_rows(net: Compressed, plan: Plan, cost: str = "bops") -> tuple[LayerRow, ...]:
@@ -36,7 +39,11 @@ def layer_rows(net: Compressed, plan: Plan, cost: str = "bops") -> tuple[LayerRo
         macs = int(use.macs * use.inputs * use.outputs * use.density)
         density = float(densities[layer.name].share) if layer.name in densities else 1.0
         bits = int(use.w_bits), int(use.a_bits)
-        rows.append(LayerRow(layer.name, layer.kind, *kept, o, o_all, *bits, macs, bops, float(bops / total), density))
+        ms = None if use.clock is None else float(costs.layer_latency(use)) / NS
+        structure = plan.structures.get(layer.name, DENSE)
+        share = float(bops / total)
+        row = LayerRow(layer.name, layer.kind, *kept, o, o_all, *bits, macs, bops, share, density, structure, ms)
+        rows.append(row)
     return tuple(rows)
 
 

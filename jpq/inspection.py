@@ -5,26 +5,45 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from rich import box
 from rich.console import Group
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
+from jpq import models
+from jpq.data import load
 from jpq.network.norms import WARNING, opened_units
 from jpq.network.reach import halved_share, prunable_share, stuck
 from jpq.network.record import Layer, Network
 from jpq.network.sites import Site
 from jpq.result import human
+from jpq.types import JpqError
 
 ROWS = 26  # of a table, above which parts of the model are summed up
 STAGES = 16  # parts into which they are summed up, at most
 NAMED = 3  # layers that a cell names
 T = TypeVar("T")
+
+
+def noise(wanted: Any) -> tuple[nn.Module, Tensor]:
+    """The model that --model, --data, --input-shape and --classes describe, and two samples of noise for it."""
+    shape, classes = models.usual(wanted.model) or (None, 1000)
+    if wanted.data is not None:
+        data = load(wanted.data, wanted.data_root)
+        shape, classes = data.shape, data.classes
+    shape, classes = wanted.input_shape or shape, wanted.classes or classes
+    if shape is None:
+        raise JpqError(f"Say what {wanted.model} takes: --input-shape 3 224 224, or a data set with --data NAME.")
+    example = torch.randn(2, *shape)
+    model = models.build(wanted.model, classes, shape[0]).eval()
+    models.check_runs(model, example)
+    return model, example
 
 
 def inspection(

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jpq import landing, stages
-from jpq.allocators import Evidence, bit_widths, pick_allocator, place, start_bits, uniform
-from jpq.budget import Controller, Target, targets
-from jpq.compose import CHANNELS, compose
-from jpq.config import BOPS
+from jpq import handover, landing, stages
+from jpq.allocators import Judge, bit_widths, place, start_bits
+from jpq.allocators.evidence import Batches
+from jpq.budget import Controller, targets
+from jpq.closing import Closing, open_share, within
+from jpq.compose import SEARCH, compose
+from jpq.config import BOPS, MASKED
+from jpq.costs.table import Table
 from jpq.exporters.quantized import rebuild
-from jpq.gates import Counted, Decided, Gate
-from jpq.methods import METHODS, Method
+from jpq.gates import Ranked
+from jpq.mapping import mapped
 from jpq.network.attach import attach
 from jpq.network.compressed import Compressed, Side, exact_uses
 from jpq.network.norms import require_opened
-from jpq.network.record import Layer, Network
 from jpq.network.shares import Shares
-from jpq.network.sites import Site, masks
+from jpq.network.timed import timed
 from jpq.network.trace import trace
 from jpq.network.unpack import unpacked
+from jpq.parts import decide, gates, share_left, sites_of, widths
 from jpq.plan import Plan
-from jpq.quantizers import Fixed, Width
-from jpq.scores import SCORES, Score
+from jpq.schedule import pick_schedule
+from jpq.scores import pick_score
 from jpq.train import pressure
 from jpq.types import JpqError, unknown
 
@@ -146,8 +150,14 @@ def compress(
     density: float = 0.5,
     gate_weight: float = 0.03,
     open_norms: bool = False,
-    score: str = "l1",
+    score: str = "",
+    schedule: str = "",
+    classes: str = "",
+    evidence: Batches | None = None,
     allocator: str = "",
+    latency: str | None = None,
+    table: Table | None = None,
+    mask: str | Path | None = None,
 ) -> Joint:
     """A trainable copy of a trained `model`, with gates and quantizers, that will end within its budget.
 
@@ -162,16 +172,25 @@ def compress(
         w_bits, a_bits: smallest and largest width of weights and activations.
         image_bits: width of the model's input.
         skip: layers whose channels or weights are not pruned.
-        structure: where zeros may lie ("channels", "elementwise", "2:4", ...); default: the method's.
+        structure: where zeros may lie ("channels", "elementwise", "2:4", ...), "rules" for a structure that suits each
+            layer, or one for each by name ("conv1=pattern,fc=block:8x1"); default: the method's.
         width: how bits are chosen, a name in jpq.quantizers.WIDTHS; default: the method's. "fixed": the largest of
             w_bits and a_bits everywhere, so that only pruning can reach the targets.
-        density: share of the weights that stay, for methods that are told how many; of the MACs, for "two-stage".
+        density: share of the weights that stay, for methods that are told how many; of the MACs, for those that rank
+            channels by a score (but for "upscale").
         gate_weight: weight of the gates' own regulariser.
         open_norms: also prune channels inside the averages of LayerNorm, RMSNorm and GroupNorm. What `finalize` gives
             is then not what was trained, since the averages miss those channels: go on training it.
-        score: a name in jpq.scores.SCORES, for methods that rank channels by one.
-        allocator: how much stays where, for the same methods: a name in jpq.allocators.ALLOCATORS that measures no
-            accuracy; default: as the score allows.
+        score: a name in jpq.scores.SCORES, for methods that rank channels by one; default: the method's.
+        schedule: when ranked channels close, a name in jpq.schedule.SCHEDULES; default: the method's.
+        classes: the only ones that score "catro" has to tell apart, such as "0,3,5".
+        evidence: training batches for scores that look at data, (inputs, classes) pairs, iterated at each decision
+            (a list, a DataLoader); default: the example inputs, without classes.
+        allocator: how much stays where, for "two-stage" and "upscale": a name in jpq.allocators.ALLOCATORS that
+            measures no accuracy; default: as the score allows.
+        latency: a target such as "3ms" or "50%", by `table`: measured layers (`jpq.bench.read_table`).
+        mask: a mask to hold instead of a method: the folder of `jpq prune-private`, whose weights then are the start,
+            or a mask's file alone. Leave `method`, `structure` and `skip` out.
 
     Raises JpqError for unknown names, for what does not go together (`jpq.compose.refusal`), and for targets that are
     malformed or cannot be met.
@@ -179,100 +198,53 @@ def compress(
     example_inputs = tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs
     if cost not in BOPS:
         raise unknown("cost", cost, BOPS)
-    asked = {cost: bops, "size": size, "macs": macs}
+    asked = {cost: bops, "size": size, "macs": macs, "latency": latency}
     if not any(asked.values()):
-        raise JpqError('No target: give bops="1%" (or "12M"), size="50KB" or macs="50%".')
-    how, by = compose(method, structure, width), pick_score(score)
-    pick_allocator(allocator)
+        raise JpqError('No target: give bops="1%" (or "12M"), size="50KB", macs="50%" or latency="3ms".')
+    given = handover.read(Path(mask)) if mask else None
+    if given and (structure or skip):
+        raise JpqError("mask says which weights are dropped, and where: leave structure and skip out.")
+    method = MASKED if given else method
+    if method == MASKED and not given:
+        raise JpqError("Method masked: there is no mask to hold. Give one as mask=..., or choose a method.")
+    how = compose(method, structure, width, score, schedule, classes, allocator)
+    by = pick_score(how.score or "l1", classes)
+    labelled = [(example_inputs, None)] if evidence is None else evidence
+    judge = Judge(lambda: labelled)
+    if how.structure == SEARCH:
+        raise JpqError('structure="search" judges mappings on held-out data, which compress has not: use jpq.optimize, '
+                       'or structure="rules".')  # fmt: skip
     model = unpacked(model)
     example = example_inputs if isinstance(example_inputs, (tuple, dict)) else (example_inputs,)
     network = trace(model, example, open_norms=open_norms)
     if open_norms:
         require_opened(network, how.gate is not None)
-    sites = sites_of(how, network, skip)
+    if table is not None:
+        network = timed(network, table)
+    schemes = None if given else mapped(how, network, example, density, skip)
+    sites = given.sites(network) if given else sites_of(how, network, skip, schemes)
     goals = targets(asked, exact_uses(network, Shares(network, ()), Plan(method, {}, {})))
-    start = start_bits(network, goals, w_bits, a_bits, image_bits, share_left(sites, how, density))
+    left = given.share_left(network, sites) if given else share_left(sites, how, density)
+    start = start_bits(network, goals, w_bits, a_bits, image_bits, left)
     make = widths(how, w_bits, a_bits, image_bits, start)
-    net = attach(model, network, sites, gates(how, density), make, [example_inputs], method)
-    evidence = Evidence([example_inputs])
+    first = given.start(model, sites) if given else model
+    net = attach(first, network, sites, gates(how, density), make, [example_inputs], method)
+    net = given.put(net) if given else net
     if how.stages:
-        place(net, by, allocator, evidence, stages.goal_of(net, density))
+        place(net, by, allocator, judge, open_share(net, within(net, density)), stages.goal_of(net, density))
         plan = stages.decide(
             net, goals, w_bits, a_bits, density,
-            lambda kept: bit_widths(net, allocator, evidence, kept, goals, w_bits, a_bits),
+            lambda kept: bit_widths(net, allocator, judge, kept, goals, w_bits, a_bits),
         )  # fmt: skip
         net.settle(stages.pruned(net, plan))
         return Joint(net, model, None, steps, 0.0, partial(stages.quantize, net, plan, [example_inputs]))
     if not how.searches:
-        net.settle(decide(net, goals, w_bits, a_bits, by, evidence, allocator))
+        net.settle(decide(net, goals, w_bits, a_bits, by, judge, allocator))
         return Joint(net, model, None, steps, 0.0)
     landing.require(net, goals)
     controller = Controller(goals)
+    if how.gate is Ranked:
+        net.closing = Closing(net, by, pick_schedule(how.schedule), density, lambda _: labelled)
+        net.closing(0.0)
     controller.begin(net.exact())
     return Joint(net, model, controller, max(1, steps), gate_weight)
-
-
-def pick_score(name: str) -> Score:
-    """The score of that name, or the closest names."""
-    if name not in SCORES:
-        raise unknown("score", name, SCORES)
-    return SCORES[name]
-
-
-def decide(
-    net: Compressed, goals: Sequence[Target], w_bits: Bounds, a_bits: Bounds, score: Score, evidence: Evidence | None,
-    allocator: str = "",
-) -> Plan:  # fmt: skip
-    """The plan of a method that does not search: uniform bits, or the units that a score and an allocator put first.
-
-    Without evidence the ranking stands as it is: enough to tell targets that cannot be met.
-    """
-    if METHODS[net.method].gate is None:
-        return uniform(net, goals, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1))
-    if evidence:
-        place(net, score, allocator, evidence, goals[0])
-    return landing.land(net, goals)
-
-
-def gates(method: Method, density: float = 0.5) -> Callable[[int, int], Gate]:
-    """What makes the gate of a site."""
-    if method.gate is None:
-        return Decided.all
-    return partial(method.gate, density=density) if issubclass(method.gate, Counted) else method.gate
-
-
-def sites_of(method: Method, network: Network, skip: Collection[str]) -> tuple[Site, ...]:
-    """Where the method acts: coupled channels, or the weights of each layer."""
-    if method.gate is None:
-        return ()
-    return method.sites(network, skip) if method.structure == CHANNELS else masks(network, method.structure, skip)
-
-
-def share_left(sites: Collection[Site], method: Method, density: float) -> dict[str, float]:
-    """Cost -> share of it that stays whatever is learned: of gates that are told how many units stay."""
-    if method.gate is None or not issubclass(method.gate, Counted) or not sites:
-        return {}
-    structures = [site.taps[0].structure for site in sites]
-    quotas = [s.quota() for s in structures]
-    share = sum(density if q is None else q / site.n for q, site in zip(quotas, sites, strict=True)) / len(sites)
-    return {"bops": share, "bops-structured": share if all(s.regular for s in structures) else 1.0}
-
-
-def widths(
-    method: Method, w_bits: Bounds, a_bits: Bounds, image_bits: int, start: tuple[float, float]
-) -> Callable[[Layer], tuple[Width, Width]]:
-    """What makes the widths of a layer's weight and input: the method's, and the image's fixed one.
-
-    `start` is where widths that learn begin (weights, activations).
-    """
-
-    def one(bounds: Bounds, bits: float) -> Width:
-        low, high = bounds
-        if method.width is Fixed:
-            return Fixed(high) if method.gate else Fixed(high, tuple(range(low, high + 1)))
-        return method.width(bits, low, high)
-
-    def pair(layer: Layer) -> tuple[Width, Width]:
-        return one(w_bits, start[0]), Fixed(image_bits) if layer.reads_input else one(a_bits, start[1])
-
-    return pair

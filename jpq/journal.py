@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from jpq import checkpoint, report
-from jpq.config import Config, write
+from jpq.config import Config
 from jpq.result import Row, Watch
+from jpq.settings import write
 from jpq.train import Phase, Recorder
 from jpq.types import JpqError
 
@@ -30,6 +31,7 @@ class Journal:
     notes: list[str] = field(default_factory=list)
     saved: dict[str, Any] | None = None  # the checkpoint that this run goes on from
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # what the gates said at landing
+    schemes: str = ""  # who chose a structure for each layer: rules, search or hand; empty where all have the same
     opened: float = 0.0  # how far opened averages set the rebuilt model apart from the masked one, at landing
 
     def __post_init__(self) -> None:

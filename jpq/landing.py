@@ -19,6 +19,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from jpq.budget import FULL_USE, Target, meets, spent
+from jpq.gates import Given
 from jpq.network.compressed import Compressed
 from jpq.plan import LayerPlan, MaskPlan, Plan
 from jpq.quantizers import Width
@@ -155,12 +156,14 @@ def require(net: Compressed, goals: Sequence[Target], least: Plan | None = None)
     counted = any(gate.counted for gate in net.gates)
     units, less = (given, "keep less") if counted else ("one unit at each site", "")
     ways = [less, "allow fewer bits (--w-bits, --a-bits)", "skip fewer layers", "or raise the target"]
+    if any(isinstance(gate, Given) for gate in net.gates):
+        units, ways = "the units that --mask keeps", ways[1::2]
     for goal in goals:
         share = spent(goal, uses)
         if share > 1:
             raise JpqError(
-                f"{goal.flag} {goal.asked} ({goal.limit:,}) cannot be met: the smallest possible is "
-                f"{math.ceil(share * goal.limit):,}, with fewest bits and {units}. "
+                f"{goal.flag} {goal.asked} ({goal.shown(goal.limit)}) cannot be met: the smallest possible is "
+                f"{goal.shown(share * goal.limit)}, with fewest bits and {units}. "
                 f"{', '.join(filter(None, ways)).capitalize()}.{stay}"
             )
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from jpq.config import MASKED
 from jpq.gates import (
     VIB,
     Admm,
     Annealed,
     Feedback,
     Gate,
+    Given,
     GumbelTopK,
     HardConcrete,
     Hyper,
@@ -18,6 +20,7 @@ from jpq.gates import (
     LearnedTopK,
     Polarized,
     Ranked,
+    Reweighted,
     SoftThreshold,
     Stochastic,
     ZeroBin,
@@ -40,6 +43,8 @@ class Method:
     sites: Callable[..., tuple[Site, ...]] = channels  # (network, skip) -> where channels may be dropped
     stages: bool = False  # whether the search phase trains the pruned network, before it is quantized
     structure: str = "channels"  # where zeros may lie: on those sites, or as a mask inside each layer
+    score: str = ""  # what ranks its channels, a name in jpq.scores.SCORES; none: they are learned
+    schedule: str = ""  # when they close during the search, a name in jpq.schedule.SCHEDULES
 
 
 METHODS: Mapping[str, Method] = {
@@ -148,6 +153,45 @@ METHODS: Mapping[str, Method] = {
         "Wang et al., Structured Probabilistic Pruning, BMVC 2018, arXiv:1709.06994",
         structure="block:*x1",
     ),
+    "scheme-mapping": Method(
+        "block-punched kernels and columns of blocks, their size layer by layer, and any whole bit-width per tensor",
+        Reweighted, Learned, True,
+        "block-sparse kernels whose compiler takes another block size in each layer",
+        "Gong et al., Automatic Mapping of the Best-Suited DNN Pruning Schemes, ACM TODAES 2022, arXiv:2111.11581",
+        structure="rules",
+    ),
+    "ranked": Method(
+        "channels by a score (--score), closed bit by bit (--schedule); any whole bit-width per tensor meanwhile",
+        Ranked, Learned, True,
+        "any score with learned bits; plain magnitude is the cheapest ranking there is",
+        "Zhu & Gupta, ICLR workshop 2018, arXiv:1710.01878; Li et al., ICLR 2017, arXiv:1608.08710",
+        score="l1",
+        schedule="cubic",
+    ),
+    "taylor": Method(
+        "channels by what the loss would change without them, in ten steps; any whole bit-width per tensor meanwhile",
+        Ranked, Learned, True,
+        "one ranking over all layers, when it is not known which layers can spare most",
+        "Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, arXiv:1906.10771",
+        score="taylor",
+        schedule="iterative",
+    ),
+    "lookahead": Method(
+        "channels by what they weigh in the product with both neighbours, at once; any whole bit-width per tensor",
+        Ranked, Learned, True,
+        "a ranking from the weights alone that sees more than one layer; it needs no data",
+        "Park et al., Lookahead: A Far-Sighted Alternative of Magnitude-based Pruning, ICLR 2020, arXiv:2002.04809",
+        score="lookahead-forward",
+        schedule="one-shot",
+    ),
+    "catro": Method(
+        "channels by the set that separates the classes best, at once; any whole bit-width per tensor",
+        Ranked, Learned, True,
+        "classification, above all where some classes matter more than others (--classes)",
+        "Hu et al., CATRO: Channel Pruning via Class-Aware Trace Ratio Optimization, TNNLS 2023, arXiv:2110.10921",
+        score="catro",
+        schedule="one-shot",
+    ),
     "uniform": Method(
         "one width for all weights and one for all activations; nothing is pruned",
         None, Fixed, False,
@@ -160,6 +204,7 @@ METHODS: Mapping[str, Method] = {
         "the baseline that people use today: prune, fine-tune, quantize, fine-tune",
         "magnitude pruning (Li et al., ICLR 2017, arXiv:1608.08710), then LSQ (Esser et al., ICLR 2020)",
         stages=True,
+        score="l1",
     ),
     "upscale": Method(
         "channels for each reader on its own, by a score (--score); bits are the largest of --w-bits and --a-bits",
@@ -167,5 +212,19 @@ METHODS: Mapping[str, Method] = {
         "one-shot pruning that no coupling holds back, at given bits; readers select their channels at run time",
         "Wan et al., UPSCALE: Unconstrained Channel Pruning, ICML 2023, arXiv:2307.08771",
         per_consumer,
+        score="l1",
     ),
 }  # fmt: skip
+
+GIVEN = Method(
+    "any whole bit-width per tensor; the mask is given (--mask) and held",
+    Given, Learned, True,
+    "the client's half of pruning without her data: jpq prune-private made the mask",
+    "Gong et al., GLSVLSI 2020, arXiv:2003.06513",
+    structure="pattern",
+)  # fmt: skip
+
+
+def row(name: str) -> Method:
+    """The method that a plan names: a row of METHODS, or the one that stands behind a given mask."""
+    return GIVEN if name == MASKED else METHODS[name]

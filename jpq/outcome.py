@@ -8,9 +8,11 @@ from dataclasses import asdict, replace
 import torch
 from torch import nn
 
-from jpq import checkpoint, costs, report
+from jpq import bench, checkpoint, costs, mapping, report
 from jpq.budget import Target
 from jpq.config import Config
+from jpq.costs.latency import NS
+from jpq.costs.table import Table
 from jpq.data import Data
 from jpq.exporters import onnx, verify
 from jpq.exporters.branches import branched
@@ -30,7 +32,7 @@ SPLITS = ("train", "held_out", "test")
 
 def finish(
     net: Compressed, tuned: nn.Module, model: nn.Module, data: Data, goals: tuple[Target, ...], config: Config,
-    run: Journal, command: str,
+    run: Journal, command: str, table: Table | None = None,
 ) -> Result:  # fmt: skip
     """Rebuild, count again, export, verify, save, report. The test split is read here, and only here."""
     run.watch.phase("verify", 0, 0)
@@ -57,17 +59,26 @@ def finish(
     else:
         outside = run.timed("verify", lambda: verify.exported(small, path, data.test))
         verified = {verify.OPENED: run.opened, **outside}
+    schemes = {}
+    if run.schemes:
+        left = {u.name: float(u.density) for u in uses}
+        schemes = mapping.record(net.network, plan.structures, left, run.schemes)
     full = costs.baseline(uses)
     bops = costs.COSTS[config.budget.cost](uses)
+    predicted = _ms(costs.latency_ns(uses)) if table is not None else None
     figures = {
         "float": Figures(
-            evaluate(model, data.test), int(full["bops"]), int(full["macs"]), int(full["size"]), 1.0, int(full["bops"])
+            evaluate(model, data.test), int(full["bops"]), int(full["macs"]), int(full["size"]), 1.0, int(full["bops"]),
+            _ms(full.get("latency")),
         ),
         "compressed": Figures(
             evaluate(small, data.test), int(bops), int(costs.macs(uses)), int(costs.size(uses)),
-            float(bops) / full["bops"], int(costs.bops_structured(uses)),
+            float(bops) / full["bops"], int(costs.bops_structured(uses)), predicted,
         ),
     }  # fmt: skip
+    timing = {}
+    if table is not None and predicted is not None:
+        timing = run.timed("bench", lambda: bench.compare(path, predicted, table))
     run.seconds["total"] = run.recorder.clock()
     result = Result(
         folder=run.folder,
@@ -86,6 +97,8 @@ def finish(
         notes=tuple(run.notes),
         metrics=run.metrics,
         packed=asdict(stored),
+        latency=timing,
+        schemes=schemes,
         data={"name": data.name, "checksum": data.checksum, **{k: getattr(data, k).size for k in SPLITS}},
     )
     report.write(result, config)
@@ -93,12 +106,16 @@ def finish(
     return result
 
 
+def _ms(nanoseconds: costs.Number | None) -> float | None:
+    return None if nanoseconds is None else float(nanoseconds) / NS
+
+
 def branched_or_same(small: nn.Module, plan: Plan, example: torch.Tensor) -> nn.Module:
     """What is exported: where whole kernels were dropped and filters share what they read, dense branches.
 
     Raises JpqError where the branches compute something else.
     """
-    if plan.structure != "kernels":
+    if set(plan.structures.values()) != {"kernels"}:
         return small
     try:
         cut = branched(small)

@@ -60,7 +60,7 @@ class Plan:
     layers: Mapping[str, LayerPlan]
     kept: Mapping[str, tuple[bool, ...]]  # channel site -> unit -> kept
     masks: Mapping[str, MaskPlan] = field(default_factory=dict)  # layer -> which of its weights' units stay
-    structure: str = ""  # what the masks' units are, as `jpq.structures.parse` reads it
+    structures: Mapping[str, str] = field(default_factory=dict)  # masked layer -> what its units are, for `parse`
     slices: Mapping[str, Mapping[int, list[int]]] = field(default_factory=dict)  # parameter -> dim -> kept indices
     selects: Mapping[str, list[int]] = field(default_factory=dict)  # layer -> inputs it reads, where that is a part
     model: Mapping[str, Any] = field(default_factory=dict)  # how to build the dense model: name, classes, channels
@@ -81,7 +81,7 @@ def from_json(text: str, source: str) -> Plan:
             layers={name: _layer(value) for name, value in tree["layers"].items()},
             kept={name: tuple(bool(u) for u in units) for name, units in tree["kept"].items()},
             masks={name: _mask(value) for name, value in tree.get("masks", {}).items()},
-            structure=str(tree.get("structure", "")),
+            structures=_structures(tree),
             slices={
                 name: {int(dim): [int(i) for i in index] for dim, index in dims.items()}
                 for name, dims in tree["slices"].items()
@@ -106,6 +106,17 @@ def _mask(value: Mapping[str, Any]) -> MaskPlan:
         raise ValueError(f"a mask of {mask.rows} x {mask.n} units")
     mask.units()
     return mask
+
+
+def _structures(tree: Mapping[str, Any]) -> dict[str, str]:
+    """By layer; plans of before schemes were mapped name one structure for all masks."""
+    masked = list(tree.get("masks", {}))
+    if "structures" not in tree:
+        return dict.fromkeys(masked, str(tree.get("structure", "")))
+    found = {str(name): str(text) for name, text in tree["structures"].items()}
+    if found.keys() != set(masked):
+        raise ValueError(f"structures of layers {sorted(found)}, masks of {sorted(masked)}")
+    return found
 
 
 def read(path: Path) -> Plan:

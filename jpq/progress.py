@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jpq.result import Result, Row, human, percent
+from jpq.types import DENSE
 
 OPENED = "masked_vs_rebuilt_at_landing_with_open_norms"  # as verify has it, without importing torch for --help
 COST_OF_SEARCH = 2.0  # a step with gates and quantizers over a step of the float model, to guess the time left
@@ -155,17 +156,20 @@ def layer_table(result: Result) -> Table:
     kept, every = sum(r.outputs for r in rows), sum(r.outputs_all for r in rows)
     table.add_column("layer", "total", overflow="fold")
     masked = any(r.density < 1 for r in rows)
+    mixed = len({r.structure for r in rows} - {DENSE}) > 1
     macs, bops = (human(sum(getattr(r, field) for r in rows)) for field in ("macs", "bops"))
-    names = ["in", "out", "density", "w bits", "a bits", "MACs", "BOPs", "share"]
+    names = ["structure" if mixed else "in", "out", "density", "w bits", "a bits", "MACs", "BOPs", "share"]
     footers = ["", f"{kept}/{every}", "", "", "", macs, bops, "100 %"]
+    hidden = {"out"} if mixed else set() if masked else {"density"}  # masks remove no channel
     for name, footer in zip(names, footers, strict=True):
-        if masked or name != "density":
+        if name not in hidden:
             table.add_column(name, footer, justify="right", no_wrap=True)
     for r in rows:
         channels = (f"{r.inputs}/{r.inputs_all}", f"{r.outputs}/{r.outputs_all}")
+        where = (escape(r.structure),) if mixed else channels
         density = (percent(r.density),) if masked else ()
         cells = (*density, str(r.w_bits), str(r.a_bits), human(r.macs), human(r.bops), f"{100 * r.share:.1f} %")
-        table.add_row(escape(r.name), *channels, *cells)
+        table.add_row(escape(r.name), *where, *cells)
     return table
 
 
@@ -188,13 +192,23 @@ def summary(result: Result) -> Panel:
         share = f"{percent(now.bops_structured / full.bops)} of fp32, where zeros that lie anywhere cost what others do"
         top.add_row("", "", human(now.bops_structured), share)
 
+    if now.latency_ms is not None and full.latency_ms is not None:
+        share = f"predicted; {percent(now.latency_ms / full.latency_ms)} of fp32"
+        top.add_row("latency", ms(full.latency_ms), f"[bold]{ms(now.latency_ms)}[/]", share)
+
     rest = Table.grid(padding=(0, 2))
     rest.add_column(no_wrap=True)
     rest.add_column(overflow="fold")
     for name, target in result.targets.items():
         rest.add_row("target", target_line(name, target))
+    if result.schemes:
+        s = result.schemes
+        how = "modelled, not measured" if s["latency"] == "modelled" else s["latency"]
+        rest.add_row("schemes", f"by {s['by']}: {s['ms']:.3g} ms a sample, {s['dense_ms']:.3g} ms dense ({how})")
     for line in verified_lines(result.verified):
         rest.add_row("verified", line)
+    if result.latency:
+        rest.add_row("measured", latency_line(result.latency))
     if result.metrics:
         rest.add_row("gates", metrics_line(result.metrics))
     parts = ", ".join(f"{escape(k)} {duration(v)}" for k, v in result.seconds.items() if k != "total")
@@ -218,11 +232,28 @@ def target_line(name: str, target: Mapping[str, Any]) -> str:
         "bops-structured": ("", "structured BOPs"),
         "macs": ("", "MACs"),
         "size": ("B", "size"),
+        "latency": ("", "latency"),
     }.get(name, ("", name))
     asked, limit, reached = str(target["asked"]), target["limit"], target["reached"]
-    allowed = f"{shown} {escape(asked)}" + (f" = {human(limit, unit)}" if "%" in asked else "")
+    amount = ms(limit / 1e6) if name == "latency" else human(limit, unit)
+    allowed = f"{shown} {escape(asked)}" + (f" = {amount}" if "%" in asked else "")
     verdict = "[green]met[/]" if reached <= limit else "[red]not met[/]"
     return f"{allowed}: {verdict}, {100 * target['used']:.1f} % of it used"
+
+
+def ms(milliseconds: float) -> str:
+    """Milliseconds with three digits."""
+    return f"{milliseconds:#.3g} ms"
+
+
+def latency_line(found: Mapping[str, Any]) -> str:
+    """What onnxruntime takes for one sample, beside what the table of layers predicted."""
+    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
+    line = (
+        f"{ms(found['measured_ms'])} in onnxruntime ({threads}, median of {found['n']}), predicted "
+        f"{ms(found['predicted_ms'])}: {found['measured_over_predicted']:.2f} times as long"
+    )
+    return line + (f"; {escape(found['elsewhere'])}" if "elsewhere" in found else "")
 
 
 def metrics_line(metrics: Mapping[str, Mapping[str, float]]) -> str:

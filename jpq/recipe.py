@@ -6,44 +6,51 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jpq import checkpoint, costs, landing, models, stages
-from jpq.allocators import Evidence, bit_widths, pick_allocator, place, start_bits
-from jpq.budget import Controller, Target, targets
-from jpq.compose import compose
+from jpq import bench, checkpoint, costs, handover, landing, mapping, models, stages
+from jpq.allocators import bit_widths, place, rank, start_bits
+from jpq.budget import Controller, Target
+from jpq.closing import Closing, open_share, within
+from jpq.compose import RULES, SEARCH, compose
 from jpq.config import Config
+from jpq.costs.table import Table
 from jpq.data import Data
 from jpq.data import load as load_data
 from jpq.exporters import verify
 from jpq.exporters.quantized import build, rebuild
-from jpq.joint import decide, gates, pick_score, share_left, sites_of, widths
+from jpq.gates import Ranked
 from jpq.journal import Journal, open_folder
+from jpq.judging import calibration, evidence, judge_of, known_classes, score_of
 from jpq.machine import pick_device, set_threads
-from jpq.methods import METHODS, Method
+from jpq.mapping import mapped
+from jpq.methods import Method, row
 from jpq.network.attach import attach
-from jpq.network.compressed import Compressed, exact_uses
+from jpq.network.compressed import Compressed
 from jpq.network.norms import require_opened
 from jpq.network.record import Network
-from jpq.network.shares import Shares
+from jpq.network.timed import timed
 from jpq.network.trace import trace
 from jpq.network.unpack import unpacked
 from jpq.outcome import finish
+from jpq.parts import asked, decide, gates, share_left, sites_of, widths
 from jpq.plan import Plan, from_json
 from jpq.plan import read as read_plan
 from jpq.result import Result, Silent, Watch
-from jpq.train import Objective, Phase, evaluate, fit, optimizer, reestimate
+from jpq.schedule import pick_schedule
+from jpq.train import Objective, Phase, fit, optimizer, reestimate
 from jpq.types import JpqError
 
-CALIBRATION = 8  # batches that fit the quantizers' ranges
-JUDGED = 1000  # held-out images on which allocators try plans
+OBEYED = (
+    "--weights are pruned already: the float accuracy, and what is distilled from, are those of the pruned model. Give "
+    "the dense model with --weights, and the folder that the pruned one lies in with --mask."
+)
 Moments = dict[Tensor, Any]  # Adam's moving averages, by parameter
 
 
@@ -52,39 +59,54 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
 
     Raises JpqError for settings, files or targets that cannot work, and when a check of the result fails.
     """
-    config.check()
+    config = config.check()
     d = config.decide
-    method = compose(d.method, d.structure, d.width)
-    pick_score(d.score)
-    pick_allocator(d.allocator)
+    method = compose(d.method, d.structure, d.width, d.score, d.schedule, d.classes, d.allocator)
+    given = handover.read(d.mask) if d.mask else None
     run = Journal(config, watch or Silent(), open_folder(config))
     torch.manual_seed(config.run.seed)
     device = pick_device(config.run.device)
 
     data = read_data(config, device)  # 1
+    known_classes(d.classes, data)
     model = dense_model(config, data, device)
     network = trace(model, data.example, open_norms=d.open_norms)  # 2
     if d.open_norms:
         require_opened(network, method.gate is not None)
+    network, table = with_clocks(network, config, run)
     set_threads(config.run.threads, sum(layer.macs for layer in network.layers) * config.train.batch_size)
-    sites = sites_of(method, network, d.skip)  # 3
+    schemes = None if given else mapped(method, network, data.example, d.density, d.skip)
+    sites = given.sites(network) if given else sites_of(method, network, d.skip, schemes)  # 3
 
     goals = asked(network, config)  # 4
-    start = start_bits(network, goals, d.w_bits, d.a_bits, d.image_bits, share_left(sites, method, d.density))
 
     def attached(inputs: list[Tensor]) -> Compressed:
         torch.manual_seed(config.run.seed)
+        left = given.share_left(network, sites) if given else share_left(sites, method, d.density)
+        start = start_bits(network, goals, d.w_bits, d.a_bits, d.image_bits, left)
         make = widths(method, d.w_bits, d.a_bits, d.image_bits, start)
-        return attach(model, network, sites, gates(method, d.density), make, inputs, d.method)
+        first = given.start(model, sites) if given else model
+        net = attach(first, network, sites, gates(method, d.density), make, inputs, d.method)
+        return given.put(net) if given else net
 
     possible(attached([data.example]), goals, config)
     train_float(model, data, config, run)
+    if given and run.saved:
+        given.require_same(run.saved["net"], sites)
+    if given and given.obeyed(model, sites):
+        run.notes.append(OBEYED)
+    if method.structure == SEARCH:
+        schemes = search_schemes(method, network, model, data, config, run)
+        sites = sites_of(method, network, d.skip, schemes)
+        possible(attached([data.example]), goals, config)
+    if schemes is not None:
+        run.schemes = method.structure if method.structure in (RULES, SEARCH) else "hand"
     net = attached(calibration(data))  # 5
     run.recorder.full_bops, run.recorder.cost = costs.baseline(net.exact())["bops"], config.budget.cost
     plan, moments = search(net, model, data, goals, config, run)  # 6, 7, 8
     tuned = opened(net, model, data, run) if net.opened else net
     fine_tune(tuned, model, data, config, run, plan, moments)  # 9
-    return finish(net, tuned, model, data, goals, config, run, command)  # 10
+    return finish(net, tuned, model, data, goals, config, run, command, table)  # 10
 
 
 def read_data(config: Config, device: torch.device) -> Data:
@@ -105,22 +127,29 @@ def dense_model(config: Config, data: Data, device: torch.device) -> nn.Module:
     return unpacked(model).eval()
 
 
-def asked(network: Network, config: Config) -> tuple[Target, ...]:
-    """The targets, in units of this network."""
-    b = config.budget
-    dense = exact_uses(network, Shares(network, ()), Plan(config.decide.method, {}, {}))
-    return targets({b.cost: b.target_bops, "macs": b.target_macs, "size": b.target_size}, dense)
+def with_clocks(network: Network, config: Config, run: Journal) -> tuple[Network, Table | None]:
+    """The network with its layers' measured times, and the table they are from, where one is given."""
+    if config.budget.latency_table is None:
+        return network, None
+    table = bench.read_table(config.budget.latency_table)
+    network = timed(network, table)
+    bench.write_table(list(table.entries), run.folder / bench.NAME)
+    return network, table
 
 
 def possible(net: Compressed, goals: tuple[Target, ...], config: Config) -> None:
     """Raises JpqError, naming the smallest possible cost, where a target cannot be met."""
-    d, method = config.decide, METHODS[net.method]
+    d, method = config.decide, row(net.method)
+    if method.gate is Ranked and score_of(config).needs == {"scales"}:
+        rank(net, score_of(config))  # it needs no data, and may find nothing to rank by
     if method.stages:
         stages.decide(net, goals, d.w_bits, d.a_bits, d.density)
     elif method.gate:
         landing.require(net, goals)
+        if method.gate is Ranked and method.searches:
+            stages.goal_of(net, d.density)
     else:
-        decide(net, goals, d.w_bits, d.a_bits, pick_score(d.score), None)
+        decide(net, goals, d.w_bits, d.a_bits, score_of(config), None)
 
 
 def train_float(model: nn.Module, data: Data, config: Config, run: Journal) -> None:
@@ -138,6 +167,23 @@ def train_float(model: nn.Module, data: Data, config: Config, run: Journal) -> N
     model.eval()
 
 
+def search_schemes(
+    method: Method, network: Network, model: nn.Module, data: Data, config: Config, run: Journal
+) -> dict[str, str]:
+    """The structure of each layer by search on held-out data, unless an earlier part of this run found it."""
+    d, path = config.decide, run.folder / mapping.NAME
+    if run.is_past("float") and path.exists():
+        return mapping.read(path)
+    found, limit = run.timed("schemes", lambda: mapping.searched(
+        method, network, model, data, d.density, d.skip, trained=d.proxy == "trained", lr=config.train.lr,
+        seed=config.run.seed,
+    ))  # fmt: skip
+    about = mapping.record(network, found.mapping, d.density, SEARCH)
+    mapping.save(path, {**about, "limit_ms": limit, "reward": found.reward, "proxy_accuracy": found.accuracy,
+                        "judged": found.judged})  # fmt: skip
+    return dict(found.mapping)
+
+
 def train(
     net: nn.Module, data: Data, phase: Phase, objective: Objective, optim: torch.optim.Optimizer, run: Journal,
     more: Callable[[], dict[str, Any]] = dict,
@@ -146,28 +192,6 @@ def train(
     run.go_on(phase, net, optim)
     save = lambda p: run.keep(p, net, optim, **more())  # noqa: E731
     run.timed(phase.name, lambda: fit(net, data, phase, objective, optim, run.recorder, run.watch, save))
-
-
-def calibration(data: Data) -> list[torch.Tensor]:
-    """A few training batches."""
-    return [x for x, _ in islice(data.train.epoch(0), CALIBRATION)]
-
-
-def judged(net: Compressed, data: Data, config: Config) -> Evidence:
-    """What allocators may look at: training batches, and the held-out accuracy of any plan.
-
-    The accuracy is that of a copy that settles on the plan and measures BatchNorm's statistics anew.
-    """
-    images = data.held_out.first(JUDGED)
-    batches = list(islice(data.train.epoch(0), CALIBRATION))
-
-    def accuracy(plan: Plan) -> float:
-        trial = copy.deepcopy(net)
-        trial.settle(plan)
-        reestimate(trial, batches)
-        return evaluate(trial, images)
-
-    return Evidence([x for x, _ in batches], accuracy, config.run.seed)
 
 
 def split(config: Config, method: Method) -> tuple[int, int]:
@@ -185,7 +209,7 @@ def search(
 
     Returns the plan and what the optimiser knows of each parameter by then.
     """
-    d, t, method = config.decide, config.train, METHODS[net.method]
+    d, t, method = config.decide, config.train, row(net.method)
     moments: Moments = {}
     epochs, rest = split(config, method)
     phase = Phase("search", epochs, before=0, total=epochs + rest)
@@ -193,20 +217,25 @@ def search(
         plan = from_json(run.saved["plan"], str(run.folder / checkpoint.NAME))  # type: ignore[index]
         run.metrics = run.saved["metrics"]  # type: ignore[index]
     elif method.stages:
-        batches = calibration(data)
-        evidence = judged(net, data, config)
-        place(net, pick_score(d.score), d.allocator, evidence, stages.goal_of(net, d.density))
-        widths = lambda plan: bit_widths(net, d.allocator, evidence, plan, goals, d.w_bits, d.a_bits)  # noqa: E731
+        judge = judge_of(net, data, config)
+        share = open_share(net, within(net, d.density))
+        place(net, score_of(config), d.allocator, judge, share, stages.goal_of(net, d.density))
+        widths = lambda plan: bit_widths(net, d.allocator, judge, plan, goals, d.w_bits, d.a_bits)  # noqa: E731
         plan = stages.decide(net, goals, d.w_bits, d.a_bits, d.density, widths)
         net.settle(stages.pruned(net, plan))
         objective = Objective(model, t.distill, t.temperature)
         optim = optimizer(net, t.lr, t.weight_decay)
         train(net, data, phase, objective, optim, run)
         moments = dict(optim.state)
-        stages.observe_again(net, batches)
+        stages.observe_again(net, calibration(data))
     elif not method.searches:
-        plan = decide(net, goals, d.w_bits, d.a_bits, pick_score(d.score), judged(net, data, config), d.allocator)
+        plan = decide(net, goals, d.w_bits, d.a_bits, score_of(config), judge_of(net, data, config), d.allocator)
     else:
+        if method.gate is Ranked:
+            schedule = pick_schedule(d.schedule or method.schedule)
+            net.closing = Closing(net, score_of(config), schedule, d.density, partial(evidence, data))
+            if not run.is_in("search"):
+                net.closing(0.0)
         controller = Controller(goals)
         controller.begin(net.exact())
         objective = Objective(model, t.distill, t.temperature, d.gate_weight, controller)
@@ -217,6 +246,8 @@ def search(
         net.conclude()
         run.metrics = net.metrics()
         plan, moments = landing.land(net, goals), dict(optim.state)
+    if d.classes:
+        run.notes.append(f"Channels were ranked for classes {d.classes} alone; every accuracy is on all classes.")
     note = landing.note(goals, net, plan)
     if note:
         run.notes.append(note)
@@ -240,7 +271,7 @@ def fine_tune(
     The learning rate is high where the search ends, so parameters that trained in it keep their Adam `moments`.
     """
     t = config.train
-    before, epochs = split(config, METHODS[plan.method])
+    before, epochs = split(config, row(plan.method))
     phase = Phase("fine-tune", epochs, before=before, total=before + epochs)
     optim = optimizer(net, t.lr, t.weight_decay)
     optim.state.update({p: moments[p] for group in optim.param_groups for p in group["params"] if p in moments})

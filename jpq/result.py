@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from jpq.types import DENSE
+
 Numbers = dict[str, dict[str, float]]  # of what -> name -> number
 
 
@@ -47,6 +49,8 @@ class LayerRow:
     bops: int
     share: float  # of the compressed model's BOPs
     density: float = 1.0  # share of the layer's weights that its mask keeps
+    structure: str = DENSE  # what the units of its mask are
+    latency_ms: float | None = None  # predicted, where a table of measured layers was given
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Figures:
     size_bytes: int  # weights at their bit-widths, biases and scales at 32 bits
     bops_share: float  # of the fp32 model
     bops_structured: int = 0  # with weights that an elementwise mask drops counted as work
+    latency_ms: float | None = None  # predicted, where a table of measured layers was given
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,9 @@ class Result:
     seed: int
     notes: tuple[str, ...] = field(default=())
     metrics: Numbers = field(default_factory=dict)  # site -> what its gate said at landing
+    latency: dict[str, Any] = field(default_factory=dict)  # model.onnx: predicted_ms, measured_ms, their ratio ...
     packed: dict[str, int] = field(default_factory=dict)  # bytes of model.packed: total, header, promised, others
+    schemes: dict[str, Any] = field(default_factory=dict)  # who mapped them, ms, and where those are from (jpq.mapping)
     data: dict[str, Any] = field(default_factory=dict)  # name, checksum, sizes of the splits
 
 

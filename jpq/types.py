@@ -19,6 +19,7 @@ Units = Tensor  # [rows, n]: one number per unit of a site; the units of a row c
 Weight = Tensor  # shaped like the layer's weight
 Share = Tensor | float  # a part of a whole, in [0, 1]
 
+DENSE = "dense"  # the structure of a layer without a mask
 NONE = -1  # a channel that carries no label: a constant, or something no rule could follow
 
 

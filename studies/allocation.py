@@ -17,7 +17,8 @@ from methods import BASE, prepare
 
 from jpq.allocators import ALLOCATORS
 
-VARIANTS = {name: {"method": "two-stage", "allocator": name, "score": "l2"} for name in ALLOCATORS}
+SCORE = "taylor"
+VARIANTS = {name: {"method": "two-stage", "allocator": name, "score": SCORE} for name in ALLOCATORS}
 VARIANTS["djpq"] = {"method": "djpq"}
 
 

@@ -6,6 +6,7 @@ python studies/summary.py [figures] [coverage] [methods] [claims]
 import sys
 from pathlib import Path
 
+import allocation as where
 import methods as every
 import pandas as pd
 import unconstrained
@@ -196,6 +197,57 @@ def methods() -> str:
     return "\n".join(lines)
 
 
+SCORES = {
+    "l1": "sum of absolute weights that read the channel",
+    "l2": "root of the sum of their squares",
+    "fpgm": "distance of these weights from all other channels'",
+    "lamp": "norm over the norms that are not smaller; one ranking over all layers",
+    "hrank": "rank of the feature maps",
+    "taylor": "squared gradient of a gate on the channel; one ranking over all layers",
+    "taylor-full": "the same, mean of squares over samples",
+    "taylor2": "with the second derivative; a backward pass for each channel",
+    "lookahead": "filter's weight in the product with the layers on both sides",
+    "lookahead-forward": "the same, on what the layers before keep",
+    "lookahead-backward": "the same, on what the layers behind keep",
+    "lfp": "filter and the layers behind",
+    "lbp": "filter and the layers before",
+    "catro": "the set that separates the classes best",
+    "bn-scale": "scale of the normalisation; one ranking over all layers",
+    "random": "the baseline",
+}
+
+
+def scores() -> str:
+    """Every score on one network: how it foretells removals, and accuracy at equal MACs."""
+    table = pd.read_csv(HERE / "results" / "scores.csv")
+    pruned, tuned, removal = (table[table.part == part] for part in ("pruned", "tuned", "removal"))
+    shares = sorted(pruned.density.unique(), reverse=True)
+    head = ["`--score`", "ranks by", "Pearson", "Spearman", *(f"% right at {s:.0%} of the MACs" for s in shares)]
+    head += [f"at {s:.0%}, {int(tuned.steps.max())} steps of training" for s in tuned.density.unique()]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for score, text in SCORES.items():
+        found = removal[removal.score == score]
+        cells = [f"{found[m].iloc[0]:.2f}" if len(found) else "-" for m in ("pearson", "spearman")]
+        for part, densities in ((pruned, shares), (tuned, tuned.density.unique())):
+            for share in densities:
+                runs = part[(part.score == score) & (part.density == share)]
+                several = f" (n={len(runs)})" if len(runs) > 1 else ""
+                cells.append(f"{100 * runs.accuracy.mean():.1f}{several}" if len(runs) else "-")
+        lines.append(f"| `{score}` | {text} | " + " | ".join(cells) + " |")
+    units, images = int(removal.units.max()), int(removal.images.max())
+    lines += [
+        "",
+        f"ResNet20 on CIFAR-10, 8 bits, {int(pruned.images.max()):,} held-out images that the public weights were "
+        f"trained on ({100 * pruned.float_accuracy.max():.1f} % right before; the same for all scores), channels "
+        "closed at once; one seed where no n is given. Pearson, Spearman: with the squared change of the loss when a "
+        f"channel is removed, over {units} channels, on {images} training images, Taylor scores times the layers that "
+        "share the gate "
+        "(`python studies/scores.py`).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def claims() -> str:
     """What the methods' papers claim, tested on digits."""
     table = pd.read_csv(HERE / "results" / "claims.csv")
@@ -205,7 +257,39 @@ def claims() -> str:
 
 
 # between <!-- NAME --> and <!-- end of NAME -->
-SECTIONS = {"figures": figures, "coverage": coverage, "methods": methods, "claims": claims}
+def allocation() -> str:
+    """What the allocators do with one score, one network and the same budgets."""
+    table = pd.read_csv(HERE / "results" / "allocation.csv")
+    budgets = sorted(set(table.target), key=lambda text: -float(text.rstrip("%")))
+    means = table.groupby(["method", "target"]).agg(
+        accuracy=("accuracy", "mean"), least=("accuracy", "min"), n=("accuracy", "size"), seconds=("seconds", "median")
+    )
+    lines = [
+        "| `--allocator` | " + " | ".join(f"% right at {b}" for b in budgets) + " | seconds of a run |",
+        "|---|" + "---|" * (len(budgets) + 1),
+    ]
+    for name in dict.fromkeys(table.method):
+        cells = []
+        for budget in budgets:
+            row = means.loc[(name, budget)] if (name, budget) in means.index else None
+            cells.append("-" if row is None else f"{100 * row.accuracy:.2f} (n={row.n:.0f})")
+        shown = f"`{name}`" if name != "djpq" else "beside them: method `djpq`"
+        lines.append(f"| {shown} | {' | '.join(cells)} | {table[table.method == name].seconds.median():.0f} |")
+    first = table.iloc[0]
+    lines += [
+        "",
+        f"{first.model} on {first.data}, {every.BASE.task.limit:,} training images, {first.epochs} epochs, `two-stage` "
+        f"with score `{where.SCORE}`, float {100 * table.float_accuracy.mean():.2f} %, test split, means over n seeds; "
+        f"{first.hardware} (`python studies/allocation.py`).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+SECTIONS = {
+    "figures": figures, "coverage": coverage, "methods": methods, "scores": scores, "allocation": allocation,
+    "claims": claims,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from test_stages import EXAMPLE, ranked
 
 import jpq
 from jpq import costs, recipe, stages
-from jpq.allocators import ALLOCATORS, Evidence, bit_widths, pick_allocator, place
+from jpq.allocators import ALLOCATORS, Judge, bit_widths, pick_allocator, place
 from jpq.allocators.noise import bits_by_noise, rise, sensitivities
 from jpq.allocators.ranked import scored
 from jpq.allocators.reinforce import FLOOR, Policy, counts, learn, project, update
@@ -32,7 +32,7 @@ FULL = costs.macs(NET.exact())
 
 def problem(seed=0, accuracy=None, everywhere=False, share=0.4):
     torch.manual_seed(seed)
-    groups = [replace(g, scores=torch.rand(len(g.scores)) + 1e-3) for g in scored(NET, SCORES["l1"], EXAMPLE)]
+    groups = [replace(g, scores=torch.rand(len(g.scores)) + 1e-3) for g in scored(NET, SCORES["l1"])]
     return Problem(NET, groups, everywhere, Target("macs", "40%", int(share * FULL)), accuracy, seed)
 
 
@@ -251,11 +251,11 @@ def test_two_stages_with_every_allocator_use_the_budget(allocator):
         seen.append(plan)
         return float(sum(Fraction(u.w_bits) * u.outputs for u in uses)) / 100
 
-    evidence = Evidence([EXAMPLE], accuracy)
-    place(net, SCORES["l1"], allocator, evidence, stages.goal_of(net, 0.5))
+    judge = Judge(lambda: [(EXAMPLE, None)], accuracy)
+    place(net, SCORES["l1"], allocator, judge, 0.5, stages.goal_of(net, 0.5))
     plan = stages.decide(
         net, goals, (2, 8), (2, 8), 0.5,
-        lambda kept: bit_widths(net, allocator, evidence, kept, goals, (2, 8), (2, 8)),
+        lambda kept: bit_widths(net, allocator, judge, kept, goals, (2, 8), (2, 8)),
     )  # fmt: skip
     assert Fraction(97, 100) <= spent(goals[0], net.exact(plan)) <= 1
     assert bool(seen) == (allocator in ("reinforce", "sampled"))

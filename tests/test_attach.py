@@ -13,7 +13,7 @@ from jpq import costs
 from jpq.exporters import onnx
 from jpq.exporters.quantized import rebuild
 from jpq.exporters.verify import compare, measure, verify
-from jpq.gates import GATES, VIB
+from jpq.gates import GATES, VIB, Ranked
 from jpq.network.attach import attach, observe
 from jpq.network.read import call
 from jpq.network.sites import channels
@@ -35,6 +35,8 @@ def compressed(name, gate=VIB, seed=0, dtype=torch.float64, fewer=4):
         p.data.sub_(torch.rand_like(p) * fewer)
     net.after_step(0.5)
     for gate in net.gates:  # no site may lose everything
+        if isinstance(gate, Ranked):  # a ranking decides, no parameter
+            gate.margins.copy_(torch.linspace(1, -1, gate.n))
         for p in gate.parameters():
             p.data[0, -1] = 4.0 if p is getattr(gate, "log_var", None) else -4.0  # dropped
             p.data[0, 0] = -9.0 if p is getattr(gate, "log_var", None) else 1.0  # kept

@@ -54,8 +54,8 @@ def run(net, data, epochs, lr=2e-3):
 @pytest.mark.parametrize("method", sorted(jpq.METHODS))
 def test_every_method_lands_on_its_budget_in_a_users_own_loop(method, digits, float_model):
     before = {k: v.clone() for k, v in float_model.state_dict().items()}
-    x, _ = next(iter(digits.train.epoch(0)))
-    net = jpq.compress(float_model, x, method=method, bops="1%", steps=5 * len(digits.train))
+    x, y = next(iter(digits.train.epoch(0)))
+    net = jpq.compress(float_model, x, method=method, bops="1%", steps=5 * len(digits.train), evidence=[(x, y)])
     run(net, digits, 5)
     net.land()
     run(net, digits, 3)

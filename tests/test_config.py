@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from jpq.config import Budget, Config, Decide, Run, Task, Train, read, write
+from jpq.config import Budget, Config, Decide, Run, Task, Train
+from jpq.settings import read, write
 from jpq.types import JpqError
 
 ONE = Config(budget=Budget(target_bops="1%"))

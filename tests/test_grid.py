@@ -29,7 +29,7 @@ from jpq.structures import STRUCTURES
 
 STEPS, TUNE = 10, 2
 DENSITY = 0.4
-PLACES = [compose.CHANNELS, *(named.example for named in STRUCTURES.values())]
+PLACES = [compose.CHANNELS, *(named.example for named in STRUCTURES.values()), compose.RULES]
 
 
 class Cell(NamedTuple):
@@ -230,7 +230,7 @@ def test_named_methods_are_legal(name: str) -> None:
         (("uniform", "", "learned"), "method uniform does not search, so its bits are fixed. Choose --method djpq"),
         (("upscale", "", "gated"), "method upscale does not search"),
         (("upscale", "elementwise", ""), "decides about whole channels"),
-        (("djpq", "2:4", ""), "exactly 2 of each row must stay.* Choose --method dpp, pdp, smart, dpf, admm or spp"),
+        (("djpq", "2:4", ""), "exactly 2 of each row must stay.* Choose --method dpp, pdp, smart, dpf, admm, spp or"),
         (("dpf", "", "fixed"), "both given.*--width learned"),
         (("codeq", "", "gated"), "grid of their own.*--width fixed, learned, power-of-two or squashed"),
         (("codeq", "channels", ""), "single weights.*--structure elementwise or per-output"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from jpq.config import Config
+from jpq.private import Private
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -24,8 +25,10 @@ def test_python_blocks_run_one_after_the_other(capsys):
 
 
 def test_flags_exist():
-    known = {f"--{f.name.replace('_', '-')}" for part in vars(Config()).values() for f in dataclasses.fields(part)}
-    used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) - {"--config", "--help", "--input-shape", "--all"}
+    parts = [*vars(Config()).values(), Private]
+    known = {f"--{f.name.replace('_', '-')}" for part in parts for f in dataclasses.fields(part)}
+    others = {"--config", "--help", "--input-shape", "--all", "--table"}
+    used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) - others
     assert used <= known, used - known
 
 
@@ -56,3 +59,28 @@ def test_coverage_names_every_network_once(monkeypatch):
     counts = [[int(n) for n in re.findall(r"(\d+) of (\d+)", row.split("|")[2])[0]] for row in rows]
     assert sum(total for _, total in counts) == len(table)
     assert sum(exact for exact, _ in counts) == int((table.difference <= 1e-9).sum())
+
+
+def test_allocators_are_those_of_the_csv(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    import summary
+
+    from jpq.allocators import ALLOCATORS
+
+    assert summary.allocation() in TEXT
+    table = pd.read_csv(ROOT / "studies" / "results" / "allocation.csv")
+    assert set(table.method) == {*ALLOCATORS, "djpq"}
+    assert (table.target_used <= 1).all()
+    assert {tuple(sorted(runs.method)) for _, runs in table.groupby(["target", "seed"])} == {
+        tuple(sorted([*ALLOCATORS, "djpq"]))
+    }
+
+
+def test_scores_are_those_of_the_csv(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    import summary
+
+    from jpq.scores import SCORES
+
+    assert summary.scores() in TEXT
+    assert set(summary.SCORES) == set(SCORES)

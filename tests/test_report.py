@@ -53,9 +53,9 @@ def test_result_json_holds_what_it_promises(tmp_path: Path) -> None:
     report.write(result(tmp_path, verified=odd), Config())
     tree = json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
     assert set(tree) == {"float", "compressed", "held_out", "targets", "verified", "seconds", "command", "versions",
-                         "seed", "method", "data", "notes", "metrics", "packed"}  # fmt: skip
+                         "seed", "method", "data", "notes", "metrics", "packed", "latency", "schemes"}  # fmt: skip
     assert tree["compressed"] == {"accuracy": 0.9778, "bops": 980_000, "macs": 40_120, "size_bytes": 12_345,
-                                  "bops_share": 0.0098, "bops_structured": 0}  # fmt: skip
+                                  "bops_share": 0.0098, "bops_structured": 0, "latency_ms": None}  # fmt: skip
     assert tree["targets"]["bops"]["asked"] == "1%"
     assert tree["verified"] == {"worst": None, "most": 0.5, "far": None, "same": True, "at": [1, "x"]}
     assert tree["notes"] == ["a note"]
@@ -68,7 +68,8 @@ def test_tables_come_back_from_csv(tmp_path: Path) -> None:
     assert [Row(**row) for row in rows[1:].to_dict("records")] == list(made.history[1:])
     assert rows.loc[0, "phase"] == "float"
     assert math.isnan(rows.loc[0, "bops_share"])
-    layers = pd.read_csv(tmp_path / "layers.csv")
+    layers = pd.read_csv(tmp_path / "layers.csv").astype(object)
+    layers = layers.where(layers.notna(), None)
     assert [LayerRow(**row) for row in layers.to_dict("records")] == list(made.layers)
 
 

@@ -8,12 +8,14 @@ from zoo_readers import IMAGE, READERS
 
 import jpq
 from jpq.allocators import rank
+from jpq.allocators.ranked import scores
 from jpq.gates import Ranked
 from jpq.network.attach import attach
 from jpq.network.consumers import per_consumer
+from jpq.network.read import batch_of, tensors
 from jpq.network.trace import trace
 from jpq.quantizers import Fixed
-from jpq.scores import FPGM, L1, L2, LAMP, SCORES, Evidence, HRank, SiteView
+from jpq.scores import FPGM, L1, L2, LAMP, SCORES, Chain, Evidence, HRank, Random, SiteView, pick_score
 from jpq.types import JpqError
 
 NOTHING = Evidence()
@@ -54,7 +56,7 @@ def test_hrank():
         HRank()(view([0.0]), NOTHING)
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", [n for n in SCORES if n != "random"])
 def test_every_score_follows_its_units(name):
     """Permuted units get permuted scores (no ties here), one number each."""
     torch.manual_seed(0)
@@ -62,8 +64,19 @@ def test_every_score_follows_its_units(name):
     maps = torch.zeros(1, 6, 7, 7)
     for i in range(6):
         maps[0, i, : i + 1, : i + 1] = torch.eye(i + 1)
-    score = SCORES[name](site, Evidence(maps))
-    moved = SCORES[name](SiteView("site", site.weights[order]), Evidence(maps[:, order]))
+    chain = torch.rand(3, 2, 6, dtype=torch.float64)
+    labels = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2])
+
+    def evidence(order):
+        own = chain[:, :, order]
+        return Evidence(
+            activations=maps[:, order], means=means[:, :, order], labels=labels, gradients=(means[0][:, order],),
+            curvature=(means[1, 0, order],), scales=means[0, 0, order], chain=Chain(own[0], own[1], own[2]),
+        )  # fmt: skip
+
+    means = torch.rand(2, 8, 6, dtype=torch.float64)
+    score = SCORES[name](site, evidence(torch.arange(6)))
+    moved = SCORES[name](SiteView("site", site.weights[order]), evidence(order))
     assert score.shape == (1, 6)
     assert torch.allclose(score[:, order], moved)
     assert len(score.unique()) == 6
@@ -74,14 +87,27 @@ def ranked(make, example, score):
     model = make().eval()
     network = trace(model, example)
     net = attach(model, network, per_consumer(network), Ranked, lambda _: (Fixed(8), Fixed(8)), [example], "upscale")
-    rank(net, SCORES[score], example)
+    labels = torch.arange(batch_of(example)) % 2
+    rank(net, SCORES[score], [(example, labels)] * SCORES[score].batches, loss=spread)
     return net
+
+
+def spread(out, labels):
+    """A loss for outputs of any kind."""
+    return sum(t.square().mean() for t in tensors(out) if t.is_floating_point())
+
+
+NORMED = ("joined", "padded", "rows", "zoo_volume")  # networks whose every channel passes a norm with a scale
 
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("name", ["joined", "padded", "rows", "zoo_flat", "zoo_attention", "zoo_signal", "zoo_volume"])
 def test_ranks_every_kind_of_layer(name, score):
     make, example = ZOO[name[4:]] if name.startswith("zoo_") else (READERS[name], IMAGE)
+    if score == "bn-scale" and name not in NORMED:
+        with pytest.raises(JpqError, match="pass no normalisation"):
+            ranked(make, example, score)
+        return
     net = ranked(make, example, score)
     everywhere = [gate.margins.flatten() for gate in net.gates]
     groups = {}
@@ -96,7 +122,7 @@ def test_a_reader_ranks_its_own_inputs():
     net = ranked(READERS["chain"], IMAGE, "l1")
     for site, gate in zip(net.sites, net.gates, strict=True):
         (tap,) = site.taps
-        weight = net.layer(tap.layer).weight.detach()
+        weight = net.used_weight(net.network.layer(tap.layer)).detach()
         sums = tap.structure.pool(weight.abs())[0]
         assert torch.equal(gate.margins[0].argsort(), sums.argsort())
     assert len({tuple(g.margins[0].tolist()) for g in net.gates}) == 3, "each its own"
@@ -113,6 +139,75 @@ def test_a_layer_without_a_module_of_its_own_has_no_activations():
 
     with pytest.raises(JpqError, match="layer 'b' reads"):
         ranked(ByFunction, torch.randn(2, 4), "hrank")
+
+
+def test_random_is_the_generators_and_nothing_else():
+    draws = [Random()(view(*[[0.0]] * 50), Evidence(generator=torch.Generator().manual_seed(s))) for s in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert draws[0].shape == (1, 50)
+    assert float(draws[0].min()) >= 0
+
+
+def test_norm_scales_are_those_of_all_norms_that_units_pass():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.first = nn.Conv2d(1, 6, 1), nn.BatchNorm2d(6)
+            self.inner, self.last = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.first(self.stem(x)).relu()
+            return self.head((x + self.last(self.inner(x))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(2, 1, 4, 4)
+    for norm in (model.first, model.last):
+        norm.weight.data.uniform_(-1, 1)
+    net = jpq.compress(model, x, "ranked", bops="1%", score="bn-scale").net
+    (found,) = scores(net, SCORES["bn-scale"]).values()
+    both = (norm.weight.detach().abs().double() for norm in (model.first, model.last))
+    assert torch.equal(found, sum(both))
+
+
+def test_scores_see_the_weights_that_the_forward_pass_uses():
+    """At 2 bits a channel whose readers quantize to nothing scores 0, whatever its float weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    x = torch.randn(8, 4)
+    network = trace(model, x)
+    with torch.no_grad():
+        model[2].weight[:, 2] = torch.tensor([1e-3, -1e-3, 1e-3])
+    net = attach(model, network, per_consumer(network), Ranked, lambda _: (Fixed(2), Fixed(8)), [x], "ranked")
+    evidence = [(x, torch.arange(8) % 3)]
+    (site,) = net.sites
+    for name in ("l1", "l2", "taylor", "lookahead"):
+        found = scores(net, SCORES[name], evidence)[site.name]
+        assert float(found[2]) == 0, name
+        assert float(found.sum()) > 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (("l3", ""), "Unknown score 'l3'. Did you mean"),
+        (("taylr", ""), "Did you mean taylor"),
+        (("l1", "0,1"), "score l1 does not look at classes. Choose --score catro"),
+        (("catro", "3"), "two classes at least"),
+        (("catro", "0,dog"), "by their numbers: --classes 0,3,5"),
+        (("catro", "1,1"), "two classes at least"),
+    ],
+)
+def test_bad_names_and_classes(asked, says):
+    with pytest.raises(JpqError, match=says):
+        pick_score(*asked)
+
+
+@pytest.mark.parametrize("score", ["taylor", "taylor2", "catro"])
+def test_scores_that_need_labels_say_so(score):
+    with pytest.raises(JpqError, match=r"evidence=\[\(inputs, classes\)"):
+        jpq.compress(READERS["chain"](), IMAGE, method="upscale", bops="50%", score=score)
 
 
 def test_an_unknown_score():

@@ -27,7 +27,7 @@ def ranked(seed=0):
     model = build("convnet", 10, 1)
     network = trace(model, EXAMPLE)
     net = attach(model, network, channels(network), Ranked, lambda _: (Fixed(8), Fixed(8)), [EXAMPLE], "two-stage")
-    rank(net, SCORES["l1"], EXAMPLE)
+    rank(net, SCORES["l1"])
     return net
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import islice
 
 import numpy as np
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from jpq import costs, landing
 from jpq.allocators import units
+from jpq.allocators.evidence import Batches
 from jpq.allocators.noise import Key, bits_by_noise, sensitivities
-from jpq.allocators.ranked import order, quantiles, scored
+from jpq.allocators.ranked import order, quantiles, rank, scored
 from jpq.allocators.reinforce import Counts, Policy, learn
 from jpq.allocators.sampled import search
 from jpq.allocators.units import Allocator, Margins, Problem, in_order
@@ -25,6 +26,7 @@ from jpq.scores import Score
 from jpq.types import JpqError, unknown
 
 Bounds = tuple[int, int]
+LOOKED = 8  # batches in which the noise is measured
 TRIALS = 40  # of the search baseline, once for channels and once for bits
 REACH_BITS = 2.0  # largest offset of a width that the search baseline tries
 
@@ -102,30 +104,38 @@ def pick_allocator(name: str) -> Allocator | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Evidence:
-    """What allocators look at beside the network: inputs of the model, and a way to measure a plan."""
+class Judge:
+    """What allocators look at beside the network: training batches, and a way to measure a plan."""
 
-    batches: Sequence[Any]
+    batches: Callable[[], Batches]  # (inputs, labels or None) pairs, from the start at every call
     accuracy: Callable[[Plan], float] | None = None
     seed: int = 0
 
 
-def place(net: Compressed, score: Score, allocator: str, evidence: Evidence, goal: Target | None = None) -> None:
+def place(
+    net: Compressed, score: Score, allocator: str, judge: Judge, share: float = 1.0, goal: Target | None = None
+) -> None:
     """Write an allocator's order into the margins of `Ranked` gates, for landing to cut.
 
-    Without an allocator units of all layers compete where the score may be compared between layers; else every layer
-    gives the same share. `goal`: what the units may cost, for allocators that work towards it.
+    Without an allocator the score says what competes (`rank`): all units of the network where it may be compared
+    between layers, else the units of each layer.
 
-    Raises JpqError for an unknown name, and for units that are no channels.
+    Args:
+        share: of the units of each site, how many are about to stay, as `rank` has it.
+        goal: what the units may cost, for allocators that work towards it.
+
+    Raises JpqError for an unknown name, for units that are no channels, and where the evidence cannot be had.
     """
-    chosen = pick_allocator(allocator) or (units.threshold if score.everywhere else units.uniform)
-    groups = scored(net, score, evidence.batches[0])
-    problem = Problem(net, groups, score.everywhere, goal, evidence.accuracy, evidence.seed)
-    order(net, groups, chosen(problem))
+    chosen = pick_allocator(allocator)
+    if chosen is None:
+        rank(net, score, judge.batches(), share)
+        return
+    groups = scored(net, score, judge.batches(), share)
+    order(net, groups, chosen(Problem(net, groups, score.everywhere, goal, judge.accuracy, judge.seed)))
 
 
 def bit_widths(
-    net: Compressed, allocator: str, evidence: Evidence, plan: Plan, goals: Sequence[Target], w_bits: Bounds,
+    net: Compressed, allocator: str, judge: Judge, plan: Plan, goals: Sequence[Target], w_bits: Bounds,
     a_bits: Bounds,
 ) -> dict[Key, Width] | None:  # fmt: skip
     """Soft widths of every tensor for landing to shift, given what `plan` keeps; None: the same everywhere."""
@@ -133,11 +143,12 @@ def bit_widths(
         return None
     bounds = {"w": w_bits, "a": a_bits}
     if allocator in ("threshold", "greedy"):
-        return bits_by_noise(net, sensitivities(net, evidence.batches, evidence.seed), plan, w_bits, a_bits)
-    if evidence.accuracy is None:
+        inputs = [x for x, _ in islice(judge.batches(), LOOKED)]
+        return bits_by_noise(net, sensitivities(net, inputs, judge.seed), plan, w_bits, a_bits)
+    if judge.accuracy is None:
         raise JpqError(f"Allocator {allocator} measures accuracy and needs data: use `jpq optimize`, or choose "
                        "uniform, threshold or greedy.")  # fmt: skip
-    measure = evidence.accuracy
+    measure = judge.accuracy
     free = [
         (layer.name, side)
         for layer in net.network.layers
@@ -154,7 +165,7 @@ def bit_widths(
             widths = {**ranking.widths, **soft(offsets)}
             return measure(landing.land(net, goals, replace(ranking, widths=widths)))
 
-        return soft(search([f"{n} {s}" for n, s in free], accuracy, TRIALS, evidence.seed, REACH_BITS))
+        return soft(search([f"{n} {s}" for n, s in free], accuracy, TRIALS, judge.seed, REACH_BITS))
     full = float(costs.bops(net.exact(with_bits(plan, {key: bounds[key[1]][1] for key in free}))))
 
     def at(gone: Counts) -> Plan:
@@ -165,7 +176,7 @@ def bit_widths(
         return measure(now), float(costs.bops(net.exact(now))) / full
 
     steps = [bounds[side][1] - bounds[side][0] + 1 for _, side in free]
-    path = learn(steps, quality, lambda gone: meets(goals, net.exact(at(gone))), Policy(), evidence.seed)
+    path = learn(steps, quality, lambda gone: meets(goals, net.exact(at(gone))), Policy(), judge.seed)
     last = path[-1] if path else np.zeros(len(free), np.int64)
     return {key: Learned(bounds[key[1]][1] - int(n), *bounds[key[1]]) for key, n in zip(free, last, strict=True)}
 

@@ -33,10 +33,13 @@ def start_bits(
     """(weight, activation) widths, real numbers, at which the network costs `headroom` times its tightest target.
 
     `left`: cost -> the share of it that stays whatever is learned (masks of a given density). At least one bit above
-    the smallest width (so that there is a way down), at most the largest.
+    the smallest width (so that there is a way down), at most the largest. With a target for latency alone: the largest.
     """
     shares = Shares(network, ())
     stays = left or {}
+    goals = [g for g in goals if g.cost != "latency"]  # what runs as int8 gains no time from fewer bits
+    if not goals:
+        return float(w_bits[1]), float(a_bits[1])
 
     def excess(bits: float) -> float:
         return max(stays.get(g.cost, 1.0) * _cost(network, shares, bits, image_bits, g) / g.limit for g in goals)

@@ -42,7 +42,8 @@ def uniform(
             least = min(goals, key=lambda g: -spent(g, uses)) if goals else None
             if (w, a) == (w_bits[0], a_bits[0]) and least is not None and spent(least, uses) > 1:
                 raise JpqError(
-                    f"{least.flag} {least.asked} ({least.limit:,}) cannot be met by uniform bits; smallest possible: "
-                    f"{int(spent(least, uses) * least.limit):,}, at {w} and {a} bits. Choose a method that prunes too."
+                    f"{least.flag} {least.asked} ({least.shown(least.limit)}) cannot be met by uniform bits; smallest "
+                    f"possible: {least.shown(spent(least, uses) * least.limit)}, at {w} and {a} bits. Choose a method "
+                    "that prunes too."
                 )
     return max(fits, key=lambda fit: fit[:3])[3]

@@ -1,19 +1,31 @@
 """What it spends."""
 
-from jpq.costs.base import Cost, LayerUse
+from jpq.costs.base import DENSE, Clock, Cost, LayerUse, Number
 from jpq.costs.counts import baseline, bops, bops_structured, dense, layer_bops, macs, size, structured
+from jpq.costs.latency import latency_ns, layer_latency
 
-COSTS: dict[str, Cost] = {"bops": bops, "bops-structured": bops_structured, "macs": macs, "size": size}
+COSTS: dict[str, Cost] = {
+    "bops": bops,
+    "bops-structured": bops_structured,
+    "macs": macs,
+    "size": size,
+    "latency": latency_ns,
+}
 
 __all__ = [
     "COSTS",
+    "DENSE",
+    "Clock",
     "Cost",
     "LayerUse",
+    "Number",
     "baseline",
     "bops",
     "bops_structured",
     "dense",
+    "latency_ns",
     "layer_bops",
+    "layer_latency",
     "macs",
     "size",
     "structured",

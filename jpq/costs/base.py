@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 Number = Any  # Tensor while training; int or Fraction in a report: the same arithmetic
+DENSE = "dense"  # the scheme of a layer without a mask
+
+
+class Clock(Protocol):
+    """How long one layer takes, read from a table of measurements."""
+
+    def __call__(
+        self, inputs: Number, outputs: Number, density: Number, w_bits: Number, a_bits: Number, scheme: str
+    ) -> Number:
+        """Nanoseconds of one sample; the arguments are those of `LayerUse`."""
+
+    def measured(self, scheme: str) -> bool:
+        """Whether the table says how fast masks of this scheme run."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +37,8 @@ class LayerUse:
     a_bits: Number  # of the layer's input
     mask_bits: Number = 0  # what it takes to store which weights stay
     regular: bool = True  # whether devices are known that skip what the mask drops
+    scheme: str = DENSE  # what the mask's units are, as `jpq.structures.parse` reads it
+    clock: Clock | None = None  # where a table of latencies was given
 
 
 Cost = Callable[[Sequence[LayerUse]], Number]

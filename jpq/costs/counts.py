@@ -19,7 +19,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from jpq.costs.base import LayerUse, Number
+from jpq.costs.base import DENSE, LayerUse, Number
+from jpq.costs.latency import latency_ns
 
 
 def macs(uses: Sequence[LayerUse]) -> Number:
@@ -55,11 +56,12 @@ def size(uses: Sequence[LayerUse]) -> Number:
 
 def dense(u: LayerUse, bits: int = 32) -> LayerUse:
     """The same layer with everything kept, at `bits` bits: the fp32 baseline that percentages refer to."""
-    return replace(u, inputs=1, outputs=1, density=1, w_bits=bits, a_bits=bits, mask_bits=0)
+    return replace(u, inputs=1, outputs=1, density=1, w_bits=bits, a_bits=bits, mask_bits=0, scheme=DENSE)
 
 
 def baseline(uses: Sequence[LayerUse]) -> dict[str, float]:
-    """Cost of the fp32 model by every measure."""
+    """Cost of the fp32 model by every measure; latency where all layers have a clock."""
     full = [dense(u) for u in uses]
     weights_and_biases = sum(u.weights + u.outputs_all for u in full) * 4
-    return {"bops": bops(full), "bops-structured": bops(full), "macs": macs(full), "size": weights_and_biases}
+    costs = {"bops": bops(full), "bops-structured": bops(full), "macs": macs(full), "size": weights_and_biases}
+    return {**costs, "latency": latency_ns(full)} if full and all(u.clock for u in full) else costs

@@ -19,6 +19,7 @@ from brevitas.export import export_onnx_qcdq
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from jpq.exporters.fold import fold_norms
 from jpq.files import replace_file
 from jpq.network.read import arguments, named_inputs, tensors
 from jpq.quantizers import act_quantizer, weight_quantizer
@@ -45,7 +46,7 @@ class _Flat(nn.Module):
 
 
 def export(small: nn.Module, example: Any, path: Path) -> None:
-    """Write a rebuilt model to `path`; the batch dimension is dynamic.
+    """Write a rebuilt model to `path`; the batch dimension is dynamic. Normalisations are folded (`fold_norms`).
 
     The one input is called "input", the one output "output". Several inputs (a tuple or a dict as example) have the
     names that `forward` gives them, several outputs the keys of their dict or output_0, output_1, ...
@@ -76,6 +77,9 @@ def export(small: nn.Module, example: Any, path: Path) -> None:
                 input_names=names[0], output_names=names[1],
                 dynamic_axes={n: {0: "batch"} for n, b in zip(names[0] + names[1], batched, strict=True) if b},
             )  # fmt: skip
+        written = onnx.load(str(part))
+        if fold_norms(written):
+            onnx.save(written, str(part))
         onnx.checker.check_model(str(part))
 
     replace_file(path, write)

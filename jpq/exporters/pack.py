@@ -58,7 +58,7 @@ def pack(small: nn.Module, plan: Plan, example: Any, path: Path) -> Stored:
         integers = (layer.weight / scale).round().clamp(-top, top).to(torch.int16)
         structure, kept = None, None
         if name in plan.masks:
-            structure = parse(plan.structure, Layout(transposed, getattr(layer, "groups", 1)))
+            structure = parse(plan.structures[name], Layout(transposed, getattr(layer, "groups", 1)))
             kept = plan.masks[name].units()
         layers[name] = Packed(integers, round(float(grid.width())), True, structure, kept)
         outputs = layer.weight.shape[1] * layer.groups if transposed else len(layer.weight)

@@ -6,6 +6,7 @@ from jpq.gates.base import Gate
 from jpq.gates.counted import Counted
 from jpq.gates.decided import Decided
 from jpq.gates.feedback import Feedback
+from jpq.gates.given import Given
 from jpq.gates.gumbel_topk import GumbelTopK
 from jpq.gates.hard_concrete import HardConcrete
 from jpq.gates.hyper import Hyper
@@ -13,6 +14,7 @@ from jpq.gates.lasso import Lasso
 from jpq.gates.learned_topk import LearnedTopK
 from jpq.gates.polarized import Polarized
 from jpq.gates.ranked import Ranked
+from jpq.gates.reweighted import Reweighted
 from jpq.gates.soft_threshold import SoftThreshold
 from jpq.gates.stochastic import Stochastic
 from jpq.gates.vib import VIB
@@ -32,6 +34,8 @@ GATES: dict[str, type[Gate]] = {
     "stochastic": Stochastic,
     "hyper": Hyper,
     "lasso": Lasso,
+    "reweighted": Reweighted,
+    "ranked": Ranked,
 }
 
 __all__ = [
@@ -43,6 +47,7 @@ __all__ = [
     "Decided",
     "Feedback",
     "Gate",
+    "Given",
     "GumbelTopK",
     "HardConcrete",
     "Hyper",
@@ -50,6 +55,7 @@ __all__ = [
     "LearnedTopK",
     "Polarized",
     "Ranked",
+    "Reweighted",
     "SoftThreshold",
     "Stochastic",
     "ZeroBin",

@@ -9,7 +9,8 @@ ECCV 2018, arXiv:1804.03294, and the pattern pruning of Y. Gong et al., GLSVLSI 
 |---|---|---|
 | Pi: nearest point that keeps k units of each row | `project` | any structure; layer by layer |
 | rho | `rho` | 1e-4, 1e-3, 1e-2, 1e-1: a quarter of the search each |
-| Z and U updates | `UPDATES` of them in the search | 5 for each rho |
+| Z and U updates | `updates` of them in the search | 5 for each rho |
+| connectivity: kernels dropped whole | `connected`: share of rows that keep anything | 1 in a search |
 
 When rho rises, U (the scaled dual) is divided by as much: left alone it would undo what was reached. The mask comes
 from the chosen units, not from which weights are zero.
@@ -25,11 +26,12 @@ from torch import Tensor
 
 from jpq.gates.base import Holds
 from jpq.gates.counted import Counted
+from jpq.gates.topk import kept_of, strongest_rows
 from jpq.structures.base import Structure
 from jpq.types import Units, Weight
 
 RHOS = (1e-4, 1e-3, 1e-2, 1e-1)
-UPDATES = 20
+EACH = 5  # updates of Z and U for each rho
 
 
 class Admm(Counted):
@@ -40,8 +42,9 @@ class Admm(Counted):
     kept: Units
     done: Tensor
 
-    def __init__(self, rows: int, n: int, density: float = 0.5):
+    def __init__(self, rows: int, n: int, density: float = 0.5, rhos: Sequence[float] = RHOS, connected: float = 1.0):
         super().__init__(rows, n, density)
+        self.rhos, self.updates, self.connected = tuple(rhos), EACH * len(rhos), connected
         self.register_buffer("kept", torch.ones(rows, n))
         self.register_buffer("done", torch.zeros((), dtype=torch.long))  # updates so far
         self.seen: list[tuple[Weight, Structure]] = []
@@ -58,14 +61,20 @@ class Admm(Counted):
     @property
     def rho(self) -> float:
         """The penalty's weight now."""
-        return RHOS[min(int(self.done) * len(RHOS) // UPDATES, len(RHOS) - 1)]
+        return self.rhos[min(int(self.done) // EACH, len(self.rhos) - 1)]
 
     @torch.no_grad()
     def project(self) -> None:
-        """Z = Pi(W + U): of each row the units of the largest norm stay, which is the nearest point."""
+        """Z = Pi(W + U): of each row the units of the largest norm stay, of rows the strongest: the nearest point.
+
+        Units at ragged edges rank by their mean square: by their norm the full ones would all come first, and more
+        weights than `density` would stay.
+        """
         sums = [(weight + self.dual(i), structure) for i, (weight, structure) in enumerate(self.seen)]
         norms = torch.stack([structure.pool(total.square()) for total, structure in sums]).sum(0)
-        self.kept.copy_(self.top(norms, self.density))
+        self.kept.copy_(self.top(norms / self.sizes.clamp_min(1), self.density))
+        if self.connected < 1:
+            self.kept.copy_(strongest_rows(self.kept, norms, max(1, kept_of(self.connected, self.rows))))
         for i, (total, structure) in enumerate(sums):
             self.near(i).copy_(total * structure.expand(self.kept.to(total), total.shape))
 
@@ -96,14 +105,14 @@ class Admm(Counted):
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Z and U, `UPDATES` times in the search."""
-        if int(progress * UPDATES) <= int(self.done):
+        """Z and U, `updates` times in the search."""
+        if int(progress * self.updates) <= int(self.done):
             return
         before = self.rho
         self.project()
         for i, (weight, _) in enumerate(self.seen):
             self.dual(i).add_(weight - self.near(i))
-        self.done.fill_(int(progress * UPDATES))
+        self.done.fill_(int(progress * self.updates))
         for i in range(len(self.seen)):
             self.dual(i).mul_(before / self.rho)
 

@@ -111,9 +111,9 @@ class Stochastic(Counted):
 
     @torch.no_grad()
     def importance(self) -> Units:
-        """L1 norm of each unit's weights, over all taps."""
+        """L1 norm of each unit's weights over all taps; smaller units at ragged edges as if of full size."""
         parts = [structure.pool(weight.detach().abs()) for weight, structure in self.weights]
-        return torch.stack(parts).sum(0)
+        return torch.stack(parts).sum(0) * (self.sizes.amax(1, keepdim=True) / self.sizes.clamp_min(1))
 
     def _update(self) -> None:
         """New ranks, new probabilities, and who is out."""

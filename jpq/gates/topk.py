@@ -83,6 +83,17 @@ def topk_sites(scores: Sequence[Units], k: int, valid: Sequence[Tensor | None] |
     return [p.reshape(s.shape) for p, s in zip(parts, scores, strict=True)]
 
 
+def strongest_rows(kept: Units, weights: Units, k: int) -> Units:
+    """What `kept` keeps in the k rows where that weighs most; the other rows keep nothing.
+
+    Args:
+        kept: 0 or 1, `[rows, n]`.
+        weights: of each unit, 0 or more, `[rows, n]`; ties go to the earlier row.
+        k: rows that keep something.
+    """
+    return kept * topk_rows((kept * weights).sum(1)[None], k)[0][:, None]
+
+
 def kept_of(density: float, n: int) -> int:
     """k of n units at a density in [0, 1], rounded half up. Raises JpqError for a density outside."""
     return int(kept_of_rows(density, torch.tensor([n]))[0])

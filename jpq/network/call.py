@@ -42,6 +42,8 @@ class LayerCall:
     macs: int  # of the whole example batch
     inputs: Labels
     outputs: Labels
+    stride: tuple[int, ...]
+    size: tuple[int, ...]  # positions where the kernel is applied
 
 
 @dataclass(eq=False)

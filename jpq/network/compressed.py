@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from math import prod
 from typing import Any, Literal
@@ -45,6 +45,7 @@ class Compressed(nn.Module):
         self.shares = Shares(network, [s for s in self.sites if not s.is_mask])
         self.opened = opened_units(network, self.sites)  # with any, the rebuilt model is not the masked one
         self.densities = Densities(network, self.sites)
+        self.closing: Callable[[float], None] | None = None  # progress -> lets a ranking close units meanwhile
         self.progress: Tensor
         self.register_buffer("progress", torch.zeros((), dtype=torch.float64))  # of the search, as last heard
         self._resting: list[nn.Parameter] = []  # what `learn` has switched off
@@ -63,6 +64,13 @@ class Compressed(nn.Module):
         """(weight, input) quantizers of a layer; None where it stays in floating point."""
         layer = self.layer(name)
         return (weight_quantizer(layer), act_quantizer(layer)) if hasattr(layer, "weight_quant") else None
+
+    def used_weight(self, layer: Layer) -> Tensor:
+        """A layer's weight as the forward pass has it: masked under the last draw of the gates, then quantized."""
+        owner, _, name = layer.weight.rpartition(".")
+        weight: Tensor = getattr(self.model.get_submodule(owner), name)
+        pair = self.quantizers(layer.name)
+        return pair[0](weight)[0] if pair else weight
 
     def uses(self) -> list[LayerUse]:
         """What each layer uses now: values whole (hard decisions), gradients soft."""
@@ -108,10 +116,14 @@ class Compressed(nn.Module):
             gate.after_step(progress)
         for width in self.widths():
             width.after_step()
+        if self.closing is not None:
+            self.closing(progress)
 
     @torch.no_grad()
     def conclude(self) -> None:
         """Let gates that count decide now, where the search ended before they came to it."""
+        if self.closing is not None:
+            self.closing(1.0)
         if float(self.progress) >= CONCLUDED:
             return
         for draw in self.draws:
@@ -175,8 +187,8 @@ class Compressed(nn.Module):
         pairs = list(zip(self.sites, self.gates, strict=True))
         kept = {s.name: tuple(g.keep()[0].bool().tolist()) for s, g in pairs if not s.is_mask}
         masks = {s.taps[0].layer: MaskPlan.of(g.keep()) for s, g in pairs if s.is_mask}
-        structure = next((s.taps[0].structure.spec() for s in self.sites if s.is_mask), "")
-        return Plan(self.method, layers, kept, masks, structure)
+        structures = {s.taps[0].layer: s.taps[0].structure.spec() for s in self.sites if s.is_mask}
+        return Plan(self.method, layers, kept, masks, structures)
 
     @torch.no_grad()
     def settle(self, plan: Plan) -> None:
@@ -185,6 +197,7 @@ class Compressed(nn.Module):
         Under a plan that equals the decisions as they stand, evaluation before and after agrees exactly.
         """
         self.learn("both")
+        self.closing = None
         for layer in self.network.layers:
             fold(self.model, layer)
         for draw, site, gate in zip(self.draws, self.sites, self.gates, strict=True):
@@ -234,7 +247,7 @@ def _hard(keep: Tensor, alive: Tensor) -> Tensor:
 def _use(layer: Layer, inputs: Any, outputs: Any, density: Density, w_bits: Any, a_bits: Any) -> LayerUse:
     return LayerUse(
         layer.name, layer.macs, prod(layer.weight_shape), len(layer.outputs), inputs, outputs,
-        density.share, w_bits, a_bits, density.bits, density.regular,
+        density.share, w_bits, a_bits, density.bits, density.regular, density.scheme, layer.clock,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
+from jpq import costs
 from jpq.network.record import Network
 from jpq.network.sites import Site
 from jpq.plan import MaskPlan
@@ -24,6 +25,7 @@ class Density:
     share: Any = 1  # of the weights, in [0, 1]; a Tensor while training, a Fraction in a report
     bits: int = 0  # that say which
     regular: bool = True  # whether devices are known that skip the others
+    scheme: str = costs.DENSE  # the structure of its units, as text
 
 
 DENSE = Density()
@@ -38,6 +40,7 @@ class Densities:
         self.all: dict[str, int] = {}
         self.overlapping: set[str] = set()
         self.regular: dict[str, bool] = {}
+        self.schemes: dict[str, str] = {}
         self._known: dict[tuple[str, MaskPlan], Density] = {}  # landing asks for the same masks again and again
         for name, i in self.places.items():
             shape = Size(network.layer(name).weight_shape)
@@ -45,6 +48,7 @@ class Densities:
             self.sizes[name] = structure.sizes(shape)
             self.all[name] = shape.numel()
             self.regular[name] = structure.regular
+            self.schemes[name] = structure.spec()
             if not structure.partition:  # of overlapping units at most one stays: what they all leave out is dropped
                 self.overlapping.add(name)
 
@@ -60,7 +64,8 @@ class Densities:
                 share = (sizes * units).sum() / self.all[name]
             else:  # weights in no unit always stay
                 share = 1 - (sizes * (1 - units)).sum() / self.all[name]
-            out[name] = Density(share, self._stored(name, units.detach() > 0), self.regular[name])
+            stored = self._stored(name, units.detach() > 0)
+            out[name] = Density(share, stored, self.regular[name], self.schemes[name])
         return out
 
     def exact(self, masks: Mapping[str, MaskPlan]) -> dict[str, Density]:
@@ -78,7 +83,7 @@ class Densities:
             if len(self._known) > 4 * len(self.places) + 64:
                 self._known.clear()
             share = Fraction(kept, self.all[name])
-            self._known[name, mask] = Density(share, self._stored(name, keep), self.regular[name])
+            self._known[name, mask] = Density(share, self._stored(name, keep), self.regular[name], self.schemes[name])
         return self._known[name, mask]
 
     def _stored(self, name: str, keep: Units) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from jpq.costs import Clock
 from jpq.types import Labels, unknown
 
 
@@ -23,6 +24,10 @@ class Layer:
     reads_input: bool  # the model's input reaches it through nothing but moves and arithmetic with constants
     calls: int
     wrappable: bool = True  # only ever called as a torch Conv or Linear module: a selection can be put before it
+    stride: tuple[int, ...] = ()  # of the first call, as is
+    size: tuple[int, ...] = ()  # positions where the kernel is applied (dims of the output; transposed, of the input)
+    form: str = ""  # what it reads and hands on where all layers are quantized, such as "float>int8" (`network.forms`)
+    clock: Clock | None = None  # how long it takes, where a table says so (`network.timed`)
 
 
 @dataclass(frozen=True, eq=False)

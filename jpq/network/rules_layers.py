@@ -35,11 +35,16 @@ def conv(call: Call) -> Dims:
     else:
         outer = _dense(call, weight, name, inner, groups, transposed)
     call.bind(call["bias"], 0, outer)
-    positions = prod(shape_of(x) if transposed else call.shape) // (n_in if transposed else call.shape[at])
+    applied = shape_of(x) if transposed else call.shape
+    positions = prod(applied) // applied[at]
     n_out = len(outer)
     macs = positions * n_in * n_out * prod(shape[2:]) // groups
     kind = "conv_transpose" if transposed else "conv"
-    call.book.calls.append(LayerCall(call.node, name, kind, shape, groups, macs, _known(inner, n_in), outer))
+    stride = tuple(call["stride"])
+    stride = stride * (len(shape) - 2) if len(stride) == 1 else stride
+    call.book.calls.append(
+        LayerCall(call.node, name, kind, shape, groups, macs, _known(inner, n_in), outer, stride, applied[at + 1 :])
+    )
     return [*dims[:at], outer, *([None] * (len(dims) - at - 1))]
 
 
@@ -84,7 +89,8 @@ def linear(call: Call) -> Dims:
         for labels in (dims[-1], outer):
             call.freeze(labels, "inside nn.MultiheadAttention, whose code has fixed sizes; jpq.unpacked frees it")
     macs = prod(call.shape[:-1]) * prod(shape)
-    call.book.calls.append(LayerCall(call.node, name, "linear", shape, 1, macs, _known(dims[-1], shape[1]), outer))
+    seen, size = _known(dims[-1], shape[1]), call.shape[1:-1]
+    call.book.calls.append(LayerCall(call.node, name, "linear", shape, 1, macs, seen, outer, (), size))
     return [*dims[:-1], outer]
 
 

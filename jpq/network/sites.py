@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Size
 
 from jpq.network.labels import distinct
-from jpq.network.record import Network
+from jpq.network.record import Layer, Network
 from jpq.structures import Axis, Layout, Structure, parse
-from jpq.types import NONE, JpqError, Labels, unknown
+from jpq.types import DENSE, NONE, JpqError, Labels, unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,30 +87,52 @@ def _members(arrays: Sequence[Labels]) -> dict[int, tuple[int, ...]]:
     return {c: told[history[c]] for c in order}
 
 
-def masks(network: Network, structure: str, skip: Collection[str] = ()) -> tuple[Site, ...]:
-    """A site for each layer whose weight the structure fits: masks inside layers, which remove no channel.
+def masks(network: Network, structure: str | Mapping[str, str], skip: Collection[str] = ()) -> tuple[Site, ...]:
+    """A site for each layer with a mask inside, which removes no channel.
 
-    Layers in `skip` stay dense, so do weights that the structure refuses (4 x 4 kernels have no 3 x 3 pattern).
-    Raises JpqError for a structure that cannot be read, and for one that fits no layer, with the reason.
+    One structure goes to every layer whose weight it fits; what it refuses stays dense (4 x 4 kernels have no 3 x 3
+    pattern). A mapping gives each layer its own; layers that it leaves out, or calls `dense`, stay dense. So do layers
+    in `skip`. Raises JpqError for a structure that cannot be read, for one that fits no layer, with the reason, and for
+    a mapping to a structure that does not fit its layer.
     """
     known = [layer.name for layer in network.layers]
-    for name in skip:
+    mapped = not isinstance(structure, str)
+    for name in (*skip, *(structure if mapped else ())):
         if name not in known:
             raise unknown("layer", name, known)
     sites, refused = [], ""
     for layer in network.layers:
-        if layer.name in skip or layer.weight != f"{layer.name}.weight":
+        text = structure if isinstance(structure, str) else structure.get(layer.name, DENSE)
+        if layer.name in skip or (text == DENSE and mapped) or not (can_mask(layer) or mapped):
             continue
-        own = parse(structure, Layout(layer.kind == "conv_transpose", layer.groups))
+        own = parse(text, layout(layer))
         try:
             rows, n = own.shape(Size(layer.weight_shape))
+            if not can_mask(layer):
+                raise JpqError("its weight belongs to no module of its own; leave it dense.")
         except JpqError as reason:
             refused = str(reason)
+            if mapped:
+                raise JpqError(f"--structure {layer.name}={text}: {reason}") from reason
         else:
             sites.append(Site(layer.name, rows, n, (Tap(layer.name, own),), np.zeros(0, np.int64), (layer.name,)))
+    if not sites and mapped:
+        raise JpqError(
+            "Every layer is to stay dense, so nothing would be pruned: choose another --structure or a lower --density."
+        )
     if not sites:
         raise JpqError(f"--structure {structure} fits no layer of this model. {refused}")
     return tuple(sites)
+
+
+def can_mask(layer: Layer) -> bool:
+    """Whether a mask inside this layer is possible: its weight belongs to the module of its name."""
+    return layer.weight == f"{layer.name}.weight"
+
+
+def layout(layer: Layer) -> Layout:
+    """How the layer's weight lies."""
+    return Layout(layer.kind == "conv_transpose", layer.groups)
 
 
 def _tapped(network: Network) -> list[tuple[str, int, Labels]]:

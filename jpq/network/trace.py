@@ -17,6 +17,7 @@ from torch.fx import Node
 from jpq.network.accept import accepted
 from jpq.network.call import Book, Call, Dims, LayerCall, outputs, shape_of
 from jpq.network.check import runs_smaller
+from jpq.network.forms import forms
 from jpq.network.labels import distinct
 from jpq.network.read import Example, arguments, batch_of, exported
 from jpq.network.record import Layer, Network
@@ -204,7 +205,8 @@ def record(book: Book, unknown_ops: list[str], batch: int, idle: Collection[str]
     if any(len(shape_of(call.node.all_input_nodes[0])) < len(call.shape) for call in book.calls):
         batch = 1  # the example is one sample without a batch dim
     find = book.classes.find
-    layers = tuple(_layer(weight, calls, batch, owners, book) for weight, calls in grouped.items())
+    shown = forms([call.node for call in book.calls])
+    layers = tuple(_layer(w, calls, batch, owners, book, shown[calls[0].node]) for w, calls in grouped.items())
     axes: dict[str, dict[int, Labels]] = {
         name: {d: find(labels) for d, labels in dims.items() if (labels >= 0).any()} for name, dims in book.axes.items()
     }
@@ -220,7 +222,7 @@ def record(book: Book, unknown_ops: list[str], batch: int, idle: Collection[str]
     )
 
 
-def _layer(weight: str, calls: list[LayerCall], batch: int, owners: list[str], book: Book) -> Layer:
+def _layer(weight: str, calls: list[LayerCall], batch: int, owners: list[str], book: Book, shown: str) -> Layer:
     owner, first = weight.rpartition(".")[0], calls[0]
     return Layer(
         name=owner if owner and owners.count(owner) == 1 else weight,
@@ -234,6 +236,9 @@ def _layer(weight: str, calls: list[LayerCall], batch: int, owners: list[str], b
         reads_input=any(book.origins[call.node.all_input_nodes[0]] == "input" for call in calls),
         calls=len(calls),
         wrappable=all(_is_own(call.node, owner, book.model) for call in calls),
+        stride=first.stride,
+        size=first.size,
+        form=shown,
     )
 
 

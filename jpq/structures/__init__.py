@@ -5,7 +5,7 @@ from jpq.structures.base import Structure
 from jpq.structures.block import Block, BlockPunched
 from jpq.structures.elementwise import Elementwise
 from jpq.structures.layout import Layout
-from jpq.structures.parse import STRUCTURES, parse
+from jpq.structures.parse import STRUCTURES, by_layer, parse
 from jpq.structures.pattern import KernelPattern
 from jpq.structures.per_output import PerOutput
 from jpq.structures.slices import Filters, Inputs, Kernels
@@ -25,5 +25,6 @@ __all__ = [
     "PerOutput",
     "Structure",
     "Window",
+    "by_layer",
     "parse",
 ]

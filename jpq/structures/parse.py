@@ -56,3 +56,21 @@ def parse(text: str, layout: Layout = PLAIN) -> Structure:
     if len(numbers) not in named.numbers or not all(re.fullmatch(legal, n) for n in numbers):
         raise JpqError(f"Cannot read structure '{text}': write {named.form}.")
     return named.make(*(None if n == "*" else int(n) for n in numbers), layout=layout)
+
+
+def by_layer(text: str) -> dict[str, str]:
+    """{layer: structure} of a text such as `conv1=pattern,fc=block:8x1`; empty where it names one structure for all.
+
+    Layers that it leaves out are dense, so are those that it calls `dense`. Raises JpqError for text that is neither,
+    with the form; what the structures say is for `parse` to read.
+    """
+    if "=" not in text:
+        return {}
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        name, _, structure = (side.strip() for side in part.partition("="))
+        if not name or not structure or name in found:
+            why = f"'{name}' stands there twice" if name in found else f"'{part.strip()}' is no LAYER=STRUCTURE"
+            raise JpqError(f"Cannot read structure '{text}': {why}. Write it like conv1=pattern,fc=block:8x1.")
+        found[name] = structure
+    return found

@@ -1,0 +1,94 @@
+"""How long models take in onnxruntime on this machine: all in one process, in turns, so that noise hits all alike."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from jpq.types import JpqError
+
+TYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
+
+
+class Runner:
+    """An ONNX model with one random sample bound to its inputs; calling it computes the outputs and drops them."""
+
+    def __init__(self, model: Path | onnx.ModelProto, threads: int = 1):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+        try:
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime has a class of its own for every kind of failure
+            raise JpqError(f"onnxruntime cannot load {_name(model)}: {str(error).splitlines()[0]}") from error
+        self._binding = self._session.io_binding()
+        rng = np.random.default_rng(0)
+        self.shapes: list[tuple[int, ...]] = []  # of one sample, for each input
+        for x in self._session.get_inputs():
+            if x.type not in TYPES:
+                raise JpqError(f"{_name(model)}: input '{x.name}' is a {x.type}; {', '.join(TYPES)} can be made up.")
+            sides = [n if isinstance(n, int) and n > 0 else 1 for n in x.shape]  # a free batch: one sample
+            self.shapes.append(tuple(sides))
+            kind = TYPES[x.type]
+            drawn = rng.normal(size=sides) if kind is np.float32 else rng.integers(0, 2, sides)
+            self._binding.bind_cpu_input(x.name, np.ascontiguousarray(drawn.astype(kind)))
+        for y in self._session.get_outputs():
+            self._binding.bind_output(y.name, "cpu")
+
+    def __call__(self) -> None:
+        """Compute once."""
+        self._session.run_with_iobinding(self._binding)
+
+
+def take_turns(
+    runners: Sequence[Callable[[], None]], rounds: int, tell: Callable[[int], None] = lambda calls: None
+) -> np.ndarray:
+    """[runners, rounds]: seconds of calls. Each round every runner warms up with one call and is timed in the next."""
+    seconds = np.zeros((len(runners), rounds))
+    for _ in range(2):
+        for run in runners:
+            run()
+    for i in range(rounds):
+        for j, run in enumerate(runners):
+            run()
+            start = time.perf_counter()
+            run()
+            seconds[j, i] = time.perf_counter() - start
+        tell(len(runners))
+    return seconds
+
+
+def kernels(model: Path | onnx.ModelProto) -> Counter[str]:
+    """How often each kind of node is in the graph that onnxruntime runs, after its own optimisation."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+        onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
+    return Counter(node.op_type for node in graph.node)
+
+
+def hardware() -> str:
+    """This machine's processor and number of cores."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = [line.partition(":") for line in info.read_text().splitlines()]
+        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
+    return f"{name} ({platform.machine()}), {os.cpu_count()} cores"
+
+
+def _name(model: Path | onnx.ModelProto) -> str:
+    return "this layer" if isinstance(model, onnx.ModelProto) else str(model)

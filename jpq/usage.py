@@ -1,0 +1,56 @@
+"""What the command line says of itself: commands, examples, and what stands for a flag's value on a help page."""
+
+from __future__ import annotations
+
+COMMANDS = {
+    "optimize": "Prune and quantize a model together, onto a budget.",
+    "prune-private": "Prune a trained model without any data; the mask is for jpq optimize --mask.",
+    "inspect": "What jpq sees in a model: layers, channels that can go, parts that must stay, and costs.",
+    "evaluate": "Accuracy of a model that an earlier run saved.",
+    "bench": "Measure a model's layers into a table of latencies, or exported models against one.",
+    "methods": "The methods, what each decides, and when to choose it.",
+}
+EXAMPLES = {
+    "optimize": (
+        "jpq optimize --target-bops 1%",
+        "jpq optimize --model resnet20 --weights w.th --data cifar10 --target-bops 0.9%",
+        "jpq optimize --target-bops 12M --target-size 50KB --method djpq-pow2",
+        "jpq optimize --config runs/0123456789ab/config.toml --seed 1",
+    ),
+    "prune-private": (
+        "jpq prune-private --model resnet20 --weights w.th --synthetic --out private",
+        "jpq optimize --mask private --model resnet20 --weights w.th --data cifar10 --target-bops 0.5%",
+    ),
+    "inspect": (
+        "jpq inspect --model lenet5 --data fashion-mnist",
+        "jpq inspect --model torchvision:densenet121 --all",
+        "jpq inspect --model torchvision:r3d_18 --input-shape 3 16 112 112",
+    ),
+    "evaluate": ("jpq evaluate runs/0123456789ab",),
+    "bench": (
+        "jpq bench --table convnet.csv --model convnet",
+        "jpq bench --table resnet20.csv --model resnet20 --data cifar10 --threads 2",
+        "jpq bench runs/0123456789ab --table resnet20.csv",
+        "jpq bench runs/0123456789ab/model.onnx other.onnx",
+    ),
+    "methods": ("jpq methods",),
+}
+METAVARS = {
+    name: shown
+    for shown, names in {
+        "COST": "target_bops target_macs",
+        "SIZE": "target_size",
+        "TIME": "target_latency",
+        "MIN MAX": "w_bits a_bits",
+        "SHARE": "density",
+        "INT": "limit",
+        "CLASSES": "classes",
+        "C H W": "input_shape",
+        "[LAYER ...]": "skip",
+        "FILE": "weights config mask latency_table table",
+        "FOLDER": "data_root out",
+        "[RUN_FOLDER|FILE.onnx ...]": "what",
+        "NAME": "method score schedule allocator structure width model data device cost like proxy inputs",
+    }.items()
+    for name in names.split()
+}

@@ -1,0 +1,204 @@
+"""Measuring: what is measured, the files that come of it, and exported models that run integer kernels."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pandas as pd
+import pytest
+import torch
+from test_cli import refused
+from torch import nn
+
+import jpq
+from jpq import bench
+from jpq.cli import main
+from jpq.config import Budget, Config, Run, Task, Train
+from jpq.costs.table import Shape
+from jpq.exporters import onnx as exporter
+from jpq.exporters.alone import layer_model
+from jpq.exporters.onnx import Session
+from jpq.exporters.timing import Runner, kernels, take_turns
+from jpq.exporters.verify import compare
+from jpq.models import build
+from jpq.network.timed import shape, timed
+from jpq.network.trace import trace
+from jpq.recipe import optimize
+
+EXAMPLE = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+CONVNET = trace(build("convnet", 10, 1), EXAMPLE)
+ENTRIES = bench.measure(CONVNET, "convnet", repeats=5)
+
+
+def small(bits, change=lambda norm: None):
+    """A quantized convnet whose normalisations do something, and a file of it."""
+    torch.manual_seed(0)
+    model = build("convnet", 10, 1)
+    for norm in [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]:
+        norm.weight.data.normal_()  # half of the gains are negative
+        norm.bias.data.normal_(0, 0.2)
+        norm.running_mean.normal_(0, 0.2)
+        norm.running_var.uniform_(0.5, 2)
+        change(norm)
+    joint = jpq.compress(model, EXAMPLE, method="uniform", bops="100%", w_bits=(bits, bits), a_bits=(bits, bits))
+    return joint.finalize()
+
+
+def ops(path):
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_folded_normalisations_change_nothing_but_the_kernels(bits, tmp_path):
+    model, path = small(bits), tmp_path / "m.onnx"
+    exporter.export(model, EXAMPLE, path)
+    assert "BatchNormalization" not in ops(path)
+    assert kernels(path)["QLinearConv"] == 1  # the one conv between integers; the others meet pooling or the image
+    found = compare(model, Session(path, optimised=False), [(EXAMPLE, None)])
+    assert found["argmax_agreement"] == 1
+    assert found["at_a_rounding_boundary"] <= 1
+    stored = [onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer if t.name.endswith(".integers")]
+    assert len(stored) == 3
+    assert all(abs(int(w.min())) <= 2 ** (bits - 1) - 1 for w in stored)
+
+
+def test_a_gain_of_zero_is_left_alone(tmp_path):
+    model, path = small(8, lambda norm: norm.weight.data[:1].zero_()), tmp_path / "m.onnx"
+    exporter.export(model, EXAMPLE, path)
+    assert ops(path).count("BatchNormalization") == 3
+    assert compare(model, Session(path, optimised=False), [(EXAMPLE, None)])["argmax_agreement"] == 1
+
+
+def test_every_distinct_layer_is_measured_in_float_and_as_int8():
+    bits = {(e.shape, e.bits) for e in ENTRIES}
+    assert bits == {(shape(x), b) for x in CONVNET.layers for b in (8, 32)}
+    assert all(0 < e.ms < 100 for e in ENTRIES)
+    first = {e.inputs for e in ENTRIES if e.shape == shape(CONVNET.layers[0])}
+    last = {e.outputs for e in ENTRIES if e.shape == shape(CONVNET.layers[-1])}
+    assert (first, last) == ({1}, {10})  # no channel of the image or of the classes can go
+    inner = {(e.inputs, e.outputs) for e in ENTRIES if e.shape == shape(CONVNET.layers[1])}
+    assert inner == {(i, o) for i in (1, 9, 17, 25, 32) for o in (1, 17, 33, 49, 64)}
+    timed(CONVNET, bench.Table("t", tuple(ENTRIES)))  # every layer finds its lines
+
+
+@pytest.mark.parametrize(
+    ("form", "integer"),
+    [(None, False), ("float>int8", True), ("int8>int8", True), ("int8>float", False), ("float>float", False)],
+)
+def test_integers_on_both_sides_make_an_integer_kernel(form, integer):
+    conv = Shape("conv", 1, (3, 3), (1, 1), (8, 8))
+    assert kernels(layer_model(conv, 16, 32, 2, form))["QLinearConv"] == (2 if integer else 0)
+    linear = Shape("linear", 1, (), (), ())
+    assert kernels(layer_model(linear, 16, 32, 2, form))["QGemm"] == (2 if integer else 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "inputs", "outputs"),
+    [
+        (Shape("conv", 1, (3, 3), (2, 2), (7, 7)), 5, 9),
+        (Shape("conv", 4, (1, 1), (1, 1), (4, 4)), 8, 12),
+        (Shape("conv", 1, (5,), (2,), (9,)), 3, 4),
+        (Shape("conv", 1, (3, 3, 3), (1, 2, 2), (4, 4, 4)), 3, 4),
+        (Shape("conv", 1, (2, 2), (2, 2), (4, 4)), 3, 4),
+        (Shape("depthwise", 1, (3, 3), (1, 1), (6, 6)), 7, 7),
+        (Shape("conv_transpose", 1, (2, 2), (2, 2), (5, 5)), 6, 4),
+        (Shape("linear", 1, (), (), (12,)), 6, 4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", [None, "float>int8", "int8>float"])
+def test_the_layer_alone_does_the_work_of_the_layer(key, inputs, outputs, form):
+    model = layer_model(key, inputs, outputs, 2, form)
+    session = Runner(model)
+    out = session._session.run(
+        None, {"x": np.zeros(session.shapes[0], np.uint8 if form and form[0] == "i" else np.float32)}
+    )
+    places = (
+        key.size if key.kind != "conv_transpose" else tuple(n * s for n, s in zip(key.size, key.stride, strict=True))
+    )
+    assert len(out) == 2
+    assert out[0].shape == ((12, outputs) if key.kind == "linear" else (1, outputs, *places))
+
+
+def test_layers_of_a_depthwise_network_are_known_by_their_own_names():
+    network = trace(
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 3, 2)), torch.randn(2, 3, 9, 9)
+    )
+    assert [str(shape(x)) for x in network.layers] == [
+        "conv 1x1 stride 1x1 at 9x9", "depthwise 3x3 stride 1x1 at 7x7", "conv 3x3 stride 2x2 at 3x3",
+    ]  # fmt: skip
+    entries = bench.measure(network, "own", repeats=2)
+    assert {(e.inputs, e.outputs) for e in entries if e.shape.kind == "depthwise"} == {(n, n) for n in (1, 3, 5, 7, 8)}
+    timed(network, bench.Table("t", tuple(entries)))
+
+
+def test_turns_are_taken_in_order_and_the_timed_call_is_warm():
+    seen = []
+    seconds = take_turns([lambda: seen.append("a"), lambda: seen.append("b")], 3)
+    assert seen == list("abab") + list("aabb") * 3
+    assert seconds.shape == (2, 3)
+    assert (seconds > 0).all()
+
+
+def test_a_run_from_the_table_to_the_measured_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "--table", "t.csv", "--model", "convnet", "--repeats", "5"]) == 0
+    assert "120 measurements of 4 kinds of layers" in capsys.readouterr().out
+    table = pd.read_csv("t.csv")
+    assert {"hardware", "onnxruntime", "threads", "n", "kernels"} <= set(table)
+    train = Train(epochs=2, float_epochs=1)
+    budget = Budget(target_latency="90%", target_bops="5%", latency_table=Path("t.csv"))
+    result = optimize(Config(Task(limit=200), budget, train=train, run=Run(out=Path("runs"))))
+    assert all(t["used"] <= 1 for t in result.targets.values())
+    assert max(t["used"] for t in result.targets.values()) >= 0.97 or result.notes
+    assert sum(x.latency_ms for x in result.layers) == pytest.approx(result.compressed.latency_ms)
+    assert result.compressed.latency_ms <= 0.9 * result.float.latency_ms
+    stored = json.loads((result.folder / "result.json").read_text())
+    assert stored["latency"]["predicted_ms"] == pytest.approx(result.compressed.latency_ms)
+    assert stored["latency"]["measured_ms"] > 0
+    assert "latency_ms" in pd.read_csv(result.folder / "layers.csv")
+    assert bench.predicted(result.folder, bench.read_table(Path("t.csv"))) == pytest.approx(
+        result.compressed.latency_ms
+    )
+    capsys.readouterr()
+    assert main(["bench", str(result.folder), str(result.folder / "model.onnx"), "--repeats", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "times as long" in out
+    assert out.count("in onnxruntime") == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["bench"], "Nothing to measure"),
+        (["bench", "--model", "convnet"], "Say where the table goes"),
+        (["bench", "--model", "convnet", "--table", "no/folder/t.csv"], "a file in a folder that is there"),
+        (["bench", "--model", "convnett", "--table", "t.csv", "--data", "digits"], "Did you mean convnet"),
+        (["bench", "--model", "convnet", "--table", "t.csv", "--threads", "0"], "at least one"),
+        (["bench", "nothing.onnx"], "nothing.onnx is not there"),
+        (["bench", "text.onnx"], "onnxruntime cannot load text.onnx"),
+        (["bench", "empty", "--table", "text.onnx"], "text.onnx is no table of latencies"),
+        (["optimize", "--target-latency", "3ms"], "run jpq bench --table"),
+        (
+            ["optimize", "--target-latency", "3ms", "--latency-table", "none.csv"],
+            "Cannot read the latency table none.csv",
+        ),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_bad_input_is_one_sentence(args, why, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.onnx").write_text("no model")
+    Path("empty").mkdir()
+    assert why in refused(args, capsys)
+
+
+def test_impossible_latency_is_named_before_anything_is_trained(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bench.write_table(ENTRIES, Path("t.csv"))
+    args = ["optimize", "--target-latency", "50ns", "--latency-table", "t.csv", "--out", "runs"]
+    line = refused(args, capsys)
+    assert "smallest possible is" in line
+    assert " ms" in line
+    assert not list(Path("runs").rglob("float.safetensors"))

@@ -1,0 +1,614 @@
+"""Detectors: what saliency is (worked by hand, ablated, differentiated), and the way to a smaller detector and back."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models import detection as zoo
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.ssdlite import SSDLiteHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+import jpq
+from jpq import average_precision as ap
+from jpq import detection
+from jpq.allocators.salient import FLOOR, Scene, rank_everywhere, saliency
+from jpq.budget import targets
+from jpq.exporters import law, verify
+from jpq.exporters.onnx import Session
+from jpq.gates import Ranked
+from jpq.quantizers import Fixed
+from jpq.scores import CamSaliency, Evidence, Saliency, SiteView
+from jpq.scores.saliency import inside, utility
+from jpq.types import JpqError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
+import shapes
+
+SITE = SiteView("site", torch.zeros(1, 0))
+SIDE = 64
+
+
+def evidence(a, g):
+    return Evidence(torch.tensor(a).double(), activation_gradients=torch.tensor(g).double())
+
+
+# the formulas
+
+
+def test_worked_by_hand():
+    seen = evidence([[[[1, 2], [0, 1]]]], [[[[0.5, -0.25], [1, 2]]]])
+    assert Saliency()(SITE, seen).item() == 0.75  # .5, .5, 0, 2 over four places; the signed sum is 2
+    assert CamSaliency()(SITE, seen).item() == 0.875  # w = mean(.5, 0, 1, 2) = .875, times 4 / 4
+
+
+@pytest.mark.parametrize("score", [Saliency(), CamSaliency()])
+def test_a_unit_and_its_reader_may_trade_scale(score):
+    torch.manual_seed(0)
+    a, g = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    s = torch.tensor([0.1, 1.0, 30.0])[:, None, None]
+    plain = score(SITE, Evidence(a, activation_gradients=g))
+    assert torch.allclose(score(SITE, Evidence(a * s, activation_gradients=g / s)), plain, rtol=1e-5)
+
+
+def test_utility_counts_the_best_boxes_of_each_image():
+    scores = torch.tensor([[0.1, 0.9, 0.5], [0.2, 0.2, 0.3]])
+    assert utility(scores, 2).item() == pytest.approx(0.9 + 0.5 + 0.3 + 0.2)
+    assert utility(scores).item() == pytest.approx(float(scores.sum())), "no more than there are"
+
+
+def test_only_what_lies_inside_objects():
+    """An 80 x 40 image (height x width) on an 8 x 4 map: places of 10 x 10; the box 10..20 grows by 1/2 each way."""
+    mask = inside([torch.tensor([[10.0, 10, 20, 20]]), torch.zeros(0, 4)], (80, 40), (8, 4))
+    assert mask.shape == (2, 1, 8, 4)
+    assert mask[0, 0].nonzero().tolist() == [[y, x] for y in (0, 1, 2) for x in (0, 1, 2)]
+    assert not mask[1].any()
+
+
+def test_saliency_without_gradients():
+    with pytest.raises(JpqError, match=r"'site' has none. Rank with jpq.detection.rank"):
+        Saliency()(SITE, Evidence(torch.zeros(1, 1, 2, 2)))
+
+
+# on networks
+
+
+class Tiny(nn.Module):
+    """A detector in small: two towers on one feature map, class scores and boxes."""
+
+    def __init__(self, act=nn.Softplus):
+        super().__init__()
+        self.a, self.norm, self.act = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), act()
+        self.scores, self.out = nn.Conv2d(6, 5, 1), nn.Conv2d(5, 2, 1)
+        self.boxes, self.corners = nn.Conv2d(6, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.act(self.norm(self.a(x)))
+        return {"cls": self.out(self.act(self.scores(x))), "box": self.corners(self.act(self.boxes(x)))}
+
+
+def top(out):
+    return utility(out["cls"].sigmoid().flatten(1), 10)
+
+
+def all_of_it(out):
+    return out["cls"].sum()
+
+
+X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+
+
+def tiny(act=nn.Softplus):
+    torch.manual_seed(0)
+    model = Tiny(act).double().eval()
+    network = jpq.trace(model, X)
+    return model, network, jpq.channels(network)
+
+
+def test_a_channel_that_nobody_reads_is_worth_nothing():
+    model, network, sites = tiny()
+    with torch.no_grad():
+        model.scores.weight[:, 2] = 0  # boxes still read it
+    found = saliency(model, network, sites, [Scene(X, top)])["a"]
+    assert found[2] == 0
+    assert found[[0, 1, 3, 4, 5]].min() > 0
+
+
+def test_box_outputs_change_nothing_and_what_feeds_only_them_is_no_part_of_the_ranking():
+    model, network, sites = tiny()
+    before = saliency(model, network, sites, [Scene(X, top)])
+    with torch.no_grad():
+        model.corners.weight.normal_()
+    after = saliency(model, network, sites, [Scene(X, top)])
+    assert before["boxes"] is None
+    assert before["a"].tolist() == after["a"].tolist()
+    assert before["scores"].tolist() == after["scores"].tolist()
+
+
+def test_batches_do_not_matter_nor_does_the_mode_of_the_model():
+    model, network, sites = tiny()
+    whole = saliency(model, network, sites, [Scene(X, top)])
+    model.train()  # batch statistics would mix the images
+    singles = saliency(model, network, sites, [Scene(X[:1], top), Scene(X[1:], top)])
+    again = saliency(model, network, sites, [Scene(x[None], top) for x in X])
+    assert model.training
+    for name in ("a", "scores"):
+        assert torch.allclose(whole[name], singles[name], rtol=1e-9)
+        assert torch.allclose(whole[name], again[name], rtol=1e-9)
+        assert whole[name].square().mean() == pytest.approx(1), "normalised by layer"
+
+
+def ablated(model, layer, c):
+    """How much `all_of_it` falls when the reader of channel c reads 0 instead."""
+    with torch.no_grad():
+        weight, full = model.get_submodule(layer).weight, all_of_it(model(X))
+        was = weight[:, c].clone()
+        weight[:, c] = 0
+        less = all_of_it(model(X))
+        weight[:, c] = was
+    return float(full - less)
+
+
+def test_where_all_terms_have_one_sign_it_is_the_change_on_removal():
+    """Linear after the channel, positive maps and weights: I_c is the share of what is lost."""
+    model, network, sites = tiny()
+    with torch.no_grad():
+        model.out.weight.abs_()
+    found = saliency(model, network, sites, [Scene(X, all_of_it)])["scores"]
+    lost = torch.tensor([ablated(model, "out", c) for c in range(5)]).double()
+    assert torch.allclose(found, lost / lost.square().mean().sqrt(), rtol=1e-6)
+
+
+def test_it_is_never_less_than_the_first_order_change():
+    torch.manual_seed(1)
+    a, g = torch.randn(3, 7, 5, 5), torch.randn(3, 7, 5, 5)
+    bound = 25 * Saliency()(SITE, Evidence(a, activation_gradients=g))[0] * 3
+    assert (bound >= (a * g).sum((0, 2, 3)).abs()).all()
+
+
+def test_the_informative_channel_ranks_first():
+    model, network, sites = tiny()
+    with torch.no_grad():
+        model.scores.weight.mul_(0.01)
+        model.scores.weight[:, 4] = 3.0
+    assert int(saliency(model, network, sites, [Scene(X, top)])["a"].argmax()) == 4
+
+
+class Reused(nn.Module):
+    """One tensor is read before and after its activation, which may overwrite it."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1), nn.Conv2d(4, 3, 1)
+        self.act = nn.ReLU(inplace)
+
+    def forward(self, x):
+        x = self.a(x)
+        early = self.b(x)
+        return early + self.c(self.act(x))
+
+
+def test_members_are_normalised_one_by_one():
+
+    torch.manual_seed(0)
+    model = Reused(inplace=False).double().eval()
+    network = jpq.trace(model, X)
+    (site,) = jpq.channels(network)
+    model.requires_grad_(False)
+    found = saliency(model, network, (site,), [Scene(X, torch.sum)])[site.name]
+    a = model.a(X).requires_grad_()
+    r = a.relu()
+    r.retain_grad()
+    (model.b(a) + model.c(r)).sum().backward()
+    members = [(t.detach() * t.grad).abs().mean((0, 2, 3)) for t in (a, r)]
+    assert torch.allclose(found, sum(m / m.square().mean().sqrt() for m in members) / 2, rtol=1e-9)
+
+
+def test_what_is_overwritten_has_no_gradient():
+    model = Reused(inplace=True).double().eval()
+    network = jpq.trace(model, X)
+    with pytest.raises(JpqError, match=r"cannot be differentiated.*inplace=False"):
+        saliency(model, network, jpq.channels(network), [Scene(X, torch.sum)])
+
+
+def test_layers_that_read_the_same_tensor_share_its_whole_gradient():
+    """Two heads that want the opposite: what they read is worth nothing, not twice as much."""
+
+    class Opposed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.b(x) + self.c(x)
+
+    torch.manual_seed(0)
+    model = Opposed().double().eval()
+    network = jpq.trace(model, X)
+    (site,) = jpq.channels(network)
+    with torch.no_grad():
+        model.c.weight[:, 1:] = -model.b.weight[:, 1:]
+    found = saliency(model, network, (site,), [Scene(X, torch.sum)])[site.name]
+    assert found.tolist() == pytest.approx([2, 0, 0, 0], abs=1e-9)
+
+
+def test_nothing_to_look_at():
+    model, network, sites = tiny()
+    with pytest.raises(JpqError, match="at least one batch"):
+        saliency(model, network, sites, [])
+
+
+# detectors
+
+
+class Stages(nn.Module):
+    """A backbone of two maps."""
+
+    def __init__(self):
+        super().__init__()
+        block = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU6(True))  # noqa: E731
+        self.first, self.second = nn.Sequential(block(3, 16), block(16, 24), block(24, 32)), block(32, 40)
+
+    def forward(self, x):
+        fine = self.first(x)
+        return OrderedDict([("0", fine), ("1", self.second(fine))])
+
+
+def small_ssd():
+    """torchvision's SSD with SSDlite's heads, on a backbone of four layers."""
+    torch.manual_seed(0)
+    anchors = DefaultBoxGenerator([[2, 3]] * 2, min_ratio=0.2, max_ratio=0.9)
+    head = SSDLiteHead([32, 40], anchors.num_anchors_per_location(), 4, nn.BatchNorm2d)
+    return scrambled(SSD(Stages(), anchors, (SIDE, SIDE), 4, head=head, image_mean=[0.5] * 3, image_std=[0.5] * 3))
+
+
+def ssdlite():
+    torch.manual_seed(0)
+    side = SIDE
+    model = zoo.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)
+    model.transform = GeneralizedRCNNTransform(
+        side, side, [0.5] * 3, [0.5] * 3, size_divisible=1, fixed_size=(side, side)
+    )
+    return scrambled(model)
+
+
+def scrambled(model):
+    """With weights that hand the image on: fresh ones drown it."""
+    law.scramble(detection.core(model), torch.randn(2, 3, SIDE, SIDE).double())
+    return model.float().eval()
+
+
+def photographs(n=2, seed=0):
+    data = shapes.make(n, seed)
+    images, wanted = next(data.batches(n))
+    return [F.avg_pool2d(x, 2) for x in images], [{**t, "boxes": t["boxes"] / 2} for t in wanted]
+
+
+@pytest.fixture(scope="module", params=[small_ssd, pytest.param(ssdlite, marks=pytest.mark.slow)])
+def pruned(request):
+    """A ranked and landed detector: (detector, core, masked, small, images)."""
+    detector = request.param()
+    images, wanted = photographs()
+    part, x = detection.core(detector), detection.prepared(detector, images)
+    network = jpq.trace(part, x)
+    sites, boxes_only = detection.rankable(detector, part, network, jpq.channels(network), x)
+    assert boxes_only == ()
+    net = jpq.attach(part, network, sites, Ranked, lambda _: (Fixed(8), Fixed(8)), [x], "saliency")
+    detection.rank(net, detector, [(images, wanted)])
+    net.settle(jpq.land(net, targets({"bops": "3%"}, net.exact())))
+    return detector, part, net.eval(), jpq.rebuild(net, part)[0], images
+
+
+def same(one, other, tolerance):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert len(a["boxes"]) > 0
+        assert a["labels"].tolist() == b["labels"].tolist()
+        assert torch.allclose(a["scores"], b["scores"], rtol=tolerance)
+        assert torch.allclose(a["boxes"], b["boxes"], rtol=tolerance, atol=tolerance)
+
+
+def test_the_core_gives_the_detectors_own_detections():
+    detector = small_ssd()
+    images, _ = photographs()
+    part = detection.core(detector)
+    with torch.no_grad():
+        dense = detector(images)
+        same(detection.around(detector, part)(images), dense, 0)
+        same(detection.around(detector, lambda x: part(x))(images), dense, 0)
+
+
+def test_backbone_and_heads_are_pruned_and_the_heads_outputs_keep_their_width(pruned):
+    _, part, _, small, _ = pruned
+    wide, narrow = dict(part.named_parameters()), dict(small.named_parameters())
+    less = {name for name in wide if narrow[name].numel() < wide[name].numel()}
+    assert any(name.startswith("backbone") for name in less)
+    for head in ("classification_head", "regression_head"):
+        assert f"head.{head}.module_list.0.0.0.weight" in less
+        last = f"head.{head}.module_list.0.1.weight"
+        assert last in less
+        assert narrow[last].shape[0] == wide[last].shape[0]
+
+
+def test_masked_rebuilt_and_exported_core_detect_the_same(pruned, tmp_path):
+    detector, _, net, small, images = pruned
+    x = detection.prepared(detector, images)
+    path = tmp_path / "core.onnx"
+    jpq.export_onnx(small, x, path)
+    found = jpq.verify(net, small, path, [(x, None)], x)
+    assert found["masked_vs_rebuilt_float64"] <= 1e-9
+    assert found["rebuilt_vs_onnxruntime"]["argmax_differs"] == 0
+    assert jpq.measure(small, x)["bops"] == jpq.costs.bops(net.exact())
+    with torch.no_grad():
+        rebuilt = detection.around(detector, small)
+        outside = detection.around(detector, Session(path, optimised=False))
+        same(outside(images), rebuilt(images), 1e-4)
+
+
+@torch.no_grad()
+def test_masked_and_rebuilt_detector_in_float64(pruned):
+    detector, _, net, small, images = pruned
+    wide = [x.double() for x in images]
+    models = [detection.around(detector, copy.deepcopy(part)).double() for part in (net, small)]
+    same(*(model(wide) for model in models), 1e-9)
+
+
+def test_the_smaller_detector_trains_and_the_first_stays_as_it_was(pruned):
+    detector, part, _, small, images = pruned
+    before = {name: t.clone() for name, t in detector.state_dict().items()}
+    _, wanted = photographs()
+    assert verify.difference(detector.backbone, part.backbone, detection.prepared(detector, images)) == 0
+    own = copy.deepcopy(small)  # training moves batch statistics
+    smaller = detection.around(detector, own).train()
+    sum(smaller(images, wanted).values()).backward()
+    assert all(p.grad is not None for p in own.head.parameters())
+    assert all(torch.equal(t, before[name]) for name, t in detector.state_dict().items())
+
+
+def test_a_core_under_compression_trains_inside_the_detector(pruned):
+    detector, _, net, small, images = pruned
+    _, wanted = photographs()
+    losses = []
+    for part in (net, small):
+        model = detection.around(detector, part).train()
+        part.eval()  # fixed batch statistics, so that both compute the same; part of `model`, which stays in training
+        losses.append({k: float(v.detach()) for k, v in model(images, wanted).items()})
+    assert losses[0].keys() == {"bbox_regression", "classification"}
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)  # rounding boundaries
+
+
+def test_the_same_images_give_the_same_ranking_and_the_floor_goes_last(pruned):
+    detector, part, _, _, images = pruned
+    x = detection.prepared(detector, images)
+    network = jpq.trace(part, x)
+    sites = jpq.channels(network)
+    net = jpq.attach(part, network, sites, Ranked, lambda _: (Fixed(8), Fixed(8)), [x], "saliency")
+    margins = []
+    for _ in range(2):
+        detection.rank(net, detector, [(images, None)])
+        margins.append([g.margins.clone() for g in net.gates])
+    assert all(torch.equal(a, b) for a, b in zip(*margins, strict=True))
+    for site, gate in zip(net.sites, net.gates, strict=True):
+        assert int((gate.margins > 1).sum()) == max(FLOOR, round(0.1 * site.n))
+    places = torch.cat([torch.where(g.margins > 1, g.margins - 1, g.margins).flatten() for g in net.gates])
+    assert torch.allclose(places.sort().values, torch.arange(1, len(places) + 1) / len(places), atol=1e-6)
+
+
+def test_coupled_members_lose_the_same_channels(pruned):
+    _, _, net, small, _ = pruned
+    readers = [f"head.{head}_head.module_list.0.1" for head in ("regression", "classification")]
+    (site,) = (s for s in net.sites if set(readers) <= {tap.layer for tap in s.taps})
+    kept = sum(net.plan().kept[site.name])
+    assert kept < site.n
+    assert {small.get_submodule(name).weight.shape[1] for name in readers} == {kept}
+    assert {small.get_submodule(name).weight.shape[0] for name in site.makers} == {kept}, "depthwise in the heads too"
+
+
+def test_confidence():
+    logits = torch.tensor([[[2.0, 1.0, 0.0], [0.0, 0.0, 4.0]]])
+    soft = detection.confidence(small_ssd(), {"cls_logits": logits})
+    assert soft[0].tolist() == pytest.approx(logits.softmax(-1)[0, [0, 1], [1, 2]].tolist()), "never the background"
+    labels = torch.tensor([[-1, 1]])
+    own = detection.confidence(small_ssd(), {"cls_logits": logits}, labels)
+    assert own[0].tolist() == pytest.approx([0, float(logits.softmax(-1)[0, 1, 1])])
+    plain = object()  # RetinaNet and FCOS: one sigmoid per class
+    centre = {"cls_logits": logits, "bbox_ctrness": torch.zeros(1, 2, 1)}
+    assert detection.confidence(plain, centre)[0].tolist() == pytest.approx((logits.sigmoid()[0].amax(-1) / 2).tolist())
+
+
+def test_assigned_boxes_are_those_of_the_training():
+    """As many boxes as `compute_loss` takes for foreground, with the class of the object that they overlap most."""
+    detector = small_ssd()
+    images, wanted = photographs(3)
+    labels = detection.assigned(detector, images, wanted)
+    seen = []
+    compute = detector.compute_loss
+    detector.compute_loss = lambda *a: (seen.extend(a[3]), compute(*a))[1]
+    detector.train()(images, wanted)
+    for row, matched, target in zip(labels, seen, wanted, strict=True):
+        expected = torch.where(matched >= 0, target["labels"][matched.clamp_min(0)], -1)
+        assert row.tolist() == expected.tolist()
+        assert (row > 0).sum() > len(target["labels"]) - 1
+
+
+@pytest.mark.parametrize("kwargs", [{"counts": "assigned"}, {"location": True}, {"boxes": 5}, {"score": CamSaliency()}])
+def test_variants_rank_differently(pruned, kwargs):
+    detector, part, _, _, images = pruned
+    _, wanted = photographs()
+    network = jpq.trace(part, detection.prepared(detector, images))
+    sites = jpq.channels(network)
+    plain, other = (
+        saliency(part, network, sites, detection.scenes(detector, [(images, wanted)], **k), score)
+        for k, score in [({}, None), ({k: v for k, v in kwargs.items() if k != "score"}, kwargs.get("score"))]
+    )
+    assert all((other[s.name] >= 0).all() for s in sites)
+    changed = [s.name for s in sites if not torch.allclose(plain[s.name], other[s.name])]
+    assert len(changed) >= len(sites) / 4, "places of 1 x 1 maps are always inside"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["retinanet_resnet50_fpn", "fcos_resnet50_fpn"])
+def test_towers_that_feed_only_boxes_are_named_and_stay(name):
+    torch.manual_seed(0)
+    build = zoo.__dict__[name]
+    detector = build(weights=None, weights_backbone=None, num_classes=4, min_size=SIDE, max_size=SIDE).eval()
+    detector.score_thresh = 0.0  # fresh weights are sure of nothing
+    images, _ = photographs(1)
+    part, x = detection.core(detector), detection.prepared(detector, images)
+    network = jpq.trace(part, x)
+    every = jpq.channels(network)
+    sites, boxes_only = detection.rankable(detector, part, network, every, x)
+    assert any(site.name.startswith("head.classification_head") for site in sites)
+    attach = lambda some: jpq.attach(part, network, some, Ranked, lambda _: (Fixed(8), Fixed(8)), [x], "saliency")  # noqa: E731
+    if name.startswith("fcos"):
+        assert boxes_only == (), "its boxes' tower gives centre-ness too, which is part of the score"
+    else:
+        assert boxes_only
+        assert all(name.startswith("head.regression_head") for name in boxes_only)
+        with pytest.raises(JpqError, match="feed only box outputs"):
+            detection.rank(attach(every), detector, [(images, None)])
+    net = attach(sites)
+    detection.rank(net, detector, [(images, None)])
+    net.settle(jpq.land(net, targets({"bops": "3%"}, net.exact())))
+    small, _ = jpq.rebuild(net.eval(), part)
+    assert verify.difference(net, small, x) <= 1e-9
+    with torch.no_grad():
+        smaller, through = detection.around(detector, small).double(), detection.around(detector, net).double()
+        same(smaller([images[0].double()]), through([images[0].double()]), 1e-9)
+
+
+# what cannot work
+
+
+def test_other_networks_are_refused():
+    with pytest.raises(JpqError, match=r"Linear is not a one-stage detector.*prune .backbone"):
+        detection.core(nn.Linear(2, 2))
+    with pytest.raises(JpqError, match="is not a one-stage detector"):
+        detection.around(nn.Linear(2, 2), nn.Linear(2, 2))
+
+
+def test_a_part_of_something_else_is_refused():
+    detector = small_ssd()
+    images, _ = photographs(1)
+    for other, says in (
+        (lambda x: (x, x, x), "gives 3; the detector.s head gives 2 outputs"),
+        (lambda x: {"out": x}, "gives out; the detector"),
+    ):
+        with pytest.raises(JpqError, match=says):
+            detection.around(detector, other)(images)
+
+
+def test_ways_to_count_and_targets_that_are_missing():
+    detector = small_ssd()
+    images, _ = photographs(1)
+    with pytest.raises(JpqError, match="no way 'best' to count"):
+        list(detection.scenes(detector, [(images, None)], counts="best"))
+    for kwargs in ({"counts": "assigned"}, {"location": True}):
+        with pytest.raises(JpqError, match=r"give batches of \(images, targets\)"):
+            list(detection.scenes(detector, [(images, None)], **kwargs))
+
+
+def test_a_site_without_a_value():
+    model, network, sites = tiny()
+    net = jpq.attach(model.float(), network, sites, Ranked, lambda _: (Fixed(8), Fixed(8)), [X.float()], "saliency")
+    found = saliency(net, network, sites, [Scene(X.float(), top)])
+    with pytest.raises(JpqError, match="such as 'boxes': they feed only box outputs"):
+        rank_everywhere(net, found)
+
+
+# average precision
+
+
+def brute_force(found, wanted, iou):
+    """AP of one class: for every recall that is reached, the best precision at that recall or beyond, by definition."""
+    flat = sorted(
+        ((float(s), i, b) for i, d in enumerate(found) for s, b in zip(d["scores"], d["boxes"].numpy(), strict=True)),
+        key=lambda entry: -entry[0],
+    )
+    objects = sum(len(t["boxes"]) for t in wanted)
+    points = []
+    for n in range(1, len(flat) + 1):
+        taken, hits = set(), 0
+        for _, i, box in flat[:n]:
+            free = [
+                (shapes.iou(box, other), j) for j, other in enumerate(wanted[i]["boxes"].numpy()) if (i, j) not in taken
+            ]
+            if free and max(free)[0] >= iou:
+                taken.add((i, max(free)[1]))
+                hits += 1
+        points.append((hits / objects, hits / n))
+    levels = sorted({recall for recall, _ in points if recall > 0})
+    widths = np.diff([0, *levels])
+    return sum(w * max(p for r, p in points if r >= level) for w, level in zip(widths, levels, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_average_precision_by_brute_force(seed):
+    rng = torch.Generator().manual_seed(seed)
+    found, wanted = [], []
+    for _ in range(4):
+        corner, size = torch.rand(3, 2, generator=rng) * 60, torch.rand(3, 2, generator=rng) * 30 + 10
+        boxes = torch.cat([corner, corner + size], 1)
+        near = boxes.repeat(2, 1) + torch.randn(6, 4, generator=rng) * 3
+        wanted.append({"boxes": boxes, "labels": torch.ones(3, dtype=torch.long)})
+        found.append({"boxes": near, "labels": torch.ones(6, dtype=torch.long), "scores": torch.rand(6, generator=rng)})
+    for iou in (0.5, 0.75):
+        expected = brute_force(found, wanted, iou)
+        assert ap.average_precision(found, wanted, iou) == pytest.approx(expected, abs=1e-6)
+    assert ap.coco(found, wanted) < ap.average_precision(found, wanted)
+
+
+def test_average_precision_by_hand():
+    box = torch.tensor([[0.0, 0, 10, 10]])
+    far = torch.tensor([[50.0, 50, 60, 60]])
+    one = [{"boxes": box, "labels": torch.tensor([1])}]
+    hit = lambda score, label=1: {"boxes": box, "labels": torch.tensor([label]), "scores": torch.tensor([score])}  # noqa: E731
+    assert ap.average_precision([hit(0.3)], one) == 1
+    assert ap.average_precision([hit(0.3, label=2)], one) == 0, "another class"
+    twice = {"boxes": torch.cat([far, box, box]), "labels": torch.ones(3), "scores": torch.tensor([0.9, 0.8, 0.7])}
+    assert ap.average_precision([twice], one) == 0.5, "a miss before it; the second hit on it counts for nothing"
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}
+    assert ap.average_precision([nothing], one) == 0
+    two_classes = [{"boxes": torch.cat([box, far]), "labels": torch.tensor([1, 2])}]
+    assert ap.average_precision([hit(0.3)], two_classes) == 0.5
+
+
+def test_average_precision_of_nothing():
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}
+    with pytest.raises(JpqError, match="No image shows an object"):
+        ap.average_precision([nothing], [nothing])
+    with pytest.raises(JpqError, match="detections of 1 images, and objects of 2"):
+        ap.average_precision([nothing], [nothing] * 2)
+
+
+def test_shapes_come_from_the_seed_alone_and_their_boxes_fit():
+    one, same_again, other = shapes.make(6, 3), shapes.make(6, 3), shapes.make(6, 4)
+    assert torch.equal(one.images, same_again.images)
+    assert not torch.equal(one.images, other.images)
+    for target in one.targets:
+        boxes = target["boxes"]
+        assert 2 <= len(boxes) <= 5
+        assert (boxes[:, 2:] - boxes[:, :2]).min() > 15
+        assert boxes.min() >= 0
+        assert boxes.max() <= shapes.SIDE
+        assert set(target["labels"].tolist()) <= {1, 2, 3}
+    twice = shapes.mirrored(shapes.mirrored(one.targets[0]))
+    assert torch.allclose(twice["boxes"], one.targets[0]["boxes"], atol=1e-4)
+
+
+def test_figures_in_the_manual_are_those_of_the_csv():
+    import detection as study
+
+    manual = (Path(__file__).parents[1] / "README.md").read_text()
+    assert study.summary() in manual
+    assert study.summary().count("\n| ") > 3

@@ -1,0 +1,354 @@
+"""Latency from a table of measured layers: exact at what was measured, monotone, with true gradients, and a target."""
+
+from dataclasses import replace
+from fractions import Fraction
+from itertools import product
+from math import prod
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jpq import landing
+from jpq.budget import FULL_USE, Controller, spent, targets
+from jpq.costs import baseline, latency_ns, layer_latency
+from jpq.costs.latency import NS, curve, isotonic
+from jpq.costs.table import MOST_ROWS, Entry, Shape, Table, parse, write
+from jpq.gates import VIB, Decided
+from jpq.joint import compress
+from jpq.models import build
+from jpq.network.attach import attach
+from jpq.network.sites import channels, masks
+from jpq.network.timed import shape, timed, times
+from jpq.network.trace import trace
+from jpq.quantizers import Fixed, Learned
+from jpq.types import JpqError
+
+torch.manual_seed(0)
+MODEL = build("convnet", 10, 1)
+EXAMPLE = torch.randn(4, 1, 8, 8)
+NETWORK = trace(MODEL, EXAMPLE)
+CONV = Shape("conv", 1, (3, 3), (1, 1), (8, 8))
+HEADER = "kind,kernel,stride,size,inputs,outputs,bits,ms"
+
+
+def made(network, bits=(8, 32), seed=0, noise=0.0):
+    """A table of every layer: a fixed part, and a part that grows with the work; `noise` is relative."""
+    rng = np.random.default_rng(seed)
+    entries = []
+    for layer in network.layers:
+        key, sides = (
+            shape(layer),
+            [sorted({1, n // 4 or 1, n // 2 or 1, n}) for n in (len(layer.inputs), len(layer.outputs))],
+        )
+        for i, o, b in product(*sides, bits):
+            work = prod(key.size) * prod(key.kernel) * i * o
+            ms = (0.002 + work * 1e-7 * b / 32) * (1 + noise * rng.uniform(-1, 1))
+            entries.append(Entry(key, i, o, b, round(ms, 6)))
+    return Table("made", tuple(entries))
+
+
+TABLE = made(NETWORK)
+TIMED = timed(NETWORK, TABLE)
+
+
+def net(network=TIMED, high=8):
+    widths = lambda layer: (Learned(high, 2, high), Fixed(8) if layer.reads_input else Learned(high, 2, high))  # noqa: E731
+    return attach(MODEL, network, channels(network), VIB, widths, [EXAMPLE], "djpq")
+
+
+NET = net()
+
+
+def of(entries, inputs=16, outputs=32):
+    return curve(Table("t", tuple(entries)), CONV, "float>float", inputs, outputs, Fraction(1))
+
+
+def grid(seen, bits=8, ins=(1, 8, 16), outs=(4, 32)):
+    return [Entry(CONV, i, o, bits, ms) for (i, o), ms in zip(product(ins, outs), seen, strict=True)]
+
+
+RISING = grid([0.1, 0.4, 0.2, 1.0, 0.5, 2.5])
+
+
+def test_whole_model_is_the_sum_of_its_lines():
+    dense = {(e.shape, e.inputs, e.outputs, e.bits): e.ms for e in TABLE.entries}
+    for bits in (8, 32):
+        want = sum(round(dense[shape(x), len(x.inputs), len(x.outputs), bits] * NS) * times(x) for x in NETWORK.layers)
+        uses = [replace(u, w_bits=bits, a_bits=bits) for u in NET.exact()]
+        assert latency_ns(uses) == want
+    assert baseline(NET.exact())["latency"] == want
+
+
+def test_halved_widths_that_were_measured_cost_their_lines():
+    plan = NET.plan()
+    half = {s: tuple(i < len(units) // 2 for i in range(len(units))) for s, units in plan.kept.items()}
+    uses = NET.exact(replace(plan, kept=half))
+    lines = {(e.shape, e.inputs, e.outputs, e.bits): e.ms for e in TABLE.entries}
+    total = 0
+    for layer, use in zip(NETWORK.layers, uses, strict=True):
+        i, o = use.inputs * len(layer.inputs), use.outputs * len(layer.outputs)
+        total += round(lines[shape(layer), i, o, 8] * NS)
+    assert latency_ns(uses) == total
+
+
+def test_every_node_of_a_table_in_order_keeps_its_time():
+    own = of(RISING)
+    for e in RISING:
+        assert own(Fraction(e.inputs, 16), Fraction(e.outputs, 32), 1, 8, 8) == round(e.ms * NS)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "want"),
+    [(12, 32, 1.75), (8, 18, 0.6), (12, 18, 1.05), (1, 1, 0.1), (16, 2, 0.5), (32, 32, 5.0), (16, 64, 5.0)],
+)
+def test_between_and_beyond_the_nodes_by_hand(inputs, outputs, want):
+    """Bilinear between, constant below the smallest, in proportion above the largest."""
+    assert float(of(RISING)(Fraction(inputs, 16), Fraction(outputs, 32), 1, 8, 8)) == pytest.approx(want * NS)
+
+
+@given(
+    seen=st.lists(st.floats(0.001, 10), min_size=18, max_size=18),
+    ends=st.lists(st.integers(1, 64), min_size=4, max_size=4),
+)
+@settings(max_examples=150, deadline=None)
+def test_never_falls_with_channels_or_bits_however_noisy_the_table(seen, ends):
+    entries = [e for k, b in enumerate((2, 4, 8)) for e in grid(seen[6 * k : 6 * k + 6], b)]
+    own = of(entries)
+    (i, j), (m, n) = sorted(ends[:2]), sorted(ends[2:])
+    at = lambda x, y, bits: own(Fraction(x, 16), Fraction(y, 32), 1, bits, 2)  # noqa: E731
+    assert at(i, m, 4) <= at(j, n, 4)
+    assert at(i, m, 2) <= at(i, m, 3) == at(i, m, 4) <= at(i, m, 5) == at(i, m, 8)
+
+
+@given(seen=st.lists(st.integers(1, 1000), min_size=12, max_size=12), lost=st.sets(st.integers(0, 11), max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_the_fit_is_as_near_as_any_monotone_array(seen, lost):
+    """No monotone array deviates less than half of the largest inversion: the bound for the best, met here."""
+    array = np.array([-1 if k in lost else v for k, v in enumerate(seen)]).reshape(2, 2, 3)
+    fit = isotonic(array)
+    assert all((np.diff(fit, axis=a) >= 0).all() for a in range(3))
+    known = [(np.array(at), v) for at, v in np.ndenumerate(array) if v > 0]
+    worst = max((v - w for a, v in known for b, w in known if (a <= b).all()), default=0)
+    deviation = max(abs(int(fit[tuple(a)]) - v) for a, v in known)
+    assert deviation <= worst / 2 + 1
+
+
+@pytest.mark.parametrize("place", [(5.3, 20.0), (9.0, 7.5), (15.5, 31.0), (20.0, 40.0)])
+def test_gradients_are_those_of_finite_differences(place):
+    own = of(RISING)
+    share = [
+        torch.tensor(n / whole, dtype=torch.float64, requires_grad=True)
+        for n, whole in zip(place, (16, 32), strict=True)
+    ]
+    assert torch.autograd.gradcheck(lambda a, b: own(a, b, 1, 8, 8), share, eps=1e-5, atol=1e-3)
+
+
+def test_at_a_node_the_gradient_is_that_of_the_piece_below_so_a_full_layer_is_pushed():
+    share = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    own = of(RISING)
+    (slope,) = torch.autograd.grad(own(share, 1, 1, 8, 8), share)
+    assert float(slope) == pytest.approx((2.5 - 1.0) / 8 * 16 * NS)
+
+
+def test_bits_cost_steps_and_their_gradient_spreads_a_step():
+    own = of([*grid([0.1] * 6, 4), *grid([0.3] * 6, 8), *grid([0.2] * 6, 32)])
+    at = lambda bits: own(1, 1, 1, bits, 2)  # noqa: E731
+    assert [float(at(b)) / NS for b in (2, 4, 5, 8, 9, 32)] == [0.1, 0.1, 0.3, 0.3, 0.2, 0.2]
+    bits = torch.tensor(6.0, requires_grad=True)
+    cost = at(bits)
+    assert float(cost.detach()) == pytest.approx(0.3 * NS)
+    cost.backward()
+    assert float(bits.grad) == pytest.approx(0.2 * NS / 4)
+
+
+def test_masks_cost_what_their_scheme_was_measured_at_and_the_dense_time_where_it_was_not():
+    blocks = [Entry(CONV, 16, 32, 8, ms, "block:8x4", d) for d, ms in ((0.25, 1.0), (0.5, 1.5))]
+    own = of([*RISING, *blocks])
+    assert own(1, 1, Fraction(1, 4), 8, 8, "block:8x4") == NS
+    assert own(1, 1, Fraction(3, 8), 8, 8, "block:8x4") == Fraction(5, 4) * NS
+    assert own(1, 1, Fraction(1, 8), 8, 8, "block:8x4") == NS
+    assert own(1, 1, Fraction(3, 4), 8, 8, "block:8x4") == 2 * NS
+    assert own(1, 1, Fraction(1, 4), 8, 8, "elementwise") == own(1, 1, 1, 8, 8)
+    assert (own.measured("block:8x4"), own.measured("2:4"), own.measured("dense")) == (True, False, True)
+    density = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda d: own(1, 1, d, 8, 8, "block:8x4"), density, eps=1e-5, atol=1e-3)
+
+
+def test_a_masked_network_is_charged_by_its_scheme():
+    blocks = [replace(e, scheme="block:8x4", density=0.5, ms=e.ms / 2) for e in TABLE.entries]
+    network = timed(NETWORK, Table("t", (*TABLE.entries, *blocks)))
+    sites = [s for s in masks(network, "block:8x4") if s.taps[0].layer == NETWORK.layers[1].name]
+    masked = attach(MODEL, network, sites, Decided.all, lambda _: (Fixed(8), Fixed(8)), [EXAMPLE], "djpq")
+    plan = masked.plan()
+    name = NETWORK.layers[1].name
+    units = plan.masks[name].units().clone()
+    units.view(-1)[::2] = False
+    uses = masked.exact(replace(plan, masks={name: type(plan.masks[name]).of(units)}))
+    use = next(u for u in uses if u.name == name)
+    assert use.density == Fraction(1, 2)
+    assert 2 * layer_latency(use) == pytest.approx(float(layer_latency(replace(use, density=1))), abs=2)
+
+
+def test_a_layer_takes_the_lines_of_its_own_form():
+    forms = [replace(e, form="float>int8", ms=e.ms / 2) for e in RISING]
+    other = [replace(e, form="int8>float", ms=e.ms * 2) for e in RISING]
+    key = (CONV, "float>int8", 16, 32, Fraction(1))
+    full = lambda entries: float(curve(Table("t", tuple(entries)), *key)(1, 1, 1, 8, 8)) / NS  # noqa: E731
+    assert full([*RISING, *forms, *other]) == 1.25  # its own
+    assert full([*RISING, *other]) == 2.5  # those that hold for any
+    assert full(other) == 5.0  # whatever there is
+    assert [x.form for x in NETWORK.layers] == ["float>int8", "int8>int8", "int8>float", "float>float"]
+
+
+def test_what_the_loss_sees_is_what_the_report_says():
+    for seed in range(5):
+        torch.manual_seed(seed)
+        for p in NET.gates.parameters():
+            p.data.normal_(0, 3)
+        seen = latency_ns(NET.uses())
+        assert float(seen.detach()) == pytest.approx(float(latency_ns(NET.exact())), rel=1e-5)
+        grads = torch.autograd.grad(seen, list(NET.gates.parameters()), allow_unused=True)
+        assert any(g is not None and bool((g.abs() > 0).any()) for g in grads)
+
+
+@given(seed=st.integers(0, 10**6), share=st.floats(0.12, 0.24), noise=st.sampled_from([0.0, 0.2]))
+@settings(max_examples=25, deadline=None)
+def test_lands_under_the_target_and_uses_it(seed, share, noise):
+    network = net(timed(NETWORK, made(NETWORK, noise=noise)))
+    torch.manual_seed(seed)
+    for p in network.gates.parameters():
+        p.data.normal_(0, 3)
+    goals = targets({"latency": f"{100 * share:.4f}%"}, network.exact())
+    plan = landing.land(network, goals)
+    used = spent(goals[0], network.exact(plan))
+    assert used <= 1
+    assert used >= FULL_USE or landing.note(goals, network, plan)
+    assert {x.w_bits for x in plan.layers.values()} == {8}  # nothing below 8 bits was measured: fewer gain nothing
+
+
+def test_lands_on_latency_and_bops_together():
+    goals = targets({"latency": "20%", "bops": "0.5%"}, NET.exact())
+    uses = NET.exact(landing.land(NET, goals))
+    assert all(spent(g, uses) <= 1 for g in goals)
+    assert max(spent(g, uses) for g in goals) >= FULL_USE
+
+
+def test_the_controller_pushes_channels_but_not_bits():
+    network = net()
+    goals = targets({"latency": "20%"}, network.exact())
+    controller = Controller(goals)
+    controller.begin(network.exact())
+    loss = controller.loss(network.uses(), 1.0)
+    gates = torch.autograd.grad(loss, list(network.gates.parameters()), allow_unused=True, retain_graph=True)
+    assert any(g is not None and bool((g != 0).any()) for g in gates)
+    bits = torch.autograd.grad(loss, [p for w in network.widths() for p in w.parameters()], allow_unused=True)
+    assert all(g is None or bool((g == 0).all()) for g in bits)
+
+
+def test_a_cost_that_nothing_can_move_still_counts():
+    still = attach(MODEL, TIMED, (), Decided.all, lambda _: (Fixed(8), Fixed(8)), [EXAMPLE], "uniform")
+    goals = targets({"latency": "20%"}, still.exact())
+    controller = Controller(goals)
+    controller.begin(still.exact())
+    assert float(controller.loss(still.exact(), 1.0)) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "ns"), [("0.02ms", 20_000), ("20us", 20_000), ("20000 ns", 20_000), ("2e-5s", 20_000), ("50%", None)]
+)
+def test_targets_of_time(text, ns):
+    full = baseline(NET.exact())["latency"]
+    assert targets({"latency": text}, NET.exact())[0].limit == (ns or int(full / 2))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("3", "not an amount"),
+        ("3MB", "not an amount"),
+        ("0ms", "allows nothing"),
+        ("9s", "more than"),
+        ("-1ms", "not an"),
+    ],
+)
+def test_bad_targets_of_time(text, why):
+    with pytest.raises(JpqError, match=why):
+        targets({"latency": text}, NET.exact())
+
+
+def test_quantized_layers_may_be_slower_than_float_and_still_be_a_target():
+    slow = tuple(replace(e, ms=3 * e.ms) if e.bits == 8 else e for e in made(NETWORK, (8, 32)).entries)
+    uses = net(
+        timed(NETWORK, Table("slow", tuple(replace(e, ms=9 * e.ms) if e.bits == 8 else e for e in slow)))
+    ).exact()
+    assert targets({"latency": "150%"}, uses)[0].limit > baseline(uses)["latency"]
+
+
+def test_an_impossible_target_names_the_smallest_possible_in_milliseconds():
+    least = float(latency_ns(NET.exact(landing.smallest(NET)))) / NS
+    with pytest.raises(JpqError, match=rf"smallest possible is {least:.3f}\d* ms"):
+        landing.require(NET, targets({"latency": "1us"}, NET.exact()))
+
+
+def test_without_a_table_one_sentence_says_what_to_run():
+    with pytest.raises(JpqError, match="jpq bench --table"):
+        compress(MODEL, EXAMPLE, latency="50%")
+    with pytest.raises(JpqError, match="jpq bench --table"):
+        latency_ns(net(NETWORK).exact())
+
+
+def test_a_layer_that_nobody_measured_is_refused_by_name():
+    lost = NETWORK.layers[2]
+    kept = tuple(e for e in TABLE.entries if e.shape != shape(lost))
+    with pytest.raises(JpqError, match=rf"no line for 1 of 4 layers, such as '{lost.name}'"):
+        timed(NETWORK, Table("mine.csv", kept))
+    with pytest.raises(JpqError, match="scheme 'blok:8x4' is no structure"):
+        timed(NETWORK, Table("mine.csv", (*TABLE.entries, replace(TABLE.entries[0], scheme="blok:8x4", density=0.5))))
+
+
+def test_a_table_survives_its_file():
+    noted = replace(TABLE.entries[0], notes={"hardware": "x, y", "n": "3"}, form="float>int8")
+    entries = (noted, *TABLE.entries[1:])
+    again = parse(write(entries), "again.csv")
+    assert again.entries == entries
+    assert again.note("hardware") == "x, y"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "columns kind, kernel, stride, size, inputs, outputs, bits, ms missing"),
+        ("kind,ms\nconv,1\n", "kernel, stride, size, inputs, outputs, bits missing"),
+        (f"{HEADER}\n", "no measurements"),
+        (f"{HEADER}\nconv,3x3,1x1,8x8,1,1,8,nan\n", "line 2: ms is 'nan'"),
+        (f"{HEADER}\nconv,3x3,1x1,8x8,1,1,8,inf\n", "line 2: ms is 'inf'"),
+        (f"{HEADER}\nconv,3x3,1x1,8x8,1,1,8,-0.1\n", "line 2: ms is -0.1"),
+        (f"{HEADER}\nconv,3x3,1x1,8x8,1,1,8,1e9\n", "line 2: ms is 1e9"),
+        (f"{HEADER}\nconv,3x3,1x1,8x8,1,1,8,\n", "line 2: ms is ''"),
+        (f"{HEADER}\nconv,3x3,1x1,8x8,0,1,8,1\n", "line 2: inputs is '0'"),
+        (f"{HEADER}\nconv,3x3,1x1,8x8,1,{10**30},8,1\n", "line 2: outputs is"),
+        (f"{HEADER}\nconv,3x3,1x1,8x8,1,1,8.5,1\n", "line 2: bits is '8.5'"),
+        (f"{HEADER}\ncnv,3x3,1x1,8x8,1,1,8,1\n", "Unknown kind 'cnv'. Did you mean conv"),
+        (f"{HEADER}\nconv,3x3,1,8x8,1,1,8,1\n", "kernel, stride and size of as many sides"),
+        (f"{HEADER}\nconv,3xq,1x1,8x8,1,1,8,1\n", "kernel is 'q'"),
+        (f"{HEADER}\nlinear,3x3,1x1,,1,1,8,1\n", "a linear layer has no kernel"),
+        (f"{HEADER},density\nlinear,,,,1,1,8,1,0.5\n", "needs a scheme"),
+        (f"{HEADER},scheme,density\nlinear,,,,1,1,8,1,2:4,1.5\n", "density is 1.5"),
+        (f"{HEADER},form\nlinear,,,,1,1,8,1,int8\n", "Unknown form 'int8'"),
+        (f"{HEADER}\nlinear,,,,1,1,8\n", "line 2: ms is ''"),
+        ("\x00\x01binary", "missing"),
+    ],
+)
+def test_bad_tables_name_the_line_and_the_cell(text, why):
+    with pytest.raises(JpqError) as error:
+        parse(text, "bad.csv")
+    assert why in str(error.value)
+    assert "bad.csv" in str(error.value)
+
+
+def test_a_table_without_end_is_refused():
+    with pytest.raises(JpqError, match="more than 100,000 lines"):
+        parse(f"{HEADER}\n" + "linear,,,,1,1,8,1\n" * (MOST_ROWS + 1), "huge.csv")

@@ -1,6 +1,7 @@
 """All scores at equal budgets, with and without fine-tuning; how well each foretells what removing a channel does.
 
     python studies/scores.py --data-root DIR --weights resnet20-12fca82f.th [--parts removal pruned tuned plot]
+    python studies/scores.py --data-root DIR --model resnet56 --weights FILE --parts pruned --scores l1 taylor ...
 
 ResNet20 on CIFAR-10 from public weights (91.73 % on the test split), 8 bits everywhere. `pruned`: channels close at
 once (`ranked`, one-shot) until a share of the MACs is left, to within a channel, and the network is tried on 2,000
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from jpq.joint import Joint
 from jpq.scores import SCORES
 from jpq.train import evaluate, reestimate
 
-NAME = "scores"
+NAME, MODEL = "scores", "resnet20"
 DENSITIES = (0.9, 0.8)
 TUNED, STEPS, BATCH = 0.5, 40, 64
 ORDER = ("random", "l1", "taylor", "lookahead-forward", "catro", *SCORES)  # what is wanted first
@@ -45,8 +46,8 @@ IMAGES = 256  # of the removal oracle
 SEEDS = {"random": (0, 1, 2)}
 
 
-def float_model(weights: Path) -> nn.Module:
-    model = jpq.models.build("resnet20", 10, 3)
+def float_model(name: str, weights: Path) -> nn.Module:
+    model = jpq.models.build(name, 10, 3)
     jpq.models.load_weights(model, weights)
     return model.eval()
 
@@ -63,33 +64,36 @@ def closed(model: nn.Module, data: Data, score: str, density: float, seed: int =
     return net
 
 
-def line(part: str, score: str, seed: int, density: float, net: Joint | None, **found: object) -> dict[str, object]:
+def line(
+    part: str, score: str, seed: int, density: float, net: Joint | None, name: str = MODEL, **found: object
+) -> dict[str, object]:
     """One measurement as a row."""
     uses = net.net.exact() if net else []
     share = float(jpq.costs.macs(uses)) / jpq.costs.baseline(uses)["macs"] if net else 1.0
     every = {"accuracy": "", "float_accuracy": "", "pearson": "", "spearman": "", "units": "", "images": "", **found}
     return {
-        "part": part, "model": "resnet20", "data": "cifar10", "score": score, "seed": seed, "density": density,
+        "part": part, "model": name, "data": "cifar10", "score": score, "seed": seed, "density": density,
         "macs_share": round(share, 4), **every, "steps": STEPS if part == "tuned" else 0, "n": 1, "threads": 1,
-        "hardware": hardware(), "torch": torch.__version__, "command": f"python studies/scores.py --parts {part}",
+        "hardware": hardware(), "torch": torch.__version__,
+        "command": f"python studies/scores.py --model {name} --parts {part}",
     }  # fmt: skip
 
 
-def pruned(model: nn.Module, data: Data, path: Path, tune: bool) -> None:
+def pruned(model: nn.Module, data: Data, path: Path, tune: bool, name: str, wanted: Sequence[str]) -> None:
     """Accuracy of every score at every density, as it is or after a short training."""
     part = "tuned" if tune else "pruned"
     reference = evaluate(model, data.held_out)
     for density in (TUNED,) if tune else DENSITIES:
-        for score in ORDER:
+        for score in wanted:
             for seed in (0,) if tune else SEEDS.get(score, (0,)):
-                if known(path, part, score, seed, density):
+                if known(path, part, score, seed, density, name):
                     continue
                 start = time.perf_counter()
                 net = closed(model, data, score, density, seed)
                 if tune:
                     train(net, data.train)
                 accuracy = evaluate(net.net, data.held_out)
-                row = line(part, score, seed, density, net, accuracy=round(accuracy, 4),
+                row = line(part, score, seed, density, net, name, accuracy=round(accuracy, 4),
                            float_accuracy=round(reference, 4), images=data.held_out.size)  # fmt: skip
                 append(path, {**row, "seconds": round(time.perf_counter() - start, 1)})
                 print(part, score, density, seed, f"{accuracy:.4f}", flush=True)
@@ -146,17 +150,20 @@ def removal(model: nn.Module, data: Data, path: Path) -> None:
     table.to_csv(file, index=False)
 
 
-def known(path: Path, part: str, score: str, seed: int, density: float) -> bool:
+def known(path: Path, part: str, score: str, seed: int, density: float, name: str = MODEL) -> bool:
     """Whether the line is there already."""
     if not path.exists():
         return False
     t = pd.read_csv(path)
-    return bool(((t.part == part) & (t.score == score) & (t.seed == seed) & (t.density == density)).any())
+    return bool(
+        ((t.part == part) & (t.score == score) & (t.seed == seed) & (t.density == density) & (t.model == name)).any()
+    )
 
 
 def draw(path: Path) -> None:
     """Accuracy of each score at each density; Taylor's score of each channel against what removing it does."""
     table = pd.read_csv(path)
+    table = table[table.model == MODEL]
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
     found = table[table.part == "pruned"].pivot_table(index="score", columns="density", values="accuracy")
@@ -193,20 +200,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, default=Path("data"))
     parser.add_argument("--weights", type=Path, default=Path("data/weights/resnet20-12fca82f.th"))
+    parser.add_argument("--model", default=MODEL, choices=[MODEL, "resnet32", "resnet44", "resnet56"])
+    parser.add_argument("--scores", nargs="+", default=list(dict.fromkeys(ORDER)))
     parser.add_argument("--parts", nargs="+", default=["removal", "pruned", "tuned", "plot"])
     args = parser.parse_args()
     path = RESULTS / f"{NAME}.csv"
     if {*args.parts} - {"plot"}:
         torch.set_num_threads(1)
         data = load("cifar10", args.data_root, batch_size=BATCH, held_out=0.04)
-        model = float_model(args.weights)
+        model = float_model(args.model, args.weights)
     for part in args.parts:
         if part == "removal":
             removal(model, data, path)
         elif part == "plot":
             draw(path)
         else:
-            pruned(model, data, path, part == "tuned")
+            pruned(model, data, path, part == "tuned", args.model, args.scores)
 
 
 if __name__ == "__main__":

@@ -219,11 +219,15 @@ SCORES = {
 
 def scores() -> str:
     """Every score on one network: how it foretells removals, and accuracy at equal MACs."""
-    table = pd.read_csv(HERE / "results" / "scores.csv")
+    whole = pd.read_csv(HERE / "results" / "scores.csv")
+    table = whole[whole.model == "resnet20"]
+    others = whole[(whole.model != "resnet20") & (whole.part == "pruned")]
     pruned, tuned, removal = (table[table.part == part] for part in ("pruned", "tuned", "removal"))
     shares = sorted(pruned.density.unique(), reverse=True)
     head = ["`--score`", "ranks by", "Pearson", "Spearman", *(f"% right at {s:.0%} of the MACs" for s in shares)]
     head += [f"at {s:.0%}, {int(tuned.steps.max())} steps of training" for s in tuned.density.unique()]
+    more = [(name, share) for name in sorted(set(others.model)) for share in sorted(set(others.density), reverse=True)]
+    head += [f"{name}: at {share:.0%}, untrained" for name, share in more]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for score, text in SCORES.items():
         found = removal[removal.score == score]
@@ -233,6 +237,10 @@ def scores() -> str:
                 runs = part[(part.score == score) & (part.density == share)]
                 several = f" (n={len(runs)})" if len(runs) > 1 else ""
                 cells.append(f"{100 * runs.accuracy.mean():.1f}{several}" if len(runs) else "-")
+        for name, share in more:
+            runs = others[(others.model == name) & (others.score == score) & (others.density == share)]
+            several = f" (n={len(runs)})" if len(runs) > 1 else ""
+            cells.append(f"{100 * runs.accuracy.mean():.1f}{several}" if len(runs) else "-")
         lines.append(f"| `{score}` | {text} | " + " | ".join(cells) + " |")
     units, images = int(removal.units.max()), int(removal.images.max())
     lines += [

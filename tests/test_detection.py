@@ -315,9 +315,7 @@ def same(one, other, tolerance):
         assert len(a["boxes"]) > 0
         assert a["labels"].tolist() == b["labels"].tolist()
         assert torch.allclose(a["scores"], b["scores"], rtol=tolerance)
-        assert float((a["boxes"] - b["boxes"]).abs().max()) <= tolerance * float(
-            b["boxes"].max()
-        )
+        assert float((a["boxes"] - b["boxes"]).abs().max()) <= tolerance * float(b["boxes"].max())
 
 
 def test_the_core_gives_the_detectors_own_detections():

@@ -146,6 +146,11 @@ def _loads(todo: list[Point]) -> Iterator[list[Point]]:
         yield part
 
 
+def text_of(table: Table) -> str:
+    """What `write_table` writes of it."""
+    return write(table.entries)
+
+
 def write_table(entries: list[Entry], path: Path) -> None:
     """Write the table; what stood there before stands there until it is whole."""
     replace_file(path, lambda part: part.write_text(write(entries)))
@@ -218,6 +223,6 @@ def predicted(folder: Path, table: Table) -> float:
     dense = unpacked(models.build(str(made_of["name"]), int(made_of["classes"]), int(made_of["channels"])))
     sample = Runner(folder / "model.onnx").shapes[0]
     network = timed(trace(dense, torch.zeros(2, *sample[1:]), open_norms=d.open_norms), table)
-    sites = sites_of(compose(d.method, d.structure, d.width), network, d.skip)
+    sites = sites_of(compose(d.method, d.structure, d.width), network, d.skip, plan.structures or None)
     shares = Shares(network, [s for s in sites if not s.is_mask])
     return float(costs.latency_ns(exact_uses(network, shares, plan, Densities(network, sites)))) / NS

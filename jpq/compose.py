@@ -30,6 +30,10 @@ def compose(
     Raises JpqError for unknown names, and for what does not go together, with what to choose instead.
     """
     if method == MASKED:
+        given = {"--score": score, "--schedule": schedule, "--classes": classes, "--allocator": allocator}
+        for flag, value in given.items():
+            if value:
+                raise JpqError(f"{flag} {value}: --mask says which weights are dropped. Leave {flag} out.")
         return replace(GIVEN, width=_learns(width)) if width else GIVEN
     if method not in METHODS:
         raise unknown("method", method, METHODS)

@@ -175,6 +175,8 @@ class Config:
     def _masked(self) -> Decide:
         """The decisions that are left where a mask is given."""
         d = self.decide
+        if d.mask is not None and not d.mask.name:
+            raise JpqError(f"--mask {d.mask}: give the folder or file of a mask.")
         if d.mask is None:
             raise JpqError("--method masked: there is no mask to hold. Give one with --mask, or choose a method.")
         if d.method not in (Decide.method, MASKED):

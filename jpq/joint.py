@@ -198,12 +198,16 @@ def compress(
     example_inputs = tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs
     if cost not in BOPS:
         raise unknown("cost", cost, BOPS)
+    if table is not None and not isinstance(table, Table):
+        raise JpqError("table must be a Table of latencies: read one with jpq.bench.read_table(Path(...)).")
     asked = {cost: bops, "size": size, "macs": macs, "latency": latency}
     if not any(asked.values()):
         raise JpqError('No target: give bops="1%" (or "12M"), size="50KB", macs="50%" or latency="3ms".')
     given = handover.read(Path(mask)) if mask else None
     if given and (structure or skip):
         raise JpqError("mask says which weights are dropped, and where: leave structure and skip out.")
+    if given and method not in ("djpq", MASKED):
+        raise JpqError(f"mask says what is pruned, and method {method} would too. Leave one of them out.")
     method = MASKED if given else method
     if method == MASKED and not given:
         raise JpqError("Method masked: there is no mask to hold. Give one as mask=..., or choose a method.")

@@ -155,17 +155,27 @@ def require(net: Compressed, goals: Sequence[Target], least: Plan | None = None)
     stay = f" {len(rigid)} layers cannot be quantized and stay at 32 bits, such as '{rigid[0]}'." if rigid else ""
     counted = any(gate.counted for gate in net.gates)
     units, less = (given, "keep less") if counted else ("one unit at each site", "")
-    ways = [less, "allow fewer bits (--w-bits, --a-bits)", "skip fewer layers", "or raise the target"]
-    if any(isinstance(gate, Given) for gate in net.gates):
-        units, ways = "the units that --mask keeps", ways[1::2]
+    held = any(isinstance(gate, Given) for gate in net.gates)
+    units = "the units that --mask keeps" if held else units
     for goal in goals:
         share = spent(goal, uses)
         if share > 1:
+            bits = "" if goal.cost in ("macs", "latency") else "allow fewer bits (--w-bits, --a-bits)"
+            masks_only = goal.cost == "latency" and bool(net.sites) and all(site.is_mask for site in net.sites)
+            drop = "choose a method that drops channels" if masks_only else "" if held else "skip fewer layers"
+            ways = ["" if masks_only else less, bits, drop, "raise the target"]
             raise JpqError(
                 f"{goal.flag} {goal.asked} ({goal.shown(goal.limit)}) cannot be met: the smallest possible is "
                 f"{goal.shown(share * goal.limit)}, with fewest bits and {units}. "
-                f"{', '.join(filter(None, ways)).capitalize()}.{stay}"
+                f"{_either(ways)}.{stay}"
             )
+
+
+def _either(ways: Sequence[str]) -> str:
+    """`Keep less, skip fewer layers, or raise the target`."""
+    *most, last = filter(None, ways)
+    text = f"{', '.join(most)}, or {last}" if most else last
+    return text[0].upper() + text[1:]
 
 
 def land(net: Compressed, goals: Sequence[Target], decisions: Soft | None = None) -> Plan:

@@ -25,6 +25,8 @@ def pick_device(name: str) -> torch.device:
 
 def set_threads(asked: int, macs: int) -> None:
     """CPU threads: as asked; else 1 for a net of few MACs a batch, where threads wait longer than they work."""
+    if asked < 0:
+        raise JpqError(f"--threads {asked}: give a positive number, or 0 to let jpq choose.")
     if asked:
         torch.set_num_threads(asked)
     elif macs < SMALL:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from jpq import bench, checkpoint, costs, mapping, report
-from jpq.budget import Target
+from jpq.budget import Target, meets
 from jpq.config import Config
 from jpq.costs.latency import NS
 from jpq.costs.table import Table
@@ -46,6 +46,9 @@ def finish(
         raise JpqError(
             f"The rebuilt model counts {counted}, the plan {costs.bops(planned)} BOPs. This is a bug in jpq."
         )
+    over = [goal for goal in goals if not meets([goal], uses)]
+    if over:
+        raise JpqError(f"The landed model misses {over[0].flag} {over[0].asked}. This is a bug in jpq.")
     if len(planned) < len(uses):
         rigid = [u.name for u in uses if u.name not in plan.layers]
         run.notes.append(f"{len(rigid)} layers cannot be quantized and stay at 32 bits: {', '.join(rigid[:5])} ...")

@@ -67,6 +67,8 @@ class Private:
             raise JpqError(
                 "--no-synthetic: prune-private never sees data. To prune with data: jpq optimize --method admm."
             )
+        if not -(2**63) <= self.seed < 2**63:
+            raise JpqError(f"--seed {self.seed} is too large: at most 63 bits.")
         if self.weights is None:
             raise JpqError("No trained model: give its weights with --weights FILE. prune-private trains none.")
         if self.inputs not in INPUTS:

@@ -133,7 +133,11 @@ def with_clocks(network: Network, config: Config, run: Journal) -> tuple[Network
         return network, None
     table = bench.read_table(config.budget.latency_table)
     network = timed(network, table)
-    bench.write_table(list(table.entries), run.folder / bench.NAME)
+    kept = run.folder / bench.NAME
+    if run.saved and kept.is_file() and kept.read_text() != bench.text_of(table):
+        raise JpqError(f"{config.budget.latency_table} is no longer the table that this run began with. Run without "
+                       "--resume.")  # fmt: skip
+    bench.write_table(list(table.entries), kept)
     return network, table
 
 

@@ -54,13 +54,19 @@ def decide(
     least = everywhere(net, w_bits[0], a_bits[0])
     require(net, goals, at(ranking, least).at(-BOTTOM))
     pruned = land(net, [goal_of(net, density), *(g for g in goals if g.cost == "macs")], ranking)
-    bits = replace(least, kept=pruned.kept)
+    bits = cheapest = replace(least, kept=pruned.kept)
     chosen = widths(pruned) if widths and meets(goals, net.exact(bits)) else None
     if chosen:
         return land(net, goals, at(ranking, land(net, goals, wide(ranking, bits, chosen))))
     if meets(goals, net.exact(bits)):
         bits = uniform(net, goals, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1), pruned.kept)
     plan = land(net, goals, at(ranking, bits))
+    if bits is cheapest:  # channels paid for the targets: bits that cost none of them are taken back
+        free = uniform(net, goals, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1), plan.kept)
+        if free.layers == plan.layers:
+            return plan
+        bits = replace(bits, layers=free.layers)
+        plan = land(net, goals, at(ranking, bits))
     more = wider(net, bits, w_bits[1], a_bits[1])
     if note(goals, net, plan) and more:  # every channel is open: bits that are a step too wide close a few again
         return land(net, goals, at(ranking, more))

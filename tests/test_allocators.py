@@ -101,11 +101,20 @@ def test_lazy_greedy_is_greedy():
     assert all(a.equal(b) for a, b in zip(greedy(task), in_order(task, sequence), strict=True))
 
 
-def test_greedy_refuses_scores_below_zero_and_measuring_allocators_need_data():
+@pytest.mark.parametrize("allocator", [greedy, threshold, uniform])
+def test_dead_channels_go_first_whatever_the_allocator(allocator):
+    """Scores below 0 add nothing to greedy's gain, and minus infinity is the least score, not the largest."""
     task = problem(5)
-    below = replace(task, groups=[replace(g, scores=g.scores - 1) for g in task.groups])
-    with pytest.raises(JpqError, match="not negative"):
-        greedy(below)
+    dead = [replace(g, scores=torch.where(torch.arange(len(g.scores)) == 1, -torch.inf, g.scores - 0.3))
+            for g in task.groups]  # fmt: skip
+    margins = allocator(replace(task, groups=dead))
+    for group, m in zip(dead, margins, strict=True):
+        assert int(m.argmin()) == 1
+        assert group.scores.argsort().equal(m.argsort())
+
+
+def test_measuring_allocators_need_data():
+    task = problem(5)
     with pytest.raises(JpqError, match="needs data"):
         ALLOCATORS["sampled"](task)
     with pytest.raises(JpqError, match="reinforce"):

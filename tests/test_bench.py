@@ -1,6 +1,7 @@
 """Measuring: what is measured, the files that come of it, and exported models that run integer kernels."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,14 @@ import onnx
 import pandas as pd
 import pytest
 import torch
+from runs import QUICK, Stop
 from test_cli import refused
 from torch import nn
 
 import jpq
 from jpq import bench
 from jpq.cli import main
-from jpq.config import Budget, Config, Run, Task, Train
+from jpq.config import Budget, Config, Decide, Run, Task, Train
 from jpq.costs.table import Shape
 from jpq.exporters import onnx as exporter
 from jpq.exporters.alone import layer_model
@@ -25,6 +27,7 @@ from jpq.models import build
 from jpq.network.timed import shape, timed
 from jpq.network.trace import trace
 from jpq.recipe import optimize
+from jpq.types import JpqError
 
 EXAMPLE = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 CONVNET = trace(build("convnet", 10, 1), EXAMPLE)
@@ -205,3 +208,27 @@ def test_impossible_latency_is_named_before_anything_is_trained(capsys, tmp_path
     assert "smallest possible is" in line
     assert " ms" in line
     assert not list(Path("runs").rglob("float.safetensors"))
+
+
+def test_a_table_that_changed_is_not_resumed(tmp_path):
+    """What was promised under one table is not kept under another."""
+    path = tmp_path / "t.csv"
+    bench.write_table(ENTRIES, path)
+    budget = Budget(target_latency="90%", latency_table=path)
+    asked = Config(budget=budget, train=QUICK, run=Run(out=tmp_path / "runs"))
+    with pytest.raises(KeyboardInterrupt):
+        optimize(asked, Stop("search", 1))
+    bench.write_table([replace(e, ms=1.3 * e.ms) for e in ENTRIES], path)
+    with pytest.raises(JpqError, match="no longer the table"):
+        optimize(replace(asked, run=replace(asked.run, resume=True)))
+
+
+def test_a_run_with_a_structure_for_each_layer_is_timed(tmp_path):
+    path = tmp_path / "t.csv"
+    bench.write_table(ENTRIES, path)
+    asked = Config(
+        budget=Budget(target_bops="1%", latency_table=path), decide=Decide(method="dpf", structure="3=block:8x1"),
+        train=QUICK, run=Run(out=tmp_path / "runs"),
+    )  # fmt: skip
+    result = optimize(asked)
+    assert bench.predicted(result.folder, bench.read_table(path)) == pytest.approx(result.compressed.latency_ms)

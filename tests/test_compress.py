@@ -123,3 +123,19 @@ def test_impossible_targets_are_refused_before_training_where_layers_share_a_den
     least = int(re.search(r"smallest possible is ([\d,]+)", str(error.value))[1].replace(",", ""))
     net = jpq.compress(float_model, batch, method=method, bops=str(least), steps=20, density=0.3)
     assert net.land().masks
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"table": "t.csv"}, "jpq.bench.read_table"),
+        ({"method": "catro", "evidence": torch.zeros(3, 1, 8, 8)}, "batches of"),
+        ({"method": "two-stage", "allocator": "sampled"}, "needs data"),
+        ({"method": "djpq", "allocator": "greedy"}, "two-stage or upscale"),
+        ({"method": "admm", "structure": "3=channels"}, "for the whole network"),
+    ],
+)
+def test_arguments_that_make_no_sense_end_in_a_sentence(asked, words):
+    model = jpq.models.build("convnet", 10, 1)
+    with pytest.raises(jpq.JpqError, match=words):
+        jpq.compress(model, torch.randn(4, 1, 8, 8), bops="1%", **asked)

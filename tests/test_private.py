@@ -554,3 +554,10 @@ def test_a_run_with_a_mask_can_be_repeated_from_its_settings(retrained, tmp_path
 
     again = read(result.folder / "config.toml").check()
     assert again.hash() == asked.check().hash() == result.folder.name
+
+
+@pytest.mark.parametrize("flag", ["score", "schedule", "classes", "allocator"])
+def test_what_ranks_channels_does_not_go_with_a_mask(flag, handed, tmp_path, trained):
+    asked = client(trained, tmp_path, handed[0])
+    with pytest.raises(JpqError, match=f"--{flag} l1: --mask says"):
+        jpq.optimize(replace(asked, decide=replace(asked.decide, **{flag: "l1"})))

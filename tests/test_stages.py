@@ -167,3 +167,14 @@ def test_epochs_are_as_many_as_every_other_method_has(tmp_path):
     asked = config(tmp_path, "two-stage", replace(QUICK, epochs=10, search=0.3))
     for method in ("djpq", "two-stage"):
         assert recipe.split(asked, jpq.METHODS[method]) == (3, 7)
+
+
+def test_bits_that_cost_nothing_of_the_target_stay_wide():
+    """Bytes are paid by weights: activations must not end at 2 bits where channels had to pay."""
+    net = ranked(2)
+    goals = targets({"size": "3%"}, net.exact())
+    plan = stages.decide(net, goals, (2, 8), (2, 8), 0.5)
+    w, a = pair(net, plan)
+    assert w == 2
+    assert a > 2
+    assert spent(goals[0], net.exact(plan)) <= 1

@@ -130,6 +130,9 @@ def place(
     if chosen is None:
         rank(net, score, judge.batches(), share)
         return
+    if allocator in MEASURING and judge.accuracy is None:
+        raise JpqError(f"Allocator {allocator} measures accuracy and needs data: use `jpq optimize`, or choose "
+                       "uniform, threshold or greedy.")  # fmt: skip
     groups = scored(net, score, judge.batches(), share)
     order(net, groups, chosen(Problem(net, groups, score.everywhere, goal, judge.accuracy, judge.seed)))
 

@@ -35,6 +35,8 @@ def collect(net: Compressed, needs: Collection[str], batches: Batches, count: in
     Raises JpqError where there are no batches, no labels and some are needed, and for layers that cannot be heard.
     """
     pairs = list(islice(batches, count)) if set(needs) & {*LABELLED, "activations", "means", "chain"} else []
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+        raise JpqError("Evidence is batches of (inputs, classes): give jpq.compress evidence=[(inputs, classes), ...].")
     labelled = set(needs) & LABELLED
     if labelled and any(y is None for _, y in pairs):
         raise JpqError(

@@ -99,7 +99,7 @@ def learn(
         enough: whether no more need to go.
         seed: of every draw.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed % 2**32)
     full = np.array(units, np.int64)
     initial = full / full.sum()
     gone, p = np.zeros_like(full), initial.copy()

@@ -19,7 +19,9 @@ def search(
 ) -> dict[str, float]:
     """The offsets, one for each name in [-reach, reach], with the best accuracy of so many trials."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True))
+    study = optuna.create_study(
+        direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed % 2**32, multivariate=True)
+    )
     study.enqueue_trial(dict.fromkeys(names, 0.0))
     study.optimize(
         lambda trial: accuracy({name: trial.suggest_float(name, -reach, reach) for name in names}), n_trials=trials

@@ -6,8 +6,8 @@ serves every target and smaller budgets keep subsets of what larger ones keep.
     uniform      the same share of every layer
     threshold    one ranking of all units; a layer's scores are divided by their l2 norm where they cannot be compared
                  (P. Molchanov et al., ICLR 2017, arXiv:1611.06440)
-    greedy       units come in by gain per MAC, f(d) = sum of the d largest scores over the sum of all: stage 1 of CATRO
-                 (W. Hu et al., IEEE TNNLS 2023, arXiv:2110.10921), for any score that is not negative
+    greedy       units come in by gain per MAC, f(d) = sum of the d largest max(score, 0) over the sum of all: stage 1
+                 of CATRO (W. Hu et al., IEEE TNNLS 2023, arXiv:2110.10921)
     reinforce    units go by a learned distribution over layers (`reinforce.py`)
     sampled      units go by their place in their layer plus an offset per layer that Optuna chooses (`sampled.py`)
 """
@@ -85,7 +85,7 @@ def threshold(problem: Problem) -> Margins:
     """One ranking of all units."""
     scores = [group.scores.double() for group in problem.groups]
     if not problem.everywhere:
-        scores = [s / s.norm().clamp_min(1e-30) for s in scores]
+        scores = [s / s[s.isfinite()].norm().clamp_min(1e-30) for s in scores]  # dead channels may score -inf
     return list(quantiles(torch.cat(scores)).split([len(s) for s in scores])) if scores else []
 
 
@@ -93,7 +93,7 @@ def greedy(problem: Problem) -> Margins:
     """The units that bring most for their MACs come in first.
 
     What a step brings per MAC only falls while others come in (f is concave, MACs grow faster in wider networks), so a
-    step is measured again only when it stands first (lazy greedy). Raises JpqError for scores below 0.
+    step is measured again only when it stands first (lazy greedy). What scores below 0 adds nothing.
     """
     ranks = [group.scores.argsort(descending=True, stable=True) for group in problem.groups]
     gains = [_gains(group) for group in problem.groups]
@@ -134,10 +134,7 @@ def greedy(problem: Problem) -> Margins:
 
 def _gains(group: Group) -> Tensor:
     """What each unit adds to f, in descending order."""
-    if bool((group.scores < 0).any()):
-        raise JpqError(f"Greedy needs scores that are not negative, and this one has some at '{group.name}'. Choose "
-                       "--allocator threshold or uniform.")  # fmt: skip
-    scores = group.scores.double().sort(descending=True).values
+    scores = group.scores.double().clamp_min(0).sort(descending=True).values
     return scores / scores.sum().clamp_min(1e-30)
 
 

@@ -58,6 +58,9 @@ def parse(text: str, layout: Layout = PLAIN) -> Structure:
     return named.make(*(None if n == "*" else int(n) for n in numbers), layout=layout)
 
 
+WHOLE = ("channels", "rules", "search")  # what no single layer can be given
+
+
 def by_layer(text: str) -> dict[str, str]:
     """{layer: structure} of a text such as `conv1=pattern,fc=block:8x1`; empty where it names one structure for all.
 
@@ -72,5 +75,8 @@ def by_layer(text: str) -> dict[str, str]:
         if not name or not structure or name in found:
             why = f"'{name}' stands there twice" if name in found else f"'{part.strip()}' is no LAYER=STRUCTURE"
             raise JpqError(f"Cannot read structure '{text}': {why}. Write it like conv1=pattern,fc=block:8x1.")
+        if structure in WHOLE:
+            raise JpqError(f"Structure '{text}': {structure} is for the whole network, not for layer '{name}'. Give "
+                           "the layer a mask such as pattern or block:8x1, or call it dense.")  # fmt: skip
         found[name] = structure
     return found

@@ -135,8 +135,7 @@ def with_clocks(network: Network, config: Config, run: Journal) -> tuple[Network
     network = timed(network, table)
     kept = run.folder / bench.NAME
     if run.saved and kept.is_file() and kept.read_text() != bench.text_of(table):
-        raise JpqError(f"{config.budget.latency_table} is no longer the table that this run began with. Run without "
-                       "--resume.")  # fmt: skip
+        raise JpqError(f"{table.source} is no longer the table that this run began with. Run without --resume.")
     bench.write_table(list(table.entries), kept)
     return network, table
 

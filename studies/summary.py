@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import allocation as where
+import detection as detectors
 import methods as every
 import pandas as pd
 import unconstrained
@@ -296,7 +297,7 @@ def allocation() -> str:
 
 SECTIONS = {
     "figures": figures, "coverage": coverage, "methods": methods, "scores": scores, "allocation": allocation,
-    "claims": claims,
+    "claims": claims, "detection": lambda: detectors.summary() + "\n",
 }  # fmt: skip
 
 

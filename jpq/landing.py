@@ -163,7 +163,7 @@ def require(net: Compressed, goals: Sequence[Target], least: Plan | None = None)
             bits = "" if goal.cost in ("macs", "latency") else "allow fewer bits (--w-bits, --a-bits)"
             masks_only = goal.cost == "latency" and bool(net.sites) and all(site.is_mask for site in net.sites)
             drop = "choose a method that drops channels" if masks_only else "" if held else "skip fewer layers"
-            ways = ["" if masks_only else less, bits, drop, "raise the target"]
+            ways = ["" if masks_only or held else less, bits, drop, "raise the target"]
             raise JpqError(
                 f"{goal.flag} {goal.asked} ({goal.shown(goal.limit)}) cannot be met: the smallest possible is "
                 f"{goal.shown(share * goal.limit)}, with fewest bits and {units}. "

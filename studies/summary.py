@@ -292,6 +292,19 @@ def allocation() -> str:
         f"{first.hardware} (`python studies/allocation.py`).",
         "",
     ]
+    timed = pd.read_csv(HERE / "results" / "allocation_latency.csv")
+    lines += ["| `--allocator` | % right | predicted ms | measured ms | n |", "|---|---|---|---|---|"]
+    for name, runs in timed.groupby("method", sort=False):
+        shown = f"`{name}`" if name != "djpq" else "beside them: method `djpq`"
+        lines.append(f"| {shown} | {100 * runs.accuracy.mean():.2f} | {runs.predicted_ms.mean():.4f} "
+                     f"| {runs.measured_ms.mean():.4f} | {len(runs)} |")  # fmt: skip
+    lines += [
+        "",
+        f"At equal latency: {timed.model.iloc[0]} on {timed.data.iloc[0]}, {timed.target.iloc[0].split()[-1]} of the "
+        f"float model's {timed.float_ms.mean():.4f} ms, float {100 * timed.float_accuracy.mean():.2f} %; predicted by "
+        "the table, measured in onnxruntime (`python studies/allocation.py --latency --seeds 0 1 2`).",
+        "",
+    ]
     return "\n".join(lines)
 
 

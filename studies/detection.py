@@ -39,13 +39,10 @@ from pathlib import Path
 import pandas as pd
 import shapes
 import torch
+from detection_figures import TABLE, compared, shown
 from grid import RESULTS, append, hardware
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from shapes_detector import BATCH, data, fit, found, part_of, trained
 from torch import nn
-from torchvision.models.detection import ssdlite320_mobilenet_v3_large
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.utils import draw_bounding_boxes
 
 import jpq
 from jpq import costs, detection
@@ -61,13 +58,9 @@ from jpq.quantizers import Fixed
 from jpq.scores import L1
 from jpq.train import reestimate
 
-BATCH = 32
-EPOCHS, CYCLE = 13, 18  # of float training, and of the learning rate's curve
-TRAIN, TUNE, RANK = 3000, 640, 64  # images
+RANK = 64  # images
 DENSE = "6.25%"  # 8 bits, nothing pruned
-TABLE = RESULTS / "detection.csv"
 KEY = ["score", "ranking", "target", "tune", "seed"]
-COLOURS = {"saliency": "#0072B2", "l1": "#E69F00", "random": "#555555"}
 
 
 @dataclass(frozen=True)
@@ -84,79 +77,6 @@ class Run:
         """What makes this row alone."""
         own = f"--scores {self.score} --rankings {self.ranking} --targets {self.target} --tune {self.tune}"
         return f"python studies/detection.py {own} --seeds {self.seed}"
-
-
-@cache
-def data(split: str) -> shapes.Shapes:
-    """Images by their seeds; "tune" are the first of "train"."""
-    return shapes.make(*{"train": (TRAIN, 1), "tune": (TUNE, 1), "held-out": (200, 2), "test": (300, 5)}[split])
-
-
-def part_of(whole: shapes.Shapes, n: int) -> shapes.Shapes:
-    return shapes.Shapes(whole.images[:n], whole.targets[:n])
-
-
-def detector() -> nn.Module:
-    """torchvision's SSDlite with MobileNetV3, random weights, for images of 128 x 128."""
-    model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=len(shapes.CLASSES))
-    side = shapes.SIDE
-    model.transform = GeneralizedRCNNTransform(
-        side, side, [0.5] * 3, [0.5] * 3, size_divisible=1, fixed_size=(side, side)
-    )
-    return model
-
-
-def fit(
-    model: nn.Module,
-    images: shapes.Shapes,
-    epochs: int,
-    lr: float,
-    seed: int,
-    cycle: int = 0,
-    batch: int = BATCH,
-    save: Path | None = None,
-) -> None:
-    """Train with AdamW on the detector's own losses, one cycle of the learning rate over `cycle` epochs."""
-    own = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in own if p.dim() > 1], "weight_decay": 0.01},
-              {"params": [p for p in own if p.dim() <= 1], "weight_decay": 0.0}]  # fmt: skip
-    optim = torch.optim.AdamW(groups, lr=lr)
-    steps = (cycle or epochs) * -(-len(images) // batch)
-    curve = torch.optim.lr_scheduler.OneCycleLR(optim, lr, total_steps=steps, pct_start=0.1)
-    order = torch.Generator().manual_seed(seed)
-    for epoch in range(epochs):
-        model.train()
-        losses, start = [], time.time()
-        for shown, wanted in images.batches(batch, order):
-            loss = sum(model(shown, wanted).values())
-            optim.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(own, 5.0)
-            optim.step()
-            curve.step()
-            losses.append(float(loss.detach()))
-        mean = sum(losses) / len(losses)
-        print(f"  epoch {epoch + 1}/{epochs} loss {mean:.3f} {time.time() - start:.0f} s", flush=True)
-        if save is not None:
-            torch.save(model.state_dict(), save)
-
-
-@torch.no_grad()
-def found(model: nn.Module, images: shapes.Shapes) -> list[dict[str, torch.Tensor]]:
-    """Detections on every image."""
-    model.eval()
-    return [d for batch, _ in images.batches(BATCH) for d in model(batch)]
-
-
-def trained(weights: Path) -> nn.Module:
-    """The float detector; trained once."""
-    torch.manual_seed(0)
-    model = detector()
-    if weights.exists():
-        model.load_state_dict(torch.load(weights, weights_only=True))
-    else:
-        fit(model, data("train"), EPOCHS, 2e-3, 0, CYCLE, save=weights)
-    return model.eval()
 
 
 def seen(n: int, size: int = 8) -> list[detection.Batch]:
@@ -279,64 +199,6 @@ def done() -> set[tuple[str, ...]]:
     if not TABLE.exists():
         return set()
     return {tuple(row) for row in pd.read_csv(TABLE, dtype=str)[KEY].itertuples(index=False)}
-
-
-def compared(path: Path) -> None:
-    """AP as pruned and as trained, a bar for each target, ranking and score; the float detector as a line."""
-    table = pd.read_csv(path)
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    for axes, (tune, title) in zip(
-        figure.subplots(1, 2), [(0, "as pruned (held-out)"), (1, "after one epoch (test)")], strict=True
-    ):
-        rows = table[(table.tune == tune) & table.score.isin(COLOURS)].sort_values(["target", "ranking", "score"])
-        names = [f"{row.target} {row.ranking}, {row.score}" for row in rows.itertuples()]
-        bars = axes.barh(names, 100 * rows.ap50, color=[COLOURS[score] for score in rows.score])
-        axes.bar_label(bars, fmt="%.1f", fontsize=8)
-        dense = table[(table.tune == tune) & (table.score == "float")].ap50.mean()
-        axes.axvline(100 * dense, color="#999999", linestyle="--", linewidth=1, label="float")
-        axes.set(xlabel="AP at IoU .5, %", title=title, xlim=(0, 112))
-        axes.legend(frameon=False, fontsize=8, loc="upper right")
-    FigureCanvasAgg(figure)
-    figure.savefig(path.with_suffix(".png"), dpi=100)
-
-
-def shown(before: nn.Module, after: nn.Module, path: Path, titles: tuple[str, str]) -> None:
-    """Detections above .5 on the first test images, before and after."""
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    some = part_of(data("test"), 5)
-    for row, model, title in zip(figure.subplots(2, len(some)), (before, after), titles, strict=True):
-        row[0].set_ylabel(title, fontsize=8)
-        for axes, image, boxes in zip(row, some.images, found(model, some), strict=True):
-            sure = boxes["scores"] > 0.5
-            large = torch.nn.functional.interpolate(image[None].float(), scale_factor=3)[0].byte()
-            names = [
-                f"{shapes.CLASSES[k]} {s:.2f}"
-                for k, s in zip(boxes["labels"][sure], boxes["scores"][sure], strict=True)
-            ]
-            if names:
-                large = draw_bounding_boxes(large, 3 * boxes["boxes"][sure], names, colors="white", width=2)
-            axes.imshow(large.permute(1, 2, 0).numpy())
-            axes.set(xticks=[], yticks=[])
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=80)
-
-
-def summary() -> str:
-    """What README says: AP at IoU .5 with 3 % of the BOPs, a row for each score and ranking."""
-    table = pd.read_csv(TABLE)
-    rows = table[(table.target == "3%") & (table.seed == 0)]
-    lines = ["| score | ranking | as pruned, % | after 40 steps of training, % |", "|---|---|---|---|"]
-    for (score, ranking), runs in rows.groupby(["score", "ranking"], sort=False):
-        shown = {int(tune): f"{100 * own.ap50.iloc[0]:.1f}" for tune, own in runs.groupby("tune")}
-        lines.append(f"| {score} | {ranking} | {shown.get(0, '-')} | {shown.get(1, '-')} |")
-    dense = {int(tune): 100 * own.ap50.iloc[0] for tune, own in table[table.score == "float"].groupby("tune")}
-    n = {int(tune): int(own.n.max()) for tune, own in rows.groupby("tune")}
-    about = (
-        f"AP at IoU .5 of ssdlite320_mobilenet_v3_large on synthetic shapes with 8 bits and 3 % of the BOPs, one seed; "
-        f"as pruned on {n[0]} held-out images (float {dense[0]:.1f}), trained on {n[1]} test images (float "
-        f"{dense[1]:.1f})"
-    )
-    return "\n".join([f"{about}; `python studies/detection.py`:", "", *lines])
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import jpq
+from jpq.config import Budget, Decide, Run
 from jpq.recipe import split
 from jpq.result import Result, Row, Silent
 
@@ -127,6 +129,20 @@ def picture(path: Path, title: str) -> None:
     axes.legend(frameon=False)
     FigureCanvasAgg(figure)
     figure.savefig(path.with_suffix(".png"), dpi=110)
+
+
+def with_float_weights(config: jpq.Config, path: Path) -> jpq.Config:
+    """The config with the float weights at `path`, which are trained here where they are not there yet."""
+    if not path.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            short = replace(
+                config, budget=Budget(target_bops="10%"), decide=Decide(method="uniform"),
+                train=replace(config.train, epochs=2), run=Run(out=Path(folder), threads=1),
+            )  # fmt: skip
+            result = jpq.optimize(short, Print())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(result.folder / "float.safetensors", path)
+    return replace(config, task=replace(config.task, weights=path))
 
 
 def main(

@@ -8,9 +8,6 @@ density: `bops_structured` says what hardware pays that cannot skip zeros that l
 10,000 test images, read once per run.
 """
 
-import shutil
-import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import grid
@@ -20,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import jpq
-from jpq.config import Budget, Decide, Run, Task, Train
+from jpq.config import Task, Train
 
 WEIGHTS = Path("runs/methods/resnet8-fashion-mnist.safetensors")
 BASE = jpq.Config(
@@ -32,19 +29,8 @@ PLAIN = ("uniform", "two-stage")
 
 
 def prepare(config: jpq.Config) -> jpq.Config:
-    """The config with the float weights that all runs share; trained here where they are not there yet."""
-    if config.task.weights is None:
-        if not WEIGHTS.exists():
-            with tempfile.TemporaryDirectory() as folder:
-                short = replace(
-                    config, budget=Budget(target_bops="10%"), decide=Decide(method="uniform"),
-                    train=replace(config.train, epochs=2), run=Run(out=Path(folder), threads=1),
-                )  # fmt: skip
-                result = jpq.optimize(short, grid.Print())
-                WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(result.folder / "float.safetensors", WEIGHTS)
-        config = replace(config, task=replace(config.task, weights=WEIGHTS))
-    return config
+    """The config with the float weights that all runs share."""
+    return config if config.task.weights else grid.with_float_weights(config, WEIGHTS)
 
 
 def by_cost(means: pd.DataFrame, column: str) -> pd.DataFrame:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import logging
 import random
-import shutil
 import tempfile
 import time
 from dataclasses import replace
@@ -30,7 +29,7 @@ from matplotlib.figure import Figure
 import jpq
 from jpq.allocators.schemes import milliseconds, variants
 from jpq.compose import compose, legal
-from jpq.config import Budget, Decide, Run, Task, Train
+from jpq.config import Budget, Decide, Task, Train
 from jpq.mapping import Proxy
 from jpq.models import build, load_weights
 from jpq.network.record import Network
@@ -56,17 +55,8 @@ PATHS = {"runs": grid.RESULTS / "schemes.csv", "proxies": grid.RESULTS / "scheme
 
 
 def prepared() -> jpq.Config:
-    """What all runs share, with float weights, which are trained here where they are not there yet."""
-    if not WEIGHTS.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            short = replace(
-                BASE, budget=Budget(target_bops="10%"), decide=Decide(method="uniform"),
-                train=replace(BASE.train, epochs=2), run=Run(out=Path(folder), threads=1),
-            )  # fmt: skip
-            result = jpq.optimize(short, grid.Print())
-            WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(result.folder / "float.safetensors", WEIGHTS)
-    return replace(BASE, task=replace(BASE.task, weights=WEIGHTS))
+    """What all runs share, with float weights."""
+    return grid.with_float_weights(BASE, WEIGHTS)
 
 
 def network() -> Network:

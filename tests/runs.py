@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 import jpq
 from jpq import recipe
 from jpq.config import Budget, Config, Decide, Run, Task, Train
+from jpq.data import Data
 from jpq.result import Figures, Result, Row, Silent
 
 QUICK = Train(epochs=4, float_epochs=3, lr=3e-3)
@@ -70,3 +74,16 @@ def outcome(result: Result) -> Outcome:
             for name, t in model.state_dict().items()
         },
     )
+
+
+def trained(data: Data, epochs: int = 6) -> nn.Module:
+    """A convnet that has seen the digits for some epochs."""
+    torch.manual_seed(0)
+    model = jpq.models.build("convnet", 10, 1)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for epoch in range(epochs):
+        for x, y in data.train.epoch(epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return model.eval()

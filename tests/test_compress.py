@@ -5,22 +5,11 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import trained
 from torch import nn
 
 import jpq
 from jpq.data import load
-
-
-def trained(data, epochs=6):
-    torch.manual_seed(0)
-    model = jpq.models.build("convnet", 10, 1)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for epoch in range(epochs):
-        for x, y in data.train.epoch(epoch):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +119,14 @@ def test_impossible_targets_are_refused_before_training_where_layers_share_a_den
     [
         ({"table": "t.csv"}, "jpq.bench.read_table"),
         ({"method": "catro", "evidence": torch.zeros(3, 1, 8, 8)}, "batches of"),
+        (
+            {"method": "two-stage", "score": "taylor", "evidence": [(torch.zeros(4, 1, 8, 8), torch.full((4,), 99))]},
+            "classes as whole numbers",
+        ),
+        (
+            {"method": "two-stage", "score": "taylor", "evidence": [(torch.zeros(4, 1, 8, 8), torch.zeros(4))]},
+            "classes as whole numbers",
+        ),
         ({"method": "two-stage", "allocator": "sampled"}, "needs data"),
         ({"method": "djpq", "allocator": "greedy"}, "two-stage or upscale"),
         ({"method": "admm", "structure": "3=channels"}, "for the whole network"),

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import trained
 from torch import nn
 from zoo import ZOO
 
-import jpq
 from jpq.allocators import rank
 from jpq.allocators.evidence import gate_gradients, multiplied
 from jpq.allocators.ranked import scores
@@ -224,14 +224,7 @@ def test_ranks_go_with_the_removal_oracle(epochs, first):
     The first order is above 0.9, as the sheet asks, only while the gradient is not yet small against the curvature.
     """
     data = load("digits", batch_size=128)
-    torch.manual_seed(0)
-    model = jpq.models.build("convnet", 10, 1)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for epoch in range(epochs):
-        for x, y in data.train.epoch(epoch):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
+    model = trained(data, epochs)
     x, y = data.train.normalise(data.train.images[:500]), data.train.labels[:500]
     net = ranked(model, x)
     oracle = []

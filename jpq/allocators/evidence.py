@@ -90,7 +90,15 @@ def gate_gradients(
     gates = [like.new_ones(samples, site.n).requires_grad_() for site in net.sites]
     kernels = sdpa_kernel(SDPBackend.MATH) if curvature else nullcontext()  # others have no second derivative
     with torch.enable_grad(), evaluating(net), frozen(net), multiplied(net, gates), kernels:
-        out = loss(call(net.model, x), labels)
+        scores = call(net.model, x)
+        try:
+            out = loss(scores, labels)
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise JpqError(
+                f"This score cannot have its loss from what the model gives and these labels ({reason}). It needs one "
+                "tensor of class scores, and classes as whole numbers from 0."
+            ) from error
         first = torch.autograd.grad(out, gates, create_graph=curvature)
         second = [_diagonal(g, z) for g, z in zip(first, gates, strict=True)] if curvature else []
     return [g.detach() * samples for g in first], second

@@ -98,16 +98,9 @@ def order(net: Compressed, groups: Sequence[Group], margins: Sequence[Tensor]) -
 @torch.no_grad()
 def scores(net: Compressed, score: Score, batches: Batches = (), loss: Loss = F.cross_entropy) -> dict[str, Tensor]:
     """Site -> `[n]`, the scores themselves, where nothing is about to go; of closed units minus infinity."""
-    require_channels(net)
-    found: dict[str, Tensor] = {}
-    with evaluating(net):
-        for draw in net.draws:
-            draw.again()
-        evidence = collect(net, score.needs, batches, score.batches, loss)
-        for name, members in _groups(net).items():
-            parts = _score(net, score, name, members, evidence, 1.0).split([gate.n for _, _, gate in members])
-            found.update({site.name: part for (_, site, _), part in zip(members, parts, strict=True)})
-    return found
+    groups = scored(net, score, batches, loss=loss)
+    found = {site.name: group.of(site, group.scores) for group in groups for site in group.sites}
+    return {site.name: found[site.name] for site in net.sites}
 
 
 def require_channels(net: Compressed) -> None:

@@ -37,6 +37,7 @@ LAYERS = [
         "result",
         "schedule",
         "average_precision",
+        "pareto",
     },
     {"types", "files", "usage"},
 ]

@@ -34,9 +34,10 @@ def nondominated(points: Any) -> npt.NDArray[np.bool_]:
     Source: Pareto dominance as in Zitzler et al., "Performance assessment of multiobjective optimizers", IEEE TEC 2003.
     """
     p = _points(points)
-    no_worse = (p[:, None] <= p[None]).all(2)
-    better = (p[:, None] < p[None]).any(2)
-    return ~(no_worse & better).any(0)
+    no_worse: npt.NDArray[np.bool_] = (p[:, None] <= p[None]).all(2)
+    better: npt.NDArray[np.bool_] = (p[:, None] < p[None]).any(2)
+    beaten: npt.NDArray[np.bool_] = (no_worse & better).any(axis=0)
+    return ~beaten
 
 
 def hypervolume(points: Any, reference: Sequence[float]) -> float:

@@ -20,15 +20,16 @@ if TYPE_CHECKING:
     from jpq.network.sites import channels
     from jpq.network.trace import trace
     from jpq.network.unpack import unpacked
+    from jpq.outcome import load
     from jpq.plan import Plan
-    from jpq.recipe import load, optimize
+    from jpq.recipe import optimize
     from jpq.train import fit
     from jpq.types import JpqError
 
 _HOMES = {
     "METHODS": "methods", "Budget": "config", "Compressed": "network.compressed", "Config": "config",
     "Joint": "joint", "JpqError": "types", "Plan": "plan", "attach": "network.attach", "channels": "network.sites",
-    "compress": "joint", "export_onnx": "exporters.onnx:export", "fit": "train", "land": "landing", "load": "recipe",
+    "compress": "joint", "export_onnx": "exporters.onnx:export", "fit": "train", "land": "landing", "load": "outcome",
     "measure": "exporters.verify", "optimize": "recipe", "rebuild": "exporters.quantized", "trace": "network.trace",
     "unpacked": "network.unpack", "verify": "exporters.verify",
 }  # fmt: skip

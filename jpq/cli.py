@@ -225,7 +225,8 @@ def _prune_private(args: list[str], console: Console) -> None:
 
 def _evaluate(args: list[str], console: Console) -> None:
     wanted = _parsed(Evaluate, "evaluate", args)
-    from jpq.recipe import load, read_data
+    from jpq.outcome import load
+    from jpq.recipe import read_data
     from jpq.result import percent
     from jpq.settings import read
     from jpq.train import evaluate

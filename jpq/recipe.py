@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from jpq.costs.table import Table
 from jpq.data import Data
 from jpq.data import load as load_data
 from jpq.exporters import verify
-from jpq.exporters.quantized import build, rebuild
+from jpq.exporters.quantized import rebuild
 from jpq.gates import Ranked
 from jpq.journal import Journal, open_folder
 from jpq.judging import calibration, evidence, judge_of, known_classes, score_of
@@ -41,7 +40,6 @@ from jpq.network.unpack import unpacked
 from jpq.outcome import finish
 from jpq.parts import asked, decide, gates, share_left, sites_of, widths
 from jpq.plan import Plan, from_json
-from jpq.plan import read as read_plan
 from jpq.result import Result, Silent, Watch
 from jpq.schedule import pick_schedule
 from jpq.train import Objective, Phase, fit, optimizer, reestimate
@@ -54,8 +52,10 @@ OBEYED = (
 Moments = dict[Tensor, Any]  # Adam's moving averages, by parameter
 
 
-def optimize(config: Config, watch: Watch | None = None, command: str = "") -> Result:
+def optimize(config: Config, watch: Watch | None = None, command: str = "", final: bool = True) -> Result:
     """Prune and quantize the configured model onto its budget; everything is written to the run's folder.
+
+    One that is not `final` is a trial among others: neither exported nor verified, and its test split stays unread.
 
     Raises JpqError for settings, files or targets that cannot work, and when a check of the result fails.
     """
@@ -106,7 +106,7 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "") -> R
     plan, moments = search(net, model, data, goals, config, run)  # 6, 7, 8
     tuned = opened(net, model, data, run) if net.opened else net
     fine_tune(tuned, model, data, config, run, plan, moments)  # 9
-    return finish(net, tuned, model, data, goals, config, run, command, table)  # 10
+    return finish(net, tuned, model, data, goals, config, run, command, table, final)  # 10
 
 
 def read_data(config: Config, device: torch.device) -> Data:
@@ -282,19 +282,3 @@ def fine_tune(
     settled = lambda: {"plan": plan.to_json(), "opened": run.opened, "metrics": run.metrics}  # noqa: E731
     train(net, data, phase, objective, optim, run, settled)
     run.timed("fine-tune", lambda: reestimate(net, data.train.epoch(phase.total)))
-
-
-def load(folder: str | Path) -> tuple[nn.Module, Plan]:
-    """(small model in eval mode, its plan) from a run's folder; no pickle, no optimiser, no data needed.
-
-    Raises JpqError where files are missing, foreign or do not fit together.
-    """
-    folder = Path(folder)
-    plan = read_plan(folder / "plan.json")
-    try:
-        dense = models.build(str(plan.model["name"]), int(plan.model["classes"]), int(plan.model["channels"]))
-    except KeyError as error:
-        raise JpqError(f"{folder / 'plan.json'} does not say which model it belongs to ({error}).") from error
-    small = build(plan, unpacked(dense))
-    checkpoint.load_tensors(small, folder / "model.safetensors")
-    return small.eval(), plan

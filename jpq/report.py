@@ -24,15 +24,16 @@ SHADES = {"search": "#F1F5F9", "fine-tune": "#FFFFFF"}
 
 
 def write(result: Result, config: Config) -> None:
-    """Write every table and picture of a run into its folder."""
+    """Write every table of a run into its folder, and its pictures where it is final."""
     folder = result.folder
     write_history(result.history, folder)
     layers = pd.DataFrame([asdict(row) for row in result.layers], columns=[f.name for f in fields(LayerRow)])
     replace_file(folder / "layers.csv", lambda path: layers.to_csv(path, index=False))
     text = json.dumps(_plain(record(result)), indent=2, allow_nan=False) + "\n"
     replace_file(folder / "result.json", lambda path: path.write_text(text))
-    _save(curves(result, config), folder / "curves.png")
-    _save(layer_chart(result, config), folder / "layers.png")
+    if result.final:
+        _save(curves(result, config), folder / "curves.png")
+        _save(layer_chart(result, config), folder / "layers.png")
 
 
 def write_history(rows: Sequence[Row], folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from jpq.types import DENSE
 
 Numbers = dict[str, dict[str, float]]  # of what -> name -> number
+UNREAD = math.nan  # accuracy on a test split that was not read
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class LayerRow:
 class Figures:
     """How good, and how dear, one model is."""
 
-    accuracy: float  # on the test split, in [0, 1]
+    accuracy: float  # on the test split, in [0, 1]; UNREAD where the run is not final
     bops: int
     macs: int
     size_bytes: int  # weights at their bit-widths, biases and scales at 32 bits
@@ -76,7 +77,6 @@ class Result:
     compressed: Figures
     held_out: dict[str, Any]  # held-out accuracy of both
     targets: dict[str, Any]  # target name -> {"asked", "limit", "reached", "used"}; and "note" where < 97 % is used
-    verified: dict[str, Any]
     layers: tuple[LayerRow, ...]
     history: tuple[Row, ...]
     seconds: dict[str, Any]  # phase -> seconds, "total"
@@ -84,11 +84,13 @@ class Result:
     versions: dict[str, str]
     seed: int
     notes: tuple[str, ...] = field(default=())
+    verified: dict[str, Any] = field(default_factory=dict)  # what was compared, and what came out
     metrics: Numbers = field(default_factory=dict)  # site -> what its gate said at landing
     latency: dict[str, Any] = field(default_factory=dict)  # model.onnx: predicted_ms, measured_ms, their ratio ...
     packed: dict[str, int] = field(default_factory=dict)  # bytes of model.packed: total, header, promised, others
     schemes: dict[str, Any] = field(default_factory=dict)  # who mapped them, ms, and where those are from (jpq.mapping)
     data: dict[str, Any] = field(default_factory=dict)  # name, checksum, sizes of the splits
+    final: bool = True  # exported, verified and measured on the test split; else one of a study's trials
 
 
 class Watch(Protocol):

@@ -208,7 +208,7 @@ def test_resuming_gives_the_same_bits_as_never_stopping(phase, epoch, finished, 
     assert [repr(replace(r, seconds=0.0)) for r in result.history] == [
         repr(replace(r, seconds=0.0)) for r in whole.history
     ]
-    ours, theirs = (recipe.load(r.folder)[0].state_dict() for r in (result, whole))
+    ours, theirs = (jpq.load(r.folder)[0].state_dict() for r in (result, whole))
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 

@@ -21,7 +21,7 @@ from jpq.exporters import onnx, verify
 from jpq.exporters.branches import branched
 from jpq.exporters.pack import pack
 from jpq.exporters.quantized import build, complete, rebuild
-from jpq.figures import layer_rows, reached, versions
+from jpq.figures import layer_rows, reached, uniform_costs, versions
 from jpq.files import replace_file
 from jpq.journal import Journal
 from jpq.network.compressed import Compressed
@@ -91,6 +91,7 @@ def finish(
         metrics=run.metrics,
         schemes=schemes,
         data={"name": data.name, "checksum": data.checksum, **{k: getattr(data, k).size for k in SPLITS}},
+        uniform=uniform_costs(net, uses),
         final=final,
         **shipped,
     )  # fmt: skip

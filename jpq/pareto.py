@@ -34,10 +34,9 @@ def nondominated(points: Any) -> npt.NDArray[np.bool_]:
     Source: Pareto dominance as in Zitzler et al., "Performance assessment of multiobjective optimizers", IEEE TEC 2003.
     """
     p = _points(points)
-    no_worse: npt.NDArray[np.bool_] = (p[:, None] <= p[None]).all(2)
-    better: npt.NDArray[np.bool_] = (p[:, None] < p[None]).any(2)
-    beaten: npt.NDArray[np.bool_] = (no_worse & better).any(axis=0)
-    return ~beaten
+    no_worse = np.all(p[:, None] <= p[None], axis=2)
+    better = np.any(p[:, None] < p[None], axis=2)
+    return np.asarray(~np.any(no_worse & better, axis=0))
 
 
 def hypervolume(points: Any, reference: Sequence[float]) -> float:

@@ -12,10 +12,13 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # each layer may import itself and what stands below it
 LAYERS = [
-    {"cli", "__main__", "progress", "inspection", "benching", "private_report"},
+    {"cli", "__main__", "progress", "inspection", "benching", "private_report", "choosing"},
     {"__init__"},
     {"recipe", "designer", "outcome", "bench", "journal", "figures", "machine"},
-    {"joint", "report", "mapping", "judging"},
+    {"front_report"},
+    {"joint", "report", "mapping", "judging", "picking"},
+    {"fronts"},
+    {"runs"},
     {"parts"},
     {"train", "stages", "closing", "compose", "checkpoint", "methods", "handover", "layerwise", "detection"},
     {"allocators", "exporters"},
@@ -43,9 +46,9 @@ LAYERS = [
 ]
 ONLY = {
     "brevitas": {"quantizers", "exporters", "network/attach.py"},
-    "pandas": {"report.py"},
-    "matplotlib": {"report.py"},
-    "rich": {"cli.py", "progress.py", "inspection.py", "benching.py", "private_report.py"},
+    "pandas": {"report.py", "fronts.py"},
+    "matplotlib": {"report.py", "front_report.py"},
+    "rich": {"cli.py", "progress.py", "inspection.py", "benching.py", "private_report.py", "choosing.py"},
     "tyro": {"cli.py"},
     "onnxruntime": {"exporters"},
     "sklearn": {"sources.py", "data.py"},

@@ -15,7 +15,8 @@ from jpq import pareto
 from jpq.costs import COSTS
 from jpq.costs.latency import NS
 from jpq.files import replace_file
-from jpq.runs import Point, read
+from jpq.point import Point
+from jpq.runs import read
 from jpq.types import JpqError, unknown
 
 MOST = 2  # costs beside accuracy

@@ -19,6 +19,7 @@ LAYERS = [
     {"joint", "report", "mapping", "judging", "picking"},
     {"fronts"},
     {"runs"},
+    {"point"},
     {"parts"},
     {"train", "stages", "closing", "compose", "checkpoint", "methods", "handover", "layerwise", "detection"},
     {"allocators", "exporters"},

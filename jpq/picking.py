@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from jpq.budget import amount
 from jpq.costs.latency import NS
@@ -106,21 +106,19 @@ def pick(front: Front, asked: Sequence[Limit], knee: bool = False) -> Choice:
                 "out above the line from the cheapest to the most accurate. Choose by --min-accuracy or --max-bops."
             )
         best = inside.points[inside.knee]
-        why.append(
-            f"It is the knee, farthest above the line from the cheapest to the most accurate ({_runs(len(fit))})."
-        )
+        why.append(f"It is the knee of {_runs(len(fit))}: farthest above the line from the cheapest to the best.")
     elif any(limit.cost == ACCURACY for limit in asked):
         best = min(fit, key=lambda p: (p.costs[cost], -p.accuracy))
-        why.append(f"It has the least {WORDS[cost]} of {_these(len(fit))}.")
+        why.append(_extreme(f"the least {WORDS[cost]}", len(fit)))
     else:
         best = max(fit, key=lambda p: (p.accuracy, -p.costs[cost]))
-        why.append(f"It has the highest held-out accuracy of {_these(len(fit))}.")
+        why.append(_extreme("the highest held-out accuracy", len(fit)))
     at = next(i for i, p in enumerate(front.points) if p is best)
     return Choice(at, best, (*why, *_beside(front, best, asked)))
 
 
-def _these(n: int) -> str:
-    return "them" if n > 1 else "the one"
+def _extreme(what: str, n: int) -> str:
+    return f"It has {what} of these {n}." if n > 1 else "It is the only one."
 
 
 def _runs(n: int) -> str:
@@ -149,33 +147,31 @@ def _beside(front: Front, best: Point, asked: Sequence[Limit]) -> list[str]:
             misses = [limit.text for limit in asked if not limit.met(p)]
             but = f"; it misses {' and '.join(misses)}" if misses else ""
             lines.append(
-                f"The next {words} one, {p.name}, has {100 * (p.accuracy - best.accuracy):+.2f} points at "
+                f"The next {words} one of the front, {p.name}, has {100 * (p.accuracy - best.accuracy):+.2f} points at "
                 f"{p.costs[cost] / best.costs[cost]:.2f} times the {WORDS[cost]}{but}."
             )
     return lines
 
 
 def _nearest(front: Front, asked: Sequence[Limit]) -> str:
-    """What comes nearest where nothing keeps to all limits: for each of them the best among what keeps to the others."""
-    near = []
+    """What comes nearest where nothing keeps to all limits: by each, the best of what keeps to the others."""
+    near: list[str] = []
     for limit in asked:
+        known = [p for p in front.points if limit.cost in (ACCURACY, *p.costs)]
         rest = [other for other in asked if other is not limit]
-        fit = [p for p in front.points if all(other.met(p) for other in rest)]
-        fit = [p for p in fit if limit.cost == ACCURACY or limit.cost in p.costs]
-        if not fit:
-            continue
-        given = f"with {' and '.join(other.text for other in rest)} " if rest else ""
-        if limit.cost == ACCURACY:
-            best = max(fit, key=lambda p: p.accuracy)
-            near.append(f"{given}the most accurate is {best.name} with {percent(best.accuracy)}")
-        else:
-            best = min(fit, key=lambda p: p.costs[limit.cost])
-            near.append(f"{given}the least is {best.name} with {shown(best, limit.cost)}")
-    if not near and len(asked) > 1:
-        return _nearest(front, [replace(asked[0])]).replace("Nothing", "No limit is met by any run; nothing", 1)
-    what = " and ".join(limit.text for limit in asked)
-    unknown = [
-        WORDS[limit.cost] for limit in asked if not any(limit.cost in (ACCURACY, *p.costs) for p in front.points)
-    ]
-    known = f"; no run knows its {unknown[0]}" if unknown else ""
-    return f"No run meets {what}: {'; '.join(near) or 'none comes near'}{known}."
+        fit = [p for p in known if all(other.met(p) for other in rest)]
+        if not known:
+            near.append(f"no run knows its {WORDS[limit.cost]}")
+        if fit and rest:
+            near.append(f"with {' and '.join(other.text for other in rest)} {_best(fit, limit)}")
+        if known and not any(map(limit.met, known)):
+            near.append(_best(known, limit, " of all" if rest else ""))
+    return f"No run meets {' and '.join(limit.text for limit in asked)}: {'; '.join(near)}."
+
+
+def _best(points: Sequence[Point], limit: Limit, whole: str = "") -> str:
+    if limit.cost == ACCURACY:
+        best = max(points, key=lambda p: p.accuracy)
+        return f"the most accurate{whole} is {best.name} with {percent(best.accuracy)}"
+    best = min(points, key=lambda p: p.costs[limit.cost])
+    return f"the least{whole} is {best.name} with {shown(best, limit.cost)}"

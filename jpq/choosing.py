@@ -1,4 +1,4 @@
-"""The commands `jpq pareto` and `jpq export`: their flags and what they say. Heavy imports wait until they are needed."""
+"""The commands `jpq pareto` and `jpq export`: their flags and what they say. Heavy imports wait until needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from jpq.types import JpqError
 if TYPE_CHECKING:
     from jpq.fronts import Front
     from jpq.picking import Choice
-    from jpq.point import Point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +32,8 @@ class Pick:
     min_accuracy: str | None = None
     """The cheapest point with at least this held-out accuracy: "91%" or 0.91."""
     max_bops: str | None = None
-    """Only points with at most so many bit-operations: "1%" of the fp32 model, or "12M". Without --min-accuracy the most
-    accurate of them is picked."""
+    """Only points with at most so many bit-operations: "1%" of the fp32 model, or "12M". Of points within limits the most
+    accurate is picked, or with --min-accuracy the cheapest."""
     max_macs: str | None = None
     """Only points with at most so many multiply-accumulates: "50%" or "12M"."""
     max_size: str | None = None
@@ -74,7 +73,7 @@ def run(wanted: Pareto, console: Console) -> None:
     choice = _picked(wanted, front)
     for line in skipped:
         _say(console, f"[yellow]skipped[/] {escape(line)}")
-    console.print(table(front, choice, wanted.all))
+    console.print(table(front, choice, wanted.all, console.width))
     for line in summary(front):
         _say(console, line)
     if choice is not None:
@@ -88,6 +87,40 @@ def run(wanted: Pareto, console: Console) -> None:
     except OSError as error:
         raise JpqError(f"Cannot write to {out}: {error.strerror}. Choose another folder with --out.") from error
     _say(console, f"[dim]files[/] {escape(os.path.relpath(out))}: {', '.join(path.name for path in files)}")
+
+
+def export(wanted: Export, console: Console) -> None:
+    """Make one run final: the one that was named, or the one that the flags pick."""
+    from jpq.finishing import finalize, is_final
+    from jpq.progress import layer_table, summary
+
+    front, skipped = _front(wanted)
+    choice = _picked(wanted, front)
+    for line in skipped:
+        _say(console, f"[yellow]skipped[/] {escape(line)}")
+    if choice is None and len(front.points) > 1:
+        raise JpqError(
+            f"{len(front.points)} runs were found. Say which to export: --knee, --min-accuracy 91%, --max-bops 1%, "
+            "--max-size 60KB ..., or name its folder."
+        )
+    point = front.points[0] if choice is None else choice.point
+    folder = point.folder
+    if folder is None:
+        raise JpqError(f"The folder of {point.name} is not at hand.")
+    if choice is not None:
+        for line in reasons(choice):
+            _say(console, line)
+    if is_final(folder):
+        here = escape(os.path.relpath(folder))
+        if wanted.out is None:
+            test = "-" if point.test_accuracy is None else percent(point.test_accuracy)
+            _say(console, f"{here} is final already: {test} on the test split, with model.onnx and model.packed. "
+                          "--out FOLDER exports it once more.")  # fmt: skip
+            return
+        _say(console, f"{here} is final already; it is exported once more.")
+    result = finalize(folder, wanted.out, wanted.data_root)
+    console.print(layer_table(result))
+    console.print(summary(result))
 
 
 def _say(console: Console, line: str) -> None:
@@ -121,60 +154,69 @@ def _usual(runs: tuple[Path, ...]) -> Path:
     return runs[0] if one else Path()
 
 
-def table(front: Front, choice: Choice | None = None, every: bool = False) -> Table:
-    """The front from the cheapest on, with `every` the dominated runs too, and the float model at the end."""
-    from jpq.fronts import float_accuracy
-    from jpq.picking import shown
+def table(front: Front, choice: Choice | None = None, every: bool = False, width: int = 100) -> Table:
+    """The front from the cheapest on, with `every` the dominated runs too, and the float model at the end.
 
+    Columns that people can do without stay away from screens that are not `width` enough.
+    """
+    order = [*front.best]
+    if every:
+        order += sorted(set(range(len(front.points))) - set(order), key=lambda i: front.points[i].costs[front.costs[0]])
+    rows = [(i, _cells(front, i)) for i in order]
+    least = {"target": 92, "bits w, a": 100, "MACs kept": 110, "BOPs": 84, "latency": 0}
+    timed = any("latency" in p.costs for p in front.points)
+    names = [n for n in rows[0][1] if least.get(n, 0) <= width and (timed or n != "latency")]
     shows = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    others = [i for i in range(len(front.points)) if i not in front.best]
-    points = [front.points[i] for i in (*front.best, *(others if every else ()))]
-    timed = any("latency" in p.costs for p in points)
-    names = [
-        "",
-        "run",
-        "method",
-        "target",
-        "held-out",
-        "test",
-        "BOPs",
-        "of fp32",
-        "size",
-        "w bits",
-        "a bits",
-        "MACs kept",
-    ]
-    for name in [*names, *(["latency"] if timed else [])]:
+    for name in names:
         words = name in ("run", "method", "target")
         shows.add_column(name, justify="left" if words else "right", no_wrap=name != "target", overflow="fold")
-    for place, point in enumerate(points):
-        on = place < len(front.best)
-        bold = "bold" if choice is not None and point is choice.point else "" if on else "dim"
-        test = "-" if point.test_accuracy is None else percent(point.test_accuracy)
-        target = str(point.decisions.get("target", "")).removeprefix("bops ")
-        cells = [
-            f"{'★ ' if bold == 'bold' else ''}{place + 1 if on else ''}", escape(point.name),
-            escape(str(point.decisions.get("method", ""))), escape(target), percent(point.accuracy), test,
-            human(point.costs["bops"]), percent(point.share("bops")), human(point.costs["size"], "B"),
-            *_means(point),
-        ]  # fmt: skip
-        latency = [shown(point, "latency") if "latency" in point.costs else "-"] if timed else []
-        shows.add_row(*cells, *latency, style=bold)
-    full, quality = front.points[0].full, float_accuracy(front)
-    size = human(full["size"], "B") if "size" in full else "-"
+    for i, cells in rows:
+        chosen = choice is not None and i == choice.index
+        cells[""] = ("★ " if chosen else "") + str(front.number(i) or "")
+        shows.add_row(*(cells[n] for n in names), style="bold" if chosen else "" if i in front.best else "dim")
     shows.add_section()
-    shows.add_row("", "float model", "", "", "-" if quality is None else percent(quality), "", human(full["bops"]),
-                  percent(1.0), size, "32", "32", percent(1.0))  # fmt: skip
+    whole = _float_cells(front)
+    shows.add_row(*(whole.get(n, "") for n in names))
     return shows
 
 
-def _means(point: Point) -> tuple[str, str, str]:
-    """Mean bits over the layers, and the share of the MACs that stays."""
-    if not point.layers:
-        return "-", "-", "-"
-    kept = percent(point.share("macs")) if "macs" in point.full else "-"
-    bits = (statistics.mean(getattr(layer, what) for layer in point.layers) for what in ("w_bits", "a_bits"))
-    return (*(f"{mean:.1f}" for mean in bits), kept)  # type: ignore[return-value]
+def _cells(front: Front, i: int) -> dict[str, str]:
+    """One run's cells, by column."""
+    from jpq.picking import shown
+
+    p = front.points[i]
+    bits = [statistics.mean(getattr(layer, what) for layer in p.layers) for what in ("w_bits", "a_bits") if p.layers]
+    return {
+        "": "",
+        "run": escape(p.name),
+        "method": escape(str(p.decisions.get("method", ""))),
+        "target": escape(str(p.decisions.get("target", "")).removeprefix("bops ")),
+        "held-out": percent(p.accuracy),
+        "test": "-" if p.test_accuracy is None else percent(p.test_accuracy),
+        "of fp32": percent(p.share("bops")),
+        "BOPs": human(p.costs["bops"]),
+        "size": human(p.costs["size"], "B"),
+        "latency": shown(p, "latency") if "latency" in p.costs else "-",
+        "bits w, a": ", ".join(f"{mean:.1f}" for mean in bits) or "-",
+        "MACs kept": percent(p.share("macs")) if "macs" in p.full else "-",
+    }
+
+
+def _float_cells(front: Front) -> dict[str, str]:
+    from jpq.fronts import float_accuracy
+
+    full, right = front.points[0].full, float_accuracy(front)
+    latency = {"latency": f"{full['latency'] / 1e6:#.3g} ms"} if "latency" in full else {}
+    return {
+        "run": "float model",
+        "held-out": "-" if right is None else percent(right),
+        "of fp32": percent(1.0),
+        "BOPs": human(full["bops"]),
+        "size": human(full["size"], "B") if "size" in full else "-",
+        "bits w, a": "32, 32",
+        "MACs kept": percent(1.0),
+        **latency,
+    }
 
 
 def summary(front: Front) -> list[str]:

@@ -18,7 +18,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from jpq.config import Config
 from jpq.files import replace_file
-from jpq.result import LayerRow, Result, Row, human, percent
+from jpq.result import Figures, LayerRow, Result, Row, human, percent
+from jpq.types import JpqError
 
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#E69F00", "#009E73", "#E3E3E3", "#333333"  # Okabe and Ito's palette
 SHADES = {"search": "#F1F5F9", "fine-tune": "#FFFFFF"}
@@ -35,6 +36,37 @@ def write(result: Result, config: Config) -> None:
     if result.final:
         save_picture(curves(result, config), folder / "curves.png")
         save_picture(layer_chart(result, config), folder / "layers.png")
+
+
+def read(folder: Path) -> Result:
+    """The result that `write` left in a folder. Raises JpqError where its files are missing, damaged or foreign."""
+    try:
+        tree = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        known = {f.name for f in fields(Result)}
+        tree = {key: value for key, value in tree.items() if key in known}
+        for side in ("float", "compressed"):
+            figures = tree[side]
+            tree[side] = Figures(**{**figures, "accuracy": _number(figures["accuracy"])})
+        rows, layers = _rows(folder / "history.csv"), _rows(folder / "layers.csv", {"name": str})
+        return Result(
+            **{**tree, "folder": folder, "notes": tuple(tree.get("notes", ()))},
+            layers=tuple(LayerRow(**row) for row in layers),
+            history=tuple(Row(**{k: _number(v) for k, v in row.items()}) for row in rows),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise JpqError(f"{folder} does not hold the result of a run ({type(error).__name__}: {why}).") from error
+
+
+def _number(value: Any) -> Any:
+    """JSON and CSV leave numbers empty that are not finite."""
+    return math.nan if value is None else value
+
+
+def _rows(path: Path, types: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """A CSV's rows; empty cells are None."""
+    table = pd.read_csv(path, dtype=types).astype(object)
+    return [{str(k): v for k, v in row.items()} for row in table.where(table.notna(), None).to_dict("records")]
 
 
 def write_history(rows: Sequence[Row], folder: Path) -> None:

@@ -6,7 +6,7 @@ COMMANDS = {
     "optimize": "Prune and quantize a model together, onto a budget.",
     "prune-private": "Prune a trained model without any data; the mask is for jpq optimize --mask.",
     "inspect": "What jpq sees in a model: layers, channels that can go, parts that must stay, and costs.",
-    "pareto": "Runs and studies as one front: table, picture, hypervolume, knee; and a point on it by what it may cost.",
+    "pareto": "Runs and studies as one front, as table and picture; and a point of it, by what it may cost.",
     "export": "Make a point final: ONNX and packed files, verified, and its accuracy on the test split.",
     "evaluate": "Accuracy of a model that an earlier run saved.",
     "bench": "Measure a model's layers into a table of latencies, or exported models against one.",

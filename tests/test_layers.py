@@ -14,6 +14,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
     {"cli", "__main__", "progress", "inspection", "benching", "private_report", "choosing"},
     {"__init__"},
+    {"finishing"},
     {"recipe", "designer", "outcome", "bench", "journal", "figures", "machine"},
     {"front_report"},
     {"joint", "report", "mapping", "judging", "picking"},

@@ -17,9 +17,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from jpq.config import Config
 from jpq.files import replace_file
-from jpq.result import LayerRow, Result, Row, human, percent
+from jpq.result import LayerRow, Point, Result, Row, human, percent
 
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#E69F00", "#009E73", "#E3E3E3", "#333333"  # Okabe and Ito's palette
+FRONT = "front.csv"
 SHADES = {"search": "#F1F5F9", "fine-tune": "#FFFFFF"}
 
 
@@ -42,10 +43,16 @@ def write_history(rows: Sequence[Row], folder: Path) -> None:
     replace_file(folder / "history.csv", lambda path: frame.to_csv(path, index=False))
 
 
+def write_front(points: Sequence[Point], folder: Path) -> None:
+    """Write front.csv, one line a budget."""
+    frame = pd.DataFrame([asdict(point) for point in points], columns=[f.name for f in fields(Point)])
+    replace_file(folder / FRONT, lambda path: frame.to_csv(path, index=False))
+
+
 def record(result: Result) -> dict[str, Any]:
     """What result.json holds: everything but the tables, which have files of their own."""
     tree = asdict(result)
-    return {key: value for key, value in tree.items() if key not in ("folder", "layers", "history")}
+    return {key: value for key, value in tree.items() if key not in ("folder", "layers", "history", "front")}
 
 
 def _plain(value: Any) -> Any:

@@ -43,7 +43,7 @@ METAVARS = {
         "TIME": "target_latency",
         "MIN MAX": "w_bits a_bits",
         "SHARE": "density",
-        "INT": "limit",
+        "INT": "limit tune_epochs",
         "CLASSES": "classes",
         "C H W": "input_shape",
         "[LAYER ...]": "skip",

@@ -12,9 +12,9 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # each layer may import itself and what stands below it
 LAYERS = [
-    {"cli", "__main__", "progress", "inspection", "benching", "private_report"},
+    {"cli", "__main__", "progress", "inspection", "benching", "private_report", "front_table"},
     {"__init__"},
-    {"recipe", "designer", "outcome", "bench", "journal", "figures", "machine"},
+    {"recipe", "descent", "phases", "designer", "outcome", "bench", "journal", "figures", "machine"},
     {"joint", "report", "mapping", "judging"},
     {"parts"},
     {"train", "stages", "closing", "compose", "checkpoint", "methods", "handover", "layerwise", "detection"},
@@ -44,7 +44,7 @@ ONLY = {
     "brevitas": {"quantizers", "exporters", "network/attach.py"},
     "pandas": {"report.py"},
     "matplotlib": {"report.py"},
-    "rich": {"cli.py", "progress.py", "inspection.py", "benching.py", "private_report.py"},
+    "rich": {"cli.py", "progress.py", "inspection.py", "benching.py", "private_report.py", "front_table.py"},
     "tyro": {"cli.py"},
     "onnxruntime": {"exporters"},
     "sklearn": {"sources.py", "data.py"},

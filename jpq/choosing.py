@@ -32,8 +32,8 @@ class Pick:
     min_accuracy: str | None = None
     """The cheapest point with at least this held-out accuracy: "91%" or 0.91."""
     max_bops: str | None = None
-    """Only points with at most so many bit-operations: "1%" of the fp32 model, or "12M". Of points within limits the most
-    accurate is picked, or with --min-accuracy the cheapest."""
+    """Only points with at most so many bit-operations: "1%" of the fp32 model, or "12M". Of the points within limits
+    the most accurate is picked, or with --min-accuracy the cheapest."""
     max_macs: str | None = None
     """Only points with at most so many multiply-accumulates: "50%" or "12M"."""
     max_size: str | None = None

@@ -127,14 +127,18 @@ def _help(console: Console) -> None:
 def _optimize(args: list[str], console: Console) -> None:
     config = parse(args).check()
     from jpq.compose import compose
+    from jpq.front_table import front_table
+    from jpq.phases import phases
     from jpq.progress import Progress, layer_table, summary
-    from jpq.recipe import optimize, split
+    from jpq.recipe import optimize
 
     d = config.decide
-    search, tune = split(config, compose(d.method, d.structure, d.width))
-    planned = {} if config.task.weights else {"float": config.train.float_epochs}
-    with Progress(console, {**planned, "search": search, "fine-tune": tune}) as watch:
+    planned = {phase.title: phase.epochs for phase in phases(config, compose(d.method, d.structure, d.width))}
+    with Progress(console, planned) as watch:
         result = optimize(config, watch, shlex.join(["jpq", "optimize", *args]))
+    if result.front:
+        console.print(front_table(result))
+        return
     console.print(layer_table(result))
     console.print(summary(result))
 

@@ -94,7 +94,7 @@ def _moved(before: Result, now: float) -> list[str]:
 
 def float_model(folder: Path, config: Config, data: Data, before: Result) -> tuple[nn.Module | None, list[str]]:
     """The model that the run began with, where its weights are still there, else None and a note."""
-    places = [folder / FLOAT, folder.parent.parent / FLOAT]  # its own, or its study's
+    places = [place / FLOAT for place in (folder, *folder.resolve().parents[:2])]  # its own, its run's, its study's
     given = config.task.weights
     try:
         if given is not None and given.is_file():
@@ -109,8 +109,8 @@ def float_model(folder: Path, config: Config, data: Data, before: Result) -> tup
         return None, [f"The float model's weights are no longer {where}: its test accuracy was not read."]
     right, then = evaluate(model, data.held_out), before.held_out.get("float")
     if then is not None and math.isfinite(then) and abs(right - then) > NEAR:
-        return None, [f"The float weights have {right:.2%} of the held-out images right, those of the run had {then:.2%}: "
-                      "their test accuracy was not read."]  # fmt: skip
+        return None, [f"The float weights have {right:.2%} of the held-out images right and those of the run had "
+                      f"{then:.2%}: their test accuracy was not read."]  # fmt: skip
     return model, []
 
 

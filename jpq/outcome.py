@@ -80,7 +80,7 @@ def finish(
         held_out={"float": evaluate(model, data.held_out), "compressed": evaluate(small, data.held_out)},
         targets={goal.cost: reached(goal, uses) for goal in goals},
         layers=layer_rows(net, plan, config.budget.cost),
-        history=tuple(run.recorder.rows),
+        history=run.lineage(),
         seconds={**run.seconds, "total": run.recorder.clock()},
         command=command or shlex.join(["jpq", "optimize"]),
         versions=versions(),

@@ -69,7 +69,7 @@ def point_of(folder: Path) -> Point:
         layers = tuple(_layers(folder / "layers.csv"))
         data = tree.get("data") or {}
         point = Point(
-            name=folder.resolve().name,
+            name=_name(folder.resolve()),
             folder=folder,
             accuracy=_share(held["compressed"], "held-out accuracy"),
             test_accuracy=_maybe(now["accuracy"]),
@@ -88,6 +88,11 @@ def point_of(folder: Path) -> Point:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         raise JpqError(f"it does not hold the result of a run ({type(error).__name__}: {_short(error)}).") from error
     return point
+
+
+def _name(folder: Path) -> str:
+    """The folder's; with that of the run around it, where that followed several budgets down."""
+    return f"{folder.parent.name}/{folder.name}" if (folder.parent / "config.toml").is_file() else folder.name
 
 
 def _short(error: Exception) -> str:

@@ -83,7 +83,7 @@ class Progress:
         self.done = row.epoch * self.steps
         if self.live is None:
             numbers = self._numbers(row.loss, row.bops_share, row.aim_share)
-            parts = [f"{row.phase:<9} {row.epoch:>3}/{row.epochs}", *numbers, *self._left_text()]
+            parts = [f"{row.title:<9} {row.epoch:>3}/{row.epochs}", *numbers, *self._left_text()]
             self.console.print("  ".join(parts), soft_wrap=True, highlight=False)
 
     def seconds_left(self) -> float | None:

@@ -18,10 +18,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from jpq.config import Config
 from jpq.files import replace_file
-from jpq.result import Figures, LayerRow, Result, Row, human, percent
+from jpq.result import Figures, LayerRow, Point, Result, Row, human, percent
 from jpq.types import JpqError
 
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#E69F00", "#009E73", "#E3E3E3", "#333333"  # Okabe and Ito's palette
+FRONT = "front.csv"
 SHADES = {"search": "#F1F5F9", "fine-tune": "#FFFFFF"}
 
 
@@ -47,11 +48,13 @@ def read(folder: Path) -> Result:
         for side in ("float", "compressed"):
             figures = tree[side]
             tree[side] = Figures(**{**figures, "accuracy": _number(figures["accuracy"])})
-        rows, layers = _rows(folder / "history.csv"), _rows(folder / "layers.csv", {"name": str})
+        rows, layers = _rows(folder / "history.csv"), _rows(folder / "layers.csv")
         return Result(
             **{**tree, "folder": folder, "notes": tuple(tree.get("notes", ()))},
             layers=tuple(LayerRow(**row) for row in layers),
-            history=tuple(Row(**{k: _number(v) for k, v in row.items()}) for row in rows),
+            history=tuple(
+                Row(**{k: _number(v) for k, v in row.items()} | {"budget": row.get("budget") or ""}) for row in rows
+            ),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = " ".join(str(error).split())[:120]
@@ -63,9 +66,9 @@ def _number(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def _rows(path: Path, types: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+def _rows(path: Path) -> list[dict[str, Any]]:
     """A CSV's rows; empty cells are None."""
-    table = pd.read_csv(path, dtype=types).astype(object)
+    table = pd.read_csv(path, dtype={"name": str, "budget": str}).astype(object)
     return [{str(k): v for k, v in row.items()} for row in table.where(table.notna(), None).to_dict("records")]
 
 
@@ -75,10 +78,16 @@ def write_history(rows: Sequence[Row], folder: Path) -> None:
     replace_file(folder / "history.csv", lambda path: frame.to_csv(path, index=False))
 
 
+def write_front(points: Sequence[Point], folder: Path) -> None:
+    """Write front.csv, one line a budget."""
+    frame = pd.DataFrame([asdict(point) for point in points], columns=[f.name for f in fields(Point)])
+    replace_file(folder / FRONT, lambda path: frame.to_csv(path, index=False))
+
+
 def record(result: Result) -> dict[str, Any]:
     """What result.json holds: everything but the tables, which have files of their own."""
     tree = asdict(result)
-    return {key: value for key, value in tree.items() if key not in ("folder", "layers", "history")}
+    return {key: value for key, value in tree.items() if key not in ("folder", "layers", "history", "front")}
 
 
 def _plain(value: Any) -> Any:

@@ -57,7 +57,7 @@ METAVARS = {
         "MIN MAX": "w_bits a_bits",
         "SHARE": "density min_accuracy",
         "[COST ...]": "costs",
-        "INT": "limit",
+        "INT": "limit tune_epochs",
         "CLASSES": "classes",
         "C H W": "input_shape",
         "[LAYER ...]": "skip",

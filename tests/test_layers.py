@@ -12,10 +12,10 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # each layer may import itself and what stands below it
 LAYERS = [
-    {"cli", "__main__", "progress", "inspection", "benching", "private_report", "choosing"},
+    {"cli", "__main__", "progress", "inspection", "benching", "private_report", "front_table", "choosing"},
     {"__init__"},
     {"finishing"},
-    {"recipe", "designer", "outcome", "bench", "journal", "figures", "machine"},
+    {"recipe", "descent", "phases", "designer", "outcome", "bench", "journal", "figures", "machine"},
     {"front_report"},
     {"joint", "report", "mapping", "judging", "picking"},
     {"fronts"},
@@ -50,7 +50,15 @@ ONLY = {
     "brevitas": {"quantizers", "exporters", "network/attach.py"},
     "pandas": {"report.py", "fronts.py"},
     "matplotlib": {"report.py", "front_report.py"},
-    "rich": {"cli.py", "progress.py", "inspection.py", "benching.py", "private_report.py", "choosing.py"},
+    "rich": {
+        "cli.py",
+        "progress.py",
+        "inspection.py",
+        "benching.py",
+        "private_report.py",
+        "front_table.py",
+        "choosing.py",
+    },
     "tyro": {"cli.py"},
     "onnxruntime": {"exporters"},
     "sklearn": {"sources.py", "data.py"},

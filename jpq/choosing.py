@@ -193,7 +193,7 @@ def _cells(front: Front, i: int) -> dict[str, str]:
         "target": escape(str(p.decisions.get("target", "")).removeprefix("bops ")),
         "held-out": percent(p.accuracy),
         "test": "-" if p.test_accuracy is None else percent(p.test_accuracy),
-        "of fp32": percent(p.share("bops")),
+        "BOPs share": percent(p.share("bops")),
         "BOPs": human(p.costs["bops"]),
         "size": human(p.costs["size"], "B"),
         "latency": shown(p, "latency") if "latency" in p.costs else "-",
@@ -210,7 +210,7 @@ def _float_cells(front: Front) -> dict[str, str]:
     return {
         "run": "float model",
         "held-out": "-" if right is None else percent(right),
-        "of fp32": percent(1.0),
+        "BOPs share": percent(1.0),
         "BOPs": human(full["bops"]),
         "size": human(full["size"], "B") if "size" in full else "-",
         "bits w, a": "32, 32",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from jpq.result import percent
 RED, PALE = "#D55E00", "#9AA5B1"  # Okabe and Ito's vermillion; grey for what is dominated
 COLUMNS = 24  # of a heat map; longer fronts are thinned out evenly
 CELLS = 14  # columns, and three times as many rows, up to which every cell has its number
+WIDE, HIGH = 590.0, 385.0  # of the plane's axes, in points
 UNIFORM = "uniform"  # the method that has the same bits everywhere
 
 
@@ -74,20 +76,44 @@ def plane(front: Front, choice: Choice | None = None) -> Figure:
     if choice is not None:
         axes.scatter(*_at([choice.point], cost), s=260, marker="*", color=RED, edgecolor="white", zorder=6,
                      label=f"chosen: {choice.point.name}", gid="chosen")  # fmt: skip
-    every = range(1, len(line) + 1) if len(line) <= COLUMNS else _thinned(len(line))
-    for number in every:
-        text = f"{number} {_method(line[number - 1])}" if len(line) <= CELLS else str(number)
-        axes.annotate(text.strip(), (x[number - 1], y[number - 1]), xytext=(-4, 5), textcoords="offset points",
-                      ha="right", fontsize=8.5, color=BLUE)  # fmt: skip
-
     log_ticks(axes.xaxis)
     axes.set_xlabel(f"{WORDS[cost]}, % of the fp32 model")
     axes.set_ylabel("held-out accuracy, %")
-    axes.margins(x=0.05, y=0.08)
+    axes.margins(x=0.06, y=0.1)
+    _name_points(axes, front, cost)
     quiet(axes)
     axes.grid(True, color="#E3E3E3", lw=0.6)
     axes.legend(loc="lower right", fontsize=9, framealpha=0.95, edgecolor="none")
     return figure
+
+
+def _name_points(axes: Axes, front: Front, cost: str) -> None:
+    """Number and method beside each point of the front where they cover no other text; else the number, or nothing."""
+    line = front.line
+    low, high = axes.get_xlim()
+    bottom, top = axes.get_ylim()
+    across = [WIDE * math.log(x / low) / math.log(high / low) for x in _at(line, cost)[0]]
+    up = [HIGH * (y - bottom) / (top - bottom) for y in _at(line, cost)[1]]
+    taken: list[tuple[float, float, float, float]] = []
+    marks = [(x - 3, y - 3, x + 3, y + 3) for x, y in zip(across, up, strict=True)]
+    for number in (len(line), *range(1, len(line))):
+        x, y = across[number - 1], up[number - 1]
+        named = [f"{number} {_method(line[number - 1])}".strip()] if len(line) <= COLUMNS else []
+        places = [(text, side, rise) for text in (*named, str(number)) for side in (-1, 1) for rise in (-4.5, 4, -13)]
+        for text, side, rise in places:
+            long = 4.9 * len(text)
+            left = x + 5 if side > 0 else x - 5 - long
+            box = (left, y + rise, left + long, y + rise + 9)
+            if left > 0 and left + long < WIDE and not any(_overlap(box, other) for other in (*taken, *marks)):
+                taken.append(box)
+                where = (_at(line, cost)[0][number - 1], _at(line, cost)[1][number - 1])
+                axes.annotate(text, where, xytext=(5 * side, rise), textcoords="offset points", fontsize=8.5,
+                              ha="left" if side > 0 else "right", va="bottom", color=BLUE, zorder=7)  # fmt: skip
+                break
+
+
+def _overlap(one: tuple[float, ...], two: tuple[float, ...]) -> bool:
+    return one[0] < two[2] and two[0] < one[2] and one[1] < two[3] and two[1] < one[3]
 
 
 def _at(points: list[Point] | tuple[Point, ...], cost: str) -> tuple[list[float], list[float]]:

@@ -63,7 +63,7 @@ def make(points: Sequence[Point], costs: Sequence[str] = ("bops",)) -> Front:
     return Front(points, costs, tuple(best), covered, pareto.knee(accuracy, shares[0]))
 
 
-def front(source: Any, costs: Sequence[str] = ("bops",)) -> pd.DataFrame:
+def front(source: Any, costs: Sequence[str] = ("bops",), folder: Path | str | None = None) -> pd.DataFrame:
     """Runs as a DataFrame, a row each, the front first: accuracies, costs, every decision, and whether a run beats it.
 
     `frame.attrs` has the `hypervolume`, the `knee` (a run's name or None) and the `float` model's figures.
@@ -71,11 +71,13 @@ def front(source: Any, costs: Sequence[str] = ("bops",)) -> pd.DataFrame:
     Args:
         source: a folder (of a run, of a study, or one that holds several), several folders, or an Optuna study.
         costs: what counts beside held-out accuracy: one or two names in `jpq.costs.COSTS`.
+        folder: of an Optuna study: without it rows have what its trials noted there (BOPs, size, layers, no full costs
+            but BOPs); to have all of it give the folder instead of the study, or both.
 
     Runs that cannot be read are left out with a warning. Raises JpqError where none is left, and for runs of several
     models or data sets.
     """
-    found = read(source)
+    found = read(source, folder)
     for line in found.skipped:
         warnings.warn(f"Left out: {line}", stacklevel=2)
     return frame(make(found.points, costs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,11 +189,19 @@ def _own_structure(method: str) -> str:
     return row.structure if row is not None and row.gate is not None else ""
 
 
-def from_attributes(name: str, title: str, found: Mapping[str, Any], params: Mapping[str, Any]) -> Point:
-    """A trial whose folder is not at hand: what it wrote beside its values."""
+def from_attributes(name: str, about: Mapping[str, Any], found: Mapping[str, Any], params: Mapping[str, Any]) -> Point:
+    """A trial without its folder, by what it noted beside its values. Raises JpqError where that is not enough.
+
+    Args:
+        name: what to call it; about: the study's own attributes, which hold the task's settings.
+        found: the trial's attributes (`held_out`, `bops`, `bops_share`, `macs`, `size_bytes`, `latency_ms`, `layers`).
+        params: what the sampler chose.
+    """
     try:
-        bops = _above(found["bops"], "BOPs")
-        latency = {"latency": NS * float(found["latency_ms"])} if found.get("latency_ms") is not None else {}
+        task = about.get("settings", {}).get("task", {})
+        bops, share = _above(found["bops"], "BOPs"), _above(found["bops_share"], "share of BOPs")
+        latency = {"latency": NS * _above(found["latency_ms"], "latency")} if found.get("latency_ms") else {}
+        place = str(found.get("run_folder", ""))
         return Point(
             name=name,
             folder=None,
@@ -200,11 +209,25 @@ def from_attributes(name: str, title: str, found: Mapping[str, Any], params: Map
             test_accuracy=None,
             float_accuracy=None,
             costs={"bops": bops, "macs": float(found["macs"]), "size": float(found["size_bytes"]), **latency},
-            full={"bops": round(bops / _above(found["bops_share"], "share of BOPs"))},
-            model=title,
-            data=title,
+            full={"bops": float(round(bops / share))},
+            model=str(task.get("model", "")),
+            data=str(task.get("data", "")),
             final=False,
-            decisions=params,
+            decisions={"method": found.get("method"), "settings": place.rpartition("/")[2] or None, **params},
+            layers=tuple(_told(layer, str(text)) for layer, text in found.get("layers", {}).items()),
         )
-    except (ValueError, KeyError, TypeError) as error:
-        raise JpqError(f"it has no {_short(error)} among its user attributes and no run folder at hand.") from error
+    except KeyError as error:
+        raise JpqError(f"neither its folder nor its attribute {error} is at hand.") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise JpqError(f"its attributes are not those of a trial of jpq study ({_short(error)}).") from error
+
+
+def _told(name: str, text: str) -> Layer:
+    """A layer as `jpq study` notes it, such as "W4 A3, 24/32 channels, density 0.50 (2:4)"."""
+    bits = re.match(r"W(\d+) A(\d+)", text)
+    if bits is None:
+        raise ValueError(f"layer {name}: {text}")
+    kept = re.search(r"(\d+)/(\d+) channels", text)
+    mask = re.search(r"density ([0-9.]+)", text)
+    density = (int(kept[1]) / int(kept[2]) if kept else 1.0) * (float(mask[1]) if mask else 1.0)
+    return Layer(name, int(bits[1]), int(bits[2]), _share(density, "density"))

@@ -21,16 +21,17 @@ class Runs:
     skipped: tuple[str, ...]  # a sentence each
 
 
-def read(source: Any) -> Runs:
+def read(source: Any, folder: Path | str | None = None) -> Runs:
     """The runs in a folder (of a run, of a study, or of several), in several of them, or in an Optuna study.
 
+    `folder` is where the trials of an Optuna study lie; without it they are what they noted in the study.
     A run that lies in two of them, or was copied, is counted once. Raises JpqError where a folder is not there, nothing
     can be read, or runs are not of the same model and data.
     """
     points: list[Point] = []
     skipped: list[str] = []
     for one in _several(source):
-        for point in _trials(one) if hasattr(one, "trials") else _folders(Path(one)):
+        for point in _trials(one, folder) if hasattr(one, "trials") else _folders(Path(one)):
             if isinstance(point, Point):
                 points.append(point)
             else:
@@ -108,27 +109,31 @@ def _folders(path: Path) -> Iterator[Point | str]:
             yield f"{here}: the run has not ended, there is no {FILE}."
 
 
-def _trials(study: Any) -> Iterator[Point | str]:
-    """The finished trials of an Optuna study of `jpq study`; `trials`, `params`, `user_attrs` are all that is read."""
-    root = Path(str(study.user_attrs.get("folder", "."))) if hasattr(study, "user_attrs") else Path()
+def _trials(study: Any, folder: Path | str | None = None) -> Iterator[Point | str]:
+    """The finished trials of an Optuna study of `jpq study`: `trials` and `user_attrs` are all that is asked of it."""
+    about = dict(getattr(study, "user_attrs", {}))
     title = str(getattr(study, "study_name", "the study"))
-    known: Point | None = None
     alone: list[Point] = []
+    known: Point | None = None
     for trial in study.trials:
         if getattr(getattr(trial, "state", None), "name", "COMPLETE") != "COMPLETE":
             continue
         name = f"trial {getattr(trial, 'number', '?')}"
         params = {f"params_{key}": value for key, value in trial.params.items()}
-        kept = trial.user_attrs.get("run_folder")
+        place = Path(folder or ".") / str(trial.user_attrs.get("run_folder", ""))
         try:
-            if kept and (root / str(kept) / FILE).is_file():
-                point = point_of(root / str(kept))
-                known = known or point
-                yield replace(point, name=name, decisions={**point.decisions, **params})
+            if (place / FILE).is_file():
+                known = point_of(place)
+                yield replace(known, name=name, decisions={**known.decisions, **params})
             else:
-                alone.append(from_attributes(name, title, trial.user_attrs, params))
+                alone.append(from_attributes(name, about, trial.user_attrs, params))
         except JpqError as error:
             yield f"{name} of {title}: {error}"
-    for point in alone:
-        same = known and {k: getattr(known, k) for k in ("full", "model", "data", "chance", "uniform")}
-        yield replace(point, **same) if same else point
+    for point in alone:  # what the study does not say, another trial's folder may
+        yield (
+            point
+            if known is None
+            else replace(
+                point, **{field: getattr(known, field) for field in ("full", "model", "data", "chance", "uniform")}
+            )
+        )

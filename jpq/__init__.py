@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from jpq.plan import Plan
     from jpq.recipe import optimize
     from jpq.train import fit
+    from jpq.trials.settings import Study
+    from jpq.trials.study import study
     from jpq.types import JpqError
 
 _HOMES = {
@@ -31,13 +33,13 @@ _HOMES = {
     "Joint": "joint", "JpqError": "types", "Plan": "plan", "attach": "network.attach", "channels": "network.sites",
     "compress": "joint", "export_onnx": "exporters.onnx:export", "fit": "train", "land": "landing", "load": "outcome",
     "measure": "exporters.verify", "optimize": "recipe", "rebuild": "exporters.quantized", "trace": "network.trace",
-    "unpacked": "network.unpack", "verify": "exporters.verify",
+    "Study": "trials.settings", "study": "trials.study", "unpacked": "network.unpack", "verify": "exporters.verify",
 }  # fmt: skip
 _PARTS = ("costs", "data", "gates", "models", "quantizers", "structures")
 
 __all__ = [
-    "METHODS", "Budget", "Compressed", "Config", "Joint", "JpqError", "Plan", "attach", "channels", "compress",
-    "export_onnx", "fit", "land", "load", "measure", "optimize", "rebuild", "trace", "unpacked", "verify",
+    "METHODS", "Budget", "Compressed", "Config", "Joint", "JpqError", "Plan", "Study", "attach", "channels", "compress",
+    "export_onnx", "fit", "land", "load", "measure", "optimize", "rebuild", "study", "trace", "unpacked", "verify",
 ]  # fmt: skip
 
 

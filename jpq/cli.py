@@ -24,6 +24,7 @@ from jpq.usage import COMMANDS, EXAMPLES, METAVARS
 
 if TYPE_CHECKING:
     from jpq.config import Config
+    from jpq.trials.settings import Study
 
 T = TypeVar("T")
 
@@ -75,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         again = [arg for arg in args if arg not in ("--resume", "--no-resume")]
         how = f" Go on with: jpq {shlex.join(again)} --resume" if args[:1] == ["optimize"] else ""
+        how = f" Go on with: jpq {shlex.join(args)}" if args[:1] == ["study"] else how
         errors.print(f"Stopped.{escape(how)}", soft_wrap=True, highlight=False)
         return 130
     except OSError as error:
@@ -95,8 +97,8 @@ def _dispatch(args: list[str], console: Console) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA toolkit: nobody asked for one
     warnings.filterwarnings("ignore", message="fast_hadamard_transform")  # brevitas, on import
     commands: dict[str, Callable[[list[str], Console], None]] = {
-        "optimize": _optimize, "prune-private": _prune_private, "inspect": _inspect, "evaluate": _evaluate,
-        "bench": _bench, "methods": _methods,
+        "optimize": _optimize, "study": _study, "prune-private": _prune_private, "inspect": _inspect,
+        "evaluate": _evaluate, "bench": _bench, "methods": _methods,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help", "help"):
         _help(console)
@@ -139,25 +141,56 @@ def _optimize(args: list[str], console: Console) -> None:
     console.print(summary(result))
 
 
+def _study(args: list[str], console: Console) -> None:
+    config, settings = parse_study(args)
+    settings.check(config)
+    from jpq.study_screen import run
+
+    run(config, settings, console)
+
+
 def parse(args: Sequence[str]) -> Config:
     """The config that these flags of `jpq optimize` describe, upon the file that --config names."""
     from jpq.config import Config
     from jpq.settings import read
 
+    named = _named(args)
+    return _flags(read(named) if named else Config(), "optimize", args)[0]
+
+
+def parse_study(args: Sequence[str]) -> tuple[Config, Study]:
+    """The task and the study that these flags of `jpq study` describe, upon the file that --config names."""
+    from jpq.config import Config, Run
+    from jpq.trials.record import read
+    from jpq.trials.settings import Study
+
+    named = _named(args)
+    config, settings = read(named) if named else (Config(run=Run(out=Path("runs/studies"))), Study())
+    return _flags(config, "study", args, settings)
+
+
+def _named(args: Sequence[str]) -> Path | None:
+    """The file after --config."""
     named = [b for a, b in zip(args, [*args[1:], ""], strict=False) if a == "--config" and b]
     named += [a.partition("=")[2] for a in args if a.startswith("--config=")]
-    base = read(Path(named[-1])) if named else Config()
+    return Path(named[-1]) if named else None
+
+
+def _flags(base: Config, command: str, args: Sequence[str], more: T | None = None) -> tuple[Config, T]:
+    """The config that flags describe, whose defaults `base` has, and with it one more table of settings."""
+    known: dict[str, Any] = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    known |= {"study": more} if more is not None else {}
     parts: list[Any] = []
-    for field in dataclasses.fields(base):
-        part = getattr(base, field.name)
+    for name, part in known.items():
         shown = _shown(type(part))
-        parts.append((field.name, shown, dataclasses.field(default=shown(**vars(part)))))
+        parts.append((name, shown, dataclasses.field(default=shown(**vars(part)))))
     note = "Take settings from this TOML file, such as a run's config.toml; flags given here win."
     file = Annotated[Path | None, _arg("config", note)]
     flags = dataclasses.make_dataclass("Flags", [*parts, ("config", file, None)], frozen=True)
-    settings: Any = _parsed(flags, "optimize", args)
-    names = [field.name for field in dataclasses.fields(base)]
-    return Config(**{name: type(getattr(base, name))(**vars(getattr(settings, name))) for name in names})
+    settings: Any = _parsed(flags, command, args)
+    made = {name: type(part)(**vars(getattr(settings, name))) for name, part in known.items()}
+    study: Any = made.pop("study", None)
+    return type(base)(**made), study
 
 
 def _shown(part: type[T], place: str = "") -> type[T]:

@@ -30,6 +30,7 @@ class Task:
 
 
 MASKED = "masked"  # the method where a mask is given
+BY_HAND = "by-hand"  # the method where --bits or --densities say the decisions
 BOPS = ("bops", "bops-structured")  # names in jpq.costs.COSTS that --cost may have
 
 
@@ -97,6 +98,11 @@ class Decide:
     """Share of the weights that stay, for methods that are told how many (dpp, pdp, smart, dpf, dsp, spp, admm); N:M
     and patterns say it themselves. Share of the MACs that stays, for ranked, taylor, lookahead and catro when the
     search ends, for two-stage before bits are chosen (what the bits leave of the budget then opens more channels)."""
+    bits: str | None = None
+    """Weight and activation bits by hand, in place of a search: "4/4,conv1=8/8,layer1=4/3" (a layer, or all whose names
+    begin so; 4/4 for the rest). No target is needed then; one that is given must hold."""
+    densities: str | None = None
+    """Share of the channels that stay by hand, the best by --score: "0.75,layer1=0.5" (sites of jpq inspect)."""
     skip: tuple[str, ...] = ()
     """Layers whose channels or weights are not pruned."""
     mask: Path | None = None
@@ -165,12 +171,29 @@ class Config:
     run: Run = field(default_factory=Run)
 
     def check(self) -> Config:
-        """This config, once every value makes sense; with a mask, under the method `masked`.
+        """This config, once every value makes sense; with a mask, under the method `masked`, or `by-hand`.
 
         Raises JpqError with the flag to change.
         """
+        if self.decide.bits or self.decide.densities or self.decide.method == BY_HAND:
+            return replace(self, decide=self._by_hand())._checked()
         masked = self.decide.mask is not None or self.decide.method == MASKED
         return replace(self, decide=self._masked())._checked() if masked else self._checked()
+
+    def _by_hand(self) -> Decide:
+        """The decisions that are left where bits or densities are said by hand."""
+        d = self.decide
+        if not (d.bits or d.densities):
+            raise JpqError(f"--method {BY_HAND}: say the decisions with --bits and --densities, or choose a method.")
+        flag = "--bits" if d.bits else "--densities"
+        if d.method not in (Decide.method, BY_HAND):
+            raise JpqError(f"{flag} says what is decided, and --method {d.method} would too. Leave one of them out.")
+        others = {"--mask": d.mask, "--structure": d.structure, "--width": d.width, "--allocator": d.allocator,
+                  "--schedule": d.schedule}  # fmt: skip
+        for other, value in others.items():
+            if value:
+                raise JpqError(f"{other} {value}: {flag} says the decisions, on whole channels. Leave {other} out.")
+        return replace(d, method=BY_HAND)
 
     def _masked(self) -> Decide:
         """The decisions that are left where a mask is given."""
@@ -233,7 +256,8 @@ class Config:
         if self.budget.cost not in BOPS:
             raise unknown("cost", self.budget.cost, BOPS)
         b = self.budget
-        if not any((b.target_bops, b.target_macs, b.target_size, b.target_latency)):
+        targets = (b.target_bops, b.target_macs, b.target_size, b.target_latency)
+        if not any(targets) and d.method != BY_HAND:
             raise JpqError("No target: give --target-bops 1% (or 12M, 1.2G), --target-size 50KB, --target-macs 50% or "
                            "--target-latency 3ms.")  # fmt: skip
         if b.target_latency and b.latency_table is None:

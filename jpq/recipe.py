@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq import bench, checkpoint, costs, handover, landing, mapping, models, stages
+from jpq import bench, by_hand, checkpoint, costs, handover, landing, mapping, models, stages
 from jpq.allocators import bit_widths, place, rank, start_bits
 from jpq.budget import Controller, Target
 from jpq.closing import Closing, open_share, within
 from jpq.compose import RULES, SEARCH, compose
-from jpq.config import Config
+from jpq.config import BY_HAND, Config
 from jpq.costs.table import Table
 from jpq.data import Data
 from jpq.data import load as load_data
@@ -145,7 +145,9 @@ def possible(net: Compressed, goals: tuple[Target, ...], config: Config) -> None
     d, method = config.decide, row(net.method)
     if method.gate is Ranked and score_of(config).needs == {"scales"}:
         rank(net, score_of(config))  # it needs no data, and may find nothing to rank by
-    if method.stages:
+    if net.method == BY_HAND:
+        by_hand.require(net, by_hand.plan(net, d), goals)
+    elif method.stages:
         stages.decide(net, goals, d.w_bits, d.a_bits, d.density)
     elif method.gate:
         landing.require(net, goals)
@@ -231,6 +233,8 @@ def search(
         train(net, data, phase, objective, optim, run)
         moments = dict(optim.state)
         stages.observe_again(net, calibration(data))
+    elif net.method == BY_HAND:
+        plan = by_hand.ranked(net, d, score_of(config), evidence(data))
     elif not method.searches:
         plan = decide(net, goals, d.w_bits, d.a_bits, score_of(config), judge_of(net, data, config), d.allocator)
     else:
@@ -252,7 +256,7 @@ def search(
     if d.classes:
         run.notes.append(f"Channels were ranked for classes {d.classes} alone; every accuracy is on all classes.")
     note = landing.note(goals, net, plan)
-    if note:
+    if note and net.method != BY_HAND:
         run.notes.append(note)
     net.settle(plan)
     return plan, moments

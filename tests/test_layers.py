@@ -12,12 +12,13 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # each layer may import itself and what stands below it
 LAYERS = [
-    {"cli", "__main__", "progress", "inspection", "benching", "private_report"},
+    {"cli", "__main__", "progress", "inspection", "benching", "private_report", "study_screen"},
     {"__init__"},
+    {"trials"},
     {"recipe", "designer", "outcome", "bench", "journal", "figures", "machine"},
     {"joint", "report", "mapping", "judging"},
     {"parts"},
-    {"train", "stages", "closing", "compose", "checkpoint", "methods", "handover", "layerwise", "detection"},
+    {"train", "stages", "by_hand", "closing", "compose", "checkpoint", "methods", "handover", "layerwise", "detection"},
     {"allocators", "exporters"},
     {"landing"},
     {"models", "data", "sources"},
@@ -44,8 +45,9 @@ ONLY = {
     "brevitas": {"quantizers", "exporters", "network/attach.py"},
     "pandas": {"report.py"},
     "matplotlib": {"report.py"},
-    "rich": {"cli.py", "progress.py", "inspection.py", "benching.py", "private_report.py"},
+    "rich": {"cli.py", "progress.py", "inspection.py", "benching.py", "private_report.py", "study_screen.py"},
     "tyro": {"cli.py"},
+    "optuna": {"trials", "allocators/sampled.py"},
     "onnxruntime": {"exporters"},
     "sklearn": {"sources.py", "data.py"},
 }

@@ -6,7 +6,6 @@ import os
 import time
 from types import TracebackType
 
-import optuna
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,7 +18,7 @@ from jpq.config import Config
 from jpq.progress import duration
 from jpq.result import Row, percent
 from jpq.trials.settings import Study
-from jpq.trials.standing import Standing
+from jpq.trials.standing import OptunaStudy, Standing
 from jpq.trials.storage import without_password
 from jpq.trials.study import study
 
@@ -66,7 +65,7 @@ class StudyScreen:
         """A trial begins."""
         self.number, self.row, self.name = number, None, ""
 
-    def tally(self, study: optuna.Study) -> None:
+    def tally(self, study: OptunaStudy) -> None:
         """Trials have ended."""
         now = Standing.of(study, self.study)
         if self.first is None:
@@ -105,12 +104,16 @@ def run(config: Config, settings: Study, console: Console) -> None:
     with StudyScreen(console, settings) as watch:
         done = study(config, settings, watch)
     console.print(front_table(done, settings))
+    now = Standing.of(done, settings)
+    if now.done < settings.trials:
+        console.print(f"The study ends at {now.done} of {settings.trials} trials: {now.spare} proposals were repeated "
+                      "or ruled out.", soft_wrap=True, highlight=False)  # fmt: skip
     where = settings.storage or "journal.log"
     console.print(f"[bold]{escape(os.path.relpath(config.run.out / settings.name))}[/]: study.toml, float.safetensors, "
                   f"trials/; the study itself in {escape(without_password(where))}", highlight=False)  # fmt: skip
 
 
-def front_table(study: optuna.Study, asked: Study) -> Table:
+def front_table(study: OptunaStudy, asked: Study) -> Table:
     """The trials that no other is better than, by every objective."""
     now = Standing.of(study, asked)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title=f"front: {len(now.front)} of {now.done} trials",

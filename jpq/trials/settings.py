@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from jpq.config import Config
+from jpq.config import Config, Decide
 from jpq.types import JpqError, unknown
 
 OBJECTIVES = ("accuracy", "bops", "size", "latency", "macs")
@@ -132,7 +132,10 @@ class Study:
                 if name in varied and text:
                     raise JpqError(f"{name} is decided by the trials (--vary {self.vary}) and said by hand: {text}. "
                                    "Leave one of them out.")  # fmt: skip
-            replace(config, decide=replace(d, bits=d.bits or "8/8")).check()  # --method beside decisions by hand
+            if d.method != Decide.method:
+                raise JpqError(f"--method {d.method}: in a study of {self.vary} the trials decide. Leave --method out, "
+                               "or --vary target.")  # fmt: skip
+            replace(config, decide=replace(d, bits=d.bits or "8/8")).check()
         else:
             given = replace(b, target_bops="1%") if "target" in varied else b
             replace(config, budget=given).check()

@@ -92,6 +92,15 @@ class Space:
             found.append(values)
         return found
 
+    def smallest(self) -> Config:
+        """The run that decides for as little as it may, where decisions are said by hand."""
+        varied, d = self.study.varied(), self.config.decide
+        if "bits" in varied:
+            d = replace(d, bits=f"{d.w_bits[0]}/{d.a_bits[0]}")
+        if "density" in varied:
+            d = replace(d, densities=f"{self.study.density_range[0]:.4g}")
+        return replace(self.config, decide=d)
+
     def _bit_names(self, label: str, names: Sequence[str]) -> list[str]:
         """Parameters of a group: bits of its weights, and of what it reads where that is not the image."""
         sides = ["weight", *(["activation"] if any(not self.layers[n] for n in names) else [])]

@@ -12,6 +12,8 @@ from optuna.trial import FrozenTrial, TrialState
 from jpq.trials.settings import Study
 from jpq.trials.trial import REASON, RULED_OUT, SAME, STOPPED, UNITS, counts
 
+OptunaStudy = optuna.Study
+
 
 @dataclass(frozen=True)
 class Standing:

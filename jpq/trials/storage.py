@@ -98,7 +98,9 @@ def open_storage(url: str, folder: Path, dead_after: int) -> BaseStorage:
     settings: dict[str, Any] = {"heartbeat_interval": interval, "grace_period": dead_after, callback: again}
     for attempt in range(3):  # two workers may create the tables at the same moment
         try:
-            return RDBStorage(url, **settings)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return RDBStorage(url, **settings)
         except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
             raise JpqError(_missing(shown, error)) from error
         except sqlalchemy.exc.ArgumentError as error:
@@ -116,7 +118,7 @@ def open_storage(url: str, folder: Path, dead_after: int) -> BaseStorage:
 
 def without_password(url: str) -> str:
     """An address that may be shown and stored."""
-    return re.sub(r"(://[^/@:]*):[^/]*@", r"\1:***@", url)
+    return re.sub(r"(://[^/@:]*):.*@", r"\1:***@", url)
 
 
 def _missing(shown: str, error: BaseException) -> str:

@@ -21,12 +21,14 @@ from jpq.trials.samplers import sampler
 from jpq.trials.settings import Study
 from jpq.trials.space import Space
 from jpq.trials.storage import alone, open_storage
-from jpq.trials.trial import REASON, UNITS, OneTrial, StudyWatch, Unwatched, counts
+from jpq.trials.trial import REASON, SAME, UNITS, OneTrial, StudyWatch, Unwatched, counts
+from jpq.trials.trial import RULED_OUT as BROKEN
 from jpq.types import JpqError
 
 T = TypeVar("T")
 POLL = 1.0  # seconds between looks at the trials of other workers
-SPARE = 20  # trials that may repeat others, or be ruled out, for each one asked for
+REPEATS = 25  # in a row: the space is used up
+RULED_OUT = 250  # in a row: hardly any decisions keep the limits
 
 
 @dataclass(frozen=True)
@@ -34,18 +36,22 @@ class Tally:
     """How many trials there are of each kind."""
 
     done: int  # that count
-    spare: int  # that were repeated, ruled out, or whose workers died
     running: int
     waiting: int
+    repeats: int  # trials that repeat others since the last one that counts
+    ruled_out: int  # and those that a limit ruled out
 
     @classmethod
     def of(cls, shared: optuna.Study) -> Tally:
         """Of a study as it stands."""
         trials = shared.get_trials(deepcopy=False)
         states = [t.state for t in trials]
-        running, waiting = states.count(TrialState.RUNNING), states.count(TrialState.WAITING)
-        done = sum(map(counts, trials))
-        return cls(done, len(trials) - done - running - waiting, running, waiting)
+        last = max((i for i, t in enumerate(trials) if counts(t)), default=-1)
+        since = [t.user_attrs for t in trials[last + 1 :]]
+        return cls(
+            sum(map(counts, trials)), states.count(TrialState.RUNNING), states.count(TrialState.WAITING),
+            sum(SAME in attrs for attrs in since), sum(BROKEN in attrs for attrs in since),
+        )  # fmt: skip
 
 
 def study(config: Config | None = None, settings: Study | None = None, watch: StudyWatch | None = None) -> optuna.Study:
@@ -75,14 +81,15 @@ def study(config: Config | None = None, settings: Study | None = None, watch: St
         preview = Preview(started)
         space = Space.of(settings, started, preview.network, preview.sites)
         one = OneTrial(settings, started, space, preview, folder, watch)
+        one.require_possible()
         shared = _created(settings, space, config, digest, storage)
         if not (folder / record.NAME).exists():
             record.write(config, settings, folder / record.NAME)
     _work(shared, one, settings, watch)
     failed = [t for t in shared.get_trials(deepcopy=False) if t.state == TrialState.FAIL and REASON in t.user_attrs]
-    if len(failed) == Tally.of(shared).done:
+    if failed and len(failed) == Tally.of(shared).done:
         raise JpqError(f"Every trial of study '{settings.name}' failed ({len(failed)}). The last one: "
-                       f"{failed[-1].user_attrs[REASON] if failed else 'none was run'}")  # fmt: skip
+                       f"{failed[-1].user_attrs[REASON]}")  # fmt: skip
     return shared
 
 
@@ -114,7 +121,7 @@ def _work(shared: optuna.Study, one: OneTrial, settings: Study, watch: StudyWatc
             fail_stale_trials(shared)
         now = Tally.of(shared)
         watch.tally(shared)
-        if now.done >= settings.trials or now.spare > SPARE * (settings.trials + 5):
+        if now.done >= settings.trials or now.repeats >= REPEATS or now.ruled_out >= RULED_OUT:
             return
         if now.done + now.running >= settings.trials and not now.waiting:
             time.sleep(POLL)  # others are at the last ones; one may die

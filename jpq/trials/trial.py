@@ -84,6 +84,20 @@ class OneTrial:
     def __post_init__(self) -> None:
         self.limits = self.preview.limits(self.study.limits())
 
+    def require_possible(self) -> None:
+        """Raises JpqError for a limit that the smallest decisions break."""
+        if not (self.limits and self.study.by_hand()):
+            return
+        least = self.preview.look(self.space.smallest()).costs
+        for cost, limit in self.limits.items():
+            if least[cost] > limit:
+                name, unit = UNITS[cost]
+                raise JpqError(
+                    f"--max-{cost} {self.study.limits()[cost]} cannot be met: the smallest that trials may decide on "
+                    f"has {name} {least[cost] * unit:.4g}. Raise it, or allow fewer bits (--w-bits, --a-bits) or less "
+                    "density (--density-range)."
+                )
+
     def __call__(self, trial: Trial) -> list[float]:
         """Raises TrialPruned where it is not worth its time, and JpqError, noted as its reason, where it fails."""
         self.watch.trial(trial.number)

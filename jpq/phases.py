@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq import checkpoint, landing, stages
+from jpq import by_hand, checkpoint, landing, stages
 from jpq.allocators import bit_widths, place
 from jpq.budget import Controller, Target
 from jpq.closing import Closing, open_share, within
-from jpq.config import Config
+from jpq.config import BY_HAND, Config
 from jpq.data import Data
 from jpq.exporters import verify
 from jpq.exporters.quantized import rebuild
@@ -145,6 +145,8 @@ def search(
         plan = from_json(run.saved["plan"], str(run.top / checkpoint.NAME))  # type: ignore[index]
     elif method.stages:
         plan = prune_first(soft, model, data, goals, config, run, phase, more)
+    elif soft.net.method == BY_HAND:
+        plan = by_hand.ranked(soft.net, config.decide, score_of(config), evidence(data))
     elif not method.searches:
         score, judge = score_of(config), judge_of(soft.net, data, config)
         plan = decide(
@@ -157,7 +159,7 @@ def search(
             f"Channels were ranked for classes {config.decide.classes} alone; every accuracy is on all classes."
         )
     note = landing.note(goals, soft.net, plan)
-    if note:
+    if note and soft.net.method != BY_HAND:
         run.notes.append(note)
     return plan
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -74,12 +75,12 @@ class Soft:
         self.pressure = dict(state["pressure"])
 
     def moments(self, landed: Compressed) -> dict[Tensor, Any]:
-        """What the optimiser knows of each parameter, by the parameters of `landed`, this network or one like it."""
+        """A copy of what the optimiser knows of each parameter, for `landed`, which is this network or one like it."""
         if self.optim is None:
             return {}
         own, state = dict(self.net.model.named_parameters()), self.optim.state
         pairs = [(p, own[n]) for n, p in landed.model.named_parameters() if n in own and own[n].shape == p.shape]
-        return {p: state[mine] for p, mine in pairs if mine in state}
+        return {p: copy.deepcopy(state[mine]) for p, mine in pairs if mine in state}
 
 
 def split(config: Config, method: Method) -> tuple[int, int]:

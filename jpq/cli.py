@@ -96,7 +96,7 @@ def _dispatch(args: list[str], console: Console) -> int:
     warnings.filterwarnings("ignore", message="fast_hadamard_transform")  # brevitas, on import
     commands: dict[str, Callable[[list[str], Console], None]] = {
         "optimize": _optimize, "prune-private": _prune_private, "inspect": _inspect, "evaluate": _evaluate,
-        "bench": _bench, "methods": _methods,
+        "pareto": _pareto, "export": _export, "bench": _bench, "methods": _methods,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help", "help"):
         _help(console)
@@ -208,6 +208,18 @@ def _inspect(args: list[str], console: Console) -> None:
     seconds = time.perf_counter() - start
     title = f"{wanted.model}, {' x '.join(map(str, example.shape[1:]))}"
     console.print(inspection(title, model, network, sites, seconds, wanted.all, wanted.open_norms))
+
+
+def _pareto(args: list[str], console: Console) -> None:
+    from jpq import choosing
+
+    choosing.run(_parsed(_shown(choosing.Pareto, "runs"), "pareto", args), console)
+
+
+def _export(args: list[str], console: Console) -> None:
+    from jpq import choosing
+
+    choosing.export(_parsed(_shown(choosing.Export, "runs"), "export", args), console)
 
 
 def _bench(args: list[str], console: Console) -> None:

@@ -85,6 +85,9 @@ class Decide:
     """Smallest and largest bit-width of activations."""
     image_bits: int = 8
     """Bit-width of the model's input, which is not learned."""
+    output_bits: int = 0
+    """Width that convolutions' results are rounded to before residual sums and poolings, as part of the model that
+    trains, so that integer kernels compute them in whole (8 is a good choice). 0: they stay in floating point."""
     structure: str = ""
     """Where zeros may lie: channels, elementwise, per-output, kernels, 2:4, block:8x4, pattern ... rules gives each
     layer what suits it, search learns that on held-out data, and conv1=pattern,fc=block:8x1 says it. Default: the
@@ -208,6 +211,8 @@ class Config:
             raise JpqError(f"--density {d.density} must lie above 0 and be at most 1: it is the share that stays.")
         if not 2 <= d.image_bits <= 8:
             raise JpqError(f"--image-bits {d.image_bits} is outside 2 to 8.")
+        if d.output_bits and not 2 <= d.output_bits <= 8:
+            raise JpqError(f"--output-bits {d.output_bits} is outside 2 to 8; 0 leaves results in floating point.")
         for flag, share in (("--search", t.search), ("--held-out", self.task.held_out)):
             if not 0 < share < 1:
                 raise JpqError(f"{flag} {share} must lie between 0 and 1.")

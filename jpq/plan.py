@@ -53,6 +53,14 @@ class MaskPlan:
 
 
 @dataclass(frozen=True)
+class EndPlan:
+    """The grid that a module's result is rounded to."""
+
+    bits: int
+    signed: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that training decided."""
 
@@ -63,6 +71,7 @@ class Plan:
     structures: Mapping[str, str] = field(default_factory=dict)  # masked layer -> what its units are, for `parse`
     slices: Mapping[str, Mapping[int, list[int]]] = field(default_factory=dict)  # parameter -> dim -> kept indices
     selects: Mapping[str, list[int]] = field(default_factory=dict)  # layer -> inputs it reads, where that is a part
+    ends: Mapping[str, EndPlan] = field(default_factory=dict)  # module -> what its result is rounded to
     model: Mapping[str, Any] = field(default_factory=dict)  # how to build the dense model: name, classes, channels
 
     def to_json(self) -> str:
@@ -87,6 +96,7 @@ def from_json(text: str, source: str) -> Plan:
                 for name, dims in tree["slices"].items()
             },
             selects={name: [int(i) for i in index] for name, index in tree.get("selects", {}).items()},
+            ends={str(name): _end(value) for name, value in tree.get("ends", {}).items()},
             model=dict(tree["model"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
@@ -98,6 +108,13 @@ def _layer(value: Mapping[str, Any]) -> LayerPlan:
     if not (1 <= layer.w_bits <= 32 and 1 <= layer.a_bits <= 32):
         raise ValueError(f"{layer.w_bits} and {layer.a_bits} bits lie outside 1 to 32")
     return layer
+
+
+def _end(value: Mapping[str, Any]) -> EndPlan:
+    end = EndPlan(int(value["bits"]), bool(value["signed"]))
+    if not 2 <= end.bits <= 8:
+        raise ValueError(f"a result of {end.bits} bits lies outside 2 to 8")
+    return end
 
 
 def _mask(value: Mapping[str, Any]) -> MaskPlan:

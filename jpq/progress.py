@@ -181,7 +181,7 @@ def summary(result: Result) -> Panel:
         top.add_column(justify=justify, no_wrap=justify != "left")
     top.add_row("", "[dim]float[/]", "[dim]compressed[/]", "")
     points = 100 * (now.accuracy - full.accuracy)
-    change = f"{points:+.2f} points, test split"
+    change = f"{points:+.2f} points, test split" if math.isfinite(points) else "test split"
     top.add_row("accuracy", percent(full.accuracy), f"[bold]{percent(now.accuracy)}[/]", change)
     for label, field, unit in (("BOPs", "bops", ""), ("MACs", "macs", ""), ("size", "size_bytes", "B")):
         before, after = getattr(full, field), getattr(now, field)

@@ -80,7 +80,7 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "", fina
         start = start_bits(network, next(iter(goals.values())), d.w_bits, d.a_bits, d.image_bits, left)
         make = widths(method, d.w_bits, d.a_bits, d.image_bits, start)
         first = given.start(model, sites) if given else model
-        net = attach(first, network, sites, gates(method, d.density), make, inputs, d.method)
+        net = attach(first, network, sites, gates(method, d.density), make, inputs, d.method, d.output_bits)
         return given.put(net) if given else net
 
     def again(model: nn.Module) -> Compressed:

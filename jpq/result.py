@@ -58,6 +58,7 @@ class LayerRow:
     density: float = 1.0  # share of the layer's weights that its mask keeps
     structure: str = DENSE  # what the units of its mask are
     latency_ms: float | None = None  # predicted, where a table of measured layers was given
+    macs_all: int | None = None  # with nothing dropped
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Result:
     packed: dict[str, int] = field(default_factory=dict)  # bytes of model.packed: total, header, promised, others
     schemes: dict[str, Any] = field(default_factory=dict)  # who mapped them, ms, and where those are from (jpq.mapping)
     data: dict[str, Any] = field(default_factory=dict)  # name, checksum, sizes of the splits
+    uniform: Numbers = field(default_factory=dict)  # "W4A4" -> what the whole model costs at these bits, by measure
     final: bool = True  # exported, verified and measured on the test split; else one of a study's trials
     front: tuple[Point, ...] = ()  # every budget of a run that followed several down; this result is the last one's
 

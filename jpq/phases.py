@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq import checkpoint, landing, stages
+from jpq import checkpoint, landing, ranks, stages
 from jpq.allocators import bit_widths, place
 from jpq.budget import Controller, Target
 from jpq.closing import Closing, open_share, within
@@ -126,7 +126,8 @@ def train(
     """One phase from where the run stands, with a checkpoint after every epoch that holds `more` too."""
     run.go_on(phase, net, optim)
     save = lambda p: run.keep(p, net, optim, **more())  # noqa: E731
-    run.timed(phase.name, lambda: fit(net, data, phase, objective, optim, run.recorder, run.watch, save))
+    with ranks.Split(net, net.draws if isinstance(net, Compressed) else ()) as objective.split:
+        run.timed(phase.name, lambda: fit(net, data, phase, objective, optim, run.recorder, run.watch, save))
 
 
 def search_optimizer(net: Compressed, config: Config) -> torch.optim.Optimizer:
@@ -157,6 +158,7 @@ def search(
         run.notes.append(
             f"Channels were ranked for classes {config.decide.classes} alone; every accuracy is on all classes."
         )
+    ranks.require_same(plan.to_json(), "a landed plan")
     note = landing.note(goals, soft.net, plan)
     if note:
         run.notes.append(note)

@@ -28,6 +28,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from jpq.types import JpqError
 
@@ -61,14 +63,14 @@ def begin(device: str) -> None:
     if gpus:
         torch.cuda.set_device(here)
     try:
-        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
         store.set_timeout(TIMEOUT)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT
         )
     except (RuntimeError, ValueError, KeyError) as error:
         raise JpqError(f"The processes cannot find each other ({error}). Start them all with torchrun.") from error
-    _STORES.append(dist.PrefixStore("jpq", store))
+    _STORES.append(PrefixStore("jpq", store))
 
 
 def end() -> None:
@@ -149,13 +151,12 @@ def share_state(module: nn.Module) -> None:
     flat = torch.cat(parts)
     with _reached():
         dist.broadcast(flat, src=0)
-    *given, last = flat.split([len(part) for part in parts])
-    given, random = (given, [last]) if len(draws) == 1 else (given[:-1], [given[-1], last])
-    for tensor, raw in zip(tensors, given, strict=True):
-        tensor.copy_(raw.clone().view(tensor.dtype).view(tensor.shape))
-    torch.set_rng_state(random[0].cpu())
-    if len(random) > 1:
-        torch.cuda.set_rng_state(random[1].cpu())
+    given = [part.clone() for part in flat.split([len(part) for part in parts])]  # clones are aligned
+    for tensor, raw in zip(tensors, given, strict=False):
+        tensor.copy_(raw.view(tensor.dtype).view(tensor.shape))
+    torch.set_rng_state(given[len(tensors)].cpu())
+    if len(draws) > 1:
+        torch.cuda.set_rng_state(given[-1].cpu())
 
 
 def mean(value: Tensor) -> float:

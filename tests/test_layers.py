@@ -44,6 +44,7 @@ LAYERS = [
         "average_precision",
         "pareto",
     },
+    {"ranks"},
     {"types", "files", "usage"},
 ]
 ONLY = {

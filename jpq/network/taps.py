@@ -40,10 +40,8 @@ class Draw:
 
     def noise(self, batch: int) -> Tensor | None:
         """`[batch, n]`, the same for every consumer in one forward pass."""
-        if batch not in self._noise and self.part is None:
-            self._noise[batch] = self.gate.jitter(batch)
-        elif batch not in self._noise:
-            whole, start, stop = self.part
+        if batch not in self._noise:
+            whole, start, stop = self.part or (batch, 0, batch)
             each = batch // (stop - start)  # rows of a sample, where it was cut into several
             noise = self.gate.jitter(whole * each)
             self._noise[batch] = None if noise is None else noise[start * each : stop * each]

@@ -90,6 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say_error(errors: Console, text: str) -> None:
+    """One sentence, from one of several processes that fail together."""
+    ranks = sys.modules.get("jpq.ranks")  # which takes seconds to import, and most mistakes are found before
+    if ranks is not None and not ranks.speaks():
+        return
     errors.print(f"[bold red]error:[/] {escape(' '.join(text.split()))}", soft_wrap=True, highlight=False)
 
 
@@ -128,16 +132,20 @@ def _help(console: Console) -> None:
 
 def _optimize(args: list[str], console: Console) -> None:
     config = parse(args).check()
+    from jpq import ranks
     from jpq.compose import compose
     from jpq.front_table import front_table
     from jpq.phases import phases
     from jpq.progress import Progress, layer_table, summary
     from jpq.recipe import optimize
 
+    ranks.begin(config.run.device)
+    console.quiet = not ranks.is_first()
     d = config.decide
     planned = {phase.title: phase.epochs for phase in phases(config, compose(d.method, d.structure, d.width))}
     with Progress(console, planned) as watch:
         result = optimize(config, watch, shlex.join(["jpq", "optimize", *args]))
+    ranks.end()
     if result.front:
         console.print(front_table(result))
         return

@@ -13,13 +13,14 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from jpq import bench, checkpoint, report
+from jpq import bench, checkpoint, ranks, report
 from jpq.budget import Target
 from jpq.config import TARGETS, Config
 from jpq.costs.table import Table
@@ -72,11 +73,15 @@ def descend(begun: Begun, net: Compressed, run: Journal) -> Result:
             weights = trained(begun.model, tuned)
     if len(each) == 1:
         return result
-    points = tuple(point(name, folders[name]) for name in each)
-    report.write_front(points, run.folder)
-    report.write_history(run.recorder.rows, run.folder)
-    (run.folder / checkpoint.NAME).unlink(missing_ok=True)
-    return replace(result, front=points)
+
+    def close() -> tuple[Point, ...]:
+        points = tuple(point(name, folders[name]) for name in each)
+        report.write_front(points, run.folder)
+        report.write_history(run.recorder.rows, run.folder)
+        (run.folder / checkpoint.NAME).unlink(missing_ok=True)
+        return points
+
+    return replace(result, front=ranks.from_first(close))
 
 
 def one(
@@ -85,7 +90,7 @@ def one(
     """One budget: its result, and the network that it fine-tuned (None where only a rebuilt one was)."""
     data, model, goals = begun.data, begun.model, begun.budgets[run.label]
     if run.label:
-        prepare(run, config, begun.table)
+        ranks.from_first(lambda: prepare(run, config, begun.table))
     searching, tuning = begun.shares[run.label].phases(run.label, run.budget == 0)
     learns = row(soft.net.method).searches
     first: More = lambda: {} if learns or not run.budget else {"first": weights.state_dict()}  # noqa: E731
@@ -97,7 +102,8 @@ def one(
     kept: More = lambda: first() if last or not learns else {"soft": soft.state()}  # noqa: E731
     tuned = opened(net, model, data, run) if net.opened else net
     fine_tune(tuned, model, data, config, run, plan, soft.moments(net), tuning, kept)  # 9
-    result = finish(net, tuned, model, data, goals, config, run, begun.command, begun.table, begun.final)  # 10
+    last_step = partial(finish, net, tuned, model, data, goals, config, run, begun.command, begun.table, begun.final)
+    result = ranks.from_first(last_step)  # 10
     return result, net if tuned is net else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq import by_hand, checkpoint, landing, stages
+from jpq import by_hand, checkpoint, landing, ranks, stages
 from jpq.allocators import bit_widths, place
 from jpq.budget import Controller, Target
 from jpq.closing import Closing, open_share, within
@@ -74,12 +75,12 @@ class Soft:
         self.pressure = dict(state["pressure"])
 
     def moments(self, landed: Compressed) -> dict[Tensor, Any]:
-        """What the optimiser knows of each parameter, by the parameters of `landed`, this network or one like it."""
+        """A copy of what the optimiser knows of each parameter, for `landed`, which is this network or one like it."""
         if self.optim is None:
             return {}
         own, state = dict(self.net.model.named_parameters()), self.optim.state
         pairs = [(p, own[n]) for n, p in landed.model.named_parameters() if n in own and own[n].shape == p.shape]
-        return {p: state[mine] for p, mine in pairs if mine in state}
+        return {p: copy.deepcopy(state[mine]) for p, mine in pairs if mine in state}
 
 
 def split(config: Config, method: Method) -> tuple[int, int]:
@@ -125,7 +126,8 @@ def train(
     """One phase from where the run stands, with a checkpoint after every epoch that holds `more` too."""
     run.go_on(phase, net, optim)
     save = lambda p: run.keep(p, net, optim, **more())  # noqa: E731
-    run.timed(phase.name, lambda: fit(net, data, phase, objective, optim, run.recorder, run.watch, save))
+    with ranks.Split(net, net.draws if isinstance(net, Compressed) else ()) as objective.split:
+        run.timed(phase.name, lambda: fit(net, data, phase, objective, optim, run.recorder, run.watch, save))
 
 
 def search_optimizer(net: Compressed, config: Config) -> torch.optim.Optimizer:
@@ -158,6 +160,7 @@ def search(
         run.notes.append(
             f"Channels were ranked for classes {config.decide.classes} alone; every accuracy is on all classes."
         )
+    ranks.require_same(plan.to_json(), "a landed plan")
     note = landing.note(goals, soft.net, plan)
     if note and soft.net.method != BY_HAND:
         run.notes.append(note)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from jpq import bench, by_hand, checkpoint, costs, handover, landing, mapping, models, stages
+from jpq import bench, by_hand, checkpoint, costs, handover, landing, mapping, models, ranks, stages
 from jpq.allocators import rank, start_bits
 from jpq.budget import Target
 from jpq.compose import RULES, SEARCH, compose
@@ -56,17 +56,19 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "", fina
     d = config.decide
     method = compose(d.method, d.structure, d.width, d.score, d.schedule, d.classes, d.allocator)
     given = handover.read(d.mask) if d.mask else None
-    run = Journal(config, watch or Silent(), open_folder(config))
+    ranks.require_rows(config.train.batch_size)
+    run = Journal(config, watch or Silent(), ranks.from_first(lambda: open_folder(config)))
     torch.manual_seed(config.run.seed)
     device = pick_device(config.run.device)
 
-    data = read_data(config, device)  # 1
+    data = ranks.in_turn(lambda: read_data(config, device))  # 1
+    ranks.require_same(data.checksum, "a data set")
     known_classes(d.classes, data)
     model = dense_model(config, data, device)
     network = trace(model, data.example, open_norms=d.open_norms)  # 2
     if d.open_norms:
         require_opened(network, method.gate is not None)
-    network, table = with_clocks(network, config, run)
+    network, table = ranks.in_turn(lambda: with_clocks(network, config, run))
     set_threads(config.run.threads, sum(layer.macs for layer in network.layers) * config.train.batch_size)
     schemes = None if given else mapped(method, network, data.example, d.density, d.skip)
     sites = given.sites(network) if given else sites_of(method, network, d.skip, schemes)  # 3
@@ -94,12 +96,13 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "", fina
 
     all_possible()
     train_float(model, data, config, run)
+    ranks.share_state(model)
     if given and run.saved:
         given.require_same(run.saved["net"], sites)
     if given and given.obeyed(model, sites):
         run.notes.append(OBEYED)
     if method.structure == SEARCH:
-        schemes = search_schemes(method, network, model, data, config, run)
+        schemes = ranks.from_first(lambda: search_schemes(method, network, model, data, config, run))
         sites = sites_of(method, network, d.skip, schemes)
         all_possible()
     if schemes is not None:
@@ -136,7 +139,8 @@ def with_clocks(network: Network, config: Config, run: Journal) -> tuple[Network
     kept = run.folder / bench.NAME
     if run.saved and kept.is_file() and kept.read_text() != bench.text_of(table):
         raise JpqError(f"{table.source} is no longer the table that this run began with. Run without --resume.")
-    bench.write_table(list(table.entries), kept)
+    if ranks.is_first():
+        bench.write_table(list(table.entries), kept)
     return network, table
 
 
@@ -163,12 +167,12 @@ def train_float(model: nn.Module, data: Data, config: Config, run: Journal) -> N
     if config.task.weights is not None:
         return
     if run.is_past("float"):
-        checkpoint.load_tensors(model, kept)
+        ranks.from_first(lambda: checkpoint.load_tensors(model, kept))
     else:
         phase = Phase("float", config.train.float_epochs)
         optim = optimizer(model, config.train.lr, config.train.weight_decay)
         train(model, data, phase, Objective(), optim, run)
-        checkpoint.save_tensors(model, kept)
+        ranks.from_first(lambda: checkpoint.save_tensors(model, kept))
     model.eval()
 
 

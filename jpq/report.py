@@ -73,8 +73,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_history(rows: Sequence[Row], folder: Path) -> None:
-    """Write history.csv, one line an epoch; a reader never sees half a file."""
-    frame = pd.DataFrame([asdict(row) for row in rows], columns=[f.name for f in fields(Row)])
+    """Write history.csv, one line an epoch, with a column for the budget where there are several."""
+    several = any(row.budget for row in rows)
+    columns = [f.name for f in fields(Row) if several or f.name != "budget"]
+    frame = pd.DataFrame([asdict(row) for row in rows], columns=columns)
     replace_file(folder / "history.csv", lambda path: frame.to_csv(path, index=False))
 
 

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jpq import costs
+from jpq import costs, ranks
 from jpq.budget import Controller
 from jpq.data import Batches, Data
 from jpq.network.compressed import Compressed, Side
 from jpq.network.read import evaluating, heard
 from jpq.quantizers import Integer
+from jpq.ranks import Split
 from jpq.result import Row, Silent, Watch
 from jpq.types import JpqError
 
@@ -34,9 +35,12 @@ class Objective:
     temperature: float = 1.0
     gate_weight: float = 0.0
     controller: Controller | None = None  # None outside the search: decisions are fixed
+    split: Split | None = None  # this process's rows, where several share a batch
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, side: Side = "both") -> Tensor:
         """The loss of one batch; progress of the phase in [0, 1]. What the weights alone learn from has no budget."""
+        if self.split is not None:
+            x, y = self.split.take(x, y)
         logits = net(x)
         if not isinstance(logits, Tensor):
             raise JpqError(f"In training the model gives a {type(logits).__name__}, and jpq trains on one tensor of "
@@ -50,6 +54,8 @@ class Objective:
             loss = loss + self.distill * self.temperature**2 * F.kl_div(
                 given, wanted, log_target=True, reduction="batchmean"
             )
+        if self.split is not None:
+            loss = loss * self.split.weight
         if self.controller is not None and isinstance(net, Compressed) and side != "weights":
             loss = loss + pressure(net, self.controller, progress, self.gate_weight)
         return loss
@@ -179,6 +185,7 @@ def fit(
     steps = len(parts) * min(len(part) for part in parts)
     watch.phase(phase.title, phase.epochs, steps)
     for epoch in range(phase.done, phase.epochs):
+        ranks.share_state(net)
         net.train()
         losses = []
         for i, (side, x, y) in enumerate(_turns(parts, phase.before + epoch)):
@@ -188,11 +195,12 @@ def fit(
             for group in optim.param_groups:
                 group["lr"] = group["peak"] * (phase.rate(at) if group["curve"] else 1.0)
             loss = objective(net, x, y, at / phase.epochs, side)
-            value = float(loss.detach())
+            value = ranks.mean(loss)
             if not math.isfinite(value):
                 raise JpqError(_diverged(net, x, phase, epoch))
             optim.zero_grad()
             loss.backward()
+            ranks.average_gradients(net)
             nn.utils.clip_grad_norm_(optim.param_groups[0]["params"], CLIP)
             optim.step()
             if isinstance(net, Compressed):

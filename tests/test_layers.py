@@ -57,6 +57,7 @@ LAYERS = [
         "average_precision",
         "pareto",
     },
+    {"ranks"},
     {"types", "files", "usage"},
 ]
 ONLY = {

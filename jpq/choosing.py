@@ -129,13 +129,13 @@ def _say(console: Console, line: str) -> None:
 
 def _front(wanted: Pick) -> tuple[Front, tuple[str, ...]]:
     """The front of the named runs, and what was passed over."""
-    from jpq.fronts import make
+    from jpq.fronts import ignorant, make
     from jpq.runs import read
 
     if not wanted.runs:
         raise JpqError("Name the runs: the folder of a run or of a study, or one that holds several, such as runs.")
     found = read(wanted.runs)
-    return make(found.points, wanted.costs), found.skipped
+    return make(found.points, wanted.costs), (*found.skipped, *ignorant(found.points, wanted.costs))
 
 
 def _picked(wanted: Pick, front: Front) -> Choice | None:
@@ -221,6 +221,7 @@ def _float_cells(front: Front) -> dict[str, str]:
 
 def summary(front: Front) -> list[str]:
     """How many runs there are, how much the front covers, and where it bends."""
+    from jpq.fronts import by_method
     from jpq.picking import WORDS, shown
 
     n, on = len(front.points), len(front.best)
@@ -231,6 +232,10 @@ def summary(front: Front) -> list[str]:
     lines.append(
         f"Hypervolume {front.covered:.4f} ({unit}; above {chance} accuracy, below the fp32 model's {words}, log axis)."
     )
+    alone = by_method(front)
+    if len(alone) > 1:
+        each = (f"{escape(method)} {volume:.4f} ({runs})" for method, (volume, runs) in alone.items())
+        lines.append(f"Of each method alone (and its runs): {', '.join(each)}.")
     if front.knee is None:
         lines.append("No knee: fewer than three points are on the front, or none stands out.")
     else:

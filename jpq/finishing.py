@@ -48,6 +48,8 @@ def finalize(folder: Path, out: Path | None = None, data_root: Path | None = Non
     data = read_data(config, torch.device("cpu"))
     require_same(small, plan, before, data)
     notes = [*before.notes, *_moved(before, evaluate(small, data.held_out))]
+    if config.decide.open_norms and verify.OPENED not in before.verified:
+        notes.append("By --open-norms this model is not the masked one; how far apart they were, trials do not keep.")
     target = out or folder
     if out is not None:
         _copy(folder, config, out)

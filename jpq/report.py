@@ -56,7 +56,7 @@ def read(folder: Path) -> Result:
                 Row(**{k: _number(v) for k, v in row.items()} | {"budget": row.get("budget") or ""}) for row in rows
             ),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = " ".join(str(error).split())[:120]
         raise JpqError(f"{folder} does not hold the result of a run ({type(error).__name__}: {why}).") from error
 

@@ -13,17 +13,18 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jpq.usage import COMMANDS, EXAMPLES, METAVARS
+from jpq.flags import parse, parse_study, parsed, shown
+from jpq.usage import COMMANDS
 
 if TYPE_CHECKING:
-    from jpq.config import Config
+    pass
 
 T = TypeVar("T")
 
@@ -75,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         again = [arg for arg in args if arg not in ("--resume", "--no-resume")]
         how = f" Go on with: jpq {shlex.join(again)} --resume" if args[:1] == ["optimize"] else ""
+        how = f" Go on with: jpq {shlex.join(args)}" if args[:1] == ["study"] else how
         errors.print(f"Stopped.{escape(how)}", soft_wrap=True, highlight=False)
         return 130
     except OSError as error:
@@ -99,8 +101,8 @@ def _dispatch(args: list[str], console: Console) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA toolkit: nobody asked for one
     warnings.filterwarnings("ignore", message="fast_hadamard_transform")  # brevitas, on import
     commands: dict[str, Callable[[list[str], Console], None]] = {
-        "optimize": _optimize, "prune-private": _prune_private, "inspect": _inspect, "evaluate": _evaluate,
-        "pareto": _pareto, "export": _export, "bench": _bench, "methods": _methods,
+        "optimize": _optimize, "study": _study, "prune-private": _prune_private, "inspect": _inspect,
+        "evaluate": _evaluate, "pareto": _pareto, "export": _export, "bench": _bench, "methods": _methods,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help", "help"):
         _help(console)
@@ -151,58 +153,16 @@ def _optimize(args: list[str], console: Console) -> None:
     console.print(summary(result))
 
 
-def parse(args: Sequence[str]) -> Config:
-    """The config that these flags of `jpq optimize` describe, upon the file that --config names."""
-    from jpq.config import Config
-    from jpq.settings import read
+def _study(args: list[str], console: Console) -> None:
+    config, settings = parse_study(args)
+    settings.check(config)
+    from jpq.study_screen import run
 
-    named = [b for a, b in zip(args, [*args[1:], ""], strict=False) if a == "--config" and b]
-    named += [a.partition("=")[2] for a in args if a.startswith("--config=")]
-    base = read(Path(named[-1])) if named else Config()
-    parts: list[Any] = []
-    for field in dataclasses.fields(base):
-        part = getattr(base, field.name)
-        shown = _shown(type(part))
-        parts.append((field.name, shown, dataclasses.field(default=shown(**vars(part)))))
-    note = "Take settings from this TOML file, such as a run's config.toml; flags given here win."
-    file = Annotated[Path | None, _arg("config", note)]
-    flags = dataclasses.make_dataclass("Flags", [*parts, ("config", file, None)], frozen=True)
-    settings: Any = _parsed(flags, "optimize", args)
-    names = [field.name for field in dataclasses.fields(base)]
-    return Config(**{name: type(getattr(base, name))(**vars(getattr(settings, name))) for name in names})
-
-
-def _shown(part: type[T], place: str = "") -> type[T]:
-    """The same settings with the names of values that a help page shows, and no "(default: None)"."""
-    hints = get_type_hints(part)
-    positional: Any = tyro.conf.Positional
-    hints |= {place: positional[hints[place]]} if place else {}  # the one setting that needs no flag
-    known: Any = part
-    columns: list[Any] = [
-        (f.name, Annotated[hints[f.name], _arg(f.name)], dataclasses.field(default=f.default))  # f itself is not ours
-        for f in dataclasses.fields(known)
-    ]
-    made: Any = dataclasses.make_dataclass(part.__name__, columns, bases=(part,), frozen=True)
-    made.__doc__ = part.__doc__
-    return made
-
-
-def _arg(name: str, text: str | None = None) -> Any:
-    return tyro.conf.arg(
-        metavar=METAVARS.get(name), help=text,
-        help_behavior_hint=lambda default: "" if default in ("None", "", "''") else f"(default: {default})",
-    )  # fmt: skip
-
-
-def _parsed(flags: type[T], command: str, args: Sequence[str]) -> T:
-    """The flags of one command. Ends the program on --help (0) and on flags that make no sense (2)."""
-    about = "\n".join([COMMANDS[command], "", "examples:", *(f"  {line}" for line in EXAMPLES[command])])
-    flat = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(flags, prog=f"jpq {command}", description=about, args=list(args), config=flat)
+    run(config, settings, console)
 
 
 def _inspect(args: list[str], console: Console) -> None:
-    wanted = _parsed(_shown(Inspect), "inspect", args)
+    wanted = parsed(shown(Inspect), "inspect", args)
     from jpq.inspection import inspection, noise
     from jpq.network.sites import channels
     from jpq.network.trace import trace
@@ -221,25 +181,25 @@ def _inspect(args: list[str], console: Console) -> None:
 def _pareto(args: list[str], console: Console) -> None:
     from jpq import choosing
 
-    choosing.run(_parsed(_shown(choosing.Pareto, "runs"), "pareto", args), console)
+    choosing.run(parsed(shown(choosing.Pareto, "runs"), "pareto", args), console)
 
 
 def _export(args: list[str], console: Console) -> None:
     from jpq import choosing
 
-    choosing.export(_parsed(_shown(choosing.Export, "runs"), "export", args), console)
+    choosing.export(parsed(shown(choosing.Export, "runs"), "export", args), console)
 
 
 def _bench(args: list[str], console: Console) -> None:
     from jpq import benching
 
-    benching.run(_parsed(_shown(benching.Bench, "what"), "bench", args), console)
+    benching.run(parsed(shown(benching.Bench, "what"), "bench", args), console)
 
 
 def _prune_private(args: list[str], console: Console) -> None:
     from jpq.private import Private
 
-    wanted = _parsed(_shown(Private), "prune-private", args).check()
+    wanted = parsed(shown(Private), "prune-private", args).check()
     from jpq.designer import prune_private
     from jpq.private_report import layer_line, report
 
@@ -248,7 +208,7 @@ def _prune_private(args: list[str], console: Console) -> None:
 
 
 def _evaluate(args: list[str], console: Console) -> None:
-    wanted = _parsed(Evaluate, "evaluate", args)
+    wanted = parsed(Evaluate, "evaluate", args)
     from jpq.outcome import load
     from jpq.recipe import read_data
     from jpq.result import percent
@@ -272,7 +232,7 @@ def _evaluate(args: list[str], console: Console) -> None:
 
 def _methods(args: list[str], console: Console) -> None:
     if args:
-        _parsed(dataclasses.make_dataclass("Methods", [], frozen=True), "methods", args)
+        parsed(dataclasses.make_dataclass("Methods", [], frozen=True), "methods", args)
     from jpq.methods import METHODS
 
     table = Table.grid(padding=(0, 2))

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq import checkpoint, landing, ranks, stages
+from jpq import by_hand, checkpoint, landing, ranks, stages
 from jpq.allocators import bit_widths, place
 from jpq.budget import Controller, Target
 from jpq.closing import Closing, open_share, within
-from jpq.config import Config
+from jpq.config import BY_HAND, Config
 from jpq.data import Data
 from jpq.exporters import verify
 from jpq.exporters.quantized import rebuild
@@ -147,6 +147,8 @@ def search(
         plan = from_json(run.saved["plan"], str(run.top / checkpoint.NAME))  # type: ignore[index]
     elif method.stages:
         plan = prune_first(soft, model, data, goals, config, run, phase, more)
+    elif soft.net.method == BY_HAND:
+        plan = by_hand.ranked(soft.net, config.decide, score_of(config), evidence(data))
     elif not method.searches:
         score, judge = score_of(config), judge_of(soft.net, data, config)
         plan = decide(
@@ -160,7 +162,7 @@ def search(
         )
     ranks.require_same(plan.to_json(), "a landed plan")
     note = landing.note(goals, soft.net, plan)
-    if note:
+    if note and soft.net.method != BY_HAND:
         run.notes.append(note)
     return plan
 

@@ -86,7 +86,9 @@ def point_of(folder: Path) -> Point:
             layers=tuple(layer for layer, _ in layers),
             uniform={str(n): {str(k): float(v) for k, v in c.items()} for n, c in tree.get("uniform", {}).items()},
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+    except OSError as error:
+        raise JpqError(f"{Path(str(error.filename)).name} cannot be read ({error.strerror}).") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         raise JpqError(f"it does not hold the result of a run ({type(error).__name__}: {_short(error)}).") from error
     return point
 

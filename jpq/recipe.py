@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from jpq import bench, checkpoint, costs, handover, landing, mapping, models, ranks, stages
+from jpq import bench, by_hand, checkpoint, costs, handover, landing, mapping, models, ranks, stages
 from jpq.allocators import rank, start_bits
 from jpq.budget import Target
 from jpq.compose import RULES, SEARCH, compose
-from jpq.config import Config
+from jpq.config import BY_HAND, Config
 from jpq.costs.table import Table
 from jpq.data import Data
 from jpq.data import load as load_data
@@ -149,7 +149,9 @@ def possible(net: Compressed, goals: tuple[Target, ...], config: Config) -> None
     d, method = config.decide, row(net.method)
     if method.gate is Ranked and score_of(config).needs == {"scales"}:
         rank(net, score_of(config))  # it needs no data, and may find nothing to rank by
-    if method.stages:
+    if net.method == BY_HAND:
+        by_hand.require(net, by_hand.plan(net, d), goals)
+    elif method.stages:
         stages.decide(net, goals, d.w_bits, d.a_bits, d.density)
     elif method.gate:
         landing.require(net, goals)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tomli_w
 
@@ -18,6 +18,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+T = TypeVar("T")
+PAIRS = {"tuple[int, int]": (int,), "tuple[float, float]": (int, float), "tuple[str, str]": (str,)}
+
 
 def from_tree(tree: Mapping[str, Any], source: str) -> Config:
     """The config that these tables describe; what they leave out keeps its default."""
@@ -28,22 +31,28 @@ def from_tree(tree: Mapping[str, Any], source: str) -> Config:
             raise unknown(f"section in {source}", section, known)
         if not isinstance(table, Mapping):
             raise JpqError(f"{source}: '{section}' must be a table of settings, such as [{section}].")
-        part = getattr(config, section)
-        types = {f.name: f.type for f in fields(part)}
-        values = {}
-        for key, value in table.items():
-            if key not in types:
-                raise unknown(f"setting in [{section}] of {source}", key, types)
-            values[key] = _typed(value, str(types[key]), f"{source}: {section}.{key}")
-        config = replace(config, **{section: replace(part, **values)})
+        config = replace(config, **{section: filled(getattr(config, section), section, table, source)})
     return config
+
+
+def filled(part: T, section: str, table: Mapping[str, Any], source: str) -> T:
+    """The settings `part` with the values of one table of a file; `part` is a frozen dataclass."""
+    known: Any = part
+    types = {f.name: f.type for f in fields(known)}
+    values = {}
+    for key, value in table.items():
+        if key not in types:
+            raise unknown(f"setting in [{section}] of {source}", key, types)
+        values[key] = _typed(value, str(types[key]), f"{source}: {section}.{key}")
+    made: T = replace(known, **values)
+    return made
 
 
 def _typed(value: Any, kind: str, where: str) -> Any:
     """A TOML value as the field's type, or an error that says what was expected."""
     if kind.startswith("Path") and isinstance(value, str):
         return Path(value)
-    if kind == "tuple[int, int]" and isinstance(value, list) and len(value) == 2 and all(type(v) is int for v in value):
+    if kind in PAIRS and isinstance(value, list) and len(value) == 2 and all(type(v) in PAIRS[kind] for v in value):
         return tuple(value)
     if kind == "tuple[str, ...]" and isinstance(value, list) and all(isinstance(v, str) for v in value):
         return tuple(value)
@@ -56,8 +65,13 @@ def _typed(value: Any, kind: str, where: str) -> Any:
 
 def read(path: Path) -> Config:
     """The config in a TOML file."""
+    return from_tree(tables(path), str(path))
+
+
+def tables(path: Path) -> dict[str, Any]:
+    """What a TOML file holds."""
     try:
-        return from_tree(tomllib.loads(path.read_text()), str(path))
+        return tomllib.loads(path.read_text())
     except OSError as error:
         raise JpqError(f"Cannot read the config file {path}: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 
 import jpq
 from jpq.config import Budget, Decide, Run
-from jpq.recipe import split
+from jpq.phases import split
 from jpq.result import Result, Row, Silent
 
 RESULTS = Path(__file__).parent / "results"

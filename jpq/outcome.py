@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from jpq import bench, checkpoint, costs, mapping, report
+from jpq import bench, checkpoint, costs, mapping, models, report
 from jpq.budget import Target, meets
 from jpq.config import Config
 from jpq.costs.latency import NS
@@ -17,13 +20,15 @@ from jpq.data import Data
 from jpq.exporters import onnx, verify
 from jpq.exporters.branches import branched
 from jpq.exporters.pack import pack
-from jpq.exporters.quantized import complete, rebuild
-from jpq.figures import layer_rows, reached, versions
+from jpq.exporters.quantized import build, complete, rebuild
+from jpq.figures import layer_rows, reached, uniform_costs, versions
 from jpq.files import replace_file
 from jpq.journal import Journal
 from jpq.network.compressed import Compressed
+from jpq.network.unpack import unpacked
 from jpq.plan import Plan
-from jpq.result import Figures, Result
+from jpq.plan import read as read_plan
+from jpq.result import UNREAD, Figures, Result
 from jpq.train import evaluate
 from jpq.types import JpqError
 
@@ -32,14 +37,71 @@ SPLITS = ("train", "held_out", "test")
 
 def finish(
     net: Compressed, tuned: nn.Module, model: nn.Module, data: Data, goals: tuple[Target, ...], config: Config,
-    run: Journal, command: str, table: Table | None = None,
+    run: Journal, command: str, table: Table | None = None, final: bool = True,
 ) -> Result:  # fmt: skip
-    """Rebuild, count again, export, verify, save, report. The test split is read here, and only here."""
-    run.watch.phase("verify", 0, 0)
+    """Rebuild, count again, save; where it is `final` export, verify and read the test split, here and only here."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # compare at full precision
+    run.watch.phase("verify", 0, 0)
     small, plan = rebuild(net, model) if tuned is net else (tuned.eval(), complete(net))
     plan = replace(plan, model={"name": config.task.model, "classes": data.classes, "channels": data.shape[0]})
     uses = net.exact(plan)
+    require_as_planned(small, plan, uses, goals, data)
+    planned = [u for u in uses if u.name in plan.layers]
+    if len(planned) < len(uses):
+        rigid = [u.name for u in uses if u.name not in plan.layers]
+        run.notes.append(f"{len(rigid)} layers cannot be quantized and stay at 32 bits: {', '.join(rigid[:5])} ...")
+    replace_file(run.folder / "plan.json", lambda path: path.write_text(plan.to_json()))
+    checkpoint.save_tensors(small, run.folder / "model.safetensors")
+    schemes = {}
+    if run.schemes:
+        left = {u.name: float(u.density) for u in uses}
+        schemes = mapping.record(net.network, plan.structures, left, run.schemes)
+    predicted = _ms(costs.latency_ns(uses)) if table is not None else None
+    shipped = {}
+    if final:
+        path, packed = ship(small, plan, data.example, run.folder)
+        verified = run.timed("verify", lambda: proof(net, tuned, small, path, data, run))
+        shipped = {"packed": packed, "verified": verified}
+        if table is not None and predicted is not None:
+            shipped["latency"] = run.timed("bench", lambda: bench.compare(path, predicted, table))
+    full = costs.baseline(uses)
+    bops = costs.COSTS[config.budget.cost](uses)
+    result = Result(
+        folder=run.folder,
+        method=net.method,
+        float=Figures(
+            evaluate(model, data.test) if final else UNREAD, int(full["bops"]), int(full["macs"]), int(full["size"]),
+            1.0, int(full["bops"]), _ms(full.get("latency")),
+        ),
+        compressed=Figures(
+            evaluate(small, data.test) if final else UNREAD, int(bops), int(costs.macs(uses)), int(costs.size(uses)),
+            float(bops) / full["bops"], int(costs.bops_structured(uses)), predicted,
+        ),
+        held_out={"float": evaluate(model, data.held_out), "compressed": evaluate(small, data.held_out)},
+        targets={goal.cost: reached(goal, uses) for goal in goals},
+        layers=layer_rows(net, plan, config.budget.cost),
+        history=run.lineage(),
+        seconds={**run.seconds, "total": run.recorder.clock()},
+        command=command or shlex.join(["jpq", "optimize"]),
+        versions=versions(),
+        seed=config.run.seed,
+        notes=tuple(run.notes),
+        metrics=run.metrics,
+        schemes=schemes,
+        data={"name": data.name, "checksum": data.checksum, **{k: getattr(data, k).size for k in SPLITS}},
+        uniform=uniform_costs(net, uses),
+        final=final,
+        **shipped,
+    )  # fmt: skip
+    report.write(result, config)
+    (run.folder / checkpoint.NAME).unlink(missing_ok=True)
+    return result
+
+
+def require_as_planned(
+    small: nn.Module, plan: Plan, uses: Sequence[costs.LayerUse], goals: tuple[Target, ...], data: Data
+) -> None:
+    """Count the rebuilt model by running it. Raises JpqError where it is not what was planned, or over a target."""
     counted = verify.measure(small, data.example)
     planned = [u for u in uses if u.name in plan.layers]
     if counted["bops"] != costs.bops(planned) or counted["macs"] != costs.macs(planned):
@@ -49,64 +111,23 @@ def finish(
     over = [goal for goal in goals if not meets([goal], uses)]
     if over:
         raise JpqError(f"The landed model misses {over[0].flag} {over[0].asked}. This is a bug in jpq.")
-    if len(planned) < len(uses):
-        rigid = [u.name for u in uses if u.name not in plan.layers]
-        run.notes.append(f"{len(rigid)} layers cannot be quantized and stay at 32 bits: {', '.join(rigid[:5])} ...")
-    replace_file(run.folder / "plan.json", lambda path: path.write_text(plan.to_json()))
-    checkpoint.save_tensors(small, run.folder / "model.safetensors")
-    stored = pack(small, plan, data.example, run.folder / "model.packed")
-    path = run.folder / "model.onnx"
-    onnx.export(branched_or_same(small, plan, data.example), data.example, path)
+
+
+def ship(small: nn.Module, plan: Plan, example: torch.Tensor, folder: Path) -> tuple[Path, dict[str, int]]:
+    """Write model.packed and model.onnx. Returns the ONNX file, and the bytes of the packed one by part."""
+    stored = pack(small, plan, example, folder / "model.packed")
+    path = folder / "model.onnx"
+    onnx.export(branched_or_same(small, plan, example), example, path)
+    return path, asdict(stored)
+
+
+def proof(
+    net: Compressed, tuned: nn.Module, small: nn.Module, path: Path, data: Data, run: Journal
+) -> dict[str, Any]:  # fmt: skip
+    """That masked, rebuilt and exported model compute the same; without the first where opened averages forbid it."""
     if tuned is net:
-        verified = run.timed("verify", lambda: verify.verify(net, small, path, data.test, data.example))
-    else:
-        outside = run.timed("verify", lambda: verify.exported(small, path, data.test))
-        verified = {verify.OPENED: run.opened, **outside}
-    schemes = {}
-    if run.schemes:
-        left = {u.name: float(u.density) for u in uses}
-        schemes = mapping.record(net.network, plan.structures, left, run.schemes)
-    full = costs.baseline(uses)
-    bops = costs.COSTS[config.budget.cost](uses)
-    predicted = _ms(costs.latency_ns(uses)) if table is not None else None
-    figures = {
-        "float": Figures(
-            evaluate(model, data.test), int(full["bops"]), int(full["macs"]), int(full["size"]), 1.0, int(full["bops"]),
-            _ms(full.get("latency")),
-        ),
-        "compressed": Figures(
-            evaluate(small, data.test), int(bops), int(costs.macs(uses)), int(costs.size(uses)),
-            float(bops) / full["bops"], int(costs.bops_structured(uses)), predicted,
-        ),
-    }  # fmt: skip
-    timing = {}
-    if table is not None and predicted is not None:
-        timing = run.timed("bench", lambda: bench.compare(path, predicted, table))
-    run.seconds["total"] = run.recorder.clock()
-    result = Result(
-        folder=run.folder,
-        method=net.method,
-        float=figures["float"],
-        compressed=figures["compressed"],
-        held_out={"float": evaluate(model, data.held_out), "compressed": evaluate(small, data.held_out)},
-        targets={goal.cost: reached(goal, uses) for goal in goals},
-        verified=verified,
-        layers=layer_rows(net, plan, config.budget.cost),
-        history=tuple(run.recorder.rows),
-        seconds=run.seconds,
-        command=command or shlex.join(["jpq", "optimize"]),
-        versions=versions(),
-        seed=config.run.seed,
-        notes=tuple(run.notes),
-        metrics=run.metrics,
-        packed=asdict(stored),
-        latency=timing,
-        schemes=schemes,
-        data={"name": data.name, "checksum": data.checksum, **{k: getattr(data, k).size for k in SPLITS}},
-    )
-    report.write(result, config)
-    (run.folder / checkpoint.NAME).unlink(missing_ok=True)
-    return result
+        return verify.verify(net, small, path, data.test, data.example)
+    return {verify.OPENED: run.opened, **verify.exported(small, path, data.test)}
 
 
 def _ms(nanoseconds: costs.Number | None) -> float | None:
@@ -128,3 +149,19 @@ def branched_or_same(small: nn.Module, plan: Plan, example: torch.Tensor) -> nn.
     if apart > verify.EXACT:
         raise JpqError(f"The branches are not the masked layers: {apart:.2e} apart in float64. This is a bug in jpq.")
     return cut
+
+
+def load(folder: str | Path) -> tuple[nn.Module, Plan]:
+    """(small model in eval mode, its plan) from a run's folder; no pickle, no optimiser, no data needed.
+
+    Raises JpqError where files are missing, foreign or do not fit together.
+    """
+    folder = Path(folder)
+    plan = read_plan(folder / "plan.json")
+    try:
+        dense = models.build(str(plan.model["name"]), int(plan.model["classes"]), int(plan.model["channels"]))
+    except KeyError as error:
+        raise JpqError(f"{folder / 'plan.json'} does not say which model it belongs to ({error}).") from error
+    small = build(plan, unpacked(dense))
+    checkpoint.load_tensors(small, folder / "model.safetensors")
+    return small.eval(), plan

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from jpq.types import DENSE
 
 Numbers = dict[str, dict[str, float]]  # of what -> name -> number
+UNREAD = math.nan  # accuracy on a test split that was not read
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Row:
     kept: float  # share of units kept; of weights, where masks lie inside layers
     lr: float
     seconds: float  # since the run began
+    budget: str = ""  # which of several budgets the phase is for
+
+    @property
+    def title(self) -> str:
+        """What the screen calls the phase."""
+        return f"{self.phase} {self.budget}".strip()
 
 
 @dataclass(frozen=True)
@@ -51,19 +58,35 @@ class LayerRow:
     density: float = 1.0  # share of the layer's weights that its mask keeps
     structure: str = DENSE  # what the units of its mask are
     latency_ms: float | None = None  # predicted, where a table of measured layers was given
+    macs_all: int | None = None  # with nothing dropped
 
 
 @dataclass(frozen=True)
 class Figures:
     """How good, and how dear, one model is."""
 
-    accuracy: float  # on the test split, in [0, 1]
+    accuracy: float  # on the test split, in [0, 1]; UNREAD where the run is not final
     bops: int
     macs: int
     size_bytes: int  # weights at their bit-widths, biases and scales at 32 bits
     bops_share: float  # of the fp32 model
     bops_structured: int = 0  # with weights that an elementwise mask drops counted as work
     latency_ms: float | None = None  # predicted, where a table of measured layers was given
+
+
+@dataclass(frozen=True)
+class Point:
+    """One of several budgets of a run, a line of front.csv."""
+
+    budget: str  # as asked for
+    accuracy: float  # on the test split, in [0, 1]; UNREAD where the run is not final
+    held_out: float
+    bops: int
+    bops_share: float  # of the fp32 model
+    macs: int
+    size_bytes: int
+    seconds: float  # from the run's beginning to this model's end
+    folder: str  # inside the run's
 
 
 @dataclass(frozen=True)
@@ -76,7 +99,6 @@ class Result:
     compressed: Figures
     held_out: dict[str, Any]  # held-out accuracy of both
     targets: dict[str, Any]  # target name -> {"asked", "limit", "reached", "used"}; and "note" where < 97 % is used
-    verified: dict[str, Any]
     layers: tuple[LayerRow, ...]
     history: tuple[Row, ...]
     seconds: dict[str, Any]  # phase -> seconds, "total"
@@ -84,11 +106,15 @@ class Result:
     versions: dict[str, str]
     seed: int
     notes: tuple[str, ...] = field(default=())
+    verified: dict[str, Any] = field(default_factory=dict)  # what was compared, and what came out
     metrics: Numbers = field(default_factory=dict)  # site -> what its gate said at landing
     latency: dict[str, Any] = field(default_factory=dict)  # model.onnx: predicted_ms, measured_ms, their ratio ...
     packed: dict[str, int] = field(default_factory=dict)  # bytes of model.packed: total, header, promised, others
     schemes: dict[str, Any] = field(default_factory=dict)  # who mapped them, ms, and where those are from (jpq.mapping)
     data: dict[str, Any] = field(default_factory=dict)  # name, checksum, sizes of the splits
+    uniform: Numbers = field(default_factory=dict)  # "W4A4" -> what the whole model costs at these bits, by measure
+    final: bool = True  # exported, verified and measured on the test split; else one of a study's trials
+    front: tuple[Point, ...] = ()  # every budget of a run that followed several down; this result is the last one's
 
 
 class Watch(Protocol):

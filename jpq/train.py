@@ -70,10 +70,18 @@ class Phase:
     before: int = 0  # epochs of the same curve that lie before this phase
     total: int = 0  # epochs of the whole curve; 0: this phase alone
     done: int = 0  # epochs already done (resumed)
+    stretch: float = 1.0  # epochs of the curve that one of this phase covers
+    budget: str = ""  # which of several budgets it is for
+    anneals: bool = True  # False: gates stay as cold as an earlier search left them
+
+    @property
+    def title(self) -> str:
+        """What the screen calls it."""
+        return f"{self.name} {self.budget}".strip()
 
     def rate(self, epoch: float) -> float:
         """Learning rate as a share of its peak, at a fractional epoch of this phase: warm-up, then cosine to 0."""
-        at = (self.before + epoch) / (self.total or self.epochs)
+        at = (self.before + epoch * self.stretch) / (self.total or self.epochs)
         return min(1.0, at / WARM_UP + 0.01) * 0.5 * (1 + math.cos(math.pi * min(1.0, at)))
 
 
@@ -116,7 +124,7 @@ class Recorder:
             pressure = objective.controller.pressure[goal.cost]
         row = Row(
             phase.name, epoch, phase.epochs, loss, accuracy, bops, bops / self.full_bops, aim, pressure,
-            w_bits, a_bits, kept, lr, self.clock(),
+            w_bits, a_bits, kept, lr, self.clock(), phase.budget,
         )  # fmt: skip
         self.rows.append(row)
         return row
@@ -169,7 +177,7 @@ def fit(
     bilevel = objective.controller is not None and isinstance(net, Compressed) and net.held_out
     parts = data.train.halves() if bilevel else (data.train,)
     steps = len(parts) * min(len(part) for part in parts)
-    watch.phase(phase.name, phase.epochs, steps)
+    watch.phase(phase.title, phase.epochs, steps)
     for epoch in range(phase.done, phase.epochs):
         net.train()
         losses = []
@@ -188,7 +196,7 @@ def fit(
             nn.utils.clip_grad_norm_(optim.param_groups[0]["params"], CLIP)
             optim.step()
             if isinstance(net, Compressed):
-                net.after_step(at / phase.epochs)
+                net.after_step(at / phase.epochs if phase.anneals else 1.0)
             losses.append(value)
             watch.step(value, *recorder.shares(objective))
         if not all(bool(p.isfinite().all()) for p in net.parameters()):  # before it can replace a good checkpoint

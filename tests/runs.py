@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import jpq
-from jpq import recipe
 from jpq.config import Budget, Config, Decide, Run, Task, Train
 from jpq.data import Data
 from jpq.result import Figures, Result, Row, Silent
@@ -65,7 +64,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(result: Result) -> Outcome:
-    model, _ = recipe.load(result.folder)
+    model, _ = jpq.load(result.folder)
     return Outcome(
         [repr(replace(row, seconds=0.0)) for row in result.history],
         result.compressed,

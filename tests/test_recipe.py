@@ -26,6 +26,18 @@ def finished(tmp_path_factory):
     return asked, jpq.optimize(asked, command="jpq optimize --target-bops 1%")
 
 
+class Closed:
+    """A split that may be counted, not read."""
+
+    def __init__(self, batches):
+        self.size = batches.size
+
+    def __iter__(self):
+        raise AssertionError("the split was read")
+
+    epoch = __iter__
+
+
 def test_folder_holds_everything(finished):
     _, result = finished
     names = {p.name for p in result.folder.iterdir()}
@@ -46,6 +58,24 @@ def test_folder_holds_everything(finished):
     assert tree["versions"]["torch"] == version("torch")
     assert tree["seconds"]["total"] > 0
     assert len(pd.read_csv(result.folder / "history.csv")) == 3 + 4
+
+
+def test_a_trial_computes_the_same_and_leaves_the_test_split_unread(finished, tmp_path, monkeypatch):
+    asked, whole = finished
+    original = recipe.load_data
+    monkeypatch.setattr(recipe, "load_data", lambda *a, **k: replace(data := original(*a, **k), test=Closed(data.test)))
+    with pytest.raises(AssertionError, match="the split was read"):
+        jpq.optimize(replace(asked, run=replace(asked.run, out=tmp_path / "final")))
+    trial = jpq.optimize(replace(asked, run=replace(asked.run, out=tmp_path / "trial")), final=False)
+    assert not {p.name for p in trial.folder.iterdir()} & {"model.onnx", "model.packed", "curves.png", checkpoint.NAME}
+    tree = json.loads((trial.folder / "result.json").read_text())
+    assert tree["final"] is False
+    assert tree["compressed"]["accuracy"] is tree["float"]["accuracy"] is None
+    assert tree["held_out"] == whole.held_out
+    ours, theirs = outcome(trial), outcome(whole)
+    assert ours.weights == theirs.weights
+    assert ours.history == theirs.history
+    assert replace(ours.compressed, accuracy=0.0) == replace(theirs.compressed, accuracy=0.0)
 
 
 def test_budget_is_a_promise_counted_on_the_rebuilt_model(finished):

@@ -14,7 +14,7 @@ from runs import Stop
 from torch import Size, nn
 
 import jpq
-from jpq import mapping, recipe
+from jpq import mapping
 from jpq.allocators.scheme_search import reward, search
 from jpq.allocators.schemes import hard, modelled, project, rules, smallest_within, source, stays, timed, variants
 from jpq.compose import compose, legal
@@ -303,7 +303,7 @@ def config(out, **decide):
 @pytest.mark.parametrize("method", ["dpf", "admm"])
 def test_several_structures_in_one_run(method, tmp_path):
     result = jpq.optimize(config(tmp_path, method=method, structure=MIXED))
-    small, plan = recipe.load(result.folder)
+    small, plan = jpq.load(result.folder)
     asked = by_layer(MIXED)
     assert plan.structures == {k: v for k, v in asked.items() if v != DENSE}
     table = pd.read_csv(result.folder / "layers.csv", dtype={"name": str})
@@ -346,7 +346,7 @@ def test_a_search_is_part_of_the_run_and_is_not_repeated(tmp_path, monkeypatch):
         jpq.optimize(stopped, Stop("fine-tune", 1))
     monkeypatch.setattr(mapping, "searched", None)
     resumed = jpq.optimize(replace(stopped, run=replace(stopped.run, resume=True)))
-    ours, theirs = (recipe.load(r.folder)[0].state_dict() for r in (resumed, whole))
+    ours, theirs = (jpq.load(r.folder)[0].state_dict() for r in (resumed, whole))
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jpq import formats
 from jpq.types import JpqError, unknown
 
 
@@ -86,8 +87,8 @@ class Decide:
     image_bits: int = 8
     """Bit-width of the model's input, which is not learned."""
     output_bits: int = 0
-    """Width that convolutions' results are rounded to before residual sums and poolings, as part of the model that
-    trains, so that integer kernels compute them in whole (8 is a good choice). 0: they stay in floating point."""
+    """Width of convolutions' results before sums and poolings, so that integer kernels compute them: rounding that is
+    part of the model that trains (8 is a good choice). 0: those results stay in floating point."""
     structure: str = ""
     """Where zeros may lie: channels, elementwise, per-output, kernels, 2:4, block:8x4, pattern ... rules gives each
     layer what suits it, search learns that on held-out data, and conv1=pattern,fc=block:8x1 says it. Default: the
@@ -158,6 +159,10 @@ class Run:
     """CPU threads; 0: one for small nets, torch's choice for larger ones."""
     out: Path = Path("runs")
     """Folder for runs; this one goes to OUT/<hash of its settings>."""
+    formats: str = "onnx"
+    """What to export: onnx (always), qonnx (for FPGA flows), pt2 (torch.export), such as onnx,pt2."""
+    onnx_weights: str = "int8"
+    """Type of the weights in model.onnx: int8, or where they fit int4 or int2 (not in OpenVINO) for a smaller file."""
     resume: bool = False
     """Go on from the last checkpoint of the same settings."""
 
@@ -227,17 +232,15 @@ class Config:
         ):
             if not 0 < rate < float("inf"):
                 raise JpqError(f"{flag} {rate} must be a positive number.")
-        for flag, weight in (
-            ("--weight-decay", t.weight_decay),
-            ("--distill", t.distill),
-            ("--gate-weight", d.gate_weight),
-        ):
+        weights = {"--weight-decay": t.weight_decay, "--distill": t.distill, "--gate-weight": d.gate_weight}
+        for flag, weight in weights.items():
             if not 0 <= weight < float("inf"):
                 raise JpqError(f"{flag} {weight} must be zero or a positive number.")
         if t.float_epochs < 1 and self.task.weights is None:
             raise JpqError("--float-epochs 0 needs --weights: there is nothing trained to compress.")
         if self.task.limit is not None and self.task.limit < 20:
             raise JpqError(f"--limit {self.task.limit}: at least 20 samples are needed to split off a held-out part.")
+        formats.require(self.run.formats, self.run.onnx_weights)
         if d.proxy not in PROXIES:
             raise unknown("proxy", d.proxy, PROXIES)
         if self.budget.cost not in BOPS:

@@ -12,12 +12,12 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # each layer may import itself and what stands below it
 LAYERS = [
-    {"cli", "__main__", "progress", "inspection", "benching", "private_report", "front_table", "choosing"},
+    {"cli", "__main__", "progress", "inspection", "benching", "assessing", "private_report", "front_table", "choosing"},
     {"__init__"},
     {"finishing"},
-    {"recipe", "descent", "phases", "designer", "outcome", "bench", "journal", "figures", "machine"},
+    {"recipe", "descent", "phases", "designer", "outcome", "bench", "racing", "journal", "figures", "machine"},
     {"front_report"},
-    {"joint", "report", "mapping", "judging", "picking"},
+    {"joint", "report", "sizes", "mapping", "judging", "picking"},
     {"fronts"},
     {"runs"},
     {"point"},
@@ -44,7 +44,7 @@ LAYERS = [
         "average_precision",
         "pareto",
     },
-    {"types", "files", "usage"},
+    {"types", "files", "usage", "formats"},
 ]
 ONLY = {
     "brevitas": {"quantizers", "exporters", "network/attach.py"},
@@ -55,6 +55,7 @@ ONLY = {
         "progress.py",
         "inspection.py",
         "benching.py",
+        "assessing.py",
         "private_report.py",
         "front_table.py",
         "choosing.py",

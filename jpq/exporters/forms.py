@@ -25,21 +25,10 @@ from jpq.exporters.quant_nodes import standard
 from jpq.exporters.verify import Pair
 from jpq.files import replace_file
 from jpq.network.read import arguments, batch_of, tensors
-from jpq.types import JpqError, unknown
+from jpq.types import JpqError
 
 NAMES = {"onnx": "model.onnx", "qonnx": "model.qonnx.onnx", "pt2": "model.pt2"}
 SAMPLES = 64  # that a QONNX file is compared on, one by one
-
-
-def chosen(names: str) -> Sequence[str]:
-    """The forms in a list such as "onnx,pt2". Raises JpqError for unknown ones, and for none."""
-    found = [name.strip() for name in names.split(",") if name.strip()]
-    for name in found:
-        if name not in NAMES:
-            raise unknown("form", name, NAMES)
-    if not found:
-        raise JpqError(f"No form to export: choose from {', '.join(NAMES)}.")
-    return found
 
 
 def write(

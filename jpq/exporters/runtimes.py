@@ -77,3 +77,15 @@ def _openvino() -> Any:
     except ImportError as error:
         raise JpqError("openvino is not installed: python -m pip install openvino, or choose onnxruntime.") from error
     return openvino
+
+
+def opened(name: str, path: Path, threads: int = 0) -> Any:
+    """A file in one of the runtimes. Raises JpqError where it cannot be loaded."""
+    if not path.is_file():
+        raise JpqError(f"{path} is not there. Give an exported file, such as runs/0123456789ab/model.onnx.")
+    try:
+        return RUNTIMES[name](path, threads)
+    except JpqError:
+        raise
+    except Exception as error:  # onnxruntime has a class of its own for every kind of failure
+        raise JpqError(f"{name} cannot load {path}: {' '.join(str(error).split())[:200]}") from error

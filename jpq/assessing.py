@@ -17,7 +17,7 @@ class Evaluate:
     """Which saved model, on which images."""
 
     saved: Path
-    """Folder of an earlier run, such as runs/0123456789ab, or an exported file, such as runs/0123456789ab/model.onnx."""
+    """Folder of an earlier run, such as runs/0123456789ab, or an exported file, such as its model.onnx."""
     split: Literal["test", "held-out"] = "test"
     """Which images: the test split, or the part of the training data that steered the run."""
     runtime: str = ""

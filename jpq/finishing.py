@@ -48,9 +48,8 @@ def finalize(
     config = read_config(folder / "config.toml")
     if data_root is not None:
         config = replace(config, task=replace(config.task, data_root=data_root))
-    given: dict[str, Any] = {
-        name: value for name, value in (("formats", formats), ("onnx_weights", onnx_weights)) if value
-    }
+    named = {"formats": formats, "onnx_weights": onnx_weights}
+    given: dict[str, Any] = {name: value for name, value in named.items() if value}
     config = replace(config, run=replace(config.run, **given))
     require(config.run.formats, config.run.onnx_weights)
     small, plan = load(folder)

@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from jpq import sizes
 from jpq.config import Config
 from jpq.files import replace_file
 from jpq.result import Figures, LayerRow, Point, Result, Row, human, percent
@@ -34,6 +35,8 @@ def write(result: Result, config: Config) -> None:
     replace_file(folder / "layers.csv", lambda path: layers.to_csv(path, index=False))
     text = json.dumps(_plain(record(result)), indent=2, allow_nan=False) + "\n"
     replace_file(folder / "result.json", lambda path: path.write_text(text))
+    if result.export:
+        sizes.write(result)
     if result.final:
         save_picture(curves(result, config), folder / "curves.png")
         save_picture(layer_chart(result, config), folder / "layers.png")

@@ -161,3 +161,5 @@ class Run:
     """Folder for runs; this one goes to OUT/<hash of its settings>."""
     resume: bool = False
     """Go on from the last checkpoint of the same settings."""
+    tensorboard: bool = False
+    """Also write the history as TensorBoard events into the run's folder (pip install "jpq[tensorboard]")."""

@@ -27,7 +27,7 @@ LAYERS = [
     {"__init__"},
     {"finishing"},
     {"trials"},
-    {"recipe", "descent", "phases", "designer", "outcome", "bench", "journal", "figures", "machine"},
+    {"recipe", "descent", "phases", "events", "designer", "outcome", "bench", "journal", "figures", "machine"},
     {"front_report"},
     {"joint", "report", "mapping", "judging", "picking"},
     {"fronts"},

@@ -165,3 +165,5 @@ class Run:
     """Type of the weights in model.onnx: int8, or where they fit int4 or int2 (not in OpenVINO) for a smaller file."""
     resume: bool = False
     """Go on from the last checkpoint of the same settings."""
+    tensorboard: bool = False
+    """Also write the history as TensorBoard events into the run's folder (pip install "jpq[tensorboard]")."""

@@ -18,6 +18,7 @@ from jpq.costs.table import Table
 from jpq.data import Data
 from jpq.data import load as load_data
 from jpq.descent import Begun, descend
+from jpq.events import Events
 from jpq.gates import Ranked
 from jpq.journal import Journal, open_folder
 from jpq.judging import calibration, known_classes, score_of
@@ -58,6 +59,8 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "", fina
     given = handover.read(d.mask) if d.mask else None
     ranks.require_rows(config.train.batch_size)
     run = Journal(config, watch or Silent(), ranks.from_first(lambda: open_folder(config)))
+    if config.run.tensorboard and ranks.is_first():
+        run.watch = Events(run.watch, run.folder, run.recorder.rows)
     torch.manual_seed(config.run.seed)
     device = pick_device(config.run.device)
 

@@ -28,7 +28,7 @@ LAYERS = [
     {"__init__"},
     {"finishing"},
     {"trials"},
-    {"recipe", "descent", "phases", "designer", "outcome", "bench", "racing", "journal", "figures", "machine"},
+    {"recipe", "descent", "phases", "events", "designer", "outcome", "bench", "racing", "journal", "figures", "machine"},
     {"front_report"},
     {"joint", "report", "sizes", "mapping", "judging", "picking"},
     {"fronts"},

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import runs
 import test_cli
-from fronts import SPREAD, folder, spread
+from made_runs import SPREAD, folder, spread
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console

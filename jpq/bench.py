@@ -159,15 +159,11 @@ def write_table(entries: list[Entry], path: Path) -> None:
 def read_table(path: Path) -> Table:
     """The table in a file. Raises JpqError for a file that cannot be read or is none."""
     try:
-        if path.stat().st_size > LARGEST:
-            raise JpqError(f"{path} is larger than {LARGEST // 2**20} MB: this is no table of latencies.")
-        return parse(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise JpqError(
-            f"Cannot read the latency table {path}: {error.strerror}. jpq bench --table writes one."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise JpqError(f"{path} is no text, so no table of latencies. jpq bench --table writes one.") from error
+        return parse(foreign.text_of(path, "latency table", LARGEST), str(path))
+    except JpqError as error:
+        if error.__cause__ is None and path.is_file():
+            raise
+        raise JpqError(f"{error} jpq bench --table writes one.") from error
 
 
 def threads_of(table: Table) -> int:

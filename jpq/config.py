@@ -152,6 +152,8 @@ class Run:
     """Folder for runs; this one goes to OUT/<hash of its settings>."""
     resume: bool = False
     """Go on from the last checkpoint of the same settings."""
+    checkpoint_every: int = 0
+    """Save after so many optimiser steps too; 0: after every epoch only. Ctrl-C and SIGTERM always save."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,8 @@ class Config:
             raise JpqError("--float-epochs 0 needs --weights: there is nothing trained to compress.")
         if self.task.limit is not None and self.task.limit < 20:
             raise JpqError(f"--limit {self.task.limit}: at least 20 samples are needed to split off a held-out part.")
+        if self.run.checkpoint_every < 0:
+            raise JpqError(f"--checkpoint-every {self.run.checkpoint_every}: give a number of steps, or 0 for none.")
         if d.proxy not in PROXIES:
             raise unknown("proxy", d.proxy, PROXIES)
         if self.budget.cost not in BOPS:

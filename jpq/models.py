@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +20,7 @@ from jpq.network.accept import accepted
 from jpq.network.pad import PadChannels
 from jpq.network.read import blame, named_inputs
 from jpq.sources import call, imported
+from jpq.tensor_files import safetensors_of, short, torch_of
 from jpq.types import JpqError, unknown
 
 
@@ -215,11 +215,9 @@ def _read(path: Path) -> Any:
     if path.suffix not in (".pth", ".pt", ".th", ".safetensors"):
         raise JpqError(f"Weights '{path}' end in '{path.suffix}'; jpq reads .pth, .pt, .th and .safetensors.")
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign or cut file fails in many ways: pickle, zip, end of file, key, header
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return safetensors_of(path) if path.suffix == ".safetensors" else torch_of(path)
+    except JpqError as error:
+        reason = short(error.__cause__ or error)
         raise JpqError(
             f"Weights '{path}' cannot be read: {reason}. Save them anew as torch.save(model.state_dict(), path)."
         ) from error

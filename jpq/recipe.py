@@ -175,7 +175,7 @@ def search_schemes(
 ) -> dict[str, str]:
     """The structure of each layer by search on held-out data, unless an earlier part of this run found it."""
     d, path = config.decide, run.folder / mapping.NAME
-    if run.is_past("float") and path.exists():
+    if config.run.resume and path.exists():
         return mapping.read(path)
     found, limit = run.timed("schemes", lambda: mapping.searched(
         method, network, model, data, d.density, d.skip, trained=d.proxy == "trained", lr=config.train.lr,
@@ -194,7 +194,11 @@ def train(
     """One phase from where the run stands, with a checkpoint after every epoch that holds `more` too."""
     run.go_on(phase, net, optim)
     save = lambda p: run.keep(p, net, optim, **more())  # noqa: E731
-    run.timed(phase.name, lambda: fit(net, data, phase, objective, optim, run.recorder, run.watch, save))
+    every = run.config.run.checkpoint_every
+    with run.stop:
+        run.timed(phase.name, lambda: fit(
+            net, data, phase, objective, optim, run.recorder, run.watch, save, every, run.stop,
+        ))  # fmt: skip
 
 
 def split(config: Config, method: Method) -> tuple[int, int]:

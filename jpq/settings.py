@@ -10,13 +10,17 @@ from typing import Any
 
 import tomli_w
 
+from jpq import foreign
 from jpq.config import Config, to_tree
+from jpq.files import replace_file
 from jpq.types import JpqError, unknown
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+LARGEST = 2**20  # bytes of a file of settings
 
 
 def from_tree(tree: Mapping[str, Any], source: str) -> Config:
@@ -41,29 +45,38 @@ def from_tree(tree: Mapping[str, Any], source: str) -> Config:
 
 def _typed(value: Any, kind: str, where: str) -> Any:
     """A TOML value as the field's type, or an error that says what was expected."""
-    if kind.startswith("Path") and isinstance(value, str):
+    if kind.startswith("Path") and isinstance(value, str) and "\0" not in value:
         return Path(value)
-    if kind == "tuple[int, int]" and isinstance(value, list) and len(value) == 2 and all(type(v) is int for v in value):
+    if kind == "tuple[int, int]" and isinstance(value, list) and len(value) == 2 and all(map(_number, value)):
         return tuple(value)
     if kind == "tuple[str, ...]" and isinstance(value, list) and all(isinstance(v, str) for v in value):
         return tuple(value)
     plain: dict[str, Any] = {"str": str, "int": int, "bool": bool, "float": (int, float)}
     want = plain.get(kind.split(" | ")[0])
     if want is not None and isinstance(value, want) and (kind == "bool") == isinstance(value, bool):
-        return float(value) if kind.startswith("float") else value
-    raise JpqError(f"{where} is {value!r}; expected {kind}.")
+        if isinstance(value, str) or kind == "bool":
+            return value
+        if _number(value):
+            return float(value) if kind.startswith("float") else value
+    raise JpqError(f"{where} is {str(value)[:60]!r}; expected {kind}.")
+
+
+def _number(value: Any) -> bool:
+    """Whether it is a number that torch can count with."""
+    return type(value) is float or (type(value) is int and -(2**63) <= value < 2**63)
 
 
 def read(path: Path) -> Config:
     """The config in a TOML file."""
     try:
-        return from_tree(tomllib.loads(path.read_text()), str(path))
-    except OSError as error:
-        raise JpqError(f"Cannot read the config file {path}: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return from_tree(tomllib.loads(foreign.text_of(path, "config file", LARGEST)), str(path))
+    except RecursionError as error:
+        raise JpqError(f"{path} nests deeper than any settings do.") from error
+    except ValueError as error:  # of TOML, and of numbers with thousands of digits
         raise JpqError(f"{path} is not valid TOML: {error}.") from error
 
 
 def write(config: Config, path: Path) -> None:
     """Save the config as TOML."""
-    path.write_text(tomli_w.dumps(to_tree(config)))
+    text = tomli_w.dumps(to_tree(config))
+    replace_file(path, lambda part: part.write_text(text))

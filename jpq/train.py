@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from jpq import costs
 from jpq.budget import Controller
 from jpq.data import Batches, Data
+from jpq.interruption import Interruption
 from jpq.network.compressed import Compressed, Side
 from jpq.network.read import evaluating, heard
 from jpq.quantizers import Integer
@@ -70,6 +71,7 @@ class Phase:
     before: int = 0  # epochs of the same curve that lie before this phase
     total: int = 0  # epochs of the whole curve; 0: this phase alone
     done: int = 0  # epochs already done (resumed)
+    losses: list[float] = field(default_factory=list)  # of the steps already done in the epoch after those
 
     def rate(self, epoch: float) -> float:
         """Learning rate as a share of its peak, at a fractional epoch of this phase: warm-up, then cosine to 0."""
@@ -157,48 +159,80 @@ def fit(
     recorder: Recorder,
     watch: Watch | None = None,
     save: Callable[[Phase], None] = lambda phase: None,
+    every: int = 0,
+    stop: Interruption | None = None,
 ) -> None:
     """Train for one phase; after each epoch measure the held-out accuracy, record a row and `save`.
+
+    Saves in the midst of an epoch too: after `every` steps (0: never), and where the run is asked to `stop`, or the
+    watch ends it by a KeyboardInterrupt, which then passes through. A phase goes on where its `done` and `losses` say.
 
     In a search whose gates are `held_out` (bi-level), batches alternate: weights learn on the task alone from one half
     of the training samples, decisions on everything from the other (`Batches.halves`); an epoch is still one pass.
 
     Raises JpqError when the loss is no longer a number; what was saved last stays as it is.
     """
-    watch = watch or Silent()
+    watch, stop = watch or Silent(), stop or Interruption()
     bilevel = objective.controller is not None and isinstance(net, Compressed) and net.held_out
     parts = data.train.halves() if bilevel else (data.train,)
     steps = len(parts) * min(len(part) for part in parts)
     watch.phase(phase.name, phase.epochs, steps)
-    for epoch in range(phase.done, phase.epochs):
-        net.train()
-        losses = []
-        for i, (side, x, y) in enumerate(_turns(parts, phase.before + epoch)):
-            at = epoch + i / steps
-            if isinstance(net, Compressed):
-                net.learn(side)
-            for group in optim.param_groups:
-                group["lr"] = group["peak"] * (phase.rate(at) if group["curve"] else 1.0)
-            loss = objective(net, x, y, at / phase.epochs, side)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise JpqError(_diverged(net, x, phase, epoch))
-            optim.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(optim.param_groups[0]["params"], CLIP)
-            optim.step()
-            if isinstance(net, Compressed):
-                net.after_step(at / phase.epochs)
-            losses.append(value)
-            watch.step(value, *recorder.shares(objective))
-        if not all(bool(p.isfinite().all()) for p in net.parameters()):  # before it can replace a good checkpoint
-            raise JpqError(_diverged(net, x, phase, epoch))
-        accuracy = evaluate(net, data.held_out)
-        mean = sum(losses) / max(1, len(losses))
-        row = recorder.row(phase, epoch + 1, mean, accuracy, net, objective, optim.param_groups[0]["lr"])
-        phase.done = epoch + 1
-        watch.epoch(row)
-        save(phase)
+    try:
+        for epoch in range(phase.done, phase.epochs):
+            net.train()
+            for i, (side, x, y) in enumerate(_turns(parts, phase.before + epoch)):
+                if i < len(phase.losses):
+                    continue  # an earlier part of this run did it
+                with stop.whole():
+                    phase.losses.append(_step(net, (x, y), phase, epoch + i / steps, objective, optim, side))
+                watch.step(phase.losses[-1], *recorder.shares(objective))
+                if every and len(phase.losses) % every == 0 and i + 1 < steps:
+                    require_finite(net, x, phase)
+                    save(phase)
+            require_finite(net, x, phase)  # before it can replace a good checkpoint
+            accuracy = evaluate(net, data.held_out)
+            with stop.whole():
+                mean = sum(phase.losses) / max(1, len(phase.losses))
+                row = recorder.row(phase, epoch + 1, mean, accuracy, net, objective, optim.param_groups[0]["lr"])
+                phase.done, phase.losses = epoch + 1, []
+            watch.epoch(row)
+            save(phase)
+    except KeyboardInterrupt:
+        if not stop.cut and _finite(net):
+            save(phase)
+        raise
+
+
+def _step(
+    net: nn.Module, batch: tuple[Tensor, Tensor], phase: Phase, at: float, objective: Objective,
+    optim: torch.optim.Optimizer, side: Side,
+) -> float:  # fmt: skip
+    """One optimiser step at a fractional epoch of the phase; the loss before it."""
+    if isinstance(net, Compressed):
+        net.learn(side)
+    for group in optim.param_groups:
+        group["lr"] = group["peak"] * (phase.rate(at) if group["curve"] else 1.0)
+    loss = objective(net, *batch, at / phase.epochs, side)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise JpqError(_diverged(net, batch[0], phase))
+    optim.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(optim.param_groups[0]["params"], CLIP)
+    optim.step()
+    if isinstance(net, Compressed):
+        net.after_step(at / phase.epochs)
+    return value
+
+
+def _finite(net: nn.Module) -> bool:
+    return all(bool(p.isfinite().all()) for p in net.parameters())
+
+
+def require_finite(net: nn.Module, x: Tensor, phase: Phase) -> None:
+    """Raise JpqError where a parameter is not a number, naming what is not finite first on the batch `x`."""
+    if not _finite(net):
+        raise JpqError(_diverged(net, x, phase))
 
 
 def _turns(parts: Sequence[Batches], epoch: int) -> Iterator[tuple[Side, Tensor, Tensor]]:
@@ -239,7 +273,7 @@ def reestimate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], count: 
 
 
 @torch.no_grad()
-def _diverged(net: nn.Module, x: Tensor, phase: Phase, epoch: int) -> str:
+def _diverged(net: nn.Module, x: Tensor, phase: Phase) -> str:
     """The sentence for a loss that is not a number: where it happened first."""
     bad = [name for name, p in net.named_parameters() if not p.isfinite().all()]
     first: list[str] = []
@@ -252,6 +286,6 @@ def _diverged(net: nn.Module, x: Tensor, phase: Phase, epoch: int) -> str:
         net(x)
     where = f"the output of layer '{first[0]}'" if first else f"parameter '{bad[0]}'" if bad else "the loss itself"
     return (
-        f"The loss is not a number in phase {phase.name}, epoch {epoch + 1}: {where} is the first that is not finite. "
-        "The last checkpoint is kept. Lower --lr (or --gate-lr, --bit-lr), or look for bad samples in the data."
+        f"The loss is not a number in phase {phase.name}, epoch {phase.done + 1}: {where} is the first that is not "
+        "finite. The last checkpoint is kept. Lower --lr (or --gate-lr, --bit-lr), or look for bad samples in the data."
     )

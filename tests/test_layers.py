@@ -38,7 +38,9 @@ LAYERS = [
         "schedule",
         "average_precision",
     },
-    {"types", "files", "usage"},
+    {"tensor_files"},
+    {"foreign"},
+    {"types", "files", "interruption", "usage"},
 ]
 ONLY = {
     "brevitas": {"quantizers", "exporters", "network/attach.py"},

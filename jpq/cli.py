@@ -58,6 +58,8 @@ class Evaluate:
     """Folder of an earlier run, such as runs/0123456789ab."""
     split: Literal["test", "held-out"] = "test"
     """Which images: the test split, or the part of the training data that steered the run."""
+    run_code: bool = False
+    """Run the code that the folder names as its model or data (module:callable): only for folders that you trust."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,6 +146,7 @@ def _optimize(args: list[str], console: Console) -> None:
 def parse(args: Sequence[str]) -> Config:
     """The config that these flags of `jpq optimize` describe, upon the file that --config names."""
     from jpq.config import Config
+    from jpq.foreign import require_no_code
     from jpq.settings import read
 
     named = [b for a, b in zip(args, [*args[1:], ""], strict=False) if a == "--config" and b]
@@ -159,6 +162,10 @@ def parse(args: Sequence[str]) -> Config:
     flags = dataclasses.make_dataclass("Flags", [*parts, ("config", file, None)], frozen=True)
     settings: Any = _parsed(flags, "optimize", args)
     names = [field.name for field in dataclasses.fields(base)]
+    for what in ("model", "data") if named else ():
+        if not any(arg.partition("=")[0] == f"--{what}" for arg in args):
+            name = getattr(base.task, what)
+            require_no_code(what, name, named[-1], f"say so: --{what} {name}")
     return Config(**{name: type(getattr(base, name))(**vars(getattr(settings, name))) for name in names})
 
 
@@ -227,6 +234,7 @@ def _prune_private(args: list[str], console: Console) -> None:
 
 def _evaluate(args: list[str], console: Console) -> None:
     wanted = _parsed(Evaluate, "evaluate", args)
+    from jpq.foreign import require_no_code
     from jpq.outcome import load
     from jpq.recipe import read_data
     from jpq.result import percent
@@ -238,7 +246,9 @@ def _evaluate(args: list[str], console: Console) -> None:
     if not (folder / "config.toml").is_file():
         raise JpqError(f"{folder} is not the folder of a run: it has no config.toml. Give one like runs/0123456789ab.")
     config = read(folder / "config.toml")
-    model, _ = load(folder)
+    if not wanted.run_code:
+        require_no_code("data", config.task.data, folder / "config.toml", "add --run-code")
+    model, _ = load(folder, wanted.run_code)
     import torch
 
     data = read_data(config, torch.device("cpu"))

@@ -60,6 +60,19 @@ def _finite(text: str) -> float:
     return float(text)
 
 
+def names_code(name: str) -> bool:
+    """Whether the name of a model or data set is module:callable, which imports and runs that code."""
+    kind, colon, _ = name.partition(":")
+    return bool(colon) and kind not in ("torchvision", "folder")
+
+
+def require_no_code(what: str, name: str, source: Path | str, way_out: str) -> None:
+    """Raise JpqError where a file names code to run: only who works with jpq may do that."""
+    if names_code(name):
+        raise JpqError(f"{source} names code to run for its {what}, {name[:80]}, and files are not trusted with that. "
+                       f"If you do, {way_out}.")  # fmt: skip
+
+
 def whole(value: Any, low: int, high: int) -> int:
     """A whole number within bounds. Raises ValueError for anything else: true, 1.5, "3"."""
     if type(value) is not int or not low <= value <= high:

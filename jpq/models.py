@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jpq import vision
+from jpq.foreign import require_file, require_no_code
 from jpq.network.accept import accepted
 from jpq.network.pad import PadChannels
 from jpq.network.read import blame, named_inputs
+from jpq.plan import Plan
 from jpq.sources import call, imported
 from jpq.tensor_files import safetensors_of, short, torch_of
 from jpq.types import JpqError, unknown
@@ -149,6 +151,25 @@ def build(name: str, classes: int, channels: int | None = None) -> nn.Module:
             "Choose convnet or a resnet of jpq, or give the model as module:callable."
         )
     return vision.build(rest, classes)
+
+
+def of_plan(plan: Plan, source: Path, weights: Path, run_code: bool = False) -> nn.Module:
+    """The dense model that the plan in file `source` belongs to, new; `weights` is the file of the small model's.
+
+    Raises JpqError where the plan does not say, or declares a model that those weights are too few for; and, unless
+    `run_code`, where it names code (module:callable): that would run what the file's author wants.
+    """
+    missing = [key for key in ("name", "classes", "channels") if key not in plan.model]
+    if missing:
+        raise JpqError(f"{source} does not say which model it belongs to ({', '.join(missing)} missing).")
+    name, classes, channels = plan.model["name"], plan.model["classes"], plan.model["channels"]
+    if not run_code:
+        require_no_code("model", name, source, "load it with run_code=True (on the command line: --run-code)")
+    room = require_file(weights) // 4  # each class and channel has at least one number of 32 bits
+    if max(classes, channels) > room:
+        raise JpqError(f"{source} declares {classes:,} classes and {channels:,} channels, and {weights} holds at most "
+                       f"{room:,} numbers: they do not belong together.")  # fmt: skip
+    return build(name, classes, channels)
 
 
 def usual(name: str) -> tuple[tuple[int, ...], int] | None:

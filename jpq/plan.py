@@ -114,8 +114,8 @@ def from_json(text: str, source: str) -> Plan:
 
 def _layer(value: Any) -> LayerPlan:
     layer = foreign.table(value)
-    bits = (foreign.whole(layer[name], 1, 32) for name in ("w_bits", "a_bits"))
-    return LayerPlan(*bits, foreign.flag(layer["signed"]))
+    w_bits, a_bits = (foreign.whole(layer[name], 1, 32) for name in ("w_bits", "a_bits"))
+    return LayerPlan(w_bits, a_bits, foreign.flag(layer["signed"]))
 
 
 def _mask(value: Any) -> MaskPlan:

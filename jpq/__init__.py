@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jpq.exporters.onnx import export as export_onnx
     from jpq.exporters.quantized import rebuild
     from jpq.exporters.verify import measure, verify
+    from jpq.fronts import front
     from jpq.joint import Joint, compress
     from jpq.landing import land
     from jpq.methods import METHODS
@@ -29,15 +30,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "METHODS": "methods", "Budget": "config", "Compressed": "network.compressed", "Config": "config",
     "Joint": "joint", "JpqError": "types", "Plan": "plan", "attach": "network.attach", "channels": "network.sites",
-    "compress": "joint", "export_onnx": "exporters.onnx:export", "fit": "train", "land": "landing", "load": "outcome",
-    "measure": "exporters.verify", "optimize": "recipe", "rebuild": "exporters.quantized", "trace": "network.trace",
-    "unpacked": "network.unpack", "verify": "exporters.verify",
+    "compress": "joint", "export_onnx": "exporters.onnx:export", "fit": "train", "front": "fronts", "land": "landing",
+    "load": "outcome", "measure": "exporters.verify", "optimize": "recipe", "rebuild": "exporters.quantized",
+    "trace": "network.trace", "unpacked": "network.unpack", "verify": "exporters.verify",
 }  # fmt: skip
 _PARTS = ("costs", "data", "gates", "models", "quantizers", "structures")
 
 __all__ = [
     "METHODS", "Budget", "Compressed", "Config", "Joint", "JpqError", "Plan", "attach", "channels", "compress",
-    "export_onnx", "fit", "land", "load", "measure", "optimize", "rebuild", "trace", "unpacked", "verify",
+    "export_onnx", "fit", "front", "land", "load", "measure", "optimize", "rebuild", "trace", "unpacked", "verify",
 ]  # fmt: skip
 
 

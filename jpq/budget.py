@@ -48,6 +48,16 @@ def parse(cost: str, text: str, full: float, most: float | None = None) -> Targe
     costs: `most`, where that is more than the fp32 model does (quantized layers may be slower).
     """
     flag = Target(cost, "", 0).flag
+    limit = amount(cost, text, full, flag)
+    if limit > max(full, most or 0):
+        dear = Target(cost, "", 0).shown(max(full, most or 0))
+        which = "fp32" if (most or 0) <= full else "whole quantized"
+        raise JpqError(f"{flag} {text} is more than the {which} model costs ({dear}): nothing would have to be done.")
+    return Target(cost, str(text), math.floor(limit))
+
+
+def amount(cost: str, text: str, full: float, flag: str) -> Fraction:
+    """What `text` allows of a cost, in its unit. Raises JpqError, naming the flag, for another form and for nothing."""
     time = cost == "latency"
     match = (_TIME if time else _FORM).fullmatch(str(text))
     if not match or (not time and match[3] and (cost != "size" or match[2] == "%")):
@@ -57,11 +67,7 @@ def parse(cost: str, text: str, full: float, most: float | None = None) -> Targe
     limit = number / 100 * Fraction(full) if match[2] == "%" else number * (_NS if time else _FACTOR)[match[2]]
     if limit < 1:
         raise JpqError(f"{flag} {text} allows nothing. Give an amount above 0.")
-    if limit > max(full, most or 0):
-        dear = Target(cost, "", 0).shown(max(full, most or 0))
-        which = "fp32" if (most or 0) <= full else "whole quantized"
-        raise JpqError(f"{flag} {text} is more than the {which} model costs ({dear}): nothing would have to be done.")
-    return Target(cost, str(text), math.floor(limit))
+    return limit
 
 
 def targets(asked: Mapping[str, str | None], uses: Sequence[LayerUse]) -> tuple[Target, ...]:

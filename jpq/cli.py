@@ -100,7 +100,7 @@ def _dispatch(args: list[str], console: Console) -> int:
     warnings.filterwarnings("ignore", message="fast_hadamard_transform")  # brevitas, on import
     commands: dict[str, Callable[[list[str], Console], None]] = {
         "optimize": _optimize, "prune-private": _prune_private, "inspect": _inspect, "evaluate": _evaluate,
-        "bench": _bench, "methods": _methods,
+        "pareto": _pareto, "export": _export, "bench": _bench, "methods": _methods,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help", "help"):
         _help(console)
@@ -131,14 +131,18 @@ def _help(console: Console) -> None:
 def _optimize(args: list[str], console: Console) -> None:
     config = parse(args).check()
     from jpq.compose import compose
+    from jpq.front_table import front_table
+    from jpq.phases import phases
     from jpq.progress import Progress, layer_table, summary
-    from jpq.recipe import optimize, split
+    from jpq.recipe import optimize
 
     d = config.decide
-    search, tune = split(config, compose(d.method, d.structure, d.width))
-    planned = {} if config.task.weights else {"float": config.train.float_epochs}
-    with Progress(console, {**planned, "search": search, "fine-tune": tune}) as watch:
+    planned = {phase.title: phase.epochs for phase in phases(config, compose(d.method, d.structure, d.width))}
+    with Progress(console, planned) as watch:
         result = optimize(config, watch, shlex.join(["jpq", "optimize", *args]))
+    if result.front:
+        console.print(front_table(result))
+        return
     console.print(layer_table(result))
     console.print(summary(result))
 
@@ -215,6 +219,18 @@ def _inspect(args: list[str], console: Console) -> None:
     console.print(inspection(title, model, network, sites, seconds, wanted.all, wanted.open_norms))
 
 
+def _pareto(args: list[str], console: Console) -> None:
+    from jpq import choosing
+
+    choosing.run(_parsed(_shown(choosing.Pareto, "runs"), "pareto", args), console)
+
+
+def _export(args: list[str], console: Console) -> None:
+    from jpq import choosing
+
+    choosing.export(_parsed(_shown(choosing.Export, "runs"), "export", args), console)
+
+
 def _bench(args: list[str], console: Console) -> None:
     from jpq import benching
 
@@ -235,6 +251,7 @@ def _prune_private(args: list[str], console: Console) -> None:
 def _evaluate(args: list[str], console: Console) -> None:
     wanted = _parsed(Evaluate, "evaluate", args)
     from jpq.foreign import require_no_code
+    from jpq.models import check_fits
     from jpq.outcome import load
     from jpq.recipe import read_data
     from jpq.result import percent
@@ -252,6 +269,7 @@ def _evaluate(args: list[str], console: Console) -> None:
     import torch
 
     data = read_data(config, torch.device("cpu"))
+    check_fits(model, data.example, data.classes)
     batches = data.test if wanted.split == "test" else data.held_out
     accuracy = evaluate(model, batches)
     console.print(f"{percent(accuracy)} of {batches.size} {wanted.split} images of {data.name} are right ({folder}).",

@@ -38,7 +38,8 @@ class Budget:
     """What the small model may cost. At least one target; all of them hold together."""
 
     target_bops: str | None = None
-    """Bit-operations: "1%" of the fp32 model, or "12M", "1.2G"."""
+    """Bit-operations: "1%" of the fp32 model, or "12M", "1.2G". Every target may list values that one run follows down,
+    such as 4%,2%,1%,0.5%: each becomes a run folder of its own; targets with one value hold for all."""
     cost: str = "bops"
     """How bit-operations are counted. bops: weights that a mask drops cost nothing. bops-structured: they cost what
     others do where they lie anywhere in a layer (--structure elementwise), since no common device skips those."""
@@ -52,6 +53,7 @@ class Budget:
     """Measured layers of this model, from jpq bench --table FILE. Without a target the prediction is only reported."""
 
 
+TARGETS = ("target_bops", "target_macs", "target_size", "target_latency")
 PROXIES = ("projected", "trained")
 
 
@@ -83,6 +85,9 @@ class Decide:
     """Smallest and largest bit-width of activations."""
     image_bits: int = 8
     """Bit-width of the model's input, which is not learned."""
+    output_bits: int = 0
+    """Width that convolutions' results are rounded to before residual sums and poolings, as part of the model that
+    trains, so that integer kernels compute them in whole (8 is a good choice). 0: they stay in floating point."""
     structure: str = ""
     """Where zeros may lie: channels, elementwise, per-output, kernels, 2:4, block:8x4, pattern ... rules gives each
     layer what suits it, search learns that on held-out data, and conv1=pattern,fc=block:8x1 says it. Default: the
@@ -119,9 +124,12 @@ class Train:
     """The training loop."""
 
     epochs: int = 40
-    """Epochs of search and fine-tuning together."""
+    """Epochs of search and fine-tuning together. Several budgets share the search; the last is fine-tuned for the rest,
+    as if it were alone, and each before it adds --tune-epochs."""
     search: float = 0.5
     """Share of the epochs that search; the rest fine-tunes the landed model."""
+    tune_epochs: int | None = None
+    """Epochs that fine-tune each of several budgets but the last. Default: half of the last one's."""
     float_epochs: int = 40
     """Epochs that train the float model when no weights are given."""
     batch_size: int = 64
@@ -205,6 +213,8 @@ class Config:
             raise JpqError(f"--density {d.density} must lie above 0 and be at most 1: it is the share that stays.")
         if not 2 <= d.image_bits <= 8:
             raise JpqError(f"--image-bits {d.image_bits} is outside 2 to 8.")
+        if d.output_bits and not 2 <= d.output_bits <= 8:
+            raise JpqError(f"--output-bits {d.output_bits} is outside 2 to 8; 0 leaves results in floating point.")
         for flag, share in (("--search", t.search), ("--held-out", self.task.held_out)):
             if not 0 < share < 1:
                 raise JpqError(f"{flag} {share} must lie between 0 and 1.")
@@ -236,14 +246,43 @@ class Config:
             raise unknown("proxy", d.proxy, PROXIES)
         if self.budget.cost not in BOPS:
             raise unknown("cost", self.budget.cost, BOPS)
+        if t.tune_epochs is not None and t.tune_epochs < 1:
+            raise JpqError(f"--tune-epochs {t.tune_epochs}: at least 1 is needed.")
+        self.each()
         b = self.budget
-        if not any((b.target_bops, b.target_macs, b.target_size, b.target_latency)):
+        if not any(getattr(b, f) for f in TARGETS):
             raise JpqError("No target: give --target-bops 1% (or 12M, 1.2G), --target-size 50KB, --target-macs 50% or "
                            "--target-latency 3ms.")  # fmt: skip
         if b.target_latency and b.latency_table is None:
             raise JpqError(f"--target-latency {b.target_latency} needs measured layers: run jpq bench --table FILE.csv "
                            f"--model {self.task.model}, then add --latency-table FILE.csv.")  # fmt: skip
         return self
+
+    def each(self) -> dict[str, Config]:
+        """A config with one value a target for each budget of this one, by the value that tells them apart.
+
+        A single budget is called "". Raises JpqError for lists that differ in length, or repeat or miss a value.
+        """
+        texts = {f: getattr(self.budget, f) for f in TARGETS}
+        lists = {f: [v.strip() for v in text.split(",")] for f, text in texts.items() if text and "," in text}
+        if not lists:
+            return {"": self}
+        flags = {f: f"--{f.replace('_', '-')} {texts[f]}" for f in lists}
+        (first, values), *others = lists.items()
+        for f, listed in lists.items():
+            if not all(listed):
+                raise JpqError(f"{flags[f]}: a value is missing beside a comma. Write it like 4%,2%,1%.")
+        for f, listed in others:
+            if len(listed) != len(values):
+                raise JpqError(f"{flags[first]} lists {len(values)} budgets, {flags[f]} {len(listed)}. List as many, "
+                               "or one value that holds for all.")  # fmt: skip
+        if len(set(values)) < len(values):
+            twice = next(v for v in values if values.count(v) > 1)
+            raise JpqError(f"{flags[first]}: {twice} is there twice. List each budget once, from the largest down.")
+        return {
+            value: replace(self, budget=replace(self.budget, **{f: listed[i] for f, listed in lists.items()}))
+            for i, value in enumerate(values)
+        }
 
     def hash(self) -> str:
         """Twelve hex digits of everything that changes the result: the name of the run's folder."""

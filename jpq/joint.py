@@ -158,6 +158,7 @@ def compress(
     latency: str | None = None,
     table: Table | None = None,
     mask: str | Path | None = None,
+    output_bits: int = 0,
 ) -> Joint:
     """A trainable copy of a trained `model`, with gates and quantizers, that will end within its budget.
 
@@ -192,12 +193,17 @@ def compress(
         mask: a mask to hold instead of a method: the folder of `jpq prune-private`, whose weights then are the start,
             or a mask's file alone. Leave `method`, `structure` and `skip` out.
 
+        output_bits: also round convolutions' results before sums and poolings to so many bits, so that integer kernels
+            compute them (8 is a good choice); 0: leave them in floating point.
+
     Raises JpqError for unknown names, for what does not go together (`jpq.compose.refusal`), and for targets that are
     malformed or cannot be met.
     """
     example_inputs = tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs
     if cost not in BOPS:
         raise unknown("cost", cost, BOPS)
+    if output_bits and not 2 <= output_bits <= 8:
+        raise JpqError(f"output_bits {output_bits} is outside 2 to 8; 0 leaves results in floating point.")
     if table is not None and not isinstance(table, Table):
         raise JpqError("table must be a Table of latencies: read one with jpq.bench.read_table(Path(...)).")
     asked = {cost: bops, "size": size, "macs": macs, "latency": latency}
@@ -232,7 +238,7 @@ def compress(
     start = start_bits(network, goals, w_bits, a_bits, image_bits, left)
     make = widths(how, w_bits, a_bits, image_bits, start)
     first = given.start(model, sites) if given else model
-    net = attach(first, network, sites, gates(how, density), make, [example_inputs], method)
+    net = attach(first, network, sites, gates(how, density), make, [example_inputs], method, output_bits)
     net = given.put(net) if given else net
     if how.stages:
         place(net, by, allocator, judge, open_share(net, within(net, density)), stages.goal_of(net, density))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,16 @@ class Journal:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # what the gates said at landing
     schemes: str = ""  # who chose a structure for each layer: rules, search or hand; empty where all have the same
     stop: Interruption = field(default_factory=Interruption)
+    budget: int = 0  # place among several budgets
+    label: str = ""  # and its name; empty where there is one
     opened: float = 0.0  # how far opened averages set the rebuilt model apart from the masked one, at landing
 
     def __post_init__(self) -> None:
+        self.top = self.folder  # where checkpoint and history lie
         if self.config.run.resume:
             self.saved = checkpoint.load(self.folder)
-            if self.saved is None and (self.folder / "result.json").exists():
+            ends = (self.folder / "result.json", self.folder / report.FRONT)
+            if self.saved is None and any(path.exists() for path in ends):
                 raise JpqError(
                     f"Nothing to go on with: {self.folder} holds a finished run. Start anew without --resume."
                 )
@@ -50,6 +55,17 @@ class Journal:
                 earlier = self.recorder.rows[-1].seconds if self.recorder.rows else 0.0
                 self.recorder.clock = _clock(earlier)
 
+    def at(self, budget: int, label: str, folder: Path) -> Journal:
+        """The same run at one of several budgets: its own folder and notes, everything else shared."""
+        one = copy.copy(self)
+        one.budget, one.label, one.folder, one.top = budget, label, folder, self.top
+        one.notes, one.metrics = list(self.notes), {}
+        return one
+
+    def lineage(self) -> tuple[Row, ...]:
+        """The epochs that led to the model at hand: without the fine-tuning of other budgets."""
+        return tuple(row for row in self.recorder.rows if row.phase != "fine-tune" or row.budget == self.label)
+
     def timed(self, name: str, work: Callable[[], Any]) -> Any:
         """Do `work` and note how long it took."""
         start = time.perf_counter()
@@ -59,11 +75,12 @@ class Journal:
 
     def keep(self, phase: Phase, net: nn.Module, optim: torch.optim.Optimizer, **more: Any) -> None:
         """Write the checkpoint and the history so far."""
-        report.write_history(self.recorder.rows, self.folder)
+        report.write_history(self.recorder.rows, self.top)
         state = {
             "kind": checkpoint.KIND,
             "settings": self.config.hash(),
             "phase": phase.name,
+            "budget": self.budget,
             "done": phase.done,
             "losses": phase.losses,
             "net": net.state_dict(),
@@ -73,13 +90,13 @@ class Journal:
             "history": [asdict(row) for row in self.recorder.rows],
             **more,
         }
-        checkpoint.save(self.folder, state)
+        checkpoint.save(self.top, state)
 
     def go_on(self, phase: Phase, net: nn.Module, optim: torch.optim.Optimizer) -> None:
         """If the checkpoint lies in this phase: put its state in place."""
         if not self.saved or not self.is_in(phase.name):
             return
-        checkpoint.restore(net, self.saved["net"], self.folder / checkpoint.NAME)
+        checkpoint.restore(net, self.saved["net"], self.top / checkpoint.NAME)
         optim.load_state_dict(self.saved["optimizer"])
         torch.set_rng_state(self.saved["random"])
         if self.saved["random_cuda"] and torch.cuda.is_available():
@@ -88,12 +105,19 @@ class Journal:
 
     def is_in(self, phase: str) -> bool:
         """Whether the checkpoint lies in this phase."""
-        return bool(self.saved) and self.saved["phase"] == phase  # type: ignore[index]
+        return bool(self.saved) and _place(self.saved) == self._here(phase)  # type: ignore[arg-type]
 
     def is_past(self, phase: str) -> bool:
         """Whether the checkpoint lies after this phase."""
-        order = ["float", "search", "fine-tune"]
-        return bool(self.saved) and order.index(self.saved["phase"]) > order.index(phase)  # type: ignore[index]
+        return bool(self.saved) and _place(self.saved) > self._here(phase)  # type: ignore[arg-type]
+
+    def _here(self, phase: str) -> tuple[int, int]:
+        return _place({"phase": phase, "budget": self.budget})
+
+
+def _place(state: Mapping[str, Any]) -> tuple[int, int]:
+    """Where a run stands: at which budget, in which phase of it."""
+    return int(state.get("budget", 0)), ("float", "search", "fine-tune").index(state["phase"])
 
 
 def _clock(earlier: float = 0.0) -> Callable[[], float]:

@@ -21,7 +21,7 @@ from jpq.exporters import onnx, verify
 from jpq.exporters.branches import branched
 from jpq.exporters.pack import pack
 from jpq.exporters.quantized import build, complete, rebuild
-from jpq.figures import layer_rows, reached, versions
+from jpq.figures import layer_rows, reached, uniform_costs, versions
 from jpq.files import replace_file
 from jpq.journal import Journal
 from jpq.network.compressed import Compressed
@@ -59,11 +59,9 @@ def finish(
     predicted = _ms(costs.latency_ns(uses)) if table is not None else None
     shipped = {}
     if final:
-        stored = pack(small, plan, data.example, run.folder / "model.packed")
-        path = run.folder / "model.onnx"
-        onnx.export(branched_or_same(small, plan, data.example), data.example, path)
+        path, packed = ship(small, plan, data.example, run.folder)
         verified = run.timed("verify", lambda: proof(net, tuned, small, path, data, run))
-        shipped = {"packed": asdict(stored), "verified": verified}
+        shipped = {"packed": packed, "verified": verified}
         if table is not None and predicted is not None:
             shipped["latency"] = run.timed("bench", lambda: bench.compare(path, predicted, table))
     full = costs.baseline(uses)
@@ -82,7 +80,7 @@ def finish(
         held_out={"float": evaluate(model, data.held_out), "compressed": evaluate(small, data.held_out)},
         targets={goal.cost: reached(goal, uses) for goal in goals},
         layers=layer_rows(net, plan, config.budget.cost),
-        history=tuple(run.recorder.rows),
+        history=run.lineage(),
         seconds={**run.seconds, "total": run.recorder.clock()},
         command=command or shlex.join(["jpq", "optimize"]),
         versions=versions(),
@@ -91,6 +89,7 @@ def finish(
         metrics=run.metrics,
         schemes=schemes,
         data={"name": data.name, "checksum": data.checksum, **{k: getattr(data, k).size for k in SPLITS}},
+        uniform=uniform_costs(net, uses),
         final=final,
         **shipped,
     )  # fmt: skip
@@ -112,6 +111,14 @@ def require_as_planned(
     over = [goal for goal in goals if not meets([goal], uses)]
     if over:
         raise JpqError(f"The landed model misses {over[0].flag} {over[0].asked}. This is a bug in jpq.")
+
+
+def ship(small: nn.Module, plan: Plan, example: torch.Tensor, folder: Path) -> tuple[Path, dict[str, int]]:
+    """Write model.packed and model.onnx. Returns the ONNX file, and the bytes of the packed one by part."""
+    stored = pack(small, plan, example, folder / "model.packed")
+    path = folder / "model.onnx"
+    onnx.export(branched_or_same(small, plan, example), example, path)
+    return path, asdict(stored)
 
 
 def proof(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 
 from jpq import landing
 from jpq.allocators import Judge, place, uniform
@@ -20,6 +21,7 @@ from jpq.network.sites import Site, masks
 from jpq.plan import Plan
 from jpq.quantizers import Fixed, Width
 from jpq.scores import Score
+from jpq.types import JpqError
 
 Bounds = tuple[int, int]
 
@@ -30,6 +32,20 @@ def asked(network: Network, config: Config) -> tuple[Target, ...]:
     dense = exact_uses(network, Shares(network, ()), Plan(config.decide.method, {}, {}))
     wanted = {b.cost: b.target_bops, "macs": b.target_macs, "size": b.target_size, "latency": b.target_latency}
     return targets(wanted, dense)
+
+
+def budgets(network: Network, config: Config) -> dict[str, tuple[Target, ...]]:
+    """The targets of each budget that one run follows down, by the budget's name ("" where there is one).
+
+    Raises JpqError where one does not lie below the one before it.
+    """
+    found = {name: asked(network, one) for name, one in config.each().items()}
+    for above, below in pairwise(found.values()):
+        for more, less in zip(above, below, strict=True):
+            if less.limit > more.limit or (less.asked != more.asked and less.limit == more.limit):
+                raise JpqError(f"{less.flag} lists {less.asked} after {more.asked}, and it is not less. List budgets "
+                               "from the largest down.")  # fmt: skip
+    return found
 
 
 def decide(

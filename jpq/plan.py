@@ -69,6 +69,14 @@ class MaskPlan:
 
 
 @dataclass(frozen=True)
+class EndPlan:
+    """The grid that a module's result is rounded to."""
+
+    bits: int
+    signed: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that training decided."""
 
@@ -79,6 +87,7 @@ class Plan:
     structures: Mapping[str, str] = field(default_factory=dict)  # masked layer -> what its units are, for `parse`
     slices: Mapping[str, Mapping[int, list[int]]] = field(default_factory=dict)  # parameter -> dim -> kept indices
     selects: Mapping[str, list[int]] = field(default_factory=dict)  # layer -> inputs it reads, where that is a part
+    ends: Mapping[str, EndPlan] = field(default_factory=dict)  # module -> what its result is rounded to
     model: Mapping[str, Any] = field(default_factory=dict)  # how to build the dense model: name, classes, channels
 
     def to_json(self) -> str:
@@ -106,6 +115,7 @@ def from_json(text: str, source: str) -> Plan:
                 for name, dims in foreign.table(tree["slices"]).items()
             },
             selects={name: _indices(index) for name, index in foreign.table(tree.get("selects", {})).items()},
+            ends={name: _end(value) for name, value in foreign.table(tree.get("ends", {})).items()},
             model=_model(foreign.table(tree["model"])),
         )
     except (ValueError, KeyError) as error:
@@ -116,6 +126,11 @@ def _layer(value: Any) -> LayerPlan:
     layer = foreign.table(value)
     w_bits, a_bits = (foreign.whole(layer[name], 1, 32) for name in ("w_bits", "a_bits"))
     return LayerPlan(w_bits, a_bits, foreign.flag(layer["signed"]))
+
+
+def _end(value: Any) -> EndPlan:
+    given = foreign.table(value)
+    return EndPlan(foreign.whole(given["bits"], 2, 8), foreign.flag(given["signed"]))
 
 
 def _mask(value: Any) -> MaskPlan:

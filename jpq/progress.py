@@ -83,7 +83,7 @@ class Progress:
         self.done = row.epoch * self.steps
         if self.live is None:
             numbers = self._numbers(row.loss, row.bops_share, row.aim_share)
-            parts = [f"{row.phase:<9} {row.epoch:>3}/{row.epochs}", *numbers, *self._left_text()]
+            parts = [f"{row.title:<9} {row.epoch:>3}/{row.epochs}", *numbers, *self._left_text()]
             self.console.print("  ".join(parts), soft_wrap=True, highlight=False)
 
     def seconds_left(self) -> float | None:
@@ -181,7 +181,7 @@ def summary(result: Result) -> Panel:
         top.add_column(justify=justify, no_wrap=justify != "left")
     top.add_row("", "[dim]float[/]", "[dim]compressed[/]", "")
     points = 100 * (now.accuracy - full.accuracy)
-    change = f"{points:+.2f} points, test split"
+    change = f"{points:+.2f} points, test split" if math.isfinite(points) else "test split"
     top.add_row("accuracy", percent(full.accuracy), f"[bold]{percent(now.accuracy)}[/]", change)
     for label, field, unit in (("BOPs", "bops", ""), ("MACs", "macs", ""), ("size", "size_bytes", "B")):
         before, after = getattr(full, field), getattr(now, field)

@@ -11,15 +11,19 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from jpq import foreign
 from jpq.config import Config
 from jpq.files import replace_file
-from jpq.result import LayerRow, Result, Row, human, percent
+from jpq.result import Figures, LayerRow, Point, Result, Row, human, percent
+from jpq.types import JpqError
 
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#E69F00", "#009E73", "#E3E3E3", "#333333"  # Okabe and Ito's palette
+FRONT = "front.csv"
 SHADES = {"search": "#F1F5F9", "fine-tune": "#FFFFFF"}
 
 
@@ -32,8 +36,42 @@ def write(result: Result, config: Config) -> None:
     text = json.dumps(_plain(record(result)), indent=2, allow_nan=False) + "\n"
     replace_file(folder / "result.json", lambda path: path.write_text(text))
     if result.final:
-        _save(curves(result, config), folder / "curves.png")
-        _save(layer_chart(result, config), folder / "layers.png")
+        save_picture(curves(result, config), folder / "curves.png")
+        save_picture(layer_chart(result, config), folder / "layers.png")
+
+
+def read(folder: Path) -> Result:
+    """The result that `write` left in a folder. Raises JpqError where its files are missing, damaged or foreign."""
+    try:
+        tree = foreign.table(foreign.tree_of(foreign.text_of(folder / "result.json", "result"), "result.json"))
+        known = {f.name for f in fields(Result)}
+        tree = {key: value for key, value in tree.items() if key in known}
+        for side in ("float", "compressed"):
+            figures = tree[side]
+            tree[side] = Figures(**{**figures, "accuracy": _number(figures["accuracy"])})
+        rows, layers = _rows(folder / "history.csv"), _rows(folder / "layers.csv")
+        return Result(
+            **{**tree, "folder": folder, "notes": tuple(tree.get("notes", ()))},
+            layers=tuple(LayerRow(**row) for row in layers),
+            history=tuple(
+                Row(**{k: _number(v) for k, v in row.items()} | {"budget": row.get("budget") or ""}) for row in rows
+            ),
+        )
+    except (JpqError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise JpqError(f"{folder} does not hold the result of a run ({type(error).__name__}: {why}).") from error
+
+
+def _number(value: Any) -> Any:
+    """JSON and CSV leave numbers empty that are not finite."""
+    return math.nan if value is None else value
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """A CSV's rows; empty cells are None."""
+    foreign.require_file(path, "table")
+    table = pd.read_csv(path, dtype={"name": str, "budget": str}).astype(object)
+    return [{str(k): v for k, v in row.items()} for row in table.where(table.notna(), None).to_dict("records")]
 
 
 def write_history(rows: Sequence[Row], folder: Path) -> None:
@@ -42,10 +80,16 @@ def write_history(rows: Sequence[Row], folder: Path) -> None:
     replace_file(folder / "history.csv", lambda path: frame.to_csv(path, index=False))
 
 
+def write_front(points: Sequence[Point], folder: Path) -> None:
+    """Write front.csv, one line a budget."""
+    frame = pd.DataFrame([asdict(point) for point in points], columns=[f.name for f in fields(Point)])
+    replace_file(folder / FRONT, lambda path: frame.to_csv(path, index=False))
+
+
 def record(result: Result) -> dict[str, Any]:
     """What result.json holds: everything but the tables, which have files of their own."""
     tree = asdict(result)
-    return {key: value for key, value in tree.items() if key not in ("folder", "layers", "history")}
+    return {key: value for key, value in tree.items() if key not in ("folder", "layers", "history", "front")}
 
 
 def _plain(value: Any) -> Any:
@@ -61,7 +105,8 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_picture(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG; a reader never sees half of it."""
     FigureCanvasAgg(figure)
     replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
 
@@ -79,7 +124,7 @@ def curves(result: Result, config: Config) -> Figure:
         cost.set_yscale("log")
         cost.plot(x, [100 * row.aim_share for row in rows], color=ORANGE, lw=2, ls="--", label="aim of the controller")
         cost.plot(x, [100 * row.bops_share for row in rows], color=BLUE, lw=2, marker=mark, ms=3.5, label="BOPs now")
-        _percent_ticks(cost)
+        log_ticks(cost.yaxis)
     limit = next((t["limit"] for name, t in result.targets.items() if name.startswith("bops")), None)
     if limit is not None and result.float.bops > 0:
         share = limit / result.float.bops
@@ -95,7 +140,7 @@ def curves(result: Result, config: Config) -> Figure:
     quality.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _shade(rows, (cost, quality))
     for axes, where in ((cost, "upper right"), (quality, "lower right")):
-        _quiet(axes)
+        quiet(axes)
         axes.grid(True, color="#D8D8D8", lw=0.6)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc=where, fontsize=9, framealpha=0.9, edgecolor="none")
@@ -122,11 +167,11 @@ def _shade(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
         panels[0].set_xlim(0.5, start + 0.5)
 
 
-def _percent_ticks(axes: Axes) -> None:
+def log_ticks(axis: Axis) -> None:
     """Ticks at 1, 2 and 5 of each decade, written out."""
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def layer_chart(result: Result, config: Config) -> Figure:
@@ -144,7 +189,7 @@ def layer_chart(result: Result, config: Config) -> Figure:
     most = max([8, *(max(row.w_bits, row.a_bits) for row in layers)])
     bits.set_xlim(0, most + 0.3)
     bits.set_xticks(range(0, most + 1, 1 if most <= 8 else 2))
-    bits.set_yticks(list(y), [_short(row.name) for row in layers], fontsize=small)
+    bits.set_yticks(list(y), [short(row.name) for row in layers], fontsize=small)
     bits.set_ylim(n - 0.4, -0.6)
     bits.set_title("bits", fontsize=10, color=INK, loc="left")
     if layers:
@@ -172,7 +217,7 @@ def layer_chart(result: Result, config: Config) -> Figure:
     spent.spines["bottom"].set_visible(False)
     spent.set_title("share of the BOPs", fontsize=10, color=INK, loc="left")
     for axes in (bits, kept, spent):
-        _quiet(axes)
+        quiet(axes)
         axes.tick_params(axis="y", length=0)
     bits.grid(True, axis="x", color="#D8D8D8", lw=0.6)
     return figure
@@ -184,11 +229,12 @@ def _title(result: Result, config: Config) -> str:
     return f"{what}: {percent(now.accuracy)} at {percent(now.bops_share)} of the fp32 BOPs"
 
 
-def _short(name: str, length: int = 34) -> str:
+def short(name: str, length: int = 34) -> str:
+    """The end of a long name."""
     return name if len(name) <= length else "…" + name[1 - length :]
 
 
-def _quiet(axes: Axes) -> None:
+def quiet(axes: Axes) -> None:
     """No box around a panel, thin ticks, and the grid behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)

@@ -32,6 +32,12 @@ class Row:
     kept: float  # share of units kept; of weights, where masks lie inside layers
     lr: float
     seconds: float  # since the run began
+    budget: str = ""  # which of several budgets the phase is for
+
+    @property
+    def title(self) -> str:
+        """What the screen calls the phase."""
+        return f"{self.phase} {self.budget}".strip()
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class LayerRow:
     density: float = 1.0  # share of the layer's weights that its mask keeps
     structure: str = DENSE  # what the units of its mask are
     latency_ms: float | None = None  # predicted, where a table of measured layers was given
+    macs_all: int | None = None  # with nothing dropped
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,21 @@ class Figures:
     bops_share: float  # of the fp32 model
     bops_structured: int = 0  # with weights that an elementwise mask drops counted as work
     latency_ms: float | None = None  # predicted, where a table of measured layers was given
+
+
+@dataclass(frozen=True)
+class Point:
+    """One of several budgets of a run, a line of front.csv."""
+
+    budget: str  # as asked for
+    accuracy: float  # on the test split, in [0, 1]; UNREAD where the run is not final
+    held_out: float
+    bops: int
+    bops_share: float  # of the fp32 model
+    macs: int
+    size_bytes: int
+    seconds: float  # from the run's beginning to this model's end
+    folder: str  # inside the run's
 
 
 @dataclass(frozen=True)
@@ -90,7 +112,9 @@ class Result:
     packed: dict[str, int] = field(default_factory=dict)  # bytes of model.packed: total, header, promised, others
     schemes: dict[str, Any] = field(default_factory=dict)  # who mapped them, ms, and where those are from (jpq.mapping)
     data: dict[str, Any] = field(default_factory=dict)  # name, checksum, sizes of the splits
+    uniform: Numbers = field(default_factory=dict)  # "W4A4" -> what the whole model costs at these bits, by measure
     final: bool = True  # exported, verified and measured on the test split; else one of a study's trials
+    front: tuple[Point, ...] = ()  # every budget of a run that followed several down; this result is the last one's
 
 
 class Watch(Protocol):

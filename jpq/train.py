@@ -72,10 +72,18 @@ class Phase:
     total: int = 0  # epochs of the whole curve; 0: this phase alone
     done: int = 0  # epochs already done (resumed)
     losses: list[float] = field(default_factory=list)  # of the steps already done in the epoch after those
+    stretch: float = 1.0  # epochs of the curve that one of this phase covers
+    budget: str = ""  # which of several budgets it is for
+    anneals: bool = True  # False: gates stay as cold as an earlier search left them
+
+    @property
+    def title(self) -> str:
+        """What the screen calls it."""
+        return f"{self.name} {self.budget}".strip()
 
     def rate(self, epoch: float) -> float:
         """Learning rate as a share of its peak, at a fractional epoch of this phase: warm-up, then cosine to 0."""
-        at = (self.before + epoch) / (self.total or self.epochs)
+        at = (self.before + epoch * self.stretch) / (self.total or self.epochs)
         return min(1.0, at / WARM_UP + 0.01) * 0.5 * (1 + math.cos(math.pi * min(1.0, at)))
 
 
@@ -118,7 +126,7 @@ class Recorder:
             pressure = objective.controller.pressure[goal.cost]
         row = Row(
             phase.name, epoch, phase.epochs, loss, accuracy, bops, bops / self.full_bops, aim, pressure,
-            w_bits, a_bits, kept, lr, self.clock(),
+            w_bits, a_bits, kept, lr, self.clock(), phase.budget,
         )  # fmt: skip
         self.rows.append(row)
         return row
@@ -176,7 +184,7 @@ def fit(
     bilevel = objective.controller is not None and isinstance(net, Compressed) and net.held_out
     parts = data.train.halves() if bilevel else (data.train,)
     steps = len(parts) * min(len(part) for part in parts)
-    watch.phase(phase.name, phase.epochs, steps)
+    watch.phase(phase.title, phase.epochs, steps)
     try:
         for epoch in range(phase.done, phase.epochs):
             net.train()
@@ -221,7 +229,7 @@ def _step(
     nn.utils.clip_grad_norm_(optim.param_groups[0]["params"], CLIP)
     optim.step()
     if isinstance(net, Compressed):
-        net.after_step(at / phase.epochs)
+        net.after_step(at / phase.epochs if phase.anneals else 1.0)
     return value
 
 

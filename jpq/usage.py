@@ -6,6 +6,8 @@ COMMANDS = {
     "optimize": "Prune and quantize a model together, onto a budget.",
     "prune-private": "Prune a trained model without any data; the mask is for jpq optimize --mask.",
     "inspect": "What jpq sees in a model: layers, channels that can go, parts that must stay, and costs.",
+    "pareto": "Runs and studies as one front, as table and picture; and a point of it, by what it may cost.",
+    "export": "Make a point final: ONNX and packed files, verified, and its accuracy on the test split.",
     "evaluate": "Accuracy of a model that an earlier run saved.",
     "bench": "Measure a model's layers into a table of latencies, or exported models against one.",
     "methods": "The methods, what each decides, and when to choose it.",
@@ -26,6 +28,17 @@ EXAMPLES = {
         "jpq inspect --model torchvision:densenet121 --all",
         "jpq inspect --model torchvision:r3d_18 --input-shape 3 16 112 112",
     ),
+    "pareto": (
+        "jpq pareto runs",
+        "jpq pareto runs/0123456789ab studies/digits --costs size --all",
+        "jpq pareto runs --min-accuracy 97% --max-size 20KB",
+        "jpq pareto runs --knee --out figures",
+    ),
+    "export": (
+        "jpq export runs/0123456789ab",
+        "jpq export studies/digits --max-bops 0.5%",
+        "jpq export runs --knee --out final",
+    ),
     "evaluate": ("jpq evaluate runs/0123456789ab",),
     "bench": (
         "jpq bench --table convnet.csv --model convnet",
@@ -38,18 +51,20 @@ EXAMPLES = {
 METAVARS = {
     name: shown
     for shown, names in {
-        "COST": "target_bops target_macs",
-        "SIZE": "target_size",
-        "TIME": "target_latency",
+        "COST": "target_bops target_macs max_bops max_macs",
+        "SIZE": "target_size max_size",
+        "TIME": "target_latency max_latency",
         "MIN MAX": "w_bits a_bits",
-        "SHARE": "density",
-        "INT": "limit",
+        "SHARE": "density min_accuracy",
+        "[COST ...]": "costs",
+        "INT": "limit tune_epochs",
         "CLASSES": "classes",
         "C H W": "input_shape",
         "[LAYER ...]": "skip",
         "FILE": "weights config mask latency_table table",
         "FOLDER": "data_root out",
         "[RUN_FOLDER|FILE.onnx ...]": "what",
+        "RUNS ...": "runs",
         "NAME": "method score schedule allocator structure width model data device cost like proxy inputs",
     }.items()
     for name in names.split()

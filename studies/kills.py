@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import jpq
-from jpq import checkpoint, files, landing, outcome, recipe, report
+from jpq import checkpoint, files, landing, outcome, phases, report
 from jpq.config import Budget, Config, Run, Task, Train
 from jpq.result import Silent
 
@@ -107,7 +107,7 @@ def run(config: Config, moment: str = "", n: int = 0) -> None:
     kill = Killer(moment, n)
     kill.watch_renames()
     kill.before(landing, "land", "landing")
-    kill.before(recipe, "reestimate", "BatchNorm's statistics")
+    kill.before(phases, "reestimate", "BatchNorm's statistics")
     kill.before(checkpoint, "save_tensors", "weights to be written")
     kill.before(outcome, "pack", "packing")
     kill.before(outcome.onnx, "export", "export")

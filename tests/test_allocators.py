@@ -13,7 +13,7 @@ from runs import config
 from test_stages import EXAMPLE, ranked
 
 import jpq
-from jpq import costs, recipe, stages
+from jpq import costs, descent, recipe, stages
 from jpq.allocators import ALLOCATORS, Judge, bit_widths, pick_allocator, place
 from jpq.allocators.noise import bits_by_noise, rise, sensitivities
 from jpq.allocators.ranked import scored
@@ -293,11 +293,11 @@ def test_allocators_never_see_the_test_split(tmp_path, monkeypatch):
     class Done(Exception):
         pass
 
-    def done(*args):
+    def done(*args, **kwargs):
         raise Done
 
     monkeypatch.setattr(recipe, "read_data", lambda *args: replace(data, test=Closed()))
-    monkeypatch.setattr(recipe, "fine_tune", done)
+    monkeypatch.setattr(descent, "fine_tune", done)
     with pytest.raises(Done):
         jpq.optimize(replace(asked, decide=replace(asked.decide, allocator="reinforce")))
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from runs import QUICK, Stop, config
 
 import jpq
-from jpq import costs, recipe
+from jpq import costs, phases, recipe
 from jpq.closing import Closing, open_share, threshold, within
 from jpq.compose import compose
 from jpq.config import Config, Decide
@@ -165,8 +165,8 @@ def test_landing_follows_the_ranking():
 def test_evidence_is_training_data_and_none_other(tmp_path, monkeypatch):
     """The batches that a score sees are of the training split, whatever decision asks for them."""
     seen = []
-    original = recipe.evidence
-    monkeypatch.setattr(recipe, "evidence", lambda data, n=0: seen.append((data, n)) or original(data, n))
+    original = phases.evidence
+    monkeypatch.setattr(phases, "evidence", lambda data, n=0: seen.append((data, n)) or original(data, n))
     jpq.optimize(config(tmp_path, "taylor"))
     assert [n for _, n in seen] == sorted({n for _, n in seen})
     assert seen

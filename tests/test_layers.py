@@ -12,10 +12,15 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # each layer may import itself and what stands below it
 LAYERS = [
-    {"cli", "__main__", "progress", "inspection", "benching", "private_report"},
+    {"cli", "__main__", "progress", "inspection", "benching", "private_report", "front_table", "choosing"},
     {"__init__"},
-    {"recipe", "designer", "outcome", "bench", "journal", "figures", "machine"},
-    {"joint", "report", "mapping", "judging"},
+    {"finishing"},
+    {"recipe", "descent", "phases", "designer", "outcome", "bench", "journal", "figures", "machine"},
+    {"front_report"},
+    {"joint", "report", "mapping", "judging", "picking"},
+    {"fronts"},
+    {"runs"},
+    {"point"},
     {"parts"},
     {"train", "stages", "closing", "compose", "checkpoint", "methods", "handover", "layerwise", "detection"},
     {"allocators", "exporters"},
@@ -37,6 +42,7 @@ LAYERS = [
         "result",
         "schedule",
         "average_precision",
+        "pareto",
     },
     {"tensor_files"},
     {"foreign"},
@@ -44,9 +50,17 @@ LAYERS = [
 ]
 ONLY = {
     "brevitas": {"quantizers", "exporters", "network/attach.py"},
-    "pandas": {"report.py"},
-    "matplotlib": {"report.py"},
-    "rich": {"cli.py", "progress.py", "inspection.py", "benching.py", "private_report.py"},
+    "pandas": {"report.py", "fronts.py"},
+    "matplotlib": {"report.py", "front_report.py"},
+    "rich": {
+        "cli.py",
+        "progress.py",
+        "inspection.py",
+        "benching.py",
+        "private_report.py",
+        "front_table.py",
+        "choosing.py",
+    },
     "tyro": {"cli.py"},
     "onnxruntime": {"exporters"},
     "sklearn": {"sources.py", "data.py"},

@@ -22,8 +22,9 @@ import numpy as np
 import onnx
 from onnx import NodeProto, numpy_helper
 
+from jpq.exporters.graph import drop_unread, nested
+
 WIDEST = 127  # largest integer of a weight in the file
-_GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 
 def fold_norms(model: onnx.ModelProto) -> int:
@@ -47,8 +48,8 @@ def fold_norms(model: onnx.ModelProto) -> int:
                 gone.append(norm)
     for norm in gone:
         graph.node.remove(norm)
-    if not any(a.type in _GRAPHS for n in graph.node for a in n.attribute):  # whose own graphs may read anything
-        _drop_unread(graph)
+    if not nested(model):
+        drop_unread(graph)
     return len(gone)
 
 
@@ -101,14 +102,3 @@ def _fold(graph: Any, norm: NodeProto, conv: NodeProto, parts: tuple[Any, ...], 
 
 def _reader(graph: Any, name: str) -> NodeProto:
     return next(n for n in graph.node if name in n.input)
-
-
-def _drop_unread(graph: Any) -> None:
-    """Take out initializers (with their entries among the inputs) and constants that nothing reads any more."""
-    read = {i for n in graph.node for i in n.input} | {o.name for o in graph.output}
-    unread = {t.name for t in graph.initializer if t.name not in read}
-    for group in (graph.initializer, graph.input):
-        for item in [x for x in group if x.name in unread]:
-            group.remove(item)
-    for node in [n for n in graph.node if n.op_type == "Constant" and n.output[0] not in read]:
-        graph.node.remove(node)

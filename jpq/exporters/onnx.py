@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from jpq.exporters.fold import fold_norms
+from jpq.exporters.integers import make_integral
+from jpq.exporters.narrow import narrowed
 from jpq.files import replace_file
 from jpq.network.read import arguments, named_inputs, tensors
-from jpq.quantizers import act_quantizer, weight_quantizer
+from jpq.quantizers import act_quantizer, result_quantizer, weight_quantizer
 from jpq.types import JpqError
 
 OPSET = 17
@@ -45,13 +47,16 @@ class _Flat(nn.Module):
         return out[0] if len(out) == 1 else tuple(out)
 
 
-def export(small: nn.Module, example: Any, path: Path) -> None:
+def export(small: nn.Module, example: Any, path: Path, weights: str = "int8") -> None:
     """Write a rebuilt model to `path`; the batch dimension is dynamic. Normalisations are folded (`fold_norms`).
+
+    Weights are stored as integers, in 8 bits each or, where `weights` is "int4" or "int2", in the narrowest of those
+    types that holds the layer's (opset 21 or 25; see narrow.py).
 
     The one input is called "input", the one output "output". Several inputs (a tuple or a dict as example) have the
     names that `forward` gives them, several outputs the keys of their dict or output_0, output_1, ...
 
-    Raises JpqError for widths above 8 bits.
+    Raises JpqError for widths above 8 bits, and for a file that onnx cannot store in narrower types.
     """
     model = copy.deepcopy(small).cpu().eval()
     module: Any
@@ -62,6 +67,8 @@ def export(small: nn.Module, example: Any, path: Path) -> None:
                 raise JpqError(f"QCDQ export holds at most 8 bits; a layer has {wide:.0f}. Lower --w-bits or --a-bits.")
             module.weight_quant.skip_create_quant_tensor = False
             module.input_quant.skip_create_quant_tensor = False
+        if result_quantizer(module) is not None:
+            module.results.act_quant.skip_create_quant_tensor = False
     args, kwargs = arguments(tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, example))
     inputs = tensors((args, kwargs))
     with torch.no_grad():
@@ -78,8 +85,9 @@ def export(small: nn.Module, example: Any, path: Path) -> None:
                 dynamic_axes={n: {0: "batch"} for n, b in zip(names[0] + names[1], batched, strict=True) if b},
             )  # fmt: skip
         written = onnx.load(str(part))
-        if fold_norms(written):
-            onnx.save(written, str(part))
+        fold_norms(written)
+        make_integral(written)
+        onnx.save(narrowed(written, weights), str(part))
         onnx.checker.check_model(str(part))
 
     replace_file(path, write)

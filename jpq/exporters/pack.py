@@ -20,7 +20,7 @@ from jpq.exporters.packed import Packed, header_bytes, load_packed, packed_bytes
 from jpq.exporters.verify import EXACT, difference
 from jpq.network.read import call, heard
 from jpq.plan import Plan
-from jpq.quantizers import act_quantizer, replace_everywhere, weight_quantizer
+from jpq.quantizers import act_quantizer, quantize_results, replace_everywhere, result_quantizer, weight_quantizer
 from jpq.quantizers.integer import levels
 from jpq.structures import Layout, parse
 from jpq.types import JpqError
@@ -101,7 +101,7 @@ def unpack(small: nn.Module, path: Path) -> nn.Module:
     for name, module in list(small.named_modules()):
         known = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
         if known and f"{name}.running_mean" not in tensors:  # it was folded
-            replace_everywhere(small, module, nn.Identity())
+            replace_everywhere(small, module, _nothing(module))
     places = {**dict(small.named_parameters()), **dict(small.named_buffers())}
     for name, tensor in tensors.items():  # one by one: load_state_dict lets brevitas make the quantizers anew
         if name not in places or places[name].shape != tensor.shape:
@@ -170,5 +170,13 @@ def _fold(model: nn.Module, pairs: list[Pair]) -> nn.Module:
         layer.weight.mul_(factor.reshape(shape))
         grid.log_threshold.add_(factor.abs().log().reshape(shape))
         layer.bias = nn.Parameter(bias)
-        replace_everywhere(model, norm, nn.Identity())
+        replace_everywhere(model, norm, _nothing(norm))
     return model
+
+
+def _nothing(norm: nn.Module) -> nn.Module:
+    """What stays of a norm that was folded: the rounding of its result, where it has that."""
+    left, grid = nn.Identity(), result_quantizer(norm)
+    if grid is not None:
+        quantize_results(left, grid)
+    return left

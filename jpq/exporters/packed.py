@@ -25,6 +25,7 @@ from safetensors.torch import save as serialized
 from torch import Size, Tensor
 
 from jpq.files import replace_file
+from jpq.foreign import require_file, tree_of
 from jpq.structures import Layout, Structure, bits, encoding, parse
 from jpq.types import JpqError
 
@@ -113,13 +114,14 @@ def load_packed(path: Path, most: int = MOST) -> tuple[dict[str, Packed], dict[s
     Raises JpqError for a file that is missing, damaged, foreign, or that declares more than `most` weights (or units of
     a mask): no room is made for more, whatever the file says.
     """
+    require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             about, names = file.metadata() or {}, set(file.keys())
             text = about.get("jpq", "")
             if about.get("crc32") != str(zlib.crc32(text.encode())):
                 raise JpqError("it was not written by jpq, or its header is damaged")
-            entries = json.loads(text)
+            entries = tree_of(text, "its header")
             if entries.get("format") != FORMAT:
                 raise JpqError(f"its format is {entries.get('format')!r}, not {FORMAT!r}: use the jpq that wrote it")
             wanted = {f"layers/{n}/{s}" for n in entries["layers"] for s in ("values", "mask")}

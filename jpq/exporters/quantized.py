@@ -26,7 +26,9 @@ from jpq.quantizers import (
     act_quantizer,
     can_quantize,
     quantize_layer,
+    quantize_results,
     replace_everywhere,
+    result_quantizer,
     weight_quantizer,
 )  # fmt: skip
 from jpq.types import JpqError
@@ -57,6 +59,11 @@ def build(plan: Plan, model: nn.Module) -> nn.Module:
             raise JpqError(f"The plan masks layer '{name}', which the model does not have: is it the same model?")
         # which weights there are: counts and storage need it, the forward pass does not
         modules[name].register_buffer("mask", torch.ones_like(modules[name].weight, dtype=torch.bool))
+    for name, end in plan.ends.items():
+        if name not in modules:
+            raise JpqError(f"The plan rounds what '{name}' gives, which the model does not have: is it the same model?")
+        like = next(small.parameters())
+        quantize_results(modules[name], Integer(torch.ones(()).to(like), Fixed(end.bits), end.signed).to(like))
     return insert(small, plan.selects)
 
 
@@ -87,6 +94,11 @@ def rebuild(net: Compressed, model: nn.Module) -> tuple[nn.Module, Plan]:
         ranges = pair[0].log_threshold
         weight_quantizer(layer).log_threshold.copy_(ranges[rows] if rows is not None and ranges.dim() else ranges)
         act_quantizer(layer).log_threshold.copy_(pair[1].log_threshold)
+    for name in plan.ends:
+        mine, trained_grid = (result_quantizer(m.get_submodule(name)) for m in (small, net.model))
+        assert mine is not None
+        assert trained_grid is not None
+        mine.log_threshold.copy_(trained_grid.log_threshold)
     for site in net.sites:
         if site.is_mask:
             masked: Any = small.get_submodule(site.taps[0].layer)

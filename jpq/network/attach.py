@@ -20,11 +20,13 @@ from jpq.network.sites import Site
 from jpq.network.taps import Draw, Jitter, Masked
 from jpq.quantizers import (
     DeadZone,
+    Fixed,
     Integer,
     Width,
     can_quantize,
     fit_threshold,
     quantize_layer,
+    quantize_results,
     replace_everywhere,
 )  # fmt: skip
 from jpq.structures import Axis, Structure
@@ -45,6 +47,7 @@ def attach(
     widths: MakeWidth,
     calibration: Batches,
     method: str,
+    output_bits: int = 0,
 ) -> Compressed:
     """A copy of `model` with a gate for each site and quantizers on each layer, ranges fitted to `calibration`.
 
@@ -55,6 +58,8 @@ def attach(
         widths: layer -> (width of its weight, width of its input).
         calibration: a few batches of inputs (a tensor, a tuple of positional arguments, or a dict of keywords each).
         method: recorded in the plan.
+        output_bits: also round, to so many bits, convolutions' results that meet a sum, a pooling or several readers,
+            so that integer kernels compute them (`network.ends`); 0: leave them in floating point.
 
     Raises JpqError for weights in half precision, parametrized or tied ones. DataParallel and torch.compile come off.
     """
@@ -69,7 +74,9 @@ def attach(
         refuse_tied(model, layer)
     model = copy.deepcopy(model)
     device = next(model.parameters()).device
-    seen = observe(model, network, calibration)
+    batches = list(calibration)
+    seen = observe(model, network, batches)
+    results = observe_results(model, network, batches) if output_bits else {}
     compressed = Compressed(model, network, sites, [gate(s.rows, s.n).to(device) for s in sites], method)
     compressed.seen = seen
     for one, site in zip(compressed.gates, sites, strict=True):
@@ -94,6 +101,11 @@ def attach(
             if pair:
                 noisy = [(d, s) for d, s in taps[layer.name] if isinstance(s, Axis)]  # masks have no noise per sample
                 pair[1].jitter = Jitter(noisy, -1 if layer.kind == "linear" else 1, layer.groups) if noisy else None
+    for layer in network.layers:
+        if layer.end is not None and layer.end.module in results and compressed.quantizers(layer.name):
+            ranges = fit_threshold(results[layer.end.module], output_bits, layer.end.signed, False)
+            grid = Integer(ranges, Fixed(output_bits), layer.end.signed)
+            quantize_results(model.get_submodule(layer.end.module), grid.to(device))
     for draw, site in zip(compressed.draws, sites, strict=True):
         draw.reach = _reach(model, network, site)
         draw.look()
@@ -158,24 +170,34 @@ def refuse_tied(model: nn.Module, layer: Layer) -> None:
         )
 
 
-@torch.no_grad()
 def observe(model: nn.Module, network: Network, batches: Batches) -> dict[str, Tensor]:
     """Values that each layer reads, with the extremes: a random SAMPLES of each batch; the model runs in eval mode.
 
     Drawn at random because any regular stride shares a factor with some image's width and sees one column only.
     Raises JpqError for a batch that the model cannot take.
     """
-    draw = torch.Generator().manual_seed(0)
-    seen: dict[str, list[Tensor]] = {layer.name: [] for layer in network.layers}
+    return _observe(model, [layer.name for layer in network.layers], batches, before=True)
 
-    def sample(name: str, _: nn.Module, x: Tensor | None, __: Any) -> None:
-        if x is not None:
-            flat = x.detach().flatten().float()
+
+def observe_results(model: nn.Module, network: Network, batches: Batches) -> dict[str, Tensor]:
+    """The same of what modules hand on, where that could be rounded (`network.ends`)."""
+    return _observe(model, [layer.end.module for layer in network.layers if layer.end], batches, before=False)
+
+
+@torch.no_grad()
+def _observe(model: nn.Module, names: Sequence[str], batches: Batches, before: bool) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def sample(name: str, _: nn.Module, x: Tensor | None, out: Any) -> None:
+        value = x if before else out
+        if isinstance(value, Tensor):
+            flat = value.detach().flatten().float()
             pick = torch.randint(flat.numel(), (min(SAMPLES, flat.numel()),), generator=draw).to(flat.device)
             seen[name].append(torch.cat([flat[pick], flat.min()[None], flat.max()[None]]))
 
     modules = {n: m for n, m in model.named_modules() if n in seen}
-    with evaluating(model), heard(modules, sample, before=True):
+    with evaluating(model), heard(modules, sample, before=before):
         for batch in batches:
             try:
                 call(model, batch)

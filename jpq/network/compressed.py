@@ -19,8 +19,8 @@ from jpq.network.record import Layer, Network
 from jpq.network.shares import Shares
 from jpq.network.sites import Site
 from jpq.network.taps import Draw, original
-from jpq.plan import LayerPlan, MaskPlan, Plan
-from jpq.quantizers import Integer, Width, act_quantizer, fit_threshold, weight_quantizer
+from jpq.plan import EndPlan, LayerPlan, MaskPlan, Plan
+from jpq.quantizers import Integer, Width, act_quantizer, fit_threshold, result_quantizer, weight_quantizer
 
 Side = Literal["both", "weights", "decisions"]
 CONCLUDED = 0.9  # position in the search at which every gate that counts has decided
@@ -188,7 +188,12 @@ class Compressed(nn.Module):
         kept = {s.name: tuple(g.keep()[0].bool().tolist()) for s, g in pairs if not s.is_mask}
         masks = {s.taps[0].layer: MaskPlan.of(g.keep()) for s, g in pairs if s.is_mask}
         structures = {s.taps[0].layer: s.taps[0].structure.spec() for s in self.sites if s.is_mask}
-        return Plan(self.method, layers, kept, masks, structures)
+        ends = {
+            name: EndPlan(round(float(grid.width())), grid.signed)
+            for name, module in self.model.named_modules()
+            if (grid := result_quantizer(module)) is not None
+        }
+        return Plan(self.method, layers, kept, masks, structures, ends=ends)
 
     @torch.no_grad()
     def settle(self, plan: Plan) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from jpq.costs import Clock
+from jpq.network.ends import End
 from jpq.types import Labels, unknown
 
 
@@ -27,6 +28,7 @@ class Layer:
     stride: tuple[int, ...] = ()  # of the first call, as is
     size: tuple[int, ...] = ()  # positions where the kernel is applied (dims of the output; transposed, of the input)
     form: str = ""  # what it reads and hands on where all layers are quantized, such as "float>int8" (`network.forms`)
+    end: End | None = None  # where its result can be rounded, so that an integer kernel computes it (`network.ends`)
     clock: Clock | None = None  # how long it takes, where a table says so (`network.timed`)
 
 

@@ -17,6 +17,7 @@ from torch.fx import Node
 from jpq.network.accept import accepted
 from jpq.network.call import Book, Call, Dims, LayerCall, outputs, shape_of
 from jpq.network.check import runs_smaller
+from jpq.network.ends import End, ends
 from jpq.network.forms import forms
 from jpq.network.labels import distinct
 from jpq.network.read import Example, arguments, batch_of, exported
@@ -206,7 +207,12 @@ def record(book: Book, unknown_ops: list[str], batch: int, idle: Collection[str]
         batch = 1  # the example is one sample without a batch dim
     find = book.classes.find
     shown = forms([call.node for call in book.calls])
-    layers = tuple(_layer(w, calls, batch, owners, book, shown[calls[0].node]) for w, calls in grouped.items())
+    once = {calls[0].node: w.rpartition(".")[0] for w, calls in grouped.items() if len(calls) == 1}
+    ended = ends(once, shown, book.model)
+    layers = tuple(
+        _layer(w, calls, batch, owners, book, shown[calls[0].node], ended.get(calls[0].node))
+        for w, calls in grouped.items()
+    )
     axes: dict[str, dict[int, Labels]] = {
         name: {d: find(labels) for d, labels in dims.items() if (labels >= 0).any()} for name, dims in book.axes.items()
     }
@@ -222,7 +228,9 @@ def record(book: Book, unknown_ops: list[str], batch: int, idle: Collection[str]
     )
 
 
-def _layer(weight: str, calls: list[LayerCall], batch: int, owners: list[str], book: Book, shown: str) -> Layer:
+def _layer(
+    weight: str, calls: list[LayerCall], batch: int, owners: list[str], book: Book, shown: str, end: End | None
+) -> Layer:  # fmt: skip
     owner, first = weight.rpartition(".")[0], calls[0]
     return Layer(
         name=owner if owner and owners.count(owner) == 1 else weight,
@@ -239,6 +247,7 @@ def _layer(weight: str, calls: list[LayerCall], batch: int, owners: list[str], b
         stride=first.stride,
         size=first.size,
         form=shown,
+        end=end,
     )
 
 

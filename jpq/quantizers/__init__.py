@@ -5,7 +5,15 @@ from jpq.quantizers.dead_zone import DeadZone
 from jpq.quantizers.fixed import Fixed
 from jpq.quantizers.gated import Gated
 from jpq.quantizers.integer import Integer, fit_threshold
-from jpq.quantizers.layers import act_quantizer, can_quantize, quantize_layer, replace_everywhere, weight_quantizer
+from jpq.quantizers.layers import (
+    act_quantizer,
+    can_quantize,
+    quantize_layer,
+    quantize_results,
+    replace_everywhere,
+    result_quantizer,
+    weight_quantizer,
+)
 from jpq.quantizers.learned import Learned
 from jpq.quantizers.power_of_two import PowerOfTwo
 from jpq.quantizers.squashed import Squashed
@@ -16,5 +24,6 @@ WIDTHS: dict[str, type[Width]] = {
 
 __all__ = [
     "WIDTHS", "DeadZone", "Fixed", "Gated", "Grid", "Integer", "Learned", "PowerOfTwo", "Squashed", "Width",
-    "act_quantizer", "can_quantize", "fit_threshold", "quantize_layer", "replace_everywhere", "weight_quantizer",
+    "act_quantizer", "can_quantize", "fit_threshold", "quantize_layer", "quantize_results",
+    "replace_everywhere", "result_quantizer", "weight_quantizer",
 ]  # fmt: skip

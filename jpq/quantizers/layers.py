@@ -74,6 +74,25 @@ def quantize_layer(layer: nn.Module, weight: Integer, act: Integer) -> nn.Module
     return new.train(layer.training)
 
 
+def quantize_results(module: nn.Module, grid: Integer) -> None:
+    """Let a module hand on its result rounded to `grid`, which becomes part of it as its child `results`."""
+    act = _ActGrid.let(tensor_quant=grid, signed=grid.signed, narrow_range=grid.signed)
+    results: Any = qnn.QuantIdentity(act_quant=act)
+    results.act_quant.skip_create_quant_tensor = True
+    module.results = results.train(module.training)
+    module.register_forward_hook(_rounded)
+
+
+def _rounded(module: Any, _: Any, out: Any) -> Any:
+    return module.results(out)
+
+
+def result_quantizer(module: Any) -> Integer | None:
+    """What a module's result is rounded with, if it is."""
+    results: Any = getattr(module, "results", None)
+    return results.act_quant.fused_activation_quant_proxy.tensor_quant if type(results) is qnn.QuantIdentity else None
+
+
 def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` under every name that `old` has in `model`: a shared module stays shared."""
     for alias in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:

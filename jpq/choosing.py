@@ -67,6 +67,8 @@ class Export(Pick):
     """Forms to export, such as onnx,qonnx,pt2 (see jpq optimize --help). Default: as the run was told."""
     onnx_weights: str = ""
     """Type of the weights in model.onnx: int8, int4 or int2. Default: as the run was told."""
+    run_code: bool = False
+    """Run the code that the folder names as its model or data (module:callable): only for folders that you trust."""
 
 
 def run(wanted: Pareto, console: Console) -> None:
@@ -122,7 +124,7 @@ def export(wanted: Export, console: Console) -> None:
                           "--out FOLDER exports it once more.")  # fmt: skip
             return
         _say(console, f"{here} is final already; it is exported once more.")
-    result = finalize(folder, wanted.out, wanted.data_root, wanted.formats, wanted.onnx_weights)
+    result = finalize(folder, wanted.out, wanted.data_root, wanted.formats, wanted.onnx_weights, wanted.run_code)
     console.print(layer_table(result))
     console.print(summary(result))
 

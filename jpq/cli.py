@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jpq.flags import parse, parse_study, parsed, shown
+from jpq.interruption import Interruption
 from jpq.usage import COMMANDS
 
 
@@ -44,11 +45,12 @@ class Inspect:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the number returned is the exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Run one command; the number returned is the exit code: 0, 2 for bad input, 130 and 143 for Ctrl-C and SIGTERM."""
     args = list(sys.argv[1:] if argv is None else argv)
     console, errors = Console(), Console(stderr=True)
     try:
-        code = _dispatch(args, console)
+        with Interruption():
+            code = _dispatch(args, console)
         console.file.flush()
         return code
     except SystemExit as end:  # the parser's --help and its errors; a pipe that rich found closed
@@ -56,12 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         again = [arg for arg in args if arg not in ("--resume", "--no-resume")]
         how = f" Go on with: jpq {shlex.join(again)} --resume" if args[:1] == ["optimize"] else ""
         how = f" Go on with: jpq {shlex.join(args)}" if args[:1] == ["study"] else how
         errors.print(f"Stopped.{escape(how)}", soft_wrap=True, highlight=False)
-        return 130
+        return 128 + getattr(stopped, "number", 2)
     except OSError as error:
         _say_error(errors, f"{error.filename or 'A file'}: {error.strerror or error}.")
         return 2

@@ -119,6 +119,8 @@ class Config:
         if self.task.limit is not None and self.task.limit < 20:
             raise JpqError(f"--limit {self.task.limit}: at least 20 samples are needed to split off a held-out part.")
         formats.require(self.run.formats, self.run.onnx_weights)
+        if self.run.checkpoint_every < 0:
+            raise JpqError(f"--checkpoint-every {self.run.checkpoint_every}: give a number of steps, or 0 for none.")
         if d.proxy not in PROXIES:
             raise unknown("proxy", d.proxy, PROXIES)
         if self.budget.cost not in BOPS:

@@ -8,7 +8,6 @@ at once takes them again, for weights that the budget before it has trained.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jpq import bench, checkpoint, ranks, report
+from jpq import bench, checkpoint, foreign, ranks, report
 from jpq.budget import Target
 from jpq.config import TARGETS, Config
 from jpq.costs.table import Table
@@ -158,12 +157,12 @@ def prepare(run: Journal, config: Config, table: Table | None) -> None:
 def point(name: str, folder: Path) -> Point:
     """One line of front.csv, from the folder of a finished budget."""
     try:
-        found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+        found: dict[str, Any] = foreign.tree_of(foreign.text_of(folder / "result.json"), "result.json")
         now, seconds = found["compressed"], found["seconds"]["total"]
         accuracy = math.nan if now["accuracy"] is None else now["accuracy"]
         return Point(
             name, accuracy, found["held_out"]["compressed"], now["bops"], now["bops_share"], now["macs"],
             now["size_bytes"], seconds, folder.name,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (JpqError, KeyError, TypeError) as error:
         raise JpqError(f"{folder} was finished earlier and cannot be read now. Run without --resume.") from error

@@ -167,3 +167,5 @@ class Run:
     """Go on from the last checkpoint of the same settings."""
     tensorboard: bool = False
     """Also write the history as TensorBoard events into the run's folder (pip install "jpq[tensorboard]")."""
+    checkpoint_every: int = 0
+    """Save after so many optimiser steps too; 0: after every epoch only. Ctrl-C and SIGTERM always save."""

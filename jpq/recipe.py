@@ -184,7 +184,7 @@ def search_schemes(
 ) -> dict[str, str]:
     """The structure of each layer by search on held-out data, unless an earlier part of this run found it."""
     d, path = config.decide, run.folder / mapping.NAME
-    if run.is_past("float") and path.exists():
+    if config.run.resume and path.exists():
         return mapping.read(path)
     found, limit = run.timed("schemes", lambda: mapping.searched(
         method, network, model, data, d.density, d.skip, trained=d.proxy == "trained", lr=config.train.lr,

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from jpq import sizes
+from jpq import foreign, sizes
 from jpq.config import Config
 from jpq.files import replace_file
 from jpq.result import Figures, LayerRow, Point, Result, Row, human, percent
@@ -45,7 +45,7 @@ def write(result: Result, config: Config) -> None:
 def read(folder: Path) -> Result:
     """The result that `write` left in a folder. Raises JpqError where its files are missing, damaged or foreign."""
     try:
-        tree = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        tree = foreign.table(foreign.tree_of(foreign.text_of(folder / "result.json", "result"), "result.json"))
         known = {f.name for f in fields(Result)}
         tree = {key: value for key, value in tree.items() if key in known}
         for side in ("float", "compressed"):
@@ -59,7 +59,7 @@ def read(folder: Path) -> Result:
                 Row(**{k: _number(v) for k, v in row.items()} | {"budget": row.get("budget") or ""}) for row in rows
             ),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (JpqError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = " ".join(str(error).split())[:120]
         raise JpqError(f"{folder} does not hold the result of a run ({type(error).__name__}: {why}).") from error
 
@@ -71,6 +71,7 @@ def _number(value: Any) -> Any:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """A CSV's rows; empty cells are None."""
+    foreign.require_file(path, "table")
     table = pd.read_csv(path, dtype={"name": str, "budget": str}).astype(object)
     return [{str(k): v for k, v in row.items()} for row in table.where(table.notna(), None).to_dict("records")]
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jpq import bench, checkpoint, ranks, report
+from jpq import bench, checkpoint, front_report, fronts, ranks, report
 from jpq.budget import Target
 from jpq.config import TARGETS, Config
 from jpq.costs.table import Table
@@ -31,9 +31,12 @@ from jpq.network.compressed import Compressed
 from jpq.network.taps import original
 from jpq.outcome import finish
 from jpq.phases import More, Share, Soft, fine_tune, opened, search
-from jpq.result import Point, Result
+from jpq.result import FrontRow, Result
+from jpq.runs import read
 from jpq.settings import write
 from jpq.types import JpqError
+
+PICTURE = "front.png"
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,11 @@ def descend(begun: Begun, net: Compressed, run: Journal) -> Result:
     if len(each) == 1:
         return result
 
-    def close() -> tuple[Point, ...]:
+    def close() -> tuple[FrontRow, ...]:
         points = tuple(point(name, folders[name]) for name in each)
         report.write_front(points, run.folder)
+        made = fronts.make(read([run.folder]).points)
+        report.save_picture(front_report.plane(made), run.folder / PICTURE)
         report.write_history(run.recorder.rows, run.folder)
         (run.folder / checkpoint.NAME).unlink(missing_ok=True)
         return points
@@ -155,13 +160,13 @@ def prepare(run: Journal, config: Config, table: Table | None) -> None:
         bench.write_table(list(table.entries), run.folder / bench.NAME)
 
 
-def point(name: str, folder: Path) -> Point:
+def point(name: str, folder: Path) -> FrontRow:
     """One line of front.csv, from the folder of a finished budget."""
     try:
         found: dict[str, Any] = json.loads((folder / "result.json").read_text())
         now, seconds = found["compressed"], found["seconds"]["total"]
         accuracy = math.nan if now["accuracy"] is None else now["accuracy"]
-        return Point(
+        return FrontRow(
             name, accuracy, found["held_out"]["compressed"], now["bops"], now["bops_share"], now["macs"],
             now["size_bytes"], seconds, folder.name,
         )  # fmt: skip

@@ -13,20 +13,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from jpq.flags import parse, parse_study, parsed, shown
 from jpq.usage import COMMANDS
-
-if TYPE_CHECKING:
-    pass
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,16 +41,6 @@ class Inspect:
     """Count channels inside the averages of LayerNorm, RMSNorm and GroupNorm as free (see jpq optimize --help)."""
     all: bool = False
     """Every layer and site, where a long model is summed up by parts otherwise."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluate:
-    """Which saved model, on which images."""
-
-    run_folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_FOLDER")]
-    """Folder of an earlier run, such as runs/0123456789ab."""
-    split: Literal["test", "held-out"] = "test"
-    """Which images: the test split, or the part of the training data that steered the run."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -208,26 +191,9 @@ def _prune_private(args: list[str], console: Console) -> None:
 
 
 def _evaluate(args: list[str], console: Console) -> None:
-    wanted = parsed(Evaluate, "evaluate", args)
-    from jpq.outcome import load
-    from jpq.recipe import read_data
-    from jpq.result import percent
-    from jpq.settings import read
-    from jpq.train import evaluate
-    from jpq.types import JpqError
+    from jpq import assessing
 
-    folder = wanted.run_folder
-    if not (folder / "config.toml").is_file():
-        raise JpqError(f"{folder} is not the folder of a run: it has no config.toml. Give one like runs/0123456789ab.")
-    config = read(folder / "config.toml")
-    model, _ = load(folder)
-    import torch
-
-    data = read_data(config, torch.device("cpu"))
-    batches = data.test if wanted.split == "test" else data.held_out
-    accuracy = evaluate(model, batches)
-    console.print(f"{percent(accuracy)} of {batches.size} {wanted.split} images of {data.name} are right ({folder}).",
-                  soft_wrap=True, highlight=False)  # fmt: skip
+    assessing.run(parsed(shown(assessing.Evaluate, "saved"), "evaluate", args), console)
 
 
 def _methods(args: list[str], console: Console) -> None:

@@ -88,7 +88,7 @@ def point_of(folder: Path) -> Point:
         )
     except OSError as error:
         raise JpqError(f"{Path(str(error.filename)).name} cannot be read ({error.strerror}).") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, csv.Error) as error:
         raise JpqError(f"it does not hold the result of a run ({type(error).__name__}: {_short(error)}).") from error
     return point
 
@@ -152,7 +152,7 @@ def _chance(path: Path) -> float:
     """Accuracy of guessing, from the plan's number of classes; 0 where there is no plan."""
     try:
         return 1 / max(1, int(json.loads(path.read_text(encoding="utf-8"))["model"]["classes"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
         return 0.0
 
 
@@ -220,7 +220,7 @@ def from_attributes(name: str, about: Mapping[str, Any], found: Mapping[str, Any
         )
     except KeyError as error:
         raise JpqError(f"neither its folder nor its attribute {error} is at hand.") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise JpqError(f"its attributes are not those of a trial of jpq study ({_short(error)}).") from error
 
 

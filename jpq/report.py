@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from jpq import sizes
 from jpq.config import Config
 from jpq.files import replace_file
 from jpq.result import Figures, FrontRow, LayerRow, Result, Row, human, percent
@@ -34,6 +35,8 @@ def write(result: Result, config: Config) -> None:
     replace_file(folder / "layers.csv", lambda path: layers.to_csv(path, index=False))
     text = json.dumps(_plain(record(result)), indent=2, allow_nan=False) + "\n"
     replace_file(folder / "result.json", lambda path: path.write_text(text))
+    if result.export:
+        sizes.write(result)
     if result.final:
         save_picture(curves(result, config), folder / "curves.png")
         save_picture(layer_chart(result, config), folder / "layers.png")
@@ -56,7 +59,7 @@ def read(folder: Path) -> Result:
                 Row(**{k: _number(v) for k, v in row.items()} | {"budget": row.get("budget") or ""}) for row in rows
             ),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = " ".join(str(error).split())[:120]
         raise JpqError(f"{folder} does not hold the result of a run ({type(error).__name__}: {why}).") from error
 

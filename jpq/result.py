@@ -109,6 +109,7 @@ class Result:
     verified: dict[str, Any] = field(default_factory=dict)  # what was compared, and what came out
     metrics: Numbers = field(default_factory=dict)  # site -> what its gate said at landing
     latency: dict[str, Any] = field(default_factory=dict)  # model.onnx: predicted_ms, measured_ms, their ratio ...
+    export: dict[str, Any] = field(default_factory=dict)  # opset, type of weights, forms, layers left in float
     packed: dict[str, int] = field(default_factory=dict)  # bytes of model.packed: total, header, promised, others
     schemes: dict[str, Any] = field(default_factory=dict)  # who mapped them, ms, and where those are from (jpq.mapping)
     data: dict[str, Any] = field(default_factory=dict)  # name, checksum, sizes of the splits

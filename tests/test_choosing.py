@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import runs
 import test_cli
-from fronts import SPREAD, folder, spread
+from made_runs import SPREAD, folder, spread
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
@@ -84,6 +84,7 @@ def test_the_heat_map_has_a_cell_for_every_layer_and_point(tmp_path: Path) -> No
 def test_long_fronts_are_thinned_and_runs_without_layers_have_no_heat_map(tmp_path: Path) -> None:
     point = spread(tmp_path).points[0]
     layers = tuple(Layer(f"layer{i}.conv", 2 + i % 7, 8, 0.5) for i in range(60))
+    layers = (*layers[:-1], replace(layers[-1], name="odd $\\frac{$"))
     many = [
         replace(point, accuracy=0.5 + i / 100, costs={**point.costs, "bops": 1e5 * 1.1**i}, layers=layers)
         for i in range(40)
@@ -94,6 +95,8 @@ def test_long_fronts_are_thinned_and_runs_without_layers_have_no_heat_map(tmp_pa
     assert (rows, columns) == (60, front_report.COLUMNS)
     assert not figure.axes[0].texts
     assert figure.get_size_inches()[0] < 30
+    front_report.save_picture(figure, tmp_path / "wide.png")
+    assert imread(tmp_path / "wide.png").std() > 0
     assert front_report.heat_map(make([replace(point, layers=())])) is None
     written = front_report.write(make([replace(point, layers=())]), tmp_path)
     assert [path.name for path in written] == ["pareto.csv", "pareto.png"]

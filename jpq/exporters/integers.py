@@ -26,9 +26,6 @@ def make_integral(model: onnx.ModelProto) -> None:
     if nested(model):
         return
     graph = Graph(model)
-    held = {t.name for t in graph.proto.initializer}
-    for entry in [i for i in graph.proto.input if i.name in held]:  # else a runtime thinks a caller may replace them
-        graph.proto.input.remove(entry)
     for rewrite in (_unsigned, _clipped, _before_pooling, _clip_behind, _bias_apart):
         for node in list(graph.proto.node):
             rewrite(graph, node)

@@ -7,11 +7,14 @@ trial first fails those whose file is too old, and queues them again. The journa
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ try:
 except ImportError:  # not on Windows: workers then must not begin at the same moment
     fcntl = None  # type: ignore[assignment]
 
+WORKER = "worker"  # user attribute of a trial: host and process
 RETRIES = 3  # of a trial whose workers died
 Again = Callable[[optuna.Study, FrozenTrial], None]
 
@@ -55,14 +59,10 @@ class Journal(JournalStorage, BaseHeartbeat):
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
         clock = self.folder / "now"
         clock.touch()
-        now, stale = clock.stat().st_mtime, []
+        now, stale = clock.stat().st_mtime, _unborn(self, study_id, self.grace)
         for trial in self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,)):
             beat = self.folder / str(trial._trial_id)
-            try:
-                last = beat.stat().st_mtime
-            except FileNotFoundError:  # died before its first one, or has just begun
-                last = trial.datetime_start.timestamp() if trial.datetime_start else now
-            if now - last > self.grace:
+            if beat.exists() and now - beat.stat().st_mtime > self.grace:
                 stale.append(trial._trial_id)
         return stale
 
@@ -79,28 +79,61 @@ class Journal(JournalStorage, BaseHeartbeat):
         return self.again
 
 
+class Relational(RDBStorage):
+    """Optuna's relational storage, which also finds workers that died before their first heartbeat."""
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        grace = self.grace_period or 0
+        return [*super()._get_stale_trial_ids(study_id), *_unborn(self, study_id, grace)]
+
+
+def _unborn(storage: BaseStorage, study_id: int, grace: int) -> list[int]:
+    """Trials that were taken so long ago, and never begun (`begin`)."""
+    running = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
+    limit = datetime.now() - timedelta(seconds=grace)
+    return [
+        t._trial_id for t in running if WORKER not in t.user_attrs and t.datetime_start and t.datetime_start < limit
+    ]
+
+
+def again(study: optuna.Study, dead: FrozenTrial) -> None:
+    """Queue the trial of a dead worker, with its decisions; a trial that has cost `RETRIES` workers is given up."""
+    history = [*dead.system_attrs.get("retry_history", []), dead.number]
+    if len(history) <= RETRIES:
+        study.add_trial(optuna.create_trial(
+            state=TrialState.WAITING, params=dead.params, distributions=dead.distributions,
+            user_attrs={key: value for key, value in dead.user_attrs.items() if key != WORKER},
+            system_attrs={**dead.system_attrs, "failed_trial": history[0], "retry_history": history},
+        ))  # fmt: skip
+
+
+def begin(trial: optuna.Trial) -> None:
+    """Record the first heartbeat of a trial, then who runs it: one who is named has had a heartbeat."""
+    storage = trial.storage
+    if isinstance(storage, BaseHeartbeat):
+        storage.record_heartbeat(trial._trial_id)
+    trial.set_user_attr(WORKER, f"{socket.gethostname()} {os.getpid()}")
+
+
 def open_storage(url: str, folder: Path, dead_after: int) -> BaseStorage:
     """The storage at `url`, or the journal in the study's folder where none is named.
 
     Raises JpqError for addresses that cannot be read, missing drivers, and servers that do not answer.
     """
-    names = ("RetryHeartbeatStaleTrialCallback", "RetryFailedTrialCallback")  # since, and before, Optuna 4.9
-    retry = next(getattr(optuna.storages, name) for name in names if hasattr(optuna.storages, name))
-    with warnings.catch_warnings():  # Optuna calls it experimental
-        warnings.simplefilter("ignore")
-        again, interval = retry(max_retry=RETRIES), max(1, dead_after // 4)
+    interval = max(1, dead_after // 4)
     if not url:
         return Journal(folder / "journal.log", folder / "heartbeats", interval, dead_after, again)
     import sqlalchemy
 
     shown = without_password(url)
-    callback = "heartbeat_stale_trial_callback" if hasattr(optuna.storages, names[0]) else "failed_trial_callback"
+    new = hasattr(optuna.storages, "RetryHeartbeatStaleTrialCallback")  # since Optuna 4.9
+    callback = "heartbeat_stale_trial_callback" if new else "failed_trial_callback"
     settings: dict[str, Any] = {"heartbeat_interval": interval, "grace_period": dead_after, callback: again}
     for attempt in range(3):  # two workers may create the tables at the same moment
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return RDBStorage(url, **settings)
+                return Relational(url, **settings)
         except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
             raise JpqError(_missing(shown, error)) from error
         except sqlalchemy.exc.ArgumentError as error:

@@ -23,6 +23,7 @@ from jpq.trials.samplers import hold
 from jpq.trials.settings import Study
 from jpq.trials.space import Space
 from jpq.trials.stopping import Curve, hopeless
+from jpq.trials.storage import WORKER, begin
 from jpq.types import JpqError
 
 UNITS = {  # objective -> its name in the study, and what one of our units is in the name's
@@ -100,6 +101,7 @@ class OneTrial:
 
     def __call__(self, trial: Trial) -> list[float]:
         """Raises TrialPruned where it is not worth its time, and JpqError, noted as its reason, where it fails."""
+        begin(trial)
         self.watch.trial(trial.number)
         others = [t for t in trial.study.get_trials(deepcopy=False) if t.number != trial.number]
         ahead = sum(counts(t) or (t.state == TrialState.RUNNING and t.number < trial.number) for t in others)
@@ -152,7 +154,7 @@ class OneTrial:
     def _same(self, trial: Trial, twin: FrozenTrial) -> list[float]:
         """The values of the earlier trial, which the sampler hears again; nothing is trained."""
         for key, value in twin.user_attrs.items():
-            if key not in (SAME, REASON, STOPPED):
+            if key not in (SAME, REASON, STOPPED, WORKER):
                 trial.set_user_attr(key, value)
         if twin.values is None or twin.state != TrialState.COMPLETE:
             self._leave(trial, SAME, twin.number)

@@ -11,7 +11,8 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -108,8 +109,19 @@ def one(
     tuned = opened(net, model, data, run) if net.opened else net
     fine_tune(tuned, model, data, config, run, plan, soft.moments(net), tuning, kept)  # 9
     last_step = partial(finish, net, tuned, model, data, goals, config, run, begun.command, begun.table, begun.final)
-    result = ranks.from_first(last_step)  # 10
+    with full_precision():
+        result = ranks.from_first(last_step)  # 10
     return result, net if tuned is net else None
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Leaves TF32 as it was: the last step compares at full precision, and the next budget need not train so."""
+    parts: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [part.allow_tf32 for part in parts]
+    yield
+    for part, allowed in zip(parts, before, strict=True):
+        part.allow_tf32 = allowed
 
 
 def twin(net: Compressed, fresh: Compressed) -> Compressed:

@@ -130,7 +130,7 @@ class Train:
     search: float = 0.5
     """Share of the epochs that search; the rest fine-tunes the landed model."""
     tune_epochs: int | None = None
-    """Epochs that fine-tune each of several budgets but the last. Default: half of the last one's."""
+    """Epochs that fine-tune each of several budgets but the last. Default: a quarter of the last one's."""
     float_epochs: int = 40
     """Epochs that train the float model when no weights are given."""
     batch_size: int = 64

@@ -101,7 +101,7 @@ def shares(config: Config, method: Method) -> dict[str, Share]:
     if 0 < search < len(budgets):
         raise JpqError(f"--epochs {config.train.epochs}: {search} epochs of search are too few for {len(budgets)} "
                        "budgets. Give more --epochs, or a larger --search.")  # fmt: skip
-    less = config.train.tune_epochs or max(1, tune // 2)
+    less = config.train.tune_epochs or max(1, tune // 4)
     found, before = {}, 0
     for i, budget in enumerate(budgets):
         part = search // len(budgets) + (i < search % len(budgets))

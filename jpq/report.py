@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from jpq import foreign, sizes
 from jpq.config import Config
 from jpq.files import replace_file
-from jpq.result import Figures, LayerRow, Point, Result, Row, human, percent
+from jpq.result import Figures, FrontRow, LayerRow, Result, Row, human, percent
 from jpq.types import JpqError
 
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#E69F00", "#009E73", "#E3E3E3", "#333333"  # Okabe and Ito's palette
@@ -84,9 +84,9 @@ def write_history(rows: Sequence[Row], folder: Path) -> None:
     replace_file(folder / "history.csv", lambda path: frame.to_csv(path, index=False))
 
 
-def write_front(points: Sequence[Point], folder: Path) -> None:
+def write_front(points: Sequence[FrontRow], folder: Path) -> None:
     """Write front.csv, one line a budget."""
-    frame = pd.DataFrame([asdict(point) for point in points], columns=[f.name for f in fields(Point)])
+    frame = pd.DataFrame([asdict(point) for point in points], columns=[f.name for f in fields(FrontRow)])
     replace_file(folder / FRONT, lambda path: frame.to_csv(path, index=False))
 
 

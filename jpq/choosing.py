@@ -172,6 +172,7 @@ def table(front: Front, choice: Choice | None = None, every: bool = False, width
     least = {"target": 92, "bits w, a": 100, "MACs kept": 110, "BOPs": 84, "test": 78, "size": 66}
     timed = any("latency" in p.costs for p in front.points)
     names = [n for n in rows[0][1] if least.get(n, 0) <= width and (timed or n != "latency")]
+    names = [n for n in names if n in ("", "test") or any(cells[n] for _, cells in rows)]
     shows = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for name in names:
         words = name in ("run", "method", "target")

@@ -58,6 +58,13 @@ class Point:
         """Its cost over the fp32 model's."""
         return self.costs[cost] / self.full[cost]
 
+    @property
+    def even(self) -> bool:
+        """Whether it has the same bits everywhere and nothing dropped; what reads the image keeps its own width."""
+        bits = {(layer.w_bits, layer.a_bits) for layer in self.layers[1:]}
+        whole = all(layer.density == 1 for layer in self.layers)
+        return whole and len(bits) == 1 and {layer.w_bits for layer in self.layers} == {w for w, _ in bits}
+
 
 def point_of(folder: Path) -> Point:
     """The run in a folder. Raises JpqError where its files are missing, damaged or of something else."""

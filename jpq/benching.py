@@ -145,7 +145,8 @@ def _race(folder: Path, wanted: Bench, runtimes: Sequence[str], console: Console
             task = bar.add_task("measuring", total=total)
             tell = lambda calls: bar.update(task, advance=calls)  # noqa: E731
             times = racing.race(paths, runtimes, threads, wanted.batch, wanted.repeats, tell)
-    console.print(_table(times))
+    for start in range(0, len(times), len(paths)):
+        console.print(_table(times[start : start + len(paths)]))
     left = float_layers(small)[1]
     for name, why in list(left.items())[:SHOWN]:
         console.print(f"in floating point: {escape(name)}: {escape(why)}", soft_wrap=True, highlight=False)
@@ -154,15 +155,15 @@ def _race(folder: Path, wanted: Bench, runtimes: Sequence[str], console: Console
 
 
 def _table(times: Sequence[Time]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    several = len({t.runtime for t in times}) > 1
-    for name in ("model", "runtime", "threads", "batch", "median", "p95", "speed", "float", "file"):
-        if several or name != "runtime":
-            table.add_column(name, justify="left" if name in ("model", "runtime") else "right", no_wrap=True)
+    """One setting: a row for each model."""
+    t = times[0]
+    threads = "1 thread" if t.threads == 1 else f"{t.threads} threads"
+    title = f"{t.runtime}, {threads}, batch {t.batch}, median of {t.n} turns"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title=title, title_justify="left")
+    for name in ("model", "median", "p95", "speed", "in float", "file"):
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for t in times:
-        left = f"{t.float_layers}/{t.layers}" if t.runtime == "onnxruntime" else "-"
-        where = (t.runtime,) if several else ()
-        cells = (f"{t.median_ms:.3g} ms", f"{t.p95_ms:.3g} ms", f"{t.over_full:.2f}x", left, human(t.bytes, "B"))
-        table.add_row(t.model, *where, str(t.threads), str(t.batch), *cells)
-    table.caption = f"Each the median of {times[0].n} turns; speed: as fast as fp32; float: layers in floating point."
+        left = f"{t.float_layers} of {t.layers}" if t.runtime == "onnxruntime" else "-"
+        cells = (f"{t.median_ms:#.3g} ms", f"{t.p95_ms:#.3g} ms", f"{t.over_full:.2f}x", left, human(t.bytes, "B"))
+        table.add_row(t.model, *cells)
     return table

@@ -30,6 +30,7 @@ from jpq.exporters.timing import Runner, float_layers, take_turns
 from jpq.network.resize import apply_slices
 from jpq.network.unpack import unpacked
 from jpq.plan import LayerPlan, Plan
+from jpq.quantizers import Integer
 from jpq.types import JpqError
 
 FULL, PRUNED, INT8, SMALL = "fp32", "fp32, pruned", "int8", "compressed"
@@ -71,6 +72,9 @@ def others(dense: nn.Module, plan: Plan, shape: Sequence[int], folder: Path) -> 
     pruned = insert(apply_slices(copy.deepcopy(dense), plan.slices), plan.selects)
     wide = {name: LayerPlan(8, 8, layer.signed) for name, layer in plan.layers.items()}
     int8 = build(Plan("int8", wide, {}, ends=plan.ends), dense)
+    grids = [m for m in int8.modules() if isinstance(m, Integer)]
+    for i, grid in enumerate(grids):  # no two alike: a runtime would merge them
+        grid.log_threshold.data.fill_(i / len(grids))
     paths = {name: folder / f"{i}.onnx" for i, name in enumerate((FULL, PRUNED, INT8))}
     onnx.export_float(dense, example, paths[FULL])
     onnx.export_float(pruned.eval(), example, paths[PRUNED])

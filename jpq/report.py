@@ -35,8 +35,13 @@ def write(result: Result, config: Config) -> None:
     text = json.dumps(_plain(record(result)), indent=2, allow_nan=False) + "\n"
     replace_file(folder / "result.json", lambda path: path.write_text(text))
     if result.final:
-        save_picture(curves(result, config), folder / "curves.png")
-        save_picture(layer_chart(result, config), folder / "layers.png")
+        draw(result, config)
+
+
+def draw(result: Result, config: Config) -> None:
+    """Write the pictures of a run into its folder."""
+    save_picture(curves(result, config), result.folder / "curves.png")
+    save_picture(layer_chart(result, config), result.folder / "layers.png")
 
 
 def read(folder: Path) -> Result:
@@ -226,7 +231,8 @@ def layer_chart(result: Result, config: Config) -> Figure:
 def _title(result: Result, config: Config) -> str:
     now = result.compressed
     what = f"{config.task.model} on {config.task.data}, {result.method}"
-    return f"{what}: {percent(now.accuracy)} at {percent(now.bops_share)} of the fp32 BOPs"
+    right = percent(now.accuracy) if result.final else f"{percent(result.held_out['compressed'])} (held-out)"
+    return f"{what}: {right} at {percent(now.bops_share)} of the fp32 BOPs"
 
 
 def short(name: str, length: int = 34) -> str:

@@ -9,6 +9,7 @@ import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import optuna
 import pytest
 from hypothesis import given
@@ -81,6 +82,7 @@ def formula(monkeypatch):
     original = one_trial.OneTrial.__post_init__
     monkeypatch.setattr(one_trial.OneTrial, "__post_init__", remembered)
     monkeypatch.setattr(one_trial, "optimize", trained)
+    monkeypatch.setattr(one_trial.report, "draw", lambda result, config: None)
     return runs
 
 
@@ -260,18 +262,16 @@ def test_trials_of_other_lengths_are_compared_at_the_same_share():
     assert stopping.hopeless(Curve((0.5,) * 5, 10, (1.0,)), [short], 0.02, 1, 1)
 
 
-def test_hypervolume_against_optunas(tmp_path):
+def test_hypervolume_against_optunas():
     from optuna._hypervolume import compute_hypervolume
 
-    numpy = pytest.importorskip("numpy")
-    draw = numpy.random.default_rng(0)
-    points = numpy.stack([-draw.uniform(0, 100, 20), 10 ** draw.uniform(-2, 2, 20)], 1)
-    ours = standing.volume(points.tolist(), Study(), 0.0)
-    scaled = numpy.stack([points[:, 0] / 100, numpy.log10(points[:, 1])], 1)
-    assert ours == pytest.approx(compute_hypervolume(scaled, numpy.array([0.0, 2.0])))
-    assert standing.volume([[-100.0, 0.01]], Study(), 0.1) == pytest.approx(0.9 * 4)
-    assert standing.volume([], Study(), 0.1) == 0
-    assert standing.volume([], Study(objectives="accuracy,size"), 0.1) is None
+    draw = np.random.default_rng(0)
+    accuracy, bops, size = draw.uniform(0, 1, 20), 10 ** draw.uniform(-4, 0, 20), draw.uniform(1, 50, 20)
+    trials = [SimpleNamespace(values=[100 * a, s, 100 * b]) for a, b, s in zip(accuracy, bops, size, strict=True)]
+    found = standing.volume(trials, ["accuracy", "size", "bops"], {"size": 40_000.0}, 0.1)
+    above = (accuracy > 0.1) & (size < 40)
+    points = np.stack([-accuracy, np.log10(size / 40), np.log10(bops)], 1)[above]
+    assert found == pytest.approx(compute_hypervolume(points, np.array([-0.1, 0.0, 0.0])))
 
 
 def test_a_heartbeat_file_keeps_a_trial_alive(tmp_path):

@@ -22,7 +22,6 @@ RED, PALE = "#D55E00", "#9AA5B1"  # Okabe and Ito's vermillion; grey for what is
 COLUMNS = 24  # of a heat map; longer fronts are thinned out evenly
 CELLS = 14  # columns, and three times as many rows, up to which every cell has its number
 WIDE, HIGH = 590.0, 385.0  # of the plane's axes, in points
-UNIFORM = "uniform"  # the method that has the same bits everywhere
 
 
 def write(front: Front, folder: Path, choice: Choice | None = None) -> list[Path]:
@@ -62,7 +61,7 @@ def plane(front: Front, choice: Choice | None = None) -> Figure:
     if len(front.costs) == 1:
         axes.step(x, y, where="post", color=BLUE, lw=1.6, zorder=2, gid="staircase")
     dominated = [p for i, p in enumerate(front.points) if i not in front.best]
-    even = [p for p in front.points if _method(p) == UNIFORM]
+    even = [p for p in front.points if p.even]
     axes.scatter(*_at([p for p in dominated if p not in even], cost), s=26, facecolor="white", edgecolor=PALE, zorder=3,
                  label="dominated", gid="dominated")  # fmt: skip
     axes.scatter(*_at([p for p in line if p not in even], cost), s=40, color=BLUE, zorder=4, label="front", gid="front")

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import runs
 import test_cli
-from fronts import SPREAD, folder, spread
+from made_runs import SPREAD, folder, spread
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
@@ -46,9 +46,14 @@ def drawn(figure: Figure) -> Counter[str]:
 
 
 def test_the_plane_shows_every_run_and_what_it_is_compared_with(tmp_path: Path) -> None:
+    spread(tmp_path)
     for bits in (2, 4):
-        folder(tmp_path, 0.5, bits * bits / 1024, method="uniform")
-    front = spread(tmp_path)
+        made = folder(tmp_path, 0.5, bits * bits / 1024, method="uniform")
+        table = pd.read_csv(made / "layers.csv")
+        table.assign(w_bits=bits, a_bits=[8] + [bits] * (len(table) - 1), macs_all=table.macs).to_csv(
+            made / "layers.csv"
+        )
+    front = make(read(tmp_path).points)
     choice = pick(front, limits({"max_bops": "1%"}, front.points[0].full))
     figure = front_report.plane(front, choice)
     once = {"dominated": 1, "knee": 1, "chosen": 1, "staircase": 1, "fp32": 1}

@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 import pandas as pd
 import pytest
-from fronts import FULL, SPREAD, folder, spread
+from made_runs import FULL, SPREAD, folder, spread
 
 import jpq
 from jpq.fronts import by_method, ignorant, make, write

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import fail_stale_trials
 from optuna.trial import TrialState
 
@@ -23,7 +23,7 @@ from jpq.trials.samplers import sampler
 from jpq.trials.settings import Study
 from jpq.trials.space import Space
 from jpq.trials.standing import FULL
-from jpq.trials.storage import alone, open_storage
+from jpq.trials.storage import alone, open_storage, without_password
 from jpq.trials.trial import REASON, SAME, UNITS, OneTrial, StudyWatch, Unwatched, counts, keep_pictures
 from jpq.trials.trial import RULED_OUT as BROKEN
 from jpq.types import JpqError
@@ -78,8 +78,8 @@ def study(config: Config | None = None, settings: Study | None = None, watch: St
         raise JpqError(f"Cannot write to {folder}: {error.strerror}. Choose another folder with --out.") from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("optuna").setLevel(logging.CRITICAL)  # failed trials: their reasons are kept in the study
-    storage = open_storage(settings.storage, folder, settings.dead_after)
     with alone(folder):
+        storage = open_storage(settings.storage, folder, settings.dead_after)
         weights, digest = float_weights(config, folder / "float.safetensors", watch)
         started = replace(config, task=replace(config.task, weights=weights))
         preview = Preview(started)
@@ -89,7 +89,13 @@ def study(config: Config | None = None, settings: Study | None = None, watch: St
         shared = _created(settings, space, config, digest, preview, storage)
         if not (folder / record.NAME).exists():
             record.write(config, settings, folder / record.NAME)
-    _work(shared, one, settings, watch)
+    try:
+        _work(shared, one, settings, watch)
+    except StorageInternalError as error:
+        where = without_password(settings.storage) or "the study's journal"
+        cause = " ".join(str(error.__cause__ or error).split())[:200]
+        raise JpqError(f"{where} does not answer any more ({cause}). Start this worker again when it does: what was "
+                       "finished is kept, and its last trial will be run again.") from error  # fmt: skip
     with alone(folder):
         _draw(shared, settings, folder)
     failed = [t for t in shared.get_trials(deepcopy=False) if t.state == TrialState.FAIL and REASON in t.user_attrs]

@@ -68,6 +68,18 @@ def test_the_plane_shows_every_run_and_what_it_is_compared_with(tmp_path: Path) 
     assert {"W2A2", "W8A8", "1 djpq", "4 djpq"} <= {*words}
 
 
+def test_uniform_bits_that_cost_the_same_share_a_line(tmp_path: Path) -> None:
+    points = spread(tmp_path).points
+    timed = [
+        replace(p, costs={**p.costs, "latency": 2e6 + i}, full={**p.full, "latency": 4e6},
+                uniform={"W2A2": {"latency": 3e6}, "W3A3": {"latency": 3e6}, "W8A8": {"latency": 5e6}})
+        for i, p in enumerate(points)
+    ]  # fmt: skip
+    figure = front_report.plane(make(timed, ["latency"]))
+    assert drawn(figure)["tick"] == 2
+    assert {"W2A2 to W3A3", "W8A8"} <= {text.get_text() for text in figure.axes[0].texts}
+
+
 def test_two_costs_have_no_staircase(tmp_path: Path) -> None:
     front = make(spread(tmp_path).points, ["size", "bops"])
     figure = front_report.plane(front)

@@ -63,6 +63,12 @@ class Export(Pick):
     """Where the data lie now. Default: where the run read them."""
     out: Path | None = None
     """Leave the run's folder as it is and write the final one here."""
+    formats: str = ""
+    """Forms to export, such as onnx,qonnx,pt2 (see jpq optimize --help). Default: as the run was told."""
+    onnx_weights: str = ""
+    """Type of the weights in model.onnx: int8, int4 or int2. Default: as the run was told."""
+    run_code: bool = False
+    """Run the code that the folder names as its model or data (module:callable): only for folders that you trust."""
 
 
 def run(wanted: Pareto, console: Console) -> None:
@@ -112,13 +118,13 @@ def export(wanted: Export, console: Console) -> None:
             _say(console, line)
     if is_final(folder):
         here = escape(os.path.relpath(folder))
-        if wanted.out is None:
+        if wanted.out is None and not (wanted.formats or wanted.onnx_weights):
             test = "-" if point.test_accuracy is None else percent(point.test_accuracy)
             _say(console, f"{here} is final already: {test} on the test split, with model.onnx and model.packed. "
                           "--out FOLDER exports it once more.")  # fmt: skip
             return
         _say(console, f"{here} is final already; it is exported once more.")
-    result = finalize(folder, wanted.out, wanted.data_root)
+    result = finalize(folder, wanted.out, wanted.data_root, wanted.formats, wanted.onnx_weights, wanted.run_code)
     console.print(layer_table(result))
     console.print(summary(result))
 

@@ -13,20 +13,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from jpq.flags import parse, parse_study, parsed, shown
+from jpq.interruption import Interruption
 from jpq.usage import COMMANDS
-
-if TYPE_CHECKING:
-    pass
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,22 +44,13 @@ class Inspect:
     """Every layer and site, where a long model is summed up by parts otherwise."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluate:
-    """Which saved model, on which images."""
-
-    run_folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_FOLDER")]
-    """Folder of an earlier run, such as runs/0123456789ab."""
-    split: Literal["test", "held-out"] = "test"
-    """Which images: the test split, or the part of the training data that steered the run."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the number returned is the exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Run one command; the number returned is the exit code: 0, 2 for bad input, 130 and 143 for Ctrl-C and SIGTERM."""
     args = list(sys.argv[1:] if argv is None else argv)
     console, errors = Console(), Console(stderr=True)
     try:
-        code = _dispatch(args, console)
+        with Interruption():
+            code = _dispatch(args, console)
         console.file.flush()
         return code
     except SystemExit as end:  # the parser's --help and its errors; a pipe that rich found closed
@@ -73,12 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         again = [arg for arg in args if arg not in ("--resume", "--no-resume")]
         how = f" Go on with: jpq {shlex.join(again)} --resume" if args[:1] == ["optimize"] else ""
         how = f" Go on with: jpq {shlex.join(args)}" if args[:1] == ["study"] else how
         errors.print(f"Stopped.{escape(how)}", soft_wrap=True, highlight=False)
-        return 130
+        return 128 + getattr(stopped, "number", 2)
     except OSError as error:
         _say_error(errors, f"{error.filename or 'A file'}: {error.strerror or error}.")
         return 2
@@ -208,26 +193,9 @@ def _prune_private(args: list[str], console: Console) -> None:
 
 
 def _evaluate(args: list[str], console: Console) -> None:
-    wanted = parsed(Evaluate, "evaluate", args)
-    from jpq.outcome import load
-    from jpq.recipe import read_data
-    from jpq.result import percent
-    from jpq.settings import read
-    from jpq.train import evaluate
-    from jpq.types import JpqError
+    from jpq import assessing
 
-    folder = wanted.run_folder
-    if not (folder / "config.toml").is_file():
-        raise JpqError(f"{folder} is not the folder of a run: it has no config.toml. Give one like runs/0123456789ab.")
-    config = read(folder / "config.toml")
-    model, _ = load(folder)
-    import torch
-
-    data = read_data(config, torch.device("cpu"))
-    batches = data.test if wanted.split == "test" else data.held_out
-    accuracy = evaluate(model, batches)
-    console.print(f"{percent(accuracy)} of {batches.size} {wanted.split} images of {data.name} are right ({folder}).",
-                  soft_wrap=True, highlight=False)  # fmt: skip
+    assessing.run(parsed(shown(assessing.Evaluate, "saved"), "evaluate", args), console)
 
 
 def _methods(args: list[str], console: Console) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jpq import formats
 from jpq.options import BOPS, BY_HAND, MASKED, PROXIES, TARGETS, Budget, Decide, Run, Task, Train
 from jpq.types import JpqError, unknown
 
@@ -109,17 +110,17 @@ class Config:
         ):
             if not 0 < rate < float("inf"):
                 raise JpqError(f"{flag} {rate} must be a positive number.")
-        for flag, weight in (
-            ("--weight-decay", t.weight_decay),
-            ("--distill", t.distill),
-            ("--gate-weight", d.gate_weight),
-        ):
+        weights = {"--weight-decay": t.weight_decay, "--distill": t.distill, "--gate-weight": d.gate_weight}
+        for flag, weight in weights.items():
             if not 0 <= weight < float("inf"):
                 raise JpqError(f"{flag} {weight} must be zero or a positive number.")
         if t.float_epochs < 1 and self.task.weights is None:
             raise JpqError("--float-epochs 0 needs --weights: there is nothing trained to compress.")
         if self.task.limit is not None and self.task.limit < 20:
             raise JpqError(f"--limit {self.task.limit}: at least 20 samples are needed to split off a held-out part.")
+        formats.require(self.run.formats, self.run.onnx_weights)
+        if self.run.checkpoint_every < 0:
+            raise JpqError(f"--checkpoint-every {self.run.checkpoint_every}: give a number of steps, or 0 for none.")
         if d.proxy not in PROXIES:
             raise unknown("proxy", d.proxy, PROXIES)
         if self.budget.cost not in BOPS:

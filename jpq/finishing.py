@@ -6,6 +6,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from jpq import bench, checkpoint, report
 from jpq.config import Config
 from jpq.data import Data
 from jpq.exporters import verify
+from jpq.foreign import require_no_code
+from jpq.formats import require
 from jpq.outcome import load, ship
 from jpq.plan import Plan
 from jpq.recipe import dense_model, read_data
@@ -33,18 +36,28 @@ def is_final(folder: Path) -> bool:
     return report.read(folder).final and all((folder / name).is_file() for name in FILES)
 
 
-def finalize(folder: Path, out: Path | None = None, data_root: Path | None = None) -> Result:
+def finalize(
+    folder: Path, out: Path | None = None, data_root: Path | None = None, formats: str = "", onnx_weights: str = "",
+    run_code: bool = False,
+) -> Result:  # fmt: skip
     """Export, pack and verify the model of a finished run, read its test split once, and say so in its result.json.
 
     With `out` the run's folder stays as it is, and a complete one is written there. A run that was final keeps the
-    accuracies that it read then. Raises JpqError where the model is not the one that the result describes, where its
-    files or data cannot be read, and where the exported model computes something else.
+    accuracies that it read then. `run_code` lets code run that the folder names (module:callable). Raises JpqError if
+    the model is not the one that the result describes, where its files or data cannot be read, and where the exported
+    model computes something else.
     """
     before = report.read(folder)
     config = read_config(folder / "config.toml")
     if data_root is not None:
         config = replace(config, task=replace(config.task, data_root=data_root))
-    small, plan = load(folder)
+    named = {"formats": formats, "onnx_weights": onnx_weights}
+    given: dict[str, Any] = {name: value for name, value in named.items() if value}
+    config = replace(config, run=replace(config.run, **given))
+    require(config.run.formats, config.run.onnx_weights)
+    if not run_code:
+        require_no_code("data", config.task.data, folder / "config.toml", "add --run-code")
+    small, plan = load(folder, run_code)
     data = read_data(config, torch.device("cpu"))
     require_same(small, plan, before, data)
     notes = [*before.notes, *_moved(before, evaluate(small, data.held_out))]
@@ -53,7 +66,7 @@ def finalize(folder: Path, out: Path | None = None, data_root: Path | None = Non
     target = out or folder
     if out is not None:
         _copy(folder, config, out)
-    path, packed = ship(small, plan, data.example, target)
+    path, files = ship(small, plan, data, target, config)
     verified = {**before.verified, **verify.exported(small, path, data.test)}
     timing = before.latency
     if (folder / bench.NAME).is_file() and before.compressed.latency_ms is not None:
@@ -64,7 +77,7 @@ def finalize(folder: Path, out: Path | None = None, data_root: Path | None = Non
         right, first = evaluate(small, data.test), UNREAD if model is None else evaluate(model, data.test)
         notes += missing
     result = replace(
-        before, folder=target, final=True, verified=verified, packed=packed, latency=timing, notes=tuple(notes),
+        before, folder=target, final=True, verified=verified, latency=timing, **files, notes=tuple(notes),
         compressed=replace(before.compressed, accuracy=right), float=replace(before.float, accuracy=first),
     )  # fmt: skip
     report.write(result, config)

@@ -24,7 +24,7 @@ def parse(args: Sequence[str]) -> Config:
     from jpq.settings import read
 
     named = _named(args)
-    return _flags(read(named) if named else Config(), "optimize", args)[0]
+    return _flags(read(named) if named else Config(), "optimize", args, named)[0]
 
 
 def parse_study(args: Sequence[str]) -> tuple[Config, Study]:
@@ -35,7 +35,7 @@ def parse_study(args: Sequence[str]) -> tuple[Config, Study]:
 
     named = _named(args)
     config, settings = read(named) if named else (Config(run=Run(out=Path("runs/studies"))), Study())
-    return _flags(config, "study", args, settings)
+    return _flags(config, "study", args, named, settings)
 
 
 def _named(args: Sequence[str]) -> Path | None:
@@ -45,8 +45,15 @@ def _named(args: Sequence[str]) -> Path | None:
     return Path(named[-1]) if named else None
 
 
-def _flags(base: Config, command: str, args: Sequence[str], more: T | None = None) -> tuple[Config, T]:
-    """The config that flags describe, whose defaults `base` has, and with it one more table of settings."""
+def _flags(
+    base: Config, command: str, args: Sequence[str], source: Path | None, more: T | None = None
+) -> tuple[Config, T]:  # fmt: skip
+    """The config that flags describe, whose defaults `base` has, and with it one more table of settings.
+
+    Raises JpqError where the file that `base` is from, and not a flag, names code to run.
+    """
+    from jpq.foreign import require_no_code
+
     known: dict[str, Any] = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
     known |= {"study": more} if more is not None else {}
     parts: list[Any] = []
@@ -57,6 +64,10 @@ def _flags(base: Config, command: str, args: Sequence[str], more: T | None = Non
     file = Annotated[Path | None, arg("config", note)]
     flags = dataclasses.make_dataclass("Flags", [*parts, ("config", file, None)], frozen=True)
     settings: Any = parsed(flags, command, args)
+    for what in ("model", "data") if source else ():
+        if not any(given.partition("=")[0] == f"--{what}" for given in args):
+            name = getattr(base.task, what)
+            require_no_code(what, name, str(source), f"say so: --{what} {name}")
     made = {name: type(part)(**vars(getattr(settings, name))) for name, part in known.items()}
     study: Any = made.pop("study", None)
     return type(base)(**made), study

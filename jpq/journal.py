@@ -14,6 +14,7 @@ from torch import nn
 
 from jpq import checkpoint, ranks, report
 from jpq.config import Config
+from jpq.interruption import Interruption
 from jpq.result import Row, Watch
 from jpq.settings import write
 from jpq.train import Phase, Recorder
@@ -33,6 +34,7 @@ class Journal:
     saved: dict[str, Any] | None = None  # the checkpoint that this run goes on from
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # what the gates said at landing
     schemes: str = ""  # who chose a structure for each layer: rules, search or hand; empty where all have the same
+    stop: Interruption = field(default_factory=Interruption)
     budget: int = 0  # place among several budgets
     label: str = ""  # and its name; empty where there is one
     opened: float = 0.0  # how far opened averages set the rebuilt model apart from the masked one, at landing
@@ -79,11 +81,12 @@ class Journal:
             return
         report.write_history(self.recorder.rows, self.top)
         state = {
-            "kind": "jpq checkpoint",
+            "kind": checkpoint.KIND,
             "settings": self.config.hash(),
             "phase": phase.name,
             "budget": self.budget,
             "done": phase.done,
+            "losses": phase.losses,
             "net": net.state_dict(),
             "optimizer": optim.state_dict(),
             "random": torch.get_rng_state(),
@@ -102,7 +105,7 @@ class Journal:
         torch.set_rng_state(self.saved["random"])
         if self.saved["random_cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(self.saved["random_cuda"])
-        phase.done = int(self.saved["done"])
+        phase.done, phase.losses = int(self.saved["done"]), list(self.saved["losses"])
 
     def is_in(self, phase: str) -> bool:
         """Whether the checkpoint lies in this phase."""
@@ -131,7 +134,7 @@ def open_folder(config: Config) -> Path:
     folder = config.run.out / config.hash()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(config, folder / "config.toml")
     except OSError as error:
         raise JpqError(f"Cannot write to {folder}: {error.strerror}. Choose another folder with --out.") from error
+    write(config, folder / "config.toml")
     return folder

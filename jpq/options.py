@@ -82,8 +82,8 @@ class Decide:
     image_bits: int = 8
     """Bit-width of the model's input, which is not learned."""
     output_bits: int = 0
-    """Width that convolutions' results are rounded to before residual sums and poolings, as part of the model that
-    trains, so that integer kernels compute them in whole (8 is a good choice). 0: they stay in floating point."""
+    """Width of convolutions' results before sums and poolings, so that integer kernels compute them: rounding that is
+    part of the model that trains (8 is a good choice). 0: those results stay in floating point."""
     structure: str = ""
     """Where zeros may lie: channels, elementwise, per-output, kernels, 2:4, block:8x4, pattern ... rules gives each
     layer what suits it, search learns that on held-out data, and conv1=pattern,fc=block:8x1 says it. Default: the
@@ -130,7 +130,7 @@ class Train:
     search: float = 0.5
     """Share of the epochs that search; the rest fine-tunes the landed model."""
     tune_epochs: int | None = None
-    """Epochs that fine-tune each of several budgets but the last. Default: half of the last one's."""
+    """Epochs that fine-tune each of several budgets but the last. Default: a quarter of the last one's."""
     float_epochs: int = 40
     """Epochs that train the float model when no weights are given."""
     batch_size: int = 64
@@ -159,5 +159,13 @@ class Run:
     """CPU threads; 0: one for small nets, torch's choice for larger ones."""
     out: Path = Path("runs")
     """Folder for runs; this one goes to OUT/<hash of its settings>."""
+    formats: str = "onnx"
+    """What to export: onnx (always), qonnx (for FPGA flows), pt2 (torch.export), such as onnx,pt2."""
+    onnx_weights: str = "int8"
+    """Type of the weights in model.onnx: int8, or where they fit int4 or int2 (not in OpenVINO) for a smaller file."""
     resume: bool = False
     """Go on from the last checkpoint of the same settings."""
+    tensorboard: bool = False
+    """Also write the history as TensorBoard events into the run's folder (pip install "jpq[tensorboard]")."""
+    checkpoint_every: int = 0
+    """Save after so many optimiser steps too; 0: after every epoch only. Ctrl-C and SIGTERM always save."""

@@ -101,7 +101,7 @@ def shares(config: Config, method: Method) -> dict[str, Share]:
     if 0 < search < len(budgets):
         raise JpqError(f"--epochs {config.train.epochs}: {search} epochs of search are too few for {len(budgets)} "
                        "budgets. Give more --epochs, or a larger --search.")  # fmt: skip
-    less = config.train.tune_epochs or max(1, tune // 2)
+    less = config.train.tune_epochs or max(1, tune // 4)
     found, before = {}, 0
     for i, budget in enumerate(budgets):
         part = search // len(budgets) + (i < search % len(budgets))
@@ -126,8 +126,11 @@ def train(
     """One phase from where the run stands, with a checkpoint after every epoch that holds `more` too."""
     run.go_on(phase, net, optim)
     save = lambda p: run.keep(p, net, optim, **more())  # noqa: E731
-    with ranks.Split(net, net.draws if isinstance(net, Compressed) else ()) as objective.split:
-        run.timed(phase.name, lambda: fit(net, data, phase, objective, optim, run.recorder, run.watch, save))
+    every = run.config.run.checkpoint_every
+    with run.stop, ranks.Split(net, net.draws if isinstance(net, Compressed) else ()) as objective.split:
+        run.timed(phase.name, lambda: fit(
+            net, data, phase, objective, optim, run.recorder, run.watch, save, every, run.stop,
+        ))  # fmt: skip
 
 
 def search_optimizer(net: Compressed, config: Config) -> torch.optim.Optimizer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jpq import foreign
 from jpq.config import Config
 from jpq.costs.latency import NS
 from jpq.settings import read as read_config
@@ -70,9 +70,7 @@ def point_of(folder: Path) -> Point:
     """The run in a folder. Raises JpqError where its files are missing, damaged or of something else."""
     config = read_config(folder / "config.toml")
     try:
-        if (folder / FILE).stat().st_size > BYTES:
-            raise JpqError(f"{FILE} is too large to be one of ours.")
-        tree = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        tree = foreign.tree_of(foreign.text_of(folder / FILE, "result", BYTES), FILE)
         now, full, held = tree["compressed"], tree["float"], tree["held_out"]
         layers = tuple(_layers(folder / "layers.csv"))
         data = tree.get("data") or {}
@@ -144,6 +142,7 @@ def _maybe(value: Any) -> float | None:
 
 def _layers(path: Path) -> Iterator[tuple[Layer, float]]:
     """Each layer with its bit-operations, where zeros of every kind cost nothing."""
+    foreign.require_file(path, "table")
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             w, a, macs = int(row["w_bits"]), int(row["a_bits"]), int(row["macs"])
@@ -158,8 +157,8 @@ def _layers(path: Path) -> Iterator[tuple[Layer, float]]:
 def _chance(path: Path) -> float:
     """Accuracy of guessing, from the plan's number of classes; 0 where there is no plan."""
     try:
-        return 1 / max(1, int(json.loads(path.read_text(encoding="utf-8"))["model"]["classes"]))
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
+        return 1 / max(1, int(foreign.tree_of(foreign.text_of(path), FILE)["model"]["classes"]))
+    except (JpqError, ValueError, KeyError, TypeError):
         return 0.0
 
 

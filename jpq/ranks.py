@@ -56,6 +56,10 @@ def begin(device: str) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         return
+    if device.startswith("cuda:"):
+        raise JpqError(
+            f"--device {device} is one GPU, and each process takes its own. Leave --device out, or give cuda."
+        )
     here, gpus = int(os.environ.get("LOCAL_RANK", "0")), 0 if device == "cpu" else torch.cuda.device_count()
     if gpus and here >= gpus:
         raise JpqError(f"This machine has {gpus} GPUs, fewer than torchrun's --nproc-per-node. Start as many processes "

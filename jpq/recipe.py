@@ -18,6 +18,7 @@ from jpq.costs.table import Table
 from jpq.data import Data
 from jpq.data import load as load_data
 from jpq.descent import Begun, descend
+from jpq.events import Events
 from jpq.gates import Ranked
 from jpq.journal import Journal, open_folder
 from jpq.judging import calibration, known_classes, score_of
@@ -58,6 +59,8 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "", fina
     given = handover.read(d.mask) if d.mask else None
     ranks.require_rows(config.train.batch_size)
     run = Journal(config, watch or Silent(), ranks.from_first(lambda: open_folder(config)))
+    if config.run.tensorboard and ranks.is_first():
+        run.watch = Events(run.watch, run.folder, run.recorder.rows)
     torch.manual_seed(config.run.seed)
     device = pick_device(config.run.device)
 
@@ -181,7 +184,7 @@ def search_schemes(
 ) -> dict[str, str]:
     """The structure of each layer by search on held-out data, unless an earlier part of this run found it."""
     d, path = config.decide, run.folder / mapping.NAME
-    if run.is_past("float") and path.exists():
+    if config.run.resume and path.exists():
         return mapping.read(path)
     found, limit = run.timed("schemes", lambda: mapping.searched(
         method, network, model, data, d.density, d.skip, trained=d.proxy == "trained", lr=config.train.lr,

@@ -16,9 +16,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from jpq import foreign, sizes
 from jpq.config import Config
 from jpq.files import replace_file
-from jpq.result import Figures, LayerRow, Point, Result, Row, human, percent
+from jpq.result import Figures, FrontRow, LayerRow, Result, Row, human, percent
 from jpq.types import JpqError
 
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#E69F00", "#009E73", "#E3E3E3", "#333333"  # Okabe and Ito's palette
@@ -34,6 +35,8 @@ def write(result: Result, config: Config) -> None:
     replace_file(folder / "layers.csv", lambda path: layers.to_csv(path, index=False))
     text = json.dumps(_plain(record(result)), indent=2, allow_nan=False) + "\n"
     replace_file(folder / "result.json", lambda path: path.write_text(text))
+    if result.export:
+        sizes.write(result)
     if result.final:
         save_picture(curves(result, config), folder / "curves.png")
         save_picture(layer_chart(result, config), folder / "layers.png")
@@ -42,7 +45,7 @@ def write(result: Result, config: Config) -> None:
 def read(folder: Path) -> Result:
     """The result that `write` left in a folder. Raises JpqError where its files are missing, damaged or foreign."""
     try:
-        tree = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        tree = foreign.table(foreign.tree_of(foreign.text_of(folder / "result.json", "result"), "result.json"))
         known = {f.name for f in fields(Result)}
         tree = {key: value for key, value in tree.items() if key in known}
         for side in ("float", "compressed"):
@@ -56,7 +59,7 @@ def read(folder: Path) -> Result:
                 Row(**{k: _number(v) for k, v in row.items()} | {"budget": row.get("budget") or ""}) for row in rows
             ),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (JpqError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = " ".join(str(error).split())[:120]
         raise JpqError(f"{folder} does not hold the result of a run ({type(error).__name__}: {why}).") from error
 
@@ -68,6 +71,7 @@ def _number(value: Any) -> Any:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """A CSV's rows; empty cells are None."""
+    foreign.require_file(path, "table")
     table = pd.read_csv(path, dtype={"name": str, "budget": str}).astype(object)
     return [{str(k): v for k, v in row.items()} for row in table.where(table.notna(), None).to_dict("records")]
 
@@ -80,9 +84,9 @@ def write_history(rows: Sequence[Row], folder: Path) -> None:
     replace_file(folder / "history.csv", lambda path: frame.to_csv(path, index=False))
 
 
-def write_front(points: Sequence[Point], folder: Path) -> None:
+def write_front(points: Sequence[FrontRow], folder: Path) -> None:
     """Write front.csv, one line a budget."""
-    frame = pd.DataFrame([asdict(point) for point in points], columns=[f.name for f in fields(Point)])
+    frame = pd.DataFrame([asdict(point) for point in points], columns=[f.name for f in fields(FrontRow)])
     replace_file(folder / FRONT, lambda path: frame.to_csv(path, index=False))
 
 

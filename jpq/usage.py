@@ -9,7 +9,7 @@ COMMANDS = {
     "inspect": "What jpq sees in a model: layers, channels that can go, parts that must stay, and costs.",
     "pareto": "Runs and studies as one front, as table and picture; and a point of it, by what it may cost.",
     "export": "Make a point final: ONNX and packed files, verified, and its accuracy on the test split.",
-    "evaluate": "Accuracy of a model that an earlier run saved.",
+    "evaluate": "Accuracy of a model that an earlier run saved, or of an exported file in a runtime.",
     "bench": "Measure a model's layers into a table of latencies, or exported models against one.",
     "methods": "The methods, what each decides, and when to choose it.",
 }
@@ -47,10 +47,15 @@ EXAMPLES = {
         "jpq export studies/digits --max-bops 0.5%",
         "jpq export runs --knee --out final",
     ),
-    "evaluate": ("jpq evaluate runs/0123456789ab",),
+    "evaluate": (
+        "jpq evaluate runs/0123456789ab",
+        "jpq evaluate runs/0123456789ab/model.onnx --runtime onnxruntime,openvino",
+        "jpq evaluate model.onnx --data cifar10",
+    ),
     "bench": (
         "jpq bench --table convnet.csv --model convnet",
         "jpq bench --table resnet20.csv --model resnet20 --data cifar10 --threads 2",
+        "jpq bench runs/0123456789ab --threads 1 2 --runtime onnxruntime,openvino",
         "jpq bench runs/0123456789ab --table resnet20.csv",
         "jpq bench runs/0123456789ab/model.onnx other.onnx",
     ),
@@ -75,6 +80,7 @@ METAVARS = {
         "FILE": "weights config mask latency_table table",
         "FOLDER": "data_root out",
         "[RUN_FOLDER|FILE.onnx ...]": "what",
+        "RUN_FOLDER|FILE.onnx": "saved",
         "RUNS ...": "runs",
         "NAME": "method score schedule allocator structure width model data device cost like proxy inputs "
         "name sampler per",

@@ -49,7 +49,7 @@ def test_every_budget_is_a_run_folder_that_keeps_its_promise(finished):
             assert (top / point.folder / name).is_file()
     assert result.front[0].bops > result.front[1].bops == result.compressed.bops
     assert sorted(p.name for p in top.iterdir()) == [
-        "bops-1pct", "bops-2pct", "config.toml", "float.safetensors", "front.csv", "history.csv",
+        "bops-1pct", "bops-2pct", "config.toml", "float.safetensors", "front.csv", "front.png", "history.csv",
     ]  # fmt: skip
     table = pd.read_csv(top / "front.csv")
     assert list(table.folder) == ["bops-2pct", "bops-1pct"]
@@ -81,11 +81,16 @@ def test_what_fine_tuning_does_to_one_budget_stays_with_it(finished, tmp_path):
 def test_the_saved_models_are_found_by_the_command_line(finished, capsys):
     _, result = finished
     point = result.front[0]
+    table = jpq.front(result.folder.parent)
+    assert sorted(table.bops) == sorted(p.bops for p in result.front)
     assert main(["evaluate", str(result.folder.parent / point.folder)]) == 0
     assert f"{100 * point.accuracy:.2f} %" in capsys.readouterr().out.replace("\n", " ")
 
 
-@pytest.mark.parametrize("phase", ["float", "search 2%", "fine-tune 2%", "search 1%", "fine-tune 1%"])
+SLOW = [pytest.param(phase, marks=pytest.mark.slow) for phase in ("float", "search 2%", "fine-tune 1%")]
+
+
+@pytest.mark.parametrize("phase", ["fine-tune 2%", "search 1%", *SLOW])
 def test_resuming_anywhere_gives_the_same_bits(phase, finished, tmp_path):
     asked, whole = finished
     result = resumed(asked, tmp_path, phase)
@@ -93,6 +98,7 @@ def test_resuming_anywhere_gives_the_same_bits(phase, finished, tmp_path):
     assert [replace(p, seconds=0) for p in result.front] == [replace(p, seconds=0) for p in whole.front]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "phase"),
     [("uniform", "fine-tune 1%"), ("two-stage", "search 1%"), ("gdp", "search 1%"), ("dpf", "fine-tune 2%"),

@@ -1,4 +1,4 @@
-"""A study of several workers on a real PostgreSQL, which the test starts from Debian's package where it is installed."""
+"""A study of several workers on a real PostgreSQL, which the test starts where Debian's package is installed."""
 
 from __future__ import annotations
 

@@ -285,7 +285,7 @@ def test_a_trial_is_left_as_it_was_where_the_final_run_goes_elsewhere(trained: P
 def test_without_the_float_weights_only_their_accuracy_is_missing(trained: Path, capsys: Captured) -> None:
     made = Path(shutil.copytree(by_target(trained / "runs", "0.5%"), "moved"))
     text = (made / "config.toml").read_text()
-    (made / "config.toml").write_text(re.sub(r'weights = ".*"', 'weights = "gone.safetensors"', text))
+    (made / "config.toml").write_text(re.sub(r'(?m)^weights = ".*"', 'weights = "gone.safetensors"', text))
     assert main(["export", "moved"]) == 0
     out = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "weights are no longer at gone.safetensors" in out

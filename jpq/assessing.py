@@ -27,12 +27,15 @@ class Evaluate:
     """Data set for a file, normalised as for training. Default: that of the run whose folder the file lies in."""
     data_root: Path | None = None
     """Where data sets lie, or are downloaded to. Default: where the run read them, else data."""
+    run_code: bool = False
+    """Run the code that the folder names as its model or data (module:callable): only for folders that you trust."""
 
 
 def run(wanted: Evaluate, console: Console) -> None:
     """Measure what was asked for. Raises JpqError for files and data that do not go together."""
     import torch
 
+    from jpq import models
     from jpq.exporters.runtimes import chosen, opened
     from jpq.outcome import load
     from jpq.result import percent
@@ -49,7 +52,8 @@ def run(wanted: Evaluate, console: Console) -> None:
     of = f"of {batches.size} {wanted.split} images of {data.name} are right"
     classes: dict[str, Any] = {}
     if known and not (single and wanted.data):
-        model, _ = load(folder)
+        model, _ = load(folder, wanted.run_code)
+        models.check_fits(model, data.example, data.classes)
         with torch.no_grad():
             classes["the PyTorch model"] = torch.cat([model(x).argmax(1) for x, _ in batches])
         if not single:
@@ -73,6 +77,7 @@ def _data(wanted: Evaluate, folder: Path | None) -> Any:
     import torch
 
     from jpq.data import load
+    from jpq.foreign import require_no_code
     from jpq.recipe import read_data
     from jpq.settings import read
 
@@ -83,6 +88,8 @@ def _data(wanted: Evaluate, folder: Path | None) -> Any:
             f"Say which images {wanted.saved} is to be tried on: --data digits (or cifar10, folder:PATH ...)."
         )
     config = read(folder / "config.toml")
+    if not wanted.run_code:
+        require_no_code("data", config.task.data, folder / "config.toml", "add --run-code")
     if wanted.data_root is not None:
         config = replace(config, task=replace(config.task, data_root=wanted.data_root))
     return read_data(config, torch.device("cpu"))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jpq import costs, models
+from jpq import costs, foreign, models
 from jpq.compose import compose
 from jpq.costs.latency import NS
 from jpq.costs.table import Entry, Shape, Table, parse, write
@@ -37,7 +37,7 @@ FLOAT, INT8 = 32, 8
 SHARES = (0.0, 0.25, 0.5, 0.75)  # of the channels, besides all of them; 0: one channel
 NAME = "latency.csv"  # the table of a run, in its folder
 ROOM = 2**29  # bytes of weights that are loaded at a time
-LARGEST = 2**26  # characters of a table's file
+LARGEST = 2**26  # bytes of a table's file
 SMALL = 5 * 10**6  # MACs of a layer below which copies of it are timed together
 COPIES = 4
 
@@ -158,16 +158,7 @@ def write_table(entries: list[Entry], path: Path) -> None:
 
 def read_table(path: Path) -> Table:
     """The table in a file. Raises JpqError for a file that cannot be read or is none."""
-    try:
-        if path.stat().st_size > LARGEST:
-            raise JpqError(f"{path} is larger than {LARGEST // 2**20} MB: this is no table of latencies.")
-        return parse(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise JpqError(
-            f"Cannot read the latency table {path}: {error.strerror}. jpq bench --table writes one."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise JpqError(f"{path} is no text, so no table of latencies. jpq bench --table writes one.") from error
+    return parse(foreign.text_of(path, "latency table", LARGEST), str(path))
 
 
 def threads_of(table: Table) -> int:
@@ -214,13 +205,10 @@ def require_run(folder: Path) -> None:
             raise JpqError(f"{folder} is not the folder of a finished run: it has no {name}.")
 
 
-def predicted(folder: Path, table: Table) -> float:
-    """Milliseconds that a table predicts for the model of a run."""
-    config, plan = read_config(folder / "config.toml"), read_plan(folder / "plan.json")
-    d, made_of = config.decide, plan.model
-    if not {"name", "classes", "channels"} <= set(made_of):
-        raise JpqError(f"{folder / 'plan.json'} does not say which model it belongs to.")
-    dense = unpacked(models.build(str(made_of["name"]), int(made_of["classes"]), int(made_of["channels"])))
+def predicted(folder: Path, table: Table, run_code: bool = False) -> float:
+    """Milliseconds that a table predicts for the model of a run; `run_code`: its code may be run (`models.of_plan`)."""
+    d, plan = read_config(folder / "config.toml").decide, read_plan(folder / "plan.json")
+    dense = unpacked(models.of_plan(plan, folder / "plan.json", folder / "model.safetensors", run_code))
     sample = Runner(folder / "model.onnx").shapes[0]
     network = timed(trace(dense, torch.zeros(2, *sample[1:]), open_norms=d.open_norms), table)
     sites = sites_of(compose(d.method, d.structure, d.width), network, d.skip, plan.structures or None)

@@ -52,6 +52,8 @@ class Bench:
     """For that comparison: onnxruntime, openvino, or both (onnxruntime,openvino)."""
     repeats: int = 60
     """Timed calls of everything; the median counts."""
+    run_code: bool = False
+    """Run the code that a run's folder names as its model (module:callable): only for folders that you trust."""
 
 
 def run(wanted: Bench, console: Console) -> None:
@@ -115,7 +117,9 @@ def _models(wanted: Bench, console: Console) -> None:
         if path.is_dir() and (wanted.table is not None or own.is_file()):
             table = bench.read_table(own)
             bench.require_run(path)
-            line = latency_line(bench.compare(path / "model.onnx", bench.predicted(path, table), table, wanted.repeats))
+            line = latency_line(
+                bench.compare(path / "model.onnx", bench.predicted(path, table, wanted.run_code), table, wanted.repeats)
+            )
         else:
             file = path / "model.onnx" if path.is_dir() else path
             threads = wanted.threads[0] if wanted.threads else 1

@@ -14,8 +14,9 @@ from torch import Tensor
 from jpq.costs import COSTS, LayerUse, baseline, dense, latency_ns
 from jpq.types import JpqError
 
-_FORM = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(%|[kKMGT]?)(B?)\s*")
-_TIME = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(%|ns|us|ms|s)\s*")
+_NUMBER = r"[0-9]{0,20}\.?[0-9]{1,20}(?:[eE][-+]?[0-9]{1,2})?"  # of a size that can be reckoned with exactly
+_FORM = re.compile(rf"\s*({_NUMBER})\s*(%|[kKMGT]?)(B?)\s*")
+_TIME = re.compile(rf"\s*({_NUMBER})\s*(%|ns|us|ms|s)\s*")
 _NS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
 _FACTOR = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 FULL_USE = Fraction(97, 100)  # a landed model uses at least this much of its tightest target

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
 from jpq.files import replace_file
+from jpq.tensor_files import safetensors_of, short, torch_of
 from jpq.types import JpqError
 
-NAME = "checkpoint.pt"
+NAME, KIND = "checkpoint.pt", "jpq checkpoint"
 
 
 def save(folder: Path, state: Mapping[str, Any]) -> None:
     """Keep `state` (tensors, numbers, text, lists and dicts of them) as the folder's checkpoint."""
-    try:
-        replace_file(folder / NAME, lambda part: torch.save(dict(state), part))
-    except (OSError, RuntimeError) as error:
-        raise JpqError(f"Cannot write the checkpoint {folder / NAME}: {error}. The last good one is kept.") from error
+
+    def write(part: Path) -> None:
+        with part.open("wb") as file:  # torch's own writer does not keep why it could not write
+            torch.save(dict(state), file)
+
+    replace_file(folder / NAME, write)
 
 
 def load(folder: Path) -> dict[str, Any] | None:
@@ -32,12 +33,10 @@ def load(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise JpqError(
-            f"{path} is not a readable checkpoint ({_short(error)}). Remove it, or run without --resume."
-        ) from error
-    if not isinstance(state, dict) or state.get("kind") != "jpq checkpoint":
+        state = torch_of(path)
+    except JpqError as error:
+        raise JpqError(f"{error} Remove it, or run without --resume.") from error
+    if not isinstance(state, dict) or state.get("kind") != KIND:
         raise JpqError(f"{path} is not a checkpoint that jpq wrote. Remove it, or run without --resume.")
     return state
 
@@ -48,24 +47,20 @@ def restore(module: nn.Module, state: Mapping[str, Tensor], source: Path) -> Non
         module.load_state_dict(dict(state))
     except (RuntimeError, AttributeError, TypeError) as error:
         raise JpqError(
-            f"{source} does not fit this model ({_short(error)}). Remove it, or run without --resume."
+            f"{source} does not fit this model ({short(error)}). Remove it, or run without --resume."
         ) from error
 
 
 def save_tensors(module: nn.Module, path: Path) -> None:
     """The module's state as safetensors."""
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
-    replace_file(path, lambda part: save_file(state, part))
+    replace_file(path, lambda part: part.write_bytes(serialized(state)))  # whose errors are the system's own
 
 
 def load_tensors(module: nn.Module, path: Path) -> None:
-    """Load what `save_tensors` wrote. Raises JpqError for a missing, foreign or ill-fitting file."""
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise JpqError(f"Cannot read {path} ({_short(error)}).") from error
+    """Load what `save_tensors` wrote. Raises JpqError for a missing, foreign or ill-fitting file, NaN or infinity."""
+    state = safetensors_of(path)
+    bad = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise JpqError(f"{path} holds NaN or infinity in '{bad[0]}': it is damaged.")
     restore(module, state, path)
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -13,19 +13,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jpq.usage import COMMANDS, EXAMPLES, METAVARS
-
-if TYPE_CHECKING:
-    from jpq.config import Config
-
-T = TypeVar("T")
+from jpq.flags import parse, parse_study, parsed, shown
+from jpq.interruption import Interruption
+from jpq.usage import COMMANDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +45,12 @@ class Inspect:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the number returned is the exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Run one command; the number returned is the exit code: 0, 2 for bad input, 130 and 143 for Ctrl-C and SIGTERM."""
     args = list(sys.argv[1:] if argv is None else argv)
     console, errors = Console(), Console(stderr=True)
     try:
-        code = _dispatch(args, console)
+        with Interruption():
+            code = _dispatch(args, console)
         console.file.flush()
         return code
     except SystemExit as end:  # the parser's --help and its errors; a pipe that rich found closed
@@ -62,11 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         again = [arg for arg in args if arg not in ("--resume", "--no-resume")]
         how = f" Go on with: jpq {shlex.join(again)} --resume" if args[:1] == ["optimize"] else ""
+        how = f" Go on with: jpq {shlex.join(args)}" if args[:1] == ["study"] else how
         errors.print(f"Stopped.{escape(how)}", soft_wrap=True, highlight=False)
-        return 130
+        return 128 + getattr(stopped, "number", 2)
     except OSError as error:
         _say_error(errors, f"{error.filename or 'A file'}: {error.strerror or error}.")
         return 2
@@ -78,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say_error(errors: Console, text: str) -> None:
+    """One sentence, from one of several processes that fail together."""
+    ranks = sys.modules.get("jpq.ranks")  # which takes seconds to import, and most mistakes are found before
+    if ranks is not None and not ranks.speaks():
+        return
     errors.print(f"[bold red]error:[/] {escape(' '.join(text.split()))}", soft_wrap=True, highlight=False)
 
 
@@ -85,8 +86,8 @@ def _dispatch(args: list[str], console: Console) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA toolkit: nobody asked for one
     warnings.filterwarnings("ignore", message="fast_hadamard_transform")  # brevitas, on import
     commands: dict[str, Callable[[list[str], Console], None]] = {
-        "optimize": _optimize, "prune-private": _prune_private, "inspect": _inspect, "evaluate": _evaluate,
-        "pareto": _pareto, "export": _export, "bench": _bench, "methods": _methods,
+        "optimize": _optimize, "study": _study, "prune-private": _prune_private, "inspect": _inspect,
+        "evaluate": _evaluate, "pareto": _pareto, "export": _export, "bench": _bench, "methods": _methods,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help", "help"):
         _help(console)
@@ -116,16 +117,20 @@ def _help(console: Console) -> None:
 
 def _optimize(args: list[str], console: Console) -> None:
     config = parse(args).check()
+    from jpq import ranks
     from jpq.compose import compose
     from jpq.front_table import front_table
     from jpq.phases import phases
     from jpq.progress import Progress, layer_table, summary
     from jpq.recipe import optimize
 
+    ranks.begin(config.run.device)
+    console.quiet = not ranks.is_first()
     d = config.decide
     planned = {phase.title: phase.epochs for phase in phases(config, compose(d.method, d.structure, d.width))}
     with Progress(console, planned) as watch:
         result = optimize(config, watch, shlex.join(["jpq", "optimize", *args]))
+    ranks.end()
     if result.front:
         console.print(front_table(result))
         return
@@ -133,58 +138,16 @@ def _optimize(args: list[str], console: Console) -> None:
     console.print(summary(result))
 
 
-def parse(args: Sequence[str]) -> Config:
-    """The config that these flags of `jpq optimize` describe, upon the file that --config names."""
-    from jpq.config import Config
-    from jpq.settings import read
+def _study(args: list[str], console: Console) -> None:
+    config, settings = parse_study(args)
+    settings.check(config)
+    from jpq.study_screen import run
 
-    named = [b for a, b in zip(args, [*args[1:], ""], strict=False) if a == "--config" and b]
-    named += [a.partition("=")[2] for a in args if a.startswith("--config=")]
-    base = read(Path(named[-1])) if named else Config()
-    parts: list[Any] = []
-    for field in dataclasses.fields(base):
-        part = getattr(base, field.name)
-        shown = _shown(type(part))
-        parts.append((field.name, shown, dataclasses.field(default=shown(**vars(part)))))
-    note = "Take settings from this TOML file, such as a run's config.toml; flags given here win."
-    file = Annotated[Path | None, _arg("config", note)]
-    flags = dataclasses.make_dataclass("Flags", [*parts, ("config", file, None)], frozen=True)
-    settings: Any = _parsed(flags, "optimize", args)
-    names = [field.name for field in dataclasses.fields(base)]
-    return Config(**{name: type(getattr(base, name))(**vars(getattr(settings, name))) for name in names})
-
-
-def _shown(part: type[T], place: str = "") -> type[T]:
-    """The same settings with the names of values that a help page shows, and no "(default: None)"."""
-    hints = get_type_hints(part)
-    positional: Any = tyro.conf.Positional
-    hints |= {place: positional[hints[place]]} if place else {}  # the one setting that needs no flag
-    known: Any = part
-    columns: list[Any] = [
-        (f.name, Annotated[hints[f.name], _arg(f.name)], dataclasses.field(default=f.default))  # f itself is not ours
-        for f in dataclasses.fields(known)
-    ]
-    made: Any = dataclasses.make_dataclass(part.__name__, columns, bases=(part,), frozen=True)
-    made.__doc__ = part.__doc__
-    return made
-
-
-def _arg(name: str, text: str | None = None) -> Any:
-    return tyro.conf.arg(
-        metavar=METAVARS.get(name), help=text,
-        help_behavior_hint=lambda default: "" if default in ("None", "", "''") else f"(default: {default})",
-    )  # fmt: skip
-
-
-def _parsed(flags: type[T], command: str, args: Sequence[str]) -> T:
-    """The flags of one command. Ends the program on --help (0) and on flags that make no sense (2)."""
-    about = "\n".join([COMMANDS[command], "", "examples:", *(f"  {line}" for line in EXAMPLES[command])])
-    flat = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(flags, prog=f"jpq {command}", description=about, args=list(args), config=flat)
+    run(config, settings, console)
 
 
 def _inspect(args: list[str], console: Console) -> None:
-    wanted = _parsed(_shown(Inspect), "inspect", args)
+    wanted = parsed(shown(Inspect), "inspect", args)
     from jpq.inspection import inspection, noise
     from jpq.network.sites import channels
     from jpq.network.trace import trace
@@ -203,25 +166,25 @@ def _inspect(args: list[str], console: Console) -> None:
 def _pareto(args: list[str], console: Console) -> None:
     from jpq import choosing
 
-    choosing.run(_parsed(_shown(choosing.Pareto, "runs"), "pareto", args), console)
+    choosing.run(parsed(shown(choosing.Pareto, "runs"), "pareto", args), console)
 
 
 def _export(args: list[str], console: Console) -> None:
     from jpq import choosing
 
-    choosing.export(_parsed(_shown(choosing.Export, "runs"), "export", args), console)
+    choosing.export(parsed(shown(choosing.Export, "runs"), "export", args), console)
 
 
 def _bench(args: list[str], console: Console) -> None:
     from jpq import benching
 
-    benching.run(_parsed(_shown(benching.Bench, "what"), "bench", args), console)
+    benching.run(parsed(shown(benching.Bench, "what"), "bench", args), console)
 
 
 def _prune_private(args: list[str], console: Console) -> None:
     from jpq.private import Private
 
-    wanted = _parsed(_shown(Private), "prune-private", args).check()
+    wanted = parsed(shown(Private), "prune-private", args).check()
     from jpq.designer import prune_private
     from jpq.private_report import layer_line, report
 
@@ -232,12 +195,12 @@ def _prune_private(args: list[str], console: Console) -> None:
 def _evaluate(args: list[str], console: Console) -> None:
     from jpq import assessing
 
-    assessing.run(_parsed(_shown(assessing.Evaluate, "saved"), "evaluate", args), console)
+    assessing.run(parsed(shown(assessing.Evaluate, "saved"), "evaluate", args), console)
 
 
 def _methods(args: list[str], console: Console) -> None:
     if args:
-        _parsed(dataclasses.make_dataclass("Methods", [], frozen=True), "methods", args)
+        parsed(dataclasses.make_dataclass("Methods", [], frozen=True), "methods", args)
     from jpq.methods import METHODS
 
     table = Table.grid(padding=(0, 2))

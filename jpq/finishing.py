@@ -15,6 +15,7 @@ from jpq import bench, checkpoint, report
 from jpq.config import Config
 from jpq.data import Data
 from jpq.exporters import verify
+from jpq.foreign import require_no_code
 from jpq.formats import require
 from jpq.outcome import load, ship
 from jpq.plan import Plan
@@ -36,13 +37,15 @@ def is_final(folder: Path) -> bool:
 
 
 def finalize(
-    folder: Path, out: Path | None = None, data_root: Path | None = None, formats: str = "", onnx_weights: str = ""
+    folder: Path, out: Path | None = None, data_root: Path | None = None, formats: str = "", onnx_weights: str = "",
+    run_code: bool = False,
 ) -> Result:  # fmt: skip
     """Export, pack and verify the model of a finished run, read its test split once, and say so in its result.json.
 
     With `out` the run's folder stays as it is, and a complete one is written there. A run that was final keeps the
-    accuracies that it read then. Raises JpqError where the model is not the one that the result describes, where its
-    files or data cannot be read, and where the exported model computes something else.
+    accuracies that it read then. `run_code` lets code run that the folder names (module:callable). Raises JpqError if
+    the model is not the one that the result describes, where its files or data cannot be read, and where the exported
+    model computes something else.
     """
     before = report.read(folder)
     config = read_config(folder / "config.toml")
@@ -52,10 +55,14 @@ def finalize(
     given: dict[str, Any] = {name: value for name, value in named.items() if value}
     config = replace(config, run=replace(config.run, **given))
     require(config.run.formats, config.run.onnx_weights)
-    small, plan = load(folder)
+    if not run_code:
+        require_no_code("data", config.task.data, folder / "config.toml", "add --run-code")
+    small, plan = load(folder, run_code)
     data = read_data(config, torch.device("cpu"))
     require_same(small, plan, before, data)
     notes = [*before.notes, *_moved(before, evaluate(small, data.held_out))]
+    if config.decide.open_norms and verify.OPENED not in before.verified:
+        notes.append("By --open-norms this model is not the masked one; how far apart they were, trials do not keep.")
     target = out or folder
     if out is not None:
         _copy(folder, config, out)

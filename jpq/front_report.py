@@ -22,7 +22,6 @@ RED, PALE = "#D55E00", "#9AA5B1"  # Okabe and Ito's vermillion; grey for what is
 COLUMNS = 24  # of a heat map; longer fronts are thinned out evenly
 CELLS = 14  # columns, and three times as many rows, up to which every cell has its number
 WIDE, HIGH = 590.0, 385.0  # of the plane's axes, in points
-UNIFORM = "uniform"  # the method that has the same bits everywhere
 
 
 def write(front: Front, folder: Path, choice: Choice | None = None) -> list[Path]:
@@ -62,7 +61,7 @@ def plane(front: Front, choice: Choice | None = None) -> Figure:
     if len(front.costs) == 1:
         axes.step(x, y, where="post", color=BLUE, lw=1.6, zorder=2, gid="staircase")
     dominated = [p for i, p in enumerate(front.points) if i not in front.best]
-    even = [p for p in front.points if _method(p) == UNIFORM]
+    even = [p for p in front.points if p.even]
     axes.scatter(*_at([p for p in dominated if p not in even], cost), s=26, facecolor="white", edgecolor=PALE, zorder=3,
                  label="dominated", gid="dominated")  # fmt: skip
     axes.scatter(*_at([p for p in line if p not in even], cost), s=40, color=BLUE, zorder=4, label="front", gid="front")
@@ -75,7 +74,7 @@ def plane(front: Front, choice: Choice | None = None) -> Figure:
                      zorder=5, label="knee", gid="knee")  # fmt: skip
     if choice is not None:
         axes.scatter(*_at([choice.point], cost), s=260, marker="*", color=RED, edgecolor="white", zorder=6,
-                     label=f"chosen: {choice.point.name}", gid="chosen")  # fmt: skip
+                     label=plain(f"chosen: {choice.point.name}"), gid="chosen")  # fmt: skip
     log_ticks(axes.xaxis)
     axes.set_xlabel(f"{WORDS[cost]}, % of the fp32 model")
     axes.set_ylabel("held-out accuracy, %")
@@ -121,12 +120,17 @@ def _at(points: list[Point] | tuple[Point, ...], cost: str) -> tuple[list[float]
 
 
 def _method(point: Point) -> str:
-    return str(point.decisions.get("method", ""))
+    return plain(str(point.decisions.get("method", "")))
 
 
 def _uniform(front: Front) -> Mapping[str, Mapping[str, float]]:
     """What uniform bits cost, as the first run that counted them says: it is the same for all of one model."""
     return next((p.uniform for p in front.points if p.uniform), {})
+
+
+def plain(text: str) -> str:
+    """The text as it stands: matplotlib takes what is between dollar signs for mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _title(front: Front) -> str:
@@ -175,7 +179,7 @@ def heat_map(front: Front, choice: Choice | None = None) -> Figure | None:
         axes.set_title(titles[what], fontsize=10, color=INK, loc="left")
         axes.set_xticks(range(columns), [_column(p, i, front, choice) for p, i in zip(line, numbers, strict=True)],
                         fontsize=8, rotation=0 if columns <= CELLS else 90)  # fmt: skip
-        axes.set_yticks(range(rows), [short(name) for name in names], fontsize=9 if rows <= CELLS else 7)
+        axes.set_yticks(range(rows), [plain(short(name)) for name in names], fontsize=9 if rows <= CELLS else 7)
         axes.tick_params(length=0, colors=INK)
         axes.spines[:].set_visible(False)
         axes.set_xticks(np.arange(0.5, columns - 1), minor=True)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from jpq import checkpoint, report
+from jpq import checkpoint, ranks, report
 from jpq.config import Config
+from jpq.interruption import Interruption
 from jpq.result import Row, Watch
 from jpq.settings import write
 from jpq.train import Phase, Recorder
@@ -33,6 +34,7 @@ class Journal:
     saved: dict[str, Any] | None = None  # the checkpoint that this run goes on from
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # what the gates said at landing
     schemes: str = ""  # who chose a structure for each layer: rules, search or hand; empty where all have the same
+    stop: Interruption = field(default_factory=Interruption)
     budget: int = 0  # place among several budgets
     label: str = ""  # and its name; empty where there is one
     opened: float = 0.0  # how far opened averages set the rebuilt model apart from the masked one, at landing
@@ -40,18 +42,20 @@ class Journal:
     def __post_init__(self) -> None:
         self.top = self.folder  # where checkpoint and history lie
         if self.config.run.resume:
-            self.saved = checkpoint.load(self.folder)
-            ends = (self.folder / "result.json", self.folder / report.FRONT)
-            if self.saved is None and any(path.exists() for path in ends):
-                raise JpqError(
-                    f"Nothing to go on with: {self.folder} holds a finished run. Start anew without --resume."
-                )
-            if self.saved and self.saved["settings"] != self.config.hash():
-                raise JpqError(f"The checkpoint in {self.folder} belongs to other settings; run without --resume.")
-            if self.saved:
-                self.recorder.rows = [Row(**row) for row in self.saved["history"]]
-                earlier = self.recorder.rows[-1].seconds if self.recorder.rows else 0.0
-                self.recorder.clock = _clock(earlier)
+            self.saved = ranks.from_first(self._found)
+        if self.saved:
+            self.recorder.rows = [Row(**row) for row in self.saved["history"]]
+            earlier = self.recorder.rows[-1].seconds if self.recorder.rows else 0.0
+            self.recorder.clock = _clock(earlier)
+
+    def _found(self) -> dict[str, Any] | None:
+        saved = checkpoint.load(self.folder)
+        ends = (self.folder / "result.json", self.folder / report.FRONT)
+        if saved is None and any(path.exists() for path in ends):
+            raise JpqError(f"Nothing to go on with: {self.folder} holds a finished run. Start anew without --resume.")
+        if saved and saved["settings"] != self.config.hash():
+            raise JpqError(f"The checkpoint in {self.folder} belongs to other settings; run without --resume.")
+        return saved
 
     def at(self, budget: int, label: str, folder: Path) -> Journal:
         """The same run at one of several budgets: its own folder and notes, everything else shared."""
@@ -73,13 +77,16 @@ class Journal:
 
     def keep(self, phase: Phase, net: nn.Module, optim: torch.optim.Optimizer, **more: Any) -> None:
         """Write the checkpoint and the history so far."""
+        if not ranks.is_first():
+            return
         report.write_history(self.recorder.rows, self.top)
         state = {
-            "kind": "jpq checkpoint",
+            "kind": checkpoint.KIND,
             "settings": self.config.hash(),
             "phase": phase.name,
             "budget": self.budget,
             "done": phase.done,
+            "losses": phase.losses,
             "net": net.state_dict(),
             "optimizer": optim.state_dict(),
             "random": torch.get_rng_state(),
@@ -98,7 +105,7 @@ class Journal:
         torch.set_rng_state(self.saved["random"])
         if self.saved["random_cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(self.saved["random_cuda"])
-        phase.done = int(self.saved["done"])
+        phase.done, phase.losses = int(self.saved["done"]), list(self.saved["losses"])
 
     def is_in(self, phase: str) -> bool:
         """Whether the checkpoint lies in this phase."""
@@ -127,7 +134,7 @@ def open_folder(config: Config) -> Path:
     folder = config.run.out / config.hash()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(config, folder / "config.toml")
     except OSError as error:
         raise JpqError(f"Cannot write to {folder}: {error.strerror}. Choose another folder with --out.") from error
+    write(config, folder / "config.toml")
     return folder

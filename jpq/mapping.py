@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jpq import foreign
 from jpq.allocators.scheme_search import SAMPLES, Found, search
 from jpq.allocators.schemes import Latency, frugal, hard, milliseconds, project, rules, source, stays, timed, variants
 from jpq.compose import RULES, SEARCH, legal
@@ -168,7 +169,7 @@ def save(path: Path, about: Mapping[str, Any]) -> None:
 def read(path: Path) -> dict[str, str]:
     """The mapping in a record. Raises JpqError where it is none."""
     try:
-        layers = json.loads(path.read_text())["layers"]
-        return {str(name): str(layer["structure"]) for name, layer in layers.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        layers = foreign.table(foreign.table(foreign.tree_of(foreign.text_of(path), str(path)))["layers"])
+        return {name: foreign.text(foreign.table(layer)["structure"]) for name, layer in layers.items()}
+    except (JpqError, ValueError, KeyError) as error:
         raise JpqError(f"{path} is not a mapping of schemes that jpq wrote; start anew without --resume.") from error

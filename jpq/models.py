@@ -11,16 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jpq import vision
+from jpq.foreign import require_file, require_no_code
 from jpq.network.accept import accepted
 from jpq.network.pad import PadChannels
 from jpq.network.read import blame, named_inputs
+from jpq.plan import Plan
 from jpq.sources import call, imported
+from jpq.tensor_files import safetensors_of, short, torch_of
 from jpq.types import JpqError, unknown
 
 
@@ -151,6 +153,25 @@ def build(name: str, classes: int, channels: int | None = None) -> nn.Module:
     return vision.build(rest, classes)
 
 
+def of_plan(plan: Plan, source: Path, weights: Path, run_code: bool = False) -> nn.Module:
+    """The dense model that the plan in file `source` belongs to, new; `weights` is the file of the small model's.
+
+    Raises JpqError where the plan does not say, or declares a model that those weights are too few for; and, unless
+    `run_code`, where it names code (module:callable): that would run what the file's author wants.
+    """
+    missing = [key for key in ("name", "classes", "channels") if key not in plan.model]
+    if missing:
+        raise JpqError(f"{source} does not say which model it belongs to ({', '.join(missing)} missing).")
+    name, classes, channels = plan.model["name"], plan.model["classes"], plan.model["channels"]
+    if not run_code:
+        require_no_code("model", name, source, "load it with run_code=True (on the command line: --run-code)")
+    room = require_file(weights) // 4  # each class and channel has at least one number of 32 bits
+    if max(classes, channels) > room:
+        raise JpqError(f"{source} declares {classes:,} classes and {channels:,} channels, and {weights} holds at most "
+                       f"{room:,} numbers: they do not belong together.")  # fmt: skip
+    return build(name, classes, channels)
+
+
 def usual(name: str) -> tuple[tuple[int, ...], int] | None:
     """(shape of one sample, number of classes) that a named model usually has; None where only its author knows."""
     if name in MODELS:
@@ -215,11 +236,9 @@ def _read(path: Path) -> Any:
     if path.suffix not in (".pth", ".pt", ".th", ".safetensors"):
         raise JpqError(f"Weights '{path}' end in '{path.suffix}'; jpq reads .pth, .pt, .th and .safetensors.")
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign or cut file fails in many ways: pickle, zip, end of file, key, header
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return safetensors_of(path) if path.suffix == ".safetensors" else torch_of(path)
+    except JpqError as error:
+        reason = short(error.__cause__ or error)
         raise JpqError(
             f"Weights '{path}' cannot be read: {reason}. Save them anew as torch.save(model.state_dict(), path)."
         ) from error

@@ -162,17 +162,15 @@ def branched_or_same(small: nn.Module, plan: Plan, example: torch.Tensor) -> nn.
     return cut
 
 
-def load(folder: str | Path) -> tuple[nn.Module, Plan]:
+def load(folder: str | Path, run_code: bool = False) -> tuple[nn.Module, Plan]:
     """(small model in eval mode, its plan) from a run's folder; no pickle, no optimiser, no data needed.
 
-    Raises JpqError where files are missing, foreign or do not fit together.
+    Where the model is your own code (module:callable), it is run only if `run_code`: the name is in the folder, and
+    whoever made that chose it. Raises JpqError where files are missing, foreign or do not fit together.
     """
     folder = Path(folder)
     plan = read_plan(folder / "plan.json")
-    try:
-        dense = models.build(str(plan.model["name"]), int(plan.model["classes"]), int(plan.model["channels"]))
-    except KeyError as error:
-        raise JpqError(f"{folder / 'plan.json'} does not say which model it belongs to ({error}).") from error
+    dense = models.of_plan(plan, folder / "plan.json", folder / "model.safetensors", run_code)
     small = build(plan, unpacked(dense))
     checkpoint.load_tensors(small, folder / "model.safetensors")
     return small.eval(), plan

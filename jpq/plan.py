@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from jpq import foreign
 from jpq.types import JpqError, Units
 
 FORMAT = 1
+MOST_UNITS = 2**34  # of one mask
+WIDEST = 2**24  # channels of one layer
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,19 @@ class MaskPlan:
         """From `[rows, n]` units, 0 or 1."""
         packed = np.packbits(keep.detach().bool().cpu().numpy().ravel())
         return cls(keep.shape[0], keep.shape[1], base64.b64encode(zlib.compress(packed.tobytes(), 9)).decode())
+
+    def check(self) -> None:
+        """Raises ValueError for bits that are not of as many units as declared; makes no room for them."""
+        size, found, inflate = (self.rows * self.n + 7) // 8, 0, zlib.decompressobj()
+        data = base64.b64decode(self.bits, validate=True)
+        try:
+            while data and found <= size and not inflate.eof:
+                found += len(inflate.decompress(data, 2**20))
+                data = inflate.unconsumed_tail
+        except zlib.error as error:
+            raise ValueError(f"a mask's bits cannot be inflated: {error}") from error
+        if found != size or not inflate.eof or inflate.unused_data:
+            raise ValueError(f"a mask of {self.rows} x {self.n} units has {size} bytes")
 
     def units(self) -> Units:
         """`[rows, n]`, bool. Raises ValueError for bits that are not of that many units."""
@@ -82,55 +98,79 @@ class Plan:
 def from_json(text: str, source: str) -> Plan:
     """The plan in `text`. Raises JpqError where it is not one; nothing in it is executed."""
     try:
-        tree = json.loads(text)
+        tree = foreign.table(foreign.tree_of(text, source))
         if tree.pop("format") != FORMAT:
-            raise JpqError(f"{source} was written by another version of jpq (format {tree.get('format')}).")
+            raise JpqError(f"{source} was written by another version of jpq (format {str(tree.get('format'))[:20]}).")
         return Plan(
-            method=str(tree["method"]),
-            layers={name: _layer(value) for name, value in tree["layers"].items()},
-            kept={name: tuple(bool(u) for u in units) for name, units in tree["kept"].items()},
-            masks={name: _mask(value) for name, value in tree.get("masks", {}).items()},
+            method=foreign.text(tree["method"]),
+            layers={name: _layer(value) for name, value in foreign.table(tree["layers"]).items()},
+            kept={
+                name: tuple(foreign.flag(u) for u in foreign.row(units))
+                for name, units in foreign.table(tree["kept"]).items()
+            },
+            masks={name: _mask(value) for name, value in foreign.table(tree.get("masks", {})).items()},
             structures=_structures(tree),
             slices={
-                name: {int(dim): [int(i) for i in index] for dim, index in dims.items()}
-                for name, dims in tree["slices"].items()
+                name: {_dim(dim): _indices(index) for dim, index in foreign.table(dims).items()}
+                for name, dims in foreign.table(tree["slices"]).items()
             },
-            selects={name: [int(i) for i in index] for name, index in tree.get("selects", {}).items()},
-            ends={str(name): _end(value) for name, value in tree.get("ends", {}).items()},
-            model=dict(tree["model"]),
+            selects={name: _indices(index) for name, index in foreign.table(tree.get("selects", {})).items()},
+            ends={name: _end(value) for name, value in foreign.table(tree.get("ends", {})).items()},
+            model=_model(foreign.table(tree["model"])),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
+    except (ValueError, KeyError) as error:
         raise JpqError(f"{source} is not a plan that jpq wrote ({type(error).__name__}: {error}).") from error
 
 
-def _layer(value: Mapping[str, Any]) -> LayerPlan:
-    layer = LayerPlan(int(value["w_bits"]), int(value["a_bits"]), bool(value["signed"]))
-    if not (1 <= layer.w_bits <= 32 and 1 <= layer.a_bits <= 32):
-        raise ValueError(f"{layer.w_bits} and {layer.a_bits} bits lie outside 1 to 32")
-    return layer
+def _layer(value: Any) -> LayerPlan:
+    layer = foreign.table(value)
+    w_bits, a_bits = (foreign.whole(layer[name], 1, 32) for name in ("w_bits", "a_bits"))
+    return LayerPlan(w_bits, a_bits, foreign.flag(layer["signed"]))
 
 
-def _end(value: Mapping[str, Any]) -> EndPlan:
-    end = EndPlan(int(value["bits"]), bool(value["signed"]))
-    if not 2 <= end.bits <= 8:
-        raise ValueError(f"a result of {end.bits} bits lies outside 2 to 8")
-    return end
+def _end(value: Any) -> EndPlan:
+    given = foreign.table(value)
+    return EndPlan(foreign.whole(given["bits"], 2, 8), foreign.flag(given["signed"]))
 
 
-def _mask(value: Mapping[str, Any]) -> MaskPlan:
-    mask = MaskPlan(int(value["rows"]), int(value["n"]), str(value["bits"]))
-    if mask.rows < 1 or mask.n < 1 or mask.rows * mask.n > 2**34:
-        raise ValueError(f"a mask of {mask.rows} x {mask.n} units")
-    mask.units()
+def _mask(value: Any) -> MaskPlan:
+    given = foreign.table(value)
+    rows, n = (foreign.whole(given[name], 1, MOST_UNITS) for name in ("rows", "n"))
+    foreign.whole(rows * n, 1, MOST_UNITS)
+    mask = MaskPlan(rows, n, foreign.text(given["bits"], foreign.MOST))
+    mask.check()
     return mask
+
+
+def _dim(text: str) -> int:
+    if text not in ("0", "1", "2", "3", "4"):
+        raise ValueError(f"{text[:40]!r} where a dim belongs")
+    return int(text)
+
+
+def _indices(value: Any) -> list[int]:
+    """Places of channels: each once, in any order."""
+    found = [foreign.whole(i, 0, WIDEST) for i in foreign.row(value)]
+    if len(set(found)) < len(found):
+        raise ValueError("a channel is kept twice")
+    return found
+
+
+def _model(tree: dict[str, Any]) -> dict[str, Any]:
+    for name, value in tree.items():
+        if name in ("classes", "channels"):
+            foreign.whole(value, 1, WIDEST)
+        elif name == "name":
+            foreign.text(value)
+    return tree
 
 
 def _structures(tree: Mapping[str, Any]) -> dict[str, str]:
     """By layer; plans of before schemes were mapped name one structure for all masks."""
     masked = list(tree.get("masks", {}))
     if "structures" not in tree:
-        return dict.fromkeys(masked, str(tree.get("structure", "")))
-    found = {str(name): str(text) for name, text in tree["structures"].items()}
+        return dict.fromkeys(masked, foreign.text(tree.get("structure", "")))
+    found = {name: foreign.text(text) for name, text in foreign.table(tree["structures"]).items()}
     if found.keys() != set(masked):
         raise ValueError(f"structures of layers {sorted(found)}, masks of {sorted(masked)}")
     return found
@@ -138,7 +178,4 @@ def _structures(tree: Mapping[str, Any]) -> dict[str, str]:
 
 def read(path: Path) -> Plan:
     """The plan in a file."""
-    try:
-        return from_json(path.read_text(), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise JpqError(f"Cannot read the plan {path}: {error}.") from error
+    return from_json(foreign.text_of(path, "plan"), str(path))

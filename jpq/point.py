@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jpq import foreign
 from jpq.config import Config
 from jpq.costs.latency import NS
 from jpq.settings import read as read_config
@@ -58,14 +58,19 @@ class Point:
         """Its cost over the fp32 model's."""
         return self.costs[cost] / self.full[cost]
 
+    @property
+    def even(self) -> bool:
+        """Whether it has the same bits everywhere and nothing dropped; what reads the image keeps its own width."""
+        bits = {(layer.w_bits, layer.a_bits) for layer in self.layers[1:]}
+        whole = all(layer.density == 1 for layer in self.layers)
+        return whole and len(bits) == 1 and {layer.w_bits for layer in self.layers} == {w for w, _ in bits}
+
 
 def point_of(folder: Path) -> Point:
     """The run in a folder. Raises JpqError where its files are missing, damaged or of something else."""
     config = read_config(folder / "config.toml")
     try:
-        if (folder / FILE).stat().st_size > BYTES:
-            raise JpqError(f"{FILE} is too large to be one of ours.")
-        tree = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        tree = foreign.tree_of(foreign.text_of(folder / FILE, "result", BYTES), FILE)
         now, full, held = tree["compressed"], tree["float"], tree["held_out"]
         layers = tuple(_layers(folder / "layers.csv"))
         data = tree.get("data") or {}
@@ -86,7 +91,9 @@ def point_of(folder: Path) -> Point:
             layers=tuple(layer for layer, _ in layers),
             uniform={str(n): {str(k): float(v) for k, v in c.items()} for n, c in tree.get("uniform", {}).items()},
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+    except OSError as error:
+        raise JpqError(f"{Path(str(error.filename)).name} cannot be read ({error.strerror}).") from error
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, csv.Error) as error:
         raise JpqError(f"it does not hold the result of a run ({type(error).__name__}: {_short(error)}).") from error
     return point
 
@@ -135,6 +142,7 @@ def _maybe(value: Any) -> float | None:
 
 def _layers(path: Path) -> Iterator[tuple[Layer, float]]:
     """Each layer with its bit-operations, where zeros of every kind cost nothing."""
+    foreign.require_file(path, "table")
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             w, a, macs = int(row["w_bits"]), int(row["a_bits"]), int(row["macs"])
@@ -149,8 +157,8 @@ def _layers(path: Path) -> Iterator[tuple[Layer, float]]:
 def _chance(path: Path) -> float:
     """Accuracy of guessing, from the plan's number of classes; 0 where there is no plan."""
     try:
-        return 1 / max(1, int(json.loads(path.read_text(encoding="utf-8"))["model"]["classes"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return 1 / max(1, int(foreign.tree_of(foreign.text_of(path), FILE)["model"]["classes"]))
+    except (JpqError, ValueError, KeyError, TypeError):
         return 0.0
 
 
@@ -218,7 +226,7 @@ def from_attributes(name: str, about: Mapping[str, Any], found: Mapping[str, Any
         )
     except KeyError as error:
         raise JpqError(f"neither its folder nor its attribute {error} is at hand.") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise JpqError(f"its attributes are not those of a trial of jpq study ({_short(error)}).") from error
 
 

@@ -16,10 +16,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from jpq import sizes
+from jpq import foreign, sizes
 from jpq.config import Config
 from jpq.files import replace_file
-from jpq.result import Figures, LayerRow, Point, Result, Row, human, percent
+from jpq.result import Figures, FrontRow, LayerRow, Result, Row, human, percent
 from jpq.types import JpqError
 
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#E69F00", "#009E73", "#E3E3E3", "#333333"  # Okabe and Ito's palette
@@ -45,7 +45,7 @@ def write(result: Result, config: Config) -> None:
 def read(folder: Path) -> Result:
     """The result that `write` left in a folder. Raises JpqError where its files are missing, damaged or foreign."""
     try:
-        tree = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        tree = foreign.table(foreign.tree_of(foreign.text_of(folder / "result.json", "result"), "result.json"))
         known = {f.name for f in fields(Result)}
         tree = {key: value for key, value in tree.items() if key in known}
         for side in ("float", "compressed"):
@@ -59,7 +59,7 @@ def read(folder: Path) -> Result:
                 Row(**{k: _number(v) for k, v in row.items()} | {"budget": row.get("budget") or ""}) for row in rows
             ),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (JpqError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = " ".join(str(error).split())[:120]
         raise JpqError(f"{folder} does not hold the result of a run ({type(error).__name__}: {why}).") from error
 
@@ -71,19 +71,22 @@ def _number(value: Any) -> Any:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """A CSV's rows; empty cells are None."""
+    foreign.require_file(path, "table")
     table = pd.read_csv(path, dtype={"name": str, "budget": str}).astype(object)
     return [{str(k): v for k, v in row.items()} for row in table.where(table.notna(), None).to_dict("records")]
 
 
 def write_history(rows: Sequence[Row], folder: Path) -> None:
-    """Write history.csv, one line an epoch; a reader never sees half a file."""
-    frame = pd.DataFrame([asdict(row) for row in rows], columns=[f.name for f in fields(Row)])
+    """Write history.csv, one line an epoch, with a column for the budget where there are several."""
+    several = any(row.budget for row in rows)
+    columns = [f.name for f in fields(Row) if several or f.name != "budget"]
+    frame = pd.DataFrame([asdict(row) for row in rows], columns=columns)
     replace_file(folder / "history.csv", lambda path: frame.to_csv(path, index=False))
 
 
-def write_front(points: Sequence[Point], folder: Path) -> None:
+def write_front(points: Sequence[FrontRow], folder: Path) -> None:
     """Write front.csv, one line a budget."""
-    frame = pd.DataFrame([asdict(point) for point in points], columns=[f.name for f in fields(Point)])
+    frame = pd.DataFrame([asdict(point) for point in points], columns=[f.name for f in fields(FrontRow)])
     replace_file(folder / FRONT, lambda path: frame.to_csv(path, index=False))
 
 

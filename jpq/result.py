@@ -75,7 +75,7 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Point:
+class FrontRow:
     """One of several budgets of a run, a line of front.csv."""
 
     budget: str  # as asked for
@@ -115,7 +115,7 @@ class Result:
     data: dict[str, Any] = field(default_factory=dict)  # name, checksum, sizes of the splits
     uniform: Numbers = field(default_factory=dict)  # "W4A4" -> what the whole model costs at these bits, by measure
     final: bool = True  # exported, verified and measured on the test split; else one of a study's trials
-    front: tuple[Point, ...] = ()  # every budget of a run that followed several down; this result is the last one's
+    front: tuple[FrontRow, ...] = ()  # every budget of a run that followed several down; this result is the last one's
 
 
 class Watch(Protocol):

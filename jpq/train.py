@@ -11,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jpq import costs
+from jpq import costs, ranks
 from jpq.budget import Controller
 from jpq.data import Batches, Data
+from jpq.diverged import diverged, is_finite, require_finite
+from jpq.interruption import Interruption
 from jpq.network.compressed import Compressed, Side
-from jpq.network.read import evaluating, heard
+from jpq.network.read import evaluating
 from jpq.quantizers import Integer
+from jpq.ranks import Split
 from jpq.result import Row, Silent, Watch
 from jpq.types import JpqError
 
@@ -34,9 +37,12 @@ class Objective:
     temperature: float = 1.0
     gate_weight: float = 0.0
     controller: Controller | None = None  # None outside the search: decisions are fixed
+    split: Split | None = None  # this process's rows, where several share a batch
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, side: Side = "both") -> Tensor:
         """The loss of one batch; progress of the phase in [0, 1]. What the weights alone learn from has no budget."""
+        if self.split is not None:
+            x, y = self.split.take(x, y)
         logits = net(x)
         if not isinstance(logits, Tensor):
             raise JpqError(f"In training the model gives a {type(logits).__name__}, and jpq trains on one tensor of "
@@ -50,6 +56,8 @@ class Objective:
             loss = loss + self.distill * self.temperature**2 * F.kl_div(
                 given, wanted, log_target=True, reduction="batchmean"
             )
+        if self.split is not None:
+            loss = loss * self.split.weight
         if self.controller is not None and isinstance(net, Compressed) and side != "weights":
             loss = loss + pressure(net, self.controller, progress, self.gate_weight)
         return loss
@@ -70,6 +78,7 @@ class Phase:
     before: int = 0  # epochs of the same curve that lie before this phase
     total: int = 0  # epochs of the whole curve; 0: this phase alone
     done: int = 0  # epochs already done (resumed)
+    losses: list[float] = field(default_factory=list)  # of the steps already done in the epoch after those
     stretch: float = 1.0  # epochs of the curve that one of this phase covers
     budget: str = ""  # which of several budgets it is for
     anneals: bool = True  # False: gates stay as cold as an earlier search left them
@@ -165,48 +174,72 @@ def fit(
     recorder: Recorder,
     watch: Watch | None = None,
     save: Callable[[Phase], None] = lambda phase: None,
+    every: int = 0,
+    stop: Interruption | None = None,
 ) -> None:
     """Train for one phase; after each epoch measure the held-out accuracy, record a row and `save`.
+
+    Saves in the midst of an epoch too: after `every` steps (0: never), and where the run is asked to `stop`, or the
+    watch ends it by a KeyboardInterrupt, which then passes through. A phase goes on where its `done` and `losses` say.
 
     In a search whose gates are `held_out` (bi-level), batches alternate: weights learn on the task alone from one half
     of the training samples, decisions on everything from the other (`Batches.halves`); an epoch is still one pass.
 
     Raises JpqError when the loss is no longer a number; what was saved last stays as it is.
     """
-    watch = watch or Silent()
+    watch, stop = watch or Silent(), stop or Interruption()
     bilevel = objective.controller is not None and isinstance(net, Compressed) and net.held_out
     parts = data.train.halves() if bilevel else (data.train,)
     steps = len(parts) * min(len(part) for part in parts)
     watch.phase(phase.title, phase.epochs, steps)
-    for epoch in range(phase.done, phase.epochs):
-        net.train()
-        losses = []
-        for i, (side, x, y) in enumerate(_turns(parts, phase.before + epoch)):
-            at = epoch + i / steps
-            if isinstance(net, Compressed):
-                net.learn(side)
-            for group in optim.param_groups:
-                group["lr"] = group["peak"] * (phase.rate(at) if group["curve"] else 1.0)
-            loss = objective(net, x, y, at / phase.epochs, side)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise JpqError(_diverged(net, x, phase, epoch))
-            optim.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(optim.param_groups[0]["params"], CLIP)
-            optim.step()
-            if isinstance(net, Compressed):
-                net.after_step(at / phase.epochs if phase.anneals else 1.0)
-            losses.append(value)
-            watch.step(value, *recorder.shares(objective))
-        if not all(bool(p.isfinite().all()) for p in net.parameters()):  # before it can replace a good checkpoint
-            raise JpqError(_diverged(net, x, phase, epoch))
-        accuracy = evaluate(net, data.held_out)
-        mean = sum(losses) / max(1, len(losses))
-        row = recorder.row(phase, epoch + 1, mean, accuracy, net, objective, optim.param_groups[0]["lr"])
-        phase.done = epoch + 1
-        watch.epoch(row)
-        save(phase)
+    try:
+        for epoch in range(phase.done, phase.epochs):
+            ranks.share_state(net)
+            net.train()
+            for i, (side, x, y) in enumerate(_turns(parts, phase.before + epoch)):
+                if i < len(phase.losses):
+                    continue  # an earlier part of this run did it
+                with stop.whole():
+                    phase.losses.append(_step(net, (x, y), phase, epoch + i / steps, objective, optim, side))
+                watch.step(phase.losses[-1], *recorder.shares(objective))
+                if every and len(phase.losses) % every == 0 and i + 1 < steps:
+                    require_finite(net, x, phase.name, phase.done)
+                    save(phase)
+            require_finite(net, x, phase.name, phase.done)  # before it can replace a good checkpoint
+            accuracy = evaluate(net, data.held_out)
+            with stop.whole():
+                mean = sum(phase.losses) / max(1, len(phase.losses))
+                row = recorder.row(phase, epoch + 1, mean, accuracy, net, objective, optim.param_groups[0]["lr"])
+                phase.done, phase.losses = epoch + 1, []
+            watch.epoch(row)
+            save(phase)
+    except KeyboardInterrupt:
+        if not stop.cut and is_finite(net):
+            save(phase)
+        raise
+
+
+def _step(
+    net: nn.Module, batch: tuple[Tensor, Tensor], phase: Phase, at: float, objective: Objective,
+    optim: torch.optim.Optimizer, side: Side,
+) -> float:  # fmt: skip
+    """One optimiser step at a fractional epoch of the phase; the loss before it."""
+    if isinstance(net, Compressed):
+        net.learn(side)
+    for group in optim.param_groups:
+        group["lr"] = group["peak"] * (phase.rate(at) if group["curve"] else 1.0)
+    loss = objective(net, *batch, at / phase.epochs, side)
+    value = ranks.mean(loss)
+    if not math.isfinite(value):
+        raise JpqError(diverged(net, batch[0], phase.name, phase.done))
+    optim.zero_grad()
+    loss.backward()
+    ranks.average_gradients(net)
+    nn.utils.clip_grad_norm_(optim.param_groups[0]["params"], CLIP)
+    optim.step()
+    if isinstance(net, Compressed):
+        net.after_step(at / phase.epochs if phase.anneals else 1.0)
+    return value
 
 
 def _turns(parts: Sequence[Batches], epoch: int) -> Iterator[tuple[Side, Tensor, Tensor]]:
@@ -244,22 +277,3 @@ def reestimate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], count: 
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     net.eval()
-
-
-@torch.no_grad()
-def _diverged(net: nn.Module, x: Tensor, phase: Phase, epoch: int) -> str:
-    """The sentence for a loss that is not a number: where it happened first."""
-    bad = [name for name, p in net.named_parameters() if not p.isfinite().all()]
-    first: list[str] = []
-
-    def look(name: str, _: nn.Module, __: Any, out: Any) -> None:
-        if isinstance(out, Tensor) and not first and not out.isfinite().all():
-            first.append(name)
-
-    with heard({n: m for n, m in net.named_modules() if not list(m.children())}, look):
-        net(x)
-    where = f"the output of layer '{first[0]}'" if first else f"parameter '{bad[0]}'" if bad else "the loss itself"
-    return (
-        f"The loss is not a number in phase {phase.name}, epoch {epoch + 1}: {where} is the first that is not finite. "
-        "The last checkpoint is kept. Lower --lr (or --gate-lr, --bit-lr), or look for bad samples in the data."
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 COMMANDS = {
     "optimize": "Prune and quantize a model together, onto a budget.",
+    "study": "Search a front of models, accuracy against cost, by many runs; any number of workers share it.",
     "prune-private": "Prune a trained model without any data; the mask is for jpq optimize --mask.",
     "inspect": "What jpq sees in a model: layers, channels that can go, parts that must stay, and costs.",
     "pareto": "Runs and studies as one front, as table and picture; and a point of it, by what it may cost.",
@@ -18,6 +19,13 @@ EXAMPLES = {
         "jpq optimize --model resnet20 --weights w.th --data cifar10 --target-bops 0.9%",
         "jpq optimize --target-bops 12M --target-size 50KB --method djpq-pow2",
         "jpq optimize --config runs/0123456789ab/config.toml --seed 1",
+    ),
+    "study": (
+        "jpq study --trials 40",
+        "jpq study --name r20 --model resnet20 --weights w.th --data cifar10 --epochs 3 --per block --sampler nsga2",
+        "jpq study --name small --objectives accuracy,size --max-size 60KB",
+        "jpq study --name shared --storage postgresql+psycopg://jpq@server/jpq",
+        "jpq study --vary target,method,lr --methods djpq,l0,dhp --bops-range 0.25% 2%",
     ),
     "prune-private": (
         "jpq prune-private --model resnet20 --weights w.th --synthetic --out private",
@@ -59,7 +67,10 @@ METAVARS = {
         "COST": "target_bops target_macs max_bops max_macs",
         "SIZE": "target_size max_size",
         "TIME": "target_latency max_latency",
-        "MIN MAX": "w_bits a_bits",
+        "MIN MAX": "w_bits a_bits density_range bops_range lr_range",
+        "DECISIONS": "bits densities",
+        "NAMES": "objectives vary methods structures",
+        "URL": "storage",
         "SHARE": "density min_accuracy",
         "[COST ...]": "costs",
         "INT": "limit tune_epochs",
@@ -71,7 +82,8 @@ METAVARS = {
         "[RUN_FOLDER|FILE.onnx ...]": "what",
         "RUN_FOLDER|FILE.onnx": "saved",
         "RUNS ...": "runs",
-        "NAME": "method score schedule allocator structure width model data device cost like proxy inputs",
+        "NAME": "method score schedule allocator structure width model data device cost like proxy inputs "
+        "name sampler per",
     }.items()
     for name in names.split()
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from jpq.choosing import Export, Pareto
 from jpq.config import Config
 from jpq.private import Private
 
@@ -25,10 +26,10 @@ def test_python_blocks_run_one_after_the_other(capsys):
 
 
 def test_flags_exist():
-    parts = [*vars(Config()).values(), Private]
+    parts = [*vars(Config()).values(), Private, Pareto, Export]
     known = {f"--{f.name.replace('_', '-')}" for part in parts for f in dataclasses.fields(part)}
     others = {"--config", "--help", "--input-shape", "--all", "--table"}
-    of_jpq = re.sub(r"`python studies/[^`]*`", "", TEXT)  # studies have flags of their own
+    of_jpq = re.sub(r"`python studies/[^`]*`|torchrun .* -m(?= jpq)", "", TEXT)  # which have flags of their own
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", of_jpq)) - others
     assert used <= known, used - known
 

@@ -13,6 +13,7 @@ from matplotlib.image import imread
 from jpq import report
 from jpq.config import Config
 from jpq.result import Figures, LayerRow, Result, Row, human, percent
+from jpq.types import JpqError
 
 
 def history(search: int = 8, tune: int = 6) -> tuple[Row, ...]:
@@ -62,16 +63,26 @@ def test_result_json_holds_what_it_promises(tmp_path: Path) -> None:
     assert tree["notes"] == ["a note"]
 
 
-def test_tables_come_back_from_csv(tmp_path: Path) -> None:
+def test_results_come_back_from_their_files(tmp_path: Path) -> None:
     made = result(tmp_path)
+    made = replace(made, history=tuple(replace(row, budget="1%") for row in made.history[1:]))
     report.write(made, Config())
-    rows = pd.read_csv(tmp_path / "history.csv")
-    assert [Row(**row) for row in rows[1:].to_dict("records")] == list(made.history[1:])
-    assert rows.loc[0, "phase"] == "float"
-    assert math.isnan(rows.loc[0, "bops_share"])
-    layers = pd.read_csv(tmp_path / "layers.csv").astype(object)
-    layers = layers.where(layers.notna(), None)
-    assert [LayerRow(**row) for row in layers.to_dict("records")] == list(made.layers)
+    assert report.read(tmp_path) == made
+    report.write(replace(result(tmp_path), final=False), Config())
+    again = report.read(tmp_path)
+    assert not again.final
+    assert again.history[0].phase == "float"
+    assert math.isnan(again.history[0].bops_share)
+    assert again.history[1:] == result(tmp_path).history[1:]
+
+
+@pytest.mark.parametrize(("name", "text"), [("result.json", "{"), ("result.json", "[]"), ("history.csv", "a,b\n1,2\n"),
+                                            ("layers.csv", ""), ("layers.csv", None)])  # fmt: skip
+def test_results_that_cannot_be_read(name: str, text: str | None, tmp_path: Path) -> None:
+    report.write(result(tmp_path, final=False), Config())
+    (tmp_path / name).unlink() if text is None else (tmp_path / name).write_text(text)
+    with pytest.raises(JpqError, match="does not hold the result of a run"):
+        report.read(tmp_path)
 
 
 def test_history_is_replaced_whole(tmp_path: Path) -> None:

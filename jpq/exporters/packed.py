@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from torch import Size, Tensor
 
 from jpq.files import replace_file
+from jpq.foreign import require_file, tree_of
 from jpq.structures import Layout, Structure, bits, encoding, parse
 from jpq.types import JpqError
 
@@ -94,10 +95,17 @@ def save_packed(path: Path, layers: Mapping[str, Packed], tensors: Mapping[str, 
         about["tensors"][name] = _describe(stored)
     text = json.dumps(about, separators=(",", ":"))
     about_it = {"jpq": text, "crc32": str(zlib.crc32(text.encode()))}
-    try:
-        replace_file(path, lambda part: save_file(streams, part, about_it))
-    except (OSError, SafetensorError) as error:
-        raise JpqError(f"Cannot write {path}: {error}.") from error
+    replace_file(path, lambda part: part.write_bytes(_ordered(serialized(streams, about_it))))
+
+
+def _ordered(data: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: safetensors writes them in an order that chance decides."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def load_packed(path: Path, most: int = MOST) -> tuple[dict[str, Packed], dict[str, Tensor]]:
@@ -106,13 +114,14 @@ def load_packed(path: Path, most: int = MOST) -> tuple[dict[str, Packed], dict[s
     Raises JpqError for a file that is missing, damaged, foreign, or that declares more than `most` weights (or units of
     a mask): no room is made for more, whatever the file says.
     """
+    require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             about, names = file.metadata() or {}, set(file.keys())
             text = about.get("jpq", "")
             if about.get("crc32") != str(zlib.crc32(text.encode())):
                 raise JpqError("it was not written by jpq, or its header is damaged")
-            entries = json.loads(text)
+            entries = tree_of(text, "its header")
             if entries.get("format") != FORMAT:
                 raise JpqError(f"its format is {entries.get('format')!r}, not {FORMAT!r}: use the jpq that wrote it")
             wanted = {f"layers/{n}/{s}" for n in entries["layers"] for s in ("values", "mask")}

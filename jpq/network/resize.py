@@ -53,6 +53,8 @@ def apply_slices(model: nn.Module, slices: Slices) -> nn.Module:
         try:
             module = model.get_submodule(path)
             value = getattr(module, attribute)
+            if isinstance(value, bool) or not isinstance(value, int | tuple | Tensor):
+                raise AttributeError(f"{name} is a {type(value).__name__}")
         except AttributeError as e:
             raise JpqError(f"The plan slices '{name}', which this {type(model).__name__} has not. Load the plan "
                            "into the model that it was made from.") from e  # fmt: skip
@@ -70,7 +72,11 @@ def apply_slices(model: nn.Module, slices: Slices) -> nn.Module:
 def _slice(name: str, value: Tensor, axes: dict[int, list[int]]) -> None:
     data = value.data
     for dim, kept in axes.items():
-        if kept and max(kept) >= data.shape[dim]:
+        if not kept or dim >= data.dim():
+            raise JpqError(
+                f"The plan keeps {len(kept)} entries of dim {dim} of '{name}', a tensor of {data.dim()} dims."
+            )
+        if max(kept) >= data.shape[dim]:
             raise JpqError(f"The plan keeps index {max(kept)} of dim {dim} of '{name}', which has only "
                            f"{data.shape[dim]}. Load the plan into the model that it was made from, once.")  # fmt: skip
         data = data.index_select(dim, torch.tensor(kept, dtype=torch.long, device=data.device))

@@ -1,0 +1,318 @@
+"""Folders and studies become a front: every run once, foreign ones named, and one point picked with its reasons."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+import pytest
+from made_runs import FULL, SPREAD, folder, spread
+
+import jpq
+from jpq.fronts import by_method, ignorant, make, write
+from jpq.pareto import covered
+from jpq.picking import limits, pick
+from jpq.point import point_of
+from jpq.runs import read
+from jpq.types import JpqError
+
+
+def test_a_row_per_run_with_every_decision(tmp_path: Path) -> None:
+    made = folder(tmp_path, 0.9, 0.01, final=True, packed={"total": 777}, seed=3)
+    (row,) = jpq.front(tmp_path).to_dict("records")
+    assert row["name"] == made.name
+    assert row["folder"] == str(made)
+    assert (row["accuracy"], row["test_accuracy"], row["float_accuracy"]) == (0.9, pytest.approx(0.89), 0.98)
+    assert (row["bops"], row["bops_share"], row["macs"]) == (FULL // 100, 0.01, 40_000)
+    assert (row["size_bytes"], row["packed_bytes"]) == (7500, 777)
+    assert (row["method"], row["structure"], row["target"]) == ("djpq", "channels", "bops 1%")
+    assert (row["lr"], row["seed"], row["epochs"]) == (2e-3, 3, 40)
+    layers = pd.read_csv(made / "layers.csv")
+    for _, layer in layers.iterrows():
+        assert row[f"{layer['name']}: w_bits"] == layer.w_bits
+        assert row[f"{layer['name']}: a_bits"] == layer.a_bits
+        share = layer.inputs / layer.inputs_all * layer.outputs / layer.outputs_all
+        assert row[f"{layer['name']}: density"] == pytest.approx(share)
+
+
+def test_the_front_comes_first_from_the_cheapest_on(tmp_path: Path) -> None:
+    made = spread(tmp_path)
+    table = jpq.front(tmp_path)
+    assert list(table.front) == [True] * 4 + [False]
+    assert list(table.number[:4]) == [1, 2, 3, 4]
+    assert pd.isna(table.number[4])
+    assert list(table.accuracy) == [0.80, 0.95, 0.96, 0.97, 0.955]
+    assert table.attrs["knee"] == table.name[1]
+    assert table.attrs["float"]["bops"] == FULL
+    assert table.attrs["hypervolume"] == covered(*zip(*SPREAD, strict=True)) == made.covered
+    write(made, tmp_path)
+    again = pd.read_csv(tmp_path / "pareto.csv", dtype={"name": str})
+    assert list(again.name) == list(table.name)
+    assert list(again.front) == list(table.front)
+
+
+def test_chance_is_that_of_the_plans_classes(tmp_path: Path) -> None:
+    made = folder(tmp_path, 0.9, 0.01)
+    (made / "plan.json").write_text(json.dumps({"model": {"classes": 10}}))
+    assert jpq.front(made).attrs["hypervolume"] == pytest.approx(0.8 * 2)
+
+
+def test_another_cost_and_two_of_them(tmp_path: Path) -> None:
+    points = spread(tmp_path).points
+    cheap = min(points, key=lambda p: p.accuracy)
+    odd = replace(cheap, name="odd", accuracy=0.81, costs={**cheap.costs, "size": 10.0, "bops": 9e7})
+    assert odd not in make([*points, odd]).line
+    assert odd in make([*points, odd], ["size"]).line
+    assert odd in make([*points, odd], ["bops", "size"]).line
+    with pytest.raises(JpqError, match="Did you mean bops"):
+        make(points, ["bop"])
+    with pytest.raises(JpqError, match="one or two costs"):
+        make(points, ["bops", "size", "macs"])
+    with pytest.raises(JpqError, match="--latency-table"):
+        make(points, ["latency"])
+
+
+def test_bops_are_counted_alike_whatever_cost_a_run_was_steered_by(tmp_path: Path) -> None:
+    made = folder(tmp_path, 0.9, 0.05, cost="bops-structured")
+    layers = pd.read_csv(made / "layers.csv")
+    assert point_of(made).costs["bops"] == int((layers.macs * layers.w_bits * layers.a_bits).sum())
+    assert point_of(made).costs["bops-structured"] == 0.05 * FULL
+
+
+def test_runs_count_once_wherever_they_are_found(tmp_path: Path) -> None:
+    first, other = folder(tmp_path / "a", 0.9, 0.01), folder(tmp_path / "b" / "trials", 0.8, 0.005)
+    shutil.copytree(first, tmp_path / "copy")
+    found = read([tmp_path, first, tmp_path / "a", tmp_path / "b"])
+    assert sorted(p.accuracy for p in found.points) == [0.8, 0.9]
+    tree = json.loads((other / "result.json").read_text())
+    tree["compressed"]["accuracy"], tree["final"] = 0.79, True
+    exported = shutil.copytree(other, tmp_path / "c" / "final")
+    (exported / "result.json").write_text(json.dumps(tree))
+    (kept,) = (p for p in read(tmp_path).points if p.accuracy == 0.8)
+    assert kept.test_accuracy == 0.79  # of a trial and its export the export counts
+
+
+def test_runs_of_several_budgets_have_names_that_tell_them_apart(tmp_path: Path) -> None:
+    top = tmp_path / "0123456789ab"
+    for accuracy, share in ((0.9, 0.01), (0.8, 0.005)):
+        folder(top, accuracy, share).rename(top / f"bops-{100 * share:g}pct")
+    shutil.copyfile(top / "bops-1pct" / "config.toml", top / "config.toml")
+    found = read(tmp_path)
+    assert {p.name for p in found.points} == {"0123456789ab/bops-1pct", "0123456789ab/bops-0.5pct"}
+    assert found.skipped == ()
+
+
+def test_hypervolumes_of_each_method_alone(tmp_path: Path) -> None:
+    made = spread(tmp_path)
+    folder(tmp_path, 0.9, 0.01, method="uniform")
+    both = make(read(tmp_path).points)
+    alone = by_method(both)
+    assert list(alone.items()) == [("djpq", (made.covered, 5)), ("uniform", (pytest.approx(1.8), 1))]
+    assert both.covered == made.covered  # it is dominated
+
+
+def test_the_knee_is_on_the_front_of_two_costs(tmp_path: Path) -> None:
+    points = spread(tmp_path).points
+    bend = next(p for p in points if p.accuracy == 0.95)
+    twin = replace(bend, name="larger", costs={**bend.costs, "size": 2 * bend.costs["size"]})
+    made = make([twin, *points], ["bops", "size"])
+    assert made.knee is not None
+    assert made.number(made.knee) == 2
+    assert made.points[made.knee] is bend
+
+
+def test_latencies_of_several_tables_are_not_compared(tmp_path: Path) -> None:
+    one, two, *_ = spread(tmp_path).points
+    timed = [replace(p, costs={**p.costs, "latency": 1e6}, full={**p.full, "latency": ms}) for p, ms in
+             ((one, 3e6), (two, 4e6))]  # fmt: skip
+    with pytest.raises(JpqError, match=r"different tables of latencies .* 3.00 and 4.00 ms"):
+        make(timed, ["latency"])
+    with pytest.raises(JpqError, match="different tables"):
+        pick(make(timed), limits({"max_latency": "2ms"}, timed[0].full))
+    assert len(make([timed[0], two], ["latency"]).points) == 1
+    assert ignorant([timed[0], two], ["latency"]) == [f"{two.name}: it does not say what it costs in latency."]
+
+
+def damage(made: Path, how: str) -> None:
+    if how == "unfinished":
+        (made / "result.json").unlink()
+    elif how == "half a file":
+        (made / "result.json").write_text((made / "result.json").read_text()[:200])
+    elif how == "binary":
+        (made / "result.json").write_bytes(b"\xff\xfe\x00")
+    elif how == "nested":
+        (made / "result.json").write_text("[" * 100_000)
+    elif how == "no settings":
+        (made / "config.toml").unlink()
+    elif how == "no layers":
+        (made / "layers.csv").unlink()
+    elif how == "no MACs":
+        text = (made / "layers.csv").read_text().splitlines()
+        (made / "layers.csv").write_text("\n".join([text[0], text[1] + "0"]))
+    elif how == "foreign":
+        (made / "result.json").write_text('{"score": 3}')
+    else:
+        tree = json.loads((made / "result.json").read_text())
+        side, key, value = {
+            "text": ("compressed", "bops", "many"),
+            "nan": ("held_out", "compressed", float("nan")),
+            "nothing": ("compressed", "bops", 0),
+            "above 1": ("held_out", "compressed", 93.5),
+        }[how]
+        tree[side][key] = value
+        (made / "result.json").write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [("unfinished", "not ended"), ("half a file", "JSONDecodeError"), ("binary", "UnicodeDecodeError"),
+     ("nested", "does not hold the result"), ("no settings", "config.toml"), ("no layers", "layers.csv"),
+     ("no MACs", "ZeroDivisionError"),
+     ("foreign", "'compressed'"), ("text", "many"), ("nan", "held-out accuracy of nan"), ("nothing", "BOPs of 0"),
+     ("above 1", "93.5")],
+)  # fmt: skip
+def test_damaged_folders_are_named_and_left_out(how: str, words: str, tmp_path: Path) -> None:
+    folder(tmp_path, 0.9, 0.01)
+    broken = folder(tmp_path / "broken", 0.8, 0.005)
+    damage(broken, how)
+    with pytest.warns(UserWarning, match="Left out") as warned:
+        table = jpq.front(tmp_path)
+    assert len(table) == 1
+    assert str(broken) in str(warned[0].message)
+    assert words in str(warned[0].message)
+    with pytest.raises(JpqError, match="No finished run") as error:
+        read(tmp_path / "broken")
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [("nowhere", "nowhere is not there"), ("file", "file is a file"), ([], "nothing"), (3, "not of a int"),
+     ("empty", "No finished run was found in empty")],
+)  # fmt: skip
+def test_sources_that_hold_no_runs(source: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JpqError, match=words):
+        jpq.front(source)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"model": "resnet20"}, "model convnet.* resnet20"), ({"data": {"name": "mnist"}}, "digits.* mnist"),
+     ({"full": FULL // 2}, "100,000,000 BOPs.* 50,000,000")],
+)  # fmt: skip
+def test_runs_of_other_tasks_are_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    folder(tmp_path / "a", 0.9, 0.01)
+    folder(tmp_path / "b", 0.8, 0.005, **changes)
+    with pytest.raises(JpqError, match=words):
+        jpq.front(tmp_path)
+
+
+NOTES = {"held_out": 0.9, "bops": 1_000_000, "bops_share": 0.01, "macs": 40_000, "size_bytes": 7500, "method": "djpq",
+         "layers": {"conv1": "W4 A3, 24/32 channels", "fc": "W2 A8, density 0.50 (2:4)"}}  # fmt: skip
+
+
+def study(tmp_path: Path) -> optuna.Study:
+    """Three finished trials, of which one has a folder and one repeats another, and two that count for nothing."""
+    made = optuna.create_study(directions=["maximize", "minimize"], study_name="digits")
+    made.set_user_attr("settings", {"task": {"model": "convnet", "data": "digits"}})
+    real = folder(tmp_path / "trials", 0.8, 0.005)
+    width = optuna.distributions.IntDistribution(2, 8)
+    notes = [{**NOTES, "run_folder": "trials/gone"}, {"run_folder": f"trials/{real.name}"},
+             {**NOTES, "run_folder": "trials/gone"}, {"held_out": 0.5}]  # fmt: skip
+    for attributes in notes:
+        made.add_trial(optuna.create_trial(
+            values=[90.0, 1.0], params={"bits": 4}, distributions={"bits": width}, user_attrs=attributes
+        ))  # fmt: skip
+    made.add_trial(optuna.create_trial(state=optuna.trial.TrialState.PRUNED, user_attrs=NOTES))
+    return made
+
+
+def test_an_optuna_study_by_what_its_trials_noted(tmp_path: Path) -> None:
+    made = study(tmp_path)
+    with pytest.warns(UserWarning, match="trial 3 of digits: neither its folder nor its attribute"):
+        table = jpq.front(made, folder=tmp_path).set_index("name")
+    assert list(table.index) == ["trial 1", "trial 0"]
+    assert list(table.params_bits) == [4, 4]
+    assert list(table.bops_share) == [0.005, 0.01]
+    assert table.loc["trial 0", ["conv1: w_bits", "conv1: a_bits", "conv1: density"]].tolist() == [4, 3, 0.75]
+    assert table.loc["trial 0", ["fc: w_bits", "fc: a_bits", "fc: density"]].tolist() == [2, 8, 0.5]
+    assert table.front.all()
+    with pytest.warns(UserWarning, match="trial 1"):
+        alone = jpq.front(made)
+    assert list(alone.name) == ["trial 0"]
+    assert (alone.model[0], alone.data[0]) == ("convnet", "digits")
+
+
+def test_costs_that_trials_did_not_note_need_their_folders(tmp_path: Path) -> None:
+    made = study(tmp_path)
+    with pytest.raises(JpqError, match="No run says what it costs in size"):
+        jpq.front(made, ["size"])
+    with pytest.warns(UserWarning, match="trial 3"):
+        assert len(jpq.front(made, ["size"], folder=tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "accuracy", "words"),
+    [
+        ({"min_accuracy": "94%"}, 0.95, ["4 of 5 runs", "least BOPs of these 4", "dearer"]),
+        ({"min_accuracy": "0.965"}, 0.97, ["1 of 5 runs", "only one", "misses --min-accuracy 0.965"]),
+        ({"max_bops": "1%"}, 0.96, ["3 of 5 runs", "highest held-out accuracy of these 3", "misses --max-bops 1%"]),
+        ({"max_bops": "1.5M"}, 0.96, ["3 of 5"]),
+        ({"max_size": "4KB"}, 0.95, ["2 of 5"]),
+        ({"max_macs": "50%"}, 0.97, ["5 of 5"]),
+        ({"min_accuracy": "94%", "max_bops": "3M"}, 0.95, ["all together: 3"]),
+    ],
+)
+def test_picking_by_limits(asked: dict[str, str], accuracy: float, words: list[str], tmp_path: Path) -> None:
+    front = spread(tmp_path)
+    choice = pick(front, limits(asked, front.points[0].full))
+    assert choice.point.accuracy == accuracy
+    assert front.points[choice.index] is choice.point
+    for word in words:
+        assert word in " ".join(choice.why)
+
+
+def test_picking_the_knee(tmp_path: Path) -> None:
+    front = spread(tmp_path)
+    assert pick(front, (), knee=True).point.accuracy == 0.95
+    with pytest.raises(JpqError, match="no knee"):
+        pick(front, limits({"max_bops": "0.2%"}, front.points[0].full), knee=True)
+
+
+def test_picking_latency_where_runs_know_it(tmp_path: Path) -> None:
+    front = spread(tmp_path)
+    timed = make([replace(p, costs={**p.costs, "latency": 1e6 * (i + 1)}) for i, p in enumerate(front.points)])
+    choice = pick(timed, limits({"max_latency": "2ms"}, {}))
+    assert choice.point.costs["latency"] <= 2e6
+    assert all(p.accuracy <= choice.point.accuracy for p in timed.points if p.costs["latency"] <= 2e6)
+    with pytest.raises(JpqError, match="Give an amount, such as 3ms"):
+        limits({"max_latency": "50%"}, {})
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"min_accuracy": "99%"}, "the most accurate is .* with 97.00 %"),
+        ({"max_bops": "10k"}, r"the least is .* with 100 K BOPs \(0.10 % of fp32\)"),
+        ({"min_accuracy": "97%", "max_bops": "1%"}, "with --max-bops 1% the most accurate is .* with 96.00 %; with "
+                                                    "--min-accuracy 97% the least is .* with 4.00 M BOPs"),
+        ({"min_accuracy": "99%", "max_size": "1KB"}, "the most accurate of all is .* the least of all is"),
+        ({"max_latency": "3ms"}, "no run knows its predicted latency"),
+        ({"min_accuracy": "91"}, "Write it like 91% or 0.91"),
+        ({"min_accuracy": "good"}, "Write it like 91% or 0.91"),
+        ({"max_size": "60%B"}, "--max-size '60%B' is not an amount. Write it like 50KB"),
+        ({"max_bops": "0"}, "--max-bops 0 allows nothing"),
+    ],
+)  # fmt: skip
+def test_what_nothing_meets_is_one_sentence_with_the_nearest(asked: dict[str, str], words: str, tmp_path: Path) -> None:
+    front = spread(tmp_path)
+    with pytest.raises(JpqError, match=words):
+        pick(front, limits(asked, front.points[0].full))

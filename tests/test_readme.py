@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from jpq.assessing import Evaluate
+from jpq.benching import Bench
 from jpq.choosing import Export, Pareto
 from jpq.config import Config
 from jpq.private import Private
@@ -26,7 +28,7 @@ def test_python_blocks_run_one_after_the_other(capsys):
 
 
 def test_flags_exist():
-    parts = [*vars(Config()).values(), Private, Pareto, Export]
+    parts = [*vars(Config()).values(), Private, Pareto, Export, Bench, Evaluate]
     known = {f"--{f.name.replace('_', '-')}" for part in parts for f in dataclasses.fields(part)}
     others = {"--config", "--help", "--input-shape", "--all", "--table"}
     of_jpq = re.sub(r"`python studies/[^`]*`|torchrun .* -m(?= jpq)", "", TEXT)  # which have flags of their own

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from jpq.assessing import Evaluate
+from jpq.benching import Bench
 from jpq.choosing import Export, Pareto
 from jpq.config import Config
 from jpq.private import Private
@@ -27,7 +29,7 @@ def test_python_blocks_run_one_after_the_other(capsys):
 
 
 def test_flags_exist():
-    parts = [*vars(Config()).values(), Private, Pareto, Export, Study]
+    parts = [*vars(Config()).values(), Private, Pareto, Export, Study, Bench, Evaluate]
     fields = [f for part in parts for f in dataclasses.fields(part)]
     known = {f"--{f.name.replace('_', '-')}" for f in fields}
     known |= {f"--no-{f.name.replace('_', '-')}" for f in fields if f.type == "bool"}

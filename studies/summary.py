@@ -245,12 +245,6 @@ def allocation() -> str:
     return "\n".join(lines)
 
 
-SECTIONS = {
-    "figures": figures, "coverage": coverage, "methods": methods, "scores": scores, "allocation": allocation,
-    "claims": claims, "detection": lambda: detectors.summary() + "\n",
-}  # fmt: skip
-
-
 def one_run() -> str:
     """One run down several budgets beside a run for each."""
     table = pd.read_csv(HERE / "results" / "one_run.csv")
@@ -272,6 +266,12 @@ def one_run() -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+SECTIONS = {
+    "figures": figures, "coverage": coverage, "methods": methods, "scores": scores, "allocation": allocation,
+    "claims": claims, "detection": lambda: detectors.summary() + "\n", "one run": one_run,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -94,3 +94,13 @@ def test_scores_are_those_of_the_csv(monkeypatch):
 
     assert summary.scores() in TEXT
     assert set(summary.SCORES) == set(SCORES)
+
+
+def test_one_run_is_that_of_the_csv(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    import summary
+
+    assert summary.one_run() in TEXT
+    table = pd.read_csv(ROOT / "studies" / "results" / "one_run.csv")
+    kinds = table.groupby(["data", "target", "seed"]).kind.agg(set)
+    assert all({"one run", "separate runs"} <= found for found in kinds)  # like beside like

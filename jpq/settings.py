@@ -58,7 +58,7 @@ def _typed(value: Any, kind: str, where: str) -> Any:
             return value
         if _number(value):
             return float(value) if kind.startswith("float") else value
-    raise JpqError(f"{where} is {str(value)[:60]!r}; expected {kind}.")
+    raise JpqError(f"{where} is {repr(value)[:60]}; expected {kind}.")
 
 
 def _number(value: Any) -> bool:

@@ -25,20 +25,24 @@ if TYPE_CHECKING:
     from jpq.plan import Plan
     from jpq.recipe import optimize
     from jpq.train import fit
+    from jpq.trials.settings import Study
+    from jpq.trials.study import study
     from jpq.types import JpqError
 
 _HOMES = {
     "METHODS": "methods", "Budget": "config", "Compressed": "network.compressed", "Config": "config",
     "Joint": "joint", "JpqError": "types", "Plan": "plan", "attach": "network.attach", "channels": "network.sites",
-    "compress": "joint", "export_onnx": "exporters.onnx:export", "fit": "train", "front": "fronts", "land": "landing",
-    "load": "outcome", "measure": "exporters.verify", "optimize": "recipe", "rebuild": "exporters.quantized",
-    "trace": "network.trace", "unpacked": "network.unpack", "verify": "exporters.verify",
+    "Study": "trials.settings", "compress": "joint", "export_onnx": "exporters.onnx:export", "fit": "train",
+    "front": "fronts", "land": "landing", "load": "outcome", "measure": "exporters.verify", "optimize": "recipe",
+    "rebuild": "exporters.quantized", "study": "trials.study", "trace": "network.trace", "unpacked": "network.unpack",
+    "verify": "exporters.verify",
 }  # fmt: skip
 _PARTS = ("costs", "data", "gates", "models", "quantizers", "structures")
 
 __all__ = [
-    "METHODS", "Budget", "Compressed", "Config", "Joint", "JpqError", "Plan", "attach", "channels", "compress",
-    "export_onnx", "fit", "front", "land", "load", "measure", "optimize", "rebuild", "trace", "unpacked", "verify",
+    "METHODS", "Budget", "Compressed", "Config", "Joint", "JpqError", "Plan", "Study", "attach", "channels", "compress",
+    "export_onnx", "fit", "front", "land", "load", "measure", "optimize", "rebuild", "study", "trace", "unpacked",
+    "verify",
 ]  # fmt: skip
 
 

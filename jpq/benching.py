@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress as Bar
+from rich.table import Table
 
+from jpq.result import human
 from jpq.types import JpqError
+
+if TYPE_CHECKING:
+    from jpq.racing import Time
+
+SHOWN = 6  # layers left in floating point that are named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +43,13 @@ class Bench:
     """One sample without the batch: channels, (frames,) height and width."""
     classes: int | None = None
     """Number of classes."""
-    threads: int = 1
-    """CPU threads of onnxruntime. (Predictions are checked with as many as their table was measured with.)"""
+    threads: tuple[int, ...] = ()
+    """CPU threads. Default: 1, and for the comparison of a run's models 1 and 2. (Predictions are checked with as many
+    as their table was measured with.)"""
+    batch: tuple[int, ...] = (1,)
+    """Samples at a time, for the comparison of a run's models."""
+    runtime: str = "onnxruntime"
+    """For that comparison: onnxruntime, openvino, or both (onnxruntime,openvino)."""
     repeats: int = 60
     """Timed calls of everything; the median counts."""
     run_code: bool = False
@@ -42,8 +58,9 @@ class Bench:
 
 def run(wanted: Bench, console: Console) -> None:
     """Measure what was asked for. Raises JpqError for flags that make no sense together."""
-    if wanted.threads < 1 or wanted.repeats < 1:
-        raise JpqError(f"--threads {wanted.threads} --repeats {wanted.repeats}: at least one of each is needed.")
+    for flag, numbers in (("threads", wanted.threads), ("batch", wanted.batch), ("repeats", (wanted.repeats,))):
+        if any(n < 1 for n in numbers):
+            raise JpqError(f"--{flag} {' '.join(map(str, numbers))}: at least one is needed.")
     if wanted.model is not None and wanted.what:
         raise JpqError("Give either --model, to measure its layers into --table, or runs and ONNX files to time.")
     if wanted.model is not None:
@@ -65,20 +82,23 @@ def _layers(wanted: Bench, console: Console) -> None:
     assert wanted.table is not None
     assert wanted.model is not None
     bench.require_place(wanted.table)
+    if len(wanted.threads) > 1:
+        raise JpqError(f"A table is for one number of threads, not for {' and '.join(map(str, wanted.threads))}.")
+    threads = wanted.threads[0] if wanted.threads else 1
     model, example = noise(wanted)
     network = trace(unpacked(model), example)
     start = time.perf_counter()
     with Bar(console=console, transient=True) as bar:
         task = bar.add_task("measuring", total=None)
         tell = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
-        entries = bench.measure(network, wanted.model, wanted.threads, wanted.repeats, tell)
+        entries = bench.measure(network, wanted.model, threads, wanted.repeats, tell)
     bench.write_table(entries, wanted.table)
     shapes = len({(e.shape, e.form) for e in entries if e.form})
     seconds = time.perf_counter() - start
     full, small = (bench.whole(network, entries, bits) for bits in (bench.FLOAT, bench.INT8))
     for line in (
         f"{wanted.table}: {len(entries)} measurements of {shapes} kinds of layers (each the median of "
-        f"{wanted.repeats}; threads: {wanted.threads}) in {seconds:.0f} s.",
+        f"{wanted.repeats}; threads: {threads}) in {seconds:.0f} s.",
         f"All of {wanted.model}'s layers: {full:.3g} ms in float, {small:.3g} ms quantized.",
         f"Next: jpq optimize --model {wanted.model} --latency-table {wanted.table} "
         f"--target-latency {0.7 * small:.2g}ms",
@@ -88,8 +108,10 @@ def _layers(wanted: Bench, console: Console) -> None:
 
 def _models(wanted: Bench, console: Console) -> None:
     from jpq import bench
+    from jpq.exporters.runtimes import chosen
     from jpq.progress import latency_line, ms
 
+    runtimes = chosen(wanted.runtime)
     for path in wanted.what:
         own = wanted.table or path / bench.NAME
         if path.is_dir() and (wanted.table is not None or own.is_file()):
@@ -100,5 +122,48 @@ def _models(wanted: Bench, console: Console) -> None:
             )
         else:
             file = path / "model.onnx" if path.is_dir() else path
-            line = f"{ms(bench.time_model(file, wanted.threads, wanted.repeats))} in onnxruntime"
+            threads = wanted.threads[0] if wanted.threads else 1
+            line = f"{ms(bench.time_model(file, threads, wanted.repeats))} in onnxruntime"
         console.print(f"{escape(str(path))}: {line}", soft_wrap=True, highlight=False)
+        if path.is_dir() and (path / "plan.json").is_file():
+            _race(path, wanted, runtimes, console)
+
+
+def _race(folder: Path, wanted: Bench, runtimes: Sequence[str], console: Console) -> None:
+    """The run's model beside the one that it began with: a table, and where layers are left in floating point."""
+    from jpq import racing
+    from jpq.exporters.timing import Runner, float_layers
+    from jpq.plan import read
+
+    small = folder / "model.onnx"
+    shape = Runner(small).shapes[0][1:]
+    with TemporaryDirectory() as place:
+        paths = racing.files(read(folder / "plan.json"), shape, small, Path(place))
+        threads = wanted.threads or (1, 2)
+        with Bar(console=console, transient=True) as bar:
+            total = len(paths) * len(runtimes) * len(threads) * len(wanted.batch) * wanted.repeats
+            task = bar.add_task("measuring", total=total)
+            tell = lambda calls: bar.update(task, advance=calls)  # noqa: E731
+            times = racing.race(paths, runtimes, threads, wanted.batch, wanted.repeats, tell)
+    for start in range(0, len(times), len(paths)):
+        console.print(_table(times[start : start + len(paths)]))
+    left = float_layers(small)[1]
+    for name, why in list(left.items())[:SHOWN]:
+        console.print(f"in floating point: {escape(name)}: {escape(why)}", soft_wrap=True, highlight=False)
+    if len(left) > SHOWN:
+        console.print(f"... and {len(left) - SHOWN} more", highlight=False)
+
+
+def _table(times: Sequence[Time]) -> Table:
+    """One setting: a row for each model."""
+    t = times[0]
+    threads = "1 thread" if t.threads == 1 else f"{t.threads} threads"
+    title = f"{t.runtime}, {threads}, batch {t.batch}, median of {t.n} turns"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title=title, title_justify="left")
+    for name in ("model", "median", "p95", "speed", "in float", "file"):
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    for t in times:
+        left = f"{t.float_layers} of {t.layers}" if t.runtime == "onnxruntime" else "-"
+        cells = (f"{t.median_ms:#.3g} ms", f"{t.p95_ms:#.3g} ms", f"{t.over_full:.2f}x", left, human(t.bytes, "B"))
+        table.add_row(t.model, *cells)
+    return table

@@ -63,6 +63,10 @@ class Export(Pick):
     """Where the data lie now. Default: where the run read them."""
     out: Path | None = None
     """Leave the run's folder as it is and write the final one here."""
+    formats: str = ""
+    """Forms to export, such as onnx,qonnx,pt2 (see jpq optimize --help). Default: as the run was told."""
+    onnx_weights: str = ""
+    """Type of the weights in model.onnx: int8, int4 or int2. Default: as the run was told."""
     run_code: bool = False
     """Run the code that the folder names as its model or data (module:callable): only for folders that you trust."""
 
@@ -114,13 +118,13 @@ def export(wanted: Export, console: Console) -> None:
             _say(console, line)
     if is_final(folder):
         here = escape(os.path.relpath(folder))
-        if wanted.out is None:
+        if wanted.out is None and not (wanted.formats or wanted.onnx_weights):
             test = "-" if point.test_accuracy is None else percent(point.test_accuracy)
             _say(console, f"{here} is final already: {test} on the test split, with model.onnx and model.packed. "
                           "--out FOLDER exports it once more.")  # fmt: skip
             return
         _say(console, f"{here} is final already; it is exported once more.")
-    result = finalize(folder, wanted.out, wanted.data_root, wanted.run_code)
+    result = finalize(folder, wanted.out, wanted.data_root, wanted.formats, wanted.onnx_weights, wanted.run_code)
     console.print(layer_table(result))
     console.print(summary(result))
 
@@ -131,13 +135,13 @@ def _say(console: Console, line: str) -> None:
 
 def _front(wanted: Pick) -> tuple[Front, tuple[str, ...]]:
     """The front of the named runs, and what was passed over."""
-    from jpq.fronts import make
+    from jpq.fronts import ignorant, make
     from jpq.runs import read
 
     if not wanted.runs:
         raise JpqError("Name the runs: the folder of a run or of a study, or one that holds several, such as runs.")
     found = read(wanted.runs)
-    return make(found.points, wanted.costs), found.skipped
+    return make(found.points, wanted.costs), (*found.skipped, *ignorant(found.points, wanted.costs))
 
 
 def _picked(wanted: Pick, front: Front) -> Choice | None:
@@ -168,6 +172,7 @@ def table(front: Front, choice: Choice | None = None, every: bool = False, width
     least = {"target": 92, "bits w, a": 100, "MACs kept": 110, "BOPs": 84, "test": 78, "size": 66}
     timed = any("latency" in p.costs for p in front.points)
     names = [n for n in rows[0][1] if least.get(n, 0) <= width and (timed or n != "latency")]
+    names = [n for n in names if n in ("", "test") or any(cells[n] for _, cells in rows)]
     shows = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for name in names:
         words = name in ("run", "method", "target")
@@ -223,6 +228,7 @@ def _float_cells(front: Front) -> dict[str, str]:
 
 def summary(front: Front) -> list[str]:
     """How many runs there are, how much the front covers, and where it bends."""
+    from jpq.fronts import by_method
     from jpq.picking import WORDS, shown
 
     n, on = len(front.points), len(front.best)
@@ -233,6 +239,10 @@ def summary(front: Front) -> list[str]:
     lines.append(
         f"Hypervolume {front.covered:.4f} ({unit}; above {chance} accuracy, below the fp32 model's {words}, log axis)."
     )
+    alone = by_method(front)
+    if len(alone) > 1:
+        each = (f"{escape(method)} {volume:.4f} ({runs})" for method, (volume, runs) in alone.items())
+        lines.append(f"Of each method alone (and its runs): {', '.join(each)}.")
     if front.knee is None:
         lines.append("No knee: fewer than three points are on the front, or none stands out.")
     else:

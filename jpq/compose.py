@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from jpq.allocators import pick_allocator
-from jpq.config import MASKED
+from jpq.config import BY_HAND, MASKED
 from jpq.gates import Gate
-from jpq.methods import GIVEN, METHODS, Method
+from jpq.methods import GIVEN, METHODS, SAID, Method
 from jpq.quantizers import WIDTHS, Fixed, Learned, Width
 from jpq.schedule import pick_schedule
 from jpq.scores import pick_score
@@ -35,6 +35,9 @@ def compose(
             if value:
                 raise JpqError(f"{flag} {value}: --mask says which weights are dropped. Leave {flag} out.")
         return replace(GIVEN, width=_learns(width)) if width else GIVEN
+    if method == BY_HAND:
+        pick_score(score or SAID.score, classes)
+        return replace(SAID, score=score or SAID.score)
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     if width and width not in WIDTHS:

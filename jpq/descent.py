@@ -10,15 +10,17 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from jpq import bench, checkpoint, foreign, report
+from jpq import bench, checkpoint, foreign, front_report, fronts, ranks, report
 from jpq.budget import Target
 from jpq.config import TARGETS, Config
 from jpq.costs.table import Table
@@ -29,9 +31,12 @@ from jpq.network.compressed import Compressed
 from jpq.network.taps import original
 from jpq.outcome import finish
 from jpq.phases import More, Share, Soft, fine_tune, opened, search
-from jpq.result import Point, Result
+from jpq.result import FrontRow, Result
+from jpq.runs import read
 from jpq.settings import write
 from jpq.types import JpqError
+
+PICTURE = "front.png"
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,17 @@ def descend(begun: Begun, net: Compressed, run: Journal) -> Result:
             weights = trained(begun.model, tuned)
     if len(each) == 1:
         return result
-    points = tuple(point(name, folders[name]) for name in each)
-    report.write_front(points, run.folder)
-    report.write_history(run.recorder.rows, run.folder)
-    (run.folder / checkpoint.NAME).unlink(missing_ok=True)
-    return replace(result, front=points)
+
+    def close() -> tuple[FrontRow, ...]:
+        points = tuple(point(name, folders[name]) for name in each)
+        report.write_front(points, run.folder)
+        made = fronts.make(read([run.folder]).points)
+        report.save_picture(front_report.plane(made), run.folder / PICTURE)
+        report.write_history(run.recorder.rows, run.folder)
+        (run.folder / checkpoint.NAME).unlink(missing_ok=True)
+        return points
+
+    return replace(result, front=ranks.from_first(close))
 
 
 def one(
@@ -84,7 +95,7 @@ def one(
     """One budget: its result, and the network that it fine-tuned (None where only a rebuilt one was)."""
     data, model, goals = begun.data, begun.model, begun.budgets[run.label]
     if run.label:
-        prepare(run, config, begun.table)
+        ranks.from_first(lambda: prepare(run, config, begun.table))
     searching, tuning = begun.shares[run.label].phases(run.label, run.budget == 0)
     learns = row(soft.net.method).searches
     first: More = lambda: {} if learns or not run.budget else {"first": weights.state_dict()}  # noqa: E731
@@ -96,8 +107,20 @@ def one(
     kept: More = lambda: first() if last or not learns else {"soft": soft.state()}  # noqa: E731
     tuned = opened(net, model, data, run) if net.opened else net
     fine_tune(tuned, model, data, config, run, plan, soft.moments(net), tuning, kept)  # 9
-    result = finish(net, tuned, model, data, goals, config, run, begun.command, begun.table, begun.final)  # 10
+    last_step = partial(finish, net, tuned, model, data, goals, config, run, begun.command, begun.table, begun.final)
+    with full_precision():
+        result = ranks.from_first(last_step)  # 10
     return result, net if tuned is net else None
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Leaves TF32 as it was: the last step compares at full precision, and the next budget need not train so."""
+    parts: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [part.allow_tf32 for part in parts]
+    yield
+    for part, allowed in zip(parts, before, strict=True):
+        part.allow_tf32 = allowed
 
 
 def twin(net: Compressed, fresh: Compressed) -> Compressed:
@@ -148,13 +171,13 @@ def prepare(run: Journal, config: Config, table: Table | None) -> None:
         bench.write_table(list(table.entries), run.folder / bench.NAME)
 
 
-def point(name: str, folder: Path) -> Point:
+def point(name: str, folder: Path) -> FrontRow:
     """One line of front.csv, from the folder of a finished budget."""
     try:
         found: dict[str, Any] = foreign.tree_of(foreign.text_of(folder / "result.json"), "result.json")
         now, seconds = found["compressed"], found["seconds"]["total"]
         accuracy = math.nan if now["accuracy"] is None else now["accuracy"]
-        return Point(
+        return FrontRow(
             name, accuracy, found["held_out"]["compressed"], now["bops"], now["bops_share"], now["macs"],
             now["size_bytes"], seconds, folder.name,
         )  # fmt: skip

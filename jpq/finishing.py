@@ -6,6 +6,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from jpq.config import Config
 from jpq.data import Data
 from jpq.exporters import verify
 from jpq.foreign import require_no_code
+from jpq.formats import require
 from jpq.outcome import load, ship
 from jpq.plan import Plan
 from jpq.recipe import dense_model, read_data
@@ -35,7 +37,8 @@ def is_final(folder: Path) -> bool:
 
 
 def finalize(
-    folder: Path, out: Path | None = None, data_root: Path | None = None, run_code: bool = False
+    folder: Path, out: Path | None = None, data_root: Path | None = None, formats: str = "", onnx_weights: str = "",
+    run_code: bool = False,
 ) -> Result:  # fmt: skip
     """Export, pack and verify the model of a finished run, read its test split once, and say so in its result.json.
 
@@ -48,16 +51,22 @@ def finalize(
     config = read_config(folder / "config.toml")
     if data_root is not None:
         config = replace(config, task=replace(config.task, data_root=data_root))
+    named = {"formats": formats, "onnx_weights": onnx_weights}
+    given: dict[str, Any] = {name: value for name, value in named.items() if value}
+    config = replace(config, run=replace(config.run, **given))
+    require(config.run.formats, config.run.onnx_weights)
     if not run_code:
         require_no_code("data", config.task.data, folder / "config.toml", "add --run-code")
     small, plan = load(folder, run_code)
     data = read_data(config, torch.device("cpu"))
     require_same(small, plan, before, data)
     notes = [*before.notes, *_moved(before, evaluate(small, data.held_out))]
+    if config.decide.open_norms and verify.OPENED not in before.verified:
+        notes.append("By --open-norms this model is not the masked one; how far apart they were, trials do not keep.")
     target = out or folder
     if out is not None:
         _copy(folder, config, out)
-    path, packed = ship(small, plan, data.example, target)
+    path, files = ship(small, plan, data, target, config)
     verified = {**before.verified, **verify.exported(small, path, data.test)}
     timing = before.latency
     if (folder / bench.NAME).is_file() and before.compressed.latency_ms is not None:
@@ -68,7 +77,7 @@ def finalize(
         right, first = evaluate(small, data.test), UNREAD if model is None else evaluate(model, data.test)
         notes += missing
     result = replace(
-        before, folder=target, final=True, verified=verified, packed=packed, latency=timing, notes=tuple(notes),
+        before, folder=target, final=True, verified=verified, latency=timing, **files, notes=tuple(notes),
         compressed=replace(before.compressed, accuracy=right), float=replace(before.float, accuracy=first),
     )  # fmt: skip
     report.write(result, config)

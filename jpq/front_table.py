@@ -28,7 +28,7 @@ def front_table(result: Result) -> RenderableType:
     top = os.path.relpath(result.folder.parent)
     lines = [
         f"The float model has {percent(result.float.accuracy)}. Each model met its targets and was checked as always.",
-        f"{top}: front.csv, history.csv and the folders above, each a run like any other (jpq evaluate {top}/...).",
+        f"{top}: front.csv, front.png, history.csv and the folders above, each a run like any other (jpq evaluate).",
         *(f"note  {note}" for note in result.notes),
     ]
     return Group(table, *(Text(line) for line in lines))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,16 +52,54 @@ def make(points: Sequence[Point], costs: Sequence[str] = ("bops",)) -> Front:
             raise unknown("cost", cost, COSTS)
     if not 1 <= len(costs) <= MOST:
         raise JpqError(f"A front has held-out accuracy and one or two costs; {len(costs)} were named.")
-    points = tuple(p for p in points if all(cost in p.costs and cost in p.full for cost in costs))
+    points = tuple(p for p in points if knows(p, costs))
     if not points:
         table = " Runs know it where they had a --latency-table." if "latency" in costs else ""
         raise JpqError(f"No run says what it costs in {' and '.join(costs)}.{table}")
+    if "latency" in costs:
+        require_one_table(points)
     accuracy = [p.accuracy for p in points]
     shares = [[p.share(cost) for p in points] for cost in costs]
-    on = np.flatnonzero(pareto.nondominated(pareto.frame(accuracy, *shares)))
-    best = sorted(on.tolist(), key=lambda i: (*(share[i] for share in shares), accuracy[i]))
-    covered = pareto.covered(accuracy, *shares, chance=max(p.chance for p in points))
-    return Front(points, costs, tuple(best), covered, pareto.knee(accuracy, shares[0]))
+    on = np.flatnonzero(pareto.nondominated(pareto.frame(accuracy, *shares))).tolist()
+    best = sorted(on, key=lambda i: (*(share[i] for share in shares), accuracy[i]))
+    bend = pareto.knee([accuracy[i] for i in best], [shares[0][i] for i in best])
+    return Front(points, costs, tuple(best), covered(points, costs), None if bend is None else best[bend])
+
+
+def knows(point: Point, costs: Sequence[str]) -> bool:
+    """Whether a run says what it costs there."""
+    return all(cost in point.costs and cost in point.full for cost in costs)
+
+
+def covered(points: Sequence[Point], costs: Sequence[str]) -> float:
+    """Hypervolume of these points, in accuracy x decades of each cost (`pareto.covered`)."""
+    shares = [[p.share(cost) for p in points] for cost in costs]
+    return pareto.covered([p.accuracy for p in points], *shares, chance=max(p.chance for p in points))
+
+
+def by_method(made: Front) -> dict[str, tuple[float, int]]:
+    """Hypervolume of each method's runs alone, and how many they are; the largest first."""
+    groups: dict[str, list[Point]] = {}
+    for p in made.points:
+        groups.setdefault(str(p.decisions.get("method") or "?"), []).append(p)
+    found = {method: (covered(points, made.costs), len(points)) for method, points in groups.items()}
+    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+
+
+def require_one_table(points: Sequence[Point]) -> None:
+    """Raises JpqError where latencies were predicted from several tables: they cannot be compared."""
+    known = [p for p in points if "latency" in p.costs and "latency" in p.full]
+    for p in known[1:]:
+        if not math.isclose(p.full["latency"], known[0].full["latency"], rel_tol=1e-6):
+            raise JpqError(
+                f"{known[0].name} and {p.name} had different tables of latencies (the fp32 model takes "
+                f"{known[0].full['latency'] / NS:#.3g} and {p.full['latency'] / NS:#.3g} ms). Name runs of one table."
+            )
+
+
+def ignorant(points: Sequence[Point], costs: Sequence[str]) -> list[str]:
+    """A sentence for each run that a front of these costs leaves out."""
+    return [f"{p.name}: it does not say what it costs in {' and '.join(costs)}." for p in points if not knows(p, costs)]
 
 
 def front(source: Any, costs: Sequence[str] = ("bops",), folder: Path | str | None = None) -> pd.DataFrame:
@@ -78,9 +117,10 @@ def front(source: Any, costs: Sequence[str] = ("bops",), folder: Path | str | No
     models or data sets.
     """
     found = read(source, folder)
-    for line in found.skipped:
+    made = make(found.points, costs)
+    for line in (*found.skipped, *ignorant(found.points, costs)):
         warnings.warn(f"Left out: {line}", stacklevel=2)
-    return frame(make(found.points, costs))
+    return frame(made)
 
 
 def frame(made: Front) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jpq import checkpoint, report
+from jpq import checkpoint, ranks, report
 from jpq.config import Config
 from jpq.interruption import Interruption
 from jpq.result import Row, Watch
@@ -42,18 +42,20 @@ class Journal:
     def __post_init__(self) -> None:
         self.top = self.folder  # where checkpoint and history lie
         if self.config.run.resume:
-            self.saved = checkpoint.load(self.folder)
-            ends = (self.folder / "result.json", self.folder / report.FRONT)
-            if self.saved is None and any(path.exists() for path in ends):
-                raise JpqError(
-                    f"Nothing to go on with: {self.folder} holds a finished run. Start anew without --resume."
-                )
-            if self.saved and self.saved["settings"] != self.config.hash():
-                raise JpqError(f"The checkpoint in {self.folder} belongs to other settings; run without --resume.")
-            if self.saved:
-                self.recorder.rows = [Row(**row) for row in self.saved["history"]]
-                earlier = self.recorder.rows[-1].seconds if self.recorder.rows else 0.0
-                self.recorder.clock = _clock(earlier)
+            self.saved = ranks.from_first(self._found)
+        if self.saved:
+            self.recorder.rows = [Row(**row) for row in self.saved["history"]]
+            earlier = self.recorder.rows[-1].seconds if self.recorder.rows else 0.0
+            self.recorder.clock = _clock(earlier)
+
+    def _found(self) -> dict[str, Any] | None:
+        saved = checkpoint.load(self.folder)
+        ends = (self.folder / "result.json", self.folder / report.FRONT)
+        if saved is None and any(path.exists() for path in ends):
+            raise JpqError(f"Nothing to go on with: {self.folder} holds a finished run. Start anew without --resume.")
+        if saved and saved["settings"] != self.config.hash():
+            raise JpqError(f"The checkpoint in {self.folder} belongs to other settings; run without --resume.")
+        return saved
 
     def at(self, budget: int, label: str, folder: Path) -> Journal:
         """The same run at one of several budgets: its own folder and notes, everything else shared."""
@@ -75,6 +77,8 @@ class Journal:
 
     def keep(self, phase: Phase, net: nn.Module, optim: torch.optim.Optimizer, **more: Any) -> None:
         """Write the checkpoint and the history so far."""
+        if not ranks.is_first():
+            return
         report.write_history(self.recorder.rows, self.top)
         state = {
             "kind": checkpoint.KIND,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from jpq.config import MASKED
+from jpq.config import BY_HAND, MASKED
 from jpq.gates import (
     VIB,
     Admm,
@@ -224,7 +224,15 @@ GIVEN = Method(
     structure="pattern",
 )  # fmt: skip
 
+SAID = Method(
+    "nothing: --bits and --densities say it",
+    Ranked, Fixed, False,
+    "decisions that a study, or a person, took elsewhere",
+    "magnitude pruning (Li et al., ICLR 2017, arXiv:1608.08710) and LSQ (Esser et al., ICLR 2020, arXiv:1902.08153)",
+    score="l1",
+)  # fmt: skip
+
 
 def row(name: str) -> Method:
-    """The method that a plan names: a row of METHODS, or the one that stands behind a given mask."""
-    return GIVEN if name == MASKED else METHODS[name]
+    """The method that a plan names: a row of METHODS, or what stands behind a given mask or decisions by hand."""
+    return {MASKED: GIVEN, BY_HAND: SAID}.get(name) or METHODS[name]

@@ -17,12 +17,15 @@ from jpq.config import Config
 from jpq.costs.latency import NS
 from jpq.costs.table import Table
 from jpq.data import Data
-from jpq.exporters import onnx, verify
+from jpq.exporters import forms, onnx, verify
 from jpq.exporters.branches import branched
+from jpq.exporters.narrow import WEIGHTS
 from jpq.exporters.pack import pack
 from jpq.exporters.quantized import build, complete, rebuild
+from jpq.exporters.timing import float_layers
 from jpq.figures import layer_rows, reached, uniform_costs, versions
 from jpq.files import replace_file
+from jpq.formats import forms_in
 from jpq.journal import Journal
 from jpq.network.compressed import Compressed
 from jpq.network.unpack import unpacked
@@ -59,9 +62,9 @@ def finish(
     predicted = _ms(costs.latency_ns(uses)) if table is not None else None
     shipped = {}
     if final:
-        path, packed = ship(small, plan, data.example, run.folder)
+        path, files = ship(small, plan, data, run.folder, config)
         verified = run.timed("verify", lambda: proof(net, tuned, small, path, data, run))
-        shipped = {"packed": packed, "verified": verified}
+        shipped = {**files, "verified": verified}
         if table is not None and predicted is not None:
             shipped["latency"] = run.timed("bench", lambda: bench.compare(path, predicted, table))
     full = costs.baseline(uses)
@@ -114,12 +117,20 @@ def require_as_planned(
         raise JpqError(f"The landed model misses {over[0].flag} {over[0].asked}. This is a bug in jpq.")
 
 
-def ship(small: nn.Module, plan: Plan, example: torch.Tensor, folder: Path) -> tuple[Path, dict[str, int]]:
-    """Write model.packed and model.onnx. Returns the ONNX file, and the bytes of the packed one by part."""
-    stored = pack(small, plan, example, folder / "model.packed")
-    path = folder / "model.onnx"
-    onnx.export(branched_or_same(small, plan, example), example, path)
-    return path, asdict(stored)
+def ship(small: nn.Module, plan: Plan, data: Data, folder: Path, config: Config) -> tuple[Path, dict[str, Any]]:
+    """Write model.packed, model.onnx and the other forms that the config names, each of those compared on test images.
+
+    Returns the ONNX file, and what a Result says of all of them ("packed", "export").
+    """
+    stored = pack(small, plan, data.example, folder / "model.packed")
+    path, weights = folder / forms.NAMES["onnx"], config.run.onnx_weights
+    onnx.export(branched_or_same(small, plan, data.example), data.example, path, weights)
+    others = [form for form in forms_in(config.run.formats) if form != "onnx"]
+    made = {"onnx": {"file": path.name, "bytes": path.stat().st_size}}
+    made |= forms.write(small, data.example, folder, others, data.test)
+    integer, left = float_layers(path)
+    about = {"opset": WEIGHTS[weights][0], "weights": weights, "integer_layers": integer, "float_layers": left}
+    return path, {"packed": asdict(stored), "export": {**about, "forms": made}}
 
 
 def proof(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq import checkpoint, landing, stages
+from jpq import by_hand, checkpoint, landing, ranks, stages
 from jpq.allocators import bit_widths, place
 from jpq.budget import Controller, Target
 from jpq.closing import Closing, open_share, within
-from jpq.config import Config
+from jpq.config import BY_HAND, Config
 from jpq.data import Data
 from jpq.exporters import verify
 from jpq.exporters.quantized import rebuild
@@ -74,12 +75,12 @@ class Soft:
         self.pressure = dict(state["pressure"])
 
     def moments(self, landed: Compressed) -> dict[Tensor, Any]:
-        """What the optimiser knows of each parameter, by the parameters of `landed`, this network or one like it."""
+        """A copy of what the optimiser knows of each parameter, for `landed`, which is this network or one like it."""
         if self.optim is None:
             return {}
         own, state = dict(self.net.model.named_parameters()), self.optim.state
         pairs = [(p, own[n]) for n, p in landed.model.named_parameters() if n in own and own[n].shape == p.shape]
-        return {p: state[mine] for p, mine in pairs if mine in state}
+        return {p: copy.deepcopy(state[mine]) for p, mine in pairs if mine in state}
 
 
 def split(config: Config, method: Method) -> tuple[int, int]:
@@ -100,7 +101,7 @@ def shares(config: Config, method: Method) -> dict[str, Share]:
     if 0 < search < len(budgets):
         raise JpqError(f"--epochs {config.train.epochs}: {search} epochs of search are too few for {len(budgets)} "
                        "budgets. Give more --epochs, or a larger --search.")  # fmt: skip
-    less = config.train.tune_epochs or max(1, tune // 2)
+    less = config.train.tune_epochs or max(1, tune // 4)
     found, before = {}, 0
     for i, budget in enumerate(budgets):
         part = search // len(budgets) + (i < search % len(budgets))
@@ -126,7 +127,7 @@ def train(
     run.go_on(phase, net, optim)
     save = lambda p: run.keep(p, net, optim, **more())  # noqa: E731
     every = run.config.run.checkpoint_every
-    with run.stop:
+    with run.stop, ranks.Split(net, net.draws if isinstance(net, Compressed) else ()) as objective.split:
         run.timed(phase.name, lambda: fit(
             net, data, phase, objective, optim, run.recorder, run.watch, save, every, run.stop,
         ))  # fmt: skip
@@ -149,6 +150,8 @@ def search(
         plan = from_json(run.saved["plan"], str(run.top / checkpoint.NAME))  # type: ignore[index]
     elif method.stages:
         plan = prune_first(soft, model, data, goals, config, run, phase, more)
+    elif soft.net.method == BY_HAND:
+        plan = by_hand.ranked(soft.net, config.decide, score_of(config), evidence(data))
     elif not method.searches:
         score, judge = score_of(config), judge_of(soft.net, data, config)
         plan = decide(
@@ -160,8 +163,9 @@ def search(
         run.notes.append(
             f"Channels were ranked for classes {config.decide.classes} alone; every accuracy is on all classes."
         )
+    ranks.require_same(plan.to_json(), "a landed plan")
     note = landing.note(goals, soft.net, plan)
-    if note:
+    if note and soft.net.method != BY_HAND:
         run.notes.append(note)
     return plan
 

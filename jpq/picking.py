@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from jpq.budget import amount
 from jpq.costs.latency import NS
-from jpq.fronts import Front, make
+from jpq.fronts import Front, make, require_one_table
 from jpq.point import Point
 from jpq.result import human, percent
 from jpq.types import JpqError
@@ -91,6 +91,8 @@ def pick(front: Front, asked: Sequence[Limit], knee: bool = False) -> Choice:
     knee of the front of these points. Raises JpqError where there is none, naming the nearest that there are.
     """
     cost = front.costs[0]
+    if any(limit.cost == "latency" for limit in asked):
+        require_one_table(front.points)
     fit = [p for p in front.points if all(limit.met(p) for limit in asked)]
     if not fit:
         raise JpqError(_nearest(front, asked))

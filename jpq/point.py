@@ -58,6 +58,13 @@ class Point:
         """Its cost over the fp32 model's."""
         return self.costs[cost] / self.full[cost]
 
+    @property
+    def even(self) -> bool:
+        """Whether it has the same bits everywhere and nothing dropped; what reads the image keeps its own width."""
+        bits = {(layer.w_bits, layer.a_bits) for layer in self.layers[1:]}
+        whole = all(layer.density == 1 for layer in self.layers)
+        return whole and len(bits) == 1 and {layer.w_bits for layer in self.layers} == {w for w, _ in bits}
+
 
 def point_of(folder: Path) -> Point:
     """The run in a folder. Raises JpqError where its files are missing, damaged or of something else."""
@@ -86,7 +93,7 @@ def point_of(folder: Path) -> Point:
         )
     except OSError as error:
         raise JpqError(f"{Path(str(error.filename)).name} cannot be read ({error.strerror}).") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, csv.Error) as error:
         raise JpqError(f"it does not hold the result of a run ({type(error).__name__}: {_short(error)}).") from error
     return point
 
@@ -213,13 +220,14 @@ def from_attributes(name: str, about: Mapping[str, Any], found: Mapping[str, Any
             full={"bops": float(round(bops / share))},
             model=str(task.get("model", "")),
             data=str(task.get("data", "")),
+            chance=_share(about.get("accuracy of guessing", 0.0), "accuracy of guessing"),
             final=False,
             decisions={"method": found.get("method"), "settings": place.rpartition("/")[2] or None, **params},
             layers=tuple(_told(layer, str(text)) for layer, text in found.get("layers", {}).items()),
         )
     except KeyError as error:
         raise JpqError(f"neither its folder nor its attribute {error} is at hand.") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise JpqError(f"its attributes are not those of a trial of jpq study ({_short(error)}).") from error
 
 

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jpq.result import Result, Row, human, percent
+from jpq.sizes import export_lines
 from jpq.types import DENSE
 
 OPENED = "masked_vs_rebuilt_at_landing_with_open_norms"  # as verify has it, without importing torch for --help
@@ -207,6 +208,8 @@ def summary(result: Result) -> Panel:
         rest.add_row("schemes", f"by {s['by']}: {s['ms']:.3g} ms a sample, {s['dense_ms']:.3g} ms dense ({how})")
     for line in verified_lines(result.verified):
         rest.add_row("verified", line)
+    for label, line in export_lines(result):
+        rest.add_row(label, escape(line))
     if result.latency:
         rest.add_row("measured", latency_line(result.latency))
     if result.metrics:
@@ -214,10 +217,9 @@ def summary(result: Result) -> Panel:
     parts = ", ".join(f"{escape(k)} {duration(v)}" for k, v in result.seconds.items() if k != "total")
     total = result.seconds.get("total", sum(result.seconds.values()))
     rest.add_row("time", duration(total) + (f" ({parts})" if parts else ""))
-    files = (
-        "model.safetensors with plan.json, model.onnx, model.packed, result.json, layers.csv, history.csv, curves.png, "
-        "layers.png"
-    )
+    exported = ", ".join(made["file"] for made in result.export.get("forms", {}).values()) or "model.onnx"
+    files = f"model.safetensors with plan.json, {exported}, model.packed, result.json, layers.csv, history.csv, "
+    files += "sizes.csv, curves.png, layers.png"
     rest.add_row("files", f"[bold]{escape(os.path.relpath(result.folder))}[/]: {files}")
     for note in result.notes:
         rest.add_row("[yellow]note[/]", escape(note))

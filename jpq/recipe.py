@@ -9,15 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from jpq import bench, checkpoint, costs, handover, landing, mapping, models, stages
+from jpq import bench, by_hand, checkpoint, costs, handover, landing, mapping, models, ranks, stages
 from jpq.allocators import rank, start_bits
 from jpq.budget import Target
 from jpq.compose import RULES, SEARCH, compose
-from jpq.config import Config
+from jpq.config import BY_HAND, Config
 from jpq.costs.table import Table
 from jpq.data import Data
 from jpq.data import load as load_data
 from jpq.descent import Begun, descend
+from jpq.events import Events
 from jpq.gates import Ranked
 from jpq.journal import Journal, open_folder
 from jpq.judging import calibration, known_classes, score_of
@@ -56,17 +57,21 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "", fina
     d = config.decide
     method = compose(d.method, d.structure, d.width, d.score, d.schedule, d.classes, d.allocator)
     given = handover.read(d.mask) if d.mask else None
-    run = Journal(config, watch or Silent(), open_folder(config))
+    ranks.require_rows(config.train.batch_size)
+    run = Journal(config, watch or Silent(), ranks.from_first(lambda: open_folder(config)))
+    if config.run.tensorboard and ranks.is_first():
+        run.watch = Events(run.watch, run.folder, run.recorder.rows)
     torch.manual_seed(config.run.seed)
     device = pick_device(config.run.device)
 
-    data = read_data(config, device)  # 1
+    data = ranks.in_turn(lambda: read_data(config, device))  # 1
+    ranks.require_same(data.checksum, "a data set")
     known_classes(d.classes, data)
     model = dense_model(config, data, device)
     network = trace(model, data.example, open_norms=d.open_norms)  # 2
     if d.open_norms:
         require_opened(network, method.gate is not None)
-    network, table = with_clocks(network, config, run)
+    network, table = ranks.in_turn(lambda: with_clocks(network, config, run))
     set_threads(config.run.threads, sum(layer.macs for layer in network.layers) * config.train.batch_size)
     schemes = None if given else mapped(method, network, data.example, d.density, d.skip)
     sites = given.sites(network) if given else sites_of(method, network, d.skip, schemes)  # 3
@@ -94,12 +99,13 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "", fina
 
     all_possible()
     train_float(model, data, config, run)
+    ranks.share_state(model)
     if given and run.saved:
         given.require_same(run.saved["net"], sites)
     if given and given.obeyed(model, sites):
         run.notes.append(OBEYED)
     if method.structure == SEARCH:
-        schemes = search_schemes(method, network, model, data, config, run)
+        schemes = ranks.from_first(lambda: search_schemes(method, network, model, data, config, run))
         sites = sites_of(method, network, d.skip, schemes)
         all_possible()
     if schemes is not None:
@@ -136,7 +142,8 @@ def with_clocks(network: Network, config: Config, run: Journal) -> tuple[Network
     kept = run.folder / bench.NAME
     if run.saved and kept.is_file() and kept.read_text() != bench.text_of(table):
         raise JpqError(f"{table.source} is no longer the table that this run began with. Run without --resume.")
-    bench.write_table(list(table.entries), kept)
+    if ranks.is_first():
+        bench.write_table(list(table.entries), kept)
     return network, table
 
 
@@ -145,7 +152,9 @@ def possible(net: Compressed, goals: tuple[Target, ...], config: Config) -> None
     d, method = config.decide, row(net.method)
     if method.gate is Ranked and score_of(config).needs == {"scales"}:
         rank(net, score_of(config))  # it needs no data, and may find nothing to rank by
-    if method.stages:
+    if net.method == BY_HAND:
+        by_hand.require(net, by_hand.plan(net, d), goals)
+    elif method.stages:
         stages.decide(net, goals, d.w_bits, d.a_bits, d.density)
     elif method.gate:
         landing.require(net, goals)
@@ -161,12 +170,12 @@ def train_float(model: nn.Module, data: Data, config: Config, run: Journal) -> N
     if config.task.weights is not None:
         return
     if run.is_past("float"):
-        checkpoint.load_tensors(model, kept)
+        ranks.from_first(lambda: checkpoint.load_tensors(model, kept))
     else:
         phase = Phase("float", config.train.float_epochs)
         optim = optimizer(model, config.train.lr, config.train.weight_decay)
         train(model, data, phase, Objective(), optim, run)
-        checkpoint.save_tensors(model, kept)
+        ranks.from_first(lambda: checkpoint.save_tensors(model, kept))
     model.eval()
 
 

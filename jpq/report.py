@@ -16,10 +16,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from jpq import foreign
+from jpq import foreign, sizes
 from jpq.config import Config
 from jpq.files import replace_file
-from jpq.result import Figures, LayerRow, Point, Result, Row, human, percent
+from jpq.result import Figures, FrontRow, LayerRow, Result, Row, human, percent
 from jpq.types import JpqError
 
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#E69F00", "#009E73", "#E3E3E3", "#333333"  # Okabe and Ito's palette
@@ -35,9 +35,16 @@ def write(result: Result, config: Config) -> None:
     replace_file(folder / "layers.csv", lambda path: layers.to_csv(path, index=False))
     text = json.dumps(_plain(record(result)), indent=2, allow_nan=False) + "\n"
     replace_file(folder / "result.json", lambda path: path.write_text(text))
+    if result.export:
+        sizes.write(result)
     if result.final:
-        save_picture(curves(result, config), folder / "curves.png")
-        save_picture(layer_chart(result, config), folder / "layers.png")
+        draw(result, config)
+
+
+def draw(result: Result, config: Config) -> None:
+    """Write the pictures of a run into its folder."""
+    save_picture(curves(result, config), result.folder / "curves.png")
+    save_picture(layer_chart(result, config), result.folder / "layers.png")
 
 
 def read(folder: Path) -> Result:
@@ -75,14 +82,16 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_history(rows: Sequence[Row], folder: Path) -> None:
-    """Write history.csv, one line an epoch; a reader never sees half a file."""
-    frame = pd.DataFrame([asdict(row) for row in rows], columns=[f.name for f in fields(Row)])
+    """Write history.csv, one line an epoch, with a column for the budget where there are several."""
+    several = any(row.budget for row in rows)
+    columns = [f.name for f in fields(Row) if several or f.name != "budget"]
+    frame = pd.DataFrame([asdict(row) for row in rows], columns=columns)
     replace_file(folder / "history.csv", lambda path: frame.to_csv(path, index=False))
 
 
-def write_front(points: Sequence[Point], folder: Path) -> None:
+def write_front(points: Sequence[FrontRow], folder: Path) -> None:
     """Write front.csv, one line a budget."""
-    frame = pd.DataFrame([asdict(point) for point in points], columns=[f.name for f in fields(Point)])
+    frame = pd.DataFrame([asdict(point) for point in points], columns=[f.name for f in fields(FrontRow)])
     replace_file(folder / FRONT, lambda path: frame.to_csv(path, index=False))
 
 
@@ -168,8 +177,10 @@ def _shade(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 def log_ticks(axis: Axis) -> None:
-    """Ticks at 1, 2 and 5 of each decade, written out."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    """Ticks at 1, 2 and 5 of each decade, written out; at round numbers where little of a decade is shown."""
+    low, high = axis.get_view_interval()
+    few = low > 0 and high / low < 4
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]) if few else LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -226,7 +237,8 @@ def layer_chart(result: Result, config: Config) -> Figure:
 def _title(result: Result, config: Config) -> str:
     now = result.compressed
     what = f"{config.task.model} on {config.task.data}, {result.method}"
-    return f"{what}: {percent(now.accuracy)} at {percent(now.bops_share)} of the fp32 BOPs"
+    right = percent(now.accuracy) if result.final else f"{percent(result.held_out['compressed'])} (held-out)"
+    return f"{what}: {right} at {percent(now.bops_share)} of the fp32 BOPs"
 
 
 def short(name: str, length: int = 34) -> str:

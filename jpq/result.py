@@ -75,7 +75,7 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Point:
+class FrontRow:
     """One of several budgets of a run, a line of front.csv."""
 
     budget: str  # as asked for
@@ -109,13 +109,14 @@ class Result:
     verified: dict[str, Any] = field(default_factory=dict)  # what was compared, and what came out
     metrics: Numbers = field(default_factory=dict)  # site -> what its gate said at landing
     latency: dict[str, Any] = field(default_factory=dict)  # model.onnx: predicted_ms, measured_ms, their ratio ...
+    export: dict[str, Any] = field(default_factory=dict)  # opset, type of weights, forms, layers left in float
     packed: dict[str, int] = field(default_factory=dict)  # bytes of model.packed: total, header, promised, others
     schemes: dict[str, Any] = field(default_factory=dict)  # who mapped them, ms, and where those are from (jpq.mapping)
     data: dict[str, Any] = field(default_factory=dict)  # name, checksum, sizes of the splits
     machine: dict[str, Any] = field(default_factory=dict)  # platform, device, threads, peak memory
     uniform: Numbers = field(default_factory=dict)  # "W4A4" -> what the whole model costs at these bits, by measure
     final: bool = True  # exported, verified and measured on the test split; else one of a study's trials
-    front: tuple[Point, ...] = ()  # every budget of a run that followed several down; this result is the last one's
+    front: tuple[FrontRow, ...] = ()  # every budget of a run that followed several down; this result is the last one's
 
 
 class Watch(Protocol):

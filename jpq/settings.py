@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tomli_w
 
@@ -20,6 +20,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+T = TypeVar("T")
+PAIRS = {"tuple[int, int]": (int,), "tuple[float, float]": (int, float), "tuple[str, str]": (str,)}
 LARGEST = 2**20  # bytes of a file of settings
 
 
@@ -32,22 +34,28 @@ def from_tree(tree: Mapping[str, Any], source: str) -> Config:
             raise unknown(f"section in {source}", section, known)
         if not isinstance(table, Mapping):
             raise JpqError(f"{source}: '{section}' must be a table of settings, such as [{section}].")
-        part = getattr(config, section)
-        types = {f.name: f.type for f in fields(part)}
-        values = {}
-        for key, value in table.items():
-            if key not in types:
-                raise unknown(f"setting in [{section}] of {source}", key, types)
-            values[key] = _typed(value, str(types[key]), f"{source}: {section}.{key}")
-        config = replace(config, **{section: replace(part, **values)})
+        config = replace(config, **{section: filled(getattr(config, section), section, table, source)})
     return config
+
+
+def filled(part: T, section: str, table: Mapping[str, Any], source: str) -> T:
+    """The settings `part` with the values of one table of a file; `part` is a frozen dataclass."""
+    known: Any = part
+    types = {f.name: f.type for f in fields(known)}
+    values = {}
+    for key, value in table.items():
+        if key not in types:
+            raise unknown(f"setting in [{section}] of {source}", key, types)
+        values[key] = _typed(value, str(types[key]), f"{source}: {section}.{key}")
+    made: T = replace(known, **values)
+    return made
 
 
 def _typed(value: Any, kind: str, where: str) -> Any:
     """A TOML value as the field's type, or an error that says what was expected."""
     if kind.startswith("Path") and isinstance(value, str) and "\0" not in value:
         return Path(value)
-    if kind == "tuple[int, int]" and isinstance(value, list) and len(value) == 2 and all(map(_number, value)):
+    if kind in PAIRS and isinstance(value, list) and len(value) == 2 and all(_fits(v, PAIRS[kind]) for v in value):
         return tuple(value)
     if kind == "tuple[str, ...]" and isinstance(value, list) and all(isinstance(v, str) for v in value):
         return tuple(value)
@@ -61,6 +69,11 @@ def _typed(value: Any, kind: str, where: str) -> Any:
     raise JpqError(f"{where} is {repr(value)[:60]}; expected {kind}.")
 
 
+def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether it is one of the kinds, and no number that torch cannot count with."""
+    return type(value) in kinds and (type(value) is str or _number(value))
+
+
 def _number(value: Any) -> bool:
     """Whether it is a number that torch can count with."""
     return type(value) is float or (type(value) is int and -(2**63) <= value < 2**63)
@@ -68,8 +81,13 @@ def _number(value: Any) -> bool:
 
 def read(path: Path) -> Config:
     """The config in a TOML file."""
+    return from_tree(tables(path), str(path))
+
+
+def tables(path: Path) -> dict[str, Any]:
+    """What a TOML file holds."""
     try:
-        return from_tree(tomllib.loads(foreign.text_of(path, "config file", LARGEST)), str(path))
+        return tomllib.loads(foreign.text_of(path, "config file", LARGEST))
     except RecursionError as error:
         raise JpqError(f"{path} nests deeper than any settings do.") from error
     except ValueError as error:  # of TOML, and of numbers with thousands of digits

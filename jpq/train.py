@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jpq import costs
+from jpq import costs, ranks
 from jpq.budget import Controller
 from jpq.data import Batches, Data
+from jpq.diverged import diverged, is_finite, require_finite
 from jpq.interruption import Interruption
 from jpq.network.compressed import Compressed, Side
-from jpq.network.read import evaluating, heard
+from jpq.network.read import evaluating
 from jpq.quantizers import Integer
+from jpq.ranks import Split
 from jpq.result import Row, Silent, Watch
 from jpq.types import JpqError
 
@@ -35,9 +37,12 @@ class Objective:
     temperature: float = 1.0
     gate_weight: float = 0.0
     controller: Controller | None = None  # None outside the search: decisions are fixed
+    split: Split | None = None  # this process's rows, where several share a batch
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, side: Side = "both") -> Tensor:
         """The loss of one batch; progress of the phase in [0, 1]. What the weights alone learn from has no budget."""
+        if self.split is not None:
+            x, y = self.split.take(x, y)
         logits = net(x)
         if not isinstance(logits, Tensor):
             raise JpqError(f"In training the model gives a {type(logits).__name__}, and jpq trains on one tensor of "
@@ -51,6 +56,8 @@ class Objective:
             loss = loss + self.distill * self.temperature**2 * F.kl_div(
                 given, wanted, log_target=True, reduction="batchmean"
             )
+        if self.split is not None:
+            loss = loss * self.split.weight
         if self.controller is not None and isinstance(net, Compressed) and side != "weights":
             loss = loss + pressure(net, self.controller, progress, self.gate_weight)
         return loss
@@ -187,6 +194,7 @@ def fit(
     watch.phase(phase.title, phase.epochs, steps)
     try:
         for epoch in range(phase.done, phase.epochs):
+            ranks.share_state(net)
             net.train()
             for i, (side, x, y) in enumerate(_turns(parts, phase.before + epoch)):
                 if i < len(phase.losses):
@@ -195,9 +203,9 @@ def fit(
                     phase.losses.append(_step(net, (x, y), phase, epoch + i / steps, objective, optim, side))
                 watch.step(phase.losses[-1], *recorder.shares(objective))
                 if every and len(phase.losses) % every == 0 and i + 1 < steps:
-                    require_finite(net, x, phase)
+                    require_finite(net, x, phase.name, phase.done)
                     save(phase)
-            require_finite(net, x, phase)  # before it can replace a good checkpoint
+            require_finite(net, x, phase.name, phase.done)  # before it can replace a good checkpoint
             accuracy = evaluate(net, data.held_out)
             with stop.whole():
                 mean = sum(phase.losses) / max(1, len(phase.losses))
@@ -206,7 +214,7 @@ def fit(
             watch.epoch(row)
             save(phase)
     except KeyboardInterrupt:
-        if not stop.cut and _finite(net):
+        if not stop.cut and is_finite(net):
             save(phase)
         raise
 
@@ -221,26 +229,17 @@ def _step(
     for group in optim.param_groups:
         group["lr"] = group["peak"] * (phase.rate(at) if group["curve"] else 1.0)
     loss = objective(net, *batch, at / phase.epochs, side)
-    value = float(loss.detach())
+    value = ranks.mean(loss)
     if not math.isfinite(value):
-        raise JpqError(_diverged(net, batch[0], phase))
+        raise JpqError(diverged(net, batch[0], phase.name, phase.done))
     optim.zero_grad()
     loss.backward()
+    ranks.average_gradients(net)
     nn.utils.clip_grad_norm_(optim.param_groups[0]["params"], CLIP)
     optim.step()
     if isinstance(net, Compressed):
         net.after_step(at / phase.epochs if phase.anneals else 1.0)
     return value
-
-
-def _finite(net: nn.Module) -> bool:
-    return all(bool(p.isfinite().all()) for p in net.parameters())
-
-
-def require_finite(net: nn.Module, x: Tensor, phase: Phase) -> None:
-    """Raise JpqError where a parameter is not a number, naming what is not finite first on the batch `x`."""
-    if not _finite(net):
-        raise JpqError(_diverged(net, x, phase))
 
 
 def _turns(parts: Sequence[Batches], epoch: int) -> Iterator[tuple[Side, Tensor, Tensor]]:
@@ -278,22 +277,3 @@ def reestimate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], count: 
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     net.eval()
-
-
-@torch.no_grad()
-def _diverged(net: nn.Module, x: Tensor, phase: Phase) -> str:
-    """The sentence for a loss that is not a number: where it happened first."""
-    bad = [name for name, p in net.named_parameters() if not p.isfinite().all()]
-    first: list[str] = []
-
-    def look(name: str, _: nn.Module, __: Any, out: Any) -> None:
-        if isinstance(out, Tensor) and not first and not out.isfinite().all():
-            first.append(name)
-
-    with heard({n: m for n, m in net.named_modules() if not list(m.children())}, look):
-        net(x)
-    where = f"the output of layer '{first[0]}'" if first else f"parameter '{bad[0]}'" if bad else "the loss itself"
-    return (
-        f"The loss is not a number in phase {phase.name}, epoch {phase.done + 1}: {where} is the first that is not "
-        "finite. The last checkpoint is kept. Lower --lr (or --gate-lr, --bit-lr), or look for bad samples in the data."
-    )

@@ -34,6 +34,7 @@ from matplotlib.figure import Figure
 
 import jpq
 from jpq import pareto
+from jpq.phases import phases
 from jpq.point import Point, point_of
 from jpq.recipe import read_data
 from jpq.train import evaluate
@@ -58,11 +59,13 @@ class Plan:
         return self.each * len(self.budgets)
 
     def one_run(self, config: jpq.Config) -> jpq.Config:
-        """The same epochs in one run: 60 % of each budget's fine-tune it, the rest of them search."""
-        tune = max(1, round(0.6 * self.each))
-        search = self.total - tune * len(self.budgets)
-        train = replace(config.train, epochs=search + tune, search=search / (search + tune), tune_epochs=tune)
-        return replace(config, train=train, budget=replace(config.budget, target_bops=",".join(self.budgets)))
+        """A run down the budgets with as many --epochs as it may have to train no more than `total` in all."""
+        config = replace(config, budget=replace(config.budget, target_bops=",".join(self.budgets)))
+        for epochs in range(self.total, 0, -1):
+            own = replace(config, train=replace(config.train, epochs=epochs))
+            if sum(p.epochs for p in phases(own, jpq.METHODS["djpq"]) if p.name != "float") <= self.total:
+                return own
+        raise ValueError("too few epochs")
 
 
 def one_run(config: jpq.Config, plan: Plan) -> Iterator[tuple[str, Path]]:

@@ -28,8 +28,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import jpq
-from jpq.config import Budget, Decide, Run
-from jpq.recipe import split
+from jpq.config import Budget, Decide
+from jpq.phases import split
 from jpq.result import Result, Row, Silent
 
 RESULTS = Path(__file__).parent / "results"
@@ -137,7 +137,7 @@ def with_float_weights(config: jpq.Config, path: Path) -> jpq.Config:
         with tempfile.TemporaryDirectory() as folder:
             short = replace(
                 config, budget=Budget(target_bops="10%"), decide=Decide(method="uniform"),
-                train=replace(config.train, epochs=2), run=Run(out=Path(folder), threads=1),
+                train=replace(config.train, epochs=2), run=replace(config.run, out=Path(folder)),
             )  # fmt: skip
             result = jpq.optimize(short, Print())
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ class Stop(Silent):
         self.next = (name, 1)
 
     def epoch(self, row: Row) -> None:
-        self.next = (row.phase, row.epoch + 1)
+        self.next = (row.title, row.epoch + 1)
 
 
 def resumed(asked: Config, out: Path, phase: str) -> Result:

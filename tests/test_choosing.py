@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import runs
 import test_cli
-from fronts import SPREAD, folder, spread
+from made_runs import SPREAD, folder, spread
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
@@ -46,9 +46,14 @@ def drawn(figure: Figure) -> Counter[str]:
 
 
 def test_the_plane_shows_every_run_and_what_it_is_compared_with(tmp_path: Path) -> None:
+    spread(tmp_path)
     for bits in (2, 4):
-        folder(tmp_path, 0.5, bits * bits / 1024, method="uniform")
-    front = spread(tmp_path)
+        made = folder(tmp_path, 0.5, bits * bits / 1024, method="uniform")
+        table = pd.read_csv(made / "layers.csv")
+        table.assign(w_bits=bits, a_bits=[8] + [bits] * (len(table) - 1), macs_all=table.macs).to_csv(
+            made / "layers.csv"
+        )
+    front = make(read(tmp_path).points)
     choice = pick(front, limits({"max_bops": "1%"}, front.points[0].full))
     figure = front_report.plane(front, choice)
     once = {"dominated": 1, "knee": 1, "chosen": 1, "staircase": 1, "fp32": 1}
@@ -61,6 +66,18 @@ def test_the_plane_shows_every_run_and_what_it_is_compared_with(tmp_path: Path) 
     assert chosen.get_offsets().tolist() == [[pytest.approx(1.0), pytest.approx(96.0)]]
     words = [text.get_text() for text in axes.texts]
     assert {"W2A2", "W8A8", "1 djpq", "4 djpq"} <= {*words}
+
+
+def test_uniform_bits_that_cost_the_same_share_a_line(tmp_path: Path) -> None:
+    points = spread(tmp_path).points
+    timed = [
+        replace(p, costs={**p.costs, "latency": 2e6 + i}, full={**p.full, "latency": 4e6},
+                uniform={"W2A2": {"latency": 3e6}, "W3A3": {"latency": 3e6}, "W8A8": {"latency": 5e6}})
+        for i, p in enumerate(points)
+    ]  # fmt: skip
+    figure = front_report.plane(make(timed, ["latency"]))
+    assert drawn(figure)["tick"] == 2
+    assert {"W2A2 to W3A3", "W8A8"} <= {text.get_text() for text in figure.axes[0].texts}
 
 
 def test_two_costs_have_no_staircase(tmp_path: Path) -> None:
@@ -84,6 +101,7 @@ def test_the_heat_map_has_a_cell_for_every_layer_and_point(tmp_path: Path) -> No
 def test_long_fronts_are_thinned_and_runs_without_layers_have_no_heat_map(tmp_path: Path) -> None:
     point = spread(tmp_path).points[0]
     layers = tuple(Layer(f"layer{i}.conv", 2 + i % 7, 8, 0.5) for i in range(60))
+    layers = (*layers[:-1], replace(layers[-1], name="odd $\\frac{$"))
     many = [
         replace(point, accuracy=0.5 + i / 100, costs={**point.costs, "bops": 1e5 * 1.1**i}, layers=layers)
         for i in range(40)
@@ -94,6 +112,8 @@ def test_long_fronts_are_thinned_and_runs_without_layers_have_no_heat_map(tmp_pa
     assert (rows, columns) == (60, front_report.COLUMNS)
     assert not figure.axes[0].texts
     assert figure.get_size_inches()[0] < 30
+    front_report.save_picture(figure, tmp_path / "wide.png")
+    assert imread(tmp_path / "wide.png").std() > 0
     assert front_report.heat_map(make([replace(point, layers=())])) is None
     written = front_report.write(make([replace(point, layers=())]), tmp_path)
     assert [path.name for path in written] == ["pareto.csv", "pareto.png"]
@@ -265,7 +285,7 @@ def test_a_trial_is_left_as_it_was_where_the_final_run_goes_elsewhere(trained: P
 def test_without_the_float_weights_only_their_accuracy_is_missing(trained: Path, capsys: Captured) -> None:
     made = Path(shutil.copytree(by_target(trained / "runs", "0.5%"), "moved"))
     text = (made / "config.toml").read_text()
-    (made / "config.toml").write_text(re.sub(r'weights = ".*"', 'weights = "gone.safetensors"', text))
+    (made / "config.toml").write_text(re.sub(r'(?m)^weights = ".*"', 'weights = "gone.safetensors"', text))
     assert main(["export", "moved"]) == 0
     out = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "weights are no longer at gone.safetensors" in out

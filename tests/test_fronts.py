@@ -11,10 +11,10 @@ from typing import Any
 import optuna
 import pandas as pd
 import pytest
-from fronts import FULL, SPREAD, folder, spread
+from made_runs import FULL, SPREAD, folder, spread
 
 import jpq
-from jpq.fronts import make, write
+from jpq.fronts import by_method, ignorant, make, write
 from jpq.pareto import covered
 from jpq.picking import limits, pick
 from jpq.point import point_of
@@ -107,6 +107,37 @@ def test_runs_of_several_budgets_have_names_that_tell_them_apart(tmp_path: Path)
     assert found.skipped == ()
 
 
+def test_hypervolumes_of_each_method_alone(tmp_path: Path) -> None:
+    made = spread(tmp_path)
+    folder(tmp_path, 0.9, 0.01, method="uniform")
+    both = make(read(tmp_path).points)
+    alone = by_method(both)
+    assert list(alone.items()) == [("djpq", (made.covered, 5)), ("uniform", (pytest.approx(1.8), 1))]
+    assert both.covered == made.covered  # it is dominated
+
+
+def test_the_knee_is_on_the_front_of_two_costs(tmp_path: Path) -> None:
+    points = spread(tmp_path).points
+    bend = next(p for p in points if p.accuracy == 0.95)
+    twin = replace(bend, name="larger", costs={**bend.costs, "size": 2 * bend.costs["size"]})
+    made = make([twin, *points], ["bops", "size"])
+    assert made.knee is not None
+    assert made.number(made.knee) == 2
+    assert made.points[made.knee] is bend
+
+
+def test_latencies_of_several_tables_are_not_compared(tmp_path: Path) -> None:
+    one, two, *_ = spread(tmp_path).points
+    timed = [replace(p, costs={**p.costs, "latency": 1e6}, full={**p.full, "latency": ms}) for p, ms in
+             ((one, 3e6), (two, 4e6))]  # fmt: skip
+    with pytest.raises(JpqError, match=r"different tables of latencies .* 3.00 and 4.00 ms"):
+        make(timed, ["latency"])
+    with pytest.raises(JpqError, match="different tables"):
+        pick(make(timed), limits({"max_latency": "2ms"}, timed[0].full))
+    assert len(make([timed[0], two], ["latency"]).points) == 1
+    assert ignorant([timed[0], two], ["latency"]) == [f"{two.name}: it does not say what it costs in latency."]
+
+
 def damage(made: Path, how: str) -> None:
     if how == "unfinished":
         (made / "result.json").unlink()
@@ -120,6 +151,9 @@ def damage(made: Path, how: str) -> None:
         (made / "config.toml").unlink()
     elif how == "no layers":
         (made / "layers.csv").unlink()
+    elif how == "no MACs":
+        text = (made / "layers.csv").read_text().splitlines()
+        (made / "layers.csv").write_text("\n".join([text[0], text[1] + "0"]))
     elif how == "foreign":
         (made / "result.json").write_text('{"score": 3}')
     else:
@@ -138,6 +172,7 @@ def damage(made: Path, how: str) -> None:
     ("how", "words"),
     [("unfinished", "not ended"), ("half a file", "JSONDecodeError"), ("binary", "UnicodeDecodeError"),
      ("nested", "does not hold the result"), ("no settings", "config.toml"), ("no layers", "layers.csv"),
+     ("no MACs", "ZeroDivisionError"),
      ("foreign", "'compressed'"), ("text", "many"), ("nan", "held-out accuracy of nan"), ("nothing", "BOPs of 0"),
      ("above 1", "93.5")],
 )  # fmt: skip
@@ -187,6 +222,7 @@ NOTES = {"held_out": 0.9, "bops": 1_000_000, "bops_share": 0.01, "macs": 40_000,
 def study(tmp_path: Path) -> optuna.Study:
     """Three finished trials, of which one has a folder and one repeats another, and two that count for nothing."""
     made = optuna.create_study(directions=["maximize", "minimize"], study_name="digits")
+    made.set_user_attr("accuracy of guessing", 0.1)
     made.set_user_attr("settings", {"task": {"model": "convnet", "data": "digits"}})
     real = folder(tmp_path / "trials", 0.8, 0.005)
     width = optuna.distributions.IntDistribution(2, 8)
@@ -214,11 +250,12 @@ def test_an_optuna_study_by_what_its_trials_noted(tmp_path: Path) -> None:
         alone = jpq.front(made)
     assert list(alone.name) == ["trial 0"]
     assert (alone.model[0], alone.data[0]) == ("convnet", "digits")
+    assert alone.attrs["hypervolume"] == pytest.approx(1.6)
 
 
 def test_costs_that_trials_did_not_note_need_their_folders(tmp_path: Path) -> None:
     made = study(tmp_path)
-    with pytest.raises(JpqError, match="No run says what it costs in size"), pytest.warns(UserWarning, match="trial"):
+    with pytest.raises(JpqError, match="No run says what it costs in size"):
         jpq.front(made, ["size"])
     with pytest.warns(UserWarning, match="trial 3"):
         assert len(jpq.front(made, ["size"], folder=tmp_path)) == 2

@@ -56,6 +56,13 @@ class Graph:
             self.proto.node.insert(at + behind, node)
 
 
+def own_constants(graph: Any) -> None:
+    """Take initializers off the list of inputs, as which a runtime thinks that a caller may replace them."""
+    held = {t.name for t in graph.initializer}
+    for entry in [i for i in graph.input if i.name in held]:
+        graph.input.remove(entry)
+
+
 def drop_unread(graph: Any) -> None:
     """Take out initializers (with their entries among the inputs) and constants that nothing reads any more."""
     read = {i for n in graph.node for i in n.input} | {o.name for o in graph.output}

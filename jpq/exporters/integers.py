@@ -2,9 +2,9 @@
 
 - A signed grid of activations, int8 around 0, becomes uint8 around 128: kernels want one type on both sides.
 - A Clip of stored weights is done once, here.
-- Rounding to a grid is monotone, so it changes places with MaxPool: the convolution before the pooling is then read by
-  a QuantizeLinear, and computes in integers. The pooling stays in floating point, held there by a Relu that changes
-  nothing (onnxruntime's pooling of integers takes longer than the whole convolution).
+- Rounding to a grid is monotone, so it changes places with MaxPool, and with what only moves numbers: the convolution
+  before them is then read by a QuantizeLinear, and computes in integers. The pooling stays in floating point, held
+  there by a Relu that changes nothing (onnxruntime's pooling of integers takes longer than the whole convolution).
 - For the same reason a Clip of floating-point numbers (ReLU6) before rounding becomes one of integers behind it.
 - The bias of a last Gemm, whose result nobody quantizes, is added behind it: onnxruntime has an integer Gemm with a
   result in floating point, but only without a bias of that kind.
@@ -18,6 +18,7 @@ from onnx import NodeProto, helper
 
 from jpq.exporters.graph import Graph, drop_unread, nested
 
+_MOVES = ("Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose")  # what rounding changes places with, as it is
 MIDDLE = 128  # of a grid in uint8
 
 
@@ -26,10 +27,7 @@ def make_integral(model: onnx.ModelProto) -> None:
     if nested(model):
         return
     graph = Graph(model)
-    held = {t.name for t in graph.proto.initializer}
-    for entry in [i for i in graph.proto.input if i.name in held]:  # else a runtime thinks a caller may replace them
-        graph.proto.input.remove(entry)
-    for rewrite in (_unsigned, _clipped, _before_pooling, _clip_behind, _bias_apart):
+    for rewrite in (_unsigned, _clipped, _before_moves, _clip_behind, _bias_apart):
         for node in list(graph.proto.node):
             rewrite(graph, node)
         graph = Graph(model)
@@ -102,30 +100,39 @@ def _clip_behind(graph: Graph, clip: NodeProto) -> None:
     graph.proto.node.remove(clip)
 
 
-def _before_pooling(graph: Graph, pool: NodeProto) -> None:
-    """Conv, (Relu or Clip), MaxPool, QuantizeLinear: the grid is put before the pooling, too, where it is unsigned."""
-    if pool.op_type != "MaxPool" or len(pool.output) != 1 or graph.only_reader(pool.input[0]) is None:
+def _before_moves(graph: Graph, quantize: NodeProto) -> None:
+    """Conv, (Relu or Clip), MaxPool or moves, QuantizeLinear: the grid is put behind the convolution, too."""
+    if quantize.op_type != "QuantizeLinear" or any(name not in graph.known for name in quantize.input[1:3]):
         return
-    made = graph.makers.get(pool.input[0])
-    if made is not None and made.op_type in ("Relu", "Clip") and graph.only_reader(made.input[0]) is not None:
-        made = graph.makers.get(made.input[0])
-    quantize = graph.only_reader(pool.output[0])
-    if made is None or made.op_type != "Conv" or quantize is None or quantize.op_type != "QuantizeLinear":
+    scale, zero = (graph.array(name) for name in quantize.input[1:3])
+    first, pooled = quantize, False
+    while True:
+        above = graph.makers.get(first.input[0])
+        alone = above is not None and len(above.output) == 1 and graph.only_reader(above.output[0]) is not None
+        if above is None or not alone or above.op_type not in ("MaxPool", *_MOVES):
+            break
+        first, pooled = above, pooled or above.op_type == "MaxPool"
+    made = graph.makers.get(first.input[0])
+    if made is None or graph.only_reader(made.output[0]) is None:
         return
-    zero = quantize.input[2] if len(quantize.input) > 2 else ""
-    if zero not in graph.known or graph.array(zero).dtype != np.uint8 or graph.array(zero).any():
+    start = graph.makers.get(made.input[0]) if made.op_type in ("Relu", "Clip") else made
+    own = start is made or graph.only_reader(made.input[0]) is not None
+    if first is quantize or start is None or start.op_type != "Conv" or not own:
         return
-    name = pool.output[0]
-    nodes = [helper.make_node("QuantizeLinear", [pool.input[0], *quantize.input[1:]], [f"{name}.before"])]
+    if scale.ndim or zero.dtype != np.uint8 or (pooled and zero.any()):
+        return
+    name = first.output[0]
+    nodes = [helper.make_node("QuantizeLinear", [made.output[0], *quantize.input[1:]], [f"{name}.before"])]
     clip = graph.only_reader(quantize.output[0])
     if clip is not None and clip.op_type == "Clip":
         nodes.append(helper.make_node("Clip", [nodes[-1].output[0], *clip.input[1:]], [f"{name}.clipped"]))
     nodes.append(helper.make_node("DequantizeLinear", [nodes[-1].output[0], *quantize.input[1:]], [f"{name}.grid"]))
-    nodes.append(helper.make_node("Relu", [f"{name}.grid"], [f"{name}.held"]))
-    for i, made_here in enumerate(nodes):
-        made_here.name = f"{name}.grid_{i}"
-    graph.insert(pool, nodes)
-    pool.input[0] = f"{name}.held"
+    if pooled:
+        nodes.append(helper.make_node("Relu", [f"{name}.grid"], [f"{name}.held"]))
+    for i, node in enumerate(nodes):
+        node.name = f"{name}.grid_{i}"
+    graph.insert(first, nodes)
+    first.input[0] = nodes[-1].output[0]
 
 
 def _bias_apart(graph: Graph, gemm: NodeProto) -> None:

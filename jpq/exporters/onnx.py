@@ -7,7 +7,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,17 @@ import onnx
 import onnxruntime
 import torch
 from brevitas.export import export_onnx_qcdq
+from brevitas.export import export_qonnx as brevitas_qonnx
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from jpq.exporters.constants import fold_constants
 from jpq.exporters.fold import fold_norms
+from jpq.exporters.graph import own_constants
 from jpq.exporters.integers import make_integral
 from jpq.exporters.narrow import narrowed
 from jpq.files import replace_file
-from jpq.network.read import arguments, named_inputs, tensors
+from jpq.network.read import arguments, batch_of, named_inputs, tensors
 from jpq.quantizers import act_quantizer, result_quantizer, weight_quantizer
 from jpq.types import JpqError
 
@@ -58,13 +61,51 @@ def export(small: nn.Module, example: Any, path: Path, weights: str = "int8") ->
 
     Raises JpqError for widths above 8 bits, and for a file that onnx cannot store in narrower types.
     """
-    model = copy.deepcopy(small).cpu().eval()
+
+    def finish(written: onnx.ModelProto) -> onnx.ModelProto:
+        fold_norms(written)
+        fold_constants(written)
+        make_integral(written)
+        return narrowed(written, weights)
+
+    for layer in [m for m in small.modules() if hasattr(m, "weight_quant")]:
+        wide = max(float(q.width()) for q in (weight_quantizer(layer), act_quantizer(layer)))
+        if wide > 8:
+            raise JpqError(f"QCDQ export holds at most 8 bits; a layer has {wide:.0f}. Lower --w-bits or --a-bits.")
+    _write(small, example, path, export_onnx_qcdq, finish)
+
+
+def export_qonnx(small: nn.Module, example: Any, path: Path) -> None:
+    """The rebuilt model with QONNX's Quant nodes, any width, norms as they are: for FPGA flows, and for netron.
+
+    `qonnx.util.inference_cost` counts the same MACs and BOPs in it as jpq.measure, with `discount_sparsity=False`
+    (otherwise a stored weight of zero costs it nothing, while jpq counts what a mask keeps). That tool and the flows
+    take no dynamic batch: the file holds one sample.
+    """
+    size = batch_of(example)
+    one = tree_map(lambda v: v[:1] if isinstance(v, Tensor) and v.dim() and len(v) == size else v, example)
+
+    def finish(written: onnx.ModelProto) -> onnx.ModelProto:
+        fold_constants(written)
+        return written
+
+    _write(small, one, path, brevitas_qonnx, finish, dynamic=False)
+
+
+def export_float(model: nn.Module, example: Any, path: Path) -> None:
+    """A float model as ONNX: what a quantized one is compared with."""
+    _write(model, example, path, torch.onnx.export, lambda written: written)
+
+
+def _write(
+    given: nn.Module, example: Any, path: Path, exporter: Callable[..., Any],
+    finish: Callable[[onnx.ModelProto], onnx.ModelProto], dynamic: bool = True,
+) -> None:  # fmt: skip
+    """Trace a copy with one of the exporters, finish what it wrote, and put it in place."""
+    model = copy.deepcopy(given).cpu().eval()
     module: Any
     for module in model.modules():
         if hasattr(module, "weight_quant"):
-            wide = max(float(q.width()) for q in (weight_quantizer(module), act_quantizer(module)))
-            if wide > 8:
-                raise JpqError(f"QCDQ export holds at most 8 bits; a layer has {wide:.0f}. Lower --w-bits or --a-bits.")
             module.weight_quant.skip_create_quant_tensor = False
             module.input_quant.skip_create_quant_tensor = False
         if result_quantizer(module) is not None:
@@ -76,18 +117,19 @@ def export(small: nn.Module, example: Any, path: Path, weights: str = "int8") ->
     flat = model if len(inputs) == len(args) and isinstance(out, Tensor) else _Flat(model, args, kwargs)
     names = _input_names(model, args, kwargs), _output_names(out)
     batched = [t.dim() > 0 and len(t) == len(inputs[0]) for t in [*inputs, *tensors(out)]]
+    axes = {n: {0: "batch"} for n, b in zip(names[0] + names[1], batched, strict=True) if b}
+    place = "f" if exporter is torch.onnx.export else "export_path"
 
     def write(part: Path) -> None:
         with _quiet():
-            export_onnx_qcdq(
-                flat, args=tuple(inputs), export_path=str(part), dynamo=False, opset_version=OPSET,
-                input_names=names[0], output_names=names[1],
-                dynamic_axes={n: {0: "batch"} for n, b in zip(names[0] + names[1], batched, strict=True) if b},
+            exporter(
+                flat, args=tuple(inputs), dynamo=False, opset_version=OPSET, input_names=names[0],
+                output_names=names[1], **{place: str(part)},
+                dynamic_axes=axes if dynamic else None,
             )  # fmt: skip
         written = onnx.load(str(part))
-        fold_norms(written)
-        make_integral(written)
-        onnx.save(narrowed(written, weights), str(part))
+        own_constants(written.graph)
+        onnx.save(finish(written), str(part))
         onnx.checker.check_model(str(part))
 
     replace_file(path, write)
@@ -117,13 +159,14 @@ class Session:
     Unless `optimised`, the graph runs as it is written: onnxruntime's fusions round biases to integers.
     """
 
-    def __init__(self, path: Path, threads: int = 0, optimised: bool = True):
+    def __init__(self, path: Path | onnx.ModelProto, threads: int = 0, optimised: bool = True):
         options = onnxruntime.SessionOptions()
         if not optimised:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        source = path.SerializeToString() if isinstance(path, onnx.ModelProto) else str(path)
+        self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         """The output for one batch, on the CPU: a tensor, or a tuple of all tensors that the model gives."""

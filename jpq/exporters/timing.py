@@ -20,9 +20,9 @@ TYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8, "tensor(int64)"
 
 
 class Runner:
-    """An ONNX model with one random sample bound to its inputs; calling it computes the outputs and drops them."""
+    """An ONNX model with random samples bound to its inputs; calling it computes the outputs and drops them."""
 
-    def __init__(self, model: Path | onnx.ModelProto, threads: int = 1):
+    def __init__(self, model: Path | onnx.ModelProto, threads: int = 1, batch: int = 1):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -33,11 +33,11 @@ class Runner:
             raise JpqError(f"onnxruntime cannot load {_name(model)}: {str(error).splitlines()[0]}") from error
         self._binding = self._session.io_binding()
         rng = np.random.default_rng(0)
-        self.shapes: list[tuple[int, ...]] = []  # of one sample, for each input
+        self.shapes: list[tuple[int, ...]] = []  # of each input
         for x in self._session.get_inputs():
             if x.type not in TYPES:
                 raise JpqError(f"{_name(model)}: input '{x.name}' is a {x.type}; {', '.join(TYPES)} can be made up.")
-            sides = [n if isinstance(n, int) and n > 0 else 1 for n in x.shape]  # a free batch: one sample
+            sides = [n if isinstance(n, int) and n > 0 else batch for n in x.shape]  # where the batch is free
             self.shapes.append(tuple(sides))
             kind = TYPES[x.type]
             drawn = rng.normal(size=sides) if kind is np.float32 else rng.integers(0, 2, sides)
@@ -51,9 +51,14 @@ class Runner:
 
 
 def take_turns(
-    runners: Sequence[Callable[[], None]], rounds: int, tell: Callable[[int], None] = lambda calls: None
-) -> np.ndarray:
-    """[runners, rounds]: seconds of calls. Each round every runner warms up with one call and is timed in the next."""
+    runners: Sequence[Callable[[], None]], rounds: int, tell: Callable[[int], None] = lambda calls: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> np.ndarray:  # fmt: skip
+    """[runners, rounds]: seconds of calls. Each round every runner warms up with one call and is timed in the next.
+
+    `clock`: `time.process_time` counts the processor's time, which others on the machine hardly disturb; it is the time
+    that a call takes only with one thread.
+    """
     seconds = np.zeros((len(runners), rounds))
     for _ in range(2):
         for run in runners:
@@ -61,23 +66,58 @@ def take_turns(
     for i in range(rounds):
         for j, run in enumerate(runners):
             run()
-            start = time.perf_counter()
+            start = clock()
             run()
-            seconds[j, i] = time.perf_counter() - start
+            seconds[j, i] = clock() - start
         tell(len(runners))
     return seconds
 
 
 def kernels(model: Path | onnx.ModelProto) -> Counter[str]:
     """How often each kind of node is in the graph that onnxruntime runs, after its own optimisation."""
+    return Counter(node.op_type for node in _optimised(model).node)
+
+
+def float_layers(model: Path | onnx.ModelProto) -> tuple[int, dict[str, str]]:
+    """(layers that onnxruntime computes in integers, name of each that it computes in floating point -> why)."""
+    graph = _optimised(model)
+    makers = {out: node for node in graph.node for out in node.output}
+    readers: dict[str, list[str]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node.op_type)
+    integer, left = 0, {}
+    for node in graph.node:
+        kind = _layer_kind(node.op_type)
+        integer += kind == "integer"
+        if kind == "float":
+            made = makers.get(node.input[0])
+            to = readers.get(node.output[0], [])
+            where = ", ".join(dict.fromkeys(to)) or "the caller"
+            reads = made is not None and made.op_type == "DequantizeLinear"
+            why = f"its result goes to {where} in floating point" if reads else "it reads floating point"
+            left[node.output[0]] = why
+    return integer, left
+
+
+def _layer_kind(op: str) -> str:
+    """ "integer", "float", or "" for what is no layer with weights."""
+    if op.startswith("QLinearConv") or op in ("QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "MatMulInteger",
+                                              "ConvInteger", "DynamicQuantizeMatMul"):  # fmt: skip
+        return "integer"
+    return "float" if op in ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul",
+                             "TransposeMatMul", "NhwcFusedConv") else ""  # fmt: skip
+
+
+def _optimised(model: Path | onnx.ModelProto) -> onnx.GraphProto:
+    """The graph that onnxruntime runs."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
         source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
         onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
-    return Counter(node.op_type for node in graph.node)
+        return onnx.load(options.optimized_model_filepath, load_external_data=False).graph
 
 
 def hardware() -> str:

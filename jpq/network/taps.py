@@ -24,6 +24,7 @@ class Draw:
 
     def __init__(self, gate: Gate, reach: Sequence[tuple[nn.Module, str, Structure]] = ()):
         self.gate, self.reach = gate, list(reach)
+        self.part: tuple[int, int, int] | None = None  # samples of a batch, and which of them are this process's
         self.again()
 
     def look(self) -> None:
@@ -40,7 +41,10 @@ class Draw:
     def noise(self, batch: int) -> Tensor | None:
         """`[batch, n]`, the same for every consumer in one forward pass."""
         if batch not in self._noise:
-            self._noise[batch] = self.gate.jitter(batch)
+            whole, start, stop = self.part or (batch, 0, batch)
+            each = batch // (stop - start)  # rows of a sample, where it was cut into several
+            noise = self.gate.jitter(whole * each)
+            self._noise[batch] = None if noise is None else noise[start * each : stop * each]
         return self._noise[batch]
 
 

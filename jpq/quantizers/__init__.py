@@ -8,6 +8,7 @@ from jpq.quantizers.integer import Integer, fit_threshold
 from jpq.quantizers.layers import (
     act_quantizer,
     can_quantize,
+    plain_layer,
     quantize_layer,
     quantize_results,
     replace_everywhere,
@@ -24,6 +25,6 @@ WIDTHS: dict[str, type[Width]] = {
 
 __all__ = [
     "WIDTHS", "DeadZone", "Fixed", "Gated", "Grid", "Integer", "Learned", "PowerOfTwo", "Squashed", "Width",
-    "act_quantizer", "can_quantize", "fit_threshold", "quantize_layer", "quantize_results",
+    "act_quantizer", "can_quantize", "fit_threshold", "plain_layer", "quantize_layer", "quantize_results",
     "replace_everywhere", "result_quantizer", "weight_quantizer",
 ]  # fmt: skip

@@ -74,6 +74,19 @@ def quantize_layer(layer: nn.Module, weight: Integer, act: Integer) -> nn.Module
     return new.train(layer.training)
 
 
+def plain_layer(layer: Any) -> nn.Module:
+    """The torch layer that a brevitas layer is without its quantizers, of the same sizes; its weights hold nothing."""
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    kind: Any = next(plain for plain, quantized in _CONVS.items() if type(layer) is quantized)
+    transposed = {"output_padding": layer.output_padding} if layer.transposed else {}
+    new: nn.Module = kind(
+        layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, dilation=layer.dilation,
+        groups=layer.groups, bias=layer.bias is not None, padding_mode=layer.padding_mode, device="meta", **transposed,
+    )  # fmt: skip
+    return new
+
+
 def quantize_results(module: nn.Module, grid: Integer) -> None:
     """Let a module hand on its result rounded to `grid`, which becomes part of it as its child `results`."""
     act = _ActGrid.let(tensor_quant=grid, signed=grid.signed, narrow_range=grid.signed)

@@ -1,0 +1,135 @@
+"""What is known before a trial trains: the network, and what decisions by hand will cost, exactly."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from jpq import bench, by_hand, costs, models
+from jpq.budget import parse
+from jpq.checkpoint import save_tensors
+from jpq.config import BY_HAND, Config
+from jpq.costs.latency import NS
+from jpq.data import Data
+from jpq.gates import Ranked
+from jpq.judging import calibration, evidence, score_of
+from jpq.machine import pick_device, set_threads
+from jpq.methods import SAID
+from jpq.network.attach import attach
+from jpq.network.compressed import Compressed, exact_uses
+from jpq.network.shares import Shares
+from jpq.network.timed import timed
+from jpq.network.trace import trace
+from jpq.parts import sites_of, widths
+from jpq.plan import Plan
+from jpq.recipe import dense_model, read_data
+from jpq.result import Watch
+from jpq.train import Objective, Phase, Recorder, fit, optimizer
+from jpq.types import JpqError
+
+Costs = dict[str, float]  # by cost: shares of the fp32 model for bops and macs, bytes for size, ms for latency
+
+
+@dataclass(frozen=True)
+class Known:
+    """Decisions, worked out: what they cost, and a name that equal decisions share."""
+
+    costs: Costs
+    name: str
+
+
+class Preview:
+    """The configured network under decisions by hand, without any training.
+
+    Args:
+        config: with the float weights that all trials start from.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        device = pick_device(config.run.device)
+        torch.manual_seed(config.run.seed)
+        data = read_data(config, device)
+        model = dense_model(config, data, device)
+        self.network = trace(model, data.example, open_norms=config.decide.open_norms)
+        if config.budget.latency_table is not None:
+            self.network = timed(self.network, bench.read_table(config.budget.latency_table))
+        set_threads(config.run.threads, sum(x.macs for x in self.network.layers) * config.train.batch_size)
+        self.sites = sites_of(SAID, self.network, config.decide.skip)
+        self.full = {name: float(cost) for name, cost in self._dense().items()}
+        self._net: Compressed | None = None
+        self._start, self.classes = (model, data), data.classes
+
+    def _dense(self) -> Mapping[str, float]:
+        return costs.baseline(exact_uses(self.network, Shares(self.network, ()), Plan("", {}, {})))
+
+    def limits(self, asked: Mapping[str, str]) -> Costs:
+        """What each cost may be at most, in the units of `Costs`. Raises JpqError for what is no amount."""
+        found = {}
+        for cost, text in asked.items():
+            try:
+                limit = parse(cost, text, self.full[cost]).limit
+            except JpqError as error:
+                raise JpqError(str(error).replace("--target-", "--max-")) from error
+            found[cost] = self.in_units(cost, limit)
+        return found
+
+    def in_units(self, cost: str, amount: float) -> float:
+        """Bit-operations and MACs as shares of the fp32 model, bytes as they are, nanoseconds as milliseconds."""
+        return amount / self.full[cost] if cost in ("bops", "macs") else amount / NS if cost == "latency" else amount
+
+    def look(self, config: Config) -> Known:
+        """What the decisions by hand of this config will cost, and what to call them."""
+        net = self._ranked()
+        plan = by_hand.plan(net, config.decide)
+        uses = net.exact(plan)
+        amounts = {"bops": costs.COSTS[config.budget.cost](uses), "macs": costs.macs(uses), "size": costs.size(uses)}
+        if "latency" in self.full:
+            amounts["latency"] = costs.latency_ns(uses)
+        text = f"{plan.to_json()} {config.train.lr}"
+        found = {cost: self.in_units(cost, float(amount)) for cost, amount in amounts.items()}
+        return Known(found, hashlib.sha256(text.encode()).hexdigest()[:12])
+
+    def _ranked(self) -> Compressed:
+        """The network attached as the trials attach it, with its channels ranked: once."""
+        if self._net is None:
+            model, data = self._start
+            c = replace(self.config, decide=replace(self.config.decide, method=BY_HAND))
+            d = c.decide
+            torch.manual_seed(c.run.seed)
+            make = widths(SAID, d.w_bits, d.a_bits, d.image_bits, (float(d.w_bits[1]), float(d.a_bits[1])))
+            net = attach(model, self.network, self.sites, Ranked, make, calibration(data), BY_HAND)
+            by_hand.ranked(net, d, score_of(c), evidence(data))
+            self._net = net
+        return self._net
+
+
+def float_weights(config: Config, file: Path, watch: Watch) -> tuple[Path, str]:
+    """The weights that all trials start from, those given or trained here into `file`, and a digest of them."""
+    device = pick_device(config.run.device)
+    torch.manual_seed(config.run.seed)
+    data = read_data(config, device)
+    path = config.task.weights or file
+    model = models.build(config.task.model, data.classes, data.shape[0]).to(device)
+    if not path.exists() and config.task.weights is None:
+        models.check_fits(model, data.example, data.classes)
+        _train(model, data, config, watch)
+        save_tensors(model, path)
+    models.load_weights(model, path)
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8 if tensor.dim() else tensor.dtype).numpy())
+    return path, digest.hexdigest()[:12]
+
+
+def _train(model: nn.Module, data: Data, config: Config, watch: Watch) -> None:
+    t = config.train
+    phase = Phase("float", t.float_epochs)
+    fit(model, data, phase, Objective(), optimizer(model, t.lr, t.weight_decay), Recorder(lambda: 0.0), watch)
+    model.eval()

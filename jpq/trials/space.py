@@ -1,0 +1,162 @@
+"""The space: what a trial may decide, under names that a person can read, and the run that its decisions describe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from optuna.trial import Trial
+
+from jpq.config import Config
+from jpq.gates import Counted, Ranked
+from jpq.methods import METHODS
+from jpq.network.record import Network
+from jpq.network.sites import Site
+from jpq.trials.settings import STEP, Study
+from jpq.types import JpqError, unknown
+
+EVERYWHERE = "all layers"  # what --per network calls them
+UNIFORM = (8, 4, 3, 2)  # widths of the anchors
+RATES = {"lr": "learning rate of weights", "gate_lr": "learning rate of gates", "bit_lr": "learning rate of bits"}
+TARGET = "BOPs target (% of fp32)"
+
+
+def block(name: str) -> str:
+    """The block that a layer belongs to: `layer1.0` of `layer1.0.conv1`, `features.3` of `features.3.0.block.1.0`.
+
+    The shortest beginning of the name that ends with a number; a layer without one is a block of its own.
+    """
+    parts = name.split("->")[0].split(".")
+    ends = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
+    return ".".join(parts[: ends[0] + 1]) if ends else name
+
+
+def grouped(names: Iterable[str], per: str) -> dict[str, list[str]]:
+    """What is decided together: by layer, by block, or everywhere."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault({"layer": name, "block": block(name)}.get(per, EVERYWHERE), []).append(name)
+    return groups
+
+
+@dataclass(frozen=True)
+class Space:
+    """What the trials of one study may decide.
+
+    Args:
+        study, config: the settings; trials change what `study.vary` names.
+        layers: name of each layer that can be quantized -> whether it reads the image, whose width is given.
+        sites: names of the sites whose channels may be dropped.
+    """
+
+    study: Study
+    config: Config
+    layers: Mapping[str, bool]
+    sites: Sequence[str]
+
+    @classmethod
+    def of(cls, study: Study, config: Config, network: Network, sites: Sequence[Site]) -> Space:
+        """The space over a network. Raises JpqError where there is nothing to vary."""
+        space = cls(study, config, {x.name: x.reads_input for x in network.layers}, [site.name for site in sites])
+        if study.by_hand() and study.varied() == ("density",) and not sites:
+            raise JpqError("No channel of this model can be dropped (see jpq inspect): vary bits instead of density.")
+        for name in filter(None, study.methods.split(",")) if "method" in study.varied() else ():
+            if name not in METHODS:
+                raise unknown("method", name, METHODS)
+        return space
+
+    def suggest(self, trial: Trial) -> Config:
+        """The run that a trial decides on."""
+        config = self._by_hand(trial) if self.study.by_hand() else self._by_method(trial)
+        if "lr" in self.study.varied():
+            config = self._rates(trial, config)
+        return config
+
+    def anchors(self) -> list[dict[str, Any]]:
+        """The uniform trials that the study begins with, and what they are called."""
+        varied, study, d = self.study.varied(), self.study, self.config.decide
+        if not (study.by_hand() and study.anchors):
+            return []
+        fits = [b for b in UNIFORM if all(low <= b <= high for low, high in (d.w_bits, d.a_bits))]
+        found = []
+        for bits in fits if "bits" in varied else [0]:
+            values: dict[str, Any] = {}
+            if "bits" in varied:
+                for label, names in grouped(self.layers, study.per).items():
+                    values |= {name: bits for name in self._bit_names(label, names)}
+            if "density" in varied:
+                values |= {_density(label): study.density_range[1] for label in grouped(self.sites, study.per)}
+            if "lr" in varied:
+                values[RATES["lr"]] = self.config.train.lr
+            found.append(values)
+        return found
+
+    def smallest(self) -> Config:
+        """The run that decides for as little as it may, where decisions are said by hand."""
+        varied, d = self.study.varied(), self.config.decide
+        if "bits" in varied:
+            d = replace(d, bits=f"{d.w_bits[0]}/{d.a_bits[0]}")
+        if "density" in varied:
+            d = replace(d, densities=f"{self.study.density_range[0]:.4g}")
+        return replace(self.config, decide=d)
+
+    def _bit_names(self, label: str, names: Sequence[str]) -> list[str]:
+        """Parameters of a group: bits of its weights, and of what it reads where that is not the image."""
+        sides = ["weight", *(["activation"] if any(not self.layers[n] for n in names) else [])]
+        return [f"{label} {side} bits" for side in sides]
+
+    def _by_hand(self, trial: Trial) -> Config:
+        study, d = self.study, self.config.decide
+        if "bits" in study.varied():
+            chosen: dict[str, str] = {}
+            for label, names in grouped(self.layers, study.per).items():
+                bounds = (d.w_bits, d.a_bits)
+                got = [trial.suggest_int(n, *b) for n, b in zip(self._bit_names(label, names), bounds, strict=False)]
+                w, a = got if len(got) == 2 else (got[0], d.image_bits)
+                chosen |= dict.fromkeys(names, f"{w}/{a}")
+            d = replace(d, bits=",".join(f"{name}={pair}" for name, pair in chosen.items()))
+        if "density" in study.varied() and self.sites:
+            shares: dict[str, str] = {}
+            for label, names in grouped(self.sites, study.per).items():
+                share = trial.suggest_float(_density(label), *study.density_range, step=STEP)
+                shares |= dict.fromkeys(names, f"{share:.4g}")
+            d = replace(d, densities=",".join(f"{name}={share}" for name, share in shares.items()))
+        return replace(self.config, decide=d)
+
+    def _by_method(self, trial: Trial) -> Config:
+        study, config = self.study, self.config
+        varied, d = study.varied(), config.decide
+        if "method" in varied:
+            d = replace(d, method=trial.suggest_categorical("method", study.methods.split(",")))
+        if "structure" in varied:
+            d = replace(d, structure=trial.suggest_categorical("structure", study.structures.split(",")))
+        gate = METHODS[d.method].gate if d.method in METHODS else None
+        if "density" in varied and gate is not None and issubclass(gate, (Counted, Ranked)):
+            d = replace(d, density=round(trial.suggest_float("density", *study.density_range, step=STEP), 4))
+        if "bits" in varied:
+            w, a = (trial.suggest_int(f"largest {side} bits", *bounds)
+                    for side, bounds in (("weight", d.w_bits), ("activation", d.a_bits)))  # fmt: skip
+            d = replace(d, w_bits=(d.w_bits[0], w), a_bits=(d.a_bits[0], a))
+        budget = config.budget
+        if "target" in varied:
+            low, high = (float(text.removesuffix("%")) for text in study.bops_range)
+            percent = trial.suggest_float(TARGET, low, high, log=True)
+            budget = replace(budget, target_bops=f"{percent:.4g}%")
+        return replace(config, decide=d, budget=budget)
+
+    def _rates(self, trial: Trial, config: Config) -> Config:
+        low, high = self.study.lr_range
+
+        def rate(name: str, now: float) -> float:
+            return float(f"{trial.suggest_float(RATES[name], low * now, high * now, log=True):.4g}")
+
+        config = replace(config, train=replace(config.train, lr=rate("lr", config.train.lr)))
+        if self.study.by_hand():
+            return config
+        d = config.decide
+        return replace(config, decide=replace(d, gate_lr=rate("gate_lr", d.gate_lr), bit_lr=rate("bit_lr", d.bit_lr)))
+
+
+def _density(label: str) -> str:
+    return f"density of {label}"

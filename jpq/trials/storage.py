@@ -1,0 +1,174 @@
+"""Where a study lives: Optuna's storages, each with a heartbeat, so that a dead worker's trial is found.
+
+Optuna's relational storages record heartbeats themselves. Its journal file does not, so `Journal` keeps one file per
+running trial beside it, touched by the same thread of Optuna's that would write to the database; whoever starts a
+trial first fails those whose file is too old, and queues them again. The journal itself holds nothing of ours.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages._heartbeat import BaseHeartbeat
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from jpq.types import JpqError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: workers then must not begin at the same moment
+    fcntl = None  # type: ignore[assignment]
+
+WORKER = "worker"  # user attribute of a trial: host and process
+RETRIES = 3  # of a trial whose workers died
+Again = Callable[[optuna.Study, FrozenTrial], None]
+
+
+class Journal(JournalStorage, BaseHeartbeat):
+    """Optuna's journal file, with heartbeats: `folder/<id of the trial>`, as old as its last one.
+
+    Args:
+        file: the journal.
+        folder: of the heartbeats; on the same file system, whose clock then serves all machines.
+        interval: seconds between heartbeats.
+        grace: seconds after which a trial without one is dead.
+        again: called for a dead trial.
+    """
+
+    def __init__(self, file: Path, folder: Path, interval: int, grace: int, again: Again) -> None:
+        super().__init__(JournalFileBackend(str(file)))
+        self.folder, self.interval, self.grace, self.again = folder, interval, grace, again
+        folder.mkdir(exist_ok=True)
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """The trial is alive now."""
+        (self.folder / str(trial_id)).touch()
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        clock = self.folder / "now"
+        clock.touch()
+        now, stale = clock.stat().st_mtime, _unborn(self, study_id, self.grace)
+        for trial in self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,)):
+            beat = self.folder / str(trial._trial_id)
+            if beat.exists() and now - beat.stat().st_mtime > self.grace:
+                stale.append(trial._trial_id)
+        return stale
+
+    def get_heartbeat_interval(self) -> int:
+        """Seconds."""
+        return self.interval
+
+    def get_heartbeat_stale_trial_callback(self) -> Again:
+        """What is done about a dead trial."""
+        return self.again
+
+    def get_failed_trial_callback(self) -> Again:
+        """The same, by its name before Optuna 4.9."""
+        return self.again
+
+
+class Relational(RDBStorage):
+    """Optuna's relational storage, which also finds workers that died before their first heartbeat."""
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        grace = self.grace_period or 0
+        return [*super()._get_stale_trial_ids(study_id), *_unborn(self, study_id, grace)]
+
+
+def _unborn(storage: BaseStorage, study_id: int, grace: int) -> list[int]:
+    """Trials that were taken so long ago, and never begun (`begin`)."""
+    running = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
+    limit = datetime.now() - timedelta(seconds=grace)
+    return [
+        t._trial_id for t in running if WORKER not in t.user_attrs and t.datetime_start and t.datetime_start < limit
+    ]
+
+
+def again(study: optuna.Study, dead: FrozenTrial) -> None:
+    """Queue the trial of a dead worker, with its decisions; a trial that has cost `RETRIES` workers is given up."""
+    history = [*dead.system_attrs.get("retry_history", []), dead.number]
+    if len(history) <= RETRIES:
+        study.add_trial(optuna.create_trial(
+            state=TrialState.WAITING, params=dead.params, distributions=dead.distributions,
+            user_attrs={key: value for key, value in dead.user_attrs.items() if key != WORKER},
+            system_attrs={**dead.system_attrs, "failed_trial": history[0], "retry_history": history},
+        ))  # fmt: skip
+
+
+def begin(trial: optuna.Trial) -> None:
+    """Record the first heartbeat of a trial, then who runs it: one who is named has had a heartbeat."""
+    storage = trial.storage
+    if isinstance(storage, BaseHeartbeat):
+        storage.record_heartbeat(trial._trial_id)
+    trial.set_user_attr(WORKER, f"{socket.gethostname()} {os.getpid()}")
+
+
+def open_storage(url: str, folder: Path, dead_after: int) -> BaseStorage:
+    """The storage at `url`, or the journal in the study's folder where none is named.
+
+    Raises JpqError for addresses that cannot be read, missing drivers, and servers that do not answer.
+    """
+    interval = max(1, dead_after // 4)
+    if not url:
+        return Journal(folder / "journal.log", folder / "heartbeats", interval, dead_after, again)
+    import sqlalchemy
+
+    shown = without_password(url)
+    new = hasattr(optuna.storages, "RetryHeartbeatStaleTrialCallback")  # since Optuna 4.9
+    callback = "heartbeat_stale_trial_callback" if new else "failed_trial_callback"
+    settings: dict[str, Any] = {"heartbeat_interval": interval, "grace_period": dead_after, callback: again}
+    for attempt in range(3):  # two workers may create the tables at the same moment
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return Relational(url, **settings)
+        except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
+            raise JpqError(_missing(shown, error)) from error
+        except sqlalchemy.exc.ArgumentError as error:
+            raise JpqError(
+                f"--storage {shown} is not the address of a database. Write it like sqlite:///study.db or "
+                "postgresql+psycopg://user@host/database, or leave it out for a journal file."
+            ) from error
+        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+            if attempt == 2:
+                cause = " ".join(str(getattr(error, "orig", None) or error.__cause__ or error).split())
+                raise JpqError(f"--storage {shown} does not answer: {cause[:200]}") from error
+            time.sleep(0.3 * (attempt + 1))
+    raise AssertionError("unreachable")
+
+
+def without_password(url: str) -> str:
+    """An address that may be shown and stored."""
+    return re.sub(r"(://[^/@:]*):.*@", r"\1:***@", url)
+
+
+def _missing(shown: str, error: BaseException) -> str:
+    """The sentence for a driver that is not installed."""
+    if shown.startswith(("postgresql", "postgres")):
+        how = (
+            "Install it with: python -m pip install 'jpq[postgres]', and write postgresql+psycopg://user@host/database"
+        )
+    else:
+        how = "Use sqlite:///FILE, postgresql+psycopg://user@host/database, or leave --storage out for a journal file"
+    return f"--storage {shown}: its driver is not installed ({' '.join(str(error).split())[:120]}). {how}."
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process at a time: what a study's workers must not do together. A killed process gives way at once."""
+    with (folder / "lock").open("w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,402 @@
+"""`jpq study`: its space, what counts as a trial, seeds, duplicates, limits, and what it refuses.
+
+Most tests put a formula in the place of training: what is tested here is what a study makes of its runs.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.trial import TrialState
+
+import jpq
+from jpq.cli import main
+from jpq.config import Config, Run, Task, Train
+from jpq.result import Row
+from jpq.trials import standing, stopping
+from jpq.trials import trial as one_trial
+from jpq.trials.preview import Preview, float_weights
+from jpq.trials.settings import PARTS, SAMPLERS, Study
+from jpq.trials.space import Space, block, grouped
+from jpq.trials.stopping import Curve
+from jpq.trials.storage import again, begin, open_storage, without_password
+from jpq.trials.study import Tally
+from jpq.types import JpqError
+
+QUICK = Train(epochs=2, float_epochs=1, lr=3e-3)
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Float weights, trained once for all tests here."""
+    file = tmp_path_factory.mktemp("weights") / "float.safetensors"
+    float_weights(task(file.parent), file, one_trial.Unwatched())
+    return file
+
+
+def task(out, weights=None, **decide):
+    return Config(
+        task=Task(limit=300, weights=weights), train=QUICK, run=Run(out=out, device="cpu"),
+        decide=jpq.config.Decide(**decide),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def formula(monkeypatch):
+    """Trains nothing: the accuracy of a run follows from its widths, the same for equal decisions. Lists the runs."""
+    runs = []
+
+    def trained(config, watch, final):
+        assert not final, "a trial must not read the test split"
+        runs.append(config)
+        known = previews[-1].look(config) if config.decide.method == "by-hand" else None
+        share = known.costs["bops"] if known else float(config.budget.target_bops[:-1]) / 100
+        size = int(known.costs["size"]) if known else 1000
+        accuracy = 1 - 0.02 / (share * 100 + 0.05)
+        for epoch in (1, 2):
+            values = dict(loss=0.0, accuracy=accuracy * epoch / 2, bops=NAN, bops_share=share, aim_share=NAN)
+            rest = dict(pressure=NAN, w_bits=NAN, a_bits=NAN, kept=NAN, lr=NAN, seconds=0.0)
+            watch.epoch(Row("fine-tune", epoch, 2, **values, **rest))
+        now = SimpleNamespace(bops=0, bops_share=share, size_bytes=size, macs=1, latency_ms=None)
+        folder = config.run.out / config.hash()
+        folder.mkdir(parents=True, exist_ok=True)
+        return SimpleNamespace(
+            compressed=now, float=SimpleNamespace(macs=1), held_out={"compressed": accuracy}, folder=folder,
+            method=config.decide.method, layers=(), seconds={"total": 0.0},
+        )  # fmt: skip
+
+    previews = []
+
+    def remembered(self):
+        previews.append(self.preview)
+        original(self)
+
+    original = one_trial.OneTrial.__post_init__
+    monkeypatch.setattr(one_trial.OneTrial, "__post_init__", remembered)
+    monkeypatch.setattr(one_trial, "optimize", trained)
+    monkeypatch.setattr(one_trial.report, "draw", lambda result, config: None)
+    return runs
+
+
+def told(study):
+    return [(t.state, t.params, t.values) for t in study.trials]
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("layer1.0.conv1", "layer1.0"), ("conv1", "conv1"), ("features.0", "features.0"), ("0", "0"),
+        ("features.3.0.block.1.0", "features.3"), ("layer2.0.conv1->fc", "layer2.0"),
+    ],
+)  # fmt: skip
+def test_blocks_are_the_shortest_numbered_beginning(name, own):
+    assert block(name) == own
+    assert grouped([name], "block") == {own: [name]}
+
+
+@pytest.mark.parametrize("per", PARTS)
+@pytest.mark.parametrize("model", ["convnet", "resnet8"])
+def test_every_suggestion_is_a_plan_within_the_space(tmp_path, model, per):
+    config = replace(task(tmp_path, w_bits=(3, 7)), task=Task(model=model, limit=300))
+    preview = Preview(config)
+    space = Space.of(Study(per=per), config, preview.network, preview.sites)
+    low, high = preview.look(space.smallest()), preview.look(replace(config, decide=replace(config.decide, bits="7/8")))
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=1))
+    names = set()
+    for _ in range(12):
+        trial = study.ask()
+        decided = space.suggest(trial).check()
+        known = preview.look(decided)
+        assert all(low.costs[cost] <= known.costs[cost] <= high.costs[cost] for cost in low.costs)
+        for label, bits in ((k, v) for k, v in trial.params.items() if k.endswith(" bits")):
+            assert (3 if "weight" in label else 2) <= bits <= (7 if "weight" in label else 8)
+        names.add(known.name)
+    assert len(names) > 6
+    groups = len(grouped(space.layers, per)), len(grouped(space.sites, per))
+    image = sum(space.layers[names[0]] for names in grouped(space.layers, per).values() if len(names) == 1)
+    assert len(trial.params) == 2 * groups[0] - image + groups[1]
+
+
+def test_anchors_are_uniform_bits_with_every_channel(tmp_path, weights, formula):
+    study = jpq.study(task(tmp_path, weights), Study(trials=4))
+    macs = 9 * (64 * 1 * 32 + 16 * 32 * 64 + 16 * 64 * 64) + 640
+    image = 9 * 64 * 32
+    shares = [(image * b * 8 + (macs - image) * b * b) / macs / 1024 for b in (8, 4, 3, 2)]
+    assert [t.values[1] for t in study.trials] == pytest.approx([100 * s for s in shares])
+    assert all(t.params["density of 3"] == 1.0 for t in study.trials)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_same_seed_gives_the_same_trials(tmp_path, weights, formula, name):
+    asked = Study(trials=12, sampler=name, early_stop=False, per="network")
+    once = jpq.study(task(tmp_path / "once", weights), asked)
+    part = jpq.study(task(tmp_path / "parts", weights), replace(asked, trials=7 if name != "nsga2" else 12))
+    assert told(part)[:7] == told(once)[:7]
+    other = replace(task(tmp_path / "other", weights), run=Run(out=tmp_path / "other", device="cpu", seed=1))
+    assert told(jpq.study(other, asked)) != told(once)
+
+
+def test_an_interrupted_study_goes_on_as_if_it_had_not_been(tmp_path, weights, formula):
+    asked = Study(trials=9, sampler="random", per="block")
+    once = jpq.study(task(tmp_path / "once", weights), asked)
+    jpq.study(task(tmp_path / "parts", weights), replace(asked, trials=5))
+    assert len(formula) == 9 + 5
+    again = jpq.study(task(tmp_path / "parts", weights), asked)
+    assert told(again) == told(once)
+    assert len(formula) == 9 + 9, "nothing is trained twice"
+
+
+def test_equal_decisions_are_trained_once(tmp_path, weights, formula):
+    config = task(tmp_path, weights, w_bits=(2, 3), a_bits=(2, 3))
+    study = jpq.study(config, Study(trials=10, sampler="random", vary="bits", per="network", early_stop=False))
+    assert len(formula) == 4, "there are four"
+    assert Tally.of(study).done == 4
+    copies = [t for t in study.trials if "same_as" in t.user_attrs]
+    assert copies
+    for copy in copies:
+        assert copy.values == study.trials[copy.user_attrs["same_as"]].values
+        assert copy.params == study.trials[copy.user_attrs["same_as"]].params
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_limits_hold_and_the_sampler_is_told(tmp_path, weights, formula, name):
+    asked = Study(trials=8, sampler=name, objectives="accuracy,size", max_size="40KB", early_stop=False)
+    study = jpq.study(task(tmp_path, weights), asked)
+    kept = [t for t in study.trials if t.state == TrialState.COMPLETE and t.values[1] <= 40]
+    over = [t for t in study.trials if t.user_attrs["limits"]["size"] > 0]
+    assert over, "uniform 8 bits take 57 KB"
+    for t in study.trials:
+        assert (t.user_attrs["limits"]["size"] > 0) == (t in over)
+        if hasattr(t, "constraints"):
+            assert list(t.constraints.values()) == [t.user_attrs["limits"]["size"]]
+    if name == "gp":  # it learns from trained trials alone
+        assert len(formula) == 8
+        assert all(t.state == TrialState.COMPLETE for t in over)
+    else:
+        assert len(kept) == len(formula) == 8
+        assert all(t.state == TrialState.PRUNED and "KB" in t.user_attrs["infeasible"] for t in over)
+    assert not [t for t in standing.Standing.of(study, asked).front if t.values[1] > 40]
+
+
+def test_a_trial_that_fails_says_why_and_the_study_goes_on(tmp_path, weights, formula):
+    vary = {"vary": "target,method,structure", "methods": "djpq,uniform", "structures": "2:4,channels"}
+    study = jpq.study(task(tmp_path, weights), Study(trials=8, sampler="random", early_stop=False, **vary))
+    failed = [t for t in study.trials if t.state == TrialState.FAIL]
+    assert 0 < len(failed) < 8
+    assert len(formula) == 8 - len(failed)
+    for t in failed:
+        where = f"{t.params['method']}, --structure {t.params['structure']}"
+        assert "prunes nothing" in t.user_attrs["reason"] or where in t.user_attrs["reason"]
+
+
+def test_a_study_where_every_trial_fails_ends_with_the_reason(tmp_path, weights, monkeypatch):
+    def fails(config, watch, final):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(one_trial, "optimize", fails)
+    with pytest.raises(JpqError, match=r"Every trial of study 'study' failed \(3\). The last one: out of memory"):
+        jpq.study(task(tmp_path, weights), Study(trials=3))
+
+
+def test_hopeless_trials_are_stopped_and_count(tmp_path, weights, formula, monkeypatch):
+    real = one_trial.optimize
+    worse = lambda c, w, final: real(c, Dimmed(w) if "0=3/" in c.decide.bits else w, final)  # noqa: E731
+    monkeypatch.setattr(one_trial, "optimize", worse)
+    config = task(tmp_path, weights, w_bits=(2, 5), a_bits=(2, 4))
+    study = jpq.study(config, Study(trials=12, sampler="random", per="network", patience=1, warm_up=3))
+    stopped = [t for t in study.trials if t.state == TrialState.PRUNED]
+    assert stopped
+    assert Tally.of(study).done == 12
+    for t in stopped:
+        assert t.params["all layers weight bits"] == 3
+        assert len(t.user_attrs["held_out_by_epoch"]) == 1
+        assert t.user_attrs["stopped_early"].startswith("after 1 of 2 epochs, at ")
+    off = replace(config, run=Run(out=tmp_path / "off", device="cpu"))
+    study = jpq.study(off, Study(trials=12, sampler="random", per="network", early_stop=False))
+    assert not [t for t in study.trials if t.state == TrialState.PRUNED]
+
+
+class Dimmed:
+    """A watch that hears of half the accuracy."""
+
+    def __init__(self, watch):
+        self.watch = watch
+
+    def epoch(self, row):
+        self.watch.epoch(replace(row, accuracy=row.accuracy / 2))
+
+
+curves = st.tuples(
+    st.lists(st.integers(0, 10), min_size=4, max_size=4), st.tuples(st.integers(0, 3), st.integers(0, 3))
+)  # fmt: skip
+
+
+@given(curves, st.lists(curves, max_size=6), st.integers(1, 4), st.integers(0, 4), st.integers(1, 3), st.integers(1, 5))
+def test_the_rule_against_brute_force(mine, others, done, margin, patience, warm_up):
+    tenth = [Curve(tuple(a / 10 for a in accuracy), 4, cost) for accuracy, cost in others]
+    trial = Curve(tuple(a / 10 for a in mine[0][:done]), 4, mine[1])
+    run = 0  # epochs in a row that it was behind
+    for epoch in range(done):
+        behind = False
+        for accuracy, cost in others:
+            cheap = cost[0] <= mine[1][0] and cost[1] <= mine[1][1]
+            behind |= cheap and accuracy[epoch] - mine[0][epoch] > margin
+        run = run + 1 if behind else 0
+    expected = len(others) >= warm_up and run >= patience
+    assert stopping.hopeless(trial, tenth, margin / 10 + 1e-6, patience, warm_up) == expected
+
+
+def test_trials_of_other_lengths_are_compared_at_the_same_share():
+    short, long = Curve((0.9, 0.91), 2, (1.0,)), Curve((0.5, 0.6, 0.7), 10, (1.0,))
+    assert short.at(0.3) is None
+    assert short.at(0.5) == 0.9
+    assert not stopping.hopeless(long, [short], 0.02, 1, 1), "at 3 of 10 epochs the short one had none"
+    assert stopping.hopeless(Curve((0.5,) * 5, 10, (1.0,)), [short], 0.02, 1, 1)
+
+
+def test_hypervolume_against_optunas():
+    from optuna._hypervolume import compute_hypervolume
+
+    draw = np.random.default_rng(0)
+    accuracy, bops, size = draw.uniform(0, 1, 20), 10 ** draw.uniform(-4, 0, 20), draw.uniform(1, 50, 20)
+    trials = [SimpleNamespace(values=[100 * a, s, 100 * b]) for a, b, s in zip(accuracy, bops, size, strict=True)]
+    found = standing.volume(trials, ["accuracy", "size", "bops"], {"size": 40_000.0}, 0.1)
+    above = (accuracy > 0.1) & (size < 40)
+    points = np.stack([-accuracy, np.log10(size / 40), np.log10(bops)], 1)[above]
+    assert found == pytest.approx(compute_hypervolume(points, np.array([-0.1, 0.0, 0.0])))
+
+
+def test_a_heartbeat_file_keeps_a_trial_alive(tmp_path):
+    import os
+
+    storage = open_storage("", tmp_path, dead_after=4)
+    study = optuna.create_study(storage=storage, directions=["maximize", "minimize"])
+    alive, dead = study.ask(), study.ask()
+    for trial in (alive, dead):
+        trial.suggest_int("bits", 2, 8)
+        storage.record_heartbeat(trial._trial_id)
+    assert storage._get_stale_trial_ids(study._study_id) == []
+    past = os.stat(tmp_path / "heartbeats" / str(dead._trial_id)).st_mtime - 5
+    os.utime(tmp_path / "heartbeats" / str(dead._trial_id), (past, past))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optuna.storages.fail_stale_trials(study)
+    states = [t.state for t in study.trials]
+    assert states == [TrialState.RUNNING, TrialState.FAIL, TrialState.WAITING]
+    assert study.trials[2].params == study.trials[1].params
+
+
+@pytest.mark.parametrize("url", ["", "sqlite:///{}/study.db"])
+def test_a_worker_that_died_before_its_first_heartbeat_is_found(tmp_path, url):
+    storage = open_storage(url.format(tmp_path), tmp_path, dead_after=2)
+    study = optuna.create_study(storage=storage, directions=["maximize", "minimize"])
+    died, begun = study.ask(), study.ask()
+    begin(begun)
+    storage = study._storage
+    assert storage._get_stale_trial_ids(study._study_id) == []
+    time.sleep(2.1)
+    storage.record_heartbeat(begun._trial_id)
+    assert storage._get_stale_trial_ids(study._study_id) == [died._trial_id]
+
+
+def test_a_trial_that_costs_its_workers_again_and_again_is_given_up(tmp_path):
+    storage = open_storage("", tmp_path, dead_after=2)
+    study = optuna.create_study(storage=storage, directions=["maximize", "minimize"])
+    study.enqueue_trial({"bits": 3})
+    for number in range(4):
+        trial = study.ask()
+        assert (trial.number, trial.suggest_int("bits", 2, 8)) == (number, 3)
+        begin(trial)
+        assert study.trials[number].user_attrs["worker"]
+        study.tell(trial, state=TrialState.FAIL)
+        again(study, study.trials[number])
+    assert [t.state for t in study.trials] == [TrialState.FAIL] * 4, "three times more, then no more"
+    assert optuna.storages.RetryFailedTrialCallback.retry_history(study.trials[3]) == [0, 1, 2]
+
+
+def test_a_storage_that_goes_away_ends_in_a_sentence(tmp_path, weights, monkeypatch):
+    def gone(shared):
+        raise optuna.exceptions.StorageInternalError("server closed the connection")
+
+    monkeypatch.setattr("jpq.trials.study.Tally.of", gone)
+    with pytest.raises(JpqError, match=r"does not answer any more \(server closed the connection\)"):
+        jpq.study(task(tmp_path, weights), Study(trials=1))
+
+
+def test_other_settings_under_the_same_name_are_refused(tmp_path, weights, formula):
+    config = task(tmp_path, weights)
+    jpq.study(config, Study(trials=1))
+    with pytest.raises(JpqError, match="Study 'study' was begun with --epochs 2, and here it is 3"):
+        jpq.study(replace(config, train=replace(QUICK, epochs=3)), Study(trials=2))
+    with pytest.raises(JpqError, match="was begun with --sampler tpe, and here it is gp"):
+        jpq.study(config, Study(trials=2, sampler="gp"))
+    other = tmp_path / "other.safetensors"
+    float_weights(
+        replace(config, task=Task(limit=300), train=replace(QUICK, float_epochs=2)), other, one_trial.Unwatched()
+    )
+    with pytest.raises(JpqError, match="was begun with other float weights"):
+        jpq.study(task(tmp_path, other), Study(trials=2))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--sampler nsga", "Unknown sampler 'nsga'. Did you mean nsga2"),
+        ("--objectives accuracy", "--objectives accuracy: give accuracy and at least one cost"),
+        ("--objectives accuracy,bobs", "Did you mean bops"),
+        ("--vary density,bit", "Unknown name in --vary 'bit'. Did you mean bits"),
+        ("--per bloc", "Did you mean block"),
+        ("--max-bops lots", "--max-bops 'lots' is not an amount"),
+        ("--max-bops 1", "--max-bops 1 cannot be met"),
+        ("--target-bops 1%", "Give --max-bops 1%, or --vary target,method"),
+        ("--method l0", "Leave --method out, or --vary target"),
+        ("--bits 4/4", "Leave one of them out"),
+        ("--vary method", "No target: give --target-bops"),
+        ("--vary target,method --methods djqp", "Unknown method 'djqp'. Did you mean djpq"),
+        ("--vary target --bops-range 4% 1%", "give a smaller and a larger share"),
+        ("--density-range 0.3 0.33", "multiples of 0.05"),
+        ("--objectives accuracy,latency", "needs measured layers"),
+        ("--name a/b", "cannot be a folder's name"),
+        ("--trials 0", "--trials 0: at least 1 is needed"),
+        ("--storage nowhere", "is not the address of a database"),
+        ("--storage sqlite:////nowhere/at/all.db", "does not answer: unable to open database file"),
+        ("--storage postgresql+psycopg2://me:secret@host/db", "python -m pip install 'jpq[postgres]'"),
+        ("--storage postgresql+psycopg://me:secret@127.0.0.1:1/db", "does not answer"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(tmp_path, weights, capsys, flags, sentence):
+    given = f"study --limit 300 --epochs 2 --weights {weights} --out {tmp_path} --trials 1 {flags}"
+    assert main(given.split()) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert "secret" not in said
+
+
+def test_a_study_goes_on_from_its_file(tmp_path, weights, formula, capsys):
+    flags = f"study --limit 300 --epochs 2 --weights {weights} --out {tmp_path} --per network --density-range 0.5 1"
+    assert main([*flags.split(), "--trials", "3"]) == 0
+    assert main(["study", "--config", str(tmp_path / "study" / "study.toml"), "--trials", "5"]) == 0
+    assert len(formula) == 5
+    said = capsys.readouterr().out
+    assert "5/5 done" in said
+    assert "held-out accuracy (%)" in said
+    (tmp_path / "study" / "study.toml").write_text("[study]\nsamplr = 'tpe'\n")
+    assert main(["study", "--config", str(tmp_path / "study" / "study.toml")]) == 2
+    assert "Did you mean sampler" in capsys.readouterr().err
+
+
+def test_passwords_are_not_kept():
+    url = "postgresql+psycopg://me:se/cr:et@host:5432/db"
+    assert "cr" not in without_password(url)
+    assert without_password("sqlite:///a.db") == "sqlite:///a.db"

@@ -94,3 +94,16 @@ def test_scores_are_those_of_the_csv(monkeypatch):
 
     assert summary.scores() in TEXT
     assert set(summary.SCORES) == set(SCORES)
+
+
+def test_speed_is_that_of_the_csv(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    import speed
+    import summary
+
+    assert summary.speed() in TEXT
+    table = pd.read_csv(ROOT / "studies" / "results" / "speed.csv")
+    assert set(table.model) == set(speed.SHAPES)
+    assert (table.n >= 20).all()
+    rounded = table[(table.output_bits == 8) | (table.what == "int8")]
+    assert (rounded.float_layers == 0).all()

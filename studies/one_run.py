@@ -76,6 +76,29 @@ def trained(base: jpq.Config, kind: str) -> int:
     return runs * sum(p.epochs for p in every if p.name != "float")
 
 
+def summary() -> str:
+    """One run down several budgets beside a run for each."""
+    table = pd.read_csv(PATH)
+    lines = []
+    for data, runs in table.groupby("data", sort=False):
+        targets = list(dict.fromkeys(runs.target))
+        lines += ["| " + " | ".join(["", *(f"% right at {t}" for t in targets), "epochs", "seconds"]) + " |"]
+        lines += ["|" + "---|" * (len(targets) + 3)]
+        for kind, mine in runs.groupby("kind", sort=False):
+            by = mine.groupby("target").accuracy
+            cells = [f"{100 * by.mean()[t]:.2f} ({100 * by.min()[t]:.2f} to {100 * by.max()[t]:.2f})" for t in targets]
+            seconds = mine.groupby("seed").seconds.max().mean()
+            lines += ["| " + " | ".join([kind, *cells, str(mine.trained.iloc[0]), f"{seconds:.0f}"]) + " |"]
+        lines += [
+            "",
+            f"{runs.model.iloc[0]} on {data}, n = {runs.seed.nunique()}, the same float weights "
+            f"({100 * runs.float_accuracy.mean():.2f} % right), test split, epochs and processor seconds of the whole "
+            f"front without the float model; {runs.hardware.iloc[0]} (`python studies/one_run.py`).",
+            "",
+        ]
+    return "\n".join(lines)
+
+
 def picture() -> None:
     """Accuracy at each budget, a panel for each data set; seconds in the legend."""
     table = pd.read_csv(PATH)

@@ -38,8 +38,13 @@ def write(result: Result, config: Config) -> None:
     if result.export:
         sizes.write(result)
     if result.final:
-        save_picture(curves(result, config), folder / "curves.png")
-        save_picture(layer_chart(result, config), folder / "layers.png")
+        draw(result, config)
+
+
+def draw(result: Result, config: Config) -> None:
+    """Write the pictures of a run into its folder."""
+    save_picture(curves(result, config), result.folder / "curves.png")
+    save_picture(layer_chart(result, config), result.folder / "layers.png")
 
 
 def read(folder: Path) -> Result:
@@ -172,8 +177,10 @@ def _shade(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 def log_ticks(axis: Axis) -> None:
-    """Ticks at 1, 2 and 5 of each decade, written out."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    """Ticks at 1, 2 and 5 of each decade, written out; at round numbers where little of a decade is shown."""
+    low, high = axis.get_view_interval()
+    few = low > 0 and high / low < 4
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]) if few else LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -230,7 +237,8 @@ def layer_chart(result: Result, config: Config) -> Figure:
 def _title(result: Result, config: Config) -> str:
     now = result.compressed
     what = f"{config.task.model} on {config.task.data}, {result.method}"
-    return f"{what}: {percent(now.accuracy)} at {percent(now.bops_share)} of the fp32 BOPs"
+    right = percent(now.accuracy) if result.final else f"{percent(result.held_out['compressed'])} (held-out)"
+    return f"{what}: {right} at {percent(now.bops_share)} of the fp32 BOPs"
 
 
 def short(name: str, length: int = 34) -> str:

@@ -11,6 +11,7 @@ from jpq.benching import Bench
 from jpq.choosing import Export, Pareto
 from jpq.config import Config
 from jpq.private import Private
+from jpq.trials.settings import Study
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -28,10 +29,15 @@ def test_python_blocks_run_one_after_the_other(capsys):
 
 
 def test_flags_exist():
-    parts = [*vars(Config()).values(), Private, Pareto, Export, Bench, Evaluate]
-    known = {f"--{f.name.replace('_', '-')}" for part in parts for f in dataclasses.fields(part)}
+    parts = [*vars(Config()).values(), Private, Pareto, Export, Study, Bench, Evaluate]
+    fields = [f for part in parts for f in dataclasses.fields(part)]
+    known = {f"--{f.name.replace('_', '-')}" for f in fields}
+    known |= {f"--no-{f.name.replace('_', '-')}" for f in fields if f.type == "bool"}
     others = {"--config", "--help", "--input-shape", "--all", "--table"}
-    of_jpq = re.sub(r"`python studies/[^`]*`|torchrun .* -m(?= jpq)", "", TEXT)  # which have flags of their own
+    foreign = (
+        r"`python studies/[^`]*`|torchrun .* -m(?= jpq)|optuna-dashboard .*|sbatch .* \"(?=jpq)|kubectl .* --(?= jpq)"
+    )
+    of_jpq = re.sub(foreign, "", TEXT)  # which have flags of their own
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", of_jpq)) - others
     assert used <= known, used - known
 

@@ -5,10 +5,12 @@ Most tests put a formula in the place of training: what is tested here is what a
 
 from __future__ import annotations
 
+import time
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import optuna
 import pytest
 from hypothesis import given
@@ -25,7 +27,7 @@ from jpq.trials.preview import Preview, float_weights
 from jpq.trials.settings import PARTS, SAMPLERS, Study
 from jpq.trials.space import Space, block, grouped
 from jpq.trials.stopping import Curve
-from jpq.trials.storage import open_storage, without_password
+from jpq.trials.storage import again, begin, open_storage, without_password
 from jpq.trials.study import Tally
 from jpq.types import JpqError
 
@@ -81,6 +83,7 @@ def formula(monkeypatch):
     original = one_trial.OneTrial.__post_init__
     monkeypatch.setattr(one_trial.OneTrial, "__post_init__", remembered)
     monkeypatch.setattr(one_trial, "optimize", trained)
+    monkeypatch.setattr(one_trial.report, "draw", lambda result, config: None)
     return runs
 
 
@@ -260,18 +263,16 @@ def test_trials_of_other_lengths_are_compared_at_the_same_share():
     assert stopping.hopeless(Curve((0.5,) * 5, 10, (1.0,)), [short], 0.02, 1, 1)
 
 
-def test_hypervolume_against_optunas(tmp_path):
+def test_hypervolume_against_optunas():
     from optuna._hypervolume import compute_hypervolume
 
-    numpy = pytest.importorskip("numpy")
-    draw = numpy.random.default_rng(0)
-    points = numpy.stack([-draw.uniform(0, 100, 20), 10 ** draw.uniform(-2, 2, 20)], 1)
-    ours = standing.volume(points.tolist(), Study(), 0.0)
-    scaled = numpy.stack([points[:, 0] / 100, numpy.log10(points[:, 1])], 1)
-    assert ours == pytest.approx(compute_hypervolume(scaled, numpy.array([0.0, 2.0])))
-    assert standing.volume([[-100.0, 0.01]], Study(), 0.1) == pytest.approx(0.9 * 4)
-    assert standing.volume([], Study(), 0.1) == 0
-    assert standing.volume([], Study(objectives="accuracy,size"), 0.1) is None
+    draw = np.random.default_rng(0)
+    accuracy, bops, size = draw.uniform(0, 1, 20), 10 ** draw.uniform(-4, 0, 20), draw.uniform(1, 50, 20)
+    trials = [SimpleNamespace(values=[100 * a, s, 100 * b]) for a, b, s in zip(accuracy, bops, size, strict=True)]
+    found = standing.volume(trials, ["accuracy", "size", "bops"], {"size": 40_000.0}, 0.1)
+    above = (accuracy > 0.1) & (size < 40)
+    points = np.stack([-accuracy, np.log10(size / 40), np.log10(bops)], 1)[above]
+    assert found == pytest.approx(compute_hypervolume(points, np.array([-0.1, 0.0, 0.0])))
 
 
 def test_a_heartbeat_file_keeps_a_trial_alive(tmp_path):
@@ -292,6 +293,43 @@ def test_a_heartbeat_file_keeps_a_trial_alive(tmp_path):
     states = [t.state for t in study.trials]
     assert states == [TrialState.RUNNING, TrialState.FAIL, TrialState.WAITING]
     assert study.trials[2].params == study.trials[1].params
+
+
+@pytest.mark.parametrize("url", ["", "sqlite:///{}/study.db"])
+def test_a_worker_that_died_before_its_first_heartbeat_is_found(tmp_path, url):
+    storage = open_storage(url.format(tmp_path), tmp_path, dead_after=2)
+    study = optuna.create_study(storage=storage, directions=["maximize", "minimize"])
+    died, begun = study.ask(), study.ask()
+    begin(begun)
+    storage = study._storage
+    assert storage._get_stale_trial_ids(study._study_id) == []
+    time.sleep(2.1)
+    storage.record_heartbeat(begun._trial_id)
+    assert storage._get_stale_trial_ids(study._study_id) == [died._trial_id]
+
+
+def test_a_trial_that_costs_its_workers_again_and_again_is_given_up(tmp_path):
+    storage = open_storage("", tmp_path, dead_after=2)
+    study = optuna.create_study(storage=storage, directions=["maximize", "minimize"])
+    study.enqueue_trial({"bits": 3})
+    for number in range(4):
+        trial = study.ask()
+        assert (trial.number, trial.suggest_int("bits", 2, 8)) == (number, 3)
+        begin(trial)
+        assert study.trials[number].user_attrs["worker"]
+        study.tell(trial, state=TrialState.FAIL)
+        again(study, study.trials[number])
+    assert [t.state for t in study.trials] == [TrialState.FAIL] * 4, "three times more, then no more"
+    assert optuna.storages.RetryFailedTrialCallback.retry_history(study.trials[3]) == [0, 1, 2]
+
+
+def test_a_storage_that_goes_away_ends_in_a_sentence(tmp_path, weights, monkeypatch):
+    def gone(shared):
+        raise optuna.exceptions.StorageInternalError("server closed the connection")
+
+    monkeypatch.setattr("jpq.trials.study.Tally.of", gone)
+    with pytest.raises(JpqError, match=r"does not answer any more \(server closed the connection\)"):
+        jpq.study(task(tmp_path, weights), Study(trials=1))
 
 
 def test_other_settings_under_the_same_name_are_refused(tmp_path, weights, formula):

@@ -19,7 +19,7 @@ from jpq.types import JpqError
 
 NAME = "study.toml"
 SETTINGS, WEIGHTS, CHANCE = "settings", "float weights", "accuracy of guessing"  # user attributes of the study
-OWN = ("name", "trials", "storage", "dead_after")  # settings that each worker may choose
+OWN = ("name", "trials", "storage", "dead_after", "pictures")  # settings that each worker may choose
 
 
 def write(config: Config, study: Study, path: Path) -> None:

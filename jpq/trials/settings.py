@@ -63,6 +63,8 @@ class Study:
     """For how many epochs in a row."""
     warm_up: int = 5
     """Finished trials before any is stopped."""
+    pictures: bool = True
+    """Draw the curves and layers of each trial, for optuna-dashboard."""
     storage: str = ""
     """Where Optuna keeps the study: sqlite:///FILE, postgresql+psycopg://USER@HOST/DB. Default: journal.log there."""
     dead_after: int = 120
@@ -139,6 +141,8 @@ class Study:
         else:
             given = replace(b, target_bops="1%") if "target" in varied else b
             replace(config, budget=given).check()
+            if "," in (b.target_bops or ""):
+                raise JpqError(f"--target-bops {b.target_bops}: each trial has one target. Give one, or --vary target.")
             if "target" in varied and b.target_bops:
                 raise JpqError(f"--target-bops {b.target_bops}: targets vary (--vary {self.vary}). Leave one out.")
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from jpq import pareto
+from jpq.costs.latency import NS
 from jpq.trials.record import CHANCE
 from jpq.trials.settings import Study
 from jpq.trials.trial import REASON, RULED_OUT, SAME, STOPPED, UNITS, counts
 
 OptunaStudy = optuna.Study
+FULL = "fp32 costs"  # user attribute of the study
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,14 @@ class Standing:
         own = [t for t in trials if t.state == TrialState.COMPLETE and SAME not in t.user_attrs and fits(t)]
         signs = [-1.0 if name == "accuracy" else 1.0 for name in asked.asked()]
         points = [[s * v for s, v in zip(signs, t.values, strict=True)] for t in own]
-        front = [t for t, p in zip(own, points, strict=True) if not any(_dominates(q, p) for q in points)]
+        front = [t for t, on in zip(own, pareto.nondominated(points), strict=True) if on] if own else []
         names = tuple(UNITS[name][0] for name in asked.asked())
         best = {n: s * min(p[i] for p in points) for i, (n, s) in enumerate(zip(names, signs, strict=True)) if points}
         done = sum(map(counts, trials))
         states = [t.state for t in trials]
         open_ = states.count(TrialState.RUNNING) + states.count(TrialState.WAITING)
-        covered = volume(points, asked, study.user_attrs.get(CHANCE, 0.0))
+        full, chance = (study.user_attrs.get(key) for key in (FULL, CHANCE))
+        covered = volume(own, asked.asked(), full, chance or 0.0) if own and full else None
         return cls(
             tuple(trials), names, done, states.count(TrialState.RUNNING),
             sum(t.state == TrialState.PRUNED and STOPPED in t.user_attrs for t in trials),
@@ -81,18 +84,16 @@ def fits(trial: FrozenTrial) -> bool:
     return all(over <= 0 for over in trial.user_attrs.get("limits", {}).values())
 
 
-def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether `one` is nowhere worse and somewhere better; smaller is better."""
-    pairs = list(zip(one, other, strict=True))
-    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+def volume(trials: Sequence[FrozenTrial], names: Sequence[str], full: Mapping[str, float], chance: float) -> float:
+    """What the trials cover, in accuracy above chance x decades of each cost (`pareto.covered`).
 
-
-def volume(points: Sequence[Sequence[float]], asked: Study, chance: float) -> float | None:
-    """What the points cover, in accuracy above chance x decades of each cost; None where a cost is no share of fp32's.
-
-    `points`: (-accuracy, costs ...) in per cent, as Optuna has them.
+    Args:
+        trials: finished ones.
+        names: the objectives, in the order of the trials' values.
+        full: costs of the fp32 model; size and latency in bytes and nanoseconds.
+        chance: accuracy of guessing, in [0, 1].
     """
-    if not {*asked.asked()} <= {"accuracy", "bops", "macs"}:
-        return None
-    accuracy, *shares = zip(*points, strict=True) if points else ((), *((),) * (len(asked.asked()) - 1))
-    return pareto.covered([-a / 100 for a in accuracy], *([s / 100 for s in share] for share in shares), chance=chance)
+    columns = {name: [t.values[i] / UNITS[name][1] for t in trials] for i, name in enumerate(names)}
+    to_share = {"size": full.get("size", 1.0), "latency": full.get("latency", NS) / NS}  # the others are shares already
+    shares = [[v / to_share.get(name, 1.0) for v in columns[name]] for name in names if name != "accuracy"]
+    return pareto.covered(columns["accuracy"], *shares, chance=chance)

@@ -7,25 +7,29 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import fail_stale_trials
 from optuna.trial import TrialState
 
+from jpq import front_report, fronts, runs
 from jpq.config import Config
 from jpq.trials import record
 from jpq.trials.preview import Preview, float_weights
 from jpq.trials.samplers import sampler
 from jpq.trials.settings import Study
 from jpq.trials.space import Space
-from jpq.trials.storage import alone, open_storage
-from jpq.trials.trial import REASON, SAME, UNITS, OneTrial, StudyWatch, Unwatched, counts
+from jpq.trials.standing import FULL
+from jpq.trials.storage import alone, open_storage, without_password
+from jpq.trials.trial import REASON, SAME, UNITS, OneTrial, StudyWatch, Unwatched, counts, keep_pictures
 from jpq.trials.trial import RULED_OUT as BROKEN
 from jpq.types import JpqError
 
 T = TypeVar("T")
+DRAWN = "drawn"  # user attribute of the study: how many trials its pictures show
 POLL = 1.0  # seconds between looks at the trials of other workers
 REPEATS = 25  # in a row: the space is used up
 RULED_OUT = 250  # in a row: hardly any decisions keep the limits
@@ -74,18 +78,26 @@ def study(config: Config | None = None, settings: Study | None = None, watch: St
         raise JpqError(f"Cannot write to {folder}: {error.strerror}. Choose another folder with --out.") from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("optuna").setLevel(logging.CRITICAL)  # failed trials: their reasons are kept in the study
-    storage = open_storage(settings.storage, folder, settings.dead_after)
     with alone(folder):
+        storage = open_storage(settings.storage, folder, settings.dead_after)
         weights, digest = float_weights(config, folder / "float.safetensors", watch)
         started = replace(config, task=replace(config.task, weights=weights))
         preview = Preview(started)
         space = Space.of(settings, started, preview.network, preview.sites)
         one = OneTrial(settings, started, space, preview, folder, watch)
         one.require_possible()
-        shared = _created(settings, space, config, digest, preview.classes, storage)
+        shared = _created(settings, space, config, digest, preview, storage)
         if not (folder / record.NAME).exists():
             record.write(config, settings, folder / record.NAME)
-    _work(shared, one, settings, watch)
+    try:
+        _work(shared, one, settings, watch)
+    except StorageInternalError as error:
+        where = without_password(settings.storage) or "the study's journal"
+        cause = " ".join(str(error.__cause__ or error).split())[:200]
+        raise JpqError(f"{where} does not answer any more ({cause}). Start this worker again when it does: what was "
+                       "finished is kept, and its last trial will be run again.") from error  # fmt: skip
+    with alone(folder):
+        _draw(shared, settings, folder)
     failed = [t for t in shared.get_trials(deepcopy=False) if t.state == TrialState.FAIL and REASON in t.user_attrs]
     if failed and len(failed) == Tally.of(shared).done:
         raise JpqError(f"Every trial of study '{settings.name}' failed ({len(failed)}). The last one: "
@@ -94,7 +106,7 @@ def study(config: Config | None = None, settings: Study | None = None, watch: St
 
 
 def _created(
-    settings: Study, space: Space, config: Config, digest: str, classes: int, storage: optuna.storages.BaseStorage
+    settings: Study, space: Space, config: Config, digest: str, preview: Preview, storage: optuna.storages.BaseStorage
 ) -> optuna.Study:
     """The study in its storage; made, with its anchors queued, by the first worker."""
     asked = settings.asked()
@@ -105,8 +117,9 @@ def _created(
             directions=["maximize" if name == "accuracy" else "minimize" for name in asked],
         )  # fmt: skip
         new = record.SETTINGS not in shared.user_attrs
-        record.agree(config, settings, digest, classes, shared)
+        record.agree(config, settings, digest, preview.classes, shared)
         if new:
+            shared.set_user_attr(FULL, preview.full)
             shared.set_metric_names([UNITS[name][0] for name in asked])
             for values in space.anchors():
                 shared.enqueue_trial(values, skip_if_exists=True)
@@ -127,6 +140,18 @@ def _work(shared: optuna.Study, one: OneTrial, settings: Study, watch: StudyWatc
             time.sleep(POLL)  # others are at the last ones; one may die
             continue
         _quietly(lambda: shared.optimize(one, n_trials=1, catch=(JpqError,)))
+
+
+def _draw(shared: optuna.Study, settings: Study, folder: Path) -> None:
+    """The front of the runs in this folder as pareto.csv, pareto.png and layers.png, also for optuna-dashboard."""
+    done = Tally.of(shared).done
+    drawn = shared.user_attrs.get(DRAWN) == done and (folder / "pareto.csv").exists()
+    if drawn or not any(folder.glob("trials/*/result.json")):
+        return
+    costs = [name for name in settings.asked() if name != "accuracy"][: fronts.MOST]
+    front_report.write(fronts.make(runs.read(folder).points, costs), folder)
+    keep_pictures(shared, folder, folder / "artifacts")
+    shared.set_user_attr(DRAWN, done)
 
 
 def _quietly(run: Callable[[], T]) -> T | None:

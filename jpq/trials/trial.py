@@ -13,7 +13,7 @@ import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from jpq import checkpoint
+from jpq import checkpoint, report
 from jpq.compose import compose
 from jpq.config import Config
 from jpq.recipe import optimize
@@ -121,7 +121,7 @@ class OneTrial:
     def _values(self, trial: Trial, config: Config, others: Sequence[FrozenTrial]) -> list[float]:
         d = config.decide
         costs: Costs | None = None
-        name = config.hash()
+        name = replace(config, task=replace(config.task, weights=None)).hash()  # not where this machine has them
         if self.study.by_hand():
             known = self.preview.look(config)
             costs, name = known.costs, known.name
@@ -142,6 +142,9 @@ class OneTrial:
             if not (run / "result.json").exists():
                 shutil.rmtree(run, ignore_errors=True)
             raise
+        if self.study.pictures:
+            report.draw(result, resumed)
+            keep_pictures(trial, result.folder, self.folder / "artifacts")
         return self._report(trial, result)
 
     def _twin(self, name: str, trial: Trial, others: Sequence[FrozenTrial]) -> FrozenTrial | None:
@@ -195,7 +198,6 @@ class OneTrial:
         for key, value in attrs.items():
             if value is not None:
                 trial.set_user_attr(key, value)
-        keep_pictures(trial, result.folder, self.folder / "artifacts")
         values = {"accuracy": accuracy, **found}
         return [values[name] * UNITS[name][1] for name in self.study.asked()]
 

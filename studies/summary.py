@@ -266,9 +266,10 @@ def speed() -> str:
     first = table.iloc[0]
     lines += [
         "",
-        f"Random weights, one image, onnxruntime {first.onnxruntime} on {first.hardware} shared with other work, medians "
-        f"of {first.n} turns in one process: the processor's time with one thread, the wall clock's ratios with two. int8: "
-        "all channels at 8 bits, results rounded. Float results: without `--output-bits`. `python studies/speed.py`.",
+        f"Random weights, one image, onnxruntime {first.onnxruntime} on {first.hardware} shared with other work; "
+        f"medians of {first.n} turns in one process: the processor's time with one thread, the wall clock's ratios "
+        "with two. int8: all channels at 8 bits, results rounded. Float results: without `--output-bits`. "
+        "`python studies/speed.py`.",
         "",
     ]
     return "\n".join(lines)

@@ -197,6 +197,8 @@ class _Measuring(pickle._Unpickler):
         return _Named(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> _Storage:
+        if not isinstance(pid, tuple) or len(pid) < 5 or not isinstance(pid[1], _Named):
+            raise ValueError("it ends too early, or torch.save did not write it")
         _, kind, key, _, count = pid[:5]
         each = STORAGES[kind.name.rpartition(".")[2]]
         size = whole(count, 0, 2**62) * each

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import allocation as where
 import detection_figures as detectors
+import faults
 import methods as every
 import pandas as pd
 import unconstrained
@@ -248,6 +249,7 @@ def allocation() -> str:
 SECTIONS = {
     "figures": figures, "coverage": coverage, "methods": methods, "scores": scores, "allocation": allocation,
     "claims": claims, "detection": lambda: detectors.summary() + "\n",
+    "faults": faults.summary,
 }  # fmt: skip
 
 

@@ -94,3 +94,14 @@ def test_scores_are_those_of_the_csv(monkeypatch):
 
     assert summary.scores() in TEXT
     assert set(summary.SCORES) == set(SCORES)
+
+
+def test_faults_are_those_of_the_csv(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    import summary
+
+    assert summary.SECTIONS["faults"]() in TEXT
+    table = pd.read_csv(ROOT / "studies" / "results" / "faults.csv")
+    after = table.same_bits_afterwards.dropna().str.extract(r"(\d+) of (\d+)")
+    assert (after[0] == after[1]).all(), "every run that was gone on with gave the same bits"
+    assert set(table.exit_code) <= {0, 2, -9, 130, 143}

@@ -33,17 +33,23 @@ def text_of(path: Path, what: str = "file", most: int = MOST) -> str:
     except OSError as error:
         raise JpqError(f"Cannot read the {what} {path}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
-        raise JpqError(f"The {what} {path} is no text (byte {error.start} is not UTF-8).") from error
+        raise JpqError(f"Cannot read the {what} {path}: it is no text (byte {error.start} is not UTF-8).") from error
 
 
 def tree_of(text: str, source: str) -> Any:
     """The tree in JSON text. Raises JpqError for what is no JSON, and for keys twice, deep nests, NaN and infinity."""
     try:
+        return parsed(text)
+    except ValueError as error:
+        raise JpqError(f"{source} is not JSON that jpq wrote ({error}).") from error
+
+
+def parsed(text: str) -> Any:
+    """The same; raises ValueError."""
+    try:
         return json.loads(text, object_pairs_hook=_once, parse_float=_finite, parse_constant=_finite)
     except RecursionError as error:
-        raise JpqError(f"{source} nests deeper than anything that jpq writes.") from error
-    except ValueError as error:  # of JSON, and of numbers with thousands of digits
-        raise JpqError(f"{source} is not JSON that jpq wrote ({error}).") from error
+        raise ValueError("it nests deeper than anything that jpq writes") from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from jpq import fronts
 from jpq.fronts import Front, float_accuracy
@@ -21,6 +22,8 @@ from jpq.result import percent
 RED, PALE = "#D55E00", "#9AA5B1"  # Okabe and Ito's vermillion; grey for what is dominated
 COLUMNS = 24  # of a heat map; longer fronts are thinned out evenly
 CELLS = 14  # columns, and three times as many rows, up to which every cell has its number
+PLACES = ((-1, -4.5), (-1, 5), (1, -14), (1, 5), (-1, -14))  # of a point's name: side of it, and points above it
+APART = 8  # points between the two
 WIDE, HIGH = 590.0, 385.0  # of the plane's axes, in points
 
 
@@ -49,12 +52,10 @@ def plane(front: Front, choice: Choice | None = None) -> Figure:
     if reference is not None:
         axes.axhline(100 * reference, color=INK, lw=0.8, ls=":", gid="float")
         axes.scatter([100], [100 * reference], marker="D", s=46, color=INK, zorder=4, label="float model", gid="float")
-    for name, costs in _uniform(front).items():
-        if cost in costs:
-            at = 100 * costs[cost] / front.points[0].full[cost]
-            axes.axvline(at, color=ORANGE, lw=1, ls=(0, (4, 3)), alpha=0.8, gid="tick", zorder=1)
-            axes.annotate(name, (at, 1), xycoords=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8.5,
-                          color="#8A6100", xytext=(0, 2), textcoords="offset points")  # fmt: skip
+    for at, names in _uniform(front, cost).items():
+        axes.axvline(at, color=ORANGE, lw=1, ls=(0, (4, 3)), alpha=0.8, gid="tick", zorder=1)
+        axes.annotate(names, (at, 1), xycoords=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8.5,
+                      color="#8A6100", xytext=(0, 2), textcoords="offset points")  # fmt: skip
 
     line = front.line
     x, y = _at(line, cost)
@@ -87,28 +88,33 @@ def plane(front: Front, choice: Choice | None = None) -> Figure:
 
 
 def _name_points(axes: Axes, front: Front, cost: str) -> None:
-    """Number and method beside each point of the front where they cover no other text; else the number, or nothing."""
-    line = front.line
+    """Number and method beside each point of the front where they cover nothing else; else the number, or nothing."""
     low, high = axes.get_xlim()
     bottom, top = axes.get_ylim()
-    across = [WIDE * math.log(x / low) / math.log(high / low) for x in _at(line, cost)[0]]
-    up = [HIGH * (y - bottom) / (top - bottom) for y in _at(line, cost)[1]]
-    taken: list[tuple[float, float, float, float]] = []
-    marks = [(x - 3, y - 3, x + 3, y + 3) for x, y in zip(across, up, strict=True)]
-    for number in (len(line), *range(1, len(line))):
-        x, y = across[number - 1], up[number - 1]
-        named = [f"{number} {_method(line[number - 1])}".strip()] if len(line) <= COLUMNS else []
-        places = [(text, side, rise) for text in (*named, str(number)) for side in (-1, 1) for rise in (-4.5, 4, -13)]
-        for text, side, rise in places:
-            long = 4.9 * len(text)
-            left = x + 5 if side > 0 else x - 5 - long
-            box = (left, y + rise, left + long, y + rise + 9)
-            if left > 0 and left + long < WIDE and not any(_overlap(box, other) for other in (*taken, *marks)):
+    at = [(100 * p.share(cost), 100 * p.accuracy) for p in front.points]
+    spots = [(WIDE * math.log(x / low) / math.log(high / low), HIGH * (y - bottom) / (top - bottom)) for x, y in at]
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in spots]
+    for i in (front.best[-1], *front.best[:-1]):
+        number = str(front.number(i))
+        named = f"{number} {_method(front.points[i])}".strip()
+        texts = (named, number) if len(front.best) <= COLUMNS else (number,)
+        for text, (side, rise) in itertools.product(texts, PLACES):
+            box = _box(text, spots[i], side, rise)
+            if box[0] > 0 and box[2] < WIDE and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
-                where = (_at(line, cost)[0][number - 1], _at(line, cost)[1][number - 1])
-                axes.annotate(text, where, xytext=(5 * side, rise), textcoords="offset points", fontsize=8.5,
-                              ha="left" if side > 0 else "right", va="bottom", color=BLUE, zorder=7)  # fmt: skip
+                label = axes.annotate(
+                    text, at[i], xytext=(APART * side, rise), textcoords="offset points", fontsize=8.5, color=BLUE,
+                    ha="left" if side > 0 else "right", va="bottom", zorder=7,
+                )  # fmt: skip
+                label.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
                 break
+
+
+def _box(text: str, spot: tuple[float, float], side: int, rise: float) -> tuple[float, float, float, float]:
+    """Left, bottom, right and top of a text beside a spot, about, in points."""
+    (x, y), long = spot, 4.9 * len(text)
+    left = x + APART if side > 0 else x - APART - long
+    return left, y + rise, left + long, y + rise + 9
 
 
 def _overlap(one: tuple[float, ...], two: tuple[float, ...]) -> bool:
@@ -120,12 +126,20 @@ def _at(points: list[Point] | tuple[Point, ...], cost: str) -> tuple[list[float]
 
 
 def _method(point: Point) -> str:
+    """What chose its bits; for uniform ones, how many."""
+    if point.even:
+        return f"W{point.layers[-1].w_bits}A{point.layers[-1].a_bits}"
     return plain(str(point.decisions.get("method", "")))
 
 
-def _uniform(front: Front) -> Mapping[str, Mapping[str, float]]:
-    """What uniform bits cost, as the first run that counted them says: it is the same for all of one model."""
-    return next((p.uniform for p in front.points if p.uniform), {})
+def _uniform(front: Front, cost: str) -> dict[float, str]:
+    """What uniform bits cost, in per cent of fp32, and which: by latency several widths may take the same time."""
+    counted = next((p.uniform for p in front.points if p.uniform), {})  # the same for all runs of one model
+    found: dict[float, list[str]] = {}
+    for name, costs in counted.items():
+        if cost in costs:
+            found.setdefault(round(100 * costs[cost] / front.points[0].full[cost], 9), []).append(name)
+    return {at: names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}" for at, names in found.items()}
 
 
 def plain(text: str) -> str:
@@ -188,8 +202,8 @@ def heat_map(front: Front, choice: Choice | None = None) -> Figure | None:
         axes.tick_params(which="minor", length=0)
         if columns <= COLUMNS and rows <= 3 * CELLS:
             _numbers(axes, table, what)
-    panels[0].set_xlabel(f"point of the front: number, held-out accuracy, {WORDS[front.costs[0]]} of fp32", fontsize=9,
-                         loc="left", color=INK)  # fmt: skip
+    words = f"point of the front: number, held-out accuracy, {WORDS[front.costs[0]]} over fp32's"
+    panels[0].set_xlabel(words, fontsize=9, loc="left", color=INK)
     return figure
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import sys
+from typing import Any
+
 import torch
 
 from jpq.types import JpqError
@@ -31,3 +36,20 @@ def set_threads(asked: int, macs: int) -> None:
         torch.set_num_threads(asked)
     elif macs < SMALL:
         torch.set_num_threads(1)
+
+
+def record(device: torch.device) -> dict[str, Any]:
+    """What a run was computed on, and the most memory that its process had by now, in bytes."""
+    found: dict[str, Any] = {
+        "platform": platform.platform(), "device": str(device), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+    }  # fmt: skip
+    if sys.platform != "win32":
+        import resource  # Windows has none
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found["peak_memory_bytes"] = most if sys.platform == "darwin" else 1024 * most
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    return found

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jpq import bench, checkpoint, costs, mapping, models, report
+from jpq import bench, checkpoint, costs, machine, mapping, models, report
 from jpq.budget import Target, meets
 from jpq.config import Config
 from jpq.costs.latency import NS
@@ -93,6 +93,7 @@ def finish(
         schemes=schemes,
         data={"name": data.name, "checksum": data.checksum, **{k: getattr(data, k).size for k in SPLITS}},
         uniform=uniform_costs(net, uses),
+        machine=machine.record(data.example.device),
         final=final,
         **shipped,
     )  # fmt: skip

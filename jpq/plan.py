@@ -98,7 +98,7 @@ class Plan:
 def from_json(text: str, source: str) -> Plan:
     """The plan in `text`. Raises JpqError where it is not one; nothing in it is executed."""
     try:
-        tree = foreign.table(foreign.tree_of(text, source))
+        tree = foreign.table(foreign.parsed(text))
         if tree.pop("format") != FORMAT:
             raise JpqError(f"{source} was written by another version of jpq (format {str(tree.get('format'))[:20]}).")
         return Plan(

@@ -220,6 +220,7 @@ def from_attributes(name: str, about: Mapping[str, Any], found: Mapping[str, Any
             full={"bops": float(round(bops / share))},
             model=str(task.get("model", "")),
             data=str(task.get("data", "")),
+            chance=_share(about.get("accuracy of guessing", 0.0), "accuracy of guessing"),
             final=False,
             decisions={"method": found.get("method"), "settings": place.rpartition("/")[2] or None, **params},
             layers=tuple(_told(layer, str(text)) for layer, text in found.get("layers", {}).items()),

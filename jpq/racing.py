@@ -13,6 +13,7 @@ Weights do not matter for time: the first three have those of a fresh model.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def others(dense: nn.Module, plan: Plan, shape: Sequence[int], folder: Path) -> 
 
 def race(
     paths: dict[str, Path], runtimes: Sequence[str], threads: Sequence[int], batches: Sequence[int], rounds: int,
-    tell: Callable[[int], None] = lambda calls: None,
+    tell: Callable[[int], None] = lambda calls: None, clock: Callable[[], float] = time.perf_counter,
 ) -> list[Time]:  # fmt: skip
     """Every model in every setting. Within a round all take a turn, so that a slow moment hits all alike."""
     left = {name: float_layers(path) for name, path in paths.items()}
@@ -93,7 +94,7 @@ def race(
         for count in threads:
             for batch in batches:
                 runner = Runner if runtime == "onnxruntime" else OpenVinoRunner
-                seconds = take_turns([runner(path, count, batch) for path in paths.values()], rounds, tell)
+                seconds = take_turns([runner(path, count, batch) for path in paths.values()], rounds, tell, clock)
                 for own, (name, path) in zip(1e3 * seconds, paths.items(), strict=True):
                     integer, floating = left[name]
                     found.append(Time(

@@ -177,8 +177,10 @@ def _shade(rows: Sequence[Row], panels: Sequence[Axes]) -> None:
 
 
 def log_ticks(axis: Axis) -> None:
-    """Ticks at 1, 2 and 5 of each decade, written out."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    """Ticks at 1, 2 and 5 of each decade, written out; at round numbers where little of a decade is shown."""
+    low, high = axis.get_view_interval()
+    few = low > 0 and high / low < 4
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]) if few else LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

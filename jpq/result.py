@@ -113,6 +113,7 @@ class Result:
     packed: dict[str, int] = field(default_factory=dict)  # bytes of model.packed: total, header, promised, others
     schemes: dict[str, Any] = field(default_factory=dict)  # who mapped them, ms, and where those are from (jpq.mapping)
     data: dict[str, Any] = field(default_factory=dict)  # name, checksum, sizes of the splits
+    machine: dict[str, Any] = field(default_factory=dict)  # platform, device, threads, peak memory
     uniform: Numbers = field(default_factory=dict)  # "W4A4" -> what the whole model costs at these bits, by measure
     final: bool = True  # exported, verified and measured on the test split; else one of a study's trials
     front: tuple[FrontRow, ...] = ()  # every budget of a run that followed several down; this result is the last one's

@@ -117,6 +117,7 @@ def _require_legacy(file: _Bounded) -> None:
     for _ in range(3):
         _Measuring(file).load()
     found = _declared(file)
+    _Measuring(file).load()
     if sum(found.values()) > file.left:
         raise ValueError(f"it declares {sum(found.values()):,} bytes of tensors where {file.left:,} are left")
 
@@ -129,7 +130,7 @@ def _declared(file: Any) -> dict[str, int]:
 
 
 class _Bounded:
-    """A file that never makes room for more than it holds."""
+    """A file that refuses to be asked for more than it holds: room would be made for all of that."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self.file, self.size = file, size
@@ -139,7 +140,9 @@ class _Bounded:
         return self.size - self.file.tell()
 
     def read(self, count: int) -> bytes:
-        return self.file.read(min(count, self.left))
+        if count > self.left:
+            raise EOFError(f"{count:,} bytes are announced and {self.left:,} are left")
+        return self.file.read(count)
 
     def readline(self) -> bytes:
         return self.file.readline()

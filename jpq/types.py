@@ -23,8 +23,15 @@ DENSE = "dense"  # the structure of a layer without a mask
 NONE = -1  # a channel that carries no label: a constant, or something no rule could follow
 
 
+LONGEST = 400  # characters of one word in an error; a file's content may be all one word
+
+
 class JpqError(Exception):
     """What went wrong, where, and what to do about it: one sentence, exit code 2 on the command line."""
+
+    def __init__(self, text: object = "") -> None:
+        words = str(text).split(" ")
+        super().__init__(" ".join(w if len(w) <= LONGEST else f"{w[:40]}...{w[-10:]}" for w in words))
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> JpqError:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
+import sys
 from collections import Counter
 from dataclasses import replace
 from multiprocessing import forkserver
@@ -115,6 +117,30 @@ def run(config: Config, moment: str = "", n: int = 0) -> None:
     kill.before(report, "write", "report")
     kill.after(report, "write", "all written")
     jpq.optimize(config, Steps(kill))
+
+
+class Remover(Silent):
+    """Removes the run's folder in the second epoch of its search."""
+
+    def __init__(self, config: Config) -> None:
+        self.folder, self.name, self.done = config.run.out / config.hash(), "", 0
+
+    def phase(self, name: str, epochs: int, steps: int) -> None:
+        self.name, self.done = name, 0
+
+    def step(self, loss: float, bops_share: float, aim_share: float) -> None:
+        self.done += 1
+        if (self.name, self.done) == ("search", 11):
+            shutil.rmtree(self.folder)
+
+
+def removing(config: Config) -> None:
+    """One run whose folder is removed meanwhile; its sentence goes to a file beside the folder of runs."""
+    try:
+        jpq.optimize(config, Remover(config))
+    except jpq.JpqError as error:
+        (config.run.out.parent / "said").write_text(str(error))
+        sys.exit(2)
 
 
 def context() -> multiprocessing.context.ForkServerContext:

@@ -30,7 +30,7 @@ from jpq.phases import phases
 PATH = grid.RESULTS / "one_run.csv"
 BUDGETS = ("2%", "1%", "0.5%", "0.25%")
 FASHION = jpq.Config(
-    task=Task(model="lenet5", data="fashion-mnist", limit=3000), train=Train(epochs=16, float_epochs=20, batch_size=64)
+    task=Task(model="lenet5", data="fashion-mnist", limit=2000), train=Train(epochs=8, float_epochs=8, batch_size=64)
 )
 KINDS = {"one run": "#0072B2", "separate runs": "#E69F00"}
 KEY = ["data", "kind", "seed"]

@@ -14,19 +14,20 @@ from test_cli import refused
 from torch import nn
 
 import jpq
-from jpq import bench
+from jpq import bench, racing
 from jpq.cli import main
 from jpq.config import Budget, Config, Decide, Run, Task, Train
 from jpq.costs.table import Shape
 from jpq.exporters import onnx as exporter
 from jpq.exporters.alone import layer_model
 from jpq.exporters.onnx import Session
-from jpq.exporters.timing import Runner, kernels, take_turns
+from jpq.exporters.timing import Runner, float_layers, kernels, take_turns
 from jpq.exporters.verify import compare
 from jpq.models import build
 from jpq.network.timed import shape, timed
 from jpq.network.trace import trace
 from jpq.recipe import optimize
+from jpq.sizes import export_lines
 from jpq.types import JpqError
 
 EXAMPLE = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -232,3 +233,106 @@ def test_a_run_with_a_structure_for_each_layer_is_timed(tmp_path):
     )  # fmt: skip
     result = optimize(asked)
     assert bench.predicted(result.folder, bench.read_table(path)) == pytest.approx(result.compressed.latency_ms)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with every form, results rounded, and weights in 4 bits."""
+    asked = Config(
+        task=Task(limit=300), budget=Budget(target_bops="1%"), decide=Decide(output_bits=8), train=QUICK,
+        run=Run(out=tmp_path_factory.mktemp("runs"), formats="onnx,qonnx,pt2", onnx_weights="int4"),
+    )  # fmt: skip
+    return optimize(asked)
+
+
+def test_a_run_says_what_it_exported_and_how_large_it_is(run):
+    stored = json.loads((run.folder / "result.json").read_text())["export"]
+    assert (stored["opset"], stored["weights"]) == (21, "int4")
+    assert (stored["integer_layers"], stored["float_layers"]) == (4, {})
+    assert onnx.load(run.folder / "model.onnx").opset_import[0].version == 21
+    sizes = pd.read_csv(run.folder / "sizes.csv").set_index("what")
+    files = {"model.packed", "model.onnx", "model.qonnx.onnx", "model.pt2"}
+    assert files == {name for name in sizes.index if name.startswith("model")}
+    for name in files:
+        assert sizes.loc[name, "bytes"] == (run.folder / name).stat().st_size
+    unpruned = sum(p.numel() for p in build("convnet", 10, 1).parameters() if p.dim() > 1)
+    assert sizes.loc["unpruned, fp32, as counted", "bytes"] >= 4 * unpruned
+    assert 3.5 < sizes.loc["unpruned, int8, as counted", "share_of_fp32"] ** -1 < 4
+    assert sizes.loc["model.packed", "share_of_int8"] < 1
+    shown = dict(export_lines(run))
+    assert "opset 21, weights in int4; onnxruntime computes 4 of 4 layers in integers" in shown["ONNX"]
+    assert all(name in shown["on disk"] for name in files)
+
+
+def test_a_file_is_right_as_often_as_its_model(run, capsys):
+    assert main(["evaluate", str(run.folder)]) == 0
+    right = capsys.readouterr().out.split(" %")[0]
+    assert main(["evaluate", str(run.folder / "model.onnx")]) == 0
+    here = capsys.readouterr().out
+    assert here.startswith(right[:3])
+    same = int(here.split("The same class for ")[1].split(" of ")[0])
+    assert same >= 447
+    assert main(["evaluate", str(run.folder / "model.onnx"), "--data", "digits", "--split", "held-out"]) == 0
+    assert "held-out images of digits are right" in capsys.readouterr().out
+
+
+def test_a_file_is_tried_in_two_runtimes(run, capsys):
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    assert main(["evaluate", str(run.folder), "--runtime", "onnxruntime,openvino"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert int(lines[2].rsplit(", ", 1)[1].split(" of ")[0]) >= 445  # as onnxruntime
+
+
+def test_a_run_is_raced_against_what_it_began_with(run, capsys):
+    assert main(["bench", str(run.folder), "--repeats", "5", "--threads", "1", "--batch", "1", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "in onnxruntime" in out
+    assert "1 thread, batch 4, median of 5 turns" in out
+    rows = [line.split() for line in out.splitlines() if line.strip().startswith(("fp32", "int8", "compressed"))]
+    assert len(rows) == 8
+    assert [" ".join(row[-5:-2]) for row in rows if row[0] == "compressed"] == ["0 of 4"] * 2
+    assert [" ".join(row[-5:-2]) for row in rows if row[0] == "fp32"] == ["4 of 4"] * 2
+
+
+def test_the_pruned_float_model_has_the_channels_of_the_plan(tmp_path):
+    torch.manual_seed(0)
+    dense = build("convnet", 10, 1).eval()
+    joint = jpq.compress(dense, EXAMPLE, method="two-stage", bops="1%", density=0.3, output_bits=8)
+    joint.land()
+    small, plan = jpq.rebuild(joint.net, dense)
+    paths = racing.others(dense, plan, (1, 8, 8), tmp_path)
+    sizes = {name: sum(np.prod(t.dims) for t in onnx.load(p).graph.initializer if len(t.dims) > 1)
+             for name, p in paths.items()}  # fmt: skip
+    weights = lambda m: sum(p.numel() for p in m.parameters() if p.dim() > 1 and p.shape[1:].numel() > 1)  # noqa: E731
+    assert sizes[racing.FULL] == sizes[racing.INT8] == weights(dense)
+    assert sizes[racing.PRUNED] == sum(layer.weight.numel() for n, layer in small.named_modules() if n in plan.layers)
+    assert float_layers(paths[racing.INT8])[1] == {}
+    with pytest.raises(JpqError, match="does not say which model"):
+        racing.files(plan, (1, 8, 8), paths[racing.FULL], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["evaluate", "text.onnx"], "Say which images text.onnx"),
+        (["evaluate", "text.onnx", "--data", "digits"], "onnxruntime cannot load text.onnx"),
+        (["evaluate", "text.onnx", "--data", "digits", "--runtime", "tvm"], "Unknown runtime 'tvm'"),
+        (["evaluate", "wide.onnx", "--data", "digits"], "cannot take batches of 1x8x8 images"),
+        (["evaluate", "few.onnx", "--data", "digits"], "not a row of 10 classes"),
+        (["bench", "wide.onnx", "--runtime", "tvm"], "Unknown runtime 'tvm'"),
+        (["bench", "wide.onnx", "--batch", "0"], "--batch 0: at least one"),
+        (["bench", "--model", "convnet", "--table", "t.csv", "--threads", "1", "2"], "one number of threads"),
+        (["optimize", "--target-bops", "1%", "--formats", "onnx,pt3"], "Did you mean pt2"),
+        (["optimize", "--target-bops", "1%", "--onnx-weights", "int3"], "Unknown type of weights 'int3'"),
+        (["optimize", "--target-bops", "1%", "--output-bits", "9"], "--output-bits 9 is outside 2 to 8"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_bad_files_and_names_are_one_sentence(args, why, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.onnx").write_text("no model")
+    exporter.export_float(nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+                          torch.randn(2, 3, 8, 8), Path("wide.onnx"))  # fmt: skip
+    exporter.export_float(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), EXAMPLE, Path("few.onnx"))
+    assert why in refused(args, capsys)

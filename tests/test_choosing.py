@@ -68,6 +68,18 @@ def test_the_plane_shows_every_run_and_what_it_is_compared_with(tmp_path: Path) 
     assert {"W2A2", "W8A8", "1 djpq", "4 djpq"} <= {*words}
 
 
+def test_uniform_bits_that_cost_the_same_share_a_line(tmp_path: Path) -> None:
+    points = spread(tmp_path).points
+    timed = [
+        replace(p, costs={**p.costs, "latency": 2e6 + i}, full={**p.full, "latency": 4e6},
+                uniform={"W2A2": {"latency": 3e6}, "W3A3": {"latency": 3e6}, "W8A8": {"latency": 5e6}})
+        for i, p in enumerate(points)
+    ]  # fmt: skip
+    figure = front_report.plane(make(timed, ["latency"]))
+    assert drawn(figure)["tick"] == 2
+    assert {"W2A2 to W3A3", "W8A8"} <= {text.get_text() for text in figure.axes[0].texts}
+
+
 def test_two_costs_have_no_staircase(tmp_path: Path) -> None:
     front = make(spread(tmp_path).points, ["size", "bops"])
     figure = front_report.plane(front)
@@ -273,7 +285,7 @@ def test_a_trial_is_left_as_it_was_where_the_final_run_goes_elsewhere(trained: P
 def test_without_the_float_weights_only_their_accuracy_is_missing(trained: Path, capsys: Captured) -> None:
     made = Path(shutil.copytree(by_target(trained / "runs", "0.5%"), "moved"))
     text = (made / "config.toml").read_text()
-    (made / "config.toml").write_text(re.sub(r'weights = ".*"', 'weights = "gone.safetensors"', text))
+    (made / "config.toml").write_text(re.sub(r'(?m)^weights = ".*"', 'weights = "gone.safetensors"', text))
     assert main(["export", "moved"]) == 0
     out = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "weights are no longer at gone.safetensors" in out

@@ -170,10 +170,10 @@ def damage(made: Path, how: str) -> None:
 
 @pytest.mark.parametrize(
     ("how", "words"),
-    [("unfinished", "not ended"), ("half a file", "JSONDecodeError"), ("binary", "UnicodeDecodeError"),
-     ("nested", "does not hold the result"), ("no settings", "config.toml"), ("no layers", "layers.csv"),
+    [("unfinished", "not ended"), ("half a file", "not JSON that jpq wrote"), ("binary", "is no text"),
+     ("nested", "nests deeper"), ("no settings", "config.toml"), ("no layers", "layers.csv"),
      ("no MACs", "ZeroDivisionError"),
-     ("foreign", "'compressed'"), ("text", "many"), ("nan", "held-out accuracy of nan"), ("nothing", "BOPs of 0"),
+     ("foreign", "'compressed'"), ("text", "many"), ("nan", "NaN is not a finite number"), ("nothing", "BOPs of 0"),
      ("above 1", "93.5")],
 )  # fmt: skip
 def test_damaged_folders_are_named_and_left_out(how: str, words: str, tmp_path: Path) -> None:
@@ -222,6 +222,7 @@ NOTES = {"held_out": 0.9, "bops": 1_000_000, "bops_share": 0.01, "macs": 40_000,
 def study(tmp_path: Path) -> optuna.Study:
     """Three finished trials, of which one has a folder and one repeats another, and two that count for nothing."""
     made = optuna.create_study(directions=["maximize", "minimize"], study_name="digits")
+    made.set_user_attr("accuracy of guessing", 0.1)
     made.set_user_attr("settings", {"task": {"model": "convnet", "data": "digits"}})
     real = folder(tmp_path / "trials", 0.8, 0.005)
     width = optuna.distributions.IntDistribution(2, 8)
@@ -249,6 +250,7 @@ def test_an_optuna_study_by_what_its_trials_noted(tmp_path: Path) -> None:
         alone = jpq.front(made)
     assert list(alone.name) == ["trial 0"]
     assert (alone.model[0], alone.data[0]) == ("convnet", "digits")
+    assert alone.attrs["hypervolume"] == pytest.approx(1.6)
 
 
 def test_costs_that_trials_did_not_note_need_their_folders(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from jpq.assessing import Evaluate
+from jpq.benching import Bench
 from jpq.choosing import Export, Pareto
 from jpq.config import Config
 from jpq.private import Private
@@ -27,7 +29,7 @@ def test_python_blocks_run_one_after_the_other(capsys):
 
 
 def test_flags_exist():
-    parts = [*vars(Config()).values(), Private, Pareto, Export, Study]
+    parts = [*vars(Config()).values(), Private, Pareto, Export, Study, Bench, Evaluate]
     fields = [f for part in parts for f in dataclasses.fields(part)]
     known = {f"--{f.name.replace('_', '-')}" for f in fields}
     known |= {f"--no-{f.name.replace('_', '-')}" for f in fields if f.type == "bool"}
@@ -92,3 +94,16 @@ def test_scores_are_those_of_the_csv(monkeypatch):
 
     assert summary.scores() in TEXT
     assert set(summary.SCORES) == set(SCORES)
+
+
+def test_speed_is_that_of_the_csv(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    import speed
+    import summary
+
+    assert summary.speed() in TEXT
+    table = pd.read_csv(ROOT / "studies" / "results" / "speed.csv")
+    assert set(table.model) == set(speed.SHAPES)
+    assert (table.n >= 20).all()
+    rounded = table[(table.output_bits == 8) | (table.what == "int8")]
+    assert (rounded.float_layers == 0).all()

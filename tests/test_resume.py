@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import resource
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +25,13 @@ import kills
 from kills import MOMENTS, again
 
 import jpq
-from jpq import checkpoint
+from jpq import checkpoint, report
 from jpq.config import Config
+from jpq.files import replace_file
+from jpq.interruption import Interrupted, Interruption
 from jpq.methods import METHODS
 from jpq.result import Row, Silent
+from jpq.types import JpqError
 
 STEPS = 9  # optimiser steps of an epoch of kills.tiny
 FAST = ("djpq", "admm", "dais")
@@ -58,7 +69,9 @@ def told(folder: Path) -> tuple[object, ...]:
     lines = (folder / "history.csv").read_text().splitlines()
     names = ("plan.json", "model.safetensors", "model.packed", "model.onnx", "layers.csv")
     files = [(folder / name).read_bytes() for name in names if (folder / name).is_file()]
-    return [line.rpartition(",")[0] for line in lines], files
+    seconds = lines[0].split(",").index("seconds") if lines else 0
+    rows = [[cell for i, cell in enumerate(line.split(",")) if i != seconds] for line in lines]
+    return rows, files
 
 
 def folder_of(asked: Config) -> Path:
@@ -122,3 +135,192 @@ def test_killed_again_and_again(whole: Path, tmp_path: Path) -> None:
     assert process.exitcode == 0
     assert killed >= 2
     assert told(folder_of(asked)) == told(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(number: int, tmp_path: Path) -> None:
+    flags = "--target-bops 5% --limit 150 --epochs 40 --float-epochs 1 --batch-size 16 --device cpu --out"
+    args = ["optimize", *flags.split(), str(tmp_path / "a folder")]
+    command = [sys.executable, "-m", "jpq", *args]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while "search" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(number)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in err
+    (line,) = (line for line in err.splitlines() if line.startswith("Stopped"))
+    said = shlex.split(line.partition("Go on with: ")[2])
+    assert said == ["jpq", *args, "--resume"]
+    (folder,) = (tmp_path / "a folder").iterdir()
+    saved = torch.load(folder / checkpoint.NAME)
+    assert saved["phase"] == "search"
+    assert {p.name for p in folder.iterdir() if p.name.startswith(".")} == set()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_midst_of_a_step_waits_for_its_end(number: int, tmp_path: Path) -> None:
+    asked = kills.tiny(tmp_path)
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted) as caught:
+        jpq.optimize(asked, After("search", 2, number=number), final=False)
+    assert caught.value.number == number
+    assert signal.getsignal(number) is before, "nothing is left behind"
+    saved = torch.load(folder_of(asked) / checkpoint.NAME)
+    assert (saved["phase"], saved["done"]) == ("search", 0)
+    assert len(saved["losses"]) == 2
+
+
+def test_requests_to_stop() -> None:
+    stop, done = Interruption(), []
+
+    def work(*numbers: int) -> None:
+        with stop, stop.whole():
+            for number in numbers:
+                os.kill(os.getpid(), number)
+                done.append(number)
+
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        work(signal.SIGTERM, signal.SIGTERM)  # clusters may send it twice
+    assert done == [signal.SIGTERM, signal.SIGTERM]
+    assert not stop.cut
+    stop, done = Interruption(), []
+    with pytest.raises(Interrupted, match="SIGINT"):
+        work(signal.SIGINT, signal.SIGINT)  # a second Ctrl-C does not wait
+    assert done == [signal.SIGINT]
+    assert stop.cut
+
+
+def test_threads_hear_no_signals() -> None:
+    said = []
+
+    def work() -> None:
+        with Interruption() as stop, stop.whole():
+            said.append(signal.getsignal(signal.SIGINT))
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert said == [before]
+
+
+def test_a_finished_run_says_so(tmp_path: Path) -> None:
+    asked = kills.tiny(tmp_path)
+    jpq.optimize(asked, final=False)
+    with pytest.raises(JpqError, match="holds a finished run"):
+        jpq.optimize(again(asked), final=False)
+
+
+@pytest.mark.slow
+def test_two_processes_agree(tmp_path: Path) -> None:
+    found = []
+    for seed in ("1", "2"):  # of Python's hashes: no order of a set or dict may matter
+        asked = kills.tiny(tmp_path / seed)
+        code = f"import kills; from pathlib import Path; kills.run(kills.tiny(Path({str(tmp_path / seed)!r})))"
+        paths = os.pathsep.join([*map(str, kills.HERE), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": paths}
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
+        found.append((told(folder_of(asked)), report.read(folder_of(asked))))
+    (files, first), (others, second) = found
+    assert files == others
+    assert (first.float, first.compressed, first.held_out, first.data) == (
+        second.float, second.compressed, second.held_out, second.data,
+    )  # fmt: skip
+    assert first.machine["threads"] == 1
+    assert first.machine["peak_memory_bytes"] > 10**8
+    assert re.fullmatch(r"[0-9a-f]{64}", first.data["checksum"])
+
+
+def disk(tmp_path: Path, megabytes: float) -> Path:
+    """A small disk of its own, where this may be mounted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    size = f"size={int(megabytes * 2**20)}"
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(place)], capture_output=True)
+    if made.returncode:
+        pytest.skip("mounting a small disk takes rights that this process has not")
+    return place
+
+
+class Does(After):
+    """Does something after so many steps of a phase, and lets the run go on."""
+
+    def __init__(self, phase: str, steps: int, act: Callable[[], object]) -> None:
+        super().__init__(phase, steps)
+        self.act = act
+
+    def step(self, loss: float, bops_share: float, aim_share: float) -> None:
+        super().step(loss, bops_share, aim_share)
+        if (self.name, self.done) == self.at:
+            self.act()
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(whole_trial: Path, tmp_path: Path) -> None:
+    place = disk(tmp_path, 16)
+    asked = kills.tiny(place)
+    full = place / "someone else's"
+
+    def fill() -> None:
+        with suppress(OSError), full.open("wb") as file:
+            while True:
+                file.write(bytes(2**12))
+                file.flush()
+
+    try:
+        with pytest.raises(JpqError, match="No space left on device"):
+            jpq.optimize(asked, Does("search", STEPS + 4, fill), final=False)
+        kept = torch.load(folder_of(asked) / checkpoint.NAME)
+        assert (kept["phase"], kept["done"]) == ("search", 1)
+        full.unlink()
+        jpq.optimize(again(asked), final=False)
+        assert told(folder_of(asked)) == told(whole_trial)
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture(scope="module")
+def whole_trial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    asked = kills.tiny(tmp_path_factory.mktemp("trial"))
+    jpq.optimize(asked, final=False)
+    return folder_of(asked)
+
+
+def test_a_read_only_disk(tmp_path: Path) -> None:
+    place = disk(tmp_path, 16)
+    try:
+        subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+        with pytest.raises(JpqError, match=r"Read-only file system.*--out"):
+            jpq.optimize(kills.tiny(place))
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_folder_removed_meanwhile(tmp_path: Path) -> None:
+    asked = kills.tiny(tmp_path)
+    with pytest.raises(JpqError, match="Its folder is gone"):
+        jpq.optimize(asked, Does("search", 3, lambda: shutil.rmtree(folder_of(asked))), final=False)
+
+
+@pytest.mark.parametrize("limit", [3_000, 100_000])
+def test_files_that_may_not_grow(limit: int, whole_trial: Path, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("what was there")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        for write in (
+            lambda part: part.write_bytes(bytes(10**6)),
+            lambda part: torch.save({"a": torch.zeros(10**6)}, part),
+            lambda part: torch.save({"a": torch.zeros(10**6)}, part.open("wb")),
+        ):
+            with pytest.raises((JpqError, RuntimeError), match=r"File too large|unexpected pos"):
+                replace_file(path, write)
+        with pytest.raises(JpqError, match="File too large"):
+            checkpoint.save(tmp_path, {"a": torch.zeros(10**6)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_text() == "what was there"
+    assert {p.name for p in tmp_path.iterdir()} == {"file"}

@@ -75,7 +75,9 @@ def _openvino() -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise JpqError("openvino is not installed: python -m pip install openvino, or choose onnxruntime.") from error
+        raise JpqError(
+            "openvino is not installed: python -m pip install openvino (the extra of that name), or choose onnxruntime."
+        ) from error
     return openvino
 
 

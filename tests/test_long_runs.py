@@ -1,0 +1,156 @@
+"""What goes wrong in long trainings: each case ends in a model that meets its budget, or in one clear sentence."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
+import kills
+from safetensors.torch import load_file, save_file
+
+import jpq
+from jpq.budget import Controller, targets
+from jpq.config import Config
+from jpq.costs import LayerUse
+from jpq.types import JpqError
+
+RATES = st.floats(-6, 1).map(lambda power: 10.0**power)
+ONLY = r"|The loss is not a number in phase .* Lower --lr .*"  # all that may go wrong
+METHODS = ("djpq", "l0", "dpf", "bayesian-bits", "ranked", "gdp", "pdp", "dhp")
+
+
+def meets_or_says(asked: Config) -> str:
+    """What the JpqError says; "" where the run ended with a model within its budget."""
+    said = ""
+    try:
+        result = jpq.optimize(asked, final=False)
+    except JpqError as error:
+        said = str(error)
+    if not said:
+        assert all(target["reached"] <= target["limit"] for target in result.targets.values())
+        assert all(math.isfinite(row.loss) for row in result.history)
+        state = jpq.load(result.folder)[0].state_dict().values()
+        assert all(t.isfinite().all() for t in state if t.is_floating_point())
+    return said
+
+
+@pytest.fixture(scope="module")
+def float_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("float")
+    return jpq.optimize(kills.tiny(out), final=False).folder / "float.safetensors"
+
+
+def at_rates(weights: Path, out: Path, method: str, lr: float, gate_lr: float, bit_lr: float) -> Config:
+    asked = kills.tiny(out)
+    return replace(
+        asked,
+        task=replace(asked.task, weights=weights, limit=80),
+        train=replace(asked.train, lr=lr, epochs=3),
+        decide=replace(asked.decide, method=method, gate_lr=gate_lr, bit_lr=bit_lr),
+    )
+
+
+QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
+
+
+@settings(max_examples=5, **QUIET)
+@example(method="djpq", lr=10.0, gate_lr=10.0, bit_lr=10.0)
+@example(method="l0", lr=1e-6, gate_lr=10.0, bit_lr=10.0)
+@example(method="djpq", lr=1e-6, gate_lr=1e-6, bit_lr=1e-6)
+@given(method=st.sampled_from(METHODS), lr=RATES, gate_lr=RATES, bit_lr=RATES)
+def test_any_learning_rate(
+    method: str, lr: float, gate_lr: float, bit_lr: float, float_weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    said = meets_or_says(at_rates(float_weights, tmp_path_factory.mktemp("run"), method, lr, gate_lr, bit_lr))
+    assert re.fullmatch(ONLY, said)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, **QUIET)
+@given(method=st.sampled_from(METHODS), lr=RATES, gate_lr=RATES, bit_lr=RATES)
+def test_any_learning_rate_at_length(
+    method: str, lr: float, gate_lr: float, bit_lr: float, float_weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    said = meets_or_says(at_rates(float_weights, tmp_path_factory.mktemp("run"), method, lr, gate_lr, bit_lr))
+    assert re.fullmatch(ONLY, said)
+
+
+ODD = ("one_left_over", "black", "grey", "blank_channel", "rare_class", "absent_class", "one_class", "huge_values",
+       "outlier")  # fmt: skip
+PAIRS = [("djpq", name) for name in ODD] + [
+    (method, name)
+    for method in ("dais", "taylor", "two-stage", "catro")
+    for name in ("black", "rare_class")
+]  # fmt: skip
+FEW = [pytest.param(*p, marks=[] if p in PAIRS[:2] else pytest.mark.slow) for p in PAIRS]
+
+
+@pytest.mark.parametrize(("method", "data"), FEW)
+def test_odd_data(method: str, data: str, tmp_path: Path) -> None:
+    asked = kills.tiny(tmp_path)
+    asked = replace(
+        asked,
+        task=replace(asked.task, data=f"odd_data:{data}", model="resnet8" if data == "blank_channel" else "convnet"),
+        decide=replace(asked.decide, method=method, density=0.6),
+        train=replace(asked.train, epochs=3),
+    )
+    result = jpq.optimize(asked)
+    assert result.verified["rebuilt_vs_onnxruntime"]["argmax_differs"] == 0
+    assert all(target["reached"] <= target["limit"] for target in result.targets.values())
+    assert all(math.isfinite(row.loss) for row in result.history)
+    learnt = data not in ("black", "grey", "huge_values", "outlier")
+    assert result.float.accuracy == 1.0 or not learnt
+
+
+def test_a_layer_that_was_dead_already(float_weights: Path, tmp_path: Path) -> None:
+    state = load_file(float_weights)
+    state["3.weight"].zero_()  # all units of the second convolution give a constant
+    path = tmp_path / "dead.safetensors"
+    save_file(state, path)
+    asked = at_rates(path, tmp_path, "djpq", 3e-3, 0.05, 0.02)
+    assert meets_or_says(asked) == ""
+
+
+@pytest.mark.parametrize("method", ["djpq", "l0", "ranked"])
+def test_every_layer_keeps_a_unit_at_the_smallest_budget(method: str, float_weights: Path, tmp_path: Path) -> None:
+    asked = at_rates(float_weights, tmp_path, method, 3e-3, 10.0, 10.0)
+    asked = replace(asked, budget=replace(asked.budget, target_bops="0.02%"), decide=replace(asked.decide, density=0.1))
+    result = jpq.optimize(asked, final=False)
+    assert all(row.outputs >= 1 and row.inputs >= 1 for row in result.layers)
+    assert all(target["reached"] <= target["limit"] for target in result.targets.values())
+
+
+def use(bits: Tensor | float) -> LayerUse:
+    return LayerUse("a", 1000, 100, 10, 1.0, 1.0, 1.0, bits, 8.0)
+
+
+@pytest.mark.parametrize("period", [1, 2, 7, 50])
+def test_a_cost_that_swings_moves_the_pressure_no_further_than_its_bounds(period: int) -> None:
+    (goal,) = targets({"bops": "1%"}, [use(32.0)])
+    controller = Controller((goal,))
+    controller.begin([use(8.0)])
+    for step in range(2000):
+        bits = torch.tensor(8.0 if step // period % 2 else 1e-3, requires_grad=True)
+        loss = controller.loss([use(bits)], step / 2000)
+        assert math.isfinite(float(loss))
+        assert controller.low <= controller.pressure["bops"] <= controller.high
+
+
+def test_a_cost_of_nothing_and_one_beyond_all_numbers() -> None:
+    (goal,) = targets({"bops": "1%"}, [use(32.0)])
+    controller = Controller((goal,))
+    controller.begin([use(8.0)])
+    assert float(controller.loss([use(torch.tensor(0.0, requires_grad=True))], 0.5)) == 0, "every unit is closed"
+    assert controller.pressure["bops"] < 0.1
+    controller.loss([use(torch.tensor(1e30, requires_grad=True))], 0.5)
+    assert controller.pressure["bops"] <= controller.high

@@ -171,7 +171,7 @@ class _Made:
 
 
 class _Storage:
-    """Stands for a storage: its bytes, and bytes an element."""
+    """Stands for a storage: its bytes, and bytes an element (1 where it is untyped: at least that many)."""
 
     def __init__(self, size: int, each: int) -> None:
         self.size, self.each = size, each
@@ -197,6 +197,8 @@ class _Measuring(pickle._Unpickler):
         return _Named(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> _Storage:
+        if not isinstance(pid, tuple) or len(pid) < 5 or not isinstance(pid[1], _Named):
+            raise ValueError("it ends too early, or torch.save did not write it")
         _, kind, key, _, count = pid[:5]
         each = STORAGES[kind.name.rpartition(".")[2]]
         size = whole(count, 0, 2**62) * each
@@ -208,8 +210,6 @@ def _require_tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> None:
     """Raises ValueError where a tensor is larger than its storage, or lies outside it."""
     if not isinstance(storage, _Storage) or len(shape) != len(stride) or len(shape) > DEEP:
         raise ValueError("a tensor without a storage")
-    if storage.each == 1:  # untyped: torch checks it against the type
-        return
     sides, steps = ([whole(n, 0, 2**62) for n in part] for part in (shape, stride))
     last = whole(offset, 0, 2**62) + sum((n - 1) * step for n, step in zip(sides, steps, strict=True))
     if prod(sides) and max(prod(sides), last + 1) * storage.each > storage.size:

@@ -63,7 +63,7 @@ def at_rates(weights: Path, out: Path, method: str, lr: float, gate_lr: float, b
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
 
 
-@settings(max_examples=5, **QUIET)
+@settings(max_examples=3, **QUIET)
 @example(method="djpq", lr=10.0, gate_lr=10.0, bit_lr=10.0)
 @example(method="l0", lr=1e-6, gate_lr=10.0, bit_lr=10.0)
 @example(method="djpq", lr=1e-6, gate_lr=1e-6, bit_lr=1e-6)
@@ -76,7 +76,7 @@ def test_any_learning_rate(
 
 
 @pytest.mark.slow
-@settings(max_examples=40, **QUIET)
+@settings(max_examples=25, **QUIET)
 @given(method=st.sampled_from(METHODS), lr=RATES, gate_lr=RATES, bit_lr=RATES)
 def test_any_learning_rate_at_length(
     method: str, lr: float, gate_lr: float, bit_lr: float, float_weights: Path, tmp_path_factory: pytest.TempPathFactory

@@ -96,14 +96,35 @@ def test_scores_are_those_of_the_csv(monkeypatch):
     assert set(summary.SCORES) == set(SCORES)
 
 
+def test_one_run_is_that_of_the_csv(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    import one_run
+
+    assert one_run.summary() in TEXT
+    table = pd.read_csv(ROOT / "studies" / "results" / "one_run.csv")
+    kinds = table.groupby(["data", "target", "seed"]).kind.agg(set)
+    assert all({"one run", "separate runs"} <= found for found in kinds)  # like beside like
+
+
 def test_speed_is_that_of_the_csv(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "studies"))
     import speed
-    import summary
+    import speed_table
 
-    assert summary.speed() in TEXT
+    assert speed_table.speed() in TEXT
     table = pd.read_csv(ROOT / "studies" / "results" / "speed.csv")
     assert set(table.model) == set(speed.SHAPES)
     assert (table.n >= 20).all()
     rounded = table[(table.output_bits == 8) | (table.what == "int8")]
     assert (rounded.float_layers == 0).all()
+
+
+def test_faults_are_those_of_the_csv(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    import summary
+
+    assert summary.SECTIONS["faults"]() in TEXT
+    table = pd.read_csv(ROOT / "studies" / "results" / "faults.csv")
+    after = table.same_bits_afterwards.dropna().str.extract(r"(\d+) of (\d+)")
+    assert (after[0] == after[1]).all(), "every run that was gone on with gave the same bits"
+    assert set(table.exit_code) <= {0, 2, -9, 130, 143}

@@ -34,7 +34,7 @@ from jpq.result import Row, Silent
 from jpq.types import JpqError
 
 STEPS = 9  # optimiser steps of an epoch of kills.tiny
-FAST = ("djpq", "admm", "dais")
+FAST = ("djpq", "admm")
 
 
 class Killed(BaseException):

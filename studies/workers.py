@@ -1,7 +1,8 @@
-"""Do two workers of one study give twice the trials a minute? Digits, convnet, one thread each; one worker and two in
-turns, so that what else the machine does falls on both; each worker in a session of its own, since schedulers share a
-busy machine out by session. A row per study in results/workers.csv. On a machine that is busy, trials a minute say little;
-processor seconds a trial (the start of Python included) say whether workers get in each other's way.
+"""Do two workers of one study give twice the trials a minute? Digits, convnet, one thread each.
+
+One worker and two in turns, so that what else the machine does falls on both; each worker in a session of its own, as
+Linux shares a busy machine out by session. A row per study in results/workers.csv. On a busy machine trials a minute
+say little; processor seconds a trial (the start of Python included) say whether workers get in each other's way.
 
     python studies/workers.py --rounds 2
 """
@@ -77,8 +78,8 @@ def main() -> None:
             })  # fmt: skip
             print(workers, row, f"load {load:.1f}", flush=True)
     table = pd.read_csv(PATH)
-    by = table.pivot_table(index="round", columns="workers", values="per_minute")
-    print((by[2] / by[1]).describe().round(2).to_string())
+    by = table.pivot_table(index=["trials", "round"], columns="workers", values="per_minute")
+    print((by[2] / by[1]).round(2).to_string())
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def test_anchors_are_uniform_bits_with_every_channel(tmp_path, weights, formula)
     assert all(t.params["density of 3"] == 1.0 for t in study.trials)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n != "tpe" else []) for n in SAMPLERS])
 def test_the_same_seed_gives_the_same_trials(tmp_path, weights, formula, name):
     asked = Study(trials=12, sampler=name, early_stop=False, per="network")
     once = jpq.study(task(tmp_path / "once", weights), asked)

@@ -81,11 +81,12 @@ def study(config: Config | None = None, settings: Study | None = None, watch: St
     with alone(folder):
         storage = open_storage(settings.storage, folder, settings.dead_after)
         weights, digest = float_weights(config, folder / "float.safetensors", watch)
-        started = replace(config, task=replace(config.task, weights=weights))
-        preview = Preview(started)
-        space = Space.of(settings, started, preview.network, preview.sites)
-        one = OneTrial(settings, started, space, preview, folder, watch)
-        one.require_possible()
+    started = replace(config, task=replace(config.task, weights=weights))
+    preview = Preview(started)
+    space = Space.of(settings, started, preview.network, preview.sites)
+    one = OneTrial(settings, started, space, preview, folder, watch)
+    one.require_possible()
+    with alone(folder):
         shared = _created(settings, space, config, digest, preview, storage)
         if not (folder / record.NAME).exists():
             record.write(config, settings, folder / record.NAME)

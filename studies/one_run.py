@@ -86,7 +86,9 @@ def summary() -> str:
         lines += ["|" + "---|" * (len(targets) + 3)]
         for kind, mine in runs.groupby("kind", sort=False):
             by = mine.groupby("target").accuracy
-            cells = [f"{100 * by.mean()[t]:.2f} ({100 * by.min()[t]:.2f} to {100 * by.max()[t]:.2f})" for t in targets]
+            several = len(mine) > len(by)
+            ends = {t: f" ({100 * by.min()[t]:.2f} to {100 * by.max()[t]:.2f})" if several else "" for t in targets}
+            cells = [f"{100 * by.mean()[t]:.2f}{ends[t]}" for t in targets]
             seconds = mine.groupby("seed").seconds.max().mean()
             lines += ["| " + " | ".join([kind, *cells, str(mine.trained.iloc[0]), f"{seconds:.0f}"]) + " |"]
         lines += [
@@ -121,6 +123,8 @@ def picture() -> None:
         axes.set_xticks([2, 1, 0.5, 0.25], ["2", "1", "0.5", "0.25"])
         axes.xaxis.set_minor_formatter(lambda v, _: "")
         axes.grid(alpha=0.3)
+        low, high = axes.get_ylim()
+        axes.set_ylim(low - 0.35 * (high - low), high)  # room for the legend
         axes.legend(frameon=False, loc="lower right")
     panels[0].set_ylabel("test accuracy, %")
     FigureCanvasAgg(figure)

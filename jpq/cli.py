@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         again = [arg for arg in args if arg not in ("--resume", "--no-resume")]
         how = f" Go on with: jpq {shlex.join(again)} --resume" if args[:1] == ["optimize"] else ""
         how = f" Go on with: jpq {shlex.join(args)}" if args[:1] == ["study"] else how
-        errors.print(f"Stopped.{escape(how)}", soft_wrap=True, highlight=False)
+        _say(errors, f"Stopped.{escape(how)}")
         return 128 + getattr(stopped, "number", 2)
     except OSError as error:
         _say_error(errors, f"{error.filename or 'A file'}: {error.strerror or error}.")
@@ -75,11 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say_error(errors: Console, text: str) -> None:
-    """One sentence, from one of several processes that fail together."""
+    _say(errors, f"[bold red]error:[/] {escape(' '.join(text.split()))}")
+
+
+def _say(errors: Console, text: str) -> None:
+    """One sentence, from the first of several processes that end together."""
     ranks = sys.modules.get("jpq.ranks")  # which takes seconds to import, and most mistakes are found before
-    if ranks is not None and not ranks.speaks():
-        return
-    errors.print(f"[bold red]error:[/] {escape(' '.join(text.split()))}", soft_wrap=True, highlight=False)
+    if ranks is None or ranks.speaks():
+        errors.print(text, soft_wrap=True, highlight=False)
 
 
 def _dispatch(args: list[str], console: Console) -> int:

@@ -8,7 +8,7 @@ uniform 4, 3 and 2 bits cost (1.5795, 0.8949 and 0.4034 %; the last is allowed a
 The given weights were trained on all 50,000 training images, so the held-out accuracy of a run is optimistic; the
 figures in the CSV are of the 10,000 test images, read once per run.
 
-With --front whole fronts are compared at the same number of epochs, on 10,000 of the training images (see fronts.py).
+With --front whole fronts are compared at the same number of epochs, on 5,000 of the training images (see fronts.py).
 """
 
 import sys
@@ -31,12 +31,12 @@ BASE = jpq.Config(
     run=Run(device="auto"),
 )  # fmt: skip
 
-FRONT = replace(BASE, task=replace(BASE.task, limit=10_000))
+FRONT = replace(BASE, task=replace(BASE.task, limit=5_000))
 
 if __name__ == "__main__":
     if "--front" in sys.argv:
         rest = [arg for arg in sys.argv[1:] if arg != "--front"]
-        title = "ResNet20 on CIFAR-10, 10,000 training images: 12 epochs for a front"
+        title = "ResNet20 on CIFAR-10, 5,000 training images: 12 epochs for a front"
         fronts.main("front_resnet20", title, FRONT, fronts.Plan(each=3, trial=2), [0], rest)
     else:
         budgets = ["1.58%", "0.9%", "0.4035%"]

@@ -10,7 +10,9 @@ import allocation as where
 import detection_figures as detectors
 import faults
 import methods as every
+import one_run
 import pandas as pd
+import speed_table
 import unconstrained
 from coverage_table import coverage
 
@@ -248,9 +250,32 @@ def allocation() -> str:
 
 SECTIONS = {
     "figures": figures, "coverage": coverage, "methods": methods, "scores": scores, "allocation": allocation,
-    "claims": claims, "detection": lambda: detectors.summary() + "\n",
-    "faults": faults.summary,
+    "claims": claims, "speed": speed_table.speed, "detection": lambda: detectors.summary() + "\n",
+    "one run": one_run.summary, "faults": faults.summary,
 }  # fmt: skip
+
+
+def one_run() -> str:
+    """One run down several budgets beside a run for each."""
+    table = pd.read_csv(HERE / "results" / "one_run.csv")
+    lines = []
+    for data, runs in table.groupby("data", sort=False):
+        targets = list(dict.fromkeys(runs.target))
+        lines += ["| " + " | ".join(["", *(f"% right at {t}" for t in targets), "epochs", "seconds"]) + " |"]
+        lines += ["|" + "---|" * (len(targets) + 3)]
+        for kind, mine in runs.groupby("kind", sort=False):
+            by = mine.groupby("target").accuracy
+            cells = [f"{100 * by.mean()[t]:.2f} ({100 * by.min()[t]:.2f} to {100 * by.max()[t]:.2f})" for t in targets]
+            seconds = mine.groupby("seed").seconds.max().mean()
+            lines += ["| " + " | ".join([kind, *cells, str(mine.trained.iloc[0]), f"{seconds:.0f}"]) + " |"]
+        lines += [
+            "",
+            f"{runs.model.iloc[0]} on {data}, n = {runs.seed.nunique()}, the same float weights "
+            f"({100 * runs.float_accuracy.mean():.2f} % right), test split, epochs and processor seconds of the whole "
+            f"front without the float model; {runs.hardware.iloc[0]} (`python studies/one_run.py`).",
+            "",
+        ]
+    return "\n".join(lines)
 
 
 def main() -> None:

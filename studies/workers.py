@@ -1,5 +1,7 @@
 """Do two workers of one study give twice the trials a minute? Digits, convnet, one thread each; one worker and two in
-turns, so that what else the machine does falls on both. A row per study in results/workers.csv.
+turns, so that what else the machine does falls on both; each worker in a session of its own, since schedulers share a
+busy machine out by session. A row per study in results/workers.csv. On a machine that is busy, trials a minute say little;
+processor seconds a trial (the start of Python included) say whether workers get in each other's way.
 
     python studies/workers.py --rounds 2
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -33,9 +36,14 @@ def measured(workers: int, trials: int, epochs: int, weights: Path) -> dict[str,
         )
         command = [sys.executable, "-m", "jpq", "study", *flags.split(), "--weights", str(weights), "--out", folder]
         own = {**os.environ, "OMP_NUM_THREADS": "1"}
-        started = [subprocess.Popen([*command, "--threads", "1"], env=own, stdout=subprocess.DEVNULL)
-                   for _ in range(workers)]  # fmt: skip
-        assert all(process.wait() == 0 for process in started)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        started = [
+            subprocess.Popen([*command, "--threads", "1"], env=own, stdout=subprocess.DEVNULL, start_new_session=True)
+            for _ in range(workers)
+        ]
+        assert all([process.wait() == 0 for process in started])
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         backend = optuna.storages.journal.JournalFileBackend(str(Path(folder) / "s" / "journal.log"))
         study = optuna.load_study(study_name="s", storage=optuna.storages.JournalStorage(backend))
         done = [t for t in study.trials if counts(t)]
@@ -43,7 +51,8 @@ def measured(workers: int, trials: int, epochs: int, weights: Path) -> dict[str,
         seconds = (end - begin).total_seconds()
         own_seconds = statistics.mean((t.datetime_complete - t.datetime_start).total_seconds() for t in done)
         return {"trials": len(done), "seconds": round(seconds, 1), "per_minute": round(60 * len(done) / seconds, 2),
-                "seconds_a_trial": round(own_seconds, 2)}  # fmt: skip
+                "seconds_a_trial": round(own_seconds, 2),
+                "cpu_seconds_a_trial": round(spent / len(done), 2)}  # fmt: skip
 
 
 def main() -> None:

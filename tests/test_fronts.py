@@ -170,10 +170,10 @@ def damage(made: Path, how: str) -> None:
 
 @pytest.mark.parametrize(
     ("how", "words"),
-    [("unfinished", "not ended"), ("half a file", "JSONDecodeError"), ("binary", "UnicodeDecodeError"),
-     ("nested", "does not hold the result"), ("no settings", "config.toml"), ("no layers", "layers.csv"),
+    [("unfinished", "not ended"), ("half a file", "not JSON that jpq wrote"), ("binary", "is no text"),
+     ("nested", "nests deeper"), ("no settings", "config.toml"), ("no layers", "layers.csv"),
      ("no MACs", "ZeroDivisionError"),
-     ("foreign", "'compressed'"), ("text", "many"), ("nan", "held-out accuracy of nan"), ("nothing", "BOPs of 0"),
+     ("foreign", "'compressed'"), ("text", "many"), ("nan", "NaN is not a finite number"), ("nothing", "BOPs of 0"),
      ("above 1", "93.5")],
 )  # fmt: skip
 def test_damaged_folders_are_named_and_left_out(how: str, words: str, tmp_path: Path) -> None:

@@ -160,7 +160,6 @@ def test_where_one_process_is_killed_all_end_and_the_run_goes_on(both, tmp_path)
     [
         (["--data", "together:unlike"], "Process 1 has a data set that differs"),
         (["--target-bops", "0.0001%"], "smallest possible"),
-        (["--data", "digit"], "digits"),
     ],
 )
 def test_errors_end_all_processes_with_one_sentence(flags, says, tmp_path):

@@ -96,6 +96,29 @@ def test_scores_are_those_of_the_csv(monkeypatch):
     assert set(summary.SCORES) == set(SCORES)
 
 
+def test_one_run_is_that_of_the_csv(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    import one_run
+
+    assert one_run.summary() in TEXT
+    table = pd.read_csv(ROOT / "studies" / "results" / "one_run.csv")
+    kinds = table.groupby(["data", "target", "seed"]).kind.agg(set)
+    assert all({"one run", "separate runs"} <= found for found in kinds)  # like beside like
+
+
+def test_speed_is_that_of_the_csv(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    import speed
+    import speed_table
+
+    assert speed_table.speed() in TEXT
+    table = pd.read_csv(ROOT / "studies" / "results" / "speed.csv")
+    assert set(table.model) == set(speed.SHAPES)
+    assert (table.n >= 20).all()
+    rounded = table[(table.output_bits == 8) | (table.what == "int8")]
+    assert (rounded.float_layers == 0).all()
+
+
 def test_faults_are_those_of_the_csv(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "studies"))
     import summary

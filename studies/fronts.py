@@ -11,8 +11,9 @@ accuracy against bit-operations is made of the same number of training epochs in
     tpe         the same with --sampler tpe
 
 No run reads its test split. When a front is there, the models on it by held-out accuracy are measured on the test
-split, once, and the hypervolume is given on both. A row per model in results/NAME.csv; a way and seed that is there is
-skipped.
+split, once, and the hypervolume is given on both. What costs less than the smallest budget counts there as if it cost
+that much: searches may go lower, and a decade of useless models is no better front. A row per model in
+results/NAME.csv; a way and seed that is there is skipped.
 """
 
 from __future__ import annotations
@@ -121,18 +122,14 @@ def rows(way: str, config: jpq.Config, plan: Plan, command: str) -> list[dict[st
     on = pareto.nondominated(pareto.frame([p.accuracy for p in points], costs))
     test = read_data(config, torch.device("cpu")).test
     right = [measured(p, test) if front else None for p, front in zip(points, on, strict=True)]
-    shown = [(a, c) for a, c in zip(right, costs, strict=True) if a is not None]
-    volumes = {
-        "hypervolume": pareto.covered([a for a, _ in shown], [c for _, c in shown], chance=points[0].chance),
-        "hypervolume_held_out": pareto.covered([p.accuracy for p in points], costs, chance=points[0].chance),
-    }
     return [
         {
             "model": config.task.model, "data": config.task.data, "way": way, "seed": config.run.seed,
             "point": label, "front": bool(front), "accuracy": "" if a is None else round(a, 4),
             "held_out": round(p.accuracy, 4), "float_held_out": round(p.float_accuracy or 0, 4),
             "bops_share": round(p.share("bops"), 7), "size_bytes": int(p.costs["size"]), "epochs": plan.total,
-            **{name: round(value, 4) for name, value in volumes.items()}, "seconds": round(seconds, 1),
+            "chance": points[0].chance, "least": min(float(b.rstrip("%")) for b in plan.budgets) / 100,
+            "seconds": round(seconds, 1),
             "threads": torch.get_num_threads(), "hardware": hardware(), "torch": torch.__version__, "command": command,
         }
         for (label, p), front, a in zip(found, on, right, strict=True)
@@ -145,22 +142,41 @@ def measured(point: Point, batches: jpq.data.Batches) -> float:
     return evaluate(jpq.load(point.folder)[0], batches)
 
 
+def volumes(table: pd.DataFrame) -> pd.DataFrame:
+    """Hypervolume of each front, a row per way and seed: `test` of the models that were chosen, `held_out` of all."""
+    found = []
+    for (epochs, way, seed), one in table.groupby(["epochs", "way", "seed"]):
+        measured = {"test": one[one.front].accuracy, "held_out": one.held_out}
+        row = {
+            name: pareto.covered(
+                list(right), list(one.bops_share[right.index].clip(lower=one.least.iloc[0])), chance=one.chance.iloc[0]
+            )
+            for name, right in measured.items()
+        }
+        found.append({"epochs": epochs, "way": way, "seed": seed, **row, "seconds": one.seconds.iloc[0]})
+    return pd.DataFrame(found)
+
+
 def picture(path: Path, title: str) -> None:
     """Each way's front, its seeds in one colour: test accuracy of what held-out accuracy chose, against BOPs."""
     table = pd.read_csv(path)
+    volume = volumes(table).groupby("way").test.mean()
     figure = Figure(figsize=(8.2, 5), layout="constrained")
     axes = figure.subplots()
     for way, (colour, style) in STYLES.items():
         runs = table[table.way == way]
         if runs.empty:
             continue
-        volume = runs.groupby("seed").hypervolume.first().mean()
         for i, (_, one) in enumerate(runs[runs.front].groupby("seed")):
             one = one.sort_values("bops_share")
-            label = f"{way} (hypervolume {volume:.3f})" if i == 0 else None
-            axes.plot(100 * one.bops_share, 100 * one.accuracy, style, marker="o", ms=4, color=colour, label=label)
+            label = f"{way} (hypervolume {volume[way]:.3f})" if i == 0 else None
+            axes.plot(
+                100 * one.bops_share, 100 * one.accuracy, style, marker="o", ms=4, lw=1, color=colour, label=label
+            )
     axes.set(xscale="log", xlabel="BOPs, % of fp32", ylabel="test accuracy of the front's models, %", title=title)
-    axes.set_xticks([t for t in (0.3, 0.5, 1, 2, 4, 6) if t >= 100 * table.bops_share.min() * 0.9])
+    axes.axvline(100 * table.least.iloc[0], color="#999999", lw=0.8, ls="--")
+    axes.set_xlim(60 * table.least.iloc[0], 110 * table.bops_share[table.front].max())
+    axes.set_xticks([0.5, 1, 2, 4])
     axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
     axes.xaxis.set_minor_formatter(lambda v, _: "")
     low = table[table.front].accuracy.quantile(0.1)
@@ -203,7 +219,6 @@ def main(
                 for row in rows(way, config, plan, f"{command} --each {plan.each} --trial {plan.trial}"):
                     append(path, row)
     table = pd.read_csv(path)
-    each = table.groupby(["epochs", "way", "seed"])[["hypervolume", "hypervolume_held_out", "seconds"]].first()
-    means = each.groupby(["epochs", "way"]).agg(["mean", "min", "max"]).round(3)
-    print(means.to_string())
+    means = volumes(table).groupby(["epochs", "way"])[["test", "held_out", "seconds"]].agg(["mean", "min", "max"])
+    print(means.round(3).to_string())
     picture(path, title)

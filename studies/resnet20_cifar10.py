@@ -31,7 +31,7 @@ BASE = jpq.Config(
     run=Run(device="auto"),
 )  # fmt: skip
 
-FRONT = replace(BASE, task=replace(BASE.task, limit=5_000))
+FRONT = replace(BASE, task=replace(BASE.task, limit=5_000), train=replace(BASE.train, search=0.5))
 
 if __name__ == "__main__":
     if "--front" in sys.argv:

@@ -7,7 +7,8 @@ Every search has the same number of trials and epochs, the same float weights, o
 layer, neither anchors nor early stops. `uniform` is W2A2 to W8A8 with every channel, `djpq` a run for each budget, both
 with as many epochs for each model as a trial has. Accuracies are held-out: a search looks at nothing else, and the
 test split stays unread. A row per model in results/search_NAME.csv; the hypervolume is accuracy above chance x decades
-of BOPs (`jpq.pareto.covered`), and `of_djpq` its share of djpq's with the same seed.
+of BOPs (`jpq.pareto.covered`), where models below the smallest of djpq's budgets count as if they cost that much, and
+`of_djpq` its share of djpq's with the same seed.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from jpq.result import Result
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
 BUDGETS = ("4%", "2%", "1%", "0.5%", "0.25%")
+LEAST = 0.0025  # the smallest of them
 STYLES = {"tpe": "#CC79A7", "nsga2": "#009E73", "gp": "#56B4E9", "random": "#999999", "uniform": "#E69F00",
           "djpq": "#0072B2"}  # fmt: skip
 Figures = tuple[float, float]  # held-out accuracy, share of the BOPs
@@ -113,7 +115,7 @@ def main() -> None:
                 ways = {"uniform": uniform, "djpq": djpq}
                 found = list(ways[way](config) if way in ways else searched(config, way, args.trials))
             accuracy, shares = (list(column) for column in zip(*(f for _, f in found), strict=True))
-            volume = pareto.covered(accuracy, shares, chance=0.1)
+            volume = pareto.covered(accuracy, [max(s, LEAST) for s in shares], chance=0.1)
             base = there[(there.way == "djpq") & (there.seed == seed)]
             for (label, (right, share)), on in zip(
                 found, pareto.nondominated(pareto.frame(accuracy, shares)), strict=True

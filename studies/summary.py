@@ -9,6 +9,7 @@ from pathlib import Path
 import allocation as where
 import detection_figures as detectors
 import faults
+import fronts
 import methods as every
 import one_run
 import pandas as pd
@@ -251,7 +252,7 @@ def allocation() -> str:
 SECTIONS = {
     "figures": figures, "coverage": coverage, "methods": methods, "scores": scores, "allocation": allocation,
     "claims": claims, "speed": speed_table.speed, "detection": lambda: detectors.summary() + "\n",
-    "one run": one_run.summary, "faults": faults.summary,
+    "one run": one_run.summary, "faults": faults.summary, "fronts": fronts.summary,
 }  # fmt: skip
 
 

@@ -128,3 +128,14 @@ def test_faults_are_those_of_the_csv(monkeypatch):
     after = table.same_bits_afterwards.dropna().str.extract(r"(\d+) of (\d+)")
     assert (after[0] == after[1]).all(), "every run that was gone on with gave the same bits"
     assert set(table.exit_code) <= {0, 2, -9, 130, 143}
+
+
+def test_fronts_are_those_of_the_csvs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    import fronts
+
+    assert fronts.summary() in TEXT
+    for path in (ROOT / "studies" / "results").glob("front_*.csv"):
+        table = pd.read_csv(path)
+        assert table.epochs.nunique() == 1, "all ways have the same number of epochs"
+        assert (table.accuracy.notna() == table.front).all(), "only what held-out accuracy chose was measured on test"

@@ -150,8 +150,21 @@ def open_storage(url: str, folder: Path, dead_after: int) -> BaseStorage:
 
 
 def without_password(url: str) -> str:
-    """An address that may be shown and stored."""
-    return re.sub(r"(://[^/@:]*):.*@", r"\1:***@", url)
+    """An address that may be shown."""
+    return re.sub(r"([?&]password=)[^&#]*", r"\1***", re.sub(r"(://[^/@:]*):.*@", r"\1:***@", url))
+
+
+def stored(url: str) -> str:
+    """An address that may be stored and used from any folder: without its password, an SQLite file in full."""
+    if not url:
+        return url
+    from sqlalchemy import make_url
+
+    bare = make_url(url).set(password=None).difference_update_query(["password"])
+    file = bare.database or ""
+    if bare.get_backend_name() == "sqlite" and file not in ("", ":memory:") and not file.startswith("file:"):
+        bare = bare.set(database=str(Path(file).resolve()))
+    return bare.render_as_string(hide_password=False)
 
 
 def _missing(shown: str, error: BaseException) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import optuna
 import tomli_w
+from optuna.study import StudyDirection
 
 from jpq.config import Config, to_tree
 from jpq.files import replace_file
@@ -54,9 +55,9 @@ def begun(shared: optuna.Study) -> bool:
     return isinstance(noted, dict) and "study" in noted and WEIGHTS in shared.user_attrs
 
 
-def require_own(shared: optuna.Study, directions: Sequence[str]) -> None:
+def require_own(shared: optuna.Study, directions: Sequence[StudyDirection]) -> None:
     """Raises JpqError for a study of somebody else's; one whose first worker has only begun is ours."""
-    other = [d.name.lower() for d in shared.directions] != list(directions)
+    other = shared.directions != list(directions)
     if not begun(shared) and (other or (WEIGHTS not in shared.user_attrs and shared.get_trials(deepcopy=False))):
         raise JpqError(f"The storage holds a study '{shared.study_name}' that is not of jpq study. Choose another "
                        "--name.")  # fmt: skip

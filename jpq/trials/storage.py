@@ -158,9 +158,11 @@ def stored(url: str) -> str:
     """An address that may be stored and used from any folder: without its password, an SQLite file in full."""
     if not url:
         return url
-    from sqlalchemy import make_url
+    from sqlalchemy import URL, make_url
 
-    bare = make_url(url).set(password=None).difference_update_query(["password"])
+    u = make_url(url)  # its set(password=None) would keep the password
+    query = u.difference_update_query(["password"]).query
+    bare = URL.create(u.drivername, u.username, None, u.host, u.port, u.database, query)
     file = bare.database or ""
     if bare.get_backend_name() == "sqlite" and file not in ("", ":memory:") and not file.startswith("file:"):
         bare = bare.set(database=str(Path(file).resolve()))

@@ -13,6 +13,7 @@ from typing import TypeVar
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import fail_stale_trials
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from jpq import front_report, fronts, runs
@@ -111,7 +112,7 @@ def _created(
 ) -> optuna.Study:
     """The study in its storage; made, with its anchors queued, by the first worker."""
     asked = settings.asked()
-    directions = ["maximize" if name == "accuracy" else "minimize" for name in asked]
+    directions = [StudyDirection.MAXIMIZE if n == "accuracy" else StudyDirection.MINIMIZE for n in asked]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         shared = optuna.create_study(

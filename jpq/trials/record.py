@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
@@ -28,9 +29,10 @@ def write(config: Config, study: Study, path: Path) -> None:
     """Save the settings as TOML: those of the task, and a table [study]; they hold from any folder, and no password."""
     task, weights = config.task, config.task.weights
     task = replace(task, weights=weights and weights.resolve(), data_root=task.data_root.resolve())
-    config = replace(config, task=task)
-    table = asdict(replace(study, storage=stored(study.storage)))
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in table.items() if v is not None}
+    table = config.budget.latency_table
+    config = replace(config, task=task, budget=replace(config.budget, latency_table=table and table.resolve()))
+    own = asdict(replace(study, storage=stored(study.storage)))
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in own.items() if v is not None}
     replace_file(path, lambda part: part.write_text(tomli_w.dumps({**to_tree(config), "study": plain})))
 
 
@@ -74,6 +76,8 @@ def _shared(config: Config, study: Study) -> dict[str, dict[str, Any]]:
     tree["run"] = {"seed": config.run.seed}
     for name in ("weights", "data_root"):  # where they lie on this machine
         tree["task"].pop(name, None)
+    if config.budget.latency_table is not None:  # what it says, not where it lies
+        tree["budget"]["latency_table"] = hashlib.sha256(config.budget.latency_table.read_bytes()).hexdigest()[:12]
     tree["study"] = {f.name: getattr(study, f.name) for f in fields(study) if f.name not in OWN}
     plain: dict[str, dict[str, Any]] = json.loads(json.dumps(tree))
     return plain

@@ -24,9 +24,14 @@ LISTED = "2%,1%"
 
 def test_precision_is_as_before_where_the_last_step_fails():
     before, part = torch.backends.cudnn.allow_tf32, torch.backends.cudnn
-    with pytest.raises(JpqError, match="differ"), full_precision():
-        part.allow_tf32 = not before
-        raise JpqError("They differ.")
+
+    def fails():
+        with full_precision():
+            part.allow_tf32 = not before
+            raise JpqError("They differ.")
+
+    with pytest.raises(JpqError, match="differ"):
+        fails()
     assert part.allow_tf32 == before
 
 

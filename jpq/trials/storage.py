@@ -7,6 +7,7 @@ trial first fails those whose file is too old, and queues them again. The journa
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -33,6 +34,7 @@ except ImportError:  # not on Windows: workers then must not begin at the same m
 
 WORKER = "worker"  # user attribute of a trial: host and process
 RETRIES = 3  # of a trial whose workers died
+NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # what a machine says that nothing can be written on
 Again = Callable[[optuna.Study, FrozenTrial], None]
 
 
@@ -147,6 +149,15 @@ def open_storage(url: str, folder: Path, dead_after: int) -> BaseStorage:
                 raise JpqError(f"--storage {shown} does not answer: {cause[:200]}") from error
             time.sleep(0.3 * (attempt + 1))
     raise AssertionError("unreachable")
+
+
+def nowhere_to_write(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is a disk that is full, broken or read-only."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_PLACE:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def without_password(url: str) -> str:

@@ -127,7 +127,8 @@ def _created(
             shared.set_metric_names([UNITS[name][0] for name in asked])
             for values in space.anchors():
                 shared.enqueue_trial(values, skip_if_exists=True)
-            record.note(config, settings, shared)
+            if not record.begun(shared):
+                record.note(config, settings, shared)
         record.agree(config, settings, digest, shared)  # with whoever noted them last
     return shared
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from jpq.trials.samplers import LIMITS, hold
 from jpq.trials.settings import Study
 from jpq.trials.space import Space
 from jpq.trials.stopping import Curve, hopeless
-from jpq.trials.storage import WORKER, begin
+from jpq.trials.storage import WORKER, begin, nowhere_to_write
 from jpq.types import JpqError
 
 UNITS = {  # objective -> its name in the study, and what one of our units is in the name's
@@ -39,7 +38,6 @@ DECISIONS = "decisions"  # a name that equal decisions share
 SAME, RULED_OUT, SURPLUS = "same_as", "infeasible", "surplus"  # why a trial did not train, and does not count
 STOPPED, REASON = "stopped_early", "reason"  # why it was stopped; why it failed
 CURVE, EPOCHS = "held_out_by_epoch", "fine_tuning_epochs"  # of the fine-tuning, and how many it has
-NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # what a machine says that nothing can be written on
 
 
 class Failed(JpqError):
@@ -227,15 +225,6 @@ def queue_again(trial: Trial) -> None:
     """Let a trial be run again with its decisions, by this worker or another, and go on with its curve."""
     kept = {key: value for key, value in trial.user_attrs.items() if key == CURVE}
     trial.study.enqueue_trial(decided(trial), user_attrs=kept)
-
-
-def nowhere_to_write(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is a disk that is full, broken or read-only."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in NO_PLACE:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def layer(row: LayerRow) -> str:

@@ -148,7 +148,7 @@ def _picked(wanted: Pick, front: Front) -> Choice | None:
     """The point that the flags describe; None without any."""
     from jpq.picking import LIMITS, limits, pick
 
-    asked = limits({name: getattr(wanted, name) for name in LIMITS}, front.points[0].full)
+    asked = limits({name: getattr(wanted, name) for name in LIMITS}, front.full)
     return pick(front, asked, wanted.knee) if asked or wanted.knee else None
 
 
@@ -212,7 +212,7 @@ def _cells(front: Front, i: int) -> dict[str, str]:
 def _float_cells(front: Front) -> dict[str, str]:
     from jpq.fronts import float_accuracy
 
-    full, right = front.points[0].full, float_accuracy(front)
+    full, right = front.full, float_accuracy(front)
     latency = {"latency": f"{full['latency'] / 1e6:#.3g} ms"} if "latency" in full else {}
     return {
         "run": "float model",

@@ -118,9 +118,11 @@ def full_precision() -> Iterator[None]:
     """Leaves TF32 as it was: the last step compares at full precision, and the next budget need not train so."""
     parts: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [part.allow_tf32 for part in parts]
-    yield
-    for part, allowed in zip(parts, before, strict=True):
-        part.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for part, allowed in zip(parts, before, strict=True):
+            part.allow_tf32 = allowed
 
 
 def twin(net: Compressed, fresh: Compressed) -> Compressed:

@@ -21,10 +21,14 @@ T = TypeVar("T")
 def parse(args: Sequence[str]) -> Config:
     """The config that these flags of `jpq optimize` describe, upon the file that --config names."""
     from jpq.config import Config
-    from jpq.settings import read
+    from jpq.settings import from_tree, tables
+    from jpq.types import JpqError
 
     named = _named(args)
-    return _flags(read(named) if named else Config(), "optimize", args, named)[0]
+    tree = tables(named) if named else {}
+    if "study" in tree:
+        raise JpqError(f"{named} is the file of a study. Go on with it by jpq study --config {named}.")
+    return _flags(from_tree(tree, str(named)) if named else Config(), "optimize", args, named)[0]
 
 
 def parse_study(args: Sequence[str]) -> tuple[Config, Study]:

@@ -39,6 +39,11 @@ class Front:
         """The non-dominated points, from the cheapest on."""
         return tuple(self.points[i] for i in self.best)
 
+    @property
+    def full(self) -> dict[str, float]:
+        """Costs of the fp32 model, as far as any run knows them: one without a table of latencies leaves those out."""
+        return {cost: float(amount) for p in reversed(self.points) for cost, amount in p.full.items()}
+
     def number(self, i: int) -> int | None:
         """What a table and a picture call this point: 1 for the cheapest of the front."""
         return self.best.index(i) + 1 if i in self.best else None
@@ -132,7 +137,7 @@ def frame(made: Front) -> pd.DataFrame:
     table.attrs = {
         "hypervolume": made.covered,
         "knee": None if made.knee is None else made.points[made.knee].name,
-        "float": {"accuracy": float_accuracy(made), **{k: float(v) for k, v in made.points[0].full.items()}},
+        "float": {"accuracy": float_accuracy(made), **made.full},
     }
     return table
 

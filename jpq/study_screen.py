@@ -73,7 +73,7 @@ class StudyScreen:
             self.began = time.monotonic()
         if self.live is None and self.number >= 0 and now != self.standing:
             parts = (f"trial {self.number}: {now.outcome(self.number)}", now.counts(self.study.trials), self._left(now))
-            self.console.print("  ".join(p for p in parts if p), soft_wrap=True, highlight=False)
+            self.console.print(escape("  ".join(p for p in parts if p)), soft_wrap=True, highlight=False)
         self.standing = now
 
     def _left(self, now: Standing) -> str:

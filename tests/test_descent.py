@@ -13,12 +13,26 @@ from jpq import recipe
 from jpq.cli import main
 from jpq.compose import compose
 from jpq.config import Budget, Config, Decide, Train
+from jpq.descent import full_precision
 from jpq.phases import phases, shares
 from jpq.train import evaluate
 from jpq.types import JpqError
 
 TRAIN = replace(QUICK, epochs=8, tune_epochs=2)
 LISTED = "2%,1%"
+
+
+def test_precision_is_as_before_where_the_last_step_fails():
+    before, part = torch.backends.cudnn.allow_tf32, torch.backends.cudnn
+
+    def fails():
+        with full_precision():
+            part.allow_tf32 = not before
+            raise JpqError("They differ.")
+
+    with pytest.raises(JpqError, match="differ"):
+        fails()
+    assert part.allow_tf32 == before
 
 
 def down(out, method="djpq", train=TRAIN, **budget):

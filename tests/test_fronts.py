@@ -289,6 +289,15 @@ def test_picking_the_knee(tmp_path: Path) -> None:
         pick(front, limits({"max_bops": "0.2%"}, front.points[0].full), knee=True)
 
 
+def test_the_float_model_costs_what_any_run_knows(tmp_path: Path) -> None:
+    first, *others = spread(tmp_path).points
+    timed = [replace(p, full={**p.full, "latency": 8e6}, costs={**p.costs, "latency": 1e6}) for p in others]
+    front = make([first, *timed])
+    assert "latency" not in front.points[0].full
+    assert front.full == {**first.full, "latency": 8e6}
+    assert limits({"max_latency": "50%"}, front.full)[0].value == 4e6
+
+
 def test_picking_latency_where_runs_know_it(tmp_path: Path) -> None:
     front = spread(tmp_path)
     timed = make([replace(p, costs={**p.costs, "latency": 1e6 * (i + 1)}) for i, p in enumerate(front.points)])

@@ -5,30 +5,37 @@ Most tests put a formula in the place of training: what is tested here is what a
 
 from __future__ import annotations
 
+import errno
+import io
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import optuna
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_runs import folder
 from optuna.trial import TrialState
+from rich.console import Console
 
 import jpq
 from jpq.cli import main
 from jpq.config import Config, Run, Task, Train
 from jpq.result import Row
-from jpq.trials import standing, stopping
+from jpq.study_screen import StudyScreen
+from jpq.trials import record, samplers, standing, stopping
 from jpq.trials import trial as one_trial
 from jpq.trials.preview import Preview, float_weights
 from jpq.trials.settings import PARTS, SAMPLERS, Study
 from jpq.trials.space import Space, block, grouped
 from jpq.trials.stopping import Curve
-from jpq.trials.storage import again, begin, open_storage, without_password
-from jpq.trials.study import Tally
+from jpq.trials.storage import again, begin, open_storage, stored, without_password
+from jpq.trials.study import Tally, _draw
 from jpq.types import JpqError
 
 QUICK = Train(epochs=2, float_epochs=1, lr=3e-3)
@@ -139,7 +146,7 @@ def test_anchors_are_uniform_bits_with_every_channel(tmp_path, weights, formula)
 def test_the_same_seed_gives_the_same_trials(tmp_path, weights, formula, name):
     asked = Study(trials=12, sampler=name, early_stop=False, per="network")
     once = jpq.study(task(tmp_path / "once", weights), asked)
-    part = jpq.study(task(tmp_path / "parts", weights), replace(asked, trials=7 if name != "nsga2" else 12))
+    part = jpq.study(task(tmp_path / "parts", weights), replace(asked, trials=7))
     assert told(part)[:7] == told(once)[:7]
     other = replace(task(tmp_path / "other", weights), run=Run(out=tmp_path / "other", device="cpu", seed=1))
     assert told(jpq.study(other, asked)) != told(once)
@@ -165,6 +172,22 @@ def test_equal_decisions_are_trained_once(tmp_path, weights, formula):
     for copy in copies:
         assert copy.values == study.trials[copy.user_attrs["same_as"]].values
         assert copy.params == study.trials[copy.user_attrs["same_as"]].params
+
+
+def test_repeats_hold_the_limits_of_what_they_repeat(tmp_path, weights, formula, monkeypatch):
+    monkeypatch.setattr("jpq.trials.study.REPEATS", 4)
+    config = task(tmp_path, weights, w_bits=(2, 4), a_bits=(2, 4))
+    asked = Study(trials=9, sampler="gp", vary="bits", per="network", max_bops="0.9%", early_stop=False)
+    study = jpq.study(config, asked)
+    copies = [t for t in study.trials if "same_as" in t.user_attrs]
+    assert copies
+    assert len(study.trials) > max(samplers.FIRST, copies[0].number) + 1, "the process was fitted to repeats too"
+    for copy in copies:
+        twin = study.trials[copy.user_attrs["same_as"]]
+        over = pytest.approx(twin.values[1] / 0.9 - 1, abs=1e-6)
+        assert copy.user_attrs["limits"] == twin.user_attrs["limits"] == {"bops": over}
+        if hasattr(copy, "constraints"):
+            assert copy.constraints == twin.constraints != {}
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -332,6 +355,114 @@ def test_a_storage_that_goes_away_ends_in_a_sentence(tmp_path, weights, monkeypa
         jpq.study(task(tmp_path, weights), Study(trials=1))
 
 
+@pytest.mark.parametrize("directions", [["maximize"], ["minimize", "minimize"], ["maximize", "minimize"]])
+def test_a_study_of_somebody_else_is_left_alone(tmp_path, weights, formula, directions):
+    url = f"sqlite:///{tmp_path}/study.db"
+    theirs = optuna.create_study(storage=url, study_name="study", directions=directions)
+    theirs.add_trial(optuna.create_trial(values=[1.0] * len(directions)))
+    with pytest.raises(JpqError, match=r"holds a study 'study' that is not of jpq study. Choose another --name"):
+        jpq.study(task(tmp_path, weights), Study(trials=1, storage=url))
+    assert not formula
+    assert len(theirs.trials) == 1
+    assert not theirs.user_attrs
+
+
+def test_a_worker_killed_while_it_makes_the_study_leaves_nothing_out(tmp_path, weights, formula, monkeypatch):
+    real = record.note
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record, "note", killed)
+    with pytest.raises(KeyboardInterrupt):
+        jpq.study(task(tmp_path, weights), Study(trials=1))
+    monkeypatch.setattr(record, "note", real)
+    study = jpq.study(task(tmp_path, weights), Study(trials=1))
+    anchors = [t.system_attrs["fixed_params"]["0 weight bits"] for t in study.trials]
+    assert anchors == [8, 4, 3, 2], "each once, and none of them is used up as surplus"
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] + 3 * [TrialState.WAITING]
+    assert {"float weights", "accuracy of guessing", "fp32 costs", "settings"} <= study.user_attrs.keys()
+
+
+def full_disk(hidden):
+    """What a full disk ends a run with: the system's own error, or a sentence about it."""
+    error = OSError(errno.ENOSPC, "No space left on device", "checkpoint")
+    if not hidden:
+        raise error
+    raise JpqError("Cannot write checkpoint: No space left on device.") from error
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "full disk", "full disk, said"])
+def test_an_interrupted_trial_is_queued_with_its_decisions_and_its_curve(tmp_path, weights, formula, monkeypatch, how):
+    real = one_trial.optimize
+
+    class Interrupted:
+        def __init__(self, watch):
+            self.watch = watch
+
+        def epoch(self, row):
+            self.watch.epoch(row)
+            if how == "Ctrl-C":
+                raise KeyboardInterrupt
+            full_disk(how.endswith("said"))
+
+    monkeypatch.setattr(one_trial, "optimize", lambda c, w, final: real(c, Interrupted(w), final))
+    asked = Study(trials=1, sampler="random", per="network", anchors=False)
+    with pytest.raises((KeyboardInterrupt, OSError, JpqError)):
+        jpq.study(task(tmp_path, weights), asked)
+    monkeypatch.setattr(one_trial, "optimize", real)
+    study = optuna.load_study(study_name="study", storage=open_storage("", tmp_path / "study", 120))
+    first, second = study.trials
+    assert (first.state, second.state) == (TrialState.FAIL, TrialState.WAITING)
+    assert Tally.of(study).done == 0
+    assert len(first.params) == 3
+    assert second.system_attrs["fixed_params"] == first.params
+    assert second.user_attrs == {"held_out_by_epoch": first.user_attrs["held_out_by_epoch"]}
+    done = jpq.study(task(tmp_path, weights), asked).trials
+    assert done[1].params == first.params
+    assert len(done[1].user_attrs["held_out_by_epoch"]) == done[1].user_attrs["fine_tuning_epochs"] == 2
+
+
+def test_a_queued_trial_without_a_place_is_queued_again(tmp_path, weights, formula, monkeypatch):
+    work = []
+    monkeypatch.setattr("jpq.trials.study._work", lambda shared, one, *_: work.append(one))
+    study = jpq.study(task(tmp_path, weights), Study(trials=1))
+    study.optimize(work[0], n_trials=2)
+    states = [t.state for t in study.trials]
+    assert states == [TrialState.COMPLETE, TrialState.PRUNED, *3 * [TrialState.WAITING]]
+    assert study.trials[4].system_attrs["fixed_params"] == study.trials[1].system_attrs["fixed_params"]
+    assert study.trials[1].user_attrs["surplus"]
+
+
+def test_curves_without_their_beginning_judge_nobody(tmp_path):
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    for curve, epochs in (([0.5, 0.9], 2), ([0.9], 2), ([], 2)):
+        attrs = {"held_out_by_epoch": curve, "fine_tuning_epochs": epochs}
+        study.add_trial(optuna.create_trial(values=[90.0, 1.0], user_attrs=attrs))
+    stopper = one_trial.Stopper(study.ask(), Study(), one_trial.Unwatched(), None)
+    assert stopper._finished() == [Curve((0.5, 0.9), 2, (1.0,))]
+
+
+def test_the_screen_shows_reasons_as_they_are():
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    study.add_trial(optuna.create_trial(state=TrialState.FAIL, user_attrs={"reason": "no [/x] in [bold]here"}))
+    console = Console(file=io.StringIO(), width=200)
+    screen = StudyScreen(console, Study())
+    screen.number = 0
+    screen.tally(study)
+    assert "reason no [/x] in [bold]here" in console.file.getvalue()
+
+
+def test_pictures_show_what_keeps_to_the_limits(tmp_path):
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    for accuracy, share, over in ((0.9, 0.01, -0.1), (0.95, 0.02, 0.1), (0.8, 0.005, -0.5)):
+        made = folder(tmp_path / "trials", accuracy, share)
+        attrs = {"run_folder": f"trials/{made.name}", "limits": {"bops": over}}
+        study.add_trial(optuna.create_trial(values=[100 * accuracy, 100 * share], user_attrs=attrs))
+    _draw(study, Study(), tmp_path)
+    assert sorted(pd.read_csv(tmp_path / "pareto.csv")["accuracy"]) == [0.8, 0.9]
+
+
 def test_other_settings_under_the_same_name_are_refused(tmp_path, weights, formula):
     config = task(tmp_path, weights)
     jpq.study(config, Study(trials=1))
@@ -366,6 +497,13 @@ def test_other_settings_under_the_same_name_are_refused(tmp_path, weights, formu
         ("--density-range 0.3 0.33", "multiples of 0.05"),
         ("--objectives accuracy,latency", "needs measured layers"),
         ("--name a/b", "cannot be a folder's name"),
+        ("--target-bops 4%,2% --vary bits", "Give --max-bops 4%, or"),
+        ("--target-bops 4%,2% --vary target", "targets vary (--vary target). Leave one out"),
+        ("--target-bops 4%,2% --vary method", "Give one, such as --target-bops 4%, or --vary target"),
+        ("--target-size 60KB,30KB --vary method", "Give one, such as --target-size 60KB, or"),
+        ("--vary target,method --methods ,", "--methods names nothing. Give djpq,l0"),
+        ("--vary target,structure --structures channels,elementwize", "Did you mean elementwise"),
+        ("--resume", "A study goes on by itself: leave --resume out."),
         ("--trials 0", "--trials 0: at least 1 is needed"),
         ("--storage nowhere", "is not the address of a database"),
         ("--storage sqlite:////nowhere/at/all.db", "does not answer: unable to open database file"),
@@ -391,12 +529,40 @@ def test_a_study_goes_on_from_its_file(tmp_path, weights, formula, capsys):
     said = capsys.readouterr().out
     assert "5/5 done" in said
     assert "held-out accuracy (%)" in said
+    assert main(["optimize", "--config", str(tmp_path / "study" / "study.toml")]) == 2
+    assert "is the file of a study. Go on with it by jpq study --config" in capsys.readouterr().err
     (tmp_path / "study" / "study.toml").write_text("[study]\nsamplr = 'tpe'\n")
     assert main(["study", "--config", str(tmp_path / "study" / "study.toml")]) == 2
     assert "Did you mean sampler" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("storage", ["", "sqlite:///study.db"])
+def test_a_study_goes_on_from_another_folder(tmp_path, weights, formula, monkeypatch, storage):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    monkeypatch.chdir(here)
+    (here / "w.safetensors").write_bytes(weights.read_bytes())
+    flags = f"study --limit 300 --epochs 2 --weights {Path('w.safetensors')} --out runs --per network --trials 2"
+    assert main([*flags.split(), *(["--storage", storage] if storage else [])]) == 0
+    monkeypatch.chdir(there)
+    assert main(["study", "--config", str(here / "runs" / "study" / "study.toml"), "--trials", "3"]) == 0
+    assert len(formula) == 3
+    assert not [*there.iterdir()]
+    assert len({config.task.weights for config in formula}) == 1, "the run's folder depends on it"
+
+
+def test_names_to_choose_from_are_read_once_and_without_spaces():
+    study = Study(methods=" djpq, l0,,djpq ", structures="2:4,")
+    assert study.choices("methods") == ("djpq", "l0")
+    assert study.choices("structures") == ("2:4",)
+
+
 def test_passwords_are_not_kept():
     url = "postgresql+psycopg://me:se/cr:et@host:5432/db"
     assert "cr" not in without_password(url)
+    assert "secret" not in without_password("postgresql+psycopg://host/db?user=me&password=secret")
+    stored_url = stored("postgresql+psycopg://me:secret@host:5432/db?password=secret&sslmode=require")
+    assert stored_url == "postgresql+psycopg://me@host:5432/db?sslmode=require"
+    assert stored("") == ""
     assert without_password("sqlite:///a.db") == "sqlite:///a.db"

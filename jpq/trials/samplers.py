@@ -20,6 +20,8 @@ from jpq.trials.settings import Study
 from jpq.types import unknown
 
 LIMITS = "limits"  # user attribute: name of a limit -> cost over limit - 1, at most 0 where it holds
+FIRST = 8  # random trials before a model is fitted
+POPULATION = 20  # trials of a generation; neither follows --trials, which every worker may choose
 OWN = hasattr(optuna.trial.Trial, "set_constraint")  # from Optuna 5 on trials hold their constraints themselves
 Make = Callable[[int], BaseSampler]
 
@@ -41,13 +43,12 @@ def hold(trial: optuna.Trial, limits: Mapping[str, float]) -> None:
 def sampler(study: Study, seed: int) -> Seeded:
     """The named sampler. Raises JpqError for a name that is not known."""
     rule: dict[str, Any] = {} if OWN or not study.limits() else {"constraints_func": feasibility}
-    first = max(4, min(10, study.trials // 3))  # random trials before a model is fitted
     table: dict[str, Make] = {
         "tpe": lambda seed: TPESampler(
-            seed=seed, n_startup_trials=first, multivariate=True, group=True, constant_liar=True, **rule
+            seed=seed, n_startup_trials=FIRST, multivariate=True, group=True, constant_liar=True, **rule
         ),
-        "nsga2": lambda seed: NSGAIISampler(seed=seed, population_size=max(4, min(50, study.trials // 4)), **rule),
-        "gp": lambda seed: GPSampler(seed=seed, n_startup_trials=first, **rule),
+        "nsga2": lambda seed: NSGAIISampler(seed=seed, population_size=POPULATION, **rule),
+        "gp": lambda seed: GPSampler(seed=seed, n_startup_trials=FIRST, **rule),
         "random": lambda seed: RandomSampler(seed=seed),
     }
     if study.sampler not in table:

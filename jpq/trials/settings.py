@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from jpq.config import Config, Decide
+from jpq.config import TARGETS, Config, Decide
 from jpq.types import JpqError, unknown
 
 OBJECTIVES = ("accuracy", "bops", "size", "latency", "macs")
@@ -56,7 +56,8 @@ class Study:
     anchors: bool = True
     """Begin with all channels at uniform 8, 4, 3 and 2 bits, as far as those are allowed (density and bits only)."""
     early_stop: bool = True
-    """Stop a trial that is worse than a finished one of at most its cost was at the same share of its fine-tuning."""
+    """Stop a trial that is worse than a finished one of at most its cost was at the same share of its fine-tuning.
+    Where methods decide (--vary target, method, structure), only with --objectives accuracy,bops."""
     margin: float = 0.02
     """By how much held-out accuracy (1 is all) it must be worse."""
     patience: int = 2
@@ -78,6 +79,10 @@ class Study:
         """What trials decide."""
         return _names("vary", self.vary, VARIED)
 
+    def choices(self, name: str) -> tuple[str, ...]:
+        """What trials choose from: the `methods` or the `structures`."""
+        return _listed(name, getattr(self, name), "djpq,l0" if name == "methods" else "channels,2:4")
+
     def by_hand(self) -> bool:
         """Whether trials say every decision themselves, so that their cost is known before they train."""
         return {"density", "bits"} & {*self.varied()} != set() and {*self.varied()} <= {"density", "bits", "lr"}
@@ -91,6 +96,8 @@ class Study:
         """This study, once every value makes sense beside the task's settings. Raises JpqError with what to change."""
         if not self.name.strip() or self.name != self.name.strip(". ") or {*self.name} & {*"/\\:\0"}:
             raise JpqError(f"--name '{self.name}' cannot be a folder's name. Give a word, such as --name digits.")
+        if config.run.resume:
+            raise JpqError("A study goes on by itself: leave --resume out.")
         asked, varied = self.asked(), self.varied()
         if "accuracy" not in asked or len(asked) < 2:
             raise JpqError(
@@ -128,7 +135,7 @@ class Study:
                 text = getattr(b, f"target_{cost}")
                 if text:
                     raise JpqError(f"--target-{cost} {text}: in a study of {self.vary} the cost is what comes out. "
-                                   f"Give --max-{cost} {text}, or --vary target,method.")  # fmt: skip
+                                   f"Give --max-{cost} {text.split(',')[0]}, or --vary target,method.")  # fmt: skip
             said = {"bits": d.bits, "density": d.densities}
             for name, text in said.items():
                 if name in varied and text:
@@ -139,23 +146,32 @@ class Study:
                                "or --vary target.")  # fmt: skip
             replace(config, decide=replace(d, bits=d.bits or "8/8")).check()
         else:
-            given = replace(b, target_bops="1%") if "target" in varied else b
-            replace(config, budget=given).check()
-            if "," in (b.target_bops or ""):
-                raise JpqError(f"--target-bops {b.target_bops}: each trial has one target. Give one, or --vary target.")
             if "target" in varied and b.target_bops:
                 raise JpqError(f"--target-bops {b.target_bops}: targets vary (--vary {self.vary}). Leave one out.")
+            for name in TARGETS:
+                text, flag = getattr(b, name) or "", f"--{name.replace('_', '-')}"
+                if "," in text:
+                    raise JpqError(f"{flag} {text}: each trial of a study has one target. Give one, such as {flag} "
+                                   f"{text.split(',')[0].strip()}, or --vary target for BOPs.")  # fmt: skip
+            given = replace(b, target_bops="1%") if "target" in varied else b
+            replace(config, budget=given).check()
 
 
 def _names(flag: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
     """The names in `text`, in the order of `known`."""
-    names = [name for name in (part.strip() for part in text.split(",")) if name]
+    names = _listed(flag, text, f"any of {', '.join(known)}")
     for name in names:
         if name not in known:
             raise unknown(f"name in --{flag}", name, known)
-    if not names:
-        raise JpqError(f"--{flag} names nothing. Give any of {', '.join(known)}.")
     return tuple(name for name in known if name in names)
+
+
+def _listed(flag: str, text: str, instead: str) -> tuple[str, ...]:
+    """The names between the commas, each once."""
+    names = tuple(dict.fromkeys(name for name in (part.strip() for part in text.split(",")) if name))
+    if not names:
+        raise JpqError(f"--{flag} names nothing. Give {instead}.")
+    return names
 
 
 def _share(text: str) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 from optuna.trial import Trial
 
+from jpq.compose import legal
 from jpq.config import Config
 from jpq.gates import Counted, Ranked
 from jpq.methods import METHODS
@@ -40,6 +41,16 @@ def grouped(names: Iterable[str], per: str) -> dict[str, list[str]]:
     return groups
 
 
+def require_names(study: Study) -> None:
+    """Raises JpqError for a method or structure to choose from that is not known; what do not go together may fail."""
+    for name in study.choices("methods") if "method" in study.varied() else ():
+        if name not in METHODS:
+            raise unknown("method", name, METHODS)
+    readable = legal(next(method for method in METHODS.values() if method.gate is not None))
+    for name in study.choices("structures") if "structure" in study.varied() else ():
+        readable(name)
+
+
 @dataclass(frozen=True)
 class Space:
     """What the trials of one study may decide.
@@ -61,9 +72,6 @@ class Space:
         space = cls(study, config, {x.name: x.reads_input for x in network.layers}, [site.name for site in sites])
         if study.by_hand() and study.varied() == ("density",) and not sites:
             raise JpqError("No channel of this model can be dropped (see jpq inspect): vary bits instead of density.")
-        for name in filter(None, study.methods.split(",")) if "method" in study.varied() else ():
-            if name not in METHODS:
-                raise unknown("method", name, METHODS)
         return space
 
     def suggest(self, trial: Trial) -> Config:
@@ -128,9 +136,9 @@ class Space:
         study, config = self.study, self.config
         varied, d = study.varied(), config.decide
         if "method" in varied:
-            d = replace(d, method=trial.suggest_categorical("method", study.methods.split(",")))
+            d = replace(d, method=trial.suggest_categorical("method", study.choices("methods")))
         if "structure" in varied:
-            d = replace(d, structure=trial.suggest_categorical("structure", study.structures.split(",")))
+            d = replace(d, structure=trial.suggest_categorical("structure", study.choices("structures")))
         gate = METHODS[d.method].gate if d.method in METHODS else None
         if "density" in varied and gate is not None and issubclass(gate, (Counted, Ranked)):
             d = replace(d, density=round(trial.suggest_float("density", *study.density_range, step=STEP), 4))

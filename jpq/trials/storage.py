@@ -7,6 +7,7 @@ trial first fails those whose file is too old, and queues them again. The journa
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -33,6 +34,7 @@ except ImportError:  # not on Windows: workers then must not begin at the same m
 
 WORKER = "worker"  # user attribute of a trial: host and process
 RETRIES = 3  # of a trial whose workers died
+NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # what a machine says that nothing can be written on
 Again = Callable[[optuna.Study, FrozenTrial], None]
 
 
@@ -149,9 +151,33 @@ def open_storage(url: str, folder: Path, dead_after: int) -> BaseStorage:
     raise AssertionError("unreachable")
 
 
+def nowhere_to_write(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is a disk that is full, broken or read-only."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_PLACE:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def without_password(url: str) -> str:
-    """An address that may be shown and stored."""
-    return re.sub(r"(://[^/@:]*):.*@", r"\1:***@", url)
+    """An address that may be shown."""
+    return re.sub(r"([?&]password=)[^&#]*", r"\1***", re.sub(r"(://[^/@:]*):.*@", r"\1:***@", url))
+
+
+def stored(url: str) -> str:
+    """An address that may be stored and used from any folder: without its password, an SQLite file in full."""
+    if not url:
+        return url
+    from sqlalchemy import URL, make_url
+
+    u = make_url(url)  # its set(password=None) would keep the password
+    query = u.difference_update_query(["password"]).query
+    bare = URL.create(u.drivername, u.username, None, u.host, u.port, u.database, query)
+    file = bare.database or ""
+    if bare.get_backend_name() == "sqlite" and file not in ("", ":memory:") and not file.startswith("file:"):
+        bare = bare.set(database=str(Path(file).resolve()))
+    return bare.render_as_string(hide_password=False)
 
 
 def _missing(shown: str, error: BaseException) -> str:

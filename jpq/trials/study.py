@@ -13,6 +13,7 @@ from typing import TypeVar
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import fail_stale_trials
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from jpq import front_report, fronts, runs
@@ -21,10 +22,10 @@ from jpq.trials import record
 from jpq.trials.preview import Preview, float_weights
 from jpq.trials.samplers import sampler
 from jpq.trials.settings import Study
-from jpq.trials.space import Space
-from jpq.trials.standing import FULL
+from jpq.trials.space import Space, require_names
+from jpq.trials.standing import FULL, fits
 from jpq.trials.storage import alone, open_storage, without_password
-from jpq.trials.trial import REASON, SAME, UNITS, OneTrial, StudyWatch, Unwatched, counts, keep_pictures
+from jpq.trials.trial import REASON, SAME, UNITS, Failed, OneTrial, StudyWatch, Unwatched, counts, keep_pictures
 from jpq.trials.trial import RULED_OUT as BROKEN
 from jpq.types import JpqError
 
@@ -70,7 +71,7 @@ def study(config: Config | None = None, settings: Study | None = None, watch: St
     trial failed.
     """
     settings, config, watch = settings or Study(), config or Config(), watch or Unwatched()
-    settings.check(config)
+    require_names(settings.check(config))
     folder = config.run.out / settings.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,7 @@ def study(config: Config | None = None, settings: Study | None = None, watch: St
     with alone(folder):
         storage = open_storage(settings.storage, folder, settings.dead_after)
         weights, digest = float_weights(config, folder / "float.safetensors", watch)
-    started = replace(config, task=replace(config.task, weights=weights))
+    started = replace(config, task=replace(config.task, weights=weights.resolve()))  # --out may be spelled otherwise
     preview = Preview(started)
     space = Space.of(settings, started, preview.network, preview.sites)
     one = OneTrial(settings, started, space, preview, folder, watch)
@@ -111,19 +112,24 @@ def _created(
 ) -> optuna.Study:
     """The study in its storage; made, with its anchors queued, by the first worker."""
     asked = settings.asked()
+    directions = [StudyDirection.MAXIMIZE if n == "accuracy" else StudyDirection.MINIMIZE for n in asked]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         shared = optuna.create_study(
             storage=storage, study_name=settings.name, load_if_exists=True, sampler=sampler(settings, config.run.seed),
-            directions=["maximize" if name == "accuracy" else "minimize" for name in asked],
+            directions=directions,
         )  # fmt: skip
-        new = record.SETTINGS not in shared.user_attrs
-        record.agree(config, settings, digest, preview.classes, shared)
-        if new:
+        record.require_own(shared, directions)
+        if not record.begun(shared):  # also where the first worker was killed on its way through here
+            shared.set_user_attr(record.WEIGHTS, digest)
+            shared.set_user_attr(record.CHANCE, 1 / preview.classes)
             shared.set_user_attr(FULL, preview.full)
             shared.set_metric_names([UNITS[name][0] for name in asked])
             for values in space.anchors():
                 shared.enqueue_trial(values, skip_if_exists=True)
+            if not record.begun(shared):
+                record.note(config, settings, shared)
+        record.agree(config, settings, digest, shared)  # with whoever noted them last
     return shared
 
 
@@ -137,20 +143,24 @@ def _work(shared: optuna.Study, one: OneTrial, settings: Study, watch: StudyWatc
         watch.tally(shared)
         if now.done >= settings.trials or now.repeats >= REPEATS or now.ruled_out >= RULED_OUT:
             return
-        if now.done + now.running >= settings.trials and not now.waiting:
-            time.sleep(POLL)  # others are at the last ones; one may die
+        if now.done + now.running >= settings.trials:
+            time.sleep(POLL)  # others are at the last ones; one may die, is then failed above, and leaves its place
             continue
-        _quietly(lambda: shared.optimize(one, n_trials=1, catch=(JpqError,)))
+        _quietly(lambda: shared.optimize(one, n_trials=1, catch=(Failed,)))
 
 
 def _draw(shared: optuna.Study, settings: Study, folder: Path) -> None:
-    """The front of the runs in this folder as pareto.csv, pareto.png and layers.png, also for optuna-dashboard."""
+    """The front of the runs in this folder that keep to the limits, as pareto.csv, pareto.png and layers.png."""
     done = Tally.of(shared).done
     drawn = shared.user_attrs.get(DRAWN) == done and (folder / "pareto.csv").exists()
     if drawn or not any(folder.glob("trials/*/result.json")):
         return
     costs = [name for name in settings.asked() if name != "accuracy"][: fronts.MOST]
-    front_report.write(fronts.make(runs.read(folder).points, costs), folder)
+    over = {t.user_attrs.get("run_folder") for t in shared.get_trials(deepcopy=False) if not fits(t)}
+    points = [p for p in runs.read(folder).points if p.folder and f"trials/{p.folder.name}" not in over]
+    if not points:
+        return
+    front_report.write(fronts.make(points, costs), folder)
     keep_pictures(shared, folder, folder / "artifacts")
     shared.set_user_attr(DRAWN, done)
 

@@ -19,11 +19,11 @@ from jpq.config import Config
 from jpq.recipe import optimize
 from jpq.result import LayerRow, Result, Row, Silent, Watch
 from jpq.trials.preview import Costs, Preview
-from jpq.trials.samplers import hold
+from jpq.trials.samplers import LIMITS, hold
 from jpq.trials.settings import Study
 from jpq.trials.space import Space
 from jpq.trials.stopping import Curve, hopeless
-from jpq.trials.storage import WORKER, begin
+from jpq.trials.storage import WORKER, begin, nowhere_to_write
 from jpq.types import JpqError
 
 UNITS = {  # objective -> its name in the study, and what one of our units is in the name's
@@ -37,7 +37,11 @@ UNITS = {  # objective -> its name in the study, and what one of our units is in
 DECISIONS = "decisions"  # a name that equal decisions share
 SAME, RULED_OUT, SURPLUS = "same_as", "infeasible", "surplus"  # why a trial did not train, and does not count
 STOPPED, REASON = "stopped_early", "reason"  # why it was stopped; why it failed
-CURVE = "held_out_by_epoch"  # of the fine-tuning
+CURVE, EPOCHS = "held_out_by_epoch", "fine_tuning_epochs"  # of the fine-tuning, and how many it has
+
+
+class Failed(JpqError):
+    """A trial failed for a reason of its own; the study goes on."""
 
 
 class StudyWatch(Watch, Protocol):
@@ -100,23 +104,31 @@ class OneTrial:
                 )
 
     def __call__(self, trial: Trial) -> list[float]:
-        """Raises TrialPruned where it is not worth its time, and JpqError, noted as its reason, where it fails."""
+        """Raises TrialPruned where it is not worth its time, and Failed, noted as its reason, where it fails.
+
+        One that was interrupted, or that this machine has no room for, is queued again.
+        """
         begin(trial)
         self.watch.trial(trial.number)
         others = [t for t in trial.study.get_trials(deepcopy=False) if t.number != trial.number]
         ahead = sum(counts(t) or (t.state == TrialState.RUNNING and t.number < trial.number) for t in others)
         if ahead >= self.study.trials:  # two workers saw one place left
+            if decided(trial):
+                queue_again(trial)
             self._leave(trial, SURPLUS, True)
         try:
             config = self.space.suggest(trial)
             config = replace(config, run=replace(config.run, out=self.folder / "trials", resume=False)).check()
             return self._values(trial, config, others)
-        except KeyboardInterrupt:
-            trial.study.enqueue_trial(trial.params)
+        except (KeyboardInterrupt, OSError):
+            queue_again(trial)
             raise
         except (JpqError, RuntimeError) as error:  # RuntimeError: torch's, such as too little memory
+            if isinstance(error, JpqError) and nowhere_to_write(error):
+                queue_again(trial)
+                raise
             trial.set_user_attr(REASON, " ".join(str(error).split())[:500])
-            raise JpqError(str(error)) from error
+            raise Failed(str(error)) from error
 
     def _values(self, trial: Trial, config: Config, others: Sequence[FrozenTrial]) -> list[float]:
         d = config.decide
@@ -156,6 +168,7 @@ class OneTrial:
 
     def _same(self, trial: Trial, twin: FrozenTrial) -> list[float]:
         """The values of the earlier trial, which the sampler hears again; nothing is trained."""
+        hold(trial, twin.user_attrs.get(LIMITS, {}))
         for key, value in twin.user_attrs.items():
             if key not in (SAME, REASON, STOPPED, WORKER):
                 trial.set_user_attr(key, value)
@@ -202,6 +215,18 @@ class OneTrial:
         return [values[name] * UNITS[name][1] for name in self.study.asked()]
 
 
+def decided(trial: Trial) -> dict[str, Any]:
+    """What a trial has decided so far, and what it was queued with."""
+    queued = trial.storage.get_trial_system_attrs(trial._trial_id).get("fixed_params", {})
+    return {**queued, **trial.params}
+
+
+def queue_again(trial: Trial) -> None:
+    """Let a trial be run again with its decisions, by this worker or another, and go on with its curve."""
+    kept = {key: value for key, value in trial.user_attrs.items() if key == CURVE}
+    trial.study.enqueue_trial(decided(trial), user_attrs=kept)
+
+
 def layer(row: LayerRow) -> str:
     """One layer as a person reads it: `W4 A3, 24/32 channels`."""
     kept = f", {row.outputs}/{row.outputs_all} channels" if row.outputs_all > row.outputs else ""
@@ -244,6 +269,8 @@ class Stopper:
         known = self.own.user_attrs.get(CURVE, []) if not self.accuracy and row.epoch > 1 else self.accuracy  # resumed
         self.accuracy = [*known[: row.epoch - 1], row.accuracy]
         self.own.set_user_attr(CURVE, self.accuracy)
+        if EPOCHS not in self.own.user_attrs:
+            self.own.set_user_attr(EPOCHS, row.epochs)
         costs = self.costs or ({"bops": row.bops_share} if self.by == ["bops"] else None)
         if not self.study.early_stop or costs is None or row.epoch == row.epochs or len(self.accuracy) < row.epoch:
             return
@@ -254,10 +281,10 @@ class Stopper:
             raise optuna.TrialPruned(text)
 
     def _finished(self) -> list[Curve]:
-        """The curves of finished trials."""
+        """The curves of finished trials; not those whose beginning was lost with a worker."""
         done = self.own.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         return [
             Curve(tuple(t.user_attrs[CURVE]), len(t.user_attrs[CURVE]), tuple(t.values[1:]))
             for t in done
-            if t.user_attrs.get(CURVE) and SAME not in t.user_attrs
+            if len(t.user_attrs.get(CURVE, [])) == t.user_attrs.get(EPOCHS) and SAME not in t.user_attrs
         ]

@@ -169,7 +169,7 @@ def test_optimize_measures_what_it_cannot_promise(user: Config) -> None:
     assert "NOT exact" in verified_lines(result.verified)[0]
     assert json.loads((result.folder / "result.json").read_text())["verified"][verify.OPENED] > 1e-6
     assert result.targets["bops"]["reached"] <= result.targets["bops"]["limit"]
-    small, _ = jpq.load(result.folder)
+    small, _ = jpq.load(result.folder, run_code=True)
     assert jpq.measure(small, torch.rand(2, 1, 8, 8))["bops"] == result.compressed.bops
     whole = jpq.optimize(replace(user, run=replace(user.run, out=user.run.out / "whole")))
     assert whole.verified == result.verified

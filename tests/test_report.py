@@ -55,7 +55,7 @@ def test_result_json_holds_what_it_promises(tmp_path: Path) -> None:
     tree = json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
     assert set(tree) == {"float", "compressed", "held_out", "targets", "verified", "seconds", "command", "versions",
                          "seed", "method", "data", "notes", "metrics", "packed", "export", "latency", "schemes",
-                         "uniform", "final"}  # fmt: skip
+                         "uniform", "final", "machine"}  # fmt: skip
     assert tree["compressed"] == {"accuracy": 0.9778, "bops": 980_000, "macs": 40_120, "size_bytes": 12_345,
                                   "bops_share": 0.0098, "bops_structured": 0, "latency_ms": None}  # fmt: skip
     assert tree["targets"]["bops"]["asked"] == "1%"

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -99,6 +99,14 @@ def test_every_method_resumes_in_the_midst_of_an_epoch(method: str, tmp_path: Pa
     assert (saved["phase"], saved["done"], len(saved["losses"])) == ("fine-tune", 0, 3)
     jpq.optimize(again(stopped), final=False)
     assert told(folder_of(stopped)) == told(folder_of(whole))
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Ctrl-C is heard, also where the tests are a job in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")

@@ -285,7 +285,7 @@ def test_optimize_saves_and_loads_a_vision_transformer(tmp_path: Any) -> None:
     result = jpq.optimize(asked)
     assert result.verified["masked_vs_rebuilt_float64"] <= 1e-9
     assert result.notes == (), "no layer stays at 32 bits"
-    small, plan = jpq.load(result.folder)
+    small, plan = jpq.load(result.folder, run_code=True)
     assert "blocks.layers.0.self_attn.q_proj" in plan.layers
     x = jpq.data.load("digits").example
     assert gap(small(x), Session(result.folder / "model.onnx", optimised=False)(x)) < 1e-3

@@ -133,12 +133,11 @@ def _race(folder: Path, wanted: Bench, runtimes: Sequence[str], console: Console
     """The run's model beside the one that it began with: a table, and where layers are left in floating point."""
     from jpq import racing
     from jpq.exporters.timing import Runner, float_layers
-    from jpq.plan import read
 
     small = folder / "model.onnx"
     shape = Runner(small).shapes[0][1:]
     with TemporaryDirectory() as place:
-        paths = racing.files(read(folder / "plan.json"), shape, small, Path(place))
+        paths = racing.files(folder, shape, Path(place), wanted.run_code)
         threads = wanted.threads or (1, 2)
         with Bar(console=console, transient=True) as bar:
             total = len(paths) * len(runtimes) * len(threads) * len(wanted.batch) * wanted.repeats

@@ -17,6 +17,7 @@ from jpq.budget import Controller, Target
 from jpq.closing import Closing, open_share, within
 from jpq.config import BY_HAND, Config
 from jpq.data import Data
+from jpq.diverged import require_buffers
 from jpq.exporters import verify
 from jpq.exporters.quantized import rebuild
 from jpq.gates import Ranked
@@ -237,3 +238,4 @@ def fine_tune(
     settled = lambda: {"plan": plan.to_json(), "opened": run.opened, "metrics": run.metrics, **more()}  # noqa: E731
     train(net, data, phase, objective, optim, run, settled)
     run.timed("fine-tune", lambda: reestimate(net, data.train.epoch(phase.before + phase.epochs)))
+    require_buffers(net, "after its statistics were measured anew")

@@ -36,6 +36,7 @@ STORAGES = {
     "BFloat16Storage": 2, "IntStorage": 4, "FloatStorage": 4, "LongStorage": 8, "DoubleStorage": 8,
     "ComplexFloatStorage": 8, "ComplexDoubleStorage": 16,
 }  # fmt: skip
+MAGIC = b"PK\3\4"  # of a zip archive
 TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 HARMLESS = (
     *TENSORS, "torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state", "torch.Size",
@@ -79,24 +80,38 @@ def torch_of(path: Path) -> Any:
     size = require_file(path)
     try:
         with path.open("rb") as file:
-            if zipfile.is_zipfile(file):
+            zipped = file.read(len(MAGIC)) == MAGIC  # as torch tells them apart; a zip's directory is at its end
+            file.seek(0)
+            if zipped:
                 _require_zip(file, size)
             else:
-                file.seek(0)
                 _require_legacy(_Bounded(file, size))
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _loaded(path)
     except RecursionError as error:
         raise JpqError(f"{path} nests deeper than any weights do.") from error
     except DAMAGE as error:
         raise JpqError(f"{path} is damaged, or no file of tensors ({short(error)}).") from error
 
 
+def _loaded(path: Path) -> Any:
+    """What torch makes of the file; it refuses with advice for those who trust it, of which only the reason is kept."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0].partition(" Please ")[0]
+        raise ValueError(reason or "torch refuses it") from error
+
+
 def _require_zip(file: IO[bytes], size: int) -> None:
     """Raises ValueError where the archive is compressed, or declares more than it has, and for damage."""
+    end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+    if end is None or end[9] - end[5] - end[6] != (76 if end[0] == b"PK\6\6" else 0):
+        raise ValueError("it is not one archive that torch wrote")  # bytes in front: Python skips them, torch does not
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         top = entries[0].filename.partition("/")[0] + "/" if entries else ""
-        if len({e.filename for e in entries}) < len(entries) or not all(e.filename.startswith(top) for e in entries):
+        alike = len({e.filename.lower() for e in entries}) < len(entries)  # torch looks them up without their case
+        if alike or not all(e.filename.startswith(top) for e in entries):
             raise ValueError("it is not one archive that torch wrote")
         if any(e.compress_type != zipfile.ZIP_STORED or e.compress_size != e.file_size for e in entries):
             raise ValueError("its records are compressed, and torch compresses none: it may unpack to any size")
@@ -105,7 +120,8 @@ def _require_zip(file: IO[bytes], size: int) -> None:
         broken = archive.testzip()
         if broken is not None:
             raise ValueError(f"record {broken[:40]!r} does not match its checksum")
-        found = _declared(io.BytesIO(archive.read(f"{top}data.pkl")))
+        program = archive.read(f"{top}data.pkl")
+        found = _declared(_Bounded(io.BytesIO(program), len(program)))
         room = {e.filename.removeprefix(f"{top}data/"): e.file_size for e in entries}
         for key, declared in found.items():
             if declared > room.get(key, 0):
@@ -117,12 +133,13 @@ def _require_legacy(file: _Bounded) -> None:
     for _ in range(3):
         _Measuring(file).load()
     found = _declared(file)
-    _Measuring(file).load()
+    if not all(type(key) is str for key in row(_Measuring(file).load())):
+        raise ValueError("a storage's key is no text")
     if sum(found.values()) > file.left:
         raise ValueError(f"it declares {sum(found.values()):,} bytes of tensors where {file.left:,} are left")
 
 
-def _declared(file: Any) -> dict[str, int]:
+def _declared(file: _Bounded) -> dict[str, int]:
     """Key of each storage that a pickle refers to -> its bytes, as declared."""
     reader = _Measuring(file)
     reader.load()
@@ -148,17 +165,28 @@ class _Bounded:
         return self.file.readline()
 
 
-class _Named:
+class _Closed:
+    """What a pickle may not change: it would no longer say what torch will see."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("it sets what is inside a storage, or inside what it names")
+
+
+class _Named(_Closed):
     """Stands for something that a pickle names; called, it does nothing but check what a tensor is made of."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, reader: _Measuring) -> None:
+        self.name, self.reader = name, reader
 
-    def __call__(self, *args: Any) -> _Made:
+    def __call__(self, *args: Any) -> Any:
         if self.name not in HARMLESS:
             raise ValueError(f"it wants to run {self.name[:60]}, and jpq runs nothing in a file")
         if self.name in TENSORS:
             _require_tensor(*args[:4])
+        elif self.name == "_codecs.encode":
+            return self.reader.encoded(*args)
+        elif self.name.startswith("collections."):
+            _require_items(self.name, args)
         return _Made()
 
 
@@ -167,10 +195,12 @@ class _Made:
 
     def __setitem__(self, key: Any, value: Any) -> None: ...
 
-    def __setstate__(self, state: Any) -> None: ...
+    def __setstate__(self, state: Any) -> None:
+        if type(state) is not dict:  # a tensor would take a tuple for another storage, of any size
+            raise ValueError("an object's state is no dict")
 
 
-class _Storage:
+class _Storage(_Closed):
     """Stands for a storage: its bytes, and bytes an element (1 where it is untyped: at least that many)."""
 
     def __init__(self, size: int, each: int) -> None:
@@ -180,30 +210,74 @@ class _Storage:
 class _Measuring(pickle._Unpickler):
     """Runs a pickle on stand-ins. Python's own implementation: the one in C makes room for whatever it is told."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: _Bounded) -> None:
         super().__init__(file)
         self.declared: dict[str, int] = {}
+        self.room = file.size  # for bytes that are made from text: each text lies in the file, once
+
+    def encoded(self, text: Any = None, encoding: Any = None, *others: Any) -> bytes:
+        """What pickles of protocol 2 write for bytes. Raises ValueError for any other use: "hex" doubles its text."""
+        if type(text) is not str or encoding != "latin1" or others:
+            raise ValueError("it encodes something else than bytes")
+        self.room -= len(text)
+        if self.room < 0:
+            raise ValueError("it makes more bytes than it has")
+        return text.encode("latin1")
 
     def _refused(self) -> None:
         raise ValueError("it holds objects, not tensors alone, and jpq runs no code of a file")
 
+    def _put(self) -> None:
+        _require_key(self.stack[-2])  # type: ignore[attr-defined]
+        super().load_setitem()  # type: ignore[misc]
+
+    def _put_all(self) -> None:
+        for key in self.stack[::2]:  # type: ignore[attr-defined]
+            _require_key(key)
+        super().load_setitems()  # type: ignore[misc]
+
     dispatch: ClassVar[dict[int, Any]] = {
         **pickle._Unpickler.dispatch,
         **dict.fromkeys(b"".join((pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.OBJ, pickle.INST)), _refused),
+        # what torch does not take either, and what hashes whatever it is given
+        **dict.fromkeys(b"".join((pickle.DICT, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET)), _refused),
         pickle.BYTEARRAY8[0]: _refused,  # makes room for whatever length it is told
+        pickle.SETITEM[0]: _put,
+        pickle.SETITEMS[0]: _put_all,
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        return _Named(f"{module}.{name}")
+        return _Named(f"{module}.{name}", self)
 
     def persistent_load(self, pid: Any) -> _Storage:
         if not isinstance(pid, tuple) or len(pid) < 5 or not isinstance(pid[1], _Named):
             raise ValueError("it ends too early, or torch.save did not write it")
         _, kind, key, _, count = pid[:5]
+        view = pid[5] if len(pid) > 5 else None
+        if type(key) is not str or (view is not None and type(row(list(view))[0]) is not str):
+            raise ValueError("a storage's key is no text")
         each = STORAGES[kind.name.rpartition(".")[2]]
         size = whole(count, 0, 2**62) * each
-        self.declared[str(key)] = max(size, self.declared.get(str(key), 0))
+        self.declared[key] = max(size, self.declared.get(key, 0))
         return _Storage(size, each)
+
+
+def _require_key(key: Any) -> None:
+    """Raises ValueError for what no dict of weights has for a key: nested tuples of few bytes take ever to hash."""
+    if type(key) not in (str, int, float, bool, bytes, type(None)) or (type(key) is int and abs(key) >= 2**61):
+        raise ValueError(f"a dict's key is a {type(key).__name__}")
+
+
+def _require_items(name: str, args: tuple[Any, ...]) -> None:
+    """Raises ValueError where a dict is made from anything but another dict, or (as Python 2 wrote) a list of pairs."""
+    if len(args) > 1 or (args and name == "collections.OrderedDict" and type(args[0]) not in (dict, list)):
+        raise ValueError("a dict is made of something else than pairs")
+    if args and name == "collections.Counter" and type(args[0]) is not dict:
+        raise ValueError("a count is made of something else than a dict")
+    for pair in args[0] if args and type(args[0]) is list else ():
+        if type(pair) not in (list, tuple) or len(pair) != 2:
+            raise ValueError("a dict is made of something else than pairs")
+        _require_key(pair[0])
 
 
 def _require_tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from jpq import costs, ranks
 from jpq.budget import Controller
 from jpq.data import Batches, Data
-from jpq.diverged import diverged, is_finite, require_finite
+from jpq.diverged import diverged, not_finite, require_finite
 from jpq.interruption import Interruption
 from jpq.network.compressed import Compressed, Side
 from jpq.network.read import evaluating
@@ -214,7 +214,7 @@ def fit(
             watch.epoch(row)
             save(phase)
     except KeyboardInterrupt:
-        if not stop.cut and is_finite(net):
+        if not stop.cut and not not_finite(net):
             save(phase)
         raise
 

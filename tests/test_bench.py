@@ -308,8 +308,9 @@ def test_the_pruned_float_model_has_the_channels_of_the_plan(tmp_path):
     assert sizes[racing.FULL] == sizes[racing.INT8] == weights(dense)
     assert sizes[racing.PRUNED] == sum(layer.weight.numel() for n, layer in small.named_modules() if n in plan.layers)
     assert float_layers(paths[racing.INT8])[1] == {}
+    (tmp_path / "plan.json").write_text(plan.to_json())
     with pytest.raises(JpqError, match="does not say which model"):
-        racing.files(plan, (1, 8, 8), paths[racing.FULL], tmp_path)
+        racing.files(tmp_path, (1, 8, 8), tmp_path)
 
 
 @pytest.mark.parametrize(

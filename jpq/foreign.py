@@ -56,8 +56,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"key {twice[:40]!r} twice")
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"key {name[:40]!r} twice")
+            seen.add(name)
     return found
 
 

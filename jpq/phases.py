@@ -72,7 +72,7 @@ class Soft:
         """Go on from `state()`."""
         checkpoint.restore(self.net, state["net"], run.top / checkpoint.NAME)
         self.optim = search_optimizer(self.net, config)
-        self.optim.load_state_dict(state["optimizer"])
+        checkpoint.restore_optimizer(self.optim, state["optimizer"], run.top / checkpoint.NAME)
         self.pressure = dict(state["pressure"])
 
     def moments(self, landed: Compressed) -> dict[Tensor, Any]:
@@ -188,7 +188,8 @@ def learn(
     objective = Objective(model, t.distill, t.temperature, d.gate_weight, controller)
     optim = soft.optim = soft.optim or search_optimizer(net, config)
     if run.is_in("search"):
-        controller.restore(run.saved["controller"])  # type: ignore[index]
+        saved, source = run.saved or {}, run.top / checkpoint.NAME
+        checkpoint.fitted(lambda: controller.restore(saved["controller"]), source)
     train(net, data, phase, objective, optim, run, lambda: {"controller": controller.state()})
     soft.pressure = dict(controller.pressure)
     net.conclude()

@@ -191,6 +191,8 @@ def fit(
     bilevel = objective.controller is not None and isinstance(net, Compressed) and net.held_out
     parts = data.train.halves() if bilevel else (data.train,)
     steps = len(parts) * min(len(part) for part in parts)
+    if len(phase.losses) > steps:
+        raise JpqError(f"The checkpoint is of {len(phase.losses)} steps in an epoch of {steps}. Run without --resume.")
     watch.phase(phase.title, phase.epochs, steps)
     try:
         for epoch in range(phase.done, phase.epochs):

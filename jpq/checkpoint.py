@@ -72,6 +72,12 @@ def _require(state: Mapping[str, Any]) -> None:
         require_tensors(state[name])
     for name in ("optimizer", *({"soft", "controller"} & state.keys())):
         foreign.table(state[name])
+    soft = state.get("soft")
+    if soft:
+        require_tensors(soft["net"])
+        foreign.table(soft["optimizer"])
+        if not all(type(force) is float and math.isfinite(force) for force in foreign.table(soft["pressure"]).values()):
+            raise ValueError("a multiplier is no finite number")
     if not all(isinstance(t, Tensor) for t in (state["random"], *foreign.row(state["random_cuda"]))):
         raise ValueError("the state of its random numbers is no tensor")
     if texts[1] == PHASES[-1]:
@@ -116,6 +122,8 @@ def restore_optimizer(optim: torch.optim.Optimizer, state: Mapping[str, Any], so
                 known = optim.state.get(parameter, {})
                 if known and {"step", *MOMENTS} - known.keys():
                     raise ValueError("moments are missing")
+                if known and not math.isfinite(float(known["step"])):
+                    raise ValueError("a step that is no number")
                 for name in MOMENTS if known else ():
                     if known[name].shape != parameter.shape or not known[name].isfinite().all():
                         raise ValueError("moments that are not of their parameters")

@@ -486,6 +486,14 @@ def test_a_mask_is_measured_before_it_is_unpacked() -> None:
             from_json(json.dumps({**plan, "masks": {"a": mask}}), "plan.json")
 
 
+def test_masks_are_added_up_before_any_is_unpacked() -> None:
+    mask = {"rows": 2**17, "n": 2**14, "bits": MaskPlan.of(torch.ones(1, 8)).bits}  # 2^31 units, as declared
+    names = {f"a{i}": mask for i in range(3)}
+    plan = {"format": 1, "method": "dpf", "layers": {}, "kept": {}, "slices": {}, "model": {}, "masks": names}
+    with pytest.raises(JpqError, match=f"'{3 * 2**31}' where a whole number from 0 to {2**32} belongs"):
+        from_json(json.dumps(plan), "plan.json")
+
+
 def test_amounts_are_short() -> None:
     start = time.perf_counter()
     for text in ("1e999999999%", "9" * 10**6, "1e99999999", "0." + "0" * 10**6 + "1%"):

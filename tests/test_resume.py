@@ -197,6 +197,25 @@ def test_requests_to_stop() -> None:
     assert stop.cut
 
 
+def test_nothing_is_heard_after_the_end() -> None:
+    before, done = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)], []
+    try:
+        with Interruption() as stop:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except KeyboardInterrupt:
+                stop.end(for_good=True)
+                for number in (signal.SIGINT, signal.SIGTERM) * 3:
+                    os.kill(os.getpid(), number)
+                    done.append(number)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert len(done) == 6
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+
+
 def test_threads_hear_no_signals() -> None:
     said = []
 

@@ -394,6 +394,19 @@ def test_a_folder_removed_meanwhile(tmp_path: Path) -> None:
         jpq.optimize(asked, Does("search", 3, lambda: shutil.rmtree(folder_of(asked))), final=False)
 
 
+def test_a_folder_that_cannot_be_synced_holds_the_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = os.fsync
+
+    def refuses_folders(handle: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(22, "Invalid argument")
+        plain(handle)
+
+    monkeypatch.setattr(os, "fsync", refuses_folders)
+    replace_file(tmp_path / "file", lambda part: part.write_text("new"))
+    assert (tmp_path / "file").read_text() == "new"
+
+
 @pytest.mark.parametrize("limit", [3_000, 100_000])
 def test_files_that_may_not_grow(limit: int, whole_trial: Path, tmp_path: Path) -> None:
     path = tmp_path / "file"

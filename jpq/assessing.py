@@ -42,6 +42,8 @@ def run(wanted: Evaluate, console: Console) -> None:
     from jpq.train import evaluate
 
     single = wanted.saved.is_file()
+    if single and (wanted.saved.suffix == ".pt2" or wanted.saved.name.endswith(".qonnx.onnx")):
+        raise JpqError(f"{wanted.saved} is for other tools than runtimes. Give the run's folder, or its model.onnx.")
     folder = wanted.saved.parent if single else wanted.saved
     known = (folder / "config.toml").is_file()
     if not known and not single:

@@ -21,6 +21,7 @@ from jpq.types import JpqError
 if TYPE_CHECKING:
     from jpq.racing import Time
 
+USUAL = ("onnxruntime",)
 SHOWN = 6  # layers left in floating point that are named
 
 
@@ -47,9 +48,9 @@ class Bench:
     """CPU threads. Default: 1, and for the comparison of a run's models 1 and 2. (Predictions are checked with as many
     as their table was measured with.)"""
     batch: tuple[int, ...] = (1,)
-    """Samples at a time, for the comparison of a run's models."""
+    """Samples at a time, for the comparison of a run's models, and for files (whose batch may be fixed)."""
     runtime: str = "onnxruntime"
-    """For that comparison: onnxruntime, openvino, or both (onnxruntime,openvino)."""
+    """For the same: onnxruntime, openvino, or both (onnxruntime,openvino)."""
     repeats: int = 60
     """Timed calls of everything; the median counts."""
     run_code: bool = False
@@ -127,18 +128,29 @@ def _models(wanted: Bench, console: Console) -> None:
         console.print(f"{escape(str(path))}: {line}", soft_wrap=True, highlight=False)
         if path.is_dir() and (path / "plan.json").is_file():
             _race(path, wanted, runtimes, console)
+        elif path.is_file() and (tuple(runtimes), wanted.batch, len(wanted.threads) < 2) != (USUAL, (1,), True):
+            _alone(path, wanted, runtimes, console)
+
+
+def _alone(file: Path, wanted: Bench, runtimes: Sequence[str], console: Console) -> None:
+    """One file in every setting that was asked for, calls and all: a line each."""
+    from jpq import racing
+    from jpq.progress import ms
+
+    for t in racing.race({str(file): file}, runtimes, wanted.threads or (1,), wanted.batch, wanted.repeats):
+        line = f"{file}: {ms(t.median_ms)} in {_setting(t)}"
+        console.print(escape(line), soft_wrap=True, highlight=False)
 
 
 def _race(folder: Path, wanted: Bench, runtimes: Sequence[str], console: Console) -> None:
     """The run's model beside the one that it began with: a table, and where layers are left in floating point."""
     from jpq import racing
     from jpq.exporters.timing import Runner, float_layers
-    from jpq.plan import read
 
     small = folder / "model.onnx"
     shape = Runner(small).shapes[0][1:]
     with TemporaryDirectory() as place:
-        paths = racing.files(read(folder / "plan.json"), shape, small, Path(place))
+        paths = racing.files(folder, shape, Path(place), wanted.run_code)
         threads = wanted.threads or (1, 2)
         with Bar(console=console, transient=True) as bar:
             total = len(paths) * len(runtimes) * len(threads) * len(wanted.batch) * wanted.repeats
@@ -154,12 +166,14 @@ def _race(folder: Path, wanted: Bench, runtimes: Sequence[str], console: Console
         console.print(f"... and {len(left) - SHOWN} more", highlight=False)
 
 
+def _setting(t: Time) -> str:
+    threads = "1 thread" if t.threads == 1 else f"{t.threads} threads"
+    return f"{t.runtime}, {threads}, batch {t.batch}, median of {t.n} turns"
+
+
 def _table(times: Sequence[Time]) -> Table:
     """One setting: a row for each model."""
-    t = times[0]
-    threads = "1 thread" if t.threads == 1 else f"{t.threads} threads"
-    title = f"{t.runtime}, {threads}, batch {t.batch}, median of {t.n} turns"
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title=title, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title=_setting(times[0]), title_justify="left")
     for name in ("model", "median", "p95", "speed", "in float", "file"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for t in times:

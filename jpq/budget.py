@@ -152,5 +152,9 @@ class Controller:
         return {"start": dict(self.start), "pressure": dict(self.pressure)}
 
     def restore(self, state: Mapping[str, Mapping[str, float]]) -> None:
-        """Go on from `state()`."""
+        """Go on from `state()`. Raises ValueError for that of other targets."""
+        costs = {target.cost for target in self.goals}
+        for part in (state["start"], state["pressure"]):
+            if part.keys() != costs or not all(0 < value < math.inf for value in part.values()):
+                raise ValueError("a controller of other targets")
         self.start, self.pressure = dict(state["start"]), dict(state["pressure"])

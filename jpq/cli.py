@@ -49,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     console, errors = Console(), Console(stderr=True)
     try:
-        with Interruption():
-            code = _dispatch(args, console)
+        with Interruption() as stop:
+            try:
+                code = _dispatch(args, console)
+            except KeyboardInterrupt as stopped:
+                stop.end(for_good=argv is None)
+                return _stopped(args, stopped, errors)
         console.file.flush()
         return code
     except SystemExit as end:  # the parser's --help and its errors; a pipe that rich found closed
@@ -58,12 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt as stopped:
-        again = [arg for arg in args if arg not in ("--resume", "--no-resume")]
-        how = f" Go on with: jpq {shlex.join(again)} --resume" if args[:1] == ["optimize"] else ""
-        how = f" Go on with: jpq {shlex.join(args)}" if args[:1] == ["study"] else how
-        _say(errors, f"Stopped.{escape(how)}")
-        return 128 + getattr(stopped, "number", 2)
+    except KeyboardInterrupt as stopped:  # between one thing and the other
+        return _stopped(args, stopped, errors)
     except OSError as error:
         _say_error(errors, f"{error.filename or 'A file'}: {error.strerror or error}.")
         return 2
@@ -74,8 +74,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _stopped(args: Sequence[str], stopped: KeyboardInterrupt, errors: Console) -> int:
+    """Say how to go on; the exit code."""
+    again = [arg for arg in args if arg not in ("--resume", "--no-resume")]
+    how = f" Go on with: jpq {shlex.join(again)} --resume" if args[:1] == ["optimize"] else ""
+    how = f" Go on with: jpq {shlex.join(args)}" if args[:1] == ["study"] else how
+    _say(errors, f"Stopped.{escape(how)}")
+    return 128 + getattr(stopped, "number", 2)
+
+
 def _say_error(errors: Console, text: str) -> None:
-    _say(errors, f"[bold red]error:[/] {escape(' '.join(text.split()))}")
+    """In one line; names from files may hold what a terminal would obey."""
+    plain = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    _say(errors, f"[bold red]error:[/] {escape(plain)}")
 
 
 def _say(errors: Console, text: str) -> None:

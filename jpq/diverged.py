@@ -11,15 +11,31 @@ from jpq.network.read import heard
 from jpq.types import JpqError
 
 
-def is_finite(net: nn.Module) -> bool:
-    """Whether every parameter is a number."""
-    return all(bool(p.isfinite().all()) for p in net.parameters())
+def not_finite(net: nn.Module) -> list[str]:
+    """Names of the parameters and buffers that are to be saved and hold NaN or infinity, parameters first."""
+    parameters = {name for name, _ in net.named_parameters()}
+    found = net.state_dict().items()
+    bad = [n for n, t in found if isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all()]
+    return sorted(bad, key=lambda name: name not in parameters)
 
 
 def require_finite(net: nn.Module, x: Tensor, phase: str, done: int) -> None:
-    """Raise JpqError where a parameter is not a number, naming what is not finite first on the batch `x`."""
-    if not is_finite(net):
+    """Raise JpqError where a parameter is not a number, naming what is not finite first on the batch `x`; or a buffer.
+
+    BatchNorm's running variance overflows before any loss does: it is of squares.
+    """
+    bad = not_finite(net)
+    if bad and bad[0] in dict(net.named_parameters()):
         raise JpqError(diverged(net, x, phase, done))
+    require_buffers(net, f"phase {phase}, epoch {done + 1}")
+
+
+def require_buffers(net: nn.Module, when: str) -> None:
+    """Raise JpqError where a model cannot be saved as it stands: something in it is NaN or infinite."""
+    bad = not_finite(net)
+    if bad:
+        raise JpqError(f"'{bad[0]}' of the model is NaN or infinite ({when}): what it is measured from is larger than "
+                       "numbers of 32 bits can be. Look for bad samples in the data, or lower --lr.")  # fmt: skip
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ def replace_file(path: Path, write_to: Callable[[Path], object]) -> None:
         write_to(part)
         _to_disk(part)
         os.replace(part, path)
-        _to_disk(path.parent)
+        with suppress(OSError):  # the file is in its place; some systems sync no folders
+            _to_disk(path.parent)
     except Exception as error:
         refused = _refused(error)
         if refused is None:

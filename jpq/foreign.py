@@ -55,8 +55,11 @@ def parsed(text: str) -> Any:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)[:40]!r} twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"key {name[:40]!r} twice")
+            seen.add(name)
     return found
 
 
@@ -82,7 +85,9 @@ def require_no_code(what: str, name: str, source: Path | str, way_out: str) -> N
 def whole(value: Any, low: int, high: int) -> int:
     """A whole number within bounds. Raises ValueError for anything else: true, 1.5, "3"."""
     if type(value) is not int or not low <= value <= high:
-        raise ValueError(f"{str(value)[:40]!r} where a whole number from {low} to {high} belongs")
+        plain = isinstance(value, str | int | float | None)  # others may nest, and take ever to spell out
+        seen = repr(str(value)[:40]) if plain else f"a {type(value).__name__}"
+        raise ValueError(f"{seen} where a whole number from {low} to {high} belongs")
     return value
 
 

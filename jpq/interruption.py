@@ -29,7 +29,7 @@ class Interruption:
     def __init__(self) -> None:
         self.number = 0  # of the signal that asked; 0: nobody did
         self.cut = False  # whether something that must stay whole has been cut through
-        self._busy = False
+        self._busy = self._deaf = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -48,7 +48,15 @@ class Interruption:
             signal.signal(number, handler)
         self._before.clear()
 
+    def end(self, for_good: bool) -> None:
+        """Hear no more: what is left is to say that it stopped. `for_good`: this process ends after that."""
+        self._deaf = True
+        if for_good:
+            self._before = dict.fromkeys(self._before, signal.SIG_IGN)
+
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._deaf:
+            return
         first, self.number = not self.number, self.number or number
         waits = self._busy if first else number == signal.SIGTERM
         if not waits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -41,6 +42,8 @@ class Journal:
 
     def __post_init__(self) -> None:
         self.top = self.folder  # where checkpoint and history lie
+        self.weights = _checksum(self.config.task.weights)  # of the file that this run begins with
+        self.data = ""  # checksum of the data
         if self.config.run.resume:
             self.saved = ranks.from_first(self._found)
         if self.saved:
@@ -53,9 +56,17 @@ class Journal:
         ends = (self.folder / "result.json", self.folder / report.FRONT)
         if saved is None and any(path.exists() for path in ends):
             raise JpqError(f"Nothing to go on with: {self.folder} holds a finished run. Start anew without --resume.")
-        if saved and saved["settings"] != self.config.hash():
+        if saved and (saved["settings"] != self.config.hash() or saved["budget"] >= len(self.config.each())):
             raise JpqError(f"The checkpoint in {self.folder} belongs to other settings; run without --resume.")
+        if saved and saved.get("weights", self.weights) != self.weights:
+            raise JpqError(_changed(f"--weights {self.config.task.weights}"))
         return saved
+
+    def require_data(self, checksum: str) -> None:
+        """Take the checksum of the data that this run learns from. Raises JpqError where it began with others."""
+        self.data = checksum
+        if self.saved and self.saved.get("data", checksum) != checksum:
+            raise JpqError(_changed(f"--data {self.config.task.data}"))
 
     def at(self, budget: int, label: str, folder: Path) -> Journal:
         """The same run at one of several budgets: its own folder and notes, everything else shared."""
@@ -83,6 +94,8 @@ class Journal:
         state = {
             "kind": checkpoint.KIND,
             "settings": self.config.hash(),
+            "weights": self.weights,
+            "data": self.data,
             "phase": phase.name,
             "budget": self.budget,
             "done": phase.done,
@@ -100,12 +113,16 @@ class Journal:
         """If the checkpoint lies in this phase: put its state in place."""
         if not self.saved or not self.is_in(phase.name):
             return
-        checkpoint.restore(net, self.saved["net"], self.top / checkpoint.NAME)
-        optim.load_state_dict(self.saved["optimizer"])
-        torch.set_rng_state(self.saved["random"])
-        if self.saved["random_cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(self.saved["random_cuda"])
-        phase.done, phase.losses = int(self.saved["done"]), list(self.saved["losses"])
+        saved, source = self.saved, self.top / checkpoint.NAME
+        checkpoint.restore(net, saved["net"], source)
+        checkpoint.restore_optimizer(optim, saved["optimizer"], source)
+        checkpoint.fitted(lambda: torch.set_rng_state(saved["random"]), source)
+        if saved["random_cuda"] and torch.cuda.is_available():
+            checkpoint.fitted(lambda: torch.cuda.set_rng_state_all(saved["random_cuda"]), source)
+        phase.done, phase.losses = saved["done"], list(saved["losses"])
+        if phase.done + bool(phase.losses) > phase.epochs:
+            raise JpqError(f"{source} is of more epochs than phase {phase.title} has ({phase.done} of {phase.epochs}). "
+                           f"{checkpoint.AWAY}")  # fmt: skip
 
     def is_in(self, phase: str) -> bool:
         """Whether the checkpoint lies in this phase."""
@@ -121,7 +138,19 @@ class Journal:
 
 def _place(state: Mapping[str, Any]) -> tuple[int, int]:
     """Where a run stands: at which budget, in which phase of it."""
-    return int(state.get("budget", 0)), ("float", "search", "fine-tune").index(state["phase"])
+    return int(state.get("budget", 0)), checkpoint.PHASES.index(state["phase"])
+
+
+def _checksum(path: Path | None) -> str:
+    """sha256 of a file; "" where none is given, or there: who reads it says that."""
+    if path is None or not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _changed(what: str) -> str:
+    return f"{what} is no longer the one that this run began with. Run without --resume."
 
 
 def _clock(earlier: float = 0.0) -> Callable[[], float]:

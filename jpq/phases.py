@@ -17,6 +17,7 @@ from jpq.budget import Controller, Target
 from jpq.closing import Closing, open_share, within
 from jpq.config import BY_HAND, Config
 from jpq.data import Data
+from jpq.diverged import require_buffers
 from jpq.exporters import verify
 from jpq.exporters.quantized import rebuild
 from jpq.gates import Ranked
@@ -71,7 +72,7 @@ class Soft:
         """Go on from `state()`."""
         checkpoint.restore(self.net, state["net"], run.top / checkpoint.NAME)
         self.optim = search_optimizer(self.net, config)
-        self.optim.load_state_dict(state["optimizer"])
+        checkpoint.restore_optimizer(self.optim, state["optimizer"], run.top / checkpoint.NAME)
         self.pressure = dict(state["pressure"])
 
     def moments(self, landed: Compressed) -> dict[Tensor, Any]:
@@ -187,7 +188,8 @@ def learn(
     objective = Objective(model, t.distill, t.temperature, d.gate_weight, controller)
     optim = soft.optim = soft.optim or search_optimizer(net, config)
     if run.is_in("search"):
-        controller.restore(run.saved["controller"])  # type: ignore[index]
+        saved, source = run.saved or {}, run.top / checkpoint.NAME
+        checkpoint.fitted(lambda: controller.restore(saved["controller"]), source)
     train(net, data, phase, objective, optim, run, lambda: {"controller": controller.state()})
     soft.pressure = dict(controller.pressure)
     net.conclude()
@@ -237,3 +239,4 @@ def fine_tune(
     settled = lambda: {"plan": plan.to_json(), "opened": run.opened, "metrics": run.metrics, **more()}  # noqa: E731
     train(net, data, phase, objective, optim, run, settled)
     run.timed("fine-tune", lambda: reestimate(net, data.train.epoch(phase.before + phase.epochs)))
+    require_buffers(net, "after its statistics were measured anew")

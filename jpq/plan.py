@@ -17,7 +17,7 @@ from jpq import foreign
 from jpq.types import JpqError, Units
 
 FORMAT = 1
-MOST_UNITS = 2**34  # of one mask
+MOST_UNITS = 2**32  # of all masks together
 WIDEST = 2**24  # channels of one layer
 
 
@@ -108,7 +108,7 @@ def from_json(text: str, source: str) -> Plan:
                 name: tuple(foreign.flag(u) for u in foreign.row(units))
                 for name, units in foreign.table(tree["kept"]).items()
             },
-            masks={name: _mask(value) for name, value in foreign.table(tree.get("masks", {})).items()},
+            masks=_masks(foreign.table(tree.get("masks", {}))),
             structures=_structures(tree),
             slices={
                 name: {_dim(dim): _indices(index) for dim, index in foreign.table(dims).items()}
@@ -133,13 +133,19 @@ def _end(value: Any) -> EndPlan:
     return EndPlan(foreign.whole(given["bits"], 2, 8), foreign.flag(given["signed"]))
 
 
+def _masks(tree: Mapping[str, Any]) -> dict[str, MaskPlan]:
+    """By layer. Bits are deflated: all that they declare is added up before any of them is inflated."""
+    found = {name: _mask(value) for name, value in tree.items()}
+    foreign.whole(sum(mask.rows * mask.n for mask in found.values()), 0, MOST_UNITS)
+    for mask in found.values():
+        mask.check()
+    return found
+
+
 def _mask(value: Any) -> MaskPlan:
     given = foreign.table(value)
     rows, n = (foreign.whole(given[name], 1, MOST_UNITS) for name in ("rows", "n"))
-    foreign.whole(rows * n, 1, MOST_UNITS)
-    mask = MaskPlan(rows, n, foreign.text(given["bits"], foreign.MOST))
-    mask.check()
-    return mask
+    return MaskPlan(rows, n, foreign.text(given["bits"], foreign.MOST))
 
 
 def _dim(text: str) -> int:

@@ -30,9 +30,8 @@ from jpq.exporters.select import insert
 from jpq.exporters.timing import Runner, float_layers, take_turns
 from jpq.network.resize import apply_slices
 from jpq.network.unpack import unpacked
-from jpq.plan import LayerPlan, Plan
+from jpq.plan import EndPlan, LayerPlan, Plan, read
 from jpq.quantizers import Integer
-from jpq.types import JpqError
 
 FULL, PRUNED, INT8, SMALL = "fp32", "fp32, pruned", "int8", "compressed"
 
@@ -55,16 +54,15 @@ class Time:
     n: int
 
 
-def files(plan: Plan, shape: Sequence[int], compressed: Path, folder: Path) -> dict[str, Path]:
-    """The four models as ONNX files, three of them written into `folder`.
+def files(run: Path, shape: Sequence[int], folder: Path, run_code: bool = False) -> dict[str, Path]:
+    """The four models of a run as ONNX files, three of them written into `folder`; `run_code`: see `models.of_plan`.
 
-    `shape`: one sample without the batch. Raises JpqError where the plan does not say which model it belongs to.
+    `shape`: one sample without the batch. Raises JpqError where the run's plan does not say which model it belongs to.
     """
-    try:
-        made = models.build(str(plan.model["name"]), int(plan.model["classes"]), int(plan.model["channels"]))
-    except KeyError as error:
-        raise JpqError(f"The plan of this run does not say which model it belongs to ({error}).") from error
-    return {**others(unpacked(made).eval(), plan, shape, folder), SMALL: compressed}
+    source = run / "plan.json"
+    plan = read(source)
+    made = models.of_plan(plan, source, run / "model.safetensors", run_code)
+    return {**others(unpacked(made).eval(), plan, shape, folder), SMALL: run / "model.onnx"}
 
 
 def others(dense: nn.Module, plan: Plan, shape: Sequence[int], folder: Path) -> dict[str, Path]:
@@ -72,7 +70,8 @@ def others(dense: nn.Module, plan: Plan, shape: Sequence[int], folder: Path) -> 
     example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     pruned = insert(apply_slices(copy.deepcopy(dense), plan.slices), plan.selects)
     wide = {name: LayerPlan(8, 8, layer.signed) for name, layer in plan.layers.items()}
-    int8 = build(Plan("int8", wide, {}, ends=plan.ends), dense)
+    ends = {name: EndPlan(8, end.signed) for name, end in plan.ends.items()}
+    int8 = build(Plan("int8", wide, {}, ends=ends), dense)
     grids = [m for m in int8.modules() if isinstance(m, Integer)]
     for i, grid in enumerate(grids):  # no two alike: a runtime would merge them
         grid.log_threshold.data.fill_(i / len(grids))

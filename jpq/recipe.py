@@ -66,6 +66,7 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "", fina
 
     data = ranks.in_turn(lambda: read_data(config, device))  # 1
     ranks.require_same(data.checksum, "a data set")
+    run.require_data(data.checksum)
     known_classes(d.classes, data)
     model = dense_model(config, data, device)
     network = trace(model, data.example, open_norms=d.open_norms)  # 2

@@ -2,7 +2,8 @@
 
 A file that torch.save wrote is a pickle, which is a program. Before torch.load(weights_only=True) sees it, its pickle
 is run here with stand-ins for everything that it names: nothing is imported or called, and what is learned is which
-storages and tensors it declares. These must lie within the bytes that the file really has: torch believes them.
+storages and tensors it declares (`pickles`). These must lie within the bytes that the file really has: torch believes
+them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import zlib
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,24 +24,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jpq.foreign import require_file, row, table, tree_of, whole
+from jpq.pickles import DEEP, Bounded, Measuring
 from jpq.types import JpqError
 
 HEADER = 10**8  # bytes of a safetensors header, as its own reader has it
-DEEP = 64  # dims of a tensor
 SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4,
     "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
-STORAGES = {
-    "ByteStorage": 1, "CharStorage": 1, "BoolStorage": 1, "UntypedStorage": 1, "ShortStorage": 2, "HalfStorage": 2,
-    "BFloat16Storage": 2, "IntStorage": 4, "FloatStorage": 4, "LongStorage": 8, "DoubleStorage": 8,
-    "ComplexFloatStorage": 8, "ComplexDoubleStorage": 16,
-}  # fmt: skip
-TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
-HARMLESS = (
-    *TENSORS, "torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state", "torch.Size",
-    "torch.device", "collections.OrderedDict", "collections.Counter", "collections.defaultdict", "_codecs.encode",
-)  # fmt: skip
+MAGIC = b"PK\3\4"  # of a zip archive
 # what a reader of a damaged file may raise: of pickles, of zips, and of torch
 DAMAGE = (
     pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, KeyError,
@@ -79,24 +71,38 @@ def torch_of(path: Path) -> Any:
     size = require_file(path)
     try:
         with path.open("rb") as file:
-            if zipfile.is_zipfile(file):
+            zipped = file.read(len(MAGIC)) == MAGIC  # as torch tells them apart; a zip's directory is at its end
+            file.seek(0)
+            if zipped:
                 _require_zip(file, size)
             else:
-                file.seek(0)
-                _require_legacy(_Bounded(file, size))
-        return torch.load(path, map_location="cpu", weights_only=True)
+                _require_legacy(Bounded(file, size))
+        return _loaded(path)
     except RecursionError as error:
         raise JpqError(f"{path} nests deeper than any weights do.") from error
     except DAMAGE as error:
         raise JpqError(f"{path} is damaged, or no file of tensors ({short(error)}).") from error
 
 
+def _loaded(path: Path) -> Any:
+    """What torch makes of the file; it refuses with advice for those who trust it, of which only the reason is kept."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0].partition(" Please ")[0]
+        raise ValueError(reason or "torch refuses it") from error
+
+
 def _require_zip(file: IO[bytes], size: int) -> None:
     """Raises ValueError where the archive is compressed, or declares more than it has, and for damage."""
+    end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+    if end is None or end[9] - end[5] - end[6] != (76 if end[0] == b"PK\6\6" else 0):
+        raise ValueError("it is not one archive that torch wrote")  # bytes in front: Python skips them, torch does not
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         top = entries[0].filename.partition("/")[0] + "/" if entries else ""
-        if len({e.filename for e in entries}) < len(entries) or not all(e.filename.startswith(top) for e in entries):
+        alike = len({e.filename.lower() for e in entries}) < len(entries)  # torch looks them up without their case
+        if alike or not all(e.filename.startswith(top) for e in entries):
             raise ValueError("it is not one archive that torch wrote")
         if any(e.compress_type != zipfile.ZIP_STORED or e.compress_size != e.file_size for e in entries):
             raise ValueError("its records are compressed, and torch compresses none: it may unpack to any size")
@@ -105,115 +111,30 @@ def _require_zip(file: IO[bytes], size: int) -> None:
         broken = archive.testzip()
         if broken is not None:
             raise ValueError(f"record {broken[:40]!r} does not match its checksum")
-        found = _declared(io.BytesIO(archive.read(f"{top}data.pkl")))
+        program = archive.read(f"{top}data.pkl")
+        found = _declared(Bounded(io.BytesIO(program), len(program)))
         room = {e.filename.removeprefix(f"{top}data/"): e.file_size for e in entries}
         for key, declared in found.items():
             if declared > room.get(key, 0):
                 raise ValueError(f"it declares {declared:,} bytes where it has {room.get(key, 0):,}")
 
 
-def _require_legacy(file: _Bounded) -> None:
+def _require_legacy(file: Bounded) -> None:
     """The same for files from before torch 1.6: four pickles, a fifth with the storages' keys, then their bytes."""
     for _ in range(3):
-        _Measuring(file).load()
+        Measuring(file).load()
     found = _declared(file)
-    _Measuring(file).load()
+    if not all(type(key) is str for key in row(Measuring(file).load())):
+        raise ValueError("a storage's key is no text")
     if sum(found.values()) > file.left:
         raise ValueError(f"it declares {sum(found.values()):,} bytes of tensors where {file.left:,} are left")
 
 
-def _declared(file: Any) -> dict[str, int]:
+def _declared(file: Bounded) -> dict[str, int]:
     """Key of each storage that a pickle refers to -> its bytes, as declared."""
-    reader = _Measuring(file)
+    reader = Measuring(file)
     reader.load()
     return reader.declared
-
-
-class _Bounded:
-    """A file that refuses to be asked for more than it holds: room would be made for all of that."""
-
-    def __init__(self, file: IO[bytes], size: int) -> None:
-        self.file, self.size = file, size
-
-    @property
-    def left(self) -> int:
-        return self.size - self.file.tell()
-
-    def read(self, count: int) -> bytes:
-        if count > self.left:
-            raise EOFError(f"{count:,} bytes are announced and {self.left:,} are left")
-        return self.file.read(count)
-
-    def readline(self) -> bytes:
-        return self.file.readline()
-
-
-class _Named:
-    """Stands for something that a pickle names; called, it does nothing but check what a tensor is made of."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, *args: Any) -> _Made:
-        if self.name not in HARMLESS:
-            raise ValueError(f"it wants to run {self.name[:60]}, and jpq runs nothing in a file")
-        if self.name in TENSORS:
-            _require_tensor(*args[:4])
-        return _Made()
-
-
-class _Made:
-    """Stands for an object that a pickle makes; it forgets what is put into it."""
-
-    def __setitem__(self, key: Any, value: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
-
-
-class _Storage:
-    """Stands for a storage: its bytes, and bytes an element (1 where it is untyped: at least that many)."""
-
-    def __init__(self, size: int, each: int) -> None:
-        self.size, self.each = size, each
-
-
-class _Measuring(pickle._Unpickler):
-    """Runs a pickle on stand-ins. Python's own implementation: the one in C makes room for whatever it is told."""
-
-    def __init__(self, file: Any) -> None:
-        super().__init__(file)
-        self.declared: dict[str, int] = {}
-
-    def _refused(self) -> None:
-        raise ValueError("it holds objects, not tensors alone, and jpq runs no code of a file")
-
-    dispatch: ClassVar[dict[int, Any]] = {
-        **pickle._Unpickler.dispatch,
-        **dict.fromkeys(b"".join((pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.OBJ, pickle.INST)), _refused),
-        pickle.BYTEARRAY8[0]: _refused,  # makes room for whatever length it is told
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        return _Named(f"{module}.{name}")
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        if not isinstance(pid, tuple) or len(pid) < 5 or not isinstance(pid[1], _Named):
-            raise ValueError("it ends too early, or torch.save did not write it")
-        _, kind, key, _, count = pid[:5]
-        each = STORAGES[kind.name.rpartition(".")[2]]
-        size = whole(count, 0, 2**62) * each
-        self.declared[str(key)] = max(size, self.declared.get(str(key), 0))
-        return _Storage(size, each)
-
-
-def _require_tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> None:
-    """Raises ValueError where a tensor is larger than its storage, or lies outside it."""
-    if not isinstance(storage, _Storage) or len(shape) != len(stride) or len(shape) > DEEP:
-        raise ValueError("a tensor without a storage")
-    sides, steps = ([whole(n, 0, 2**62) for n in part] for part in (shape, stride))
-    last = whole(offset, 0, 2**62) + sum((n - 1) * step for n, step in zip(sides, steps, strict=True))
-    if prod(sides) and max(prod(sides), last + 1) * storage.each > storage.size:
-        raise ValueError(f"a tensor of {sides} does not lie within its {storage.size:,} bytes")
 
 
 def short(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from jpq import costs, ranks
 from jpq.budget import Controller
 from jpq.data import Batches, Data
-from jpq.diverged import diverged, is_finite, require_finite
+from jpq.diverged import diverged, not_finite, require_finite
 from jpq.interruption import Interruption
 from jpq.network.compressed import Compressed, Side
 from jpq.network.read import evaluating
@@ -191,6 +191,8 @@ def fit(
     bilevel = objective.controller is not None and isinstance(net, Compressed) and net.held_out
     parts = data.train.halves() if bilevel else (data.train,)
     steps = len(parts) * min(len(part) for part in parts)
+    if len(phase.losses) > steps:
+        raise JpqError(f"The checkpoint is of {len(phase.losses)} steps in an epoch of {steps}. Run without --resume.")
     watch.phase(phase.title, phase.epochs, steps)
     try:
         for epoch in range(phase.done, phase.epochs):
@@ -214,7 +216,7 @@ def fit(
             watch.epoch(row)
             save(phase)
     except KeyboardInterrupt:
-        if not stop.cut and is_finite(net):
+        if not stop.cut and not not_finite(net):
             save(phase)
         raise
 

@@ -3,8 +3,9 @@
 Weights are random: time does not depend on them. A budget is met by channels until 8 bits fit it, or (at 1 %) by fewer
 channels and 4 bits: a CPU's time follows MACs and integer kernels, not bits below 8. Results before sums and poolings
 are rounded (output_bits=8) but for the rows that say "float results". All models of one architecture take turns in one
-process; a ratio is the median of the turns' ratios. "clock": with one thread the processor's time too, which other
-processes on the machine hardly disturb (they do disturb the wall clock, and two threads most of all).
+process; a ratio to fp32 is the median of the turns' ratios, one to int8 that of the two medians. "clock": with one
+thread the processor's time too, which other processes on the machine hardly disturb (they do disturb the wall clock,
+and two threads most of all).
 
     python studies/speed.py --model torchvision:resnet18 --rounds 40
 """

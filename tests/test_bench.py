@@ -295,6 +295,21 @@ def test_a_run_is_raced_against_what_it_began_with(run, capsys):
     assert [" ".join(row[-5:-2]) for row in rows if row[0] == "fp32"] == ["4 of 4"] * 2
 
 
+def one_node(sides):
+    """An ONNX model of one Relu, whose input is of a fixed size."""
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, sides) for name in "xy"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "one", ends[:1], ends[1:])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
+
+
+def test_a_file_is_timed_in_every_setting(run, capsys):
+    file = str(run.folder / "model.onnx")
+    assert main(["bench", file, "--repeats", "3", "--threads", "1", "2", "--batch", "1", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    settings = [f"onnxruntime, {t}, batch {b}, median of 3 turns" for t in ("1 thread", "2 threads") for b in (1, 4)]
+    assert [line.partition(" ms in ")[2] for line in lines[1:]] == settings
+
+
 def test_the_pruned_float_model_has_the_channels_of_the_plan(tmp_path):
     torch.manual_seed(0)
     dense = build("convnet", 10, 1).eval()
@@ -308,8 +323,9 @@ def test_the_pruned_float_model_has_the_channels_of_the_plan(tmp_path):
     assert sizes[racing.FULL] == sizes[racing.INT8] == weights(dense)
     assert sizes[racing.PRUNED] == sum(layer.weight.numel() for n, layer in small.named_modules() if n in plan.layers)
     assert float_layers(paths[racing.INT8])[1] == {}
+    (tmp_path / "plan.json").write_text(plan.to_json())
     with pytest.raises(JpqError, match="does not say which model"):
-        racing.files(plan, (1, 8, 8), paths[racing.FULL], tmp_path)
+        racing.files(tmp_path, (1, 8, 8), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -322,6 +338,11 @@ def test_the_pruned_float_model_has_the_channels_of_the_plan(tmp_path):
         (["evaluate", "few.onnx", "--data", "digits"], "not a row of 10 classes"),
         (["bench", "wide.onnx", "--runtime", "tvm"], "Unknown runtime 'tvm'"),
         (["bench", "wide.onnx", "--batch", "0"], "--batch 0: at least one"),
+        (["bench", "fixed.onnx", "--batch", "4", "--repeats", "2"], "takes 1 samples at a time, not --batch 4"),
+        (["bench", "huge.onnx"], "is of 4,294,967,296 numbers"),
+        (["evaluate", "model.qonnx.onnx", "--data", "digits"], "Give the run's folder, or its model.onnx"),
+        (["evaluate", "model.pt2", "--data", "digits"], "Give the run's folder, or its model.onnx"),
+        (["bench", "\x1b[31mred"], "?[31mred is not there"),
         (["bench", "--model", "convnet", "--table", "t.csv", "--threads", "1", "2"], "one number of threads"),
         (["optimize", "--target-bops", "1%", "--formats", "onnx,pt3"], "Did you mean pt2"),
         (["optimize", "--target-bops", "1%", "--onnx-weights", "int3"], "Unknown type of weights 'int3'"),
@@ -331,7 +352,10 @@ def test_the_pruned_float_model_has_the_channels_of_the_plan(tmp_path):
 )
 def test_bad_files_and_names_are_one_sentence(args, why, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("text.onnx").write_text("no model")
+    for name in ("text.onnx", "model.qonnx.onnx", "model.pt2"):
+        Path(name).write_text("no model")
+    onnx.save(one_node((1, 4)), "fixed.onnx")
+    onnx.save(one_node((2**16, 2**16)), "huge.onnx")
     exporter.export_float(nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
                           torch.randn(2, 3, 8, 8), Path("wide.onnx"))  # fmt: skip
     exporter.export_float(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), EXAMPLE, Path("few.onnx"))

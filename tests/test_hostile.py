@@ -31,6 +31,7 @@ from test_cli import refused
 import jpq
 from jpq import bench, checkpoint, handover, mapping, models, report, settings
 from jpq.budget import parse
+from jpq.cli import main
 from jpq.exporters.packed import load_packed
 from jpq.exporters.timing import Runner
 from jpq.foreign import text_of, tree_of
@@ -317,6 +318,91 @@ def test_tensors_larger_than_their_file(
         torch_of(path)
 
 
+def text_in_pickle(text: str) -> bytes:
+    return pickle.BINUNICODE + struct.pack("<I", len(text)) + text.encode()
+
+
+DEEP = pickle.EMPTY_TUPLE + (pickle.BINPUT + b"\1" + pickle.BINGET + b"\1" + pickle.TUPLE2) * 40  # 2^40 leaves
+CODECS, ORDERED = b"c_codecs\nencode\n", b"ccollections\nOrderedDict\n"
+LATIN = text_in_pickle("latin1") + pickle.TUPLE2 + pickle.REDUCE
+STORAGE = (pickle.MARK + text_in_pickle("storage") + b"ctorch\nFloatStorage\n" + text_in_pickle("0")
+           + text_in_pickle("cpu") + b"K\x48" + pickle.TUPLE + pickle.BINPERSID)  # fmt: skip
+SLOW = {
+    "a dict's key": pickle.EMPTY_DICT + DEEP + pickle.NONE + pickle.SETITEM,
+    "several keys": pickle.EMPTY_DICT + pickle.MARK + DEEP + pickle.NONE + pickle.SETITEMS,
+    "a dict at once": pickle.MARK + DEEP + pickle.NONE + pickle.DICT,
+    "a set": pickle.EMPTY_SET + pickle.MARK + DEEP + pickle.ADDITEMS,
+    "a frozen set": pickle.MARK + DEEP + pickle.FROZENSET,
+    "a storage's key": STORAGE.replace(text_in_pickle("0"), DEEP),
+    "an ordered dict": ORDERED + pickle.EMPTY_LIST + DEEP + pickle.NONE + pickle.TUPLE2 + pickle.APPEND + pickle.TUPLE1
+    + pickle.REDUCE,
+    "a count": b"ccollections\nCounter\n" + pickle.EMPTY_LIST + DEEP + pickle.APPEND + pickle.TUPLE1 + pickle.REDUCE,
+    "a state": ORDERED + pickle.EMPTY_TUPLE + pickle.REDUCE + pickle.EMPTY_LIST + DEEP + pickle.NONE + pickle.TUPLE2
+    + pickle.APPEND + pickle.BUILD,
+    "a shape": b"ctorch._utils\n_rebuild_tensor\n" + pickle.MARK + STORAGE + b"K\0" + DEEP + DEEP + pickle.TUPLE
+    + pickle.REDUCE,
+    "hex": CODECS * 41 + text_in_pickle("a") + LATIN + (text_in_pickle("hex") + pickle.TUPLE2 + pickle.REDUCE) * 40,
+    "many copies": pickle.MARK + CODECS + text_in_pickle("a" * 10**5) + pickle.BINPUT + b"\1" + LATIN
+    + (CODECS + pickle.BINGET + b"\1" + LATIN) * 10**4 + pickle.TUPLE,
+    "a storage that says it is larger": STORAGE + pickle.EMPTY_DICT + text_in_pickle("size") + b"J\0\0\0\x7f"
+    + pickle.SETITEM + pickle.BUILD,
+    "a tensor put on another storage": b"ctorch._utils\n_rebuild_tensor\n" + pickle.MARK + STORAGE + b"K\0K\x48"
+    + pickle.TUPLE1 + b"K\1" + pickle.TUPLE1 + pickle.TUPLE + pickle.REDUCE + pickle.MARK + STORAGE
+    + b"K\0J\0\0\0\x7f" + pickle.TUPLE1 + b"K\1" + pickle.TUPLE1 + pickle.TUPLE + pickle.BUILD,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SLOW)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickles_that_would_take_ever(what: str, zipped: bool, tmp_path: Path) -> None:
+    path, start = tmp_path / "w.pth", time.perf_counter()
+    program = pickle.PROTO + b"\2" + SLOW[what] + pickle.STOP
+    torch.save({"0.weight": torch.ones(72)}, path, _use_new_zipfile_serialization=zipped)
+    if zipped:
+        rezipped(path, lambda n, d: (n, program if n.endswith("data.pkl") else d))
+    else:
+        heads = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {}]
+        path.write_bytes(b"".join(pickle.dumps(x, 2) for x in heads) + program + pickle.dumps(["0"], 2) + bytes(296))
+    with bounded(), pytest.raises(JpqError, match="is damaged, or no file of tensors"):
+        torch_of(path)
+    assert time.perf_counter() - start < SECONDS
+
+
+def test_the_file_that_is_measured_is_the_one_that_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"a": torch.zeros(8)}, path)
+    good = path.read_bytes()
+    torch.save({"a": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes() + good)  # Python sees the archive at its end, torch what is in front
+    assert torch_of(path)["a"].shape == (3,)
+    path.write_bytes(good + good)  # and of two archives Python takes the second one's directory
+    with pytest.raises(JpqError, match="not one archive"):
+        torch_of(path)
+    for name in ("DATA.PKL", "Data.pkl"):  # torch looks for names without their case
+        torch.save({"0.weight": torch.ones(72)}, path)
+        with zipfile.ZipFile(path, "a") as archive:
+            top = archive.namelist()[0].partition("/")[0]
+            archive.writestr(f"{top}/{name}", declared(2**14, (2**14,), (1,))("data.pkl", b"")[1])
+        with pytest.raises(JpqError, match="not one archive"):
+            torch_of(path)
+
+
+def test_what_torch_refuses_is_said_without_its_advice(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"a": torch.zeros(8)}, path, pickle_protocol=4)
+    with pytest.raises(JpqError, match=r"\(Unsupported operand \d+\)\.$"):
+        torch_of(path)
+
+
+def test_what_python_2_wrote_still_loads(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"0": torch.ones(72)}, path)
+    pairs = pickle.EMPTY_LIST + pickle.EMPTY_LIST + b"U\1a" + pickle.APPEND + b"K\7" + pickle.APPEND + pickle.APPEND
+    program = pickle.PROTO + b"\2" + ORDERED + pairs + pickle.TUPLE1 + pickle.REDUCE + pickle.STOP
+    rezipped(path, lambda n, d: (n, program if n.endswith("data.pkl") else d))
+    assert torch_of(path) == {"a": 7}
+
+
 def test_what_is_right_still_loads(tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     state = {"a": torch.rand(3, 4).t(), "b": torch.rand(6)[2:4], "h": torch.rand(2).bfloat16(), "n": torch.tensor(3)}
@@ -367,6 +453,13 @@ def test_json_that_is_none_of_ours(text: str) -> None:
         tree_of(text, "plan.json")
 
 
+def test_a_key_twice_among_many_is_found_at_once() -> None:
+    start = time.perf_counter()
+    with pytest.raises(JpqError, match="key 'z' twice"):
+        tree_of("{" + ",".join(f'"k{i}":0' for i in range(40_000)) + ',"z":0,"z":1}', "plan.json")
+    assert time.perf_counter() - start < 2
+
+
 def test_only_plain_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # nobody will ever write to it
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path, tmp_path / "none", Path("a\0b")):
@@ -391,6 +484,14 @@ def test_a_mask_is_measured_before_it_is_unpacked() -> None:
         mask = {"rows": rows, "n": n, "bits": bomb.bits}
         with bounded(), pytest.raises(JpqError, match="not a plan"):
             from_json(json.dumps({**plan, "masks": {"a": mask}}), "plan.json")
+
+
+def test_masks_are_added_up_before_any_is_unpacked() -> None:
+    mask = {"rows": 2**17, "n": 2**14, "bits": MaskPlan.of(torch.ones(1, 8)).bits}  # 2^31 units, as declared
+    names = {f"a{i}": mask for i in range(3)}
+    plan = {"format": 1, "method": "dpf", "layers": {}, "kept": {}, "slices": {}, "model": {}, "masks": names}
+    with pytest.raises(JpqError, match=f"'{3 * 2**31}' where a whole number from 0 to {2**32} belongs"):
+        from_json(json.dumps(plan), "plan.json")
 
 
 def test_amounts_are_short() -> None:
@@ -431,9 +532,12 @@ def test_files_cannot_name_code_to_run(
         assert f"--{what} {name}:make" in refused(["optimize", "--config", "run/config.toml"], capsys)
     assert "--run-code" in refused(["evaluate", "run"], capsys)
     assert "--run-code" in refused(["export", "run", "--out", "again"], capsys)
+    assert "--run-code" in refused(["bench", "run", "--repeats", "2", "--threads", "1"], capsys)
     assert not (tmp_path / "ran").exists()
     with pytest.raises(KeyError, match="it ran"):
         jpq.load(run, run_code=True)
+    with pytest.raises(KeyError, match="it ran"):
+        main(["bench", "run", "--repeats", "2", "--threads", "1", "--run-code"])
 
 
 def test_onnx_files_cannot_reach_out(files: Path, tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ LAYERS = [
         "pareto",
     },
     {"ranks", "tensor_files"},
+    {"pickles"},
     {"foreign"},
     {"types", "files", "usage", "formats", "interruption"},
 ]

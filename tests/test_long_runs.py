@@ -25,23 +25,22 @@ from jpq.costs import LayerUse
 from jpq.types import JpqError
 
 RATES = st.floats(-6, 1).map(lambda power: 10.0**power)
-ONLY = r"|The loss is not a number in phase .* Lower --lr .*"  # all that may go wrong
+# all that may go wrong
+ONLY = r"|The loss is not a number in phase .* Lower --lr .*|.* of the model is NaN or infinite .* lower --lr\."
 METHODS = ("djpq", "l0", "dpf", "bayesian-bits", "ranked", "gdp", "pdp", "dhp")
 
 
 def meets_or_says(asked: Config) -> str:
-    """What the JpqError says; "" where the run ended with a model within its budget."""
-    said = ""
+    """What the JpqError says, or what is wrong with the model; "" where the run ended with one within its budget."""
     try:
         result = jpq.optimize(asked, final=False)
     except JpqError as error:
-        said = str(error)
-    if not said:
-        assert all(target["reached"] <= target["limit"] for target in result.targets.values())
-        assert all(math.isfinite(row.loss) for row in result.history)
-        state = jpq.load(result.folder)[0].state_dict().values()
-        assert all(t.isfinite().all() for t in state if t.is_floating_point())
-    return said
+        return str(error)
+    over = [name for name, target in result.targets.items() if target["reached"] > target["limit"]]
+    bad = [row for row in result.history if not math.isfinite(row.loss)]
+    state = jpq.load(result.folder)[0].state_dict()
+    bad += [name for name, t in state.items() if t.is_floating_point() and not t.isfinite().all()]
+    return f"over {over}, not finite {bad}" if over or bad else ""
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +101,18 @@ def test_odd_data(method: str, data: str, tmp_path: Path) -> None:
         asked,
         task=replace(asked.task, data=f"odd_data:{data}", model="resnet8" if data == "blank_channel" else "convnet"),
         decide=replace(asked.decide, method=method, density=0.6),
-        train=replace(asked.train, epochs=3),
+        train=replace(asked.train, epochs=3, float_epochs=6),
     )
+    if data in ("huge_values", "outlier"):  # squares of such pixels are beyond numbers of 32 bits
+        with pytest.raises(JpqError, match=r"'[\w.]+' of the model is NaN or infinite|output of layer '[\w.]+'"):
+            jpq.optimize(asked)
+        return
     result = jpq.optimize(asked)
+    assert isinstance(jpq.load(result.folder)[0], torch.nn.Module), "and it refuses what is not finite"
     assert result.verified["rebuilt_vs_onnxruntime"]["argmax_differs"] == 0
     assert all(target["reached"] <= target["limit"] for target in result.targets.values())
     assert all(math.isfinite(row.loss) for row in result.history)
-    learnt = data not in ("black", "grey", "huge_values", "outlier")
+    learnt = data not in ("black", "grey")
     assert result.float.accuracy == 1.0 or not learnt
 
 

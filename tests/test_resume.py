@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import re
@@ -17,6 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 import kills
 from kills import MOMENTS, again
+from safetensors.torch import load_file, save_file
 
 import jpq
 from jpq import checkpoint, report
@@ -68,9 +71,10 @@ class After(Silent):
 def told(folder: Path) -> tuple[object, ...]:
     """Everything that two runs must agree on: plan, weights, packed and exported model, history but its seconds."""
     lines = (folder / "history.csv").read_text().splitlines()
-    names = ("plan.json", "model.safetensors", "model.packed", "model.onnx", "layers.csv")
-    files = [(folder / name).read_bytes() for name in names if (folder / name).is_file()]
-    seconds = lines[0].split(",").index("seconds") if lines else 0
+    final = (folder / "model.onnx").is_file()  # a trial is neither exported nor packed
+    names = ("plan.json", "model.safetensors", "layers.csv", *(("model.packed", "model.onnx") if final else ()))
+    files = [(name, (folder / name).read_bytes()) for name in names]
+    seconds = lines[0].split(",").index("seconds")
     rows = [[cell for i, cell in enumerate(line.split(",")) if i != seconds] for line in lines]
     return rows, files
 
@@ -205,6 +209,25 @@ def test_requests_to_stop() -> None:
     assert stop.cut
 
 
+def test_nothing_is_heard_after_the_end() -> None:
+    before, done = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)], []
+    try:
+        with Interruption() as stop:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except KeyboardInterrupt:
+                stop.end(for_good=True)
+                for number in (signal.SIGINT, signal.SIGTERM) * 3:
+                    os.kill(os.getpid(), number)
+                    done.append(number)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert len(done) == 6
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+
+
 def test_threads_hear_no_signals() -> None:
     said = []
 
@@ -223,6 +246,73 @@ def test_a_finished_run_says_so(tmp_path: Path) -> None:
     asked = kills.tiny(tmp_path)
     jpq.optimize(asked, final=False)
     with pytest.raises(JpqError, match="holds a finished run"):
+        jpq.optimize(again(asked), final=False)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    asked = kills.tiny(tmp_path_factory.mktemp("stopped"))
+    with pytest.raises(KeyboardInterrupt):
+        jpq.optimize(asked, After("search", STEPS + 3, KeyboardInterrupt), final=False)
+    return asked
+
+
+Change = Callable[[dict[str, Any]], object]
+WRONG: dict[str, Change] = {
+    "settings": lambda s: s.pop("settings"),
+    "phase": lambda s: s.update(phase="x"),
+    "a list of phases": lambda s: s.update(phase=[]),
+    "history": lambda s: s["history"][0].pop("loss"),
+    "seconds": lambda s: s["history"][0].update(seconds="x"),
+    "net": lambda s: s.update(net=3),
+    "NaN": lambda s: [v.fill_(math.nan) for v in s["net"].values() if v.is_floating_point()],
+    "optimizer": lambda s: s.update(optimizer={}),
+    "rates": lambda s: s["optimizer"]["param_groups"][0].update(peak="x"),
+    "moments": lambda s: [v.update(exp_avg=torch.zeros(2)) for v in s["optimizer"]["state"].values()],
+    "steps": lambda s: [v.update(step="x") for v in s["optimizer"]["state"].values()],
+    "random": lambda s: s.update(random=torch.zeros(3)),
+    "done": lambda s: s.update(done="x"),
+    "too many done": lambda s: s.update(done=99),
+    "fewer than none done": lambda s: s.update(done=-1),
+    "losses": lambda s: s.update(losses=None),
+    "an infinite loss": lambda s: s.update(losses=[math.inf]),
+    "too many losses": lambda s: s.update(losses=[1.0] * 1000),
+    "controller": lambda s: s.update(controller={}),
+    "pressure": lambda s: s["controller"].update(pressure={"bops": math.nan}),
+    "budget": lambda s: s.update(budget="x"),
+    "another budget": lambda s: s.update(budget=7),
+    "soft": lambda s: s.update(soft={"net": 3}),
+    "no plan": lambda s: s.update(phase="fine-tune"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_checkpoint_with_a_wrong_field_is_one_sentence(what: str, stopped: Config) -> None:
+    path = folder_of(stopped) / checkpoint.NAME
+    good = path.read_bytes()
+    saved = torch.load(path)
+    WRONG[what](saved)
+    torch.save(saved, path)
+    try:
+        with pytest.raises(JpqError, match=r"(?i)run without --resume\.$"):
+            jpq.optimize(again(stopped), final=False)
+    finally:
+        path.write_bytes(good)
+
+
+def test_other_weights_behind_the_same_name_are_noticed(whole_trial: Path, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    shutil.copy(whole_trial / "float.safetensors", path)
+    asked = kills.tiny(tmp_path)
+    asked = replace(asked, task=replace(asked.task, weights=path))
+    with pytest.raises(KeyboardInterrupt):
+        jpq.optimize(asked, After("search", 3, KeyboardInterrupt), final=False)
+    saved = torch.load(folder_of(asked) / checkpoint.NAME)
+    torch.save({**saved, "data": "0" * 64}, folder_of(asked) / checkpoint.NAME)
+    with pytest.raises(JpqError, match=r"--data digits is no longer the one that this run began with"):
+        jpq.optimize(again(asked), final=False)
+    save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(JpqError, match=r"--weights .* is no longer the one that this run began with"):
         jpq.optimize(again(asked), final=False)
 
 
@@ -314,6 +404,19 @@ def test_a_folder_removed_meanwhile(tmp_path: Path) -> None:
     asked = kills.tiny(tmp_path)
     with pytest.raises(JpqError, match="Its folder is gone"):
         jpq.optimize(asked, Does("search", 3, lambda: shutil.rmtree(folder_of(asked))), final=False)
+
+
+def test_a_folder_that_cannot_be_synced_holds_the_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = os.fsync
+
+    def refuses_folders(handle: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(22, "Invalid argument")
+        plain(handle)
+
+    monkeypatch.setattr(os, "fsync", refuses_folders)
+    replace_file(tmp_path / "file", lambda part: part.write_text("new"))
+    assert (tmp_path / "file").read_text() == "new"
 
 
 @pytest.mark.parametrize("limit", [3_000, 100_000])

@@ -28,7 +28,9 @@ WIDEST = 127  # largest integer of a weight in the file
 
 
 def fold_norms(model: onnx.ModelProto) -> int:
-    """Fold what can be folded, in place; how many normalisations went."""
+    """Fold what can be folded, in place; how many normalisations went: none where nodes hold graphs of their own."""
+    if nested(model):  # graphs inside nodes read values that are not counted here
+        return 0
     graph = model.graph
     known = {t.name: t for t in graph.initializer}
     known |= {
@@ -48,8 +50,7 @@ def fold_norms(model: onnx.ModelProto) -> int:
                 gone.append(norm)
     for norm in gone:
         graph.node.remove(norm)
-    if not nested(model):
-        drop_unread(graph)
+    drop_unread(graph)
     return len(gone)
 
 

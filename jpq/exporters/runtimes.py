@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from jpq.exporters.onnx import Session
+from jpq.exporters.timing import require_room
 from jpq.network.read import tensors
 from jpq.types import JpqError, unknown
 
@@ -44,7 +45,8 @@ class OpenVinoRunner:
         feed = []
         for port in self._request.model_inputs:
             sides = [batch if side.is_dynamic else side.get_length() for side in port.partial_shape]
-            feed.append(rng.normal(size=sides).astype(port.get_element_type().to_dtype()))
+            require_room(sides, f"{path}: input '{port.any_name}'")
+            feed.append(rng.standard_normal(sides, np.float32).astype(port.get_element_type().to_dtype(), copy=False))
         self._feed = feed
 
     def __call__(self) -> None:

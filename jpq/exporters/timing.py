@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import tempfile
@@ -16,6 +17,7 @@ import onnxruntime
 
 from jpq.types import JpqError
 
+MOST = 2**28  # numbers of one input
 TYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
 
 
@@ -39,15 +41,26 @@ class Runner:
                 raise JpqError(f"{_name(model)}: input '{x.name}' is a {x.type}; {', '.join(TYPES)} can be made up.")
             sides = [n if isinstance(n, int) and n > 0 else batch for n in x.shape]  # where the batch is free
             self.shapes.append(tuple(sides))
+            if sides and len(self._session.get_inputs()) == 1 and sides[0] != batch > 1:
+                raise JpqError(f"{_name(model)} takes {sides[0]} samples at a time, not --batch {batch}.")
+            require_room(sides, f"{_name(model)}: input '{x.name}'")
             kind = TYPES[x.type]
-            drawn = rng.normal(size=sides) if kind is np.float32 else rng.integers(0, 2, sides)
-            self._binding.bind_cpu_input(x.name, np.ascontiguousarray(drawn.astype(kind)))
+            plain = kind is np.float32
+            drawn = rng.standard_normal(sides, np.float32) if plain else rng.integers(0, 2, sides, np.uint8)
+            self._binding.bind_cpu_input(x.name, np.ascontiguousarray(drawn.astype(kind, copy=False)))
         for y in self._session.get_outputs():
             self._binding.bind_output(y.name, "cpu")
 
     def __call__(self) -> None:
         """Compute once."""
         self._session.run_with_iobinding(self._binding)
+
+
+def require_room(sides: Sequence[int], what: str) -> None:
+    """Raise JpqError where an input has more numbers than can be made up."""
+    if math.prod(sides) > MOST:
+        raise JpqError(f"{what} is of {math.prod(sides):,} numbers ({'x'.join(map(str, sides))}), and at most {MOST:,} "
+                       "are made up. Give a smaller --batch, or a model of smaller inputs.")  # fmt: skip
 
 
 def take_turns(

@@ -200,8 +200,10 @@ def summary() -> str:
         *lines, "",
         "Hypervolume on the test split of the models that held-out accuracy chose, down to a budget of 0.5 % (four "
         "budgets from 4 %). one run: `djpq` down the budgets; separate: a `djpq` run for each; random and tpe: "
-        "`jpq study --per block`. A model at 0.5 % that is always right would cover 2.07. "
-        "`python studies/front_digits.py`, `front_fashion_mnist.py`, `resnet20_cifar10.py --front`.", "",
+        "`jpq study --per block`. A model at 0.5 % that is always right would cover 2.07. ResNet8: 10,000 training "
+        "images, ResNet20: 5,000, whose few steps a search of channels and bits pays for. "
+        "`python studies/front_digits.py`, "
+        "`python studies/front_fashion_mnist.py`, `python studies/resnet20_cifar10.py --front`.", "",
     ])  # fmt: skip
 
 

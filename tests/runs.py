@@ -64,7 +64,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(result: Result) -> Outcome:
-    model, _ = jpq.load(result.folder)
+    model, _ = jpq.load(result.folder, run_code=True)
     return Outcome(
         [repr(replace(row, seconds=0.0)) for row in result.history],
         result.compressed,

@@ -233,7 +233,7 @@ def summary(front: Front) -> list[str]:
 
     n, on = len(front.points), len(front.best)
     words = " and ".join(WORDS[cost] for cost in front.costs)
-    lines = [f"{n} runs, {on} on the front of held-out accuracy and {words}, {n - on} dominated."]
+    lines = [f"{n} run{'s' * (n > 1)}, {on} on the front of held-out accuracy and {words}, {n - on} dominated."]
     chance = percent(max(p.chance for p in front.points))
     unit = "accuracy x decades" + (" of each" if len(front.costs) > 1 else "")
     lines.append(

@@ -151,7 +151,7 @@ def _title(front: Front) -> str:
     first = front.points[0]
     n = len(front.points)
     return (
-        f"{first.model} on {first.data}: {n} runs, {len(front.best)} on the front"
+        f"{first.model} on {first.data}: {n} run{'s' * (n > 1)}, {len(front.best)} on the front"
         if n > 1
         else f"{first.model}: one run"
     )

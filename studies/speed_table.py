@@ -27,7 +27,7 @@ def speed() -> str:
     first = table.iloc[0]
     lines += [
         "",
-        f"Random weights, one image, onnxruntime {first.onnxruntime} on {first.hardware} shared with other work; "
+        f"Random weights, one image, onnxruntime {first.onnxruntime} on {first.hardware} otherwise idle; "
         f"medians of {first.n} turns in one process: the processor's time with one thread, the wall clock's ratios "
         "with two. int8: all channels at 8 bits, results rounded. Float results: without `--output-bits`. "
         "`python studies/speed.py`.",

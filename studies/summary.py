@@ -1,6 +1,6 @@
 """The figures that README shows, made from the CSVs in results/ and written between its markers.
 
-python studies/summary.py [figures] [coverage] [methods] [claims]
+python studies/summary.py [figures] [coverage] ...: the names of SECTIONS; all of them without any
 """
 
 import sys
@@ -254,29 +254,6 @@ SECTIONS = {
     "claims": claims, "speed": speed_table.speed, "detection": lambda: detectors.summary() + "\n",
     "one run": one_run.summary, "faults": faults.summary, "fronts": fronts.summary,
 }  # fmt: skip
-
-
-def one_run() -> str:
-    """One run down several budgets beside a run for each."""
-    table = pd.read_csv(HERE / "results" / "one_run.csv")
-    lines = []
-    for data, runs in table.groupby("data", sort=False):
-        targets = list(dict.fromkeys(runs.target))
-        lines += ["| " + " | ".join(["", *(f"% right at {t}" for t in targets), "epochs", "seconds"]) + " |"]
-        lines += ["|" + "---|" * (len(targets) + 3)]
-        for kind, mine in runs.groupby("kind", sort=False):
-            by = mine.groupby("target").accuracy
-            cells = [f"{100 * by.mean()[t]:.2f} ({100 * by.min()[t]:.2f} to {100 * by.max()[t]:.2f})" for t in targets]
-            seconds = mine.groupby("seed").seconds.max().mean()
-            lines += ["| " + " | ".join([kind, *cells, str(mine.trained.iloc[0]), f"{seconds:.0f}"]) + " |"]
-        lines += [
-            "",
-            f"{runs.model.iloc[0]} on {data}, n = {runs.seed.nunique()}, the same float weights "
-            f"({100 * runs.float_accuracy.mean():.2f} % right), test split, epochs and processor seconds of the whole "
-            f"front without the float model; {runs.hardware.iloc[0]} (`python studies/one_run.py`).",
-            "",
-        ]
-    return "\n".join(lines)
 
 
 def main() -> None:

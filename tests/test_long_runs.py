@@ -62,26 +62,18 @@ def at_rates(weights: Path, out: Path, method: str, lr: float, gate_lr: float, b
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
 
 
-@settings(max_examples=3, **QUIET)
-@example(method="djpq", lr=10.0, gate_lr=10.0, bit_lr=10.0)
-@example(method="l0", lr=1e-6, gate_lr=10.0, bit_lr=10.0)
-@example(method="djpq", lr=1e-6, gate_lr=1e-6, bit_lr=1e-6)
-@given(method=st.sampled_from(METHODS), lr=RATES, gate_lr=RATES, bit_lr=RATES)
-def test_any_learning_rate(
-    method: str, lr: float, gate_lr: float, bit_lr: float, float_weights: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    said = meets_or_says(at_rates(float_weights, tmp_path_factory.mktemp("run"), method, lr, gate_lr, bit_lr))
-    assert re.fullmatch(ONLY, said)
+@pytest.mark.parametrize("examples", [3, pytest.param(25, marks=pytest.mark.slow)])
+def test_any_learning_rate(examples: int, float_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    @settings(max_examples=examples, **QUIET)
+    @example(method="djpq", lr=10.0, gate_lr=10.0, bit_lr=10.0)
+    @example(method="l0", lr=1e-6, gate_lr=10.0, bit_lr=10.0)
+    @example(method="djpq", lr=1e-6, gate_lr=1e-6, bit_lr=1e-6)
+    @given(method=st.sampled_from(METHODS), lr=RATES, gate_lr=RATES, bit_lr=RATES)
+    def ends_in_a_model_or_a_sentence(method: str, lr: float, gate_lr: float, bit_lr: float) -> None:
+        said = meets_or_says(at_rates(float_weights, tmp_path_factory.mktemp("run"), method, lr, gate_lr, bit_lr))
+        assert re.fullmatch(ONLY, said)
 
-
-@pytest.mark.slow
-@settings(max_examples=25, **QUIET)
-@given(method=st.sampled_from(METHODS), lr=RATES, gate_lr=RATES, bit_lr=RATES)
-def test_any_learning_rate_at_length(
-    method: str, lr: float, gate_lr: float, bit_lr: float, float_weights: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    said = meets_or_says(at_rates(float_weights, tmp_path_factory.mktemp("run"), method, lr, gate_lr, bit_lr))
-    assert re.fullmatch(ONLY, said)
+    ends_in_a_model_or_a_sentence()
 
 
 ODD = ("one_left_over", "black", "grey", "blank_channel", "rare_class", "absent_class", "one_class", "huge_values",

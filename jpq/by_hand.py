@@ -18,8 +18,10 @@ from jpq.allocators import rank
 from jpq.allocators.evidence import Batches
 from jpq.budget import Target, meets, spent
 from jpq.config import Decide
+from jpq.landing import ranked as ranking
 from jpq.landing import soft
 from jpq.network.compressed import Compressed
+from jpq.network.multiples import nearest
 from jpq.plan import Plan
 from jpq.scores import Score
 from jpq.types import JpqError, unknown
@@ -87,9 +89,9 @@ def share(text: str) -> float:
     raise ValueError("give the share that stays, above 0 and at most 1, such as 0.5 or 50%")
 
 
-def stay(density: float, n: int) -> int:
-    """How many of n units a density leaves: the nearest whole number, at least one."""
-    return max(1, min(n, round(density * n)))
+def stay(density: float, counts: Sequence[int]) -> int:
+    """How many units a density leaves, of a site that may keep so many or so many: the nearest."""
+    return nearest(counts, round(density * counts[-1]))
 
 
 def ranked(net: Compressed, decide: Decide, score: Score, batches: Batches) -> Plan:
@@ -107,14 +109,13 @@ def plan(net: Compressed, decide: Decide) -> Plan:
     """
     decisions = soft(net)
     now = decisions.plan
-    sites = {site.name: site.n for site in net.sites}
-    shares = said("--densities", decide.densities or "", list(sites), share, 1.0)
+    shares = said("--densities", decide.densities or "", [site.name for site in net.sites], share, 1.0)
     widest = (decide.w_bits[1], decide.a_bits[1])
     pairs = said("--bits", decide.bits or "", list(now.layers), widths, widest)
     kept = {}
     for name, margins in decisions.margins.items():
-        best = sorted(range(len(margins)), key=lambda u: (-margins[u], u))[: stay(shares[name], sites[name])]
-        kept[name] = tuple(u in set(best) for u in range(len(margins)))
+        best = set(ranking(margins)[: stay(shares[name], decisions.counts[name])])
+        kept[name] = tuple(u in best for u in range(len(margins)))
     image = {layer.name for layer in net.network.layers if layer.reads_input}
     layers = {
         name: replace(layer, w_bits=pairs[name][0], a_bits=layer.a_bits if name in image else pairs[name][1])

@@ -9,6 +9,8 @@ from jpq.allocators import pick_allocator
 from jpq.config import BY_HAND, MASKED
 from jpq.gates import Gate
 from jpq.methods import GIVEN, METHODS, SAID, Method
+from jpq.network.consumers import per_consumer
+from jpq.network.multiples import MOST as MOST_MULTIPLE
 from jpq.quantizers import WIDTHS, Fixed, Learned, Width
 from jpq.schedule import pick_schedule
 from jpq.scores import pick_score
@@ -60,6 +62,31 @@ def compose(
     if reason:
         raise JpqError(f"--method {method}, --structure {made.structure}, --width {_name(made.width)}: {reason}")
     return made
+
+
+def channel_multiple(method: str, made: Method, asked: int | None) -> int:
+    """Of how many channels sites keep multiples: `asked`, or 1.
+
+    Raises JpqError for a number that makes no sense, and for methods that close no channels, or know how many.
+    """
+    flag = f"--channel-multiple {asked}"
+    if asked is None:
+        return 1
+    if not 1 <= asked <= MOST_MULTIPLE:
+        raise JpqError(f"{flag} is outside 1 to {MOST_MULTIPLE}; 8 and 16 suit most hardware.")
+    reason = ""
+    if made.gate is None:
+        reason = "prunes nothing"
+    elif made.structure != CHANNELS:
+        reason = f"masks weights inside layers ({made.structure}) and drops no channels"
+    elif made.gate.counted:
+        reason = "is told how many channels stay"
+    elif made.sites is per_consumer:
+        reason = "keeps channels for each reader on its own"
+    if reason:
+        free = [n for n, m in METHODS.items() if m.gate and m.structure == CHANNELS and m.sites is not per_consumer]
+        raise JpqError(f"{flag}: method {method} {reason}. Choose --method {_any(free)}.")
+    return asked
 
 
 def _learns(width: str) -> type[Width]:

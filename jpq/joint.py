@@ -16,6 +16,7 @@ from jpq.allocators.evidence import Batches
 from jpq.budget import Controller, targets
 from jpq.closing import Closing, open_share, within
 from jpq.compose import SEARCH, compose
+from jpq.compose import channel_multiple as multiple_of
 from jpq.config import BOPS, MASKED
 from jpq.costs.table import Table
 from jpq.exporters.quantized import rebuild
@@ -159,6 +160,7 @@ def compress(
     table: Table | None = None,
     mask: str | Path | None = None,
     output_bits: int = 0,
+    channel_multiple: int = 1,
 ) -> Joint:
     """A trainable copy of a trained `model`, with gates and quantizers, that will end within its budget.
 
@@ -192,9 +194,9 @@ def compress(
         latency: a target such as "3ms" or "50%", by `table`: measured layers (`jpq.bench.read_table`).
         mask: a mask to hold instead of a method: the folder of `jpq prune-private`, whose weights then are the start,
             or a mask's file alone. Leave `method`, `structure` and `skip` out.
-
         output_bits: also round convolutions' results before sums and poolings to so many bits, so that integer kernels
             compute them (8 is a good choice); 0: leave them in floating point.
+        channel_multiple: channels stay in multiples of so many (8 and 16 suit integer kernels).
 
     Raises JpqError for unknown names, for what does not go together (`jpq.compose.refusal`), and for targets that are
     malformed or cannot be met.
@@ -218,6 +220,7 @@ def compress(
     if method == MASKED and not given:
         raise JpqError("Method masked: there is no mask to hold. Give one as mask=..., or choose a method.")
     how = compose(method, structure, width, score, schedule, classes, allocator)
+    multiple = multiple_of(method, how, channel_multiple)
     by = pick_score(how.score or "l1", classes)
     labelled = [(example_inputs, None)] if evidence is None else evidence
     judge = Judge(lambda: labelled)
@@ -238,7 +241,7 @@ def compress(
     start = start_bits(network, goals, w_bits, a_bits, image_bits, left)
     make = widths(how, w_bits, a_bits, image_bits, start)
     first = given.start(model, sites) if given else model
-    net = attach(first, network, sites, gates(how, density), make, [example_inputs], method, output_bits)
+    net = attach(first, network, sites, gates(how, density), make, [example_inputs], method, output_bits, multiple)
     net = given.put(net) if given else net
     if how.stages:
         place(net, by, allocator, judge, open_share(net, within(net, density)), stages.goal_of(net, density))

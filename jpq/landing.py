@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from jpq.budget import FULL_USE, Target, meets, spent
 from jpq.gates import Given
 from jpq.network.compressed import Compressed
+from jpq.network.multiples import nearest, turn
 from jpq.plan import LayerPlan, MaskPlan, Plan
 from jpq.quantizers import Width
 from jpq.types import JpqError
@@ -38,18 +40,25 @@ class Soft:
     plan: Plan  # as things stand: supplies signs, names and the layers' order
     widths: Mapping[tuple[str, str], Width]  # (layer, "w" | "a")
     margins: Mapping[str, tuple[float, ...]]  # channel site -> unit -> nats above the threshold
+    counts: Mapping[str, tuple[int, ...]]  # channel site -> how many units may stay, ascending
     masks: Mapping[str, Tensor] = field(default_factory=dict)  # layer -> [rows, n] margins, where landing may choose
 
+    @cached_property
+    def order(self) -> dict[str, list[int]]:
+        """Channel site -> its units, the best first."""
+        return {site: ranked(margins) for site, margins in self.margins.items()}
+
     def at(self, shift: float) -> Plan:
-        """The plan that this shift gives; every site keeps at least its best unit."""
+        """The plan that this shift gives; every site keeps at least its best unit, or the fewest that may stay."""
         layers = {}
         for name, layer in self.plan.layers.items():
             w, a = (width.nearest(width.soft() + shift) for width in (self.widths[name, "w"], self.widths[name, "a"]))
             layers[name] = replace(layer, w_bits=w, a_bits=a)
         kept = dict(self.plan.kept)
         for site, margins in self.margins.items():
-            best = max(range(len(margins)), key=margins.__getitem__)
-            kept[site] = tuple(u == best or m + NATS * shift > 0 for u, m in enumerate(margins))
+            above = sum(m + NATS * shift > 0 for m in margins)
+            best = set(self.order[site][: nearest(self.counts[site], above)])
+            kept[site] = tuple(u in best for u in range(len(margins)))
         masks = {name: MaskPlan.of(_above(margins, -NATS * shift)) for name, margins in self.masks.items()}
         return replace(self.plan, layers=layers, kept=kept, masks={**self.plan.masks, **masks})
 
@@ -63,10 +72,12 @@ class Soft:
                 shift = width.switch(bits, more[0]) - width.soft()
                 found.append(Step(shift, f"{name} {side}", _with_bits(plan, name, side, more[0])))
         for site, margins in self.margins.items():
-            closed = [u for u, k in enumerate(plan.kept[site]) if not k]
-            if closed:  # units of one site open in the order of their margins
-                unit = max(closed, key=margins.__getitem__)
-                found.append(Step(-margins[unit] / NATS, site, _with_unit(plan, site, unit, True)))
+            now = sum(plan.kept[site])
+            larger = [c for c in self.counts[site] if c > now]
+            if larger:  # units of one site open in the order of their margins
+                closed = [u for u in self.order[site] if not plan.kept[site][u]][: larger[0] - now]
+                last = closed[turn(now, larger[0]) - now - 1]  # with it, rounding passes to the larger count
+                found.append(Step(-margins[last] / NATS, site, _with_units(plan, site, closed, True)))
         return sorted(found, key=lambda step: step.shift)
 
     def steps_back(self, plan: Plan) -> list[Step]:
@@ -79,10 +90,12 @@ class Soft:
                 shift = width.switch(less[-1], bits) - width.soft()
                 found.append(Step(shift, f"{name} {side}", _with_bits(plan, name, side, less[-1])))
         for site, margins in self.margins.items():
-            open_ = [u for u, k in enumerate(plan.kept[site]) if k]
-            if len(open_) > 1:
-                unit = min(open_, key=margins.__getitem__)
-                found.append(Step(-margins[unit] / NATS, site, _with_unit(plan, site, unit, False)))
+            now = sum(plan.kept[site])
+            smaller = [c for c in self.counts[site] if c < now]
+            if smaller:
+                open_ = [u for u in self.order[site] if plan.kept[site][u]]
+                last = open_[turn(smaller[-1], now) - 1]  # without it, rounding passes to the smaller count
+                found.append(Step(-margins[last] / NATS, site, _with_units(plan, site, open_[smaller[-1] :], False)))
         return sorted(found, key=lambda step: -step.shift)
 
 
@@ -105,9 +118,15 @@ def _with_bits(plan: Plan, name: str, side: str, bits: int) -> Plan:
     return replace(plan, layers={**plan.layers, name: layer})
 
 
-def _with_unit(plan: Plan, site: str, unit: int, open_: bool) -> Plan:
-    """The plan with one unit opened or closed."""
-    kept = tuple(open_ if u == unit else k for u, k in enumerate(plan.kept[site]))
+def ranked(margins: Sequence[float]) -> list[int]:
+    """Units by margin, the best first; of equal ones the first."""
+    return sorted(range(len(margins)), key=lambda u: -margins[u])
+
+
+def _with_units(plan: Plan, site: str, units: Sequence[int], open_: bool) -> Plan:
+    """The plan with units of one site opened or closed."""
+    moved = set(units)
+    kept = tuple(open_ if u in moved else k for u, k in enumerate(plan.kept[site]))
     return replace(plan, kept={**plan.kept, site: kept})
 
 
@@ -129,8 +148,9 @@ def soft(net: Compressed) -> Soft:
     plan = net.plan()  # also shows the gates the weights as they stand
     free = [(s, g) for s, g in zip(net.sites, net.gates, strict=True) if not g.counted]
     margins = {s.name: tuple(g.margin()[0].tolist()) for s, g in free if not s.is_mask}
+    counts = {s.name: net.counts(s) for s, _ in free if not s.is_mask}
     masks = {s.taps[0].layer: g.margin().detach().cpu() for s, g in free if s.is_mask}
-    return Soft(plan, widths, margins, masks)
+    return Soft(plan, widths, margins, counts, masks)
 
 
 def smallest(net: Compressed) -> Plan:
@@ -154,7 +174,7 @@ def require(net: Compressed, goals: Sequence[Target], least: Plan | None = None)
     rigid = [layer.name for layer in net.network.layers if layer.name not in plan.layers]
     stay = f" {len(rigid)} layers cannot be quantized and stay at 32 bits, such as '{rigid[0]}'." if rigid else ""
     counted = any(gate.counted for gate in net.gates)
-    units, less = (given, "keep less") if counted else ("one unit at each site", "")
+    units, less = (given, "keep less") if counted else (fewest(net), "")
     held = any(isinstance(gate, Given) for gate in net.gates)
     units = "the units that --mask keeps" if held else units
     for goal in goals:
@@ -163,12 +183,18 @@ def require(net: Compressed, goals: Sequence[Target], least: Plan | None = None)
             bits = "" if goal.cost in ("macs", "latency") else "allow fewer bits (--w-bits, --a-bits)"
             masks_only = goal.cost == "latency" and bool(net.sites) and all(site.is_mask for site in net.sites)
             drop = "choose a method that drops channels" if masks_only else "" if held else "skip fewer layers"
-            ways = ["" if masks_only or held else less, bits, drop, "raise the target"]
+            finer = "" if net.multiple == 1 else "lower --channel-multiple"
+            ways = ["" if masks_only or held else less, bits, drop, finer, "raise the target"]
             raise JpqError(
                 f"{goal.flag} {goal.asked} ({goal.shown(goal.limit)}) cannot be met: the smallest possible is "
                 f"{goal.shown(share * goal.limit)}, with fewest bits and {units}. "
                 f"{_either(ways)}.{stay}"
             )
+
+
+def fewest(net: Compressed) -> str:
+    """What a site keeps at least, in words."""
+    return "one unit at each site" if net.multiple == 1 else f"{net.multiple} channels, or all, at each site"
 
 
 def _either(ways: Sequence[str]) -> str:

@@ -84,6 +84,9 @@ class Decide:
     output_bits: int = 0
     """Width of convolutions' results before sums and poolings, so that integer kernels compute them: rounding that is
     part of the model that trains (8 is a good choice). 0: those results stay in floating point."""
+    channel_multiple: int | None = None
+    """Keep channels in multiples of so many (8 or 16): integer kernels of CPUs and NPUs work on that many at once, and
+    57 channels can take longer than 64. Layers that have fewer, or another number, may also keep all of theirs."""
     structure: str = ""
     """Where zeros may lie: channels, elementwise, per-output, kernels, 2:4, block:8x4, pattern ... rules gives each
     layer what suits it, search learns that on held-out data, and conv1=pattern,fc=block:8x1 says it. Default: the

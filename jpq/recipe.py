@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from jpq import bench, by_hand, checkpoint, costs, handover, landing, mapping, models, ranks, stages
 from jpq.allocators import rank, start_bits
 from jpq.budget import Target
-from jpq.compose import RULES, SEARCH, compose
+from jpq.compose import RULES, SEARCH, channel_multiple, compose
 from jpq.config import BY_HAND, Config
 from jpq.costs.table import Table
 from jpq.data import Data
@@ -56,6 +56,7 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "", fina
     config = config.check()
     d = config.decide
     method = compose(d.method, d.structure, d.width, d.score, d.schedule, d.classes, d.allocator)
+    multiple = channel_multiple(d.method, method, d.channel_multiple)
     given = handover.read(d.mask) if d.mask else None
     ranks.require_rows(config.train.batch_size)
     run = Journal(config, watch or Silent(), ranks.from_first(lambda: open_folder(config)))
@@ -86,7 +87,7 @@ def optimize(config: Config, watch: Watch | None = None, command: str = "", fina
         start = start_bits(network, next(iter(goals.values())), d.w_bits, d.a_bits, d.image_bits, left)
         make = widths(method, d.w_bits, d.a_bits, d.image_bits, start)
         first = given.start(model, sites) if given else model
-        net = attach(first, network, sites, gates(method, d.density), make, inputs, d.method, d.output_bits)
+        net = attach(first, network, sites, gates(method, d.density), make, inputs, d.method, d.output_bits, multiple)
         return given.put(net) if given else net
 
     def again(model: nn.Module) -> Compressed:

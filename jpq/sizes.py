@@ -56,6 +56,9 @@ def export_lines(result: Result) -> list[tuple[str, str]]:
     left, total = len(e["float_layers"]), e["integer_layers"] + len(e["float_layers"])
     kernels = f"onnxruntime computes {e['integer_layers']} of {total} layers in integers"
     hint = "" if not left else "; --output-bits 8 is for those before sums and poolings"
+    odd = next((x.outputs for x in result.layers if x.outputs < x.outputs_all and x.outputs % 4), None)
+    if odd:
+        hint += f"; channels in multiples of 8 run faster than {odd} (--channel-multiple 8)"
     lines.append(("ONNX", f"opset {e['opset']}, weights in {e['weights']}; {kernels}{hint}"))
     for form, made in e["forms"].items():
         found = made.get("verified", {})

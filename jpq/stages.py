@@ -17,7 +17,7 @@ from jpq import costs
 from jpq.allocators.ranked import require_channels
 from jpq.allocators.uniform import everywhere, uniform
 from jpq.budget import Target, meets
-from jpq.landing import BOTTOM, Soft, land, note, require, soft
+from jpq.landing import BOTTOM, Soft, fewest, land, note, require, soft
 from jpq.network.attach import observe
 from jpq.network.compressed import Compressed
 from jpq.plan import Plan
@@ -102,8 +102,8 @@ def goal_of(net: Compressed, density: float) -> Target:
     if density * full < least:
         share = math.ceil(1000 * least / full) / 1000
         raise JpqError(
-            f"--density {density} cannot be met: with one channel at each site {share} of the MACs stay. "
-            "Raise --density, or skip fewer layers."
+            f"--density {density} cannot be met: with {fewest(net)} {share} of the MACs stay. "
+            f"Raise --density, {'' if net.multiple == 1 else 'lower --channel-multiple, '}or skip fewer layers."
         )
     return Target("macs", str(density), math.floor(density * full))
 

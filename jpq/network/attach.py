@@ -48,6 +48,7 @@ def attach(
     calibration: Batches,
     method: str,
     output_bits: int = 0,
+    channel_multiple: int = 1,
 ) -> Compressed:
     """A copy of `model` with a gate for each site and quantizers on each layer, ranges fitted to `calibration`.
 
@@ -60,6 +61,7 @@ def attach(
         method: recorded in the plan.
         output_bits: also round, to so many bits, convolutions' results that meet a sum, a pooling or several readers,
             so that integer kernels compute them (`network.ends`); 0: leave them in floating point.
+        channel_multiple: of how many channels each site keeps multiples when it lands (`network.multiples`).
 
     Raises JpqError for weights in half precision, parametrized or tied ones. DataParallel and torch.compile come off.
     """
@@ -77,7 +79,9 @@ def attach(
     batches = list(calibration)
     seen = observe(model, network, batches)
     results = observe_results(model, network, batches) if output_bits else {}
-    compressed = Compressed(model, network, sites, [gate(s.rows, s.n).to(device) for s in sites], method)
+    compressed = Compressed(
+        model, network, sites, [gate(s.rows, s.n).to(device) for s in sites], method, channel_multiple
+    )
     compressed.seen = seen
     for one, site in zip(compressed.gates, sites, strict=True):
         shapes = [torch.Size(network.layer(t.layer).weight_shape) for t in site.taps]

@@ -14,6 +14,7 @@ from jpq.costs import LayerUse
 from jpq.gates import Decided, Gate
 from jpq.network.densities import DENSE, Densities, Density
 from jpq.network.hyper import fold
+from jpq.network.multiples import counts
 from jpq.network.norms import opened_units
 from jpq.network.record import Layer, Network
 from jpq.network.shares import Shares
@@ -34,10 +35,15 @@ class Compressed(nn.Module):
         model: attached model (see `attach`).
         network, sites: what is known of the float model.
         gates: one per site, in the same order.
+        multiple: of how many channels each site keeps multiples when it lands.
     """
 
-    def __init__(self, model: nn.Module, network: Network, sites: Sequence[Site], gates: Iterable[Gate], method: str):
+    def __init__(
+        self, model: nn.Module, network: Network, sites: Sequence[Site], gates: Iterable[Gate], method: str,
+        multiple: int = 1,
+    ):  # fmt: skip
         super().__init__()
+        self.multiple = multiple
         self.model, self.network, self.sites, self.method = model, network, tuple(sites), method
         self.gates: Any = nn.ModuleList(gates)  # of Gate
         self.draws: list[Draw] = []
@@ -64,6 +70,10 @@ class Compressed(nn.Module):
         """(weight, input) quantizers of a layer; None where it stays in floating point."""
         layer = self.layer(name)
         return (weight_quantizer(layer), act_quantizer(layer)) if hasattr(layer, "weight_quant") else None
+
+    def counts(self, site: Site) -> tuple[int, ...]:
+        """How many units of a site may stay when it lands, ascending."""
+        return counts(self.network, site, self.multiple)
 
     def used_weight(self, layer: Layer) -> Tensor:
         """A layer's weight as the forward pass has it: masked under the last draw of the gates, then quantized."""

@@ -1,0 +1,207 @@
+"""--channel-multiple: what stays comes in multiples, the budget still holds, and small models compute the same."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import jpq
+from jpq import landing
+from jpq.budget import FULL_USE, meets, spent, targets
+from jpq.compose import channel_multiple
+from jpq.config import Budget, Config, Decide, Run, Task, Train
+from jpq.gates import VIB
+from jpq.methods import METHODS, row
+from jpq.models import build
+from jpq.network.attach import attach
+from jpq.network.multiples import counts, nearest
+from jpq.network.sites import channels, masks
+from jpq.network.trace import trace
+from jpq.network.unpack import unpacked
+from jpq.quantizers import Fixed, Learned
+from jpq.types import JpqError
+
+torch.manual_seed(0)
+EXAMPLE = torch.randn(2, 3, 32, 32)
+MODEL = build("resnet8", 10, 3)
+NETWORK = trace(MODEL, EXAMPLE)
+SITES = channels(NETWORK)
+
+
+def net(multiple):
+    widths = lambda x: (Learned(4, 2, 8), Fixed(8) if x.reads_input else Learned(4, 2, 8))  # noqa: E731
+    return attach(MODEL, NETWORK, SITES, VIB, widths, [EXAMPLE], "djpq", channel_multiple=multiple)
+
+
+NETS = {multiple: net(multiple) for multiple in (1, 4, 8, 5)}
+
+
+def scatter(network, seed):
+    torch.manual_seed(seed)
+    for p in network.gates.parameters():
+        p.data.normal_(0, 3)
+    for width in network.widths():
+        for p in width.parameters():
+            p.data.uniform_(0, 10)
+    network.after_step(1.0)
+
+
+def may_stay(site, multiple):
+    return {k for k in range(1, site.n + 1) if k % multiple == 0 or k == site.n}
+
+
+@given(seed=st.integers(0, 10**6), share=st.floats(0.003, 0.06), multiple=st.sampled_from(sorted(NETS)))
+@settings(max_examples=40, deadline=None)
+def test_landing_keeps_multiples_and_the_budget(seed, share, multiple):
+    network = NETS[multiple]
+    scatter(network, seed)
+    goals = targets({"bops": f"{100 * share:.4f}%"}, network.exact())
+    plan = landing.land(network, goals)
+    assert meets(goals, network.exact(plan))
+    for site in SITES:
+        assert sum(plan.kept[site.name]) in may_stay(site, multiple)
+    assert spent(goals[0], network.exact(plan)) >= FULL_USE or landing.note(goals, network, plan)
+
+
+@given(seed=st.integers(0, 10**6), shift=st.floats(-6, 6))
+@settings(max_examples=30, deadline=None)
+def test_a_larger_shift_closes_nothing_and_the_best_stay(seed, shift):
+    network = NETS[8]
+    scatter(network, seed)
+    soft = landing.soft(network)
+    less, more = soft.at(shift), soft.at(shift + 0.5)
+    for site, margins in soft.margins.items():
+        assert all(b or not a for a, b in zip(less.kept[site], more.kept[site], strict=True))
+        kept = [m for m, k in zip(margins, less.kept[site], strict=True) if k]
+        gone = [m for m, k in zip(margins, less.kept[site], strict=True) if not k]
+        assert not gone or min(kept) >= max(gone)
+
+
+@given(seed=st.integers(0, 10**6), multiple=st.sampled_from([1, 4, 8]))
+@settings(max_examples=20, deadline=None)
+def test_single_steps_stand_where_rounding_takes_them(seed, multiple):
+    """A step's shift is the turning point: just above it that decision is taken, just below it is not."""
+    network = NETS[multiple]
+    scatter(network, seed)
+    soft = landing.soft(network)
+    now = soft.at(0.0)
+    for step in soft.steps(now):
+        if step.name in soft.margins:
+            larger = sum(step.plan.kept[step.name])
+            assert sum(soft.at(step.shift + 1e-6).kept[step.name]) >= larger
+            assert sum(soft.at(step.shift - 1e-6).kept[step.name]) < larger
+    for step in soft.steps_back(now):
+        if step.name in soft.margins:
+            smaller = sum(step.plan.kept[step.name])
+            assert sum(soft.at(step.shift - 1e-6).kept[step.name]) <= smaller
+            assert sum(soft.at(step.shift + 1e-6).kept[step.name]) > smaller
+
+
+@given(counts=st.sets(st.integers(1, 60), min_size=1), above=st.integers(0, 80))
+def test_rounds_to_the_nearest_count_and_up_from_the_middle(counts, above):
+    found = nearest(sorted(counts), above)
+    assert found in counts
+    assert not any(abs(c - above) < abs(found - above) for c in counts)
+    assert not any(abs(c - above) == abs(found - above) and c > found for c in counts)
+
+
+def test_without_a_multiple_any_number_may_stay():
+    assert all(NETS[1].counts(site) == tuple(range(1, site.n + 1)) for site in SITES)
+
+
+def test_sites_of_another_size_may_also_keep_all():
+    wide = next(site for site in SITES if site.n == 16)
+    assert counts(NETWORK, wide, 5) == (5, 10, 15, 16)
+    assert counts(NETWORK, wide, 16) == counts(NETWORK, wide, 64) == (16,)
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(24, 4, batch_first=True)
+        self.out = nn.Linear(24, 10)
+
+    def forward(self, x):
+        return self.out(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def test_a_unit_of_several_channels_counts_as_so_many():
+    """Four heads of six channels: two heads are twelve channels, a multiple of 4 and of 6 but not of 8."""
+    network = trace(unpacked(Heads()), torch.randn(2, 5, 24))
+    heads = next(site for site in channels(network) if site.n == 4)
+    assert counts(network, heads, 6) == (1, 2, 3, 4)
+    assert counts(network, heads, 4) == (2, 4)
+    assert counts(network, heads, 8) == (4,)
+
+
+@pytest.mark.parametrize("method", ["djpq", "l0", "ranked", "two-stage"])
+def test_rebuilt_layers_are_as_wide_as_asked_and_compute_the_same(method):
+    torch.manual_seed(1)
+    model = build("resnet20", 10, 3).eval()
+    joint = jpq.compress(
+        model, EXAMPLE, method=method, bops="2%", density=0.4, channel_multiple=8, w_bits=(8, 8), a_bits=(8, 8),
+        steps=4,
+    )  # fmt: skip
+    joint.land()
+    small = joint.finalize()
+    joint.net.eval()
+    with torch.no_grad():
+        assert torch.allclose(small.double()(EXAMPLE.double()), joint.net.double()(EXAMPLE.double()), atol=1e-9)
+    made, full = ([m.out_channels for m in n.modules() if isinstance(m, nn.Conv2d)] for n in (small, model))
+    assert all(n % 8 == 0 for n in made)
+    assert made != full
+    assert joint.share() <= 0.02
+
+
+def test_a_run_lands_on_multiples(tmp_path):
+    config = Config(
+        task=Task(limit=200), budget=Budget(target_bops="0.6%"), decide=Decide(channel_multiple=16, w_bits=(4, 8)),
+        train=Train(epochs=2, float_epochs=1), run=Run(out=tmp_path, threads=1),
+    )  # fmt: skip
+    result = jpq.optimize(config)
+    assert result.targets["bops"]["used"] <= 1
+    assert [x.outputs for x in result.layers][:-1] != [x.outputs_all for x in result.layers][:-1]
+    assert all(x.outputs % 16 == 0 for x in result.layers[:-1])
+    assert Config().hash() == Config(decide=Decide(channel_multiple=None)).hash()
+
+
+def test_decisions_by_hand_are_rounded_too(tmp_path):
+    config = Config(
+        task=Task(limit=200), decide=Decide(densities="0.3", bits="4/4", channel_multiple=8),
+        train=Train(epochs=2, float_epochs=1), run=Run(out=tmp_path, threads=1),
+    )  # fmt: skip
+    assert [x.outputs for x in jpq.optimize(config).layers] == [8, 16, 16, 10]  # 0.3 x 32 = 9.6, 0.3 x 64 = 19.2
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "words"),
+    [
+        ("djpq", 0, "--channel-multiple 0 is outside 1 to 256"),
+        ("djpq", 257, "--channel-multiple 257 is outside 1 to 256"),
+        ("uniform", 8, "method uniform prunes nothing. Choose --method djpq"),
+        ("upscale", 8, "method upscale keeps channels for each reader on its own"),
+        ("pdp", 8, "masks weights inside layers (elementwise)"),
+    ],
+)
+def test_bad_input_gets_one_sentence(method, asked, words):
+    with pytest.raises(JpqError) as error:
+        channel_multiple(method, row(method), asked)
+    assert words in str(error.value)
+
+
+def test_methods_that_are_told_how_many_channels_stay_refuse():
+    told = jpq.compose.compose("spp", "channels")
+    with pytest.raises(JpqError, match="is told how many channels stay"):
+        channel_multiple("spp", told, 8)
+    fine = [name for name, m in METHODS.items() if m.gate and m.structure == "channels" and name != "upscale"]
+    assert all(channel_multiple(name, METHODS[name], 8) == 8 for name in fine)
+    assert channel_multiple("uniform", METHODS["uniform"], None) == 1
+
+
+def test_impossible_targets_name_the_fewest_channels():
+    goals = targets({"bops": "0.05%"}, NETS[8].exact())
+    landing.require(NETS[1], goals)
+    with pytest.raises(JpqError, match=r"8 channels, or all, at each site.*lower --channel-multiple"):
+        landing.require(NETS[8], goals)
+    assert not masks(NETWORK, "elementwise")[0].labels.size

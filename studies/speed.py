@@ -2,10 +2,11 @@
 
 Weights are random: time does not depend on them. A budget is met by channels until 8 bits fit it, or (at 1 %) by fewer
 channels and 4 bits: a CPU's time follows MACs and integer kernels, not bits below 8. Results before sums and poolings
-are rounded (output_bits=8) but for the rows that say "float results". All models of one architecture take turns in one
-process; a ratio to fp32 is the median of the turns' ratios, one to int8 that of the two medians. "clock": with one
-thread the processor's time too, which other processes on the machine hardly disturb (they do disturb the wall clock,
-and two threads most of all).
+are rounded (output_bits=8) but for the rows that say "float results". Channels stay in multiples (of 16 where there
+are depthwise convolutions, else of 8, or of 4 where 8 leave too much) but for the rows that say "any channels". All
+models of one architecture take turns in one process; a ratio to fp32 is the median of the turns' ratios, one to int8
+that of the two medians. "clock": with one thread the processor's time too, which other processes on the machine hardly
+disturb (they do disturb the wall clock, and two threads most of all).
 
     python studies/speed.py --model torchvision:resnet18 --rounds 40
 """
@@ -33,20 +34,28 @@ from jpq.racing import FULL, INT8, others, race
 RESULTS = Path(__file__).parent / "results" / "speed.csv"
 SHAPES = {"resnet20": (3, 32, 32), "torchvision:resnet18": (3, 224, 224), "torchvision:mobilenet_v2": (3, 224, 224)}
 FLOAT_BITS = 32 * 32
+MULTIPLES = {"resnet20": 8, "torchvision:resnet18": 8, "torchvision:mobilenet_v2": 16}
 POINTS = [("4%", 8), ("2%", 8), ("1%", 8), ("1%", 4), ("0.5%", 8)]
+ROUNDED = [(budget, bits, 8, True) for budget, bits in POINTS]
+ROWS = [*ROUNDED, ("4%", 8, 8, False), ("1%", 8, 8, False), ("1%", 4, 8, False), ("1%", 8, 0, True), ("1%", 4, 0, True)]
 
 
-def compressed(model, example, budget, bits, output_bits):
-    """(small model, plan, share of the BOPs, mean bits): as many channels as leave room for `bits` everywhere."""
+def compressed(model, example, budget, bits, output_bits, multiple):
+    """(small model, plan, share of the BOPs, multiple): as many channels as leave room for `bits` everywhere."""
     share = float(budget.rstrip("%")) / 100
     density = min(1.0, share * FLOAT_BITS / bits**2)
-    joint = jpq.compress(
-        model, example, method="two-stage", bops=budget, density=density, allocator="uniform", score="l1",
-        w_bits=(2, bits), a_bits=(2, bits), output_bits=output_bits,
-    )  # fmt: skip
+    try:
+        joint = jpq.compress(
+            model, example, method="two-stage", bops=budget, density=density, allocator="uniform", score="l1",
+            w_bits=(2, bits), a_bits=(2, bits), output_bits=output_bits, channel_multiple=multiple,
+        )  # fmt: skip
+    except jpq.JpqError:  # too few channels for that multiple
+        if multiple <= 4:
+            raise
+        return compressed(model, example, budget, bits, output_bits, multiple // 2)
     joint.land()
     small, plan = jpq.rebuild(joint.net, joint._dense[0])
-    return small, plan, joint.share()
+    return small, plan, joint.share(), multiple
 
 
 def study(name, threads, rounds, command):
@@ -59,9 +68,11 @@ def study(name, threads, rounds, command):
     about, paths = {}, {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        for budget, bits, output_bits in [*((b, w, 8) for b, w in POINTS), ("1%", 8, 0), ("1%", 4, 0)]:
-            small, plan, share = compressed(dense, example, budget, bits, output_bits)
+        for budget, bits, output_bits, even in ROWS:
+            multiple = MULTIPLES[name] if even else 1
+            small, plan, share, multiple = compressed(dense, example, budget, bits, output_bits, multiple)
             label = f"{budget}, {bits} bits" + ("" if output_bits else ", float results")
+            label += "" if even else ", any channels"
             path = folder / f"{len(paths)}c.onnx"
             if not paths:
                 paths = others(dense, plan, shape, folder)
@@ -71,7 +82,8 @@ def study(name, threads, rounds, command):
             counted = jpq.measure(small, example)
             widths = [(p.w_bits, p.a_bits) for p in plan.layers.values()]
             about[label] = {
-                "budget": budget, "output_bits": output_bits, "bops_share": round(share, 6),
+                "budget": budget, "output_bits": output_bits, "channel_multiple": multiple,
+                "bops_share": round(share, 6),
                 "macs_share": round(counted["macs"] / macs, 4),
                 "w_bits_mean": round(sum(w for w, _ in widths) / len(widths), 2),
                 "a_bits_mean": round(sum(a for _, a in widths) / len(widths), 2), "packed_bytes": packed,
@@ -97,10 +109,10 @@ def study(name, threads, rounds, command):
 
 
 COLUMNS = [
-    "model", "what", "budget", "output_bits", "bops_share", "macs_share", "w_bits_mean", "a_bits_mean",
-    "packed_bytes", "clock", "threads", "batch", "median_ms", "p95_ms", "least_ms", "times_as_fast_as_fp32",
-    "times_as_fast_as_int8", "float_layers", "layers", "onnx_bytes", "onnx_bytes_over_fp32", "n", "hardware",
-    "onnxruntime", "torch", "command",
+    "model", "what", "budget", "output_bits", "channel_multiple", "bops_share", "macs_share", "w_bits_mean",
+    "a_bits_mean", "packed_bytes", "clock", "threads", "batch", "median_ms", "p95_ms", "least_ms",
+    "times_as_fast_as_fp32", "times_as_fast_as_int8", "float_layers", "layers", "onnx_bytes", "onnx_bytes_over_fp32",
+    "n", "hardware", "onnxruntime", "torch", "command",
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import allocation as where
 import detection_figures as detectors
 import faults
 import fronts
+import kernels
 import methods as every
 import one_run
 import pandas as pd
@@ -251,8 +252,9 @@ def allocation() -> str:
 
 SECTIONS = {
     "figures": figures, "coverage": coverage, "methods": methods, "scores": scores, "allocation": allocation,
-    "claims": claims, "speed": speed_table.speed, "detection": lambda: detectors.summary() + "\n",
-    "one run": one_run.summary, "faults": faults.summary, "fronts": fronts.summary,
+    "claims": claims, "speed": speed_table.speed, "kernels": kernels.summary,
+    "detection": lambda: detectors.summary() + "\n", "one run": one_run.summary, "faults": faults.summary,
+    "fronts": fronts.summary,
 }  # fmt: skip
 
 

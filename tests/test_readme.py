@@ -119,6 +119,17 @@ def test_speed_is_that_of_the_csv(monkeypatch):
     assert (rounded.float_layers == 0).all()
 
 
+def test_kernels_are_those_of_the_csv(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    import kernels
+
+    assert kernels.summary() in TEXT
+    table = pd.read_csv(ROOT / "studies" / "results" / "kernels.csv")
+    assert (table.groupby(["target", "seed"]).size() == len(kernels.VARIANTS)).all()  # like beside like
+    assert (table.target_used <= 1).all()
+    assert (table.n >= 20).all()
+
+
 def test_faults_are_those_of_the_csv(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "studies"))
     import summary

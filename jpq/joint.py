@@ -52,12 +52,13 @@ class Joint(nn.Module):
 
     def __init__(
         self, net: Compressed, model: nn.Module, controller: Controller | None, steps: int, gate_weight: float,
-        second: Callable[[], None] | None = None,
+        second: Callable[[], None] | None = None, look: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         super().__init__()
         self.net = net
         self._dense = [model]  # in a list: it is not part of what trains
         self.controller, self.steps, self.gate_weight = controller, steps, gate_weight
+        self.look = look  # observes what layers read when the search has ended
         self.second = second  # what `land` does where everything is planned already
         self.done = 0
 
@@ -115,6 +116,7 @@ class Joint(nn.Module):
         if self.controller is not None:
             self.net.conclude()
             plan = landing.land(self.net, self.controller.goals)
+            self.look()
             self.net.settle(plan)
             self.controller = None
         if self.second is not None:
@@ -260,4 +262,5 @@ def compress(
         net.closing = Closing(net, by, pick_schedule(how.schedule), density, lambda _: labelled)
         net.closing(0.0)
     controller.begin(net.exact())
-    return Joint(net, model, controller, max(1, steps), gate_weight)
+    look = partial(stages.observe_again, net, [example_inputs])
+    return Joint(net, model, controller, max(1, steps), gate_weight, look=look)

@@ -20,6 +20,7 @@ from jpq.budget import Target, meets
 from jpq.landing import BOTTOM, Soft, fewest, land, note, require, soft
 from jpq.network.attach import observe
 from jpq.network.compressed import Compressed
+from jpq.network.read import evaluating
 from jpq.plan import Plan
 from jpq.quantizers import Fixed, Width
 from jpq.types import JpqError
@@ -114,8 +115,11 @@ def pruned(net: Compressed, plan: Plan) -> Plan:
 
 
 def observe_again(net: Compressed, batches: Iterable[Any]) -> None:
-    """Let the ranges that stage two begins with be fitted to what the pruned network's layers read now."""
-    net.seen = observe(net.model, net.network, batches)
+    """Let the ranges that landing fits anew be fitted to what layers read now, not to what the float model's did."""
+    with evaluating(net):
+        for draw in net.draws:
+            draw.again()
+        net.seen = observe(net.model, net.network, batches)
 
 
 def quantize(net: Compressed, plan: Plan, batches: Iterable[Any]) -> None:

@@ -69,9 +69,9 @@ def channel_multiple(method: str, made: Method, asked: int | None) -> int:
 
     Raises JpqError for a number that makes no sense, and for methods that close no channels, or know how many.
     """
-    flag = f"--channel-multiple {asked}"
-    if asked is None:
+    if asked is None or asked == 1:
         return 1
+    flag = f"--channel-multiple {asked}"
     if not 1 <= asked <= MOST_MULTIPLE:
         raise JpqError(f"{flag} is outside 1 to {MOST_MULTIPLE}; 8 and 16 suit most hardware.")
     reason = ""

@@ -136,3 +136,19 @@ def test_arguments_that_make_no_sense_end_in_a_sentence(asked, words):
     model = jpq.models.build("convnet", 10, 1)
     with pytest.raises(jpq.JpqError, match=words):
         jpq.compress(model, torch.randn(4, 1, 8, 8), bops="1%", **asked)
+
+
+def test_landing_fits_ranges_to_what_layers_read_when_the_search_has_ended(digits, float_model):
+    """What was calibrated at the start is out of date by then: here one layer's input grows to ten times its size."""
+    found = {}
+    for growth in (1, 10):
+        net = jpq.compress(float_model, digits.example, bops="0.5%", steps=2)
+        modules = dict(net.net.model.named_modules())
+        with torch.no_grad():
+            modules["1"].weight.mul_(growth)
+            modules["1"].bias.mul_(growth)
+        before = net.net.plan().layers["3"].a_bits
+        net.land()
+        assert net.net.plan().layers["3"].a_bits < before
+        found[growth] = float(net.net.quantizers("3")[1].threshold)
+    assert found[10] == pytest.approx(10 * found[1], rel=0.2)

@@ -12,7 +12,7 @@ import torch
 from runs import QUICK, Stop, config, outcome, resumed
 
 import jpq
-from jpq import checkpoint, recipe
+from jpq import checkpoint, recipe, stages
 from jpq.config import Budget, Decide, Run, Task
 from jpq.exporters.onnx import Session
 from jpq.train import evaluate
@@ -58,6 +58,15 @@ def test_folder_holds_everything(finished):
     assert tree["versions"]["torch"] == version("torch")
     assert tree["seconds"]["total"] > 0
     assert len(pd.read_csv(result.folder / "history.csv")) == 3 + 4
+
+
+@pytest.mark.parametrize(("method", "times"), [("djpq", 1), ("uniform", 0)])
+def test_layers_are_observed_again_where_a_search_has_trained_them(method, times, tmp_path, monkeypatch):
+    original, seen = stages.observe_again, []
+    monkeypatch.setattr(stages, "observe_again", lambda net, batches: seen.append(original(net, batches)))
+    asked = config(tmp_path)
+    jpq.optimize(replace(asked, decide=replace(asked.decide, method=method)))
+    assert len(seen) == times
 
 
 def test_a_trial_computes_the_same_and_leaves_the_test_split_unread(finished, tmp_path, monkeypatch):

@@ -73,7 +73,7 @@ METAVARS = {
         "URL": "storage",
         "SHARE": "density min_accuracy",
         "[COST ...]": "costs",
-        "INT": "limit tune_epochs",
+        "INT": "limit tune_epochs channel_multiple",
         "CLASSES": "classes",
         "C H W": "input_shape",
         "[LAYER ...]": "skip",

@@ -1,7 +1,8 @@
 """Soft decisions -> whole bits and 0/1 units that meet every target and use nearly all of the tightest.
 
 Every decision has a soft value: a width its real-valued bits, a unit its margin (nats above the threshold). One
-number, `shift`, moves them all: bits become `nearest(soft + shift)`, a unit stays where `margin + NATS * shift > 0`.
+number, `shift`, moves them all: bits become `nearest(soft + shift)`, a unit stays where `margin + NATS * shift > 0`
+(where channels stay in multiples: the best units, as many as their number rounds to).
 The cost grows with the shift (but for the bytes of a mask, which shrink as it fills up), so bisection finds the most
 generous shift that still meets every target; what is left is spent on single decisions, those nearest to their next
 step first, and where those are too coarse for a small network, steps back pay for a step forward elsewhere. At shift 0
@@ -22,7 +23,7 @@ from torch import Tensor
 from jpq.budget import FULL_USE, Target, meets, spent
 from jpq.gates import Given
 from jpq.network.compressed import Compressed
-from jpq.network.multiples import nearest, turn
+from jpq.network.multiples import best_first, nearest, turn
 from jpq.plan import LayerPlan, MaskPlan, Plan
 from jpq.quantizers import Width
 from jpq.types import JpqError
@@ -46,7 +47,7 @@ class Soft:
     @cached_property
     def order(self) -> dict[str, list[int]]:
         """Channel site -> its units, the best first."""
-        return {site: ranked(margins) for site, margins in self.margins.items()}
+        return {site: best_first(margins) for site, margins in self.margins.items()}
 
     def at(self, shift: float) -> Plan:
         """The plan that this shift gives; every site keeps at least its best unit, or the fewest that may stay."""
@@ -116,11 +117,6 @@ def _with_bits(plan: Plan, name: str, side: str, bits: int) -> Plan:
     now = plan.layers[name]
     layer = replace(now, w_bits=bits) if side == "w" else replace(now, a_bits=bits)
     return replace(plan, layers={**plan.layers, name: layer})
-
-
-def ranked(margins: Sequence[float]) -> list[int]:
-    """Units by margin, the best first; of equal ones the first."""
-    return sorted(range(len(margins)), key=lambda u: -margins[u])
 
 
 def _with_units(plan: Plan, site: str, units: Sequence[int], open_: bool) -> Plan:
@@ -294,7 +290,8 @@ def note(goals: Sequence[Target], net: Compressed, plan: Plan) -> str | None:
         return None
     uses = net.exact(plan)
     tightest = max(goals, key=lambda g: spent(g, uses))
+    more = "one more unit" if net.multiple == 1 else f"{net.multiple} more channels"
     return (
         f"{float(used):.1%} of {tightest.flag} {tightest.asked} is used: every decision is at its largest, or the next "
-        "single step (one more bit somewhere, or one more unit) would exceed a target."
+        f"single step (one more bit somewhere, or {more}) would exceed a target."
     )

@@ -26,6 +26,11 @@ def counts(network: Network, site: Site, multiple: int) -> tuple[int, ...]:
     return (*range(step, site.n, step), site.n)
 
 
+def best_first(margins: Sequence[float]) -> list[int]:
+    """Units by margin, the best first; of equal ones the first."""
+    return sorted(range(len(margins)), key=lambda u: -margins[u])
+
+
 def nearest(counts: Sequence[int], above: int) -> int:
     """Of ascending counts the one that so many units round to; ties go to the larger."""
     i = min(bisect_left(counts, above), len(counts) - 1)

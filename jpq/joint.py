@@ -52,7 +52,7 @@ class Joint(nn.Module):
 
     def __init__(
         self, net: Compressed, model: nn.Module, controller: Controller | None, steps: int, gate_weight: float,
-        second: Callable[[], None] | None = None, look: Callable[[], None] = lambda: None,
+        second: Callable[[], None] | None = None, look: Callable[[], None] | None = None,
     ):  # fmt: skip
         super().__init__()
         self.net = net
@@ -116,9 +116,10 @@ class Joint(nn.Module):
         if self.controller is not None:
             self.net.conclude()
             plan = landing.land(self.net, self.controller.goals)
-            self.look()
+            if self.look is not None:
+                self.look()
             self.net.settle(plan)
-            self.controller = None
+            self.controller, self.look = None, None
         if self.second is not None:
             self.second()
             self.second = None

@@ -20,7 +20,7 @@ from jpq.budget import Target, meets, spent
 from jpq.config import Decide
 from jpq.landing import soft
 from jpq.network.compressed import Compressed
-from jpq.network.multiples import best_first, nearest
+from jpq.network.multiples import nearest
 from jpq.plan import Plan
 from jpq.scores import Score
 from jpq.types import JpqError, unknown
@@ -113,7 +113,7 @@ def plan(net: Compressed, decide: Decide) -> Plan:
     pairs = said("--bits", decide.bits or "", list(now.layers), widths, widest)
     kept = {}
     for name, margins in decisions.margins.items():
-        best = set(best_first(margins)[: stay(shares[name], decisions.counts[name])])
+        best = set(decisions.order[name][: stay(shares[name], decisions.counts[name])])
         kept[name] = tuple(u in best for u in range(len(margins)))
     image = {layer.name for layer in net.network.layers if layer.reads_input}
     layers = {

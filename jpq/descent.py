@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jpq import bench, checkpoint, foreign, front_report, fronts, ranks, report, stages
+from jpq import bench, checkpoint, foreign, front_report, fronts, ranks, report
 from jpq.budget import Target
 from jpq.config import TARGETS, Config
 from jpq.costs.table import Table
@@ -28,6 +28,7 @@ from jpq.data import Data
 from jpq.journal import Journal
 from jpq.judging import calibration
 from jpq.methods import row
+from jpq.network.attach import observe_again
 from jpq.network.compressed import Compressed
 from jpq.network.taps import original
 from jpq.outcome import finish
@@ -105,7 +106,7 @@ def one(
         soft.restore(run.saved["soft"], config, run)
     net = soft.net if last or not learns else twin(soft.net, begun.attached(weights))
     if learns and not run.is_past("search"):
-        stages.observe_again(net, calibration(data))  # ranges are fitted to what layers read now
+        observe_again(net, calibration(data))  # ranges are fitted to what layers read now
     net.settle(plan)  # 8
     kept: More = lambda: first() if last or not learns else {"soft": soft.state()}  # noqa: E731
     tuned = opened(net, model, data, run) if net.opened else net

@@ -22,7 +22,7 @@ from jpq.costs.table import Table
 from jpq.exporters.quantized import rebuild
 from jpq.gates import Ranked
 from jpq.mapping import mapped
-from jpq.network.attach import attach
+from jpq.network.attach import attach, observe_again
 from jpq.network.compressed import Compressed, Side, exact_uses
 from jpq.network.norms import require_opened
 from jpq.network.shares import Shares
@@ -263,5 +263,5 @@ def compress(
         net.closing = Closing(net, by, pick_schedule(how.schedule), density, lambda _: labelled)
         net.closing(0.0)
     controller.begin(net.exact())
-    look = partial(stages.observe_again, net, [example_inputs])
+    look = partial(observe_again, net, [example_inputs])
     return Joint(net, model, controller, max(1, steps), gate_weight, look=look)

@@ -23,7 +23,7 @@ from torch import Tensor
 from jpq.budget import FULL_USE, Target, meets, spent
 from jpq.gates import Given
 from jpq.network.compressed import Compressed
-from jpq.network.multiples import best_first, nearest, turn
+from jpq.network.multiples import nearest, turn
 from jpq.plan import LayerPlan, MaskPlan, Plan
 from jpq.quantizers import Width
 from jpq.types import JpqError
@@ -46,8 +46,8 @@ class Soft:
 
     @cached_property
     def order(self) -> dict[str, list[int]]:
-        """Channel site -> its units, the best first."""
-        return {site: best_first(margins) for site, margins in self.margins.items()}
+        """Channel site -> its units, the best first; of equal ones the first."""
+        return {site: sorted(range(len(m)), key=[-x for x in m].__getitem__) for site, m in self.margins.items()}
 
     def at(self, shift: float) -> Plan:
         """The plan that this shift gives; every site keeps at least its best unit, or the fewest that may stay."""

@@ -24,6 +24,7 @@ from jpq.gates import Ranked
 from jpq.journal import Journal
 from jpq.judging import calibration, evidence, judge_of, score_of
 from jpq.methods import Method, row
+from jpq.network.attach import observe_again
 from jpq.network.compressed import Compressed
 from jpq.parts import decide
 from jpq.plan import Plan, from_json
@@ -212,7 +213,7 @@ def prune_first(
     net.settle(stages.pruned(net, plan))
     soft.optim = optimizer(net, t.lr, t.weight_decay)
     train(net, data, phase, Objective(model, t.distill, t.temperature), soft.optim, run, more)
-    stages.observe_again(net, calibration(data))
+    observe_again(net, calibration(data))
     return plan
 
 

@@ -18,9 +18,8 @@ from jpq.allocators.ranked import require_channels
 from jpq.allocators.uniform import everywhere, uniform
 from jpq.budget import Target, meets
 from jpq.landing import BOTTOM, Soft, fewest, land, note, require, soft
-from jpq.network.attach import observe
+from jpq.network.attach import observe_again
 from jpq.network.compressed import Compressed
-from jpq.network.read import evaluating
 from jpq.plan import Plan
 from jpq.quantizers import Fixed, Width
 from jpq.types import JpqError
@@ -112,14 +111,6 @@ def goal_of(net: Compressed, density: float) -> Target:
 def pruned(net: Compressed, plan: Plan) -> Plan:
     """Stage one: the plan's channels at the bits as they stand."""
     return replace(plan, layers=net.plan().layers)
-
-
-def observe_again(net: Compressed, batches: Iterable[Any]) -> None:
-    """Let the ranges that landing fits anew be fitted to what layers read now, not to what the float model's did."""
-    with evaluating(net):
-        for draw in net.draws:
-            draw.again()
-        net.seen = observe(net.model, net.network, batches)
 
 
 def quantize(net: Compressed, plan: Plan, batches: Iterable[Any]) -> None:

@@ -20,22 +20,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 import grid
+import methods
 import pandas as pd
 import torch
 
 import jpq
-from jpq.config import Budget, Decide, Run, Task, Train
+from jpq.config import Budget, Decide, Run
 from jpq.exporters.timing import hardware
 from jpq.racing import INT8, files, race
 from jpq.result import Result
 
 RESULTS = Path(__file__).parent / "results" / "kernels.csv"
-WEIGHTS = Path("runs/methods/resnet8-fashion-mnist.safetensors")
-BASE = jpq.Config(
-    task=Task(model="resnet8", data="fashion-mnist", limit=10_000),
-    decide=Decide(w_bits=(8, 8), a_bits=(8, 8)),
-    train=Train(epochs=6, search=0.5, float_epochs=10, batch_size=100, lr=2e-3),
-)
+BASE = replace(methods.BASE, decide=Decide(w_bits=(8, 8), a_bits=(8, 8)))
 VARIANTS = {"neither": (0, None), "results": (8, None), "results, 4": (8, 4), "results, 8": (8, 8)}
 TARGETS = ("3%", "1.5%")
 
@@ -110,8 +106,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     args = parser.parse_args()
     command = shlex.join(["python", "studies/kernels.py", "--seeds", *map(str, args.seeds)])
-    base = replace(BASE, task=replace(BASE.task, data_root=args.data_root, weights=args.weights))
-    base = base if args.weights else grid.with_float_weights(base, WEIGHTS)
+    base = methods.prepare(replace(BASE, task=replace(BASE.task, data_root=args.data_root, weights=args.weights)))
     for seed in args.seeds:
         for target in args.targets:
             for row in rows(base, target, seed, args.rounds, command):

@@ -56,6 +56,17 @@ def attached(
     return model, attach(model, network, sites(network), gate, widths, [example], "test").to(dtype), example
 
 
+def scatter(net: Compressed, seed: int) -> None:
+    """Decisions far apart: gates on both sides of their thresholds, real-valued widths from end to end."""
+    torch.manual_seed(seed)
+    for p in net.gates.parameters():
+        p.data.normal_(0, 3)
+    for width in net.widths():
+        for p in width.parameters():
+            p.data.uniform_(0, 10)
+    net.after_step(1.0)
+
+
 class Rebuilt(NamedTuple):
     """A network before and after it settles on its plan, and the rebuilt model: they give and cost the same."""
 

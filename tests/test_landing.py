@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from gated import scatter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,16 +35,6 @@ def net(width=Learned, gate=VIB, high=8):
 
 
 NET = net()
-
-
-def scatter(network, seed):
-    torch.manual_seed(seed)
-    for p in network.gates.parameters():
-        p.data.normal_(0, 3)
-    for width in network.widths():
-        for p in width.parameters():
-            p.data.uniform_(0, 10)
-    network.after_step(1.0)
 
 
 @given(seed=st.integers(0, 10**6), share=st.floats(0.0005, 0.06))

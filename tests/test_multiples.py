@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gated import scatter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -35,16 +36,6 @@ def net(multiple):
 
 
 NETS = {multiple: net(multiple) for multiple in (1, 4, 8, 5)}
-
-
-def scatter(network, seed):
-    torch.manual_seed(seed)
-    for p in network.gates.parameters():
-        p.data.normal_(0, 3)
-    for width in network.widths():
-        for p in width.parameters():
-            p.data.uniform_(0, 10)
-    network.after_step(1.0)
 
 
 def may_stay(site, multiple):

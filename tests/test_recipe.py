@@ -12,7 +12,7 @@ import torch
 from runs import QUICK, Stop, config, outcome, resumed
 
 import jpq
-from jpq import checkpoint, recipe, stages
+from jpq import checkpoint, descent, recipe
 from jpq.config import Budget, Decide, Run, Task
 from jpq.exporters.onnx import Session
 from jpq.train import evaluate
@@ -62,8 +62,8 @@ def test_folder_holds_everything(finished):
 
 @pytest.mark.parametrize(("method", "times"), [("djpq", 1), ("uniform", 0)])
 def test_layers_are_observed_again_where_a_search_has_trained_them(method, times, tmp_path, monkeypatch):
-    original, seen = stages.observe_again, []
-    monkeypatch.setattr(stages, "observe_again", lambda net, batches: seen.append(original(net, batches)))
+    original, seen = descent.observe_again, []
+    monkeypatch.setattr(descent, "observe_again", lambda net, batches: seen.append(original(net, batches)))
     asked = config(tmp_path)
     jpq.optimize(replace(asked, decide=replace(asked.decide, method=method)))
     assert len(seen) == times

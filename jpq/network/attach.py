@@ -32,7 +32,7 @@ from jpq.quantizers import (
 from jpq.structures import Axis, Structure
 from jpq.types import JpqError
 
-__all__ = ["attach", "call", "observe", "quantize", "refuse_tied"]
+__all__ = ["attach", "call", "observe", "observe_again", "quantize", "refuse_tied"]
 
 SAMPLES = 2**14  # activations per layer and batch that calibration looks at
 Batches = Iterable[Any]
@@ -181,6 +181,14 @@ def observe(model: nn.Module, network: Network, batches: Batches) -> dict[str, T
     Raises JpqError for a batch that the model cannot take.
     """
     return _observe(model, [layer.name for layer in network.layers], batches, before=True)
+
+
+def observe_again(net: Compressed, batches: Batches) -> None:
+    """Let the ranges that landing fits anew be fitted to what layers read now, not to what the float model's did."""
+    with evaluating(net):
+        for draw in net.draws:
+            draw.again()
+        net.seen = observe(net.model, net.network, batches)
 
 
 def observe_results(model: nn.Module, network: Network, batches: Batches) -> dict[str, Tensor]:

@@ -1,59 +1,85 @@
 """jpq: prune and quantize a trained network together, in one loss, exactly onto a budget.
 
-`optimize` is the whole job; `compress` is for use inside one's own training loop; the rest are the pieces. Names are
-imported when they are first used, so that `jpq --help` need not wait for torch.
+`optimize` is the whole job; `compress` is for use inside one's own training loop; the rest are the pieces.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from jpq.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from jpq.config import Budget, Config
-    from jpq.exporters.onnx import export as export_onnx
-    from jpq.exporters.quantized import rebuild
-    from jpq.exporters.verify import measure, verify
-    from jpq.fronts import front
-    from jpq.joint import Joint, compress
-    from jpq.landing import land
-    from jpq.methods import METHODS
-    from jpq.network.attach import attach
-    from jpq.network.compressed import Compressed
-    from jpq.network.sites import channels
-    from jpq.network.trace import trace
-    from jpq.network.unpack import unpacked
-    from jpq.outcome import load
+    from jpq.compression.attach import attach
+    from jpq.compression.discretize import discretize
+    from jpq.compression.model import CompressedModel
+    from jpq.config import Budget, Config, Decide
+    from jpq.export.onnx.export import export as export_onnx
+    from jpq.export.rebuild import rebuild
+    from jpq.export.verify import measure, verify
+    from jpq.methods.table import METHODS
     from jpq.plan import Plan
     from jpq.recipe import optimize
-    from jpq.train import fit
+    from jpq.results.front.front import front
+    from jpq.results.run_folder import load
+    from jpq.session import CompressionSession, compress
+    from jpq.tracing.decompose import decompose
+    from jpq.tracing.sites import channels
+    from jpq.tracing.trace import trace
+    from jpq.training.loop import fit
     from jpq.trials.settings import Study
     from jpq.trials.study import study
     from jpq.types import JpqError
 
-_HOMES = {
-    "METHODS": "methods", "Budget": "config", "Compressed": "network.compressed", "Config": "config",
-    "Joint": "joint", "JpqError": "types", "Plan": "plan", "attach": "network.attach", "channels": "network.sites",
-    "Study": "trials.settings", "compress": "joint", "export_onnx": "exporters.onnx:export", "fit": "train",
-    "front": "fronts", "land": "landing", "load": "outcome", "measure": "exporters.verify", "optimize": "recipe",
-    "rebuild": "exporters.quantized", "study": "trials.study", "trace": "network.trace", "unpacked": "network.unpack",
-    "verify": "exporters.verify",
-}  # fmt: skip
-_PARTS = ("costs", "data", "gates", "models", "quantizers", "structures")
-
 __all__ = [
-    "METHODS", "Budget", "Compressed", "Config", "Joint", "JpqError", "Plan", "Study", "attach", "channels", "compress",
-    "export_onnx", "fit", "front", "land", "load", "measure", "optimize", "rebuild", "study", "trace", "unpacked",
+    "METHODS",
+    "Budget",
+    "CompressedModel",
+    "CompressionSession",
+    "Config",
+    "Decide",
+    "JpqError",
+    "Plan",
+    "Study",
+    "attach",
+    "channels",
+    "compress",
+    "decompose",
+    "discretize",
+    "export_onnx",
+    "fit",
+    "front",
+    "load",
+    "measure",
+    "optimize",
+    "rebuild",
+    "study",
+    "trace",
     "verify",
-]  # fmt: skip
+]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _PARTS:
-        return import_module(f"jpq.{name}")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'jpq' has no attribute '{name}'")
-    home, _, attribute = _HOMES[name].partition(":")
-    return getattr(import_module(f"jpq.{home}"), attribute or name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES, *_PARTS])
+_HOMES = {
+    "METHODS": "methods.table",
+    "Budget": "config",
+    "CompressedModel": "compression.model",
+    "CompressionSession": "session",
+    "Config": "config",
+    "Decide": "config",
+    "JpqError": "types",
+    "Plan": "plan",
+    "Study": "trials.settings",
+    "attach": "compression.attach",
+    "channels": "tracing.sites",
+    "compress": "session",
+    "decompose": "tracing.decompose",
+    "discretize": "compression.discretize",
+    "export_onnx": "export.onnx.export:export",
+    "fit": "training.loop",
+    "front": "results.front.front",
+    "load": "results.run_folder",
+    "measure": "export.verify",
+    "optimize": "recipe",
+    "rebuild": "export.rebuild",
+    "study": "trials.study",
+    "trace": "tracing.trace",
+    "verify": "export.verify",
+}
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

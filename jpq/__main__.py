@@ -2,6 +2,6 @@
 
 import sys
 
-from jpq.cli import main
+from jpq.cli.main import main
 
 sys.exit(main())

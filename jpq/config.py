@@ -1,20 +1,24 @@
-"""One tree of frozen dataclasses: the flags, the TOML file and the run's hash all come from it."""
+"""Every setting of a run, by section, with what its flag says: plain frozen dataclasses."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from jpq import formats
-from jpq.options import BOPS, BY_HAND, MASKED, PROXIES, TARGETS, Budget, Decide, Run, Task, Train
+import tomli_w
+
+from jpq.files import untrusted
+from jpq.files.atomic import replace_file
 from jpq.types import JpqError, unknown
 
 __all__ = [
     "BOPS",
-    "BY_HAND",
+    "MANUAL",
     "MASKED",
     "PROXIES",
     "TARGETS",
@@ -26,6 +30,178 @@ __all__ = [
     "Train",
     "to_tree",
 ]
+
+MASKED = "masked"  # the method where a mask is given
+MANUAL = "by-hand"  # the method where --bits or --densities say the decisions
+BOPS = ("bops", "bops-structured")  # names in jpq.costs.COSTS that --cost may have
+TARGETS = ("target_bops", "target_macs", "target_size", "target_latency")
+PROXIES = ("projected", "trained")
+CHANNELS = "channels"  # units that leave the network; every other structure is a mask inside each layer
+STRUCTURE_CHOICES = ("pattern", "punched:8x8", "block:8x1")  # what those two choose from, with one size of block each
+FORMS = ("onnx", "qonnx", "pt2")
+ONNX_WEIGHTS = ("int8", "int4", "int2")
+T = TypeVar("T")
+PAIRS = {"tuple[int, int]": (int,), "tuple[float, float]": (int, float), "tuple[str, str]": (str,)}
+LARGEST = 2**20  # bytes of a file of settings
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is made smaller, and the data that say how good it is."""
+
+    model: str = "convnet"
+    """convnet, lenet5, vgg7, resnet8/20/32/44/56, torchvision:NAME, or module:callable (runs your code)."""
+    weights: Path | None = None
+    """Trained weights (.pth, .th, .safetensors). Without them a float model is trained first, in this run."""
+    data: str = "digits"
+    """digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH, or module:callable (runs your code)."""
+    data_root: Path = Path("data")
+    """Where data sets lie, or are downloaded to."""
+    held_out: float = 0.1
+    """Share of the training data that steers the search; the test split is read once, at the end."""
+    limit: int | None = None
+    """Use only this many training samples (for a quick try)."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the small model may cost. At least one target; all of them hold together."""
+
+    target_bops: str | None = None
+    """Bit-operations: "1%" of the fp32 model, or "12M", "1.2G". Every target may list values that one run follows down,
+    such as 4%,2%,1%,0.5%: each becomes a run folder of its own; targets with one value hold for all."""
+    cost: str = "bops"
+    """How bit-operations are counted. bops: weights that a mask drops cost nothing. bops-structured: they cost what
+    others do where they lie anywhere in a layer (--structure elementwise), since no common device skips those."""
+    target_macs: str | None = None
+    """Multiply-accumulates: "50%" or "12M"."""
+    target_size: str | None = None
+    """Weights on disk: "5%" of the fp32 model, or "50KB"."""
+    target_latency: str | None = None
+    """Time for one sample as --latency-table predicts it: "3ms", "250us", or "50%" of the fp32 model."""
+    latency_table: Path | None = None
+    """Measured layers of this model, from jpq bench --table FILE. Without a target the prediction is only reported."""
+
+
+@dataclass(frozen=True)
+class Decide:
+    """How keep-or-drop and bit-widths are decided."""
+
+    method: str = "djpq"
+    """What prunes, such as djpq, l0, dpf, pdp-2:4, uniform, two-stage or upscale: see `jpq methods`. Every method also
+    takes another --structure and --width, where they go together."""
+    score: str = ""
+    """What ranks channels, for ranked, taylor, lookahead, catro, two-stage and upscale: l1, l2, fpgm, lamp, hrank,
+    taylor, taylor-full, taylor2, lookahead, lookahead-forward, lookahead-backward, lfp, lbp, catro, bn-scale or random.
+    Default: the method's."""
+    schedule: str = ""
+    """When ranked channels close during the search: one-shot (at its start), iterative (ten steps) or cubic. Default:
+    the method's."""
+    classes: str = ""
+    """For --score catro: only these classes (such as 0,3,5) need to be told apart when channels are ranked. Training,
+    and every accuracy that is reported, is still on all classes."""
+    allocator: str = ""
+    """How much stays where, for upscale and two-stage. uniform: the same share of every layer, the same bits.
+    threshold: one ranking of all channels, bits by noise. greedy: by gain per MAC, bits by noise. reinforce: a learned
+    distribution over layers. sampled: an Optuna search. The last two try plans on held-out images. Default: threshold
+    for scores that may be compared between layers, else uniform, with the same bits everywhere."""
+    w_bits: tuple[int, int] = (2, 8)
+    """Smallest and largest bit-width of weights."""
+    a_bits: tuple[int, int] = (2, 8)
+    """Smallest and largest bit-width of activations."""
+    image_bits: int = 8
+    """Bit-width of the model's input, which is not learned."""
+    output_bits: int = 0
+    """Width of convolutions' results before sums and poolings, so that integer kernels compute them: rounding that is
+    part of the model that trains (8 is a good choice). 0: those results stay in floating point."""
+    channel_multiple: int | None = None
+    """Keep channels in multiples of so many (8 or 16): integer kernels of CPUs and NPUs work on that many at once, and
+    57 channels can take longer than 64. Layers that have fewer, or another number, may also keep all of theirs."""
+    structure: str = ""
+    """Where zeros may lie: channels, elementwise, per-output, kernels, 2:4, block:8x4, pattern ... rules gives each
+    layer what suits it, search learns that on held-out data, and conv1=pattern,fc=block:8x1 says it. Default: the
+    method's."""
+    proxy: str = "projected"
+    """How --structure search judges a mapping: projected (zeroed at once), or trained (then also trained for an epoch
+    of a tenth of the data: twice the time on the digits, and a somewhat better guess; studies/schemes.py)."""
+    width: str = ""
+    """How bits are chosen: learned, power-of-two, gated, squashed, or fixed (the largest of --w-bits and --a-bits, so
+    that only pruning can reach the target). Default: the method's."""
+    density: float = 0.5
+    """Share of the weights that stay, for methods that are told how many (dpp, pdp, smart, dpf, dsp, spp, admm); N:M
+    and patterns say it themselves. Share of the MACs that stays, for ranked, taylor, lookahead and catro when the
+    search ends, for two-stage before bits are chosen (what the bits leave of the budget then opens more channels)."""
+    bits: str | None = None
+    """Weight and activation bits by hand, in place of a search: "4/4,conv1=8/8,layer1=4/3" (a layer, or all whose names
+    begin so; 4/4 for the rest). No target is needed then; one that is given must hold."""
+    densities: str | None = None
+    """Share of the channels that stay by hand, the best by --score: "0.75,layer1=0.5" (sites of jpq inspect)."""
+    skip: tuple[str, ...] = ()
+    """Layers whose channels or weights are not pruned."""
+    mask: Path | None = None
+    """A mask to hold while weights and bits learn, in place of a method: the folder of `jpq prune-private` (training
+    begins with the weights in it; --weights names the dense model), or the file of a mask alone (mask.json, a run's
+    plan.json)."""
+    open_norms: bool = False
+    """Also prune channels inside the averages of LayerNorm, RMSNorm and GroupNorm. NOT exact: fine-tuning, then of the
+    rebuilt model, must repair what their absence does to the rest."""
+    gate_lr: float = 0.05
+    """Learning rate of the gates (Adam)."""
+    bit_lr: float = 0.02
+    """Learning rate of the bit-widths (Adam)."""
+    gate_weight: float = 0.03
+    """Weight of the gates' own regulariser (nats, mean over units), times the budget's pressure."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """The training loop."""
+
+    epochs: int = 40
+    """Epochs of search and fine-tuning together. Several budgets share the search; the last is fine-tuned for the rest,
+    as if it were alone, and each before it adds --tune-epochs."""
+    search: float = 0.5
+    """Share of the epochs that search; the rest fine-tunes the landed model."""
+    tune_epochs: int | None = None
+    """Epochs that fine-tune each of several budgets but the last. Default: a quarter of the last one's."""
+    float_epochs: int = 40
+    """Epochs that train the float model when no weights are given."""
+    batch_size: int = 64
+    """Samples per step."""
+    lr: float = 2e-3
+    """Peak learning rate of the weights (Adam, cosine)."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay of the weights."""
+    distill: float = 1.0
+    """Weight of distillation from the float model; 0 turns it off."""
+    temperature: float = 2.0
+    """Temperature of the distillation."""
+    augment: bool = True
+    """Random shifts, crops and flips, as is usual for the data set."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how this run works. None of these changes what it computes, except the seed and the device."""
+
+    seed: int = 0
+    """Seeds the weights, the order of the data and every draw."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    threads: int = 0
+    """CPU threads; 0: one for small nets, torch's choice for larger ones."""
+    out: Path = Path("runs")
+    """Folder for runs; this one goes to OUT/<hash of its settings>."""
+    formats: str = "onnx"
+    """What to export: onnx (always), qonnx (for FPGA flows), pt2 (torch.export), such as onnx,pt2."""
+    onnx_weights: str = "int8"
+    """Type of the weights in model.onnx: int8, or where they fit int4 or int2 (not in OpenVINO) for a smaller file."""
+    resume: bool = False
+    """Go on from the last checkpoint of the same settings."""
+    tensorboard: bool = False
+    """Also write the history as TensorBoard events into the run's folder (pip install "jpq[tensorboard]")."""
+    checkpoint_every: int = 0
+    """Save after so many optimiser steps too; 0: after every epoch only. Ctrl-C and SIGTERM always save."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +219,7 @@ class Config:
 
         Raises JpqError with the flag to change.
         """
-        if self.decide.bits or self.decide.densities or self.decide.method == BY_HAND:
+        if self.decide.bits or self.decide.densities or self.decide.method == MANUAL:
             return replace(self, decide=self._by_hand())._checked()
         masked = self.decide.mask is not None or self.decide.method == MASKED
         return replace(self, decide=self._masked())._checked() if masked else self._checked()
@@ -52,16 +228,21 @@ class Config:
         """The decisions that are left where bits or densities are said by hand."""
         d = self.decide
         if not (d.bits or d.densities):
-            raise JpqError(f"--method {BY_HAND}: say the decisions with --bits and --densities, or choose a method.")
+            raise JpqError(f"--method {MANUAL}: say the decisions with --bits and --densities, or choose a method.")
         flag = "--bits" if d.bits else "--densities"
-        if d.method not in (Decide.method, BY_HAND):
+        if d.method not in (Decide.method, MANUAL):
             raise JpqError(f"{flag} says what is decided, and --method {d.method} would too. Leave one of them out.")
-        others = {"--mask": d.mask, "--structure": d.structure, "--width": d.width, "--allocator": d.allocator,
-                  "--schedule": d.schedule}  # fmt: skip
+        others = {
+            "--mask": d.mask,
+            "--structure": d.structure,
+            "--width": d.width,
+            "--allocator": d.allocator,
+            "--schedule": d.schedule,
+        }
         for other, value in others.items():
             if value:
                 raise JpqError(f"{other} {value}: {flag} says the decisions, on whole channels. Leave {other} out.")
-        return replace(d, method=BY_HAND)
+        return replace(d, method=MANUAL)
 
     def _masked(self) -> Decide:
         """The decisions that are left where a mask is given."""
@@ -118,7 +299,7 @@ class Config:
             raise JpqError("--float-epochs 0 needs --weights: there is nothing trained to compress.")
         if self.task.limit is not None and self.task.limit < 20:
             raise JpqError(f"--limit {self.task.limit}: at least 20 samples are needed to split off a held-out part.")
-        formats.require(self.run.formats, self.run.onnx_weights)
+        check_formats(self.run.formats, self.run.onnx_weights)
         if self.run.checkpoint_every < 0:
             raise JpqError(f"--checkpoint-every {self.run.checkpoint_every}: give a number of steps, or 0 for none.")
         if d.proxy not in PROXIES:
@@ -129,12 +310,16 @@ class Config:
             raise JpqError(f"--tune-epochs {t.tune_epochs}: at least 1 is needed.")
         self.each()
         b = self.budget
-        if not any(getattr(b, f) for f in TARGETS) and d.method != BY_HAND:
-            raise JpqError("No target: give --target-bops 1% (or 12M, 1.2G), --target-size 50KB, --target-macs 50% or "
-                           "--target-latency 3ms.")  # fmt: skip
+        if not any(getattr(b, f) for f in TARGETS) and d.method != MANUAL:
+            raise JpqError(
+                "No target: give --target-bops 1% (or 12M, 1.2G), --target-size 50KB, --target-macs 50% or "
+                "--target-latency 3ms."
+            )
         if b.target_latency and b.latency_table is None:
-            raise JpqError(f"--target-latency {b.target_latency} needs measured layers: run jpq bench --table FILE.csv "
-                           f"--model {self.task.model}, then add --latency-table FILE.csv.")  # fmt: skip
+            raise JpqError(
+                f"--target-latency {b.target_latency} needs measured layers: run jpq bench --table FILE.csv "
+                f"--model {self.task.model}, then add --latency-table FILE.csv."
+            )
         return self
 
     def each(self) -> dict[str, Config]:
@@ -153,8 +338,10 @@ class Config:
                 raise JpqError(f"{flags[f]}: a value is missing beside a comma. Write it like 4%,2%,1%.")
         for f, listed in others:
             if len(listed) != len(values):
-                raise JpqError(f"{flags[first]} lists {len(values)} budgets, {flags[f]} {len(listed)}. List as many, "
-                               "or one value that holds for all.")  # fmt: skip
+                raise JpqError(
+                    f"{flags[first]} lists {len(values)} budgets, {flags[f]} {len(listed)}. List as many, "
+                    "or one value that holds for all."
+                )
         if len(set(values)) < len(values):
             twice = next(v for v in values if values.count(v) > 1)
             raise JpqError(f"{flags[first]}: {twice} is there twice. List each budget once, from the largest down.")
@@ -178,3 +365,100 @@ def to_tree(config: Config) -> dict[str, dict[str, Any]]:
         plain = {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in table.items()}
         tree[section] = {k: v for k, v in plain.items() if v is not None}
     return tree
+
+
+def parse_formats(text: str) -> tuple[str, ...]:
+    """The forms in a list such as "onnx,pt2"; model.onnx is always among them. Raises JpqError for unknown ones."""
+    named = [name.strip() for name in text.split(",") if name.strip()]
+    for name in named:
+        if name not in FORMS:
+            raise unknown("form", name, FORMS)
+    return ("onnx", *(name for name in FORMS[1:] if name in named))
+
+
+def check_formats(formats: str, weights: str) -> None:
+    """Raise JpqError for names that are not known, with the closest ones."""
+    parse_formats(formats)
+    if weights not in ONNX_WEIGHTS:
+        raise unknown("type of weights", weights, ONNX_WEIGHTS)
+
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def from_tree(tree: Mapping[str, Any], source: str) -> Config:
+    """The config that these tables describe; what they leave out keeps its default."""
+    config = Config()
+    known = {f.name for f in fields(config)}
+    for section, table in tree.items():
+        if section not in known:
+            raise unknown(f"section in {source}", section, known)
+        if not isinstance(table, Mapping):
+            raise JpqError(f"{source}: '{section}' must be a table of settings, such as [{section}].")
+        config = replace(config, **{section: fill_section(getattr(config, section), section, table, source)})
+    return config
+
+
+def fill_section(part: T, section: str, table: Mapping[str, Any], source: str) -> T:
+    """The settings `part` with the values of one table of a file; `part` is a frozen dataclass."""
+    known: Any = part
+    types = {f.name: f.type for f in fields(known)}
+    values = {}
+    for key, value in table.items():
+        if key not in types:
+            raise unknown(f"setting in [{section}] of {source}", key, types)
+        values[key] = _typed(value, str(types[key]), f"{source}: {section}.{key}")
+    made: T = replace(known, **values)
+    return made
+
+
+def _typed(value: Any, kind: str, where: str) -> Any:
+    """A TOML value as the field's type, or an error that says what was expected."""
+    if kind.startswith("Path") and isinstance(value, str) and "\0" not in value:
+        return Path(value)
+    if kind in PAIRS and isinstance(value, list) and len(value) == 2 and all(_fits(v, PAIRS[kind]) for v in value):
+        return tuple(value)
+    if kind == "tuple[str, ...]" and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    plain: dict[str, Any] = {"str": str, "int": int, "bool": bool, "float": (int, float)}
+    want = plain.get(kind.split(" | ")[0])
+    if want is not None and isinstance(value, want) and (kind == "bool") == isinstance(value, bool):
+        if isinstance(value, str) or kind == "bool":
+            return value
+        if _as_number(value):
+            return float(value) if kind.startswith("float") else value
+    raise JpqError(f"{where} is {repr(value)[:60]}; expected {kind}.")
+
+
+def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether it is one of the kinds, and no number that torch cannot count with."""
+    return type(value) in kinds and (type(value) is str or _as_number(value))
+
+
+def _as_number(value: Any) -> bool:
+    """Whether it is a number that torch can count with."""
+    return type(value) is float or (type(value) is int and -(2**63) <= value < 2**63)
+
+
+def read_toml(path: Path) -> Config:
+    """The config in a TOML file."""
+    return from_tree(read_tables(path), str(path))
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """What a TOML file holds."""
+    try:
+        return tomllib.loads(untrusted.read_text(path, "config file", LARGEST))
+    except RecursionError as error:
+        raise JpqError(f"{path} nests deeper than any settings do.") from error
+    except ValueError as error:  # of TOML, and of numbers with thousands of digits
+        raise JpqError(f"{path} is not valid TOML: {error}.") from error
+
+
+def write_toml(config: Config, path: Path) -> None:
+    """Save the config as TOML."""
+    text = tomli_w.dumps(to_tree(config))
+    replace_file(path, lambda part: part.write_text(text))

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from jpq import foreign
+from jpq.files import untrusted
 from jpq.types import JpqError, Units
 
 FORMAT = 1
+
 MOST_UNITS = 2**32  # of all masks together
+
 WIDEST = 2**24  # channels of one layer
 
 
@@ -98,54 +100,54 @@ class Plan:
 def from_json(text: str, source: str) -> Plan:
     """The plan in `text`. Raises JpqError where it is not one; nothing in it is executed."""
     try:
-        tree = foreign.table(foreign.parsed(text))
+        tree = untrusted.as_dict(untrusted.parsed(text))
         if tree.pop("format") != FORMAT:
             raise JpqError(f"{source} was written by another version of jpq (format {str(tree.get('format'))[:20]}).")
         return Plan(
-            method=foreign.text(tree["method"]),
-            layers={name: _layer(value) for name, value in foreign.table(tree["layers"]).items()},
+            method=untrusted.as_str(tree["method"]),
+            layers={name: _layer(value) for name, value in untrusted.as_dict(tree["layers"]).items()},
             kept={
-                name: tuple(foreign.flag(u) for u in foreign.row(units))
-                for name, units in foreign.table(tree["kept"]).items()
+                name: tuple(untrusted.as_bool(u) for u in untrusted.as_list(units))
+                for name, units in untrusted.as_dict(tree["kept"]).items()
             },
-            masks=_masks(foreign.table(tree.get("masks", {}))),
+            masks=_masks(untrusted.as_dict(tree.get("masks", {}))),
             structures=_structures(tree),
             slices={
-                name: {_dim(dim): _indices(index) for dim, index in foreign.table(dims).items()}
-                for name, dims in foreign.table(tree["slices"]).items()
+                name: {_dim(dim): _indices(index) for dim, index in untrusted.as_dict(dims).items()}
+                for name, dims in untrusted.as_dict(tree["slices"]).items()
             },
-            selects={name: _indices(index) for name, index in foreign.table(tree.get("selects", {})).items()},
-            ends={name: _end(value) for name, value in foreign.table(tree.get("ends", {})).items()},
-            model=_model(foreign.table(tree["model"])),
+            selects={name: _indices(index) for name, index in untrusted.as_dict(tree.get("selects", {})).items()},
+            ends={name: _end(value) for name, value in untrusted.as_dict(tree.get("ends", {})).items()},
+            model=_model(untrusted.as_dict(tree["model"])),
         )
     except (ValueError, KeyError) as error:
         raise JpqError(f"{source} is not a plan that jpq wrote ({type(error).__name__}: {error}).") from error
 
 
 def _layer(value: Any) -> LayerPlan:
-    layer = foreign.table(value)
-    w_bits, a_bits = (foreign.whole(layer[name], 1, 32) for name in ("w_bits", "a_bits"))
-    return LayerPlan(w_bits, a_bits, foreign.flag(layer["signed"]))
+    layer = untrusted.as_dict(value)
+    w_bits, a_bits = (untrusted.as_int(layer[name], 1, 32) for name in ("w_bits", "a_bits"))
+    return LayerPlan(w_bits, a_bits, untrusted.as_bool(layer["signed"]))
 
 
 def _end(value: Any) -> EndPlan:
-    given = foreign.table(value)
-    return EndPlan(foreign.whole(given["bits"], 2, 8), foreign.flag(given["signed"]))
+    given = untrusted.as_dict(value)
+    return EndPlan(untrusted.as_int(given["bits"], 2, 8), untrusted.as_bool(given["signed"]))
 
 
 def _masks(tree: Mapping[str, Any]) -> dict[str, MaskPlan]:
     """By layer. Bits are deflated: all that they declare is added up before any of them is inflated."""
     found = {name: _mask(value) for name, value in tree.items()}
-    foreign.whole(sum(mask.rows * mask.n for mask in found.values()), 0, MOST_UNITS)
+    untrusted.as_int(sum(mask.rows * mask.n for mask in found.values()), 0, MOST_UNITS)
     for mask in found.values():
         mask.check()
     return found
 
 
 def _mask(value: Any) -> MaskPlan:
-    given = foreign.table(value)
-    rows, n = (foreign.whole(given[name], 1, MOST_UNITS) for name in ("rows", "n"))
-    return MaskPlan(rows, n, foreign.text(given["bits"], foreign.MOST))
+    given = untrusted.as_dict(value)
+    rows, n = (untrusted.as_int(given[name], 1, MOST_UNITS) for name in ("rows", "n"))
+    return MaskPlan(rows, n, untrusted.as_str(given["bits"], untrusted.MOST))
 
 
 def _dim(text: str) -> int:
@@ -156,7 +158,7 @@ def _dim(text: str) -> int:
 
 def _indices(value: Any) -> list[int]:
     """Places of channels: each once, in any order."""
-    found = [foreign.whole(i, 0, WIDEST) for i in foreign.row(value)]
+    found = [untrusted.as_int(i, 0, WIDEST) for i in untrusted.as_list(value)]
     if len(set(found)) < len(found):
         raise ValueError("a channel is kept twice")
     return found
@@ -165,9 +167,9 @@ def _indices(value: Any) -> list[int]:
 def _model(tree: dict[str, Any]) -> dict[str, Any]:
     for name, value in tree.items():
         if name in ("classes", "channels"):
-            foreign.whole(value, 1, WIDEST)
+            untrusted.as_int(value, 1, WIDEST)
         elif name == "name":
-            foreign.text(value)
+            untrusted.as_str(value)
     return tree
 
 
@@ -175,8 +177,8 @@ def _structures(tree: Mapping[str, Any]) -> dict[str, str]:
     """By layer; plans of before schemes were mapped name one structure for all masks."""
     masked = list(tree.get("masks", {}))
     if "structures" not in tree:
-        return dict.fromkeys(masked, foreign.text(tree.get("structure", "")))
-    found = {name: foreign.text(text) for name, text in foreign.table(tree["structures"]).items()}
+        return dict.fromkeys(masked, untrusted.as_str(tree.get("structure", "")))
+    found = {name: untrusted.as_str(text) for name, text in untrusted.as_dict(tree["structures"]).items()}
     if found.keys() != set(masked):
         raise ValueError(f"structures of layers {sorted(found)}, masks of {sorted(masked)}")
     return found
@@ -184,4 +186,4 @@ def _structures(tree: Mapping[str, Any]) -> dict[str, str]:
 
 def read(path: Path) -> Plan:
     """The plan in a file."""
-    return from_json(foreign.text_of(path, "plan"), str(path))
+    return from_json(untrusted.read_text(path, "plan"), str(path))

@@ -27,8 +27,8 @@ from matplotlib.figure import Figure
 from methods import BASE, prepare
 
 import jpq
-from jpq.allocators import ALLOCATORS
-from jpq.cli import main as cli
+from jpq.allocation.allocators import ALLOCATORS
+from jpq.cli.main import main as cli
 from jpq.config import Budget, Decide, Run, Train
 
 LIMIT = "120%"
@@ -75,21 +75,36 @@ def at_equal_latency(seeds):
         for seed in seeds:
             for name, chosen in VARIANTS.items():
                 config = jpq.Config(
-                    budget=Budget(target_latency=LIMIT, latency_table=table), decide=replace(Decide(), **chosen),
-                    train=Train(epochs=20, float_epochs=20), run=Run(seed=seed, out=Path(folder) / "runs", threads=1),
-                )  # fmt: skip
+                    budget=Budget(target_latency=LIMIT, latency_table=table),
+                    decide=replace(Decide(), **chosen),
+                    train=Train(epochs=20, float_epochs=20),
+                    run=Run(seed=seed, out=Path(folder) / "runs", threads=1),
+                )
                 result = jpq.optimize(config)
                 now, full = result.compressed, result.float
-                rows.append({
-                    "model": "convnet", "data": "digits", "method": name, "target": f"latency {LIMIT}", "seed": seed,
-                    "float_accuracy": round(full.accuracy, 4), "accuracy": round(now.accuracy, 4),
-                    "predicted_ms": round(now.latency_ms, 5), "float_ms": round(full.latency_ms, 5),
-                    "measured_ms": round(result.latency["measured_ms"], 5),
-                    "target_used": round(result.targets["latency"]["used"], 4), "bops_share": round(now.bops_share, 6),
-                    "channels_kept": " ".join(f"{x.outputs}/{x.outputs_all}" for x in result.layers),
-                    "seconds": round(result.seconds["total"], 1), "n": 1, "threads": 1, "hardware": grid.hardware(),
-                    "torch": torch.__version__, "command": f"python studies/allocation.py --latency --seeds {seed}",
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "model": "convnet",
+                        "data": "digits",
+                        "method": name,
+                        "target": f"latency {LIMIT}",
+                        "seed": seed,
+                        "float_accuracy": round(full.accuracy, 4),
+                        "accuracy": round(now.accuracy, 4),
+                        "predicted_ms": round(now.latency_ms, 5),
+                        "float_ms": round(full.latency_ms, 5),
+                        "measured_ms": round(result.latency["measured_ms"], 5),
+                        "target_used": round(result.targets["latency"]["used"], 4),
+                        "bops_share": round(now.bops_share, 6),
+                        "channels_kept": " ".join(f"{x.outputs}/{x.outputs_all}" for x in result.layers),
+                        "seconds": round(result.seconds["total"], 1),
+                        "n": 1,
+                        "threads": 1,
+                        "hardware": grid.hardware(),
+                        "torch": torch.__version__,
+                        "command": f"python studies/allocation.py --latency --seeds {seed}",
+                    }
+                )
                 print(name, seed, rows[-1]["accuracy"], rows[-1]["channels_kept"], flush=True)
     found = pd.DataFrame(rows)
     found.to_csv(path, index=False)
@@ -101,6 +116,13 @@ if __name__ == "__main__":
         at_equal_latency([int(text) for text in sys.argv if text.isdigit()] or [0])
     else:
         grid.main(
-            "allocation", "Two-stage, ResNet8 on Fashion-MNIST: what the allocator changes", BASE, list(VARIANTS),
-            ["1%", "0.5%", "0.3%"], [0, 1], prepare, draw, VARIANTS,
-        )  # fmt: skip
+            "allocation",
+            "Two-stage, ResNet8 on Fashion-MNIST: what the allocator changes",
+            BASE,
+            list(VARIANTS),
+            ["1%", "0.5%", "0.3%"],
+            [0, 1],
+            prepare,
+            draw,
+            VARIANTS,
+        )

@@ -41,18 +41,23 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from jpq.exporters.rebuild import shrink
-from jpq.network.call import Book
-from jpq.network.check import runs_smaller
-from jpq.network.labels import distinct
-from jpq.network.read import exported
-from jpq.network.sites import channels
-from jpq.network.trace import record, trace, walk
+from jpq.tracing.channel_labels import distinct
+from jpq.tracing.export_graph import export_graph
+from jpq.tracing.op_call import TraceState
+from jpq.tracing.shrink import runs_smaller, shrink
+from jpq.tracing.sites import channels
+from jpq.tracing.trace import record, trace, walk
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = (
-    "densenet201", "efficientnet_v2_l", "resnet50", "mobilenet_v3_large", "densenet121", "vit_b_16", "convnext_tiny",
-)  # fmt: skip
+    "densenet201",
+    "efficientnet_v2_l",
+    "resnet50",
+    "mobilenet_v3_large",
+    "densenet121",
+    "vit_b_16",
+    "convnext_tiny",
+)
 Seconds = dict[str, float]
 
 
@@ -67,9 +72,9 @@ def with_jpq(model: nn.Module, x: Tensor) -> tuple[Seconds, nn.Module, int]:
     """`jpq.trace` in its stages, sites, and the smaller copy; (seconds, small model, sites)."""
     seconds: Seconds = {}
     with timed(seconds, "jpq_export"):
-        program = exported(model, (x,), {})
+        program = export_graph(model, (x,), {})
     with timed(seconds, "jpq_labels"):
-        book, unknown_ops = walk(Book(model), program)
+        book, unknown_ops = walk(TraceState(model), program)
         network = record(book, unknown_ops, len(x))
         suspects = {c for labels in book.suspects for c in distinct(book.classes.find(labels))}
     with timed(seconds, "jpq_check"):
@@ -153,11 +158,18 @@ def main() -> None:
     with_torch_pruning(small, torch.zeros(1, 3, 64, 64))
     rows = []
     for name in args.models:
-        rows.append(measure(name, args.rounds) | {
-            "n": args.rounds, "threads": args.threads, "torch": torch.__version__,
-            "torch_pruning": version("torch-pruning"), "hardware": f"{platform.machine()} CPU",
-            "load_1min": round(os.getloadavg()[0], 1), "date": time.strftime("%Y-%m-%d"),
-        })  # fmt: skip
+        rows.append(
+            measure(name, args.rounds)
+            | {
+                "n": args.rounds,
+                "threads": args.threads,
+                "torch": torch.__version__,
+                "torch_pruning": version("torch-pruning"),
+                "hardware": f"{platform.machine()} CPU",
+                "load_1min": round(os.getloadavg()[0], 1),
+                "date": time.strftime("%Y-%m-%d"),
+            }
+        )
         table = pd.DataFrame(rows)
         table.to_csv(RESULTS / "analysis_speed.csv", index=False)
         print(table.iloc[-1].to_string(), "\n", flush=True)

@@ -40,10 +40,16 @@ class Claim:
         """Its line."""
         source, found = jpq.METHODS[self.method].paper, self.measure()
         return {
-            "method": self.method, "claim": self.text, "source": source, "measured": found.measured,
-            "holds": found.holds, "n": found.n, "command": f"python studies/claims.py --only {self.method}",
-            "hardware": hardware(), "torch": torch.__version__,
-        }  # fmt: skip
+            "method": self.method,
+            "claim": self.text,
+            "source": source,
+            "measured": found.measured,
+            "holds": found.holds,
+            "n": found.n,
+            "command": f"python studies/claims.py --only {self.method}",
+            "hardware": hardware(),
+            "torch": torch.__version__,
+        }
 
 
 CLAIMS = (
@@ -71,7 +77,7 @@ CLAIMS = (
     Claim("dsp", "learned groups beat pruning input channels for all filters alike", channels.dsp_groups),
     Claim("bayesian-bits", "doubling gates land on powers of two", channels.bayesian_powers),
     Claim("bayesian-bits", "training feels gates both shut and open", channels.bayesian_gates),
-)  # fmt: skip
+)
 
 
 def main() -> None:

@@ -7,25 +7,11 @@ from statistics import mean
 
 import torch
 from torch import Tensor
-from trial import (
-    EIGHT,
-    SEEDS,
-    STEPS,
-    TUNE,
-    Found,
-    accuracy,
-    better,
-    landed,
-    listed,
-    started,
-    trained,
-    variant,
-    verdict,
-)  # fmt: skip
+from trial import EIGHT, SEEDS, STEPS, TUNE, Found, accuracy, better, landed, listed, started, trained, variant, verdict
 
-from jpq.gates import Annealed, Lasso
-from jpq.network.hyper import Generated, generate
-from jpq.quantizers import Gated
+from jpq.compression.hypernetwork import Generated, generate
+from jpq.methods.gates import Annealed, Lasso
+from jpq.methods.quantizers import Gated
 
 
 @cache

@@ -24,9 +24,9 @@ from trial import (
     trained,
     variant,
     verdict,
-)  # fmt: skip
+)
 
-from jpq.gates import Feedback, Gate
+from jpq.methods.gates import Feedback, Gate
 
 SPARSE = 0.05  # density at which it matters which weights stay
 

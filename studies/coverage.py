@@ -43,12 +43,12 @@ from typing import Any
 import pandas as pd
 import torch
 
-from jpq import vision
-from jpq.exporters import law
-from jpq.network import trace as tracing
-from jpq.network.reach import halved_share, prunable_share, stuck
-from jpq.network.sites import channels
-from jpq.network.unpack import unpacked
+from jpq.export import float_equivalence
+from jpq.tasks import zoo
+from jpq.tracing import trace as tracing
+from jpq.tracing.coverage import frozen_channels, halved_share, prunable_share
+from jpq.tracing.decompose import decompose
+from jpq.tracing.sites import channels
 from jpq.types import JpqError
 
 RESULTS = Path(__file__).parent / "results" / "coverage.csv"
@@ -60,14 +60,14 @@ CLIP = (3, 8, 64, 64)
 
 def names() -> list[str]:
     """Every network of the table."""
-    return [name + vision.BACKBONE * (kind == "detection") for name, kind in vision.kinds().items()]
+    return [name + zoo.BACKBONE * (kind == "detection") for name, kind in zoo.kinds().items()]
 
 
 def exact_shape(name: str) -> tuple[int, ...]:
     """One sample of what masked and rebuilt model are compared on."""
     if name.startswith(FULL_SIZE):
-        return vision.usual_shape(name)
-    return SMALLER.get(vision.kind_of(name), CLIP)
+        return zoo.usual_shape(name)
+    return SMALLER.get(zoo.kind_of(name), CLIP)
 
 
 @contextmanager
@@ -91,11 +91,11 @@ def timed(module: Any, name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 def measure(name: str, seeds: Sequence[int], shape: tuple[int, ...] | None = None) -> dict[str, Any]:
     """The row of one network, traced on two samples of `shape` (default: its usual one)."""
-    kind, shape = vision.kind_of(name), shape or vision.usual_shape(name)
+    kind, shape = zoo.kind_of(name), shape or zoo.usual_shape(name)
     row: dict[str, Any] = {"model": name, "kind": kind, "input": _times(shape)}
     torch.manual_seed(0)
     try:
-        model = unpacked(vision.build(name, vision.CLASSES[kind]).eval())
+        model = decompose(zoo.build_torchvision(name, zoo.CLASSES[kind]).eval())
         seconds: dict[str, float] = {}
         start = time.process_time()
         with timed(torch.export, "export", seconds), timed(tracing, "runs_smaller", seconds):
@@ -104,23 +104,31 @@ def measure(name: str, seeds: Sequence[int], shape: tuple[int, ...] | None = Non
         whole = time.process_time() - start
         export, check = seconds["export"], seconds["runs_smaller"]
         row |= {
-            "sites": len(sites), "units": sum(site.n for site in sites),
+            "sites": len(sites),
+            "units": sum(site.n for site in sites),
             "prunable_macs": round(float(prunable_share(network, sites)), 4),
-            "macs_gone_at_half": round(float(halved_share(network, sites)), 4), "layers": len(network.layers),
-            "frozen": "; ".join(f"{s.channels} {s.reason}" for s in stuck(network, sites)),
-            "unknown_ops": " ".join(network.unknown_ops), "macs": sum(layer.macs for layer in network.layers),
-            "trace_s": round(whole, 2), "export_s": round(export, 2), "check_s": round(check, 2),
+            "macs_gone_at_half": round(float(halved_share(network, sites)), 4),
+            "layers": len(network.layers),
+            "frozen": "; ".join(f"{s.channels} {s.reason}" for s in frozen_channels(network, sites)),
+            "unknown_ops": " ".join(network.unknown_ops),
+            "macs": sum(layer.macs for layer in network.layers),
+            "trace_s": round(whole, 2),
+            "export_s": round(export, 2),
+            "check_s": round(check, 2),
             "labels_s": round(whole - export - check, 2),
-        }  # fmt: skip
+        }
         x = torch.randn(1, *exact_shape(name), dtype=torch.double)
-        law.scramble(model, x)
-        found = [law.hold(model, network, sites, x, seed) for seed in seeds]
+        float_equivalence.randomize(model, x)
+        found = [float_equivalence.check_equivalence(model, network, sites, x, seed) for seed in seeds]
         worst = max(v.difference for v in found)
         row |= {
-            "rebuild_s": round(max(v.seconds for v in found), 2), "exact_input": _times(exact_shape(name)),
-            "rebuilt_ok": worst <= EXACT, "difference": float(f"{worst:.3g}"),
-            "sensitivity": float(f"{min(v.sensitivity for v in found):.2g}"), "seeds": len(found),
-        }  # fmt: skip
+            "rebuild_s": round(max(v.seconds for v in found), 2),
+            "exact_input": _times(exact_shape(name)),
+            "rebuilt_ok": worst <= EXACT,
+            "difference": float(f"{worst:.3g}"),
+            "sensitivity": float(f"{min(v.sensitivity for v in found):.2g}"),
+            "seeds": len(found),
+        }
     except (JpqError, RuntimeError) as error:
         row |= {"rebuilt_ok": False, "why_not": " ".join(str(error).split())[:300]}
     return row
@@ -145,10 +153,13 @@ def main() -> None:
             continue
         start = time.process_time()
         row = measure(name, range(args.seeds)) | {
-            "seconds": round(time.process_time() - start, 1), "threads": args.threads, "torch": version("torch"),
-            "torchvision": version("torchvision"), "hardware": f"{platform.machine()} CPU",
+            "seconds": round(time.process_time() - start, 1),
+            "threads": args.threads,
+            "torch": version("torch"),
+            "torchvision": version("torchvision"),
+            "hardware": f"{platform.machine()} CPU",
             "command": shlex.join(["python", "studies/coverage.py", *sys.argv[1:]]),
-        }  # fmt: skip
+        }
         gc.collect()
         table = pd.concat([table[table.model != name], pd.DataFrame([row])], ignore_index=True)
         order = {known: i for i, known in enumerate(names())}
@@ -156,8 +167,22 @@ def main() -> None:
         last = ["difference", "sensitivity", "seeds", "why_not", "seconds", "threads", "torch", "torchvision"]
         first = [column for column in table.columns if column not in (*last, "hardware", "command")]
         table.reindex(columns=[*first, *last, "hardware", "command"]).to_csv(args.out, index=False)
-        print({k: row.get(k) for k in ("model", "units", "prunable_macs", "trace_s", "difference", "sensitivity",
-                                       "why_not", "seconds")}, flush=True)  # fmt: skip
+        print(
+            {
+                k: row.get(k)
+                for k in (
+                    "model",
+                    "units",
+                    "prunable_macs",
+                    "trace_s",
+                    "difference",
+                    "sensitivity",
+                    "why_not",
+                    "seconds",
+                )
+            },
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -6,17 +6,29 @@ import pandas as pd
 
 HERE = Path(__file__).parent
 FAMILIES = {  # how a name begins -> what README calls the family; the first that fits
-    "convnext": "ConvNeXt", "densenet": "DenseNet", "efficientnet": "EfficientNet, V2", "maxvit": "MaxViT",
-    "vit": "ViT", "swin": "Swin, V2", "regnet": "RegNet", "vgg": "VGG, AlexNet", "alexnet": "VGG, AlexNet",
-    "res": "ResNet, ResNeXt, Wide ResNet", "wide_res": "ResNet, ResNeXt, Wide ResNet",
-    "googlenet": "GoogLeNet, Inception", "inception": "GoogLeNet, Inception",
-    "mobilenet": "MobileNet, MNASNet", "mnasnet": "MobileNet, MNASNet",
-    "shufflenet": "ShuffleNet, SqueezeNet", "squeezenet": "ShuffleNet, SqueezeNet",
-}  # fmt: skip
+    "convnext": "ConvNeXt",
+    "densenet": "DenseNet",
+    "efficientnet": "EfficientNet, V2",
+    "maxvit": "MaxViT",
+    "vit": "ViT",
+    "swin": "Swin, V2",
+    "regnet": "RegNet",
+    "vgg": "VGG, AlexNet",
+    "alexnet": "VGG, AlexNet",
+    "res": "ResNet, ResNeXt, Wide ResNet",
+    "wide_res": "ResNet, ResNeXt, Wide ResNet",
+    "googlenet": "GoogLeNet, Inception",
+    "inception": "GoogLeNet, Inception",
+    "mobilenet": "MobileNet, MNASNet",
+    "mnasnet": "MobileNet, MNASNet",
+    "shufflenet": "ShuffleNet, SqueezeNet",
+    "squeezenet": "ShuffleNet, SqueezeNet",
+}
 KINDS = {
-    "segmentation": "segmentation: FCN, DeepLabV3, LR-ASPP", "detection": "backbones of the detectors",
+    "segmentation": "segmentation: FCN, DeepLabV3, LR-ASPP",
+    "detection": "backbones of the detectors",
     "video": "video: R3D, MC3, R(2+1)D, S3D, MViT, Swin3D",
-}  # fmt: skip
+}
 OUTPUT = "reaches the model's output"
 
 

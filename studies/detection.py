@@ -45,18 +45,19 @@ from shapes_detector import BATCH, data, fit, found, part_of, trained
 from torch import nn
 
 import jpq
-from jpq import costs, detection
-from jpq.allocators import rank
-from jpq.allocators.salient import rank_everywhere, saliency
-from jpq.average_precision import average_precision, coco
-from jpq.budget import targets
-from jpq.exporters import verify
-from jpq.exporters.onnx import Session
-from jpq.gates import Ranked
-from jpq.network.compressed import Compressed
-from jpq.quantizers import Fixed
-from jpq.scores import L1
-from jpq.train import reestimate
+from jpq import costs
+from jpq.allocation.ranking.rank import rank
+from jpq.compression.calibration import reestimate_batchnorm
+from jpq.compression.model import CompressedModel
+from jpq.costs.target import parse_targets
+from jpq.detection import detector
+from jpq.detection.detector import average_precision, coco
+from jpq.detection.saliency import rank_everywhere, saliency
+from jpq.export import verify
+from jpq.export.runtimes import Session
+from jpq.methods.gates import Ranked
+from jpq.methods.quantizers import Fixed
+from jpq.methods.scores import L1
 
 RANK = 64  # images
 DENSE = "6.25%"  # 8 bits, nothing pruned
@@ -79,18 +80,18 @@ class Run:
         return f"python studies/detection.py {own} --seeds {self.seed}"
 
 
-def seen(n: int, size: int = 8) -> list[detection.Batch]:
+def seen(n: int, size: int = 8) -> list[detector.Batch]:
     """The first training images: small batches, since saliency holds every map and its gradient."""
     return list(part_of(data("tune"), n).batches(size))
 
 
 @cache
-def attached(model: nn.Module) -> tuple[detection.Core, Compressed]:
+def attached(model: nn.Module) -> tuple[detector.DetectorCore, CompressedModel]:
     """The detector's core, and its copy with 8 bits everywhere and all that `rank` needs."""
-    core = detection.core(model)
-    batches = [detection.prepared(model, images) for images, _ in seen(RANK)]
+    core = detector.core(model)
+    batches = [detector.prepared(model, images) for images, _ in seen(RANK)]
     network = jpq.trace(core, batches[0][:2])
-    sites, boxes_only = detection.rankable(model, core, network, jpq.channels(network), batches[0])
+    sites, boxes_only = detector.rankable(model, core, network, jpq.channels(network), batches[0])
     assert not boxes_only, boxes_only
     return core, jpq.attach(core, network, sites, Ranked, lambda _: (Fixed(8), Fixed(8)), batches, "saliency").eval()
 
@@ -99,11 +100,11 @@ def attached(model: nn.Module) -> tuple[detection.Core, Compressed]:
 def salient(model: nn.Module) -> dict[str, torch.Tensor]:
     """Saliency of the network that runs: with 8 bits."""
     net = attached(model)[1]
-    found = saliency(net, net.network, net.sites, detection.scenes(model, seen(RANK)))
+    found = saliency(net, net.network, net.sites, detector.scenes(model, seen(RANK)))
     return {name: values for name, values in found.items() if values is not None}
 
 
-def rank_by(net: Compressed, model: nn.Module, run: Run) -> None:
+def rank_by(net: CompressedModel, model: nn.Module, run: Run) -> None:
     """Write the run's ranking into the gates."""
     if run.score == "saliency":
         values = salient(model)
@@ -124,7 +125,7 @@ def rank_by(net: Compressed, model: nn.Module, run: Run) -> None:
 
 
 @torch.no_grad()
-def l1(net: Compressed, site: jpq.network.sites.Site) -> torch.Tensor:
+def l1(net: CompressedModel, site: jpq.tracing.sites.Site) -> torch.Tensor:
     """[n], of root mean square 1: the sum of |w| over all that reads each channel, as `L1` counts."""
     sums = sum(tap.structure.pool(net.layer(tap.layer).weight.abs())[0] for tap in site.taps)
     return sums / sums.square().mean().sqrt()
@@ -138,17 +139,19 @@ def measured(model: nn.Module, run: Run) -> tuple[nn.Module, dict[str, object]]:
     full = costs.baseline(net.exact())
     if run.score != "none":
         rank_by(net, model, run)
-        net.settle(jpq.land(net, targets({"bops": run.target}, net.exact())))
+        net.settle(jpq.discretize(net, parse_targets({"bops": run.target}, net.exact())))
     else:
         net.settle(net.plan())
     small, _ = jpq.rebuild(net.eval(), core)
-    x = detection.prepared(model, seen(2)[0][0])
+    x = detector.prepared(model, seen(2)[0][0])
     apart = verify.difference(net, small, x)
     del net
-    smaller = detection.around(model, small)
+    smaller = detector.around(model, small)
     if run.tune:
         fit(smaller, data("tune"), run.tune, 1e-3, run.seed, batch=16)
-        reestimate(small, ((detection.prepared(model, images), None) for images, _ in data("tune").batches(BATCH)))
+        reestimate_batchnorm(
+            small, ((detector.prepared(model, images), None) for images, _ in data("tune").batches(BATCH))
+        )
     split = "test" if run.tune else "held-out"
     detections, wanted = found(smaller, data(split)), data(split).targets
     counted = jpq.measure(small.eval(), x)
@@ -156,26 +159,42 @@ def measured(model: nn.Module, run: Run) -> tuple[nn.Module, dict[str, object]]:
     if run.tune and run.score == "saliency":
         largest, onnx_ap = outside(model, small, data(split))
     return smaller, {
-        "model": "ssdlite320_mobilenet_v3_large", "data": "shapes", "image": shapes.SIDE, "score": run.score,
-        "ranking": run.ranking, "target": run.target, "tune": run.tune, "seed": run.seed, "split": split,
-        "ap50": round(average_precision(detections, wanted), 4), "ap": round(coco(detections, wanted), 4),
-        "bops_share": round(counted["bops"] / full["bops"], 6), "macs": counted["macs"],
-        "parameters": sum(p.numel() for p in small.parameters()), "dense_macs": full["macs"],
-        "masked_vs_rebuilt": float(f"{apart:.2g}"), "onnx_largest": largest, "onnx_ap50": onnx_ap, "n": len(wanted),
-        "seconds": round(time.process_time() - start), "threads": torch.get_num_threads(), "hardware": hardware(),
-        "torch": torch.__version__, "command": run.command(),
-    }  # fmt: skip
+        "model": "ssdlite320_mobilenet_v3_large",
+        "data": "shapes",
+        "image": shapes.SIDE,
+        "score": run.score,
+        "ranking": run.ranking,
+        "target": run.target,
+        "tune": run.tune,
+        "seed": run.seed,
+        "split": split,
+        "ap50": round(average_precision(detections, wanted), 4),
+        "ap": round(coco(detections, wanted), 4),
+        "bops_share": round(counted["bops"] / full["bops"], 6),
+        "macs": counted["macs"],
+        "parameters": sum(p.numel() for p in small.parameters()),
+        "dense_macs": full["macs"],
+        "masked_vs_rebuilt": float(f"{apart:.2g}"),
+        "onnx_largest": largest,
+        "onnx_ap50": onnx_ap,
+        "n": len(wanted),
+        "seconds": round(time.process_time() - start),
+        "threads": torch.get_num_threads(),
+        "hardware": hardware(),
+        "torch": torch.__version__,
+        "command": run.command(),
+    }
 
 
 def outside(model: nn.Module, small: nn.Module, images: shapes.Shapes) -> tuple[float, float]:
     """(largest difference on 32 images, AP at .5 on all) of the exported core in onnxruntime."""
     batch, _ = next(images.batches(BATCH))
-    x = detection.prepared(model, batch)
+    x = detector.prepared(model, batch)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "core.onnx"
         jpq.export_onnx(small, x[:2], path)
         compared = verify.exported(small, path, [(x, None)])["rebuilt_vs_onnxruntime"]
-        runtime = detection.around(model, Session(path, threads=1, optimised=False))
+        runtime = detector.around(model, Session(path, threads=1, optimised=False))
         ap50 = average_precision(found(runtime, images), images.targets)
     return float(f"{compared['largest_relative_difference']:.2g}"), round(ap50, 4)
 
@@ -183,16 +202,34 @@ def outside(model: nn.Module, small: nn.Module, images: shapes.Shapes) -> tuple[
 def float_row(model: nn.Module, split: str, command: str) -> dict[str, object]:
     """The detector as it was trained."""
     detections, wanted = found(model, data(split)), data(split).targets
-    core = detection.core(model)
-    macs = sum(layer.macs for layer in jpq.trace(core, detection.prepared(model, seen(2)[0][0])).layers)
+    core = detector.core(model)
+    macs = sum(layer.macs for layer in jpq.trace(core, detector.prepared(model, seen(2)[0][0])).layers)
     return {
-        "model": "ssdlite320_mobilenet_v3_large", "data": "shapes", "image": shapes.SIDE, "score": "float",
-        "ranking": "-", "target": "100%", "tune": int(split == "test"), "seed": 0, "split": split,
-        "ap50": round(average_precision(detections, wanted), 4), "ap": round(coco(detections, wanted), 4),
-        "bops_share": 1, "macs": macs, "parameters": sum(p.numel() for p in core.parameters()), "dense_macs": macs,
-        "masked_vs_rebuilt": None, "onnx_largest": None, "onnx_ap50": None, "n": len(wanted), "seconds": None,
-        "threads": torch.get_num_threads(), "hardware": hardware(), "torch": torch.__version__, "command": command,
-    }  # fmt: skip
+        "model": "ssdlite320_mobilenet_v3_large",
+        "data": "shapes",
+        "image": shapes.SIDE,
+        "score": "float",
+        "ranking": "-",
+        "target": "100%",
+        "tune": int(split == "test"),
+        "seed": 0,
+        "split": split,
+        "ap50": round(average_precision(detections, wanted), 4),
+        "ap": round(coco(detections, wanted), 4),
+        "bops_share": 1,
+        "macs": macs,
+        "parameters": sum(p.numel() for p in core.parameters()),
+        "dense_macs": macs,
+        "masked_vs_rebuilt": None,
+        "onnx_largest": None,
+        "onnx_ap50": None,
+        "n": len(wanted),
+        "seconds": None,
+        "threads": torch.get_num_threads(),
+        "hardware": hardware(),
+        "torch": torch.__version__,
+        "command": command,
+    }
 
 
 def done() -> set[tuple[str, ...]]:
@@ -230,9 +267,16 @@ def main() -> None:
                 titles = "float", f"8 bits, {row['bops_share']:.2%} of the BOPs"
                 shown(model, smaller, RESULTS / "detection_boxes.png", titles)
     table = pd.read_csv(TABLE)
-    print(table.groupby(["tune", "target", "ranking", "score"]).agg(
-        runs=("ap50", "size"), ap50=("ap50", "mean"), ap=("ap", "mean"), bops_share=("bops_share", "mean"),
-    ).to_string())  # fmt: skip
+    print(
+        table.groupby(["tune", "target", "ranking", "score"])
+        .agg(
+            runs=("ap50", "size"),
+            ap50=("ap50", "mean"),
+            ap=("ap", "mean"),
+            bops_share=("bops_share", "mean"),
+        )
+        .to_string()
+    )
     compared(TABLE)
 
 

@@ -30,15 +30,31 @@ import kills
 import torch
 from kills import MOMENTS, again, tiny
 
-from jpq import checkpoint
-from jpq.cli import main as jpq
+from jpq.cli.main import main as jpq
 from jpq.config import Config
-from jpq.exporters.timing import hardware
+from jpq.export.timing.runner import hardware
+from jpq.training import checkpoint
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("part", "fault", "how", "exit_code", "sentence", "n", "same_bits_afterwards", "hardware", "command")
-FLAGS = ["--target-bops", "5%", "--limit", "150", "--epochs", "4", "--float-epochs", "1", "--batch-size", "16",
-         "--lr", "3e-3", "--device", "cpu", "--threads", "1"]  # fmt: skip
+FLAGS = [
+    "--target-bops",
+    "5%",
+    "--limit",
+    "150",
+    "--epochs",
+    "4",
+    "--float-epochs",
+    "1",
+    "--batch-size",
+    "16",
+    "--lr",
+    "3e-3",
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+]
 
 
 def folder_of(asked: Config) -> Path:
@@ -160,18 +176,20 @@ def hostile(run: Path, work: Path) -> Iterator[tuple[Any, ...]]:
     def not_numbers() -> None:
         import jpq
 
-        state = jpq.models.build("convnet", 10, 1).state_dict()
+        state = jpq.tasks.models.build("convnet", 10, 1).state_dict()
         state["0.weight"][0] = float("nan")
         torch.save(state, weights)
 
     makes: dict[str, tuple[str, Callable[[], object]]] = {
         "a .pth that runs a command": ("pickle of os.system", lambda: torch.save(Evil(mark), weights)),
         "a .pth from before torch 1.6 that does": (
-            "the same", lambda: torch.save([Evil(mark)], weights, _use_new_zipfile_serialization=False)),
+            "the same",
+            lambda: torch.save([Evil(mark)], weights, _use_new_zipfile_serialization=False),
+        ),
         "a zip bomb": ("256 MB of zeros, deflated into a .pth", bomb),
         "a truncated .pth": ("its last 9,000 bytes are missing", truncated),
         "NaN in weights": ("one filter", not_numbers),
-    }  # fmt: skip
+    }
     for fault, (how, make) in makes.items():
         make()
         code, said = told(load)
@@ -257,10 +275,12 @@ def main() -> None:
         assert kills.child(first).exitcode == 0
         whole = bits(folder_of(first))
         parts: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
-            "files": lambda: hostile(folder_of(first), work), "trainings": lambda: trained_badly(work),
-            "system": lambda: refused_by_the_system(whole, work), "signals": lambda: stopped(whole, work),
+            "files": lambda: hostile(folder_of(first), work),
+            "trainings": lambda: trained_badly(work),
+            "system": lambda: refused_by_the_system(whole, work),
+            "signals": lambda: stopped(whole, work),
             "kills": lambda: killed(whole, work),
-        }  # fmt: skip
+        }
         for part in asked:
             for row in parts[part]():
                 command = f"python studies/faults.py {part}"

@@ -34,16 +34,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import jpq
-from jpq import pareto
-from jpq.phases import phases
-from jpq.point import Point, point_of
-from jpq.recipe import read_data
-from jpq.train import evaluate
+from jpq.results.front import pareto
+from jpq.results.front.points import RunPoint, point_of
+from jpq.tasks.classification import evaluate
+from jpq.tasks.load import read_data
+from jpq.training.epochs import all_phases
 
 STYLES = {
-    "one run": ("#0072B2", "-"), "separate": ("#56B4E9", "--"), "uniform": ("#E69F00", "-"),
-    "two-stage": ("#009E73", "-"), "random": ("#999999", ":"), "tpe": ("#CC79A7", ":"),
-}  # fmt: skip
+    "one run": ("#0072B2", "-"),
+    "separate": ("#56B4E9", "--"),
+    "uniform": ("#E69F00", "-"),
+    "two-stage": ("#009E73", "-"),
+    "random": ("#999999", ":"),
+    "tpe": ("#CC79A7", ":"),
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Plan:
         config = replace(config, budget=replace(config.budget, target_bops=",".join(self.budgets)))
         for epochs in range(self.total, 0, -1):
             own = replace(config, train=replace(config.train, epochs=epochs))
-            if sum(p.epochs for p in phases(own, jpq.METHODS["djpq"]) if p.name != "float") <= self.total:
+            if sum(p.epochs for p in all_phases(own, jpq.METHODS["djpq"]) if p.name != "float") <= self.total:
                 return own
         raise ValueError("too few epochs")
 
@@ -81,9 +85,11 @@ def separate(config: jpq.Config, plan: Plan, method: str) -> Iterator[tuple[str,
     train = replace(config.train, epochs=plan.each)
     for budget in plan.budgets:
         own = replace(
-            config, train=train, budget=replace(config.budget, target_bops=budget),
+            config,
+            train=train,
+            budget=replace(config.budget, target_bops=budget),
             decide=replace(config.decide, method=method),
-        )  # fmt: skip
+        )
         try:
             yield budget, jpq.optimize(own, Print(), final=False).folder
         except jpq.JpqError as error:
@@ -119,24 +125,36 @@ def rows(way: str, config: jpq.Config, plan: Plan, command: str) -> list[dict[st
     seconds = time.perf_counter() - start
     points = [point for _, point in found]
     costs = [p.share("bops") for p in points]
-    on = pareto.nondominated(pareto.frame([p.accuracy for p in points], costs))
+    on = pareto.non_dominated(pareto.frame([p.accuracy for p in points], costs))
     test = read_data(config, torch.device("cpu")).test
     right = [measured(p, test) if front else None for p, front in zip(points, on, strict=True)]
     return [
         {
-            "model": config.task.model, "data": config.task.data, "way": way, "seed": config.run.seed,
-            "point": label, "front": bool(front), "accuracy": "" if a is None else round(a, 4),
-            "held_out": round(p.accuracy, 4), "float_held_out": round(p.float_accuracy or 0, 4),
-            "bops_share": round(p.share("bops"), 7), "size_bytes": int(p.costs["size"]), "epochs": plan.total,
-            "chance": points[0].chance, "least": min(float(b.rstrip("%")) for b in plan.budgets) / 100,
+            "model": config.task.model,
+            "data": config.task.data,
+            "way": way,
+            "seed": config.run.seed,
+            "point": label,
+            "front": bool(front),
+            "accuracy": "" if a is None else round(a, 4),
+            "held_out": round(p.accuracy, 4),
+            "float_held_out": round(p.float_accuracy or 0, 4),
+            "bops_share": round(p.share("bops"), 7),
+            "size_bytes": int(p.costs["size"]),
+            "epochs": plan.total,
+            "chance": points[0].chance,
+            "least": min(float(b.rstrip("%")) for b in plan.budgets) / 100,
             "seconds": round(seconds, 1),
-            "threads": torch.get_num_threads(), "hardware": hardware(), "torch": torch.__version__, "command": command,
+            "threads": torch.get_num_threads(),
+            "hardware": hardware(),
+            "torch": torch.__version__,
+            "command": command,
         }
         for (label, p), front, a in zip(found, on, right, strict=True)
-    ]  # fmt: skip
+    ]
 
 
-def measured(point: Point, batches: jpq.data.Batches) -> float:
+def measured(point: RunPoint, batches: jpq.tasks.data.Batches) -> float:
     """Accuracy of a saved model."""
     assert point.folder is not None
     return evaluate(jpq.load(point.folder)[0], batches)
@@ -148,7 +166,7 @@ def volumes(table: pd.DataFrame) -> pd.DataFrame:
     for (epochs, way, seed), one in table.groupby(["epochs", "way", "seed"]):
         measured = {"test": one[one.front].accuracy, "held_out": one.held_out}
         row = {
-            name: pareto.covered(
+            name: pareto.hypervolume_of(
                 list(right), list(one.bops_share[right.index].clip(lower=one.least.iloc[0])), chance=one.chance.iloc[0]
             )
             for name, right in measured.items()
@@ -196,20 +214,22 @@ def summary() -> str:
     for way in WAYS:
         cells = [f"{by.mean()[way]:.3f} (n={by.size()[way]})" if way in by.groups else "-" for by in found.values()]
         lines.append(f"| {way} | {' | '.join(cells)} |")
-    return "\n".join([
-        *lines, "",
-        "Hypervolume on the test split of the models that held-out accuracy chose, down to a budget of 0.5 % (four "
-        "budgets from 4 %). one run: `djpq` down the budgets; separate: a `djpq` run for each; random and tpe: "
-        "`jpq study --per block`. A model at 0.5 % that is always right would cover 2.07. ResNet8: 10,000 training "
-        "images, ResNet20: 5,000, whose few steps a search of channels and bits pays for. "
-        "`python studies/front_digits.py`, "
-        "`python studies/front_fashion_mnist.py`, `python studies/resnet20_cifar10.py --front`.", "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Hypervolume on the test split of the models that held-out accuracy chose, down to a budget of 0.5 % (four "
+            "budgets from 4 %). one run: `djpq` down the budgets; separate: a `djpq` run for each; random and tpe: "
+            "`jpq study --per block`. A model at 0.5 % that is always right would cover 2.07. ResNet8: 10,000 training "
+            "images, ResNet20: 5,000, whose few steps a search of channels and bits pays for. "
+            "`python studies/front_digits.py`, "
+            "`python studies/front_fashion_mnist.py`, `python studies/resnet20_cifar10.py --front`.",
+            "",
+        ]
+    )
 
 
-def main(
-    name: str, title: str, base: jpq.Config, plan: Plan, seeds: list[int], argv: list[str] | None = None
-) -> None:  # fmt: skip
+def main(name: str, title: str, base: jpq.Config, plan: Plan, seeds: list[int], argv: list[str] | None = None) -> None:
     """The command line of a front study: runs what is missing, prints the hypervolumes, draws."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))

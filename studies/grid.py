@@ -29,18 +29,19 @@ from matplotlib.figure import Figure
 
 import jpq
 from jpq.config import Budget, Decide
-from jpq.phases import split
-from jpq.result import Result, Row, Silent
+from jpq.results.record import Result
+from jpq.training.epochs import split_epochs
+from jpq.training.history import EpochRecord, NullObserver
 
 RESULTS = Path(__file__).parent / "results"
 COLOURS = {"djpq": "#0072B2", "djpq-pow2": "#009E73", "l0": "#CC79A7", "uniform": "#E69F00"}
 KEY = ["method", "target", "seed", "epochs", "search_epochs"]
 
 
-class Print(Silent):
+class Print(NullObserver):
     """One line per epoch."""
 
-    def epoch(self, row: Row) -> None:
+    def epoch(self, row: EpochRecord) -> None:
         print(
             f"  {row.phase} {row.epoch}/{row.epochs} loss {row.loss:.3f} held-out {row.accuracy:.2%} "
             f"BOPs {row.bops_share:.3%} kept {row.kept:.0%} {row.seconds:.0f} s",
@@ -53,14 +54,23 @@ def line(result: Result, config: jpq.Config, command: str) -> dict[str, object]:
     layers = result.layers
     verified = result.verified["rebuilt_vs_onnxruntime"]
     return {
-        "model": config.task.model, "data": config.task.data, "method": result.method,
-        "target": config.budget.target_bops, "seed": result.seed, "epochs": config.train.epochs,
-        "search_epochs": sum(r.phase == "search" for r in result.history), "bit_lr": config.decide.bit_lr,
-        "float_accuracy": round(result.float.accuracy, 4), "accuracy": round(result.compressed.accuracy, 4),
-        "bops_share": round(result.compressed.bops_share, 7), "target_used": round(result.targets["bops"]["used"], 4),
-        "bops": result.compressed.bops, "bops_structured": result.compressed.bops_structured,
+        "model": config.task.model,
+        "data": config.task.data,
+        "method": result.method,
+        "target": config.budget.target_bops,
+        "seed": result.seed,
+        "epochs": config.train.epochs,
+        "search_epochs": sum(r.phase == "search" for r in result.history),
+        "bit_lr": config.decide.bit_lr,
+        "float_accuracy": round(result.float.accuracy, 4),
+        "accuracy": round(result.compressed.accuracy, 4),
+        "bops_share": round(result.compressed.bops_share, 7),
+        "target_used": round(result.targets["bops"]["used"], 4),
+        "bops": result.compressed.bops,
+        "bops_structured": result.compressed.bops_structured,
         "macs": result.compressed.macs,
-        "size_bytes": result.compressed.size_bytes, "packed_bytes": result.packed["layers"],
+        "size_bytes": result.compressed.size_bytes,
+        "packed_bytes": result.packed["layers"],
         "w_bits_mean": round(statistics.mean(x.w_bits for x in layers), 2),
         "a_bits_mean": round(statistics.mean(x.a_bits for x in layers), 2),
         "density": round(sum(x.macs for x in layers) / max(1, sum(x.macs / x.density for x in layers)), 4),
@@ -69,10 +79,13 @@ def line(result: Result, config: jpq.Config, command: str) -> dict[str, object]:
         "onnx_argmax_agreement": verified["argmax_agreement"],
         "onnx_boundary_images": verified["at_a_rounding_boundary"],
         "onnx_optimised_agreement": result.verified["rebuilt_vs_onnxruntime_optimised"]["argmax_agreement"],
-        "test_images": verified["images"], "seconds": result.seconds["total"], "threads": torch.get_num_threads(),
+        "test_images": verified["images"],
+        "seconds": result.seconds["total"],
+        "threads": torch.get_num_threads(),
         "hardware": hardware(),
-        "torch": torch.__version__, "command": command,
-    }  # fmt: skip
+        "torch": torch.__version__,
+        "command": command,
+    }
 
 
 def hardware() -> str:
@@ -136,9 +149,12 @@ def with_float_weights(config: jpq.Config, path: Path) -> jpq.Config:
     if not path.exists():
         with tempfile.TemporaryDirectory() as folder:
             short = replace(
-                config, budget=Budget(target_bops="10%"), decide=Decide(method="uniform"),
-                train=replace(config.train, epochs=2), run=replace(config.run, out=Path(folder)),
-            )  # fmt: skip
+                config,
+                budget=Budget(target_bops="10%"),
+                decide=Decide(method="uniform"),
+                train=replace(config.train, epochs=2),
+                run=replace(config.run, out=Path(folder)),
+            )
             result = jpq.optimize(short, Print())
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(result.folder / "float.safetensors", path)
@@ -146,10 +162,16 @@ def with_float_weights(config: jpq.Config, path: Path) -> jpq.Config:
 
 
 def main(
-    name: str, title: str, base: jpq.Config, methods: list[str], wanted: list[str], seeds: list[int],
-    prepare: Callable[[jpq.Config], jpq.Config] = lambda config: config, draw: Callable[[Path, str], None] = picture,
+    name: str,
+    title: str,
+    base: jpq.Config,
+    methods: list[str],
+    wanted: list[str],
+    seeds: list[int],
+    prepare: Callable[[jpq.Config], jpq.Config] = lambda config: config,
+    draw: Callable[[Path, str], None] = picture,
     variants: Mapping[str, Mapping[str, Any]] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """The command line of a study: runs what is missing, prints the table of means, draws.
 
     `prepare` may change what all runs share (train float weights once) before the first that is missing. `variants`
@@ -174,7 +196,7 @@ def main(
             for method in args.methods:
                 chosen = {"method": method} if variants is None else variants[method]
                 train = replace(base.train, epochs=args.epochs)
-                searched = split(replace(base, train=train), jpq.METHODS[chosen["method"]])[0]
+                searched = split_epochs(replace(base, train=train), jpq.METHODS[chosen["method"]])[0]
                 if (method, target, str(seed), str(args.epochs), str(searched)) in done(path):
                     continue
                 print(f"{name}: {method} {target} seed {seed}", flush=True)

@@ -26,9 +26,9 @@ import torch
 
 import jpq
 from jpq.config import Budget, Decide, Run
-from jpq.exporters.timing import hardware
-from jpq.racing import INT8, files, race
-from jpq.result import Result
+from jpq.export.timing.compare import INT8, model_files, time_in_turns
+from jpq.export.timing.runner import hardware
+from jpq.results.record import Result
 
 RESULTS = Path(__file__).parent / "results" / "kernels.csv"
 BASE = replace(methods.BASE, decide=Decide(w_bits=(8, 8), a_bits=(8, 8)))
@@ -42,8 +42,11 @@ def runs(base: jpq.Config, target: str, seed: int, folder: Path) -> dict[str, Re
     for name, (bits, multiple) in VARIANTS.items():
         decide = replace(base.decide, output_bits=bits, channel_multiple=multiple)
         config = replace(
-            base, decide=decide, budget=Budget(target_bops=target), run=Run(seed=seed, out=folder, threads=1),
-        )  # fmt: skip
+            base,
+            decide=decide,
+            budget=Budget(target_bops=target),
+            run=Run(seed=seed, out=folder, threads=1),
+        )
         found[name] = jpq.optimize(config, grid.Print())
     return found
 
@@ -53,24 +56,34 @@ def rows(base: jpq.Config, target: str, seed: int, rounds: int, command: str) ->
     with tempfile.TemporaryDirectory() as place:
         found = runs(base, target, seed, Path(place))
         last = list(found.values())[-1]  # its int8 rounds results too
-        paths = files(last.folder, (1, 28, 28), Path(place))
+        paths = model_files(last.folder, (1, 28, 28), Path(place))
         paths = {INT8: paths[INT8]} | {name: r.folder / "model.onnx" for name, r in found.items()}
-        times = {t.model: t for t in race(paths, ["onnxruntime"], [1], [1], rounds, clock=time.process_time)}
+        times = {t.model: t for t in time_in_turns(paths, ["onnxruntime"], [1], [1], rounds, clock=time.process_time)}
         return [
             {
-                "model": "resnet8", "data": "fashion-mnist", "method": r.method, "target": target, "seed": seed,
-                "output_bits": VARIANTS[name][0], "channel_multiple": VARIANTS[name][1] or 1,
+                "model": "resnet8",
+                "data": "fashion-mnist",
+                "method": r.method,
+                "target": target,
+                "seed": seed,
+                "output_bits": VARIANTS[name][0],
+                "channel_multiple": VARIANTS[name][1] or 1,
                 "epochs": base.train.epochs,
-                "float_accuracy": round(r.float.accuracy, 4), "accuracy": round(r.compressed.accuracy, 4),
+                "float_accuracy": round(r.float.accuracy, 4),
+                "accuracy": round(r.compressed.accuracy, 4),
                 "target_used": round(r.targets["bops"]["used"], 4),
                 "channels_kept": round(sum(x.outputs for x in r.layers) / sum(x.outputs_all for x in r.layers), 3),
-                "onnx_bytes": times[name].bytes, "median_ms": round(times[name].median_ms, 4),
+                "onnx_bytes": times[name].bytes,
+                "median_ms": round(times[name].median_ms, 4),
                 "times_as_fast_as_int8": round(times[INT8].median_ms / times[name].median_ms, 3),
-                "n": rounds, "hardware": hardware(), "onnxruntime": version("onnxruntime"),
-                "torch": torch.__version__, "command": command,
+                "n": rounds,
+                "hardware": hardware(),
+                "onnxruntime": version("onnxruntime"),
+                "torch": torch.__version__,
+                "command": command,
             }
             for name, r in found.items()
-        ]  # fmt: skip
+        ]
 
 
 def summary() -> str:

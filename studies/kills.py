@@ -14,16 +14,30 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import jpq
-from jpq import checkpoint, files, landing, outcome, phases, report
+from jpq.compression import discretize
 from jpq.config import Budget, Config, Run, Task, Train
-from jpq.result import Silent
+from jpq.files import atomic
+from jpq.results import finish, plots
+from jpq.training import checkpoint, phases
+from jpq.training.history import NullObserver
 
 HERE = (Path(__file__).parent, Path(__file__).parents[1])
 MOMENTS = {  # how often a tiny run comes there: see `tiny`
-    "float step": 9, "search step": 18, "fine-tune step": 18, "checkpoint half written": 5,
-    "checkpoint not renamed": 5, "checkpoint just renamed": 5, "landing": 1, "BatchNorm's statistics": 1,
-    "weights to be written": 2, "packing": 1, "export": 1, "verification": 1, "report": 1, "all written": 1,
-}  # fmt: skip
+    "float step": 9,
+    "search step": 18,
+    "fine-tune step": 18,
+    "checkpoint half written": 5,
+    "checkpoint not renamed": 5,
+    "checkpoint just renamed": 5,
+    "landing": 1,
+    "BatchNorm's statistics": 1,
+    "weights to be written": 2,
+    "packing": 1,
+    "export": 1,
+    "verification": 1,
+    "report": 1,
+    "all written": 1,
+}
 
 
 def tiny(out: Path, seed: int = 0, every: int = 0) -> Config:
@@ -41,7 +55,7 @@ def again(config: Config) -> Config:
     return replace(config, run=replace(config.run, resume=True))
 
 
-class Steps(Silent):
+class Steps(NullObserver):
     """Tells of every step of a phase."""
 
     def __init__(self, killer: Killer) -> None:
@@ -101,25 +115,25 @@ class Killer:
             if ours:
                 self("checkpoint just renamed")
 
-        files.os.replace = told  # type: ignore[assignment]
+        atomic.os.replace = told  # type: ignore[assignment]
 
 
 def run(config: Config, moment: str = "", n: int = 0) -> None:
     """One run of `jpq optimize`, killed when it comes to `moment` for the n-th time."""
     kill = Killer(moment, n)
     kill.watch_renames()
-    kill.before(landing, "land", "landing")
+    kill.before(discretize, "land", "landing")
     kill.before(phases, "reestimate", "BatchNorm's statistics")
     kill.before(checkpoint, "save_tensors", "weights to be written")
-    kill.before(outcome, "pack", "packing")
-    kill.before(outcome.onnx, "export", "export")
-    kill.before(outcome.verify, "verify", "verification")
-    kill.before(report, "write", "report")
-    kill.after(report, "write", "all written")
+    kill.before(finish, "pack", "packing")
+    kill.before(finish.onnx, "export", "export")
+    kill.before(finish.verify, "verify", "verification")
+    kill.before(plots, "write", "report")
+    kill.after(plots, "write", "all written")
     jpq.optimize(config, Steps(kill))
 
 
-class Remover(Silent):
+class Remover(NullObserver):
     """Removes the run's folder in the second epoch of its search."""
 
     def __init__(self, config: Config) -> None:

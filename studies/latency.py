@@ -26,17 +26,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import jpq
-from jpq import bench
 from jpq.costs import latency_ns
 from jpq.costs.latency import NS
-from jpq.costs.table import Table
-from jpq.exporters import onnx
-from jpq.exporters.alone import call_model
-from jpq.exporters.quantized import rebuild
-from jpq.exporters.timing import Runner, hardware, take_turns
-from jpq.models import build
-from jpq.network.trace import trace
+from jpq.costs.latency_table import LatencyTable
+from jpq.export.onnx import export
+from jpq.export.rebuild import rebuild
+from jpq.export.timing import layer_table
+from jpq.export.timing.layer_model import call_model
+from jpq.export.timing.runner import Runner, hardware, take_turns
 from jpq.plan import Plan
+from jpq.tasks.models import build
+from jpq.tracing.trace import trace
 
 MODELS = {"resnet8": "#E69F00", "resnet20": "#0072B2"}
 SAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -57,14 +57,14 @@ def drawn(plan: Plan, seed: int) -> Plan:
     return replace(plan, layers=layers, kept=kept)
 
 
-def compressed(name: str, table: Table, seed: int, path: Path) -> tuple[float, float, float]:
+def compressed(name: str, table: LatencyTable, seed: int, path: Path) -> tuple[float, float, float]:
     """Export one random plan; (predicted ms, share of the channels kept, mean bits)."""
     torch.manual_seed(0)
     model = build(name, 10, 3).eval()
     net = jpq.compress(model, SAMPLE, method="djpq", latency="100%", table=table).net
     net.settle(drawn(net.plan(), seed))
     small, plan = rebuild(net, model)
-    onnx.export(small, SAMPLE, path)
+    export.export(small, SAMPLE, path)
     units = [k for site in plan.kept.values() for k in site]
     bits = [b for x in plan.layers.values() for b in (x.w_bits, x.a_bits)]
     return float(latency_ns(net.exact())) / NS, sum(units) / len(units), sum(bits) / len(bits)
@@ -75,12 +75,19 @@ def measured(plans: int, repeats: int, command: str) -> pd.DataFrame:
     rows, runners = [], [Runner(call_model())]
     with tempfile.TemporaryDirectory() as folder:
         for name in MODELS:
-            table = Table(name, tuple(bench.measure(trace(build(name, 10, 3), SAMPLE), name, 1, repeats)))
+            table = LatencyTable(name, tuple(layer_table.measure(trace(build(name, 10, 3), SAMPLE), name, 1, repeats)))
             for seed in range(plans):
                 path = Path(folder) / f"{name}_{seed}.onnx"
                 ms, kept, bits = compressed(name, table, seed, path)
-                rows.append({"model": name, "plan": seed, "channels_kept": round(kept, 3), "bits_mean": round(bits, 2),
-                             "predicted_ms": round(ms, 5)})  # fmt: skip
+                rows.append(
+                    {
+                        "model": name,
+                        "plan": seed,
+                        "channels_kept": round(kept, 3),
+                        "bits_mean": round(bits, 2),
+                        "predicted_ms": round(ms, 5),
+                    }
+                )
                 runners.append(Runner(path))
         seconds = 1e3 * take_turns(runners, repeats)
     call = np.median(seconds[0])
@@ -113,9 +120,17 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for name, own in [*frame.groupby("model"), ("both", frame)]:
         ratio = own.measured_over_predicted
-        rows.append({"model": name, "plans": len(own), "correlation": own.predicted_ms.corr(own.measured_ms),
-                     "rank_correlation": own.predicted_ms.rank().corr(own.measured_ms.rank()),
-                     "median_ratio": ratio.median(), "least": ratio.min(), "most": ratio.max()})  # fmt: skip
+        rows.append(
+            {
+                "model": name,
+                "plans": len(own),
+                "correlation": own.predicted_ms.corr(own.measured_ms),
+                "rank_correlation": own.predicted_ms.rank().corr(own.measured_ms.rank()),
+                "median_ratio": ratio.median(),
+                "least": ratio.min(),
+                "most": ratio.max(),
+            }
+        )
     return pd.DataFrame(rows).round(4)
 
 

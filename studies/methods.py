@@ -56,8 +56,15 @@ def draw(path: Path, title: str) -> None:
             axes.plot(scale * means[column], 100 * means.accuracy, marker="o", markersize=4, label=name, **style)
         points = by_cost(table.groupby(["method", "target"])[[column, "accuracy"]].mean(), column)
         front = points[points.accuracy > points.accuracy.cummax().shift(fill_value=0)]
-        axes.plot(scale * front[column], 100 * front.accuracy, drawstyle="steps-post", color="#000000", linewidth=0.8,
-                  alpha=0.6, label="not dominated")  # fmt: skip
+        axes.plot(
+            scale * front[column],
+            100 * front.accuracy,
+            drawstyle="steps-post",
+            color="#000000",
+            linewidth=0.8,
+            alpha=0.6,
+            label="not dominated",
+        )
         axes.axhline(100 * table.float_accuracy.mean(), color="#555555", linestyle=":", linewidth=1, label="float")
         axes.set(xscale="log", xlabel=label)
         axes.grid(alpha=0.3)
@@ -75,6 +82,12 @@ def draw(path: Path, title: str) -> None:
 
 if __name__ == "__main__":
     grid.main(
-        "methods", "ResNet8 on Fashion-MNIST, 10,000 images, 6 epochs", BASE, METHODS, ["1%", "0.5%"], [0, 1],
-        prepare, draw,
-    )  # fmt: skip
+        "methods",
+        "ResNet8 on Fashion-MNIST, 10,000 images, 6 epochs",
+        BASE,
+        METHODS,
+        ["1%", "0.5%"],
+        [0, 1],
+        prepare,
+        draw,
+    )

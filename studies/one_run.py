@@ -23,9 +23,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import jpq
-from jpq.compose import compose
 from jpq.config import Budget, Run, Task, Train
-from jpq.phases import phases
+from jpq.methods.compatibility import compose
+from jpq.training.epochs import all_phases
 
 PATH = grid.RESULTS / "one_run.csv"
 BUDGETS = ("2%", "1%", "0.5%", "0.25%")
@@ -59,20 +59,32 @@ def lines(base: jpq.Config, kind: str, command: str) -> list[dict[str, object]]:
         found = found or [(text, one.accuracy, result.held_out["compressed"], one.bops_share)]
         times = clock.spent[-len(found) :]
         for (budget, accuracy, held_out, share), seconds in zip(found, times, strict=True):
-            rows.append({
-                "model": base.task.model, "data": base.task.data, "kind": kind, "target": budget,
-                "seed": base.run.seed, "epochs": base.train.epochs, "trained": trained(base, kind),
-                "float_accuracy": round(result.float.accuracy, 4), "accuracy": round(accuracy, 4),
-                "held_out": round(held_out, 4), "bops_share": round(share, 7), "seconds": round(seconds, 1),
-                "hardware": grid.hardware(), "torch": torch.__version__, "command": command,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "model": base.task.model,
+                    "data": base.task.data,
+                    "kind": kind,
+                    "target": budget,
+                    "seed": base.run.seed,
+                    "epochs": base.train.epochs,
+                    "trained": trained(base, kind),
+                    "float_accuracy": round(result.float.accuracy, 4),
+                    "accuracy": round(accuracy, 4),
+                    "held_out": round(held_out, 4),
+                    "bops_share": round(share, 7),
+                    "seconds": round(seconds, 1),
+                    "hardware": grid.hardware(),
+                    "torch": torch.__version__,
+                    "command": command,
+                }
+            )
     return rows
 
 
 def trained(base: jpq.Config, kind: str) -> int:
     """Epochs of search and fine-tuning for the whole front."""
     runs, text = (len(BUDGETS), BUDGETS[0]) if kind == "separate runs" else (1, ",".join(BUDGETS))
-    every = phases(replace(base, budget=Budget(target_bops=text)), compose(base.decide.method))
+    every = all_phases(replace(base, budget=Budget(target_bops=text)), compose(base.decide.method))
     return runs * sum(p.epochs for p in every if p.name != "float")
 
 

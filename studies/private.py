@@ -33,15 +33,17 @@ from torch import nn
 from trial import float_model
 
 import jpq
-from jpq import designer, handover, recipe
+from jpq.compression import external_mask
 from jpq.costs import COSTS, baseline
-from jpq.data import RECIPES, Data
-from jpq.layerwise import Draw, Steps
-from jpq.train import evaluate
+from jpq.data_free.layerwise_admm import AdmmSettings, Draw
+from jpq.data_free.prune import DataFreeResult, gate_of, noise, one_shot, pruned, sites_of
+from jpq.tasks import load
+from jpq.tasks.classification import evaluate
+from jpq.tasks.data import RECIPES, Data
 
 WAYS = ("one-shot", "noise", "matched", "real")
 DENSITY = 0.75  # of the kernels
-HOW = Steps(steps=200, images=128, batch_size=64)
+HOW = AdmmSettings(steps=200, images=128, batch_size=64)
 PATH = grid.RESULTS / "private.csv"
 KEY = ["data", "way", "seed"]
 
@@ -62,11 +64,11 @@ class Setting:
         base = replace(methods.BASE, task=replace(methods.BASE.task, data_root=root))
         task = replace(base.task, model=self.model, data=self.data, limit=self.limit)
         config = replace(base, task=task, train=replace(base.train, batch_size=64), run=replace(base.run, seed=seed))
-        data = recipe.read_data(config, torch.device("cpu"))
+        data = load.read_data(config, torch.device("cpu"))
         if self.data == "digits":
             return float_model(seed), data
         shared = methods.prepare(base).task.weights
-        return recipe.dense_model(replace(config, task=replace(task, weights=shared)), data, torch.device("cpu")), data
+        return load.dense_model(replace(config, task=replace(task, weights=shared)), data, torch.device("cpu")), data
 
 
 SETTINGS = {
@@ -82,21 +84,19 @@ def images(data: Data, seed: int) -> Draw:
     return lambda n: train.normalise(train.images[torch.randint(train.size, (n,), generator=generator)])
 
 
-def prune(way: str, model: nn.Module, data: Data, seed: int) -> tuple[designer.Pruned, nn.Module]:
+def prune(way: str, model: nn.Module, data: Data, seed: int) -> tuple[DataFreeResult, nn.Module]:
     """(masks and errors, the pruned model)."""
     r = RECIPES[data.name]
-    draw = (
-        images(data, seed) if way == "real" else designer.noise(data.shape, (r.mean, r.std), seed, torch.device("cpu"))
-    )
+    draw = images(data, seed) if way == "real" else noise(data.shape, (r.mean, r.std), seed, torch.device("cpu"))
     how = replace(HOW, matched=way in ("matched", "one-shot"), seed=seed)
     if way != "one-shot":
-        done = designer.pruned(model, draw, "pattern", DENSITY, how=how, threads=1)
+        done = pruned(model, draw, "pattern", DENSITY, how=how, threads=1)
         return done, done.model
     network = jpq.trace(model, data.example)
-    sites = designer.sites_of(network, "pattern", ())
-    gates = [designer.gate_of(network, site, DENSITY, how) for site in sites]
-    crude = designer.one_shot(model, sites, gates)
-    return designer.Pruned(crude, sites, tuple(g.keep() for g in gates), (), float("nan"), float("nan")), crude
+    sites = sites_of(network, "pattern", ())
+    gates = [gate_of(network, site, DENSITY, how) for site in sites]
+    crude = one_shot(model, sites, gates)
+    return DataFreeResult(crude, sites, tuple(g.keep() for g in gates), (), float("nan"), float("nan")), crude
 
 
 def retrain(mask: Path, model: nn.Module, data: Data, asked: Setting, seed: int) -> tuple[float, float]:
@@ -127,27 +127,43 @@ def one(way: str, asked: Setting, root: Path, seed: int, command: str) -> dict[s
     seconds = time.process_time() - begun
     after = evaluate(small, data.test)
     with tempfile.TemporaryDirectory() as folder:
-        handover.write(Path(folder), done.sites, done.kept, small, {"name": asked.model})
+        external_mask.write(Path(folder), done.sites, done.kept, small, {"name": asked.model})
         accuracy, used = retrain(Path(folder), model, data, asked, seed)
     rows = done.layers
     mean = lambda name: round(sum(getattr(r, name) for r in rows) / len(rows), 4) if rows else ""  # noqa: E731
     return {
-        "model": asked.model, "data": asked.data, "way": way, "seed": seed, "density": DENSITY,
-        "float_accuracy": round(evaluate(model, data.test), 4), "after_pruning": round(after, 4),
-        "accuracy": round(accuracy, 4), "target": asked.target, "target_used": round(used, 4),
-        "layer_error": mean("error"), "layer_error_one_shot": mean("error_one_shot"), "residual": mean("residual"),
-        "dead": mean("dead"), "admm_steps": HOW.steps if rows else 0, "client_steps": asked.search + asked.tune,
-        "prune_seconds": round(seconds, 1), "test_images": data.test.size, "threads": torch.get_num_threads(),
-        "hardware": grid.hardware(), "torch": torch.__version__, "command": command,
-    }  # fmt: skip
+        "model": asked.model,
+        "data": asked.data,
+        "way": way,
+        "seed": seed,
+        "density": DENSITY,
+        "float_accuracy": round(evaluate(model, data.test), 4),
+        "after_pruning": round(after, 4),
+        "accuracy": round(accuracy, 4),
+        "target": asked.target,
+        "target_used": round(used, 4),
+        "layer_error": mean("error"),
+        "layer_error_one_shot": mean("error_one_shot"),
+        "residual": mean("residual"),
+        "dead": mean("dead"),
+        "admm_steps": HOW.steps if rows else 0,
+        "client_steps": asked.search + asked.tune,
+        "prune_seconds": round(seconds, 1),
+        "test_images": data.test.size,
+        "threads": torch.get_num_threads(),
+        "hardware": grid.hardware(),
+        "torch": torch.__version__,
+        "command": command,
+    }
 
 
 def picture() -> None:
     """Accuracy right after pruning and after retraining, a bar a way, a dot a seed."""
     table = pd.read_csv(PATH)
     figure = Figure(figsize=(9, 4), layout="constrained")
-    for axes, (name, runs) in zip(figure.subplots(1, table.data.nunique(), squeeze=False)[0], table.groupby("data"),
-                                  strict=True):  # fmt: skip
+    for axes, (name, runs) in zip(
+        figure.subplots(1, table.data.nunique(), squeeze=False)[0], table.groupby("data"), strict=True
+    ):
         for side, (column, label) in enumerate((("after_pruning", "right after"), ("accuracy", "retrained"))):
             means = runs.groupby("way")[column].mean().reindex(WAYS)
             places = [i + 0.4 * side - 0.2 for i in range(len(WAYS))]
@@ -170,8 +186,9 @@ def picture() -> None:
 
 def main() -> None:
     """Runs what is missing, prints the means, draws."""
-    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -194,10 +211,15 @@ def main() -> None:
                 print({k: row[k] for k in (*KEY, "after_pruning", "accuracy", "target_used")}, flush=True)
     table = pd.read_csv(PATH)
     means = table.groupby(["data", "way"]).agg(
-        n=("seed", "size"), float=("float_accuracy", "mean"), after_pruning=("after_pruning", "mean"),
-        accuracy=("accuracy", "mean"), least=("accuracy", "min"), layer_error=("layer_error", "mean"),
-        layer_error_one_shot=("layer_error_one_shot", "mean"), residual=("residual", "mean"),
-    )  # fmt: skip
+        n=("seed", "size"),
+        float=("float_accuracy", "mean"),
+        after_pruning=("after_pruning", "mean"),
+        accuracy=("accuracy", "mean"),
+        least=("accuracy", "min"),
+        layer_error=("layer_error", "mean"),
+        layer_error_one_shot=("layer_error_one_shot", "mean"),
+        residual=("residual", "mean"),
+    )
     print(means.round(4).to_string())
     picture()
 

@@ -23,13 +23,16 @@ from jpq.config import Decide, Run, Task, Train
 
 BASE = jpq.Config(
     task=Task(
-        model="resnet20", data="cifar10", data_root=Path("data"), weights=Path("data/weights/resnet20-12fca82f.th"),
+        model="resnet20",
+        data="cifar10",
+        data_root=Path("data"),
+        weights=Path("data/weights/resnet20-12fca82f.th"),
         held_out=0.02,
     ),
     decide=Decide(bit_lr=0.01, gate_lr=0.01),
     train=Train(epochs=3, search=0.17, batch_size=128, lr=1e-3),
     run=Run(device="auto"),
-)  # fmt: skip
+)
 
 FRONT = replace(BASE, task=replace(BASE.task, limit=5_000), train=replace(BASE.train, search=0.5))
 

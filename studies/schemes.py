@@ -27,15 +27,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import jpq
-from jpq.allocators.schemes import milliseconds, variants
-from jpq.compose import compose, legal
+from jpq.allocation.structure_rules import milliseconds, variants
+from jpq.allocation.structure_search import MappingEvaluator
 from jpq.config import Budget, Decide, Task, Train
-from jpq.mapping import Proxy
-from jpq.models import build, load_weights
-from jpq.network.record import Network
-from jpq.network.trace import trace
-from jpq.recipe import read_data
-from jpq.result import Result
+from jpq.methods.compatibility import compose, is_allowed
+from jpq.results.record import Result
+from jpq.tasks.load import read_data
+from jpq.tasks.models import build, load_weights
+from jpq.tracing.network import Network
+from jpq.tracing.trace import trace
 from jpq.types import DENSE
 
 WEIGHTS = Path("runs/schemes/resnet8-digits.safetensors")
@@ -80,8 +80,10 @@ def optimized(
 def modelled(seen: Network, result: Result) -> dict[str, float]:
     """Milliseconds of the run's masks, by the roofline."""
     ms = milliseconds(seen, {r.name: r.structure for r in result.layers}, {r.name: r.density for r in result.layers})
-    return {"modelled_ms": round(sum(ms.values()), 5),
-            "modelled_dense_ms": round(sum(milliseconds(seen, {}, 1.0).values()), 5)}  # fmt: skip
+    return {
+        "modelled_ms": round(sum(ms.values()), 5),
+        "modelled_dense_ms": round(sum(milliseconds(seen, {}, 1.0).values()), 5),
+    }
 
 
 def runs(base: jpq.Config, seeds: list[int]) -> None:
@@ -97,10 +99,14 @@ def runs(base: jpq.Config, seeds: list[int]) -> None:
             result, config = optimized(base, method, structure, proxy, seed, command)
             mapping = ",".join(f"{r.name}={r.structure}" for r in result.layers if r.structure != DENSE)
             row = {
-                "structure": structure, "proxy": proxy, **modelled(seen, result),
-                "search_seconds": result.seconds.get("schemes", 0.0), **grid.line(result, config, command),
-                "mapping": mapping, "n": 1,
-            }  # fmt: skip
+                "structure": structure,
+                "proxy": proxy,
+                **modelled(seen, result),
+                "search_seconds": result.seconds.get("schemes", 0.0),
+                **grid.line(result, config, command),
+                "mapping": mapping,
+                "n": 1,
+            }
             grid.append(path, row)
             print(method, structure, seed, row["accuracy"], row["modelled_ms"], result.seconds["total"], flush=True)
 
@@ -113,14 +119,16 @@ def proxies(base: jpq.Config) -> None:
     data = read_data(base, torch.device("cpu"))
     model = build("resnet8", data.classes, data.shape[0]).eval()
     load_weights(model, base.task.weights)
-    guesses = {kind: Proxy(seen, model, data, BASE.decide.density, trained=kind == "trained", lr=BASE.train.lr)
-               for kind in ("projected", "trained")}  # fmt: skip
+    guesses = {
+        kind: MappingEvaluator(seen, model, data, BASE.decide.density, trained=kind == "trained", lr=BASE.train.lr)
+        for kind in ("projected", "trained")
+    }
     draw = random.Random(0)
     have = len(pd.read_csv(path)) if path.exists() else 0
     for i in range(RANDOM):
         mapping = {}
         for layer in seen.layers:
-            kinds = {k: v for k, v in variants(layer, legal(method)).items() if k != DENSE}
+            kinds = {k: v for k, v in variants(layer, is_allowed(method)).items() if k != DENSE}
             mapping[layer.name] = draw.choice([s for kind in kinds.values() for s in kind] or [DENSE])
         if i < have:
             continue
@@ -132,11 +140,21 @@ def proxies(base: jpq.Config) -> None:
         text = ",".join(f"{name}={s}" for name, s in mapping.items() if s != DENSE)
         command = "python studies/schemes.py --part proxies"
         result, _ = optimized(base, "admm", text, "", 0, command)
-        grid.append(path, {
-            "number": i, **said, "final_held_out": round(result.held_out["compressed"], 4),
-            "final_accuracy": round(result.compressed.accuracy, 4), **modelled(seen, result), "mapping": text, "n": 1,
-            "held_out_images": data.held_out.size, "hardware": grid.hardware(), "command": command,
-        })  # fmt: skip
+        grid.append(
+            path,
+            {
+                "number": i,
+                **said,
+                "final_held_out": round(result.held_out["compressed"], 4),
+                "final_accuracy": round(result.compressed.accuracy, 4),
+                **modelled(seen, result),
+                "mapping": text,
+                "n": 1,
+                "held_out_images": data.held_out.size,
+                "hardware": grid.hardware(),
+                "command": command,
+            },
+        )
         print(i, said, result.compressed.accuracy, flush=True)
 
 
@@ -153,8 +171,11 @@ def draw() -> None:
         mean = own[["modelled_ms", "accuracy"]].mean()
         axes.scatter(1e3 * mean.modelled_ms, 100 * mean.accuracy, s=60, label=f"{method}, {structure}", **look)
     axes.axhline(100 * table.float_accuracy.mean(), color="#555555", linestyle="--", linewidth=1, label="float model")
-    axes.set(xlabel="modelled microseconds of one sample (not measured)", ylabel="test accuracy, %",
-             title="ResNet8 on the digits, 0.5 % of fp32's BOPs, 4 of 9 weights kept")  # fmt: skip
+    axes.set(
+        xlabel="modelled microseconds of one sample (not measured)",
+        ylabel="test accuracy, %",
+        title="ResNet8 on the digits, 0.5 % of fp32's BOPs, 4 of 9 weights kept",
+    )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     FigureCanvasAgg(figure)
@@ -163,9 +184,14 @@ def draw() -> None:
 
 def summary() -> None:
     """What the CSVs hold, on the screen."""
-    columns = {"n": ("accuracy", "size"), "accuracy": ("accuracy", "mean"), "least": ("accuracy", "min"),
-               "ms": ("modelled_ms", "mean"), "dense_ms": ("modelled_dense_ms", "mean"),
-               "bops_share": ("bops_share", "mean")}  # fmt: skip
+    columns = {
+        "n": ("accuracy", "size"),
+        "accuracy": ("accuracy", "mean"),
+        "least": ("accuracy", "min"),
+        "ms": ("modelled_ms", "mean"),
+        "dense_ms": ("modelled_dense_ms", "mean"),
+        "bops_share": ("bops_share", "mean"),
+    }
     table = pd.read_csv(PATHS["runs"])
     print(f"float {table.float_accuracy.mean():.4f}")
     print(table.groupby(["method", "structure"], sort=False).agg(**columns).round(4).to_string())

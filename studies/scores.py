@@ -32,11 +32,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import jpq
-from jpq.allocators.ranked import scores
-from jpq.data import Batches, Data, load
-from jpq.joint import Joint
-from jpq.scores import SCORES
-from jpq.train import evaluate, reestimate
+from jpq.allocation.ranking.rank import scores
+from jpq.compression.calibration import reestimate_batchnorm
+from jpq.methods.scores import SCORES
+from jpq.session import CompressionSession
+from jpq.tasks.classification import evaluate
+from jpq.tasks.data import Batches, Data, load
 
 NAME, MODEL = "scores", "resnet20"
 DENSITIES = (0.9, 0.8)
@@ -47,36 +48,53 @@ SEEDS = {"random": (0, 1, 2)}
 
 
 def float_model(name: str, weights: Path) -> nn.Module:
-    model = jpq.models.build(name, 10, 3)
-    jpq.models.load_weights(model, weights)
+    model = jpq.tasks.models.build(name, 10, 3)
+    jpq.tasks.models.load_weights(model, weights)
     return model.eval()
 
 
-def closed(model: nn.Module, data: Data, score: str, density: float, seed: int = 0) -> Joint:
+def closed(model: nn.Module, data: Data, score: str, density: float, seed: int = 0) -> CompressionSession:
     """The network with its channels closed, landed on its share of the MACs to within a channel."""
     torch.manual_seed(seed)
     batches = list(islice(data.train.epoch(10**6 + seed), 8))
     net = jpq.compress(
-        model, batches[0][0], "ranked", score=score, schedule="one-shot", density=density, evidence=batches,
-        macs=f"{density:.0%}", width="fixed",
-    )  # fmt: skip
+        model,
+        batches[0][0],
+        "ranked",
+        score=score,
+        schedule="one-shot",
+        density=density,
+        evidence=batches,
+        macs=f"{density:.0%}",
+        width="fixed",
+    )
     net.land()
     return net
 
 
 def line(
-    part: str, score: str, seed: int, density: float, net: Joint | None, name: str = MODEL, **found: object
+    part: str, score: str, seed: int, density: float, net: CompressionSession | None, name: str = MODEL, **found: object
 ) -> dict[str, object]:
     """One measurement as a row."""
     uses = net.net.exact() if net else []
     share = float(jpq.costs.macs(uses)) / jpq.costs.baseline(uses)["macs"] if net else 1.0
     every = {"accuracy": "", "float_accuracy": "", "pearson": "", "spearman": "", "units": "", "images": "", **found}
     return {
-        "part": part, "model": name, "data": "cifar10", "score": score, "seed": seed, "density": density,
-        "macs_share": round(share, 4), **every, "steps": STEPS if part == "tuned" else 0, "n": 1, "threads": 1,
-        "hardware": hardware(), "torch": torch.__version__,
+        "part": part,
+        "model": name,
+        "data": "cifar10",
+        "score": score,
+        "seed": seed,
+        "density": density,
+        "macs_share": round(share, 4),
+        **every,
+        "steps": STEPS if part == "tuned" else 0,
+        "n": 1,
+        "threads": 1,
+        "hardware": hardware(),
+        "torch": torch.__version__,
         "command": f"python studies/scores.py --model {name} --parts {part}",
-    }  # fmt: skip
+    }
 
 
 def pruned(model: nn.Module, data: Data, path: Path, tune: bool, name: str, wanted: Sequence[str]) -> None:
@@ -93,13 +111,22 @@ def pruned(model: nn.Module, data: Data, path: Path, tune: bool, name: str, want
                 if tune:
                     train(net, data.train)
                 accuracy = evaluate(net.net, data.held_out)
-                row = line(part, score, seed, density, net, name, accuracy=round(accuracy, 4),
-                           float_accuracy=round(reference, 4), images=data.held_out.size)  # fmt: skip
+                row = line(
+                    part,
+                    score,
+                    seed,
+                    density,
+                    net,
+                    name,
+                    accuracy=round(accuracy, 4),
+                    float_accuracy=round(reference, 4),
+                    images=data.held_out.size,
+                )
                 append(path, {**row, "seconds": round(time.perf_counter() - start, 1)})
                 print(part, score, density, seed, f"{accuracy:.4f}", flush=True)
 
 
-def train(net: Joint, batches: Batches) -> None:
+def train(net: CompressionSession, batches: Batches) -> None:
     """Some steps with the decisions as they stand, then the normalisations' statistics anew."""
     net.train()
     optimizer = torch.optim.Adam(net.groups(lr=5e-4))
@@ -107,7 +134,7 @@ def train(net: Joint, batches: Batches) -> None:
         optimizer.zero_grad()
         F.cross_entropy(net(x), y).backward()
         optimizer.step()
-    reestimate(net.net, batches.epoch(1), 8)
+    reestimate_batchnorm(net.net, batches.epoch(1), 8)
 
 
 def loss(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -171,12 +198,23 @@ def draw(path: Path) -> None:
     places = {score: i for i, score in enumerate(order)}
     colours = dict(zip(DENSITIES, ("#0072B2", "#009E73"), strict=True))
     for density in found:
-        left.plot(100 * found.loc[order, density], range(len(order)), "o", color=colours[density],
-                  label=f"{density:.0%} of the MACs, not trained")  # fmt: skip
+        left.plot(
+            100 * found.loc[order, density],
+            range(len(order)),
+            "o",
+            color=colours[density],
+            label=f"{density:.0%} of the MACs, not trained",
+        )
     tuned = table[table.part == "tuned"]
     if len(tuned):
-        left.plot(100 * tuned.accuracy, [places[s] for s in tuned.score], "D", color="#D55E00", mfc="none",
-                  label=f"{TUNED:.0%}, {STEPS} steps of training")  # fmt: skip
+        left.plot(
+            100 * tuned.accuracy,
+            [places[s] for s in tuned.score],
+            "D",
+            color="#D55E00",
+            mfc="none",
+            label=f"{TUNED:.0%}, {STEPS} steps of training",
+        )
     left.axvline(100 * table.float_accuracy.mean(), color="#555555", linestyle="--", linewidth=1, label="dense")
     left.set_yticks(range(len(order)), order)
     left.set(xlabel="% of 2,000 held-out images right", title="ResNet20, CIFAR-10: channels closed at once")
@@ -186,10 +224,21 @@ def draw(path: Path) -> None:
     for score, colour in (("l1", "#999999"), ("taylor", "#0072B2"), ("taylor2", "#D55E00")):
         r = table[(table.part == "removal") & (table.score == score)].iloc[0]
         own = units[score] * (units.uses if "taylor" in score else 1)
-        right.scatter(units.oracle, own / own.max(), s=9, color=colour, alpha=0.6,
-                      label=f"{score}: Pearson {r.pearson:.2f}, Spearman {r.spearman:.2f}")  # fmt: skip
-    right.set(xscale="log", yscale="log", xlabel="squared change of the loss without the channel",
-              ylabel="score, share of the largest", title=f"{len(units)} channels, one at a time")  # fmt: skip
+        right.scatter(
+            units.oracle,
+            own / own.max(),
+            s=9,
+            color=colour,
+            alpha=0.6,
+            label=f"{score}: Pearson {r.pearson:.2f}, Spearman {r.spearman:.2f}",
+        )
+    right.set(
+        xscale="log",
+        yscale="log",
+        xlabel="squared change of the loss without the channel",
+        ylabel="score, share of the largest",
+        title=f"{len(units)} channels, one at a time",
+    )
     right.grid(alpha=0.3)
     right.legend(fontsize=8)
     FigureCanvasAgg(figure)

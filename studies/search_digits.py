@@ -7,8 +7,8 @@ Every search has the same number of trials and epochs, the same float weights, o
 layer, neither anchors nor early stops. `uniform` is W2A2 to W8A8 with every channel, `djpq` a run for each budget, both
 with as many epochs for each model as a trial has. Accuracies are held-out: a search looks at nothing else, and the
 test split stays unread. A row per model in results/search_NAME.csv; the hypervolume is accuracy above chance x decades
-of BOPs (`jpq.pareto.covered`), where models below the smallest of djpq's budgets count as if they cost that much, and
-`of_djpq` its share of djpq's with the same seed.
+of BOPs (`jpq.results.front.pareto.hypervolume_of`), where models below the smallest of djpq's budgets count as if
+they cost that much, and `of_djpq` its share of djpq's with the same seed.
 """
 
 from __future__ import annotations
@@ -27,15 +27,21 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import jpq
-from jpq import pareto
 from jpq.config import Budget, Decide, Run, Task, Train
-from jpq.result import Result
+from jpq.results.front import pareto
+from jpq.results.record import Result
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
 BUDGETS = ("4%", "2%", "1%", "0.5%", "0.25%")
 LEAST = 0.0025  # the smallest of them
-STYLES = {"tpe": "#CC79A7", "nsga2": "#009E73", "gp": "#56B4E9", "random": "#999999", "uniform": "#E69F00",
-          "djpq": "#0072B2"}  # fmt: skip
+STYLES = {
+    "tpe": "#CC79A7",
+    "nsga2": "#009E73",
+    "gp": "#56B4E9",
+    "random": "#999999",
+    "uniform": "#E69F00",
+    "djpq": "#0072B2",
+}
 Figures = tuple[float, float]  # held-out accuracy, share of the BOPs
 
 
@@ -72,8 +78,15 @@ def picture(path: Path, title: str) -> None:
             one = one.sort_values("bops_share")
             volume = runs.groupby("seed").hypervolume.first().mean()
             label = f"{way}: hypervolume {volume:.3f}, n = {runs.seed.nunique()}" if i == 0 else None
-            axes.plot(100 * one.bops_share, 100 * one.held_out, marker="o", ms=4, color=colour, label=label,
-                      ls=":" if i else "-")  # fmt: skip
+            axes.plot(
+                100 * one.bops_share,
+                100 * one.held_out,
+                marker="o",
+                ms=4,
+                color=colour,
+                label=label,
+                ls=":" if i else "-",
+            )
     axes.set(xscale="log", xlabel="BOPs, % of fp32", ylabel="held-out accuracy, %", title=title)
     axes.set_xticks([t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5) if t >= 100 * table.bops_share.min() * 0.9])
     axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
@@ -109,25 +122,39 @@ def main() -> None:
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 task = Task(args.model, data=args.data, data_root=args.data_root, limit=args.limit)
-                config = jpq.Config(task, train=Train(epochs=args.epochs, lr=3e-3),
-                                    run=Run(seed=seed, out=Path(folder), threads=1))  # fmt: skip
+                config = jpq.Config(
+                    task, train=Train(epochs=args.epochs, lr=3e-3), run=Run(seed=seed, out=Path(folder), threads=1)
+                )
                 config = with_float_weights(config, Path("runs") / name / f"float-{seed}.safetensors")
                 ways = {"uniform": uniform, "djpq": djpq}
                 found = list(ways[way](config) if way in ways else searched(config, way, args.trials))
             accuracy, shares = (list(column) for column in zip(*(f for _, f in found), strict=True))
-            volume = pareto.covered(accuracy, [max(s, LEAST) for s in shares], chance=0.1)
+            volume = pareto.hypervolume_of(accuracy, [max(s, LEAST) for s in shares], chance=0.1)
             base = there[(there.way == "djpq") & (there.seed == seed)]
             for (label, (right, share)), on in zip(
-                found, pareto.nondominated(pareto.frame(accuracy, shares)), strict=True
+                found, pareto.non_dominated(pareto.frame(accuracy, shares)), strict=True
             ):
-                append(path, {
-                    "model": args.model, "data": args.data, "way": way, "seed": seed, "point": label, "front": bool(on),
-                    "held_out": round(right, 4), "bops_share": round(share, 7), "hypervolume": round(volume, 4),
-                    "of_djpq": round(volume / base.hypervolume.iloc[0], 3) if len(base) else "",
-                    "models": len(found), "epochs": args.epochs * len(found), "threads": torch.get_num_threads(),
-                    "hardware": hardware(), "torch": torch.__version__,
-                    "command": f"{own} --ways {way} --seeds {seed}",
-                })  # fmt: skip
+                append(
+                    path,
+                    {
+                        "model": args.model,
+                        "data": args.data,
+                        "way": way,
+                        "seed": seed,
+                        "point": label,
+                        "front": bool(on),
+                        "held_out": round(right, 4),
+                        "bops_share": round(share, 7),
+                        "hypervolume": round(volume, 4),
+                        "of_djpq": round(volume / base.hypervolume.iloc[0], 3) if len(base) else "",
+                        "models": len(found),
+                        "epochs": args.epochs * len(found),
+                        "threads": torch.get_num_threads(),
+                        "hardware": hardware(),
+                        "torch": torch.__version__,
+                        "command": f"{own} --ways {way} --seeds {seed}",
+                    },
+                )
             print(f"{name} {way} seed {seed}: hypervolume {volume:.4f} of {len(found)} models", flush=True)
     table = pd.read_csv(path).groupby(["way", "seed"])[["hypervolume", "models", "epochs"]].first()
     print(table.groupby("way").agg(["mean", "min", "max"]).round(3).to_string())

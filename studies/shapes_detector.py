@@ -49,8 +49,10 @@ def fit(
 ) -> None:
     """Train with AdamW on the detector's own losses, one cycle of the learning rate over `cycle` epochs."""
     own = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in own if p.dim() > 1], "weight_decay": 0.01},
-              {"params": [p for p in own if p.dim() <= 1], "weight_decay": 0.0}]  # fmt: skip
+    groups = [
+        {"params": [p for p in own if p.dim() > 1], "weight_decay": 0.01},
+        {"params": [p for p in own if p.dim() <= 1], "weight_decay": 0.0},
+    ]
     optim = torch.optim.AdamW(groups, lr=lr)
     steps = (cycle or epochs) * -(-len(images) // batch)
     curve = torch.optim.lr_scheduler.OneCycleLR(optim, lr, total_steps=steps, pct_start=0.1)

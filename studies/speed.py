@@ -25,11 +25,11 @@ from pathlib import Path
 import torch
 
 import jpq
-from jpq import models
-from jpq.exporters import onnx
-from jpq.exporters.pack import pack
-from jpq.exporters.timing import hardware
-from jpq.racing import FULL, INT8, others, race
+from jpq.export.onnx import export
+from jpq.export.packed.model import pack
+from jpq.export.timing.compare import FULL, INT8, reference_models, time_in_turns
+from jpq.export.timing.runner import hardware
+from jpq.tasks import models
 
 RESULTS = Path(__file__).parent / "results" / "speed.csv"
 SHAPES = {"resnet20": (3, 32, 32), "torchvision:resnet18": (3, 224, 224), "torchvision:mobilenet_v2": (3, 224, 224)}
@@ -46,9 +46,18 @@ def compressed(model, example, budget, bits, output_bits, multiple):
     density = min(1.0, share * FLOAT_BITS / bits**2)
     try:
         joint = jpq.compress(
-            model, example, method="two-stage", bops=budget, density=density, allocator="uniform", score="l1",
-            w_bits=(2, bits), a_bits=(2, bits), output_bits=output_bits, channel_multiple=multiple,
-        )  # fmt: skip
+            model,
+            example,
+            method="two-stage",
+            bops=budget,
+            density=density,
+            allocator="uniform",
+            score="l1",
+            w_bits=(2, bits),
+            a_bits=(2, bits),
+            output_bits=output_bits,
+            channel_multiple=multiple,
+        )
     except jpq.JpqError:  # too few channels for that multiple
         if multiple <= 4:
             raise
@@ -75,45 +84,85 @@ def study(name, threads, rounds, command):
             label += "" if even else ", any channels"
             path = folder / f"{len(paths)}c.onnx"
             if not paths:
-                paths = others(dense, plan, shape, folder)
+                paths = reference_models(dense, plan, shape, folder)
                 paths.pop("fp32, pruned")
-            onnx.export(small, example, path)
+            export.export(small, example, path)
             packed = pack(small, plan, example[..., :64, :64], folder / "packed").total
             counted = jpq.measure(small, example)
             widths = [(p.w_bits, p.a_bits) for p in plan.layers.values()]
             about[label] = {
-                "budget": budget, "output_bits": output_bits, "channel_multiple": multiple,
+                "budget": budget,
+                "output_bits": output_bits,
+                "channel_multiple": multiple,
                 "bops_share": round(share, 6),
                 "macs_share": round(counted["macs"] / macs, 4),
                 "w_bits_mean": round(sum(w for w, _ in widths) / len(widths), 2),
-                "a_bits_mean": round(sum(a for _, a in widths) / len(widths), 2), "packed_bytes": packed,
-            }  # fmt: skip
+                "a_bits_mean": round(sum(a for _, a in widths) / len(widths), 2),
+                "packed_bytes": packed,
+            }
             paths[label] = path
             print(name, label, about[label], flush=True)
-        times = [("processor", t) for t in race(paths, ["onnxruntime"], [1], [1], rounds, clock=time.process_time)]
-        times += [("wall", t) for t in race(paths, ["onnxruntime"], threads, [1], rounds)]
+        times = [
+            ("processor", t) for t in time_in_turns(paths, ["onnxruntime"], [1], [1], rounds, clock=time.process_time)
+        ]
+        times += [("wall", t) for t in time_in_turns(paths, ["onnxruntime"], threads, [1], rounds)]
     int8 = {(clock, t.threads): t.median_ms for clock, t in times if t.model == INT8}
     first = next(t.bytes for _, t in times if t.model == FULL)
     for clock, t in times:
         row = {
-            "model": name, "what": t.model, **about.get(t.model, {}), "clock": clock, "threads": t.threads,
+            "model": name,
+            "what": t.model,
+            **about.get(t.model, {}),
+            "clock": clock,
+            "threads": t.threads,
             "batch": t.batch,
-            "median_ms": round(t.median_ms, 4), "p95_ms": round(t.p95_ms, 4), "least_ms": round(t.least_ms, 4),
+            "median_ms": round(t.median_ms, 4),
+            "p95_ms": round(t.p95_ms, 4),
+            "least_ms": round(t.least_ms, 4),
             "times_as_fast_as_fp32": round(t.over_full, 3),
-            "times_as_fast_as_int8": round(int8[clock, t.threads] / t.median_ms, 3), "float_layers": t.float_layers,
-            "layers": t.layers, "onnx_bytes": t.bytes, "onnx_bytes_over_fp32": round(t.bytes / first, 4),
-            "n": t.n, "hardware": hardware(), "onnxruntime": version("onnxruntime"), "torch": torch.__version__,
+            "times_as_fast_as_int8": round(int8[clock, t.threads] / t.median_ms, 3),
+            "float_layers": t.float_layers,
+            "layers": t.layers,
+            "onnx_bytes": t.bytes,
+            "onnx_bytes_over_fp32": round(t.bytes / first, 4),
+            "n": t.n,
+            "hardware": hardware(),
+            "onnxruntime": version("onnxruntime"),
+            "torch": torch.__version__,
             "command": command,
-        }  # fmt: skip
+        }
         yield row
 
 
 COLUMNS = [
-    "model", "what", "budget", "output_bits", "channel_multiple", "bops_share", "macs_share", "w_bits_mean",
-    "a_bits_mean", "packed_bytes", "clock", "threads", "batch", "median_ms", "p95_ms", "least_ms",
-    "times_as_fast_as_fp32", "times_as_fast_as_int8", "float_layers", "layers", "onnx_bytes", "onnx_bytes_over_fp32",
-    "n", "hardware", "onnxruntime", "torch", "command",
-]  # fmt: skip
+    "model",
+    "what",
+    "budget",
+    "output_bits",
+    "channel_multiple",
+    "bops_share",
+    "macs_share",
+    "w_bits_mean",
+    "a_bits_mean",
+    "packed_bytes",
+    "clock",
+    "threads",
+    "batch",
+    "median_ms",
+    "p95_ms",
+    "least_ms",
+    "times_as_fast_as_fp32",
+    "times_as_fast_as_int8",
+    "float_layers",
+    "layers",
+    "onnx_bytes",
+    "onnx_bytes_over_fp32",
+    "n",
+    "hardware",
+    "onnxruntime",
+    "torch",
+    "command",
+]
 
 
 def main():

@@ -23,12 +23,12 @@ import torch
 from torch import nn
 
 import jpq
-from jpq.budget import Controller, targets
-from jpq.gates import VIB, Decided
-from jpq.network.attach import attach
-from jpq.network.compressed import Compressed
-from jpq.quantizers import Fixed, Learned
-from jpq.train import Objective, optimizer
+from jpq.compression.attach import attach
+from jpq.compression.model import CompressedModel
+from jpq.costs.target import Controller, parse_targets
+from jpq.methods.gates import VIB, Frozen
+from jpq.methods.quantizers import Fixed, Learned
+from jpq.training.loop import Objective, optimizer
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -40,22 +40,27 @@ def brevitas_int8(model: nn.Module) -> nn.Module:
     return layerwise_quantize(copy.deepcopy(model))
 
 
-def joint(model: nn.Module, x: torch.Tensor) -> tuple[Compressed, Objective]:
+def joint(model: nn.Module, x: torch.Tensor) -> tuple[CompressedModel, Objective]:
     """The network and loss of the search phase."""
     network = jpq.trace(model, x[:2])
     net = attach(
-        model, network, jpq.channels(network), VIB,
-        lambda layer: (Learned(6, 2, 8), Fixed(8) if layer.reads_input else Learned(6, 2, 8)), [x], "djpq",
-    )  # fmt: skip
-    controller = Controller(targets({"bops": "1%"}, net.exact()))
+        model,
+        network,
+        jpq.channels(network),
+        VIB,
+        lambda layer: (Learned(6, 2, 8), Fixed(8) if layer.reads_input else Learned(6, 2, 8)),
+        [x],
+        "djpq",
+    )
+    controller = Controller(parse_targets({"bops": "1%"}, net.exact()))
     controller.begin(net.exact())
     return net, Objective(gate_weight=0.02, controller=controller)
 
 
-def bare(model: nn.Module, x: torch.Tensor) -> Compressed:
+def bare(model: nn.Module, x: torch.Tensor) -> CompressedModel:
     """Scale-round-clamp alone."""
     network = jpq.trace(model, x[:2])
-    net = attach(model, network, (), Decided.all, lambda layer: (Fixed(8), Fixed(8)), [x], "uniform")
+    net = attach(model, network, (), Frozen.all, lambda layer: (Fixed(8), Fixed(8)), [x], "uniform")
     for name, p in net.named_parameters():
         p.requires_grad_("log_threshold" not in name)
     return net
@@ -64,7 +69,9 @@ def bare(model: nn.Module, x: torch.Tensor) -> Compressed:
 def stepper(net: nn.Module, objective: Objective, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
     """One whole training step."""
     optim = (
-        optimizer(net, 1e-3, 1e-4, 0.02, 0.02) if isinstance(net, Compressed) else torch.optim.AdamW(net.parameters())
+        optimizer(net, 1e-3, 1e-4, 0.02, 0.02)
+        if isinstance(net, CompressedModel)
+        else torch.optim.AdamW(net.parameters())
     )
 
     def step() -> None:
@@ -73,7 +80,7 @@ def stepper(net: nn.Module, objective: Objective, x: torch.Tensor, y: torch.Tens
         optim.zero_grad()
         loss.backward()
         optim.step()
-        if isinstance(net, Compressed):
+        if isinstance(net, CompressedModel):
             net.after_step(0.9)
 
     return step
@@ -90,7 +97,7 @@ def main() -> None:
     for batch in args.batch:
         torch.manual_seed(0)
         x, y = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
-        model = jpq.models.build("resnet20", 10, 3)
+        model = jpq.tasks.models.build("resnet20", 10, 3)
         net, objective = joint(model, x)
         steps = {
             "float": stepper(copy.deepcopy(model), Objective(), x, y),
@@ -109,13 +116,21 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - start)
         for name, times in seconds.items():
             ratios = [t / f for t, f in zip(times, seconds["float"], strict=True)]
-            rows.append({
-                "model": "resnet20", "batch": batch, "step": name,
-                "median_ms": round(1000 * statistics.median(times), 1),
-                "ratio_to_float": round(statistics.median(ratios), 3), "ratio_min": round(min(ratios), 3),
-                "ratio_max": round(max(ratios), 3), "n": args.rounds, "threads": 1, "torch": torch.__version__,
-                "hardware": f"{platform.machine()} CPU, 1 thread",
-            })  # fmt: skip
+            rows.append(
+                {
+                    "model": "resnet20",
+                    "batch": batch,
+                    "step": name,
+                    "median_ms": round(1000 * statistics.median(times), 1),
+                    "ratio_to_float": round(statistics.median(ratios), 3),
+                    "ratio_min": round(min(ratios), 3),
+                    "ratio_max": round(max(ratios), 3),
+                    "n": args.rounds,
+                    "threads": 1,
+                    "torch": torch.__version__,
+                    "hardware": f"{platform.machine()} CPU, 1 thread",
+                }
+            )
     table = pd.DataFrame(rows)
     table.to_csv(RESULTS / "step_cost.csv", index=False)
     print(table.to_string(index=False))

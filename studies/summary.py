@@ -29,9 +29,13 @@ def compared(name: str, title: str) -> list[str]:
     table = pd.read_csv(HERE / "results" / f"{name}.csv")
     groups = table.groupby(["target", "method", "epochs", "search_epochs"], sort=False)
     rows = groups.agg(
-        n=("accuracy", "size"), accuracy=("accuracy", "mean"), least=("accuracy", "min"),
-        float_accuracy=("float_accuracy", "mean"), share=("bops_share", "mean"), size=("size_bytes", "mean"),
-    ).reset_index()  # fmt: skip
+        n=("accuracy", "size"),
+        accuracy=("accuracy", "mean"),
+        least=("accuracy", "min"),
+        float_accuracy=("float_accuracy", "mean"),
+        share=("bops_share", "mean"),
+        size=("size_bytes", "mean"),
+    ).reset_index()
     rows = rows.assign(order=rows.target.str.rstrip("%").astype(float)).sort_values(
         ["order", "method", "search_epochs"], ascending=[False, True, True]
     )
@@ -111,10 +115,11 @@ def methods() -> str:
     means = table.groupby(["method", "target"])[["accuracy", "size_bytes", "bops_structured", "bops"]].mean()
     counts = table.groupby(["method", "target"]).size()
     lines = [
-        "| `--method` | decides | structure | " + " | ".join(f"% right at {b}" for b in budgets)
+        "| `--method` | decides | structure | "
+        + " | ".join(f"% right at {b}" for b in budgets)
         + f" | KB at {budgets[0]} | structured BOPs | choose it for |",
         "|---|---|---|" + "---|" * (len(budgets) + 3),
-    ]  # fmt: skip
+    ]
     for name, method in jpq.METHODS.items():
         cells = [
             f"{100 * means.accuracy[name, b]:.2f} (n={counts[name, b]})" if (name, b) in means.index else "-"
@@ -125,8 +130,9 @@ def methods() -> str:
             row = means.loc[(name, budgets[0])]
             size, structured = f"{row.size_bytes / 1000:.1f}", f"x {row.bops_structured / row.bops:.2f}"
         where = "-" if method.gate is None else method.structure
-        lines.append(f"| `{name}` | {method.decides} | {where} | {' | '.join(cells)} | {size} | {structured} "
-                     f"| {method.choose} |")  # fmt: skip
+        lines.append(
+            f"| `{name}` | {method.decides} | {where} | {' | '.join(cells)} | {size} | {structured} | {method.choose} |"
+        )
     first = table.iloc[0]
     lines += [
         "",
@@ -238,8 +244,10 @@ def allocation() -> str:
     lines += ["| `--allocator` | % right | predicted ms | measured ms | n |", "|---|---|---|---|---|"]
     for name, runs in timed.groupby("method", sort=False):
         shown = f"`{name}`" if name != "djpq" else "beside them: method `djpq`"
-        lines.append(f"| {shown} | {100 * runs.accuracy.mean():.2f} | {runs.predicted_ms.mean():.4f} "
-                     f"| {runs.measured_ms.mean():.4f} | {len(runs)} |")  # fmt: skip
+        lines.append(
+            f"| {shown} | {100 * runs.accuracy.mean():.2f} | {runs.predicted_ms.mean():.4f} "
+            f"| {runs.measured_ms.mean():.4f} | {len(runs)} |"
+        )
     lines += [
         "",
         f"At equal latency: {timed.model.iloc[0]} on {timed.data.iloc[0]}, {timed.target.iloc[0].split()[-1]} of the "
@@ -251,11 +259,19 @@ def allocation() -> str:
 
 
 SECTIONS = {
-    "figures": figures, "coverage": coverage, "methods": methods, "scores": scores, "allocation": allocation,
-    "claims": claims, "speed": speed_table.speed, "kernels": kernels.summary,
-    "detection": lambda: detectors.summary() + "\n", "one run": one_run.summary, "faults": faults.summary,
+    "figures": figures,
+    "coverage": coverage,
+    "methods": methods,
+    "scores": scores,
+    "allocation": allocation,
+    "claims": claims,
+    "speed": speed_table.speed,
+    "kernels": kernels.summary,
+    "detection": lambda: detectors.summary() + "\n",
+    "one run": one_run.summary,
+    "faults": faults.summary,
     "fronts": fronts.summary,
-}  # fmt: skip
+}
 
 
 def main() -> None:

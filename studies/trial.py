@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import jpq
-from jpq.data import Batches, Data, load
-from jpq.gates import Gate
-from jpq.joint import Joint
-from jpq.train import evaluate
+from jpq.methods.gates import Gate
+from jpq.session import CompressionSession
+from jpq.tasks.classification import evaluate
+from jpq.tasks.data import Batches, Data, load
 
 EIGHT = {"bops": "6.3%", "w_bits": (8, 8), "a_bits": (8, 8)}  # nothing but pruning is decided, and nothing presses
 FLOAT_EPOCHS = 8
@@ -60,7 +60,7 @@ def digits() -> Data:
 def float_model(seed: int) -> nn.Module:
     """A trained convnet."""
     torch.manual_seed(seed)
-    model = jpq.models.build("convnet", 10, 1)
+    model = jpq.tasks.models.build("convnet", 10, 1)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for epoch in range(FLOAT_EPOCHS):
         for x, y in digits().train.epoch(1000 * seed + epoch):
@@ -77,7 +77,7 @@ def variant(method: str, gate: type[Gate]) -> str:
     return name
 
 
-def started(method: str, seed: int, steps: int, **asked: object) -> Joint:
+def started(method: str, seed: int, steps: int, **asked: object) -> CompressionSession:
     """The trained convnet under compression; the search takes `steps`."""
     model = float_model(seed)  # before the seed: it draws when it is not yet cached
     x, _ = next(iter(digits().train.epoch(0)))
@@ -91,7 +91,9 @@ def endless(part: Batches, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield from part.epoch(epoch)
 
 
-def trained(net: Joint, seed: int, steps: int, watch: Callable[[], object] = lambda: None, by: tuple = ADAM) -> Joint:
+def trained(
+    net: CompressionSession, seed: int, steps: int, watch: Callable[[], object] = lambda: None, by: tuple = ADAM
+) -> CompressionSession:
     """The network after so many optimiser steps, `watch` called after each."""
     one, other = digits().train.halves() if net.net.held_out else (digits().train,) * 2
     sides = {"both": endless(digits().train, seed), "weights": endless(one, seed), "decisions": endless(other, seed)}
@@ -113,7 +115,7 @@ def accuracy(net: nn.Module) -> float:
     return 100 * evaluate(net, digits().test)
 
 
-def landed(net: Joint, seed: int, steps: int, by: tuple = ADAM) -> float:
+def landed(net: CompressionSession, seed: int, steps: int, by: tuple = ADAM) -> float:
     """Accuracy once decisions are taken and the weights had so many steps more, at half the rate."""
     net.land()
     return accuracy(trained(net, seed + 500, steps, by=(by[0], by[1] / 2)))

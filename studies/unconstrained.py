@@ -5,7 +5,7 @@
 Every reader of every site keeps the same number of channels in all three exports, the largest by L1 of its weights:
 
     naive        readers keep channels of their own; natural order, and each selection is a gather
-    reordered    the same channels, stored in the order that `jpq.exporters.reorder` chooses; contiguous ones are views
+    reordered    the same channels, in the order that `export.unconstrained.reorder` chooses; contiguous ones are views
     constrained  all readers of a site keep the same channels (mean rank over its readers): nothing is selected
 
 With `agreement` a, a reader ranks channels by a x (mean rank over readers) + (1 - a) x (its own rank). The weights are
@@ -33,17 +33,18 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from jpq import costs, vision
-from jpq.exporters import law, onnx
-from jpq.exporters.reorder import export
-from jpq.exporters.select import copies
-from jpq.network.compressed import exact_uses
-from jpq.network.consumers import per_consumer
-from jpq.network.record import Network
-from jpq.network.shares import Shares
-from jpq.network.sites import Site, channels
-from jpq.network.trace import trace
+from jpq import costs
+from jpq.compression.usage import exact_usage
+from jpq.export import float_equivalence, runtimes
+from jpq.export.onnx import export as export_module
+from jpq.export.unconstrained.reorder import export
+from jpq.export.unconstrained.select import copies
 from jpq.plan import Plan
+from jpq.tasks import zoo
+from jpq.tracing.channel_shares import ChannelShares
+from jpq.tracing.network import Network
+from jpq.tracing.sites import Site, channels, per_consumer
+from jpq.tracing.trace import trace
 
 RESULTS = Path(__file__).parent / "results" / "unconstrained.csv"
 MODELS = ("densenet121", "googlenet", "efficientnet_v2_s", "resnet50")
@@ -79,15 +80,17 @@ def decide(
         coupled[site.name] = largest(together, amount)
         for tap, mine in zip(site.taps, each, strict=True):
             name = split.get((tap.layer, site.labels.tobytes()), site.name)
-            own[name] = coupled[site.name] if name == site.name else largest(
-                agreement * together + (1 - agreement) * mine, amount
-            )  # fmt: skip
+            own[name] = (
+                coupled[site.name]
+                if name == site.name
+                else largest(agreement * together + (1 - agreement) * mine, amount)
+            )
     return coupled, own
 
 
 def macs(network: Network, sites: Sequence[Site], kept: Mapping[str, Any]) -> int:
     """Multiply-accumulates of one sample."""
-    return int(costs.macs(exact_uses(network, Shares(network, sites), Plan("", {}, kept))))
+    return int(costs.macs(exact_usage(network, ChannelShares(network, sites), Plan("", {}, kept))))
 
 
 def in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int, warm: int = 2) -> dict[str, dict[str, float]]:
@@ -102,21 +105,24 @@ def in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int, warm: int = 2) -
     first = np.array(next(iter(seconds.values())))
     return {
         name: {
-            "ms": round(1000 * float(np.median(t)), 2), "ms_p10": round(1000 * float(np.percentile(t, 10)), 2),
+            "ms": round(1000 * float(np.median(t)), 2),
+            "ms_p10": round(1000 * float(np.percentile(t, 10)), 2),
             "ms_p90": round(1000 * float(np.percentile(t, 90)), 2),
             "ratio": round(float(np.median(np.array(t) / first)), 3),
         }
         for name, t in seconds.items()
-    }  # fmt: skip
+    }
 
 
 def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     """All rows of one network."""
     torch.manual_seed(0)
-    model = vision.build(name, 1000).eval()
-    x = torch.randn(1, *vision.usual_shape(name))
+    model = zoo.build_torchvision(name, 1000).eval()
+    x = torch.randn(1, *zoo.usual_shape(name))
     network = trace(model, x)
-    model = law.scramble(model, x).float()  # else some outputs hardly depend on the image, and differences say nothing
+    model = float_equivalence.randomize(
+        model, x
+    ).float()  # else some outputs hardly depend on the image, and differences say nothing
     sites, own_sites = channels(network), per_consumer(network)
     dense = sum(layer.macs for layer in network.layers)
     rows = []
@@ -128,8 +134,10 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
                 "reordered": export(model, network, own_sites, own).eval(),
                 "constrained": export(model, network, sites, coupled).eval(),
             }
-            spent = {k: macs(network, *(pair)) for k, pair in
-                     {"naive": (own_sites, own), "constrained": (sites, coupled)}.items()}  # fmt: skip
+            spent = {
+                k: macs(network, *(pair))
+                for k, pair in {"naive": (own_sites, own), "constrained": (sites, coupled)}.items()
+            }
             with torch.no_grad():
                 wanted = small["naive"](x)
                 gap = float((wanted - small["reordered"](x)).norm() / wanted.norm())
@@ -137,12 +145,18 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
             if agreement == 0:
                 found = times(small, x, rounds)
             for how, made in small.items():
-                rows.append({
-                    "model": name, "amount": amount, "agreement": agreement, "export": how,
-                    "macs_share": round(spent.get(how, spent["naive"]) / dense, 4), **copies(made, x).to_dict(),
-                    "difference_to_naive": float(f"{gap:.2g}") if how == "reordered" else None,
-                    **found.get(how, {}),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "model": name,
+                        "amount": amount,
+                        "agreement": agreement,
+                        "export": how,
+                        "macs_share": round(spent.get(how, spent["naive"]) / dense, 4),
+                        **copies(made, x).to_dict(),
+                        "difference_to_naive": float(f"{gap:.2g}") if how == "reordered" else None,
+                        **found.get(how, {}),
+                    }
+                )
     return rows
 
 
@@ -152,18 +166,20 @@ def times(small: Mapping[str, nn.Module], x: Tensor, rounds: int) -> dict[str, d
         sessions = {}
         for how, made in small.items():
             path = Path(folder) / f"{how}.onnx"
-            onnx.export(made, x, path)
-            sessions[how] = onnx.Session(path, threads=1)
+            export_module.export(made, x, path)
+            sessions[how] = runtimes.Session(path, threads=1)
         eager = in_turn({how: lambda made=made: made(x) for how, made in small.items()}, rounds)
         ort = in_turn({how: lambda s=session: s(x) for how, session in sessions.items()}, rounds)
         gaps = {how: float((made(x) - sessions[how](x)).norm() / made(x).norm()) for how, made in small.items()}
     return {
         how: {
-            **{f"torch_{k}": v for k, v in eager[how].items()}, **{f"onnx_{k}": v for k, v in ort[how].items()},
-            "torch_vs_onnx": float(f"{gaps[how]:.2g}"), "rounds": rounds,
+            **{f"torch_{k}": v for k, v in eager[how].items()},
+            **{f"onnx_{k}": v for k, v in ort[how].items()},
+            "torch_vs_onnx": float(f"{gaps[how]:.2g}"),
+            "rounds": rounds,
         }
         for how in small
-    }  # fmt: skip
+    }
 
 
 def table(path: Path = RESULTS) -> list[str]:
@@ -199,10 +215,12 @@ def main() -> None:
         if name in set(done.model):
             continue
         rows = pd.DataFrame(measure(name, args.rounds)).assign(
-            threads=1, torch=version("torch"), onnxruntime=version("onnxruntime"),
+            threads=1,
+            torch=version("torch"),
+            onnxruntime=version("onnxruntime"),
             hardware=f"{platform.machine()} CPU, shared",
             command=shlex.join(["python", "studies/unconstrained.py", *sys.argv[1:]]),
-        )  # fmt: skip
+        )
         done = pd.concat([done, rows], ignore_index=True) if len(done) else rows
         done.to_csv(args.out, index=False)
         shown = ["model", "amount", "agreement", "export", "channels", "gathers", "views", "torch_ratio", "onnx_ratio"]

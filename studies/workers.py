@@ -51,9 +51,13 @@ def measured(workers: int, trials: int, epochs: int, weights: Path) -> dict[str,
         begin, end = min(t.datetime_start for t in done), max(t.datetime_complete for t in done)
         seconds = (end - begin).total_seconds()
         own_seconds = statistics.mean((t.datetime_complete - t.datetime_start).total_seconds() for t in done)
-        return {"trials": len(done), "seconds": round(seconds, 1), "per_minute": round(60 * len(done) / seconds, 2),
-                "seconds_a_trial": round(own_seconds, 2),
-                "cpu_seconds_a_trial": round(spent / len(done), 2)}  # fmt: skip
+        return {
+            "trials": len(done),
+            "seconds": round(seconds, 1),
+            "per_minute": round(60 * len(done) / seconds, 2),
+            "seconds_a_trial": round(own_seconds, 2),
+            "cpu_seconds_a_trial": round(spent / len(done), 2),
+        }
 
 
 def main() -> None:
@@ -71,11 +75,21 @@ def main() -> None:
             load = os.getloadavg()[0]
             clock = time.strftime("%Y-%m-%d")
             row = measured(workers, args.trials, args.epochs, weights)
-            append(PATH, {
-                "workers": workers, "round": turn, **row, "epochs": args.epochs, "load_before": round(load, 1),
-                "threads_each": 1, "hardware": hardware(), "torch": torch.__version__, "date": clock,
-                "command": f"python studies/workers.py --trials {args.trials} --epochs {args.epochs}",
-            })  # fmt: skip
+            append(
+                PATH,
+                {
+                    "workers": workers,
+                    "round": turn,
+                    **row,
+                    "epochs": args.epochs,
+                    "load_before": round(load, 1),
+                    "threads_each": 1,
+                    "hardware": hardware(),
+                    "torch": torch.__version__,
+                    "date": clock,
+                    "command": f"python studies/workers.py --trials {args.trials} --epochs {args.epochs}",
+                },
+            )
             print(workers, row, f"load {load:.1f}", flush=True)
     table = pd.read_csv(PATH)
     by = table.pivot_table(index=["trials", "round"], columns="workers", values="per_minute")

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from zoo import ZOO
 
-from jpq.exporters.rebuild import shrink
-from jpq.network.record import Network
-from jpq.network.sites import Site, channels
-from jpq.network.trace import trace
+from jpq.tracing.network import Network
+from jpq.tracing.shrink import shrink
+from jpq.tracing.sites import Site, channels
+from jpq.tracing.trace import trace
 
 
 class Cut(NamedTuple):

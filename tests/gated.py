@@ -12,21 +12,22 @@ from torch.utils._pytree import tree_map
 from zoo import ZOO, randomised
 
 from jpq import costs
-from jpq.exporters import onnx
-from jpq.exporters.quantized import rebuild
-from jpq.exporters.verify import compare
-from jpq.gates import Gate
-from jpq.network.attach import attach
-from jpq.network.compressed import Compressed
-from jpq.network.read import call
-from jpq.network.record import Network
-from jpq.network.sites import channels
-from jpq.network.trace import trace
+from jpq.compression.attach import attach
+from jpq.compression.model import CompressedModel
+from jpq.export import runtimes
+from jpq.export.onnx import export
+from jpq.export.rebuild import rebuild
+from jpq.export.verify import compare
+from jpq.methods.gates import Gate
+from jpq.methods.quantizers import Fixed
 from jpq.plan import Plan
-from jpq.quantizers import Fixed
+from jpq.tracing.forward import call_model
+from jpq.tracing.network import Network
+from jpq.tracing.sites import channels
+from jpq.tracing.trace import trace
 
 Sites = Callable[[Network], Any]
-Net = tuple[nn.Module, Compressed, Any]  # float model, the same with gates and quantizers, example
+Net = tuple[nn.Module, CompressedModel, Any]  # float model, the same with gates and quantizers, example
 
 
 def gated(name: str, gate: Callable[..., Gate], seed: int = 0, sites: Sites = channels) -> Net:
@@ -56,7 +57,7 @@ def attached(
     return model, attach(model, network, sites(network), gate, widths, [example], "test").to(dtype), example
 
 
-def scatter(net: Compressed, seed: int) -> None:
+def scatter(net: CompressedModel, seed: int) -> None:
     """Decisions far apart: gates on both sides of their thresholds, real-valued widths from end to end."""
     torch.manual_seed(seed)
     for p in net.gates.parameters():
@@ -80,18 +81,18 @@ class Rebuilt(NamedTuple):
 
 
 @torch.no_grad()
-def rebuilt(model: nn.Module, net: Compressed, example: Any) -> Rebuilt:
-    soft, bops, plan = call(net, example), float(costs.bops(net.uses())), net.plan()
+def rebuilt(model: nn.Module, net: CompressedModel, example: Any) -> Rebuilt:
+    soft, bops, plan = call_model(net, example), float(costs.bops(net.uses())), net.plan()
     net.settle(plan)
-    settled = call(net, example)
+    settled = call_model(net, example)
     small, complete = rebuild(net, model)
-    return Rebuilt(soft, bops, plan, settled, call(small, example), small, complete)
+    return Rebuilt(soft, bops, plan, settled, call_model(small, example), small, complete)
 
 
-def compare_exported(model: nn.Module, net: Compressed, example: Any, path: Path) -> dict[str, Any]:
+def compare_exported(model: nn.Module, net: CompressedModel, example: Any, path: Path) -> dict[str, Any]:
     """How far the settled network, rebuilt, is apart from its ONNX file on 64 random samples."""
     net.settle(net.plan())
     small, _ = rebuild(net, model)
-    onnx.export(small, example, path)
+    export.export(small, example, path)
     x = torch.randn(64, *example.shape[1:])
-    return compare(small, onnx.Session(path), [(x, torch.zeros(64))])
+    return compare(small, runtimes.Session(path), [(x, torch.zeros(64))])

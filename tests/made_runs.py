@@ -7,12 +7,12 @@ from typing import Any
 
 from test_report import result
 
-from jpq import report
 from jpq.config import Budget, Config, Decide, Run, Task
-from jpq.fronts import Front, make
-from jpq.result import UNREAD, Figures
-from jpq.runs import read
-from jpq.settings import write as write_config
+from jpq.config import write_toml as write_config
+from jpq.results import run_folder
+from jpq.results.front.front import Front, make
+from jpq.results.front.points import read
+from jpq.results.record import UNREAD, ModelMetrics
 
 FULL = 100_000_000  # BOPs of the fp32 model
 
@@ -32,8 +32,8 @@ def folder(place: Path, accuracy: float, share: float, seed: int = 0, **changes:
     made.mkdir(parents=True)
     right = accuracy - 0.01 if final else UNREAD
     values = {
-        "float": Figures(0.97 if final else UNREAD, full, 97_656, 150_000, 1.0, full),
-        "compressed": Figures(
+        "float": ModelMetrics(0.97 if final else UNREAD, full, 97_656, 150_000, 1.0, full),
+        "compressed": ModelMetrics(
             right, round(share * full), 40_000, round(75_000 * share**0.5), share, round(share * full)
         ),
         "held_out": {"float": 0.98, "compressed": accuracy},
@@ -41,7 +41,7 @@ def folder(place: Path, accuracy: float, share: float, seed: int = 0, **changes:
         "final": final,
         "seed": seed,
     }
-    report.write(result(made, **{**values, **changes}), config)
+    run_folder.write_run(result(made, **{**values, **changes}), config)
     write_config(config, made / "config.toml")
     return made
 

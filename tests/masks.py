@@ -5,29 +5,51 @@ from math import ceil, prod
 
 from torch import Size
 
-from jpq.structures import Layout, parse
+from jpq.methods.structures import WeightLayout, parse
 from jpq.types import JpqError
 
 WEIGHTS = {  # name: (size, layout)
-    "linear": ((6, 10), Layout()),
-    "narrow": ((5, 3), Layout()),
-    "conv1d": ((4, 6, 5), Layout()),
-    "conv": ((6, 7, 3, 3), Layout()),
-    "first": ((8, 3, 3, 3), Layout()),
-    "pointwise": ((5, 9, 1, 1), Layout()),
-    "oblong": ((3, 5, 1, 4), Layout()),
-    "conv3d": ((3, 5, 2, 3, 2), Layout()),
-    "grouped": ((6, 5, 3, 3), Layout(groups=2)),
-    "depthwise": ((7, 1, 3, 3), Layout(groups=7)),
-    "transposed": ((7, 4, 3, 3), Layout(transposed=True)),
-    "transposed1d": ((5, 3, 4), Layout(transposed=True)),
-    "transposed-grouped": ((10, 3, 3, 3), Layout(transposed=True, groups=2)),
+    "linear": ((6, 10), WeightLayout()),
+    "narrow": ((5, 3), WeightLayout()),
+    "conv1d": ((4, 6, 5), WeightLayout()),
+    "conv": ((6, 7, 3, 3), WeightLayout()),
+    "first": ((8, 3, 3, 3), WeightLayout()),
+    "pointwise": ((5, 9, 1, 1), WeightLayout()),
+    "oblong": ((3, 5, 1, 4), WeightLayout()),
+    "conv3d": ((3, 5, 2, 3, 2), WeightLayout()),
+    "grouped": ((6, 5, 3, 3), WeightLayout(groups=2)),
+    "depthwise": ((7, 1, 3, 3), WeightLayout(groups=7)),
+    "transposed": ((7, 4, 3, 3), WeightLayout(transposed=True)),
+    "transposed1d": ((5, 3, 4), WeightLayout(transposed=True)),
+    "transposed-grouped": ((10, 3, 3, 3), WeightLayout(transposed=True, groups=2)),
 }
 SPECS = [
-    "elementwise", "per-output", "per-output:2", "kernels", "filters", "inputs", "2:4", "1:4", "1:2", "3:5", "2:100",
-    "block:1x1", "block:2x3", "block:4x4", "block:*x1", "block:1x*", "block:100x7", "block:5x2", "punched:2x4",
-    "punched:4x2", "punched:*x1", "punched:3x*", "pattern", "pattern:2", "pattern:3x3:0.8/4/1.2.3.5.6.7",
-]  # fmt: skip
+    "elementwise",
+    "per-output",
+    "per-output:2",
+    "kernels",
+    "filters",
+    "inputs",
+    "2:4",
+    "1:4",
+    "1:2",
+    "3:5",
+    "2:100",
+    "block:1x1",
+    "block:2x3",
+    "block:4x4",
+    "block:*x1",
+    "block:1x*",
+    "block:100x7",
+    "block:5x2",
+    "punched:2x4",
+    "punched:4x2",
+    "punched:*x1",
+    "punched:3x*",
+    "pattern",
+    "pattern:2",
+    "pattern:3x3:0.8/4/1.2.3.5.6.7",
+]
 
 
 def cases():

@@ -14,8 +14,9 @@ from torch import nn
 
 import jpq
 from jpq.config import Budget, Config, Decide, Run, Task, Train
-from jpq.data import Data
-from jpq.result import Figures, Result, Row, Silent
+from jpq.results.record import ModelMetrics, Result
+from jpq.tasks.data import Data
+from jpq.training.history import EpochRecord, NullObserver
 
 QUICK = Train(epochs=4, float_epochs=3, lr=3e-3)
 
@@ -30,7 +31,7 @@ def config(out: Path, method: str = "djpq", train: Train = QUICK, **budget: str)
     )
 
 
-class Stop(Silent):
+class Stop(NullObserver):
     """Interrupts a run after some epoch of some phase, as Ctrl-C would."""
 
     def __init__(self, phase: str, epoch: int) -> None:
@@ -43,7 +44,7 @@ class Stop(Silent):
     def phase(self, name: str, epochs: int, steps: int) -> None:
         self.next = (name, 1)
 
-    def epoch(self, row: Row) -> None:
+    def epoch(self, row: EpochRecord) -> None:
         self.next = (row.title, row.epoch + 1)
 
 
@@ -59,7 +60,7 @@ class Outcome(NamedTuple):
     """What two runs of the same settings have in common, to the bit."""
 
     history: list[str]  # but for the seconds
-    compressed: Figures
+    compressed: ModelMetrics
     weights: dict[str, tuple[Any, ...]]  # name -> dtype, size and digest of the saved model's tensor
 
 
@@ -78,7 +79,7 @@ def outcome(result: Result) -> Outcome:
 def trained(data: Data, epochs: int = 6) -> nn.Module:
     """A convnet that has seen the digits for some epochs."""
     torch.manual_seed(0)
-    model = jpq.models.build("convnet", 10, 1)
+    model = jpq.tasks.models.build("convnet", 10, 1)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for epoch in range(epochs):
         for x, y in data.train.epoch(epoch):

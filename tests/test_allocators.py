@@ -13,17 +13,18 @@ from runs import config
 from test_stages import EXAMPLE, ranked
 
 import jpq
-from jpq import costs, descent, recipe, stages
-from jpq.allocators import ALLOCATORS, Judge, bit_widths, pick_allocator, place
-from jpq.allocators.noise import bits_by_noise, rise, sensitivities
-from jpq.allocators.ranked import scored
-from jpq.allocators.reinforce import FLOOR, Policy, counts, learn, project, update
-from jpq.allocators.sampled import search
-from jpq.allocators.units import Problem, greedy, in_order, threshold, uniform
-from jpq.budget import Target, meets, spent, targets
-from jpq.landing import land
-from jpq.quantizers.integer import fit_threshold, quantized
-from jpq.scores import SCORES
+from jpq import costs, recipe
+from jpq.allocation import two_stage
+from jpq.allocation.allocators import ALLOCATORS, PlanEvaluator, bit_widths, pick_allocator, place, sample_plans
+from jpq.allocation.bit_sensitivity import bits_by_noise, rise, sensitivities
+from jpq.allocation.channels import AllocationProblem, greedy, in_order, threshold, uniform
+from jpq.allocation.ranking.rank import scored
+from jpq.allocation.reinforce import FLOOR, Policy, counts, learn, project, update
+from jpq.compression import discretize
+from jpq.costs.target import Target, all_met, parse_targets, used_share
+from jpq.methods.quantizers.uniform_integer import fit_threshold, quantized
+from jpq.methods.scores import SCORES
+from jpq.tasks import load
 from jpq.types import JpqError
 
 NET = ranked()
@@ -33,7 +34,7 @@ FULL = costs.macs(NET.exact())
 def problem(seed=0, accuracy=None, everywhere=False, share=0.4):
     torch.manual_seed(seed)
     groups = [replace(g, scores=torch.rand(len(g.scores)) + 1e-3) for g in scored(NET, SCORES["l1"])]
-    return Problem(NET, groups, everywhere, Target("macs", "40%", int(share * FULL)), accuracy, seed)
+    return AllocationProblem(NET, groups, everywhere, Target("macs", "40%", int(share * FULL)), accuracy, seed)
 
 
 def staying(task, margins, limit):
@@ -105,8 +106,10 @@ def test_lazy_greedy_is_greedy():
 def test_dead_channels_go_first_whatever_the_allocator(allocator):
     """Scores below 0 add nothing to greedy's gain, and minus infinity is the least score, not the largest."""
     task = problem(5)
-    dead = [replace(g, scores=torch.where(torch.arange(len(g.scores)) == 1, -torch.inf, g.scores - 0.3))
-            for g in task.groups]  # fmt: skip
+    dead = [
+        replace(g, scores=torch.where(torch.arange(len(g.scores)) == 1, -torch.inf, g.scores - 0.3))
+        for g in task.groups
+    ]
     margins = allocator(replace(task, groups=dead))
     for group, m in zip(dead, margins, strict=True):
         assert int(m.argmin()) == 1
@@ -122,8 +125,10 @@ def test_measuring_allocators_need_data():
 
 
 @given(
-    left=st.lists(st.integers(1, 40), min_size=2, max_size=8), n=st.integers(1, 60), seed=st.integers(0, 2**31),
-)  # fmt: skip
+    left=st.lists(st.integers(1, 40), min_size=2, max_size=8),
+    n=st.integers(1, 60),
+    seed=st.integers(0, 2**31),
+)
 @settings(max_examples=200, deadline=None)
 def test_counts_sum_to_what_must_go_and_leave_one_unit(left, n, seed):
     left = np.array(left)
@@ -186,7 +191,7 @@ def test_a_search_begins_with_uniform_and_finds_a_planted_offset():
         tried.append(dict(offsets))
         return 1 - (offsets["a"] - 0.3) ** 2 - 0.1 * offsets["b"] ** 2
 
-    best = search(["a", "b"], accuracy, 40, seed=0)
+    best = sample_plans(["a", "b"], accuracy, 40, seed=0)
     assert tried[0] == {"a": 0.0, "b": 0.0}
     assert best["a"] == pytest.approx(0.3, abs=0.1)
 
@@ -198,13 +203,13 @@ def test_noise_is_the_fisher_sum():
     name = NET.network.layers[1].name
     w, a = NET.quantizers(name)
     read = {}
-    handles = [q.register_forward_hook(lambda m, x, out, k=k: read.update({k: (x[0].detach(), out[0])})) for k, q in
-               (("w", w), ("a", a))]  # fmt: skip
+    handles = [
+        q.register_forward_hook(lambda m, x, out, k=k: read.update({k: (x[0].detach(), out[0])}))
+        for k, q in (("w", w), ("a", a))
+    ]
     NET.eval()
     logits = NET(EXAMPLE)
-    labels = torch.multinomial(
-        logits.detach().softmax(1), 1, generator=torch.Generator().manual_seed(3)
-    )[:, 0]  # fmt: skip
+    labels = torch.multinomial(logits.detach().softmax(1), 1, generator=torch.Generator().manual_seed(3))[:, 0]
     for _, out in read.values():
         out.retain_grad()
     torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
@@ -225,11 +230,11 @@ def test_noise_is_the_fisher_sum():
 def test_bits_by_noise_are_near_the_best_of_all():
     """Against every choice of widths in 2 to 4 of a net of four layers: the rise is within 15 % of the least."""
     noise = {key: 10.0 ** (i % 4 - 1) for i, key in enumerate(sensitivities(NET, [EXAMPLE]))}
-    goals = targets({"bops": "0.9%"}, NET.exact())
-    ranking = stages.at(stages.soft(NET), NET.plan())
+    goals = parse_targets({"bops": "0.9%"}, NET.exact())
+    ranking = two_stage.with_plan_bits(discretize.soft_decisions(NET), NET.plan())
     widths = bits_by_noise(NET, noise, NET.plan(), (2, 4), (2, 4))
-    plan = land(NET, goals, stages.wide(ranking, NET.plan(), widths))
-    assert meets(goals, NET.exact(plan))
+    plan = discretize.discretize(NET, goals, two_stage.with_widths(ranking, NET.plan(), widths))
+    assert all_met(goals, NET.exact(plan))
     macs = {u.name: u.macs for u in NET.exact()}
     limit, least = goals[0].limit, float("inf")
     keys = list(noise)
@@ -255,7 +260,7 @@ def test_a_pruned_networks_bits_follow_what_it_still_computes():
 @pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
 def test_two_stages_with_every_allocator_use_the_budget(allocator):
     net = ranked(1)
-    goals = targets({"bops": "0.6%"}, net.exact())
+    goals = parse_targets({"bops": "0.6%"}, net.exact())
     seen = []
 
     def accuracy(plan):
@@ -263,13 +268,17 @@ def test_two_stages_with_every_allocator_use_the_budget(allocator):
         seen.append(plan)
         return float(sum(Fraction(u.w_bits) * u.outputs for u in uses)) / 100
 
-    judge = Judge(lambda: [(EXAMPLE, None)], accuracy)
-    place(net, SCORES["l1"], allocator, judge, 0.5, stages.goal_of(net, 0.5))
-    plan = stages.decide(
-        net, goals, (2, 8), (2, 8), 0.5,
+    judge = PlanEvaluator(lambda: [(EXAMPLE, None)], accuracy)
+    place(net, SCORES["l1"], allocator, judge, 0.5, discretize.density_target(net, 0.5))
+    plan = two_stage.decide_two_stage(
+        net,
+        goals,
+        (2, 8),
+        (2, 8),
+        0.5,
         lambda kept: bit_widths(net, allocator, judge, kept, goals, (2, 8), (2, 8)),
-    )  # fmt: skip
-    assert Fraction(97, 100) <= spent(goals[0], net.exact(plan)) <= 1
+    )
+    assert Fraction(97, 100) <= used_share(goals[0], net.exact(plan)) <= 1
     assert bool(seen) == (allocator in ("reinforce", "sampled"))
     same = len({x.w_bits for x in plan.layers.values()}) == 1
     assert same == (allocator == "uniform")
@@ -287,7 +296,7 @@ def test_an_allocator_runs_from_the_command_line_to_its_budget(allocator, tmp_pa
 def test_allocators_never_see_the_test_split(tmp_path, monkeypatch):
     """Until the end, where it is read for the figures."""
     asked = config(tmp_path, "two-stage")
-    data = recipe.read_data(asked, torch.device("cpu"))
+    data = load.read_data(asked, torch.device("cpu"))
 
     class Closed:
         def __getattr__(self, name):
@@ -300,13 +309,13 @@ def test_allocators_never_see_the_test_split(tmp_path, monkeypatch):
         raise Done
 
     monkeypatch.setattr(recipe, "read_data", lambda *args: replace(data, test=Closed()))
-    monkeypatch.setattr(descent, "fine_tune", done)
+    monkeypatch.setattr(recipe, "fine_tune", done)
     with pytest.raises(Done):
         jpq.optimize(replace(asked, decide=replace(asked.decide, allocator="reinforce")))
 
 
 def test_compress_takes_allocators_that_measure_nothing():
-    model = jpq.models.build("convnet", 10, 1)
+    model = jpq.tasks.models.build("convnet", 10, 1)
     joint = jpq.compress(model, EXAMPLE, "two-stage", bops="0.6%", allocator="threshold")
     joint.land()
     assert 0.97 * 0.006 <= joint.share() <= 0.006

@@ -10,15 +10,17 @@ from torch.utils._pytree import tree_flatten
 from zoo import ZOO
 
 from jpq import costs
-from jpq.exporters import onnx
-from jpq.exporters.quantized import rebuild
-from jpq.exporters.verify import compare, measure, verify
-from jpq.gates import GATES, VIB, Ranked
-from jpq.network.attach import attach, observe
-from jpq.network.read import call
-from jpq.network.sites import channels
-from jpq.network.trace import trace
-from jpq.quantizers import Fixed, Learned
+from jpq.compression.attach import attach
+from jpq.compression.calibration import observe_activations
+from jpq.export import runtimes
+from jpq.export.onnx import export
+from jpq.export.rebuild import rebuild
+from jpq.export.verify import compare, measure, verify
+from jpq.methods.gates import GATES, VIB, Ranked
+from jpq.methods.quantizers import Fixed, Learned
+from jpq.tracing.forward import call_model
+from jpq.tracing.sites import channels
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 
@@ -99,8 +101,8 @@ def test_exported_file_computes_the_same(name, tmp_path):
             break
     else:
         pytest.fail("every draw of the decisions gives a constant output")
-    onnx.export(small, example, tmp_path / "m.onnx")
-    found = compare(small, onnx.Session(tmp_path / "m.onnx", optimised=False), [(x, torch.zeros(64))])
+    export.export(small, example, tmp_path / "m.onnx")
+    found = compare(small, runtimes.Session(tmp_path / "m.onnx", optimised=False), [(x, torch.zeros(64))])
     assert found["images"] == 64
     assert found["argmax_differs"] <= found["at_a_rounding_boundary"]
     assert found["at_a_rounding_boundary"] <= 3
@@ -111,14 +113,14 @@ def test_an_export_that_computes_something_else_is_found(tmp_path):
     net.settle(net.plan())
     net.eval()
     small, _ = rebuild(net, model)
-    onnx.export(small, example, tmp_path / "good.onnx")
+    export.export(small, example, tmp_path / "good.onnx")
     x = torch.randn(64, *example.shape[1:])
     batches = [(x, torch.zeros(64))]
     verify(net, small, tmp_path / "good.onnx", batches, example)
     other = copy.deepcopy(small)
     with torch.no_grad():
         [m for m in other.modules() if hasattr(m, "weight_quant")][-1].weight.mul_(0.7)
-    onnx.export(other, example, tmp_path / "bad.onnx")
+    export.export(other, example, tmp_path / "bad.onnx")
     with pytest.raises(JpqError, match="onnxruntime and the rebuilt model differ"):
         verify(net, small, tmp_path / "bad.onnx", batches, example)
     with pytest.raises(JpqError, match="not the masked one"):
@@ -128,7 +130,7 @@ def test_an_export_that_computes_something_else_is_found(tmp_path):
 def test_gradients_reach_weights_ranges_bits_and_gates():
     _, net, example = compressed("residual" if "residual" in ZOO else "Residual", dtype=torch.float32)
     net.train()
-    loss = flat(call(net, example)).square().mean() + costs.bops(net.uses()).log() + net.penalty()
+    loss = flat(call_model(net, example)).square().mean() + costs.bops(net.uses()).log() + net.penalty()
     loss.backward()
     for name, p in net.named_parameters():
         assert p.grad is not None, name
@@ -251,6 +253,6 @@ def test_calibration_sees_every_column_and_both_ends():
     model = Columns()
     x = torch.arange(64.0).expand(4096, 1, 1, 64).contiguous()
     x[77, 0, 0, 3] = -5.0
-    seen = observe(model, trace(model, x[:2]), [x])["a"]
+    seen = observe_activations(model, trace(model, x[:2]), [x])["a"]
     assert len(seen.round().unique()) == 65
     assert seen.min() == -5

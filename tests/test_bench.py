@@ -14,25 +14,27 @@ from test_cli import refused
 from torch import nn
 
 import jpq
-from jpq import bench, racing
-from jpq.cli import main
+from jpq.cli.main import main
+from jpq.cli.summary import export_lines
 from jpq.config import Budget, Config, Decide, Run, Task, Train
-from jpq.costs.table import Shape
-from jpq.exporters import onnx as exporter
-from jpq.exporters.alone import layer_model
-from jpq.exporters.onnx import Session
-from jpq.exporters.timing import Runner, float_layers, kernels, take_turns
-from jpq.exporters.verify import compare
-from jpq.models import build
-from jpq.network.timed import shape, timed
-from jpq.network.trace import trace
+from jpq.costs import latency_table
+from jpq.costs.latency_table import Shape
+from jpq.export.onnx import export as exporter
+from jpq.export.runtimes import Session
+from jpq.export.timing import layer_table
+from jpq.export.timing.compare import FULL, INT8, PRUNED, model_files, reference_models
+from jpq.export.timing.layer_model import layer_model
+from jpq.export.timing.runner import Runner, float_layers, kernels, take_turns
+from jpq.export.verify import compare
 from jpq.recipe import optimize
-from jpq.sizes import export_lines
+from jpq.tasks.models import build
+from jpq.tracing.network import shape, with_times
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 EXAMPLE = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 CONVNET = trace(build("convnet", 10, 1), EXAMPLE)
-ENTRIES = bench.measure(CONVNET, "convnet", repeats=5)
+ENTRIES = layer_table.measure(CONVNET, "convnet", repeats=5)
 
 
 def small(bits, change=lambda norm: None):
@@ -86,7 +88,7 @@ def test_every_distinct_layer_is_measured_in_float_and_as_int8():
     assert (first, last) == ({1}, {10})  # no channel of the image or of the classes can go
     inner = {(e.inputs, e.outputs) for e in ENTRIES if e.shape == shape(CONVNET.layers[1])}
     assert inner == {(i, o) for i in (1, 9, 17, 25, 32) for o in (1, 17, 33, 49, 64)}
-    timed(CONVNET, bench.Table("t", tuple(ENTRIES)))  # every layer finds its lines
+    with_times(CONVNET, latency_table.LatencyTable("t", tuple(ENTRIES)))  # every layer finds its lines
 
 
 @pytest.mark.parametrize(
@@ -133,11 +135,13 @@ def test_layers_of_a_depthwise_network_are_known_by_their_own_names():
         nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 3, 2)), torch.randn(2, 3, 9, 9)
     )
     assert [str(shape(x)) for x in network.layers] == [
-        "conv 1x1 stride 1x1 at 9x9", "depthwise 3x3 stride 1x1 at 7x7", "conv 3x3 stride 2x2 at 3x3",
-    ]  # fmt: skip
-    entries = bench.measure(network, "own", repeats=2)
+        "conv 1x1 stride 1x1 at 9x9",
+        "depthwise 3x3 stride 1x1 at 7x7",
+        "conv 3x3 stride 2x2 at 3x3",
+    ]
+    entries = layer_table.measure(network, "own", repeats=2)
     assert {(e.inputs, e.outputs) for e in entries if e.shape.kind == "depthwise"} == {(n, n) for n in (1, 3, 5, 7, 8)}
-    timed(network, bench.Table("t", tuple(entries)))
+    with_times(network, latency_table.LatencyTable("t", tuple(entries)))
 
 
 def test_turns_are_taken_in_order_and_the_timed_call_is_warm():
@@ -165,7 +169,7 @@ def test_a_run_from_the_table_to_the_measured_model(tmp_path, capsys, monkeypatc
     assert stored["latency"]["predicted_ms"] == pytest.approx(result.compressed.latency_ms)
     assert stored["latency"]["measured_ms"] > 0
     assert "latency_ms" in pd.read_csv(result.folder / "layers.csv")
-    assert bench.predicted(result.folder, bench.read_table(Path("t.csv"))) == pytest.approx(
+    assert layer_table.predicted(result.folder, layer_table.read_table(Path("t.csv"))) == pytest.approx(
         result.compressed.latency_ms
     )
     capsys.readouterr()
@@ -203,7 +207,7 @@ def test_bad_input_is_one_sentence(args, why, capsys, tmp_path, monkeypatch):
 
 def test_impossible_latency_is_named_before_anything_is_trained(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    bench.write_table(ENTRIES, Path("t.csv"))
+    layer_table.write_table(ENTRIES, Path("t.csv"))
     args = ["optimize", "--target-latency", "50ns", "--latency-table", "t.csv", "--out", "runs"]
     line = refused(args, capsys)
     assert "smallest possible is" in line
@@ -214,34 +218,41 @@ def test_impossible_latency_is_named_before_anything_is_trained(capsys, tmp_path
 def test_a_table_that_changed_is_not_resumed(tmp_path):
     """What was promised under one table is not kept under another."""
     path = tmp_path / "t.csv"
-    bench.write_table(ENTRIES, path)
+    layer_table.write_table(ENTRIES, path)
     budget = Budget(target_latency="90%", latency_table=path)
     asked = Config(budget=budget, train=QUICK, run=Run(out=tmp_path / "runs"))
     with pytest.raises(KeyboardInterrupt):
         optimize(asked, Stop("search", 1))
-    bench.write_table([replace(e, ms=1.3 * e.ms) for e in ENTRIES], path)
+    layer_table.write_table([replace(e, ms=1.3 * e.ms) for e in ENTRIES], path)
     with pytest.raises(JpqError, match="no longer the table"):
         optimize(replace(asked, run=replace(asked.run, resume=True)))
 
 
 def test_a_run_with_a_structure_for_each_layer_is_timed(tmp_path):
     path = tmp_path / "t.csv"
-    bench.write_table(ENTRIES, path)
+    layer_table.write_table(ENTRIES, path)
     asked = Config(
-        budget=Budget(target_bops="1%", latency_table=path), decide=Decide(method="dpf", structure="3=block:8x1"),
-        train=QUICK, run=Run(out=tmp_path / "runs"),
-    )  # fmt: skip
+        budget=Budget(target_bops="1%", latency_table=path),
+        decide=Decide(method="dpf", structure="3=block:8x1"),
+        train=QUICK,
+        run=Run(out=tmp_path / "runs"),
+    )
     result = optimize(asked)
-    assert bench.predicted(result.folder, bench.read_table(path)) == pytest.approx(result.compressed.latency_ms)
+    assert layer_table.predicted(result.folder, layer_table.read_table(path)) == pytest.approx(
+        result.compressed.latency_ms
+    )
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run with every form, results rounded, and weights in 4 bits."""
     asked = Config(
-        task=Task(limit=300), budget=Budget(target_bops="1%"), decide=Decide(output_bits=8), train=QUICK,
+        task=Task(limit=300),
+        budget=Budget(target_bops="1%"),
+        decide=Decide(output_bits=8),
+        train=QUICK,
         run=Run(out=tmp_path_factory.mktemp("runs"), formats="onnx,qonnx,pt2", onnx_weights="int4"),
-    )  # fmt: skip
+    )
     return optimize(asked)
 
 
@@ -316,16 +327,18 @@ def test_the_pruned_float_model_has_the_channels_of_the_plan(tmp_path):
     joint = jpq.compress(dense, EXAMPLE, method="two-stage", bops="1%", density=0.3, output_bits=8)
     joint.land()
     small, plan = jpq.rebuild(joint.net, dense)
-    paths = racing.others(dense, plan, (1, 8, 8), tmp_path)
-    sizes = {name: sum(np.prod(t.dims) for t in onnx.load(p).graph.initializer if len(t.dims) > 1)
-             for name, p in paths.items()}  # fmt: skip
+    paths = reference_models(dense, plan, (1, 8, 8), tmp_path)
+    sizes = {
+        name: sum(np.prod(t.dims) for t in onnx.load(p).graph.initializer if len(t.dims) > 1)
+        for name, p in paths.items()
+    }
     weights = lambda m: sum(p.numel() for p in m.parameters() if p.dim() > 1 and p.shape[1:].numel() > 1)  # noqa: E731
-    assert sizes[racing.FULL] == sizes[racing.INT8] == weights(dense)
-    assert sizes[racing.PRUNED] == sum(layer.weight.numel() for n, layer in small.named_modules() if n in plan.layers)
-    assert float_layers(paths[racing.INT8])[1] == {}
+    assert sizes[FULL] == sizes[INT8] == weights(dense)
+    assert sizes[PRUNED] == sum(layer.weight.numel() for n, layer in small.named_modules() if n in plan.layers)
+    assert float_layers(paths[INT8])[1] == {}
     (tmp_path / "plan.json").write_text(plan.to_json())
     with pytest.raises(JpqError, match="does not say which model"):
-        racing.files(tmp_path, (1, 8, 8), tmp_path)
+        model_files(tmp_path, (1, 8, 8), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +369,10 @@ def test_bad_files_and_names_are_one_sentence(args, why, capsys, tmp_path, monke
         Path(name).write_text("no model")
     onnx.save(one_node((1, 4)), "fixed.onnx")
     onnx.save(one_node((2**16, 2**16)), "huge.onnx")
-    exporter.export_float(nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-                          torch.randn(2, 3, 8, 8), Path("wide.onnx"))  # fmt: skip
+    exporter.export_float(
+        nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        torch.randn(2, 3, 8, 8),
+        Path("wide.onnx"),
+    )
     exporter.export_float(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), EXAMPLE, Path("few.onnx"))
     assert why in refused(args, capsys)

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from runs import config
 
 import jpq
-from jpq import by_hand
-from jpq.config import BY_HAND, Decide
-from jpq.gates import Ranked
-from jpq.quantizers import Fixed
-from jpq.settings import read
+from jpq.allocation import manual
+from jpq.config import MANUAL, Decide, read_toml
+from jpq.methods.gates import Ranked
+from jpq.methods.quantizers import Fixed
 from jpq.types import JpqError
 
 NAMES = ["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer1.10.conv1", "layer2.0.conv1", "fc"]
@@ -35,7 +34,7 @@ def test_the_longest_name_counts(entries, random):
     order = list(entries.items())
     random.shuffle(order)
     text = ", ".join(f"{name}={value}" if name else str(value) for name, value in order)
-    found = by_hand.said("--densities", text, NAMES, by_hand.share, 1.0)
+    found = manual.parse_named_values("--densities", text, NAMES, manual.parse_share, 1.0)
     assert found == {name: oracle(entries, name) for name in NAMES}
 
 
@@ -52,25 +51,25 @@ def test_the_longest_name_counts(entries, random):
 )
 def test_bits_that_make_no_sense(text, reason):
     with pytest.raises(JpqError) as error:
-        by_hand.said("--bits", text, NAMES, by_hand.widths, (8, 8))
+        manual.parse_named_values("--bits", text, NAMES, manual.parse_widths, (8, 8))
     assert reason in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["0", "1.01", "half", "-0.5", "120%", "nan"])
 def test_densities_that_are_no_share(text):
     with pytest.raises(JpqError, match="give the share that stays, above 0 and at most 1"):
-        by_hand.said("--densities", text, NAMES, by_hand.share, 1.0)
+        manual.parse_named_values("--densities", text, NAMES, manual.parse_share, 1.0)
 
 
 @pytest.fixture(scope="module")
 def net():
     """ResNet8 with the channels of each site ranked by its place: the last is the best."""
     torch.manual_seed(0)
-    model = jpq.models.build("resnet8", 10, 3)
+    model = jpq.tasks.models.build("resnet8", 10, 3)
     example = torch.rand(2, 3, 32, 32)
     network = jpq.trace(model, example)
     made = jpq.attach(
-        model, network, jpq.channels(network), Ranked, lambda layer: (Fixed(8), Fixed(8)), [example], BY_HAND
+        model, network, jpq.channels(network), Ranked, lambda layer: (Fixed(8), Fixed(8)), [example], MANUAL
     )
     for gate in made.gates:
         gate.margins.copy_(torch.arange(1, gate.n + 1)[None] / gate.n)
@@ -80,7 +79,7 @@ def net():
 @given(w=st.integers(2, 8), a=st.integers(2, 8), inner=st.floats(0.01, 1), rest=st.floats(0.01, 1))
 def test_the_plan_is_what_was_said(net, w, a, inner, rest):
     said = Decide(bits=f"{w}/{a},layer2=3/5", densities=f"{rest},layer2={inner}")
-    plan = by_hand.plan(net, said)
+    plan = manual.plan(net, said)
     for site in net.sites:
         density = inner if site.name.startswith("layer2") else rest
         kept = plan.kept[site.name]
@@ -93,7 +92,7 @@ def test_the_plan_is_what_was_said(net, w, a, inner, rest):
 
 
 def test_what_nothing_says_is_as_wide_as_allowed(net):
-    plan = by_hand.plan(net, Decide(densities="conv1=0.5", w_bits=(2, 6), a_bits=(2, 5)))
+    plan = manual.plan(net, Decide(densities="conv1=0.5", w_bits=(2, 6), a_bits=(2, 5)))
     inner = [x for name, x in plan.layers.items() if not net.network.layer(name).reads_input]
     assert {(x.w_bits, x.a_bits) for x in inner} == {(6, 5)}
     assert [name for name, kept in plan.kept.items() if not all(kept)] == ["conv1"]
@@ -105,13 +104,16 @@ def test_a_run_costs_what_was_said_and_is_verified(tmp_path):
     result = jpq.optimize(replace(asked, budget=jpq.Budget(), decide=said))
     rows = {row.name: row for row in result.layers}
     assert {name: (r.inputs, r.outputs, r.w_bits, r.a_bits) for name, r in rows.items()} == {
-        "0": (1, 16, 8, 8), "3": (16, 16, 4, 3), "6": (16, 32, 2, 2), "11": (32, 10, 4, 3),
-    }  # fmt: skip
+        "0": (1, 16, 8, 8),
+        "3": (16, 16, 4, 3),
+        "6": (16, 32, 2, 2),
+        "11": (32, 10, 4, 3),
+    }
     by_formula = 9 * 64 * 16 * 8 * 8 + 9 * 16 * 16 * 16 * 12 + 9 * 16 * 16 * 32 * 4 + 320 * 12
     assert result.compressed.bops == by_formula
     assert result.verified["masked_vs_rebuilt_float64"] < 1e-9
-    assert json.loads((result.folder / "result.json").read_text())["method"] == BY_HAND
-    assert read(result.folder / "config.toml").decide == replace(said, method=BY_HAND)
+    assert json.loads((result.folder / "result.json").read_text())["method"] == MANUAL
+    assert read_toml(result.folder / "config.toml").decide == replace(said, method=MANUAL)
 
 
 def test_a_target_beside_them_must_hold(tmp_path):
@@ -128,7 +130,7 @@ def test_a_target_beside_them_must_hold(tmp_path):
         ({"method": "l0"}, "--method l0 would too"),
         ({"structure": "2:4"}, "--structure 2:4: --bits says the decisions"),
         ({"width": "power-of-two"}, "--width power-of-two: --bits says the decisions"),
-        ({"bits": None, "method": BY_HAND}, "--method by-hand: say the decisions with --bits and --densities"),
+        ({"bits": None, "method": MANUAL}, "--method by-hand: say the decisions with --bits and --densities"),
     ],
 )
 def test_what_does_not_go_with_them(tmp_path, other, reason):

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jpq
-from jpq.allocators import rank
-from jpq.gates import Ranked
-from jpq.network.attach import attach
-from jpq.network.sites import channels
-from jpq.network.trace import trace
-from jpq.quantizers import Fixed
-from jpq.scores import Catro, Evidence, SiteView, pick_score
-from jpq.scores.catro import best_set, scatters
+from jpq.allocation.ranking.rank import rank
+from jpq.compression.attach import attach
+from jpq.methods.gates import Ranked
+from jpq.methods.quantizers import Fixed
+from jpq.methods.scores import Catro, Evidence, SiteView, pick_score
+from jpq.methods.scores.catro import best_set, scatters
+from jpq.tracing.sites import channels
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 
@@ -129,8 +129,8 @@ def test_too_few_samples_are_refused():
 def test_ranking_of_a_network_keeps_the_best_sets():
     """The open units of each site are the optimum of as many units as stay, from the network's own activations."""
     torch.manual_seed(0)
-    data = jpq.data.load("digits", batch_size=64)
-    model = jpq.models.build("convnet", 10, 1).eval()
+    data = jpq.tasks.data.load("digits", batch_size=64)
+    model = jpq.tasks.models.build("convnet", 10, 1).eval()
     x, y = next(iter(data.train.epoch(0)))
     network = trace(model, x)
     net = attach(model, network, channels(network), Ranked, lambda _: (Fixed(8), Fixed(8)), [x], "catro")

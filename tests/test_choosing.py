@@ -21,16 +21,17 @@ from matplotlib.image import imread
 from rich.console import Console
 
 import jpq
-from jpq import front_report, recipe
-from jpq.choosing import table
-from jpq.cli import main
+from jpq import recipe
+from jpq.cli.main import main
+from jpq.cli.pareto import table
 from jpq.config import Config, Task
-from jpq.data import load
-from jpq.fronts import make
-from jpq.picking import limits, pick
-from jpq.point import Layer
-from jpq.runs import read
-from jpq.train import evaluate
+from jpq.results.front import plots
+from jpq.results.front.front import make
+from jpq.results.front.points import LayerDecision, read
+from jpq.results.front.select import limits, pick
+from jpq.results.plots import save_picture
+from jpq.tasks.classification import evaluate
+from jpq.tasks.data import load
 
 Captured = pytest.CaptureFixture[str]
 _elsewhere = test_cli._elsewhere  # every command works in an empty folder
@@ -55,7 +56,7 @@ def test_the_plane_shows_every_run_and_what_it_is_compared_with(tmp_path: Path) 
         )
     front = make(read(tmp_path).points)
     choice = pick(front, limits({"max_bops": "1%"}, front.points[0].full))
-    figure = front_report.plane(front, choice)
+    figure = plots.plane(front, choice)
     once = {"dominated": 1, "knee": 1, "chosen": 1, "staircase": 1, "fp32": 1}
     assert drawn(figure) == {**once, "front": 4, "uniform": 2, "tick": 4, "float": 2}
     axes = figure.axes[0]
@@ -71,25 +72,29 @@ def test_the_plane_shows_every_run_and_what_it_is_compared_with(tmp_path: Path) 
 def test_uniform_bits_that_cost_the_same_share_a_line(tmp_path: Path) -> None:
     points = spread(tmp_path).points
     timed = [
-        replace(p, costs={**p.costs, "latency": 2e6 + i}, full={**p.full, "latency": 4e6},
-                uniform={"W2A2": {"latency": 3e6}, "W3A3": {"latency": 3e6}, "W8A8": {"latency": 5e6}})
+        replace(
+            p,
+            costs={**p.costs, "latency": 2e6 + i},
+            full={**p.full, "latency": 4e6},
+            uniform={"W2A2": {"latency": 3e6}, "W3A3": {"latency": 3e6}, "W8A8": {"latency": 5e6}},
+        )
         for i, p in enumerate(points)
-    ]  # fmt: skip
-    figure = front_report.plane(make(timed, ["latency"]))
+    ]
+    figure = plots.plane(make(timed, ["latency"]))
     assert drawn(figure)["tick"] == 2
     assert {"W2A2 to W3A3", "W8A8"} <= {text.get_text() for text in figure.axes[0].texts}
 
 
 def test_two_costs_have_no_staircase(tmp_path: Path) -> None:
     front = make(spread(tmp_path).points, ["size", "bops"])
-    figure = front_report.plane(front)
+    figure = plots.plane(front)
     assert "staircase" not in drawn(figure)
     assert figure.axes[0].get_xlabel() == "size, % of the fp32 model"
 
 
 def test_the_heat_map_has_a_cell_for_every_layer_and_point(tmp_path: Path) -> None:
     front = spread(tmp_path)
-    figure = front_report.heat_map(front)
+    figure = plots.heat_map(front)
     assert figure is not None
     assert [axes.images[0].get_gid() for axes in figure.axes] == ["w_bits", "a_bits", "density"]
     for axes, what in zip(figure.axes, ("w_bits", "a_bits", "density"), strict=True):
@@ -100,22 +105,22 @@ def test_the_heat_map_has_a_cell_for_every_layer_and_point(tmp_path: Path) -> No
 
 def test_long_fronts_are_thinned_and_runs_without_layers_have_no_heat_map(tmp_path: Path) -> None:
     point = spread(tmp_path).points[0]
-    layers = tuple(Layer(f"layer{i}.conv", 2 + i % 7, 8, 0.5) for i in range(60))
+    layers = tuple(LayerDecision(f"layer{i}.conv", 2 + i % 7, 8, 0.5) for i in range(60))
     layers = (*layers[:-1], replace(layers[-1], name="odd $\\frac{$"))
     many = [
         replace(point, accuracy=0.5 + i / 100, costs={**point.costs, "bops": 1e5 * 1.1**i}, layers=layers)
         for i in range(40)
     ]
-    figure = front_report.heat_map(make(many))
+    figure = plots.heat_map(make(many))
     assert figure is not None
     rows, columns = figure.axes[0].images[0].get_array().shape
-    assert (rows, columns) == (60, front_report.COLUMNS)
+    assert (rows, columns) == (60, plots.COLUMNS)
     assert not figure.axes[0].texts
     assert figure.get_size_inches()[0] < 30
-    front_report.save_picture(figure, tmp_path / "wide.png")
+    save_picture(figure, tmp_path / "wide.png")
     assert imread(tmp_path / "wide.png").std() > 0
-    assert front_report.heat_map(make([replace(point, layers=())])) is None
-    written = front_report.write(make([replace(point, layers=())]), tmp_path)
+    assert plots.heat_map(make([replace(point, layers=())])) is None
+    written = plots.write_front_files(make([replace(point, layers=())]), tmp_path)
     assert [path.name for path in written] == ["pareto.csv", "pareto.png"]
 
 
@@ -138,10 +143,20 @@ def test_pareto_tells_draws_and_writes(tmp_path: Path, capsys: Captured) -> None
     (tmp_path / "study" / "begun" / "config.toml").write_text("")
     assert main(["pareto", "study", "--min-accuracy", "95.5%"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    for words in ("skipped study/begun: the run has not ended", "5 runs, 4 on the front", "1 dominated", "Hypervolume",
-                  "Knee: 2,", "Chosen:", "96.00 % held-out", "--min-accuracy 95.5%: 3 of 5 runs.",
-                  "least BOPs of these 3", "The next cheaper one", "98.00 %",
-                  "study: pareto.csv, pareto.png, layers.png"):  # fmt: skip
+    for words in (
+        "skipped study/begun: the run has not ended",
+        "5 runs, 4 on the front",
+        "1 dominated",
+        "Hypervolume",
+        "Knee: 2,",
+        "Chosen:",
+        "96.00 % held-out",
+        "--min-accuracy 95.5%: 3 of 5 runs.",
+        "least BOPs of these 3",
+        "The next cheaper one",
+        "98.00 %",
+        "study: pareto.csv, pareto.png, layers.png",
+    ):
         assert words in out, words
     assert "95.50 %" not in out  # the dominated one
     assert main(["pareto", "study", "--all", "--out", "elsewhere"]) == 0
@@ -222,7 +237,7 @@ def by_target(place: Path, target: str) -> Path:
     return found
 
 
-def split_of(config: Config) -> jpq.data.Data:
+def split_of(config: Config) -> jpq.tasks.data.Data:
     return load("digits", limit=600, seed=config.run.seed)
 
 
@@ -240,8 +255,8 @@ def test_export_makes_the_picked_trial_final(trained: Path, tmp_path: Path, caps
     right = evaluate(small, data.test)
     assert (before["final"], now["final"]) == (False, True)
     assert now["compressed"] == {**before["compressed"], "accuracy": pytest.approx(right)}
-    dense = jpq.models.build("convnet", 10, 1)
-    jpq.models.load_weights(dense, trained / "float.safetensors")
+    dense = jpq.tasks.models.build("convnet", 10, 1)
+    jpq.tasks.models.load_weights(dense, trained / "float.safetensors")
     assert now["float"]["accuracy"] == pytest.approx(evaluate(dense.eval(), data.test))
     for key in ("held_out", "targets", "seed", "command", "uniform", "data"):
         assert now[key] == before[key]
@@ -295,9 +310,7 @@ def test_without_the_float_weights_only_their_accuracy_is_missing(trained: Path,
 
 
 @pytest.mark.parametrize("how", ["another model", "no model", "other weights"])
-def test_export_refuses_a_folder_whose_files_do_not_belong_together(
-    how: str, trained: Path, capsys: Captured
-) -> None:  # fmt: skip
+def test_export_refuses_a_folder_whose_files_do_not_belong_together(how: str, trained: Path, capsys: Captured) -> None:
     made = Path(shutil.copytree(by_target(trained / "runs", "0.5%"), "mixed"))
     other = by_target(trained / "runs", "1.6%")
     if how == "no model":

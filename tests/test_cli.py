@@ -11,12 +11,15 @@ import pytest
 from rich.console import Console, RenderableType
 from test_report import result
 
-from jpq import cli, recipe
-from jpq.cli import main, parse
+from jpq import recipe
+from jpq.cli.flags import COMMANDS, parse
+from jpq.cli.main import main
+from jpq.cli.progress import ProgressDisplay
+from jpq.cli.summary import layer_table, summary
 from jpq.config import Config
-from jpq.methods import METHODS
-from jpq.progress import Progress, duration, layer_table, summary
-from jpq.result import Row
+from jpq.methods.table import METHODS
+from jpq.results.formatting import format_duration
+from jpq.training.history import EpochRecord
 from jpq.types import JpqError
 
 Captured = pytest.CaptureFixture[str]
@@ -55,7 +58,7 @@ def refused(args: list[str], capsys: Captured) -> str:
 def test_help_names_every_command(args: list[str], capsys: Captured) -> None:
     assert main(args) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in cli.COMMANDS)
+    assert all(name in out for name in COMMANDS)
     assert "jpq optimize --target-bops 1%" in out
 
 
@@ -70,10 +73,10 @@ def test_optimize_help_has_every_flag_and_fits(width: int, capsys: Captured, mon
     assert not re.search(r"default: (None)?\)|\{None", out)
 
 
-@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_has_help(command: str, capsys: Captured) -> None:
     assert main([command, "--help"]) == 0
-    assert cli.COMMANDS[command][:40] in capsys.readouterr().out
+    assert COMMANDS[command][:40] in capsys.readouterr().out
 
 
 def test_version(capsys: Captured) -> None:
@@ -202,15 +205,17 @@ def test_python_m_jpq_into_a_closed_pipe_is_quiet() -> None:
     assert "BrokenPipe" not in err
 
 
-def row(phase: str, epoch: int) -> Row:
+def row(phase: str, epoch: int) -> EpochRecord:
     nan = float("nan")
-    return Row(phase, epoch, 4, 0.5, 0.9, 1e6, 0.02, 0.01 if phase == "search" else nan, 0.1, 4, 4, 0.5, 1e-3, 1.0)
+    return EpochRecord(
+        phase, epoch, 4, 0.5, 0.9, 1e6, 0.02, 0.01 if phase == "search" else nan, 0.1, 4, 4, 0.5, 1e-3, 1.0
+    )
 
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_tells_what_happens(terminal: bool) -> None:
     console = Console(file=io.StringIO(), width=120, force_terminal=terminal)
-    with Progress(console, {"search": 4, "fine-tune": 2}) as watch:
+    with ProgressDisplay(console, {"search": 4, "fine-tune": 2}) as watch:
         watch.phase("search", 4, 10)
         assert watch.seconds_left() is None
         for _ in range(10):
@@ -232,8 +237,8 @@ def test_progress_tells_what_happens(terminal: bool) -> None:
 
 def test_time_left_covers_the_phases_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("jpq.progress.time.monotonic", lambda: now[0])
-    watch = Progress(Console(file=io.StringIO()), {"search": 4, "fine-tune": 2})
+    monkeypatch.setattr("jpq.cli.progress.time.monotonic", lambda: now[0])
+    watch = ProgressDisplay(Console(file=io.StringIO()), {"search": 4, "fine-tune": 2})
     watch.phase("search", 4, 10)
     for _ in range(10):
         watch.step(0.5, 0.02, 0.01)
@@ -255,13 +260,23 @@ def test_final_screen(tmp_path: Path, width: int) -> None:
         assert len(line) <= width
     assert re.search(r"layer1\.0\.conv1 +3/16 +16/16 +2 +3 +10.0 K", table)
     assert "total" in table
-    for words in ("98.33 %", "97.78 %", "-0.55 points", "980 K", "0.98 % of fp32, 102x less", "12.3 KB", "met, 98.0 %",
-                  "448 of 449 test images", "a note", "model.onnx"):  # fmt: skip
+    for words in (
+        "98.33 %",
+        "97.78 %",
+        "-0.55 points",
+        "980 K",
+        "0.98 % of fp32, 102x less",
+        "12.3 KB",
+        "met, 98.0 %",
+        "448 of 449 test images",
+        "a note",
+        "model.onnx",
+    ):
         assert words in " ".join(panel.replace("│", " ").split()), words
 
 
 def test_durations() -> None:
-    assert [duration(s) for s in (2.44, 42.3, 200, 7500)] == ["2.4 s", "42 s", "3 min 20 s", "2 h 05 min"]
+    assert [format_duration(s) for s in (2.44, 42.3, 200, 7500)] == ["2.4 s", "42 s", "3 min 20 s", "2 h 05 min"]
 
 
 def test_library_errors_are_jpq_errors() -> None:

@@ -8,13 +8,15 @@ import torch.nn.functional as F
 from runs import QUICK, Stop, config
 
 import jpq
-from jpq import costs, phases, recipe
-from jpq.closing import Closing, open_share, threshold, within
-from jpq.compose import compose
+from jpq import costs, recipe
+from jpq.allocation import procedures
+from jpq.allocation.ranking.scheduled_pruning import ScheduledPruning, find_threshold, macs_limit, uniform_keep_share
 from jpq.config import Config, Decide
-from jpq.data import load
-from jpq.methods import METHODS
-from jpq.schedule import END, SCHEDULES, pick_schedule
+from jpq.methods.compatibility import compose
+from jpq.methods.schedules import END, SCHEDULES, pick_schedule
+from jpq.methods.table import METHODS
+from jpq.tasks.data import load
+from jpq.training import phases
 from jpq.types import JpqError
 
 DATA = load("digits", batch_size=64)
@@ -24,7 +26,7 @@ RANKED = [name for name, m in METHODS.items() if m.schedule]
 
 def network():
     torch.manual_seed(0)
-    return jpq.models.build("convnet", 10, 1).eval()
+    return jpq.tasks.models.build("convnet", 10, 1).eval()
 
 
 def compressed(method="ranked", steps=40, **asked):
@@ -134,11 +136,11 @@ def test_threshold_is_the_lowest_that_fits():
         return float(costs.macs(net.exact(replace(plan, kept=kept)))) / costs.baseline(net.exact())["macs"]
 
     for density in (0.2, 0.5, 0.9, 1.0):
-        found = threshold(net, quantiles, within(net, density))
+        found = find_threshold(net, quantiles, macs_limit(net, density))
         levels = [0.0, *sorted(float(v) for q in quantiles for v in q[0])]
         assert found == min(level for level in levels if macs(level) <= density)
-    assert open_share(net, within(net, 1.0)) == 1
-    assert open_share(net, within(net, 1e-9)) <= 1 / 2
+    assert uniform_keep_share(net, macs_limit(net, 1.0)) == 1
+    assert uniform_keep_share(net, macs_limit(net, 1e-9)) <= 1 / 2
 
 
 @pytest.mark.parametrize("method", RANKED)
@@ -150,7 +152,7 @@ def test_methods_train_land_and_rebuild(method):
     limit = 0.01 * costs.baseline(net.net.exact())["bops"]
     assert 0.97 * limit <= jpq.measure(small, BATCHES[0][0])["bops"] <= limit
     assert not all(all(units) for units in plan.kept.values())
-    assert jpq.exporters.verify.difference(net.net, small, BATCHES[0][0]) < 1e-9
+    assert jpq.export.verify.difference(net.net, small, BATCHES[0][0]) < 1e-9
 
 
 def test_landing_follows_the_ranking():
@@ -165,7 +167,7 @@ def test_landing_follows_the_ranking():
 def test_evidence_is_training_data_and_none_other(tmp_path, monkeypatch):
     """The batches that a score sees are of the training split, whatever decision asks for them."""
     seen = []
-    original = phases.evidence
+    original = procedures.evidence
     monkeypatch.setattr(phases, "evidence", lambda data, n=0: seen.append((data, n)) or original(data, n))
     jpq.optimize(config(tmp_path, "taylor"))
     assert [n for _, n in seen] == sorted({n for _, n in seen})
@@ -178,7 +180,7 @@ def test_evidence_is_training_data_and_none_other(tmp_path, monkeypatch):
 
 def plain(batches):
     """The same batches without augmentation."""
-    return jpq.data.Batches(
+    return jpq.tasks.data.Batches(
         batches.images, batches.labels, mean=batches.mean, std=batches.std, batch_size=batches.batch_size, shuffle=True
     )
 
@@ -246,9 +248,11 @@ def test_a_network_without_norms_has_no_scales_to_rank_by(tmp_path):
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10))
     net = jpq.compress(model, BATCHES[0][0], "ranked", bops="5%", evidence=BATCHES)
     asked = config(tmp_path, "ranked", target_bops="5%")
-    recipe.possible(net.net, net.controller.goals, asked)
+    recipe.check_feasible(net.net, net.controller.goals, asked)
     with pytest.raises(JpqError, match=r"pass no normalisation with a scale\. Choose another --score"):
-        recipe.possible(net.net, net.controller.goals, replace(asked, decide=replace(asked.decide, score="bn-scale")))
+        recipe.check_feasible(
+            net.net, net.controller.goals, replace(asked, decide=replace(asked.decide, score="bn-scale"))
+        )
 
 
 def test_rows_carry_their_score_and_schedule():
@@ -256,4 +260,4 @@ def test_rows_carry_their_score_and_schedule():
     assert compose("taylor", score="l1", schedule="cubic") == replace(METHODS["taylor"], score="l1", schedule="cubic")
     assert Config().decide == Decide(score="", schedule="", classes="")
     assert pick_schedule("cubic") is SCHEDULES["cubic"]
-    assert isinstance(compressed().net.closing, Closing)
+    assert isinstance(compressed().net.closing, ScheduledPruning)

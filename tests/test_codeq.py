@@ -10,17 +10,18 @@ from gated import attached, compare_exported, rebuilt
 from test_attach import gap
 from torch import nn
 
-from jpq import costs, landing
-from jpq.budget import FULL_USE, spent, targets
-from jpq.exporters.verify import measure
-from jpq.gates import ZeroBin
-from jpq.models import build
-from jpq.network.attach import attach
-from jpq.network.read import call
-from jpq.network.sites import channels, masks
-from jpq.network.trace import trace
-from jpq.quantizers import DeadZone, Fixed, Gated, Integer, Learned, Squashed
-from jpq.structures import Elementwise
+from jpq import costs
+from jpq.compression import discretize
+from jpq.compression.attach import attach
+from jpq.costs.target import FULL_USE, parse_targets, used_share
+from jpq.export.verify import measure
+from jpq.methods.gates import DeadZone
+from jpq.methods.quantizers import DeadZoneGrid, Fixed, Gated, IntegerQuantizer, Learned, SigmoidWidth
+from jpq.methods.structures import Elementwise
+from jpq.tasks.models import build
+from jpq.tracing.forward import call_model
+from jpq.tracing.sites import channels, masks
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 DOUBLE = torch.float64
@@ -30,11 +31,11 @@ ONE = torch.tensor(1.0, dtype=DOUBLE)
 def rounded(w, d, bits, top=1.0):
     """what on the grid of range `top`, dead-zone width d."""
     ends = torch.tensor(top, dtype=DOUBLE), torch.as_tensor(d, dtype=DOUBLE)
-    return DeadZone(lambda: ends).quantize(w, ONE, torch.tensor(float(bits), dtype=DOUBLE), True)
+    return DeadZoneGrid(lambda: ends).quantize(w, ONE, torch.tensor(float(bits), dtype=DOUBLE), True)
 
 
 def gate(weight, theta=3.0):
-    made = ZeroBin(1, weight.numel(), theta).to(weight.dtype)
+    made = DeadZone(1, weight.numel(), theta).to(weight.dtype)
     made.see([(weight, Elementwise())])
     return made
 
@@ -68,7 +69,7 @@ def test_gradients_are_straight_through():
     d = torch.tensor(0.3, dtype=DOUBLE, requires_grad=True)
     bits = torch.tensor(4.0, dtype=DOUBLE, requires_grad=True)
     g = torch.tensor([0.3, -0.8, 0.5, 1.1, -0.4, 0.9], dtype=DOUBLE)
-    out = DeadZone(lambda: (top, d)).quantize(w, ONE, bits, True)
+    out = DeadZoneGrid(lambda: (top, d)).quantize(w, ONE, bits, True)
     assert out[2] == out[3] == 0
     dw, dd, db = torch.autograd.grad(out, (w, d, bits), g)
     assert torch.allclose(dw, g)
@@ -125,7 +126,7 @@ def test_gate_keeps_what_the_grid_does_not_zero():
     w = torch.randn(2000, dtype=DOUBLE)
     for theta in (0.1, 0.5, 1.0, 2.0):
         made = gate(w, theta)
-        grid = DeadZone(made.ends)
+        grid = DeadZoneGrid(made.ends)
         out = grid.quantize(w, ONE, torch.tensor(4.0, dtype=DOUBLE), True)
         assert torch.equal(made.keep()[0] == 1, out.detach() != 0)
         assert torch.equal(made.keep(), (made.margin() > 0).to(DOUBLE))
@@ -134,7 +135,7 @@ def test_gate_keeps_what_the_grid_does_not_zero():
 
 def test_gate_obeys_the_laws_of_gates():
     torch.manual_seed(0)
-    fresh = ZeroBin(1, 9)
+    fresh = DeadZone(1, 9)
     assert fresh.keep().sum() == 9
     made = gate(torch.randn(64), 0.8).eval()
     assert 0 < made.keep().sum() < 64
@@ -149,7 +150,9 @@ def test_gate_obeys_the_laws_of_gates():
         assert bool(made.margin().isfinite().all())
     zeros = gate(torch.zeros(8))
     assert bool(zeros.margin().isfinite().all())
-    assert bool(DeadZone(zeros.ends).quantize(torch.zeros(8), torch.ones(()), torch.tensor(4.0), True).isfinite().all())
+    assert bool(
+        DeadZoneGrid(zeros.ends).quantize(torch.zeros(8), torch.ones(()), torch.tensor(4.0), True).isfinite().all()
+    )
 
 
 def test_weight_decay_on_theta_raises_the_share_of_zeros():
@@ -187,7 +190,7 @@ def test_smoothed_count_has_the_slope_of_the_true_one():
 
 
 def test_squashed_bits():
-    width = Squashed(5, 2, 8)
+    width = SigmoidWidth(5, 2, 8)
     assert width.soft() == pytest.approx(5)
     assert float(width().detach()) == 5
     slopes = []
@@ -204,17 +207,17 @@ def test_squashed_bits():
     a = width.soft()
     width.after_step()
     assert width.soft() == pytest.approx(a)
-    same = Squashed(4, 4, 4)
+    same = SigmoidWidth(4, 4, 4)
     assert float(same().detach()) == same.soft() == 4
 
 
 def widths(layer):
-    return Squashed(4, 2, 8), Fixed(8) if layer.reads_input else Squashed(5, 2, 8)
+    return SigmoidWidth(4, 2, 8), Fixed(8) if layer.reads_input else SigmoidWidth(5, 2, 8)
 
 
 def compressed(name, seed=0, dtype=DOUBLE):
     """A zoo net with a dead zone in each layer, zones and bits drawn at random."""
-    model, net, example = attached(name, ZeroBin, widths, lambda network: masks(network, "elementwise"), seed, dtype)
+    model, net, example = attached(name, DeadZone, widths, lambda network: masks(network, "elementwise"), seed, dtype)
     for p in net.decisions()["gates"]:
         p.data.uniform_(0.2, 1.5)
     for p in net.decisions()["bits"]:
@@ -252,7 +255,7 @@ def test_training_rounds_on_the_dead_zone_grid_and_reaches_every_decision():
     for g in net.gates:
         assert g.in_grid
         assert bool((g.multiplier() == 1).all())
-    call(net, example).square().mean().backward()  # the task alone
+    call_model(net, example).square().mean().backward()  # the task alone
     for name, layer in net.model.named_modules():
         if hasattr(layer, "weight_quant"):
             g = dict(zip([s.name for s in net.sites], net.gates, strict=True))[name]
@@ -272,16 +275,16 @@ def test_training_rounds_on_the_dead_zone_grid_and_reaches_every_decision():
 def test_lands_on_its_budget():
     model, x = build("convnet", 10, 1), torch.randn(4, 1, 8, 8)
     network = trace(model, x)
-    net = attach(model, network, masks(network, "elementwise"), ZeroBin, widths, [x], "codeq")
+    net = attach(model, network, masks(network, "elementwise"), DeadZone, widths, [x], "codeq")
     for seed in range(3):
         torch.manual_seed(seed)
         for p in net.decisions()["gates"]:
             p.data.uniform_(0.1, 3)
         for p in net.decisions()["bits"]:
             p.data.uniform_(0.1, 9)
-        goals = targets({"bops": "0.7%"}, net.exact())
-        plan = landing.land(net, goals)
-        assert FULL_USE <= spent(goals[0], net.exact(plan)) <= 1
+        goals = parse_targets({"bops": "0.7%"}, net.exact())
+        plan = discretize.discretize(net, goals)
+        assert FULL_USE <= used_share(goals[0], net.exact(plan)) <= 1
 
 
 def test_what_does_not_compose_is_refused():
@@ -289,13 +292,13 @@ def test_what_does_not_compose_is_refused():
     network = trace(model, x)
     for sites in (channels(network), masks(network, "block:8x4")):
         with pytest.raises(JpqError, match="single weights"):
-            attach(model, network, sites, ZeroBin, widths, [x], "codeq")
+            attach(model, network, sites, DeadZone, widths, [x], "codeq")
     gated = lambda layer: (Gated(8, 2, 8), Gated(8, 2, 8))  # noqa: E731
     with pytest.raises(JpqError, match="Gated and a dead zone"):
-        attach(model, network, masks(network, "elementwise"), ZeroBin, gated, [x], "codeq")
+        attach(model, network, masks(network, "elementwise"), DeadZone, gated, [x], "codeq")
     # one neuron at a time is single weights too, and other widths may take part
     pair = lambda layer: (Learned(4, 2, 8), Learned(4, 2, 8))  # noqa: E731
-    attach(model, network, masks(network, "per-output"), ZeroBin, pair, [x], "codeq")
+    attach(model, network, masks(network, "per-output"), DeadZone, pair, [x], "codeq")
 
 
 def test_b_bit_codes_need_more_bits_in_arithmetic():
@@ -323,11 +326,11 @@ def test_settled_network_has_plain_quantizers():
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     x = torch.randn(30, 6)
     network = trace(model, x)
-    net = attach(model, network, masks(network, "elementwise"), ZeroBin, widths, [x], "codeq")
+    net = attach(model, network, masks(network, "elementwise"), DeadZone, widths, [x], "codeq")
     net.gates[0].theta.data.fill_(0.5)
     net.settle(net.plan())
     for module in net.modules():
-        if isinstance(module, Integer):
+        if isinstance(module, IntegerQuantizer):
             assert module.grid is None
     assert not list(net.gates.parameters())
     net(x).sum().backward()

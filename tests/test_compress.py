@@ -9,7 +9,7 @@ from runs import trained
 from torch import nn
 
 import jpq
-from jpq.data import load
+from jpq.tasks.data import load
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +81,14 @@ def test_pressure_is_zero_once_landed(digits, float_model):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({}, "No target"), ({"bops": "0"}, "--target-bops"), ({"bops": "1%", "method": "djqp"}, "djpq"),
+        ({}, "No target"),
+        ({"bops": "0"}, "--target-bops"),
+        ({"bops": "1%", "method": "djqp"}, "djpq"),
         ({"bops": "1%", "cost": "bops-structure"}, "bops-structured"),
-        ({"bops": "0.00001%"}, "smallest possible"), ({"size": "1KB2"}, "--target-size"),
+        ({"bops": "0.00001%"}, "smallest possible"),
+        ({"size": "1KB2"}, "--target-size"),
     ],
-)  # fmt: skip
+)
 def test_bad_requests(given, says, float_model):
     with pytest.raises(jpq.JpqError, match=says):
         jpq.compress(float_model, torch.rand(8, 1, 8, 8), **given)
@@ -117,7 +120,7 @@ def test_impossible_targets_are_refused_before_training_where_layers_share_a_den
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"table": "t.csv"}, "jpq.bench.read_table"),
+        ({"table": "t.csv"}, "jpq.export.timing.layer_table.read_table"),
         ({"method": "catro", "evidence": torch.zeros(3, 1, 8, 8)}, "batches of"),
         (
             {"method": "two-stage", "score": "taylor", "evidence": [(torch.zeros(4, 1, 8, 8), torch.full((4,), 99))]},
@@ -133,7 +136,7 @@ def test_impossible_targets_are_refused_before_training_where_layers_share_a_den
     ],
 )
 def test_arguments_that_make_no_sense_end_in_a_sentence(asked, words):
-    model = jpq.models.build("convnet", 10, 1)
+    model = jpq.tasks.models.build("convnet", 10, 1)
     with pytest.raises(jpq.JpqError, match=words):
         jpq.compress(model, torch.randn(4, 1, 8, 8), bops="1%", **asked)
 

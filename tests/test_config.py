@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from jpq.config import Budget, Config, Decide, Run, Task, Train
-from jpq.settings import read, write
+from jpq.config import Budget, Config, Decide, Run, Task, Train, read_toml, write_toml
 from jpq.types import JpqError
 
 ONE = Config(budget=Budget(target_bops="1%"))
@@ -15,17 +14,19 @@ ONE = Config(budget=Budget(target_bops="1%"))
 
 def test_config_survives_toml(tmp_path: Path) -> None:
     config = Config(
-        Task(model="lenet5", weights=Path("w.pth"), limit=100), Budget(target_bops="1%", target_size="50KB"),
+        Task(model="lenet5", weights=Path("w.pth"), limit=100),
+        Budget(target_bops="1%", target_size="50KB"),
         Decide(w_bits=(3, 5), skip=("conv1", "fc"), structure="2:4", width="power-of-two"),
-        Train(lr=0.5, augment=False), Run(seed=7, out=Path("x/y"), resume=True),
-    )  # fmt: skip
-    write(config, tmp_path / "config.toml")
-    assert read(tmp_path / "config.toml") == config
+        Train(lr=0.5, augment=False),
+        Run(seed=7, out=Path("x/y"), resume=True),
+    )
+    write_toml(config, tmp_path / "config.toml")
+    assert read_toml(tmp_path / "config.toml") == config
 
 
 def test_a_whole_number_is_a_fine_float(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("[train]\ndistill = 2\n")
-    found = read(tmp_path / "c.toml").train.distill
+    found = read_toml(tmp_path / "c.toml").train.distill
     assert (found, type(found)) == (2.0, float)
 
 
@@ -45,11 +46,19 @@ def test_hash_ignores_where_and_how_a_run_works(run: Run) -> None:
 
 @pytest.mark.parametrize(
     "part",
-    [{"train": Train(lr=1e-3)}, {"train": Train(epochs=41)}, {"run": Run(seed=1)}, {"budget": Budget(target_bops="2%")},
-     {"decide": Decide(method="l0")}, {"decide": Decide(width="gated")}, {"decide": Decide(structure="2:4")},
-     {"decide": Decide(skip=("a",))}, {"task": Task(weights=Path("w.pth"))}],
+    [
+        {"train": Train(lr=1e-3)},
+        {"train": Train(epochs=41)},
+        {"run": Run(seed=1)},
+        {"budget": Budget(target_bops="2%")},
+        {"decide": Decide(method="l0")},
+        {"decide": Decide(width="gated")},
+        {"decide": Decide(structure="2:4")},
+        {"decide": Decide(skip=("a",))},
+        {"task": Task(weights=Path("w.pth"))},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_hash_feels_everything_that_changes_the_result(part: dict[str, Any]) -> None:
     assert replace(ONE, **part).hash() != ONE.hash()
 
@@ -97,9 +106,9 @@ def test_sensible_values_pass() -> None:
 def test_bad_toml_says_what_and_where(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "c.toml").write_text(text)
     with pytest.raises(JpqError, match=words):
-        read(tmp_path / "c.toml")
+        read_toml(tmp_path / "c.toml")
 
 
 def test_a_config_that_is_not_there() -> None:
     with pytest.raises(JpqError, match=r"Cannot read the config file nowhere\.toml"):
-        read(Path("nowhere.toml"))
+        read_toml(Path("nowhere.toml"))

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from jpq import costs
-from jpq.budget import Controller, Target, parse, spent, targets
-from jpq.models import build
-from jpq.network.compressed import exact_uses
-from jpq.network.shares import Shares
-from jpq.network.sites import channels
-from jpq.network.trace import trace
+from jpq.compression.usage import exact_usage
+from jpq.costs.target import Controller, Target, parse_target, parse_targets, used_share
 from jpq.plan import LayerPlan, Plan
+from jpq.tasks.models import build
+from jpq.tracing.channel_shares import ChannelShares
+from jpq.tracing.sites import channels
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 # exact BOPs at W8A8, W4A8, W4A4, W3A3, W2A2 with the image at 8 bits
@@ -38,10 +38,10 @@ def uniform_plan(network, w, a, sites=(), kept=None):
 @pytest.mark.parametrize("name", sorted(UNIFORM))
 def test_uniform_bits_cost_what_the_published_tables_say(name):
     network = traced(name)
-    shares = Shares(network, ())
+    shares = ChannelShares(network, ())
     _, macs, bops = UNIFORM[name]
     for (w, a), want in zip(WIDTHS, bops, strict=True):
-        uses = exact_uses(network, shares, uniform_plan(network, w, a))
+        uses = exact_usage(network, shares, uniform_plan(network, w, a))
         assert costs.bops(uses) == want
         assert costs.macs(uses) == macs
     assert costs.baseline(uses)["bops"] == macs * 1024
@@ -52,7 +52,7 @@ def test_resnet20_with_inner_channels_halved():
     network = traced("resnet20")
     sites = [s for s in channels(network) if s.name.endswith("conv1") and s.name != "conv1"]
     kept = {s.name: tuple(i % 2 == 0 for i in range(s.n)) for s in sites}
-    uses = exact_uses(network, Shares(network, sites), uniform_plan(network, 4, 4, sites, kept))
+    uses = exact_usage(network, ChannelShares(network, sites), uniform_plan(network, 4, 4, sites, kept))
     assert costs.macs(uses) == 20_497_024
     assert costs.bops(uses) == 335_030_272
 
@@ -62,7 +62,7 @@ def test_vgg7_with_every_hidden_width_halved():
     network = traced("vgg7")
     sites = channels(network)
     kept = {s.name: tuple(i % 2 == 0 for i in range(s.n)) for s in sites}
-    uses = exact_uses(network, Shares(network, sites), uniform_plan(network, 4, 4, sites, kept))
+    uses = exact_usage(network, ChannelShares(network, sites), uniform_plan(network, 4, 4, sites, kept))
     assert costs.macs(uses) == 154_866_688
     assert costs.bops(uses) == 2_506_178_560
 
@@ -75,12 +75,12 @@ def test_depthwise_layers_cost_linearly():
     (site,) = [s for s in channels(network) if s.n == 8]
     half = {site.name: (True, False) * 4}
     full = {site.name: (True,) * 8}
-    shares = Shares(network, [site])
+    shares = ChannelShares(network, [site])
     ratio = [
         Fraction(costs.macs([h]), costs.macs([f]))
         for h, f in zip(
-            exact_uses(network, shares, uniform_plan(network, 8, 8, [site], half)),
-            exact_uses(network, shares, uniform_plan(network, 8, 8, [site], full)),
+            exact_usage(network, shares, uniform_plan(network, 8, 8, [site], half)),
+            exact_usage(network, shares, uniform_plan(network, 8, 8, [site], full)),
             strict=True,
         )
     ]
@@ -97,23 +97,23 @@ def test_size_counts_weights_at_their_bits_and_two_numbers_per_channel():
     [("1%", 10_000), ("0.25%", 2_500), ("100%", 10**6), ("12k", 12_000), ("0.5M", 500_000), ("1e3", 1000)],
 )
 def test_amounts(text, limit):
-    assert parse("bops", text, 10**6).limit == limit
+    assert parse_target("bops", text, 10**6).limit == limit
 
 
 @pytest.mark.parametrize("text", ["0", "0%", "101%", "2M", "-1%", "much", "", "1 percent", "50KB", "nan", "inf"])
 def test_bad_amounts_are_refused(text):
     with pytest.raises(JpqError, match="--target-bops"):
-        parse("bops", text, 10**6)
+        parse_target("bops", text, 10**6)
 
 
 def test_sizes_take_bytes():
-    assert parse("size", "50KB", 10**6).limit == 50_000
+    assert parse_target("size", "50KB", 10**6).limit == 50_000
 
 
 def goal_and_uses(bits):
     """A toy with one layer whose bits are a tensor."""
     use = lambda b: [costs.LayerUse("x", 100, 10, 1, 1, 1, 1, b, b)]  # noqa: E731
-    return targets({"bops": "1%"}, use(32))[0], use(bits)
+    return parse_targets({"bops": "1%"}, use(32))[0], use(bits)
 
 
 def test_controller_reaches_the_wanted_cost_within_two_percent_and_stays():
@@ -129,7 +129,7 @@ def test_controller_reaches_the_wanted_cost_within_two_percent_and_stays():
         optim.zero_grad()
         loss.backward()
         optim.step()
-        seen.append(float(spent(goal, goal_and_uses(float(bits))[1])))
+        seen.append(float(used_share(goal, goal_and_uses(float(bits))[1])))
     assert 0.98 < sum(seen[-200:]) / 200 < 1.02
     assert min(seen) > 0.9  # no overshoot on the way down
 

@@ -1,4 +1,4 @@
-"""Splits, order and augmentation of jpq.data."""
+"""Splits, order and augmentation of jpq.tasks.data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jpq.data import RECIPES, Augment, Batches, load, stratified
+from jpq.tasks.data import RECIPES, Augment, Batches, load, stratified
 from jpq.types import JpqError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

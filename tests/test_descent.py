@@ -9,13 +9,13 @@ import torch
 from runs import QUICK, config, outcome, resumed
 
 import jpq
-from jpq import recipe
-from jpq.cli import main
-from jpq.compose import compose
+from jpq.cli.main import main
 from jpq.config import Budget, Config, Decide, Train
-from jpq.descent import full_precision
-from jpq.phases import phases, shares
-from jpq.train import evaluate
+from jpq.methods.compatibility import compose
+from jpq.recipe import full_precision
+from jpq.tasks import load
+from jpq.tasks.classification import evaluate
+from jpq.training.epochs import all_phases, budget_epochs
 from jpq.types import JpqError
 
 TRAIN = replace(QUICK, epochs=8, tune_epochs=2)
@@ -50,7 +50,7 @@ def test_every_budget_is_a_run_folder_that_keeps_its_promise(finished):
     top = result.folder.parent
     assert top.name == asked.hash()
     assert [p.folder for p in result.front] == ["bops-2pct", "bops-1pct"]
-    data = recipe.read_data(asked, torch.device("cpu"))
+    data = load.read_data(asked, torch.device("cpu"))
     for point in result.front:
         small, plan = jpq.load(top / point.folder)
         assert plan.method == "djpq"
@@ -63,8 +63,14 @@ def test_every_budget_is_a_run_folder_that_keeps_its_promise(finished):
             assert (top / point.folder / name).is_file()
     assert result.front[0].bops > result.front[1].bops == result.compressed.bops
     assert sorted(p.name for p in top.iterdir()) == [
-        "bops-1pct", "bops-2pct", "config.toml", "float.safetensors", "front.csv", "front.png", "history.csv",
-    ]  # fmt: skip
+        "bops-1pct",
+        "bops-2pct",
+        "config.toml",
+        "float.safetensors",
+        "front.csv",
+        "front.png",
+        "history.csv",
+    ]
     table = pd.read_csv(top / "front.csv")
     assert list(table.folder) == ["bops-2pct", "bops-1pct"]
     assert list(table.bops) == [p.bops for p in result.front]
@@ -115,9 +121,14 @@ def test_resuming_anywhere_gives_the_same_bits(phase, finished, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "phase"),
-    [("uniform", "fine-tune 1%"), ("two-stage", "search 1%"), ("gdp", "search 1%"), ("dpf", "fine-tune 2%"),
-     ("taylor", "search 1%")],
-)  # fmt: skip
+    [
+        ("uniform", "fine-tune 1%"),
+        ("two-stage", "search 1%"),
+        ("gdp", "search 1%"),
+        ("dpf", "fine-tune 2%"),
+        ("taylor", "search 1%"),
+    ],
+)
 def test_every_kind_of_method_goes_down_and_resumes(method, phase, tmp_path):
     asked = down(tmp_path / "whole", method)
     whole = jpq.optimize(asked)
@@ -166,12 +177,12 @@ def test_the_last_budget_takes_as_many_epochs_as_if_it_were_alone():
     for epochs in (7, 16, 40):
         asked = Config(budget=Budget(target_bops="4%,2%,1%"), decide=Decide(), train=Train(epochs=epochs))
         method = compose("djpq")
-        parts = list(shares(asked, method).values())
+        parts = list(budget_epochs(asked, method).values())
         assert sum(p.search for p in parts) + parts[-1].tune == epochs
         assert all(p.search >= 1 for p in parts)
-        trained = [p for p in phases(asked, method) if p.name == "fine-tune"]
+        trained = [p for p in all_phases(asked, method) if p.name == "fine-tune"]
         for phase in trained:  # each ends at a rate of 0
             assert phase.rate(phase.epochs) == pytest.approx(0.0, abs=1e-12)
-        searches = [p for p in phases(asked, method) if p.name == "search"]
+        searches = [p for p in all_phases(asked, method) if p.name == "search"]
         for before, after, tune in zip(searches, searches[1:], trained, strict=False):
             assert before.rate(before.epochs) == pytest.approx(after.rate(0)) == pytest.approx(tune.rate(0))

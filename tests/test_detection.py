@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import shapes
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -20,20 +21,27 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import jpq
-from jpq import average_precision as ap
-from jpq import detection
-from jpq.allocators.salient import FLOOR, Scene, rank_everywhere, saliency
-from jpq.budget import targets
-from jpq.exporters import law, verify
-from jpq.exporters.onnx import Session
-from jpq.gates import Ranked
-from jpq.quantizers import Fixed
-from jpq.scores import CamSaliency, Evidence, Saliency, SiteView
-from jpq.scores.saliency import inside, utility
+from jpq.costs.target import parse_targets
+from jpq.detection import detector as ap
+from jpq.detection.detector import around, assigned, confidence, core, prepared, rank, rankable, scenes
+from jpq.detection.saliency import (
+    FLOOR,
+    CamSaliency,
+    Saliency,
+    SaliencyBatch,
+    inside,
+    rank_everywhere,
+    saliency,
+    utility,
+)
+from jpq.export import float_equivalence, verify
+from jpq.export.runtimes import Session
+from jpq.methods.gates import Ranked
+from jpq.methods.quantizers import Fixed
+from jpq.methods.scores import Evidence, SiteView
 from jpq.types import JpqError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
-import shapes
 
 SITE = SiteView("site", torch.zeros(1, 0))
 SIDE = 64
@@ -76,7 +84,7 @@ def test_only_what_lies_inside_objects():
 
 
 def test_saliency_without_gradients():
-    with pytest.raises(JpqError, match=r"'site' has none. Rank with jpq.detection.rank"):
+    with pytest.raises(JpqError, match=r"'site' has none. Rank with jpq.detection.detector.rank"):
         Saliency()(SITE, Evidence(torch.zeros(1, 1, 2, 2)))
 
 
@@ -119,17 +127,17 @@ def test_a_channel_that_nobody_reads_is_worth_nothing():
     model, network, sites = tiny()
     with torch.no_grad():
         model.scores.weight[:, 2] = 0  # boxes still read it
-    found = saliency(model, network, sites, [Scene(X, top)])["a"]
+    found = saliency(model, network, sites, [SaliencyBatch(X, top)])["a"]
     assert found[2] == 0
     assert found[[0, 1, 3, 4, 5]].min() > 0
 
 
 def test_box_outputs_change_nothing_and_what_feeds_only_them_is_no_part_of_the_ranking():
     model, network, sites = tiny()
-    before = saliency(model, network, sites, [Scene(X, top)])
+    before = saliency(model, network, sites, [SaliencyBatch(X, top)])
     with torch.no_grad():
         model.corners.weight.normal_()
-    after = saliency(model, network, sites, [Scene(X, top)])
+    after = saliency(model, network, sites, [SaliencyBatch(X, top)])
     assert before["boxes"] is None
     assert before["a"].tolist() == after["a"].tolist()
     assert before["scores"].tolist() == after["scores"].tolist()
@@ -137,10 +145,10 @@ def test_box_outputs_change_nothing_and_what_feeds_only_them_is_no_part_of_the_r
 
 def test_batches_do_not_matter_nor_does_the_mode_of_the_model():
     model, network, sites = tiny()
-    whole = saliency(model, network, sites, [Scene(X, top)])
+    whole = saliency(model, network, sites, [SaliencyBatch(X, top)])
     model.train()  # batch statistics would mix the images
-    singles = saliency(model, network, sites, [Scene(X[:1], top), Scene(X[1:], top)])
-    again = saliency(model, network, sites, [Scene(x[None], top) for x in X])
+    singles = saliency(model, network, sites, [SaliencyBatch(X[:1], top), SaliencyBatch(X[1:], top)])
+    again = saliency(model, network, sites, [SaliencyBatch(x[None], top) for x in X])
     assert model.training
     for name in ("a", "scores"):
         assert torch.allclose(whole[name], singles[name], rtol=1e-9)
@@ -164,7 +172,7 @@ def test_where_all_terms_have_one_sign_it_is_the_change_on_removal():
     model, network, sites = tiny()
     with torch.no_grad():
         model.out.weight.abs_()
-    found = saliency(model, network, sites, [Scene(X, all_of_it)])["scores"]
+    found = saliency(model, network, sites, [SaliencyBatch(X, all_of_it)])["scores"]
     lost = torch.tensor([ablated(model, "out", c) for c in range(5)]).double()
     assert torch.allclose(found, lost / lost.square().mean().sqrt(), rtol=1e-6)
 
@@ -181,7 +189,7 @@ def test_the_informative_channel_ranks_first():
     with torch.no_grad():
         model.scores.weight.mul_(0.01)
         model.scores.weight[:, 4] = 3.0
-    assert int(saliency(model, network, sites, [Scene(X, top)])["a"].argmax()) == 4
+    assert int(saliency(model, network, sites, [SaliencyBatch(X, top)])["a"].argmax()) == 4
 
 
 class Reused(nn.Module):
@@ -205,7 +213,7 @@ def test_members_are_normalised_one_by_one():
     network = jpq.trace(model, X)
     (site,) = jpq.channels(network)
     model.requires_grad_(False)
-    found = saliency(model, network, (site,), [Scene(X, torch.sum)])[site.name]
+    found = saliency(model, network, (site,), [SaliencyBatch(X, torch.sum)])[site.name]
     a = model.a(X).requires_grad_()
     r = a.relu()
     r.retain_grad()
@@ -218,7 +226,7 @@ def test_what_is_overwritten_has_no_gradient():
     model = Reused(inplace=True).double().eval()
     network = jpq.trace(model, X)
     with pytest.raises(JpqError, match=r"cannot be differentiated.*inplace=False"):
-        saliency(model, network, jpq.channels(network), [Scene(X, torch.sum)])
+        saliency(model, network, jpq.channels(network), [SaliencyBatch(X, torch.sum)])
 
 
 def test_layers_that_read_the_same_tensor_share_its_whole_gradient():
@@ -239,7 +247,7 @@ def test_layers_that_read_the_same_tensor_share_its_whole_gradient():
     (site,) = jpq.channels(network)
     with torch.no_grad():
         model.c.weight[:, 1:] = -model.b.weight[:, 1:]
-    found = saliency(model, network, (site,), [Scene(X, torch.sum)])[site.name]
+    found = saliency(model, network, (site,), [SaliencyBatch(X, torch.sum)])[site.name]
     assert found.tolist() == pytest.approx([2, 0, 0, 0], abs=1e-9)
 
 
@@ -285,7 +293,7 @@ def ssdlite():
 
 def scrambled(model):
     """With weights that hand the image on: fresh ones drown it."""
-    law.scramble(detection.core(model), torch.randn(2, 3, SIDE, SIDE).double())
+    float_equivalence.randomize(core(model), torch.randn(2, 3, SIDE, SIDE).double())
     return model.float().eval()
 
 
@@ -300,13 +308,13 @@ def pruned(request):
     """A ranked and landed detector: (detector, core, masked, small, images)."""
     detector = request.param()
     images, wanted = photographs()
-    part, x = detection.core(detector), detection.prepared(detector, images)
+    part, x = core(detector), prepared(detector, images)
     network = jpq.trace(part, x)
-    sites, boxes_only = detection.rankable(detector, part, network, jpq.channels(network), x)
+    sites, boxes_only = rankable(detector, part, network, jpq.channels(network), x)
     assert boxes_only == ()
     net = jpq.attach(part, network, sites, Ranked, lambda _: (Fixed(8), Fixed(8)), [x], "saliency")
-    detection.rank(net, detector, [(images, wanted)])
-    net.settle(jpq.land(net, targets({"bops": "3%"}, net.exact())))
+    rank(net, detector, [(images, wanted)])
+    net.settle(jpq.discretize(net, parse_targets({"bops": "3%"}, net.exact())))
     return detector, part, net.eval(), jpq.rebuild(net, part)[0], images
 
 
@@ -335,11 +343,11 @@ def apart(one, other):
 def test_the_core_gives_the_detectors_own_detections():
     detector = small_ssd()
     images, _ = photographs()
-    part = detection.core(detector)
+    part = core(detector)
     with torch.no_grad():
         dense = detector(images)
         for own in (part, lambda x: part(x)):
-            found = apart(detection.around(detector, own)(images), dense)
+            found = apart(around(detector, own)(images), dense)
             assert found.fewest > 0
             assert not found.labels
             assert found.scores == found.boxes == 0
@@ -359,7 +367,7 @@ def test_backbone_and_heads_are_pruned_and_the_heads_outputs_keep_their_width(pr
 
 def test_masked_rebuilt_and_exported_core_detect_the_same(pruned, tmp_path):
     detector, _, net, small, images = pruned
-    x = detection.prepared(detector, images)
+    x = prepared(detector, images)
     path = tmp_path / "core.onnx"
     jpq.export_onnx(small, x, path)
     found = jpq.verify(net, small, path, [(x, None)], x)
@@ -367,8 +375,8 @@ def test_masked_rebuilt_and_exported_core_detect_the_same(pruned, tmp_path):
     assert found["rebuilt_vs_onnxruntime"]["argmax_differs"] == 0
     assert jpq.measure(small, x)["bops"] == jpq.costs.bops(net.exact())
     with torch.no_grad():
-        rebuilt = detection.around(detector, small)
-        outside = detection.around(detector, Session(path, optimised=False))
+        rebuilt = around(detector, small)
+        outside = around(detector, Session(path, optimised=False))
         found = apart(outside(images), rebuilt(images))
     assert found.fewest > 0
     assert not found.labels
@@ -380,7 +388,7 @@ def test_masked_rebuilt_and_exported_core_detect_the_same(pruned, tmp_path):
 def test_masked_and_rebuilt_detector_in_float64(pruned):
     detector, _, net, small, images = pruned
     wide = [x.double() for x in images]
-    models = [detection.around(detector, copy.deepcopy(part)).double() for part in (net, small)]
+    models = [around(detector, copy.deepcopy(part)).double() for part in (net, small)]
     found = apart(*(model(wide) for model in models))
     assert found.fewest > 0
     assert not found.labels
@@ -392,9 +400,9 @@ def test_the_smaller_detector_trains_and_the_first_stays_as_it_was(pruned):
     detector, part, _, small, images = pruned
     before = {name: t.clone() for name, t in detector.state_dict().items()}
     _, wanted = photographs()
-    assert verify.difference(detector.backbone, part.backbone, detection.prepared(detector, images)) == 0
+    assert verify.difference(detector.backbone, part.backbone, prepared(detector, images)) == 0
     own = copy.deepcopy(small)  # training moves batch statistics
-    smaller = detection.around(detector, own).train()
+    smaller = around(detector, own).train()
     sum(smaller(images, wanted).values()).backward()
     assert all(p.grad is not None for p in own.head.parameters())
     assert all(torch.equal(t, before[name]) for name, t in detector.state_dict().items())
@@ -405,7 +413,7 @@ def test_a_core_under_compression_trains_inside_the_detector(pruned):
     _, wanted = photographs()
     losses = []
     for part in (net, small):
-        model = detection.around(detector, part).train()
+        model = around(detector, part).train()
         part.eval()  # fixed batch statistics, so that both compute the same; part of `model`, which stays in training
         losses.append({k: float(v.detach()) for k, v in model(images, wanted).items()})
     assert losses[0].keys() == {"bbox_regression", "classification"}
@@ -414,13 +422,13 @@ def test_a_core_under_compression_trains_inside_the_detector(pruned):
 
 def test_the_same_images_give_the_same_ranking_and_the_floor_goes_last(pruned):
     detector, part, _, _, images = pruned
-    x = detection.prepared(detector, images)
+    x = prepared(detector, images)
     network = jpq.trace(part, x)
     sites = jpq.channels(network)
     net = jpq.attach(part, network, sites, Ranked, lambda _: (Fixed(8), Fixed(8)), [x], "saliency")
     margins = []
     for _ in range(2):
-        detection.rank(net, detector, [(images, None)])
+        rank(net, detector, [(images, None)])
         margins.append([g.margins.clone() for g in net.gates])
     assert all(torch.equal(a, b) for a, b in zip(*margins, strict=True))
     for site, gate in zip(net.sites, net.gates, strict=True):
@@ -441,21 +449,21 @@ def test_coupled_members_lose_the_same_channels(pruned):
 
 def test_confidence():
     logits = torch.tensor([[[2.0, 1.0, 0.0], [0.0, 0.0, 4.0]]])
-    soft = detection.confidence(small_ssd(), {"cls_logits": logits})
+    soft = confidence(small_ssd(), {"cls_logits": logits})
     assert soft[0].tolist() == pytest.approx(logits.softmax(-1)[0, [0, 1], [1, 2]].tolist()), "never the background"
     labels = torch.tensor([[-1, 1]])
-    own = detection.confidence(small_ssd(), {"cls_logits": logits}, labels)
+    own = confidence(small_ssd(), {"cls_logits": logits}, labels)
     assert own[0].tolist() == pytest.approx([0, float(logits.softmax(-1)[0, 1, 1])])
     plain = object()  # RetinaNet and FCOS: one sigmoid per class
     centre = {"cls_logits": logits, "bbox_ctrness": torch.zeros(1, 2, 1)}
-    assert detection.confidence(plain, centre)[0].tolist() == pytest.approx((logits.sigmoid()[0].amax(-1) / 2).tolist())
+    assert confidence(plain, centre)[0].tolist() == pytest.approx((logits.sigmoid()[0].amax(-1) / 2).tolist())
 
 
 def test_assigned_boxes_are_those_of_the_training():
     """As many boxes as `compute_loss` takes for foreground, with the class of the object that they overlap most."""
     detector = small_ssd()
     images, wanted = photographs(3)
-    labels = detection.assigned(detector, images, wanted)
+    labels = assigned(detector, images, wanted)
     seen = []
     compute = detector.compute_loss
     detector.compute_loss = lambda *a: (seen.extend(a[3]), compute(*a))[1]
@@ -470,10 +478,10 @@ def test_assigned_boxes_are_those_of_the_training():
 def test_variants_rank_differently(pruned, kwargs):
     detector, part, _, _, images = pruned
     _, wanted = photographs()
-    network = jpq.trace(part, detection.prepared(detector, images))
+    network = jpq.trace(part, prepared(detector, images))
     sites = jpq.channels(network)
     plain, other = (
-        saliency(part, network, sites, detection.scenes(detector, [(images, wanted)], **k), score)
+        saliency(part, network, sites, scenes(detector, [(images, wanted)], **k), score)
         for k, score in [({}, None), ({k: v for k, v in kwargs.items() if k != "score"}, kwargs.get("score"))]
     )
     assert all((other[s.name] >= 0).all() for s in sites)
@@ -489,10 +497,10 @@ def test_towers_that_feed_only_boxes_are_named_and_stay(name):
     detector = build(weights=None, weights_backbone=None, num_classes=4, min_size=SIDE, max_size=SIDE).eval()
     detector.score_thresh = 0.0  # fresh weights are sure of nothing
     images, _ = photographs(1)
-    part, x = detection.core(detector), detection.prepared(detector, images)
+    part, x = core(detector), prepared(detector, images)
     network = jpq.trace(part, x)
     every = jpq.channels(network)
-    sites, boxes_only = detection.rankable(detector, part, network, every, x)
+    sites, boxes_only = rankable(detector, part, network, every, x)
     assert any(site.name.startswith("head.classification_head") for site in sites)
     attach = lambda some: jpq.attach(part, network, some, Ranked, lambda _: (Fixed(8), Fixed(8)), [x], "saliency")  # noqa: E731
     if name.startswith("fcos"):
@@ -501,14 +509,14 @@ def test_towers_that_feed_only_boxes_are_named_and_stay(name):
         assert boxes_only
         assert all(name.startswith("head.regression_head") for name in boxes_only)
         with pytest.raises(JpqError, match="feed only box outputs"):
-            detection.rank(attach(every), detector, [(images, None)])
+            rank(attach(every), detector, [(images, None)])
     net = attach(sites)
-    detection.rank(net, detector, [(images, None)])
-    net.settle(jpq.land(net, targets({"bops": "3%"}, net.exact())))
+    rank(net, detector, [(images, None)])
+    net.settle(jpq.discretize(net, parse_targets({"bops": "3%"}, net.exact())))
     small, _ = jpq.rebuild(net.eval(), part)
     assert verify.difference(net, small, x) <= 1e-9
     with torch.no_grad():
-        smaller, through = detection.around(detector, small).double(), detection.around(detector, net).double()
+        smaller, through = around(detector, small).double(), around(detector, net).double()
         found = apart(smaller([images[0].double()]), through([images[0].double()]))
     assert found.fewest > 0
     assert not found.labels
@@ -521,9 +529,9 @@ def test_towers_that_feed_only_boxes_are_named_and_stay(name):
 
 def test_other_networks_are_refused():
     with pytest.raises(JpqError, match=r"Linear is not a one-stage detector.*prune .backbone"):
-        detection.core(nn.Linear(2, 2))
+        core(nn.Linear(2, 2))
     with pytest.raises(JpqError, match="is not a one-stage detector"):
-        detection.around(nn.Linear(2, 2), nn.Linear(2, 2))
+        around(nn.Linear(2, 2), nn.Linear(2, 2))
 
 
 def test_a_part_of_something_else_is_refused():
@@ -534,23 +542,23 @@ def test_a_part_of_something_else_is_refused():
         (lambda x: {"out": x}, "gives out; the detector"),
     ):
         with pytest.raises(JpqError, match=says):
-            detection.around(detector, other)(images)
+            around(detector, other)(images)
 
 
 def test_ways_to_count_and_targets_that_are_missing():
     detector = small_ssd()
     images, _ = photographs(1)
     with pytest.raises(JpqError, match="no way 'best' to count"):
-        list(detection.scenes(detector, [(images, None)], counts="best"))
+        list(scenes(detector, [(images, None)], counts="best"))
     for kwargs in ({"counts": "assigned"}, {"location": True}):
         with pytest.raises(JpqError, match=r"give batches of \(images, targets\)"):
-            list(detection.scenes(detector, [(images, None)], **kwargs))
+            list(scenes(detector, [(images, None)], **kwargs))
 
 
 def test_a_site_without_a_value():
     model, network, sites = tiny()
     net = jpq.attach(model.float(), network, sites, Ranked, lambda _: (Fixed(8), Fixed(8)), [X.float()], "saliency")
-    found = saliency(net, network, sites, [Scene(X.float(), top)])
+    found = saliency(net, network, sites, [SaliencyBatch(X.float(), top)])
     with pytest.raises(JpqError, match="such as 'boxes': they feed only box outputs"):
         rank_everywhere(net, found)
 

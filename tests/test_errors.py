@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from zoo import IMAGE, TOKENS, ZOO, Head, Plain, Residual, conv
 
 import jpq
-from jpq.network.sites import channels
-from jpq.network.trace import trace
+from jpq.tracing.sites import channels
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 Step = Callable[[nn.Module, Tensor], Tensor]
@@ -127,10 +127,14 @@ def masked_select(self: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("step", "free"),
     [
-        (item, {"b.0": 6}), (masked_select, {"b.0": 6}), (counter, {"stem.0": 8, "b.0": 6}),
-        (keeper, {"stem.0": 8, "b.0": 6}), (appender, {"stem.0": 8, "b.0": 6}), (in_place, {"stem.0": 8, "b.0": 6}),
+        (item, {"b.0": 6}),
+        (masked_select, {"b.0": 6}),
+        (counter, {"stem.0": 8, "b.0": 6}),
+        (keeper, {"stem.0": 8, "b.0": 6}),
+        (appender, {"stem.0": 8, "b.0": 6}),
+        (in_place, {"stem.0": 8, "b.0": 6}),
     ],
-)  # fmt: skip
+)
 def test_code_that_can(step: Step, free: dict[str, int]) -> None:
     model = Nested(step)
     before = {k: set(vars(m)) for k, m in model.named_modules()}
@@ -174,7 +178,7 @@ def test_a_list_that_the_model_fills() -> None:
         ("keywords", {"image": IMAGE, "scal": torch.ones(1)}, "missing a required argument: 'scale'. .*image, scale"),
         ("tokens", torch.tensor([[0.5]]), r"\(Embedding\) expects integer indices, got torch\.float32"),
     ],
-)  # fmt: skip
+)
 def test_an_example_of_the_wrong_shape(name: str, example: Any, says: str) -> None:
     with pytest.raises(JpqError, match=says) as caught:
         trace(ZOO[name][0](), example)
@@ -234,14 +238,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "compiled part": (lambda: part_of(torch.compile), "'a' .* is wrapped inside .* compress the model first"),
     "parallel part": (lambda: part_of(nn.DataParallel), r"Submodule 'a' \(DataParallel\) is wrapped inside"),
     "brevitas": (lambda: nn.Sequential(conv(3, 4), qnn.QuantConv2d(4, 4, 1)), "'1' .QuantConv2d. is quantized"),
-    "dynamic": (lambda: torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear}),
-                r"'0' \(Linear\) is quantized already: give the model in floating point"),
+    "dynamic": (
+        lambda: torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear}),
+        r"'0' \(Linear\) is quantized already: give the model in floating point",
+    ),
     "qat": (prepared_for_qat, "is quantized already"),
     "meta": (lambda: Residual().to("meta"), "lies on the meta device and holds no numbers"),
     "two devices": (on_two_devices, "cpu .'stem.0.weight'. and meta .'b.0.weight'.. Move it to one"),
     "lazy": (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), "'0.weight' has no shape yet .* Run the model once"),
     "kept graph": (after_a_forward_pass, "Attribute 'block.1.last' holds a tensor that an earlier forward"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -365,9 +371,11 @@ def test_inspect_needs_no_class_scores(users: str, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("pair", r"gives tuple .* must give \[2, 10\]: jpq optimize trains on class scores.*jpq.compress"),
-     ("aux", "In training the model gives a dict.*aux_logits=False.*jpq.compress")],
-)  # fmt: skip
+    [
+        ("pair", r"gives tuple .* must give \[2, 10\]: jpq optimize trains on class scores.*jpq.compress"),
+        ("aux", "In training the model gives a dict.*aux_logits=False.*jpq.compress"),
+    ],
+)
 def test_optimize_is_for_one_image_and_one_label(
     name: str, says: str, users: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -376,7 +384,7 @@ def test_optimize_is_for_one_image_and_one_label(
 
 
 def jpq_main(args: list[str]) -> int:
-    from jpq.cli import main
+    from jpq.cli.main import main
 
     return main(args)
 

@@ -9,14 +9,13 @@ import pytest
 from runs import QUICK, Stop, config
 
 import jpq
-from jpq.cli import main
-from jpq.events import LEFT_OUT, Events
-from jpq.result import Row, Silent
+from jpq.cli.main import main
+from jpq.training.history import LEFT_OUT, EpochRecord, NullObserver, TensorBoardObserver
 from jpq.types import JpqError
 
 
 def row(phase="search", epoch=1, budget=""):
-    return Row(phase, epoch, 2, 0.5, 0.9, math.nan, 0.01, 0.02, 1.5, 4.5, 5.5, 0.75, 1e-3, 7.0, budget)
+    return EpochRecord(phase, epoch, 2, 0.5, 0.9, math.nan, 0.01, 0.02, 1.5, 4.5, 5.5, 0.75, 1e-3, 7.0, budget)
 
 
 def read(folder):
@@ -30,11 +29,11 @@ def test_rows_and_steps_come_back_from_the_file(tmp_path):
     pytest.importorskip("tensorboard")
     seen = []
 
-    class Heard(Silent):
+    class Heard(NullObserver):
         def epoch(self, row):
             seen.append(row)
 
-    watch = Events(Heard(), tmp_path)
+    watch = TensorBoardObserver(Heard(), tmp_path)
     for budget in ("2%", "1%"):
         watch.phase(f"search {budget}", 2, 3)
         for epoch in (1, 2):
@@ -54,7 +53,7 @@ def test_rows_and_steps_come_back_from_the_file(tmp_path):
 
 def test_a_resumed_run_counts_on(tmp_path):
     pytest.importorskip("tensorboard")
-    watch = Events(Silent(), tmp_path, [row("float"), row()])
+    watch = TensorBoardObserver(NullObserver(), tmp_path, [row("float"), row()])
     watch.phase("search", 2, 3)
     watch.step(1.0, 0.1, 0.1)
     watch.epoch(row(epoch=2))

@@ -14,19 +14,19 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import jpq
-from jpq.exporters import forms
-from jpq.exporters import onnx as exporter
-from jpq.exporters.constants import fold_constants
-from jpq.exporters.integers import make_integral
-from jpq.exporters.onnx import Session
-from jpq.exporters.pack import pack, unpack
-from jpq.exporters.quant_nodes import standard
-from jpq.exporters.quantized import build
-from jpq.exporters.timing import float_layers, kernels
-from jpq.exporters.verify import compare, difference
-from jpq.models import build as make
-from jpq.network.trace import trace
+from jpq.export import formats, torch_export
+from jpq.export.onnx import export as exporter
+from jpq.export.onnx.export import standard
+from jpq.export.onnx.graph import fold_constants
+from jpq.export.onnx.integer_kernels import make_integral
+from jpq.export.packed.model import pack, unpack
+from jpq.export.rebuild import build
+from jpq.export.runtimes import Session
+from jpq.export.timing.runner import float_layers, kernels
+from jpq.export.verify import compare, difference
 from jpq.plan import from_json
+from jpq.tasks.models import build as make
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 EXAMPLE = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -52,10 +52,21 @@ class Small(nn.Sequential):
 
     def __init__(self):
         super().__init__(
-            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU6(),
-            nn.Conv2d(8, 6, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 6, 1), nn.ReLU6(), nn.MaxPool2d(2),
-            nn.Conv2d(6, 8, 1), nn.Flatten(), nn.Linear(32, 4),
-        )  # fmt: skip
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU6(),
+            nn.Conv2d(8, 8, 3, groups=8),
+            nn.ReLU6(),
+            nn.Conv2d(8, 6, 1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 6, 1),
+            nn.ReLU6(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 8, 1),
+            nn.Flatten(),
+            nn.Linear(32, 4),
+        )
 
 
 def quantized(kind, bits, output_bits=0, **how):
@@ -94,18 +105,29 @@ def graph(nodes, constants, opset=17, shape=("n", 2, 6, 6)):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.floats(0.01, 2.0), st.integers(1, 255), st.sampled_from(["Relu", "Clip", None]), st.booleans(), st.booleans(),
+    st.floats(0.01, 2.0),
+    st.integers(1, 255),
+    st.sampled_from(["Relu", "Clip", None]),
+    st.booleans(),
+    st.booleans(),
     st.booleans(),
     st.floats(0.1, 8.0),
-)  # fmt: skip
+)
 def test_rewrites_change_no_number(scale, top, activation, pooled, signed, flat, limit):
     """x -> (Conv) -> activation -> pooling -> grid: before and after the rewrites, to the bit."""
     signed = signed and activation is None
     zero = np.int8(0) if signed else np.uint8(0)
     top = min(top, 127) if signed else top
     low = np.int8(-top) if signed else np.uint8(0)
-    constants = {"w": np.float32(np.eye(2)).reshape(2, 2, 1, 1), "s": np.float32(scale), "z": zero, "low": low,
-                 "top": type(zero)(top), "zero": np.float32(0), "limit": np.float32(limit)}  # fmt: skip
+    constants = {
+        "w": np.float32(np.eye(2)).reshape(2, 2, 1, 1),
+        "s": np.float32(scale),
+        "z": zero,
+        "low": low,
+        "top": type(zero)(top),
+        "zero": np.float32(0),
+        "limit": np.float32(limit),
+    }
     nodes, last = [("Conv", ["x", "w"], ["conv"], {})], "conv"
     if activation:
         nodes.append((activation, [last, "zero", "limit"] if activation == "Clip" else [last], ["act"], {}))
@@ -116,8 +138,11 @@ def test_rewrites_change_no_number(scale, top, activation, pooled, signed, flat,
     if flat:
         nodes.append(("Flatten", [last], ["flat"], {}))
         last = "flat"
-    nodes += [("QuantizeLinear", [last, "s", "z"], ["q"], {}), ("Clip", ["q", "low", "top"], ["c"], {}),
-              ("DequantizeLinear", ["c", "s", "z"], ["y"], {})]  # fmt: skip
+    nodes += [
+        ("QuantizeLinear", [last, "s", "z"], ["q"], {}),
+        ("Clip", ["q", "low", "top"], ["c"], {}),
+        ("DequantizeLinear", ["c", "s", "z"], ["y"], {}),
+    ]
     model = graph(nodes, constants)
     x = torch.randn(3, 2, 6, 6, generator=torch.Generator().manual_seed(0)) * 4
     before = Session(model, optimised=False)(x)
@@ -129,9 +154,13 @@ def test_rewrites_change_no_number(scale, top, activation, pooled, signed, flat,
 
 
 def test_constants_are_folded_and_numbers_are_not():
-    nodes = [("Concat", ["a", "a"], ["pads"], {"axis": 0}), ("Cast", ["pads"], ["wide"], {"to": TensorProto.INT64}),
-             ("Pad", ["x", "wide"], ["padded"], {}), ("Mul", ["two", "two"], ["four"], {}),
-             ("Mul", ["padded", "four"], ["y"], {})]  # fmt: skip
+    nodes = [
+        ("Concat", ["a", "a"], ["pads"], {"axis": 0}),
+        ("Cast", ["pads"], ["wide"], {"to": TensorProto.INT64}),
+        ("Pad", ["x", "wide"], ["padded"], {}),
+        ("Mul", ["two", "two"], ["four"], {}),
+        ("Mul", ["padded", "four"], ["y"], {}),
+    ]
     model = graph(nodes, {"a": np.array([0, 0, 1, 1], np.int32), "two": np.float32(2)})
     x = torch.randn(1, 2, 6, 6)
     before = Session(model)(x)
@@ -184,8 +213,10 @@ def test_rounded_results_are_part_of_the_model(method, tmp_path):
     model = joint._dense[0]
     small, plan = jpq.rebuild(joint.net, model)
     assert {name: (end.bits, end.signed) for name, end in plan.ends.items()} == {
-        "norm": (8, False), "a": (8, True), "b": (8, True),
-    }  # fmt: skip
+        "norm": (8, False),
+        "a": (8, True),
+        "b": (8, True),
+    }
     assert difference(joint.net, small, EXAMPLE) <= 1e-9
     again = build(from_json(plan.to_json(), "a plan"), model)
     again.load_state_dict(small.state_dict())
@@ -210,10 +241,10 @@ def test_ranges_of_results_learn():
     assert all(id(p) in learns for p in ranges)
 
 
-@pytest.mark.parametrize("form", list(forms.NAMES))
+@pytest.mark.parametrize("form", list(formats.NAMES))
 def test_every_form_computes_the_model(form, tmp_path):
     model = quantized(Residual, 3, 8).finalize()
-    made = forms.write(model, EXAMPLE, tmp_path, [form], IMAGES)[form]
+    made = formats.write(model, EXAMPLE, tmp_path, [form], IMAGES)[form]
     assert made["bytes"] == (tmp_path / made["file"]).stat().st_size > 0
     found = made["verified"].get("rebuilt_vs_onnxruntime", made["verified"])
     assert found["images"] == 32
@@ -223,16 +254,18 @@ def test_every_form_computes_the_model(form, tmp_path):
 def test_a_form_that_computes_something_else_is_refused(tmp_path, monkeypatch):
     model, other = quantized(Residual, 3).finalize(), quantized(Residual, 3).finalize()
     nn.init.normal_(other.linear.weight)
-    write = forms.export_pt2
-    monkeypatch.setattr(forms, "export_pt2", lambda small, *rest: write(other, *rest))
+    write = torch_export.export_pt2
+    monkeypatch.setattr(formats, "export_pt2", lambda small, *rest: write(other, *rest))
     with pytest.raises(JpqError, match="differ on"):
-        forms.write(model, EXAMPLE, tmp_path, ["pt2"], IMAGES)
+        formats.write(model, EXAMPLE, tmp_path, ["pt2"], IMAGES)
 
 
 def test_pt2_loads_where_jpq_is_not(tmp_path):
-    forms.export_pt2(quantized(Small, 4, 8).finalize(), EXAMPLE, tmp_path / "m.pt2")
-    code = ("import sys, torch; out = torch.export.load('m.pt2').module()(torch.randn(5, 3, 12, 12)); "
-            "print(tuple(out.shape), 'jpq' in sys.modules, 'brevitas' in sys.modules)")  # fmt: skip
+    torch_export.export_pt2(quantized(Small, 4, 8).finalize(), EXAMPLE, tmp_path / "m.pt2")
+    code = (
+        "import sys, torch; out = torch.export.load('m.pt2').module()(torch.randn(5, 3, 12, 12)); "
+        "print(tuple(out.shape), 'jpq' in sys.modules, 'brevitas' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[0] == "(5, 4) False False"
 
@@ -241,7 +274,7 @@ def test_pt2_says_why_a_model_cannot_be_exported(tmp_path):
     model = quantized(Residual, 4).finalize()
     model.relu.forward = lambda x: x.relu() if float(x.sum()) < 1e9 else x  # what it does depends on values
     with pytest.raises(JpqError, match=r"torch.export cannot write this model as .pt2"):
-        forms.export_pt2(model, EXAMPLE, tmp_path / "m.pt2")
+        torch_export.export_pt2(model, EXAMPLE, tmp_path / "m.pt2")
 
 
 @pytest.mark.parametrize(
@@ -251,8 +284,9 @@ def test_qonnx_counts_what_we_count(name, bits, size, tmp_path):
     cost = pytest.importorskip("qonnx.util.inference_cost", reason="qonnx is not installed")
     torch.manual_seed(0)
     x = torch.randn(4, *size)
-    joint = jpq.compress(make(name, 10, size[0]).eval(), x, method="uniform", bops="100%", w_bits=(bits, bits),
-                         a_bits=(bits, bits))  # fmt: skip
+    joint = jpq.compress(
+        make(name, 10, size[0]).eval(), x, method="uniform", bops="100%", w_bits=(bits, bits), a_bits=(bits, bits)
+    )
     model, path = joint.finalize(), tmp_path / "m.qonnx.onnx"
     exporter.export_qonnx(model, x, path)
     ours = jpq.measure(model, x)
@@ -266,8 +300,9 @@ def test_quant_nodes_written_out_are_those_of_the_specification():
     node = ("Quant", ["x", "scale", "zero", "bits"], ["y"])
     for signed, narrow, low, high in ((1, 1, -3, 3), (1, 0, -4, 3), (0, 0, 0, 7), (0, 1, 0, 6)):
         options = {"signed": signed, "narrow": narrow, "rounding_mode": "ROUND", "domain": "qonnx.custom_op.general"}
-        model = graph([(*node, options)], {"scale": np.float32(0.5), "zero": np.float32(0), "bits": np.float32(3)},
-                      shape=("n",))  # fmt: skip
+        model = graph(
+            [(*node, options)], {"scale": np.float32(0.5), "zero": np.float32(0), "bits": np.float32(3)}, shape=("n",)
+        )
         x = torch.tensor([-9.0, -0.75, -0.3, 0.25, 0.7, 1.1, 9.0])
         assert torch.equal(Session(standard(model))(x), (x / 0.5).round().clamp(low, high) * 0.5)
     odd = graph([(*node, {**options, "rounding_mode": "FLOOR"})], {"bits": np.float32(3)})
@@ -278,7 +313,7 @@ def test_quant_nodes_written_out_are_those_of_the_specification():
 @pytest.mark.parametrize(("bits", "weights"), [(8, "int8"), (3, "int8"), (4, "int4")])
 def test_openvino_agrees(bits, weights, tmp_path):
     pytest.importorskip("openvino", reason="openvino is not installed")
-    from jpq.exporters.runtimes import opened
+    from jpq.export.runtimes import opened
 
     model = quantized(Small, bits, 8).finalize()
     exporter.export(model, EXAMPLE, tmp_path / "m.onnx", weights)
@@ -288,7 +323,7 @@ def test_openvino_agrees(bits, weights, tmp_path):
 
 
 def test_runtimes_are_named(tmp_path, monkeypatch):
-    from jpq.exporters.runtimes import chosen, opened
+    from jpq.export.runtimes import chosen, opened
 
     assert chosen("onnxruntime, onnxruntime") == ["onnxruntime", "onnxruntime"]
     for names, why in (("onnxruntim", "Did you mean onnxruntime"), ("", "No runtime")):

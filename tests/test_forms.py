@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from zoo import IMAGE, ZOO, Head, Residual, conv
 
 import jpq
-from jpq.exporters.onnx import Session
-from jpq.exporters.rebuild import shrink
-from jpq.inspection import inspection
-from jpq.network.read import call, tensors
-from jpq.network.sites import channels
-from jpq.network.trace import trace
+from jpq.cli.inspect import show_inspection
+from jpq.export.runtimes import Session
+from jpq.tracing.forward import call_model, tensors
+from jpq.tracing.shrink import shrink
+from jpq.tracing.sites import channels
+from jpq.tracing.trace import trace
 
 G = torch.Generator().manual_seed(5)
 IMAGES = torch.randn(8, 3, 8, 8, generator=G)
@@ -105,7 +105,7 @@ def test_read_and_shrunk(name: str) -> None:
             keep = torch.tensor([[float(int(c) not in gone) for c in site.labels]], dtype=torch.double)
             weight.data.mul_(tap.structure.expand(keep, weight.shape))
     small = shrink(model, network, gone)
-    for a, b in zip(tensors(call(masked, example)), tensors(call(small, example)), strict=True):
+    for a, b in zip(tensors(call_model(masked, example)), tensors(call_model(small, example)), strict=True):
         assert float((a - b).abs().max()) < 1e-12 * float(a.abs().max())
 
 
@@ -118,7 +118,7 @@ def test_compressed_and_exported(name: str, tmp_path: Path) -> None:
     assert all(net.net.quantizers(layer.name) for layer in net.net.network.layers)
     optimizer = torch.optim.Adam(net.groups())
     for _ in range(4):
-        loss = sum(t.square().mean() for t in tensors(call(net, example))) + net.pressure()
+        loss = sum(t.square().mean() for t in tensors(call_model(net, example))) + net.pressure()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -136,12 +136,12 @@ def test_compressed_and_exported(name: str, tmp_path: Path) -> None:
     assert found["masked_vs_rebuilt_float64"] < 1e-9
     assert found["rebuilt_vs_onnxruntime"]["images"] == 8
     half = torch.utils._pytree.tree_map(lambda v: v[:3] if isinstance(v, Tensor) else v, example)
-    for a, b in zip(tensors(call(small, half)), tensors(call(session, half)), strict=True):
+    for a, b in zip(tensors(call_model(small, half)), tensors(call_model(session, half)), strict=True):
         assert a.shape == b.shape, "the batch is dynamic"
 
 
 def test_decisions_of_a_dense_output_are_counted_place_by_place() -> None:
-    from jpq.exporters.verify import compare
+    from jpq.export.verify import compare
 
     scores = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     other = scores.clone()
@@ -200,7 +200,7 @@ def test_parameters_that_nobody_reads_are_named() -> None:
     assert network.idle == ("unused",)
     console = Console(width=150)
     with console.capture() as shown:
-        console.print(inspection("mine", model, network, channels(network), 1.0, False, False))
+        console.print(show_inspection("mine", model, network, channels(network), 1.0, False, False))
     assert "only training, or nobody, uses unused" in shown.get()
     assert [s.name for s in channels(network)] == ["stem.0", "a.0"]
 

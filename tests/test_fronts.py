@@ -14,11 +14,10 @@ import pytest
 from made_runs import FULL, SPREAD, folder, spread
 
 import jpq
-from jpq.fronts import by_method, ignorant, make, write
-from jpq.pareto import covered
-from jpq.picking import limits, pick
-from jpq.point import point_of
-from jpq.runs import read
+from jpq.results.front.front import by_method, make, missing_cost_messages, write
+from jpq.results.front.pareto import hypervolume_of
+from jpq.results.front.points import point_of, read
+from jpq.results.front.select import limits, pick
 from jpq.types import JpqError
 
 
@@ -49,7 +48,7 @@ def test_the_front_comes_first_from_the_cheapest_on(tmp_path: Path) -> None:
     assert list(table.accuracy) == [0.80, 0.95, 0.96, 0.97, 0.955]
     assert table.attrs["knee"] == table.name[1]
     assert table.attrs["float"]["bops"] == FULL
-    assert table.attrs["hypervolume"] == covered(*zip(*SPREAD, strict=True)) == made.covered
+    assert table.attrs["hypervolume"] == hypervolume_of(*zip(*SPREAD, strict=True)) == made.covered
     write(made, tmp_path)
     again = pd.read_csv(tmp_path / "pareto.csv", dtype={"name": str})
     assert list(again.name) == list(table.name)
@@ -128,14 +127,18 @@ def test_the_knee_is_on_the_front_of_two_costs(tmp_path: Path) -> None:
 
 def test_latencies_of_several_tables_are_not_compared(tmp_path: Path) -> None:
     one, two, *_ = spread(tmp_path).points
-    timed = [replace(p, costs={**p.costs, "latency": 1e6}, full={**p.full, "latency": ms}) for p, ms in
-             ((one, 3e6), (two, 4e6))]  # fmt: skip
+    timed = [
+        replace(p, costs={**p.costs, "latency": 1e6}, full={**p.full, "latency": ms})
+        for p, ms in ((one, 3e6), (two, 4e6))
+    ]
     with pytest.raises(JpqError, match=r"different tables of latencies .* 3.00 and 4.00 ms"):
         make(timed, ["latency"])
     with pytest.raises(JpqError, match="different tables"):
         pick(make(timed), limits({"max_latency": "2ms"}, timed[0].full))
     assert len(make([timed[0], two], ["latency"]).points) == 1
-    assert ignorant([timed[0], two], ["latency"]) == [f"{two.name}: it does not say what it costs in latency."]
+    assert missing_cost_messages([timed[0], two], ["latency"]) == [
+        f"{two.name}: it does not say what it costs in latency."
+    ]
 
 
 def damage(made: Path, how: str) -> None:
@@ -170,12 +173,21 @@ def damage(made: Path, how: str) -> None:
 
 @pytest.mark.parametrize(
     ("how", "words"),
-    [("unfinished", "not ended"), ("half a file", "not JSON that jpq wrote"), ("binary", "is no text"),
-     ("nested", "nests deeper"), ("no settings", "config.toml"), ("no layers", "layers.csv"),
-     ("no MACs", "ZeroDivisionError"),
-     ("foreign", "'compressed'"), ("text", "many"), ("nan", "NaN is not a finite number"), ("nothing", "BOPs of 0"),
-     ("above 1", "93.5")],
-)  # fmt: skip
+    [
+        ("unfinished", "not ended"),
+        ("half a file", "not JSON that jpq wrote"),
+        ("binary", "is no text"),
+        ("nested", "nests deeper"),
+        ("no settings", "config.toml"),
+        ("no layers", "layers.csv"),
+        ("no MACs", "ZeroDivisionError"),
+        ("foreign", "'compressed'"),
+        ("text", "many"),
+        ("nan", "NaN is not a finite number"),
+        ("nothing", "BOPs of 0"),
+        ("above 1", "93.5"),
+    ],
+)
 def test_damaged_folders_are_named_and_left_out(how: str, words: str, tmp_path: Path) -> None:
     folder(tmp_path, 0.9, 0.01)
     broken = folder(tmp_path / "broken", 0.8, 0.005)
@@ -192,9 +204,14 @@ def test_damaged_folders_are_named_and_left_out(how: str, words: str, tmp_path: 
 
 @pytest.mark.parametrize(
     ("source", "words"),
-    [("nowhere", "nowhere is not there"), ("file", "file is a file"), ([], "nothing"), (3, "not of a int"),
-     ("empty", "No finished run was found in empty")],
-)  # fmt: skip
+    [
+        ("nowhere", "nowhere is not there"),
+        ("file", "file is a file"),
+        ([], "nothing"),
+        (3, "not of a int"),
+        ("empty", "No finished run was found in empty"),
+    ],
+)
 def test_sources_that_hold_no_runs(source: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -205,9 +222,12 @@ def test_sources_that_hold_no_runs(source: Any, words: str, tmp_path: Path, monk
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"model": "resnet20"}, "model convnet.* resnet20"), ({"data": {"name": "mnist"}}, "digits.* mnist"),
-     ({"full": FULL // 2}, "100,000,000 BOPs.* 50,000,000")],
-)  # fmt: skip
+    [
+        ({"model": "resnet20"}, "model convnet.* resnet20"),
+        ({"data": {"name": "mnist"}}, "digits.* mnist"),
+        ({"full": FULL // 2}, "100,000,000 BOPs.* 50,000,000"),
+    ],
+)
 def test_runs_of_other_tasks_are_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     folder(tmp_path / "a", 0.9, 0.01)
     folder(tmp_path / "b", 0.8, 0.005, **changes)
@@ -215,8 +235,15 @@ def test_runs_of_other_tasks_are_refused(changes: dict[str, Any], words: str, tm
         jpq.front(tmp_path)
 
 
-NOTES = {"held_out": 0.9, "bops": 1_000_000, "bops_share": 0.01, "macs": 40_000, "size_bytes": 7500, "method": "djpq",
-         "layers": {"conv1": "W4 A3, 24/32 channels", "fc": "W2 A8, density 0.50 (2:4)"}}  # fmt: skip
+NOTES = {
+    "held_out": 0.9,
+    "bops": 1_000_000,
+    "bops_share": 0.01,
+    "macs": 40_000,
+    "size_bytes": 7500,
+    "method": "djpq",
+    "layers": {"conv1": "W4 A3, 24/32 channels", "fc": "W2 A8, density 0.50 (2:4)"},
+}
 
 
 def study(tmp_path: Path) -> optuna.Study:
@@ -226,12 +253,18 @@ def study(tmp_path: Path) -> optuna.Study:
     made.set_user_attr("settings", {"task": {"model": "convnet", "data": "digits"}})
     real = folder(tmp_path / "trials", 0.8, 0.005)
     width = optuna.distributions.IntDistribution(2, 8)
-    notes = [{**NOTES, "run_folder": "trials/gone"}, {"run_folder": f"trials/{real.name}"},
-             {**NOTES, "run_folder": "trials/gone"}, {"held_out": 0.5}]  # fmt: skip
+    notes = [
+        {**NOTES, "run_folder": "trials/gone"},
+        {"run_folder": f"trials/{real.name}"},
+        {**NOTES, "run_folder": "trials/gone"},
+        {"held_out": 0.5},
+    ]
     for attributes in notes:
-        made.add_trial(optuna.create_trial(
-            values=[90.0, 1.0], params={"bits": 4}, distributions={"bits": width}, user_attrs=attributes
-        ))  # fmt: skip
+        made.add_trial(
+            optuna.create_trial(
+                values=[90.0, 1.0], params={"bits": 4}, distributions={"bits": width}, user_attrs=attributes
+            )
+        )
     made.add_trial(optuna.create_trial(state=optuna.trial.TrialState.PRUNED, user_attrs=NOTES))
     return made
 
@@ -313,8 +346,11 @@ def test_picking_latency_where_runs_know_it(tmp_path: Path) -> None:
     [
         ({"min_accuracy": "99%"}, "the most accurate is .* with 97.00 %"),
         ({"max_bops": "10k"}, r"the least is .* with 100 K BOPs \(0.10 % of fp32\)"),
-        ({"min_accuracy": "97%", "max_bops": "1%"}, "with --max-bops 1% the most accurate is .* with 96.00 %; with "
-                                                    "--min-accuracy 97% the least is .* with 4.00 M BOPs"),
+        (
+            {"min_accuracy": "97%", "max_bops": "1%"},
+            "with --max-bops 1% the most accurate is .* with 96.00 %; with "
+            "--min-accuracy 97% the least is .* with 4.00 M BOPs",
+        ),
         ({"min_accuracy": "99%", "max_size": "1KB"}, "the most accurate of all is .* the least of all is"),
         ({"max_latency": "3ms"}, "no run knows its predicted latency"),
         ({"min_accuracy": "91"}, "Write it like 91% or 0.91"),
@@ -322,7 +358,7 @@ def test_picking_latency_where_runs_know_it(tmp_path: Path) -> None:
         ({"max_size": "60%B"}, "--max-size '60%B' is not an amount. Write it like 50KB"),
         ({"max_bops": "0"}, "--max-bops 0 allows nothing"),
     ],
-)  # fmt: skip
+)
 def test_what_nothing_meets_is_one_sentence_with_the_nearest(asked: dict[str, str], words: str, tmp_path: Path) -> None:
     front = spread(tmp_path)
     with pytest.raises(JpqError, match=words):

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from jpq.gates import GATES, VIB, Decided, HardConcrete
-from jpq.gates.hard_concrete import EDGE
+from jpq.methods.gates import GATES, VIB, Frozen, HardConcrete
+from jpq.methods.gates.hard_concrete import EDGE
 
 FREE = sorted(
     name for name, gate in GATES.items() if not (gate.counted or gate.single_weights)
@@ -61,7 +61,7 @@ class TestEveryGate:
 
     def test_decided_gate_repeats_the_decision(self, name):
         gate = make(name)
-        decided = Decided(gate.keep())
+        decided = Frozen(gate.keep())
         for mode in (True, False):
             decided.train(mode)
             assert torch.equal(decided.multiplier(), gate.keep())

@@ -10,12 +10,13 @@ from gated import gated
 
 import jpq
 from jpq import costs
-from jpq.budget import Controller, Target
-from jpq.data import load
-from jpq.gates import Annealed
-from jpq.gates.annealed import COLD
-from jpq.result import Silent
-from jpq.train import Objective, Phase, Recorder, fit, optimizer
+from jpq.costs.target import Controller, Target
+from jpq.methods.gates import Annealed
+from jpq.methods.gates.annealed import COLD
+from jpq.tasks.data import load
+from jpq.training.epochs import Phase
+from jpq.training.history import NullObserver
+from jpq.training.loop import Objective, Recorder, fit, optimizer
 from jpq.types import JpqError
 
 
@@ -102,7 +103,7 @@ def digits():
 
 def attached(digits):
     torch.manual_seed(0)
-    model = jpq.models.build("convnet", 10, 1)
+    model = jpq.tasks.models.build("convnet", 10, 1)
     return model, jpq.compress(model.eval(), digits.example, "dais", bops="1%", steps=100)
 
 
@@ -133,7 +134,7 @@ def test_too_few_samples_cannot_be_halved(digits):
         few.train.halves()
 
 
-class Each(Silent):
+class Each(NullObserver):
     """Copies of all parameters after every step."""
 
     def __init__(self, net):
@@ -215,6 +216,6 @@ def test_parameters_that_a_user_froze_stay_frozen(digits):
 
 def test_other_methods_learn_everything_from_every_batch(digits):
     torch.manual_seed(0)
-    joint = jpq.compress(jpq.models.build("convnet", 10, 1).eval(), digits.example, "djpq", bops="1%")
+    joint = jpq.compress(jpq.tasks.models.build("convnet", 10, 1).eval(), digits.example, "djpq", bops="1%")
     assert not joint.net.held_out
     assert joint.turn == "both"

@@ -11,13 +11,13 @@ from torch import nn
 
 import jpq
 from jpq import costs
-from jpq.exporters.quantized import rebuild
-from jpq.exporters.verify import difference, measure
-from jpq.gates import Hyper
-from jpq.gates.hyper import LEAST, RATE, THRESHOLD
-from jpq.network.hyper import EMBEDDING, Generated, generate
-from jpq.network.taps import original
-from jpq.train import optimizer
+from jpq.compression.hypernetwork import EMBEDDING, Generated, generate
+from jpq.compression.masking import original
+from jpq.export.rebuild import rebuild
+from jpq.export.verify import difference, measure
+from jpq.methods.gates import Latent
+from jpq.methods.gates.latent import LEAST, RATE, THRESHOLD
+from jpq.training.loop import optimizer
 
 
 def hypers(net):
@@ -62,7 +62,7 @@ def test_slice_then_generate_equals_generate_then_slice():
 
 @pytest.mark.parametrize("name", ["residual", "depthwise", "grouped", "concat", "transposed", "flat"])
 def test_starts_at_the_pretrained_weights(name):
-    model, net, _ = gated(name, Hyper)
+    model, net, _ = gated(name, Latent)
     for layer in net.network.layers:
         made = net.model.get_submodule(layer.name).weight
         assert torch.allclose(made, model.get_submodule(layer.name).weight, atol=1e-6), layer.name
@@ -86,18 +86,18 @@ def test_the_hypernetwork_starts_at_the_papers_variance():
 
 
 def test_own_latents_where_no_site_decides():
-    _, net, _ = gated("plain", Hyper)
+    _, net, _ = gated("plain", Latent)
     first = hypers(net)["0.0.parametrizations.weight.0"]
     assert len(first.own) == 3  # the image
     assert all(gate.z.data_ptr() != first.own.data_ptr() for gate in net.gates)
-    _, net, _ = gated("depthwise", Hyper)
+    _, net, _ = gated("depthwise", Latent)
     depthwise = hypers(net)["1.0.parametrizations.weight.0"]
     assert len(depthwise.own) == 1
     assert len(depthwise.outputs) == 8
 
 
 def test_one_latent_on_both_sides_of_an_add():
-    model, net, example = gated("residual", Hyper)
+    model, net, example = gated("residual", Latent)
     site = next(i for i, s in enumerate(net.sites) if len(s.makers) == 2)
     gate = net.gates[site]
     makers = [h for name, h in hypers(net).items() if any(name.startswith(m + ".") for m in net.sites[site].makers)]
@@ -114,7 +114,7 @@ def test_one_latent_on_both_sides_of_an_add():
 
 @pytest.mark.parametrize("name", ["residual", "depthwise", "squeeze_excite", "pixel_shuffle", "concat", "flat"])
 def test_export_computes_what_the_network_without_the_channels_did(name):
-    model, net, example = gated(name, Hyper)
+    model, net, example = gated(name, Latent)
     torch.manual_seed(3)
     stirred(net)
     for gate in net.gates:
@@ -134,7 +134,7 @@ def test_export_computes_what_the_network_without_the_channels_did(name):
 
 
 def test_zero_latents_do_not_make_zero_slices():
-    _, net, _ = gated("plain", Hyper)
+    _, net, _ = gated("plain", Latent)
     stirred(net)
     gate = net.gates[0]
     gate.z.data[0, 0] = 0.0
@@ -147,7 +147,7 @@ def test_zero_latents_do_not_make_zero_slices():
 
 
 def test_proximal_step_gives_exact_zeros_and_changes_no_sign():
-    gate = Hyper(1, 8)
+    gate = Latent(1, 8)
     gate.z.data = torch.tensor([[0.01, -0.01, 0.5, -0.5, 1.0, 1.0, 1.0, 0.0]])
     before = gate.z.detach().clone()
     gate.price.fill_(0.02 / RATE)
@@ -159,7 +159,7 @@ def test_proximal_step_gives_exact_zeros_and_changes_no_sign():
 
 
 def test_a_step_is_plain_gradient_then_prox():
-    gate = Hyper(1, 6)
+    gate = Latent(1, 6)
     gate.price.fill_(0.1 / RATE)
     gate.z.grad = torch.tensor([[0.0, 0.2, 0.5, 0.95, 1.05, 1.5]]) / RATE
     gate.after_step(0.0)
@@ -168,7 +168,7 @@ def test_a_step_is_plain_gradient_then_prox():
 
 
 def test_latents_belong_to_no_optimiser_and_are_not_decayed():
-    _, net, _ = gated("plain", Hyper)
+    _, net, _ = gated("plain", Latent)
     optim = optimizer(net, 1e-3, 0.5, 0.1, 0.1)
     held = {id(p) for group in optim.param_groups for p in group["params"]}
     assert not held & {id(p) for p in net.gates.parameters()}
@@ -176,7 +176,7 @@ def test_latents_belong_to_no_optimiser_and_are_not_decayed():
 
 
 def test_the_least_number_survives():
-    gate = Hyper(1, 10)
+    gate = Latent(1, 10)
     gate.z.data = torch.linspace(1e-6, 1e-5, 10)[None]
     assert gate.keep().tolist() == [[0] * 6 + [1] * 4]
     gate.z.data = torch.tensor([[1.0] * LEAST + [THRESHOLD * 0.9] * 6])
@@ -184,11 +184,11 @@ def test_the_least_number_survives():
     gate.price.fill_(1.0)
     gate.after_step(0.0)
     assert torch.equal(gate.z, before)  # no more shrinking
-    assert Hyper(1, 2).keep().sum() == 2
+    assert Latent(1, 2).keep().sum() == 2
 
 
 def test_the_price_is_the_budgets_and_does_not_move_latents_by_gradient():
-    _, net, _ = gated("residual", Hyper)
+    _, net, _ = gated("residual", Latent)
     costs.macs(net.uses()).log().backward()
     full = costs.macs(net.exact())
     plan = net.plan()
@@ -202,9 +202,14 @@ def test_the_price_is_the_budgets_and_does_not_move_latents_by_gradient():
 def test_search_ends_within_a_unit_of_the_wanted_share():
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(1, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 4),
-    )  # fmt: skip
+        nn.Conv2d(1, 24, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(24, 24, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(24, 4),
+    )
     x = torch.randn(64, 1, 8, 8)
     y = model(x).argmax(1)
     net = jpq.compress(model, x, method="dhp", macs="40%", steps=150)

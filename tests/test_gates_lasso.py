@@ -9,13 +9,13 @@ from gated import gated
 from torch import nn
 
 import jpq
-from jpq.exporters.branches import Branches, branched
-from jpq.exporters.quantized import rebuild
-from jpq.exporters.verify import difference, measure
-from jpq.gates import Lasso
-from jpq.gates.lasso import LEAST, SPAN, STRENGTH, coefficients, regulariser, running
-from jpq.network.sites import masks
-from jpq.structures import Inputs, Kernels
+from jpq.export.branches import Branches, branched
+from jpq.export.rebuild import rebuild
+from jpq.export.verify import difference, measure
+from jpq.methods.gates import Lasso
+from jpq.methods.gates.lasso import LEAST, SPAN, STRENGTH, coefficients, regulariser, running
+from jpq.methods.structures import Inputs, Kernels
+from jpq.tracing.sites import masks
 
 ROWS = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 2.0], [0.0, 2.0]])  # the sheet's W, kernels of one weight
 
@@ -36,10 +36,12 @@ def gate_on(weight, groups=2, density=0.5):
 @pytest.mark.parametrize(
     ("p", "want"),
     [
-        (hard([0, 0, 1, 1]), 6.0), (hard([0, 1, 0, 1]), 8.485), (hard([0, 0, 0, 0]), 24.0),
+        (hard([0, 0, 1, 1]), 6.0),
+        (hard([0, 1, 0, 1]), 8.485),
+        (hard([0, 0, 0, 0]), 24.0),
         (torch.ones(1, 4).double(), 8.485),
     ],
-)  # fmt: skip
+)
 def test_the_worked_examples(p, want):
     assert float(regulariser(ROWS.double().square(), p, 1.0)) == pytest.approx(want, abs=2e-3)
 

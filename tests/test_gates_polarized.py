@@ -9,11 +9,11 @@ from gated import gated
 from zoo import ZOO
 
 from jpq import costs
-from jpq.exporters.quantized import rebuild
-from jpq.exporters.verify import difference, measure
-from jpq.gates import Polarized
-from jpq.gates.polarized import COLD, CUT, HOT, RATE, START
-from jpq.network.shares import Shares
+from jpq.export.rebuild import rebuild
+from jpq.export.verify import difference, measure
+from jpq.methods.gates import Polarized
+from jpq.methods.gates.polarized import COLD, CUT, HOT, RATE, START
+from jpq.tracing.channel_shares import ChannelShares
 
 
 def polarized(x, progress=0.5):
@@ -147,7 +147,7 @@ def test_the_price_is_what_the_cost_asks_for():
 @pytest.mark.parametrize("name", ["residual", "pre_activation", "depthwise", "concat"])
 def test_bilinear_cost_is_the_counted_one_for_every_binary_gate(name):
     _, net, example = gated(name, Polarized)
-    shares = Shares(net.network, net.sites)
+    shares = ChannelShares(net.network, net.sites)
     for seed in range(4):
         torch.manual_seed(seed)
         model, net, example = gated(name, Polarized)

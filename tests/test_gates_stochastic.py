@@ -9,12 +9,12 @@ import torch
 from gated import gated
 from torch import nn
 
-from jpq.exporters.quantized import rebuild
-from jpq.exporters.verify import difference
-from jpq.gates import Stochastic
-from jpq.gates.stochastic import RISE, SPAN, TURN, UPDATES, change
-from jpq.network.taps import Draw, Masked
-from jpq.structures import Axis
+from jpq.compression.masking import GateSample, MaskParametrization
+from jpq.export.rebuild import rebuild
+from jpq.export.verify import difference
+from jpq.methods.gates import Stochastic
+from jpq.methods.gates.stochastic import RISE, SPAN, TURN, UPDATES, change
+from jpq.methods.structures import Axis
 
 
 def columns(n=8, density=0.5, seed=0):
@@ -163,7 +163,7 @@ def test_masks_are_drawn_per_unit_with_their_probability():
         gate.drawn.fill_(False)
     mean, want = torch.stack(draws).mean(0), 1 - gate.p[0]
     assert bool(((mean - want).abs() <= 4 * (want * (1 - want) / count).sqrt()).all())
-    masked = Masked([(Draw(gate), gate.weights[0][1])])(weight)
+    masked = MaskParametrization([(GateSample(gate), gate.weights[0][1])])(weight)
     assert all(bool((c == 0).all()) or bool((c != 0).all()) for c in masked.T)
 
 
@@ -182,8 +182,8 @@ def test_masked_weights_wait_unchanged_whatever_the_optimiser_does(make):
     gate.p.copy_(torch.tensor([[0.5] * 8]))
     more = {"momentum": 0.9} if make is torch.optim.SGD else {}
     optimizer = make([weight], lr=0.1, weight_decay=0.1, **more)
-    draw = Draw(gate, [])
-    tap = Masked([(draw, gate.weights[0][1])])
+    draw = GateSample(gate, [])
+    tap = MaskParametrization([(draw, gate.weights[0][1])])
     moved = 0
     for _ in range(30):
         draw.again()
@@ -224,11 +224,11 @@ def test_same_seed_same_run():
     for _ in range(2):
         gate, weight = columns(16, seed=3)
         optimizer = torch.optim.SGD([weight], 0.1)
-        draw = Draw(gate, [])
+        draw = GateSample(gate, [])
         for i in range(60):
             draw.again()
             optimizer.zero_grad()
-            Masked([(draw, gate.weights[0][1])])(weight).square().sum().backward()
+            MaskParametrization([(draw, gate.weights[0][1])])(weight).square().sum().backward()
             optimizer.step()
             gate.after_step(i / 60)
         runs.append((weight.detach().clone(), gate.p.clone()))

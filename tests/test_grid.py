@@ -18,18 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import jpq
-from jpq import compose, joint
-from jpq.data import load
-from jpq.exporters.verify import EXACT, difference
-from jpq.gates import GATES
-from jpq.methods import METHODS
-from jpq.network.trace import trace
-from jpq.quantizers import WIDTHS, Fixed
-from jpq.structures import STRUCTURES
+from jpq import config, session
+from jpq.export.verify import EXACT, difference
+from jpq.methods import compatibility
+from jpq.methods.gates import GATES
+from jpq.methods.quantizers import WIDTHS, Fixed
+from jpq.methods.structures import STRUCTURES
+from jpq.methods.table import METHODS
+from jpq.tasks.data import load
+from jpq.tracing.trace import trace
 
 STEPS, TUNE = 10, 2
 DENSITY = 0.4
-PLACES = [compose.CHANNELS, *(named.example for named in STRUCTURES.values()), compose.RULES]
+PLACES = [config.CHANNELS, *(named.example for named in STRUCTURES.values()), compatibility.RULES]
 
 
 class Cell(NamedTuple):
@@ -50,7 +51,7 @@ class Cell(NamedTuple):
 
     @property
     def refusal(self) -> str | None:
-        return compose.refusal(GATES[self.gate], self.structure, WIDTHS[self.width])
+        return compatibility.incompatibility(GATES[self.gate], self.structure, WIDTHS[self.width])
 
 
 CELLS = [Cell(*names) for names in product(GATES, PLACES, WIDTHS)]
@@ -112,11 +113,11 @@ def traced_once(task: Task):
     """Every cell compresses the same model: it is traced once, which takes as long as a cell."""
     network = trace(task.model, (task.batches[0][0],))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(joint, "trace", lambda *_, **__: network)
+        patch.setattr(session, "trace", lambda *_, **__: network)
         yield
 
 
-def fit(net: joint.Joint, batches: list[tuple[Tensor, Tensor]], steps: int) -> list[float]:
+def fit(net: session.CompressionSession, batches: list[tuple[Tensor, Tensor]], steps: int) -> list[float]:
     """The losses of some steps of training."""
     net.train()
     optimizer, losses = torch.optim.Adam(net.groups()), []
@@ -130,7 +131,7 @@ def fit(net: joint.Joint, batches: list[tuple[Tensor, Tensor]], steps: int) -> l
     return losses
 
 
-def density(net: jpq.Compressed, plan: jpq.Plan) -> float:
+def density(net: jpq.CompressedModel, plan: jpq.Plan) -> float:
     """The share that stays of the weights that gates decide about."""
     kept = every = 0.0
     for site in net.sites:
@@ -217,7 +218,7 @@ def test_every_gate_is_within_reach_of_the_command_line() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_named_methods_are_legal(name: str) -> None:
-    assert compose.compose(name) == METHODS[name]
+    assert compatibility.compose(name) == METHODS[name]
 
 
 @pytest.mark.parametrize(
@@ -240,4 +241,4 @@ def test_named_methods_are_legal(name: str) -> None:
 )
 def test_what_does_not_go_together(asked: tuple[str, str, str], says: str) -> None:
     with pytest.raises(jpq.JpqError, match=says):
-        compose.compose(*asked)
+        compatibility.compose(*asked)

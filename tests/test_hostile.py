@@ -19,27 +19,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 import kills
 import onnx
+import pytest
+import torch
 from test_cli import refused
+from torch import nn
 
 import jpq
-from jpq import bench, checkpoint, handover, mapping, models, report, settings
-from jpq.budget import parse
-from jpq.cli import main
-from jpq.exporters.packed import load_packed
-from jpq.exporters.timing import Runner
-from jpq.foreign import text_of, tree_of
-from jpq.network.trace import trace
+from jpq.allocation import structure_search
+from jpq.cli.main import main
+from jpq.compression import external_mask
+from jpq.config import read_toml
+from jpq.costs.target import parse_target
+from jpq.export.packed.file import load_packed
+from jpq.export.timing import layer_table
+from jpq.export.timing.runner import Runner
+from jpq.files import tensors
+from jpq.files.tensors import safetensors_of, torch_of
+from jpq.files.untrusted import parse_json, read_text
 from jpq.plan import MaskPlan, Plan, from_json
-from jpq.point import point_of
-from jpq.tensor_files import safetensors_of, torch_of
+from jpq.results import run_folder
+from jpq.results.front.points import point_of
+from jpq.tasks import models
+from jpq.tracing.trace import trace
+from jpq.training import checkpoint
 from jpq.types import JpqError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 
 Captured = pytest.CaptureFixture[str]
 ROOM = 2**29  # bytes that reading a file of some hundred thousand may take, at most
@@ -70,7 +77,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(
         {"state_dict": model.state_dict(), "epoch": 3}, folder / "weights.th", _use_new_zipfile_serialization=False
     )
-    checkpoint.save_tensors(model, folder / "weights.safetensors")
+    tensors.save_tensors(model, folder / "weights.safetensors")
     (folder / "table.csv").write_text(TABLE)
     kept = {"0": MaskPlan.of(torch.rand(8, 9) > 0.5), "4": MaskPlan.of(torch.rand(10, 288) > 0.5)}
     plan = Plan("dpf", {}, {}, kept, dict.fromkeys(kept, "per-output"), model={"name": "net"})
@@ -102,25 +109,66 @@ def weighed(path: Path) -> None:
 READERS: dict[str, Callable[[Path], Any]] = {
     "plan.json": lambda path: loaded(path.parent),
     "model.safetensors": lambda path: loaded(path.parent),
-    "config.toml": lambda path: settings.read(path).check(),
-    "result.json": lambda path: (report.read(path.parent), point_of(path.parent)),
-    "layers.csv": lambda path: (report.read(path.parent), point_of(path.parent)),
-    "history.csv": lambda path: report.read(path.parent),
+    "config.toml": lambda path: read_toml(path).check(),
+    "result.json": lambda path: (run_folder.read_run(path.parent), point_of(path.parent)),
+    "layers.csv": lambda path: (run_folder.read_run(path.parent), point_of(path.parent)),
+    "history.csv": lambda path: run_folder.read_run(path.parent),
     "model.packed": load_packed,
     "checkpoint.pt": lambda path: checkpoint.load(path.parent),
     "weights.pth": weighed,
     "weights.th": weighed,
     "weights.safetensors": weighed,
-    "mask.json": lambda path: handover.read(path).sites(NETWORK),
-    "table.csv": bench.read_table,
-    "schemes.json": mapping.read,
+    "mask.json": lambda path: external_mask.read(path).sites(NETWORK),
+    "table.csv": layer_table.read_table,
+    "schemes.json": structure_search.read_mapping,
 }
 BAD: tuple[Any, ...] = (
-    -1, 0, 1.5, True, None, "", "x" * 3000, "../../../etc/passwd", "\0", 10**9, 10**30, -(10**300), 1e308, [], {},
-    [[]], {"a": 1}, "os:system", "NaN", "\N{SUPERSCRIPT TWO}", [10**12] * 3, "1e999999999%",
-)  # fmt: skip
-TOKENS = (b"NaN", b"Infinity", b"1e999", b"-1", b"9" * 5000, b"true", b"null", b"[" * 100_000, b"{}", b"\xff\xfe",
-          b"\0", b'""', b"../../x", b"'", b'"', b",", b"\n", b"1_000", b"0x10", b"nan", b"-inf")  # fmt: skip
+    -1,
+    0,
+    1.5,
+    True,
+    None,
+    "",
+    "x" * 3000,
+    "../../../etc/passwd",
+    "\0",
+    10**9,
+    10**30,
+    -(10**300),
+    1e308,
+    [],
+    {},
+    [[]],
+    {"a": 1},
+    "os:system",
+    "NaN",
+    "\N{SUPERSCRIPT TWO}",
+    [10**12] * 3,
+    "1e999999999%",
+)
+TOKENS = (
+    b"NaN",
+    b"Infinity",
+    b"1e999",
+    b"-1",
+    b"9" * 5000,
+    b"true",
+    b"null",
+    b"[" * 100_000,
+    b"{}",
+    b"\xff\xfe",
+    b"\0",
+    b'""',
+    b"../../x",
+    b"'",
+    b'"',
+    b",",
+    b"\n",
+    b"1_000",
+    b"0x10",
+    b"nan",
+    b"-inf",
+)
 
 
 def mutated(data: bytes, draw: random.Random, suffix: str) -> bytes:
@@ -325,8 +373,16 @@ def text_in_pickle(text: str) -> bytes:
 DEEP = pickle.EMPTY_TUPLE + (pickle.BINPUT + b"\1" + pickle.BINGET + b"\1" + pickle.TUPLE2) * 40  # 2^40 leaves
 CODECS, ORDERED = b"c_codecs\nencode\n", b"ccollections\nOrderedDict\n"
 LATIN = text_in_pickle("latin1") + pickle.TUPLE2 + pickle.REDUCE
-STORAGE = (pickle.MARK + text_in_pickle("storage") + b"ctorch\nFloatStorage\n" + text_in_pickle("0")
-           + text_in_pickle("cpu") + b"K\x48" + pickle.TUPLE + pickle.BINPERSID)  # fmt: skip
+STORAGE = (
+    pickle.MARK
+    + text_in_pickle("storage")
+    + b"ctorch\nFloatStorage\n"
+    + text_in_pickle("0")
+    + text_in_pickle("cpu")
+    + b"K\x48"
+    + pickle.TUPLE
+    + pickle.BINPERSID
+)
 SLOW = {
     "a dict's key": pickle.EMPTY_DICT + DEEP + pickle.NONE + pickle.SETITEM,
     "several keys": pickle.EMPTY_DICT + pickle.MARK + DEEP + pickle.NONE + pickle.SETITEMS,
@@ -334,22 +390,65 @@ SLOW = {
     "a set": pickle.EMPTY_SET + pickle.MARK + DEEP + pickle.ADDITEMS,
     "a frozen set": pickle.MARK + DEEP + pickle.FROZENSET,
     "a storage's key": STORAGE.replace(text_in_pickle("0"), DEEP),
-    "an ordered dict": ORDERED + pickle.EMPTY_LIST + DEEP + pickle.NONE + pickle.TUPLE2 + pickle.APPEND + pickle.TUPLE1
+    "an ordered dict": ORDERED
+    + pickle.EMPTY_LIST
+    + DEEP
+    + pickle.NONE
+    + pickle.TUPLE2
+    + pickle.APPEND
+    + pickle.TUPLE1
     + pickle.REDUCE,
     "a count": b"ccollections\nCounter\n" + pickle.EMPTY_LIST + DEEP + pickle.APPEND + pickle.TUPLE1 + pickle.REDUCE,
-    "a state": ORDERED + pickle.EMPTY_TUPLE + pickle.REDUCE + pickle.EMPTY_LIST + DEEP + pickle.NONE + pickle.TUPLE2
-    + pickle.APPEND + pickle.BUILD,
-    "a shape": b"ctorch._utils\n_rebuild_tensor\n" + pickle.MARK + STORAGE + b"K\0" + DEEP + DEEP + pickle.TUPLE
+    "a state": ORDERED
+    + pickle.EMPTY_TUPLE
+    + pickle.REDUCE
+    + pickle.EMPTY_LIST
+    + DEEP
+    + pickle.NONE
+    + pickle.TUPLE2
+    + pickle.APPEND
+    + pickle.BUILD,
+    "a shape": b"ctorch._utils\n_rebuild_tensor\n"
+    + pickle.MARK
+    + STORAGE
+    + b"K\0"
+    + DEEP
+    + DEEP
+    + pickle.TUPLE
     + pickle.REDUCE,
     "hex": CODECS * 41 + text_in_pickle("a") + LATIN + (text_in_pickle("hex") + pickle.TUPLE2 + pickle.REDUCE) * 40,
-    "many copies": pickle.MARK + CODECS + text_in_pickle("a" * 10**5) + pickle.BINPUT + b"\1" + LATIN
-    + (CODECS + pickle.BINGET + b"\1" + LATIN) * 10**4 + pickle.TUPLE,
-    "a storage that says it is larger": STORAGE + pickle.EMPTY_DICT + text_in_pickle("size") + b"J\0\0\0\x7f"
-    + pickle.SETITEM + pickle.BUILD,
-    "a tensor put on another storage": b"ctorch._utils\n_rebuild_tensor\n" + pickle.MARK + STORAGE + b"K\0K\x48"
-    + pickle.TUPLE1 + b"K\1" + pickle.TUPLE1 + pickle.TUPLE + pickle.REDUCE + pickle.MARK + STORAGE
-    + b"K\0J\0\0\0\x7f" + pickle.TUPLE1 + b"K\1" + pickle.TUPLE1 + pickle.TUPLE + pickle.BUILD,
-}  # fmt: skip
+    "many copies": pickle.MARK
+    + CODECS
+    + text_in_pickle("a" * 10**5)
+    + pickle.BINPUT
+    + b"\1"
+    + LATIN
+    + (CODECS + pickle.BINGET + b"\1" + LATIN) * 10**4
+    + pickle.TUPLE,
+    "a storage that says it is larger": STORAGE
+    + pickle.EMPTY_DICT
+    + text_in_pickle("size")
+    + b"J\0\0\0\x7f"
+    + pickle.SETITEM
+    + pickle.BUILD,
+    "a tensor put on another storage": b"ctorch._utils\n_rebuild_tensor\n"
+    + pickle.MARK
+    + STORAGE
+    + b"K\0K\x48"
+    + pickle.TUPLE1
+    + b"K\1"
+    + pickle.TUPLE1
+    + pickle.TUPLE
+    + pickle.REDUCE
+    + pickle.MARK
+    + STORAGE
+    + b"K\0J\0\0\0\x7f"
+    + pickle.TUPLE1
+    + b"K\1"
+    + pickle.TUPLE1
+    + pickle.TUPLE
+    + pickle.BUILD,
+}
 
 
 @pytest.mark.parametrize("what", SLOW)
@@ -450,13 +549,13 @@ def test_headers_that_lie(header: bytes, tmp_path: Path) -> None:
 )
 def test_json_that_is_none_of_ours(text: str) -> None:
     with pytest.raises(JpqError, match=r"plan\.json"):
-        tree_of(text, "plan.json")
+        parse_json(text, "plan.json")
 
 
 def test_a_key_twice_among_many_is_found_at_once() -> None:
     start = time.perf_counter()
     with pytest.raises(JpqError, match="key 'z' twice"):
-        tree_of("{" + ",".join(f'"k{i}":0' for i in range(40_000)) + ',"z":0,"z":1}', "plan.json")
+        parse_json("{" + ",".join(f'"k{i}":0' for i in range(40_000)) + ',"z":0,"z":1}', "plan.json")
     assert time.perf_counter() - start < 2
 
 
@@ -464,7 +563,7 @@ def test_only_plain_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # nobody will ever write to it
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path, tmp_path / "none", Path("a\0b")):
         with pytest.raises(JpqError, match="Cannot read the file"):
-            text_of(path)
+            read_text(path)
         with pytest.raises(JpqError, match="Cannot read the file"):
             torch_of(path)
 
@@ -498,7 +597,7 @@ def test_amounts_are_short() -> None:
     start = time.perf_counter()
     for text in ("1e999999999%", "9" * 10**6, "1e99999999", "0." + "0" * 10**6 + "1%"):
         with pytest.raises(JpqError, match="not an amount"):
-            parse("bops", text, 1e9)
+            parse_target("bops", text, 1e9)
     assert time.perf_counter() - start < 5
 
 

@@ -11,11 +11,11 @@ from cuts import cut
 from test_cli import refused
 from zoo import ZOO
 
-from jpq.cli import main
-from jpq.inspection import ROWS, STAGES, stages
-from jpq.network.reach import halved_share, prunable_share, stuck
-from jpq.network.sites import channels
-from jpq.network.trace import trace
+from jpq.cli.inspect import ROWS, STAGES, stages
+from jpq.cli.main import main
+from jpq.tracing.coverage import frozen_channels, halved_share, prunable_share
+from jpq.tracing.sites import channels
+from jpq.tracing.trace import trace
 from jpq.types import NONE
 
 Captured = pytest.CaptureFixture[str]
@@ -34,7 +34,7 @@ def test_every_channel_can_go_or_has_a_reason(name: str) -> None:
     network = trace(ZOO[name][0](), ZOO[name][1])
     sites = channels(network)
     made = np.concatenate([*(layer.outputs for layer in network.layers), *network.embeddings.values()])
-    rows = stuck(network, sites)
+    rows = frozen_channels(network, sites)
     assert sum(row.channels for row in rows) + sum(site.n for site in sites) == len(set(made.tolist()) - {NONE})
     assert all(row.reason and row.makers for row in rows)
 

@@ -8,15 +8,16 @@ from gated import scatter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jpq import costs, landing
-from jpq.allocators import start_bits, uniform
-from jpq.budget import FULL_USE, spent, targets
-from jpq.gates import VIB, Decided, Feedback
-from jpq.models import build
-from jpq.network.attach import attach
-from jpq.network.sites import channels, masks
-from jpq.network.trace import trace
-from jpq.quantizers import Fixed, Learned, PowerOfTwo
+from jpq import costs
+from jpq.allocation.uniform_bits import start_bits, uniform
+from jpq.compression import discretize
+from jpq.compression.attach import attach
+from jpq.costs.target import FULL_USE, parse_targets, used_share
+from jpq.methods.gates import VIB, Feedback, Frozen
+from jpq.methods.quantizers import Fixed, Learned, PowerOfTwo
+from jpq.tasks.models import build
+from jpq.tracing.sites import channels, masks
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 torch.manual_seed(0)
@@ -41,12 +42,12 @@ NET = net()
 @settings(max_examples=40, deadline=None)
 def test_lands_under_the_target_and_uses_it(seed, share):
     scatter(NET, seed)
-    goals = targets({"bops": f"{100 * share:.4f}%"}, NET.exact())
-    plan = landing.land(NET, goals)
-    used = spent(goals[0], NET.exact(plan))
+    goals = parse_targets({"bops": f"{100 * share:.4f}%"}, NET.exact())
+    plan = discretize.discretize(NET, goals)
+    used = used_share(goals[0], NET.exact(plan))
     assert used <= 1
-    assert used >= FULL_USE or landing.note(goals, NET, plan)
-    assert landing.land(NET, goals) == plan
+    assert used >= FULL_USE or discretize.underuse_note(goals, NET, plan)
+    assert discretize.discretize(NET, goals) == plan
     assert all(any(units) for units in plan.kept.values())
 
 
@@ -54,33 +55,33 @@ def test_uses_97_percent_at_the_budgets_that_people_ask_for():
     for seed in range(5):
         scatter(NET, seed)
         for text in ("2%", "1%", "0.5%", "0.25%"):
-            goals = targets({"bops": text}, NET.exact())
-            assert FULL_USE <= spent(goals[0], NET.exact(landing.land(NET, goals))) <= 1
+            goals = parse_targets({"bops": text}, NET.exact())
+            assert FULL_USE <= used_share(goals[0], NET.exact(discretize.discretize(NET, goals))) <= 1
 
 
 def test_changes_nothing_where_the_decisions_already_fit():
     scatter(NET, 3)
     now = NET.plan()
     cost = costs.bops(NET.exact(now))
-    soft = landing.soft(NET)
+    soft = discretize.soft_decisions(NET)
     assert costs.bops(NET.exact(soft.at(0.0))) == cost
 
 
 def test_several_targets_hold_together():
     scatter(NET, 1)
-    goals = targets({"bops": "1%", "size": "6%", "macs": "60%"}, NET.exact())
-    uses = NET.exact(landing.land(NET, goals))
-    assert all(spent(g, uses) <= 1 for g in goals)
-    assert max(spent(g, uses) for g in goals) >= FULL_USE
+    goals = parse_targets({"bops": "1%", "size": "6%", "macs": "60%"}, NET.exact())
+    uses = NET.exact(discretize.discretize(NET, goals))
+    assert all(used_share(g, uses) <= 1 for g in goals)
+    assert max(used_share(g, uses) for g in goals) >= FULL_USE
 
 
 def test_impossible_targets_name_the_smallest_possible():
-    goals = targets({"bops": "0.0001%"}, NET.exact())
-    least = int(costs.bops(NET.exact(landing.smallest(NET))))
-    assert {(x.w_bits, x.a_bits) for x in landing.smallest(NET).layers.values()} == {(2, 2), (2, 8)}
-    assert all(sum(units) == 1 for units in landing.smallest(NET).kept.values())
+    goals = parse_targets({"bops": "0.0001%"}, NET.exact())
+    least = int(costs.bops(NET.exact(discretize.cheapest_plan(NET))))
+    assert {(x.w_bits, x.a_bits) for x in discretize.cheapest_plan(NET).layers.values()} == {(2, 2), (2, 8)}
+    assert all(sum(units) == 1 for units in discretize.cheapest_plan(NET).kept.values())
     with pytest.raises(JpqError, match=f"{least:,}"):
-        landing.require(NET, goals)
+        discretize.check_reachable(NET, goals)
 
 
 def test_gates_that_count_are_judged_by_what_will_stay():
@@ -88,15 +89,15 @@ def test_gates_that_count_are_judged_by_what_will_stay():
     masked = masks(NETWORK, "elementwise")
     make = lambda rows, n: Feedback(rows, n, density=0.1)  # noqa: E731
     network = attach(MODEL, NETWORK, masked, make, lambda _: (Learned(4, 2, 8), Learned(4, 2, 8)), [EXAMPLE], "dpf")
-    goals = targets({"bops": "0.3%"}, network.exact())
-    landing.require(network, goals)
+    goals = parse_targets({"bops": "0.3%"}, network.exact())
+    discretize.check_reachable(network, goals)
     with pytest.raises(JpqError, match="until the search ends"):
-        landing.land(network, goals)
+        discretize.discretize(network, goals)
     for step in range(20):
         network.after_step(step / 19)
-    assert FULL_USE <= spent(goals[0], network.exact(landing.land(network, goals))) <= 1
+    assert FULL_USE <= used_share(goals[0], network.exact(discretize.discretize(network, goals))) <= 1
     with pytest.raises(JpqError, match=r"units that --density leaves. Keep less, allow fewer bits"):
-        landing.require(network, targets({"bops": "0.001%"}, network.exact()))
+        discretize.check_reachable(network, parse_targets({"bops": "0.001%"}, network.exact()))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -109,41 +110,41 @@ def test_a_step_back_pays_for_a_step_forward_where_single_steps_are_too_coarse(s
     network = attach(model, NETWORK, masks(NETWORK, "elementwise"), make, bits, [EXAMPLE], "dpf")
     for step in range(20):
         network.after_step(step / 19)
-    goals = targets({"bops": "0.3%"}, network.exact())
-    plan = landing.land(network, goals)
-    assert FULL_USE <= spent(goals[0], network.exact(plan)) <= 1
-    assert landing.note(goals, network, plan) is None
-    monkeypatch.setattr(landing, "exchange", lambda net, decisions, plan, goals: plan)
-    single = landing.land(network, goals)
-    assert plan == single or spent(goals[0], network.exact(single)) < FULL_USE  # exchanged only where it must be
+    goals = parse_targets({"bops": "0.3%"}, network.exact())
+    plan = discretize.discretize(network, goals)
+    assert FULL_USE <= used_share(goals[0], network.exact(plan)) <= 1
+    assert discretize.underuse_note(goals, network, plan) is None
+    monkeypatch.setattr(discretize, "exchange", lambda net, decisions, plan, goals: plan)
+    single = discretize.discretize(network, goals)
+    assert plan == single or used_share(goals[0], network.exact(single)) < FULL_USE  # exchanged only where it must be
 
 
 def test_powers_of_two_land_on_powers_of_two_and_say_what_they_leave():
     network = net(PowerOfTwo)
     scatter(network, 0)
-    goals = targets({"bops": "1%"}, network.exact())
-    plan = landing.land(network, goals)
+    goals = parse_targets({"bops": "1%"}, network.exact())
+    plan = discretize.discretize(network, goals)
     assert {x.w_bits for x in plan.layers.values()} | {x.a_bits for x in plan.layers.values()} <= {2, 4, 8}
-    assert spent(goals[0], network.exact(plan)) <= 1
+    assert used_share(goals[0], network.exact(plan)) <= 1
 
 
 def test_uniform_takes_the_dearest_balanced_pair_that_fits():
-    network = net(Fixed, Decided.all)
-    goals = targets({"bops": "1.6%"}, network.exact())
+    network = net(Fixed, Frozen.all)
+    goals = parse_targets({"bops": "1.6%"}, network.exact())
     plan = uniform(network, goals, range(2, 9), range(2, 9))
     assert {(x.w_bits, x.a_bits) for n, x in plan.layers.items() if n != NETWORK.layers[0].name} == {(4, 4)}
     assert plan.layers[NETWORK.layers[0].name].a_bits == 8
     with pytest.raises(JpqError, match="smallest possible"):
-        uniform(network, targets({"bops": "0.1%"}, network.exact()), range(2, 9), range(2, 9))
+        uniform(network, parse_targets({"bops": "0.1%"}, network.exact()), range(2, 9), range(2, 9))
 
 
 def test_search_starts_above_the_budget_within_the_bounds():
-    goals = targets({"bops": "1%"}, NET.exact())
+    goals = parse_targets({"bops": "1%"}, NET.exact())
     w, a = start_bits(NETWORK, goals, (2, 8), (2, 8), 8)
     assert w == a
     assert 3.5 < w < 3.6  # W3.53A3.53 costs about 1.25 times 1 %
-    assert start_bits(NETWORK, targets({"bops": "0.1%"}, NET.exact()), (2, 8), (2, 8), 8) == (3.0, 3.0)
-    assert start_bits(NETWORK, targets({"bops": "90%"}, NET.exact()), (2, 8), (2, 6), 8) == (8.0, 6.0)
+    assert start_bits(NETWORK, parse_targets({"bops": "0.1%"}, NET.exact()), (2, 8), (2, 8), 8) == (3.0, 3.0)
+    assert start_bits(NETWORK, parse_targets({"bops": "90%"}, NET.exact()), (2, 8), (2, 6), 8) == (8.0, 6.0)
 
 
 def test_exact_costs_are_whole_numbers():

@@ -11,19 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jpq import landing
-from jpq.budget import FULL_USE, Controller, spent, targets
+from jpq.compression import discretize
+from jpq.compression.attach import attach
 from jpq.costs import baseline, latency_ns, layer_latency
-from jpq.costs.latency import NS, curve, isotonic
-from jpq.costs.table import MOST_ROWS, Entry, Shape, Table, parse, write
-from jpq.gates import VIB, Decided
-from jpq.joint import compress
-from jpq.models import build
-from jpq.network.attach import attach
-from jpq.network.sites import channels, masks
-from jpq.network.timed import shape, timed, times
-from jpq.network.trace import trace
-from jpq.quantizers import Fixed, Learned
+from jpq.costs.latency import NS, interpolate, isotonic
+from jpq.costs.latency_table import MOST_ROWS, Entry, LatencyTable, Shape, parse, write
+from jpq.costs.target import FULL_USE, Controller, parse_targets, used_share
+from jpq.methods.gates import VIB, Frozen
+from jpq.methods.quantizers import Fixed, Learned
+from jpq.session import compress
+from jpq.tasks.models import build
+from jpq.tracing.network import shape, times, with_times
+from jpq.tracing.sites import channels, masks
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 torch.manual_seed(0)
@@ -47,11 +47,11 @@ def made(network, bits=(8, 32), seed=0, noise=0.0):
             work = prod(key.size) * prod(key.kernel) * i * o
             ms = (0.002 + work * 1e-7 * b / 32) * (1 + noise * rng.uniform(-1, 1))
             entries.append(Entry(key, i, o, b, round(ms, 6)))
-    return Table("made", tuple(entries))
+    return LatencyTable("made", tuple(entries))
 
 
 TABLE = made(NETWORK)
-TIMED = timed(NETWORK, TABLE)
+TIMED = with_times(NETWORK, TABLE)
 
 
 def net(network=TIMED, high=8):
@@ -63,7 +63,7 @@ NET = net()
 
 
 def of(entries, inputs=16, outputs=32):
-    return curve(Table("t", tuple(entries)), CONV, "float>float", inputs, outputs, Fraction(1))
+    return interpolate(LatencyTable("t", tuple(entries)), CONV, "float>float", inputs, outputs, Fraction(1))
 
 
 def grid(seen, bits=8, ins=(1, 8, 16), outs=(4, 32)):
@@ -179,9 +179,9 @@ def test_masks_cost_what_their_scheme_was_measured_at_and_the_dense_time_where_i
 
 def test_a_masked_network_is_charged_by_its_scheme():
     blocks = [replace(e, scheme="block:8x4", density=0.5, ms=e.ms / 2) for e in TABLE.entries]
-    network = timed(NETWORK, Table("t", (*TABLE.entries, *blocks)))
+    network = with_times(NETWORK, LatencyTable("t", (*TABLE.entries, *blocks)))
     sites = [s for s in masks(network, "block:8x4") if s.taps[0].layer == NETWORK.layers[1].name]
-    masked = attach(MODEL, network, sites, Decided.all, lambda _: (Fixed(8), Fixed(8)), [EXAMPLE], "djpq")
+    masked = attach(MODEL, network, sites, Frozen.all, lambda _: (Fixed(8), Fixed(8)), [EXAMPLE], "djpq")
     plan = masked.plan()
     name = NETWORK.layers[1].name
     units = plan.masks[name].units().clone()
@@ -196,7 +196,7 @@ def test_a_layer_takes_the_lines_of_its_own_form():
     forms = [replace(e, form="float>int8", ms=e.ms / 2) for e in RISING]
     other = [replace(e, form="int8>float", ms=e.ms * 2) for e in RISING]
     key = (CONV, "float>int8", 16, 32, Fraction(1))
-    full = lambda entries: float(curve(Table("t", tuple(entries)), *key)(1, 1, 1, 8, 8)) / NS  # noqa: E731
+    full = lambda entries: float(interpolate(LatencyTable("t", tuple(entries)), *key)(1, 1, 1, 8, 8)) / NS  # noqa: E731
     assert full([*RISING, *forms, *other]) == 1.25  # its own
     assert full([*RISING, *other]) == 2.5  # those that hold for any
     assert full(other) == 5.0  # whatever there is
@@ -217,28 +217,28 @@ def test_what_the_loss_sees_is_what_the_report_says():
 @given(seed=st.integers(0, 10**6), share=st.floats(0.12, 0.24), noise=st.sampled_from([0.0, 0.2]))
 @settings(max_examples=25, deadline=None)
 def test_lands_under_the_target_and_uses_it(seed, share, noise):
-    network = net(timed(NETWORK, made(NETWORK, noise=noise)))
+    network = net(with_times(NETWORK, made(NETWORK, noise=noise)))
     torch.manual_seed(seed)
     for p in network.gates.parameters():
         p.data.normal_(0, 3)
-    goals = targets({"latency": f"{100 * share:.4f}%"}, network.exact())
-    plan = landing.land(network, goals)
-    used = spent(goals[0], network.exact(plan))
+    goals = parse_targets({"latency": f"{100 * share:.4f}%"}, network.exact())
+    plan = discretize.discretize(network, goals)
+    used = used_share(goals[0], network.exact(plan))
     assert used <= 1
-    assert used >= FULL_USE or landing.note(goals, network, plan)
+    assert used >= FULL_USE or discretize.underuse_note(goals, network, plan)
     assert {x.w_bits for x in plan.layers.values()} == {8}  # nothing below 8 bits was measured: fewer gain nothing
 
 
 def test_lands_on_latency_and_bops_together():
-    goals = targets({"latency": "20%", "bops": "0.5%"}, NET.exact())
-    uses = NET.exact(landing.land(NET, goals))
-    assert all(spent(g, uses) <= 1 for g in goals)
-    assert max(spent(g, uses) for g in goals) >= FULL_USE
+    goals = parse_targets({"latency": "20%", "bops": "0.5%"}, NET.exact())
+    uses = NET.exact(discretize.discretize(NET, goals))
+    assert all(used_share(g, uses) <= 1 for g in goals)
+    assert max(used_share(g, uses) for g in goals) >= FULL_USE
 
 
 def test_the_controller_pushes_channels_but_not_bits():
     network = net()
-    goals = targets({"latency": "20%"}, network.exact())
+    goals = parse_targets({"latency": "20%"}, network.exact())
     controller = Controller(goals)
     controller.begin(network.exact())
     loss = controller.loss(network.uses(), 1.0)
@@ -249,8 +249,8 @@ def test_the_controller_pushes_channels_but_not_bits():
 
 
 def test_a_cost_that_nothing_can_move_still_counts():
-    still = attach(MODEL, TIMED, (), Decided.all, lambda _: (Fixed(8), Fixed(8)), [EXAMPLE], "uniform")
-    goals = targets({"latency": "20%"}, still.exact())
+    still = attach(MODEL, TIMED, (), Frozen.all, lambda _: (Fixed(8), Fixed(8)), [EXAMPLE], "uniform")
+    goals = parse_targets({"latency": "20%"}, still.exact())
     controller = Controller(goals)
     controller.begin(still.exact())
     assert float(controller.loss(still.exact(), 1.0)) > 0
@@ -261,7 +261,7 @@ def test_a_cost_that_nothing_can_move_still_counts():
 )
 def test_targets_of_time(text, ns):
     full = baseline(NET.exact())["latency"]
-    assert targets({"latency": text}, NET.exact())[0].limit == (ns or int(full / 2))
+    assert parse_targets({"latency": text}, NET.exact())[0].limit == (ns or int(full / 2))
 
 
 @pytest.mark.parametrize(
@@ -276,21 +276,21 @@ def test_targets_of_time(text, ns):
 )
 def test_bad_targets_of_time(text, why):
     with pytest.raises(JpqError, match=why):
-        targets({"latency": text}, NET.exact())
+        parse_targets({"latency": text}, NET.exact())
 
 
 def test_quantized_layers_may_be_slower_than_float_and_still_be_a_target():
     slow = tuple(replace(e, ms=3 * e.ms) if e.bits == 8 else e for e in made(NETWORK, (8, 32)).entries)
     uses = net(
-        timed(NETWORK, Table("slow", tuple(replace(e, ms=9 * e.ms) if e.bits == 8 else e for e in slow)))
+        with_times(NETWORK, LatencyTable("slow", tuple(replace(e, ms=9 * e.ms) if e.bits == 8 else e for e in slow)))
     ).exact()
-    assert targets({"latency": "150%"}, uses)[0].limit > baseline(uses)["latency"]
+    assert parse_targets({"latency": "150%"}, uses)[0].limit > baseline(uses)["latency"]
 
 
 def test_an_impossible_target_names_the_smallest_possible_in_milliseconds():
-    least = float(latency_ns(NET.exact(landing.smallest(NET)))) / NS
+    least = float(latency_ns(NET.exact(discretize.cheapest_plan(NET)))) / NS
     with pytest.raises(JpqError, match=rf"smallest possible is {least:.3f}\d* ms"):
-        landing.require(NET, targets({"latency": "1us"}, NET.exact()))
+        discretize.check_reachable(NET, parse_targets({"latency": "1us"}, NET.exact()))
 
 
 def test_without_a_table_one_sentence_says_what_to_run():
@@ -304,9 +304,12 @@ def test_a_layer_that_nobody_measured_is_refused_by_name():
     lost = NETWORK.layers[2]
     kept = tuple(e for e in TABLE.entries if e.shape != shape(lost))
     with pytest.raises(JpqError, match=rf"no line for 1 of 4 layers, such as '{lost.name}'"):
-        timed(NETWORK, Table("mine.csv", kept))
+        with_times(NETWORK, LatencyTable("mine.csv", kept))
     with pytest.raises(JpqError, match="scheme 'blok:8x4' is no structure"):
-        timed(NETWORK, Table("mine.csv", (*TABLE.entries, replace(TABLE.entries[0], scheme="blok:8x4", density=0.5))))
+        with_times(
+            NETWORK,
+            LatencyTable("mine.csv", (*TABLE.entries, replace(TABLE.entries[0], scheme="blok:8x4", density=0.5))),
+        )
 
 
 def test_a_table_survives_its_file():

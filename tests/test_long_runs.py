@@ -8,21 +8,21 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import kills
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
-import kills
-from safetensors.torch import load_file, save_file
-
 import jpq
-from jpq.budget import Controller, targets
 from jpq.config import Config
 from jpq.costs import LayerUse
+from jpq.costs.target import Controller, parse_targets
 from jpq.types import JpqError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 
 RATES = st.floats(-6, 1).map(lambda power: 10.0**power)
 # all that may go wrong
@@ -76,13 +76,20 @@ def test_any_learning_rate(examples: int, float_weights: Path, tmp_path_factory:
     ends_in_a_model_or_a_sentence()
 
 
-ODD = ("one_left_over", "black", "grey", "blank_channel", "rare_class", "absent_class", "one_class", "huge_values",
-       "outlier")  # fmt: skip
+ODD = (
+    "one_left_over",
+    "black",
+    "grey",
+    "blank_channel",
+    "rare_class",
+    "absent_class",
+    "one_class",
+    "huge_values",
+    "outlier",
+)
 PAIRS = [("djpq", name) for name in ODD] + [
-    (method, name)
-    for method in ("dais", "taylor", "two-stage", "catro")
-    for name in ("black", "rare_class")
-]  # fmt: skip
+    (method, name) for method in ("dais", "taylor", "two-stage", "catro") for name in ("black", "rare_class")
+]
 FEW = [pytest.param(*p, marks=[] if p in PAIRS[:2] else pytest.mark.slow) for p in PAIRS]
 
 
@@ -132,7 +139,7 @@ def use(bits: Tensor | float) -> LayerUse:
 
 @pytest.mark.parametrize("period", [1, 2, 7, 50])
 def test_a_cost_that_swings_moves_the_pressure_no_further_than_its_bounds(period: int) -> None:
-    (goal,) = targets({"bops": "1%"}, [use(32.0)])
+    (goal,) = parse_targets({"bops": "1%"}, [use(32.0)])
     controller = Controller((goal,))
     controller.begin([use(8.0)])
     for step in range(2000):
@@ -143,7 +150,7 @@ def test_a_cost_that_swings_moves_the_pressure_no_further_than_its_bounds(period
 
 
 def test_a_cost_of_nothing_and_one_beyond_all_numbers() -> None:
-    (goal,) = targets({"bops": "1%"}, [use(32.0)])
+    (goal,) = parse_targets({"bops": "1%"}, [use(32.0)])
     controller = Controller((goal,))
     controller.begin([use(8.0)])
     assert float(controller.loss([use(torch.tensor(0.0, requires_grad=True))], 0.5)) == 0, "every unit is closed"

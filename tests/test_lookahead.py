@@ -6,15 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from jpq.allocators import rank
-from jpq.allocators.ranked import scores
-from jpq.gates import Ranked
-from jpq.network.attach import attach
-from jpq.network.chains import Chains, batch_scales
-from jpq.network.sites import channels
-from jpq.network.trace import trace
-from jpq.quantizers import Fixed
-from jpq.scores import SCORES, Chain, Evidence, Lookahead, SiteView
+from jpq.allocation.ranking.neighbour_norms import Chains, batch_scales
+from jpq.allocation.ranking.rank import rank, scores
+from jpq.compression.attach import attach
+from jpq.methods.gates import Ranked
+from jpq.methods.quantizers import Fixed
+from jpq.methods.scores import SCORES, Chain, Evidence, Lookahead, SiteView
+from jpq.tracing.sites import channels
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 
@@ -31,8 +30,9 @@ def exact(model, x):
 
 def of(net, name, x):
     """Site's first maker -> scores."""
-    return dict(zip([s.makers[0] for s in net.sites], scores(net, SCORES[name], [(x.double(), None)]).values(),
-                    strict=True))  # fmt: skip
+    return dict(
+        zip([s.makers[0] for s in net.sites], scores(net, SCORES[name], [(x.double(), None)]).values(), strict=True)
+    )
 
 
 def line(*sizes):

@@ -7,19 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from jpq.gates import Admm, Feedback, GumbelTopK, LearnedTopK, SoftThreshold
-from jpq.gates.counted import best_of_all
-from jpq.gates.feedback import EVERY, FREEZE
-from jpq.gates.gumbel_topk import drawn
-from jpq.gates.learned_topk import soft_topk
-from jpq.gates.soft_threshold import RAMP
-from jpq.models import build
-from jpq.network.attach import attach
-from jpq.network.sites import masks
-from jpq.network.taps import Draw, Masked
-from jpq.network.trace import trace
-from jpq.quantizers import Fixed
-from jpq.structures import Elementwise, KernelPattern, PerOutput, Window
+from jpq.compression.attach import attach
+from jpq.compression.masking import GateSample, MaskParametrization
+from jpq.methods.gates import Admm, Feedback, GumbelTopK, LearnedTopK, SoftThreshold
+from jpq.methods.gates.feedback import EVERY, FREEZE
+from jpq.methods.gates.fixed_count import best_of_all
+from jpq.methods.gates.gumbel_topk import drawn
+from jpq.methods.gates.learned_topk import soft_topk
+from jpq.methods.gates.soft_threshold import RAMP
+from jpq.methods.quantizers import Fixed
+from jpq.methods.structures import Elementwise, KernelPattern, PerOutput, Window
+from jpq.tasks.models import build
+from jpq.tracing.sites import masks
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 COUNTED = [GumbelTopK, SoftThreshold, LearnedTopK, Feedback, Admm]
@@ -68,7 +68,7 @@ def test_patterns_are_never_piled_up(make):
     structure, conv = KernelPattern(), nn.Conv2d(3, 4, 3)
     gate = seen(make(*structure.shape(conv.weight.shape)), conv.weight, structure)
     for progress in (0.0, 0.3, 1.0):
-        masked = Masked([(Draw(gate, [(conv, "weight", structure)]), structure)])
+        masked = MaskParametrization([(GateSample(gate, [(conv, "weight", structure)]), structure)])
         share = (masked(conv.weight) / conv.weight).detach()
         assert bool(((share > -1e-6) & (share < 1 + 1e-6)).all())
         assert float(share.mean()) == pytest.approx(1.0 if make is Admm else 4 / 9, abs=1e-6)
@@ -277,8 +277,8 @@ def test_dpf_gives_dropped_weights_the_gradient_of_kept_ones():
     for step in range(EVERY):
         gate.see([(weight, Elementwise())])
         gate.after_step(FREEZE * (step + 1) / EVERY)
-    draw = Draw(gate)
-    masked = Masked([(draw, Elementwise())])(weight)
+    draw = GateSample(gate)
+    masked = MaskParametrization([(draw, Elementwise())])(weight)
     assert masked.tolist() == [[1.0, 0.0]]
     ((masked - torch.tensor([[0.0, 1.0]])) ** 2).sum().backward()
     assert weight.grad.tolist() == [[2.0, -2.0]]
@@ -288,8 +288,8 @@ def test_dpf_mask_swaps_and_then_stays():
     weight = nn.Parameter(torch.tensor([[1.0, 0.2]]))
     gate = seen(Feedback(1, 2, density=0.5), weight, Elementwise())
     gate.kept.copy_(torch.tensor([[1.0, 0.0]]))
-    draw, history = Draw(gate, []), []
-    masked = Masked([(draw, Elementwise())])
+    draw, history = GateSample(gate, []), []
+    masked = MaskParametrization([(draw, Elementwise())])
     for _ in range(200):
         gate.see([(weight, Elementwise())])
         draw.again()

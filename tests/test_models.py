@@ -1,4 +1,4 @@
-"""Models by name: sizes known from their papers, weights from files, every bad input of jpq.models."""
+"""Models by name: sizes known from their papers, weights from files, every bad input of jpq.tasks.models."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from jpq.data import load
-from jpq.models import MODELS, build, check_fits, load_weights
+from jpq.tasks.data import load
+from jpq.tasks.models import MODELS, build, check_fits, load_weights
 from jpq.types import JpqError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

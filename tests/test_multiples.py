@@ -8,19 +8,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 import jpq
-from jpq import landing
-from jpq.budget import FULL_USE, meets, spent, targets
-from jpq.compose import channel_multiple
+from jpq.compression import discretize
+from jpq.compression.attach import attach
+from jpq.compression.channel_counts import channel_multiple, counts, nearest
 from jpq.config import Budget, Config, Decide, Run, Task, Train
-from jpq.gates import VIB
-from jpq.methods import METHODS, row
-from jpq.models import build
-from jpq.network.attach import attach
-from jpq.network.multiples import counts, nearest
-from jpq.network.sites import channels, masks
-from jpq.network.trace import trace
-from jpq.network.unpack import unpacked
-from jpq.quantizers import Fixed, Learned
+from jpq.costs.target import FULL_USE, all_met, parse_targets, used_share
+from jpq.methods.gates import VIB
+from jpq.methods.quantizers import Fixed, Learned
+from jpq.methods.table import METHODS, row
+from jpq.tasks.models import build
+from jpq.tracing.decompose import decompose
+from jpq.tracing.sites import channels, masks
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 torch.manual_seed(0)
@@ -47,12 +46,12 @@ def may_stay(site, multiple):
 def test_landing_keeps_multiples_and_the_budget(seed, share, multiple):
     network = NETS[multiple]
     scatter(network, seed)
-    goals = targets({"bops": f"{100 * share:.4f}%"}, network.exact())
-    plan = landing.land(network, goals)
-    assert meets(goals, network.exact(plan))
+    goals = parse_targets({"bops": f"{100 * share:.4f}%"}, network.exact())
+    plan = discretize.discretize(network, goals)
+    assert all_met(goals, network.exact(plan))
     for site in SITES:
         assert sum(plan.kept[site.name]) in may_stay(site, multiple)
-    assert spent(goals[0], network.exact(plan)) >= FULL_USE or landing.note(goals, network, plan)
+    assert used_share(goals[0], network.exact(plan)) >= FULL_USE or discretize.underuse_note(goals, network, plan)
 
 
 @given(seed=st.integers(0, 10**6), shift=st.floats(-6, 6))
@@ -60,7 +59,7 @@ def test_landing_keeps_multiples_and_the_budget(seed, share, multiple):
 def test_a_larger_shift_closes_nothing_and_the_best_stay(seed, shift):
     network = NETS[8]
     scatter(network, seed)
-    soft = landing.soft(network)
+    soft = discretize.soft_decisions(network)
     less, more = soft.at(shift), soft.at(shift + 0.5)
     for site, margins in soft.margins.items():
         assert all(b or not a for a, b in zip(less.kept[site], more.kept[site], strict=True))
@@ -75,7 +74,7 @@ def test_single_steps_stand_where_rounding_takes_them(seed, multiple):
     """A step's shift is the turning point: just above it that decision is taken, just below it is not."""
     network = NETS[multiple]
     scatter(network, seed)
-    soft = landing.soft(network)
+    soft = discretize.soft_decisions(network)
     now = soft.at(0.0)
     for step in soft.steps(now):
         if step.name in soft.margins:
@@ -119,7 +118,7 @@ class Heads(nn.Module):
 
 def test_a_unit_of_several_channels_counts_as_so_many():
     """Four heads of six channels: two heads are twelve channels, a multiple of 4 and of 6 but not of 8."""
-    network = trace(unpacked(Heads()), torch.randn(2, 5, 24))
+    network = trace(decompose(Heads()), torch.randn(2, 5, 24))
     heads = next(site for site in channels(network) if site.n == 4)
     assert counts(network, heads, 6) == (1, 2, 3, 4)
     assert counts(network, heads, 4) == (2, 4)
@@ -131,9 +130,16 @@ def test_rebuilt_layers_are_as_wide_as_asked_and_compute_the_same(method):
     torch.manual_seed(1)
     model = build("resnet20", 10, 3).eval()
     joint = jpq.compress(
-        model, EXAMPLE, method=method, bops="2%", density=0.4, channel_multiple=8, w_bits=(8, 8), a_bits=(8, 8),
+        model,
+        EXAMPLE,
+        method=method,
+        bops="2%",
+        density=0.4,
+        channel_multiple=8,
+        w_bits=(8, 8),
+        a_bits=(8, 8),
         steps=4,
-    )  # fmt: skip
+    )
     joint.land()
     small = joint.finalize()
     joint.net.eval()
@@ -147,9 +153,12 @@ def test_rebuilt_layers_are_as_wide_as_asked_and_compute_the_same(method):
 
 def test_a_run_lands_on_multiples(tmp_path):
     config = Config(
-        task=Task(limit=200), budget=Budget(target_bops="0.6%"), decide=Decide(channel_multiple=16, w_bits=(4, 8)),
-        train=Train(epochs=2, float_epochs=1), run=Run(out=tmp_path, threads=1),
-    )  # fmt: skip
+        task=Task(limit=200),
+        budget=Budget(target_bops="0.6%"),
+        decide=Decide(channel_multiple=16, w_bits=(4, 8)),
+        train=Train(epochs=2, float_epochs=1),
+        run=Run(out=tmp_path, threads=1),
+    )
     result = jpq.optimize(config)
     assert result.targets["bops"]["used"] <= 1
     assert [x.outputs for x in result.layers][:-1] != [x.outputs_all for x in result.layers][:-1]
@@ -159,9 +168,11 @@ def test_a_run_lands_on_multiples(tmp_path):
 
 def test_decisions_by_hand_are_rounded_too(tmp_path):
     config = Config(
-        task=Task(limit=200), decide=Decide(densities="0.3", bits="4/4", channel_multiple=8),
-        train=Train(epochs=2, float_epochs=1), run=Run(out=tmp_path, threads=1),
-    )  # fmt: skip
+        task=Task(limit=200),
+        decide=Decide(densities="0.3", bits="4/4", channel_multiple=8),
+        train=Train(epochs=2, float_epochs=1),
+        run=Run(out=tmp_path, threads=1),
+    )
     assert [x.outputs for x in jpq.optimize(config).layers] == [8, 16, 16, 10]  # 0.3 x 32 = 9.6, 0.3 x 64 = 19.2
 
 
@@ -182,7 +193,7 @@ def test_bad_input_gets_one_sentence(method, asked, words):
 
 
 def test_methods_that_are_told_how_many_channels_stay_refuse():
-    told = jpq.compose.compose("spp", "channels")
+    told = jpq.methods.compatibility.compose("spp", "channels")
     with pytest.raises(JpqError, match="is told how many channels stay"):
         channel_multiple("spp", told, 8)
     fine = [name for name, m in METHODS.items() if m.gate and m.structure == "channels" and name != "upscale"]
@@ -191,8 +202,8 @@ def test_methods_that_are_told_how_many_channels_stay_refuse():
 
 
 def test_impossible_targets_name_the_fewest_channels():
-    goals = targets({"bops": "0.05%"}, NETS[8].exact())
-    landing.require(NETS[1], goals)
+    goals = parse_targets({"bops": "0.05%"}, NETS[8].exact())
+    discretize.check_reachable(NETS[1], goals)
     with pytest.raises(JpqError, match=r"8 channels, or all, at each site.*lower --channel-multiple"):
-        landing.require(NETS[8], goals)
+        discretize.check_reachable(NETS[8], goals)
     assert not masks(NETWORK, "elementwise")[0].labels.size

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import IMAGE, TOKENS, ZOO, Head, Residual, conv
 
-from jpq import models
-from jpq.network.call import Book, Call, Dims
-from jpq.network.labels import Classes
-from jpq.network.read import exported
-from jpq.network.record import Network
-from jpq.network.rules import RULES, rule
-from jpq.network.sites import channels
-from jpq.network.trace import record, trace, walk
+from jpq.tasks import models
+from jpq.tracing.channel_labels import ChannelClasses
+from jpq.tracing.export_graph import export_graph
+from jpq.tracing.network import Network
+from jpq.tracing.op_call import Dims, OpCall, TraceState
+from jpq.tracing.rules import RULES, rule
+from jpq.tracing.sites import channels
+from jpq.tracing.trace import record, trace, walk
 from jpq.types import NONE, JpqError
 
 
@@ -165,7 +165,7 @@ def test_skip() -> None:
         ("two_outputs", "b.0", "reaches the model's output"),
         ("transformer", "patch", "aten.add joins it with|LayerNorm's average"),
         ("transformer", "attend", "inside nn.MultiheadAttention"),
-        ("transformer", "attend", "jpq.unpacked frees it"),
+        ("transformer", "attend", "jpq.decompose frees it"),
         ("weighing_unpacked", "attend.q_proj", "inside the average or extremum of aten.mean"),
         ("averages", "a.0", "inside GroupNorm's average"),
         ("averages", "b.0", "inside the average or extremum of aten.mean"),
@@ -208,13 +208,13 @@ class Odd(nn.Module):
 def test_an_op_without_a_rule_freezes_and_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     network = trace(Odd(), IMAGE)
     assert network.unknown_ops == ("aten.cosh",)
-    assert reasons(network, "a.0") == {"op aten.cosh has no rule; add one with jpq.network.rules"}
+    assert reasons(network, "a.0") == {"op aten.cosh has no rule; add one with jpq.tracing.rules"}
     assert [s.name for s in channels(network)] == ["b.0"]
 
     monkeypatch.setitem(RULES, "aten.cosh", None)
 
     @rule("aten.cosh")
-    def cosh(call: Call) -> Dims:
+    def cosh(call: OpCall) -> Dims:
         return call.x
 
     network = trace(Odd(), IMAGE)
@@ -275,7 +275,7 @@ def test_a_wrong_example() -> None:
 
 
 def test_classes() -> None:
-    classes = Classes()
+    classes = ChannelClasses()
     a, b, c = classes.fresh(3), classes.fresh(3), classes.fresh(3)
     classes.union(a, b[::-1], "never")
     classes.union(b, np.array([c[0], NONE, c[2]]), "meets nothing")
@@ -286,9 +286,9 @@ def test_classes() -> None:
 
 def test_labelling_is_fast() -> None:
     model = torchvision.models.densenet201(weights=None).eval()
-    program = exported(model, (torch.zeros(1, 3, 64, 64),), {})
+    program = export_graph(model, (torch.zeros(1, 3, 64, 64),), {})
     start = time.process_time()
-    book, unknown_ops = walk(Book(model), program)
+    book, unknown_ops = walk(TraceState(model), program)
     network = record(book, unknown_ops, batch=1)
     seconds = time.process_time() - start
     assert seconds < 1.0, f"densenet201 took {seconds:.2f} s of CPU time"

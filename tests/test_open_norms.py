@@ -16,14 +16,22 @@ from zoo import IMAGE, TOKENS, Averages, Plain
 from zoo_tokens import Normed
 
 import jpq
+from jpq.cli.summary import verified_lines
 from jpq.config import Budget, Config, Decide, Run, Task
-from jpq.exporters import verify
-from jpq.exporters.law import apart, decide, dropped, hold, masked, outputs, scramble
-from jpq.exporters.rebuild import shrink
-from jpq.network.norms import Unaveraged, opened_units
-from jpq.network.sites import channels
-from jpq.network.trace import trace
-from jpq.progress import verified_lines
+from jpq.export import verify
+from jpq.export.float_equivalence import (
+    check_equivalence,
+    decide,
+    dropped,
+    masked,
+    outputs,
+    randomize,
+    relative_difference,
+)
+from jpq.tracing.open_norms import Unaveraged, opened_units
+from jpq.tracing.shrink import shrink
+from jpq.tracing.sites import channels
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 USER = """
@@ -54,16 +62,16 @@ def test_cut_at_the_right_places_though_not_exact(share: float) -> None:
     model = Normed()
     network = trace(model, TOKENS, open_norms=True)
     sites = channels(network)
-    scramble(model, TOKENS)
+    randomize(model, TOKENS)
     keep = decide(sites, 1, share)
     small = shrink(model, network, dropped(sites, keep))
     left = 3 * int(keep["embed"].sum())
     assert (small.n1.normalized_shape, small.n2.normalized_shape, small.n4.normalized_shape) == ((left,),) * 3
     assert (small.n3.num_groups, small.n3.num_channels) == (3, left)
     with masked(model, network, sites, keep):
-        assert apart(outputs(model, TOKENS), outputs(small, TOKENS)) > 1e-3, "the averages miss what went"
+        assert relative_difference(outputs(model, TOKENS), outputs(small, TOKENS)) > 1e-3, "the averages miss what went"
         with Unaveraged():
-            assert apart(outputs(model, TOKENS), outputs(small, TOKENS)) < 1e-10
+            assert relative_difference(outputs(model, TOKENS), outputs(small, TOKENS)) < 1e-10
 
 
 def test_unaveraged_only_scales_and_shifts() -> None:
@@ -118,14 +126,14 @@ def test_sites_that_must_stay_equally_large_are_found_out() -> None:
 @pytest.mark.parametrize("name", ["convnext_tiny", "swin_t"])
 def test_torchvisions_trunks(name: str) -> None:
     torch.manual_seed(0)
-    model, x = jpq.unpacked(jpq.models.build(f"torchvision:{name}", 10).eval()), torch.randn(1, 3, 64, 64)
+    model, x = jpq.decompose(jpq.tasks.models.build(f"torchvision:{name}", 10).eval()), torch.randn(1, 3, 64, 64)
     network = trace(model, x, open_norms=True)
     sites = channels(network)
-    scramble(model, x)
+    randomize(model, x)
     assert opened_units(network, sites) == 96 + 192 + 384 + 768
-    assert hold(model, network, sites, x, 0).difference > 1e-3
+    assert check_equivalence(model, network, sites, x, 0).difference > 1e-3
     with Unaveraged():  # a softmax of numbers that nothing normalised magnifies rounding
-        assert hold(model, network, sites, x, 0).difference < 1e-6
+        assert check_equivalence(model, network, sites, x, 0).difference < 1e-6
 
 
 @pytest.mark.parametrize(

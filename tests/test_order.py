@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from jpq.exporters.order import _lay, contiguous, copied, order
+from jpq.export.unconstrained.channel_order import _lay, contiguous, copied, order
 
 
 def channels(sets):

@@ -12,15 +12,15 @@ from torch import nn
 
 import jpq
 from jpq import costs
-from jpq.exporters.branches import Branches
-from jpq.exporters.pack import folded, pack, unpack
-from jpq.exporters.quantized import rebuild
-from jpq.network.attach import attach
-from jpq.network.read import call
-from jpq.network.sites import masks
-from jpq.network.trace import trace
-from jpq.outcome import branched_or_same
-from jpq.quantizers import Fixed, weight_quantizer
+from jpq.compression.attach import attach
+from jpq.export.branches import Branches
+from jpq.export.packed.model import fold_batchnorms, pack, unpack
+from jpq.export.rebuild import rebuild
+from jpq.methods.quantizers import Fixed, weight_quantizer
+from jpq.results.finish import branched_or_same
+from jpq.tracing.forward import call_model
+from jpq.tracing.sites import masks
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 NETS = ["plain", "residual", "pre_activation", "shared", "signal", "transposed", "group_norms", "tokens"]
@@ -35,11 +35,11 @@ def small_one(name, structure=None):
     model, net, example = compressed(name, dtype=torch.float32)
     if structure:
         network = trace(model, example)
-        gate = lambda rows, n: jpq.gates.SoftThreshold(rows, n, density=0.4)  # noqa: E731
+        gate = lambda rows, n: jpq.methods.gates.SoftThreshold(rows, n, density=0.4)  # noqa: E731
         bits = lambda layer: (Fixed(3), Fixed(8))  # noqa: E731
         net = attach(model, network, masks(network, structure), gate, bits, [example], "test")
         net.train()
-        call(net, example)
+        call_model(net, example)
         net.after_step(1.0)
         net.eval()
     net.settle(net.plan())
@@ -52,15 +52,15 @@ def test_folding_norms_changes_nothing(name):
     small, _, _, example = small_one(name)
     small = small.double()
     example = torch.utils._pytree.tree_map(lambda t: t.double() if t.is_floating_point() else t, example)
-    assert gap(call(folded(small, example), example), call(small, example)) < 1e-9
+    assert gap(call_model(fold_batchnorms(small, example), example), call_model(small, example)) < 1e-9
 
 
 def test_norms_that_read_a_layer_go_and_others_stay():
     small, _, _, example = small_one("plain")
     assert norms(small)
-    assert not norms(folded(small, example))
+    assert not norms(fold_batchnorms(small, example))
     small, _, _, example = small_one("pre_activation")  # its norms read sums
-    assert norms(folded(small, example))
+    assert norms(fold_batchnorms(small, example))
 
 
 class Peeks(nn.Module):
@@ -83,7 +83,7 @@ def test_a_norm_is_not_folded_where_something_else_reads_the_layer():
     net = attach(model, network, (), None, lambda layer: (Fixed(4), Fixed(8)), [x], "test")
     net.settle(net.plan())
     small, _ = rebuild(net, model)
-    assert norms(folded(small, x)) == ["norm"]
+    assert norms(fold_batchnorms(small, x)) == ["norm"]
 
 
 class Tokens(nn.Module):
@@ -120,9 +120,9 @@ def test_size_on_disk_is_what_size_promised_and_the_model_comes_back(name, struc
     promised = costs.size([u for u in uses if u.name in plan.layers])
     assert 0 <= stored.layers - promised < 2 * len(plan.layers)  # two streams a layer, each in whole bytes
     again = unpack(small, path)
-    out, back = flat(call(small, example)), flat(call(again, example))
+    out, back = flat(call_model(small, example)), flat(call_model(again, example))
     assert float((out - back).abs().median() / out.abs().max()) < 1e-5  # an input at a rounding boundary may cross it
-    grids = [(weight_quantizer(m), m) for m in folded(small, example).modules() if hasattr(m, "weight_quant")]
+    grids = [(weight_quantizer(m), m) for m in fold_batchnorms(small, example).modules() if hasattr(m, "weight_quant")]
     new = [(weight_quantizer(m), m) for m in again.modules() if hasattr(m, "weight_quant")]
     for (a, layer), (b, other) in zip(grids, new, strict=True):
         assert torch.equal((a(layer.weight)[0] / a.scale()).round(), (b(other.weight)[0] / b.scale()).round())

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Size
 
-from jpq.exporters.packed import Packed, header_bytes, load_packed, packed_bits, packed_bytes, save_packed
-from jpq.gates.topk import topk_rows
-from jpq.structures import Axis, KernelPattern, Layout, bits, encoding, parse
+from jpq.export.packed.file import Packed, header_bytes, load_packed, packed_bits, packed_bytes, save_packed
+from jpq.methods.gates.fixed_count import topk_rows
+from jpq.methods.structures import Axis, KernelPattern, WeightLayout, mask_encoding, parse
 from jpq.types import JpqError
 
 CASES = list(cases())
@@ -75,7 +75,9 @@ def test_every_structure_on_every_weight_at_every_width(width, tmp_path):
     _, found = round_trip(tmp_path, layers)
     assert not found
     promised = sum(
-        bits.length(b, 1) for p in layers.values() for b in packed_bits(p.structure, p.kept, p.weight.shape, p.bits)
+        mask_encoding.length(b, 1)
+        for p in layers.values()
+        for b in packed_bits(p.structure, p.kept, p.weight.shape, p.bits)
     )
     assert promised == packed_bytes(layers)
 
@@ -144,13 +146,13 @@ class TestSizes:
 @pytest.mark.parametrize("width", range(17))
 def test_streams_of_bits(width):
     draw = np.random.default_rng(width)
-    for n in (0, 1, 7, 8, 9, 1000, 2 * bits.CHUNK + 3):
+    for n in (0, 1, 7, 8, 9, 1000, 2 * mask_encoding.CHUNK + 3):
         numbers = draw.integers(0, 2**width, n)
-        data = bits.pack(numbers, width)
-        assert len(data) == bits.length(n, width) == (n * width + 7) // 8
-        assert (bits.unpack(data, width, n) == numbers).all()
+        data = mask_encoding.pack(numbers, width)
+        assert len(data) == mask_encoding.length(n, width) == (n * width + 7) // 8
+        assert (mask_encoding.unpack(data, width, n) == numbers).all()
     if width in (1, 3):
-        whole = int.from_bytes(bits.pack(np.array([1, 0, 1]) * (2**width - 1), width).tobytes(), "little")
+        whole = int.from_bytes(mask_encoding.pack(np.array([1, 0, 1]) * (2**width - 1), width).tobytes(), "little")
         assert whole == {1: 0b101, 3: 0b111_000_111}[width]
 
 
@@ -158,12 +160,12 @@ def test_streams_of_bits(width):
     ("data", "match"), [([7, 0], "take 1 bytes, not 2"), ([], "not 0"), ([64 + 7], "behind the last number")]
 )
 def test_streams_of_another_length_are_refused(data, match):
-    assert bits.unpack(np.array([0b101_011], np.uint8), 3, 2).tolist() == [3, 5]
+    assert mask_encoding.unpack(np.array([0b101_011], np.uint8), 3, 2).tolist() == [3, 5]
     with pytest.raises(JpqError, match=match):
-        bits.unpack(np.array(data, np.uint8), 3, 2)
+        mask_encoding.unpack(np.array(data, np.uint8), 3, 2)
 
 
-@pytest.mark.parametrize("name", encoding.ENCODINGS)
+@pytest.mark.parametrize("name", mask_encoding.ENCODINGS)
 def test_every_encoding_says_the_same(name):
     """Also where another would be smaller."""
     draw = np.random.default_rng(0)
@@ -175,8 +177,8 @@ def test_every_encoding_says_the_same(name):
             kept = valid
         for even in (q, None) if name in ("kept", "dropped") else (q,):
             listed = kept if name == "kept" else valid & ~kept
-            form = encoding.Form(name, even, int(listed.sum(1).max()), 0)
-            assert (encoding.decode(encoding.encode(kept, valid, form), valid, form) == kept).all()
+            form = mask_encoding.Form(name, even, int(listed.sum(1).max()), 0)
+            assert (mask_encoding.decode(mask_encoding.encode(kept, valid, form), valid, form) == kept).all()
 
 
 @pytest.mark.parametrize(
@@ -296,7 +298,7 @@ FORGED = {
     "longer stream": lambda about, streams: streams.update({"layers/a/values": torch.zeros(9, dtype=torch.uint8)}),
     "rank 7 of 6": lambda about, streams: streams["layers/a/mask"].fill_(0xFF),
     "tensor": lambda about, streams: streams["scale" if "scale" in streams else "tensors/scale"].add_(1),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FORGED)
@@ -325,14 +327,14 @@ def test_a_reader_makes_no_more_room_than_it_is_told(small):
 def test_forged_places_out_of_order_or_range():
     valid = np.ones((2, 5), bool)
     for columns in ([2, 0, 1, 3], [0, 0, 1, 2], [0, 1, 2, 7]):
-        form = encoding.Form("kept", 2, 0, 0)
+        form = mask_encoding.Form("kept", 2, 0, 0)
         with pytest.raises(JpqError, match="rising order"):
-            encoding.decode(bits.pack(np.array(columns), 3), valid, form)
+            mask_encoding.decode(mask_encoding.pack(np.array(columns), 3), valid, form)
     valid[0, 3:] = False
     with pytest.raises(JpqError, match="do not exist"):
-        encoding.decode(bits.pack(np.array([0, 4, 0, 1]), 3), valid, encoding.Form("kept", 2, 0, 0))
+        mask_encoding.decode(mask_encoding.pack(np.array([0, 4, 0, 1]), 3), valid, mask_encoding.Form("kept", 2, 0, 0))
     with pytest.raises(JpqError, match="more units than a row has"):
-        encoding.decode(bits.pack(np.array([4, 1]), 3), valid, encoding.Form("kept", None, 4, 0))
+        mask_encoding.decode(mask_encoding.pack(np.array([4, 1]), 3), valid, mask_encoding.Form("kept", None, 4, 0))
 
 
 @pytest.mark.parametrize("name", ["missing.jpq", "folder", "text.jpq", "other.safetensors"])
@@ -345,7 +347,7 @@ def test_foreign_files_are_refused(name, tmp_path):
 
 
 def test_a_transposed_grouped_layer_comes_back_with_its_layout(tmp_path):
-    structure = parse("2:4", Layout(transposed=True, groups=2))
+    structure = parse("2:4", WeightLayout(transposed=True, groups=2))
     path, found = round_trip(tmp_path, {"up": layer(structure, Size((16, 3, 3, 3)))})
     assert not found
-    assert load_packed(path)[0]["up"].structure.layout == Layout(True, 2)
+    assert load_packed(path)[0]["up"].structure.layout == WeightLayout(True, 2)

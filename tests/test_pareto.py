@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from jpq.pareto import covered, frame, hypervolume, knee, nondominated
+from jpq.results.front.pareto import frame, hypervolume, hypervolume_of, knee, non_dominated
 from jpq.types import JpqError
 
 SIDE = 6  # of the grid that whole-numbered points lie on
@@ -29,7 +29,7 @@ def beats(a: np.ndarray, b: np.ndarray) -> bool:
 
 @given(both)
 def test_nothing_on_the_front_is_dominated_and_all_else_is_by_a_point_on_it(points: np.ndarray) -> None:
-    on = nondominated(points)
+    on = non_dominated(points)
     front = points[on]
     assert not any(beats(a, b) for a, b in product(points, front))
     assert all(any(beats(a, b) for a in front) for b in points[~on])
@@ -48,7 +48,7 @@ def test_hypervolume_grows_with_points_and_needs_only_the_front(points: np.ndarr
     edge = [SIDE] * points.shape[1]
     whole = hypervolume(points, edge)
     assert hypervolume(points[:left], edge) <= whole
-    assert hypervolume(points[nondominated(points)], edge) == whole
+    assert hypervolume(points[non_dominated(points)], edge) == whole
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(1e-4, 1), st.floats(1e-4, 1)), min_size=1, max_size=7))
@@ -60,14 +60,14 @@ def test_hypervolume_by_inclusion_and_exclusion(rows: list[tuple[float, float, f
         subset = points[[i for i in range(len(points)) if chosen >> i & 1]]
         box = np.prod(np.maximum(edge - subset.max(0), 0))
         total += box if len(subset) % 2 else -box
-    assert covered(*zip(*rows, strict=True), chance=0.1) == pytest.approx(total, abs=1e-9)
+    assert hypervolume_of(*zip(*rows, strict=True), chance=0.1) == pytest.approx(total, abs=1e-9)
 
 
 def test_covered_is_accuracy_above_chance_times_decades() -> None:
-    assert covered([0.9], [0.01], chance=0.1) == pytest.approx(1.6)
-    assert covered([0.9, 0.5], [0.01, 0.001], chance=0.1) == pytest.approx(0.8 * 2 + 0.4)
-    assert covered([0.1, 0.9], [0.01, 1.5], chance=0.1) == 0  # no better than chance; dearer than the fp32 model
-    assert covered([], []) == 0
+    assert hypervolume_of([0.9], [0.01], chance=0.1) == pytest.approx(1.6)
+    assert hypervolume_of([0.9, 0.5], [0.01, 0.001], chance=0.1) == pytest.approx(0.8 * 2 + 0.4)
+    assert hypervolume_of([0.1, 0.9], [0.01, 1.5], chance=0.1) == 0  # no better than chance; dearer than the fp32 model
+    assert hypervolume_of([], []) == 0
 
 
 steps = st.integers(1, 10_000).map(lambda n: n / 10_000)  # shares one ulp apart have the same logarithm
@@ -76,9 +76,14 @@ fronts = st.lists(st.tuples(steps, steps), min_size=3, max_size=9, unique=True)
 
 def distances(accuracy: np.ndarray, share: np.ndarray) -> dict[int, float]:
     """Of each point of the front to the chord, in the plane where both axes run from 0 to 1, by cross product."""
-    on = [i for i in range(len(accuracy)) if not any(
-        accuracy[j] >= accuracy[i] and share[j] <= share[i] and (accuracy[j], share[j]) != (accuracy[i], share[i])
-        for j in range(len(accuracy)))]  # fmt: skip
+    on = [
+        i
+        for i in range(len(accuracy))
+        if not any(
+            accuracy[j] >= accuracy[i] and share[j] <= share[i] and (accuracy[j], share[j]) != (accuracy[i], share[i])
+            for j in range(len(accuracy))
+        )
+    ]
     x, y = np.log(share[on]), accuracy[on]
     ends = np.array([[x.min(), y.min()], [x.max(), y.max()]])
     span = np.where(ends[1] > ends[0], ends[1] - ends[0], 1)
@@ -126,7 +131,7 @@ def test_fronts_without_a_knee() -> None:
 @pytest.mark.parametrize("bad", [[1.0, 2.0], [[]], [[float("nan"), 1.0]]])
 def test_points_must_be_numbers_in_rows(bad: list[object]) -> None:
     with pytest.raises(JpqError, match="rows of one length"):
-        nondominated(bad)
+        non_dominated(bad)
 
 
 def test_costs_must_be_above_zero_and_references_fit() -> None:

@@ -14,18 +14,23 @@ from test_cli import refused
 from torch import nn
 
 import jpq
-from jpq import checkpoint, designer, handover, models, plan
-from jpq.cli import main
+from jpq import plan
+from jpq.cli.main import main
+from jpq.compression import external_mask
 from jpq.config import Budget, Config, Decide, Run, Task
-from jpq.data import load
-from jpq.gates import Admm
-from jpq.gates.topk import strongest_rows
-from jpq.layerwise import Steps, followers, reads
-from jpq.network.trace import trace
+from jpq.data_free import prune
+from jpq.data_free.layerwise_admm import AdmmSettings, followers, reads
+from jpq.data_free.settings import DataFreeSettings
+from jpq.files.tensors import save_tensors
+from jpq.methods.gates import Admm
+from jpq.methods.gates.fixed_count import strongest_rows
+from jpq.methods.structures import KernelPattern, parse
 from jpq.plan import MaskPlan, Plan
-from jpq.private import Private
-from jpq.structures import KernelPattern, parse
-from jpq.train import Objective, Phase, Recorder, fit, optimizer
+from jpq.tasks import models
+from jpq.tasks.data import load
+from jpq.tracing.trace import trace
+from jpq.training.epochs import Phase
+from jpq.training.loop import Objective, Recorder, fit, optimizer
 from jpq.types import JpqError
 
 SHORT = ("--steps", "60", "--images", "32", "--batch-size", "16")
@@ -36,10 +41,16 @@ def trained(tmp_path_factory):
     """Weights of a convnet that has seen the digits for a few epochs."""
     torch.manual_seed(0)
     model = models.build("convnet", 10, 1)
-    fit(model, load("digits", limit=600), Phase("float", 3), Objective(), optimizer(model, 3e-3, 0.0),
-        Recorder(lambda: 0.0))  # fmt: skip
+    fit(
+        model,
+        load("digits", limit=600),
+        Phase("float", 3),
+        Objective(),
+        optimizer(model, 3e-3, 0.0),
+        Recorder(lambda: 0.0),
+    )
     path = tmp_path_factory.mktemp("float") / "w.safetensors"
-    checkpoint.save_tensors(model, path)
+    save_tensors(model, path)
     return path
 
 
@@ -47,14 +58,17 @@ def trained(tmp_path_factory):
 def handed(trained, tmp_path_factory):
     """A folder that the designer hands back, and what she knows of it."""
     out = tmp_path_factory.mktemp("handed") / "private"
-    return out, designer.prune_private(Private(weights=trained, steps=200, images=64, batch_size=32, out=out))
+    return out, prune.prune_private(DataFreeSettings(weights=trained, steps=200, images=64, batch_size=32, out=out))
 
 
 def client(trained, out, mask, **run):
     return Config(
-        Task(limit=600, weights=trained), Budget(target_bops="0.8%"), Decide(mask=mask), QUICK,
+        Task(limit=600, weights=trained),
+        Budget(target_bops="0.8%"),
+        Decide(mask=mask),
+        QUICK,
         Run(out=out, device="cpu", **run),
-    )  # fmt: skip
+    )
 
 
 # --- projections
@@ -124,8 +138,10 @@ def test_what_follows_a_layer():
     model, x = Branchy().eval(), torch.randn(2, 2, 8, 8)
     follows = followers(model, x)
     assert {n: [type(p) for p in follows[n].parts] for n in ("first", "split", "plain")} == {
-        "first": [nn.BatchNorm2d, nn.ReLU], "split": [], "plain": []
-    }  # fmt: skip
+        "first": [nn.BatchNorm2d, nn.ReLU],
+        "split": [],
+        "plain": [],
+    }
     out = model.first(x)
     before = out.clone()
     assert torch.equal(follows["first"](out), torch.relu(model.norm(out)))
@@ -149,8 +165,8 @@ def test_a_layer_that_is_never_called_is_projected():
     torch.manual_seed(0)
     model = Unused().eval()
     assert reads(model, "one", torch.randn(2, 1, 8, 8)) is None
-    how = Steps(steps=20, images=4, batch_size=2, matched=False)
-    done = designer.pruned(model, lambda n: torch.rand(n, 1, 8, 8), "pattern", 1.0, how=how)
+    how = AdmmSettings(steps=20, images=4, batch_size=2, matched=False)
+    done = prune.pruned(model, lambda n: torch.rand(n, 1, 8, 8), "pattern", 1.0, how=how)
     row = next(r for r in done.layers if r.name == "one")
     assert (row.error, row.error_one_shot) == (0.0, 0.0)
     assert int((done.model.one.weight != 0).sum()) == 4 * 4
@@ -166,8 +182,8 @@ def one_layer(lr=0.2, **how):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)).eval()
     g = torch.Generator().manual_seed(1)
-    steps = Steps(steps=400, images=64, batch_size=32, lr=lr, matched=False, **how)
-    return designer.pruned(model, lambda n: correlated(n, g), "pattern", 1.0, skip=(), how=steps)
+    steps = AdmmSettings(steps=400, images=64, batch_size=32, lr=lr, matched=False, **how)
+    return prune.pruned(model, lambda n: correlated(n, g), "pattern", 1.0, skip=(), how=steps)
 
 
 def test_admm_comes_to_the_structure_and_beats_one_projection():
@@ -188,8 +204,8 @@ def test_the_model_is_left_alone_and_only_masked_weights_differ():
     torch.manual_seed(0)
     model = models.build("resnet8", 10, 3).eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    draw = designer.noise((3, 16, 16), designer.normalisation("", (3, 16, 16)), 0, torch.device("cpu"))
-    done = designer.pruned(model, draw, "pattern", 0.5, ["layer1.0.conv2"], Steps(20, images=4, batch_size=2))
+    draw = prune.noise((3, 16, 16), prune.normalisation("", (3, 16, 16)), 0, torch.device("cpu"))
+    done = prune.pruned(model, draw, "pattern", 0.5, ["layer1.0.conv2"], AdmmSettings(20, images=4, batch_size=2))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     names = [site.taps[0].layer for site in done.sites]
     assert "layer1.0.conv2" not in names
@@ -210,16 +226,16 @@ def test_matched_inputs_wake_what_noise_leaves_dead(matched, dead):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3)).eval()
     model[1].running_mean.fill_(30.0)  # as if the client's images were far brighter
-    draw = designer.noise((1, 12, 12), ((0.0,), (1.0,)), 0, torch.device("cpu"))
-    how = Steps(20, images=64, batch_size=32, matched=matched)
-    done = designer.pruned(model, draw, "pattern", 1.0, how=how)
+    draw = prune.noise((1, 12, 12), ((0.0,), (1.0,)), 0, torch.device("cpu"))
+    how = AdmmSettings(20, images=64, batch_size=32, matched=matched)
+    done = prune.pruned(model, draw, "pattern", 1.0, how=how)
     assert done.layers[0].dead == dead
     assert torch.equal(done.model[1].running_mean, torch.full((6,), 30.0))
 
 
 def test_noise_is_uniform_pixels_normalised():
-    draw = designer.noise((3, 8, 8), designer.normalisation("cifar10", (3, 8, 8)), 0, torch.device("cpu"))
-    mean, std = (torch.tensor(c).view(3, 1, 1) for c in designer.normalisation("imagenet", (3, 8, 8)))
+    draw = prune.noise((3, 8, 8), prune.normalisation("cifar10", (3, 8, 8)), 0, torch.device("cpu"))
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in prune.normalisation("imagenet", (3, 8, 8)))
     pixels = (draw(64) * std + mean) * 255
     assert torch.allclose(pixels, pixels.round(), atol=1e-3)
     assert float(pixels.min()) >= -1e-3
@@ -237,11 +253,12 @@ def test_no_loader_is_touched(trained, tmp_path, monkeypatch, capsys):
     import sklearn.datasets
     import torchvision.datasets
 
-    from jpq import data, recipe, sources
+    from jpq import recipe
+    from jpq.tasks import data, datasets
 
     for module, names in (
         (data, ("load", "Batches", "_read", "_split")),
-        (sources, ("digits", "torchvision", "folder", "converted", "_published")),
+        (datasets, ("digits", "torchvision", "folder", "converted", "_published")),
         (recipe, ("load_data", "read_data")),
         (sklearn.datasets, ("load_digits",)),
         (torchvision.datasets, ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "ImageFolder", "DatasetFolder")),
@@ -249,7 +266,7 @@ def test_no_loader_is_touched(trained, tmp_path, monkeypatch, capsys):
     ):
         for name in names:
             monkeypatch.setattr(module, name, touched)
-    monkeypatch.setattr(sources, "TORCHVISION", dict.fromkeys(sources.TORCHVISION, touched))
+    monkeypatch.setattr(datasets, "TORCHVISION", dict.fromkeys(datasets.TORCHVISION, touched))
     with pytest.raises(AssertionError, match="data were asked for"):
         data.load("digits")
     monkeypatch.chdir(tmp_path)
@@ -257,13 +274,16 @@ def test_no_loader_is_touched(trained, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "jpq optimize --mask private" in shown
     assert {p.name for p in Path("private").iterdir()} == {
-        "mask.json", "weights.safetensors", "layers.csv", "report.json"
-    }  # fmt: skip
+        "mask.json",
+        "weights.safetensors",
+        "layers.csv",
+        "report.json",
+    }
 
 
 def test_what_is_handed_back(handed):
     out, done = handed
-    given = handover.read(out)
+    given = external_mask.read(out)
     table = pd.read_csv(out / "layers.csv", dtype={"name": str})
     assert list(table.name) == list(given.plan.masks) == ["0", "3", "6"]
     assert (set(given.plan.structures.values()), given.plan.model) == (
@@ -286,8 +306,8 @@ def test_what_is_handed_back(handed):
 
 def test_the_same_seed_gives_the_same_mask(trained, tmp_path):
     def mask(seed, name):
-        settings = Private(weights=trained, steps=20, images=8, batch_size=4, seed=seed, out=tmp_path / name)
-        designer.prune_private(settings)
+        settings = DataFreeSettings(weights=trained, steps=20, images=8, batch_size=4, seed=seed, out=tmp_path / name)
+        prune.prune_private(settings)
         return (tmp_path / name / "mask.json").read_text(), load_file(tmp_path / name / "weights.safetensors")
 
     (one, ours), (same, again), (_, others) = mask(0, "a"), mask(0, "b"), mask(1, "c")
@@ -298,11 +318,11 @@ def test_the_same_seed_gives_the_same_mask(trained, tmp_path):
 
 @pytest.mark.parametrize("structure", ["2:4", "elementwise", "kernels", "block:4x4", "pattern:4"])
 def test_other_structures(structure, trained, tmp_path):
-    settings = Private(
+    settings = DataFreeSettings(
         weights=trained, structure=structure, steps=20, images=8, batch_size=4, out=tmp_path, inputs="noise"
     )
-    done = designer.prune_private(settings)
-    given = handover.read(tmp_path)
+    done = prune.prune_private(settings)
+    given = external_mask.read(tmp_path)
     assert {parse(text) for text in given.plan.structures.values()} == {parse(structure)}
     expected = {"2:4": 0.5, "pattern:4": 0.75 * 4 / 9}.get(structure, 0.5)
     assert done.layers[1].density == pytest.approx(expected, abs=0.02)
@@ -366,7 +386,7 @@ def masked_weights(folder, given):
 
 def test_the_mask_is_held_and_the_budget_met(retrained, handed):
     _, result = retrained
-    given = handover.read(handed[0])
+    given = external_mask.read(handed[0])
     limit = result.targets["bops"]["limit"]
     small, decided = jpq.load(result.folder)
     assert 0.97 * limit <= jpq.measure(small, torch.rand(1, 1, 8, 8))["bops"] <= limit
@@ -408,7 +428,7 @@ def test_a_mask_that_changed_since_the_run_began_is_refused(trained, handed, tmp
     asked = client(trained, tmp_path, folder)
     with pytest.raises(KeyboardInterrupt):
         jpq.optimize(asked, Stop("search", 2))
-    given = handover.read(folder)
+    given = external_mask.read(folder)
     other = MaskPlan.of(given.plan.masks["3"].units().flip(0).float())
     (folder / "mask.json").write_text(altered(given, **{"3": other}).to_json())
     with pytest.raises(JpqError, match=r"layer 3 keeps other units\. Run without --resume"):
@@ -421,7 +441,7 @@ def test_any_width_that_learns(width, trained, handed, tmp_path):
     asked = client(trained, tmp_path, handed[0] / "mask.json")
     result = jpq.optimize(replace(asked, decide=replace(asked.decide, width=width)))
     assert all(t["reached"] <= t["limit"] for t in result.targets.values())
-    assert jpq.load(result.folder)[1].masks == handover.read(handed[0]).plan.masks
+    assert jpq.load(result.folder)[1].masks == external_mask.read(handed[0]).plan.masks
     if width != "squashed":
         assert {x.w_bits for x in result.layers} | {x.a_bits for x in result.layers} <= {2, 4, 8}
 
@@ -437,7 +457,7 @@ def test_inside_a_loop_of_ones_own(trained, handed):
         (net(x).square().mean() + net.pressure()).backward()
         optim.step()
         net.step()
-    assert net.land().masks == handover.read(handed[0]).plan.masks
+    assert net.land().masks == external_mask.read(handed[0]).plan.masks
     net.eval()
     small = net.finalize()
     assert torch.allclose(small(x), net(x), atol=1e-5)
@@ -484,7 +504,7 @@ def of(*shape, value=1.0):
 )
 def test_masks_that_do_not_fit_are_refused(change, words, trained, handed, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("mask.json").write_text(change(handover.read(handed[0])).to_json())
+    Path("mask.json").write_text(change(external_mask.read(handed[0])).to_json())
     line = refused(["optimize", "--mask", "mask.json", "--weights", str(trained), "--target-bops", "1%"], capsys)
     assert words in line
 
@@ -493,7 +513,7 @@ def test_padding_is_not_kept():
     network = trace(nn.Sequential(nn.Conv2d(6, 4, 1)), torch.randn(2, 6, 4, 4))
     keep = torch.tensor([[1.0, 1.0, 0.0, 0.0]]).repeat(8, 1)  # the second window of each filter has two inputs
     fits, beyond = (
-        handover.Handover(Plan("test", {}, {}, {"0": MaskPlan.of(k)}, {"0": "2:4"}), Path("m"))
+        external_mask.ExternalMask(Plan("test", {}, {}, {"0": MaskPlan.of(k)}, {"0": "2:4"}), Path("m"))
         for k in (keep, keep.flip(1))
     )
     assert len(fits.sites(network)) == 1
@@ -550,9 +570,9 @@ def test_the_client_is_told_what_does_not_go_together(args, words, trained, hand
 def test_a_run_with_a_mask_can_be_repeated_from_its_settings(retrained, tmp_path):
     asked, result = retrained
     assert plan.read(result.folder / "plan.json").method == "masked"
-    from jpq.settings import read
+    from jpq.config import read_toml
 
-    again = read(result.folder / "config.toml").check()
+    again = read_toml(result.folder / "config.toml").check()
     assert again.hash() == asked.check().hash() == result.folder.name
 
 

@@ -8,8 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from jpq.quantizers import WIDTHS, Fixed, Integer, Learned, PowerOfTwo, act_quantizer, quantize_layer, weight_quantizer
-from jpq.quantizers.integer import _Quantize, fit_threshold, levels
+from jpq.methods.quantizers import (
+    WIDTHS,
+    Fixed,
+    IntegerQuantizer,
+    Learned,
+    PowerOfTwo,
+    act_quantizer,
+    quantize_layer,
+    weight_quantizer,
+)
+from jpq.methods.quantizers.uniform_integer import _Quantize, fit_threshold, levels
 from jpq.types import JpqError
 
 
@@ -64,7 +73,7 @@ def test_grid(bits, signed, seed):
     torch.manual_seed(seed)
     x = torch.randn(2000) if signed else torch.randn(2000).abs()
     threshold = torch.tensor(1.3)
-    quantizer = Integer(threshold, Fixed(bits), signed)
+    quantizer = IntegerQuantizer(threshold, Fixed(bits), signed)
     y, scale, zero, b = quantizer(torch.cat([x, torch.zeros(1), torch.linspace(-3, 3, 5000)]))
     assert float(b) == bits
     assert float(zero) == 0
@@ -131,7 +140,7 @@ def test_fitted_range_beats_the_maximum_and_survives_zeros():
     assert bool((fitted > 0).all())
 
     def error(ranges):
-        return float((Integer(ranges, Fixed(2), True)(w)[0] - w).square().mean())
+        return float((IntegerQuantizer(ranges, Fixed(2), True)(w)[0] - w).square().mean())
 
     assert error(fitted) < 0.5 * error(w.abs().amax(1, keepdim=True).clamp_min(1e-3))
     assert float(fit_threshold(torch.zeros(4), 8, False, False)) == 1.0
@@ -140,17 +149,20 @@ def test_fitted_range_beats_the_maximum_and_survives_zeros():
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
-        (nn.Conv1d(4, 6, 3), (2, 4, 9)), (nn.Conv2d(4, 6, 3, padding=1, groups=2), (2, 4, 5, 5)),
-        (nn.Conv3d(2, 3, 2), (1, 2, 4, 4, 4)), (nn.ConvTranspose2d(4, 6, 3, 2, output_padding=1), (2, 4, 5, 5)),
-        (nn.Linear(4, 6), (3, 7, 4)), (nn.Linear(4, 6, bias=False), (3, 4)),
+        (nn.Conv1d(4, 6, 3), (2, 4, 9)),
+        (nn.Conv2d(4, 6, 3, padding=1, groups=2), (2, 4, 5, 5)),
+        (nn.Conv3d(2, 3, 2), (1, 2, 4, 4, 4)),
+        (nn.ConvTranspose2d(4, 6, 3, 2, output_padding=1), (2, 4, 5, 5)),
+        (nn.Linear(4, 6), (3, 7, 4)),
+        (nn.Linear(4, 6, bias=False), (3, 4)),
     ],
-)  # fmt: skip
+)
 def test_brevitas_layer_computes_on_our_grids(layer, shape):
     torch.manual_seed(0)
     x = torch.randn(shape)
     per_channel = not isinstance(layer, nn.ConvTranspose2d)
-    w = Integer(fit_threshold(layer.weight.detach(), 4, True, per_channel), Learned(4, 2, 8), True)
-    a = Integer(fit_threshold(x, 5, True, False), Learned(5, 2, 8), True)
+    w = IntegerQuantizer(fit_threshold(layer.weight.detach(), 4, True, per_channel), Learned(4, 2, 8), True)
+    a = IntegerQuantizer(fit_threshold(x, 5, True, False), Learned(5, 2, 8), True)
     plain = type(layer).forward
     weight, inputs = w(layer.weight)[0], a(x)[0]
     twin = quantize_layer(layer, w, a)
@@ -167,7 +179,10 @@ def test_brevitas_layer_computes_on_our_grids(layer, shape):
 
 def test_learned_bits_survive_assigning_a_weight():
     layer = nn.Conv2d(3, 4, 3)
-    w, a = Integer(torch.ones(4, 1, 1, 1), Learned(5, 2, 8), True), Integer(torch.ones(()), Learned(5, 2, 8), False)
+    w, a = (
+        IntegerQuantizer(torch.ones(4, 1, 1, 1), Learned(5, 2, 8), True),
+        IntegerQuantizer(torch.ones(()), Learned(5, 2, 8), False),
+    )
     twin = quantize_layer(layer, w, a)
     w.width.bits.data.fill_(3.2)
     twin.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
@@ -181,7 +196,11 @@ def test_other_classes_are_refused():
         pass
 
     with pytest.raises(JpqError, match="Odd"):
-        quantize_layer(Odd(1, 1, 1), Integer(torch.ones(()), Fixed(8), True), Integer(torch.ones(()), Fixed(8), True))
+        quantize_layer(
+            Odd(1, 1, 1),
+            IntegerQuantizer(torch.ones(()), Fixed(8), True),
+            IntegerQuantizer(torch.ones(()), Fixed(8), True),
+        )
 
 
 def test_levels():

@@ -11,18 +11,19 @@ from gated import attached, compare_exported, rebuilt
 from test_attach import gap
 from torch import nn
 
-from jpq import costs, landing
-from jpq.budget import FULL_USE, spent, targets
-from jpq.exporters.verify import measure
-from jpq.gates import Decided, HardConcrete
-from jpq.models import build
-from jpq.network.attach import attach
-from jpq.network.prior import prior
-from jpq.network.read import call
-from jpq.network.sites import channels
-from jpq.network.trace import trace
-from jpq.quantizers import Fixed, Gated, Integer, Learned
-from jpq.quantizers.gated import CLOSED, LADDER, NATS, _Nest
+from jpq import costs
+from jpq.compression import discretize
+from jpq.compression.attach import attach
+from jpq.compression.model import prior
+from jpq.costs.target import FULL_USE, parse_targets, used_share
+from jpq.export.verify import measure
+from jpq.methods.gates import Frozen, HardConcrete
+from jpq.methods.quantizers import Fixed, Gated, IntegerQuantizer, Learned
+from jpq.methods.quantizers.gated import CLOSED, LADDER, NATS, _Nest
+from jpq.tasks.models import build
+from jpq.tracing.forward import call_model
+from jpq.tracing.sites import channels
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 DOUBLE = torch.float64
@@ -60,7 +61,7 @@ def test_gates_open_up_to_b_are_plain_rounding_to_b_bits(count, signed):
     x = torch.cat([torch.randn(20_000, dtype=DOUBLE) * 0.8, torch.tensor([0.0, 1.3, -1.3, 9.0, -9.0], dtype=DOUBLE)])
     width = opened(count)
     bits = LADDER[count]
-    quantizer = Integer(torch.tensor(1.3, dtype=DOUBLE), width, signed).double().train()
+    quantizer = IntegerQuantizer(torch.tensor(1.3, dtype=DOUBLE), width, signed).double().train()
     nested, scale, _, said = quantizer(x)
     assert float(said.detach()) == bits
     r, n = float(quantizer.threshold.detach()), 2 ** (bits - signed) - 1
@@ -78,7 +79,7 @@ def test_each_step_is_a_whole_fraction_of_the_coarser_one():
     for count, bits in enumerate(LADDER):
         width = opened(count, high=32)
         assert float(width()) == bits
-        quantizer = Integer(top, width, True).double()
+        quantizer = IntegerQuantizer(top, width, True).double()
         quantizer.log_threshold.data.zero_()
         steps.append(float(quantizer.scale().detach()))
     assert [a / b for a, b in pairwise(steps)] == pytest.approx([5, 17, 257, 65537])
@@ -105,7 +106,7 @@ def test_one_sample_multiplies_the_residual_and_all_finer_ones():
     drawn = width.draw
     width.draw = lambda: draws.append(drawn()) or draws[-1]
     width.phi.data.fill_(0.0)
-    quantizer = Integer(torch.tensor(1.0, dtype=DOUBLE), width, True).double().train()
+    quantizer = IntegerQuantizer(torch.tensor(1.0, dtype=DOUBLE), width, True).double().train()
     x = torch.randn(50, dtype=DOUBLE)
     for _ in range(5):
         out = quantizer(x)[0]
@@ -156,7 +157,7 @@ def test_landing_moves_gates_by_what_they_lack():
             assert width.nearest(at + 1e-4) >= large > width.nearest(at - 1e-4)
             assert (at > width.soft()) == (float(width().detach()) < large)
         assert (width.nearest(-1e6), width.nearest(1e6)) == (2, 8)
-    assert NATS == landing.NATS
+    assert NATS == discretize.NATS
 
 
 @pytest.mark.parametrize(("low", "high", "choices"), [(2, 8, (2, 4, 8)), (3, 8, (4, 8)), (2, 5, (2, 4)), (4, 4, (4,))])
@@ -166,7 +167,7 @@ def test_bounds_choose_the_ladder(low, high, choices):
     assert len(width.phi) == len(choices) - 1
     assert float(width().detach()) in choices
     x = torch.randn(100)
-    quantizer = Integer(torch.tensor(1.0), width, True).train()
+    quantizer = IntegerQuantizer(torch.tensor(1.0), width, True).train()
     quantizer(x)[0].sum().backward()
     with pytest.raises(JpqError, match="No power of two"):
         Gated(6, 5, 7)
@@ -174,7 +175,7 @@ def test_bounds_choose_the_ladder(low, high, choices):
 
 def test_the_range_stays_positive_whatever_the_optimiser_does():
     """Fault in public code: a range learned linearly near 0 turns negative."""
-    quantizer = Integer(torch.tensor(1e-3), Gated(8, 2, 8), True).train()
+    quantizer = IntegerQuantizer(torch.tensor(1e-3), Gated(8, 2, 8), True).train()
     optim = torch.optim.SGD(quantizer.parameters(), 1.0)
     for _ in range(50):
         optim.zero_grad()
@@ -280,7 +281,7 @@ def test_training_reaches_weights_ranges_gates_and_channels():
     totals = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     for _ in range(8):  # some draws are exactly 0 or 1, where no gradient passes
         net.zero_grad()
-        (call(net, example).square().mean() + costs.bops(net.uses()).log()).backward()
+        (call_model(net, example).square().mean() + costs.bops(net.uses()).log()).backward()
         for name, p in net.named_parameters():
             assert bool(p.grad.isfinite().all()), name
             totals[name] += p.grad.abs()
@@ -295,15 +296,15 @@ def test_lands_on_its_budget():
         torch.manual_seed(seed)
         for p in [*net.decisions()["gates"], *net.decisions()["bits"]]:
             p.data.normal_(0, 3)
-        goals = targets({"bops": "1%"}, net.exact())
-        plan = landing.land(net, goals)
-        assert FULL_USE <= spent(goals[0], net.exact(plan)) <= 1
+        goals = parse_targets({"bops": "1%"}, net.exact())
+        plan = discretize.discretize(net, goals)
+        assert FULL_USE <= used_share(goals[0], net.exact(plan)) <= 1
         assert {b for layer in plan.layers.values() for b in (layer.w_bits, layer.a_bits)} <= {2, 4, 8}
 
 
 def test_a_changed_width_gets_a_range_of_its_own():
     """Landing may move a gate: the range of another width would leave half of the grid unused."""
-    net, network = fork(gate=Decided.all)
+    net, network = fork(gate=Frozen.all)
     plan = net.plan()
     for name in plan.layers:
         plan.layers[name] = type(plan.layers[name])(2, 2, plan.layers[name].signed)

@@ -14,7 +14,7 @@ from runs import QUICK, config
 from together import METHODS, one_step
 
 import jpq
-from jpq import ranks
+from jpq.training import distributed
 from jpq.types import JpqError
 
 TESTS = Path(__file__).parent
@@ -43,9 +43,13 @@ def environment():
 def torchrun(*args, processes=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     return subprocess.Popen(
-        [*command, *map(str, args)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*command, *map(str, args)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
 
 
 def finished(process):
@@ -58,21 +62,21 @@ def finished(process):
 
 
 def test_one_process_alone_is_left_as_it_is():
-    assert ranks.count() == 1
-    assert ranks.is_first()
-    split = ranks.Split(torch.nn.BatchNorm1d(2))
+    assert distributed.count() == 1
+    assert distributed.is_first()
+    split = distributed.Split(torch.nn.BatchNorm1d(2))
     x, y = torch.rand(5, 2), torch.zeros(5)
     assert split.take(x, y) == (x, y)
     assert split.weight == 1
     assert not split.norms
-    ranks.require_same("a", "a plan")
-    assert ranks.in_turn(lambda: 3) == ranks.from_first(lambda: 3) == 3
+    distributed.require_same("a", "a plan")
+    assert distributed.first_then_others(lambda: 3) == distributed.run_on_first(lambda: 3) == 3
 
 
 def test_batches_smaller_than_the_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(ranks, "count", lambda: 4)
+    monkeypatch.setattr(distributed, "count", lambda: 4)
     with pytest.raises(JpqError, match="--batch-size 3 is shared by 4 processes"):
-        ranks.require_rows(3)
+        distributed.require_rows(3)
 
 
 @pytest.mark.slow

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from jpq.assessing import Evaluate
-from jpq.benching import Bench
-from jpq.choosing import Export, Pareto
+from jpq.cli.bench import Bench
+from jpq.cli.evaluate import Evaluate
+from jpq.cli.export import Export
+from jpq.cli.pareto import Pareto
 from jpq.config import Config
-from jpq.private import Private
+from jpq.data_free.settings import DataFreeSettings
 from jpq.trials.settings import Study
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +30,7 @@ def test_python_blocks_run_one_after_the_other(capsys):
 
 
 def test_flags_exist():
-    parts = [*vars(Config()).values(), Private, Pareto, Export, Study, Bench, Evaluate]
+    parts = [*vars(Config()).values(), DataFreeSettings, Pareto, Export, Study, Bench, Evaluate]
     fields = [f for part in parts for f in dataclasses.fields(part)]
     known = {f"--{f.name.replace('_', '-')}" for f in fields}
     known |= {f"--no-{f.name.replace('_', '-')}" for f in fields if f.type == "bool"}
@@ -75,7 +76,7 @@ def test_allocators_are_those_of_the_csv(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "studies"))
     import summary
 
-    from jpq.allocators import ALLOCATORS
+    from jpq.allocation.allocators import ALLOCATORS
 
     assert summary.allocation() in TEXT
     table = pd.read_csv(ROOT / "studies" / "results" / "allocation.csv")
@@ -90,7 +91,7 @@ def test_scores_are_those_of_the_csv(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "studies"))
     import summary
 
-    from jpq.scores import SCORES
+    from jpq.methods.scores import SCORES
 
     assert summary.scores() in TEXT
     assert set(summary.SCORES) == set(SCORES)

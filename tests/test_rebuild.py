@@ -10,11 +10,19 @@ import torch
 from cuts import cut
 from zoo import ZOO, PaddedShortcut, Plain
 
-from jpq import models
-from jpq.exporters.law import apart, decide, dropped, hold, masked, outputs, scramble
-from jpq.exporters.rebuild import apply_slices, shrink, slices
-from jpq.network.sites import channels
-from jpq.network.trace import trace
+from jpq.export.float_equivalence import (
+    check_equivalence,
+    decide,
+    dropped,
+    masked,
+    outputs,
+    randomize,
+    relative_difference,
+)
+from jpq.tasks import models
+from jpq.tracing.shrink import apply_slices, shrink, slices
+from jpq.tracing.sites import channels
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 
@@ -24,7 +32,7 @@ def test_masked_is_shrunk(name: str) -> None:
     torch.manual_seed(0)
     model = constructor()
     network = trace(model, example)
-    scramble(model, example)
+    randomize(model, example)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     sites = channels(network)
     assert sites
@@ -34,17 +42,17 @@ def test_masked_is_shrunk(name: str) -> None:
         small = shrink(model, network, gone)
         with masked(model, network, sites, keep):
             wanted = outputs(model, example)
-        assert apart(wanted, outputs(small, example)) < 1e-10
+        assert relative_difference(wanted, outputs(small, example)) < 1e-10
         if gone:
             assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
-            assert apart(outputs(model, example), wanted) > 1e-6, "the dropped channels did not matter"
+            assert relative_difference(outputs(model, example), wanted) > 1e-6, "the dropped channels did not matter"
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_the_check_sees_one_wrong_channel() -> None:
     model = ZOO["residual"][0]()
     network = trace(model, ZOO["residual"][1])
-    scramble(model, ZOO["residual"][1])
+    randomize(model, ZOO["residual"][1])
     sites = channels(network)
     keep = decide(sites, 0)
     gone = dropped(sites, keep)
@@ -52,7 +60,7 @@ def test_the_check_sees_one_wrong_channel() -> None:
     other = (gone - {min(gone & set(sites[0].labels.tolist()))}) | {kept[0]}
     with masked(model, network, sites, keep):
         wanted = outputs(model, ZOO["residual"][1])
-    assert apart(wanted, outputs(shrink(model, network, other), ZOO["residual"][1])) > 1e-3
+    assert relative_difference(wanted, outputs(shrink(model, network, other), ZOO["residual"][1])) > 1e-3
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -94,7 +102,7 @@ def test_our_models(name: str) -> None:
     size = 28 if name == "lenet5" else 32
     model, x = models.build(name, 10, 3), torch.randn(2, 3, size, size)
     network = trace(model, x)
-    verdict = hold(scramble(model, x), network, channels(network), x, seed=0)
+    verdict = check_equivalence(randomize(model, x), network, channels(network), x, seed=0)
     assert verdict.difference < 1e-10
     assert verdict.sensitivity > 1e-3
     assert verdict.dropped > 10

@@ -12,10 +12,14 @@ import torch
 from runs import QUICK, Stop, config, outcome, resumed
 
 import jpq
-from jpq import checkpoint, descent, recipe
+from jpq import recipe
+from jpq.compression import calibration
 from jpq.config import Budget, Decide, Run, Task
-from jpq.exporters.onnx import Session
-from jpq.train import evaluate
+from jpq.export.runtimes import Session
+from jpq.tasks.classification import evaluate
+from jpq.tasks.data import load
+from jpq.tasks.load import read_data
+from jpq.training import checkpoint
 from jpq.types import JpqError
 
 
@@ -42,9 +46,16 @@ def test_folder_holds_everything(finished):
     _, result = finished
     names = {p.name for p in result.folder.iterdir()}
     assert names >= {
-        "config.toml", "history.csv", "layers.csv", "result.json", "model.safetensors", "plan.json", "model.onnx",
-        "curves.png", "layers.png",
-    }  # fmt: skip
+        "config.toml",
+        "history.csv",
+        "layers.csv",
+        "result.json",
+        "model.safetensors",
+        "plan.json",
+        "model.onnx",
+        "curves.png",
+        "layers.png",
+    }
     assert checkpoint.NAME not in names
     tree = json.loads((result.folder / "result.json").read_text())
     for side in ("float", "compressed"):
@@ -62,8 +73,8 @@ def test_folder_holds_everything(finished):
 
 @pytest.mark.parametrize(("method", "times"), [("djpq", 1), ("uniform", 0)])
 def test_layers_are_observed_again_where_a_search_has_trained_them(method, times, tmp_path, monkeypatch):
-    original, seen = descent.observe_again, []
-    monkeypatch.setattr(descent, "observe_again", lambda net, batches: seen.append(original(net, batches)))
+    original, seen = calibration.recalibrate, []
+    monkeypatch.setattr(recipe, "observe_again", lambda net, batches: seen.append(original(net, batches)))
     asked = config(tmp_path)
     jpq.optimize(replace(asked, decide=replace(asked.decide, method=method)))
     assert len(seen) == times
@@ -71,7 +82,7 @@ def test_layers_are_observed_again_where_a_search_has_trained_them(method, times
 
 def test_a_trial_computes_the_same_and_leaves_the_test_split_unread(finished, tmp_path, monkeypatch):
     asked, whole = finished
-    original = recipe.load_data
+    original = load
     monkeypatch.setattr(recipe, "load_data", lambda *a, **k: replace(data := original(*a, **k), test=Closed(data.test)))
     with pytest.raises(AssertionError, match="the split was read"):
         jpq.optimize(replace(asked, run=replace(asked.run, out=tmp_path / "final")))
@@ -99,7 +110,7 @@ def test_budget_is_a_promise_counted_on_the_rebuilt_model(finished):
 def test_saved_model_is_the_reported_one(finished):
     asked, result = finished
     small, plan = jpq.load(result.folder)
-    data = recipe.read_data(asked, torch.device("cpu"))
+    data = read_data(asked, torch.device("cpu"))
     assert evaluate(small, data.test) == result.compressed.accuracy
     session = Session(result.folder / "model.onnx")
     x, _ = next(iter(data.test))
@@ -126,10 +137,13 @@ def test_everything_that_a_gate_remembers_is_in_the_checkpoint(method, tmp_path)
 @pytest.mark.parametrize(
     ("method", "budget"),
     [
-        ("djpq-pow2", {"target_bops": "1.5%"}), ("l0", {"target_bops": "0.5%"}), ("uniform", {"target_bops": "1%"}),
-        ("djpq", {"target_bops": "2%", "target_size": "12KB"}), ("djpq", {"target_macs": "40%"}),
+        ("djpq-pow2", {"target_bops": "1.5%"}),
+        ("l0", {"target_bops": "0.5%"}),
+        ("uniform", {"target_bops": "1%"}),
+        ("djpq", {"target_bops": "2%", "target_size": "12KB"}),
+        ("djpq", {"target_macs": "40%"}),
     ],
-)  # fmt: skip
+)
 def test_methods_and_targets(method, budget, tmp_path):
     result = jpq.optimize(config(tmp_path, method, replace(QUICK, epochs=3), **budget))
     assert all(t["reached"] <= t["limit"] for t in result.targets.values())

@@ -11,15 +11,14 @@ from torch.utils._pytree import tree_map
 from zoo import ZOO, conv
 from zoo_readers import IMAGE, READERS, Body
 
-from jpq import vision
-from jpq.exporters.blocks import Blocks, blocks
-from jpq.exporters.law import apart, decide, masked, outputs, scramble
-from jpq.exporters.reorder import export, layout
-from jpq.exporters.select import Select, copies, insert
-from jpq.network.consumers import dropped, per_consumer
-from jpq.network.resize import apply_slices, slices
-from jpq.network.sites import channels
-from jpq.network.trace import trace
+from jpq.export.float_equivalence import decide, masked, outputs, randomize, relative_difference
+from jpq.export.unconstrained.channel_order import Blocks, blocks
+from jpq.export.unconstrained.reorder import export, layout
+from jpq.export.unconstrained.select import Select, copies, insert
+from jpq.tasks import zoo
+from jpq.tracing.shrink import apply_slices, slices
+from jpq.tracing.sites import channels, dropped, per_consumer
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 NETS = {**{name: (make, IMAGE) for name, make in READERS.items()}, **{f"zoo_{n}": pair for n, pair in ZOO.items()}}
@@ -30,7 +29,7 @@ def prepared(name):
     torch.manual_seed(0)
     model = make()
     network = trace(model, example)
-    return scramble(model, example), example, network
+    return randomize(model, example), example, network
 
 
 def decisions(sites, seed, share):
@@ -52,8 +51,8 @@ def test_masked_is_exported(name):
             want = outputs(model, example)
         small = export(model, network, sites, kept)
         naive = export(model, network, sites, kept, reorder=False, gather=True)
-        assert apart(want, outputs(small, example)) <= 1e-12
-        assert apart(want, outputs(naive, example)) <= 1e-12
+        assert relative_difference(want, outputs(small, example)) <= 1e-12
+        assert relative_difference(want, outputs(naive, example)) <= 1e-12
         here, there = spent(small, example), spent(naive, example)
         assert here.channels == layout(network, sites, kept).copied <= there.channels
         assert here.views + here.gathers == there.gathers
@@ -73,17 +72,26 @@ def test_any_order_within_blocks_is_the_same_model(name):
             rank[list(members)] = rng.permutation(n) if seed else np.arange(n)[::-1]
         moved = slices(network, (), lambda labels, rank=rank: held.places(labels, rank))
         assert moved or seed or not held.members
-        assert apart(want, outputs(apply_slices(copy.deepcopy(model), moved), example)) <= 1e-12
+        assert relative_difference(want, outputs(apply_slices(copy.deepcopy(model), moved), example)) <= 1e-12
 
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        ("chain", [12]), ("depthwise", [9]), ("multiplier", [5]), ("joined", [6, 5]), ("flipped", [8]),
-        ("palindrome", [4]), ("halves", [6]), ("rows", [4]), ("pixels", [6]), ("unpixels", [5]),
-        ("padded", [5, 2, 2]), ("again", [8]),
+        ("chain", [12]),
+        ("depthwise", [9]),
+        ("multiplier", [5]),
+        ("joined", [6, 5]),
+        ("flipped", [8]),
+        ("palindrome", [4]),
+        ("halves", [6]),
+        ("rows", [4]),
+        ("pixels", [6]),
+        ("unpixels", [5]),
+        ("padded", [5, 2, 2]),
+        ("again", [8]),
     ],
-)  # fmt: skip
+)
 def test_what_may_change_places(name, sizes):
     assert sorted(map(len, blocks(prepared(name)[2]).members), reverse=True) == sorted(sizes, reverse=True)
 
@@ -169,7 +177,7 @@ def test_the_layout_is_plain_data_and_stable():
     cut, selects = json.loads(json.dumps([found.slices, found.selects]))
     again = insert(apply_slices(copy.deepcopy(model), cut), selects)
     small = export(model, network, sites, kept)
-    assert apart(outputs(again, example), outputs(small, example)) == 0
+    assert relative_difference(outputs(again, example), outputs(small, example)) == 0
     assert str(again) == str(small)
     assert layout(network, sites, {name: [True] * len(k) for name, k in kept.items()}) == type(found)({}, {}, 0)
 
@@ -208,13 +216,13 @@ def test_nothing_left_is_refused():
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "googlenet", "mobilenet_v2", "shufflenet_v2_x0_5"])
 def test_torchvision(name):
     torch.manual_seed(0)
-    model, example = vision.build(name, 10), torch.randn(2, 3, 64, 64)
+    model, example = zoo.build_torchvision(name, 10), torch.randn(2, 3, 64, 64)
     network = trace(model, example)
-    scramble(model, example)
+    randomize(model, example)
     sites = per_consumer(network)
     keep, kept = decisions(sites, 0, 0.6)
     small = export(model, network, sites, kept)
     with masked(model, network, sites, keep):
-        assert apart(outputs(model, example), outputs(small, example)) <= 1e-9
+        assert relative_difference(outputs(model, example), outputs(small, example)) <= 1e-9
     naive = layout(network, sites, kept, reorder=False)
     assert spent(small, example).channels < naive.copied

@@ -20,22 +20,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import kills
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
-import kills
 from kills import MOMENTS, again
 from safetensors.torch import load_file, save_file
 
 import jpq
-from jpq import checkpoint, report
 from jpq.config import Config
-from jpq.files import replace_file
-from jpq.interruption import Interrupted, Interruption
-from jpq.methods import METHODS
-from jpq.result import Row, Silent
+from jpq.files.atomic import replace_file
+from jpq.methods.table import METHODS
+from jpq.results import run_folder
+from jpq.training import checkpoint
+from jpq.training.history import EpochRecord, NullObserver
+from jpq.training.signals import Interrupted, Interruption
 from jpq.types import JpqError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 
 STEPS = 9  # optimiser steps of an epoch of kills.tiny
 FAST = ("djpq", "admm")
@@ -45,7 +46,7 @@ class Killed(BaseException):
     """Nothing in the library may catch it: what is on the disk by then is all that is left, as after kill -9."""
 
 
-class After(Silent):
+class After(NullObserver):
     """Raises something, or does something, after so many steps of a phase."""
 
     def __init__(self, phase: str, steps: int, error: type[BaseException] | None = None, number: int = 0) -> None:
@@ -64,7 +65,7 @@ class After(Silent):
             if self.error:
                 raise self.error
 
-    def epoch(self, row: Row) -> None:
+    def epoch(self, row: EpochRecord) -> None:
         self.epochs.append((row.phase, row.epoch))
 
 
@@ -159,7 +160,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number: int, tmp_path: Path) -> No
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in a shell's background ignores it
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
-    ) as process:  # fmt: skip
+    ) as process:
         assert process.stdout is not None
         while "search" not in process.stdout.readline():
             assert process.poll() is None
@@ -325,12 +326,15 @@ def test_two_processes_agree(tmp_path: Path) -> None:
         paths = os.pathsep.join([*map(str, kills.HERE), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": paths}
         subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
-        found.append((told(folder_of(asked)), report.read(folder_of(asked))))
+        found.append((told(folder_of(asked)), run_folder.read_run(folder_of(asked))))
     (files, first), (others, second) = found
     assert files == others
     assert (first.float, first.compressed, first.held_out, first.data) == (
-        second.float, second.compressed, second.held_out, second.data,
-    )  # fmt: skip
+        second.float,
+        second.compressed,
+        second.held_out,
+        second.data,
+    )
     assert first.machine["threads"] == 1
     assert first.machine["peak_memory_bytes"] > 10**8
     assert re.fullmatch(r"[0-9a-f]{64}", first.data["checksum"])

@@ -11,13 +11,13 @@ from rich.console import Console
 from torch import Tensor, nn
 from zoo import IMAGE, Head, conv
 
-from jpq.exporters.rebuild import shrink
-from jpq.inspection import inspection
-from jpq.network import rules
-from jpq.network.call import Call, Dims
-from jpq.network.rules import RULES, rule
-from jpq.network.sites import channels
-from jpq.network.trace import trace
+from jpq.cli.inspect import show_inspection
+from jpq.tracing import rules
+from jpq.tracing.op_call import Dims, OpCall
+from jpq.tracing.rules import RULES, rule
+from jpq.tracing.shrink import shrink
+from jpq.tracing.sites import channels
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 EXAMPLE = textwrap.dedent(
@@ -57,13 +57,13 @@ def test_without_a_rule_the_report_says_what_to_do() -> None:
     assert [s.name for s in channels(network)] == ["b.0"]
     console = Console(width=200, record=True, quiet=False)
     with console.capture() as shown:
-        console.print(inspection("mine", Squashed(), network, channels(network), 1.0, False, False))
-    assert "op mine.squash has no rule; add one with jpq.network.rules" in shown.get()
+        console.print(show_inspection("mine", Squashed(), network, channels(network), 1.0, False, False))
+    assert "op mine.squash has no rule; add one with jpq.tracing.rules" in shown.get()
     assert "ops without a rule froze what they touch: mine.squash" in shown.get()
 
 
 def test_the_documented_rule(own_rules: None) -> None:
-    names = {"Call": Call, "Dims": Dims, "rule": rule}
+    names = {"Call": OpCall, "Dims": Dims, "rule": rule}
     exec(f"@rule({RULE}", names)
     torch.manual_seed(0)
     model = Squashed().double().eval()

@@ -14,20 +14,31 @@ from runs import Stop
 from torch import Size, nn
 
 import jpq
-from jpq import mapping
-from jpq.allocators.scheme_search import reward, search
-from jpq.allocators.schemes import hard, modelled, project, rules, smallest_within, source, stays, timed, variants
-from jpq.compose import compose, legal
+from jpq.allocation import structure_search
+from jpq.allocation.structure_rules import (
+    is_hard_task,
+    kept_share,
+    modelled,
+    project,
+    roofline,
+    rules,
+    smallest_within,
+    source,
+    timed,
+    variants,
+    weights_per_lookup,
+)
+from jpq.allocation.structure_search import reward, search_structures
 from jpq.config import Budget, Config, Decide, Run, Task, Train
-from jpq.costs.roofline import roofline, together
-from jpq.data import load
-from jpq.exporters.pack import unpack
-from jpq.exporters.verify import EXACT, difference
-from jpq.gates import Reweighted
-from jpq.network.sites import layout, masks
-from jpq.network.trace import trace
+from jpq.export.packed.model import unpack
+from jpq.export.verify import EXACT, difference
+from jpq.methods.compatibility import compose, is_allowed
+from jpq.methods.gates import Reweighted
+from jpq.methods.structures import by_layer, parse
 from jpq.plan import from_json
-from jpq.structures import by_layer, parse
+from jpq.tasks.data import load
+from jpq.tracing.sites import layout, masks
+from jpq.tracing.trace import trace
 from jpq.types import DENSE, JpqError
 
 MIXED = "0=dense,3=pattern,6=punched:8x4,11=block:4x1"  # of the convnet
@@ -105,8 +116,9 @@ def test_a_tighter_tolerance_never_gives_a_smaller_block(ms, tols):
 @settings(deadline=None, max_examples=40)
 @given(
     size=st.tuples(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 3])),
-    density=st.floats(0.05, 1.0), positions=st.integers(1, 200),
-)  # fmt: skip
+    density=st.floats(0.05, 1.0),
+    positions=st.integers(1, 200),
+)
 def test_a_coarser_block_is_never_modelled_slower(size, density, positions):
     outputs, inputs, k = size
     weight = Size((outputs, inputs, k, k))
@@ -118,10 +130,12 @@ def test_a_coarser_block_is_never_modelled_slower(size, density, positions):
 
 
 def test_what_one_look_up_serves():
-    assert together(parse("block:8x1"), Size((16, 10))) == 8
-    assert together(parse("punched:8x4"), Size((16, 8, 3, 3))) == 32
-    assert together(parse("block:8x1"), Size((12, 10))) == 6  # blocks of 8 and of 4
-    assert together(parse("pattern"), Size((64, 8, 3, 3))) == 4 * 16  # a quarter of 64 filters has the same pattern
+    assert weights_per_lookup(parse("block:8x1"), Size((16, 10))) == 8
+    assert weights_per_lookup(parse("punched:8x4"), Size((16, 8, 3, 3))) == 32
+    assert weights_per_lookup(parse("block:8x1"), Size((12, 10))) == 6  # blocks of 8 and of 4
+    assert (
+        weights_per_lookup(parse("pattern"), Size((64, 8, 3, 3))) == 4 * 16
+    )  # a quarter of 64 filters has the same pattern
 
 
 @pytest.mark.parametrize("difficult", [False, True])
@@ -162,26 +176,26 @@ def test_choices_fit_their_layers(seen):
             weight = torch.randn(size)
             share = float((project(weight, own, 0.4) != 0).float().mean())
             even = len(set(own.sizes(size).flatten().tolist())) == 1
-            assert share == pytest.approx(stays(layer, structure, 0.4), abs=1e-6 if even else 0.35)
+            assert share == pytest.approx(kept_share(layer, structure, 0.4), abs=1e-6 if even else 0.35)
     assert variants(seen.layer("deep")) == {DENSE: (DENSE,)}
     assert variants(seen.layer("stem"))["punched"][-1] == "punched:*x*"
 
 
 def test_hard_tasks(seen):
-    assert not hard(seen, torch.zeros(1, 3, 64, 64))
-    assert hard(seen, torch.zeros(1, 3, 65, 64))
-    assert hard(trace(Kinds(101).eval(), torch.randn(1, 3, 16, 16)), torch.zeros(1, 3, 16, 16))
+    assert not is_hard_task(seen, torch.zeros(1, 3, 64, 64))
+    assert is_hard_task(seen, torch.zeros(1, 3, 65, 64))
+    assert is_hard_task(trace(Kinds(101).eval(), torch.randn(1, 3, 16, 16)), torch.zeros(1, 3, 16, 16))
 
 
 def test_rules_take_what_the_method_can():
     easy, difficult = (trace(Kinds(c).eval(), torch.randn(1, 3, 16, 16)) for c in (10, 101))
     example = torch.zeros(1, 3, 16, 16)
-    kinds = lambda m, net: {s.partition(":")[0] for s in mapping.mapped(m, net, example, 0.5).values()}  # noqa: E731
+    kinds = lambda m, net: {s.partition(":")[0] for s in structure_search.map_structures(m, net, example, 0.5).values()}  # noqa: E731
     assert kinds(compose("admm", "rules"), difficult) == {DENSE, "pattern", "block", "punched"}
     assert kinds(compose("scheme-mapping"), difficult) == {DENSE, "block", "punched"}  # its units may not overlap
     assert kinds(compose("admm", "rules"), easy) == {DENSE, "block", "punched"}
-    assert not legal(compose("scheme-mapping"))("pattern")
-    assert mapping.mapped(compose("admm"), easy, example, 0.5) is None
+    assert not is_allowed(compose("scheme-mapping"))("pattern")
+    assert structure_search.map_structures(compose("admm"), easy, example, 0.5) is None
 
 
 LAYERS = {f"l{i}": {f"c{j}": 1.0 + j for j in range(4)} for i in range(5)}
@@ -193,26 +207,26 @@ def planted(asked):
 
 
 def test_search_puts_most_mass_on_the_best_choices():
-    found = search(LAYERS, planted, 1e9, seed=3)
+    found = search_structures(LAYERS, planted, 1e9, seed=3)
     assert all(float(found.logits[f"l{i}"].softmax(0)[i % 4]) > 0.5 for i in range(5))
     assert found.mapping == {f"l{i}": f"c{i % 4}" for i in range(5)}
     assert found.accuracy == found.reward == 1
-    assert search(LAYERS, planted, 1e9, seed=3).mapping == found.mapping
-    again = search(LAYERS, planted, 1e9, seed=3, samples=20)
-    other = search(LAYERS, planted, 1e9, seed=4, samples=20)
+    assert search_structures(LAYERS, planted, 1e9, seed=3).mapping == found.mapping
+    again = search_structures(LAYERS, planted, 1e9, seed=3, samples=20)
+    other = search_structures(LAYERS, planted, 1e9, seed=4, samples=20)
     assert any(not torch.equal(again.logits[x], other.logits[x]) for x in LAYERS)
 
 
 def test_search_without_a_rate_learns_nothing_and_keeps_the_best():
     asked = []
-    found = search(LAYERS, lambda m: asked.append(dict(m)) or planted(m), 1e9, lr=0.0, samples=30)
+    found = search_structures(LAYERS, lambda m: asked.append(dict(m)) or planted(m), 1e9, lr=0.0, samples=30)
     assert all(bool((theta == 0).all()) for theta in found.logits.values())
     assert found.reward == max(map(planted, asked)) == planted(found.mapping)
     assert len(asked) == found.judged == len({tuple(m.items()) for m in asked})  # nothing is asked twice
 
 
 def test_search_stays_below_the_limit_where_accuracy_is_equal():
-    found = search(LAYERS, lambda _: 0.9, 5.0, samples=400, lr=0.3)
+    found = search_structures(LAYERS, lambda _: 0.9, 5.0, samples=400, lr=0.3)
     assert found.ms <= 7
     assert all(int(theta.argmax()) <= 1 for theta in found.logits.values())
     assert reward(0.9, 10.0, 5.0) == pytest.approx(-0.1)
@@ -221,15 +235,15 @@ def test_search_stays_below_the_limit_where_accuracy_is_equal():
 
 def test_search_never_does_worse_than_where_it_started():
     start = {f"l{i}": f"c{i % 4}" for i in range(5)}
-    assert search(LAYERS, planted, 1e9, start=start, samples=1).mapping == start
+    assert search_structures(LAYERS, planted, 1e9, start=start, samples=1).mapping == start
 
 
 @pytest.mark.parametrize("bad", [{"samples": 0}, {"lr": -1.0}, {"lr": float("nan")}, {"mu": -1.0}, {"limit_ms": 0.0}])
 def test_searches_that_make_no_sense(bad):
     with pytest.raises(JpqError, match="A search"):
-        search(**{"ms": LAYERS, "accuracy": planted, "limit_ms": 1.0, **bad})
+        search_structures(**{"ms": LAYERS, "accuracy": planted, "limit_ms": 1.0, **bad})
     with pytest.raises(JpqError, match="at least one choice"):
-        search({"l0": {}}, planted, 1.0)
+        search_structures({"l0": {}}, planted, 1.0)
 
 
 class Unread:
@@ -245,23 +259,23 @@ class Unread:
 def test_the_search_reads_held_out_data_only_and_leaves_the_model(trained):
     torch.manual_seed(0)
     data = replace(load("digits", limit=300), test=Unread())
-    model = jpq.models.build("convnet", 10, 1).eval()
+    model = jpq.tasks.models.build("convnet", 10, 1).eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     network = trace(model, data.example)
     method = compose("admm", "search")
-    found, limit = mapping.searched(method, network, model, data, 0.5, ["3"], trained=trained, samples=3)
+    found, limit = structure_search.search_mapping(method, network, model, data, 0.5, ["3"], trained=trained, samples=3)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert found.mapping["3"] == DENSE
     assert limit > 0
-    again, _ = mapping.searched(method, network, model, data, 0.5, ["3"], trained=trained, samples=3)
+    again, _ = structure_search.search_mapping(method, network, model, data, 0.5, ["3"], trained=trained, samples=3)
     assert (again.mapping, again.accuracy) == (found.mapping, found.accuracy)
 
 
 def test_what_the_proxy_trains_stays_masked():
     data = load("digits", limit=300)
-    model = jpq.models.build("convnet", 10, 1).eval()
+    model = jpq.tasks.models.build("convnet", 10, 1).eval()
     network = trace(model, data.example)
-    proxy = mapping.Proxy(network, model, data, 0.5, trained=True, lr=1e-2)
+    proxy = structure_search.MappingEvaluator(network, model, data, 0.5, trained=True, lr=1e-2)
     asked = by_layer(MIXED)
     proxy(asked)
     for name, structure in asked.items():
@@ -295,9 +309,12 @@ def test_reweighted_presses_each_unit_by_what_it_was():
 
 def config(out, **decide):
     return Config(
-        task=Task(limit=600), budget=Budget(target_bops="1.5%"), decide=Decide(**{"method": "dpf", **decide}),
-        train=Train(epochs=3, float_epochs=2, lr=3e-3), run=Run(out=out, device="cpu"),
-    )  # fmt: skip
+        task=Task(limit=600),
+        budget=Budget(target_bops="1.5%"),
+        decide=Decide(**{"method": "dpf", **decide}),
+        train=Train(epochs=3, float_epochs=2, lr=3e-3),
+        run=Run(out=out, device="cpu"),
+    )
 
 
 @pytest.mark.parametrize("method", ["dpf", "admm"])
@@ -313,7 +330,7 @@ def test_several_structures_in_one_run(method, tmp_path):
     x = load("digits", limit=600).example
     assert difference(small, unpack(small, result.folder / "model.packed"), x) < 1e-5
     assert 0 <= result.packed["layers"] - result.compressed.size_bytes < 2 * len(result.layers)
-    network = trace(jpq.models.build("convnet", 10, 1).eval(), x)
+    network = trace(jpq.tasks.models.build("convnet", 10, 1).eval(), x)
     for row in result.layers:
         weight = small.get_submodule(row.name).weight
         mask = torch.ones_like(weight)
@@ -333,18 +350,20 @@ def test_several_structures_in_one_run(method, tmp_path):
 
 
 def test_a_search_is_part_of_the_run_and_is_not_repeated(tmp_path, monkeypatch):
-    monkeypatch.setattr(mapping, "searched", partial(mapping.searched, samples=5))
+    monkeypatch.setattr(structure_search, "searched", partial(structure_search.search_mapping, samples=5))
     asked = config(tmp_path / "whole", structure="search")
     whole = jpq.optimize(asked)
-    said = json.loads((whole.folder / mapping.NAME).read_text())
+    said = json.loads((whole.folder / structure_search.NAME).read_text())
     assert whole.schemes["by"] == said["by"] == "search"
     assert said["latency"] == "modelled"
     assert said["ms"] <= said["limit_ms"] or said["reward"] < said["proxy_accuracy"]
-    assert {r.name: r.structure for r in whole.layers} == mapping.read(whole.folder / mapping.NAME)
+    assert {r.name: r.structure for r in whole.layers} == structure_search.read_mapping(
+        whole.folder / structure_search.NAME
+    )
     stopped = replace(asked, run=replace(asked.run, out=tmp_path / "stopped"))
     with pytest.raises(KeyboardInterrupt):
         jpq.optimize(stopped, Stop("fine-tune", 1))
-    monkeypatch.setattr(mapping, "searched", None)
+    monkeypatch.setattr(structure_search, "searched", None)
     resumed = jpq.optimize(replace(stopped, run=replace(stopped.run, resume=True)))
     ours, theirs = (jpq.load(r.folder)[0].state_dict() for r in (resumed, whole))
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
@@ -354,7 +373,7 @@ def test_a_damaged_mapping_ends_in_a_sentence(tmp_path):
     for text in ("", "{}", '{"layers": 3}', '{"layers": {"a": 1}}'):
         (tmp_path / "one").write_text(text)
         with pytest.raises(JpqError, match="mapping of schemes"):
-            mapping.read(tmp_path / "one")
+            structure_search.read_mapping(tmp_path / "one")
 
 
 def test_plans_of_one_structure_are_still_read():
@@ -389,14 +408,18 @@ def test_plans_of_one_structure_are_still_read():
 )
 def test_mappings_that_make_no_sense(method, structure, words):
     torch.manual_seed(0)
-    model, x = jpq.models.build("convnet", 10, 1).eval(), torch.randn(2, 1, 8, 8)
+    model, x = jpq.tasks.models.build("convnet", 10, 1).eval(), torch.randn(2, 1, 8, 8)
     with pytest.raises(JpqError, match=words):
         jpq.compress(model, x, method=method, structure=structure, bops="2%")
 
 
-@given(st.dictionaries(st.from_regex(r"[a-z][a-z0-9.]{0,8}", fullmatch=True),
-                       st.sampled_from(["dense", "pattern", "2:4", "punched:*x4", "pattern:3x3:1.3.4.5/1.3.4.7"]),
-                       min_size=1))  # fmt: skip
+@given(
+    st.dictionaries(
+        st.from_regex(r"[a-z][a-z0-9.]{0,8}", fullmatch=True),
+        st.sampled_from(["dense", "pattern", "2:4", "punched:*x4", "pattern:3x3:1.3.4.5/1.3.4.7"]),
+        min_size=1,
+    )
+)
 def test_mappings_are_read_as_they_are_written(asked):
     assert by_layer(", ".join(f"{name}={structure}" for name, structure in asked.items())) == asked
     assert by_layer("block:8x1") == {}
@@ -412,7 +435,7 @@ def test_a_table_of_latencies_says_how_long_layers_take():
         def measured(self, scheme):
             return scheme in ("dense", "block:4x1")
 
-    network = jpq.trace(jpq.models.build("convnet", 10, 1), torch.randn(2, 1, 8, 8))
+    network = jpq.trace(jpq.tasks.models.build("convnet", 10, 1), torch.randn(2, 1, 8, 8))
     layer = replace(network.layers[-1], clock=Clock())
     assert timed(layer, "dense", 1.0) == 5.0
     assert timed(layer, "block:4x1", 0.5) == 1.5

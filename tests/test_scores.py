@@ -7,15 +7,14 @@ from zoo import ZOO
 from zoo_readers import IMAGE, READERS
 
 import jpq
-from jpq.allocators import rank
-from jpq.allocators.ranked import scores
-from jpq.gates import Ranked
-from jpq.network.attach import attach
-from jpq.network.consumers import per_consumer
-from jpq.network.read import batch_of, tensors
-from jpq.network.trace import trace
-from jpq.quantizers import Fixed
-from jpq.scores import FPGM, L1, L2, LAMP, SCORES, Chain, Evidence, HRank, Random, SiteView, pick_score
+from jpq.allocation.ranking.rank import rank, scores
+from jpq.compression.attach import attach
+from jpq.methods.gates import Ranked
+from jpq.methods.quantizers import Fixed
+from jpq.methods.scores import FPGM, L1, L2, LAMP, SCORES, Chain, Evidence, HRank, Random, SiteView, pick_score
+from jpq.tracing.forward import batch_of, tensors
+from jpq.tracing.sites import per_consumer
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 NOTHING = Evidence()
@@ -70,9 +69,14 @@ def test_every_score_follows_its_units(name):
     def evidence(order):
         own = chain[:, :, order]
         return Evidence(
-            activations=maps[:, order], means=means[:, :, order], labels=labels, gradients=(means[0][:, order],),
-            curvature=(means[1, 0, order],), scales=means[0, 0, order], chain=Chain(own[0], own[1], own[2]),
-        )  # fmt: skip
+            activations=maps[:, order],
+            means=means[:, :, order],
+            labels=labels,
+            gradients=(means[0][:, order],),
+            curvature=(means[1, 0, order],),
+            scales=means[0, 0, order],
+            chain=Chain(own[0], own[1], own[2]),
+        )
 
     means = torch.rand(2, 8, 6, dtype=torch.float64)
     score = SCORES[name](site, evidence(torch.arange(6)))

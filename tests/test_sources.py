@@ -1,4 +1,4 @@
-"""Where samples come from, and every bad input of jpq.sources: absent files, folders, the user's code."""
+"""Where samples come from, and every bad input of jpq.tasks.datasets: absent files, folders, the user's code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from jpq.data import load
+from jpq.tasks.data import load
 from jpq.types import JpqError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

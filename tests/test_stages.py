@@ -7,16 +7,18 @@ import torch
 from runs import QUICK, Stop, config, outcome, resumed
 
 import jpq
-from jpq import costs, recipe, stages
-from jpq.allocators import rank
-from jpq.budget import FULL_USE, spent, targets
-from jpq.gates import Ranked
-from jpq.models import build
-from jpq.network.attach import attach
-from jpq.network.sites import channels
-from jpq.network.trace import trace
-from jpq.quantizers import Fixed
-from jpq.scores import SCORES
+from jpq import costs
+from jpq.allocation import two_stage
+from jpq.allocation.ranking.rank import rank
+from jpq.compression.attach import attach
+from jpq.costs.target import FULL_USE, parse_targets, used_share
+from jpq.methods.gates import Ranked
+from jpq.methods.quantizers import Fixed
+from jpq.methods.scores import SCORES
+from jpq.tasks.models import build
+from jpq.tracing.sites import channels
+from jpq.tracing.trace import trace
+from jpq.training import epochs
 from jpq.types import JpqError
 
 EXAMPLE = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -49,8 +51,10 @@ def finished(tmp_path_factory):
 def test_two_phases_and_a_budget_that_is_used_up(finished):
     _, result = finished
     assert [(r.phase, r.epoch) for r in result.history] == [
-        *(("float", e) for e in (1, 2, 3)), *(("search", e) for e in (1, 2)), *(("fine-tune", e) for e in (1, 2)),
-    ]  # fmt: skip
+        *(("float", e) for e in (1, 2, 3)),
+        *(("search", e) for e in (1, 2)),
+        *(("fine-tune", e) for e in (1, 2)),
+    ]
     first, last = (next(r for r in result.history if r.phase == name) for name in ("search", "fine-tune"))
     assert first.kept == last.kept < 1  # the same channels in both
     assert first.w_bits == 8 > last.w_bits
@@ -73,9 +77,9 @@ def test_resuming_gives_the_same_bits_as_never_stopping(phase, finished, tmp_pat
 @pytest.mark.parametrize("share", ["0.3%", "1%", "2.5%"])
 def test_the_plan_meets_the_budget_at_the_widest_bits_that_the_density_allows(density, share):
     net = ranked()
-    goals = targets({"bops": share}, net.exact())
-    plan = stages.decide(net, goals, (2, 8), (2, 8), density)
-    used = spent(goals[0], net.exact(plan))
+    goals = parse_targets({"bops": share}, net.exact())
+    plan = two_stage.decide_two_stage(net, goals, (2, 8), (2, 8), density)
+    used = used_share(goals[0], net.exact(plan))
     whole = pair(net, plan) == (8, 8) and all(all(units) for units in plan.kept.values())
     assert FULL_USE <= used <= 1 or whole
     w, a = pair(net, plan)
@@ -83,20 +87,23 @@ def test_the_plan_meets_the_budget_at_the_widest_bits_that_the_density_allows(de
     full = costs.baseline(net.exact())["macs"]
     if (w, a) not in ((2, 2), (8, 8)):  # one more step of bits would not fit at the density
         assert costs.macs(net.exact(plan)) < min(full, 2 * density * full) or used >= FULL_USE
-    assert plan == stages.decide(net, goals, (2, 8), (2, 8), density)
+    assert plan == two_stage.decide_two_stage(net, goals, (2, 8), (2, 8), density)
 
 
 def test_a_smaller_density_buys_wider_bits():
     net = ranked()
-    goals = targets({"bops": "0.8%"}, net.exact())
-    bits = [sum(pair(net, stages.decide(net, goals, (2, 8), (2, 8), density))) for density in (1.0, 0.5, 0.25, 0.1)]
+    goals = parse_targets({"bops": "0.8%"}, net.exact())
+    bits = [
+        sum(pair(net, two_stage.decide_two_stage(net, goals, (2, 8), (2, 8), density)))
+        for density in (1.0, 0.5, 0.25, 0.1)
+    ]
     assert bits == sorted(bits)
     assert bits[0] < bits[-1]
 
 
 def test_channels_go_in_the_order_of_their_ranks():
     net = ranked()
-    plan = stages.decide(net, targets({"bops": "0.7%"}, net.exact()), (2, 8), (2, 8), 0.4)
+    plan = two_stage.decide_two_stage(net, parse_targets({"bops": "0.7%"}, net.exact()), (2, 8), (2, 8), 0.4)
     for site, gate in zip(net.sites, net.gates, strict=True):
         kept = torch.tensor(plan.kept[site.name])
         assert gate.margins[0, kept].min() > gate.margins[0, ~kept].max()
@@ -104,18 +111,18 @@ def test_channels_go_in_the_order_of_their_ranks():
 
 def test_a_budget_below_the_smallest_bits_at_the_density_closes_more_channels():
     net = ranked()
-    goals = targets({"bops": "0.05%"}, net.exact())
-    plan = stages.decide(net, goals, (4, 8), (4, 8), 1.0)
+    goals = parse_targets({"bops": "0.05%"}, net.exact())
+    plan = two_stage.decide_two_stage(net, goals, (4, 8), (4, 8), 1.0)
     assert pair(net, plan) == (4, 4)
-    assert FULL_USE <= spent(goals[0], net.exact(plan)) <= 1
+    assert FULL_USE <= used_share(goals[0], net.exact(plan)) <= 1
 
 
 def test_several_targets_hold_together():
     net = ranked()
-    goals = targets({"bops": "2%", "macs": "30%", "size": "20KB"}, net.exact())
-    uses = net.exact(stages.decide(net, goals, (2, 8), (2, 8), 0.5))
-    assert all(spent(goal, uses) <= 1 for goal in goals)
-    assert max(spent(goal, uses) for goal in goals) >= FULL_USE
+    goals = parse_targets({"bops": "2%", "macs": "30%", "size": "20KB"}, net.exact())
+    uses = net.exact(two_stage.decide_two_stage(net, goals, (2, 8), (2, 8), 0.5))
+    assert all(used_share(goal, uses) <= 1 for goal in goals)
+    assert max(used_share(goal, uses) for goal in goals) >= FULL_USE
 
 
 @pytest.mark.parametrize(
@@ -152,13 +159,13 @@ def test_in_a_loop_of_ones_own_landing_quantizes():
 
 def test_ranges_of_stage_two_are_fitted_to_what_the_pruned_network_reads():
     net = ranked()
-    plan = stages.decide(net, targets({"bops": "0.5%"}, net.exact()), (2, 8), (2, 8), 0.3)
-    net.settle(stages.pruned(net, plan))
+    plan = two_stage.decide_two_stage(net, parse_targets({"bops": "0.5%"}, net.exact()), (2, 8), (2, 8), 0.3)
+    net.settle(two_stage.pruned(net, plan))
     for p in net.weights()["decayed"]:
         p.data.mul_(3)
     last = net.network.layers[-1].name
     seen = net.seen[last].clone()
-    stages.quantize(net, plan, [EXAMPLE])
+    two_stage.quantize(net, plan, [EXAMPLE])
     assert net.seen[last].abs().max() != seen.abs().max()
     assert net.plan().layers == plan.layers
 
@@ -166,15 +173,15 @@ def test_ranges_of_stage_two_are_fitted_to_what_the_pruned_network_reads():
 def test_epochs_are_as_many_as_every_other_method_has(tmp_path):
     asked = config(tmp_path, "two-stage", replace(QUICK, epochs=10, search=0.3))
     for method in ("djpq", "two-stage"):
-        assert recipe.split(asked, jpq.METHODS[method]) == (3, 7)
+        assert epochs.split_epochs(asked, jpq.METHODS[method]) == (3, 7)
 
 
 def test_bits_that_cost_nothing_of_the_target_stay_wide():
     """Bytes are paid by weights: activations must not end at 2 bits where channels had to pay."""
     net = ranked(2)
-    goals = targets({"size": "3%"}, net.exact())
-    plan = stages.decide(net, goals, (2, 8), (2, 8), 0.5)
+    goals = parse_targets({"size": "3%"}, net.exact())
+    plan = two_stage.decide_two_stage(net, goals, (2, 8), (2, 8), 0.5)
     w, a = pair(net, plan)
     assert w == 2
     assert a > 2
-    assert spent(goals[0], net.exact(plan)) <= 1
+    assert used_share(goals[0], net.exact(plan)) <= 1

@@ -9,7 +9,17 @@ import torch
 from masks import SPECS, WEIGHTS, cases, coordinates, refused, units
 from torch import Size, nn
 
-from jpq.structures import STRUCTURES, Axis, Block, BlockPunched, KernelPattern, Kernels, Layout, Window, parse
+from jpq.methods.structures import (
+    STRUCTURES,
+    Axis,
+    Block,
+    BlockPunched,
+    KernelPattern,
+    Kernels,
+    WeightLayout,
+    Window,
+    parse,
+)
 from jpq.types import NONE, JpqError
 
 CASES = list(cases())
@@ -146,7 +156,7 @@ def test_a_transposed_layer_is_masked_like_the_convolution_that_it_undoes(groups
     """Output neuron (g, j) of a transposed layer reads weight[g's inputs, j]: seen through the layer itself."""
     torch.manual_seed(0)
     layer = nn.ConvTranspose2d(4, 6, 3, groups=groups, bias=False)
-    layout = Layout(transposed=True, groups=groups)
+    layout = WeightLayout(transposed=True, groups=groups)
     for o in range(6):
         z = torch.zeros(1, 6)
         z[0, o] = 1
@@ -254,14 +264,14 @@ def test_what_cannot_be_read_is_refused_with_what_to_write(text, match):
 @pytest.mark.parametrize(
     ("spec", "size", "layout", "match"),
     [
-        ("2:4", (8, 1, 3, 3), Layout(groups=8), "Leave this layer dense"),
-        ("kernels", (8, 4), Layout(), "use per-output"),
-        ("punched:8x4", (8, 4), Layout(), "use block"),
-        ("pattern", (8, 4, 5, 5), Layout(), "3 x 3"),
-        ("per-output:4", (8, 6), Layout(), "choose a divisor"),
-        ("filters", (8,), Layout(), "2 to 5 dims"),
-        ("elementwise", (0, 4), Layout(), "none empty"),
-        ("block:2x2", (8, 4, 3, 3), Layout(groups=3), "3 groups"),
+        ("2:4", (8, 1, 3, 3), WeightLayout(groups=8), "Leave this layer dense"),
+        ("kernels", (8, 4), WeightLayout(), "use per-output"),
+        ("punched:8x4", (8, 4), WeightLayout(), "use block"),
+        ("pattern", (8, 4, 5, 5), WeightLayout(), "3 x 3"),
+        ("per-output:4", (8, 6), WeightLayout(), "choose a divisor"),
+        ("filters", (8,), WeightLayout(), "2 to 5 dims"),
+        ("elementwise", (0, 4), WeightLayout(), "none empty"),
+        ("block:2x2", (8, 4, 3, 3), WeightLayout(groups=3), "3 groups"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(spec, size, layout, match):

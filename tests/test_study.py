@@ -24,17 +24,18 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 import jpq
-from jpq.cli import main
+from jpq import recipe
+from jpq.cli.main import main
+from jpq.cli.study import StudyScreen
 from jpq.config import Config, Run, Task, Train
-from jpq.result import Row
-from jpq.study_screen import StudyScreen
-from jpq.trials import record, samplers, standing, stopping
+from jpq.training.history import EpochRecord
+from jpq.trials import early_stopping, samplers, settings, status
 from jpq.trials import trial as one_trial
+from jpq.trials.early_stopping import Curve
 from jpq.trials.preview import Preview, float_weights
 from jpq.trials.settings import PARTS, SAMPLERS, Study
 from jpq.trials.space import Space, block, grouped
-from jpq.trials.stopping import Curve
-from jpq.trials.storage import again, begin, open_storage, stored, without_password
+from jpq.trials.storage import open_storage, record_worker, requeue, stored, without_password
 from jpq.trials.study import Tally, _draw
 from jpq.types import JpqError
 
@@ -46,15 +47,17 @@ NAN = float("nan")
 def weights(tmp_path_factory):
     """Float weights, trained once for all tests here."""
     file = tmp_path_factory.mktemp("weights") / "float.safetensors"
-    float_weights(task(file.parent), file, one_trial.Unwatched())
+    float_weights(task(file.parent), file, one_trial.NullStudyObserver())
     return file
 
 
 def task(out, weights=None, **decide):
     return Config(
-        task=Task(limit=300, weights=weights), train=QUICK, run=Run(out=out, device="cpu"),
+        task=Task(limit=300, weights=weights),
+        train=QUICK,
+        run=Run(out=out, device="cpu"),
         decide=jpq.config.Decide(**decide),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
@@ -72,14 +75,19 @@ def formula(monkeypatch):
         for epoch in (1, 2):
             values = dict(loss=0.0, accuracy=accuracy * epoch / 2, bops=NAN, bops_share=share, aim_share=NAN)
             rest = dict(pressure=NAN, w_bits=NAN, a_bits=NAN, kept=NAN, lr=NAN, seconds=0.0)
-            watch.epoch(Row("fine-tune", epoch, 2, **values, **rest))
+            watch.epoch(EpochRecord("fine-tune", epoch, 2, **values, **rest))
         now = SimpleNamespace(bops=0, bops_share=share, size_bytes=size, macs=1, latency_ms=None)
         folder = config.run.out / config.hash()
         folder.mkdir(parents=True, exist_ok=True)
         return SimpleNamespace(
-            compressed=now, float=SimpleNamespace(macs=1), held_out={"compressed": accuracy}, folder=folder,
-            method=config.decide.method, layers=(), seconds={"total": 0.0},
-        )  # fmt: skip
+            compressed=now,
+            float=SimpleNamespace(macs=1),
+            held_out={"compressed": accuracy},
+            folder=folder,
+            method=config.decide.method,
+            layers=(),
+            seconds={"total": 0.0},
+        )
 
     previews = []
 
@@ -101,10 +109,14 @@ def told(study):
 @pytest.mark.parametrize(
     ("name", "own"),
     [
-        ("layer1.0.conv1", "layer1.0"), ("conv1", "conv1"), ("features.0", "features.0"), ("0", "0"),
-        ("features.3.0.block.1.0", "features.3"), ("layer2.0.conv1->fc", "layer2.0"),
+        ("layer1.0.conv1", "layer1.0"),
+        ("conv1", "conv1"),
+        ("features.0", "features.0"),
+        ("0", "0"),
+        ("features.3.0.block.1.0", "features.3"),
+        ("layer2.0.conv1->fc", "layer2.0"),
     ],
-)  # fmt: skip
+)
 def test_blocks_are_the_shortest_numbered_beginning(name, own):
     assert block(name) == own
     assert grouped([name], "block") == {own: [name]}
@@ -207,7 +219,7 @@ def test_limits_hold_and_the_sampler_is_told(tmp_path, weights, formula, name):
     else:
         assert len(kept) == len(formula) == 8
         assert all(t.state == TrialState.PRUNED and "KB" in t.user_attrs["infeasible"] for t in over)
-    assert not [t for t in standing.Standing.of(study, asked).front if t.values[1] > 40]
+    assert not [t for t in status.StudyStatus.of(study, asked).front if t.values[1] > 40]
 
 
 def test_a_trial_that_fails_says_why_and_the_study_goes_on(tmp_path, weights, formula):
@@ -231,7 +243,7 @@ def test_a_study_where_every_trial_fails_ends_with_the_reason(tmp_path, weights,
 
 
 def test_hopeless_trials_are_stopped_and_count(tmp_path, weights, formula, monkeypatch):
-    real = one_trial.optimize
+    real = recipe.optimize
     worse = lambda c, w, final: real(c, Dimmed(w) if "0=3/" in c.decide.bits else w, final)  # noqa: E731
     monkeypatch.setattr(one_trial, "optimize", worse)
     config = task(tmp_path, weights, w_bits=(2, 5), a_bits=(2, 4))
@@ -260,7 +272,7 @@ class Dimmed:
 
 curves = st.tuples(
     st.lists(st.integers(0, 10), min_size=4, max_size=4), st.tuples(st.integers(0, 3), st.integers(0, 3))
-)  # fmt: skip
+)
 
 
 @given(curves, st.lists(curves, max_size=6), st.integers(1, 4), st.integers(0, 4), st.integers(1, 3), st.integers(1, 5))
@@ -275,15 +287,15 @@ def test_the_rule_against_brute_force(mine, others, done, margin, patience, warm
             behind |= cheap and accuracy[epoch] - mine[0][epoch] > margin
         run = run + 1 if behind else 0
     expected = len(others) >= warm_up and run >= patience
-    assert stopping.hopeless(trial, tenth, margin / 10 + 1e-6, patience, warm_up) == expected
+    assert early_stopping.should_stop(trial, tenth, margin / 10 + 1e-6, patience, warm_up) == expected
 
 
 def test_trials_of_other_lengths_are_compared_at_the_same_share():
     short, long = Curve((0.9, 0.91), 2, (1.0,)), Curve((0.5, 0.6, 0.7), 10, (1.0,))
     assert short.at(0.3) is None
     assert short.at(0.5) == 0.9
-    assert not stopping.hopeless(long, [short], 0.02, 1, 1), "at 3 of 10 epochs the short one had none"
-    assert stopping.hopeless(Curve((0.5,) * 5, 10, (1.0,)), [short], 0.02, 1, 1)
+    assert not early_stopping.should_stop(long, [short], 0.02, 1, 1), "at 3 of 10 epochs the short one had none"
+    assert early_stopping.should_stop(Curve((0.5,) * 5, 10, (1.0,)), [short], 0.02, 1, 1)
 
 
 def test_hypervolume_against_optunas():
@@ -292,7 +304,7 @@ def test_hypervolume_against_optunas():
     draw = np.random.default_rng(0)
     accuracy, bops, size = draw.uniform(0, 1, 20), 10 ** draw.uniform(-4, 0, 20), draw.uniform(1, 50, 20)
     trials = [SimpleNamespace(values=[100 * a, s, 100 * b]) for a, b, s in zip(accuracy, bops, size, strict=True)]
-    found = standing.volume(trials, ["accuracy", "size", "bops"], {"size": 40_000.0}, 0.1)
+    found = status.volume(trials, ["accuracy", "size", "bops"], {"size": 40_000.0}, 0.1)
     above = (accuracy > 0.1) & (size < 40)
     points = np.stack([-accuracy, np.log10(size / 40), np.log10(bops)], 1)[above]
     assert found == pytest.approx(compute_hypervolume(points, np.array([-0.1, 0.0, 0.0])))
@@ -323,7 +335,7 @@ def test_a_worker_that_died_before_its_first_heartbeat_is_found(tmp_path, url):
     storage = open_storage(url.format(tmp_path), tmp_path, dead_after=2)
     study = optuna.create_study(storage=storage, directions=["maximize", "minimize"])
     died, begun = study.ask(), study.ask()
-    begin(begun)
+    record_worker(begun)
     storage = study._storage
     assert storage._get_stale_trial_ids(study._study_id) == []
     time.sleep(2.1)
@@ -338,10 +350,10 @@ def test_a_trial_that_costs_its_workers_again_and_again_is_given_up(tmp_path):
     for number in range(4):
         trial = study.ask()
         assert (trial.number, trial.suggest_int("bits", 2, 8)) == (number, 3)
-        begin(trial)
+        record_worker(trial)
         assert study.trials[number].user_attrs["worker"]
         study.tell(trial, state=TrialState.FAIL)
-        again(study, study.trials[number])
+        requeue(study, study.trials[number])
     assert [t.state for t in study.trials] == [TrialState.FAIL] * 4, "three times more, then no more"
     assert optuna.storages.RetryFailedTrialCallback.retry_history(study.trials[3]) == [0, 1, 2]
 
@@ -368,15 +380,15 @@ def test_a_study_of_somebody_else_is_left_alone(tmp_path, weights, formula, dire
 
 
 def test_a_worker_killed_while_it_makes_the_study_leaves_nothing_out(tmp_path, weights, formula, monkeypatch):
-    real = record.note
+    real = settings.note
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(record, "note", killed)
+    monkeypatch.setattr(settings, "note", killed)
     with pytest.raises(KeyboardInterrupt):
         jpq.study(task(tmp_path, weights), Study(trials=1))
-    monkeypatch.setattr(record, "note", real)
+    monkeypatch.setattr(settings, "note", real)
     study = jpq.study(task(tmp_path, weights), Study(trials=1))
     anchors = [t.system_attrs["fixed_params"]["0 weight bits"] for t in study.trials]
     assert anchors == [8, 4, 3, 2], "each once, and none of them is used up as surplus"
@@ -394,7 +406,7 @@ def full_disk(hidden):
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "full disk", "full disk, said"])
 def test_an_interrupted_trial_is_queued_with_its_decisions_and_its_curve(tmp_path, weights, formula, monkeypatch, how):
-    real = one_trial.optimize
+    real = recipe.optimize
 
     class Interrupted:
         def __init__(self, watch):
@@ -439,7 +451,7 @@ def test_curves_without_their_beginning_judge_nobody(tmp_path):
     for curve, epochs in (([0.5, 0.9], 2), ([0.9], 2), ([], 2)):
         attrs = {"held_out_by_epoch": curve, "fine_tuning_epochs": epochs}
         study.add_trial(optuna.create_trial(values=[90.0, 1.0], user_attrs=attrs))
-    stopper = one_trial.Stopper(study.ask(), Study(), one_trial.Unwatched(), None)
+    stopper = one_trial.EarlyStoppingObserver(study.ask(), Study(), one_trial.NullStudyObserver(), None)
     assert stopper._finished() == [Curve((0.5, 0.9), 2, (1.0,))]
 
 
@@ -472,7 +484,9 @@ def test_other_settings_under_the_same_name_are_refused(tmp_path, weights, formu
         jpq.study(config, Study(trials=2, sampler="gp"))
     other = tmp_path / "other.safetensors"
     float_weights(
-        replace(config, task=Task(limit=300), train=replace(QUICK, float_epochs=2)), other, one_trial.Unwatched()
+        replace(config, task=Task(limit=300), train=replace(QUICK, float_epochs=2)),
+        other,
+        one_trial.NullStudyObserver(),
     )
     with pytest.raises(JpqError, match="was begun with other float weights"):
         jpq.study(task(tmp_path, other), Study(trials=2))

@@ -7,17 +7,16 @@ from runs import trained
 from torch import nn
 from zoo import ZOO
 
-from jpq.allocators import rank
-from jpq.allocators.evidence import gate_gradients, multiplied
-from jpq.allocators.ranked import scores
-from jpq.data import load
-from jpq.gates import Ranked
-from jpq.network.attach import attach
-from jpq.network.read import evaluating
-from jpq.network.sites import channels
-from jpq.network.trace import trace
-from jpq.quantizers import Fixed, Learned
-from jpq.scores import SCORES, Evidence, FullTaylor, SecondTaylor, SiteView, Taylor
+from jpq.allocation.ranking.evidence import gate_gradients, multiplied
+from jpq.allocation.ranking.rank import rank, scores
+from jpq.compression.attach import attach
+from jpq.methods.gates import Ranked
+from jpq.methods.quantizers import Fixed, Learned
+from jpq.methods.scores import SCORES, Evidence, FullTaylor, SecondTaylor, SiteView, Taylor
+from jpq.tasks.data import load
+from jpq.tracing.forward import eval_mode
+from jpq.tracing.sites import channels
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 
@@ -76,7 +75,7 @@ def test_gate_gradient_is_that_of_the_norm_and_of_the_filter():
     net, x = smooth(ranked(model, x)), x.double()
     (first,), _ = gate_gradients(net, x, y, F.cross_entropy)
     norm, filters, head = net.model.norm, net.model.conv.weight, net.layer("head").parametrizations.weight.original
-    with evaluating(net):
+    with eval_mode(net):
         F.cross_entropy(net(x), y).backward()
     moved = norm.weight * norm.weight.grad + norm.bias * norm.bias.grad
     assert torch.allclose(first.mean(0), moved, atol=1e-12)
@@ -117,7 +116,7 @@ def test_gradients_against_finite_differences_of_the_gate(name):
             for sign in (1, -1):
                 gates = [torch.ones(len(x), other.n, dtype=torch.double) for other in net.sites]
                 gates[s][:, unit] += sign * step
-                with torch.no_grad(), evaluating(net), multiplied(net, gates):
+                with torch.no_grad(), eval_mode(net), multiplied(net, gates):
                     found.append(each(net(x)))
             slope = (found[0] - found[1]) / (2 * step)
             assert torch.allclose(first[s][:, unit], slope, rtol=1e-4, atol=1e-7)
@@ -134,7 +133,7 @@ def linear(bits=8):
 def removed(net, x, y, loss):
     """Squared change of the loss when each unit's gate closes."""
     (gate,) = net.gates
-    with torch.no_grad(), evaluating(net):
+    with torch.no_grad(), eval_mode(net):
         start, out = loss(net(x), y), []
         for unit in range(gate.n):
             gate.margins[0, unit] = -1
@@ -187,7 +186,7 @@ def test_curvature_of_a_shared_gate_has_the_terms_between_its_readers():
         for shift in (-step, 0.0, step):
             gates = [torch.ones(5, 4, dtype=torch.double)]
             gates[0][:, unit] += shift
-            with torch.no_grad(), evaluating(net), multiplied(net, gates):
+            with torch.no_grad(), eval_mode(net), multiplied(net, gates):
                 values.append(float(loss(net(x), y)))
         curve = (values[0] - 2 * values[1] + values[2]) / step**2
         assert float(second[unit]) == pytest.approx(curve, rel=1e-4)
@@ -228,7 +227,7 @@ def test_ranks_go_with_the_removal_oracle(epochs, first):
     x, y = data.train.normalise(data.train.images[:500]), data.train.labels[:500]
     net = ranked(model, x)
     oracle = []
-    with torch.no_grad(), evaluating(net):
+    with torch.no_grad(), eval_mode(net):
         start = F.cross_entropy(net(x), y)
         for gate in net.gates:
             for unit in range(gate.n):

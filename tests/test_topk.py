@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from jpq.gates.topk import SMALL, kept_of, kept_of_rows, topk_rows, topk_sites
-from jpq.structures import Window
+from jpq.methods.gates.fixed_count import SMALL, kept_of, kept_of_rows, topk_rows, topk_sites
+from jpq.methods.structures import Window
 from jpq.types import JpqError
 
 

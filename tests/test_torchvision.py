@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import coverage
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
-import coverage
-
-from jpq import vision
+from jpq.tasks import zoo
 from jpq.types import JpqError
 
-IMAGES = [name for name in coverage.names() if vision.kind_of(name) == "classification"]
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
+
+IMAGES = [name for name in coverage.names() if zoo.kind_of(name) == "classification"]
 OTHERS = [name for name in coverage.names() if name not in IMAGES]
 
 
@@ -61,11 +61,11 @@ def test_a_network_that_fails_gets_its_reason(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_names_that_cannot_be_built(name: str, says: str) -> None:
     with pytest.raises(JpqError, match=says):
-        vision.build(name, 10)
+        zoo.build_torchvision(name, 10)
 
 
 def test_usual_shapes() -> None:
-    shapes = {name: vision.usual_shape(name) for name in coverage.names()}
+    shapes = {name: zoo.usual_shape(name) for name in coverage.names()}
     assert shapes["resnet18"] == (3, 224, 224)
     assert shapes["inception_v3"] == (3, 299, 299)
     assert shapes["ssd300_vgg16.backbone"] == (3, 300, 300)

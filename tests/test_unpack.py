@@ -18,13 +18,13 @@ from zoo_attention import PACKED, Vision
 
 import jpq
 from jpq.config import Budget, Config, Run, Task, Train
-from jpq.exporters.law import apart, hold, outputs
-from jpq.exporters.onnx import Session
-from jpq.exporters.verify import compare
-from jpq.network.attention import Attention, Encoder
-from jpq.network.sites import channels
-from jpq.network.trace import trace
-from jpq.network.unpack import unpacked
+from jpq.export.float_equivalence import check_equivalence, outputs, relative_difference
+from jpq.export.runtimes import Session
+from jpq.export.verify import compare
+from jpq.tracing.attention import Attention, Encoder
+from jpq.tracing.decompose import decompose
+from jpq.tracing.sites import channels
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 B, L, S = 3, 4, 6
@@ -55,9 +55,14 @@ MASKS: dict[str, dict[str, Any]] = {
     "causal and padding": {"attn_mask": UPPER, "is_causal": True, "key_padding_mask": PADDED.double()},
 }
 OPTIONS: list[dict[str, Any]] = [
-    {}, {"bias": False}, {"kdim": 7, "vdim": 5}, {"kdim": 7, "vdim": 5, "bias": False}, {"add_bias_kv": True},
-    {"add_zero_attn": True}, {"add_bias_kv": True, "add_zero_attn": True, "kdim": 5},
-]  # fmt: skip
+    {},
+    {"bias": False},
+    {"kdim": 7, "vdim": 5},
+    {"kdim": 7, "vdim": 5, "bias": False},
+    {"add_bias_kv": True},
+    {"add_zero_attn": True},
+    {"add_bias_kv": True, "add_zero_attn": True, "kdim": 5},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -65,42 +70,44 @@ OPTIONS: list[dict[str, Any]] = [
 def test_attention_computes_what_torch_computes(kind: str, options: dict[str, Any]) -> None:
     for heads, batch_first, weights, average in itertools.product((1, 4), (True, False), (True, False), (True, False)):
         theirs = attention(heads, batch_first=batch_first, **options)
-        ours = unpacked(theirs)
+        ours = decompose(theirs)
         assert type(ours) is Attention
         assert ours.num_heads == heads
         g = torch.Generator().manual_seed(2)
-        inputs = [torch.randn(B, n, d, generator=g, dtype=torch.double)
-                  for n, d in ((L, 8), (S, theirs.kdim), (S, theirs.vdim))]  # fmt: skip
+        inputs = [
+            torch.randn(B, n, d, generator=g, dtype=torch.double)
+            for n, d in ((L, 8), (S, theirs.kdim), (S, theirs.vdim))
+        ]
         inputs = inputs if batch_first else [x.transpose(0, 1) for x in inputs]
         given = {"need_weights": weights, "average_attn_weights": average, **MASKS[kind]}
         if kind == "each head":
             given["attn_mask"] = torch.randn(B * heads, L, S, generator=g, dtype=torch.double)
         expected, found = theirs(*inputs, **given), ours(*inputs, **given)
-        assert apart([expected[0]], [found[0]]) < 1e-12
-        assert found[1] is None if not weights else apart([expected[1]], [found[1]]) < 1e-12
+        assert relative_difference([expected[0]], [found[0]]) < 1e-12
+        assert found[1] is None if not weights else relative_difference([expected[1]], [found[1]]) < 1e-12
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_attention_without_a_batch_dim(batch_first: bool) -> None:
     theirs = attention(batch_first=batch_first)
     x, padded = torch.randn(S, 8).double(), torch.arange(S) > 3
-    for expected, found in zip(*(m(x, x, x, padded) for m in (theirs, unpacked(theirs))), strict=True):
-        assert apart([expected], [found]) < 1e-12
+    for expected, found in zip(*(m(x, x, x, padded) for m in (theirs, decompose(theirs))), strict=True):
+        assert relative_difference([expected], [found]) < 1e-12
 
 
 def test_attention_learns_as_torch_does() -> None:
     theirs = attention(batch_first=True).train()
-    ours, x = unpacked(theirs), torch.randn(B, S, 8).double()
+    ours, x = decompose(theirs), torch.randn(B, S, 8).double()
     for m in (theirs, ours):
         m(x, x, x)[0].square().sum().backward()
     assert ours.training
     split = torch.cat([ours.q_proj.weight.grad, ours.k_proj.weight.grad, ours.v_proj.weight.grad])
-    assert apart([theirs.in_proj_weight.grad], [split]) < 1e-12
-    assert apart([theirs.out_proj.bias.grad], [ours.out_proj.bias.grad]) < 1e-12
+    assert relative_difference([theirs.in_proj_weight.grad], [split]) < 1e-12
+    assert relative_difference([theirs.out_proj.bias.grad], [ours.out_proj.bias.grad]) < 1e-12
 
 
 def test_attention_drops_out() -> None:
-    ours, x = unpacked(attention(batch_first=True, dropout=0.9).train()), torch.randn(B, S, 8).double()
+    ours, x = decompose(attention(batch_first=True, dropout=0.9).train()), torch.randn(B, S, 8).double()
     for weights in (True, False):
         assert not torch.equal(ours(x, x, x, need_weights=weights)[0], ours(x, x, x, need_weights=weights)[0])
 
@@ -108,7 +115,7 @@ def test_attention_drops_out() -> None:
 def test_attention_refuses_a_hint_without_its_mask() -> None:
     x = torch.randn(B, S, 8).double()
     with pytest.raises(JpqError, match="give that mask"):
-        unpacked(attention())(x, x, x, is_causal=True)
+        decompose(attention())(x, x, x, is_causal=True)
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -119,9 +126,9 @@ def test_unpacked_computes_the_same(name: str) -> None:
     for p in model.parameters():
         p.requires_grad_(False)
     before = outputs(model, example)
-    new = unpacked(model)
-    assert apart(before, outputs(new, example)) < 1e-12
-    assert apart(before, outputs(model, example)) == 0.0, "the model itself must stay as it is"
+    new = decompose(model)
+    assert relative_difference(before, outputs(new, example)) < 1e-12
+    assert relative_difference(before, outputs(model, example)) == 0.0, "the model itself must stay as it is"
     assert not any(p.requires_grad for p in new.parameters())
 
 
@@ -135,17 +142,17 @@ def test_padding_is_as_without_the_fast_path(kind: str) -> None:
     x, padded = torch.randn(2, 5, 8).double(), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     given = (x,) if kind == "encoder" else (x, x)
     named = {"src_key_padding_mask" if kind == "encoder" else "tgt_key_padding_mask": padded}
-    new = unpacked(part)
+    new = decompose(part)
     slow = part(*given, **named)  # torch takes the fast path only where no gradient is asked for
     with torch.no_grad():
         fast = part(*given, **named)
         found = new(*given, **named)
-    assert apart([slow], [found]) < 1e-12
-    assert apart([fast[~padded]], [found[~padded]]) < 1e-12
+    assert relative_difference([slow], [found]) < 1e-12
+    assert relative_difference([fast[~padded]], [found[~padded]]) < 1e-12
 
 
 def test_a_quantized_encoder_layer_takes_no_fast_path() -> None:
-    layer = unpacked(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval())
+    layer = decompose(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval())
     called = []
     layer.linear1.register_forward_pre_hook(lambda *_: called.append(1))
     layer.linear1._forward_pre_hooks, hooks = {}, layer.linear1._forward_pre_hooks  # torch looks for hooks
@@ -166,7 +173,7 @@ def test_shared_stays_shared_and_watched_stays() -> None:
             self.e = attention()
             self.e.register_forward_hook(lambda *_: None)
 
-    model = unpacked(Twice())
+    model = decompose(Twice())
     assert type(model.a) is Attention
     assert model.b is model.a
     for kept in (model.c, model.d, model.e):
@@ -174,14 +181,15 @@ def test_shared_stays_shared_and_watched_stays() -> None:
     assert model.d.in_proj_weight is model.c.in_proj_weight
 
 
-@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.weight_norm,
-                                  nn.utils.spectral_norm])  # fmt: skip
+@pytest.mark.parametrize(
+    "norm", [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.weight_norm, nn.utils.spectral_norm]
+)
 def test_norms_are_folded(norm: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Flatten(), norm(nn.Linear(32, 4))).double()
     x = torch.randn(2, 3, 4, 4).double()
     model(x).sum().backward()  # hooks leave a computed weight behind, which copy.deepcopy alone would refuse
-    new = unpacked(model)
+    new = decompose(model)
     assert [type(m) for m in new] == [nn.Conv2d, nn.ReLU, nn.Flatten, nn.Linear]
     assert set(new.state_dict()) == {"0.weight", "0.bias", "3.weight", "3.bias"}
     assert all(p.requires_grad for p in new.parameters())
@@ -194,7 +202,7 @@ def test_norms_are_folded(norm: Any) -> None:
 
 def test_other_parametrizations_stay_and_are_refused() -> None:
     model = nn.Sequential(parametrizations.spectral_norm(parametrizations.orthogonal(nn.Linear(4, 4))), nn.Linear(4, 3))
-    new = unpacked(model)
+    new = decompose(model)
     assert parametrize.is_parametrized(new[0])
     with pytest.raises(JpqError, match="carries parametrizations"):
         jpq.compress(model, torch.randn(8, 4), bops="50%")
@@ -224,14 +232,14 @@ def small_vit() -> tuple[nn.Module, Tensor]:
 def test_torchvision_heads(name: str, size: int, heads: list[int], hidden: int) -> None:
     torch.manual_seed(0)
     packed, example = small_vit() if name == "small vit" else torchvision_model(name, size)
-    model = unpacked(packed)
-    assert apart(outputs(packed, example), outputs(model, example)) < 1e-12
+    model = decompose(packed)
+    assert relative_difference(outputs(packed, example), outputs(model, example)) < 1e-12
     network = trace(model, example)
     sites = channels(network)
     assert [s.n for s in sites if s.makers[0].endswith(("q_proj", "qkv"))] == heads
     assert len([s.n for s in sites if "mlp" in s.name]) == hidden
     assert network.unknown_ops == ()
-    found = hold(model, network, sites, example, seed=0)
+    found = check_equivalence(model, network, sites, example, seed=0)
     assert found.difference < 1e-9
     assert found.dropped > 50
 
@@ -240,7 +248,7 @@ def test_torchvision_heads(name: str, size: int, heads: list[int], hidden: int) 
 def test_the_work_is_counted_as_before(name: str) -> None:
     make, example = PACKED[name]
     model = make().eval()
-    before, after = (sum(layer.macs for layer in trace(m, example).layers) for m in (model, unpacked(model)))
+    before, after = (sum(layer.macs for layer in trace(m, example).layers) for m in (model, decompose(model)))
     assert before == after
 
 
@@ -287,13 +295,13 @@ def test_optimize_saves_and_loads_a_vision_transformer(tmp_path: Any) -> None:
     assert result.notes == (), "no layer stays at 32 bits"
     small, plan = jpq.load(result.folder, run_code=True)
     assert "blocks.layers.0.self_attn.q_proj" in plan.layers
-    x = jpq.data.load("digits").example
+    x = jpq.tasks.data.load("digits").example
     assert gap(small(x), Session(result.folder / "model.onnx", optimised=False)(x)) < 1e-3
 
 
 def test_weights_of_the_original_load_before_unpacking(tmp_path: Any) -> None:
     original, x = Vision(10, 1).eval(), torch.randn(3, 1, 8, 8)
     torch.save(original.state_dict(), tmp_path / "w.pth")
-    model = jpq.models.build("zoo_attention:Vision", 10, 1).eval()
-    jpq.models.load_weights(model, tmp_path / "w.pth")
-    assert gap(original(x), unpacked(model)(x)) < 1e-5
+    model = jpq.tasks.models.build("zoo_attention:Vision", 10, 1).eval()
+    jpq.tasks.models.load_weights(model, tmp_path / "w.pth")
+    assert gap(original(x), decompose(model)(x)) < 1e-5

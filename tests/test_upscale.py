@@ -12,19 +12,20 @@ from zoo_readers import IMAGE, READERS
 
 import jpq
 from jpq import costs
+from jpq.compression.attach import attach
 from jpq.config import Budget, Config, Decide, Run, Task, Train
-from jpq.exporters import onnx
-from jpq.exporters.law import apart, outputs, scramble
-from jpq.exporters.quantized import build, rebuild
-from jpq.exporters.select import Select, copies
-from jpq.exporters.verify import difference, measure
-from jpq.gates import VIB, Ranked
-from jpq.network.attach import attach
-from jpq.network.consumers import dropped, per_consumer
-from jpq.network.shares import Shares
-from jpq.network.trace import trace
+from jpq.export import runtimes
+from jpq.export.float_equivalence import outputs, randomize, relative_difference
+from jpq.export.onnx import export
+from jpq.export.rebuild import build, rebuild
+from jpq.export.unconstrained.select import Select, copies
+from jpq.export.verify import difference, measure
+from jpq.methods.gates import VIB, Ranked
+from jpq.methods.quantizers import Fixed
 from jpq.plan import from_json
-from jpq.quantizers import Fixed
+from jpq.tracing.channel_shares import ChannelShares
+from jpq.tracing.sites import dropped, per_consumer
+from jpq.tracing.trace import trace
 
 NETS = {**{name: (make, IMAGE) for name, make in READERS.items()}, **{f"zoo_{n}": pair for n, pair in ZOO.items()}}
 
@@ -39,7 +40,7 @@ def settled(name, seed=0):
     make, example = NETS[name]
     model = make()
     network = trace(model, example)
-    scramble(model, example, seed)
+    randomize(model, example, seed)
     example = tree_map(lambda t: t.double() if t.is_floating_point() else t, example)
     net = attach(model, network, per_consumer(network), Ranked, widths, [example], "upscale").double()
     for gate in net.gates:
@@ -54,10 +55,10 @@ def test_settled_rebuilt_and_loaded_agree(name):
     model, net, example = settled(name)
     small, plan = rebuild(net, model)
     found = outputs(small.double(), example)
-    assert apart(outputs(net, example), found) <= 1e-10
+    assert relative_difference(outputs(net, example), found) <= 1e-10
     again = build(from_json(plan.to_json(), "here"), model)
     again.load_state_dict(small.state_dict())
-    assert apart(found, outputs(again.double().eval(), example)) == 0
+    assert relative_difference(found, outputs(again.double().eval(), example)) == 0
 
 
 @pytest.mark.parametrize("name", ["chain", "joined", "added", "flipped", "depthwise", "transposed", "zoo_concat"])
@@ -83,7 +84,7 @@ def test_a_reader_is_charged_for_what_it_keeps_and_a_producer_for_what_anybody_k
 def test_soft_shares_are_exact_at_the_corners_and_have_gradients():
     network = trace(READERS["joined"](), IMAGE)
     sites = per_consumer(network)
-    shares = Shares(network, sites)
+    shares = ChannelShares(network, sites)
     generator = torch.Generator().manual_seed(0)
     hard = [(torch.rand(1, s.n, generator=generator) < 0.5).double() for s in sites]
     soft = shares.soft(hard)
@@ -103,7 +104,7 @@ def test_gates_that_learn_work_on_every_reader():
     torch.manual_seed(0)
     model = READERS["added"]()
     network = trace(model, IMAGE)
-    scramble(model, IMAGE).float()
+    randomize(model, IMAGE).float()
     net = attach(model, network, per_consumer(network), VIB, widths, [IMAGE], "djpq")
     sum(out.square().mean() for out in net(IMAGE)).add(costs.bops(net.uses()).log()).add(net.penalty()).backward()
     assert all(bool(p.grad.abs().sum() > 0) for p in net.gates.parameters() if p.requires_grad and p.grad is not None)
@@ -111,12 +112,12 @@ def test_gates_that_learn_work_on_every_reader():
         gate.log_var.data[0, ::2] = 4.0
     net.eval().settle(net.plan())
     small, _ = rebuild(net, model)
-    assert apart(outputs(net.double(), IMAGE), outputs(small.double(), IMAGE)) <= 1e-9
+    assert relative_difference(outputs(net.double(), IMAGE), outputs(small.double(), IMAGE)) <= 1e-9
 
 
 def test_exported_file_slices_and_gathers(tmp_path):
     torch.manual_seed(1)
-    model = jpq.models.build("resnet20", 10, 3).eval()
+    model = jpq.tasks.models.build("resnet20", 10, 3).eval()
     x = torch.randn(4, 3, 16, 16)
     net = jpq.compress(model, x, method="upscale", bops="0.8%", w_bits=(4, 4), a_bits=(4, 4))
     small = net.finalize()
@@ -124,7 +125,7 @@ def test_exported_file_slices_and_gathers(tmp_path):
     assert found.views >= 1
     assert found.gathers >= 1
     path = tmp_path / "small.onnx"
-    onnx.export(small, x, path)
+    export.export(small, x, path)
     kinds = [node.op_type for node in onnx_format.load(path).graph.node]
     strided = 4  # of the two shortcuts: every second row, and every second column
     assert (kinds.count("Slice") - strided, kinds.count("Gather")) == (found.views, found.gathers)
@@ -171,6 +172,6 @@ def test_a_run_from_the_command_can_be_loaded(tmp_path):
     }
     assert sum(isinstance(m, Select) for m in small.modules()) == len(plan.selects)
     x = torch.rand(16, 1, 8, 8)
-    apart = (small(x) - onnx.Session(result.folder / "model.onnx", optimised=False)(x)).abs().amax(1)
+    apart = (small(x) - runtimes.Session(result.folder / "model.onnx", optimised=False)(x)).abs().amax(1)
     assert float(apart.median()) < 1e-3  # a value at a rounding boundary may move a few
     assert difference(small, jpq.load(result.folder)[0], x) == 0

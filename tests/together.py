@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 import jpq
-from jpq import data, ranks
-from jpq.data import Data
-from jpq.train import Objective
+from jpq.tasks import data
+from jpq.tasks.data import Data
+from jpq.training import distributed
+from jpq.training.loop import Objective
 from jpq.types import JpqError
 
 METHODS = ("djpq", "gdp", "l0", "dhp", "pdp", "bayesian-bits")
@@ -21,17 +22,17 @@ SAMPLES = 13  # does not divide evenly
 def one_step(method: str) -> dict[str, torch.Tensor]:
     """Loss, gradients and buffers after the forward and backward pass of one batch in float64, by name."""
     torch.manual_seed(0)
-    model = jpq.models.build("convnet", 10, 1).double()
+    model = jpq.tasks.models.build("convnet", 10, 1).double()
     x, y = torch.rand(SAMPLES, 1, 8, 8, dtype=torch.float64), torch.arange(SAMPLES) % 10
     joint = jpq.compress(model, x, method, bops="0.5%", steps=10)
     net = joint.net.double()
     net.train()
     objective = Objective(model.eval(), 1.0, 2.0, 0.03, joint.controller)
-    with ranks.Split(net, net.draws) as objective.split:
+    with distributed.Split(net, net.draws) as objective.split:
         loss = objective(net, x, y, 0.9)
-        value = ranks.mean(loss)
+        value = distributed.mean(loss)
         loss.backward()
-    ranks.average_gradients(net)
+    distributed.average_gradients(net)
     found = {f"gradient of {n}": p.grad for n, p in net.named_parameters() if p.grad is not None}
     found |= {n: b.double() for n, b in net.named_buffers()}
     return {**found, "loss": torch.tensor(value, dtype=torch.float64)}
@@ -45,13 +46,16 @@ def unlike(name: str = "digits") -> Data:
 def main(task: str, folder: Path) -> None:
     """`steps`: the gradients of each method into FOLDER. `disagree`: what each process is told where they do."""
     torch.set_num_threads(1)
-    ranks.begin("cpu")
+    distributed.begin("cpu")
     rank = int(os.environ.get("RANK", "0"))
     if task == "steps":
-        torch.save({method: one_step(method) for method in METHODS}, folder / f"{ranks.count()}-{rank}.pt")
+        torch.save({method: one_step(method) for method in METHODS}, folder / f"{distributed.count()}-{rank}.pt")
     elif task == "disagree":
         said = []
-        for work in (lambda: ranks.require_same(f"plan {rank}", "a landed plan"), lambda: ranks.from_first(fails)):
+        for work in (
+            lambda: distributed.require_same(f"plan {rank}", "a landed plan"),
+            lambda: distributed.run_on_first(fails),
+        ):
             try:
                 work()
             except JpqError as error:
@@ -59,10 +63,10 @@ def main(task: str, folder: Path) -> None:
         torch.manual_seed(rank)
         net = torch.nn.BatchNorm1d(3)
         torch.nn.init.normal_(net.weight)
-        ranks.share_state(net)
+        distributed.share_state(net)
         drawn = [*net.weight.tolist(), *torch.rand(2).tolist()]
         (folder / f"{rank}.txt").write_text("\n".join([*said, str(drawn)]))
-    ranks.end()
+    distributed.end()
 
 
 def fails() -> None:

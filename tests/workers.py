@@ -22,8 +22,11 @@ def worker(out: Path, *flags: str) -> subprocess.Popen[str]:
     said = (out / f"worker{len(list(out.glob('worker*.txt')))}.txt").open("w")
     return subprocess.Popen(
         [sys.executable, "-m", "jpq", "study", *FLAGS.split(), "--out", str(out), *flags],
-        env={**os.environ, **path, "OMP_NUM_THREADS": "1"}, stdout=said, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        env={**os.environ, **path, "OMP_NUM_THREADS": "1"},
+        stdout=said,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def until(holds: Callable[[], bool], what: str, seconds: float = 240) -> None:

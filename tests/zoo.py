@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from zoo_attention import UNPACKED
 from zoo_tokens import Attention, AttentionByHand, AttentionRigid, Tokens, Transformer
 
-from jpq.network.pad import PadChannels
+from jpq.tasks.zoo import PadChannels
 
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
 

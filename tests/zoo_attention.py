@@ -14,7 +14,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedW
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 from zoo_tokens import Transformer
 
-from jpq.network.unpack import unpacked
+from jpq.tracing.decompose import decompose
 
 
 class Translate(nn.Module):  # encoder and decoder, a causal mask made on the way, attention weights that nobody reads
@@ -126,7 +126,7 @@ class Vision(nn.Module):  # a small ViT of torch.nn's parts, for images of 8x8
 
 
 def fresh(make: Callable[[], nn.Module]) -> nn.Module:
-    return unpacked(make())
+    return decompose(make())
 
 
 def noise(*shape: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import conv
 
-from jpq.network.pad import PadChannels
+from jpq.tasks.zoo import PadChannels
 
 IMAGE = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(5))
 

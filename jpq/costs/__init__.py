@@ -1,22 +1,16 @@
 """What it spends."""
 
-from jpq.costs.base import DENSE, Clock, Cost, LayerUse, Number
+from __future__ import annotations
+
+from jpq.costs.base import DENSE, Cost, LatencyModel, LayerUse, Number
 from jpq.costs.counts import baseline, bops, bops_structured, dense, layer_bops, macs, size, structured
 from jpq.costs.latency import latency_ns, layer_latency
-
-COSTS: dict[str, Cost] = {
-    "bops": bops,
-    "bops-structured": bops_structured,
-    "macs": macs,
-    "size": size,
-    "latency": latency_ns,
-}
 
 __all__ = [
     "COSTS",
     "DENSE",
-    "Clock",
     "Cost",
+    "LatencyModel",
     "LayerUse",
     "Number",
     "baseline",
@@ -30,3 +24,11 @@ __all__ = [
     "size",
     "structured",
 ]
+
+COSTS: dict[str, Cost] = {
+    "bops": bops,
+    "bops-structured": bops_structured,
+    "macs": macs,
+    "size": size,
+    "latency": latency_ns,
+}

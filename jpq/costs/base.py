@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 Number = Any  # Tensor while training; int or Fraction in a report: the same arithmetic
+
 DENSE = "dense"  # the scheme of a layer without a mask
 
 
-class Clock(Protocol):
+class LatencyModel(Protocol):
     """How long one layer takes, read from a table of measurements."""
 
     def __call__(
@@ -37,8 +38,8 @@ class LayerUse:
     a_bits: Number  # of the layer's input
     mask_bits: Number = 0  # what it takes to store which weights stay
     regular: bool = True  # whether devices are known that skip what the mask drops
-    scheme: str = DENSE  # what the mask's units are, as `jpq.structures.parse` reads it
-    clock: Clock | None = None  # where a table of latencies was given
+    scheme: str = DENSE  # what the mask's units are, as `jpq.methods.structures.parse` reads it
+    clock: LatencyModel | None = None  # where a table of latencies was given
 
 
 Cost = Callable[[Sequence[LayerUse]], Number]

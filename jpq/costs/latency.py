@@ -35,10 +35,11 @@ import torch
 from torch import Tensor
 
 from jpq.costs.base import DENSE, LayerUse, Number
-from jpq.costs.table import MODELLED, Entry, Shape, Table
+from jpq.costs.latency_table import MODELLED, Entry, LatencyTable, Shape
 from jpq.types import JpqError
 
 NS = 10**6  # nanoseconds of a millisecond
+
 QUANTIZED = 8  # widths up to here are compared with each other
 
 
@@ -50,13 +51,15 @@ def latency_ns(uses: Sequence[LayerUse]) -> Number:
 def layer_latency(u: LayerUse) -> Number:
     """Predicted nanoseconds of one layer. Raises JpqError where no table was given."""
     if u.clock is None:
-        raise JpqError("A latency needs a table of measured layers: run jpq bench --table FILE.csv --model NAME, then "
-                       "give --latency-table FILE.csv.")  # fmt: skip
+        raise JpqError(
+            "A latency needs a table of measured layers: run jpq bench --table FILE.csv --model NAME, then "
+            "give --latency-table FILE.csv."
+        )
     return u.clock(u.inputs, u.outputs, u.density, u.w_bits, u.a_bits, u.scheme)
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
+class InterpolatedLatency:
     """How long one layer takes. A `Clock`; exact for whole numbers and fractions, differentiable for tensors.
 
     Gradients are those of the interpolation (at a measured count, of the piece below it). Whole widths cost steps; for
@@ -145,7 +148,9 @@ class _Place:
     beyond: Number  # 1, or the count over the last node
 
 
-def curve(table: Table, shape: Shape, form: str, inputs: int, outputs: int, times: Fraction) -> Curve | None:
+def interpolate(
+    table: LatencyTable, shape: Shape, form: str, inputs: int, outputs: int, times: Fraction
+) -> InterpolatedLatency | None:
     """How long a layer takes by this table; None where the table has no dense line for its shape."""
     mine = _of_form([e for e in table.entries if e.shape == shape], form)
     plain = [e for e in mine if e.scheme == DENSE]
@@ -165,7 +170,7 @@ def curve(table: Table, shape: Shape, form: str, inputs: int, outputs: int, time
     parts = [isotonic(seen[:few])] if few else []
     nodes = np.concatenate([*parts, *(isotonic(seen[i : i + 1]) for i in range(few, len(bits)))])
     guessed = frozenset(e.scheme for e in mine if e.notes.get("source") == MODELLED)
-    made = Curve(shape, inputs, outputs, times, axes, bits, nodes, {}, guessed)
+    made = InterpolatedLatency(shape, inputs, outputs, times, axes, bits, nodes, {}, guessed)
     made.masked.update(_masked(made, [e for e in mine if e.scheme != DENSE]))
     return made
 
@@ -195,7 +200,9 @@ def isotonic(seen: np.ndarray) -> np.ndarray:
     return (below + above) // 2
 
 
-def _masked(dense: Curve, entries: Sequence[Entry]) -> dict[str, dict[int, tuple[tuple[Fraction, Fraction], ...]]]:
+def _masked(
+    dense: InterpolatedLatency, entries: Sequence[Entry]
+) -> dict[str, dict[int, tuple[tuple[Fraction, Fraction], ...]]]:
     """Time over dense time by density, from the lines measured at the counts nearest to the whole layer's."""
     groups: dict[tuple[str, int], list[Entry]] = defaultdict(list)
     for e in entries:

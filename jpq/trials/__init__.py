@@ -1,1 +1,5 @@
-"""A study: many runs of `jpq.optimize`, whose settings Optuna chooses, towards a front of accuracy against cost."""
+"""Many runs by Optuna (`jpq study`)."""
+
+from jpq.lazy import lazy_names
+
+__getattr__, __dir__ = lazy_names(__name__, {})

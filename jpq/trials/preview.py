@@ -10,33 +10,38 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from jpq import bench, by_hand, costs, models
-from jpq.budget import parse
-from jpq.checkpoint import save_tensors
-from jpq.config import BY_HAND, Config
+from jpq.allocation import manual
+from jpq.allocation.procedures import calibration, evidence, score_of
+from jpq.compression.attach import attach
+from jpq.compression.build import method_sites, width_factory
+from jpq.compression.model import CompressedModel
+from jpq.compression.usage import exact_usage
+from jpq.config import MANUAL, Config
+from jpq.costs import COSTS, baseline, latency_ns, macs, size
 from jpq.costs.latency import NS
-from jpq.data import Data
-from jpq.gates import Ranked
-from jpq.judging import calibration, evidence, score_of
-from jpq.machine import pick_device, set_threads
-from jpq.methods import SAID
-from jpq.network.attach import attach
-from jpq.network.compressed import Compressed, exact_uses
-from jpq.network.shares import Shares
-from jpq.network.timed import timed
-from jpq.network.trace import trace
-from jpq.parts import sites_of, widths
+from jpq.costs.target import parse_target
+from jpq.export.timing import layer_table
+from jpq.files.tensors import save_tensors
+from jpq.methods.gates import Ranked
+from jpq.methods.table import MANUAL_ROW
 from jpq.plan import Plan
-from jpq.recipe import dense_model, read_data
-from jpq.result import Watch
-from jpq.train import Objective, Phase, Recorder, fit, optimizer
+from jpq.tasks import models
+from jpq.tasks.data import Data
+from jpq.tasks.load import dense_model, read_data
+from jpq.tracing.channel_shares import ChannelShares
+from jpq.tracing.network import with_times
+from jpq.tracing.trace import trace
+from jpq.training.environment import pick_device, set_threads
+from jpq.training.epochs import Phase
+from jpq.training.history import TrainingObserver
+from jpq.training.loop import Objective, Recorder, fit, optimizer
 from jpq.types import JpqError
 
 Costs = dict[str, float]  # by cost: shares of the fp32 model for bops and macs, bytes for size, ms for latency
 
 
 @dataclass(frozen=True)
-class Known:
+class PreviewedCosts:
     """Decisions, worked out: what they cost, and a name that equal decisions share."""
 
     costs: Costs
@@ -58,22 +63,22 @@ class Preview:
         model = dense_model(config, data, device)
         self.network = trace(model, data.example, open_norms=config.decide.open_norms)
         if config.budget.latency_table is not None:
-            self.network = timed(self.network, bench.read_table(config.budget.latency_table))
+            self.network = with_times(self.network, layer_table.read_table(config.budget.latency_table))
         set_threads(config.run.threads, sum(x.macs for x in self.network.layers) * config.train.batch_size)
-        self.sites = sites_of(SAID, self.network, config.decide.skip)
+        self.sites = method_sites(MANUAL_ROW, self.network, config.decide.skip)
         self.full = {name: float(cost) for name, cost in self._dense().items()}
-        self._net: Compressed | None = None
+        self._net: CompressedModel | None = None
         self._start, self.classes = (model, data), data.classes
 
     def _dense(self) -> Mapping[str, float]:
-        return costs.baseline(exact_uses(self.network, Shares(self.network, ()), Plan("", {}, {})))
+        return baseline(exact_usage(self.network, ChannelShares(self.network, ()), Plan("", {}, {})))
 
     def limits(self, asked: Mapping[str, str]) -> Costs:
         """What each cost may be at most, in the units of `Costs`. Raises JpqError for what is no amount."""
         found = {}
         for cost, text in asked.items():
             try:
-                limit = parse(cost, text, self.full[cost]).limit
+                limit = parse_target(cost, text, self.full[cost]).limit
             except JpqError as error:
                 raise JpqError(str(error).replace("--target-", "--max-")) from error
             found[cost] = self.in_units(cost, limit)
@@ -83,33 +88,33 @@ class Preview:
         """Bit-operations and MACs as shares of the fp32 model, bytes as they are, nanoseconds as milliseconds."""
         return amount / self.full[cost] if cost in ("bops", "macs") else amount / NS if cost == "latency" else amount
 
-    def look(self, config: Config) -> Known:
+    def look(self, config: Config) -> PreviewedCosts:
         """What the decisions by hand of this config will cost, and what to call them."""
         net = self._ranked()
-        plan = by_hand.plan(net, config.decide)
+        plan = manual.plan(net, config.decide)
         uses = net.exact(plan)
-        amounts = {"bops": costs.COSTS[config.budget.cost](uses), "macs": costs.macs(uses), "size": costs.size(uses)}
+        amounts = {"bops": COSTS[config.budget.cost](uses), "macs": macs(uses), "size": size(uses)}
         if "latency" in self.full:
-            amounts["latency"] = costs.latency_ns(uses)
+            amounts["latency"] = latency_ns(uses)
         text = f"{plan.to_json()} {config.train.lr}"
         found = {cost: self.in_units(cost, float(amount)) for cost, amount in amounts.items()}
-        return Known(found, hashlib.sha256(text.encode()).hexdigest()[:12])
+        return PreviewedCosts(found, hashlib.sha256(text.encode()).hexdigest()[:12])
 
-    def _ranked(self) -> Compressed:
+    def _ranked(self) -> CompressedModel:
         """The network attached as the trials attach it, with its channels ranked: once."""
         if self._net is None:
             model, data = self._start
-            c = replace(self.config, decide=replace(self.config.decide, method=BY_HAND))
+            c = replace(self.config, decide=replace(self.config.decide, method=MANUAL))
             d = c.decide
             torch.manual_seed(c.run.seed)
-            make = widths(SAID, d.w_bits, d.a_bits, d.image_bits, (float(d.w_bits[1]), float(d.a_bits[1])))
-            net = attach(model, self.network, self.sites, Ranked, make, calibration(data), BY_HAND)
-            by_hand.ranked(net, d, score_of(c), evidence(data))
+            make = width_factory(MANUAL_ROW, d.w_bits, d.a_bits, d.image_bits, (float(d.w_bits[1]), float(d.a_bits[1])))
+            net = attach(model, self.network, self.sites, Ranked, make, calibration(data), MANUAL)
+            manual.ranked(net, d, score_of(c), evidence(data))
             self._net = net
         return self._net
 
 
-def float_weights(config: Config, file: Path, watch: Watch) -> tuple[Path, str]:
+def float_weights(config: Config, file: Path, watch: TrainingObserver) -> tuple[Path, str]:
     """The weights that all trials start from, those given or trained here into `file`, and a digest of them."""
     device = pick_device(config.run.device)
     torch.manual_seed(config.run.seed)
@@ -128,7 +133,7 @@ def float_weights(config: Config, file: Path, watch: Watch) -> tuple[Path, str]:
     return path, digest.hexdigest()[:12]
 
 
-def _train(model: nn.Module, data: Data, config: Config, watch: Watch) -> None:
+def _train(model: nn.Module, data: Data, config: Config, watch: TrainingObserver) -> None:
     t = config.train
     phase = Phase("float", t.float_epochs)
     fit(model, data, phase, Objective(), optimizer(model, t.lr, t.weight_decay), Recorder(lambda: 0.0), watch)

@@ -20,9 +20,13 @@ from jpq.trials.settings import Study
 from jpq.types import unknown
 
 LIMITS = "limits"  # user attribute: name of a limit -> cost over limit - 1, at most 0 where it holds
+
 FIRST = 8  # random trials before a model is fitted
+
 POPULATION = 20  # trials of a generation; neither follows --trials, which every worker may choose
+
 OWN = hasattr(optuna.trial.Trial, "set_constraint")  # from Optuna 5 on trials hold their constraints themselves
+
 Make = Callable[[int], BaseSampler]
 
 

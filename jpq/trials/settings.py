@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
 
-from jpq.config import TARGETS, Config, Decide
+import optuna
+import tomli_w
+from optuna.study import StudyDirection
+
+from jpq.config import TARGETS, Config, Decide, fill_section, from_tree, read_tables, to_tree
+from jpq.files.atomic import replace_file
+from jpq.trials.storage import stored
 from jpq.types import JpqError, unknown
 
 OBJECTIVES = ("accuracy", "bops", "size", "latency", "macs")
+
 VARIED = ("density", "bits", "structure", "method", "lr", "target")
+
 PARTS = ("layer", "block", "network")
+
 SAMPLERS = ("tpe", "nsga2", "gp", "random")
+
 STEP = 0.05  # between densities
+
+STUDY_FILE = "study.toml"
+SETTINGS, WEIGHTS, CHANCE = "settings", "float weights", "accuracy of guessing"  # user attributes of the study
+OWN = ("name", "trials", "storage", "dead_after", "pictures")  # settings that each worker may choose
 
 
 @dataclass(frozen=True)
@@ -107,9 +125,11 @@ class Study:
             if name not in known:
                 raise unknown(flag, name, known)
         for flag, number, least in (
-            ("--trials", self.trials, 1), ("--patience", self.patience, 1), ("--warm-up", self.warm_up, 1),
+            ("--trials", self.trials, 1),
+            ("--patience", self.patience, 1),
+            ("--warm-up", self.warm_up, 1),
             ("--dead-after", self.dead_after, 2),
-        ):  # fmt: skip
+        ):
             if number < least:
                 raise JpqError(f"{flag} {number}: at least {least} is needed.")
         if not 0 <= self.margin < 1:
@@ -122,8 +142,10 @@ class Study:
         if not _share(self.bops_range[0]) < _share(self.bops_range[1]):
             raise JpqError(f"--bops-range {' '.join(self.bops_range)}: give a smaller and a larger share.")
         if "latency" in {*asked, *self.limits()} and config.budget.latency_table is None:
-            raise JpqError("Latency as an objective or limit needs measured layers: run jpq bench --table FILE.csv "
-                           f"--model {config.task.model}, then add --latency-table FILE.csv.")  # fmt: skip
+            raise JpqError(
+                "Latency as an objective or limit needs measured layers: run jpq bench --table FILE.csv "
+                f"--model {config.task.model}, then add --latency-table FILE.csv."
+            )
         self._check_decisions(config, varied)
         return self
 
@@ -134,16 +156,22 @@ class Study:
             for cost in ("bops", "size", "macs", "latency"):
                 text = getattr(b, f"target_{cost}")
                 if text:
-                    raise JpqError(f"--target-{cost} {text}: in a study of {self.vary} the cost is what comes out. "
-                                   f"Give --max-{cost} {text.split(',')[0]}, or --vary target,method.")  # fmt: skip
+                    raise JpqError(
+                        f"--target-{cost} {text}: in a study of {self.vary} the cost is what comes out. "
+                        f"Give --max-{cost} {text.split(',')[0]}, or --vary target,method."
+                    )
             said = {"bits": d.bits, "density": d.densities}
             for name, text in said.items():
                 if name in varied and text:
-                    raise JpqError(f"{name} is decided by the trials (--vary {self.vary}) and said by hand: {text}. "
-                                   "Leave one of them out.")  # fmt: skip
+                    raise JpqError(
+                        f"{name} is decided by the trials (--vary {self.vary}) and said by hand: {text}. "
+                        "Leave one of them out."
+                    )
             if d.method != Decide.method:
-                raise JpqError(f"--method {d.method}: in a study of {self.vary} the trials decide. Leave --method out, "
-                               "or --vary target.")  # fmt: skip
+                raise JpqError(
+                    f"--method {d.method}: in a study of {self.vary} the trials decide. Leave --method out, "
+                    "or --vary target."
+                )
             replace(config, decide=replace(d, bits=d.bits or "8/8")).check()
         else:
             if "target" in varied and b.target_bops:
@@ -151,8 +179,10 @@ class Study:
             for name in TARGETS:
                 text, flag = getattr(b, name) or "", f"--{name.replace('_', '-')}"
                 if "," in text:
-                    raise JpqError(f"{flag} {text}: each trial of a study has one target. Give one, such as {flag} "
-                                   f"{text.split(',')[0].strip()}, or --vary target for BOPs.")  # fmt: skip
+                    raise JpqError(
+                        f"{flag} {text}: each trial of a study has one target. Give one, such as {flag} "
+                        f"{text.split(',')[0].strip()}, or --vary target for BOPs."
+                    )
             given = replace(b, target_bops="1%") if "target" in varied else b
             replace(config, budget=given).check()
 
@@ -183,3 +213,86 @@ def _share(text: str) -> float:
     if not text.endswith("%") or not 0 < number <= 1:
         raise JpqError(f"--bops-range: '{text}' is not a share of the fp32 model's BOPs. Write it like 0.5%.")
     return number
+
+
+def write_study(config: Config, study: Study, path: Path) -> None:
+    """Save the settings as TOML: those of the task, and a table [study]; they hold from any folder, and no password."""
+    task, weights = config.task, config.task.weights
+    task = replace(task, weights=weights and weights.resolve(), data_root=task.data_root.resolve())
+    table = config.budget.latency_table
+    config = replace(config, task=task, budget=replace(config.budget, latency_table=table and table.resolve()))
+    own = asdict(replace(study, storage=stored(study.storage)))
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in own.items() if v is not None}
+    replace_file(path, lambda part: part.write_text(tomli_w.dumps({**to_tree(config), "study": plain})))
+
+
+def read_study(path: Path) -> tuple[Config, Study]:
+    """The settings in a study's file, or in a run's config.toml.
+
+    A file that lies in its study's own folder says with it where that study is.
+    """
+    tree = read_tables(path)
+    table = tree.pop("study", {})
+    if not isinstance(table, dict):
+        raise JpqError(f"{path}: 'study' must be a table of settings, such as [study].")
+    config, study = from_tree(tree, str(path)), fill_section(Study(), "study", table, str(path))
+    folder = path.resolve().parent
+    own = path.name == STUDY_FILE and folder.name == study.name
+    return replace(config, run=replace(config.run, out=folder.parent if own else config.run.out, resume=False)), study
+
+
+def begun(shared: optuna.Study) -> bool:
+    """Whether a worker has noted all that the others need."""
+    noted = shared.user_attrs.get(SETTINGS)
+    return isinstance(noted, dict) and "study" in noted and WEIGHTS in shared.user_attrs
+
+
+def require_own(shared: optuna.Study, directions: Sequence[StudyDirection]) -> None:
+    """Raises JpqError for a study of somebody else's; one whose first worker has only begun is ours."""
+    other = shared.directions != list(directions)
+    if not begun(shared) and (other or (WEIGHTS not in shared.user_attrs and shared.get_trials(deepcopy=False))):
+        raise JpqError(
+            f"The storage holds a study '{shared.study_name}' that is not of jpq study. Choose another --name."
+        )
+
+
+def note(config: Config, study: Study, shared: optuna.Study) -> None:
+    """Note the settings in the storage. They come last: a study that has them has all else (`begun`)."""
+    shared.set_user_attr(SETTINGS, _shared(config, study))
+
+
+def _shared(config: Config, study: Study) -> dict[str, dict[str, Any]]:
+    """The settings that all workers must agree on."""
+    tree: dict[str, Any] = {s: dict(t) for s, t in to_tree(config).items()}
+    tree["run"] = {"seed": config.run.seed}
+    for name in ("weights", "data_root"):  # where they lie on this machine
+        tree["task"].pop(name, None)
+    if config.budget.latency_table is not None:  # what it says, not where it lies
+        tree["budget"]["latency_table"] = hashlib.sha256(config.budget.latency_table.read_bytes()).hexdigest()[:12]
+    tree["study"] = {f.name: getattr(study, f.name) for f in fields(study) if f.name not in OWN}
+    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(tree))
+    return plain
+
+
+def agree(config: Config, study: Study, weights: str, shared: optuna.Study) -> None:
+    """Raises JpqError where other workers have noted other settings or float weights in the storage."""
+    ours = _shared(config, study)
+    theirs = shared.user_attrs[SETTINGS]
+    for section in ours:
+        for key in sorted({*ours[section], *theirs.get(section, {})}):
+            mine, other = ours[section].get(key), theirs.get(section, {}).get(key)
+            if mine != other:
+                raise JpqError(
+                    f"Study '{study.name}' was begun with --{key.replace('_', '-')} {_said(other)}, and here it is "
+                    f"{_said(mine)}. Go on with the study's own settings (--config with its {STUDY_FILE}), "
+                    "or choose another --name."
+                )
+    if shared.user_attrs[WEIGHTS] != weights:
+        raise JpqError(
+            f"Study '{study.name}' was begun with other float weights. Copy its float.safetensors into this folder, or "
+            "name the same file with --weights."
+        )
+
+
+def _said(value: Any) -> str:
+    return "left out" if value in (None, "") else " ".join(map(str, value)) if isinstance(value, list) else str(value)

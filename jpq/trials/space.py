@@ -8,18 +8,21 @@ from typing import Any
 
 from optuna.trial import Trial
 
-from jpq.compose import legal
 from jpq.config import Config
-from jpq.gates import Counted, Ranked
-from jpq.methods import METHODS
-from jpq.network.record import Network
-from jpq.network.sites import Site
+from jpq.methods.compatibility import is_allowed
+from jpq.methods.gates import FixedCount, Ranked
+from jpq.methods.table import METHODS
+from jpq.tracing.network import Network
+from jpq.tracing.sites import Site
 from jpq.trials.settings import STEP, Study
 from jpq.types import JpqError, unknown
 
 EVERYWHERE = "all layers"  # what --per network calls them
+
 UNIFORM = (8, 4, 3, 2)  # widths of the anchors
+
 RATES = {"lr": "learning rate of weights", "gate_lr": "learning rate of gates", "bit_lr": "learning rate of bits"}
+
 TARGET = "BOPs target (% of fp32)"
 
 
@@ -46,7 +49,7 @@ def require_names(study: Study) -> None:
     for name in study.choices("methods") if "method" in study.varied() else ():
         if name not in METHODS:
             raise unknown("method", name, METHODS)
-    readable = legal(next(method for method in METHODS.values() if method.gate is not None))
+    readable = is_allowed(next(method for method in METHODS.values() if method.gate is not None))
     for name in study.choices("structures") if "structure" in study.varied() else ():
         readable(name)
 
@@ -140,11 +143,13 @@ class Space:
         if "structure" in varied:
             d = replace(d, structure=trial.suggest_categorical("structure", study.choices("structures")))
         gate = METHODS[d.method].gate if d.method in METHODS else None
-        if "density" in varied and gate is not None and issubclass(gate, (Counted, Ranked)):
+        if "density" in varied and gate is not None and issubclass(gate, (FixedCount, Ranked)):
             d = replace(d, density=round(trial.suggest_float("density", *study.density_range, step=STEP), 4))
         if "bits" in varied:
-            w, a = (trial.suggest_int(f"largest {side} bits", *bounds)
-                    for side, bounds in (("weight", d.w_bits), ("activation", d.a_bits)))  # fmt: skip
+            w, a = (
+                trial.suggest_int(f"largest {side} bits", *bounds)
+                for side, bounds in (("weight", d.w_bits), ("activation", d.a_bits))
+            )
             d = replace(d, w_bits=(d.w_bits[0], w), a_bits=(d.a_bits[0], a))
         budget = config.budget
         if "target" in varied:

@@ -33,12 +33,15 @@ except ImportError:  # not on Windows: workers then must not begin at the same m
     fcntl = None  # type: ignore[assignment]
 
 WORKER = "worker"  # user attribute of a trial: host and process
+
 RETRIES = 3  # of a trial whose workers died
+
 NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # what a machine says that nothing can be written on
+
 Again = Callable[[optuna.Study, FrozenTrial], None]
 
 
-class Journal(JournalStorage, BaseHeartbeat):
+class HeartbeatJournalStorage(JournalStorage, BaseHeartbeat):
     """Optuna's journal file, with heartbeats: `folder/<id of the trial>`, as old as its last one.
 
     Args:
@@ -98,18 +101,22 @@ def _unborn(storage: BaseStorage, study_id: int, grace: int) -> list[int]:
     ]
 
 
-def again(study: optuna.Study, dead: FrozenTrial) -> None:
+def requeue(study: optuna.Study, dead: FrozenTrial) -> None:
     """Queue the trial of a dead worker, with its decisions; a trial that has cost `RETRIES` workers is given up."""
     history = [*dead.system_attrs.get("retry_history", []), dead.number]
     if len(history) <= RETRIES:
-        study.add_trial(optuna.create_trial(
-            state=TrialState.WAITING, params=dead.params, distributions=dead.distributions,
-            user_attrs={key: value for key, value in dead.user_attrs.items() if key != WORKER},
-            system_attrs={**dead.system_attrs, "failed_trial": history[0], "retry_history": history},
-        ))  # fmt: skip
+        study.add_trial(
+            optuna.create_trial(
+                state=TrialState.WAITING,
+                params=dead.params,
+                distributions=dead.distributions,
+                user_attrs={key: value for key, value in dead.user_attrs.items() if key != WORKER},
+                system_attrs={**dead.system_attrs, "failed_trial": history[0], "retry_history": history},
+            )
+        )
 
 
-def begin(trial: optuna.Trial) -> None:
+def record_worker(trial: optuna.Trial) -> None:
     """Record the first heartbeat of a trial, then who runs it: one who is named has had a heartbeat."""
     storage = trial.storage
     if isinstance(storage, BaseHeartbeat):
@@ -124,13 +131,13 @@ def open_storage(url: str, folder: Path, dead_after: int) -> BaseStorage:
     """
     interval = max(1, dead_after // 4)
     if not url:
-        return Journal(folder / "journal.log", folder / "heartbeats", interval, dead_after, again)
+        return HeartbeatJournalStorage(folder / "journal.log", folder / "heartbeats", interval, dead_after, requeue)
     import sqlalchemy
 
     shown = without_password(url)
     new = hasattr(optuna.storages, "RetryHeartbeatStaleTrialCallback")  # since Optuna 4.9
     callback = "heartbeat_stale_trial_callback" if new else "failed_trial_callback"
-    settings: dict[str, Any] = {"heartbeat_interval": interval, "grace_period": dead_after, callback: again}
+    settings: dict[str, Any] = {"heartbeat_interval": interval, "grace_period": dead_after, callback: requeue}
     for attempt in range(3):  # two workers may create the tables at the same moment
         try:
             with warnings.catch_warnings():
@@ -151,7 +158,7 @@ def open_storage(url: str, folder: Path, dead_after: int) -> BaseStorage:
     raise AssertionError("unreachable")
 
 
-def nowhere_to_write(error: BaseException | None) -> bool:
+def is_disk_error(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, is a disk that is full, broken or read-only."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in NO_PLACE:

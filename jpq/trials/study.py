@@ -16,23 +16,37 @@ from optuna.storages import fail_stale_trials
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from jpq import front_report, fronts, runs
 from jpq.config import Config
-from jpq.trials import record
+from jpq.results.front import front, plots
+from jpq.results.front.points import read
 from jpq.trials.preview import Preview, float_weights
 from jpq.trials.samplers import sampler
-from jpq.trials.settings import Study
+from jpq.trials.settings import CHANCE, STUDY_FILE, WEIGHTS, Study, agree, begun, note, require_own, write_study
 from jpq.trials.space import Space, require_names
-from jpq.trials.standing import FULL, fits
+from jpq.trials.status import FULL, fits
 from jpq.trials.storage import alone, open_storage, without_password
-from jpq.trials.trial import REASON, SAME, UNITS, Failed, OneTrial, StudyWatch, Unwatched, counts, keep_pictures
+from jpq.trials.trial import (
+    REASON,
+    SAME,
+    UNITS,
+    Failed,
+    NullStudyObserver,
+    OneTrial,
+    StudyObserver,
+    counts,
+    keep_pictures,
+)
 from jpq.trials.trial import RULED_OUT as BROKEN
 from jpq.types import JpqError
 
 T = TypeVar("T")
+
 DRAWN = "drawn"  # user attribute of the study: how many trials its pictures show
+
 POLL = 1.0  # seconds between looks at the trials of other workers
+
 REPEATS = 25  # in a row: the space is used up
+
 RULED_OUT = 250  # in a row: hardly any decisions keep the limits
 
 
@@ -54,12 +68,17 @@ class Tally:
         last = max((i for i, t in enumerate(trials) if counts(t)), default=-1)
         since = [t.user_attrs for t in trials[last + 1 :]]
         return cls(
-            sum(map(counts, trials)), states.count(TrialState.RUNNING), states.count(TrialState.WAITING),
-            sum(SAME in attrs for attrs in since), sum(BROKEN in attrs for attrs in since),
-        )  # fmt: skip
+            sum(map(counts, trials)),
+            states.count(TrialState.RUNNING),
+            states.count(TrialState.WAITING),
+            sum(SAME in attrs for attrs in since),
+            sum(BROKEN in attrs for attrs in since),
+        )
 
 
-def study(config: Config | None = None, settings: Study | None = None, watch: StudyWatch | None = None) -> optuna.Study:
+def study(
+    config: Config | None = None, settings: Study | None = None, watch: StudyObserver | None = None
+) -> optuna.Study:
     """Run trials until the study has as many as were asked for, and return it; call it again to go on.
 
     Args:
@@ -70,7 +89,7 @@ def study(config: Config | None = None, settings: Study | None = None, watch: St
     Raises JpqError for settings that cannot work, for a study of other settings under the same name, and where every
     trial failed.
     """
-    settings, config, watch = settings or Study(), config or Config(), watch or Unwatched()
+    settings, config, watch = settings or Study(), config or Config(), watch or NullStudyObserver()
     require_names(settings.check(config))
     folder = config.run.out / settings.name
     try:
@@ -89,21 +108,25 @@ def study(config: Config | None = None, settings: Study | None = None, watch: St
     one.require_possible()
     with alone(folder):
         shared = _created(settings, space, config, digest, preview, storage)
-        if not (folder / record.NAME).exists():
-            record.write(config, settings, folder / record.NAME)
+        if not (folder / STUDY_FILE).exists():
+            write_study(config, settings, folder / STUDY_FILE)
     try:
         _work(shared, one, settings, watch)
     except StorageInternalError as error:
         where = without_password(settings.storage) or "the study's journal"
         cause = " ".join(str(error.__cause__ or error).split())[:200]
-        raise JpqError(f"{where} does not answer any more ({cause}). Start this worker again when it does: what was "
-                       "finished is kept, and its last trial will be run again.") from error  # fmt: skip
+        raise JpqError(
+            f"{where} does not answer any more ({cause}). Start this worker again when it does: what was "
+            "finished is kept, and its last trial will be run again."
+        ) from error
     with alone(folder):
         _draw(shared, settings, folder)
     failed = [t for t in shared.get_trials(deepcopy=False) if t.state == TrialState.FAIL and REASON in t.user_attrs]
     if failed and len(failed) == Tally.of(shared).done:
-        raise JpqError(f"Every trial of study '{settings.name}' failed ({len(failed)}). The last one: "
-                       f"{failed[-1].user_attrs[REASON]}")  # fmt: skip
+        raise JpqError(
+            f"Every trial of study '{settings.name}' failed ({len(failed)}). The last one: "
+            f"{failed[-1].user_attrs[REASON]}"
+        )
     return shared
 
 
@@ -116,24 +139,27 @@ def _created(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         shared = optuna.create_study(
-            storage=storage, study_name=settings.name, load_if_exists=True, sampler=sampler(settings, config.run.seed),
+            storage=storage,
+            study_name=settings.name,
+            load_if_exists=True,
+            sampler=sampler(settings, config.run.seed),
             directions=directions,
-        )  # fmt: skip
-        record.require_own(shared, directions)
-        if not record.begun(shared):  # also where the first worker was killed on its way through here
-            shared.set_user_attr(record.WEIGHTS, digest)
-            shared.set_user_attr(record.CHANCE, 1 / preview.classes)
+        )
+        require_own(shared, directions)
+        if not begun(shared):  # also where the first worker was killed on its way through here
+            shared.set_user_attr(WEIGHTS, digest)
+            shared.set_user_attr(CHANCE, 1 / preview.classes)
             shared.set_user_attr(FULL, preview.full)
             shared.set_metric_names([UNITS[name][0] for name in asked])
             for values in space.anchors():
                 shared.enqueue_trial(values, skip_if_exists=True)
-            if not record.begun(shared):
-                record.note(config, settings, shared)
-        record.agree(config, settings, digest, shared)  # with whoever noted them last
+            if not begun(shared):
+                note(config, settings, shared)
+        agree(config, settings, digest, shared)  # with whoever noted them last
     return shared
 
 
-def _work(shared: optuna.Study, one: OneTrial, settings: Study, watch: StudyWatch) -> None:
+def _work(shared: optuna.Study, one: OneTrial, settings: Study, watch: StudyObserver) -> None:
     """Run trials until enough have ended, over all workers."""
     while True:
         with warnings.catch_warnings():
@@ -155,12 +181,12 @@ def _draw(shared: optuna.Study, settings: Study, folder: Path) -> None:
     drawn = shared.user_attrs.get(DRAWN) == done and (folder / "pareto.csv").exists()
     if drawn or not any(folder.glob("trials/*/result.json")):
         return
-    costs = [name for name in settings.asked() if name != "accuracy"][: fronts.MOST]
+    costs = [name for name in settings.asked() if name != "accuracy"][: front.MOST]
     over = {t.user_attrs.get("run_folder") for t in shared.get_trials(deepcopy=False) if not fits(t)}
-    points = [p for p in runs.read(folder).points if p.folder and f"trials/{p.folder.name}" not in over]
+    points = [p for p in read(folder).points if p.folder and f"trials/{p.folder.name}" not in over]
     if not points:
         return
-    front_report.write(fronts.make(points, costs), folder)
+    plots.write_front_files(front.make(points, costs), folder)
     keep_pictures(shared, folder, folder / "artifacts")
     shared.set_user_attr(DRAWN, done)
 

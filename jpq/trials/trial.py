@@ -13,17 +13,20 @@ import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from jpq import checkpoint, report
-from jpq.compose import compose
+from jpq.allocation.allocators import check_allocator
 from jpq.config import Config
+from jpq.methods.compatibility import compose
 from jpq.recipe import optimize
-from jpq.result import LayerRow, Result, Row, Silent, Watch
+from jpq.results import run_folder
+from jpq.results.record import LayerRecord, Result
+from jpq.training import checkpoint
+from jpq.training.history import EpochRecord, NullObserver, TrainingObserver
+from jpq.trials.early_stopping import Curve, should_stop
 from jpq.trials.preview import Costs, Preview
 from jpq.trials.samplers import LIMITS, hold
 from jpq.trials.settings import Study
 from jpq.trials.space import Space
-from jpq.trials.stopping import Curve, hopeless
-from jpq.trials.storage import WORKER, begin, nowhere_to_write
+from jpq.trials.storage import WORKER, is_disk_error, record_worker
 from jpq.types import JpqError
 
 UNITS = {  # objective -> its name in the study, and what one of our units is in the name's
@@ -33,10 +36,14 @@ UNITS = {  # objective -> its name in the study, and what one of our units is in
     "latency": ("latency (ms)", 1.0),
     "macs": ("MACs (% of fp32)", 100.0),
 }
+
 # user attributes of a trial, beside those that a finished run leaves
 DECISIONS = "decisions"  # a name that equal decisions share
+
 SAME, RULED_OUT, SURPLUS = "same_as", "infeasible", "surplus"  # why a trial did not train, and does not count
+
 STOPPED, REASON = "stopped_early", "reason"  # why it was stopped; why it failed
+
 CURVE, EPOCHS = "held_out_by_epoch", "fine_tuning_epochs"  # of the fine-tuning, and how many it has
 
 
@@ -44,7 +51,7 @@ class Failed(JpqError):
     """A trial failed for a reason of its own; the study goes on."""
 
 
-class StudyWatch(Watch, Protocol):
+class StudyObserver(TrainingObserver, Protocol):
     """Somebody who watches a study."""
 
     def trial(self, number: int) -> None:
@@ -54,7 +61,7 @@ class StudyWatch(Watch, Protocol):
         """A trial has ended, here or elsewhere."""
 
 
-class Unwatched(Silent):
+class NullStudyObserver(NullObserver):
     """Nobody watches."""
 
     def trial(self, number: int) -> None:
@@ -83,7 +90,7 @@ class OneTrial:
     space: Space
     preview: Preview
     folder: Path
-    watch: StudyWatch
+    watch: StudyObserver
     limits: Costs = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,7 +115,7 @@ class OneTrial:
 
         One that was interrupted, or that this machine has no room for, is queued again.
         """
-        begin(trial)
+        record_worker(trial)
         self.watch.trial(trial.number)
         others = [t for t in trial.study.get_trials(deepcopy=False) if t.number != trial.number]
         ahead = sum(counts(t) or (t.state == TrialState.RUNNING and t.number < trial.number) for t in others)
@@ -124,7 +131,7 @@ class OneTrial:
             queue_again(trial)
             raise
         except (JpqError, RuntimeError) as error:  # RuntimeError: torch's, such as too little memory
-            if isinstance(error, JpqError) and nowhere_to_write(error):
+            if isinstance(error, JpqError) and is_disk_error(error):
                 queue_again(trial)
                 raise
             trial.set_user_attr(REASON, " ".join(str(error).split())[:500])
@@ -138,7 +145,8 @@ class OneTrial:
             known = self.preview.look(config)
             costs, name = known.costs, known.name
         else:
-            compose(d.method, d.structure, d.width, d.score, d.schedule, d.classes, d.allocator)
+            compose(d.method, d.structure, d.width, d.score, d.schedule, d.classes)
+            check_allocator(d.method, d.allocator)
         trial.set_user_attr(DECISIONS, name)
         twin = self._twin(name, trial, others)
         if twin is not None:
@@ -147,7 +155,7 @@ class OneTrial:
             self._hold(trial, costs)
         run = config.run.out / config.hash()
         resumed = replace(config, run=replace(config.run, resume=(run / checkpoint.NAME).is_file()))
-        watch = Stopper(trial, self.study, self.watch, costs)
+        watch = EarlyStoppingObserver(trial, self.study, self.watch, costs)
         try:
             result = optimize(resumed, watch, final=False)
         except optuna.TrialPruned:
@@ -155,7 +163,7 @@ class OneTrial:
                 shutil.rmtree(run, ignore_errors=True)
             raise
         if self.study.pictures:
-            report.draw(result, resumed)
+            run_folder.draw_run(result, resumed)
             keep_pictures(trial, result.folder, self.folder / "artifacts")
         return self._report(trial, result)
 
@@ -203,11 +211,17 @@ class OneTrial:
             hold(trial, {cost: found[cost] / limit - 1 for cost, limit in self.limits.items()})
         accuracy = result.held_out["compressed"]
         attrs = {
-            "run_folder": str(result.folder.relative_to(self.folder)), "method": result.method,
-            "layers": {row.name: layer(row) for row in result.layers}, "held_out": accuracy, "bops": now.bops,
-            "bops_share": now.bops_share, "size_bytes": now.size_bytes, "macs": now.macs, "latency_ms": now.latency_ms,
+            "run_folder": str(result.folder.relative_to(self.folder)),
+            "method": result.method,
+            "layers": {row.name: layer(row) for row in result.layers},
+            "held_out": accuracy,
+            "bops": now.bops,
+            "bops_share": now.bops_share,
+            "size_bytes": now.size_bytes,
+            "macs": now.macs,
+            "latency_ms": now.latency_ms,
             "seconds": result.seconds["total"],
-        }  # fmt: skip
+        }
         for key, value in attrs.items():
             if value is not None:
                 trial.set_user_attr(key, value)
@@ -227,7 +241,7 @@ def queue_again(trial: Trial) -> None:
     trial.study.enqueue_trial(decided(trial), user_attrs=kept)
 
 
-def layer(row: LayerRow) -> str:
+def layer(row: LayerRecord) -> str:
     """One layer as a person reads it: `W4 A3, 24/32 channels`."""
     kept = f", {row.outputs}/{row.outputs_all} channels" if row.outputs_all > row.outputs else ""
     mask = f", density {row.density:.2f} ({row.structure})" if row.density < 1 else ""
@@ -245,10 +259,10 @@ def keep_pictures(where: Trial | optuna.Study, source: Path, store: Path) -> Non
             )
 
 
-class Stopper:
+class EarlyStoppingObserver:
     """Passes a run's progress on, notes its curve in the study, and stops it where it is hopeless."""
 
-    def __init__(self, trial: Trial, study: Study, watch: Watch, costs: Costs | None) -> None:
+    def __init__(self, trial: Trial, study: Study, watch: TrainingObserver, costs: Costs | None) -> None:
         self.own, self.study, self.watch, self.costs = trial, study, watch, costs
         self.by = [name for name in study.asked() if name != "accuracy"]
         self.accuracy: list[float] = []
@@ -261,7 +275,7 @@ class Stopper:
         """Pass it on."""
         self.watch.step(loss, bops_share, aim_share)
 
-    def epoch(self, row: Row) -> None:
+    def epoch(self, row: EpochRecord) -> None:
         """Note the accuracy. Raises TrialPruned for a hopeless trial."""
         self.watch.epoch(row)
         if row.phase != "fine-tune":
@@ -275,7 +289,7 @@ class Stopper:
         if not self.study.early_stop or costs is None or row.epoch == row.epochs or len(self.accuracy) < row.epoch:
             return
         mine = Curve(tuple(self.accuracy), row.epochs, tuple(costs[name] * UNITS[name][1] for name in self.by))
-        if hopeless(mine, self._finished(), self.study.margin, self.study.patience, self.study.warm_up):
+        if should_stop(mine, self._finished(), self.study.margin, self.study.patience, self.study.warm_up):
             text = f"after {row.epoch} of {row.epochs} epochs, at {100 * row.accuracy:.2f} %"
             self.own.set_user_attr(STOPPED, text)
             raise optuna.TrialPruned(text)

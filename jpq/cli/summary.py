@@ -1,0 +1,211 @@
+"""jpq.cli.summary."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from jpq.results.formatting import format_duration, format_ms, format_number, format_percent
+from jpq.results.record import Result
+from jpq.results.run_folder import sizes
+from jpq.types import DENSE
+
+OPENED = "masked_vs_rebuilt_at_landing_with_open_norms"  # as verify has it, without importing torch for --help
+
+
+def layer_table(result: Result) -> Table:
+    """What became of each layer."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_footer=True, footer_style="bold")
+    rows = result.layers
+    kept, every = sum(r.outputs for r in rows), sum(r.outputs_all for r in rows)
+    table.add_column("layer", "total", overflow="fold")
+    masked = any(r.density < 1 for r in rows)
+    mixed = len({r.structure for r in rows} - {DENSE}) > 1
+    macs, bops = (format_number(sum(getattr(r, field) for r in rows)) for field in ("macs", "bops"))
+    names = ["structure" if mixed else "in", "out", "density", "w bits", "a bits", "MACs", "BOPs", "share"]
+    footers = ["", f"{kept}/{every}", "", "", "", macs, bops, "100 %"]
+    hidden = {"out"} if mixed else set() if masked else {"density"}  # masks remove no channel
+    for name, footer in zip(names, footers, strict=True):
+        if name not in hidden:
+            table.add_column(name, footer, justify="right", no_wrap=True)
+    for r in rows:
+        channels = (f"{r.inputs}/{r.inputs_all}", f"{r.outputs}/{r.outputs_all}")
+        where = (escape(r.structure),) if mixed else channels
+        density = (format_percent(r.density),) if masked else ()
+        cells = (
+            *density,
+            str(r.w_bits),
+            str(r.a_bits),
+            format_number(r.macs),
+            format_number(r.bops),
+            f"{100 * r.share:.1f} %",
+        )
+        table.add_row(escape(r.name), *where, *cells)
+    return table
+
+
+def summary(result: Result) -> Panel:
+    """How good and how dear the model was and is, whether the budget and the checks hold, and where the files are."""
+    full, now = result.float, result.compressed
+    top = Table.grid(padding=(0, 2))
+    for justify in ("left", "right", "right", "left"):
+        top.add_column(justify=justify, no_wrap=justify != "left")
+    top.add_row("", "[dim]float[/]", "[dim]compressed[/]", "")
+    points = 100 * (now.accuracy - full.accuracy)
+    change = f"{points:+.2f} points, test split" if math.isfinite(points) else "test split"
+    top.add_row("accuracy", format_percent(full.accuracy), f"[bold]{format_percent(now.accuracy)}[/]", change)
+    for label, field, unit in (("BOPs", "bops", ""), ("MACs", "macs", ""), ("size", "size_bytes", "B")):
+        before, after = getattr(full, field), getattr(now, field)
+        share = f"{format_percent(now.bops_share)} of fp32, " if field == "bops" else ""
+        top.add_row(
+            label, format_number(before, unit), f"[bold]{format_number(after, unit)}[/]", share + _factor(before, after)
+        )
+
+    if now.bops_structured > now.bops:
+        share = format_percent(now.bops_structured / full.bops)
+        share += " of fp32, where zeros that lie anywhere cost what others do"
+        top.add_row("", "", format_number(now.bops_structured), share)
+
+    if now.latency_ms is not None and full.latency_ms is not None:
+        share = f"predicted; {format_percent(now.latency_ms / full.latency_ms)} of fp32"
+        top.add_row("latency", format_ms(full.latency_ms), f"[bold]{format_ms(now.latency_ms)}[/]", share)
+
+    rest = Table.grid(padding=(0, 2))
+    rest.add_column(no_wrap=True)
+    rest.add_column(overflow="fold")
+    for name, target in result.targets.items():
+        rest.add_row("target", target_line(name, target))
+    if result.schemes:
+        s = result.schemes
+        how = "modelled, not measured" if s["latency"] == "modelled" else s["latency"]
+        rest.add_row("schemes", f"by {s['by']}: {s['ms']:.3g} ms a sample, {s['dense_ms']:.3g} ms dense ({how})")
+    for line in verified_lines(result.verified):
+        rest.add_row("verified", line)
+    for label, line in export_lines(result):
+        rest.add_row(label, escape(line))
+    if result.latency:
+        rest.add_row("measured", latency_line(result.latency))
+    if result.metrics:
+        rest.add_row("gates", metrics_line(result.metrics))
+    parts = ", ".join(f"{escape(k)} {format_duration(v)}" for k, v in result.seconds.items() if k != "total")
+    total = result.seconds.get("total", sum(result.seconds.values()))
+    rest.add_row("time", format_duration(total) + (f" ({parts})" if parts else ""))
+    exported = ", ".join(made["file"] for made in result.export.get("forms", {}).values()) or "model.onnx"
+    files = f"model.safetensors with plan.json, {exported}, model.packed, result.json, layers.csv, history.csv, "
+    files += "sizes.csv, curves.png, layers.png"
+    rest.add_row("files", f"[bold]{escape(os.path.relpath(result.folder))}[/]: {files}")
+    for note in result.notes:
+        rest.add_row("[yellow]note[/]", escape(note))
+    return Panel(
+        Group(top, Text(""), rest),
+        title=f"{escape(result.method)}",
+        title_align="left",
+        border_style="cyan",
+        expand=False,
+    )
+
+
+def target_line(name: str, target: Mapping[str, Any]) -> str:
+    """One target as a sentence: what was asked, what it allows, how much of it is used."""
+    unit, shown = {
+        "bops": ("", "BOPs"),
+        "bops-structured": ("", "structured BOPs"),
+        "macs": ("", "MACs"),
+        "size": ("B", "size"),
+        "latency": ("", "latency"),
+    }.get(name, ("", name))
+    asked, limit, reached = str(target["asked"]), target["limit"], target["reached"]
+    amount = format_ms(limit / 1e6) if name == "latency" else format_number(limit, unit)
+    allowed = f"{shown} {escape(asked)}" + (f" = {amount}" if "%" in asked else "")
+    verdict = "[green]met[/]" if reached <= limit else "[red]not met[/]"
+    return f"{allowed}: {verdict}, {100 * target['used']:.1f} % of it used"
+
+
+def latency_line(found: Mapping[str, Any]) -> str:
+    """What onnxruntime takes for one sample, beside what the table of layers predicted."""
+    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
+    line = (
+        f"{format_ms(found['measured_ms'])} in onnxruntime ({threads}, median of {found['n']}), predicted "
+        f"{format_ms(found['predicted_ms'])}: {found['measured_over_predicted']:.2f} times as long"
+    )
+    return line + (f"; {escape(found['elsewhere'])}" if "elsewhere" in found else "")
+
+
+def metrics_line(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """What gates said at landing, as means over the sites."""
+    names = dict.fromkeys(name for numbers in metrics.values() for name in numbers)
+    means = {name: statistics.mean(n[name] for n in metrics.values() if name in n) for name in names}
+    return ", ".join(f"{name.replace('_', ' ')} {mean:.3g}" for name, mean in means.items()) + " (means over sites)"
+
+
+def verified_lines(verified: Mapping[str, Any]) -> list[str]:
+    """What was checked, in words; checks that are not known here are listed as they are."""
+    lines = []
+    for name, value in verified.items():
+        if name == OPENED:
+            lines.append(
+                f"NOT exact, by --open-norms: at landing the rebuilt model was {value:.2g} (relative) off the "
+                "masked one; it was fine-tuned since"
+            )
+        elif name == "masked_vs_rebuilt_float64":
+            lines.append(f"rebuilt model = masked model (largest relative difference {value:.2g} in float64)")
+        elif name == "rebuilt_vs_onnxruntime":
+            same = value["images"] - value["argmax_differs"]
+            lines.append(
+                f"onnxruntime agrees on {same} of {value['images']} test images "
+                f"({value['at_a_rounding_boundary']} with a value at a rounding boundary)"
+            )
+        elif name == "rebuilt_vs_onnxruntime_optimised":
+            same = value["images"] - value["argmax_differs"]
+            lines.append(f"with onnxruntime's integer kernels, which round biases too: {same} of {value['images']}")
+        else:
+            lines.append(f"{escape(name.replace('_', ' '))}: {escape(str(value))}")
+    return lines
+
+
+def _factor(before: float, after: float) -> str:
+    """How many times less."""
+    if after <= 0 or after == before:
+        return "the same" if after == before else ""
+    times = before / after
+    return f"{times:.0f}x less" if times >= 20 else f"{times:.1f}x less"
+
+
+def export_lines(result: Result) -> list[tuple[str, str]]:
+    """What the summary says of it: (label, text)."""
+    if not result.export:
+        return []
+    e = result.export
+    rows = {row["what"]: row for row in sizes(result)}
+    parts = []
+    for name in ("model.packed", *(form["file"] for form in e["forms"].values())):
+        row = rows.get(name)
+        if row is not None:
+            int8 = "" if row["share_of_int8"] is None else f" and {format_percent(row['share_of_int8'])} of int8"
+            parts.append(
+                f"{name} {format_number(row['bytes'], 'B')} ({format_percent(row['share_of_fp32'])} of fp32{int8})"
+            )
+    lines = [("on disk", "; ".join(parts))]
+    left, total = len(e["float_layers"]), e["integer_layers"] + len(e["float_layers"])
+    kernels = f"onnxruntime computes {e['integer_layers']} of {total} layers in integers"
+    hint = "" if not left else "; --output-bits 8 is for those before sums and poolings"
+    odd = next((x.outputs for x in result.layers if x.outputs < x.outputs_all and x.outputs % 4), None)
+    if odd:
+        hint += f"; channels in multiples of 8 run faster than {odd} (--channel-multiple 8)"
+    lines.append(("ONNX", f"opset {e['opset']}, weights in {e['weights']}; {kernels}{hint}"))
+    for form, made in e["forms"].items():
+        found = made.get("verified", {})
+        if form != "onnx" and "images" in found:
+            same = found["images"] - found["argmax_differs"]
+            lines.append(("verified", f"{made['file']} agrees on {same} of {found['images']} test images"))
+    return lines

@@ -1,0 +1,83 @@
+"""jpq.compression.calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jpq.compression.model import CompressedModel
+from jpq.tracing.export_graph import forward_error
+from jpq.tracing.forward import arguments, call_model, eval_mode, hook_modules
+from jpq.tracing.network import Network
+
+SAMPLES = 2**14  # activations per layer and batch that calibration looks at
+
+Batches = Iterable[Any]
+
+
+def observe_activations(model: nn.Module, network: Network, batches: Batches) -> dict[str, Tensor]:
+    """Values that each layer reads, with the extremes: a random SAMPLES of each batch; the model runs in eval mode.
+
+    Drawn at random because any regular stride shares a factor with some image's width and sees one column only.
+    Raises JpqError for a batch that the model cannot take.
+    """
+    return _observe(model, [layer.name for layer in network.layers], batches, before=True)
+
+
+def recalibrate(net: CompressedModel, batches: Batches) -> None:
+    """Let the ranges that landing fits anew be fitted to what layers read now, not to what the float model's did."""
+    with eval_mode(net):
+        for draw in net.draws:
+            draw.again()
+        net.seen = observe_activations(net.model, net.network, batches)
+
+
+def observe_outputs(model: nn.Module, network: Network, batches: Batches) -> dict[str, Tensor]:
+    """The same of what modules hand on, where that could be rounded (`network.ends`)."""
+    return _observe(model, [layer.end.module for layer in network.layers if layer.end], batches, before=False)
+
+
+@torch.no_grad()
+def _observe(model: nn.Module, names: Sequence[str], batches: Batches, before: bool) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def sample(name: str, _: nn.Module, x: Tensor | None, out: Any) -> None:
+        value = x if before else out
+        if isinstance(value, Tensor):
+            flat = value.detach().flatten().float()
+            pick = torch.randint(flat.numel(), (min(SAMPLES, flat.numel()),), generator=draw).to(flat.device)
+            seen[name].append(torch.cat([flat[pick], flat.min()[None], flat.max()[None]]))
+
+    modules = {n: m for n, m in model.named_modules() if n in seen}
+    with eval_mode(model), hook_modules(modules, sample, before=before):
+        for batch in batches:
+            try:
+                call_model(model, batch)
+            except Exception as error:
+                raise forward_error(model, *arguments(batch), error) from error
+    return {name: torch.cat(parts) for name, parts in seen.items() if parts}
+
+
+@torch.no_grad()
+def reestimate_batchnorm(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], count: int = 100) -> None:
+    """Set BatchNorm's running statistics to the plain average over up to `count` batches, with the final weights."""
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [m.momentum for m in norms]
+    net.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+        norm.train()
+    for i, (x, _) in enumerate(batches):
+        if i == count:
+            break
+        net(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    net.eval()

@@ -1,0 +1,294 @@
+"""A model under compression: the one thing that the trainer sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from jpq.compression.channel_counts import counts
+from jpq.compression.hypernetwork import bake_hypernetwork
+from jpq.compression.masking import GateSample, original
+from jpq.compression.usage import DENSE, FLOAT_BITS, Densities, exact_usage, hard_bits, layer_use
+from jpq.costs import LayerUse
+from jpq.methods.gates import Frozen, Gate
+from jpq.methods.quantizers import (
+    BitWidth,
+    Gated,
+    IntegerQuantizer,
+    act_quantizer,
+    fit_threshold,
+    result_quantizer,
+    weight_quantizer,
+)
+from jpq.plan import EndPlan, LayerPlan, MaskPlan, Plan
+from jpq.tracing.channel_shares import ChannelShares
+from jpq.tracing.network import Layer, Network
+from jpq.tracing.open_norms import opened_units
+from jpq.tracing.sites import Site
+from jpq.types import JpqError
+
+Trainable = Literal["both", "weights", "decisions"]
+
+DECIDED_AT = 0.9  # position in the search at which every gate that counts has decided
+
+
+class CompressedModel(nn.Module):
+    """A model under compression. The trainer sees this and nothing of gates or quantizers.
+
+    Args:
+        model: attached model (see `attach`).
+        network, sites: what is known of the float model.
+        gates: one per site, in the same order.
+        multiple: of how many channels each site keeps multiples when it lands.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        network: Network,
+        sites: Sequence[Site],
+        gates: Iterable[Gate],
+        method: str,
+        multiple: int = 1,
+    ):
+        super().__init__()
+        self.multiple = multiple
+        self.model, self.network, self.sites, self.method = model, network, tuple(sites), method
+        self.gates: Any = nn.ModuleList(gates)  # of Gate
+        self.draws: list[GateSample] = []
+        self.seen: dict[str, Tensor] = {}  # calibration samples of each layer's input
+        self.shares = ChannelShares(network, [s for s in self.sites if not s.is_mask])
+        self.opened = opened_units(network, self.sites)  # with any, the rebuilt model is not the masked one
+        self.densities = Densities(network, self.sites)
+        self.closing: Callable[[float], None] | None = None  # progress -> lets a ranking close units meanwhile
+        self.progress: Tensor
+        self.register_buffer("progress", torch.zeros((), dtype=torch.float64))  # of the search, as last heard
+        self._resting: list[nn.Parameter] = []  # what `learn` has switched off
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output under the decisions as they stand; a fresh draw of every gate."""
+        for draw in self.draws:
+            draw.again()
+        return self.model(*args, **kwargs)
+
+    def layer(self, name: str) -> Any:
+        """The module of that name inside the attached model; None where a layer's weight belongs to no such module."""
+        return dict(self.model.named_modules()).get(name)
+
+    def quantizers(self, name: str) -> tuple[IntegerQuantizer, IntegerQuantizer] | None:
+        """(weight, input) quantizers of a layer; None where it stays in floating point."""
+        layer = self.layer(name)
+        return (weight_quantizer(layer), act_quantizer(layer)) if hasattr(layer, "weight_quant") else None
+
+    def counts(self, site: Site) -> tuple[int, ...]:
+        """How many units of a site may stay when it lands, ascending."""
+        return counts(self.network, site, self.multiple)
+
+    def used_weight(self, layer: Layer) -> Tensor:
+        """A layer's weight as the forward pass has it: masked under the last draw of the gates, then quantized."""
+        owner, _, name = layer.weight.rpartition(".")
+        weight: Tensor = getattr(self.model.get_submodule(owner), name)
+        pair = self.quantizers(layer.name)
+        return pair[0](weight)[0] if pair else weight
+
+    def uses(self) -> list[LayerUse]:
+        """What each layer uses now: values whole (hard decisions), gradients soft."""
+        alive = [g.keep() if g.counted else hard_bits(g.keep(), g.alive()) for g in self.gates]
+        inputs, outputs = self.shares.soft([a for a, s in zip(alive, self.sites, strict=True) if not s.is_mask])
+        density = self.densities.soft(alive)
+        return [
+            layer_use(layer, inputs[i], outputs[i], density.get(layer.name, DENSE), *self._widths(layer.name))
+            for i, layer in enumerate(self.network.layers)
+        ]
+
+    @torch.no_grad()
+    def exact(self, plan: Plan | None = None) -> list[LayerUse]:
+        """What each layer uses under a plan (default: as things stand), in whole numbers and fractions."""
+        return exact_usage(self.network, self.shares, plan or self.plan(), self.densities)
+
+    def _widths(self, name: str) -> tuple[Any, Any]:
+        pair = self.quantizers(name)
+        return (pair[0].width(), pair[1].width()) if pair else (FLOAT_BITS, FLOAT_BITS)
+
+    def penalty(self) -> Tensor:
+        """The gates' own regulariser, averaged over all units (nats per unit)."""
+        parts = [p for p in (g.penalty() for g in self.gates) if p is not None]
+        units = sum(g.n * g.rows for g in self.gates)
+        device = next(self.model.parameters()).device
+        return sum((p.sum() for p in parts), torch.zeros((), device=device)) / max(1, units)
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """What the gates say about their decisions, by site; sites whose gate says nothing are left out."""
+        said = {site.name: gate.metrics() for site, gate in zip(self.sites, self.gates, strict=True)}
+        return {name: numbers for name, numbers in said.items() if numbers}
+
+    def own_loss(self) -> Tensor:
+        """What the gates add to the loss as it is (augmented Lagrangians), a scalar."""
+        parts = [p for p in (g.loss() for g in self.gates) if p is not None]
+        return sum(parts, torch.zeros((), device=next(self.model.parameters()).device))
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Let gates anneal and widths return into their bounds; once after every optimiser step."""
+        self.progress.fill_(progress)
+        for gate in self.gates:
+            gate.after_step(progress)
+        for width in self.widths():
+            width.after_step()
+        if self.closing is not None:
+            self.closing(progress)
+
+    @torch.no_grad()
+    def conclude(self) -> None:
+        """Let gates that count decide now, where the search ended before they came to it."""
+        if self.closing is not None:
+            self.closing(1.0)
+        if float(self.progress) >= DECIDED_AT:
+            return
+        for draw in self.draws:
+            if draw.gate.counted:
+                draw.look()
+                draw.gate.after_step(1.0)
+        for draw in self.draws:
+            draw.again()
+
+    def widths(self) -> list[BitWidth]:
+        """Every bit-width."""
+        return [m for m in self.model.modules() if isinstance(m, BitWidth)]
+
+    def decisions(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters that decide: "gates" and "bits"."""
+        return {
+            "gates": [p for gate in self.gates if not gate.steps_itself for p in gate.parameters()],
+            "bits": [p for width in self.widths() for p in width.parameters()],
+        }
+
+    def weights(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters that compute: "decayed" (weights of two or more dims) and "plain" (biases, norms, ranges)."""
+        ranges = {id(m.log_threshold) for m in self.model.modules() if isinstance(m, IntegerQuantizer)}
+        deciding = {id(p) for group in self.decisions().values() for p in group}
+        own = [p for p in self.model.parameters() if id(p) not in deciding]
+        decayed = [p for p in own if p.dim() > 1 and id(p) not in ranges]
+        plain = [p for p in own if p.dim() <= 1 or id(p) in ranges]
+        return {"decayed": decayed, "plain": plain}
+
+    @property
+    def held_out(self) -> bool:
+        """Whether decisions learn on other batches than the weights (bi-level)."""
+        return any(gate.held_out for gate in self.gates)
+
+    def learn(self, side: Trainable) -> None:
+        """Let only the weights, or only the decisions, get gradients until the next call.
+
+        The other side's are taken away too: an optimiser leaves parameters without a gradient as they are, bit for
+        bit, whatever their momentum and decay.
+        """
+        for p in self._resting:
+            p.requires_grad_(True)
+        groups = {"both": {}, "weights": self.decisions(), "decisions": self.weights()}[side]
+        self._resting = [p for group in groups.values() for p in group if p.requires_grad]
+        for p in self._resting:
+            p.requires_grad_(False)
+            p.grad = None
+
+    @torch.no_grad()
+    def plan(self) -> Plan:
+        """The decisions as they stand."""
+        layers = {}
+        for layer in self.network.layers:
+            pair = self.quantizers(layer.name)
+            if pair:
+                layers[layer.name] = LayerPlan(
+                    round(float(pair[0].width())), round(float(pair[1].width())), pair[1].signed
+                )
+        for draw in self.draws:
+            draw.look()
+        pairs = list(zip(self.sites, self.gates, strict=True))
+        kept = {s.name: tuple(g.keep()[0].bool().tolist()) for s, g in pairs if not s.is_mask}
+        masks = {s.taps[0].layer: MaskPlan.of(g.keep()) for s, g in pairs if s.is_mask}
+        structures = {s.taps[0].layer: s.taps[0].structure.spec() for s in self.sites if s.is_mask}
+        ends = {
+            name: EndPlan(round(float(grid.width())), grid.signed)
+            for name, module in self.model.named_modules()
+            if (grid := result_quantizer(module)) is not None
+        }
+        return Plan(self.method, layers, kept, masks, structures, ends=ends)
+
+    @torch.no_grad()
+    def settle(self, plan: Plan) -> None:
+        """Take the plan's decisions for good: gates become 0/1 with their scale folded in, widths become fixed.
+
+        Under a plan that equals the decisions as they stand, evaluation before and after agrees exactly.
+        """
+        self.learn("both")
+        self.closing = None
+        for layer in self.network.layers:
+            bake_hypernetwork(self.model, layer)
+        for draw, site, gate in zip(self.draws, self.sites, self.gates, strict=True):
+            draw.look()
+            for tap in site.taps:
+                owner, _, name = self.network.layer(tap.layer).weight.rpartition(".")
+                weight = original(self.model.get_submodule(owner), name)
+                # a unit that landing opened again has scale 0 with some gates: its weights stay as they are
+                scale = torch.where(gate.keep() > 0, gate.scale(), torch.ones_like(gate.scale()))
+                weight.mul_(tap.structure.expand(scale, weight.shape))
+            mask = site.is_mask
+            kept = plan.masks[site.taps[0].layer].units() if mask else torch.tensor([plan.kept[site.name]])
+            draw.gate = Frozen(kept.to(gate.keep()))
+            draw.again()
+        self.gates = nn.ModuleList(draw.gate for draw in self.draws)
+        for layer in self.network.layers:
+            pair = self.quantizers(layer.name)
+            if not pair:
+                continue
+            decided = plan.layers[layer.name]
+            self._fix(layer, pair[0], decided.w_bits)
+            self._fix_input(layer, pair[1], decided.a_bits)
+        self.model.train(self.training)
+
+    def _fix_input(self, layer: Layer, quantizer: IntegerQuantizer, bits: int) -> None:
+        """Fix the input's width; where that changes it, fit its range anew to what calibration saw."""
+        changed = bits != round(float(quantizer.width()))
+        quantizer.fix(bits)
+        if changed and layer.name in self.seen:
+            fitted = fit_threshold(self.seen[layer.name].to(quantizer.log_threshold), bits, quantizer.signed, False)
+            quantizer.log_threshold.copy_(fitted.clamp_min(1e-8).log())
+
+    def _fix(self, layer: Layer, quantizer: IntegerQuantizer, bits: int) -> None:
+        """Fix the weight's width; where that changes it, fit its range anew."""
+        changed = bits != round(float(quantizer.width()))
+        quantizer.fix(bits)
+        if changed:
+            weight = self.layer(layer.name).weight
+            per_channel = quantizer.log_threshold.dim() > 0
+            quantizer.log_threshold.copy_(fit_threshold(weight, bits, True, per_channel).clamp_min(1e-8).log())
+
+
+def prior(net: CompressedModel) -> Tensor:
+    """R of a network under compression, a scalar that is differentiable by every bit gate and every channel gate.
+
+    An activation that several layers read has a quantizer in each of them here, each with the MACs of its layer: at
+    equal gates that adds up to the paper's one term with summed MACs. Widths that have no gates add nothing.
+
+    Raises JpqError where no width has gates: R would be a constant.
+    """
+    _, outputs = net.shares.soft([gate.alive() for gate in net.gates])  # mean of q_2 over a layer's channels
+    largest = max(layer.macs for layer in net.network.layers)
+    total = torch.zeros((), device=next(net.parameters()).device)
+    gated = False
+    for layer, share in zip(net.network.layers, outputs, strict=True):
+        pair = net.quantizers(layer.name)
+        if pair is None:
+            continue
+        weight, act = (q.width for q in pair)
+        if isinstance(weight, Gated):
+            total = total + layer.macs / largest * share * weight.price()
+        if isinstance(act, Gated):
+            total = total + layer.macs / largest * (act.price() - act.choices[0] + 1)
+        gated = gated or isinstance(weight, Gated) or isinstance(act, Gated)
+    if not gated:
+        raise JpqError(f"Method '{net.method}' has no bit gates to regularise: use --method bayesian-bits.")
+    return total

@@ -1,0 +1,5 @@
+"""Pruning without the training data (`jpq prune-private`)."""
+
+from jpq.lazy import lazy_names
+
+__getattr__, __dir__ = lazy_names(__name__, {})

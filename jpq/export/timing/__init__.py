@@ -1,0 +1,5 @@
+"""Measured time of models and layers."""
+
+from jpq.lazy import lazy_names
+
+__getattr__, __dir__ = lazy_names(__name__, {})

@@ -1,1 +1,0 @@
-"""Make it real."""

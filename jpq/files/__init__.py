@@ -1,0 +1,5 @@
+"""Reading and writing files safely."""
+
+from jpq.lazy import lazy_names
+
+__getattr__, __dir__ = lazy_names(__name__, {})

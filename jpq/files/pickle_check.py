@@ -1,0 +1,193 @@
+"""Pickles run on stand-ins: nothing that they name is imported or called; which tensors they declare is learned.
+
+What would take ever is refused, as what torch's own reader hashes, or makes bytes of, is given by the file.
+"""
+
+from __future__ import annotations
+
+import pickle
+from math import prod
+from typing import IO, Any, ClassVar
+
+from jpq.files.untrusted import as_int, as_list
+
+DEEP = 64  # dims of a tensor
+
+STORAGES = {
+    "ByteStorage": 1,
+    "CharStorage": 1,
+    "BoolStorage": 1,
+    "UntypedStorage": 1,
+    "ShortStorage": 2,
+    "HalfStorage": 2,
+    "BFloat16Storage": 2,
+    "IntStorage": 4,
+    "FloatStorage": 4,
+    "LongStorage": 8,
+    "DoubleStorage": 8,
+    "ComplexFloatStorage": 8,
+    "ComplexDoubleStorage": 16,
+}
+
+TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
+
+HARMLESS = (
+    *TENSORS,
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_parameter_with_state",
+    "torch.Size",
+    "torch.device",
+    "collections.OrderedDict",
+    "collections.Counter",
+    "collections.defaultdict",
+    "_codecs.encode",
+)
+
+
+class BoundedFile:
+    """A file that refuses to be asked for more than it holds: room would be made for all of that."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self.file, self.size = file, size
+
+    @property
+    def left(self) -> int:
+        """Bytes from here to its end."""
+        return self.size - self.file.tell()
+
+    def read(self, count: int) -> bytes:
+        """So many bytes. Raises EOFError where fewer are left."""
+        if count > self.left:
+            raise EOFError(f"{count:,} bytes are announced and {self.left:,} are left")
+        return self.file.read(count)
+
+    def readline(self) -> bytes:
+        """Bytes to the end of a line."""
+        return self.file.readline()
+
+
+class _Closed:
+    """What a pickle may not change: it would no longer say what torch will see."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("it sets what is inside a storage, or inside what it names")
+
+
+class _Named(_Closed):
+    """Stands for something that a pickle names; called, it does nothing but check what a tensor is made of."""
+
+    def __init__(self, name: str, reader: PickleChecker) -> None:
+        self.name, self.reader = name, reader
+
+    def __call__(self, *args: Any) -> Any:
+        if self.name not in HARMLESS:
+            raise ValueError(f"it wants to run {self.name[:60]}, and jpq runs nothing in a file")
+        if self.name in TENSORS:
+            _require_tensor(*args[:4])
+        elif self.name == "_codecs.encode":
+            return self.reader.encoded(*args)
+        elif self.name.startswith("collections."):
+            _require_items(self.name, args)
+        return _Made()
+
+
+class _Made:
+    """Stands for an object that a pickle makes; it forgets what is put into it."""
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None:
+        if type(state) is not dict:  # a tensor would take a tuple for another storage, of any size
+            raise ValueError("an object's state is no dict")
+
+
+class _Storage(_Closed):
+    """Stands for a storage: its bytes, and bytes an element (1 where it is untyped: at least that many)."""
+
+    def __init__(self, size: int, each: int) -> None:
+        self.size, self.each = size, each
+
+
+class PickleChecker(pickle._Unpickler):
+    """Runs a pickle on stand-ins. Python's own implementation: the one in C makes room for whatever it is told."""
+
+    def __init__(self, file: BoundedFile) -> None:
+        super().__init__(file)
+        self.declared: dict[str, int] = {}
+        self.room = file.size  # for bytes that are made from text: each text lies in the file, once
+
+    def encoded(self, text: Any = None, encoding: Any = None, *others: Any) -> bytes:
+        """What pickles of protocol 2 write for bytes. Raises ValueError for any other use: "hex" doubles its text."""
+        if type(text) is not str or encoding != "latin1" or others:
+            raise ValueError("it encodes something else than bytes")
+        self.room -= len(text)
+        if self.room < 0:
+            raise ValueError("it makes more bytes than it has")
+        return text.encode("latin1")
+
+    def _refused(self) -> None:
+        raise ValueError("it holds objects, not tensors alone, and jpq runs no code of a file")
+
+    def _put(self) -> None:
+        _require_key(self.stack[-2])  # type: ignore[attr-defined]
+        super().load_setitem()  # type: ignore[misc]
+
+    def _put_all(self) -> None:
+        for key in self.stack[::2]:  # type: ignore[attr-defined]
+            _require_key(key)
+        super().load_setitems()  # type: ignore[misc]
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,
+        **dict.fromkeys(b"".join((pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.OBJ, pickle.INST)), _refused),
+        # what torch does not take either, and what hashes whatever it is given
+        **dict.fromkeys(b"".join((pickle.DICT, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET)), _refused),
+        pickle.BYTEARRAY8[0]: _refused,  # makes room for whatever length it is told
+        pickle.SETITEM[0]: _put,
+        pickle.SETITEMS[0]: _put_all,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A stand-in."""
+        return _Named(f"{module}.{name}", self)
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """A stand-in for a storage, whose size is noted in `declared`. Raises ValueError for anything else."""
+        if not isinstance(pid, tuple) or len(pid) < 5 or not isinstance(pid[1], _Named):
+            raise ValueError("it ends too early, or torch.save did not write it")
+        _, kind, key, _, count = pid[:5]
+        view = pid[5] if len(pid) > 5 else None
+        if type(key) is not str or (view is not None and type(as_list(list(view))[0]) is not str):
+            raise ValueError("a storage's key is no text")
+        each = STORAGES[kind.name.rpartition(".")[2]]
+        size = as_int(count, 0, 2**62) * each
+        self.declared[key] = max(size, self.declared.get(key, 0))
+        return _Storage(size, each)
+
+
+def _require_key(key: Any) -> None:
+    """Raises ValueError for what no dict of weights has for a key: nested tuples of few bytes take ever to hash."""
+    if type(key) not in (str, int, float, bool, bytes, type(None)) or (type(key) is int and abs(key) >= 2**61):
+        raise ValueError(f"a dict's key is a {type(key).__name__}")
+
+
+def _require_items(name: str, args: tuple[Any, ...]) -> None:
+    """Raises ValueError where a dict is made from anything but another dict, or (as Python 2 wrote) a list of pairs."""
+    if len(args) > 1 or (args and name == "collections.OrderedDict" and type(args[0]) not in (dict, list)):
+        raise ValueError("a dict is made of something else than pairs")
+    if args and name == "collections.Counter" and type(args[0]) is not dict:
+        raise ValueError("a count is made of something else than a dict")
+    for pair in args[0] if args and type(args[0]) is list else ():
+        if type(pair) not in (list, tuple) or len(pair) != 2:
+            raise ValueError("a dict is made of something else than pairs")
+        _require_key(pair[0])
+
+
+def _require_tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> None:
+    """Raises ValueError where a tensor is larger than its storage, or lies outside it."""
+    if not isinstance(storage, _Storage) or len(shape) != len(stride) or len(shape) > DEEP:
+        raise ValueError("a tensor without a storage")
+    sides, steps = ([as_int(n, 0, 2**62) for n in part] for part in (shape, stride))
+    last = as_int(offset, 0, 2**62) + sum((n - 1) * step for n, step in zip(sides, steps, strict=True))
+    if prod(sides) and max(prod(sides), last + 1) * storage.each > storage.size:
+        raise ValueError(f"a tensor of {sides} does not lie within its {storage.size:,} bytes")

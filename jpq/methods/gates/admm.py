@@ -1,0 +1,123 @@
+"""ADMM: the dense weights are pulled towards the nearest weights that obey the structure, which move to meet them.
+
+    W-step: minimise task + rho/2 ||W - Z + U||^2     Z = Pi(W + U)     U <- U + W - Z
+
+S. Boyd et al., "Distributed Optimization and Statistical Learning via ADMM", 2011; for pruning: T. Zhang et al.,
+ECCV 2018, arXiv:1804.03294, and the pattern pruning of Y. Gong et al., GLSVLSI 2020, arXiv:2003.06513.
+
+| symbol | here | value or shape |
+|---|---|---|
+| Pi: nearest point that keeps k units of each row | `project` | any structure; layer by layer |
+| rho | `rho` | 1e-4, 1e-3, 1e-2, 1e-1: a quarter of the search each |
+| Z and U updates | `updates` of them in the search | 5 for each rho |
+| connectivity: kernels dropped whole | `connected`: share of rows that keep anything | 1 in a search |
+
+When rho rises, U (the scaled dual) is divided by as much: left alone it would undo what was reached. The mask comes
+from the chosen units, not from which weights are zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from jpq.methods.gates.base import Holds
+from jpq.methods.gates.fixed_count import FixedCount, kept_of, strongest_rows
+from jpq.methods.structures.base import Structure
+from jpq.types import Units, Weight
+
+RHOS = (1e-4, 1e-3, 1e-2, 1e-1)
+
+EACH = 5  # updates of Z and U for each rho
+
+
+class Admm(FixedCount):
+    """Dense while it searches; keeps the units of the last projection."""
+
+    sees_weights: ClassVar[bool] = True
+    holds_quota: ClassVar[Holds] = "always"
+    kept: Units
+    done: Tensor
+
+    def __init__(self, rows: int, n: int, density: float = 0.5, rhos: Sequence[float] = RHOS, connected: float = 1.0):
+        super().__init__(rows, n, density)
+        self.rhos, self.updates, self.connected = tuple(rhos), EACH * len(rhos), connected
+        self.register_buffer("kept", torch.ones(rows, n))
+        self.register_buffer("done", torch.zeros((), dtype=torch.long))  # updates so far
+        self.seen: list[tuple[Weight, Structure]] = []
+
+    def see(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
+        """The weights themselves; Z starts as their projection, U as zero."""
+        self.seen = list(weights)
+        if not hasattr(self, "z0"):
+            for i, (weight, _) in enumerate(self.seen):
+                self.register_buffer(f"u{i}", torch.zeros_like(weight))
+                self.register_buffer(f"z{i}", torch.zeros_like(weight))
+            self.project()
+
+    @property
+    def rho(self) -> float:
+        """The penalty's weight now."""
+        return self.rhos[min(int(self.done) // EACH, len(self.rhos) - 1)]
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Z = Pi(W + U): of each row the units of the largest norm stay, of rows the strongest: the nearest point.
+
+        Units at ragged edges rank by their mean square: by their norm the full ones would all come first, and more
+        weights than `density` would stay.
+        """
+        sums = [(weight + self.dual(i), structure) for i, (weight, structure) in enumerate(self.seen)]
+        norms = torch.stack([structure.pool(total.square()) for total, structure in sums]).sum(0)
+        self.kept.copy_(self.top(norms / self.sizes.clamp_min(1), self.density))
+        if self.connected < 1:
+            self.kept.copy_(strongest_rows(self.kept, norms, max(1, kept_of(self.connected, self.rows))))
+        for i, (total, structure) in enumerate(sums):
+            self.near(i).copy_(total * structure.expand(self.kept.to(total), total.shape))
+
+    def dual(self, i: int) -> Tensor:
+        """U of tap i."""
+        return self.get_buffer(f"u{i}")
+
+    def near(self, i: int) -> Tensor:
+        """Z of tap i."""
+        return self.get_buffer(f"z{i}")
+
+    def relaxed(self) -> Units:
+        """Dense."""
+        return torch.ones_like(self.kept)
+
+    def keep(self) -> Units:
+        """Units of the last projection."""
+        return self.kept
+
+    def multiplier(self) -> Units | None:
+        """Dense in training (where patterns overlap, no z says that); the mask in evaluation."""
+        return None if self.training else self.kept
+
+    def loss(self) -> Tensor:
+        """rho/2 ||W - Z + U||^2 over all taps."""
+        parts = [(w - self.near(i) + self.dual(i)).square().sum() for i, (w, _) in enumerate(self.seen)]
+        return self.rho / 2 * torch.stack(parts).sum()
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Z and U, `updates` times in the search."""
+        if int(progress * self.updates) <= int(self.done):
+            return
+        before = self.rho
+        self.project()
+        for i, (weight, _) in enumerate(self.seen):
+            self.dual(i).add_(weight - self.near(i))
+        self.done.fill_(int(progress * self.updates))
+        for i in range(len(self.seen)):
+            self.dual(i).mul_(before / self.rho)
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, float]:
+        """||W - Z|| / ||W||: how far the weights still are from the structure."""
+        apart = sum(float((w - self.near(i)).square().sum()) for i, (w, _) in enumerate(self.seen))
+        return {"residual": (apart / max(1e-30, sum(float(w.square().sum()) for w, _ in self.seen))) ** 0.5}

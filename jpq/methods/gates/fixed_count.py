@@ -1,0 +1,185 @@
+"""Gates that keep a given number of units: what they share is how many, and out of which.
+
+Where the structure says how many units of a row stay (2 of 2:4, 1 pattern of a kernel), that holds. Else `density` is
+the share of weights that stay: in every row of its own where a site has several rows (k of n inputs of each neuron);
+where a site is one row (all weights of a layer) its units compete with those of all such sites, unless a method ranks
+layer by layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from jpq.methods.gates.base import Gate, Holds
+from jpq.types import JpqError, Units
+
+FAR = 30.0  # margin, in nats, of a decision that landing must not take back
+
+SMALL = 16  # rows up to this long are ranked by comparing all pairs, which is faster than sorting
+
+
+class FixedCount(Gate):
+    """Exactly k units of each row, or of all pooled rows together."""
+
+    counted: ClassVar[bool] = True
+    holds_quota: ClassVar[Holds] = "at the end"
+
+    def __init__(self, rows: int, n: int, density: float = 0.5):
+        super().__init__(rows, n)
+        if not 0 < density <= 1:
+            raise JpqError(f"--density {density} must lie above 0 and be at most 1: it is the share that stays.")
+        self.density = density
+        self.quota: int | None = None
+        self.sizes: Units
+        self.register_buffer("sizes", torch.ones(rows, n))
+
+    def bind(self, sizes: Units, quota: int | None) -> None:
+        """Sizes rank units of different size by what they cost; a quota replaces the density."""
+        self.sizes, self.quota = sizes.float(), quota
+
+    @property
+    def valid(self) -> Tensor | None:
+        """Which units are no padding; None where all are."""
+        real = self.sizes > 0
+        return None if bool(real.all()) else real
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the units compete with those of other sites."""
+        return self.rows == 1 and self.quota is None
+
+    def count(self, density: float) -> Tensor:
+        """Units that stay in each row, `[rows]`: at least one, and the quota where there is one."""
+        real = (self.sizes > 0).sum(1)
+        if self.quota is not None:
+            return real.minimum(torch.full_like(real, self.quota))
+        return kept_of_rows(density, real).clamp_min(1)
+
+    def least(self) -> Units:
+        """As many units as stay in the end, before it is known which: here, the largest of each row."""
+        return self.top(self.sizes, self.density)
+
+    def margin(self) -> Units:
+        """Far above or below 0: which units stay is not for landing to change."""
+        return FAR * (2 * self.keep() - 1)
+
+    def top(self, scores: Units, density: float) -> Units:
+        """1 for the best of each row, exactly `count(density)` of them."""
+        return topk_rows(scores.detach(), self.count(density), self.valid)
+
+
+@torch.no_grad()
+def best_of_all(scores: Sequence[Units], sizes: Sequence[Units], density: float) -> list[Units]:
+    """0 or 1 for each unit of each site: the best of all sites together, until `density` of all weights are kept.
+
+    Args:
+        scores: `[rows, n]` a site, comparable between sites (higher stays); ties go to the earlier site and unit.
+        sizes: weights of each unit, `[rows, n]` a site; 0 for padding.
+
+    Every site keeps at least its best unit, so a little more than `density` may stay where it is tiny.
+    """
+    flat = torch.cat([s.flatten() for s in scores])
+    cost = torch.cat([s.flatten() for s in sizes]).double()
+    order = flat.argsort(descending=True, stable=True)
+    keep = torch.zeros_like(flat)
+    keep[order] = (cost[order].cumsum(0) <= density * cost.sum() + 1e-6).to(flat.dtype)
+    parts = [k.reshape(s.shape) for k, s in zip(keep.split([s.numel() for s in scores]), scores, strict=True)]
+    for part, score, size in zip(parts, scores, sizes, strict=True):
+        part.mul_(size > 0).view(-1)[score.masked_fill(size == 0, -torch.inf).argmax()] = 1
+    return parts
+
+
+@torch.no_grad()
+def topk_rows(scores: Units, k: int | Tensor, valid: Tensor | None = None) -> Units:
+    """1 for the k largest of each row and 0 for the rest, `[rows, n]` in the scores' dtype.
+
+    Args:
+        scores: `[rows, n]`; ties go to the lower index; NaN ranks with minus infinity.
+        k: how many, the same in every row or `[rows]` whole numbers; a row with fewer real units keeps all of them.
+        valid: bool `[rows, n]`, False for padding, which is never kept.
+
+    Raises JpqError where k is below 0 or above n.
+    """
+    rows, n = scores.shape
+    wanted = torch.as_tensor(k, device=scores.device)
+    if wanted.numel() and (int(wanted.min()) < 0 or int(wanted.max()) > n):
+        raise JpqError(f"Cannot keep {k if isinstance(k, int) else 'k'} of {n} units: k is from 0 to {n}.")
+    wanted = wanted.expand(rows)
+    s = torch.where(scores.isnan(), -math.inf, scores)
+    real = torch.ones_like(s, dtype=torch.bool) if valid is None else valid.to(s.device)
+    if valid is not None:
+        s = s.masked_fill(~real, -math.inf)
+        wanted = wanted.minimum(real.sum(1))
+    if n <= SMALL:
+        return (_ranks(s, real) < wanted[:, None]).logical_and_(real).to(scores.dtype)
+    most = int(wanted.max()) if rows else 0
+    if not most:
+        return torch.zeros_like(scores)
+    if int(wanted.min()) == most:  # one selection for all rows, which need not be sorted
+        least = s.topk(most, 1, sorted=False).values.amin(1, keepdim=True)
+    else:
+        least = s.topk(most, 1).values.gather(1, (wanted[:, None] - 1).clamp_min(0))
+    above = s > least
+    tied = (s == least) & real
+    room = (wanted - above.sum(1))[:, None]
+    if bool((tied.sum(1, keepdim=True) > room).any()):
+        tied &= tied.cumsum(1) <= room
+    return (above | tied).to(scores.dtype)
+
+
+def _ranks(s: Units, real: Tensor) -> Tensor:
+    """How many units of its row come before each one."""
+    rank = torch.zeros_like(s, dtype=torch.int16)
+    for j in range(s.shape[1]):
+        here = s[:, j : j + 1]
+        rank[:, :j] += (here > s[:, :j]) & real[:, j : j + 1]
+        rank[:, j + 1 :] += (here >= s[:, j + 1 :]) & real[:, j : j + 1]
+    return rank
+
+
+def topk_sites(scores: Sequence[Units], k: int, valid: Sequence[Tensor | None] | None = None) -> list[Units]:
+    """The k largest units of all sites together, by one threshold: 0 or 1 for each, shaped like the scores.
+
+    Scores must be comparable between sites (normalise them first). Ties go to the earlier site, then the earlier unit;
+    `valid` has an entry for each site, None where all units are real. A site may lose everything.
+
+    Raises JpqError where k is below 0 or above the number of units.
+    """
+    if not scores:
+        return []
+    masks: Sequence[Tensor | None] = valid if valid is not None else [None] * len(scores)
+    flat = torch.cat([s.reshape(1, -1) for s in scores], 1)
+    real = [torch.ones_like(s, dtype=torch.bool) if v is None else v for s, v in zip(scores, masks, strict=True)]
+    some = any(v is not None for v in masks)
+    kept = topk_rows(flat, k, torch.cat([r.reshape(1, -1) for r in real], 1) if some else None)
+    parts = kept[0].split([s.numel() for s in scores])
+    return [p.reshape(s.shape) for p, s in zip(parts, scores, strict=True)]
+
+
+def strongest_rows(kept: Units, weights: Units, k: int) -> Units:
+    """What `kept` keeps in the k rows where that weighs most; the other rows keep nothing.
+
+    Args:
+        kept: 0 or 1, `[rows, n]`.
+        weights: of each unit, 0 or more, `[rows, n]`; ties go to the earlier row.
+        k: rows that keep something.
+    """
+    return kept * topk_rows((kept * weights).sum(1)[None], k)[0][:, None]
+
+
+def kept_of(density: float, n: int) -> int:
+    """k of n units at a density in [0, 1], rounded half up. Raises JpqError for a density outside."""
+    return int(kept_of_rows(density, torch.tensor([n]))[0])
+
+
+def kept_of_rows(density: float, n: Tensor) -> Tensor:
+    """The same for rows of different length: `[rows]` whole numbers from `[rows]` (such as `valid.sum(1)`)."""
+    if not 0 <= density <= 1:
+        raise JpqError(f"A density is a share from 0 to 1, not {density}.")
+    exact = (density * n.double()).mul(1e9).round().div(1e9)  # 0.29 * 50 is 14.5, whatever the last bit says
+    return (exact + 0.5).floor().long()

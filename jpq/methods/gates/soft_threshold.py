@@ -1,0 +1,94 @@
+"""PDP: a soft mask that is a function of the weights themselves; nothing is learned beside them.
+
+M. Cho, S. Adya, D. Naik, "PDP: Parameter-free Differentiable Pruning is All You Need", NeurIPS 2023, arXiv:2305.11203.
+
+| paper | here | shape |
+|---|---|---|
+| t: halfway between the last kept and the first dropped magnitude | `threshold()` is its square | [rows, 1] |
+| m(w) = sigmoid((w^2 - t^2) / tau) | `relaxed()` | [rows, n] |
+| r_l: per-layer share from one global quantile, then fixed | `join` | scalar |
+| ramp eps = 0.015 per epoch from epoch s = 16 of 100 | `RAMP`: the full ratio at 2/3 of the search | |
+
+A unit of several weights (a channel, a block) has the L2 norm of its weights for |w|.
+
+We differ: tau = t^2 / 8 in every row (the ratio that tau = 1e-4 has for a layer of standard deviation 0.02 at 85 %), so
+that softness does not depend on how a layer is scaled or how many weights a unit has; `tau` sets a number instead. The
+ramp begins at once, since the search starts from a trained network. The gradient does not run through t: it would move
+two weights of each layer for no reason (public code lets it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from jpq.methods.gates.base import Gate, squares
+from jpq.methods.gates.fixed_count import FixedCount, best_of_all
+from jpq.methods.structures.base import Structure
+from jpq.types import Units, Weight
+
+RAMP = 0.67  # share of the search after which the wanted share of units is dropped
+
+SOFT = 8.0  # t^2 / tau
+
+
+class SoftThreshold(FixedCount):
+    """Keep the largest units; the rest fade out."""
+
+    sees_weights: ClassVar[bool] = True
+
+    def __init__(self, rows: int, n: int, density: float = 0.5, tau: float | None = None):
+        super().__init__(rows, n, density)
+        self.tau, self.final = tau, density
+        self.now: Tensor
+        self.register_buffer("now", torch.tensor(1.0))  # share that is kept at this point of the search
+        self.seen: Units = torch.ones(rows, n)
+
+    def see(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
+        """The squares of each unit, with their gradient."""
+        self.seen = squares(weights)
+
+    def join(self, gates: Sequence[Gate]) -> None:
+        """One global quantile of the magnitudes says what share each layer keeps."""
+        pool = [g for g in gates if isinstance(g, SoftThreshold) and g.pooled]
+        if pool and pool[0] is self:
+            sizes = [g.sizes for g in pool]
+            scores = [g.seen / g.sizes.clamp_min(1) for g in pool]
+            for gate, keep in zip(pool, best_of_all(scores, sizes, self.density), strict=True):
+                gate.final = float((keep * gate.sizes).sum() / gate.sizes.sum())
+
+    def least(self) -> Units:
+        """The share that the pool's quantile leaves of this layer."""
+        return self.top(self.sizes, self.final)
+
+    def threshold(self) -> Units:
+        """t^2 of each row, `[rows, 1]`; below everything where all stay."""
+        size = self.seen.detach().clamp_min(0).sqrt()
+        if self.valid is not None:
+            size = size.masked_fill(~self.valid, -1.0)
+        k = self.count(float(self.now))[:, None]
+        ordered = size.sort(1, descending=True).values
+        last = ordered.gather(1, k - 1)
+        first = ordered.gather(1, k.clamp_max(self.n - 1)).clamp_min(0)
+        t = (last + first) / 2
+        real = (self.sizes > 0).sum(1, keepdim=True)
+        return torch.where(k >= real, torch.full_like(t, -1.0), t.square())
+
+    def relaxed(self) -> Units:
+        """sigmoid((w^2 - t^2) / tau); 1 where nothing is dropped."""
+        t = self.threshold()
+        tau = (t / SOFT).clamp_min(1e-12) if self.tau is None else self.tau
+        return torch.where(t < 0, torch.ones_like(self.seen), torch.sigmoid((self.seen - t) / tau))
+
+    def keep(self) -> Units:
+        """The largest of each row: m >= 1/2."""
+        return self.top(self.seen, float(self.now))
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Drop more, up to the wanted share at `RAMP`."""
+        self.now.fill_(1 - (1 - self.final) * min(1.0, progress / RAMP))
+        self.seen = self.seen.detach()

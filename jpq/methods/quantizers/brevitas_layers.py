@@ -1,0 +1,141 @@
+"""Float layers into brevitas layers, with our quantizer in brevitas's proxies.
+
+The injectors name only what brevitas needs to run and export a proxy; the quantizer itself is handed over as an
+instance, so there is one owner of ranges and bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import brevitas.nn as qnn
+from brevitas.inject import ExtendedInjector
+from brevitas.inject.enum import FloatToIntImplType, QuantType
+from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
+from torch import nn
+
+from jpq.methods.quantizers.uniform_integer import IntegerQuantizer
+from jpq.types import JpqError
+
+_CONVS: dict[type[nn.Module], Any] = {
+    nn.Conv1d: qnn.QuantConv1d,
+    nn.Conv2d: qnn.QuantConv2d,
+    nn.Conv3d: qnn.QuantConv3d,
+    nn.ConvTranspose1d: qnn.QuantConvTranspose1d,
+    nn.ConvTranspose2d: qnn.QuantConvTranspose2d,
+    nn.ConvTranspose3d: qnn.QuantConvTranspose3d,
+}
+
+
+class _WeightGrid(ExtendedInjector):
+    proxy_class = WeightQuantProxyFromInjector
+    quant_type = QuantType.INT
+    float_to_int_impl_type = FloatToIntImplType.ROUND
+    narrow_range = True
+    signed = True
+
+
+class _ActGrid(ExtendedInjector):
+    proxy_class = ActQuantProxyFromInjector
+    quant_type = QuantType.INT
+    float_to_int_impl_type = FloatToIntImplType.ROUND
+
+
+def can_quantize(layer: nn.Module) -> bool:
+    """Whether `quantize_layer` knows this kind of layer (the exact class: subclasses may compute something else)."""
+    return type(layer) is nn.Linear or type(layer) in _CONVS
+
+
+def quantize_layer(layer: nn.Module, weight: IntegerQuantizer, act: IntegerQuantizer) -> nn.Module:
+    """A brevitas layer that computes `layer` on quantized input and weight; it takes over the layer's parameters.
+
+    Raises JpqError for a layer of another class.
+    """
+    w = _WeightGrid.let(tensor_quant=weight)
+    # an unsigned grid is 0..N, a signed one -N..N: narrow only where there is a sign
+    a = _ActGrid.let(tensor_quant=act, signed=act.signed, narrow_range=act.signed)
+    if type(layer) is nn.Linear:
+        new: Any = qnn.QuantLinear(
+            layer.in_features, layer.out_features, layer.bias is not None, weight_quant=w, input_quant=a, device="meta"
+        )
+    elif type(layer) in _CONVS:
+        transposed = {"output_padding": layer.output_padding} if layer.transposed else {}
+        new = _CONVS[type(layer)](
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            bias=layer.bias is not None,
+            padding_mode=layer.padding_mode,
+            weight_quant=w,
+            input_quant=a,
+            device="meta",
+            **transposed,
+        )
+    else:
+        raise JpqError(f"A {type(layer).__name__} cannot be quantized; exclude its layer or use Conv or Linear layers.")
+    new.weight, new.bias = layer.weight, layer.bias
+    new.weight_quant.skip_create_quant_tensor = True  # plain tensors between layers: the grid travels in the module
+    new.input_quant.skip_create_quant_tensor = True
+    return new.train(layer.training)
+
+
+def plain_layer(layer: Any) -> nn.Module:
+    """The torch layer that a brevitas layer is without its quantizers, of the same sizes; its weights hold nothing."""
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    kind: Any = next(plain for plain, quantized in _CONVS.items() if type(layer) is quantized)
+    transposed = {"output_padding": layer.output_padding} if layer.transposed else {}
+    new: nn.Module = kind(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+        bias=layer.bias is not None,
+        padding_mode=layer.padding_mode,
+        device="meta",
+        **transposed,
+    )
+    return new
+
+
+def quantize_results(module: nn.Module, grid: IntegerQuantizer) -> None:
+    """Let a module hand on its result rounded to `grid`, which becomes part of it as its child `results`."""
+    act = _ActGrid.let(tensor_quant=grid, signed=grid.signed, narrow_range=grid.signed)
+    results: Any = qnn.QuantIdentity(act_quant=act)
+    results.act_quant.skip_create_quant_tensor = True
+    module.results = results.train(module.training)
+    module.register_forward_hook(_rounded)
+
+
+def _rounded(module: Any, _: Any, out: Any) -> Any:
+    return module.results(out)
+
+
+def result_quantizer(module: Any) -> IntegerQuantizer | None:
+    """What a module's result is rounded with, if it is."""
+    results: Any = getattr(module, "results", None)
+    return results.act_quant.fused_activation_quant_proxy.tensor_quant if type(results) is qnn.QuantIdentity else None
+
+
+def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` under every name that `old` has in `model`: a shared module stays shared."""
+    for alias in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
+        owner, _, leaf = alias.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, new)
+
+
+def weight_quantizer(layer: Any) -> IntegerQuantizer:
+    """The weight quantizer inside a brevitas layer."""
+    return layer.weight_quant.tensor_quant
+
+
+def act_quantizer(layer: Any) -> IntegerQuantizer:
+    """The input quantizer inside a brevitas layer."""
+    return layer.input_quant.fused_activation_quant_proxy.tensor_quant

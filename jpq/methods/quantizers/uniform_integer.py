@@ -1,0 +1,165 @@
+"""One uniform symmetric integer quantizer, fused forward and backward, that sits inside brevitas's proxies.
+
+    x_q = s * clamp(round(x / s), -N or 0, N)      s = r / N      N = 2^(b - signed) - 1
+
+with the range r (`threshold`, learned in the log domain, per output channel for weights) and the bit-width b
+(a `Width`, see base.py). 2-bit signed has 3 levels, 4-bit unsigned 16: weights use the narrow range, so zero is
+exact and the grid symmetric. brevitas takes the module as its injectors' `tensor_quant`, as an instance: assigning
+`layer.weight` then re-creates nothing, and learned bits survive.
+
+Gradients (straight-through on round only), e = x_q - x, "in" where |x| <= r (0 <= x <= r when unsigned):
+
+    d x_q / d x     = 1 in, 0 out
+    d x_q / d ln r  = e in,  +-r out
+    d x_q / d b     = -ln 2 * (N + 1) / N * e in,  0 out          (from s = r / N at fixed r)
+
+Source: the learned quantizer of DJPQ (Wang et al., ECCV 2020, arXiv:2007.10463) as GETA's code gives it.
+We differ: exponent t = 1 (integer kernels and QCDQ need a uniform grid); one forward and backward of a few in-place
+passes, because the plain chain of differentiable operations costs more than the convolution beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jpq.methods.quantizers.base import BitWidth, Grid
+from jpq.methods.quantizers.widths import Fixed
+
+
+def levels(bits: Tensor, signed: bool) -> Tensor:
+    """N: the largest integer of the grid, `2^(bits - signed) - 1`."""
+    return torch.exp2(bits - float(signed)) - 1.0
+
+
+class _Quantize(torch.autograd.Function):
+    """The formulas above. `threshold` is a scalar or broadcasts to x; `bits` is a scalar; `jitter` broadcasts to x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, threshold: Tensor, bits: Tensor, signed: bool, jitter: Tensor | None) -> Tensor:
+        n = levels(bits, signed)
+        scale = threshold / n
+        if x.is_cpu and threshold.numel() == 1:  # plain numbers take torch's fastest loops; on a GPU they would wait
+            top, step = float(n), float(scale)
+            q = torch.div(x, step).round_().clamp_(-top if signed else 0.0, top).mul_(step)
+        else:
+            q = torch.div(x, scale).round_().clamp_(-n if signed else torch.zeros_like(n), n).mul_(scale)
+        out = q if jitter is None else q * jitter
+        ctx.save_for_backward(x, q, threshold, bits, jitter)
+        ctx.signed = signed
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        x, q, threshold, bits, jitter = ctx.saved_tensors
+        d_jitter = None
+        if jitter is not None:
+            if ctx.needs_input_grad[4]:
+                d_jitter = (g * q).sum_to_size(jitter.shape)
+            g = g * jitter
+        if x.is_cpu and threshold.numel() == 1:
+            top = float(threshold)
+            # one fused pass: g where low < x < high; nudged so that the ends, and 0 itself, count as inside
+            top *= 1 + 3e-7  # beyond the last float32 that counts
+            dx = torch.ops.aten.hardtanh_backward(g, x, -top if ctx.signed else -1e-30, top)
+        else:
+            dx = g * ((x.abs() <= threshold) if ctx.signed else (x >= 0) & (x <= threshold))
+        error = (q - x).mul_(dx)
+        shape = threshold.shape
+        inner = error.sum() if threshold.numel() == 1 else error.sum_to_size(shape)
+        d_threshold = d_bits = None
+        if ctx.needs_input_grad[1]:
+            out = (g - dx).mul_(x.sign()) if ctx.signed else (g - dx).mul_(x > 0)
+            outer = out.sum() if threshold.numel() == 1 else out.sum_to_size(shape)
+            d_threshold = (inner / threshold.reshape(inner.shape) + outer).reshape(shape)
+        if ctx.needs_input_grad[2]:
+            n = levels(bits, ctx.signed)
+            d_bits = (inner.sum() * (-math.log(2.0)) * (n + 1.0) / n).reshape(bits.shape)
+        return dx, d_threshold, d_bits, None, d_jitter
+
+
+@torch.no_grad()
+def quantized(x: Tensor, threshold: Tensor, bits: float, signed: bool) -> Tensor:
+    """x on the plain grid with the range `threshold`, a scalar or one that broadcasts to x; no gradient."""
+    out: Tensor = _Quantize.apply(x, threshold, torch.tensor(float(bits), device=x.device), signed, None)
+    return out
+
+
+class IntegerQuantizer(nn.Module):
+    """brevitas `tensor_quant`: x -> (x_q, scale, zero point, bit-width).
+
+    Args:
+        threshold: start of the range r; a scalar for activations, `[C, 1, ...]` for weights. Positive.
+        width: the bit-width, learned or fixed.
+        signed: whether the grid reaches below zero.
+    """
+
+    zero_point: Tensor
+
+    def __init__(self, threshold: Tensor, width: BitWidth, signed: bool):
+        super().__init__()
+        self.grid: Grid | None = width.grid()  # what training rounds on, until `fix`
+        start = threshold.detach().clamp_min(1e-8)
+        if self.grid is not None:
+            start = start / self.grid.range(torch.ones_like(start), signed).detach()
+        self.log_threshold = nn.Parameter(start.log())
+        self.width = width
+        self.signed = signed
+        self.register_buffer("zero_point", torch.zeros(()), persistent=False)
+        self.jitter: Any = None  # Callable[[Tensor], Tensor | None]: noise that multiplies what the layer reads
+
+    @property
+    def threshold(self) -> Tensor:
+        """The range r of the plain grid."""
+        learned = self.log_threshold.exp()
+        return learned if self.grid is None else self.grid.range(learned, self.signed)
+
+    def scale(self) -> Tensor:
+        """The step s of the grid."""
+        return self.threshold / levels(self.width(), self.signed)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Quantized x, and the grid it lies on."""
+        bits, threshold = self.width(), self.threshold
+        jitter = self.jitter(x) if self.jitter is not None and self.training else None
+        q: Tensor
+        if self.grid is not None and self.training:
+            q = self.grid.quantize(x, self.log_threshold.exp(), bits, self.signed)
+            q = q if jitter is None else q * jitter
+        else:
+            q = _Quantize.apply(x, threshold, bits, self.signed, jitter)
+        return q, threshold / levels(bits, self.signed), self.zero_point, bits
+
+    @torch.no_grad()
+    def fix(self, bits: int) -> None:
+        """The plain grid at `bits` from here on; evaluation stays as it is where that is the width now."""
+        if self.grid is not None:
+            self.log_threshold.copy_(self.threshold.log())
+            self.grid = None
+        self.width = Fixed(bits, self.width.choices).to(self.log_threshold.device)
+
+
+@torch.no_grad()
+def fit_threshold(x: Tensor, bits: float, signed: bool, per_channel: bool, grid: int = 40) -> Tensor:
+    """The range that quantizes x with the least squared error: `[C, 1, ...]` per channel (dim 0), else a scalar.
+
+    A plain search over `grid` fractions of the largest magnitude; a range of zeros gets the mean range, or 1.
+    """
+    flat = x.reshape(x.shape[0], -1) if per_channel else x.reshape(1, -1)
+    top = flat.abs().amax(1, keepdim=True)
+    usable = top[top > 0]
+    top = torch.where(top > 0, top, usable.mean() if usable.numel() else torch.ones_like(top[:1, 0]))
+    n = float(2.0 ** (bits - signed) - 1)
+    best, best_error = top.clone(), torch.full_like(top, math.inf)
+    for fraction in torch.linspace(1.0, 1.0 / grid, grid).tolist():
+        scale = top * fraction / n
+        error = (
+            ((flat / scale).round_().clamp_(-n if signed else 0.0, n).mul_(scale) - flat).square().sum(1, keepdim=True)
+        )
+        better = error < best_error
+        best, best_error = torch.where(better, top * fraction, best), torch.where(better, error, best_error)
+    return best.reshape([-1] + [1] * (x.dim() - 1)) if per_channel else best.reshape(())

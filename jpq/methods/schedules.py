@@ -1,0 +1,51 @@
+"""When a ranking closes units during a search: at given places, down to a density that falls over them.
+
+Densities are shares of the MACs that stay. All schedules end at END of the search, so that the weights and the bits
+have the rest of it for the network that is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jpq.types import unknown
+
+END = 0.75  # of the search
+
+STEPS = {"one-shot": 1, "iterative": 10, "cubic": 20}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Decisions at `times`, the last of which reaches the density that was asked for."""
+
+    times: tuple[float, ...]  # positions in the search, ascending
+    left: Callable[[float], float]  # share of the decisions taken, in [0, 1] -> part of the way that is still to go
+
+    def due(self, progress: float) -> int:
+        """How many decisions lie at or before this position in the search."""
+        return sum(time <= progress for time in self.times)
+
+    def density(self, taken: int, final: float) -> float:
+        """What stays after so many decisions."""
+        return final + (1 - final) * self.left(taken / len(self.times))
+
+
+def _even(steps: int) -> tuple[float, ...]:
+    return tuple(END * (k + 1) / steps for k in range(steps))
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "one-shot": Schedule((0.0,), lambda done: 1 - done),  # all at the start
+    "iterative": Schedule(_even(STEPS["iterative"]), lambda done: 1 - done),  # the same share at every step
+    # Zhu and Gupta, To prune, or not to prune, ICLR workshop 2018, arXiv:1710.01878: s = s_f (1 - (1 - t)^3)
+    "cubic": Schedule(_even(STEPS["cubic"]), lambda done: (1 - done) ** 3),
+}
+
+
+def pick_schedule(name: str) -> Schedule:
+    """The schedule of that name. Raises JpqError with the closest names."""
+    if name not in SCHEDULES:
+        raise unknown("schedule", name, SCHEDULES)
+    return SCHEDULES[name]

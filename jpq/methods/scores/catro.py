@@ -1,0 +1,98 @@
+"""CATRO: the set of units that separates the classes best.
+
+W. Hu, Z. Che, N. Liu, M. Li, J. Tang, C. Zhang, J. Wang, "CATRO: Channel Pruning via Class-Aware Trace Ratio
+Optimization", IEEE TNNLS 2023, arXiv:2110.10921. With X the mean of each unit's map, per sample,
+
+    w_c = sum over classes k, samples i of k of (X[i, c] - mean_k[c])^2 + eps     within classes
+    b_c = sum over classes k of n_k (mean_k[c] - mean[c])^2                       between classes
+    goal: the set I of d units with the largest sum_I b / sum_I w
+    solve: r = 0; repeat I = the d largest of b - r w, r = sum_I b / sum_I w, until I is unchanged
+
+r never falls and the end is the global optimum (Nie et al., Trace Ratio Criterion for Feature Selection, AAAI 2008).
+The score is b - r w at the optimum of as many units as are about to stay (`SiteView.stay`): its d best are I. b and w
+of units that several layers read are summed over the readers.
+
+The paper's own formulas were not to be had: the ratio is the classical one that it is named after. Units without any
+scatter go first: with eps alone they would beat every unit with b < r w, live ones included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from jpq.methods.scores.base import Evidence, Score, SiteView
+from jpq.types import JpqError, Units
+
+EPS, DEAD = 1e-8, 1e-6  # of the mean scatter
+
+ROUNDS = 100
+
+
+def scatters(means: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(between, within) `[n]` of `[samples, n]`, with the formulas above, eps left out."""
+    x = means.double()
+    middle = x.mean(0)
+    between, within = torch.zeros_like(middle), torch.zeros_like(middle)
+    for k in labels.unique():
+        own = x[labels == k]
+        between += len(own) * (own.mean(0) - middle).square()
+        within += (own - own.mean(0)).square().sum(0)
+    return between, within
+
+
+def best_set(between: Tensor, within: Tensor, d: int) -> tuple[Tensor, list[float]]:
+    """(b - r w at the optimum of d units, every r on the way there); ties go to the lower index.
+
+    Args:
+        between, within: b and w, `[n]`; w > 0.
+        d: how many units, from 1 to n.
+    """
+    chosen, ratio, path = None, 0.0, [0.0]
+    for _ in range(ROUNDS):
+        gain = between - ratio * within
+        best = gain.argsort(descending=True, stable=True)[:d].sort().values
+        if chosen is not None and torch.equal(best, chosen):
+            break
+        chosen = best
+        ratio = float(between[best].sum() / within[best].sum())
+        path.append(ratio)
+    return between - ratio * within, path
+
+
+@dataclass(frozen=True)
+class Catro(Score):
+    """b - r w. `classes`: those that the network must tell apart; none: all."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"means", "labels"})
+    batches: ClassVar[int] = 8
+    classes: Sequence[int] = ()
+
+    def __call__(self, site: SiteView, evidence: Evidence) -> Units:
+        """`[1, n]`. Raises JpqError where there are fewer than two classes of two samples."""
+        if evidence.means is None or evidence.labels is None:
+            raise JpqError(f"CATRO needs labelled batches; give it the means of the units of '{site.name}'.")
+        means, labels = evidence.means, evidence.labels
+        if self.classes:
+            wanted = torch.isin(labels, torch.tensor(list(self.classes), device=labels.device))
+            means, labels = means[:, wanted], labels[wanted]
+        if int((labels.unique(return_counts=True)[1] > 1).sum()) < 2:
+            raise JpqError(
+                f"CATRO found {len(labels)} samples of {len(labels.unique())} classes in its batches and needs two of "
+                "two classes at least. Name more --classes, or use a larger --batch-size."
+            )
+        pairs = [scatters(x, labels) for x in means]
+        between, within = (torch.stack(parts).sum(0) for parts in zip(*pairs, strict=True))
+        total = between + within
+        alive = total > DEAD * total.mean()
+        score = torch.full_like(total, -torch.inf)
+        if not bool(alive.any()):
+            return score[None]
+        b, w = between[alive], within[alive] + EPS * total.mean()
+        wanted_units = min(site.stay or len(total), int(alive.sum()))
+        score[alive] = best_set(b, w, max(1, wanted_units))[0]
+        return score[None]

@@ -1,0 +1,76 @@
+"""Single weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Size
+
+from jpq.methods.structures.base import Structure
+from jpq.methods.structures.layout import PLAIN, WeightLayout
+from jpq.types import JpqError, Units, Weight
+
+
+@dataclass(frozen=True)
+class Elementwise(Structure):
+    """One row of all the weights of a layer, in the order of `weight.flatten()`: they compete with each other."""
+
+    single_weights: ClassVar[bool] = True
+    regular: ClassVar[bool] = False
+
+    layout: WeightLayout = PLAIN  # makes no difference
+
+    def shape(self, weight: Size) -> tuple[int, int]:
+        """(1, number of weights)."""
+        self.layout.sides(weight)
+        return 1, weight.numel()
+
+    def expand(self, z: Units, weight: Size) -> Weight:
+        """The units themselves."""
+        return z.reshape(weight)
+
+    def pool(self, x: Weight) -> Units:
+        """The weights themselves."""
+        return x.reshape(1, -1)
+
+    def spec(self) -> str:
+        """`elementwise`."""
+        return "elementwise"
+
+
+@dataclass(frozen=True)
+class PerOutput(Structure):
+    """A row for each output neuron, a unit for each weight that it reads: k of n inputs of every neuron.
+
+    A row may be cut into equal `tiles` of consecutive weights (input channel, then kernel position), each a row of
+    its own, as hardware with several memories wants. Source: dynamic probabilistic pruning, arXiv:2105.12686. Engines
+    of fixed fan-in (LUT networks on FPGAs, one index memory per neuron) skip what it drops; GPUs and CPUs do not.
+    """
+
+    single_weights: ClassVar[bool] = True
+
+    tiles: int = 1
+    layout: WeightLayout = PLAIN
+
+    def shape(self, weight: Size) -> tuple[int, int]:
+        """(outputs * tiles, weights of one neuron / tiles). Raises JpqError where the tiles do not divide."""
+        groups, outputs, inputs, taps = self.layout.sides(weight)
+        if self.tiles < 1 or inputs * taps % self.tiles:
+            raise JpqError(
+                f"Each output neuron of a weight {tuple(weight)} reads {inputs * taps} weights, which cannot be cut "
+                f"into {self.tiles} equal tiles: choose a divisor."
+            )
+        return groups * outputs * self.tiles, inputs * taps // self.tiles
+
+    def expand(self, z: Units, weight: Size) -> Weight:
+        """The units themselves, of the weight's shape."""
+        return self.layout.close(z.reshape(self.layout.sides(weight)), weight)
+
+    def pool(self, x: Weight) -> Units:
+        """The weights themselves, a row for each output neuron and tile."""
+        return self.layout.open(x).reshape(self.shape(x.shape))
+
+    def spec(self) -> str:
+        """`per-output`, or `per-output:TILES`."""
+        return "per-output" if self.tiles == 1 else f"per-output:{self.tiles}"

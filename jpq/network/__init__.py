@@ -1,1 +1,0 @@
-"""The model as we see it: trace, rules, sites."""

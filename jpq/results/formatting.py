@@ -1,0 +1,45 @@
+"""jpq.results.formatting."""
+
+from __future__ import annotations
+
+import math
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as people say them: 2.4 s, 42 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def format_ms(milliseconds: float) -> str:
+    """Milliseconds with three digits."""
+    return f"{milliseconds:#.3g} ms"
+
+
+def short(name: str, length: int = 34) -> str:
+    """The end of a long name."""
+    return name if len(name) <= length else "…" + name[1 - length :]
+
+
+def format_number(number: float, unit: str = "") -> str:
+    """A number with three digits and a decimal prefix: 12300000 is "12.3 M", and 50100 of unit "B" is "50.1 KB"."""
+    if not math.isfinite(number):
+        return "-"
+    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if abs(number) >= 0.9995 * scale:
+            value = number / scale
+            digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+            return f"{value:.{digits}f} {prefix}{unit}"
+    return f"{number:.3g} {unit}".rstrip()
+
+
+def format_percent(share: float) -> str:
+    """A share in [0, 1] as text: 0.0098 is "0.98 %"."""
+    if not math.isfinite(share):
+        return "-"
+    value = 100 * share
+    return f"{value:.2f} %" if abs(value) >= 0.1 or value == 0 else f"{value:.2g} %"

@@ -1,0 +1,107 @@
+"""Fronts: which points nothing beats, how much of the plane they cover, and where a front bends.
+
+Points are `[n, d]`, smaller is better in every column: callers negate accuracy and take logarithms of costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from jpq.types import JpqError
+
+Points = npt.NDArray[np.float64]  # [n, d]
+
+
+def frame(accuracy: Sequence[float], *shares: Sequence[float]) -> Points:
+    """`[n, 1 + costs]`: negated accuracy, and the decimal logarithm of each cost (given as shares of the fp32 model).
+
+    Budgets are shares and differ by factors, so that a decade counts the same wherever it lies.
+    Raises JpqError where a cost is not above 0.
+    """
+    costs = np.array(shares, float).reshape(len(shares), len(accuracy))
+    if (costs <= 0).any() or not np.isfinite(costs).all() or not np.isfinite(np.array(accuracy, float)).all():
+        raise JpqError("A front needs finite accuracies, and costs above 0.")
+    return np.column_stack([-np.array(accuracy, float), *np.log10(costs)])
+
+
+def non_dominated(points: Any) -> npt.NDArray[np.bool_]:
+    """`[n]`: whether no other point is at least as good in every column and better in one. Equal points stay together.
+
+    Source: Pareto dominance as in Zitzler et al., "Performance assessment of multiobjective optimizers", IEEE TEC 2003.
+    """
+    p = _points(points)
+    no_worse = np.all(p[:, None] <= p[None], axis=2)
+    better = np.any(p[:, None] < p[None], axis=2)
+    return np.asarray(~np.any(no_worse & better, axis=0))
+
+
+def hypervolume(points: Any, reference: Sequence[float]) -> float:
+    """Lebesgue measure of what the points dominate up to `reference`, exactly; points beyond it add nothing.
+
+    Slab by slab along the last column (slicing objectives): n log n steps for two columns, n^2 log n for three.
+    Source: Zitzler & Thiele, "Multiobjective optimization using evolutionary algorithms", PPSN 1998; While et al., "A
+    faster algorithm for calculating hypervolume", IEEE TEC 2006.
+    """
+    p, edge = _points(points), np.array(reference, float)
+    if p.shape[1] != len(edge):
+        raise JpqError(f"The reference has {len(edge)} coordinates, the points {p.shape[1]}.")
+    return _sliced(p[(p < edge).all(1)], edge)
+
+
+def _sliced(p: Points, edge: npt.NDArray[np.float64]) -> float:
+    if not len(p):
+        return 0.0
+    if p.shape[1] == 1:
+        return float(edge[0] - p.min())
+    p = p[np.argsort(p[:, -1], kind="stable")]
+    if p.shape[1] == 2:
+        best = np.minimum.accumulate(p[:, 0])
+        return float(((edge[0] - best) * np.diff(np.append(p[:, 1], edge[1]))).sum())
+    tops = np.append(p[1:, -1], edge[-1])
+    slabs = (
+        (top - low) * _sliced(p[: i + 1, :-1], edge[:-1])
+        for i, (low, top) in enumerate(zip(p[:, -1], tops, strict=True))
+        if top > low
+    )
+    return float(sum(slabs))
+
+
+def hypervolume_of(accuracy: Sequence[float], *shares: Sequence[float], chance: float = 0.0) -> float:
+    """Hypervolume in accuracy x decades of each cost, from chance level and the fp32 model's costs.
+
+    0.9 at a hundredth of the fp32 cost alone covers (0.9 - chance) * 2. The reference does not depend on the points, so
+    fronts of the same model and data may be compared; what is no better than chance, or dearer than the fp32 model,
+    counts nothing. Neither corner is any run's own result.
+    """
+    return hypervolume(frame(accuracy, *shares), [-chance, *(0.0,) * len(shares)])
+
+
+def knee(accuracy: Sequence[float], share: Sequence[float]) -> int | None:
+    """Where the front bends: the point farthest above the chord from the cheapest to the most accurate one.
+
+    Cost is taken in logs, and both axes are scaled to [0, 1] over the front, so the distance is to the line y = x. None
+    where fewer than three points are non-dominated, or none lies above the chord.
+    Source: Das, "On characterizing the 'knee' of the Pareto curve", Structural Optimization 1999; Satopää et al.,
+    "Finding a 'kneedle' in a haystack", ICDCSW 2011 (the largest difference of the normalised curve and the diagonal).
+    """
+    p = frame(accuracy, share)
+    index = np.flatnonzero(non_dominated(p))
+    front = p[index]
+    low, high = front.min(0), front.max(0)
+    if len(np.unique(front, axis=0)) < 3:
+        return None
+    quality, cost = ((front - low) / (high - low)).T
+    above = (1 - quality) - cost
+    at = int(above.argmax())
+    return int(index[at]) if above[at] > 1e-12 else None
+
+
+def _points(points: Any) -> Points:
+    p = np.asarray(points, float)
+    if p.ndim != 2 or not p.shape[1] or np.isnan(p).any():
+        raise JpqError(f"Points are numbers in rows of one length; these have shape {p.shape}.")
+    return p

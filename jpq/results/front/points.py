@@ -1,0 +1,371 @@
+"""Finished runs as points: from their folders, from studies' folders, and from an Optuna study."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from jpq.config import Config
+from jpq.config import read_toml as read_config
+from jpq.costs.latency import NS
+from jpq.files import untrusted
+from jpq.types import JpqError
+
+FILE = "result.json"
+BYTES = 2**26  # of a result.json; ours have some thousand
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Points of one task, and what was passed over."""
+
+    points: tuple[RunPoint, ...]
+    skipped: tuple[str, ...]  # a sentence each
+
+
+def read(source: Any, folder: Path | str | None = None) -> Runs:
+    """The runs in a folder (of a run, of a study, or of several), in several of them, or in an Optuna study.
+
+    `folder` is where the trials of an Optuna study lie; without it they are what they noted in the study.
+    A run that lies in two of them, or was copied, is counted once. Raises JpqError where a folder is not there, nothing
+    can be read, or runs are not of the same model and data.
+    """
+    points: list[RunPoint] = []
+    skipped: list[str] = []
+    for one in _several(source):
+        for point in _trials(one, folder) if hasattr(one, "trials") else _folders(Path(one)):
+            if isinstance(point, RunPoint):
+                points.append(point)
+            else:
+                skipped.append(point)
+    if not points:
+        why = f" {skipped[0]}" if skipped else ""
+        more = f" ({len(skipped) - 1} more were passed over.)" if len(skipped) > 1 else ""
+        raise JpqError(f"No finished run was found in {_named(source)}.{why}{more}")
+    require_one_task(points)
+    return Runs(_once(points), tuple(dict.fromkeys(skipped)))
+
+
+def _several(source: Any) -> list[Any]:
+    one = isinstance(source, (str, os.PathLike)) or hasattr(source, "trials")
+    if not one and not isinstance(source, Iterable):
+        raise JpqError(f"A front is made of folders of runs or of an Optuna study, not of a {type(source).__name__}.")
+    return [source] if one else list(source)
+
+
+def _named(source: Any) -> str:
+    return ", ".join(str(getattr(one, "study_name", one)) for one in _several(source)) or "nothing"
+
+
+def require_one_task(points: Sequence[RunPoint]) -> None:
+    """Raises JpqError where points are not of one model and data: their accuracies and shares say different things."""
+    first = points[0]
+    for other in points[1:]:
+        for what in ("model", "data"):
+            one, two = getattr(first, what), getattr(other, what)
+            if one != two:
+                raise JpqError(
+                    f"Runs of one front share model and data: {first.name} has {what} {one}, {other.name} has {two}. "
+                    "Name the folders of one task."
+                )
+        if not math.isclose(first.full["bops"], other.full["bops"], rel_tol=1e-6):
+            raise JpqError(
+                f"Runs of one front share model and data: the fp32 model of {first.name} costs "
+                f"{first.full['bops']:,.0f} BOPs, that of {other.name} {other.full['bops']:,.0f}."
+            )
+
+
+def _once(points: Sequence[RunPoint]) -> tuple[RunPoint, ...]:
+    """Without runs that were met before; of a trial and its export, the export."""
+    kept: dict[Any, RunPoint] = {}
+    for point in points:
+        mark = point.decisions.get("settings") or (point.folder or point.name)
+        key = (mark, point.accuracy, point.costs["bops"], point.costs["size"])
+        before = kept.get(key)
+        if before is None or (point.final and not before.final):
+            kept[key] = point
+    return tuple(kept.values())
+
+
+def _folders(path: Path) -> Iterator[RunPoint | str]:
+    """Every run in and below a folder, and a sentence for each that cannot be read."""
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "is not there"
+        raise JpqError(f"{path} {what}: give the folder of a run, of a study, or one that holds several.")
+    ended: list[Path] = []
+    begun: list[Path] = []
+    for place, below, files in os.walk(path):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        here = Path(place)
+        if FILE in files:
+            ended.append(here)
+        elif "config.toml" in files:
+            begun.append(here)
+    for here in ended:
+        try:
+            yield point_of(here)
+        except JpqError as error:
+            yield f"{here}: {error}"
+    for here in begun:
+        if not any(here in end.parents for end in ended):
+            yield f"{here}: the run has not ended, there is no {FILE}."
+
+
+def _trials(study: Any, folder: Path | str | None = None) -> Iterator[RunPoint | str]:
+    """The finished trials of an Optuna study of `jpq study`: `trials` and `user_attrs` are all that is asked of it."""
+    about = dict(getattr(study, "user_attrs", {}))
+    title = str(getattr(study, "study_name", "the study"))
+    alone: list[RunPoint] = []
+    known: RunPoint | None = None
+    for trial in study.trials:
+        if getattr(getattr(trial, "state", None), "name", "COMPLETE") != "COMPLETE":
+            continue
+        name = f"trial {getattr(trial, 'number', '?')}"
+        params = {f"params_{key}": value for key, value in trial.params.items()}
+        place = Path(folder or ".") / str(trial.user_attrs.get("run_folder", ""))
+        try:
+            if (place / FILE).is_file():
+                known = point_of(place)
+                yield replace(known, name=name, decisions={**known.decisions, **params})
+            else:
+                alone.append(from_attributes(name, about, trial.user_attrs, params))
+        except JpqError as error:
+            yield f"{name} of {title}: {error}"
+    for point in alone:  # what the study does not say, another trial's folder may
+        yield (
+            point
+            if known is None
+            else replace(
+                point, **{field: getattr(known, field) for field in ("full", "model", "data", "chance", "uniform")}
+            )
+        )
+
+
+@dataclass(frozen=True)
+class LayerDecision:
+    """What was decided for one layer."""
+
+    name: str
+    w_bits: int
+    a_bits: int
+    density: float  # share of its multiply-accumulates that stay, in [0, 1]
+
+
+@dataclass(frozen=True)
+class RunPoint:
+    """One run: how good and how dear its model is, and what was decided.
+
+    `costs` and `full` (of the fp32 model) go by the names in `jpq.costs.COSTS`, in bit-operations, MACs, bytes and
+    nanoseconds. Accuracies lie in [0, 1].
+    """
+
+    name: str
+    folder: Path | None
+    accuracy: float  # held-out
+    test_accuracy: float | None  # where the run read its test split
+    float_accuracy: float | None  # of the model that it began with, held-out
+    costs: Mapping[str, float]
+    full: Mapping[str, float]
+    model: str
+    data: str
+    chance: float = 0.0  # accuracy of guessing: 1 / classes, where the number of classes is known
+    packed_bytes: int | None = None
+    final: bool = True
+    decisions: Mapping[str, Any] = field(default_factory=dict)  # method, target, learning rates, ...
+    layers: tuple[LayerDecision, ...] = ()
+    uniform: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # "W4A4" -> costs of the whole model
+
+    def share(self, cost: str) -> float:
+        """Its cost over the fp32 model's."""
+        return self.costs[cost] / self.full[cost]
+
+    @property
+    def even(self) -> bool:
+        """Whether it has the same bits everywhere and nothing dropped; what reads the image keeps its own width."""
+        bits = {(layer.w_bits, layer.a_bits) for layer in self.layers[1:]}
+        whole = all(layer.density == 1 for layer in self.layers)
+        return whole and len(bits) == 1 and {layer.w_bits for layer in self.layers} == {w for w, _ in bits}
+
+
+def point_of(folder: Path) -> RunPoint:
+    """The run in a folder. Raises JpqError where its files are missing, damaged or of something else."""
+    config = read_config(folder / "config.toml")
+    try:
+        tree = untrusted.parse_json(untrusted.read_text(folder / FILE, "result", BYTES), FILE)
+        now, full, held = tree["compressed"], tree["float"], tree["held_out"]
+        layers = tuple(_layers(folder / "layers.csv"))
+        data = tree.get("data") or {}
+        point = RunPoint(
+            name=_name(folder.resolve()),
+            folder=folder,
+            accuracy=_share(held["compressed"], "held-out accuracy"),
+            test_accuracy=_maybe(now["accuracy"]),
+            float_accuracy=_maybe(held.get("float")),
+            costs=_costs(now, config.budget.cost, layers),
+            full=_costs(full),
+            model=config.task.model,
+            data=str(data.get("name", config.task.data)),
+            chance=_chance(folder / "plan.json"),
+            packed_bytes=int(tree["packed"]["total"]) if tree.get("packed") else None,
+            final=bool(tree.get("final", True)),
+            decisions=decisions(config),
+            layers=tuple(layer for layer, _ in layers),
+            uniform={str(n): {str(k): float(v) for k, v in c.items()} for n, c in tree.get("uniform", {}).items()},
+        )
+    except OSError as error:
+        raise JpqError(f"{Path(str(error.filename)).name} cannot be read ({error.strerror}).") from error
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, csv.Error) as error:
+        raise JpqError(f"it does not hold the result of a run ({type(error).__name__}: {_short(error)}).") from error
+    return point
+
+
+def _name(folder: Path) -> str:
+    """The folder's; with that of the run around it, where that followed several budgets down."""
+    return f"{folder.parent.name}/{folder.name}" if (folder.parent / "config.toml").is_file() else folder.name
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
+
+
+def _costs(
+    now: Mapping[str, Any], cost: str = "bops", layers: Sequence[tuple[LayerDecision, float]] = ()
+) -> dict[str, float]:
+    """By name in COSTS. A run with --cost bops-structured reports those as its BOPs: its own are in its layers."""
+    bops = sum(b for _, b in layers) if cost != "bops" and layers else now["bops"]
+    found = {
+        "bops": _above(bops, "BOPs"),
+        "bops-structured": _above(now.get("bops_structured") or now["bops"], "BOPs"),
+        "macs": _above(now["macs"], "MACs"),
+        "size": _above(now["size_bytes"], "bytes"),
+    }
+    ms = now.get("latency_ms")
+    return found if ms is None else {**found, "latency": NS * _above(ms, "latency")}
+
+
+def _above(value: Any, what: str) -> float:
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{what} of {value}")
+    return number
+
+
+def _share(value: Any, what: str) -> float:
+    number = float(value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"{what} of {value}")
+    return number
+
+
+def _maybe(value: Any) -> float | None:
+    return None if value is None or value != value else _share(value, "accuracy")
+
+
+def _layers(path: Path) -> Iterator[tuple[LayerDecision, float]]:
+    """Each layer with its bit-operations, where zeros of every kind cost nothing."""
+    untrusted.check_file(path, "table")
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            w, a, macs = int(row["w_bits"]), int(row["a_bits"]), int(row["macs"])
+            if row.get("macs_all"):
+                density = macs / float(row["macs_all"])
+            else:  # of a version without that column
+                i, i_all, o, o_all = (int(row[k]) for k in ("inputs", "inputs_all", "outputs", "outputs_all"))
+                density = i / i_all * o / o_all * float(row["density"])
+            yield LayerDecision(row["name"], w, a, _share(density, "density")), float(w * a * macs)
+
+
+def _chance(path: Path) -> float:
+    """Accuracy of guessing, from the plan's number of classes; 0 where there is no plan."""
+    try:
+        return 1 / max(1, int(untrusted.parse_json(untrusted.read_text(path), FILE)["model"]["classes"]))
+    except (JpqError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+def decisions(config: Config) -> dict[str, Any]:
+    """What a person chose: method, structure, targets, learning rates, seed, epochs ..."""
+    d, t, b = config.decide, config.train, config.budget
+    asked = {"bops": b.target_bops, "macs": b.target_macs, "size": b.target_size, "latency": b.target_latency}
+    return {
+        "method": d.method,
+        "structure": d.structure or _own_structure(d.method) or None,
+        "target": ", ".join(f"{name} {text}" for name, text in asked.items() if text is not None),
+        "cost": b.cost,
+        "width": d.width or None,
+        "w_bits": "{} to {}".format(*d.w_bits),
+        "a_bits": "{} to {}".format(*d.a_bits),
+        "density": d.density,
+        "score": d.score or None,
+        "schedule": d.schedule or None,
+        "allocator": d.allocator or None,
+        "lr": t.lr,
+        "gate_lr": d.gate_lr,
+        "bit_lr": d.bit_lr,
+        "gate_weight": d.gate_weight,
+        "distill": t.distill,
+        "epochs": t.epochs,
+        "search": t.search,
+        "seed": config.run.seed,
+        "settings": config.hash(),
+    }
+
+
+def _own_structure(method: str) -> str:
+    from jpq.methods.table import METHODS
+
+    row = METHODS.get(method)
+    return row.structure if row is not None and row.gate is not None else ""
+
+
+def from_attributes(
+    name: str, about: Mapping[str, Any], found: Mapping[str, Any], params: Mapping[str, Any]
+) -> RunPoint:
+    """A trial without its folder, by what it noted beside its values. Raises JpqError where that is not enough.
+
+    Args:
+        name: what to call it; about: the study's own attributes, which hold the task's settings.
+        found: the trial's attributes (`held_out`, `bops`, `bops_share`, `macs`, `size_bytes`, `latency_ms`, `layers`).
+        params: what the sampler chose.
+    """
+    try:
+        task = about.get("settings", {}).get("task", {})
+        bops, share = _above(found["bops"], "BOPs"), _above(found["bops_share"], "share of BOPs")
+        latency = {"latency": NS * _above(found["latency_ms"], "latency")} if found.get("latency_ms") else {}
+        place = str(found.get("run_folder", ""))
+        return RunPoint(
+            name=name,
+            folder=None,
+            accuracy=_share(found["held_out"], "held-out accuracy"),
+            test_accuracy=None,
+            float_accuracy=None,
+            costs={"bops": bops, "macs": float(found["macs"]), "size": float(found["size_bytes"]), **latency},
+            full={"bops": float(round(bops / share))},
+            model=str(task.get("model", "")),
+            data=str(task.get("data", "")),
+            chance=_share(about.get("accuracy of guessing", 0.0), "accuracy of guessing"),
+            final=False,
+            decisions={"method": found.get("method"), "settings": place.rpartition("/")[2] or None, **params},
+            layers=tuple(_told(layer, str(text)) for layer, text in found.get("layers", {}).items()),
+        )
+    except KeyError as error:
+        raise JpqError(f"neither its folder nor its attribute {error} is at hand.") from error
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise JpqError(f"its attributes are not those of a trial of jpq study ({_short(error)}).") from error
+
+
+def _told(name: str, text: str) -> LayerDecision:
+    """A layer as `jpq study` notes it, such as "W4 A3, 24/32 channels, density 0.50 (2:4)"."""
+    bits = re.match(r"W(\d+) A(\d+)", text)
+    if bits is None:
+        raise ValueError(f"layer {name}: {text}")
+    kept = re.search(r"(\d+)/(\d+) channels", text)
+    mask = re.search(r"density ([0-9.]+)", text)
+    density = (int(kept[1]) / int(kept[2]) if kept else 1.0) * (float(mask[1]) if mask else 1.0)
+    return LayerDecision(name, int(bits[1]), int(bits[2]), _share(density, "density"))

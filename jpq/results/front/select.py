@@ -1,0 +1,182 @@
+"""One point of a front, and why that one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jpq.costs.latency import NS
+from jpq.costs.target import parse_amount
+from jpq.results.formatting import format_number, format_percent
+from jpq.results.front.front import Front, make, require_one_table
+from jpq.results.front.points import RunPoint
+from jpq.types import JpqError
+
+ACCURACY = "accuracy"
+
+LIMITS = {
+    "min_accuracy": ACCURACY,
+    "max_bops": "bops",
+    "max_macs": "macs",
+    "max_size": "size",
+    "max_latency": "latency",
+}
+
+WORDS = {
+    "bops": "BOPs",
+    "bops-structured": "structured BOPs",
+    "macs": "MACs",
+    "size": "size",
+    "latency": "predicted latency",
+    ACCURACY: "held-out accuracy",
+}
+
+_SHARE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a point must reach in held-out accuracy, or may cost at most."""
+
+    cost: str  # a name in COSTS, or ACCURACY
+    text: str  # as it was asked for, with its flag
+    value: float  # in [0, 1], or in the cost's unit
+
+    def met(self, point: RunPoint) -> bool:
+        """Whether the point keeps to it; one that does not know the cost does not."""
+        if self.cost == ACCURACY:
+            return point.accuracy >= self.value
+        return self.cost in point.costs and point.costs[self.cost] <= self.value
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The point that was picked, and the reasons, a sentence each."""
+
+    index: int  # in the front's points
+    point: RunPoint
+    why: tuple[str, ...]
+
+
+def limits(asked: Mapping[str, str | None], full: Mapping[str, float]) -> tuple[Limit, ...]:
+    """The limits by flag ("min_accuracy": "91%", "max_size": "60KB"). `full`: costs of the fp32 model, for percentages.
+
+    Raises JpqError for amounts of another form.
+    """
+    found = []
+    for name, text in asked.items():
+        if text is None:
+            continue
+        flag, cost = f"--{name.replace('_', '-')}", LIMITS[name]
+        if cost == ACCURACY:
+            value = _accuracy(flag, text)
+        elif "%" in text and cost not in full:
+            raise JpqError(f"{flag} {text}: no run says what the fp32 model costs there. Give an amount, such as 3ms.")
+        else:
+            value = float(parse_amount(cost, text, full.get(cost, 0.0), flag))
+        found.append(Limit(cost, f"{flag} {text}", value))
+    return tuple(found)
+
+
+def _accuracy(flag: str, text: str) -> float:
+    match = _SHARE.fullmatch(text)
+    value = float(match[1]) / (100 if match[2] else 1) if match else 2.0
+    if value > 1:
+        raise JpqError(f"{flag} '{text}' is not an accuracy. Write it like 91% or 0.91.")
+    return value
+
+
+def pick(front: Front, asked: Sequence[Limit], knee: bool = False) -> Choice:
+    """One of all points that keep to every limit.
+
+    Where an accuracy is asked for, the cheapest in the front's first cost; else the most accurate. With `knee`, the
+    knee of the front of these points. Raises JpqError where there is none, naming the nearest that there are.
+    """
+    cost = front.costs[0]
+    if any(limit.cost == "latency" for limit in asked):
+        require_one_table(front.points)
+    fit = [p for p in front.points if all(limit.met(p) for limit in asked)]
+    if not fit:
+        raise JpqError(_nearest(front, asked))
+    counts = [f"{limit.text}: {sum(map(limit.met, front.points))} of {len(front.points)} runs" for limit in asked]
+    if len(asked) > 1:
+        counts.append(f"all together: {len(fit)}")
+    why = [f"{'; '.join(counts)}."] if counts else []
+    if knee:
+        inside = make(fit, front.costs)
+        if inside.knee is None:
+            raise JpqError(
+                f"There is no knee: of {_runs(len(fit))}, {len(inside.best)} are on the front, and none of them stands "
+                "out above the line from the cheapest to the most accurate. Choose by --min-accuracy or --max-bops."
+            )
+        best = inside.points[inside.knee]
+        why.append(f"It is the knee of {_runs(len(fit))}: farthest above the line from the cheapest to the best.")
+    elif any(limit.cost == ACCURACY for limit in asked):
+        best = min(fit, key=lambda p: (p.costs[cost], -p.accuracy))
+        why.append(_extreme(f"the least {WORDS[cost]}", len(fit)))
+    else:
+        best = max(fit, key=lambda p: (p.accuracy, -p.costs[cost]))
+        why.append(_extreme("the highest held-out accuracy", len(fit)))
+    at = next(i for i, p in enumerate(front.points) if p is best)
+    return Choice(at, best, (*why, *_beside(front, best, asked)))
+
+
+def _extreme(what: str, n: int) -> str:
+    return f"It has {what} of these {n}." if n > 1 else "It is the only one."
+
+
+def _runs(n: int) -> str:
+    return f"{n} runs" if n != 1 else "one run"
+
+
+def shown(point: RunPoint, cost: str) -> str:
+    """A cost as people read it: "9.18 M (0.99 %) BOPs", "20.6 KB", "0.412 ms"."""
+    value = point.costs[cost]
+    if cost == "latency":
+        return f"{value / NS:#.3g} ms"
+    if cost == "size":
+        return format_number(value, "B")
+    share = f" ({format_percent(point.share(cost))} of fp32)" if cost in point.full else ""
+    return f"{format_number(value)} {WORDS[cost]}{share}"
+
+
+def _beside(front: Front, best: RunPoint, asked: Sequence[Limit]) -> list[str]:
+    """What the next cheaper and the next dearer point of the front would have given."""
+    cost = front.costs[0]
+    lines = []
+    cheaper = [p for p in front.line if p.costs[cost] < best.costs[cost]]
+    dearer = [p for p in front.line if p.costs[cost] > best.costs[cost] and p.accuracy > best.accuracy]
+    for words, near in (("cheaper", cheaper[-1:]), ("dearer", dearer[:1])):
+        for p in near:
+            misses = [limit.text for limit in asked if not limit.met(p)]
+            but = f"; it misses {' and '.join(misses)}" if misses else ""
+            lines.append(
+                f"The next {words} one of the front, {p.name}, has {100 * (p.accuracy - best.accuracy):+.2f} points at "
+                f"{p.costs[cost] / best.costs[cost]:.2f} times the {WORDS[cost]}{but}."
+            )
+    return lines
+
+
+def _nearest(front: Front, asked: Sequence[Limit]) -> str:
+    """What comes nearest where nothing keeps to all limits: by each, the best of what keeps to the others."""
+    near: list[str] = []
+    for limit in asked:
+        known = [p for p in front.points if limit.cost in (ACCURACY, *p.costs)]
+        rest = [other for other in asked if other is not limit]
+        fit = [p for p in known if all(other.met(p) for other in rest)]
+        if not known:
+            near.append(f"no run knows its {WORDS[limit.cost]}")
+        if fit and rest:
+            near.append(f"with {' and '.join(other.text for other in rest)} {_best(fit, limit)}")
+        if known and not any(map(limit.met, known)):
+            near.append(_best(known, limit, " of all" if rest else ""))
+    return f"No run meets {' and '.join(limit.text for limit in asked)}: {'; '.join(near)}."
+
+
+def _best(points: Sequence[RunPoint], limit: Limit, whole: str = "") -> str:
+    if limit.cost == ACCURACY:
+        best = max(points, key=lambda p: p.accuracy)
+        return f"the most accurate{whole} is {best.name} with {format_percent(best.accuracy)}"
+    best = min(points, key=lambda p: p.costs[limit.cost])
+    return f"the least{whole} is {best.name} with {shown(best, limit.cost)}"

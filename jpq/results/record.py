@@ -1,0 +1,101 @@
+"""What a run found, as plain data: the one record that tables, plots, JSON and the screen are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jpq.training.history import EpochRecord
+from jpq.types import DENSE
+
+Numbers = dict[str, dict[str, float]]  # of what -> name -> number
+
+UNREAD = math.nan  # accuracy on a test split that was not read
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One layer of the compressed model, a line of layers.csv."""
+
+    name: str
+    kind: str
+    inputs: int
+    inputs_all: int
+    outputs: int
+    outputs_all: int
+    w_bits: int
+    a_bits: int
+    macs: int
+    bops: int
+    share: float  # of the compressed model's BOPs
+    density: float = 1.0  # share of the layer's weights that its mask keeps
+    structure: str = DENSE  # what the units of its mask are
+    latency_ms: float | None = None  # predicted, where a table of measured layers was given
+    macs_all: int | None = None  # with nothing dropped
+
+
+@dataclass(frozen=True)
+class ModelMetrics:
+    """How good, and how dear, one model is."""
+
+    accuracy: float  # on the test split, in [0, 1]; UNREAD where the run is not final
+    bops: int
+    macs: int
+    size_bytes: int  # weights at their bit-widths, biases and scales at 32 bits
+    bops_share: float  # of the fp32 model
+    bops_structured: int = 0  # with weights that an elementwise mask drops counted as work
+    latency_ms: float | None = None  # predicted, where a table of measured layers was given
+
+
+@dataclass(frozen=True)
+class BudgetRecord:
+    """One of several budgets of a run, a line of front.csv."""
+
+    budget: str  # as asked for
+    accuracy: float  # on the test split, in [0, 1]; UNREAD where the run is not final
+    held_out: float
+    bops: int
+    bops_share: float  # of the fp32 model
+    macs: int
+    size_bytes: int
+    seconds: float  # from the run's beginning to this model's end
+    folder: str  # inside the run's
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of one run."""
+
+    folder: Path
+    method: str
+    float: ModelMetrics
+    compressed: ModelMetrics
+    held_out: dict[str, Any]  # held-out accuracy of both
+    targets: dict[str, Any]  # target name -> {"asked", "limit", "reached", "used"}; and "note" where < 97 % is used
+    layers: tuple[LayerRecord, ...]
+    history: tuple[EpochRecord, ...]
+    seconds: dict[str, Any]  # phase -> seconds, "total"
+    command: str
+    versions: dict[str, str]
+    seed: int
+    notes: tuple[str, ...] = field(default=())
+    verified: dict[str, Any] = field(default_factory=dict)  # what was compared, and what came out
+    metrics: Numbers = field(default_factory=dict)  # site -> what its gate said at landing
+    latency: dict[str, Any] = field(default_factory=dict)  # model.onnx: predicted_ms, measured_ms, their ratio ...
+    export: dict[str, Any] = field(default_factory=dict)  # opset, type of weights, forms, layers left in float
+    packed: dict[str, int] = field(default_factory=dict)  # bytes of model.packed: total, header, promised, others
+    schemes: dict[str, Any] = field(
+        default_factory=dict
+    )  # who mapped them, ms, and where those are from (jpq.allocation.structure_search)
+    data: dict[str, Any] = field(default_factory=dict)  # name, checksum, sizes of the splits
+    machine: dict[str, Any] = field(default_factory=dict)  # platform, device, threads, peak memory
+    uniform: Numbers = field(default_factory=dict)  # "W4A4" -> what the whole model costs at these bits, by measure
+    final: bool = True  # exported, verified and measured on the test split; else one of a study's trials
+    front: tuple[
+        BudgetRecord, ...
+    ] = ()  # every budget of a run that followed several down; this result is the last one's

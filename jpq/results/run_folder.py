@@ -1,0 +1,196 @@
+"""Bytes on disk: what a run wrote, beside the model that it began with in float and at 8 bits; and what runs it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import nn
+
+from jpq.config import TARGETS, Config, write_toml
+from jpq.costs.latency_table import LatencyTable
+from jpq.export.rebuild import build
+from jpq.export.timing import layer_table
+from jpq.files import tensors, untrusted
+from jpq.files.atomic import replace_file
+from jpq.plan import Plan
+from jpq.plan import read as read_plan
+from jpq.results.plots import curves, layer_chart, save_picture
+from jpq.results.record import BudgetRecord, LayerRecord, ModelMetrics, Result
+from jpq.tasks import models
+from jpq.tracing.decompose import decompose
+from jpq.training.history import FRONT, EpochRecord, write_history
+from jpq.training.run_state import RunState
+from jpq.types import JpqError
+
+FRONT_PICTURE = "front.png"
+SIZES_NAME = "sizes.csv"
+
+
+def load(folder: str | Path, run_code: bool = False) -> tuple[nn.Module, Plan]:
+    """(small model in eval mode, its plan) from a run's folder; no pickle, no optimiser, no data needed.
+
+    Where the model is your own code (module:callable), it is run only if `run_code`: the name is in the folder, and
+    whoever made that chose it. Raises JpqError where files are missing, foreign or do not fit together.
+    """
+    folder = Path(folder)
+    plan = read_plan(folder / "plan.json")
+    dense = models.of_plan(plan, folder / "plan.json", folder / "model.safetensors", run_code)
+    small = build(plan, decompose(dense))
+    tensors.load_tensors(small, folder / "model.safetensors")
+    return small.eval(), plan
+
+
+def budget_folder_name(name: str, config: Config) -> str:
+    """`bops-0.5pct` for 0.5 %: the first target that tells the budgets apart, safe on every file system."""
+    cost = next(t for t in TARGETS if getattr(config.budget, t) == name)
+    return f"{cost.removeprefix('target_')}-{re.sub(r'[^A-Za-z0-9.+-]', '', name.replace('%', 'pct'))}"
+
+
+def prepare_folder(run: RunState, config: Config, table: LatencyTable | None) -> None:
+    """Make one budget's folder, with its settings and the table of layers that the run goes by."""
+    try:
+        run.folder.mkdir(exist_ok=True)
+        write_toml(config, run.folder / "config.toml")
+    except OSError as error:
+        raise JpqError(f"Cannot write to {run.folder}: {error.strerror}. Choose another folder with --out.") from error
+    if table is not None:
+        layer_table.write_table(list(table.entries), run.folder / layer_table.TABLE_NAME)
+
+
+def point_to_latest(name: str, folder: Path) -> BudgetRecord:
+    """One line of front.csv, from the folder of a finished budget."""
+    try:
+        found: dict[str, Any] = untrusted.parse_json(untrusted.read_text(folder / "result.json"), "result.json")
+        now, seconds = found["compressed"], found["seconds"]["total"]
+        accuracy = math.nan if now["accuracy"] is None else now["accuracy"]
+        return BudgetRecord(
+            name,
+            accuracy,
+            found["held_out"]["compressed"],
+            now["bops"],
+            now["bops_share"],
+            now["macs"],
+            now["size_bytes"],
+            seconds,
+            folder.name,
+        )
+    except (JpqError, KeyError, TypeError) as error:
+        raise JpqError(f"{folder} was finished earlier and cannot be read now. Run without --resume.") from error
+
+
+def write_run(result: Result, config: Config) -> None:
+    """Write every table of a run into its folder, and its pictures where it is final."""
+    folder = result.folder
+    write_history(result.history, folder)
+    layers = pd.DataFrame([asdict(row) for row in result.layers], columns=[f.name for f in fields(LayerRecord)])
+    replace_file(folder / "layers.csv", lambda path: layers.to_csv(path, index=False))
+    text = json.dumps(_plain(result_record(result)), indent=2, allow_nan=False) + "\n"
+    replace_file(folder / "result.json", lambda path: path.write_text(text))
+    if result.export:
+        write_sizes(result)
+    if result.final:
+        draw_run(result, config)
+
+
+def draw_run(result: Result, config: Config) -> None:
+    """Write the pictures of a run into its folder."""
+    save_picture(curves(result, config), result.folder / "curves.png")
+    save_picture(layer_chart(result, config), result.folder / "layers.png")
+
+
+def read_run(folder: Path) -> Result:
+    """The result that `write` left in a folder. Raises JpqError where its files are missing, damaged or foreign."""
+    try:
+        tree = untrusted.as_dict(
+            untrusted.parse_json(untrusted.read_text(folder / "result.json", "result"), "result.json")
+        )
+        known = {f.name for f in fields(Result)}
+        tree = {key: value for key, value in tree.items() if key in known}
+        for side in ("float", "compressed"):
+            figures = tree[side]
+            tree[side] = ModelMetrics(**{**figures, "accuracy": _number(figures["accuracy"])})
+        rows, layers = _rows(folder / "history.csv"), _rows(folder / "layers.csv")
+        return Result(
+            **{**tree, "folder": folder, "notes": tuple(tree.get("notes", ()))},
+            layers=tuple(LayerRecord(**row) for row in layers),
+            history=tuple(
+                EpochRecord(**{k: _number(v) for k, v in row.items()} | {"budget": row.get("budget") or ""})
+                for row in rows
+            ),
+        )
+    except (JpqError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise JpqError(f"{folder} does not hold the result of a run ({type(error).__name__}: {why}).") from error
+
+
+def _number(value: Any) -> Any:
+    """JSON and CSV leave numbers empty that are not finite."""
+    return math.nan if value is None else value
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """A CSV's rows; empty cells are None."""
+    untrusted.check_file(path, "table")
+    table = pd.read_csv(path, dtype={"name": str, "budget": str}).astype(object)
+    return [{str(k): v for k, v in row.items()} for row in table.where(table.notna(), None).to_dict("records")]
+
+
+def write_front(points: Sequence[BudgetRecord], folder: Path) -> None:
+    """Write front.csv, one line a budget."""
+    frame = pd.DataFrame([asdict(point) for point in points], columns=[f.name for f in fields(BudgetRecord)])
+    replace_file(folder / FRONT, lambda path: frame.to_csv(path, index=False))
+
+
+def result_record(result: Result) -> dict[str, Any]:
+    """What result.json holds: everything but the tables, which have files of their own."""
+    tree = asdict(result)
+    return {key: value for key, value in tree.items() if key not in ("folder", "layers", "history", "front")}
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's types; numbers that are not finite become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if hasattr(value, "item"):  # numpy and torch scalars
+        return _plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def sizes(result: Result) -> list[dict[str, Any]]:
+    """A row for each file, and for the whole model in fp32 and int8 (weights, biases, scales; nothing around them)."""
+    float_bytes = result.float.size_bytes
+    int8_bytes = result.uniform.get("W8A8", {}).get("size")
+    rows: list[dict[str, Any]] = [{"what": "unpruned, fp32, as counted", "bytes": float_bytes}]
+    if int8_bytes is not None:
+        rows.append({"what": "unpruned, int8, as counted", "bytes": int(int8_bytes)})
+    if result.packed:
+        rows.append({"what": "model.packed", "bytes": int(result.packed["total"])})
+    rows += [{"what": form["file"], "bytes": int(form["bytes"])} for form in result.export.get("forms", {}).values()]
+    for row in rows:
+        row["share_of_fp32"] = row["bytes"] / float_bytes
+        row["share_of_int8"] = row["bytes"] / int8_bytes if int8_bytes else None
+    return rows
+
+
+def write_sizes(result: Result) -> None:
+    """sizes.csv, in the run's folder."""
+
+    def fill(path: Path) -> None:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["what", "bytes", "share_of_fp32", "share_of_int8"])
+            writer.writeheader()
+            writer.writerows(sizes(result))
+
+    replace_file(result.folder / SIZES_NAME, fill)

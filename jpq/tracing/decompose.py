@@ -1,0 +1,111 @@
+"""Before a model is read: parts whose code hides layers give way to parts that compute the same from plain layers."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.utils.parametrize as parametrize
+from torch import Tensor, nn
+from torch.nn.utils import remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
+from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
+from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
+
+from jpq.methods.quantizers import replace_everywhere
+from jpq.tracing.attention import Attention, Decoder, Encoder
+from jpq.tracing.window_attention import ShiftedWindows, maxvit
+
+TWINS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {  # the exact class: a subclass may compute something else
+    nn.MultiheadAttention: Attention,
+    nn.TransformerEncoder: Encoder,
+    nn.TransformerDecoder: Decoder,
+    ShiftedWindowAttention: ShiftedWindows,
+    ShiftedWindowAttentionV2: ShiftedWindows,
+    ShiftedWindowAttention3d: ShiftedWindows,
+    RelativePositionalMultiHeadAttention: maxvit,
+}
+
+
+def decompose(model: nn.Module) -> nn.Module:
+    """A copy of `model` that computes the same in evaluation, from layers that jpq can prune and quantize.
+
+    - nn.MultiheadAttention and torchvision's attention of Swin and MaxViT become modules whose projections are
+      nn.Linear layers and whose heads can go; nn.TransformerEncoder does without nested tensors (see `Encoder`).
+    - weight_norm and spectral_norm, as hooks or as parametrizations, are folded: the weight is what they compute in
+      evaluation, and training goes on without the norm.
+
+    Load weights first: names of parameters change. A module with hooks, or one that shares a parameter with another
+    module, stays as it is, and so does every other parametrization; what is not affected is copied.
+    """
+    held = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    model = copy.deepcopy(model, {id(t): t.detach().clone() for t in held})  # computed tensors: copy refuses them
+    owners = _owners(model)
+    for module in list(model.modules()):
+        _fold(module, owners)
+    owners = _owners(model)
+    for module in list(model.modules()):
+        twin = TWINS.get(type(module))
+        if twin is not None and not _hooked(module) and not _shares(module, owners):
+            new = twin(module)
+            if module is model:
+                model = new
+            replace_everywhere(model, module, new)
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+    return model
+
+
+def _fold(module: nn.Module, owners: dict[int, set[nn.Module]]) -> None:
+    """Replace a normalised weight by its value.
+
+    Not by remove_parametrizations: a copy has its parametrized class in common with the model it was copied from.
+    """
+    hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, (WeightNorm, SpectralNorm))]
+    if not (hooks or parametrize.is_parametrized(module)) or _shares(module, owners):
+        return
+    for hook in hooks:
+        parts = dict(module.named_parameters(recurse=False))
+        learns = any(p.requires_grad for name, p in parts.items() if name.startswith(f"{hook.name}_"))
+        (remove_weight_norm if isinstance(hook, WeightNorm) else remove_spectral_norm)(module, hook.name)
+        module.get_parameter(hook.name).requires_grad_(learns)
+    if not parametrize.is_parametrized(module):
+        return
+    lists: Any = dict(module.parametrizations.items())  # type: ignore[operator,union-attr]
+    if not all(isinstance(step, (_WeightNorm, _SpectralNorm)) for steps in lists.values() for step in steps):
+        return
+    values = {}
+    for name, steps in lists.items():
+        steps.eval()  # in training spectral_norm would take one more step
+        learns = any(p.requires_grad for p in steps.parameters())
+        values[name] = nn.Parameter(getattr(module, name).detach().clone(), learns)
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    for name, value in values.items():
+        setattr(module, name, value)
+
+
+def _owners(model: nn.Module) -> dict[int, set[nn.Module]]:
+    """Parameter -> the modules that hold it themselves."""
+    owners = defaultdict(set)
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            owners[id(p)].add(module)
+    return owners
+
+
+def _shares(module: nn.Module, owners: dict[int, set[nn.Module]]) -> bool:
+    """Whether a parameter below `module` is also a parameter of some module elsewhere."""
+    inside = set(module.modules())
+    return any(not owners[id(p)] <= inside for p in module.parameters())
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody watches the module or a part of it: a twin has other parts."""
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(m, table) for m in module.modules() for table in tables)

@@ -1,0 +1,71 @@
+"""Normalisations whose average was opened: how many units that concerns, and what is exact nevertheless."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from jpq.tracing.network import Network
+from jpq.tracing.sites import Site
+from jpq.types import JpqError
+
+WARNING = "the rebuilt model is not the masked one, and fine-tuning must repair it"
+
+_PLACES = {  # function -> positions of weight and bias among its arguments
+    F.layer_norm: (2, 3),
+    torch.layer_norm: (2, 3),
+    F.rms_norm: (2, None),
+    torch.rms_norm: (2, None),
+    F.group_norm: (2, 3),
+    torch.group_norm: (2, 3),
+}
+
+
+def opened_units(network: Network, sites: Sequence[Site]) -> int:
+    """Units that may go only because averages were opened; where there is one, rebuilding is not exact."""
+    return sum(int(c) in network.opened for site in sites for c in site.labels)
+
+
+def require_opened(network: Network, prunes: bool) -> None:
+    """Raises JpqError where averages were opened in vain: nothing is pruned, or no channel is free by that alone."""
+    if not prunes:
+        raise JpqError("--open-norms lets more channels be pruned, and this method prunes none. Leave it out.")
+    if not network.opened:
+        raise JpqError(
+            "--open-norms opens nothing here: no channel that could go lies inside the average of a LayerNorm, RMSNorm "
+            "or GroupNorm (`jpq inspect` says why the rest stays). Leave it out."
+        )
+
+
+class Unaveraged(TorchFunctionMode):
+    """Inside, LayerNorm, RMSNorm and GroupNorm scale and shift but do not normalise: x * weight + bias.
+
+    What remains of a network with opened averages obeys the law, which shows that its weights are cut at the right
+    places. For checks only.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _PLACES:
+            return func(*args, **kwargs)
+        x: Tensor = kwargs.get("input", args[0] if args else None)
+        sizes = kwargs.get("num_groups", kwargs.get("normalized_shape", args[1] if len(args) > 1 else None))
+        shape = [1] * x.dim()
+        if isinstance(sizes, int):  # groups of channels on dim 1
+            shape[1] = x.shape[1]
+            fits = x.shape[1] % sizes == 0
+        else:
+            shape[-len(sizes) :] = sizes
+            fits = list(x.shape[-len(sizes) :]) == list(sizes)
+        if not fits:
+            raise RuntimeError(f"{func.__name__} of {sizes} does not fit an input of shape {list(x.shape)}")
+        for name, place in zip(("weight", "bias"), _PLACES[func], strict=True):
+            held = kwargs.get(name, args[place] if place is not None and len(args) > place else None)
+            if isinstance(held, Tensor):
+                x = x * held.reshape(shape) if name == "weight" else x + held.reshape(shape)
+        return x

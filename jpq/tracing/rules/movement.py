@@ -1,0 +1,246 @@
+"""Rules for ops that move, cut and glue dims without computing anything."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch.fx import Node
+
+from jpq.tracing.op_call import Dims, OpCall, rule, shape_of
+from jpq.types import NONE
+
+
+@rule("aten.permute")
+def permute(call: OpCall) -> Dims:
+    """Dims in another order."""
+    dims = call.x
+    return [dims[call.dim(d)] for d in call["dims"]]
+
+
+@rule("aten.transpose", "aten.swapaxes", "aten.swapdims", "aten.t", "aten.numpy_T", "aten.mT", "aten.movedim")
+def transpose(call: OpCall) -> Dims:
+    """Two dims change places."""
+    dims = call.x
+    if call.op == "aten.movedim":
+        counted = np.moveaxis(np.empty(range(1, len(dims) + 1)), call["source"], call["destination"]).shape
+        return [dims[n - 1] for n in counted]
+    if call.op == "aten.mT":
+        return [*dims[:-2], dims[-1], dims[-2]]
+    if call.op in ("aten.t", "aten.numpy_T"):
+        return dims[::-1]
+    names = ("axis0", "axis1") if call.op == "aten.swapaxes" else ("dim0", "dim1")
+    i, j = (call.dim(call[name]) for name in names)
+    dims[i], dims[j] = dims[j], dims[i]
+    return dims
+
+
+@rule("aten.unsqueeze")
+def unsqueeze(call: OpCall) -> Dims:
+    """A new dim of size 1."""
+    dims = call.x
+    dims.insert(call.dim(call["dim"], len(dims) + 1), None)
+    return dims
+
+
+@rule("aten.squeeze")
+def squeeze(call: OpCall) -> Dims:
+    """Dims of size 1 go; a single channel that goes this way stays in the network."""
+    dims, shape, dim = call.x, shape_of(call.tensors[0]), call["dim"]
+    named = range(len(dims)) if dim is None else [call.dim(d) for d in (dim if isinstance(dim, list) else [dim])]
+    gone = [d for d in named if shape[d] == 1]
+    for d in gone:
+        call.freeze(dims[d], "a single channel whose dim is squeezed away")
+    return [labels for d, labels in enumerate(dims) if d not in gone]
+
+
+@rule("aten.select", "aten.unbind")
+def select(call: OpCall) -> Dims | list[Dims]:
+    """Picks single indices of a dim: their places in the code are fixed."""
+    dims, d = call.x, call.dim(call["dim"])
+    call.freeze(dims[d], f"picked by its index in {call.op}")
+    out = [*dims[:d], *dims[d + 1 :]]
+    return out if call.op == "aten.select" else [out] * len(call.node.meta["val"])
+
+
+@rule("aten.slice", "aten.narrow")
+def cut(call: OpCall) -> Dims:
+    """A part of a dim; bounds within labelled channels are numbers in the model's code."""
+    dims, d = call.x, call.dim(call["dim"])
+    labels = dims[d]
+    if labels is not None and call.shape[d] != len(labels):
+        call.freeze(labels, f"cut at a fixed place by {call.op}")
+        start = call["start"] if isinstance(call["start"], int) else 0
+        start = max(start + len(labels), 0) if start < 0 else start
+        dims[d] = labels[start :: call["step"] or 1][: call.shape[d]]
+    return dims
+
+
+@rule("aten.chunk", "aten.split", "aten.split_with_sizes", "aten.tensor_split")
+def split(call: OpCall) -> list[Dims]:
+    """Several parts of a dim. Equal parts lose channels at the same places; unequal ones keep all of theirs."""
+    dims, d = call.x, call.dim(call["dim"])
+    labels, sizes = dims[d], [int(v.shape[d]) for v in call.node.meta["val"]]
+    if labels is None:
+        return [dims] * len(sizes)
+    if len(set(sizes)) == 1:
+        call.tie(labels.reshape(len(sizes), -1))
+        if call.op != "aten.chunk":
+            call.suspect(labels)
+    else:
+        call.freeze(labels, f"cut into unequal parts by {call.op}")
+    parts = np.split(labels, np.cumsum(sizes)[:-1])
+    return [[*dims[:d], part, *dims[d + 1 :]] for part in parts]
+
+
+@rule("aten.glu")
+def glu(call: OpCall) -> Dims:
+    """One half of a dim times the sigmoid of the other: both lose channels at the same places."""
+    dims, d = call.x, call.dim(call["dim"])
+    labels = dims[d]
+    if labels is not None:
+        dims[d] = call.tie(labels.reshape(2, -1)).copy()
+    return dims
+
+
+@rule("aten.cat", "aten.concat", "aten.concatenate")
+def cat(call: OpCall) -> Dims:
+    """Labels side by side along the dim, tied index by index on all others."""
+    nodes: list[Node] = [n for n in call["tensors"] if shape_of(n) != (0,)]
+    d = call.dim(call["dim"])
+    out: Dims = []
+    for k in range(len(call.shape)):
+        parts = [call.dims(n)[k] for n in nodes]
+        if all(p is None for p in parts):
+            out.append(None)
+        elif k == d:
+            sized = zip(parts, nodes, strict=True)
+            out.append(np.concatenate([np.full(shape_of(n)[k], NONE) if p is None else p for p, n in sized]))
+        else:
+            first = parts[0]
+            for other in parts[1:]:
+                first = call.join(first, other)
+            out.append(first)
+    return out
+
+
+@rule("aten.stack")
+def stack(call: OpCall) -> Dims:
+    """Tied index by index; the new dim has no labels."""
+    nodes: list[Node] = list(call["tensors"])
+    out = call.dims(nodes[0])
+    for node in nodes[1:]:
+        other = call.dims(node)
+        out = [a if a is None and b is None else call.join(a, b) for a, b in zip(out, other, strict=True)]
+    out.insert(call.dim(call["dim"], len(out) + 1), None)
+    return out
+
+
+@rule("aten.expand", "aten.expand_as", "aten.broadcast_to")
+def expand(call: OpCall) -> Dims:
+    """Dims of size 1 grow; labelled dims pass, though the code may name their size."""
+    dims, shape = call.x, call.shape
+    new = len(shape) - len(dims)
+    sizes = call["size"] or [-1] * len(shape)
+    for d, labels in enumerate(dims):
+        if labels is None:
+            continue
+        if shape[d + new] != len(labels):
+            call.freeze(labels, f"{call.op} spreads this one channel over many")
+            dims[d] = None
+        elif sizes[d + new] != -1:
+            call.suspect(labels)
+    return [None] * new + dims
+
+
+@rule("aten.repeat", "aten.tile")
+def repeat(call: OpCall) -> Dims:
+    """Copies side by side carry the same labels."""
+    times = list(call["repeats"] or call["dims"])
+    dims = [None] * (len(times) - len(call.x)) + call.x
+    return [None if labels is None else np.tile(labels, n) for labels, n in zip(dims, times, strict=True)]
+
+
+@rule("aten.repeat_interleave")
+def repeat_interleave(call: OpCall) -> Dims:
+    """Each index several times in a row, with the same label; where the counts are a tensor, or dims are flattened,
+    channels keep their places."""
+    dims, times = call.x, call["repeats"]
+    if call["dim"] is None or not isinstance(times, int):
+        for labels in dims:
+            call.freeze(labels, f"repeated by {call.op} in an order that is not known")
+        return [None] * len(call.shape)
+    d = call.dim(call["dim"])
+    labels = dims[d]
+    dims[d] = None if labels is None else np.repeat(labels, times)
+    return dims
+
+
+@rule("aten.flip", "aten.roll")
+def flip(call: OpCall) -> Dims:
+    """A reversed dim has reversed labels; channels that are rolled keep their places."""
+    dims = call.x
+    for d in (call.dim(d) for d in call["dims"]):
+        labels = dims[d]
+        if labels is not None and call.op == "aten.roll":
+            call.freeze(labels, "rolled by a fixed number of places")
+            shift = call["shifts"][call["dims"].index(d)] if d in call["dims"] else 0
+            dims[d] = np.roll(labels, shift)
+        elif labels is not None:
+            dims[d] = labels[::-1].copy()
+    return dims
+
+
+@rule("aten.index")
+def index(call: OpCall) -> Dims:
+    """Rows of one dim picked by one index tensor; the dims that are not indexed pass."""
+    source: Node = call["self"]
+    dims, picks = call.dims(source), list(call["indices"])
+    used = [d for d, pick in enumerate(picks) if pick is not None]
+    for d in used:
+        call.freeze(dims[d], "picked by index")
+    if len(used) != 1:
+        for labels in dims:
+            call.freeze(labels, "picked by several indices at once")
+        return [None] * len(call.shape)
+    return [*dims[: used[0]], *([None] * len(shape_of(picks[used[0]]))), *dims[used[0] + 1 :]]
+
+
+@rule("aten.pad", "aten.constant_pad_nd")
+def pad(call: OpCall) -> Dims:
+    """Padding around unlabelled dims; zero channels are labelled where PadChannels makes them, else frozen."""
+    dims, shape, sizes = call.x, shape_of(call.tensors[0]), list(call["pad"])
+    path, kind = call.module()
+    for k, (before, after) in enumerate(zip(sizes[::2], sizes[1::2], strict=True)):
+        d = len(dims) - 1 - k
+        labels = dims[d]
+        if labels is None or before == after == 0:
+            continue
+        known = call.classes.fresh(before + after)
+        if kind.endswith("jpq.tasks.zoo.PadChannels"):
+            call.book.attribute(f"{path}.before", known[:before])
+            call.book.attribute(f"{path}.after", known[before:])
+        else:
+            call.freeze(known, "zero channels whose number is fixed in the code; use jpq.tasks.models.PadChannels")
+            call.suspect(labels)
+        if min(before, after) < 0 or len(labels) != shape[d]:
+            call.freeze(labels, "cropped by a negative padding")
+            dims[d] = None
+        else:
+            dims[d] = np.concatenate([known[:before], labels, known[before:]])
+    return dims
+
+
+@rule("aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.channel_shuffle")
+def shuffle(call: OpCall) -> Dims:
+    """Channels to pixels and back, or channels among themselves: the blocks lose channels at the same places."""
+    dims = call.x
+    labels = dims[-3]
+    if labels is not None:
+        if call.op == "aten.pixel_shuffle":
+            dims[-3] = call.tie(labels.reshape(-1, call["upscale_factor"] ** 2).T).copy()
+        elif call.op == "aten.pixel_unshuffle":
+            dims[-3] = np.repeat(labels, call["downscale_factor"] ** 2)
+        else:
+            blocks = labels.reshape(call["groups"], -1)
+            call.tie(blocks)
+            dims[-3] = blocks.T.reshape(-1)
+    return dims

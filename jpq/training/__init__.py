@@ -1,0 +1,5 @@
+"""The training loop, checkpoints and resuming."""
+
+from jpq.lazy import lazy_names
+
+__getattr__, __dir__ = lazy_names(__name__, {})

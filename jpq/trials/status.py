@@ -1,0 +1,109 @@
+"""How a study stands: trials by kind, the best of each objective, the front and its hypervolume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from jpq.costs.latency import NS
+from jpq.results.front import pareto
+from jpq.trials.settings import CHANCE, Study
+from jpq.trials.trial import REASON, RULED_OUT, SAME, STOPPED, UNITS, counts
+
+OptunaStudy = optuna.Study
+
+FULL = "fp32 costs"  # user attribute of the study
+
+
+@dataclass(frozen=True)
+class StudyStatus:
+    """A study as it stands."""
+
+    trials: tuple[FrozenTrial, ...]
+    names: tuple[str, ...]  # of the objectives
+    done: int  # trials that count
+    running: int
+    stopped: int  # early
+    failed: int
+    spare: int  # repeated, ruled out, or of dead workers
+    best: dict[str, float]  # objective -> its best value
+    front: tuple[FrozenTrial, ...]  # by their second objective
+    hypervolume: float | None  # of the front, as `jpq.results.front.pareto.hypervolume_of` has it
+
+    @classmethod
+    def of(cls, study: optuna.Study, asked: Study) -> StudyStatus:
+        """Counts over all workers."""
+        trials = study.get_trials(deepcopy=False)
+        own = [t for t in trials if t.state == TrialState.COMPLETE and SAME not in t.user_attrs and fits(t)]
+        signs = [-1.0 if name == "accuracy" else 1.0 for name in asked.asked()]
+        points = [[s * v for s, v in zip(signs, t.values, strict=True)] for t in own]
+        front = [t for t, on in zip(own, pareto.non_dominated(points), strict=True) if on] if own else []
+        names = tuple(UNITS[name][0] for name in asked.asked())
+        best = {n: s * min(p[i] for p in points) for i, (n, s) in enumerate(zip(names, signs, strict=True)) if points}
+        done = sum(map(counts, trials))
+        states = [t.state for t in trials]
+        open_ = states.count(TrialState.RUNNING) + states.count(TrialState.WAITING)
+        full, chance = (study.user_attrs.get(key) for key in (FULL, CHANCE))
+        covered = volume(own, asked.asked(), full, chance or 0.0) if own and full else None
+        return cls(
+            tuple(trials),
+            names,
+            done,
+            states.count(TrialState.RUNNING),
+            sum(t.state == TrialState.PRUNED and STOPPED in t.user_attrs for t in trials),
+            sum(t.state == TrialState.FAIL and REASON in t.user_attrs for t in trials),
+            len(trials) - done - open_,
+            best,
+            tuple(sorted(front, key=lambda t: t.values[1])),
+            covered,
+        )
+
+    def counts(self, wanted: int) -> str:
+        """`12/40 done, 2 running, 3 stopped early`."""
+        kinds = {
+            "running": self.running,
+            "stopped early": self.stopped,
+            "failed": self.failed,
+            "repeated or ruled out": self.spare,
+        }
+        return ", ".join([f"{self.done}/{wanted} done", *(f"{n} {kind}" for kind, n in kinds.items() if n)])
+
+    def volume_text(self) -> str:
+        """The hypervolume, where it is known."""
+        return "" if self.hypervolume is None else f"hypervolume {self.hypervolume:.3f}"
+
+    def outcome(self, number: int) -> str:
+        """What became of a trial."""
+        trial = next((t for t in self.trials if t.number == number), None)
+        if trial is None:
+            return ""
+        said = {name: trial.user_attrs[name] for name in (SAME, RULED_OUT, STOPPED, REASON) if name in trial.user_attrs}
+        if said:
+            name, text = next(iter(said.items()))
+            return f"{name.replace('_', ' ')} {text}"
+        if trial.values is None:
+            return trial.state.name.lower()
+        return ", ".join(f"{name} {value:.4g}" for name, value in zip(self.names, trial.values, strict=True))
+
+
+def fits(trial: FrozenTrial) -> bool:
+    """Whether every limit holds."""
+    return all(over <= 0 for over in trial.user_attrs.get("limits", {}).values())
+
+
+def volume(trials: Sequence[FrozenTrial], names: Sequence[str], full: Mapping[str, float], chance: float) -> float:
+    """What the trials cover, in accuracy above chance x decades of each cost (`pareto.covered`).
+
+    Args:
+        trials: finished ones.
+        names: the objectives, in the order of the trials' values.
+        full: costs of the fp32 model; size and latency in bytes and nanoseconds.
+        chance: accuracy of guessing, in [0, 1].
+    """
+    columns = {name: [t.values[i] / UNITS[name][1] for t in trials] for i, name in enumerate(names)}
+    to_share = {"size": full.get("size", 1.0), "latency": full.get("latency", NS) / NS}  # the others are shares already
+    shares = [[v / to_share.get(name, 1.0) for v in columns[name]] for name in names if name != "accuracy"]
+    return pareto.hypervolume_of(columns["accuracy"], *shares, chance=chance)

@@ -1,0 +1,122 @@
+"""The direction of imports, and who may import which third party: read from the source with `ast`."""
+
+import ast
+from pathlib import Path
+
+import jpq
+
+ROOT = Path(jpq.__file__).parent
+
+# a package imports only what stands on a later line, or itself
+ORDER = (
+    ("cli",),
+    ("trials",),
+    ("recipe",),
+    ("results", "session", "detection", "data_free"),
+    ("training",),
+    ("allocation", "export"),
+    ("compression", "tasks"),
+    ("tracing",),
+    ("methods",),
+    ("config", "plan"),
+    ("costs", "files"),
+    ("types", "lazy"),
+)
+FLOOR = {name: floor for floor, names in enumerate(ORDER) for name in names}
+BESIDE = {("session", "results"), ("detection", "results"), ("data_free", "results"), ("plan", "config")}
+ANNEXES = {"detection", "data_free"}  # imported by the command line alone
+FACES = {"__init__", "__main__"}
+
+THIRD_PARTIES = {
+    "brevitas": ("methods/quantizers/brevitas_layers", "export/onnx/"),
+    "optuna": ("trials/", "allocation/allocators"),
+    "pandas": ("results/",),
+    "matplotlib": ("results/",),
+    "rich": ("cli/",),
+    "tyro": ("cli/",),
+    "onnx": ("export/",),
+    "onnxruntime": ("export/",),
+    "openvino": ("export/",),
+}
+
+
+def modules() -> dict[str, ast.Module]:
+    """Path without suffix, from the package's root -> syntax tree."""
+    files = sorted(ROOT.rglob("*.py"))
+    return {path.relative_to(ROOT).with_suffix("").as_posix(): ast.parse(path.read_text("utf-8")) for path in files}
+
+
+def imports(tree: ast.AST) -> list[str]:
+    """Every module that a file imports, anywhere in it; `from a import b` counts as both a and a.b."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
+
+
+def parts(name: str) -> list[str]:
+    """`jpq.a.b` -> ["a", "b"]; [] for what is not of this package."""
+    head, *rest = name.split(".")
+    return rest if head == "jpq" else []
+
+
+def test_the_root_holds_six_modules_and_the_packages_of_the_plan():
+    modules_at_root = {path.stem for path in ROOT.glob("*.py")} - FACES
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert len(modules_at_root) <= 6
+    assert modules_at_root | packages == set(FLOOR)
+
+
+def test_imports_go_down_only():
+    wrong = []
+    for path, tree in modules().items():
+        here = path.split("/")[0]
+        if here in FACES:
+            continue
+        for name in imports(tree):
+            there = (parts(name) or [here])[0]
+            if there == here or there not in FLOOR:
+                continue
+            up = FLOOR[there] <= FLOOR[here] and (here, there) not in BESIDE
+            if up or (there in ANNEXES and here != "cli"):
+                wrong.append(f"{path} imports {name}")
+    assert not sorted(set(wrong))
+
+
+def test_members_of_a_family_know_only_their_own_contract():
+    beside = {"gates": {"structures"}}  # a gate that ranks weights sees how its units lie in them
+    wrong = []
+    for path, tree in modules().items():
+        if not path.startswith("methods/") or path.count("/") < 2:
+            continue
+        family = path.split("/")[1]
+        for name in imports(tree):
+            inner = parts(name)
+            if inner[:1] == ["methods"] and len(inner) > 1 and inner[1] not in {family, *beside.get(family, ())}:
+                wrong.append(f"{path} imports {name}")
+    assert not sorted(set(wrong))
+
+
+def test_third_parties_stay_where_they_belong():
+    wrong = []
+    for path, tree in modules().items():
+        for name in imports(tree):
+            allowed = THIRD_PARTIES.get(name.split(".")[0])
+            if allowed is not None and not path.startswith(allowed):
+                wrong.append(f"{path} imports {name}")
+    assert not sorted(set(wrong))
+
+
+def test_public_names_are_not_hidden_by_modules():
+    import importlib
+    import pkgutil
+
+    for module in pkgutil.walk_packages(jpq.__path__, "jpq."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    assert all(not hasattr(getattr(jpq, name), "__path__") for name in jpq.__all__)
+    for name in jpq.__all__:
+        assert not isinstance(getattr(jpq, name), type(ast)), name

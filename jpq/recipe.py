@@ -135,7 +135,7 @@ def optimize(config: Config, watch: TrainingObserver | None = None, command: str
     if schemes is not None:
         run.schemes = method.structure if method.structure in (RULES, SEARCH) else "hand"
     net = attached(model, calibration(data))  # 5
-    run.recorder.full_bops, run.recorder.cost = costs.baseline(net.exact())["bops"], config.budget.cost
+    run.recorder.full_bops, run.recorder.cost = costs.baseline(net.exact_usage())["bops"], config.budget.cost
     return run_budgets(RunSetup(config, data, model, again, goals, parts, table, command, final), net, run)  # 6 to 10
 
 
@@ -153,21 +153,21 @@ def with_layer_times(network: Network, config: Config, run: RunState) -> tuple[N
     return network, table
 
 
-def check_feasible(net: CompressedModel, goals: tuple[Target, ...], config: Config) -> None:
+def check_feasible(net: CompressedModel, targets: tuple[Target, ...], config: Config) -> None:
     """Raises JpqError, naming the smallest possible cost, where a target cannot be met."""
     d, method = config.decide, row(net.method)
     if method.gate is Ranked and score_of(config).needs == {"scales"}:
         rank(net, score_of(config))  # it needs no data, and may find nothing to rank by
     if net.method == MANUAL:
-        manual.check_targets(net, manual.plan(net, d), goals)
+        manual.check_targets(net, manual.plan(net, d), targets)
     elif method.stages:
-        two_stage.decide_two_stage(net, goals, d.w_bits, d.a_bits, d.density)
+        two_stage.decide_two_stage(net, targets, d.w_bits, d.a_bits, d.density)
     elif method.gate:
-        discretize.check_reachable(net, goals)
+        discretize.check_reachable(net, targets)
         if method.gate is Ranked and method.searches:
             discretize.density_target(net, d.density)
     else:
-        decide(net, goals, d.w_bits, d.a_bits, score_of(config), None)
+        decide(net, targets, d.w_bits, d.a_bits, score_of(config), None)
 
 
 def train_float(model: nn.Module, data: Data, config: Config, run: RunState) -> None:
@@ -268,23 +268,23 @@ def run_budget(
     begun: RunSetup, config: Config, soft: SearchState, weights: nn.Module, run: RunState, last: bool
 ) -> tuple[Result, CompressedModel | None]:
     """One budget: its result, and the network that it fine-tuned (None where only a rebuilt one was)."""
-    data, model, goals = begun.data, begun.model, begun.budgets[run.label]
+    data, model, targets = begun.data, begun.model, begun.budgets[run.label]
     if run.label:
         distributed.run_on_first(lambda: prepare_folder(run, config, begun.table))
     searching, tuning = begun.shares[run.label].phases(run.label, run.budget == 0)
     learns = row(soft.net.method).searches
     first: More = lambda: {} if learns or not run.budget else {"first": weights.state_dict()}  # noqa: E731
-    plan = search(soft, model, data, goals, config, run, searching, first)  # 6, 7
+    plan = search(soft, model, data, targets, config, run, searching, first)  # 6, 7
     if learns and run.is_past("search") and run.saved and run.saved.get("soft"):
         soft.restore(run.saved["soft"], config, run)
     net = soft.net if last or not learns else copy_with_state(soft.net, begun.attached(weights))
     if learns and not run.is_past("search"):
         recalibrate(net, calibration(data))  # ranges are fitted to what layers read now
-    net.settle(plan)  # 8
+    net.freeze(plan)  # 8
     kept: More = lambda: first() if last or not learns else {"soft": soft.state()}  # noqa: E731
     tuned = opened(net, model, data, run) if net.opened else net
     fine_tune(tuned, model, data, config, run, plan, soft.moments(net), tuning, kept)  # 9
-    last_step = partial(finish, net, tuned, model, data, goals, config, run, begun.command, begun.table, begun.final)
+    last_step = partial(finish, net, tuned, model, data, targets, config, run, begun.command, begun.table, begun.final)
     with full_precision():
         result = distributed.run_on_first(last_step)  # 10
     return result, net if tuned is net else None
@@ -307,7 +307,7 @@ def copy_with_state(net: CompressedModel, fresh: CompressedModel) -> CompressedM
     fresh.load_state_dict(net.state_dict())
     with torch.no_grad():
         for draw in fresh.draws:
-            draw.again()
+            draw.resample()
     return fresh
 
 

@@ -63,20 +63,20 @@ class CompressionSession(nn.Module):
         steps: int,
         gate_weight: float,
         second: Callable[[], None] | None = None,
-        look: Callable[[], None] | None = None,
+        recalibrate: Callable[[], None] | None = None,
     ):
         super().__init__()
         self.net = net
         self._dense = [model]  # in a list: it is not part of what trains
         self.controller, self.steps, self.gate_weight = controller, steps, gate_weight
-        self.look = look  # observes what layers read when the search has ended
+        self.recalibrate = recalibrate  # observes what layers read when the search has ended
         self.second = second  # what `land` does where everything is planned already
         self.done = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output under the decisions as they stand."""
         if self.training:
-            self.net.learn(self.turn)
+            self.net.set_trainable(self.turn)
         return self.net(*args, **kwargs)
 
     @property
@@ -87,7 +87,7 @@ class CompressionSession(nn.Module):
     @property
     def turn(self) -> Trainable:
         """What learns from the next batch: "both", or with a bi-level method "weights" and "decisions" in turn."""
-        if self.controller is None or not self.net.held_out:
+        if self.controller is None or not self.net.bilevel:
             return "both"
         return "decisions" if self.done % 2 else "weights"
 
@@ -119,18 +119,18 @@ class CompressionSession(nn.Module):
         """Cost of the decisions as they stand over the fp32 model's."""
         from jpq.costs import COSTS, baseline
 
-        uses = self.net.exact()
+        uses = self.net.exact_usage()
         return float(COSTS[cost](uses)) / baseline(uses)[cost]
 
-    def land(self) -> Plan:
+    def discretize(self) -> Plan:
         """Take the decisions for good, within the budget. Go on training with a new optimiser to fine-tune."""
         if self.controller is not None:
-            self.net.conclude()
-            plan = discretize.discretize(self.net, self.controller.goals)
-            if self.look is not None:
-                self.look()
-            self.net.settle(plan)
-            self.controller, self.look = None, None
+            self.net.finish_search()
+            plan = discretize.discretize(self.net, self.controller.targets)
+            if self.recalibrate is not None:
+                self.recalibrate()
+            self.net.freeze(plan)
+            self.controller, self.recalibrate = None, None
         if self.second is not None:
             self.second()
             self.second = None
@@ -141,7 +141,7 @@ class CompressionSession(nn.Module):
 
         It computes what this one does, unless averages were opened (`open_norms`): then go on training it.
         """
-        self.land()
+        self.discretize()
         self.net.eval()
         return rebuild(self.net, self._dense[0])[0]
 
@@ -255,9 +255,9 @@ def compress(
         network = with_times(network, table)
     schemes = None if given else map_structures(how, network, example, density, skip)
     sites = given.sites(network) if given else method_sites(how, network, skip, schemes)
-    goals = parse_targets(asked, exact_usage(network, ChannelShares(network, ()), Plan(method, {}, {})))
+    targets = parse_targets(asked, exact_usage(network, ChannelShares(network, ()), Plan(method, {}, {})))
     left = given.share_left(network, sites) if given else fixed_share(sites, how, density)
-    start = start_bits(network, goals, w_bits, a_bits, image_bits, left)
+    start = start_bits(network, targets, w_bits, a_bits, image_bits, left)
     make = width_factory(how, w_bits, a_bits, image_bits, start)
     first = given.start(model, sites) if given else model
     net = attach(
@@ -275,24 +275,24 @@ def compress(
         )
         plan = two_stage.decide_two_stage(
             net,
-            goals,
+            targets,
             w_bits,
             a_bits,
             density,
-            lambda kept: bit_widths(net, allocator, judge, kept, goals, w_bits, a_bits),
+            lambda kept: bit_widths(net, allocator, judge, kept, targets, w_bits, a_bits),
         )
-        net.settle(two_stage.pruned(net, plan))
+        net.freeze(two_stage.pruned(net, plan))
         return CompressionSession(
             net, model, None, steps, 0.0, partial(two_stage.quantize, net, plan, [example_inputs])
         )
     if not how.searches:
-        net.settle(decide(net, goals, w_bits, a_bits, by, judge, allocator))
+        net.freeze(decide(net, targets, w_bits, a_bits, by, judge, allocator))
         return CompressionSession(net, model, None, steps, 0.0)
-    discretize.check_reachable(net, goals)
-    controller = Controller(goals)
+    discretize.check_reachable(net, targets)
+    controller = Controller(targets)
     if how.gate is Ranked:
-        net.closing = ScheduledPruning(net, by, pick_schedule(how.schedule), density, lambda _: labelled)
-        net.closing(0.0)
-    controller.begin(net.exact())
+        net.scheduled_pruning = ScheduledPruning(net, by, pick_schedule(how.schedule), density, lambda _: labelled)
+        net.scheduled_pruning(0.0)
+    controller.begin(net.exact_usage())
     look = partial(recalibrate, net, [example_inputs])
-    return CompressionSession(net, model, controller, max(1, steps), gate_weight, look=look)
+    return CompressionSession(net, model, controller, max(1, steps), gate_weight, recalibrate=look)

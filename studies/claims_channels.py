@@ -156,7 +156,7 @@ def bayesian_bits(seed: int) -> tuple[list[int], float, float]:
     draws: list[Tensor] = []
     trained(net, seed, STEPS, lambda: draws.append(torch.cat([w.draw() for w in widths]).detach()))
     z = torch.stack(draws)
-    plan, image = net.land(), {layer.name for layer in net.net.network.layers if layer.reads_input}
+    plan, image = net.discretize(), {layer.name for layer in net.net.network.layers if layer.reads_input}
     bits = [x.w_bits for x in plan.layers.values()] + [x.a_bits for n, x in plan.layers.items() if n not in image]
     return bits, 100 * float((z == 0).float().mean()), 100 * float((z == 1).float().mean())
 

@@ -86,7 +86,7 @@ def pdp_boundary() -> Found:
     places = []
     for seed in SEEDS:
         for draw in trained(started("pdp", seed, STEPS, density=0.2, **EIGHT), seed, STEPS // 2).net.draws:
-            draw.look()
+            draw.show_weights()
             weight = draw.gate.seen.detach().sqrt().requires_grad_(True)
             draw.gate.seen = weight.square()
             (slope,) = torch.autograd.grad(draw.gate.relaxed().sum(), weight)
@@ -201,7 +201,7 @@ def codeq_ends() -> Found:
 def codeq(seed: int) -> tuple[list[float], list[int]]:
     """(density, weight bits) of each layer after a search that was told neither."""
     net = trained(started("codeq", seed, STEPS, bops="0.5%"), seed, STEPS)
-    plan = net.land()
+    plan = net.discretize()
     names = [layer.name for layer in net.net.network.layers]
     share = {name: float(mask.units().float().mean()) for name, mask in plan.masks.items()}
     return [share.get(name, 1.0) for name in names], [plan.layers[name].w_bits for name in names]

@@ -136,12 +136,12 @@ def measured(model: nn.Module, run: Run) -> tuple[nn.Module, dict[str, object]]:
     start = time.process_time()
     torch.manual_seed(run.seed)
     core, net = copy.deepcopy(attached(model))
-    full = costs.baseline(net.exact())
+    full = costs.baseline(net.exact_usage())
     if run.score != "none":
         rank_by(net, model, run)
-        net.settle(jpq.discretize(net, parse_targets({"bops": run.target}, net.exact())))
+        net.freeze(jpq.discretize(net, parse_targets({"bops": run.target}, net.exact_usage())))
     else:
-        net.settle(net.plan())
+        net.freeze(net.plan())
     small, _ = jpq.rebuild(net.eval(), core)
     x = detector.prepared(model, seen(2)[0][0])
     apart = verify.difference(net, small, x)

@@ -62,12 +62,12 @@ def compressed(name: str, table: LatencyTable, seed: int, path: Path) -> tuple[f
     torch.manual_seed(0)
     model = build(name, 10, 3).eval()
     net = jpq.compress(model, SAMPLE, method="djpq", latency="100%", table=table).net
-    net.settle(drawn(net.plan(), seed))
+    net.freeze(drawn(net.plan(), seed))
     small, plan = rebuild(net, model)
     export.export(small, SAMPLE, path)
     units = [k for site in plan.kept.values() for k in site]
     bits = [b for x in plan.layers.values() for b in (x.w_bits, x.a_bits)]
-    return float(latency_ns(net.exact())) / NS, sum(units) / len(units), sum(bits) / len(bits)
+    return float(latency_ns(net.exact_usage())) / NS, sum(units) / len(units), sum(bits) / len(bits)
 
 
 def measured(plans: int, repeats: int, command: str) -> pd.DataFrame:

@@ -113,8 +113,8 @@ def retrain(mask: Path, model: nn.Module, data: Data, asked: Setting, seed: int)
             (F.cross_entropy(net(x), y) + net.pressure()).backward()
             optimizer.step()
             net.step()
-        net.land()
-    uses = net.net.exact()
+        net.discretize()
+    uses = net.net.exact_usage()
     used = float(COSTS["bops"](uses)) / baseline(uses)["bops"] / (float(asked.target.rstrip("%")) / 100)
     return evaluate(net.finalize(), data.test), used
 

@@ -68,7 +68,7 @@ def closed(model: nn.Module, data: Data, score: str, density: float, seed: int =
         macs=f"{density:.0%}",
         width="fixed",
     )
-    net.land()
+    net.discretize()
     return net
 
 
@@ -76,7 +76,7 @@ def line(
     part: str, score: str, seed: int, density: float, net: CompressionSession | None, name: str = MODEL, **found: object
 ) -> dict[str, object]:
     """One measurement as a row."""
-    uses = net.net.exact() if net else []
+    uses = net.net.exact_usage() if net else []
     share = float(jpq.costs.macs(uses)) / jpq.costs.baseline(uses)["macs"] if net else 1.0
     every = {"accuracy": "", "float_accuracy": "", "pearson": "", "spearman": "", "units": "", "images": "", **found}
     return {

@@ -62,7 +62,7 @@ def compressed(model, example, budget, bits, output_bits, multiple):
         if multiple <= 4:
             raise
         return compressed(model, example, budget, bits, output_bits, multiple // 2)
-    joint.land()
+    joint.discretize()
     small, plan = jpq.rebuild(joint.net, joint._dense[0])
     return small, plan, joint.share(), multiple
 

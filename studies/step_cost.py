@@ -52,8 +52,8 @@ def joint(model: nn.Module, x: torch.Tensor) -> tuple[CompressedModel, Objective
         [x],
         "djpq",
     )
-    controller = Controller(parse_targets({"bops": "1%"}, net.exact()))
-    controller.begin(net.exact())
+    controller = Controller(parse_targets({"bops": "1%"}, net.exact_usage()))
+    controller.begin(net.exact_usage())
     return net, Objective(gate_weight=0.02, controller=controller)
 
 

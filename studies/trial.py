@@ -95,7 +95,7 @@ def trained(
     net: CompressionSession, seed: int, steps: int, watch: Callable[[], object] = lambda: None, by: tuple = ADAM
 ) -> CompressionSession:
     """The network after so many optimiser steps, `watch` called after each."""
-    one, other = digits().train.halves() if net.net.held_out else (digits().train,) * 2
+    one, other = digits().train.halves() if net.net.bilevel else (digits().train,) * 2
     sides = {"both": endless(digits().train, seed), "weights": endless(one, seed), "decisions": endless(other, seed)}
     make, lr = by
     optimizer = make(net.groups(lr=lr))
@@ -117,5 +117,5 @@ def accuracy(net: nn.Module) -> float:
 
 def landed(net: CompressionSession, seed: int, steps: int, by: tuple = ADAM) -> float:
     """Accuracy once decisions are taken and the weights had so many steps more, at half the rate."""
-    net.land()
+    net.discretize()
     return accuracy(trained(net, seed + 500, steps, by=(by[0], by[1] / 2)))

@@ -82,8 +82,8 @@ class Rebuilt(NamedTuple):
 
 @torch.no_grad()
 def rebuilt(model: nn.Module, net: CompressedModel, example: Any) -> Rebuilt:
-    soft, bops, plan = call_model(net, example), float(costs.bops(net.uses())), net.plan()
-    net.settle(plan)
+    soft, bops, plan = call_model(net, example), float(costs.bops(net.soft_usage())), net.plan()
+    net.freeze(plan)
     settled = call_model(net, example)
     small, complete = rebuild(net, model)
     return Rebuilt(soft, bops, plan, settled, call_model(small, example), small, complete)
@@ -91,7 +91,7 @@ def rebuilt(model: nn.Module, net: CompressedModel, example: Any) -> Rebuilt:
 
 def compare_exported(model: nn.Module, net: CompressedModel, example: Any, path: Path) -> dict[str, Any]:
     """How far the settled network, rebuilt, is apart from its ONNX file on 64 random samples."""
-    net.settle(net.plan())
+    net.freeze(net.plan())
     small, _ = rebuild(net, model)
     export.export(small, example, path)
     x = torch.randn(64, *example.shape[1:])

@@ -28,7 +28,7 @@ from jpq.tasks import load
 from jpq.types import JpqError
 
 NET = ranked()
-FULL = costs.macs(NET.exact())
+FULL = costs.macs(NET.exact_usage())
 
 
 def problem(seed=0, accuracy=None, everywhere=False, share=0.4):
@@ -217,7 +217,7 @@ def test_noise_is_the_fisher_sum():
         handle.remove()
     n = len(EXAMPLE)
     x, out = read["a"]
-    error = quantized(x, fit_threshold(NET.seen[name], 3, a.signed, False), 3, a.signed) - x
+    error = quantized(x, fit_threshold(NET.calibration_samples[name], 3, a.signed, False), 3, a.signed) - x
     by_hand = sum(float((out.grad[i] * error[i]).square().sum()) for i in range(n)) / n / 2
     assert found[name, "a"] == pytest.approx(by_hand * 4**3, rel=1e-4)
     x, out = read["w"]
@@ -230,13 +230,13 @@ def test_noise_is_the_fisher_sum():
 def test_bits_by_noise_are_near_the_best_of_all():
     """Against every choice of widths in 2 to 4 of a net of four layers: the rise is within 15 % of the least."""
     noise = {key: 10.0 ** (i % 4 - 1) for i, key in enumerate(sensitivities(NET, [EXAMPLE]))}
-    goals = parse_targets({"bops": "0.9%"}, NET.exact())
+    targets = parse_targets({"bops": "0.9%"}, NET.exact_usage())
     ranking = two_stage.with_plan_bits(discretize.soft_decisions(NET), NET.plan())
     widths = bits_by_noise(NET, noise, NET.plan(), (2, 4), (2, 4))
-    plan = discretize.discretize(NET, goals, two_stage.with_widths(ranking, NET.plan(), widths))
-    assert all_met(goals, NET.exact(plan))
-    macs = {u.name: u.macs for u in NET.exact()}
-    limit, least = goals[0].limit, float("inf")
+    plan = discretize.discretize(NET, targets, two_stage.with_widths(ranking, NET.plan(), widths))
+    assert all_met(targets, NET.exact_usage(plan))
+    macs = {u.name: u.macs for u in NET.exact_usage()}
+    limit, least = targets[0].limit, float("inf")
     keys = list(noise)
     for bits in product(range(2, 5), repeat=len(keys)):
         chosen = dict(zip(keys, bits, strict=True))
@@ -249,7 +249,7 @@ def test_bits_by_noise_are_near_the_best_of_all():
 def test_a_pruned_networks_bits_follow_what_it_still_computes():
     """Of two equal tensors the one in the cheaper layer gets more bits."""
     noise = dict.fromkeys(sensitivities(NET, [EXAMPLE]), 1.0)
-    macs = {u.name: u.macs for u in NET.exact()}
+    macs = {u.name: u.macs for u in NET.exact_usage()}
     soft = {key: width.soft() for key, width in bits_by_noise(NET, noise, NET.plan(), (2, 8), (2, 8)).items()}
     inner = [x.name for x in NET.network.layers if not x.reads_input]
     for one, other in product(inner, inner):
@@ -260,11 +260,11 @@ def test_a_pruned_networks_bits_follow_what_it_still_computes():
 @pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
 def test_two_stages_with_every_allocator_use_the_budget(allocator):
     net = ranked(1)
-    goals = parse_targets({"bops": "0.6%"}, net.exact())
+    targets = parse_targets({"bops": "0.6%"}, net.exact_usage())
     seen = []
 
     def accuracy(plan):
-        uses = net.exact(plan)
+        uses = net.exact_usage(plan)
         seen.append(plan)
         return float(sum(Fraction(u.w_bits) * u.outputs for u in uses)) / 100
 
@@ -272,13 +272,13 @@ def test_two_stages_with_every_allocator_use_the_budget(allocator):
     place(net, SCORES["l1"], allocator, judge, 0.5, discretize.density_target(net, 0.5))
     plan = two_stage.decide_two_stage(
         net,
-        goals,
+        targets,
         (2, 8),
         (2, 8),
         0.5,
-        lambda kept: bit_widths(net, allocator, judge, kept, goals, (2, 8), (2, 8)),
+        lambda kept: bit_widths(net, allocator, judge, kept, targets, (2, 8), (2, 8)),
     )
-    assert Fraction(97, 100) <= used_share(goals[0], net.exact(plan)) <= 1
+    assert Fraction(97, 100) <= used_share(targets[0], net.exact_usage(plan)) <= 1
     assert bool(seen) == (allocator in ("reinforce", "sampled"))
     same = len({x.w_bits for x in plan.layers.values()}) == 1
     assert same == (allocator == "uniform")
@@ -317,7 +317,7 @@ def test_allocators_never_see_the_test_split(tmp_path, monkeypatch):
 def test_compress_takes_allocators_that_measure_nothing():
     model = jpq.tasks.models.build("convnet", 10, 1)
     joint = jpq.compress(model, EXAMPLE, "two-stage", bops="0.6%", allocator="threshold")
-    joint.land()
+    joint.discretize()
     assert 0.97 * 0.006 <= joint.share() <= 0.006
     with pytest.raises(JpqError, match="needs data"):
         jpq.compress(model, EXAMPLE, "two-stage", bops="0.6%", allocator="sampled")

@@ -56,7 +56,9 @@ def gap(a, b):
     return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
 
 
-FREE = [gate for _, gate in sorted(GATES.items()) if not (gate.counted or gate.steps_itself or gate.single_weights)]
+FREE = [
+    gate for _, gate in sorted(GATES.items()) if not (gate.fixed_count or gate.self_updating or gate.elementwise_only)
+]
 
 
 @pytest.mark.parametrize("gate", FREE)  # test_gates_hyper, test_mask_gates and test_codeq have the others
@@ -67,7 +69,7 @@ def test_soft_settled_and_rebuilt_agree(name, gate):
     assert gap(found.soft, found.settled) <= 1e-10
     assert gap(found.settled, found.rebuilt) <= 1e-10
     assert net.plan() == found.plan
-    exact = costs.bops(net.exact(found.complete))
+    exact = costs.bops(net.exact_usage(found.complete))
     assert exact.denominator == 1
     assert found.bops == pytest.approx(float(exact), rel=1e-5)
     kept = sum(sum(units) for units in found.plan.kept.values())
@@ -78,10 +80,10 @@ def test_soft_settled_and_rebuilt_agree(name, gate):
 def test_counted_on_the_rebuilt_model():
     for name in ("residual", "depthwise", "flat"):
         model, net, example = compressed(name)
-        net.settle(net.plan())
+        net.freeze(net.plan())
         small, plan = rebuild(net, model)
         counted = measure(small, example)
-        uses = net.exact(plan)
+        uses = net.exact_usage(plan)
         assert counted["bops"] == costs.bops(uses)
         assert counted["macs"] == costs.macs(uses)
 
@@ -94,7 +96,7 @@ def test_counted_on_the_rebuilt_model():
 def test_exported_file_computes_the_same(name, tmp_path):
     for seed in range(30):  # a net that its quantizers have silenced shows nothing
         model, net, example = compressed(name, dtype=torch.float32, seed=seed, fewer=1)
-        net.settle(net.plan())
+        net.freeze(net.plan())
         small, _ = rebuild(net, model)
         x = 3 * torch.randn(64, *example.shape[1:])
         if float(small(x).std(0).max()) > 0:
@@ -110,7 +112,7 @@ def test_exported_file_computes_the_same(name, tmp_path):
 
 def test_an_export_that_computes_something_else_is_found(tmp_path):
     model, net, example = compressed("plain", dtype=torch.float32, seed=1)
-    net.settle(net.plan())
+    net.freeze(net.plan())
     net.eval()
     small, _ = rebuild(net, model)
     export.export(small, example, tmp_path / "good.onnx")
@@ -130,7 +132,7 @@ def test_an_export_that_computes_something_else_is_found(tmp_path):
 def test_gradients_reach_weights_ranges_bits_and_gates():
     _, net, example = compressed("residual" if "residual" in ZOO else "Residual", dtype=torch.float32)
     net.train()
-    loss = flat(call_model(net, example)).square().mean() + costs.bops(net.uses()).log() + net.penalty()
+    loss = flat(call_model(net, example)).square().mean() + costs.bops(net.soft_usage()).log() + net.penalty()
     loss.backward()
     for name, p in net.named_parameters():
         assert p.grad is not None, name
@@ -184,7 +186,7 @@ def test_layers_whose_module_is_never_called_stay_in_floating_point():
     network = trace(model, torch.randn(2, 4))
     net = attach(model, network, (), VIB, lambda _: (Fixed(4), Fixed(4)), [torch.randn(50, 4)], "uniform")
     assert set(net.plan().layers) == {"b"}
-    assert {u.name: u.w_bits for u in net.exact()} == {"a": 32, "b": 4}
+    assert {u.name: u.w_bits for u in net.exact_usage()} == {"a": 32, "b": 4}
 
 
 class Grouped(nn.Sequential):
@@ -210,9 +212,9 @@ def test_transposed_layers_are_counted_where_the_kernel_is_applied():
     )
     network = trace(model, x)
     net = attach(model, network, (), VIB, lambda _: (Fixed(4), Fixed(4)), [x], "uniform")
-    net.settle(net.plan())
+    net.freeze(net.plan())
     small, plan = rebuild(net, model)
-    assert measure(small, x)["bops"] == costs.bops(net.exact(plan))
+    assert measure(small, x)["bops"] == costs.bops(net.exact_usage(plan))
 
 
 def test_modules_under_two_names_stay_one_and_tied_weights_are_refused():
@@ -232,9 +234,9 @@ def test_modules_under_two_names_stay_one_and_tied_weights_are_refused():
     network = trace(model, x)
     net = attach(model, network, channels(network), VIB, lambda _: (Fixed(4), Fixed(4)), [x], "djpq")
     assert net.model.a is net.model.b
-    net.settle(net.plan())
+    net.freeze(net.plan())
     small, plan = rebuild(net.eval(), model)
-    assert measure(small, x)["bops"] == costs.bops(net.exact(plan))
+    assert measure(small, x)["bops"] == costs.bops(net.exact_usage(plan))
     tied = Twice(tied=True)
     network = trace(tied, x)
     with pytest.raises(JpqError, match="share one weight"):

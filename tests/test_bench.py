@@ -325,7 +325,7 @@ def test_the_pruned_float_model_has_the_channels_of_the_plan(tmp_path):
     torch.manual_seed(0)
     dense = build("convnet", 10, 1).eval()
     joint = jpq.compress(dense, EXAMPLE, method="two-stage", bops="1%", density=0.3, output_bits=8)
-    joint.land()
+    joint.discretize()
     small, plan = jpq.rebuild(joint.net, dense)
     paths = reference_models(dense, plan, (1, 8, 8), tmp_path)
     sizes = {

@@ -35,7 +35,7 @@ def compressed(method="ranked", steps=40, **asked):
 
 
 def share(net):
-    uses = net.net.exact()
+    uses = net.net.exact_usage()
     return float(costs.macs(uses)) / costs.baseline(uses)["macs"]
 
 
@@ -100,17 +100,17 @@ def test_the_density_is_reached_and_what_is_closed_stays_so(schedule, width):
     if schedule == "cubic":
         assert len(set(shares)) > 5
         assert shares[5] > SCHEDULES["cubic"].density(SCHEDULES["cubic"].due(5 / 40), 0.4) - 0.1
-    goal = net.controller.goals[0]
-    plan = net.land()
-    assert costs.bops(net.net.exact(plan)) <= goal.limit
+    goal = net.controller.targets[0]
+    plan = net.discretize()
+    assert costs.bops(net.net.exact_usage(plan)) <= goal.limit
 
 
 def test_of_several_decisions_that_are_due_only_the_last_is_taken():
     net, asked = compressed(schedule="iterative"), []
-    net.net.closing.supply = lambda decision: asked.append(decision) or BATCHES
-    net.net.closing(0.5)
+    net.net.scheduled_pruning.supply = lambda decision: asked.append(decision) or BATCHES
+    net.net.scheduled_pruning(0.5)
     assert asked == [SCHEDULES["iterative"].due(0.5)]
-    net.net.closing(0.5)
+    net.net.scheduled_pruning(0.5)
     assert len(asked) == 1
 
 
@@ -118,7 +118,7 @@ def test_a_search_that_ends_early_still_comes_to_its_density():
     net = compressed(schedule="cubic", steps=1000)
     trained(net, 2)
     assert share(net) == 1
-    net.net.conclude()
+    net.net.finish_search()
     assert 0.3 < share(net) <= 0.4
 
 
@@ -133,7 +133,7 @@ def test_threshold_is_the_lowest_that_fits():
         kept = {}
         for site, q in zip(net.sites, quantiles, strict=True):
             kept[site.name] = tuple(u == int(q.argmax()) or float(v) > level for u, v in enumerate(q[0]))
-        return float(costs.macs(net.exact(replace(plan, kept=kept)))) / costs.baseline(net.exact())["macs"]
+        return float(costs.macs(net.exact_usage(replace(plan, kept=kept)))) / costs.baseline(net.exact_usage())["macs"]
 
     for density in (0.2, 0.5, 0.9, 1.0):
         found = find_threshold(net, quantiles, macs_limit(net, density))
@@ -147,9 +147,9 @@ def test_threshold_is_the_lowest_that_fits():
 def test_methods_train_land_and_rebuild(method):
     net = compressed(method, steps=12)
     trained(net, 12)
-    plan = net.land()
+    plan = net.discretize()
     small = net.finalize()
-    limit = 0.01 * costs.baseline(net.net.exact())["bops"]
+    limit = 0.01 * costs.baseline(net.net.exact_usage())["bops"]
     assert 0.97 * limit <= jpq.measure(small, BATCHES[0][0])["bops"] <= limit
     assert not all(all(units) for units in plan.kept.values())
     assert jpq.export.verify.difference(net.net, small, BATCHES[0][0]) < 1e-9
@@ -158,7 +158,7 @@ def test_methods_train_land_and_rebuild(method):
 def test_landing_follows_the_ranking():
     net = compressed("ranked", schedule="one-shot", width="fixed", bops="2%")
     margins = {s.name: g.margins[0].clone() for s, g in zip(net.net.sites, net.net.gates, strict=True)}
-    plan = net.land()
+    plan = net.discretize()
     for name, kept in plan.kept.items():
         keep = torch.tensor(kept)
         assert margins[name][keep].min() > margins[name][~keep].max()
@@ -248,10 +248,10 @@ def test_a_network_without_norms_has_no_scales_to_rank_by(tmp_path):
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10))
     net = jpq.compress(model, BATCHES[0][0], "ranked", bops="5%", evidence=BATCHES)
     asked = config(tmp_path, "ranked", target_bops="5%")
-    recipe.check_feasible(net.net, net.controller.goals, asked)
+    recipe.check_feasible(net.net, net.controller.targets, asked)
     with pytest.raises(JpqError, match=r"pass no normalisation with a scale\. Choose another --score"):
         recipe.check_feasible(
-            net.net, net.controller.goals, replace(asked, decide=replace(asked.decide, score="bn-scale"))
+            net.net, net.controller.targets, replace(asked, decide=replace(asked.decide, score="bn-scale"))
         )
 
 
@@ -260,4 +260,4 @@ def test_rows_carry_their_score_and_schedule():
     assert compose("taylor", score="l1", schedule="cubic") == replace(METHODS["taylor"], score="l1", schedule="cubic")
     assert Config().decide == Decide(score="", schedule="", classes="")
     assert pick_schedule("cubic") is SCHEDULES["cubic"]
-    assert isinstance(compressed().net.closing, ScheduledPruning)
+    assert isinstance(compressed().net.scheduled_pruning, ScheduledPruning)

@@ -36,7 +36,7 @@ def rounded(w, d, bits, top=1.0):
 
 def gate(weight, theta=3.0):
     made = DeadZone(1, weight.numel(), theta).to(weight.dtype)
-    made.see([(weight, Elementwise())])
+    made.observe_weights([(weight, Elementwise())])
     return made
 
 
@@ -141,7 +141,7 @@ def test_gate_obeys_the_laws_of_gates():
     assert 0 < made.keep().sum() < 64
     assert torch.equal(made.multiplier(), made.keep())
     assert torch.equal(made.train().multiplier(), made.keep())  # without a grid that drops, the mask itself
-    alive, margin = made.alive()[0].detach(), made.margin()[0].detach()
+    alive, margin = made.keep_probability()[0].detach(), made.margin()[0].detach()
     assert bool(((alive >= 0) & (alive <= 1)).all())
     assert bool((alive[margin.argsort()].diff() >= 0).all())
     for theta in (0.0, 1e6, -1e6):
@@ -183,7 +183,7 @@ def test_smoothed_count_has_the_slope_of_the_true_one():
     w = torch.randn(50_000, dtype=DOUBLE)
     for theta in (0.3, 0.7, 1.2):
         made = gate(w, theta)
-        (slope,) = torch.autograd.grad(made.alive().mean(), made.theta)
+        (slope,) = torch.autograd.grad(made.keep_probability().mean(), made.theta)
         up, down = (float(gate(w, theta + e).keep().mean()) for e in (0.05, -0.05))
         assert float(slope) == pytest.approx((up - down) / 0.1, rel=0.35)
     assert not made.size.requires_grad  # the budget moves the zone, never the weights
@@ -232,7 +232,7 @@ def test_masked_settled_and_rebuilt_agree(name):
     found = rebuilt(model, net, example)
     assert gap(found.soft, found.settled) <= 1e-10
     assert gap(found.soft, found.rebuilt) <= 1e-10
-    uses = net.exact(found.complete)
+    uses = net.exact_usage(found.complete)
     exact = costs.bops(uses)
     assert found.bops == pytest.approx(float(exact), rel=1e-5)
     assert Fraction(measure(found.model, example)["bops"]) == exact
@@ -266,7 +266,7 @@ def test_training_rounds_on_the_dead_zone_grid_and_reaches_every_decision():
             assert float(g.theta.grad) != 0
             assert float(layer.weight_quant.tensor_quant.width.theta.grad) != 0
     net.zero_grad()
-    costs.bops(net.uses()).log().backward()  # the budget alone: fewer weights and fewer bits are cheaper
+    costs.bops(net.soft_usage()).log().backward()  # the budget alone: fewer weights and fewer bits are cheaper
     for p in [*net.decisions()["gates"], *net.decisions()["bits"]]:
         assert float(p.grad) > 0
     assert all(p.grad is None for group in net.weights().values() for p in group)
@@ -282,9 +282,9 @@ def test_lands_on_its_budget():
             p.data.uniform_(0.1, 3)
         for p in net.decisions()["bits"]:
             p.data.uniform_(0.1, 9)
-        goals = parse_targets({"bops": "0.7%"}, net.exact())
-        plan = discretize.discretize(net, goals)
-        assert FULL_USE <= used_share(goals[0], net.exact(plan)) <= 1
+        targets = parse_targets({"bops": "0.7%"}, net.exact_usage())
+        plan = discretize.discretize(net, targets)
+        assert FULL_USE <= used_share(targets[0], net.exact_usage(plan)) <= 1
 
 
 def test_what_does_not_compose_is_refused():
@@ -328,7 +328,7 @@ def test_settled_network_has_plain_quantizers():
     network = trace(model, x)
     net = attach(model, network, masks(network, "elementwise"), DeadZone, widths, [x], "codeq")
     net.gates[0].theta.data.fill_(0.5)
-    net.settle(net.plan())
+    net.freeze(net.plan())
     for module in net.modules():
         if isinstance(module, IntegerQuantizer):
             assert module.grid is None

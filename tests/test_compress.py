@@ -46,11 +46,11 @@ def test_every_method_lands_on_its_budget_in_a_users_own_loop(method, digits, fl
     x, y = next(iter(digits.train.epoch(0)))
     net = jpq.compress(float_model, x, method=method, bops="1%", steps=5 * len(digits.train), evidence=[(x, y)])
     run(net, digits, 5)
-    net.land()
+    net.discretize()
     run(net, digits, 3)
     small = net.finalize()
     counted = jpq.measure(small, x)
-    limit = 0.01 * jpq.costs.baseline(net.net.exact())["bops"]
+    limit = 0.01 * jpq.costs.baseline(net.net.exact_usage())["bops"]
     assert counted["bops"] <= limit
     if method in ("djpq", "l0"):
         assert counted["bops"] >= 0.97 * limit
@@ -66,14 +66,14 @@ def test_pruned_networks_are_physically_smaller(digits, float_model):
     small = net.finalize()
     weights = lambda m: sum(p.numel() for n, p in m.named_parameters() if n.endswith("weight"))  # noqa: E731
     assert weights(small) < 0.6 * weights(float_model)
-    assert jpq.measure(small, x)["macs"] <= 0.3 * jpq.costs.baseline(net.net.exact())["macs"]
+    assert jpq.measure(small, x)["macs"] <= 0.3 * jpq.costs.baseline(net.net.exact_usage())["macs"]
 
 
 def test_pressure_is_zero_once_landed(digits, float_model):
     x, _ = next(iter(digits.train.epoch(0)))
     net = jpq.compress(float_model, x, bops="1%", steps=10)
     assert float(net.pressure().detach()) > 0
-    net.land()
+    net.discretize()
     assert float(net.pressure()) == 0
     assert net.share() <= 0.01
 
@@ -101,8 +101,8 @@ def test_landing_before_the_search_ends_keeps_the_density(method, float_model):
     for _ in range(4):
         net(batch).square().mean().backward()
         net.step()
-    plan = net.land()
-    uses = [u for u in net.net.exact(plan) if u.name in plan.masks]
+    plan = net.discretize()
+    uses = [u for u in net.net.exact_usage(plan) if u.name in plan.masks]
     kept = sum(u.weights * u.density for u in uses) / sum(u.weights for u in uses)
     assert 0.25 < kept < 0.4
 
@@ -114,7 +114,7 @@ def test_impossible_targets_are_refused_before_training_where_layers_share_a_den
         jpq.compress(float_model, batch, method=method, bops="0.001%", density=0.3)
     least = int(re.search(r"smallest possible is ([\d,]+)", str(error.value))[1].replace(",", ""))
     net = jpq.compress(float_model, batch, method=method, bops=str(least), steps=20, density=0.3)
-    assert net.land().masks
+    assert net.discretize().masks
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_landing_fits_ranges_to_what_layers_read_when_the_search_has_ended(digit
             modules["1"].weight.mul_(growth)
             modules["1"].bias.mul_(growth)
         before = net.net.plan().layers["3"].a_bits
-        net.land()
+        net.discretize()
         assert net.net.plan().layers["3"].a_bits < before
         found[growth] = float(net.net.quantizers("3")[1].threshold)
     assert found[10] == pytest.approx(10 * found[1], rel=0.2)

@@ -139,12 +139,12 @@ def test_controller_is_silent_at_or_below_the_aim_and_survives_a_checkpoint():
     controller = Controller((goal,))
     controller.begin(goal_and_uses(8.0)[1])
     assert controller.loss(uses, 1.0) == 0
-    assert controller.aim(goal, 1.0) == goal.limit
-    assert controller.aim(goal, 0.0) == pytest.approx(6400)
+    assert controller.ramped_limit(goal, 1.0) == goal.limit
+    assert controller.ramped_limit(goal, 0.0) == pytest.approx(6400)
     twin = Controller((goal,))
     twin.restore(controller.state())
     assert twin.pressure == controller.pressure
-    assert twin.aim(goal, 0.3) == controller.aim(goal, 0.3)
+    assert twin.ramped_limit(goal, 0.3) == controller.ramped_limit(goal, 0.3)
 
 
 def test_several_targets_push_only_where_they_are_exceeded():

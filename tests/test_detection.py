@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
@@ -40,8 +39,6 @@ from jpq.methods.gates import Ranked
 from jpq.methods.quantizers import Fixed
 from jpq.methods.scores import Evidence, SiteView
 from jpq.types import JpqError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 
 SITE = SiteView("site", torch.zeros(1, 0))
 SIDE = 64
@@ -314,7 +311,7 @@ def pruned(request):
     assert boxes_only == ()
     net = jpq.attach(part, network, sites, Ranked, lambda _: (Fixed(8), Fixed(8)), [x], "saliency")
     rank(net, detector, [(images, wanted)])
-    net.settle(jpq.discretize(net, parse_targets({"bops": "3%"}, net.exact())))
+    net.freeze(jpq.discretize(net, parse_targets({"bops": "3%"}, net.exact_usage())))
     return detector, part, net.eval(), jpq.rebuild(net, part)[0], images
 
 
@@ -373,7 +370,7 @@ def test_masked_rebuilt_and_exported_core_detect_the_same(pruned, tmp_path):
     found = jpq.verify(net, small, path, [(x, None)], x)
     assert found["masked_vs_rebuilt_float64"] <= 1e-9
     assert found["rebuilt_vs_onnxruntime"]["argmax_differs"] == 0
-    assert jpq.measure(small, x)["bops"] == jpq.costs.bops(net.exact())
+    assert jpq.measure(small, x)["bops"] == jpq.costs.bops(net.exact_usage())
     with torch.no_grad():
         rebuilt = around(detector, small)
         outside = around(detector, Session(path, optimised=False))
@@ -512,7 +509,7 @@ def test_towers_that_feed_only_boxes_are_named_and_stay(name):
             rank(attach(every), detector, [(images, None)])
     net = attach(sites)
     rank(net, detector, [(images, None)])
-    net.settle(jpq.discretize(net, parse_targets({"bops": "3%"}, net.exact())))
+    net.freeze(jpq.discretize(net, parse_targets({"bops": "3%"}, net.exact_usage())))
     small, _ = jpq.rebuild(net.eval(), part)
     assert verify.difference(net, small, x) <= 1e-9
     with torch.no_grad():

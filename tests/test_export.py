@@ -209,7 +209,7 @@ def test_where_results_can_be_rounded():
 def test_rounded_results_are_part_of_the_model(method, tmp_path):
     """masked == rebuilt == saved and loaded == packed == exported, with channels gone."""
     joint = quantized(Residual, 4, 8, bops="2%", **method)
-    joint.land()
+    joint.discretize()
     model = joint._dense[0]
     small, plan = jpq.rebuild(joint.net, model)
     assert {name: (end.bits, end.signed) for name, end in plan.ends.items()} == {

@@ -9,7 +9,7 @@ from jpq.methods.gates import GATES, VIB, Frozen, HardConcrete
 from jpq.methods.gates.hard_concrete import EDGE
 
 FREE = sorted(
-    name for name, gate in GATES.items() if not (gate.counted or gate.single_weights)
+    name for name, gate in GATES.items() if not (gate.fixed_count or gate.elementwise_only)
 )  # others: test_mask_gates, test_codeq
 
 
@@ -31,7 +31,7 @@ class TestEveryGate:
     def test_starts_with_everything_kept(self, name):
         gate = GATES[name](1, 9)
         assert gate.keep().sum() == 9
-        assert gate.keep().shape == gate.margin().shape == gate.alive().shape == gate.scale().shape == (1, 9)
+        assert gate.keep().shape == gate.margin().shape == gate.keep_probability().shape == gate.scale().shape == (1, 9)
 
     def test_evaluation_is_zero_exactly_where_dropped(self, name):
         gate = make(name).eval()
@@ -41,14 +41,14 @@ class TestEveryGate:
 
     def test_alive_is_a_probability_that_rises_with_the_margin(self, name):
         gate = make(name)
-        alive, margin = gate.alive()[0], gate.margin()[0]
+        alive, margin = gate.keep_probability()[0], gate.margin()[0]
         assert bool(((alive >= 0) & (alive <= 1)).all())
         assert bool((alive[margin.argsort()].diff() >= 0).all())
-        if gate.steps_itself:
-            gate.alive().sum().backward()
+        if gate.self_updating:
+            gate.keep_probability().sum().backward()
             assert bool((gate.price == 1).all())  # the gradient is a price
         elif list(gate.parameters()):
-            grads = torch.autograd.grad(gate.alive().sum(), list(gate.parameters()))
+            grads = torch.autograd.grad(gate.keep_probability().sum(), list(gate.parameters()))
             assert all(bool((g != 0).any()) for g in grads)
 
     def test_a_step_keeps_everything_finite(self, name):
@@ -81,7 +81,7 @@ class TestVIB:
         gate.log_var.data = torch.tensor([[-1.0, -3.0, 0.5, -2.0]])
         n = 40_000
         torch.manual_seed(0)
-        z = gate.jitter(n) * gate.mu
+        z = gate.input_noise(n) * gate.mu
         sigma = gate.log_var[0].mul(0.5).exp()
         assert bool(((z.mean(0) - gate.mu[0]).abs() < 4 * sigma / math.sqrt(n)).all())
         assert bool(((z.var(0) / sigma**2 - 1).abs() < 4 * math.sqrt(2 / n)).all())
@@ -112,7 +112,7 @@ class TestVIB:
         gate = make("vib")
         sharp = VIB(1, 64, tau=1e-4)
         sharp.load_state_dict(gate.state_dict())
-        assert torch.allclose(sharp.alive().sum(), gate.keep().sum())
+        assert torch.allclose(sharp.keep_probability().sum(), gate.keep().sum())
 
 
 class TestHardConcrete:
@@ -123,7 +123,7 @@ class TestHardConcrete:
         n = 20_000
         z = torch.stack([gate.relaxed()[0] for _ in range(n)])
         for found, want in (
-            ((z > 0).float().mean(0), gate.alive()[0]),
+            ((z > 0).float().mean(0), gate.keep_probability()[0]),
             ((z == 1).float().mean(0), torch.sigmoid(gate.log_alpha - 2 / 3 * math.log(11))[0]),
         ):
             assert bool(((found - want).abs() < 4 * (want * (1 - want) / n).sqrt() + 1e-4).all())

@@ -61,11 +61,11 @@ def test_starts_at_half_with_everything_kept():
 def test_budget_presses_above_and_never_below():
     """The paper also pushes up where E < (1 - tol) F; here landing spends what is left (see `Annealed`)."""
     _, net, _ = gated("residual", Annealed)
-    full = costs.macs(net.exact())
+    full = costs.macs(net.exact_usage())
     for limit, signs in ((0.5, {1.0}), (1.0, {0.0}), (2.0, {0.0})):
         controller = Controller((Target("macs", "", math.floor(full * limit)),), pressure={"macs": 1.0})
         controller.start = {"macs": 1.0}
-        loss = controller.loss(net.uses(), 1.0) + 0 * sum(g.alpha.sum() for g in net.gates)
+        loss = controller.loss(net.soft_usage(), 1.0) + 0 * sum(g.alpha.sum() for g in net.gates)
         grads = torch.autograd.grad(loss, [g.alpha for g in net.gates])
         assert {float(s) for g in grads for s in g.sign().unique()} == signs
 
@@ -74,13 +74,13 @@ def test_gradient_of_the_budget_is_the_closed_form():
     _, net, _ = gated("plain", Annealed)
     for gate in net.gates:
         gate.after_step(0.3)
-    cost = costs.macs(net.uses())
+    cost = costs.macs(net.soft_usage())
     grads = torch.autograd.grad(cost.log(), [g.alpha for g in net.gates])
-    full = costs.macs(net.exact())
+    full = costs.macs(net.exact_usage())
     for i, (gate, site, grad) in enumerate(zip(net.gates, net.sites, grads, strict=True)):
         plan = net.plan()
         kept = tuple(u != 0 for u in range(site.n))
-        saved = full - costs.macs(net.exact(jpq.Plan(plan.method, plan.layers, {**plan.kept, site.name: kept})))
+        saved = full - costs.macs(net.exact_usage(jpq.Plan(plan.method, plan.layers, {**plan.kept, site.name: kept})))
         one = gate.relaxed().detach()[0, 0]
         slope = float(one * (1 - one) / gate.temperature)  # I (1 - I) / T
         assert float(grad[0, 0]) == pytest.approx(float(saved) / float(full) * slope, rel=1e-4), i
@@ -166,7 +166,7 @@ def test_a_step_of_one_side_leaves_the_other_bit_for_bit(digits):
     for i, x in enumerate(read):  # and each side reads its own half
         held = [any(torch.equal(row, image) for image in halves[i % 2]) for row in x[:5]]
         assert all(held)
-    net.learn("both")
+    net.set_trainable("both")
     assert all(p.requires_grad for p in net.parameters())
 
 
@@ -200,7 +200,7 @@ def test_a_users_own_loop_alternates_by_itself(digits):
         decided = {k for k in changed if "alpha" in k or k.endswith(".bits")}
         assert changed
         assert decided == (changed if i % 2 else set())
-    joint.land()
+    joint.discretize()
     assert joint.turn == "both"
     assert all(p.requires_grad for p in joint.net.parameters())
 
@@ -210,12 +210,12 @@ def test_parameters_that_a_user_froze_stay_frozen(digits):
     bias = next(p for k, p in joint.net.named_parameters() if k.endswith("bias"))
     bias.requires_grad_(False)
     for side in ("weights", "decisions", "both"):
-        joint.net.learn(side)
+        joint.net.set_trainable(side)
         assert not bias.requires_grad
 
 
 def test_other_methods_learn_everything_from_every_batch(digits):
     torch.manual_seed(0)
     joint = jpq.compress(jpq.tasks.models.build("convnet", 10, 1).eval(), digits.example, "djpq", bops="1%")
-    assert not joint.net.held_out
+    assert not joint.net.bilevel
     assert joint.turn == "both"

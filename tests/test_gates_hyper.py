@@ -105,7 +105,7 @@ def test_one_latent_on_both_sides_of_an_add():
     assert all(gate in h._gates for h in makers)
     stirred(net)
     gate.z.data[0, :3] = 0.0
-    net.eval().settle(net.plan())
+    net.eval().freeze(net.plan())
     small, plan = rebuild(net, model)
     cuts = [plan.slices[f"{m}.weight"][0] for m in net.sites[site].makers]
     assert cuts[0] == cuts[1] == [3, 4, 5, 6, 7]
@@ -124,12 +124,12 @@ def test_export_computes_what_the_network_without_the_channels_did(name):
     assert kept < sum(g.n for g in net.gates)
     with torch.no_grad():
         before = net(example)
-        net.settle(net.plan())
+        net.freeze(net.plan())
         assert torch.equal(net(example), before)
     assert not hypers(net)
     small, plan = rebuild(net, model)
     assert difference(net, small, example) < 1e-9
-    assert int(costs.macs(net.exact(plan))) == measure(small, example)["macs"]
+    assert int(costs.macs(net.exact_usage(plan))) == measure(small, example)["macs"]
     assert not any("parametrizations" in name for name in small.state_dict())
 
 
@@ -142,7 +142,7 @@ def test_zero_latents_do_not_make_zero_slices():
     assert bool(maker.weight[0].any())  # judged by its weights it would stay
     assert gate.keep()[0, 0] == 0
     net.eval()
-    net.draws[0].again()
+    net.draws[0].resample()
     assert not net.model.get_submodule(net.sites[0].taps[0].layer).weight[:, 0].any()  # its readers cut it by index
 
 
@@ -189,13 +189,13 @@ def test_the_least_number_survives():
 
 def test_the_price_is_the_budgets_and_does_not_move_latents_by_gradient():
     _, net, _ = gated("residual", Latent)
-    costs.macs(net.uses()).log().backward()
-    full = costs.macs(net.exact())
+    costs.macs(net.soft_usage()).log().backward()
+    full = costs.macs(net.exact_usage())
     plan = net.plan()
     for gate, site in zip(net.gates, net.sites, strict=True):
         assert gate.z.grad is None
         fewer = {**plan.kept, site.name: tuple(u > 0 for u in range(site.n))}
-        saved = full - costs.macs(net.exact(jpq.Plan(plan.method, plan.layers, fewer)))
+        saved = full - costs.macs(net.exact_usage(jpq.Plan(plan.method, plan.layers, fewer)))
         assert float(gate.price[0, 0]) == pytest.approx(float(saved) / float(full), rel=1e-4)
 
 
@@ -221,7 +221,7 @@ def test_search_ends_within_a_unit_of_the_wanted_share():
         optim.step()
         net.step()
     assert net.share("macs") <= 0.6  # the proximal step did most of it
-    net.land()
+    net.discretize()
     assert 0.4 - 1 / 24 <= net.share("macs") <= 0.4
     assert all(int(g.keep().sum()) >= LEAST for g in net.net.gates)
     assert math.isfinite(float(F.cross_entropy(net(x), y)))

@@ -27,9 +27,9 @@ def hard(groups, count=2):
 def gate_on(weight, groups=2, density=0.5):
     structure = Kernels()
     gate = Lasso(*structure.shape(weight.shape), density=density, groups=groups)
-    gate.bind(structure.sizes(weight.shape), None)
-    gate.see([(weight, structure)])
-    gate.join([gate])
+    gate.set_site(structure.sizes(weight.shape), None)
+    gate.observe_weights([(weight, structure)])
+    gate.link([gate])
     return gate
 
 
@@ -149,7 +149,7 @@ def test_density_is_met_over_all_layers_together():
     gates = [gate_on(w, groups=4, density=0.3) for w in weights]
     for gate in gates:
         gate.alpha.copy_(torch.randn(4, gate.rows))
-        gate.join(gates)
+        gate.link(gates)
     for gate in gates:
         gate.after_step(SPAN)
     kept = sum(float((g.kept * g.sizes).sum()) for g in gates)
@@ -197,8 +197,8 @@ def test_one_row_is_the_plain_group_lasso_over_all_its_taps():
     weights = [nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(3, 8))]
     gate = Lasso(1, 8, density=0.5)
     taps = [(weight, Inputs()) for weight in weights]
-    gate.bind(sum(Inputs().sizes(weight.shape) for weight in weights), None)
-    gate.see(taps)
+    gate.set_site(sum(Inputs().sizes(weight.shape) for weight in weights), None)
+    gate.observe_weights(taps)
     gate.relaxed()
     before = [weight.detach().clone() for weight in weights]
     gate.after_step(SPAN / 2)
@@ -206,7 +206,7 @@ def test_one_row_is_the_plain_group_lasso_over_all_its_taps():
     left = 1 - 2 * STRENGTH / 4 * 9**0.5 / norms  # rate 2 STRENGTH x dx at x = dx = 1/2; kappa = root of the size
     for weight, old in zip(weights, before, strict=True):
         assert torch.allclose(weight.detach(), old * left, atol=1e-5)
-    gate.see(taps)
+    gate.observe_weights(taps)
     gate.after_step(SPAN)
     energy = torch.cat(weights).detach().square().sum(0)
     assert sorted(energy.topk(4).indices.tolist()) == gate.keep()[0].nonzero()[:, 0].tolist()
@@ -216,7 +216,7 @@ def test_one_row_is_the_plain_group_lasso_over_all_its_taps():
 def test_branches_compute_and_cost_what_the_masked_layer_does(name):
     model, net, example = grouped(name)
     net.after_step(1.0)
-    net.eval().settle(net.plan())
+    net.eval().freeze(net.plan())
     small, _ = rebuild(net, model)
     assert difference(net, small, example) < 1e-9
     packed = branched(small)
@@ -256,7 +256,7 @@ def test_no_filter_loses_everything(density):
     gates = [gate_on(w, groups=4, density=density) for w in weights]
     for gate in gates:
         gate.alpha.copy_(torch.randn(4, gate.rows))
-        gate.join(gates)
+        gate.link(gates)
     for gate in gates:
         gate.after_step(SPAN)
     assert all(bool((g.kept.sum(1) >= 1).all()) for g in gates)

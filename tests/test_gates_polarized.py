@@ -119,7 +119,7 @@ def test_the_share_between_shrinks_while_training():
     shares = []
     for step in range(600):
         optimizer.zero_grad()
-        ((gate.relaxed() * (0.4 - worth)).sum() + 0.1 * gate.alive().sum()).backward()
+        ((gate.relaxed() * (0.4 - worth)).sum() + 0.1 * gate.keep_probability().sum()).backward()
         optimizer.step()
         gate.after_step(step / 600)
         g = gate.relaxed().detach()
@@ -133,7 +133,7 @@ def test_the_share_between_shrinks_while_training():
 
 def test_the_price_is_what_the_cost_asks_for():
     _, net, _ = gated("residual", Polarized)
-    cost = costs.macs(net.uses()).log() * 3
+    cost = costs.macs(net.soft_usage()).log() * 3
     cost.backward()
     for gate, site in zip(net.gates, net.sites, strict=True):
         assert gate.x.grad is not None
@@ -141,7 +141,7 @@ def test_the_price_is_what_the_cost_asks_for():
         assert torch.allclose(gate.price * slope, gate.x.grad, rtol=1e-5)  # mu = d cost / d g, and nothing else
         assert bool((gate.price > 0).all()), site.name
     with torch.no_grad():
-        net.gates[0].alive()  # and without a graph nothing is charged
+        net.gates[0].keep_probability()  # and without a graph nothing is charged
 
 
 @pytest.mark.parametrize("name", ["residual", "pre_activation", "depthwise", "concat"])
@@ -159,10 +159,10 @@ def test_bilinear_cost_is_the_counted_one_for_every_binary_gate(name):
         soft = sum(
             layer.macs * float(i) * float(o) for layer, i, o in zip(net.network.layers, inputs, outputs, strict=True)
         )
-        net.eval().settle(net.plan())
+        net.eval().freeze(net.plan())
         small, plan = rebuild(net, model)
         assert soft == pytest.approx(measure(small, example)["macs"], rel=1e-6)
-        assert int(costs.macs(net.exact(plan))) == measure(small, example)["macs"]
+        assert int(costs.macs(net.exact_usage(plan))) == measure(small, example)["macs"]
 
 
 def test_no_gate_before_a_depthwise_layer():
@@ -185,7 +185,7 @@ def test_folded_and_sliced_equals_gated(name):
     assert all(torch.equal(g.multiplier(), z) for g, z in zip(net.gates, soft, strict=True))  # no other function
     with torch.no_grad():
         before = net(example)
-    net.settle(net.plan())
+    net.freeze(net.plan())
     small, _ = rebuild(net, model)
     with torch.no_grad():
         assert float((net(example) - before).abs().max() / before.abs().max()) < 1e-5

@@ -23,8 +23,8 @@ def columns(n=8, density=0.5, seed=0):
     weight = nn.Parameter(torch.randn(5, n))
     axis = Axis(1, np.arange(n), n)
     gate = Stochastic(1, n, density)
-    gate.bind(axis.sizes(weight.shape), None)
-    gate.see([(weight, axis)])
+    gate.set_site(axis.sizes(weight.shape), None)
+    gate.observe_weights([(weight, axis)])
     return gate, weight
 
 
@@ -149,7 +149,7 @@ def test_ranks_average_over_updates_not_iterations():
 def test_importance_is_the_l1_norm_over_all_taps():
     gate, weight = columns()
     other = nn.Parameter(torch.randn(3, 8))
-    gate.see([(weight, Axis(1, np.arange(8), 8)), (other, Axis(1, np.arange(8), 8))])
+    gate.observe_weights([(weight, Axis(1, np.arange(8), 8)), (other, Axis(1, np.arange(8), 8))])
     assert torch.allclose(gate.importance()[0], weight.abs().sum(0) + other.abs().sum(0))
 
 
@@ -186,7 +186,7 @@ def test_masked_weights_wait_unchanged_whatever_the_optimiser_does(make):
     tap = MaskParametrization([(draw, gate.weights[0][1])])
     moved = 0
     for _ in range(30):
-        draw.again()
+        draw.resample()
         before = weight.detach().clone()
         optimizer.zero_grad()
         (tap(weight) - 1).square().sum().backward()
@@ -226,7 +226,7 @@ def test_same_seed_same_run():
         optimizer = torch.optim.SGD([weight], 0.1)
         draw = GateSample(gate, [])
         for i in range(60):
-            draw.again()
+            draw.resample()
             optimizer.zero_grad()
             MaskParametrization([(draw, gate.weights[0][1])])(weight).square().sum().backward()
             optimizer.step()
@@ -258,7 +258,7 @@ def test_decided_probabilities_equal_the_hard_mask():
     assert all(int(g.keep().sum()) == math.floor(g.n / 2 + 0.5) for g in net.gates)
     with torch.no_grad():
         before = net.eval()(example)
-        net.settle(net.plan())
+        net.freeze(net.plan())
         assert torch.equal(net(example), before)
     small, plan = rebuild(net, model)
     assert difference(net, small, example) < 1e-9

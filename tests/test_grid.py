@@ -47,7 +47,7 @@ class Cell(NamedTuple):
         """One that no bits meet without pruning, and no pruning without fewer bits where those are not fixed."""
         if self.width == "fixed":
             return "2.5%"
-        return "1%" if GATES[self.gate].counted else "0.4%"
+        return "1%" if GATES[self.gate].fixed_count else "0.4%"
 
     @property
     def refusal(self) -> str | None:
@@ -157,22 +157,22 @@ def test_every_legal_cell_runs_to_its_budget(cell: Cell, task: Task) -> None:
         width=cell.width,
         density=DENSITY,
     )
-    limit = net.controller.goals[0].limit
+    limit = net.controller.targets[0].limit
     made = [w for w in net.net.widths() if not isinstance(w, Fixed)]
     assert all(type(w) is WIDTHS[cell.width] for w in made)
     assert bool(made) == (cell.width != "fixed")
     assert all(type(gate) is GATES[cell.gate] for gate in net.net.gates)
     assert all(map(math.isfinite, fit(net, task.batches, STEPS)))
-    plan = net.land()
+    plan = net.discretize()
     assert all(map(math.isfinite, fit(net, task.batches, TUNE)))
     small = net.finalize()
     counted = jpq.measure(small, x)
     assert counted["bops"] <= limit
-    assert counted["bops"] == jpq.costs.bops(net.net.exact(plan))
+    assert counted["bops"] == jpq.costs.bops(net.net.exact_usage(plan))
     assert difference(net.net, small, x) < EXACT
     whole = all(all(units) for units in plan.kept.values()) and all(bool(m.units().all()) for m in plan.masks.values())
     assert not whole, "nothing was pruned"
-    if GATES[cell.gate].counted:
+    if GATES[cell.gate].fixed_count:
         asked = {"2:4": 1 / 2, "pattern": 4 / 9}.get(cell.structure, DENSITY)
         assert density(net.net, plan) == pytest.approx(asked, abs=0.1), "as much as was asked for"
     if cell.width == "fixed":

@@ -11,7 +11,6 @@ import re
 import resource
 import shutil
 import struct
-import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -45,8 +44,6 @@ from jpq.tasks import models
 from jpq.tracing.trace import trace
 from jpq.training import checkpoint
 from jpq.types import JpqError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 
 Captured = pytest.CaptureFixture[str]
 ROOM = 2**29  # bytes that reading a file of some hundred thousand may take, at most

@@ -77,15 +77,15 @@ def test_whole_model_is_the_sum_of_its_lines():
     dense = {(e.shape, e.inputs, e.outputs, e.bits): e.ms for e in TABLE.entries}
     for bits in (8, 32):
         want = sum(round(dense[shape(x), len(x.inputs), len(x.outputs), bits] * NS) * times(x) for x in NETWORK.layers)
-        uses = [replace(u, w_bits=bits, a_bits=bits) for u in NET.exact()]
+        uses = [replace(u, w_bits=bits, a_bits=bits) for u in NET.exact_usage()]
         assert latency_ns(uses) == want
-    assert baseline(NET.exact())["latency"] == want
+    assert baseline(NET.exact_usage())["latency"] == want
 
 
 def test_halved_widths_that_were_measured_cost_their_lines():
     plan = NET.plan()
     half = {s: tuple(i < len(units) // 2 for i in range(len(units))) for s, units in plan.kept.items()}
-    uses = NET.exact(replace(plan, kept=half))
+    uses = NET.exact_usage(replace(plan, kept=half))
     lines = {(e.shape, e.inputs, e.outputs, e.bits): e.ms for e in TABLE.entries}
     total = 0
     for layer, use in zip(NETWORK.layers, uses, strict=True):
@@ -186,7 +186,7 @@ def test_a_masked_network_is_charged_by_its_scheme():
     name = NETWORK.layers[1].name
     units = plan.masks[name].units().clone()
     units.view(-1)[::2] = False
-    uses = masked.exact(replace(plan, masks={name: type(plan.masks[name]).of(units)}))
+    uses = masked.exact_usage(replace(plan, masks={name: type(plan.masks[name]).of(units)}))
     use = next(u for u in uses if u.name == name)
     assert use.density == Fraction(1, 2)
     assert 2 * layer_latency(use) == pytest.approx(float(layer_latency(replace(use, density=1))), abs=2)
@@ -208,8 +208,8 @@ def test_what_the_loss_sees_is_what_the_report_says():
         torch.manual_seed(seed)
         for p in NET.gates.parameters():
             p.data.normal_(0, 3)
-        seen = latency_ns(NET.uses())
-        assert float(seen.detach()) == pytest.approx(float(latency_ns(NET.exact())), rel=1e-5)
+        seen = latency_ns(NET.soft_usage())
+        assert float(seen.detach()) == pytest.approx(float(latency_ns(NET.exact_usage())), rel=1e-5)
         grads = torch.autograd.grad(seen, list(NET.gates.parameters()), allow_unused=True)
         assert any(g is not None and bool((g.abs() > 0).any()) for g in grads)
 
@@ -221,27 +221,27 @@ def test_lands_under_the_target_and_uses_it(seed, share, noise):
     torch.manual_seed(seed)
     for p in network.gates.parameters():
         p.data.normal_(0, 3)
-    goals = parse_targets({"latency": f"{100 * share:.4f}%"}, network.exact())
-    plan = discretize.discretize(network, goals)
-    used = used_share(goals[0], network.exact(plan))
+    targets = parse_targets({"latency": f"{100 * share:.4f}%"}, network.exact_usage())
+    plan = discretize.discretize(network, targets)
+    used = used_share(targets[0], network.exact_usage(plan))
     assert used <= 1
-    assert used >= FULL_USE or discretize.underuse_note(goals, network, plan)
+    assert used >= FULL_USE or discretize.underuse_note(targets, network, plan)
     assert {x.w_bits for x in plan.layers.values()} == {8}  # nothing below 8 bits was measured: fewer gain nothing
 
 
 def test_lands_on_latency_and_bops_together():
-    goals = parse_targets({"latency": "20%", "bops": "0.5%"}, NET.exact())
-    uses = NET.exact(discretize.discretize(NET, goals))
-    assert all(used_share(g, uses) <= 1 for g in goals)
-    assert max(used_share(g, uses) for g in goals) >= FULL_USE
+    targets = parse_targets({"latency": "20%", "bops": "0.5%"}, NET.exact_usage())
+    uses = NET.exact_usage(discretize.discretize(NET, targets))
+    assert all(used_share(g, uses) <= 1 for g in targets)
+    assert max(used_share(g, uses) for g in targets) >= FULL_USE
 
 
 def test_the_controller_pushes_channels_but_not_bits():
     network = net()
-    goals = parse_targets({"latency": "20%"}, network.exact())
-    controller = Controller(goals)
-    controller.begin(network.exact())
-    loss = controller.loss(network.uses(), 1.0)
+    targets = parse_targets({"latency": "20%"}, network.exact_usage())
+    controller = Controller(targets)
+    controller.begin(network.exact_usage())
+    loss = controller.loss(network.soft_usage(), 1.0)
     gates = torch.autograd.grad(loss, list(network.gates.parameters()), allow_unused=True, retain_graph=True)
     assert any(g is not None and bool((g != 0).any()) for g in gates)
     bits = torch.autograd.grad(loss, [p for w in network.widths() for p in w.parameters()], allow_unused=True)
@@ -250,18 +250,18 @@ def test_the_controller_pushes_channels_but_not_bits():
 
 def test_a_cost_that_nothing_can_move_still_counts():
     still = attach(MODEL, TIMED, (), Frozen.all, lambda _: (Fixed(8), Fixed(8)), [EXAMPLE], "uniform")
-    goals = parse_targets({"latency": "20%"}, still.exact())
-    controller = Controller(goals)
-    controller.begin(still.exact())
-    assert float(controller.loss(still.exact(), 1.0)) > 0
+    targets = parse_targets({"latency": "20%"}, still.exact_usage())
+    controller = Controller(targets)
+    controller.begin(still.exact_usage())
+    assert float(controller.loss(still.exact_usage(), 1.0)) > 0
 
 
 @pytest.mark.parametrize(
     ("text", "ns"), [("0.02ms", 20_000), ("20us", 20_000), ("20000 ns", 20_000), ("2e-5s", 20_000), ("50%", None)]
 )
 def test_targets_of_time(text, ns):
-    full = baseline(NET.exact())["latency"]
-    assert parse_targets({"latency": text}, NET.exact())[0].limit == (ns or int(full / 2))
+    full = baseline(NET.exact_usage())["latency"]
+    assert parse_targets({"latency": text}, NET.exact_usage())[0].limit == (ns or int(full / 2))
 
 
 @pytest.mark.parametrize(
@@ -276,28 +276,28 @@ def test_targets_of_time(text, ns):
 )
 def test_bad_targets_of_time(text, why):
     with pytest.raises(JpqError, match=why):
-        parse_targets({"latency": text}, NET.exact())
+        parse_targets({"latency": text}, NET.exact_usage())
 
 
 def test_quantized_layers_may_be_slower_than_float_and_still_be_a_target():
     slow = tuple(replace(e, ms=3 * e.ms) if e.bits == 8 else e for e in made(NETWORK, (8, 32)).entries)
     uses = net(
         with_times(NETWORK, LatencyTable("slow", tuple(replace(e, ms=9 * e.ms) if e.bits == 8 else e for e in slow)))
-    ).exact()
+    ).exact_usage()
     assert parse_targets({"latency": "150%"}, uses)[0].limit > baseline(uses)["latency"]
 
 
 def test_an_impossible_target_names_the_smallest_possible_in_milliseconds():
-    least = float(latency_ns(NET.exact(discretize.cheapest_plan(NET)))) / NS
+    least = float(latency_ns(NET.exact_usage(discretize.cheapest_plan(NET)))) / NS
     with pytest.raises(JpqError, match=rf"smallest possible is {least:.3f}\d* ms"):
-        discretize.check_reachable(NET, parse_targets({"latency": "1us"}, NET.exact()))
+        discretize.check_reachable(NET, parse_targets({"latency": "1us"}, NET.exact_usage()))
 
 
 def test_without_a_table_one_sentence_says_what_to_run():
     with pytest.raises(JpqError, match="jpq bench --table"):
         compress(MODEL, EXAMPLE, latency="50%")
     with pytest.raises(JpqError, match="jpq bench --table"):
-        latency_ns(net(NETWORK).exact())
+        latency_ns(net(NETWORK).exact_usage())
 
 
 def test_a_layer_that_nobody_measured_is_refused_by_name():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +20,6 @@ from jpq.config import Config
 from jpq.costs import LayerUse
 from jpq.costs.target import Controller, parse_targets
 from jpq.types import JpqError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 
 RATES = st.floats(-6, 1).map(lambda power: 10.0**power)
 # all that may go wrong

@@ -27,9 +27,9 @@ COUNTED = [GumbelTopK, SoftThreshold, LearnedTopK, Feedback, Admm]
 
 def seen(gate, weight, structure):
     """A gate bound to one weight, as `attach` does it."""
-    gate.bind(structure.sizes(weight.shape), structure.quota())
-    gate.see([(weight, structure)])
-    gate.join([gate])
+    gate.set_site(structure.sizes(weight.shape), structure.quota())
+    gate.observe_weights([(weight, structure)])
+    gate.link([gate])
     return gate
 
 
@@ -45,10 +45,10 @@ def test_the_end_of_the_search_keeps_exactly_what_was_asked(make, structure, sha
     weight = nn.Parameter(torch.randn(shape))
     gate = seen(make(*structure.shape(weight.shape), density=0.4), weight, structure)
     for step in range(101):
-        gate.see([(weight, structure)])
+        gate.observe_weights([(weight, structure)])
         gate.relaxed()
         gate.after_step(step / 100)
-    gate.see([(weight, structure)])
+    gate.observe_weights([(weight, structure)])
     mask = structure.expand(gate.keep(), weight.shape).expand(shape)
     assert set(mask.unique().tolist()) <= {0.0, 1.0}
     if isinstance(structure, Window):  # 10 inputs: windows of 4, 4 and 2
@@ -163,7 +163,7 @@ def test_pdp_mask_is_the_formula_and_its_gradient():
     weight = torch.randn(1, 9, dtype=torch.double, requires_grad=True)
     gate = seen(SoftThreshold(1, 9, density=4 / 9, tau=0.3), weight, Elementwise()).double()
     gate.after_step(1.0)
-    gate.see([(weight, Elementwise())])
+    gate.observe_weights([(weight, Elementwise())])
     m = gate.relaxed()
     size = weight.detach().abs().flatten().sort(descending=True).values
     t = float(size[3] + size[4]) / 2
@@ -197,9 +197,9 @@ def test_pdp_shares_come_from_one_quantile_and_ramp_up():
     weights = [nn.Parameter(torch.randn(1, n) * scale) for n, scale in ((40, 1.0), (60, 0.1), (100, 0.5))]
     gates = [SoftThreshold(1, w.numel(), density=0.3) for w in weights]
     for gate, weight in zip(gates, weights, strict=True):
-        gate.see([(weight, Elementwise())])
+        gate.observe_weights([(weight, Elementwise())])
     for gate in gates:
-        gate.join(gates)
+        gate.link(gates)
     kept = [gate.final * gate.n for gate in gates]
     assert sum(kept) == pytest.approx(0.3 * 200, abs=3)  # one weight per layer
     assert gates[0].final > gates[2].final > gates[1].final
@@ -253,9 +253,9 @@ def test_smart_ranks_all_layers_at_once():
     weights = [nn.Parameter(torch.randn(1, 30)), nn.Parameter(torch.randn(1, 30) * 0.01)]
     gates = [LearnedTopK(1, 30, density=0.5) for _ in weights]
     for gate, weight in zip(gates, weights, strict=True):
-        gate.see([(weight, Elementwise())])
+        gate.observe_weights([(weight, Elementwise())])
     for gate in gates:
-        gate.join(gates)
+        gate.link(gates)
     soft = [gate.relaxed() for gate in gates]
     assert float(sum(f.sum() for f in soft)) == pytest.approx(30, abs=1e-3)
     assert sum(int(gate.keep().sum()) for gate in gates) == 30
@@ -275,7 +275,7 @@ def test_dpf_gives_dropped_weights_the_gradient_of_kept_ones():
     weight = nn.Parameter(torch.tensor([[1.0, 0.2]]))
     gate = seen(Feedback(1, 2, density=0.5), weight, Elementwise())
     for step in range(EVERY):
-        gate.see([(weight, Elementwise())])
+        gate.observe_weights([(weight, Elementwise())])
         gate.after_step(FREEZE * (step + 1) / EVERY)
     draw = GateSample(gate)
     masked = MaskParametrization([(draw, Elementwise())])(weight)
@@ -291,8 +291,8 @@ def test_dpf_mask_swaps_and_then_stays():
     draw, history = GateSample(gate, []), []
     masked = MaskParametrization([(draw, Elementwise())])
     for _ in range(200):
-        gate.see([(weight, Elementwise())])
-        draw.again()
+        gate.observe_weights([(weight, Elementwise())])
+        draw.resample()
         loss = ((masked(weight) - torch.tensor([[0.0, 1.0]])) ** 2).sum()
         (grad,) = torch.autograd.grad(loss, weight)
         with torch.no_grad():
@@ -311,7 +311,7 @@ def test_dpf_follows_the_cubic_and_freezes():
     for step in range(1, 401):
         with torch.no_grad():
             weight.copy_(torch.randn(1, 1000))  # the ranking changes all the time
-        gate.see([(weight, Elementwise())])
+        gate.observe_weights([(weight, Elementwise())])
         gate.after_step(step / 400)
         masks.append(gate.keep().clone())
         if step % EVERY == 0 and step < 300:
@@ -344,8 +344,8 @@ def test_admm_drives_weights_to_the_structure():
     optim = torch.optim.SGD([weight], lr=0.2)
     residual = []
     for step in range(2000):
-        gate.see([(weight, Window(2, 4))])
-        loss = 0.01 * ((weight - target) ** 2).sum() + gate.loss()
+        gate.observe_weights([(weight, Window(2, 4))])
+        loss = 0.01 * ((weight - target) ** 2).sum() + gate.own_loss()
         optim.zero_grad()
         loss.backward()
         optim.step()

@@ -46,12 +46,14 @@ def may_stay(site, multiple):
 def test_landing_keeps_multiples_and_the_budget(seed, share, multiple):
     network = NETS[multiple]
     scatter(network, seed)
-    goals = parse_targets({"bops": f"{100 * share:.4f}%"}, network.exact())
-    plan = discretize.discretize(network, goals)
-    assert all_met(goals, network.exact(plan))
+    targets = parse_targets({"bops": f"{100 * share:.4f}%"}, network.exact_usage())
+    plan = discretize.discretize(network, targets)
+    assert all_met(targets, network.exact_usage(plan))
     for site in SITES:
         assert sum(plan.kept[site.name]) in may_stay(site, multiple)
-    assert used_share(goals[0], network.exact(plan)) >= FULL_USE or discretize.underuse_note(goals, network, plan)
+    assert used_share(targets[0], network.exact_usage(plan)) >= FULL_USE or discretize.underuse_note(
+        targets, network, plan
+    )
 
 
 @given(seed=st.integers(0, 10**6), shift=st.floats(-6, 6))
@@ -140,7 +142,7 @@ def test_rebuilt_layers_are_as_wide_as_asked_and_compute_the_same(method):
         a_bits=(8, 8),
         steps=4,
     )
-    joint.land()
+    joint.discretize()
     small = joint.finalize()
     joint.net.eval()
     with torch.no_grad():
@@ -202,8 +204,8 @@ def test_methods_that_are_told_how_many_channels_stay_refuse():
 
 
 def test_impossible_targets_name_the_fewest_channels():
-    goals = parse_targets({"bops": "0.05%"}, NETS[8].exact())
-    discretize.check_reachable(NETS[1], goals)
+    targets = parse_targets({"bops": "0.05%"}, NETS[8].exact_usage())
+    discretize.check_reachable(NETS[1], targets)
     with pytest.raises(JpqError, match=r"8 channels, or all, at each site.*lower --channel-multiple"):
-        discretize.check_reachable(NETS[8], goals)
+        discretize.check_reachable(NETS[8], targets)
     assert not masks(NETWORK, "elementwise")[0].labels.size

@@ -42,9 +42,9 @@ def small_one(name, structure=None):
         call_model(net, example)
         net.after_step(1.0)
         net.eval()
-    net.settle(net.plan())
+    net.freeze(net.plan())
     small, plan = rebuild(net, model)
-    return small, plan, net.exact(plan), example
+    return small, plan, net.exact_usage(plan), example
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -81,7 +81,7 @@ def test_a_norm_is_not_folded_where_something_else_reads_the_layer():
     model.norm.running_mean.normal_()
     network = trace(model, x)
     net = attach(model, network, (), None, lambda layer: (Fixed(4), Fixed(8)), [x], "test")
-    net.settle(net.plan())
+    net.freeze(net.plan())
     small, _ = rebuild(net, model)
     assert norms(fold_batchnorms(small, x)) == ["norm"]
 
@@ -104,7 +104,7 @@ def test_norms_over_other_dims_or_without_statistics_stay(norm, tmp_path):
     torch.manual_seed(0)
     model, x = Tokens(norm).eval(), torch.randn(6, 5, 8)
     net = attach(model, trace(model, x), (), None, lambda layer: (Fixed(4), Fixed(8)), [x], "test")
-    net.settle(net.plan())
+    net.freeze(net.plan())
     small, plan = rebuild(net, model)
     pack(small, plan, x, tmp_path / "one")
     assert gap(unpack(small, tmp_path / "one")(x), small(x)) < 1e-5

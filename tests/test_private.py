@@ -85,8 +85,8 @@ def test_patterns_with_connectivity_are_the_nearest_point(density, kept):
     torch.manual_seed(0)
     weight, structure = torch.randn(2, 2, 3, 3), KernelPattern()
     gate = Admm(4, 4, connected=density)
-    gate.bind(structure.sizes(weight.shape), structure.quota())
-    gate.see([(weight, structure)])
+    gate.set_site(structure.sizes(weight.shape), structure.quota())
+    gate.observe_weights([(weight, structure)])
     ours = gate.near(0)
     kernels = weight.reshape(4, 3, 3)
     cut = torch.stack([best_pattern(k, structure.patterns) for k in kernels])
@@ -95,7 +95,7 @@ def test_patterns_with_connectivity_are_the_nearest_point(density, kept):
     nearest = min(points, key=lambda p: float((kernels - p).square().sum()))
     assert torch.equal(ours.reshape(4, 3, 3), nearest)
     assert sorted((ours.reshape(4, 9) != 0).sum(1).tolist()) == [0] * (4 - kept) + [4] * kept
-    gate.see([(ours.clone(), structure)])
+    gate.observe_weights([(ours.clone(), structure)])
     gate.project()
     assert torch.equal(gate.near(0), ours)
 
@@ -103,8 +103,8 @@ def test_patterns_with_connectivity_are_the_nearest_point(density, kept):
 def test_the_worked_example_of_the_sheet():
     kernel = torch.tensor([[0.1, 0.9, 0.2], [0.3, 1.0, 0.8], [0.2, 0.4, 0.1]]).view(1, 1, 3, 3)
     gate = Admm(1, 4)
-    gate.bind(torch.full((1, 4), 4.0), 1)
-    gate.see([(kernel, KernelPattern())])
+    gate.set_site(torch.full((1, 4), 4.0), 1)
+    gate.observe_weights([(kernel, KernelPattern())])
     assert torch.equal(gate.near(0).view(3, 3), torch.tensor([[0, 0.9, 0], [0, 1.0, 0.8], [0, 0.4, 0]]))
     assert float((kernel - gate.near(0)).square().sum()) == pytest.approx(0.19)
 
@@ -457,7 +457,7 @@ def test_inside_a_loop_of_ones_own(trained, handed):
         (net(x).square().mean() + net.pressure()).backward()
         optim.step()
         net.step()
-    assert net.land().masks == external_mask.read(handed[0]).plan.masks
+    assert net.discretize().masks == external_mask.read(handed[0]).plan.masks
     net.eval()
     small = net.finalize()
     assert torch.allclose(small(x), net(x), atol=1e-5)

@@ -261,7 +261,7 @@ def test_gated_settled_and_rebuilt_agree(name, seed):
     assert {b for x in found.plan.layers.values() for b in (x.w_bits, x.a_bits)} <= {2, 4, 8}
     assert gap(found.soft, found.settled) <= 1e-10
     assert gap(found.soft, found.rebuilt) <= 1e-10
-    exact = costs.bops(net.exact(found.complete))
+    exact = costs.bops(net.exact_usage(found.complete))
     assert found.bops == pytest.approx(float(exact), rel=1e-5)
     assert Fraction(measure(found.model, example)["bops"]) == exact
     assert not [m for m in net.modules() if isinstance(m, Gated)]  # plain grids from here on
@@ -281,7 +281,7 @@ def test_training_reaches_weights_ranges_gates_and_channels():
     totals = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     for _ in range(8):  # some draws are exactly 0 or 1, where no gradient passes
         net.zero_grad()
-        (call_model(net, example).square().mean() + costs.bops(net.uses()).log()).backward()
+        (call_model(net, example).square().mean() + costs.bops(net.soft_usage()).log()).backward()
         for name, p in net.named_parameters():
             assert bool(p.grad.isfinite().all()), name
             totals[name] += p.grad.abs()
@@ -296,9 +296,9 @@ def test_lands_on_its_budget():
         torch.manual_seed(seed)
         for p in [*net.decisions()["gates"], *net.decisions()["bits"]]:
             p.data.normal_(0, 3)
-        goals = parse_targets({"bops": "1%"}, net.exact())
-        plan = discretize.discretize(net, goals)
-        assert FULL_USE <= used_share(goals[0], net.exact(plan)) <= 1
+        targets = parse_targets({"bops": "1%"}, net.exact_usage())
+        plan = discretize.discretize(net, targets)
+        assert FULL_USE <= used_share(targets[0], net.exact_usage(plan)) <= 1
         assert {b for layer in plan.layers.values() for b in (layer.w_bits, layer.a_bits)} <= {2, 4, 8}
 
 
@@ -308,7 +308,7 @@ def test_a_changed_width_gets_a_range_of_its_own():
     plan = net.plan()
     for name in plan.layers:
         plan.layers[name] = type(plan.layers[name])(2, 2, plan.layers[name].signed)
-    net.settle(plan)
+    net.freeze(plan)
     for layer in network.layers:
         w, _ = net.quantizers(layer.name)
         weight = net.layer(layer.name).weight.detach()

@@ -36,8 +36,6 @@ from jpq.training.history import EpochRecord, NullObserver
 from jpq.training.signals import Interrupted, Interruption
 from jpq.types import JpqError
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
-
 STEPS = 9  # optimiser steps of an epoch of kills.tiny
 FAST = ("djpq", "admm")
 

@@ -290,16 +290,16 @@ def test_reweighted_presses_each_unit_by_what_it_was():
     weight = torch.randn(8, 6, 3, 3, dtype=torch.float64, requires_grad=True)
     own = parse("punched:4x2")
     gate = Reweighted(*own.shape(weight.shape), density=0.5, lam=0.03).double()
-    gate.bind(own.sizes(weight.shape), own.quota())
-    gate.see([(weight, own)])
-    gate.loss().backward()
+    gate.set_site(own.sizes(weight.shape), own.quota())
+    gate.observe_weights([(weight, own)])
+    gate.own_loss().backward()
     norms = own.pool(weight.detach().square())
     assert torch.allclose(weight.grad, 2 * 0.03 * own.expand(1 / (norms + 1e-4), weight.shape) * weight)
     assert torch.equal(gate.keep().sum(), torch.tensor(27.0, dtype=torch.float64))
     assert set(norms[gate.keep() > 0].tolist()) == set(norms.flatten().topk(27).values.tolist())
     with torch.no_grad():
         weight.mul_(0.1)
-    gate.see([(weight, own)])
+    gate.observe_weights([(weight, own)])
     held = gate.press.clone()
     gate.after_step(0.1)
     assert torch.equal(gate.press, held)  # constant between updates
@@ -350,7 +350,7 @@ def test_several_structures_in_one_run(method, tmp_path):
 
 
 def test_a_search_is_part_of_the_run_and_is_not_repeated(tmp_path, monkeypatch):
-    monkeypatch.setattr(structure_search, "searched", partial(structure_search.search_mapping, samples=5))
+    monkeypatch.setattr(structure_search, "search_mapping", partial(structure_search.search_mapping, samples=5))
     asked = config(tmp_path / "whole", structure="search")
     whole = jpq.optimize(asked)
     said = json.loads((whole.folder / structure_search.NAME).read_text())
@@ -363,7 +363,7 @@ def test_a_search_is_part_of_the_run_and_is_not_repeated(tmp_path, monkeypatch):
     stopped = replace(asked, run=replace(asked.run, out=tmp_path / "stopped"))
     with pytest.raises(KeyboardInterrupt):
         jpq.optimize(stopped, Stop("fine-tune", 1))
-    monkeypatch.setattr(structure_search, "searched", None)
+    monkeypatch.setattr(structure_search, "search_mapping", None)
     resumed = jpq.optimize(replace(stopped, run=replace(stopped.run, resume=True)))
     ours, theirs = (jpq.load(r.folder)[0].state_dict() for r in (resumed, whole))
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)

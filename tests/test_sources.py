@@ -111,7 +111,7 @@ def test_bad_folders_say_what_and_where(tmp_path):
 
 USER = """
 import torch
-from jpq.data import load as _load
+from jpq.tasks.data import load as _load
 from torch.utils.data import TensorDataset
 x, y = torch.rand(40, 3, 4, 4), torch.arange(40) % 4
 def ready(): return _load("digits", limit=50)

@@ -77,24 +77,24 @@ def test_resuming_gives_the_same_bits_as_never_stopping(phase, finished, tmp_pat
 @pytest.mark.parametrize("share", ["0.3%", "1%", "2.5%"])
 def test_the_plan_meets_the_budget_at_the_widest_bits_that_the_density_allows(density, share):
     net = ranked()
-    goals = parse_targets({"bops": share}, net.exact())
-    plan = two_stage.decide_two_stage(net, goals, (2, 8), (2, 8), density)
-    used = used_share(goals[0], net.exact(plan))
+    targets = parse_targets({"bops": share}, net.exact_usage())
+    plan = two_stage.decide_two_stage(net, targets, (2, 8), (2, 8), density)
+    used = used_share(targets[0], net.exact_usage(plan))
     whole = pair(net, plan) == (8, 8) and all(all(units) for units in plan.kept.values())
     assert FULL_USE <= used <= 1 or whole
     w, a = pair(net, plan)
     assert abs(w - a) <= 1
-    full = costs.baseline(net.exact())["macs"]
+    full = costs.baseline(net.exact_usage())["macs"]
     if (w, a) not in ((2, 2), (8, 8)):  # one more step of bits would not fit at the density
-        assert costs.macs(net.exact(plan)) < min(full, 2 * density * full) or used >= FULL_USE
-    assert plan == two_stage.decide_two_stage(net, goals, (2, 8), (2, 8), density)
+        assert costs.macs(net.exact_usage(plan)) < min(full, 2 * density * full) or used >= FULL_USE
+    assert plan == two_stage.decide_two_stage(net, targets, (2, 8), (2, 8), density)
 
 
 def test_a_smaller_density_buys_wider_bits():
     net = ranked()
-    goals = parse_targets({"bops": "0.8%"}, net.exact())
+    targets = parse_targets({"bops": "0.8%"}, net.exact_usage())
     bits = [
-        sum(pair(net, two_stage.decide_two_stage(net, goals, (2, 8), (2, 8), density)))
+        sum(pair(net, two_stage.decide_two_stage(net, targets, (2, 8), (2, 8), density)))
         for density in (1.0, 0.5, 0.25, 0.1)
     ]
     assert bits == sorted(bits)
@@ -103,7 +103,7 @@ def test_a_smaller_density_buys_wider_bits():
 
 def test_channels_go_in_the_order_of_their_ranks():
     net = ranked()
-    plan = two_stage.decide_two_stage(net, parse_targets({"bops": "0.7%"}, net.exact()), (2, 8), (2, 8), 0.4)
+    plan = two_stage.decide_two_stage(net, parse_targets({"bops": "0.7%"}, net.exact_usage()), (2, 8), (2, 8), 0.4)
     for site, gate in zip(net.sites, net.gates, strict=True):
         kept = torch.tensor(plan.kept[site.name])
         assert gate.margins[0, kept].min() > gate.margins[0, ~kept].max()
@@ -111,18 +111,18 @@ def test_channels_go_in_the_order_of_their_ranks():
 
 def test_a_budget_below_the_smallest_bits_at_the_density_closes_more_channels():
     net = ranked()
-    goals = parse_targets({"bops": "0.05%"}, net.exact())
-    plan = two_stage.decide_two_stage(net, goals, (4, 8), (4, 8), 1.0)
+    targets = parse_targets({"bops": "0.05%"}, net.exact_usage())
+    plan = two_stage.decide_two_stage(net, targets, (4, 8), (4, 8), 1.0)
     assert pair(net, plan) == (4, 4)
-    assert FULL_USE <= used_share(goals[0], net.exact(plan)) <= 1
+    assert FULL_USE <= used_share(targets[0], net.exact_usage(plan)) <= 1
 
 
 def test_several_targets_hold_together():
     net = ranked()
-    goals = parse_targets({"bops": "2%", "macs": "30%", "size": "20KB"}, net.exact())
-    uses = net.exact(two_stage.decide_two_stage(net, goals, (2, 8), (2, 8), 0.5))
-    assert all(used_share(goal, uses) <= 1 for goal in goals)
-    assert max(used_share(goal, uses) for goal in goals) >= FULL_USE
+    targets = parse_targets({"bops": "2%", "macs": "30%", "size": "20KB"}, net.exact_usage())
+    uses = net.exact_usage(two_stage.decide_two_stage(net, targets, (2, 8), (2, 8), 0.5))
+    assert all(used_share(goal, uses) <= 1 for goal in targets)
+    assert max(used_share(goal, uses) for goal in targets) >= FULL_USE
 
 
 @pytest.mark.parametrize(
@@ -149,24 +149,24 @@ def test_in_a_loop_of_ones_own_landing_quantizes():
     before = net.net.plan()
     assert pair(net.net, before) == (8, 8)
     assert float(net.pressure()) == 0
-    after = net.land()
+    after = net.discretize()
     assert after.kept == before.kept
     assert 0.97 <= net.share() / 0.01 <= 1
-    assert net.land() == after
+    assert net.discretize() == after
     small = net.finalize()
-    assert jpq.measure(small, EXAMPLE)["bops"] == costs.bops(net.net.exact())
+    assert jpq.measure(small, EXAMPLE)["bops"] == costs.bops(net.net.exact_usage())
 
 
 def test_ranges_of_stage_two_are_fitted_to_what_the_pruned_network_reads():
     net = ranked()
-    plan = two_stage.decide_two_stage(net, parse_targets({"bops": "0.5%"}, net.exact()), (2, 8), (2, 8), 0.3)
-    net.settle(two_stage.pruned(net, plan))
+    plan = two_stage.decide_two_stage(net, parse_targets({"bops": "0.5%"}, net.exact_usage()), (2, 8), (2, 8), 0.3)
+    net.freeze(two_stage.pruned(net, plan))
     for p in net.weights()["decayed"]:
         p.data.mul_(3)
     last = net.network.layers[-1].name
-    seen = net.seen[last].clone()
+    seen = net.calibration_samples[last].clone()
     two_stage.quantize(net, plan, [EXAMPLE])
-    assert net.seen[last].abs().max() != seen.abs().max()
+    assert net.calibration_samples[last].abs().max() != seen.abs().max()
     assert net.plan().layers == plan.layers
 
 
@@ -179,9 +179,9 @@ def test_epochs_are_as_many_as_every_other_method_has(tmp_path):
 def test_bits_that_cost_nothing_of_the_target_stay_wide():
     """Bytes are paid by weights: activations must not end at 2 bits where channels had to pay."""
     net = ranked(2)
-    goals = parse_targets({"size": "3%"}, net.exact())
-    plan = two_stage.decide_two_stage(net, goals, (2, 8), (2, 8), 0.5)
+    targets = parse_targets({"size": "3%"}, net.exact_usage())
+    plan = two_stage.decide_two_stage(net, targets, (2, 8), (2, 8), 0.5)
     w, a = pair(net, plan)
     assert w == 2
     assert a > 2
-    assert used_share(goals[0], net.exact(plan)) <= 1
+    assert used_share(targets[0], net.exact_usage(plan)) <= 1

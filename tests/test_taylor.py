@@ -204,7 +204,7 @@ def test_a_channel_that_nobody_reads_scores_nothing():
 def test_collecting_changes_nothing():
     net, x = linear()
     net.train()
-    net.learn("decisions")
+    net.set_trainable("decisions")
     before = {k: v.clone() for k, v in net.state_dict().items()}
     flags = [p.requires_grad for p in net.parameters()]
     rank(net, SCORES["taylor2"], [(x, torch.arange(7) % 3)])

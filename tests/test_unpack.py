@@ -277,7 +277,7 @@ def test_compress_a_vision_transformer_and_export_it(tmp_path: Any) -> None:
     assert set(net.net.plan().layers) == {layer.name for layer in net.net.network.layers}, "every layer is quantized"
     assert {s.n for s in net.net.sites} == {4, 32}
     counted = jpq.measure(small, x[:2])
-    uses = net.net.exact()
+    uses = net.net.exact_usage()
     assert counted["bops"] == jpq.costs.bops(uses) <= 0.03 * jpq.costs.baseline(uses)["bops"]
     assert type(small.blocks) is Encoder
     jpq.export_onnx(small, x[:2], tmp_path / "vit.onnx")

@@ -46,7 +46,7 @@ def settled(name, seed=0):
     for gate in net.gates:
         gate.margins.copy_(torch.rand_like(gate.margins) - 0.5)
         gate.margins[0, torch.randint(gate.n, ())] = 1.0
-    net.eval().settle(net.plan())
+    net.eval().freeze(net.plan())
     return model, net, example
 
 
@@ -65,14 +65,14 @@ def test_settled_rebuilt_and_loaded_agree(name):
 def test_counted_on_the_rebuilt_model(name):
     model, net, example = settled(name)
     small, plan = rebuild(net, model)
-    counted, uses = measure(small, example), net.exact(plan)
+    counted, uses = measure(small, example), net.exact_usage(plan)
     assert (counted["bops"], counted["macs"]) == (costs.bops(uses), costs.macs(uses))
 
 
 def test_a_reader_is_charged_for_what_it_keeps_and_a_producer_for_what_anybody_keeps():
     model, net, example = settled("chain")
     small, plan = rebuild(net, model)
-    uses = {u.name: u for u in net.exact(plan)}
+    uses = {u.name: u for u in net.exact_usage(plan)}
     for site in net.sites:
         (tap,) = site.taps
         assert uses[tap.layer].inputs == Fraction(sum(plan.kept[site.name]), site.n)
@@ -106,11 +106,11 @@ def test_gates_that_learn_work_on_every_reader():
     network = trace(model, IMAGE)
     randomize(model, IMAGE).float()
     net = attach(model, network, per_consumer(network), VIB, widths, [IMAGE], "djpq")
-    sum(out.square().mean() for out in net(IMAGE)).add(costs.bops(net.uses()).log()).add(net.penalty()).backward()
+    sum(out.square().mean() for out in net(IMAGE)).add(costs.bops(net.soft_usage()).log()).add(net.penalty()).backward()
     assert all(bool(p.grad.abs().sum() > 0) for p in net.gates.parameters() if p.requires_grad and p.grad is not None)
     for gate in net.gates:
         gate.log_var.data[0, ::2] = 4.0
-    net.eval().settle(net.plan())
+    net.eval().freeze(net.plan())
     small, _ = rebuild(net, model)
     assert relative_difference(outputs(net.double(), IMAGE), outputs(small.double(), IMAGE)) <= 1e-9
 
@@ -145,7 +145,7 @@ def test_lands_on_the_budget_at_the_bits_that_were_given(score):
     assert {(b.w_bits, b.a_bits) for name, b in plan.layers.items() if name != first} == {(5, 4)}
     assert (plan.layers[first].w_bits, plan.layers[first].a_bits) == (5, 8)
     small = net.finalize()
-    limit = 0.01 * costs.baseline(net.net.exact())["bops"]
+    limit = 0.01 * costs.baseline(net.net.exact_usage())["bops"]
     assert 0.9 * limit <= measure(small, IMAGE)["bops"] <= limit
 
 

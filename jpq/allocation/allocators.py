@@ -158,7 +158,7 @@ def bit_widths(
     allocator: str,
     judge: PlanEvaluator,
     plan: Plan,
-    goals: Sequence[Target],
+    targets: Sequence[Target],
     w_bits: Bounds,
     a_bits: Bounds,
 ) -> dict[Key, BitWidth] | None:
@@ -189,20 +189,20 @@ def bit_widths(
 
         def accuracy(offsets: Mapping[str, float]) -> float:
             widths = {**ranking.widths, **soft(offsets)}
-            return measure(discretize.discretize(net, goals, replace(ranking, widths=widths)))
+            return measure(discretize.discretize(net, targets, replace(ranking, widths=widths)))
 
         return soft(sample_plans([f"{n} {s}" for n, s in free], accuracy, TRIALS, judge.seed, REACH_BITS))
-    full = float(costs.bops(net.exact(with_bits(plan, {key: bounds[key[1]][1] for key in free}))))
+    full = float(costs.bops(net.exact_usage(with_bits(plan, {key: bounds[key[1]][1] for key in free}))))
 
     def at(gone: Counts) -> Plan:
         return with_bits(plan, {key: bounds[key[1]][1] - int(n) for key, n in zip(free, gone, strict=True)})
 
     def quality(gone: Counts) -> tuple[float, float]:
         now = at(gone)
-        return measure(now), float(costs.bops(net.exact(now))) / full
+        return measure(now), float(costs.bops(net.exact_usage(now))) / full
 
     steps = [bounds[side][1] - bounds[side][0] + 1 for _, side in free]
-    path = learn(steps, quality, lambda gone: all_met(goals, net.exact(at(gone))), Policy(), judge.seed)
+    path = learn(steps, quality, lambda gone: all_met(targets, net.exact_usage(at(gone))), Policy(), judge.seed)
     last = path[-1] if path else np.zeros(len(free), np.int64)
     return {key: Learned(bounds[key[1]][1] - int(n), *bounds[key[1]]) for key, n in zip(free, last, strict=True)}
 

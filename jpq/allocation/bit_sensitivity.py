@@ -91,7 +91,7 @@ def bits_by_noise(
     Bit-operations are a product of the two widths of a layer, so what one bit costs depends on the other's: a few
     rounds settle it.
     """
-    macs = {use.name: float(use.macs * use.inputs * use.outputs * use.density) for use in net.exact(plan)}
+    macs = {use.name: float(use.macs * use.inputs * use.outputs * use.density) for use in net.exact_usage(plan)}
     level = {key: 4.0 for key in noise}
     for _ in range(4):
         best = {}
@@ -131,5 +131,5 @@ def _range(net: CompressedModel, key: Key, module: IntegerQuantizer, bits: int) 
     layer, side = key
     if side == "w":
         return fit_threshold(net.layer(layer).weight.detach(), bits, True, module.log_threshold.dim() > 0)
-    seen = net.seen.get(layer)
+    seen = net.calibration_samples.get(layer)
     return module.threshold.detach() if seen is None else fit_threshold(seen, bits, module.signed, False)

@@ -59,13 +59,13 @@ class AllocationProblem:
 
     def macs(self, kept: Sequence[Tensor]) -> float:
         """MACs with those units."""
-        return float(costs.macs(self.net.exact(self.plan(kept))))
+        return float(costs.macs(self.net.exact_usage(self.plan(kept))))
 
     def enough(self, kept: Sequence[Tensor]) -> bool:
         """Whether those units meet the goal. Raises JpqError where there is none."""
         if self.goal is None:
             raise JpqError("This allocator works towards a target, and there is none.")
-        return all_met([self.goal], self.net.exact(self.plan(kept)))
+        return all_met([self.goal], self.net.exact_usage(self.plan(kept)))
 
     def measured(self, kept: Sequence[Tensor]) -> float:
         """Held-out accuracy with those units. Raises JpqError where there is nothing to measure with."""

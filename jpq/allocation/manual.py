@@ -125,13 +125,13 @@ def plan(net: CompressedModel, decide: Decide) -> Plan:
     return replace(now, layers=layers, kept={**now.kept, **kept})
 
 
-def check_targets(net: CompressedModel, decided: Plan, goals: Sequence[Target]) -> None:
+def check_targets(net: CompressedModel, decided: Plan, targets: Sequence[Target]) -> None:
     """Raise JpqError where a target is given beside the decisions, and they cost more."""
-    uses = net.exact(decided)
-    for goal in goals:
+    uses = net.exact_usage(decided)
+    for goal in targets:
         if not all_met([goal], uses):
-            cost = goal.shown(used_share(goal, uses) * goal.limit)
+            cost = goal.format_cost(used_share(goal, uses) * goal.limit)
             raise JpqError(
-                f"{goal.flag} {goal.asked} ({goal.shown(goal.limit)}): the decisions of --bits and --densities cost "
+                f"{goal.flag} {goal.text} ({goal.format_cost(goal.limit)}): the decisions of --bits and --densities cost "
                 f"{cost}. Give fewer bits, lower densities, or no target."
             )

@@ -64,7 +64,7 @@ def plan_evaluator(net: CompressedModel, data: Data, config: Config) -> PlanEval
 
     def accuracy(plan: Plan) -> float:
         trial = copy.deepcopy(net)
-        trial.settle(plan)
+        trial.freeze(plan)
         reestimate_batchnorm(trial, batches)
         return evaluate(trial, images)
 
@@ -73,7 +73,7 @@ def plan_evaluator(net: CompressedModel, data: Data, config: Config) -> PlanEval
 
 def decide(
     net: CompressedModel,
-    goals: Sequence[Target],
+    targets: Sequence[Target],
     w_bits: Bounds,
     a_bits: Bounds,
     score: Score,
@@ -85,7 +85,7 @@ def decide(
     Without a judge the ranking stands as it is: enough to tell targets that cannot be met.
     """
     if METHODS[net.method].gate is None:
-        return uniform(net, goals, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1))
+        return uniform(net, targets, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1))
     if judge:
-        place(net, score, allocator, judge, uniform_keep_share(net, lambda uses: all_met(goals, uses)), goals[0])
-    return discretize.discretize(net, goals)
+        place(net, score, allocator, judge, uniform_keep_share(net, lambda uses: all_met(targets, uses)), targets[0])
+    return discretize.discretize(net, targets)

@@ -36,7 +36,7 @@ Widths = Callable[[Plan], Mapping[tuple[str, str], BitWidth] | None]  # soft wid
 
 def decide_two_stage(
     net: CompressedModel,
-    goals: Sequence[Target],
+    targets: Sequence[Target],
     w_bits: Bounds,
     a_bits: Bounds,
     density: float,
@@ -58,28 +58,28 @@ def decide_two_stage(
     require_channels(net)
     ranking = soft_decisions(net)
     least = everywhere(net, w_bits[0], a_bits[0])
-    check_reachable(net, goals, with_plan_bits(ranking, least).at(-BOTTOM))
-    pruned = discretize(net, [density_target(net, density), *(g for g in goals if g.cost == "macs")], ranking)
+    check_reachable(net, targets, with_plan_bits(ranking, least).at(-BOTTOM))
+    pruned = discretize(net, [density_target(net, density), *(g for g in targets if g.cost == "macs")], ranking)
     bits = cheapest = replace(least, kept=pruned.kept)
-    chosen = widths(pruned) if widths and all_met(goals, net.exact(bits)) else None
+    chosen = widths(pruned) if widths and all_met(targets, net.exact_usage(bits)) else None
     if chosen:
         return discretize(
-            net, goals, with_plan_bits(ranking, discretize(net, goals, with_widths(ranking, bits, chosen)))
+            net, targets, with_plan_bits(ranking, discretize(net, targets, with_widths(ranking, bits, chosen)))
         )
-    if all_met(goals, net.exact(bits)):
-        bits = uniform(net, goals, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1), pruned.kept)
-    plan = discretize(net, goals, with_plan_bits(ranking, bits))
+    if all_met(targets, net.exact_usage(bits)):
+        bits = uniform(net, targets, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1), pruned.kept)
+    plan = discretize(net, targets, with_plan_bits(ranking, bits))
     if bits is cheapest:  # channels paid for the targets: bits that cost none of them are taken back
-        free = uniform(net, goals, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1), plan.kept)
+        free = uniform(net, targets, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1), plan.kept)
         if free.layers == plan.layers:
             return plan
         bits = replace(bits, layers=free.layers)
-        plan = discretize(net, goals, with_plan_bits(ranking, bits))
+        plan = discretize(net, targets, with_plan_bits(ranking, bits))
     more = next_wider_bits(net, bits, w_bits[1], a_bits[1])
     if (
-        underuse_note(goals, net, plan) and more
+        underuse_note(targets, net, plan) and more
     ):  # every channel is open: bits that are a step too wide close a few again
-        return discretize(net, goals, with_plan_bits(ranking, more))
+        return discretize(net, targets, with_plan_bits(ranking, more))
     return plan
 
 
@@ -113,4 +113,4 @@ def pruned(net: CompressedModel, plan: Plan) -> Plan:
 def quantize(net: CompressedModel, plan: Plan, batches: Iterable[Any]) -> None:
     """Stage two: take the plan's bits."""
     recalibrate(net, batches)
-    net.settle(plan)
+    net.freeze(plan)

@@ -31,7 +31,7 @@ def everywhere(net: CompressedModel, w: int, a: int, kept: Kept | None = None) -
 
 def uniform(
     net: CompressedModel,
-    goals: Sequence[Target],
+    targets: Sequence[Target],
     w_bits: Sequence[int],
     a_bits: Sequence[int],
     kept: Kept | None = None,
@@ -46,14 +46,14 @@ def uniform(
     for w in w_bits:
         for a in a_bits:
             plan = everywhere(net, w, a, kept)
-            uses = net.exact(plan)
-            if all_met(goals, uses):
+            uses = net.exact_usage(plan)
+            if all_met(targets, uses):
                 fits.append((abs(w - a) <= 1, float(bops(uses)), -abs(w - a), plan))
-            least = min(goals, key=lambda g: -used_share(g, uses)) if goals else None
+            least = min(targets, key=lambda g: -used_share(g, uses)) if targets else None
             if (w, a) == (w_bits[0], a_bits[0]) and least is not None and used_share(least, uses) > 1:
                 raise JpqError(
-                    f"{least.flag} {least.asked} ({least.shown(least.limit)}) cannot be met by uniform bits; smallest "
-                    f"possible: {least.shown(used_share(least, uses) * least.limit)}, at {w} and {a} bits. "
+                    f"{least.flag} {least.text} ({least.format_cost(least.limit)}) cannot be met by uniform bits; smallest "
+                    f"possible: {least.format_cost(used_share(least, uses) * least.limit)}, at {w} and {a} bits. "
                     "Choose a method that prunes too."
                 )
     return max(fits, key=lambda fit: fit[:3])[3]
@@ -61,7 +61,7 @@ def uniform(
 
 def start_bits(
     network: Network,
-    goals: Sequence[Target],
+    targets: Sequence[Target],
     w_bits: Bounds,
     a_bits: Bounds,
     image_bits: int,
@@ -75,12 +75,12 @@ def start_bits(
     """
     shares = ChannelShares(network, ())
     stays = left or {}
-    goals = [g for g in goals if g.cost != "latency"]  # what runs as int8 gains no time from fewer bits
-    if not goals:
+    targets = [g for g in targets if g.cost != "latency"]  # what runs as int8 gains no time from fewer bits
+    if not targets:
         return float(w_bits[1]), float(a_bits[1])
 
     def excess(bits: float) -> float:
-        return max(stays.get(g.cost, 1.0) * _cost(network, shares, bits, image_bits, g) / g.limit for g in goals)
+        return max(stays.get(g.cost, 1.0) * _cost(network, shares, bits, image_bits, g) / g.limit for g in targets)
 
     low, high = 1.0, 16.0
     for _ in range(40):

@@ -77,11 +77,11 @@ def attach(
     compressed = CompressedModel(
         model, network, sites, [gate(s.rows, s.n).to(device) for s in sites], method, channel_multiple
     )
-    compressed.seen = seen
+    compressed.calibration_samples = seen
     for one, site in zip(compressed.gates, sites, strict=True):
         shapes = [torch.Size(network.layer(t.layer).weight_shape) for t in site.taps]
         sizes = torch.stack([t.structure.sizes(s) for t, s in zip(site.taps, shapes, strict=True)]).sum(0)
-        one.bind(sizes.to(device), site.taps[0].structure.quota())
+        one.set_site(sizes.to(device), site.taps[0].structure.quota())
     compressed.draws = [GateSample(g) for g in compressed.gates]
     taps: dict[str, list[tuple[GateSample, Structure]]] = {}
     for draw, site in zip(compressed.draws, sites, strict=True):
@@ -107,14 +107,14 @@ def attach(
             quantize_results(model.get_submodule(layer.end.module), grid.to(device))
     for draw, site in zip(compressed.draws, sites, strict=True):
         draw.reach = _reach(model, network, site)
-        draw.look()
+        draw.show_weights()
         pair = compressed.quantizers(site.taps[0].layer)
         if isinstance(draw.gate, DeadZone) and pair:
             put_dead_zone(draw.gate, pair[0])
     for draw in compressed.draws:
-        draw.gate.join(list(compressed.gates))
+        draw.gate.link(list(compressed.gates))
     for draw in compressed.draws:
-        draw.again()
+        draw.resample()
     return compressed
 
 

@@ -37,9 +37,9 @@ def budget_targets(network: Network, config: Config) -> dict[str, tuple[Target, 
     found = {name: network_targets(network, one) for name, one in config.each().items()}
     for above, below in pairwise(found.values()):
         for more, less in zip(above, below, strict=True):
-            if less.limit > more.limit or (less.asked != more.asked and less.limit == more.limit):
+            if less.limit > more.limit or (less.text != more.text and less.limit == more.limit):
                 raise JpqError(
-                    f"{less.flag} lists {less.asked} after {more.asked}, and it is not less. List budgets "
+                    f"{less.flag} lists {less.text} after {more.text}, and it is not less. List budgets "
                     "from the largest down."
                 )
     return found

@@ -31,8 +31,8 @@ def recalibrate(net: CompressedModel, batches: Batches) -> None:
     """Let the ranges that landing fits anew be fitted to what layers read now, not to what the float model's did."""
     with eval_mode(net):
         for draw in net.draws:
-            draw.again()
-        net.seen = observe_activations(net.model, net.network, batches)
+            draw.resample()
+        net.calibration_samples = observe_activations(net.model, net.network, batches)
 
 
 def observe_outputs(model: nn.Module, network: Network, batches: Batches) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ def channel_multiple(method: str, made: Method, asked: int | None) -> int:
         reason = "prunes nothing"
     elif made.structure != CHANNELS:
         reason = f"masks weights inside layers ({made.structure}) and drops no channels"
-    elif made.gate.counted:
+    elif made.gate.fixed_count:
         reason = "is told how many channels stay"
     elif made.sites == "per-consumer":
         reason = "keeps channels for each reader on its own"

@@ -146,7 +146,7 @@ def soft_decisions(net: CompressedModel) -> SoftDecisions:
             for side, quantizer in zip("wa", pair, strict=True):
                 widths[layer.name, side] = quantizer.width
     plan = net.plan()  # also shows the gates the weights as they stand
-    free = [(s, g) for s, g in zip(net.sites, net.gates, strict=True) if not g.counted]
+    free = [(s, g) for s, g in zip(net.sites, net.gates, strict=True) if not g.fixed_count]
     margins = {s.name: tuple(g.margin()[0].tolist()) for s, g in free if not s.is_mask}
     counts = {s.name: net.counts(s) for s, _ in free if not s.is_mask}
     masks = {s.taps[0].layer: g.margin().detach().cpu() for s, g in free if s.is_mask}
@@ -156,13 +156,13 @@ def soft_decisions(net: CompressedModel) -> SoftDecisions:
 def cheapest_plan(net: CompressedModel) -> Plan:
     """The cheapest plan there is: fewest bits, one unit at each site, or as many as gates that count will leave."""
     plan = soft_decisions(net).at(-BOTTOM)
-    given = [(site, gate.least()) for site, gate in zip(net.sites, net.gates, strict=True) if gate.counted]
+    given = [(site, gate.least()) for site, gate in zip(net.sites, net.gates, strict=True) if gate.fixed_count]
     kept = {site.name: tuple(units[0].bool().tolist()) for site, units in given if not site.is_mask}
     masks = {site.taps[0].layer: MaskPlan.of(units) for site, units in given if site.is_mask}
     return replace(plan, kept={**plan.kept, **kept}, masks={**plan.masks, **masks})
 
 
-def check_reachable(net: CompressedModel, goals: Sequence[Target], least: Plan | None = None) -> None:
+def check_reachable(net: CompressedModel, targets: Sequence[Target], least: Plan | None = None) -> None:
     """Raise JpqError, naming the smallest possible cost, if a target cannot be met at all.
 
     `least`: the cheapest plan, where it is not the network's own (`smallest`): of gates that count and have not come to
@@ -170,14 +170,14 @@ def check_reachable(net: CompressedModel, goals: Sequence[Target], least: Plan |
     """
     given = "the units that --density leaves" if least is None else "the units that stand until the search ends"
     plan = cheapest_plan(net) if least is None else least
-    uses = net.exact(plan)
+    uses = net.exact_usage(plan)
     rigid = [layer.name for layer in net.network.layers if layer.name not in plan.layers]
     stay = f" {len(rigid)} layers cannot be quantized and stay at 32 bits, such as '{rigid[0]}'." if rigid else ""
-    counted = any(gate.counted for gate in net.gates)
+    counted = any(gate.fixed_count for gate in net.gates)
     units, less = (given, "keep less") if counted else (minimum_units_text(net), "")
     held = any(isinstance(gate, FixedMask) for gate in net.gates)
     units = "the units that --mask keeps" if held else units
-    for goal in goals:
+    for goal in targets:
         share = used_share(goal, uses)
         if share > 1:
             bits = "" if goal.cost in ("macs", "latency") else "allow fewer bits (--w-bits, --a-bits)"
@@ -186,8 +186,8 @@ def check_reachable(net: CompressedModel, goals: Sequence[Target], least: Plan |
             finer = "" if net.multiple == 1 else "lower --channel-multiple"
             ways = ["" if masks_only or held else less, bits, drop, finer, "raise the target"]
             raise JpqError(
-                f"{goal.flag} {goal.asked} ({goal.shown(goal.limit)}) cannot be met: the smallest possible is "
-                f"{goal.shown(share * goal.limit)}, with fewest bits and {units}. "
+                f"{goal.flag} {goal.text} ({goal.format_cost(goal.limit)}) cannot be met: the smallest possible is "
+                f"{goal.format_cost(share * goal.limit)}, with fewest bits and {units}. "
                 f"{_either(ways)}.{stay}"
             )
 
@@ -204,34 +204,34 @@ def _either(ways: Sequence[str]) -> str:
     return text[0].upper() + text[1:]
 
 
-def discretize(net: CompressedModel, goals: Sequence[Target], decisions: SoftDecisions | None = None) -> Plan:
+def discretize(net: CompressedModel, targets: Sequence[Target], decisions: SoftDecisions | None = None) -> Plan:
     """The plan that meets every target and leaves as little of the tightest unused as single steps allow.
 
     `decisions` are the network's own unless given. Raises JpqError if no plan meets the targets.
     """
     decisions = decisions or soft_decisions(net)
-    check_reachable(net, goals, decisions.at(-BOTTOM))
+    check_reachable(net, targets, decisions.at(-BOTTOM))
     low, high = -REACH, REACH
-    if all_met(goals, net.exact(decisions.at(high))):
+    if all_met(targets, net.exact_usage(decisions.at(high))):
         return decisions.at(high)
     for _ in range(48):
         middle = (low + high) / 2
-        low, high = (middle, high) if all_met(goals, net.exact(decisions.at(middle))) else (low, middle)
+        low, high = (middle, high) if all_met(targets, net.exact_usage(decisions.at(middle))) else (low, middle)
     plan = decisions.at(low)
-    if not all_met(goals, net.exact(plan)):  # margins or bits beyond REACH: begin at the very bottom
+    if not all_met(targets, net.exact_usage(plan)):  # margins or bits beyond REACH: begin at the very bottom
         plan = decisions.at(-BOTTOM)
-    plan = fill_masks(net, decisions, spend_slack(net, decisions, plan, goals), goals)
-    return plan if _used(goals, net, plan) >= FULL_USE else trade_steps(net, decisions, plan, goals)
+    plan = fill_masks(net, decisions, spend_slack(net, decisions, plan, targets), targets)
+    return plan if _used(targets, net, plan) >= FULL_USE else trade_steps(net, decisions, plan, targets)
 
 
-def spend_slack(net: CompressedModel, decisions: SoftDecisions, plan: Plan, goals: Sequence[Target]) -> Plan:
+def spend_slack(net: CompressedModel, decisions: SoftDecisions, plan: Plan, targets: Sequence[Target]) -> Plan:
     """Spend what is left, nearest decisions first, until no single step fits."""
     too_dear: set[str] = set()  # costs grow: what does not fit now never will
     while True:
         for step in decisions.steps(plan):
             if step.name in too_dear:
                 continue
-            if all_met(goals, net.exact(step.plan)):
+            if all_met(targets, net.exact_usage(step.plan)):
                 plan = step.plan
                 break
             too_dear.add(step.name)
@@ -239,7 +239,7 @@ def spend_slack(net: CompressedModel, decisions: SoftDecisions, plan: Plan, goal
             return plan
 
 
-def trade_steps(net: CompressedModel, decisions: SoftDecisions, plan: Plan, goals: Sequence[Target]) -> Plan:
+def trade_steps(net: CompressedModel, decisions: SoftDecisions, plan: Plan, targets: Sequence[Target]) -> Plan:
     """One step forward that does not fit, with steps back elsewhere that pay for it, if that uses 97 % of a target.
 
     The nearest step forward that can be paid for; no step back lies more than `NEAR` bits behind it (a power of two
@@ -247,17 +247,17 @@ def trade_steps(net: CompressedModel, decisions: SoftDecisions, plan: Plan, goal
     """
     for more in decisions.steps(plan):
         candidate: Plan | None = more.plan
-        while candidate is not None and not all_met(goals, net.exact(candidate)):
+        while candidate is not None and not all_met(targets, net.exact_usage(candidate)):
             back = (s for s in decisions.steps_back(candidate) if s.name != more.name)
             candidate = next((s.plan for s in back if more.shift - s.shift <= NEAR), None)
         if candidate is not None:
-            candidate = spend_slack(net, decisions, candidate, goals)
-            if _used(goals, net, candidate) >= FULL_USE:
+            candidate = spend_slack(net, decisions, candidate, targets)
+            if _used(targets, net, candidate) >= FULL_USE:
                 return candidate
     return plan
 
 
-def fill_masks(net: CompressedModel, decisions: SoftDecisions, plan: Plan, goals: Sequence[Target]) -> Plan:
+def fill_masks(net: CompressedModel, decisions: SoftDecisions, plan: Plan, targets: Sequence[Target]) -> Plan:
     """Spend what single bits and channels leave on more units of the masks, layer by layer, best margins first."""
     for name, margins in decisions.masks.items():
         kept = plan.masks[name].units()
@@ -266,7 +266,7 @@ def fill_masks(net: CompressedModel, decisions: SoftDecisions, plan: Plan, goals
         low, high = 0, len(order)
         while low < high:
             middle = (low + high + 1) // 2
-            fits = all_met(goals, net.exact(_opened(plan, name, kept, order[:middle])))
+            fits = all_met(targets, net.exact_usage(_opened(plan, name, kept, order[:middle])))
             low, high = (middle, high) if fits else (low, middle - 1)
         plan = _opened(plan, name, kept, order[:low])
     return plan
@@ -279,32 +279,32 @@ def _opened(plan: Plan, name: str, kept: Tensor, more: Tensor) -> Plan:
     return replace(plan, masks={**plan.masks, name: MaskPlan.of(keep)})
 
 
-def _used(goals: Sequence[Target], net: CompressedModel, plan: Plan) -> Fraction:
+def _used(targets: Sequence[Target], net: CompressedModel, plan: Plan) -> Fraction:
     """Share of the tightest target that a plan uses."""
-    uses = net.exact(plan)
-    return max((used_share(goal, uses) for goal in goals), default=Fraction(1))
+    uses = net.exact_usage(plan)
+    return max((used_share(goal, uses) for goal in targets), default=Fraction(1))
 
 
-def underuse_note(goals: Sequence[Target], net: CompressedModel, plan: Plan) -> str | None:
+def underuse_note(targets: Sequence[Target], net: CompressedModel, plan: Plan) -> str | None:
     """Why less than 97 % of the tightest target is used; None where it is not so."""
-    if not goals:
+    if not targets:
         return None
-    used = _used(goals, net, plan)
+    used = _used(targets, net, plan)
     if used >= FULL_USE:
         return None
-    uses = net.exact(plan)
-    tightest = max(goals, key=lambda g: used_share(g, uses))
+    uses = net.exact_usage(plan)
+    tightest = max(targets, key=lambda g: used_share(g, uses))
     more = "one more unit" if net.multiple == 1 else f"{net.multiple} more channels"
     return (
-        f"{float(used):.1%} of {tightest.flag} {tightest.asked} is used: every decision is at its largest, or the next "
+        f"{float(used):.1%} of {tightest.flag} {tightest.text} is used: every decision is at its largest, or the next "
         f"single step (one more bit somewhere, or {more}) would exceed a target."
     )
 
 
 def density_target(net: CompressedModel, density: float) -> Target:
     """A density as a target for MACs. Raises JpqError where even one channel at each site is more."""
-    full = costs.baseline(net.exact())["macs"]
-    least = costs.macs(net.exact(soft_decisions(net).at(-BOTTOM)))
+    full = costs.baseline(net.exact_usage())["macs"]
+    least = costs.macs(net.exact_usage(soft_decisions(net).at(-BOTTOM)))
     if density * full < least:
         share = math.ceil(1000 * least / full) / 1000
         raise JpqError(

@@ -103,7 +103,7 @@ class ExternalMask:
         for gate, draw, keep in zip(net.gates, net.draws, self.units(net.sites), strict=True):
             assert isinstance(gate, FixedMask)
             gate.take(keep)
-            draw.again()
+            draw.resample()
         return net
 
     def units(self, sites: Sequence[Site]) -> list[Units]:

@@ -25,16 +25,16 @@ class GateSample:
     def __init__(self, gate: Gate, reach: Sequence[tuple[nn.Module, str, Structure]] = ()):
         self.gate, self.reach = gate, list(reach)
         self.part: tuple[int, int, int] | None = None  # samples of a batch, and which of them are this process's
-        self.again()
+        self.resample()
 
-    def look(self) -> None:
+    def show_weights(self) -> None:
         """Show the gate the float weights as they stand."""
-        if self.gate.sees_weights and self.reach:
-            self.gate.see([(original(module, name), structure) for module, name, structure in self.reach])
+        if self.gate.needs_weights and self.reach:
+            self.gate.observe_weights([(original(module, name), structure) for module, name, structure in self.reach])
 
-    def again(self) -> None:
+    def resample(self) -> None:
         """A new draw, at the start of a forward pass."""
-        self.look()
+        self.show_weights()
         self.z = self.gate.multiplier()
         self._noise: dict[int, Tensor | None] = {}
 
@@ -43,7 +43,7 @@ class GateSample:
         if batch not in self._noise:
             whole, start, stop = self.part or (batch, 0, batch)
             each = batch // (stop - start)  # rows of a sample, where it was cut into several
-            noise = self.gate.jitter(whole * each)
+            noise = self.gate.input_noise(whole * each)
             self._noise[batch] = None if noise is None else noise[start * each : stop * each]
         return self._noise[batch]
 

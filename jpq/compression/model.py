@@ -59,11 +59,13 @@ class CompressedModel(nn.Module):
         self.model, self.network, self.sites, self.method = model, network, tuple(sites), method
         self.gates: Any = nn.ModuleList(gates)  # of Gate
         self.draws: list[GateSample] = []
-        self.seen: dict[str, Tensor] = {}  # calibration samples of each layer's input
+        self.calibration_samples: dict[str, Tensor] = {}  # calibration samples of each layer's input
         self.shares = ChannelShares(network, [s for s in self.sites if not s.is_mask])
         self.opened = opened_units(network, self.sites)  # with any, the rebuilt model is not the masked one
         self.densities = Densities(network, self.sites)
-        self.closing: Callable[[float], None] | None = None  # progress -> lets a ranking close units meanwhile
+        self.scheduled_pruning: Callable[[float], None] | None = (
+            None  # progress -> lets a ranking close units meanwhile
+        )
         self.progress: Tensor
         self.register_buffer("progress", torch.zeros((), dtype=torch.float64))  # of the search, as last heard
         self._resting: list[nn.Parameter] = []  # what `learn` has switched off
@@ -71,7 +73,7 @@ class CompressedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output under the decisions as they stand; a fresh draw of every gate."""
         for draw in self.draws:
-            draw.again()
+            draw.resample()
         return self.model(*args, **kwargs)
 
     def layer(self, name: str) -> Any:
@@ -94,9 +96,9 @@ class CompressedModel(nn.Module):
         pair = self.quantizers(layer.name)
         return pair[0](weight)[0] if pair else weight
 
-    def uses(self) -> list[LayerUse]:
+    def soft_usage(self) -> list[LayerUse]:
         """What each layer uses now: values whole (hard decisions), gradients soft."""
-        alive = [g.keep() if g.counted else hard_bits(g.keep(), g.alive()) for g in self.gates]
+        alive = [g.keep() if g.fixed_count else hard_bits(g.keep(), g.keep_probability()) for g in self.gates]
         inputs, outputs = self.shares.soft([a for a, s in zip(alive, self.sites, strict=True) if not s.is_mask])
         density = self.densities.soft(alive)
         return [
@@ -105,7 +107,7 @@ class CompressedModel(nn.Module):
         ]
 
     @torch.no_grad()
-    def exact(self, plan: Plan | None = None) -> list[LayerUse]:
+    def exact_usage(self, plan: Plan | None = None) -> list[LayerUse]:
         """What each layer uses under a plan (default: as things stand), in whole numbers and fractions."""
         return exact_usage(self.network, self.shares, plan or self.plan(), self.densities)
 
@@ -127,7 +129,7 @@ class CompressedModel(nn.Module):
 
     def own_loss(self) -> Tensor:
         """What the gates add to the loss as it is (augmented Lagrangians), a scalar."""
-        parts = [p for p in (g.loss() for g in self.gates) if p is not None]
+        parts = [p for p in (g.own_loss() for g in self.gates) if p is not None]
         return sum(parts, torch.zeros((), device=next(self.model.parameters()).device))
 
     @torch.no_grad()
@@ -138,22 +140,22 @@ class CompressedModel(nn.Module):
             gate.after_step(progress)
         for width in self.widths():
             width.after_step()
-        if self.closing is not None:
-            self.closing(progress)
+        if self.scheduled_pruning is not None:
+            self.scheduled_pruning(progress)
 
     @torch.no_grad()
-    def conclude(self) -> None:
+    def finish_search(self) -> None:
         """Let gates that count decide now, where the search ended before they came to it."""
-        if self.closing is not None:
-            self.closing(1.0)
+        if self.scheduled_pruning is not None:
+            self.scheduled_pruning(1.0)
         if float(self.progress) >= DECIDED_AT:
             return
         for draw in self.draws:
-            if draw.gate.counted:
-                draw.look()
+            if draw.gate.fixed_count:
+                draw.show_weights()
                 draw.gate.after_step(1.0)
         for draw in self.draws:
-            draw.again()
+            draw.resample()
 
     def widths(self) -> list[BitWidth]:
         """Every bit-width."""
@@ -162,7 +164,7 @@ class CompressedModel(nn.Module):
     def decisions(self) -> dict[str, list[nn.Parameter]]:
         """Parameters that decide: "gates" and "bits"."""
         return {
-            "gates": [p for gate in self.gates if not gate.steps_itself for p in gate.parameters()],
+            "gates": [p for gate in self.gates if not gate.self_updating for p in gate.parameters()],
             "bits": [p for width in self.widths() for p in width.parameters()],
         }
 
@@ -176,11 +178,11 @@ class CompressedModel(nn.Module):
         return {"decayed": decayed, "plain": plain}
 
     @property
-    def held_out(self) -> bool:
+    def bilevel(self) -> bool:
         """Whether decisions learn on other batches than the weights (bi-level)."""
-        return any(gate.held_out for gate in self.gates)
+        return any(gate.bilevel for gate in self.gates)
 
-    def learn(self, side: Trainable) -> None:
+    def set_trainable(self, side: Trainable) -> None:
         """Let only the weights, or only the decisions, get gradients until the next call.
 
         The other side's are taken away too: an optimiser leaves parameters without a gradient as they are, bit for
@@ -205,7 +207,7 @@ class CompressedModel(nn.Module):
                     round(float(pair[0].width())), round(float(pair[1].width())), pair[1].signed
                 )
         for draw in self.draws:
-            draw.look()
+            draw.show_weights()
         pairs = list(zip(self.sites, self.gates, strict=True))
         kept = {s.name: tuple(g.keep()[0].bool().tolist()) for s, g in pairs if not s.is_mask}
         masks = {s.taps[0].layer: MaskPlan.of(g.keep()) for s, g in pairs if s.is_mask}
@@ -218,17 +220,17 @@ class CompressedModel(nn.Module):
         return Plan(self.method, layers, kept, masks, structures, ends=ends)
 
     @torch.no_grad()
-    def settle(self, plan: Plan) -> None:
+    def freeze(self, plan: Plan) -> None:
         """Take the plan's decisions for good: gates become 0/1 with their scale folded in, widths become fixed.
 
         Under a plan that equals the decisions as they stand, evaluation before and after agrees exactly.
         """
-        self.learn("both")
-        self.closing = None
+        self.set_trainable("both")
+        self.scheduled_pruning = None
         for layer in self.network.layers:
             bake_hypernetwork(self.model, layer)
         for draw, site, gate in zip(self.draws, self.sites, self.gates, strict=True):
-            draw.look()
+            draw.show_weights()
             for tap in site.taps:
                 owner, _, name = self.network.layer(tap.layer).weight.rpartition(".")
                 weight = original(self.model.get_submodule(owner), name)
@@ -238,7 +240,7 @@ class CompressedModel(nn.Module):
             mask = site.is_mask
             kept = plan.masks[site.taps[0].layer].units() if mask else torch.tensor([plan.kept[site.name]])
             draw.gate = Frozen(kept.to(gate.keep()))
-            draw.again()
+            draw.resample()
         self.gates = nn.ModuleList(draw.gate for draw in self.draws)
         for layer in self.network.layers:
             pair = self.quantizers(layer.name)
@@ -253,8 +255,10 @@ class CompressedModel(nn.Module):
         """Fix the input's width; where that changes it, fit its range anew to what calibration saw."""
         changed = bits != round(float(quantizer.width()))
         quantizer.fix(bits)
-        if changed and layer.name in self.seen:
-            fitted = fit_threshold(self.seen[layer.name].to(quantizer.log_threshold), bits, quantizer.signed, False)
+        if changed and layer.name in self.calibration_samples:
+            fitted = fit_threshold(
+                self.calibration_samples[layer.name].to(quantizer.log_threshold), bits, quantizer.signed, False
+            )
             quantizer.log_threshold.copy_(fitted.clamp_min(1e-8).log())
 
     def _fix(self, layer: Layer, quantizer: IntegerQuantizer, bits: int) -> None:
@@ -275,7 +279,7 @@ def prior(net: CompressedModel) -> Tensor:
 
     Raises JpqError where no width has gates: R would be a constant.
     """
-    _, outputs = net.shares.soft([gate.alive() for gate in net.gates])  # mean of q_2 over a layer's channels
+    _, outputs = net.shares.soft([gate.keep_probability() for gate in net.gates])  # mean of q_2 over a layer's channels
     largest = max(layer.macs for layer in net.network.layers)
     total = torch.zeros((), device=next(net.parameters()).device)
     gated = False

@@ -32,7 +32,7 @@ class Target:
     """An upper limit for one cost, in its own unit (bit-operations, MACs, bytes, nanoseconds)."""
 
     cost: str  # a name in COSTS
-    asked: str
+    text: str
     limit: int
 
     @property
@@ -40,7 +40,7 @@ class Target:
         """The command line's name for it."""
         return f"--target-{self.cost.removesuffix('-structured')}"
 
-    def shown(self, cost: float | Fraction) -> str:
+    def format_cost(self, cost: float | Fraction) -> str:
         """A cost of this kind as a message has it, rounded up: "1,234", or "0.5123 ms"."""
         up = math.ceil(cost)
         return f"{math.ceil(up / 100) / 10**4:.4f} ms" if self.cost == "latency" else f"{up:,}"
@@ -55,7 +55,7 @@ def parse_target(cost: str, text: str, full: float, most: float | None = None) -
     flag = Target(cost, "", 0).flag
     limit = parse_amount(cost, text, full, flag)
     if limit > max(full, most or 0):
-        dear = Target(cost, "", 0).shown(max(full, most or 0))
+        dear = Target(cost, "", 0).format_cost(max(full, most or 0))
         which = "fp32" if (most or 0) <= full else "whole quantized"
         raise JpqError(f"{flag} {text} is more than the {which} model costs ({dear}): nothing would have to be done.")
     return Target(cost, str(text), math.floor(limit))
@@ -94,9 +94,9 @@ def used_share(target: Target, uses: Sequence[LayerUse]) -> Fraction:
     return Fraction(COSTS[target.cost](uses)) / target.limit
 
 
-def all_met(goals: Sequence[Target], uses: Sequence[LayerUse]) -> bool:
+def all_met(targets: Sequence[Target], uses: Sequence[LayerUse]) -> bool:
     """Whether every target holds."""
-    return all(used_share(t, uses) <= 1 for t in goals)
+    return all(used_share(t, uses) <= 1 for t in targets)
 
 
 @dataclass
@@ -112,7 +112,7 @@ class Controller:
     and what remains on the boundary is a sliding mode whose time average is the constraint's true multiplier.
     """
 
-    goals: tuple[Target, ...]
+    targets: tuple[Target, ...]
     ramp: float = 0.7  # share of the search after which the aim is the target itself
     rate: float = 0.05  # growth of ln lambda per step and unit of ln(cost / aim)
     clip: float = 0.5  # largest |ln(cost / aim)| that moves lambda
@@ -125,10 +125,10 @@ class Controller:
     def begin(self, uses: Sequence[LayerUse], force: float = 0.1) -> None:
         """Take the costs as they stand for the top of the ramp."""
         with torch.no_grad():
-            self.start = {t.cost: max(1.0, float(COSTS[t.cost](uses)) / t.limit) for t in self.goals}
-        self.pressure = {t.cost: force for t in self.goals}
+            self.start = {t.cost: max(1.0, float(COSTS[t.cost](uses)) / t.limit) for t in self.targets}
+        self.pressure = {t.cost: force for t in self.targets}
 
-    def aim(self, target: Target, progress: float) -> float:
+    def ramped_limit(self, target: Target, progress: float) -> float:
         """What the cost may be now: from its start geometrically to the limit, then the limit."""
         left = max(0.0, 1.0 - progress / self.ramp)
         return target.limit * self.start[target.cost] ** left
@@ -136,9 +136,9 @@ class Controller:
     def loss(self, uses: Sequence[LayerUse], progress: float) -> Tensor:
         """What is added to the loss; advances the multipliers. `uses` hold tensors with whole values."""
         total = torch.zeros(())
-        for target in self.goals:
+        for target in self.targets:
             cost = COSTS[target.cost](uses)
-            aim = self.aim(target, progress)
+            aim = self.ramped_limit(target, progress)
             moves = isinstance(cost, Tensor)  # not where only channels cost and none can go
             excess = torch.log(cost / aim) if moves else torch.tensor(math.log(cost / aim))
             over = float(excess.detach())
@@ -150,7 +150,7 @@ class Controller:
                 total = total.to(excess.device) + force * excess
         return total
 
-    def force(self) -> float:
+    def multiplier(self) -> float:
         """The largest multiplier: what one unit of ln(cost) is worth now, in nats of the task's loss."""
         return max(self.pressure.values(), default=0.0)
 
@@ -160,7 +160,7 @@ class Controller:
 
     def restore(self, state: Mapping[str, Mapping[str, float]]) -> None:
         """Go on from `state()`. Raises ValueError for that of other targets."""
-        costs = {target.cost for target in self.goals}
+        costs = {target.cost for target in self.targets}
         for part in (state["start"], state["pressure"]):
             if part.keys() != costs or not all(0 < value < math.inf for value in part.values()):
                 raise ValueError("a controller of other targets")

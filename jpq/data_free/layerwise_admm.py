@@ -142,7 +142,7 @@ def _one(
     dense = layer.weight.detach().clone()
     unit = dense.square().mean().sqrt().clamp_min(1e-12)
     weight = (dense / unit).requires_grad_(True)
-    gate.see([(weight, structure)])  # Z = Pi(W), U = 0
+    gate.observe_weights([(weight, structure)])  # Z = Pi(W), U = 0
     one_shot = gate.near(0) * unit
 
     def given(x: Tensor, w: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ def _admm(
             optim.param_groups[0]["lr"] = how.lr * 0.1 ** (3 * i // each)
             which = torch.randint(len(known[0]), (rows,), generator=order).to(weight.device)
             x, wanted = (part[which] for part in known)
-            loss = F.mse_loss(given(x, weight), wanted) / size + gate.loss()
+            loss = F.mse_loss(given(x, weight), wanted) / size + gate.own_loss()
             optim.zero_grad()
             loss.backward()
             optim.step()

@@ -133,7 +133,7 @@ def one_shot(model: nn.Module, sites: Sequence[Site], gates: Sequence[Admm]) -> 
     model = copy.deepcopy(model)
     for site, gate in zip(sites, gates, strict=True):
         layer: Any = model.get_submodule(site.taps[0].layer)
-        gate.see([(layer.weight.detach().clone(), site.taps[0].structure)])
+        gate.observe_weights([(layer.weight.detach().clone(), site.taps[0].structure)])
         layer.weight.data.copy_(gate.near(0))
     return model
 
@@ -149,7 +149,7 @@ def gate_of(network: Network, site: Site, density: float, how: AdmmSettings) -> 
     layer, structure = network.layer(site.taps[0].layer), site.taps[0].structure
     connected = 1.0 if structure.partition or layer.reads_input else density
     gate = Admm(site.rows, site.n, density, how.rhos, connected)
-    gate.bind(structure.sizes(torch.Size(layer.weight_shape)), structure.quota())
+    gate.set_site(structure.sizes(torch.Size(layer.weight_shape)), structure.quota())
     return gate
 
 

@@ -120,19 +120,19 @@ def _clash(gate: type[Gate], structure: str, width: type[BitWidth]) -> str | Non
 def _clash_of_one(gate: type[Gate], structure: str, width: type[BitWidth]) -> str | None:
     """The first reason against one structure."""
     units = None if structure == CHANNELS else _parsed(structure)
-    if gate.counted and issubclass(width, Fixed):
+    if gate.fixed_count and issubclass(width, Fixed):
         return "how much stays (--density) and the bits are both given, so nothing could move towards the budget"
-    if gate.single_weights and width.own_grid:
+    if gate.elementwise_only and width.own_grid:
         return f"{_name(width)} widths and a dead zone each bring a grid of their own to train on"
-    if gate.single_weights and not (units and units.single_weights):
+    if gate.elementwise_only and not (units and units.single_weights):
         return "a dead zone drops single weights, and these units are more than one"
     if units is None:
         return None
-    if gate.whole_channels:
+    if gate.channels_only:
         return "this method decides about whole channels, and this structure is a mask inside each layer"
-    if units.quota() is not None and gate.holds_quota == "never":
+    if units.quota() is not None and gate.enforces_quota == "never":
         return f"exactly {units.quota()} of each row must stay, and this method does not count the units of a row"
-    if not units.partition and gate.holds_quota != "always":
+    if not units.partition and gate.enforces_quota != "always":
         return "these units overlap, so one of each row may count at any time, and this method counts at the end only"
     return None
 

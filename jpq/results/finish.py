@@ -49,7 +49,7 @@ def finish(
     tuned: nn.Module,
     model: nn.Module,
     data: Data,
-    goals: tuple[Target, ...],
+    targets: tuple[Target, ...],
     config: Config,
     run: RunState,
     command: str,
@@ -61,8 +61,8 @@ def finish(
     run.watch.phase("verify", 0, 0)
     small, plan = rebuild(net, model) if tuned is net else (tuned.eval(), complete(net))
     plan = replace(plan, model={"name": config.task.model, "classes": data.classes, "channels": data.shape[0]})
-    uses = net.exact(plan)
-    require_as_planned(small, plan, uses, goals, data)
+    uses = net.exact_usage(plan)
+    require_as_planned(small, plan, uses, targets, data)
     planned = [u for u in uses if u.name in plan.layers]
     if len(planned) < len(uses):
         rigid = [u.name for u in uses if u.name not in plan.layers]
@@ -105,7 +105,7 @@ def finish(
             predicted,
         ),
         held_out={"float": evaluate(model, data.held_out), "compressed": evaluate(small, data.held_out)},
-        targets={goal.cost: reached(goal, uses) for goal in goals},
+        targets={goal.cost: reached(goal, uses) for goal in targets},
         layers=layer_rows(net, plan, config.budget.cost),
         history=run.lineage(),
         seconds={**run.seconds, "total": run.recorder.clock()},
@@ -127,7 +127,7 @@ def finish(
 
 
 def require_as_planned(
-    small: nn.Module, plan: Plan, uses: Sequence[costs.LayerUse], goals: tuple[Target, ...], data: Data
+    small: nn.Module, plan: Plan, uses: Sequence[costs.LayerUse], targets: tuple[Target, ...], data: Data
 ) -> None:
     """Count the rebuilt model by running it. Raises JpqError where it is not what was planned, or over a target."""
     counted = verify.measure(small, data.example)
@@ -136,9 +136,9 @@ def require_as_planned(
         raise JpqError(
             f"The rebuilt model counts {counted}, the plan {costs.bops(planned)} BOPs. This is a bug in jpq."
         )
-    over = [goal for goal in goals if not all_met([goal], uses)]
+    over = [goal for goal in targets if not all_met([goal], uses)]
     if over:
-        raise JpqError(f"The landed model misses {over[0].flag} {over[0].asked}. This is a bug in jpq.")
+        raise JpqError(f"The landed model misses {over[0].flag} {over[0].text}. This is a bug in jpq.")
 
 
 def ship(small: nn.Module, plan: Plan, data: Data, folder: Path, config: Config) -> tuple[Path, dict[str, Any]]:
@@ -190,14 +190,14 @@ def branched_or_same(small: nn.Module, plan: Plan, example: torch.Tensor) -> nn.
 def reached(goal: Target, uses: Sequence[costs.LayerUse]) -> dict[str, Any]:
     """How one target was met."""
     cost = int(costs.COSTS[goal.cost](uses))
-    line = {"asked": goal.asked, "limit": goal.limit, "reached": cost, "used": float(used_share(goal, uses))}
+    line = {"asked": goal.text, "limit": goal.limit, "reached": cost, "used": float(used_share(goal, uses))}
     return {**line, "unit": "ns"} if goal.cost == "latency" else line
 
 
 def layer_rows(net: CompressedModel, plan: Plan, cost: str = "bops") -> tuple[LayerRecord, ...]:
     """One row per layer of the landed model; bit-operations as `cost` ("bops" or "bops-structured") counts them."""
     densities = net.densities.exact(plan.masks)
-    uses = net.exact(plan)
+    uses = net.exact_usage(plan)
     counted = uses if cost == "bops" else costs.structured(uses)
     total = costs.bops(counted)
     inputs, outputs = net.shares.exact(plan.kept)

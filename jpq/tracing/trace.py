@@ -20,7 +20,8 @@ from jpq.tracing.forward import Example, arguments, batch_of
 from jpq.tracing.integer_io import OutputQuantPoint, ends, forms
 from jpq.tracing.model_checks import accepted
 from jpq.tracing.network import Layer, Network
-from jpq.tracing.op_call import RULES, Dims, LayerCall, OpCall, TraceState, outputs, shape_of
+from jpq.tracing.op_call import Dims, LayerCall, OpCall, TraceState, outputs, shape_of
+from jpq.tracing.rules import RULES
 from jpq.tracing.shrink import runs_smaller
 from jpq.types import JpqError, Labels
 

@@ -69,8 +69,8 @@ class Objective:
 
 def pressure(net: CompressedModel, controller: Controller, progress: float, gate_weight: float) -> Tensor:
     """What a search adds to the task's loss, a scalar: the budget, the gates' own loss and their regulariser."""
-    loss = controller.loss(net.uses(), progress) + net.own_loss()
-    return loss + gate_weight * controller.force() * net.penalty() if gate_weight else loss
+    loss = controller.loss(net.soft_usage(), progress) + net.own_loss()
+    return loss + gate_weight * controller.multiplier() * net.penalty() if gate_weight else loss
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Recorder:
         """The row of one finished epoch, kept in `rows`."""
         bops = aim = w_bits = a_bits = kept = pressure = math.nan
         if isinstance(net, CompressedModel):
-            uses = net.exact()
+            uses = net.exact_usage()
             bops = float(costs.COSTS[self.cost](uses))
             w_bits = sum(u.w_bits for u in uses) / len(uses)
             a_bits = sum(u.a_bits for u in uses) / len(uses)
@@ -103,9 +103,9 @@ class Recorder:
             if plan.masks:
                 kept = float(sum(u.weights * u.density for u in uses) / sum(u.weights for u in uses))
         if objective.controller is not None:
-            goal = objective.controller.goals[0]
+            goal = objective.controller.targets[0]
             aim = (
-                objective.controller.aim(goal, epoch / phase.epochs) / self.full_bops
+                objective.controller.ramped_limit(goal, epoch / phase.epochs) / self.full_bops
                 if goal.cost == self.cost
                 else math.nan
             )
@@ -180,7 +180,7 @@ def fit(
     Raises JpqError when the loss is no longer a number; what was saved last stays as it is.
     """
     watch, stop = watch or NullObserver(), stop or Interruption()
-    bilevel = objective.controller is not None and isinstance(net, CompressedModel) and net.held_out
+    bilevel = objective.controller is not None and isinstance(net, CompressedModel) and net.bilevel
     parts = data.train.halves() if bilevel else (data.train,)
     steps = len(parts) * min(len(part) for part in parts)
     if len(phase.losses) > steps:
@@ -224,7 +224,7 @@ def _step(
 ) -> float:
     """One optimiser step at a fractional epoch of the phase; the loss before it."""
     if isinstance(net, CompressedModel):
-        net.learn(side)
+        net.set_trainable(side)
     for group in optim.param_groups:
         group["lr"] = group["peak"] * (phase.rate(at) if group["curve"] else 1.0)
     loss = objective(net, *batch, at / phase.epochs, side)

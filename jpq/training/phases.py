@@ -110,7 +110,7 @@ def search(
     soft: SearchState,
     model: nn.Module,
     data: Data,
-    goals: tuple[Target, ...],
+    targets: tuple[Target, ...],
     config: Config,
     run: RunState,
     phase: Phase,
@@ -122,22 +122,22 @@ def search(
         run.metrics = run.saved["metrics"]  # type: ignore[index]
         plan = from_json(run.saved["plan"], str(run.top / checkpoint.NAME))  # type: ignore[index]
     elif method.stages:
-        plan = prune_first(soft, model, data, goals, config, run, phase, more)
+        plan = prune_first(soft, model, data, targets, config, run, phase, more)
     elif soft.net.method == MANUAL:
         plan = manual.ranked(soft.net, config.decide, score_of(config), evidence(data))
     elif not method.searches:
         score, judge = score_of(config), plan_evaluator(soft.net, data, config)
         plan = decide(
-            soft.net, goals, config.decide.w_bits, config.decide.a_bits, score, judge, config.decide.allocator
+            soft.net, targets, config.decide.w_bits, config.decide.a_bits, score, judge, config.decide.allocator
         )
     else:
-        plan = learn(soft, model, data, goals, config, run, phase)
+        plan = learn(soft, model, data, targets, config, run, phase)
     if config.decide.classes:
         run.notes.append(
             f"Channels were ranked for classes {config.decide.classes} alone; every accuracy is on all classes."
         )
     distributed.require_same(plan.to_json(), "a landed plan")
-    note = discretize.underuse_note(goals, soft.net, plan)
+    note = discretize.underuse_note(targets, soft.net, plan)
     if note and soft.net.method != MANUAL:
         run.notes.append(note)
     return plan
@@ -147,7 +147,7 @@ def learn(
     soft: SearchState,
     model: nn.Module,
     data: Data,
-    goals: tuple[Target, ...],
+    targets: tuple[Target, ...],
     config: Config,
     run: RunState,
     phase: Phase,
@@ -157,11 +157,11 @@ def learn(
     method = row(net.method)
     if method.gate is Ranked and phase.anneals:
         schedule = pick_schedule(d.schedule or method.schedule)
-        net.closing = ScheduledPruning(net, score_of(config), schedule, d.density, partial(evidence, data))
+        net.scheduled_pruning = ScheduledPruning(net, score_of(config), schedule, d.density, partial(evidence, data))
         if not run.is_in("search"):
-            net.closing(0.0)
-    controller = Controller(goals)
-    controller.begin(net.exact())
+            net.scheduled_pruning(0.0)
+    controller = Controller(targets)
+    controller.begin(net.exact_usage())
     controller.pressure.update(soft.pressure)
     objective = Objective(model, t.distill, t.temperature, d.gate_weight, controller)
     optim = soft.optim = soft.optim or search_optimizer(net, config)
@@ -170,17 +170,17 @@ def learn(
         tensors.fitted(lambda: controller.restore(saved["controller"]), source)
     train(net, data, phase, objective, optim, run, lambda: {"controller": controller.state()})
     soft.pressure = dict(controller.pressure)
-    net.conclude()
-    net.closing = None
+    net.finish_search()
+    net.scheduled_pruning = None
     run.metrics = net.metrics()
-    return discretize.discretize(net, goals)
+    return discretize.discretize(net, targets)
 
 
 def prune_first(
     soft: SearchState,
     model: nn.Module,
     data: Data,
-    goals: tuple[Target, ...],
+    targets: tuple[Target, ...],
     config: Config,
     run: RunState,
     phase: Phase,
@@ -191,9 +191,9 @@ def prune_first(
     judge = plan_evaluator(net, data, config)
     share = uniform_keep_share(net, macs_limit(net, d.density))
     place(net, score_of(config), d.allocator, judge, share, discretize.density_target(net, d.density))
-    widths = lambda plan: bit_widths(net, d.allocator, judge, plan, goals, d.w_bits, d.a_bits)  # noqa: E731
-    plan = two_stage.decide_two_stage(net, goals, d.w_bits, d.a_bits, d.density, widths)
-    net.settle(two_stage.pruned(net, plan))
+    widths = lambda plan: bit_widths(net, d.allocator, judge, plan, targets, d.w_bits, d.a_bits)  # noqa: E731
+    plan = two_stage.decide_two_stage(net, targets, d.w_bits, d.a_bits, d.density, widths)
+    net.freeze(two_stage.pruned(net, plan))
     soft.optim = optimizer(net, t.lr, t.weight_decay)
     train(net, data, phase, Objective(model, t.distill, t.temperature), soft.optim, run, more)
     recalibrate(net, calibration(data))

@@ -92,7 +92,7 @@ class Preview:
         """What the decisions by hand of this config will cost, and what to call them."""
         net = self._ranked()
         plan = manual.plan(net, config.decide)
-        uses = net.exact(plan)
+        uses = net.exact_usage(plan)
         amounts = {"bops": COSTS[config.budget.cost](uses), "macs": macs(uses), "size": size(uses)}
         if "latency" in self.full:
             amounts["latency"] = latency_ns(uses)

@@ -78,7 +78,7 @@ def scored(
         return []
     with eval_mode(net):
         for draw in net.draws:
-            draw.again()
+            draw.resample()
         if score.order == "together":
             found = collect(net, score.needs, batches, score.batches, loss)
             scores = {name: _score(net, score, name, g, found, share) for name, g in _groups(net).items()}
@@ -133,7 +133,7 @@ def _in_order(net: CompressedModel, score: Score, batches: Batches, share: float
         for (i, _, gate), part in zip(members, margins.split([g.n for _, _, g in members]), strict=True):
             net.draws[i].z = (part > 1 - share + 1e-6).to(gate.margins)[None]
     for draw in net.draws:
-        draw.again()
+        draw.resample()
     return scores
 
 

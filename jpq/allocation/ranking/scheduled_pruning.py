@@ -70,7 +70,7 @@ class ScheduledPruning:
             _spare(gate.margins)
             gate.decisions.fill_(due)
         for draw in self.net.draws:
-            draw.again()
+            draw.resample()
 
 
 def _spare(margins: Tensor) -> None:
@@ -81,7 +81,7 @@ def _spare(margins: Tensor) -> None:
 
 def macs_limit(net: CompressedModel, density: float) -> Fits:
     """Whether at most this share of the dense network's MACs is left."""
-    limit = density * costs.baseline(net.exact())["macs"] * (1 + 1e-9)
+    limit = density * costs.baseline(net.exact_usage())["macs"] * (1 + 1e-9)
     return lambda uses: float(costs.macs(uses)) <= limit
 
 
@@ -107,7 +107,7 @@ def find_threshold(net: CompressedModel, quantiles: Sequence[Tensor], fits: Fits
             keep = (q[0] > level).cpu()
             keep[q[0].argmax().cpu()] = True
             kept[site.name] = tuple(keep.tolist())
-        return fits(net.exact(replace(plan, kept=kept)))
+        return fits(net.exact_usage(replace(plan, kept=kept)))
 
     low, high = 0, len(levels) - 1
     while low < high:

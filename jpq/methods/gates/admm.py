@@ -37,8 +37,8 @@ EACH = 5  # updates of Z and U for each rho
 class Admm(FixedCount):
     """Dense while it searches; keeps the units of the last projection."""
 
-    sees_weights: ClassVar[bool] = True
-    holds_quota: ClassVar[Holds] = "always"
+    needs_weights: ClassVar[bool] = True
+    enforces_quota: ClassVar[Holds] = "always"
     kept: Units
     done: Tensor
 
@@ -49,7 +49,7 @@ class Admm(FixedCount):
         self.register_buffer("done", torch.zeros((), dtype=torch.long))  # updates so far
         self.seen: list[tuple[Weight, Structure]] = []
 
-    def see(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
+    def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
         """The weights themselves; Z starts as their projection, U as zero."""
         self.seen = list(weights)
         if not hasattr(self, "z0"):
@@ -98,7 +98,7 @@ class Admm(FixedCount):
         """Dense in training (where patterns overlap, no z says that); the mask in evaluation."""
         return None if self.training else self.kept
 
-    def loss(self) -> Tensor:
+    def own_loss(self) -> Tensor:
         """rho/2 ||W - Z + U||^2 over all taps."""
         parts = [(w - self.near(i) + self.dual(i)).square().sum() for i, (w, _) in enumerate(self.seen)]
         return self.rho / 2 * torch.stack(parts).sum()

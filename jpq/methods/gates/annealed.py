@@ -39,7 +39,7 @@ SPREAD = 0.1 / COLD  # of alpha at the start
 class Annealed(Gate):
     """Keep unit i iff alpha_i > 0."""
 
-    held_out: ClassVar[bool] = True
+    bilevel: ClassVar[bool] = True
     temperature: Tensor
 
     def __init__(self, rows: int, n: int):
@@ -55,7 +55,7 @@ class Annealed(Gate):
         """alpha / T."""
         return self.alpha / self.temperature
 
-    def alive(self) -> Units:
+    def keep_probability(self) -> Units:
         """I."""
         return self.relaxed()
 

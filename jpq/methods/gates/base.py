@@ -18,14 +18,14 @@ Holds = Literal["never", "at the end", "always"]
 class Gate(nn.Module, ABC):
     """Relaxed keep-or-drop decision over the `[rows, n]` units of one site. `keep` decides; the rest relaxes it."""
 
-    counted: ClassVar[bool] = False  # how many units stay is given: landing leaves them, and they need no pressure
-    sees_weights: ClassVar[bool] = False  # wants `see` called before every draw
-    single_weights: ClassVar[bool] = False  # a unit must be one weight
-    whole_channels: ClassVar[bool] = False  # a unit must be a channel
-    holds_quota: ClassVar[Holds] = "never"  # when rows keep as many units as the structure says
+    fixed_count: ClassVar[bool] = False  # how many units stay is given: landing leaves them, and they need no pressure
+    needs_weights: ClassVar[bool] = False  # wants `see` called before every draw
+    elementwise_only: ClassVar[bool] = False  # a unit must be one weight
+    channels_only: ClassVar[bool] = False  # a unit must be a channel
+    enforces_quota: ClassVar[Holds] = "never"  # when rows keep as many units as the structure says
     straight_through: ClassVar[bool] = False  # dropped weights get the gradient of kept ones, and may come back
-    steps_itself: ClassVar[bool] = False  # `after_step` moves its parameters; no optimiser does
-    held_out: ClassVar[bool] = False  # decisions learn on other batches than the weights (bi-level)
+    self_updating: ClassVar[bool] = False  # `after_step` moves its parameters; no optimiser does
+    bilevel: ClassVar[bool] = False  # decisions learn on other batches than the weights (bi-level)
 
     def __init__(self, rows: int, n: int):
         super().__init__()
@@ -39,16 +39,16 @@ class Gate(nn.Module, ABC):
     def margin(self) -> Units:
         """Distance from the threshold in nats: > 0 kept, <= 0 dropped; landing closes the smallest first."""
 
-    def bind(self, sizes: Units, quota: int | None) -> None:
+    def set_site(self, sizes: Units, quota: int | None) -> None:
         """What the site is like: weights that each unit stands for (0: padding), and units per row that must stay."""
 
-    def see(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
+    def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
         """The float weights of the site's taps as they stand, and how units lie in them; before every draw."""
 
-    def join(self, gates: Sequence[Gate]) -> None:
+    def link(self, gates: Sequence[Gate]) -> None:
         """All gates of the network, once, at the start: for methods that rank units of all sites together."""
 
-    def loss(self) -> Tensor | None:
+    def own_loss(self) -> Tensor | None:
         """What the method itself adds to the loss, unscaled (an augmented Lagrangian); None for nothing."""
         return None
 
@@ -61,7 +61,7 @@ class Gate(nn.Module, ABC):
         margin = self.margin().detach()
         return (margin > 0).to(margin.dtype)
 
-    def alive(self) -> Units:
+    def keep_probability(self) -> Units:
         """Differentiable P(kept), what a cost counts."""
         return self.keep()
 
@@ -69,7 +69,7 @@ class Gate(nn.Module, ABC):
         """Multiplier of kept units, folded into the weights at landing."""
         return torch.ones_like(self.keep())
 
-    def jitter(self, batch: int) -> Tensor | None:
+    def input_noise(self, batch: int) -> Tensor | None:
         """`[batch, n]` noise of mean 1 that multiplies what consumers read (gates with noise per sample)."""
         return None
 

@@ -47,8 +47,8 @@ TINY = 1e-30
 class DeadZone(Gate):
     """Keep weight i iff |w_i| > d / 2."""
 
-    sees_weights: ClassVar[bool] = True
-    single_weights: ClassVar[bool] = True
+    needs_weights: ClassVar[bool] = True
+    elementwise_only: ClassVar[bool] = True
 
     def __init__(self, rows: int, n: int, start: float = START):
         super().__init__(rows, n)
@@ -59,7 +59,7 @@ class DeadZone(Gate):
         self.register_buffer("size", torch.ones(rows, n), persistent=False)  # |w| as last seen
         self.register_buffer("top", torch.tensor(1.0), persistent=False)  # R
 
-    def bind(self, sizes: Units, quota: int | None) -> None:
+    def set_site(self, sizes: Units, quota: int | None) -> None:
         """Raises JpqError where a unit is more than one weight: the grid drops each weight on its own."""
         if float(sizes.max()) > 1:
             raise JpqError(
@@ -68,7 +68,7 @@ class DeadZone(Gate):
             )
 
     @torch.no_grad()
-    def see(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
+    def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
         """Magnitudes and their 99th percentile."""
         ((weight, structure),) = weights
         flat = weight.abs()
@@ -90,7 +90,7 @@ class DeadZone(Gate):
         _, d = self.ends()
         return self.size.clamp_min(TINY).log() - (d / 2).clamp_min(TINY).log()
 
-    def alive(self) -> Units:
+    def keep_probability(self) -> Units:
         """The mask, smoothed: sigmoid(margin / SOFT)."""
         return torch.sigmoid(self.margin() / SOFT)
 

@@ -31,8 +31,8 @@ EVERY, FREEZE = 16, 0.75
 class Feedback(FixedCount):
     """Keep the largest units of all layers together, decided anew every 16 steps."""
 
-    sees_weights: ClassVar[bool] = True
-    holds_quota: ClassVar[Holds] = "always"
+    needs_weights: ClassVar[bool] = True
+    enforces_quota: ClassVar[Holds] = "always"
     straight_through: ClassVar[bool] = True
     kept: Units
     steps: Tensor
@@ -48,14 +48,14 @@ class Feedback(FixedCount):
         self.started = False
 
     @torch.no_grad()
-    def see(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
+    def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
         """Mean square of each unit's weights. A quota has no ramp: the first mask stands from the start."""
         self.scores = squares(weights) / self.sizes.clamp_min(1)
         if self.quota is not None and not self.started:
             self.kept.copy_(self.top(self.scores, self.density))
         self.started = True
 
-    def join(self, gates: Sequence[Gate]) -> None:
+    def link(self, gates: Sequence[Gate]) -> None:
         """Who is ranked together with this one."""
         if self.pooled:
             self.pool = [g for g in gates if isinstance(g, Feedback) and g.pooled]

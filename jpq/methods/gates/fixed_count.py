@@ -26,8 +26,8 @@ SMALL = 16  # rows up to this long are ranked by comparing all pairs, which is f
 class FixedCount(Gate):
     """Exactly k units of each row, or of all pooled rows together."""
 
-    counted: ClassVar[bool] = True
-    holds_quota: ClassVar[Holds] = "at the end"
+    fixed_count: ClassVar[bool] = True
+    enforces_quota: ClassVar[Holds] = "at the end"
 
     def __init__(self, rows: int, n: int, density: float = 0.5):
         super().__init__(rows, n)
@@ -38,7 +38,7 @@ class FixedCount(Gate):
         self.sizes: Units
         self.register_buffer("sizes", torch.ones(rows, n))
 
-    def bind(self, sizes: Units, quota: int | None) -> None:
+    def set_site(self, sizes: Units, quota: int | None) -> None:
         """Sizes rank units of different size by what they cost; a quota replaces the density."""
         self.sizes, self.quota = sizes.float(), quota
 

@@ -37,8 +37,8 @@ class Frozen(Gate):
 class FixedMask(Gate):
     """Exactly 0 or 1 for each unit, from the start; everything is kept until `take`."""
 
-    counted: ClassVar[bool] = True
-    holds_quota: ClassVar[Holds] = "always"
+    fixed_count: ClassVar[bool] = True
+    enforces_quota: ClassVar[Holds] = "always"
     kept: Units
 
     def __init__(self, rows: int, n: int):

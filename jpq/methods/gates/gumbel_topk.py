@@ -43,8 +43,8 @@ TINY = 1e-12
 class GumbelTopK(FixedCount):
     """Keep the k largest logits of each row."""
 
-    sees_weights: ClassVar[bool] = True  # once, for the start
-    holds_quota: ClassVar[Holds] = "always"
+    needs_weights: ClassVar[bool] = True  # once, for the start
+    enforces_quota: ClassVar[Holds] = "always"
 
     def __init__(self, rows: int, n: int, density: float = 0.5, noise: float = 0.1, start: str = "magnitude"):
         super().__init__(rows, n, density)
@@ -54,7 +54,7 @@ class GumbelTopK(FixedCount):
         self.register_buffer("temperature", torch.tensor(HOT))
 
     @torch.no_grad()
-    def see(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
+    def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
         """Takes the start of the logits from the first weights it sees."""
         if self.started:
             return

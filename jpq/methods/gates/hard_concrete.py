@@ -48,7 +48,7 @@ class HardConcrete(Gate):
         """log alpha + ln 11."""
         return self.log_alpha + EDGE
 
-    def alive(self) -> Units:
+    def keep_probability(self) -> Units:
         """P(z > 0) in closed form."""
         return torch.sigmoid(self.log_alpha + BETA * EDGE)
 

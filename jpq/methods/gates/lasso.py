@@ -58,8 +58,8 @@ EPS = 1e-12
 class Lasso(FixedCount):
     """Keep the input channels that hold most of each group's energy."""
 
-    sees_weights: ClassVar[bool] = True
-    holds_quota: ClassVar[Holds] = "never"
+    needs_weights: ClassVar[bool] = True
+    enforces_quota: ClassVar[Holds] = "never"
     kept: Units
     alpha: Tensor
     first: Tensor
@@ -82,11 +82,11 @@ class Lasso(FixedCount):
         self.weights: list[tuple[Weight, Structure]] = []
         self.before: list[Weight] = []
 
-    def see(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
+    def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
         """Remembers where the weights are."""
         self.weights = list(weights)
 
-    def join(self, gates: Sequence[Gate]) -> None:
+    def link(self, gates: Sequence[Gate]) -> None:
         """One beta for all of them."""
         self.pool = [g for g in gates if isinstance(g, Lasso)]
 

@@ -44,8 +44,8 @@ FAR = 60.0  # margin of the last units of a site: beyond what landing shifts
 class Latent(Gate):
     """Keep unit i iff abs(z_i) >= T, and the LEAST largest in any case."""
 
-    steps_itself: ClassVar[bool] = True
-    whole_channels: ClassVar[bool] = True
+    self_updating: ClassVar[bool] = True
+    channels_only: ClassVar[bool] = True
     price: Units
 
     def __init__(self, rows: int, n: int):
@@ -63,7 +63,7 @@ class Latent(Gate):
         last = self.z.abs().topk(min(LEAST, self.n), 1).indices
         return margin.scatter_add(1, last, torch.full_like(last, FAR, dtype=margin.dtype))
 
-    def alive(self) -> Units:
+    def keep_probability(self) -> Units:
         """The decision; what a cost asks for each unit is noted in the backward pass, for the proximal step."""
         keep = self.keep()
         if torch.is_grad_enabled():

@@ -81,8 +81,8 @@ def soft_topk(m: Tensor, sizes: Tensor, k: Tensor, tau: Tensor, scaled: bool = F
 class LearnedTopK(FixedCount):
     """Keep the best units by scores that training learns."""
 
-    sees_weights: ClassVar[bool] = True  # once, for the start
-    holds_quota: ClassVar[Holds] = "always"
+    needs_weights: ClassVar[bool] = True  # once, for the start
+    enforces_quota: ClassVar[Holds] = "always"
     spread: Tensor
     progress: Tensor
 
@@ -98,13 +98,13 @@ class LearnedTopK(FixedCount):
         self.first: Units | None = None
 
     @torch.no_grad()
-    def see(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
+    def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
         """Remembers the first weights."""
         if self.first is None:
             self.first = (squares(weights) / self.sizes.clamp_min(1)).sqrt()
 
     @torch.no_grad()
-    def join(self, gates: Sequence[Gate]) -> None:
+    def link(self, gates: Sequence[Gate]) -> None:
         """Scores start comparable over the whole network; single rows of all sites share one lambda."""
         family = [g for g in gates if isinstance(g, LearnedTopK) and g.first is not None]
         if self.first is None or family[0] is not self:

@@ -67,7 +67,7 @@ class Polarized(Gate):
         """logit g - logit CUT = ln(x^2 / eps) - logit CUT."""
         return (self.x.square() + TINY).log() - self.eps.log() - math.log(CUT / (1 - CUT))
 
-    def alive(self) -> Units:
+    def keep_probability(self) -> Units:
         """g, noting what a cost asks for it in the backward pass."""
         g = self.relaxed()
         if g.requires_grad:

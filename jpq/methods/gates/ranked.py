@@ -18,7 +18,7 @@ class Ranked(Gate):
     closes units (`jpq.allocation.ranking.scheduled_pruning`), so that all are kept; landing moves it either way.
     """
 
-    whole_channels: ClassVar[bool] = True
+    channels_only: ClassVar[bool] = True
     margins: Units
     decisions: Tensor  # how many of its schedule's decisions have been taken
 

@@ -38,7 +38,7 @@ LAM, EPS = 1e-4, 1e-4
 class Reweighted(FixedCount):
     """Dense while it searches; keeps the largest units of each layer."""
 
-    sees_weights: ClassVar[bool] = True
+    needs_weights: ClassVar[bool] = True
     press: Units
     done: Tensor
 
@@ -49,7 +49,7 @@ class Reweighted(FixedCount):
         self.register_buffer("done", torch.zeros((), dtype=torch.long))  # updates so far
         self.norms: Units | None = None
 
-    def see(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
+    def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
         """||W_g||^2 of each unit, with its gradient."""
         first, self.norms = self.norms is None, squares(weights)
         if first:
@@ -75,7 +75,7 @@ class Reweighted(FixedCount):
         """Dense in training; the mask in evaluation."""
         return None if self.training else self.keep()
 
-    def loss(self) -> Tensor | None:
+    def own_loss(self) -> Tensor | None:
         """lam * sum_g a_g ||W_g||^2."""
         return None if self.norms is None else self.lam * (self.press * self.norms).sum()
 

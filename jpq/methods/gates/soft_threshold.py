@@ -38,7 +38,7 @@ SOFT = 8.0  # t^2 / tau
 class SoftThreshold(FixedCount):
     """Keep the largest units; the rest fade out."""
 
-    sees_weights: ClassVar[bool] = True
+    needs_weights: ClassVar[bool] = True
 
     def __init__(self, rows: int, n: int, density: float = 0.5, tau: float | None = None):
         super().__init__(rows, n, density)
@@ -47,11 +47,11 @@ class SoftThreshold(FixedCount):
         self.register_buffer("now", torch.tensor(1.0))  # share that is kept at this point of the search
         self.seen: Units = torch.ones(rows, n)
 
-    def see(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
+    def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
         """The squares of each unit, with their gradient."""
         self.seen = squares(weights)
 
-    def join(self, gates: Sequence[Gate]) -> None:
+    def link(self, gates: Sequence[Gate]) -> None:
         """One global quantile of the magnitudes says what share each layer keeps."""
         pool = [g for g in gates if isinstance(g, SoftThreshold) and g.pooled]
         if pool and pool[0] is self:

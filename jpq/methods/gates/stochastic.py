@@ -47,7 +47,7 @@ STEEP = 50.0  # largest exponent
 class Stochastic(FixedCount):
     """Keep the units that have not reached p = 1; exactly k of each row when the search ends."""
 
-    sees_weights: ClassVar[bool] = True
+    needs_weights: ClassVar[bool] = True
     p: Units
     rank: Units
     z: Units
@@ -66,7 +66,7 @@ class Stochastic(FixedCount):
         self.weights: list[tuple[Weight, Structure]] = []
         self.before: list[Weight] = []
 
-    def see(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
+    def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
         """Remembers where the weights are."""
         self.weights = list(weights)
 

@@ -54,7 +54,7 @@ class VIB(Gate):
         """(ln alpha - ln alpha_th) / tau."""
         return ((self.mu.square() + EPS).log() - self.log_var - self.log_threshold) / self.tau
 
-    def alive(self) -> Units:
+    def keep_probability(self) -> Units:
         """sigmoid(margin)."""
         return torch.sigmoid(self.margin())
 
@@ -62,7 +62,7 @@ class VIB(Gate):
         """mu."""
         return self.mu.detach()
 
-    def jitter(self, batch: int) -> Tensor | None:
+    def input_noise(self, batch: int) -> Tensor | None:
         """z / mu = 1 + sigma / mu * eps, eps ~ N(0, 1) of shape [batch, n]."""
         ratio = (0.5 * self.log_var).exp() / self.mu
         return 1.0 + ratio * torch.randn(batch, self.n, device=ratio.device, dtype=ratio.dtype)

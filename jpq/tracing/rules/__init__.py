@@ -33,8 +33,9 @@ that mixes channels freezes them or, like a layer, returns new ones.
 
 from __future__ import annotations
 
+from jpq.tracing.op_call import RULES, Dims, OpCall, Rule, rule
 from jpq.tracing.rules import layers, movement, pointwise, reshape
 
-__all__ = ["RULES", "Dims", "OpCall", "Rule", "rule"]
+__all__ = ["MEMBERS", "RULES", "Dims", "OpCall", "Rule", "rule"]
 
-MEMBERS = (layers, pointwise, reshape, movement)  # importing them fills the table
+MEMBERS = (layers, movement, pointwise, reshape)  # importing them fills the table

@@ -132,6 +132,6 @@ def check_targets(net: CompressedModel, decided: Plan, targets: Sequence[Target]
         if not all_met([goal], uses):
             cost = goal.format_cost(used_share(goal, uses) * goal.limit)
             raise JpqError(
-                f"{goal.flag} {goal.text} ({goal.format_cost(goal.limit)}): the decisions of --bits and --densities cost "
-                f"{cost}. Give fewer bits, lower densities, or no target."
+                f"{goal.flag} {goal.text} ({goal.format_cost(goal.limit)}): the decisions of --bits and --densities "
+                f"cost {cost}. Give fewer bits, lower densities, or no target."
             )

@@ -52,9 +52,9 @@ def uniform(
             least = min(targets, key=lambda g: -used_share(g, uses)) if targets else None
             if (w, a) == (w_bits[0], a_bits[0]) and least is not None and used_share(least, uses) > 1:
                 raise JpqError(
-                    f"{least.flag} {least.text} ({least.format_cost(least.limit)}) cannot be met by uniform bits; smallest "
-                    f"possible: {least.format_cost(used_share(least, uses) * least.limit)}, at {w} and {a} bits. "
-                    "Choose a method that prunes too."
+                    f"{least.flag} {least.text} ({least.format_cost(least.limit)}) cannot be met by uniform bits; "
+                    f"smallest possible: {least.format_cost(used_share(least, uses) * least.limit)}, at {w} and {a} "
+                    "bits. Choose a method that prunes too."
                 )
     return max(fits, key=lambda fit: fit[:3])[3]
 

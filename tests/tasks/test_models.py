@@ -15,7 +15,7 @@ from jpq.tasks.data import load
 from jpq.tasks.models import MODELS, build, check_fits, load_weights
 from jpq.types import JpqError
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 WEIGHTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
 needs_files = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data with the real weights is absent")
 USUAL = {"lenet5": (1, 28), "convnet": (1, 8)} | {

@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from runs import config
-from test_stages import EXAMPLE, ranked
+from test_two_stage import EXAMPLE, ranked
 
 import jpq
 from jpq import costs, recipe

@@ -83,7 +83,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Stop(kills.Silent):
+class Stop(kills.NullObserver):
     def step(self, loss: float, bops_share: float, aim_share: float) -> None:
         if bops_share == bops_share:  # in the search
             raise KeyboardInterrupt

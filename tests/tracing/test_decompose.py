@@ -14,7 +14,7 @@ from test_attach import gap
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from zoo import randomised
-from zoo_attention import PACKED, Vision
+from zoo.attention import PACKED, Vision
 
 import jpq
 from jpq.config import Budget, Config, Run, Task, Train
@@ -288,7 +288,7 @@ def test_compress_a_vision_transformer_and_export_it(tmp_path: Any) -> None:
 
 
 def test_optimize_saves_and_loads_a_vision_transformer(tmp_path: Any) -> None:
-    task, train = Task(model="zoo_attention:Vision", limit=400), Train(epochs=3, float_epochs=2, lr=3e-3)
+    task, train = Task(model="zoo.attention:Vision", limit=400), Train(epochs=3, float_epochs=2, lr=3e-3)
     asked = Config(task=task, budget=Budget(target_bops="4%"), train=train, run=Run(out=tmp_path, device="cpu"))
     result = jpq.optimize(asked)
     assert result.verified["masked_vs_rebuilt_float64"] <= 1e-9
@@ -302,6 +302,6 @@ def test_optimize_saves_and_loads_a_vision_transformer(tmp_path: Any) -> None:
 def test_weights_of_the_original_load_before_unpacking(tmp_path: Any) -> None:
     original, x = Vision(10, 1).eval(), torch.randn(3, 1, 8, 8)
     torch.save(original.state_dict(), tmp_path / "w.pth")
-    model = jpq.tasks.models.build("zoo_attention:Vision", 10, 1).eval()
+    model = jpq.tasks.models.build("zoo.attention:Vision", 10, 1).eval()
     jpq.tasks.models.load_weights(model, tmp_path / "w.pth")
     assert gap(original(x), decompose(model)(x)) < 1e-5

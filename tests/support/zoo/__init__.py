@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo_attention import UNPACKED
-from zoo_tokens import Attention, AttentionByHand, AttentionRigid, Tokens, Transformer
 
 from jpq.tasks.zoo import PadChannels
+from zoo.attention import UNPACKED
+from zoo.tokens import Attention, AttentionByHand, AttentionRigid, Tokens, Transformer
 
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
 

@@ -12,9 +12,9 @@ from torch.nn.utils import parametrizations
 from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
-from zoo_tokens import Transformer
 
 from jpq.tracing.decompose import decompose
+from zoo.tokens import Transformer
 
 
 class Translate(nn.Module):  # encoder and decoder, a causal mask made on the way, attention weights that nobody reads

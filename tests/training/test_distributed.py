@@ -17,7 +17,7 @@ import jpq
 from jpq.training import distributed
 from jpq.types import JpqError
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 FLAGS = [
     "--target-bops",
     "1%",
@@ -37,7 +37,8 @@ LIMIT = 300  # seconds, after which something hangs
 
 def environment():
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**kept, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    paths = os.pathsep.join([str(TESTS.parent), str(TESTS / "support")])
+    return {**kept, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
 def torchrun(*args, processes=2):

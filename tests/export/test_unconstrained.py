@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 from zoo import ZOO
-from zoo_readers import IMAGE, READERS
+from zoo.readers import IMAGE, READERS
 
 import jpq
 from jpq import costs

@@ -16,7 +16,7 @@ from torch import Tensor
 from jpq.tasks.data import RECIPES, Augment, Batches, load, stratified
 from jpq.types import JpqError
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_files = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data with the real data sets is absent")
 
 

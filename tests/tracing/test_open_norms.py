@@ -13,7 +13,7 @@ from runs import QUICK, outcome, resumed
 from torch import nn
 from torch.nn import functional as F
 from zoo import IMAGE, TOKENS, Averages, Plain
-from zoo_tokens import Normed
+from zoo.tokens import Normed
 
 import jpq
 from jpq.cli.summary import verified_lines

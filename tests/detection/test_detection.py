@@ -643,6 +643,6 @@ def test_shapes_come_from_the_seed_alone_and_their_boxes_fit():
 def test_figures_in_the_manual_are_those_of_the_csv():
     import detection_figures as study
 
-    manual = (Path(__file__).parents[1] / "README.md").read_text()
+    manual = (Path(__file__).parents[2] / "README.md").read_text()
     assert study.summary() in manual
     assert study.summary().count("\n| ") > 3

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from zoo import ZOO
-from zoo_readers import IMAGE, READERS
+from zoo.readers import IMAGE, READERS
 
 import jpq
 from jpq.allocation.ranking.rank import rank, scores

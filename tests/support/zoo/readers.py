@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import conv
 
 from jpq.tasks.zoo import PadChannels
+from zoo import conv
 
 IMAGE = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(5))
 

@@ -61,7 +61,7 @@ def test_the_end_of_the_search_keeps_exactly_what_was_asked(make, structure, sha
     assert torch.equal(gate.margin() > 0, gate.keep() > 0)
 
 
-@pytest.mark.parametrize("make", [gate for gate in COUNTED if gate.holds_quota == "always"])
+@pytest.mark.parametrize("make", [gate for gate in COUNTED if gate.enforces_quota == "always"])
 def test_patterns_are_never_piled_up(make):
     """Units that overlap: a row of ones would multiply the kernel's centre by the number of patterns."""
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ from PIL import Image
 from jpq.tasks.data import load
 from jpq.types import JpqError
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_files = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data with the real data sets is absent")
 
 

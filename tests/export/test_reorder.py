@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 from zoo import ZOO, conv
-from zoo_readers import IMAGE, READERS, Body
+from zoo.readers import IMAGE, READERS, Body
 
 from jpq.export.float_equivalence import decide, masked, outputs, randomize, relative_difference
 from jpq.export.unconstrained.channel_order import Blocks, blocks

@@ -15,11 +15,15 @@ per run; what is there already is skipped.
                         random: one draw per seed; "none": nothing is pruned
     tune                epochs of fine-tuning; 0: as rebuilt
     split               held-out (200 images, where tune is 0) or test (300 others), both unknown to all training
-    ap50, ap            mean average precision at IoU .5 and over .5 to .95, in [0, 1]
+    ap50, ap            mean average precision at IoU .5 and over .5 to .95, in [0, 1], by torchmetrics with COCO's
+                        conventions (101 levels of recall, the 100 best detections of an image)
     bops_share          BOPs over those of the float32 detector (backbone and head), counted on the rebuilt one
     masked_vs_rebuilt   largest relative difference of their outputs in float64, at landing
     onnx_largest        largest relative difference of rebuilt and exported outputs in onnxruntime, over 32 images (a
                         value at a rounding boundary makes it large); onnx_ap50: of the exported file, over `n` images
+
+The figures of the rows before torchmetrics was used come from jpq's own former code, which took the area under the
+precision envelope over all levels of recall and all detections: they may differ in the third digit.
 
 SSDlite's heads have no layer that feeds only boxes, so all sites are ranked. We prune in one step, not in the sheet's
 five rounds: each would need its own training.
@@ -32,6 +36,7 @@ import copy
 import shlex
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -43,6 +48,7 @@ from detection_figures import TABLE, compared, shown
 from grid import RESULTS, append, hardware
 from shapes_detector import BATCH, data, fit, found, part_of, trained
 from torch import nn
+from torchmetrics.detection import MeanAveragePrecision
 
 import jpq
 from jpq import costs
@@ -51,7 +57,6 @@ from jpq.compression.calibration import reestimate_batchnorm
 from jpq.compression.model import CompressedModel
 from jpq.costs.target import parse_targets
 from jpq.detection import detector
-from jpq.detection.detector import average_precision, coco
 from jpq.detection.saliency import rank_everywhere, saliency
 from jpq.export import verify
 from jpq.export.runtimes import Session
@@ -153,7 +158,8 @@ def measured(model: nn.Module, run: Run) -> tuple[nn.Module, dict[str, object]]:
             small, ((detector.prepared(model, images), None) for images, _ in data("tune").batches(BATCH))
         )
     split = "test" if run.tune else "held-out"
-    detections, wanted = found(smaller, data(split)), data(split).targets
+    detections, targets = found(smaller, data(split)), data(split).targets
+    ap50, ap = average_precisions(detections, targets)
     counted = jpq.measure(small.eval(), x)
     largest = onnx_ap = None
     if run.tune and run.score == "saliency":
@@ -168,8 +174,8 @@ def measured(model: nn.Module, run: Run) -> tuple[nn.Module, dict[str, object]]:
         "tune": run.tune,
         "seed": run.seed,
         "split": split,
-        "ap50": round(average_precision(detections, wanted), 4),
-        "ap": round(coco(detections, wanted), 4),
+        "ap50": round(ap50, 4),
+        "ap": round(ap, 4),
         "bops_share": round(counted["bops"] / full["bops"], 6),
         "macs": counted["macs"],
         "parameters": sum(p.numel() for p in small.parameters()),
@@ -177,13 +183,24 @@ def measured(model: nn.Module, run: Run) -> tuple[nn.Module, dict[str, object]]:
         "masked_vs_rebuilt": float(f"{apart:.2g}"),
         "onnx_largest": largest,
         "onnx_ap50": onnx_ap,
-        "n": len(wanted),
+        "n": len(targets),
         "seconds": round(time.process_time() - start),
         "threads": torch.get_num_threads(),
         "hardware": hardware(),
         "torch": torch.__version__,
         "command": run.command(),
     }
+
+
+def average_precisions(
+    detections: Sequence[Mapping[str, torch.Tensor]], targets: Sequence[Mapping[str, torch.Tensor]]
+) -> tuple[float, float]:
+    """Mean average precision at IoU .5, and over IoU .5 to .95, each in [0, 1]; one entry per image."""
+    metric = MeanAveragePrecision()
+    metric.warn_on_many_detections = False
+    metric.update([dict(x) for x in detections], [dict(x) for x in targets])
+    figures = metric.compute()
+    return float(figures["map_50"]), float(figures["map"])
 
 
 def outside(model: nn.Module, small: nn.Module, images: shapes.Shapes) -> tuple[float, float]:
@@ -195,13 +212,14 @@ def outside(model: nn.Module, small: nn.Module, images: shapes.Shapes) -> tuple[
         jpq.export_onnx(small, x[:2], path)
         compared = verify.exported(small, path, [(x, None)])["rebuilt_vs_onnxruntime"]
         runtime = detector.around(model, Session(path, threads=1, optimised=False))
-        ap50 = average_precision(found(runtime, images), images.targets)
+        ap50, _ = average_precisions(found(runtime, images), images.targets)
     return float(f"{compared['largest_relative_difference']:.2g}"), round(ap50, 4)
 
 
 def float_row(model: nn.Module, split: str, command: str) -> dict[str, object]:
     """The detector as it was trained."""
-    detections, wanted = found(model, data(split)), data(split).targets
+    detections, targets = found(model, data(split)), data(split).targets
+    ap50, ap = average_precisions(detections, targets)
     core = detector.core(model)
     macs = sum(layer.macs for layer in jpq.trace(core, detector.prepared(model, seen(2)[0][0])).layers)
     return {
@@ -214,8 +232,8 @@ def float_row(model: nn.Module, split: str, command: str) -> dict[str, object]:
         "tune": int(split == "test"),
         "seed": 0,
         "split": split,
-        "ap50": round(average_precision(detections, wanted), 4),
-        "ap": round(coco(detections, wanted), 4),
+        "ap50": round(ap50, 4),
+        "ap": round(ap, 4),
         "bops_share": 1,
         "macs": macs,
         "parameters": sum(p.numel() for p in core.parameters()),
@@ -223,7 +241,7 @@ def float_row(model: nn.Module, split: str, command: str) -> dict[str, object]:
         "masked_vs_rebuilt": None,
         "onnx_largest": None,
         "onnx_ap50": None,
-        "n": len(wanted),
+        "n": len(targets),
         "seconds": None,
         "threads": torch.get_num_threads(),
         "hardware": hardware(),

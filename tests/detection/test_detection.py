@@ -7,7 +7,6 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import shapes
 import torch
@@ -21,7 +20,6 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import jpq
 from jpq.costs.target import parse_targets
-from jpq.detection import detector as ap
 from jpq.detection.detector import around, assigned, confidence, core, prepared, rank, rankable, scenes
 from jpq.detection.saliency import (
     FLOOR,
@@ -558,71 +556,6 @@ def test_a_site_without_a_value():
     found = saliency(net, network, sites, [SaliencyBatch(X.float(), top)])
     with pytest.raises(JpqError, match="such as 'boxes': they feed only box outputs"):
         rank_everywhere(net, found)
-
-
-# average precision
-
-
-def brute_force(found, wanted, iou):
-    """AP of one class: for every recall that is reached, the best precision at that recall or beyond, by definition."""
-    flat = sorted(
-        ((float(s), i, b) for i, d in enumerate(found) for s, b in zip(d["scores"], d["boxes"].numpy(), strict=True)),
-        key=lambda entry: -entry[0],
-    )
-    objects = sum(len(t["boxes"]) for t in wanted)
-    points = []
-    for n in range(1, len(flat) + 1):
-        taken, hits = set(), 0
-        for _, i, box in flat[:n]:
-            free = [
-                (shapes.iou(box, other), j) for j, other in enumerate(wanted[i]["boxes"].numpy()) if (i, j) not in taken
-            ]
-            if free and max(free)[0] >= iou:
-                taken.add((i, max(free)[1]))
-                hits += 1
-        points.append((hits / objects, hits / n))
-    levels = sorted({recall for recall, _ in points if recall > 0})
-    widths = np.diff([0, *levels])
-    return sum(w * max(p for r, p in points if r >= level) for w, level in zip(widths, levels, strict=True))
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_average_precision_by_brute_force(seed):
-    rng = torch.Generator().manual_seed(seed)
-    found, wanted = [], []
-    for _ in range(4):
-        corner, size = torch.rand(3, 2, generator=rng) * 60, torch.rand(3, 2, generator=rng) * 30 + 10
-        boxes = torch.cat([corner, corner + size], 1)
-        near = boxes.repeat(2, 1) + torch.randn(6, 4, generator=rng) * 3
-        wanted.append({"boxes": boxes, "labels": torch.ones(3, dtype=torch.long)})
-        found.append({"boxes": near, "labels": torch.ones(6, dtype=torch.long), "scores": torch.rand(6, generator=rng)})
-    for iou in (0.5, 0.75):
-        expected = brute_force(found, wanted, iou)
-        assert ap.average_precision(found, wanted, iou) == pytest.approx(expected, abs=1e-6)
-    assert ap.coco(found, wanted) < ap.average_precision(found, wanted)
-
-
-def test_average_precision_by_hand():
-    box = torch.tensor([[0.0, 0, 10, 10]])
-    far = torch.tensor([[50.0, 50, 60, 60]])
-    one = [{"boxes": box, "labels": torch.tensor([1])}]
-    hit = lambda score, label=1: {"boxes": box, "labels": torch.tensor([label]), "scores": torch.tensor([score])}  # noqa: E731
-    assert ap.average_precision([hit(0.3)], one) == 1
-    assert ap.average_precision([hit(0.3, label=2)], one) == 0, "another class"
-    twice = {"boxes": torch.cat([far, box, box]), "labels": torch.ones(3), "scores": torch.tensor([0.9, 0.8, 0.7])}
-    assert ap.average_precision([twice], one) == 0.5, "a miss before it; the second hit on it counts for nothing"
-    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}
-    assert ap.average_precision([nothing], one) == 0
-    two_classes = [{"boxes": torch.cat([box, far]), "labels": torch.tensor([1, 2])}]
-    assert ap.average_precision([hit(0.3)], two_classes) == 0.5
-
-
-def test_average_precision_of_nothing():
-    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}
-    with pytest.raises(JpqError, match="No image shows an object"):
-        ap.average_precision([nothing], [nothing])
-    with pytest.raises(JpqError, match="detections of 1 images, and objects of 2"):
-        ap.average_precision([nothing], [nothing] * 2)
 
 
 def test_shapes_come_from_the_seed_alone_and_their_boxes_fit():

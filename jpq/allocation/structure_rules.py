@@ -96,7 +96,7 @@ def variants(layer: Layer, legal: Legal = lambda structure: True) -> dict[str, t
     """
     found: dict[str, tuple[str, ...]] = {DENSE: (DENSE,)}
     size = Size(layer.weight_shape)
-    if not can_mask(layer) or depthwise(layer):
+    if not can_mask(layer) or layer.depthwise:
         return found
     flat = all(n == 1 for n in size[2:])
     form = "block:{0}x1" if flat else "punched:{0}x{0}"
@@ -108,11 +108,6 @@ def variants(layer: Layer, legal: Legal = lambda structure: True) -> dict[str, t
     if tuple(size[2:]) == (3, 3) and legal("pattern"):
         found["pattern"] = ("pattern",)
     return found
-
-
-def depthwise(layer: Layer) -> bool:
-    """Whether every filter reads one channel of its own."""
-    return layer.groups > 1 and layer.groups == len(layer.inputs)
 
 
 def is_hard_task(network: Network, example: Any) -> bool:

@@ -170,10 +170,10 @@ def _free(layer: Layer, free: set[int]) -> int:
 
 
 def _kind(layer: Layer) -> str:
-    name = layer.kind.replace("_", " ")
+    name = layer.kind.value.replace("_", " ")
     if layer.groups == 1:
         return name
-    return f"{name}, depthwise" if layer.groups == len(layer.inputs) else f"{name}, {layer.groups} groups"
+    return f"{name}, depthwise" if layer.depthwise else f"{name}, {layer.groups} groups"
 
 
 def _sites(sites: Sequence[Site], stage: Mapping[str, str], every: bool) -> Table:

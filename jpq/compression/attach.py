@@ -99,7 +99,7 @@ def attach(
             pair = compressed.quantizers(layer.name)
             if pair:
                 noisy = [(d, s) for d, s in taps[layer.name] if isinstance(s, Axis)]  # masks have no noise per sample
-                pair[1].jitter = InputNoise(noisy, -1 if layer.kind == "linear" else 1, layer.groups) if noisy else None
+                pair[1].jitter = InputNoise(noisy, layer.kind.channel_dim, layer.groups) if noisy else None
     for layer in network.layers:
         if layer.end is not None and layer.end.module in results and compressed.quantizers(layer.name):
             ranges = fit_threshold(results[layer.end.module], output_bits, layer.end.signed, False)
@@ -152,7 +152,7 @@ def quantize(model: nn.Module, layer: Layer, widths: tuple[BitWidth, BitWidth], 
     weight: Tensor = module.weight.detach()
     x = seen if seen.numel() else torch.ones(1, device=weight.device)
     signed = bool(x.min() < -1e-6 * x.abs().max())
-    w = IntegerQuantizer(fit_threshold(weight, widths[0].soft(), True, layer.kind != "conv_transpose"), widths[0], True)
+    w = IntegerQuantizer(fit_threshold(weight, widths[0].soft(), True, layer.kind.output_dim == 0), widths[0], True)
     a = IntegerQuantizer(fit_threshold(x, widths[1].soft(), signed, False), widths[1], signed)
     new = quantize_layer(module, w.to(weight), a.to(weight))
     replace_everywhere(model, module, new)

@@ -30,7 +30,7 @@ import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
 from jpq.methods.gates import Gate, Latent
-from jpq.tracing.network import Layer
+from jpq.tracing.network import Layer, LayerKind
 from jpq.tracing.sites import Site
 from jpq.types import Labels, Weight
 
@@ -95,7 +95,7 @@ class Hypernetworks:
 
     def register(self, model: nn.Module, layer: Layer) -> None:
         """Let the layer's weight be generated, where it can be; its value does not change."""
-        if not self.gates or layer.kind != "conv" or layer.weight != f"{layer.name}.weight":
+        if not self.gates or layer.kind is not LayerKind.CONV or layer.weight != f"{layer.name}.weight":
             return
         c = layer.weight_shape[1]
         inputs = layer.inputs if layer.groups == 1 else np.full(c, -1)

@@ -140,7 +140,7 @@ def one_shot(model: nn.Module, sites: Sequence[Site], gates: Sequence[Admm]) -> 
 
 def sites_of(network: Network, structure: str, skip: Sequence[str]) -> tuple[Site, ...]:
     """Masks inside layers; patterns leave depthwise layers alone, whose kernels are all that a channel has."""
-    alone = [x.name for x in network.layers if x.groups > 1 and x.groups == len(x.inputs)]
+    alone = [layer.name for layer in network.layers if layer.depthwise]
     return masks(network, structure, [*skip, *(alone if structure.startswith("pattern") else [])])
 
 

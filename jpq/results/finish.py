@@ -211,11 +211,9 @@ def layer_rows(net: CompressedModel, plan: Plan, cost: str = "bops") -> tuple[La
         bits = int(use.w_bits), int(use.a_bits)
         ms = None if use.clock is None else float(costs.layer_latency(use)) / NS
         structure = plan.structures.get(layer.name, DENSE)
-        share = float(bops / total)
+        share, kind = float(bops / total), layer.kind.value
         rows.append(
-            LayerRecord(
-                layer.name, layer.kind, *kept, o, o_all, *bits, macs, bops, share, density, structure, ms, use.macs
-            )
+            LayerRecord(layer.name, kind, *kept, o, o_all, *bits, macs, bops, share, density, structure, ms, use.macs)
         )
     return tuple(rows)
 

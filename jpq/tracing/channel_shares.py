@@ -37,8 +37,7 @@ class ChannelShares:
         every = {label: column.get(tuple(units), units[0]) for label, units in makes.items()}
         sides: list[tuple[int, int, Counter[int]]] = []  # (all, fixed, {column: positions})
         for layer in network.layers:
-            depthwise = layer.groups > 1 and layer.groups == len(layer.inputs)
-            sides.append((1, 1, Counter()) if depthwise else _side(layer.inputs, reads[layer.name]))
+            sides.append((1, 1, Counter()) if layer.depthwise else _side(layer.inputs, reads[layer.name]))
             sides.append(_side(layer.outputs, every))
         entries = [(row, c, n) for row, (_, _, held) in enumerate(sides) for c, n in held.items()]
         rows, units, counts = np.array(entries, np.int64).reshape(-1, 3).T

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from fractions import Fraction
 from math import prod
 
@@ -15,13 +16,39 @@ from jpq.tracing.integer_io import OutputQuantPoint
 from jpq.types import JpqError, Labels, unknown
 
 
+class LayerKind(str, Enum):
+    """The kind of a layer with weights; the value is its name in results and latency tables."""
+
+    CONV = "conv"
+    CONV_TRANSPOSE = "conv_transpose"
+    LINEAR = "linear"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def output_dim(self) -> int:
+        """The dim of the weight with one slice per output channel (of one group, if transposed)."""
+        return 1 if self is LayerKind.CONV_TRANSPOSE else 0
+
+    @property
+    def input_dim(self) -> int:
+        """The dim of the weight with one slice per input channel (of one group, unless transposed)."""
+        return 0 if self is LayerKind.CONV_TRANSPOSE else 1
+
+    @property
+    def channel_dim(self) -> int:
+        """The dim of input and output activations along which channels lie, where there is a batch dim."""
+        return -1 if self is LayerKind.LINEAR else 1
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One weight that reads channels and makes channels."""
+    """A weight that reads input channels and makes output channels, in one call or several."""
 
     name: str  # dotted path of the module that owns the weight
     weight: str  # name of the parameter
-    kind: str  # "conv" | "conv_transpose" | "linear"
+    kind: LayerKind
     weight_shape: tuple[int, ...]
     groups: int
     macs: int  # of one sample, summed over calls
@@ -37,6 +64,11 @@ class Layer:
         None  # where its result can be rounded, so that an integer kernel computes it (`network.ends`)
     )
     clock: LatencyModel | None = None  # how long it takes, where a table says so (`network.timed`)
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every output channel reads a single input channel."""
+        return self.groups > 1 and self.groups == len(self.inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +97,7 @@ class Network:
 
 def shape(layer: Layer) -> Shape:
     """What a table knows a layer by."""
-    narrow = layer.groups > 1 and layer.groups == len(layer.inputs)
-    kind = "depthwise" if narrow and layer.kind == "conv" else layer.kind
+    kind = "depthwise" if layer.depthwise and layer.kind is LayerKind.CONV else layer.kind.value
     return Shape(kind, 1 if kind == "depthwise" else layer.groups, layer.weight_shape[2:], layer.stride, layer.size)
 
 

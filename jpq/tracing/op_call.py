@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import Node
 
 from jpq.tracing.channel_labels import ChannelClasses
+from jpq.tracing.network import LayerKind
 from jpq.types import NONE, Labels
 
 Dims = list[Labels | None]  # per dim of a tensor: a label per index, or None where the dim has no labels
@@ -37,7 +38,7 @@ class LayerCall:
 
     node: Node
     weight: str
-    kind: str
+    kind: LayerKind
     shape: tuple[int, ...]
     groups: int
     macs: int  # of the whole example batch

@@ -11,7 +11,7 @@ from torch import Size
 
 from jpq.methods.structures import Axis, Structure, WeightLayout, parse
 from jpq.tracing.channel_labels import distinct
-from jpq.tracing.network import Layer, Network
+from jpq.tracing.network import Layer, LayerKind, Network
 from jpq.types import DENSE, NONE, JpqError, Labels, unknown
 
 
@@ -132,19 +132,17 @@ def can_mask(layer: Layer) -> bool:
 
 def layout(layer: Layer) -> WeightLayout:
     """How the layer's weight lies."""
-    return WeightLayout(layer.kind == "conv_transpose", layer.groups)
+    return WeightLayout(layer.kind is LayerKind.CONV_TRANSPOSE, layer.groups)
 
 
 def _tapped(network: Network) -> list[tuple[str, int, Labels]]:
     """(layer, input dim of its weight, labels along that dim) of every layer that mixes channels."""
     out = []
     for layer in network.layers:
-        if layer.groups > 1 and layer.groups == len(layer.inputs):
-            continue  # depthwise: it hands its channels on, and their readers are masked
-        if layer.kind == "conv_transpose":
-            out.append((layer.name, 0, layer.inputs))
-        else:
-            out.append((layer.name, 1, layer.inputs[: layer.weight_shape[1]]))
+        if layer.depthwise:
+            continue  # it hands its channels on, and their readers are masked
+        dim = layer.kind.input_dim
+        out.append((layer.name, dim, layer.inputs[: layer.weight_shape[dim]]))
     return out
 
 

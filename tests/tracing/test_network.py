@@ -17,7 +17,7 @@ from zoo import IMAGE, TOKENS, ZOO, Head, Residual, conv
 from jpq.tasks import models
 from jpq.tracing.channel_labels import ChannelClasses
 from jpq.tracing.export_graph import export_graph
-from jpq.tracing.network import Network
+from jpq.tracing.network import LayerKind, Network
 from jpq.tracing.op_call import Dims, OpCall, TraceState
 from jpq.tracing.rules import RULES, rule
 from jpq.tracing.sites import channels
@@ -63,7 +63,7 @@ def test_layers_in_execution_order() -> None:
     network = zoo("residual")
     assert [layer.name for layer in network.layers] == ["stem.0", "a.0", "b.0", "head.2"]
     a = network.layer("a.0")
-    assert (a.weight, a.kind, a.weight_shape, a.groups, a.calls) == ("a.0.weight", "conv", (5, 8, 3, 3), 1, 1)
+    assert (a.weight, a.kind, a.weight_shape, a.groups, a.calls) == ("a.0.weight", LayerKind.CONV, (5, 8, 3, 3), 1, 1)
     assert a.macs == 5 * 8 * 9 * 16
     assert np.array_equal(a.inputs, network.layer("stem.0").outputs)
     assert np.array_equal(a.inputs, network.layer("b.0").outputs), "the residual sum ties both ends"

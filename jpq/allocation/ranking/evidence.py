@@ -143,7 +143,7 @@ def multiplied(net: CompressedModel, gates: Sequence[Tensor]) -> Iterator[None]:
         layer = net.layer(name)
         if layer is None:
             continue
-        dim = -1 if net.network.layer(name).kind == "linear" else 1
+        dim = net.network.layer(name).kind.channel_dim
 
         def scaled(x: Tensor, name: str = name, cuts: Any = cuts, dim: int = dim) -> Tensor:
             met.add(name)

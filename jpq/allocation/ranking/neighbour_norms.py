@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from jpq.compression.model import CompressedModel
 from jpq.tracing.forward import call_model, eval_mode, hook_modules
-from jpq.tracing.network import Layer
+from jpq.tracing.network import Layer, LayerKind
 from jpq.tracing.sites import Site
 from jpq.types import NONE
 
@@ -95,18 +95,10 @@ class Chains:
         stretches = self.stretches.get(c, [])
         for k, stretch in enumerate(stretches):
             if maker in stretch.makers:
-                through = [r for r in stretch.readers if r in taps or self._depthwise(r)]
+                through = [r for r in stretch.readers if r in taps or self.layers[r].depthwise]
                 on = k + 1 < len(stretches) and stretches[k + 1].past and len(through) == len(stretch.readers)
                 return sum(self.read[r].get(c, 0.0) for r in through) + float(on)
         return 1.0
-
-    def _depthwise(self, i: int) -> bool:
-        return depthwise(self.layers[i])
-
-
-def depthwise(layer: Layer) -> bool:
-    """Whether each channel is read on its own and handed on."""
-    return layer.groups > 1 and layer.groups == len(layer.inputs)
 
 
 def _stretches(layers: Collection[Layer]) -> dict[int, list[Stretch]]:
@@ -117,7 +109,7 @@ def _stretches(layers: Collection[Layer]) -> dict[int, list[Stretch]]:
         for c in np.unique(layer.outputs[layer.outputs != NONE]).tolist():
             last = found[c][-1]
             if last.readers:
-                found[c].append(Stretch([i], past=bool(last.makers) and not depthwise(layer)))
+                found[c].append(Stretch([i], past=bool(last.makers) and not layer.depthwise))
             else:
                 last.makers.append(i)
     return dict(found)
@@ -128,7 +120,7 @@ def _squares(layer: Layer, weight: Tensor, dead: Collection[int]) -> Any:
     w = weight.detach().double().square()
     w = w.flatten(2).sum(2) if w.dim() > 2 else w
     g = layer.groups
-    if layer.kind == "conv_transpose":
+    if layer.kind is LayerKind.CONV_TRANSPOSE:
         cut = w.reshape(g, w.shape[0] // g, w.shape[1]).transpose(1, 2)
     else:
         cut = w.reshape(g, w.shape[0] // g, w.shape[1])

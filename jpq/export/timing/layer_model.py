@@ -13,6 +13,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from jpq.costs.latency_table import Shape
+from jpq.tracing.network import LayerKind
 
 OPSET = 17
 
@@ -42,7 +43,7 @@ def layer_model(shape: Shape, inputs: int, outputs: int, copies: int, form: str 
     }
     tensors = [numpy_helper.from_array(value, name) for name, value in grids.items()] if int8 else []
     size = _weight(shape, inputs, outputs)
-    axis = 1 if shape.kind == "conv_transpose" else 0
+    axis = 0 if shape.kind == "depthwise" else LayerKind(shape.kind).output_dim
     for i in range(copies):
         stored = rng.integers(-127, 128, size).astype(np.int8) if int8 else rng.normal(0, 0.1, size).astype(np.float32)
         tensors.append(numpy_helper.from_array(stored, f"w{i}"))
@@ -83,28 +84,28 @@ def call_model() -> ModelProto:
 
 
 def _input(shape: Shape, inputs: int) -> list[int]:
-    if shape.kind == "linear":
+    if shape.kind == LayerKind.LINEAR:
         return [max(1, prod(shape.size)), inputs]
-    if shape.kind == "conv_transpose":
+    if shape.kind == LayerKind.CONV_TRANSPOSE:
         return [1, inputs, *shape.size]
     sides = zip(shape.size, shape.stride, shape.kernel, strict=True)
     return [1, inputs, *(max(1, (n - 1) * s + k - 2 * (k // 2)) for n, s, k in sides)]
 
 
 def _weight(shape: Shape, inputs: int, outputs: int) -> tuple[int, ...]:
-    if shape.kind == "linear":
+    if shape.kind == LayerKind.LINEAR:
         return outputs, inputs
     if shape.kind == "depthwise":
         return (outputs, 1, *shape.kernel)
-    if shape.kind == "conv_transpose":
+    if shape.kind == LayerKind.CONV_TRANSPOSE:
         return (inputs, outputs // shape.groups, *shape.kernel)
     return (outputs, inputs // shape.groups, *shape.kernel)
 
 
 def _layer(shape: Shape, inputs: int, x: str, weight: str, bias: str, y: str) -> list[NodeProto]:
-    if shape.kind == "linear":
+    if shape.kind == LayerKind.LINEAR:
         return [helper.make_node("Gemm", [x, weight, bias], [y], transB=1)]
-    op = "ConvTranspose" if shape.kind == "conv_transpose" else "Conv"
+    op = "ConvTranspose" if shape.kind == LayerKind.CONV_TRANSPOSE else "Conv"
     options: dict[str, Any] = {
         "kernel_shape": list(shape.kernel),
         "strides": list(shape.stride),

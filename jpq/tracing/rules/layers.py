@@ -7,6 +7,7 @@ from math import prod
 import numpy as np
 from torch.fx import Node
 
+from jpq.tracing.network import LayerKind
 from jpq.tracing.op_call import Dims, LayerCall, OpCall, rule, shape_of
 from jpq.types import NONE, Labels
 
@@ -39,7 +40,7 @@ def conv(call: OpCall) -> Dims:
     positions = prod(applied) // applied[at]
     n_out = len(outer)
     macs = positions * n_in * n_out * prod(shape[2:]) // groups
-    kind = "conv_transpose" if transposed else "conv"
+    kind = LayerKind.CONV_TRANSPOSE if transposed else LayerKind.CONV
     stride = tuple(call["stride"])
     stride = stride * (len(shape) - 2) if len(stride) == 1 else stride
     call.book.calls.append(
@@ -90,7 +91,7 @@ def linear(call: OpCall) -> Dims:
             call.freeze(labels, "inside nn.MultiheadAttention, whose code has fixed sizes; jpq.decompose frees it")
     macs = prod(call.shape[:-1]) * prod(shape)
     seen, size = _known(dims[-1], shape[1]), call.shape[1:-1]
-    call.book.calls.append(LayerCall(call.node, name, "linear", shape, 1, macs, seen, outer, (), size))
+    call.book.calls.append(LayerCall(call.node, name, LayerKind.LINEAR, shape, 1, macs, seen, outer, (), size))
     return [*dims[:-1], outer]
 
 

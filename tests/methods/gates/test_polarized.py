@@ -167,7 +167,7 @@ def test_bilinear_cost_is_the_counted_one_for_every_binary_gate(name):
 
 def test_no_gate_before_a_depthwise_layer():
     _, net, _ = gated("depthwise", Polarized)
-    depthwise = {layer.name for layer in net.network.layers if layer.groups == len(layer.inputs) > 1}
+    depthwise = {layer.name for layer in net.network.layers if layer.depthwise}
     assert depthwise
     assert not depthwise & {tap.layer for site in net.sites for tap in site.taps}
 

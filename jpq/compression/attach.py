@@ -13,10 +13,9 @@ from jpq.compression.calibration import Batches, observe_activations, observe_ou
 from jpq.compression.hypernetwork import Hypernetworks
 from jpq.compression.masking import GateSample, InputNoise, MaskParametrization
 from jpq.compression.model import CompressedModel
-from jpq.methods.gates import DeadZone, Gate
+from jpq.methods.gates import Gate
 from jpq.methods.quantizers import (
     BitWidth,
-    DeadZoneGrid,
     Fixed,
     IntegerQuantizer,
     can_quantize,
@@ -109,26 +108,13 @@ def attach(
         draw.reach = _reach(model, network, site)
         draw.show_weights()
         pair = compressed.quantizers(site.taps[0].layer)
-        if isinstance(draw.gate, DeadZone) and pair:
-            put_dead_zone(draw.gate, pair[0])
+        if pair:
+            draw.gate.attach_quantizer(pair[0])
     for draw in compressed.draws:
         draw.gate.link(list(compressed.gates))
     for draw in compressed.draws:
         draw.resample()
     return compressed
-
-
-def put_dead_zone(gate: DeadZone, quantizer: IntegerQuantizer) -> None:
-    """Let training round a weight on a grid with the gate's dead zone.
-
-    Raises JpqError where the width brings a grid of its own.
-    """
-    if quantizer.grid is not None:
-        raise JpqError(
-            f"Widths of kind {type(quantizer.width).__name__} and a dead zone each bring a grid to train on; choose "
-            "widths that have none (learned, squashed or power_of_two)."
-        )
-    quantizer.grid, gate.in_grid = DeadZoneGrid(gate.ends), True
 
 
 def _reach(model: nn.Module, network: Network, site: Site) -> list[tuple[nn.Module, str, Structure]]:

@@ -24,7 +24,6 @@ from jpq import costs
 from jpq.compression.channel_counts import nearest, turn
 from jpq.compression.model import CompressedModel
 from jpq.costs.target import FULL_USE, Target, all_met, used_share
-from jpq.methods.gates import FixedMask
 from jpq.methods.quantizers import BitWidth
 from jpq.plan import LayerPlan, MaskPlan, Plan
 from jpq.types import JpqError
@@ -168,15 +167,12 @@ def check_reachable(net: CompressedModel, targets: Sequence[Target], least: Plan
     `least`: the cheapest plan, where it is not the network's own (`smallest`): of gates that count and have not come to
     their end yet, or of decisions that are not the network's.
     """
-    given = "the units that --density leaves" if least is None else "the units that stand until the search ends"
     plan = cheapest_plan(net) if least is None else least
     uses = net.exact_usage(plan)
     rigid = [layer.name for layer in net.network.layers if layer.name not in plan.layers]
     stay = f" {len(rigid)} layers cannot be quantized and stay at 32 bits, such as '{rigid[0]}'." if rigid else ""
-    counted = any(gate.fixed_count for gate in net.gates)
-    units, less = (given, "keep less") if counted else (minimum_units_text(net), "")
-    held = any(isinstance(gate, FixedMask) for gate in net.gates)
-    units = "the units that --mask keeps" if held else units
+    units, less = fewest_units_text(net, searching=least is not None)
+    held = any(gate.decided_outside for gate in net.gates)
     for goal in targets:
         share = used_share(goal, uses)
         if share > 1:
@@ -190,6 +186,15 @@ def check_reachable(net: CompressedModel, targets: Sequence[Target], least: Plan
                 f"{goal.format_cost(share * goal.limit)}, with fewest bits and {units}. "
                 f"{_either(ways)}.{stay}"
             )
+
+
+def fewest_units_text(net: CompressedModel, searching: bool) -> tuple[str, str]:
+    """(fewest units that can stay, how to have fewer) in words; `searching`: the search has not ended yet."""
+    counted = next((gate for gate in net.gates if gate.fixed_count), None)
+    if counted is None:
+        return minimum_units_text(net), ""
+    until_end = searching and not counted.decided_outside
+    return "the units that stand until the search ends" if until_end else counted.least_text, "keep less"
 
 
 def minimum_units_text(net: CompressedModel) -> str:

@@ -19,7 +19,6 @@ from jpq import plan as plans
 from jpq.compression.model import CompressedModel
 from jpq.files import tensors
 from jpq.files.atomic import replace_file
-from jpq.methods.gates.frozen import FixedMask
 from jpq.methods.structures import parse
 from jpq.plan import MaskPlan, Plan
 from jpq.tracing.network import Network
@@ -101,7 +100,6 @@ class ExternalMask:
     def put(self, net: CompressedModel) -> CompressedModel:
         """The same network, its gates holding this mask."""
         for gate, draw, keep in zip(net.gates, net.draws, self.units(net.sites), strict=True):
-            assert isinstance(gate, FixedMask)
             gate.take(keep)
             draw.resample()
         return net

@@ -29,7 +29,7 @@ import torch
 import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
-from jpq.methods.gates import Gate, Latent
+from jpq.methods.gates import Gate
 from jpq.tracing.network import Layer, LayerKind
 from jpq.tracing.sites import Site
 from jpq.types import Labels, Weight
@@ -57,7 +57,7 @@ class Generated(nn.Module):
     inputs: Tensor
     outputs: Tensor
 
-    def __init__(self, weight: Weight, gates: Sequence[Latent], inputs: Labels, outputs: Labels):
+    def __init__(self, weight: Weight, gates: Sequence[Gate], inputs: Labels, outputs: Labels):
         super().__init__()
         self._gates = list(gates)  # theirs are not this module's parameters
         shared = sum(gate.n for gate in gates)
@@ -78,18 +78,18 @@ class Generated(nn.Module):
 
     def forward(self, b2: Weight) -> Weight:
         """The weight, shaped like b2."""
-        z = torch.cat([gate.z[0] for gate in self._gates] + [self.own])
+        z = torch.cat([gate.latent()[0] for gate in self._gates] + [self.own])
         made = generate(z[self.inputs], z[self.outputs], self.b0, self.w1, self.b1, self.w2)
         return made.reshape(b2.shape) + b2
 
 
 class Hypernetworks:
-    """Puts a hypernetwork on each convolution that reads or makes channels of a site whose gate is `Hyper`."""
+    """Puts a hypernetwork on each convolution that reads or makes channels of a site whose gate generates weights."""
 
     def __init__(self, sites: Sequence[Site], gates: Sequence[Gate]):
-        self.gates = [gate for gate in gates if isinstance(gate, Latent)]
+        self.gates = [gate for gate in gates if gate.generates_weights]
         self.places: dict[int, tuple[int, int]] = {}  # label -> (gate, unit)
-        chosen = [site for site, gate in zip(sites, gates, strict=True) if isinstance(gate, Latent)]
+        chosen = [site for site, gate in zip(sites, gates, strict=True) if gate.generates_weights]
         for g, site in enumerate(chosen):
             self.places.update({int(label): (g, unit) for unit, label in enumerate(site.labels)})
 

@@ -10,11 +10,10 @@ from optuna.trial import Trial
 
 from jpq.config import Config
 from jpq.methods.compatibility import is_allowed
-from jpq.methods.gates import FixedCount, Ranked
 from jpq.methods.table import METHODS
 from jpq.tracing.network import Network
 from jpq.tracing.sites import Site
-from jpq.trials.settings import STEP, Study
+from jpq.trials.settings import STEP, Study, parse_bops_share
 from jpq.types import JpqError, unknown
 
 EVERYWHERE = "all layers"  # what --per network calls them
@@ -143,7 +142,7 @@ class Space:
         if "structure" in varied:
             d = replace(d, structure=trial.suggest_categorical("structure", study.choices("structures")))
         gate = METHODS[d.method].gate if d.method in METHODS else None
-        if "density" in varied and gate is not None and issubclass(gate, (FixedCount, Ranked)):
+        if "density" in varied and gate is not None and (gate.takes_density or gate.ranks_units):
             d = replace(d, density=round(trial.suggest_float("density", *study.density_range, step=STEP), 4))
         if "bits" in varied:
             w, a = (
@@ -153,7 +152,7 @@ class Space:
             d = replace(d, w_bits=(d.w_bits[0], w), a_bits=(d.a_bits[0], a))
         budget = config.budget
         if "target" in varied:
-            low, high = (float(text.removesuffix("%")) for text in study.bops_range)
+            low, high = (float(100 * parse_bops_share(text)) for text in study.bops_range)
             percent = trial.suggest_float(TARGET, low, high, log=True)
             budget = replace(budget, target_bops=f"{percent:.4g}%")
         return replace(config, decide=d, budget=budget)

@@ -29,7 +29,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from jpq.methods.gates.base import Gate
+from jpq.methods.gates.base import Gate, WeightQuantizer
 from jpq.methods.structures.base import Structure
 from jpq.types import JpqError, Units, Weight
 
@@ -66,6 +66,11 @@ class DeadZone(Gate):
                 f"A dead zone drops single weights, and a unit here has {int(sizes.max())} of them: choose --structure "
                 "elementwise or per-output, or another --method."
             )
+
+    def attach_quantizer(self, quantizer: WeightQuantizer) -> None:
+        """Let training round the weight on a grid that holds this dead zone."""
+        quantizer.use_dead_zone(self.ends)
+        self.in_grid = True
 
     @torch.no_grad()
     def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:

@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from jpq.methods.gates.base import Gate, Holds, squares
+from jpq.methods.gates.base import Gate, Holds, squared_norms
 from jpq.methods.gates.fixed_count import FixedCount, best_of_all
 from jpq.methods.structures.base import Structure
 from jpq.types import Units, Weight
@@ -50,7 +50,7 @@ class Feedback(FixedCount):
     @torch.no_grad()
     def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
         """Mean square of each unit's weights. A quota has no ramp: the first mask stands from the start."""
-        self.scores = squares(weights) / self.sizes.clamp_min(1)
+        self.scores = squared_norms(weights) / self.sizes.clamp_min(1)
         if self.quota is not None and not self.started:
             self.kept.copy_(self.top(self.scores, self.density))
         self.started = True

@@ -27,6 +27,8 @@ class FixedCount(Gate):
     """Exactly k units of each row, or of all pooled rows together."""
 
     fixed_count: ClassVar[bool] = True
+    takes_density: ClassVar[bool] = True
+    least_text: ClassVar[str] = "the units that --density leaves"
     enforces_quota: ClassVar[Holds] = "at the end"
 
     def __init__(self, rows: int, n: int, density: float = 0.5):

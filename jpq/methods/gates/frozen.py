@@ -38,6 +38,8 @@ class FixedMask(Gate):
     """Exactly 0 or 1 for each unit, from the start; everything is kept until `take`."""
 
     fixed_count: ClassVar[bool] = True
+    decided_outside: ClassVar[bool] = True
+    least_text: ClassVar[str] = "the units that --mask keeps"
     enforces_quota: ClassVar[Holds] = "always"
     kept: Units
 

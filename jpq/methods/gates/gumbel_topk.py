@@ -30,7 +30,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from jpq.methods.gates.base import Holds, squares
+from jpq.methods.gates.base import Holds, squared_norms
 from jpq.methods.gates.fixed_count import FixedCount
 from jpq.methods.structures.base import Structure
 from jpq.types import Units, Weight
@@ -58,7 +58,7 @@ class GumbelTopK(FixedCount):
         """Takes the start of the logits from the first weights it sees."""
         if self.started:
             return
-        size = (squares(weights) / self.sizes.clamp_min(1) + TINY).log()
+        size = (squared_norms(weights) / self.sizes.clamp_min(1) + TINY).log()
         spread = size.std(1, keepdim=True, correction=0).clamp_min(1e-6)
         self.logits.copy_((size - size.mean(1, keepdim=True)) / spread * 0.5)
         self.started = True

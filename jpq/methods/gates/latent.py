@@ -46,6 +46,7 @@ class Latent(Gate):
 
     self_updating: ClassVar[bool] = True
     channels_only: ClassVar[bool] = True
+    generates_weights: ClassVar[bool] = True
     price: Units
 
     def __init__(self, rows: int, n: int):
@@ -56,6 +57,10 @@ class Latent(Gate):
     def relaxed(self) -> Units:
         """1: the latents act through the weights that they generate."""
         return torch.ones_like(self.z)
+
+    def latent(self) -> Units:
+        """z, with its gradient."""
+        return self.z
 
     def margin(self) -> Units:
         """ln(abs(z) / T), far above 0 for the LEAST largest."""

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from jpq.methods.gates.base import Gate, Holds, squares
+from jpq.methods.gates.base import Gate, Holds, squared_norms
 from jpq.methods.gates.fixed_count import FixedCount, best_of_all
 from jpq.methods.structures.base import Structure
 from jpq.types import Units, Weight
@@ -101,7 +101,7 @@ class LearnedTopK(FixedCount):
     def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
         """Remembers the first weights."""
         if self.first is None:
-            self.first = (squares(weights) / self.sizes.clamp_min(1)).sqrt()
+            self.first = (squared_norms(weights) / self.sizes.clamp_min(1)).sqrt()
 
     @torch.no_grad()
     def link(self, gates: Sequence[Gate]) -> None:

@@ -19,6 +19,7 @@ class Ranked(Gate):
     """
 
     channels_only: ClassVar[bool] = True
+    ranks_units: ClassVar[bool] = True
     margins: Units
     decisions: Tensor  # how many of its schedule's decisions have been taken
 

@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from jpq.methods.gates.base import squares
+from jpq.methods.gates.base import squared_norms
 from jpq.methods.gates.fixed_count import FixedCount
 from jpq.methods.structures.base import Structure
 from jpq.types import Units, Weight
@@ -51,7 +51,7 @@ class Reweighted(FixedCount):
 
     def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
         """||W_g||^2 of each unit, with its gradient."""
-        first, self.norms = self.norms is None, squares(weights)
+        first, self.norms = self.norms is None, squared_norms(weights)
         if first:
             self.refresh()
 

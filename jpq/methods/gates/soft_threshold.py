@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from jpq.methods.gates.base import Gate, squares
+from jpq.methods.gates.base import Gate, squared_norms
 from jpq.methods.gates.fixed_count import FixedCount, best_of_all
 from jpq.methods.structures.base import Structure
 from jpq.types import Units, Weight
@@ -49,7 +49,7 @@ class SoftThreshold(FixedCount):
 
     def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
         """The squares of each unit, with their gradient."""
-        self.seen = squares(weights)
+        self.seen = squared_norms(weights)
 
     def link(self, gates: Sequence[Gate]) -> None:
         """One global quantile of the magnitudes says what share each layer keeps."""

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from jpq.methods.quantizers.base import Grid
 
+LevelRange = Callable[[], tuple[Tensor, Tensor]]  # gives (R, d): the largest level and the width of the zero bin
+
 
 class DeadZoneGrid(Grid):
     """The dead zone while training, the plain grid of range R otherwise.
@@ -35,7 +37,7 @@ class DeadZoneGrid(Grid):
         ends: gives (R, d), the largest level and the width of the zero bin, 0 < d < 2 R.
     """
 
-    def __init__(self, ends: Callable[[], tuple[Tensor, Tensor]]):
+    def __init__(self, ends: LevelRange):
         self.ends = ends
 
     def range(self, threshold: Tensor, signed: bool) -> Tensor:

@@ -27,7 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from jpq.methods.quantizers.base import BitWidth, Grid
+from jpq.methods.quantizers.dead_zone import DeadZoneGrid, LevelRange
 from jpq.methods.quantizers.widths import Fixed
+from jpq.types import JpqError
 
 
 def levels(bits: Tensor, signed: bool) -> Tensor:
@@ -133,6 +135,18 @@ class IntegerQuantizer(nn.Module):
         else:
             q = _Quantize.apply(x, threshold, bits, self.signed, jitter)
         return q, threshold / levels(bits, self.signed), self.zero_point, bits
+
+    def use_dead_zone(self, ends: LevelRange) -> None:
+        """Round on a grid with a zero bin of its own while training; `ends` gives its largest level and its zero bin.
+
+        Raises JpqError where the width brings a grid of its own.
+        """
+        if self.grid is not None:
+            raise JpqError(
+                f"Widths of kind {type(self.width).__name__} and a dead zone each bring a grid to train on; choose "
+                "widths that have none (learned, squashed or power_of_two)."
+            )
+        self.grid = DeadZoneGrid(ends)
 
     @torch.no_grad()
     def fix(self, bits: int) -> None:

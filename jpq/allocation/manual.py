@@ -20,7 +20,7 @@ from jpq.compression.channel_counts import nearest
 from jpq.compression.discretize import soft_decisions
 from jpq.compression.model import CompressedModel
 from jpq.config import Decide
-from jpq.costs.target import Target, all_met, used_share
+from jpq.costs.target import Target, all_met, parse_share, used_share
 from jpq.methods.scores import Score
 from jpq.plan import Plan
 from jpq.types import JpqError, unknown
@@ -77,15 +77,12 @@ def parse_widths(text: str) -> tuple[int, int]:
     raise ValueError("give weight bits / activation bits, each from 2 to 8, such as 4/3")
 
 
-def parse_share(text: str) -> float:
-    """`0.5` or `50%` as a share in (0, 1]."""
-    try:
-        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        number = 0.0
-    if 0 < number <= 1:
-        return number
-    raise ValueError("give the share that stays, above 0 and at most 1, such as 0.5 or 50%")
+def parse_density(text: str) -> float:
+    """`0.5` or `50%` as a density in (0, 1]. Raises ValueError for any other text."""
+    share = parse_share(text)
+    if not share:
+        raise ValueError("give the share that stays, above 0 and at most 1, such as 0.5 or 50%")
+    return float(share)
 
 
 def kept_count(density: float, counts: Sequence[int]) -> int:
@@ -109,7 +106,7 @@ def plan(net: CompressedModel, decide: Decide) -> Plan:
     decisions = soft_decisions(net)
     now = decisions.plan
     shares = parse_named_values(
-        "--densities", decide.densities or "", [site.name for site in net.sites], parse_share, 1.0
+        "--densities", decide.densities or "", [site.name for site in net.sites], parse_density, 1.0
     )
     widest = (decide.w_bits[1], decide.a_bits[1])
     pairs = parse_named_values("--bits", decide.bits or "", list(now.layers), parse_widths, widest)

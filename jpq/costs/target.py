@@ -1,4 +1,4 @@
-"""Targets ("1%", "12M", "50KB", "3ms") and the controller that drives the cost to them."""
+"""The budget: amounts that a user writes ("1%", "12M", "50KB", "3ms"), targets, and the controller that reaches them."""
 
 from __future__ import annotations
 
@@ -14,78 +14,93 @@ from torch import Tensor
 from jpq.costs import COSTS, LayerUse, baseline, dense, latency_ns
 from jpq.types import JpqError
 
-_NUMBER = r"[0-9]{0,20}\.?[0-9]{1,20}(?:[eE][-+]?[0-9]{1,2})?"  # of a size that can be reckoned with exactly
+FULL_USE = Fraction(97, 100)  # a discretized model uses at least this share of its tightest target
 
-_FORM = re.compile(rf"\s*({_NUMBER})\s*(%|[kKMGT]?)(B?)\s*")
-
+_NUMBER = r"[0-9]{0,20}\.?[0-9]{1,20}(?:[eE][-+]?[0-9]{1,2})?"  # short enough for exact arithmetic
+_SHARE = re.compile(rf"\s*({_NUMBER})\s*(%?)\s*")
+_AMOUNT = re.compile(rf"\s*({_NUMBER})\s*(%|[kKMGT]?)(B?)\s*")
 _TIME = re.compile(rf"\s*({_NUMBER})\s*(%|ns|us|ms|s)\s*")
-
-_NS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
-
-_FACTOR = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-FULL_USE = Fraction(97, 100)  # a landed model uses at least this much of its tightest target
+_FACTORS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_NANOSECONDS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
 
 
-@dataclass(frozen=True)
-class Target:
-    """An upper limit for one cost, in its own unit (bit-operations, MACs, bytes, nanoseconds)."""
-
-    cost: str  # a name in COSTS
-    text: str
-    limit: int
-
-    @property
-    def flag(self) -> str:
-        """The command line's name for it."""
-        return f"--target-{self.cost.removesuffix('-structured')}"
-
-    def format_cost(self, cost: float | Fraction) -> str:
-        """A cost of this kind as a message has it, rounded up: "1,234", or "0.5123 ms"."""
-        up = math.ceil(cost)
-        return f"{math.ceil(up / 100) / 10**4:.4f} ms" if self.cost == "latency" else f"{up:,}"
-
-
-def parse_target(cost: str, text: str, full: float, most: float | None = None) -> Target:
-    """The target that `text` names: a percentage of `full` (the fp32 model's cost), or an amount with k, M, G or T.
-
-    Amounts of time have ns, us, ms or s. Raises JpqError for text of another form, for 0, and for more than the model
-    costs: `most`, where that is more than the fp32 model does (quantized layers may be slower).
-    """
-    flag = Target(cost, "", 0).flag
-    limit = parse_amount(cost, text, full, flag)
-    if limit > max(full, most or 0):
-        dear = Target(cost, "", 0).format_cost(max(full, most or 0))
-        which = "fp32" if (most or 0) <= full else "whole quantized"
-        raise JpqError(f"{flag} {text} is more than the {which} model costs ({dear}): nothing would have to be done.")
-    return Target(cost, str(text), math.floor(limit))
+def parse_share(text: str) -> Fraction | None:
+    """The exact share in [0, 1] that a text such as `50%` or `0.5` names; None for any other text."""
+    match = _SHARE.fullmatch(text)
+    share = Fraction(match[1]) / (100 if match[2] else 1) if match else Fraction(2)
+    return share if share <= 1 else None
 
 
 def parse_amount(cost: str, text: str, full: float, flag: str) -> Fraction:
-    """What `text` allows of a cost, in its unit. Raises JpqError, naming the flag, for another form and for nothing."""
-    time = cost == "latency"
-    match = (_TIME if time else _FORM).fullmatch(str(text))
-    if not match or (not time and match[3] and (cost != "size" or match[2] == "%")):
-        example = "50KB or 5%" if cost == "size" else "3ms, 250us or 50%" if time else "1%, 12M or 1.2G"
+    """The limit of a cost, in the cost's unit, that a text names: a percentage of `full`, or an absolute amount.
+
+    Raises JpqError, naming the flag, for text of another form and for less than 1.
+    """
+    is_time = cost == "latency"
+    match = (_TIME if is_time else _AMOUNT).fullmatch(str(text))
+    if not match or (not is_time and match[3] and (cost != "size" or match[2] == "%")):
+        example = "50KB or 5%" if cost == "size" else "3ms, 250us or 50%" if is_time else "1%, 12M or 1.2G"
         raise JpqError(f"{flag} '{text}' is not an amount. Write it like {example}.")
-    number = Fraction(match[1])
-    limit = number / 100 * Fraction(full) if match[2] == "%" else number * (_NS if time else _FACTOR)[match[2]]
+    number, unit = Fraction(match[1]), match[2]
+    limit = number / 100 * Fraction(full) if unit == "%" else number * (_NANOSECONDS if is_time else _FACTORS)[unit]
     if limit < 1:
         raise JpqError(f"{flag} {text} allows nothing. Give an amount above 0.")
     return limit
 
 
-def parse_targets(asked: Mapping[str, str | None], uses: Sequence[LayerUse]) -> tuple[Target, ...]:
-    """Every target that was asked for, by cost name. `uses` give the fp32 baseline."""
-    full = baseline(uses)
-    if asked.get("latency") is not None and "latency" not in full:
+@dataclass(frozen=True)
+class Target:
+    """An upper limit for one cost, in the cost's unit (bit-operations, MACs, bytes, nanoseconds)."""
+
+    cost: str  # a name in COSTS
+    text: str  # the amount as the user wrote it
+    limit: int
+
+    @property
+    def flag(self) -> str:
+        """The flag of the command line that sets it."""
+        return f"--target-{self.cost.removesuffix('-structured')}"
+
+    def format_cost(self, cost: float | Fraction) -> str:
+        """A cost of this kind for a message, rounded up: "1,234", or "0.5123 ms"."""
+        rounded_up = math.ceil(cost)
+        return f"{math.ceil(rounded_up / 100) / 10**4:.4f} ms" if self.cost == "latency" else f"{rounded_up:,}"
+
+
+def parse_target(cost: str, text: str, full: float, quantized: float | None = None) -> Target:
+    """The target that a text names for one cost.
+
+    Args:
+        cost: a name in COSTS.
+        text: a percentage of `full`, or an amount with k, M, G or T (bytes: also B; time: ns, us, ms or s).
+        full: cost of the fp32 model.
+        quantized: cost of the whole model at 8 bits, where it is known; quantized layers may be slower than fp32.
+
+    Raises JpqError for text of another form, for 0, and for more than the model costs in either form.
+    """
+    flag = Target(cost, "", 0).flag
+    limit = parse_amount(cost, text, full, flag)
+    highest = max(full, quantized or 0)
+    if limit > highest:
+        which = "fp32" if highest == full else "whole quantized"
         raise JpqError(
-            f"--target-latency {asked['latency']} needs measured layers: run jpq bench --table FILE.csv --model NAME, "
+            f"{flag} {text} is more than the {which} model costs ({Target(cost, '', 0).format_cost(highest)}): "
+            "nothing would have to be done."
+        )
+    return Target(cost, str(text), math.floor(limit))
+
+
+def parse_targets(texts: Mapping[str, str | None], uses: Sequence[LayerUse]) -> tuple[Target, ...]:
+    """The targets that texts name, by cost; None sets no target. `uses` give the cost of the fp32 model."""
+    full = baseline(uses)
+    if texts.get("latency") is not None and "latency" not in full:
+        raise JpqError(
+            f"--target-latency {texts['latency']} needs measured layers: run jpq bench --table FILE.csv --model NAME, "
             "then add --latency-table FILE.csv."
         )
-    most = {"latency": float(latency_ns([dense(u, 8) for u in uses]))} if "latency" in full else {}
+    quantized = {"latency": float(latency_ns([dense(u, 8) for u in uses]))} if "latency" in full else {}
     return tuple(
-        parse_target(cost, text, full[cost], most.get(cost)) for cost, text in asked.items() if text is not None
+        parse_target(cost, text, full[cost], quantized.get(cost)) for cost, text in texts.items() if text is not None
     )
 
 
@@ -95,71 +110,73 @@ def used_share(target: Target, uses: Sequence[LayerUse]) -> Fraction:
 
 
 def all_met(targets: Sequence[Target], uses: Sequence[LayerUse]) -> bool:
-    """Whether every target holds."""
+    """Whether no cost exceeds its target."""
     return all(used_share(t, uses) <= 1 for t in targets)
 
 
 @dataclass
 class Controller:
-    """Drives costs down a geometric ramp to their targets and holds them there.
+    """Adaptive weights of the budget in the loss: they drive each cost down a geometric ramp to its target.
 
-    Each target has its own multiplier lambda. While the cost (whole bits, whole units) is above the ramp the loss gets
-    `lambda * ln(cost / aim)`; at or below the ramp it gets nothing. The multiplier grows by `rate * ln(cost / aim)` (in
-    logs, clipped) while above and shrinks while below.
+        ramped_limit(p) = limit * (start / limit) ^ max(0, 1 - p / ramp)        p: progress of the search, in [0, 1]
 
-    Why one-sided: dual ascent on `ln(cost / target)` keeps pushing until its multiplier has unwound, and closed
-    channels do not return: it lands far below the target (asked 0.10, got 0.047). Here the push ends with the excess,
-    and what remains on the boundary is a sliding mode whose time average is the constraint's true multiplier.
+    Each target has its own multiplier lambda. While the cost (whole bits, whole units) exceeds the ramped limit, the
+    loss gets `lambda * ln(cost / ramped_limit)`; otherwise it gets nothing. ln lambda grows by
+    `rate * ln(cost / ramped_limit)` (clipped) in a step above the ramped limit and falls in a step below it.
+
+    The penalty is one-sided because dual ascent on `ln(cost / target)` keeps pushing until its multiplier has unwound,
+    and closed channels do not return: it ends far below the target (0.047 where 0.10 was the target). Here the push
+    ends with the excess, and at the boundary the time average of the push is the multiplier of the constraint.
     """
 
     targets: tuple[Target, ...]
-    ramp: float = 0.7  # share of the search after which the aim is the target itself
-    rate: float = 0.05  # growth of ln lambda per step and unit of ln(cost / aim)
-    clip: float = 0.5  # largest |ln(cost / aim)| that moves lambda
-    low: float = 1e-2
-    high: float = 1e2
-    start: dict[str, float] = field(default_factory=dict)  # cost over limit when the search began
-    pressure: dict[str, float] = field(default_factory=dict)  # the multipliers
-    seen: dict[str, tuple[float, float]] = field(default_factory=dict)  # (cost, aim) when the loss was last asked for
+    ramp: float = 0.7  # share of the search after which the ramped limit is the target itself
+    rate: float = 0.05  # growth of ln lambda per step and unit of ln(cost / ramped_limit)
+    clip: float = 0.5  # largest |ln(cost / ramped_limit)| that moves lambda
+    low: float = 1e-2  # smallest multiplier
+    high: float = 1e2  # largest multiplier
+    start: dict[str, float] = field(default_factory=dict)  # cost -> cost over limit at the start of the search
+    pressure: dict[str, float] = field(default_factory=dict)  # cost -> multiplier
+    seen: dict[str, tuple[float, float]] = field(default_factory=dict)  # cost -> (cost, ramped limit) at the last loss
 
-    def begin(self, uses: Sequence[LayerUse], force: float = 0.1) -> None:
-        """Take the costs as they stand for the top of the ramp."""
+    def begin(self, uses: Sequence[LayerUse], multiplier: float = 0.1) -> None:
+        """Start the ramp at the present costs, with the same multiplier for every target."""
         with torch.no_grad():
             self.start = {t.cost: max(1.0, float(COSTS[t.cost](uses)) / t.limit) for t in self.targets}
-        self.pressure = {t.cost: force for t in self.targets}
+        self.pressure = {t.cost: multiplier for t in self.targets}
 
     def ramped_limit(self, target: Target, progress: float) -> float:
-        """What the cost may be now: from its start geometrically to the limit, then the limit."""
+        """The limit at this progress of the search, in the cost's unit: it falls geometrically to the target."""
         left = max(0.0, 1.0 - progress / self.ramp)
         return target.limit * self.start[target.cost] ** left
 
     def loss(self, uses: Sequence[LayerUse], progress: float) -> Tensor:
-        """What is added to the loss; advances the multipliers. `uses` hold tensors with whole values."""
+        """The budget's term of the loss, a scalar; updates the multipliers. `uses` hold tensors with whole values."""
         total = torch.zeros(())
         for target in self.targets:
             cost = COSTS[target.cost](uses)
-            aim = self.ramped_limit(target, progress)
-            moves = isinstance(cost, Tensor)  # not where only channels cost and none can go
-            excess = torch.log(cost / aim) if moves else torch.tensor(math.log(cost / aim))
+            limit = self.ramped_limit(target, progress)
+            # a cost without a gradient is a number: no decision of this method changes it
+            excess = torch.log(cost / limit) if isinstance(cost, Tensor) else torch.tensor(math.log(cost / limit))
             over = float(excess.detach())
-            self.seen[target.cost] = (aim * math.exp(over), aim)
-            step = self.rate * max(-self.clip, min(self.clip, over))
-            force = self.pressure[target.cost]
-            self.pressure[target.cost] = min(max(force * math.exp(step), self.low), self.high)
+            self.seen[target.cost] = (limit * math.exp(over), limit)
+            multiplier = self.pressure[target.cost]
+            growth = math.exp(self.rate * max(-self.clip, min(self.clip, over)))
+            self.pressure[target.cost] = min(max(multiplier * growth, self.low), self.high)
             if over > 0:
-                total = total.to(excess.device) + force * excess
+                total = total.to(excess.device) + multiplier * excess
         return total
 
     def multiplier(self) -> float:
-        """The largest multiplier: what one unit of ln(cost) is worth now, in nats of the task's loss."""
+        """The largest multiplier: the price of one unit of ln(cost), in nats of the task's loss."""
         return max(self.pressure.values(), default=0.0)
 
     def state(self) -> dict[str, dict[str, float]]:
-        """What a checkpoint keeps."""
+        """The state that a checkpoint keeps."""
         return {"start": dict(self.start), "pressure": dict(self.pressure)}
 
     def restore(self, state: Mapping[str, Mapping[str, float]]) -> None:
-        """Go on from `state()`. Raises ValueError for that of other targets."""
+        """Continue from a `state()`. Raises ValueError for the state of other targets."""
         costs = {target.cost for target in self.targets}
         for part in (state["start"], state["pressure"]):
             if part.keys() != costs or not all(0 < value < math.inf for value in part.values()):

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import tomli_w
 from optuna.study import StudyDirection
 
 from jpq.config import TARGETS, Config, Decide, fill_section, from_tree, read_tables, to_tree
+from jpq.costs.target import parse_share
 from jpq.files.atomic import replace_file
 from jpq.trials.storage import stored
 from jpq.types import JpqError, unknown
@@ -139,7 +141,7 @@ class Study:
             raise JpqError(f"--density-range {low} {high}: give two shares above 0 and at most 1, multiples of {STEP}.")
         if not 0 < self.lr_range[0] <= self.lr_range[1]:
             raise JpqError(f"--lr-range {self.lr_range[0]} {self.lr_range[1]}: give two factors, small and large.")
-        if not _share(self.bops_range[0]) < _share(self.bops_range[1]):
+        if not parse_bops_share(self.bops_range[0]) < parse_bops_share(self.bops_range[1]):
             raise JpqError(f"--bops-range {' '.join(self.bops_range)}: give a smaller and a larger share.")
         if "latency" in {*asked, *self.limits()} and config.budget.latency_table is None:
             raise JpqError(
@@ -204,15 +206,12 @@ def _listed(flag: str, text: str, instead: str) -> tuple[str, ...]:
     return names
 
 
-def _share(text: str) -> float:
-    """`4%` as 0.04."""
-    try:
-        number = float(text.removesuffix("%")) / 100
-    except ValueError:
-        number = 0.0
-    if not text.endswith("%") or not 0 < number <= 1:
+def parse_bops_share(text: str) -> Fraction:
+    """`4%` as 1/25. Raises JpqError for any text but a percentage above 0 and at most 100."""
+    share = parse_share(text)
+    if not share or not text.endswith("%"):
         raise JpqError(f"--bops-range: '{text}' is not a share of the fp32 model's BOPs. Write it like 0.5%.")
-    return number
+    return share
 
 
 def write_study(config: Config, study: Study, path: Path) -> None:

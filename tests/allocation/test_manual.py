@@ -34,7 +34,7 @@ def test_the_longest_name_counts(entries, random):
     order = list(entries.items())
     random.shuffle(order)
     text = ", ".join(f"{name}={value}" if name else str(value) for name, value in order)
-    found = manual.parse_named_values("--densities", text, NAMES, manual.parse_share, 1.0)
+    found = manual.parse_named_values("--densities", text, NAMES, manual.parse_density, 1.0)
     assert found == {name: oracle(entries, name) for name in NAMES}
 
 
@@ -58,7 +58,7 @@ def test_bits_that_make_no_sense(text, reason):
 @pytest.mark.parametrize("text", ["0", "1.01", "half", "-0.5", "120%", "nan"])
 def test_densities_that_are_no_share(text):
     with pytest.raises(JpqError, match="give the share that stays, above 0 and at most 1"):
-        manual.parse_named_values("--densities", text, NAMES, manual.parse_share, 1.0)
+        manual.parse_named_values("--densities", text, NAMES, manual.parse_density, 1.0)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 
 from jpq import costs
 from jpq.compression.usage import exact_usage
-from jpq.costs.target import Controller, Target, parse_target, parse_targets, used_share
+from jpq.costs.target import Controller, Target, parse_share, parse_target, parse_targets, used_share
 from jpq.plan import LayerPlan, Plan
 from jpq.tasks.models import build
 from jpq.tracing.channel_shares import ChannelShares
@@ -104,6 +104,19 @@ def test_amounts(text, limit):
 def test_bad_amounts_are_refused(text):
     with pytest.raises(JpqError, match="--target-bops"):
         parse_target("bops", text, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("50%", Fraction(1, 2)), ("0.913", Fraction(913, 1000)), (" 91.3 % ", Fraction(913, 1000)), ("0", 0), ("1", 1)],
+)
+def test_shares_are_read_exactly(text, share):
+    assert parse_share(text) == share
+
+
+@pytest.mark.parametrize("text", ["1.01", "101%", "half", "-0.5", "nan", "inf", "", "%", "0.5k", "1e999999999"])
+def test_other_texts_are_no_share(text):
+    assert parse_share(text) is None
 
 
 def test_sizes_take_bytes():

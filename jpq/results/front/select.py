@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jpq.costs.latency import NS
-from jpq.costs.target import parse_amount
+from jpq.costs.target import parse_amount, parse_share
 from jpq.results.formatting import format_number, format_percent
 from jpq.results.front.front import Front, make, require_one_table
 from jpq.results.front.points import RunPoint
@@ -31,8 +30,6 @@ WORDS = {
     "latency": "predicted latency",
     ACCURACY: "held-out accuracy",
 }
-
-_SHARE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*")
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def limits(asked: Mapping[str, str | None], full: Mapping[str, float]) -> tuple[
             continue
         flag, cost = f"--{name.replace('_', '-')}", LIMITS[name]
         if cost == ACCURACY:
-            value = _accuracy(flag, text)
+            value = _parse_accuracy(flag, text)
         elif "%" in text and cost not in full:
             raise JpqError(f"{flag} {text}: no run says what the fp32 model costs there. Give an amount, such as 3ms.")
         else:
@@ -79,12 +76,11 @@ def limits(asked: Mapping[str, str | None], full: Mapping[str, float]) -> tuple[
     return tuple(found)
 
 
-def _accuracy(flag: str, text: str) -> float:
-    match = _SHARE.fullmatch(text)
-    value = float(match[1]) / (100 if match[2] else 1) if match else 2.0
-    if value > 1:
+def _parse_accuracy(flag: str, text: str) -> float:
+    share = parse_share(text)
+    if share is None:
         raise JpqError(f"{flag} '{text}' is not an accuracy. Write it like 91% or 0.91.")
-    return value
+    return float(share)
 
 
 def pick(front: Front, asked: Sequence[Limit], knee: bool = False) -> Choice:

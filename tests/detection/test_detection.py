@@ -20,17 +20,21 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import jpq
 from jpq.costs.target import parse_targets
-from jpq.detection.detector import around, assigned, confidence, core, prepared, rank, rankable, scenes
-from jpq.detection.saliency import (
-    FLOOR,
+from jpq.detection import (
     CamSaliency,
     Saliency,
     SaliencyBatch,
-    inside,
-    rank_everywhere,
-    saliency,
-    utility,
+    channel_saliency,
+    detector_core,
+    prepare_images,
+    rank_channels,
+    rank_network,
+    rankable_sites,
+    reassemble,
+    saliency_batches,
 )
+from jpq.detection.detector import assigned_labels, confidence
+from jpq.detection.saliency import LAST_CHANNELS, object_mask, utility
 from jpq.export import float_equivalence, verify
 from jpq.export.runtimes import Session
 from jpq.methods.gates import Ranked
@@ -72,14 +76,14 @@ def test_utility_counts_the_best_boxes_of_each_image():
 
 def test_only_what_lies_inside_objects():
     """An 80 x 40 image (height x width) on an 8 x 4 map: places of 10 x 10; the box 10..20 grows by 1/2 each way."""
-    mask = inside([torch.tensor([[10.0, 10, 20, 20]]), torch.zeros(0, 4)], (80, 40), (8, 4))
+    mask = object_mask([torch.tensor([[10.0, 10, 20, 20]]), torch.zeros(0, 4)], (80, 40), (8, 4))
     assert mask.shape == (2, 1, 8, 4)
     assert mask[0, 0].nonzero().tolist() == [[y, x] for y in (0, 1, 2) for x in (0, 1, 2)]
     assert not mask[1].any()
 
 
 def test_saliency_without_gradients():
-    with pytest.raises(JpqError, match=r"'site' has none. Rank with jpq.detection.detector.rank"):
+    with pytest.raises(JpqError, match=r"'site' has none. Rank with jpq.detection.rank_channels"):
         Saliency()(SITE, Evidence(torch.zeros(1, 1, 2, 2)))
 
 
@@ -122,17 +126,17 @@ def test_a_channel_that_nobody_reads_is_worth_nothing():
     model, network, sites = tiny()
     with torch.no_grad():
         model.scores.weight[:, 2] = 0  # boxes still read it
-    found = saliency(model, network, sites, [SaliencyBatch(X, top)])["a"]
+    found = channel_saliency(model, network, sites, [SaliencyBatch(X, top)])["a"]
     assert found[2] == 0
     assert found[[0, 1, 3, 4, 5]].min() > 0
 
 
 def test_box_outputs_change_nothing_and_what_feeds_only_them_is_no_part_of_the_ranking():
     model, network, sites = tiny()
-    before = saliency(model, network, sites, [SaliencyBatch(X, top)])
+    before = channel_saliency(model, network, sites, [SaliencyBatch(X, top)])
     with torch.no_grad():
         model.corners.weight.normal_()
-    after = saliency(model, network, sites, [SaliencyBatch(X, top)])
+    after = channel_saliency(model, network, sites, [SaliencyBatch(X, top)])
     assert before["boxes"] is None
     assert before["a"].tolist() == after["a"].tolist()
     assert before["scores"].tolist() == after["scores"].tolist()
@@ -140,10 +144,10 @@ def test_box_outputs_change_nothing_and_what_feeds_only_them_is_no_part_of_the_r
 
 def test_batches_do_not_matter_nor_does_the_mode_of_the_model():
     model, network, sites = tiny()
-    whole = saliency(model, network, sites, [SaliencyBatch(X, top)])
+    whole = channel_saliency(model, network, sites, [SaliencyBatch(X, top)])
     model.train()  # batch statistics would mix the images
-    singles = saliency(model, network, sites, [SaliencyBatch(X[:1], top), SaliencyBatch(X[1:], top)])
-    again = saliency(model, network, sites, [SaliencyBatch(x[None], top) for x in X])
+    singles = channel_saliency(model, network, sites, [SaliencyBatch(X[:1], top), SaliencyBatch(X[1:], top)])
+    again = channel_saliency(model, network, sites, [SaliencyBatch(x[None], top) for x in X])
     assert model.training
     for name in ("a", "scores"):
         assert torch.allclose(whole[name], singles[name], rtol=1e-9)
@@ -167,7 +171,7 @@ def test_where_all_terms_have_one_sign_it_is_the_change_on_removal():
     model, network, sites = tiny()
     with torch.no_grad():
         model.out.weight.abs_()
-    found = saliency(model, network, sites, [SaliencyBatch(X, all_of_it)])["scores"]
+    found = channel_saliency(model, network, sites, [SaliencyBatch(X, all_of_it)])["scores"]
     lost = torch.tensor([ablated(model, "out", c) for c in range(5)]).double()
     assert torch.allclose(found, lost / lost.square().mean().sqrt(), rtol=1e-6)
 
@@ -184,7 +188,7 @@ def test_the_informative_channel_ranks_first():
     with torch.no_grad():
         model.scores.weight.mul_(0.01)
         model.scores.weight[:, 4] = 3.0
-    assert int(saliency(model, network, sites, [SaliencyBatch(X, top)])["a"].argmax()) == 4
+    assert int(channel_saliency(model, network, sites, [SaliencyBatch(X, top)])["a"].argmax()) == 4
 
 
 class Reused(nn.Module):
@@ -208,7 +212,7 @@ def test_members_are_normalised_one_by_one():
     network = jpq.trace(model, X)
     (site,) = jpq.channels(network)
     model.requires_grad_(False)
-    found = saliency(model, network, (site,), [SaliencyBatch(X, torch.sum)])[site.name]
+    found = channel_saliency(model, network, (site,), [SaliencyBatch(X, torch.sum)])[site.name]
     a = model.a(X).requires_grad_()
     r = a.relu()
     r.retain_grad()
@@ -221,7 +225,7 @@ def test_what_is_overwritten_has_no_gradient():
     model = Reused(inplace=True).double().eval()
     network = jpq.trace(model, X)
     with pytest.raises(JpqError, match=r"cannot be differentiated.*inplace=False"):
-        saliency(model, network, jpq.channels(network), [SaliencyBatch(X, torch.sum)])
+        channel_saliency(model, network, jpq.channels(network), [SaliencyBatch(X, torch.sum)])
 
 
 def test_layers_that_read_the_same_tensor_share_its_whole_gradient():
@@ -242,14 +246,14 @@ def test_layers_that_read_the_same_tensor_share_its_whole_gradient():
     (site,) = jpq.channels(network)
     with torch.no_grad():
         model.c.weight[:, 1:] = -model.b.weight[:, 1:]
-    found = saliency(model, network, (site,), [SaliencyBatch(X, torch.sum)])[site.name]
+    found = channel_saliency(model, network, (site,), [SaliencyBatch(X, torch.sum)])[site.name]
     assert found.tolist() == pytest.approx([2, 0, 0, 0], abs=1e-9)
 
 
 def test_nothing_to_look_at():
     model, network, sites = tiny()
     with pytest.raises(JpqError, match="at least one batch"):
-        saliency(model, network, sites, [])
+        channel_saliency(model, network, sites, [])
 
 
 # detectors
@@ -288,7 +292,7 @@ def ssdlite():
 
 def scrambled(model):
     """With weights that hand the image on: fresh ones drown it."""
-    float_equivalence.randomize(core(model), torch.randn(2, 3, SIDE, SIDE).double())
+    float_equivalence.randomize(detector_core(model), torch.randn(2, 3, SIDE, SIDE).double())
     return model.float().eval()
 
 
@@ -303,12 +307,12 @@ def pruned(request):
     """A ranked and landed detector: (detector, core, masked, small, images)."""
     detector = request.param()
     images, wanted = photographs()
-    part, x = core(detector), prepared(detector, images)
+    part, x = detector_core(detector), prepare_images(detector, images)
     network = jpq.trace(part, x)
-    sites, boxes_only = rankable(detector, part, network, jpq.channels(network), x)
+    sites, boxes_only = rankable_sites(detector, part, network, jpq.channels(network), x)
     assert boxes_only == ()
     net = jpq.attach(part, network, sites, Ranked, lambda _: (Fixed(8), Fixed(8)), [x], "saliency")
-    rank(net, detector, [(images, wanted)])
+    rank_channels(net, detector, [(images, wanted)])
     net.freeze(jpq.discretize(net, parse_targets({"bops": "3%"}, net.exact_usage())))
     return detector, part, net.eval(), jpq.rebuild(net, part)[0], images
 
@@ -338,11 +342,11 @@ def apart(one, other):
 def test_the_core_gives_the_detectors_own_detections():
     detector = small_ssd()
     images, _ = photographs()
-    part = core(detector)
+    part = detector_core(detector)
     with torch.no_grad():
         dense = detector(images)
         for own in (part, lambda x: part(x)):
-            found = apart(around(detector, own)(images), dense)
+            found = apart(reassemble(detector, own)(images), dense)
             assert found.fewest > 0
             assert not found.labels
             assert found.scores == found.boxes == 0
@@ -362,7 +366,7 @@ def test_backbone_and_heads_are_pruned_and_the_heads_outputs_keep_their_width(pr
 
 def test_masked_rebuilt_and_exported_core_detect_the_same(pruned, tmp_path):
     detector, _, net, small, images = pruned
-    x = prepared(detector, images)
+    x = prepare_images(detector, images)
     path = tmp_path / "core.onnx"
     jpq.export_onnx(small, x, path)
     found = jpq.verify(net, small, path, [(x, None)], x)
@@ -370,8 +374,8 @@ def test_masked_rebuilt_and_exported_core_detect_the_same(pruned, tmp_path):
     assert found["rebuilt_vs_onnxruntime"]["argmax_differs"] == 0
     assert jpq.measure(small, x)["bops"] == jpq.costs.bops(net.exact_usage())
     with torch.no_grad():
-        rebuilt = around(detector, small)
-        outside = around(detector, Session(path, optimised=False))
+        rebuilt = reassemble(detector, small)
+        outside = reassemble(detector, Session(path, optimised=False))
         found = apart(outside(images), rebuilt(images))
     assert found.fewest > 0
     assert not found.labels
@@ -383,7 +387,7 @@ def test_masked_rebuilt_and_exported_core_detect_the_same(pruned, tmp_path):
 def test_masked_and_rebuilt_detector_in_float64(pruned):
     detector, _, net, small, images = pruned
     wide = [x.double() for x in images]
-    models = [around(detector, copy.deepcopy(part)).double() for part in (net, small)]
+    models = [reassemble(detector, copy.deepcopy(part)).double() for part in (net, small)]
     found = apart(*(model(wide) for model in models))
     assert found.fewest > 0
     assert not found.labels
@@ -395,9 +399,9 @@ def test_the_smaller_detector_trains_and_the_first_stays_as_it_was(pruned):
     detector, part, _, small, images = pruned
     before = {name: t.clone() for name, t in detector.state_dict().items()}
     _, wanted = photographs()
-    assert verify.difference(detector.backbone, part.backbone, prepared(detector, images)) == 0
+    assert verify.difference(detector.backbone, part.backbone, prepare_images(detector, images)) == 0
     own = copy.deepcopy(small)  # training moves batch statistics
-    smaller = around(detector, own).train()
+    smaller = reassemble(detector, own).train()
     sum(smaller(images, wanted).values()).backward()
     assert all(p.grad is not None for p in own.head.parameters())
     assert all(torch.equal(t, before[name]) for name, t in detector.state_dict().items())
@@ -408,7 +412,7 @@ def test_a_core_under_compression_trains_inside_the_detector(pruned):
     _, wanted = photographs()
     losses = []
     for part in (net, small):
-        model = around(detector, part).train()
+        model = reassemble(detector, part).train()
         part.eval()  # fixed batch statistics, so that both compute the same; part of `model`, which stays in training
         losses.append({k: float(v.detach()) for k, v in model(images, wanted).items()})
     assert losses[0].keys() == {"bbox_regression", "classification"}
@@ -417,17 +421,17 @@ def test_a_core_under_compression_trains_inside_the_detector(pruned):
 
 def test_the_same_images_give_the_same_ranking_and_the_floor_goes_last(pruned):
     detector, part, _, _, images = pruned
-    x = prepared(detector, images)
+    x = prepare_images(detector, images)
     network = jpq.trace(part, x)
     sites = jpq.channels(network)
     net = jpq.attach(part, network, sites, Ranked, lambda _: (Fixed(8), Fixed(8)), [x], "saliency")
     margins = []
     for _ in range(2):
-        rank(net, detector, [(images, None)])
+        rank_channels(net, detector, [(images, None)])
         margins.append([g.margins.clone() for g in net.gates])
     assert all(torch.equal(a, b) for a, b in zip(*margins, strict=True))
     for site, gate in zip(net.sites, net.gates, strict=True):
-        assert int((gate.margins > 1).sum()) == max(FLOOR, round(0.1 * site.n))
+        assert int((gate.margins > 1).sum()) == max(LAST_CHANNELS, round(0.1 * site.n))
     places = torch.cat([torch.where(g.margins > 1, g.margins - 1, g.margins).flatten() for g in net.gates])
     assert torch.allclose(places.sort().values, torch.arange(1, len(places) + 1) / len(places), atol=1e-6)
 
@@ -439,7 +443,7 @@ def test_coupled_members_lose_the_same_channels(pruned):
     kept = sum(net.plan().kept[site.name])
     assert kept < site.n
     assert {small.get_submodule(name).weight.shape[1] for name in readers} == {kept}
-    assert {small.get_submodule(name).weight.shape[0] for name in site.makers} == {kept}, "depthwise in the heads too"
+    assert {small.get_submodule(name).weight.shape[0] for name in site.producers} == {kept}, "depthwise in the heads too"
 
 
 def test_confidence():
@@ -458,7 +462,7 @@ def test_assigned_boxes_are_those_of_the_training():
     """As many boxes as `compute_loss` takes for foreground, with the class of the object that they overlap most."""
     detector = small_ssd()
     images, wanted = photographs(3)
-    labels = assigned(detector, images, wanted)
+    labels = assigned_labels(detector, images, wanted)
     seen = []
     compute = detector.compute_loss
     detector.compute_loss = lambda *a: (seen.extend(a[3]), compute(*a))[1]
@@ -473,10 +477,10 @@ def test_assigned_boxes_are_those_of_the_training():
 def test_variants_rank_differently(pruned, kwargs):
     detector, part, _, _, images = pruned
     _, wanted = photographs()
-    network = jpq.trace(part, prepared(detector, images))
+    network = jpq.trace(part, prepare_images(detector, images))
     sites = jpq.channels(network)
     plain, other = (
-        saliency(part, network, sites, scenes(detector, [(images, wanted)], **k), score)
+        channel_saliency(part, network, sites, saliency_batches(detector, [(images, wanted)], **k), score)
         for k, score in [({}, None), ({k: v for k, v in kwargs.items() if k != "score"}, kwargs.get("score"))]
     )
     assert all((other[s.name] >= 0).all() for s in sites)
@@ -492,10 +496,10 @@ def test_towers_that_feed_only_boxes_are_named_and_stay(name):
     detector = build(weights=None, weights_backbone=None, num_classes=4, min_size=SIDE, max_size=SIDE).eval()
     detector.score_thresh = 0.0  # fresh weights are sure of nothing
     images, _ = photographs(1)
-    part, x = core(detector), prepared(detector, images)
+    part, x = detector_core(detector), prepare_images(detector, images)
     network = jpq.trace(part, x)
     every = jpq.channels(network)
-    sites, boxes_only = rankable(detector, part, network, every, x)
+    sites, boxes_only = rankable_sites(detector, part, network, every, x)
     assert any(site.name.startswith("head.classification_head") for site in sites)
     attach = lambda some: jpq.attach(part, network, some, Ranked, lambda _: (Fixed(8), Fixed(8)), [x], "saliency")  # noqa: E731
     if name.startswith("fcos"):
@@ -504,14 +508,14 @@ def test_towers_that_feed_only_boxes_are_named_and_stay(name):
         assert boxes_only
         assert all(name.startswith("head.regression_head") for name in boxes_only)
         with pytest.raises(JpqError, match="feed only box outputs"):
-            rank(attach(every), detector, [(images, None)])
+            rank_channels(attach(every), detector, [(images, None)])
     net = attach(sites)
-    rank(net, detector, [(images, None)])
+    rank_channels(net, detector, [(images, None)])
     net.freeze(jpq.discretize(net, parse_targets({"bops": "3%"}, net.exact_usage())))
     small, _ = jpq.rebuild(net.eval(), part)
     assert verify.difference(net, small, x) <= 1e-9
     with torch.no_grad():
-        smaller, through = around(detector, small).double(), around(detector, net).double()
+        smaller, through = reassemble(detector, small).double(), reassemble(detector, net).double()
         found = apart(smaller([images[0].double()]), through([images[0].double()]))
     assert found.fewest > 0
     assert not found.labels
@@ -524,9 +528,9 @@ def test_towers_that_feed_only_boxes_are_named_and_stay(name):
 
 def test_other_networks_are_refused():
     with pytest.raises(JpqError, match=r"Linear is not a one-stage detector.*prune .backbone"):
-        core(nn.Linear(2, 2))
+        detector_core(nn.Linear(2, 2))
     with pytest.raises(JpqError, match="is not a one-stage detector"):
-        around(nn.Linear(2, 2), nn.Linear(2, 2))
+        reassemble(nn.Linear(2, 2), nn.Linear(2, 2))
 
 
 def test_a_part_of_something_else_is_refused():
@@ -537,25 +541,25 @@ def test_a_part_of_something_else_is_refused():
         (lambda x: {"out": x}, "gives out; the detector"),
     ):
         with pytest.raises(JpqError, match=says):
-            around(detector, other)(images)
+            reassemble(detector, other)(images)
 
 
 def test_ways_to_count_and_targets_that_are_missing():
     detector = small_ssd()
     images, _ = photographs(1)
     with pytest.raises(JpqError, match="no way 'best' to count"):
-        list(scenes(detector, [(images, None)], counts="best"))
+        list(saliency_batches(detector, [(images, None)], counts="best"))
     for kwargs in ({"counts": "assigned"}, {"location": True}):
         with pytest.raises(JpqError, match=r"give batches of \(images, targets\)"):
-            list(scenes(detector, [(images, None)], **kwargs))
+            list(saliency_batches(detector, [(images, None)], **kwargs))
 
 
 def test_a_site_without_a_value():
     model, network, sites = tiny()
     net = jpq.attach(model.float(), network, sites, Ranked, lambda _: (Fixed(8), Fixed(8)), [X.float()], "saliency")
-    found = saliency(net, network, sites, [SaliencyBatch(X.float(), top)])
+    found = channel_saliency(net, network, sites, [SaliencyBatch(X.float(), top)])
     with pytest.raises(JpqError, match="such as 'boxes': they feed only box outputs"):
-        rank_everywhere(net, found)
+        rank_network(net, found)
 
 
 def test_shapes_come_from_the_seed_alone_and_their_boxes_fit():

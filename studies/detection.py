@@ -57,7 +57,7 @@ from jpq.compression.calibration import reestimate_batchnorm
 from jpq.compression.model import CompressedModel
 from jpq.costs.target import parse_targets
 from jpq.detection import detector
-from jpq.detection.saliency import rank_everywhere, saliency
+from jpq.detection.saliency import channel_saliency, rank_network
 from jpq.export import verify
 from jpq.export.runtimes import Session
 from jpq.methods.gates import Ranked
@@ -93,10 +93,10 @@ def seen(n: int, size: int = 8) -> list[detector.Batch]:
 @cache
 def attached(model: nn.Module) -> tuple[detector.DetectorCore, CompressedModel]:
     """The detector's core, and its copy with 8 bits everywhere and all that `rank` needs."""
-    core = detector.core(model)
-    batches = [detector.prepared(model, images) for images, _ in seen(RANK)]
+    core = detector.detector_core(model)
+    batches = [detector.prepare_images(model, images) for images, _ in seen(RANK)]
     network = jpq.trace(core, batches[0][:2])
-    sites, boxes_only = detector.rankable(model, core, network, jpq.channels(network), batches[0])
+    sites, boxes_only = detector.rankable_sites(model, core, network, jpq.channels(network), batches[0])
     assert not boxes_only, boxes_only
     return core, jpq.attach(core, network, sites, Ranked, lambda _: (Fixed(8), Fixed(8)), batches, "saliency").eval()
 
@@ -105,7 +105,7 @@ def attached(model: nn.Module) -> tuple[detector.DetectorCore, CompressedModel]:
 def salient(model: nn.Module) -> dict[str, torch.Tensor]:
     """Saliency of the network that runs: with 8 bits."""
     net = attached(model)[1]
-    found = saliency(net, net.network, net.sites, detector.scenes(model, seen(RANK)))
+    found = channel_saliency(net, net.network, net.sites, detector.saliency_batches(model, seen(RANK)))
     return {name: values for name, values in found.items() if values is not None}
 
 
@@ -121,7 +121,7 @@ def rank_by(net: CompressedModel, model: nn.Module, run: Run) -> None:
     if run.ranking == "global":
         values = {name: own / len(own) ** 0.5 for name, own in values.items()}
     if run.ranking in ("global", "even"):
-        rank_everywhere(net, values)
+        rank_network(net, values)
     elif run.score == "l1":
         rank(net, L1())
     else:
@@ -148,14 +148,14 @@ def measured(model: nn.Module, run: Run) -> tuple[nn.Module, dict[str, object]]:
     else:
         net.freeze(net.plan())
     small, _ = jpq.rebuild(net.eval(), core)
-    x = detector.prepared(model, seen(2)[0][0])
+    x = detector.prepare_images(model, seen(2)[0][0])
     apart = verify.difference(net, small, x)
     del net
-    smaller = detector.around(model, small)
+    smaller = detector.reassemble(model, small)
     if run.tune:
         fit(smaller, data("tune"), run.tune, 1e-3, run.seed, batch=16)
         reestimate_batchnorm(
-            small, ((detector.prepared(model, images), None) for images, _ in data("tune").batches(BATCH))
+            small, ((detector.prepare_images(model, images), None) for images, _ in data("tune").batches(BATCH))
         )
     split = "test" if run.tune else "held-out"
     detections, targets = found(smaller, data(split)), data(split).targets
@@ -206,12 +206,12 @@ def average_precisions(
 def outside(model: nn.Module, small: nn.Module, images: shapes.Shapes) -> tuple[float, float]:
     """(largest difference on 32 images, AP at .5 on all) of the exported core in onnxruntime."""
     batch, _ = next(images.batches(BATCH))
-    x = detector.prepared(model, batch)
+    x = detector.prepare_images(model, batch)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "core.onnx"
         jpq.export_onnx(small, x[:2], path)
         compared = verify.exported(small, path, [(x, None)])["rebuilt_vs_onnxruntime"]
-        runtime = detector.around(model, Session(path, threads=1, optimised=False))
+        runtime = detector.reassemble(model, Session(path, threads=1, optimised=False))
         ap50, _ = average_precisions(found(runtime, images), images.targets)
     return float(f"{compared['largest_relative_difference']:.2g}"), round(ap50, 4)
 
@@ -220,8 +220,8 @@ def float_row(model: nn.Module, split: str, command: str) -> dict[str, object]:
     """The detector as it was trained."""
     detections, targets = found(model, data(split)), data(split).targets
     ap50, ap = average_precisions(detections, targets)
-    core = detector.core(model)
-    macs = sum(layer.macs for layer in jpq.trace(core, detector.prepared(model, seen(2)[0][0])).layers)
+    core = detector.detector_core(model)
+    macs = sum(layer.macs for layer in jpq.trace(core, detector.prepare_images(model, seen(2)[0][0])).layers)
     return {
         "model": "ssdlite320_mobilenet_v3_large",
         "data": "shapes",

@@ -1,13 +1,15 @@
-"""The recipe of `jpq optimize`, top to bottom: start reading here.
+"""The recipe of `jpq optimize`, from a config to a finished run, in ten numbered steps: start reading here.
 
-1 model, weights, data - 2 trace - 3 sites - 4 what the targets allow - 5 attach gates and quantizers; then for each
-budget (`descent.one`): 6 objective - 7 search - 8 land - 9 fine-tune - 10 rebuild, export, verify, report.
+Steps 1 to 6 are done once (`optimize`), steps 7 to 10 for each budget of the run (`run_budget`). A method that learns
+its decisions goes on from budget to budget with the network as it was before it was discretized: soft gates,
+real-valued widths, Adam's moments and the multipliers of the targets are kept, and only the controller's ramp begins
+anew. A method that decides at once decides again, on the weights that the budget before has trained.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,45 +19,31 @@ import torch
 from torch import Tensor, nn
 
 from jpq import costs
-from jpq.allocation import manual, structure_search, two_stage
-from jpq.allocation.allocators import check_allocator
-from jpq.allocation.procedures import calibration, check_classes, decide, score_of
-from jpq.allocation.ranking.rank import rank
-from jpq.allocation.structure_search import map_structures
-from jpq.allocation.uniform_bits import start_bits
-from jpq.compression import discretize, external_mask
-from jpq.compression.attach import attach
-from jpq.compression.build import budget_targets, fixed_share, gate_factory, method_sites, width_factory
+from jpq.allocation import structure_search
+from jpq.allocation.decision_data import calibration_batches, check_classes
+from jpq.allocation.prepare import Prepared, check_decide, prepare
+from jpq.allocation.procedures import procedure_of
+from jpq.compression.build import budget_targets
 from jpq.compression.calibration import recalibrate
-from jpq.compression.channel_counts import channel_multiple
 from jpq.compression.masking import original
 from jpq.compression.model import CompressedModel
-from jpq.config import MANUAL, Config
+from jpq.config import Config
 from jpq.costs.latency_table import LatencyTable
 from jpq.costs.target import Target
 from jpq.export.timing import layer_table
 from jpq.files import tensors
-from jpq.methods.compatibility import RULES, SEARCH, compose
-from jpq.methods.gates import Ranked
-from jpq.methods.table import Method, row
-from jpq.results import plots, run_folder
+from jpq.methods.compatibility import RULES, SEARCH
+from jpq.results import budget_folders, run_folder
 from jpq.results.finish import finish
-from jpq.results.front import front
-from jpq.results.front.plots import plane
-from jpq.results.front.points import read
-from jpq.results.record import BudgetRecord, Result
-from jpq.results.run_folder import FRONT_PICTURE, budget_folder_name, point_to_latest, prepare_folder
+from jpq.results.record import Result
 from jpq.tasks.data import Data
 from jpq.tasks.load import dense_model, read_data
-from jpq.tracing.network import Network, with_times
-from jpq.tracing.open_norms import require_opened
-from jpq.tracing.trace import trace
-from jpq.training import checkpoint, distributed, history
+from jpq.training import checkpoint, distributed
 from jpq.training.environment import pick_device, set_threads
 from jpq.training.epochs import BudgetEpochs, Phase, budget_epochs
 from jpq.training.history import NullObserver, TensorBoardObserver, TrainingObserver
 from jpq.training.loop import Objective, optimizer
-from jpq.training.phases import More, SearchState, fine_tune, opened, search, train
+from jpq.training.phases import SearchState, fine_tune, rebuild_opened, search, train
 from jpq.training.run_state import RunState, open_folder
 from jpq.types import JpqError
 
@@ -68,135 +56,210 @@ ALREADY_PRUNED = (
 def optimize(config: Config, watch: TrainingObserver | None = None, command: str = "", final: bool = True) -> Result:
     """Prune and quantize the configured model onto its budget; everything is written to the run's folder.
 
-    One that is not `final` is a trial among others: neither exported nor verified, and its test split stays unread.
+    Args:
+        config: the settings of the run.
+        watch: is told of phases, steps and epochs.
+        command: the command line that the report names.
+        final: False for a trial among others: neither exported nor verified, and its test split stays unread.
 
     Raises JpqError for settings, files or targets that cannot work, and when a check of the result fails.
     """
     config = config.check()
-    d = config.decide
-    method = compose(d.method, d.structure, d.width, d.score, d.schedule, d.classes)
-    check_allocator(d.method, d.allocator)
-    multiple = channel_multiple(d.method, method, d.channel_multiple)
-    given = external_mask.read(d.mask) if d.mask else None
+    check_decide(config.decide)
+    run = open_run(config, watch)
+    data, model = load_task(config, run)  # 1
+    table = load_table(config, run)
+    prepared, targets = prepare_run(model, data, config, table)  # 2
+    epochs = budget_epochs(config, prepared.method)
+    check_all_budgets(prepared, targets, model, data, config)  # 3
+    train_float(model, data, config, run)  # 4
+    check_mask(prepared, model, run)
+    if prepared.method.structure == SEARCH:
+        prepared = search_structures(prepared, model, data, config, run)  # 5
+        check_all_budgets(prepared, targets, model, data, config)
+    if prepared.structures is not None:
+        run.schemes = prepared.method.structure if prepared.method.structure in (RULES, SEARCH) else "hand"
+    net = attach_model(prepared, model, calibration_batches(data), config)  # 6
+    run.recorder.full_bops, run.recorder.cost = costs.baseline(net.exact_usage())["bops"], config.budget.cost
+    setup = RunSetup(config, data, model, prepared, targets, epochs, table, command, final)
+    return run_budgets(setup, net, run)  # 7 to 10, for each budget
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """Everything that the budgets of one run share."""
+
+    config: Config
+    data: Data
+    model: nn.Module  # float, trained
+    prepared: Prepared
+    targets: Mapping[str, tuple[Target, ...]]  # by budget
+    epochs: Mapping[str, BudgetEpochs]  # by budget
+    table: LatencyTable | None
+    command: str
+    final: bool
+
+    def reattach(self, model: nn.Module) -> CompressedModel:
+        """Attach the method to `model` as it was attached at first, without moving the run's own random numbers."""
+        with torch.random.fork_rng():
+            return attach_model(self.prepared, model, calibration_batches(self.data), self.config)
+
+
+def run_budgets(setup: RunSetup, net: CompressedModel, run: RunState) -> Result:
+    """The result for the last budget; its `front` holds all of them where there are several.
+
+    Args:
+        setup: everything that the budgets share.
+        net: attached to the trained model.
+        run: the state of the whole run.
+    """
+    configs, state, weights = setup.config.each(), SearchState(net), setup.model
+    searches = procedure_of(net.method).searches
+    folders = {name: budget_folders.budget_folder(run.folder, name, each) for name, each in configs.items()}
+    for place, (name, config) in enumerate(configs.items()):
+        at = run.at(place, name, folders[name])
+        if run.saved and int(run.saved.get("budget", 0)) > place:
+            continue  # an earlier part of this run finished it
+        if place and not searches:
+            weights = resumed_weights(weights, at)
+            state = SearchState(setup.reattach(weights))
+        result, tuned = run_budget(setup, config, state, weights, at, last=place == len(configs) - 1)
+        if tuned is not None and not searches:
+            weights = with_trained_weights(setup.model, tuned)
+    if len(configs) == 1:
+        return result
+    return replace(result, front=distributed.run_on_first(lambda: budget_folders.finish_front(folders, run)))
+
+
+def run_budget(
+    setup: RunSetup, config: Config, state: SearchState, weights: nn.Module, run: RunState, last: bool
+) -> tuple[Result, CompressedModel | None]:
+    """One budget: its result, and the network that it fine-tuned (None where only a rebuilt one was)."""
+    data, model, targets = setup.data, setup.model, setup.targets[run.label]
+    searches = procedure_of(state.net.method).searches
+    searching, tuning = setup.epochs[run.label].phases(run.label, run.budget == 0)
+    if run.label:
+        distributed.run_on_first(lambda: run_folder.prepare_folder(run, config, setup.table))
+
+    def with_weights() -> dict[str, Any]:
+        return {} if searches or not run.budget else {"first": weights.state_dict()}
+
+    plan = search(state, model, data, targets, config, run, searching, with_weights)  # 7
+    if searches and run.is_past("search") and run.saved and run.saved.get("soft"):
+        state.restore(run.saved["soft"], config, run)
+    net = state.net if last or not searches else copy_with_state(state.net, setup.reattach(weights))
+    if searches and not run.is_past("search"):
+        recalibrate(net, calibration_batches(data))  # the search has changed what layers read
+    net.freeze(plan)  # 8
+
+    def with_search() -> dict[str, Any]:
+        return with_weights() if last or not searches else {"soft": state.state()}
+
+    tuned = rebuild_opened(net, model, data, run) if net.opened else net
+    fine_tune(tuned, model, data, config, run, plan, state.moments(net), tuning, with_search)  # 9
+    last_step = partial(finish, net, tuned, model, data, targets, config, run, setup.command, setup.table, setup.final)
+    with full_precision():
+        result = distributed.run_on_first(last_step)  # 10
+    return result, net if tuned is net else None
+
+
+def open_run(config: Config, watch: TrainingObserver | None) -> RunState:
+    """The folder and state of a run, new or resumed; the seed of all draws is set."""
     distributed.require_rows(config.train.batch_size)
     run = RunState(config, watch or NullObserver(), distributed.run_on_first(lambda: open_folder(config)))
     if config.run.tensorboard and distributed.is_first():
         run.watch = TensorBoardObserver(run.watch, run.folder, run.recorder.rows)
     torch.manual_seed(config.run.seed)
-    device = pick_device(config.run.device)
+    return run
 
-    data = distributed.first_then_others(lambda: read_data(config, device))  # 1
+
+def load_task(config: Config, run: RunState) -> tuple[Data, nn.Module]:
+    """The data set and the float model (not trained yet, where no weights are given)."""
+    device = pick_device(config.run.device)
+    data = distributed.first_then_others(lambda: read_data(config, device))
     distributed.require_same(data.checksum, "a data set")
     run.require_data(data.checksum)
-    check_classes(d.classes, data)
-    model = dense_model(config, data, device)
-    network = trace(model, data.example, open_norms=d.open_norms)  # 2
-    if d.open_norms:
-        require_opened(network, method.gate is not None)
-    network, table = distributed.first_then_others(lambda: with_layer_times(network, config, run))
-    set_threads(config.run.threads, sum(layer.macs for layer in network.layers) * config.train.batch_size)
-    schemes = None if given else map_structures(method, network, data.example, d.density, d.skip)
-    sites = given.sites(network) if given else method_sites(method, network, d.skip, schemes)  # 3
-
-    goals = budget_targets(network, config)  # 4, of each budget
-    parts = budget_epochs(config, method)
-
-    def attached(model: nn.Module, inputs: list[Tensor]) -> CompressedModel:
-        torch.manual_seed(config.run.seed)
-        left = given.share_left(network, sites) if given else fixed_share(sites, method, d.density)
-        start = start_bits(network, next(iter(goals.values())), d.w_bits, d.a_bits, d.image_bits, left)
-        make = width_factory(method, d.w_bits, d.a_bits, d.image_bits, start)
-        first = given.start(model, sites) if given else model
-        net = attach(
-            first, network, sites, gate_factory(method, d.density), make, inputs, d.method, d.output_bits, multiple
-        )
-        return given.put(net) if given else net
-
-    def again(model: nn.Module) -> CompressedModel:
-        with torch.random.fork_rng():  # the run's own draws go on as if nothing had been attached
-            return attached(model, calibration(data))
-
-    def all_possible() -> None:
-        net = attached(model, [data.example])
-        for targets in goals.values():
-            check_feasible(net, targets, config)
-
-    all_possible()
-    train_float(model, data, config, run)
-    distributed.share_state(model)
-    if given and run.saved:
-        given.require_same(run.saved["net"], sites)
-    if given and given.obeyed(model, sites):
-        run.notes.append(ALREADY_PRUNED)
-    if method.structure == SEARCH:
-        schemes = distributed.run_on_first(lambda: search_schemes(method, network, model, data, config, run))
-        sites = method_sites(method, network, d.skip, schemes)
-        all_possible()
-    if schemes is not None:
-        run.schemes = method.structure if method.structure in (RULES, SEARCH) else "hand"
-    net = attached(model, calibration(data))  # 5
-    run.recorder.full_bops, run.recorder.cost = costs.baseline(net.exact_usage())["bops"], config.budget.cost
-    return run_budgets(RunSetup(config, data, model, again, goals, parts, table, command, final), net, run)  # 6 to 10
+    check_classes(config.decide.classes, data)
+    return data, dense_model(config, data, device)
 
 
-def with_layer_times(network: Network, config: Config, run: RunState) -> tuple[Network, LatencyTable | None]:
-    """The network with its layers' measured times, and the table they are from, where one is given."""
+def load_table(config: Config, run: RunState) -> LatencyTable | None:
+    """The table of measured layers, where one is given; a copy is kept in the run's folder."""
     if config.budget.latency_table is None:
-        return network, None
-    table = layer_table.read_table(config.budget.latency_table)
-    network = with_times(network, table)
-    kept = run.folder / layer_table.TABLE_NAME
-    if run.saved and kept.is_file() and kept.read_text() != layer_table.text_of(table):
-        raise JpqError(f"{table.source} is no longer the table that this run began with. Run without --resume.")
-    if distributed.is_first():
-        layer_table.write_table(list(table.entries), kept)
-    return network, table
+        return None
+    path = config.budget.latency_table
+
+    def load() -> LatencyTable:
+        table = layer_table.read_table(path)
+        kept = run.folder / layer_table.TABLE_NAME
+        if run.saved and kept.is_file() and kept.read_text() != layer_table.text_of(table):
+            raise JpqError(f"{table.source} is no longer the table that this run began with. Run without --resume.")
+        if distributed.is_first():
+            layer_table.write_table(list(table.entries), kept)
+        return table
+
+    return distributed.first_then_others(load)
 
 
-def check_feasible(net: CompressedModel, targets: tuple[Target, ...], config: Config) -> None:
-    """Raises JpqError, naming the smallest possible cost, where a target cannot be met."""
-    d, method = config.decide, row(net.method)
-    if method.gate is Ranked and score_of(config).needs == {"scales"}:
-        rank(net, score_of(config))  # it needs no data, and may find nothing to rank by
-    if net.method == MANUAL:
-        manual.check_targets(net, manual.plan(net, d), targets)
-    elif method.stages:
-        two_stage.decide_two_stage(net, targets, d.w_bits, d.a_bits, d.density)
-    elif method.gate:
-        discretize.check_reachable(net, targets)
-        if method.gate is Ranked and method.searches:
-            discretize.density_target(net, d.density)
-    else:
-        decide(net, targets, d.w_bits, d.a_bits, score_of(config), None)
+def prepare_run(
+    model: nn.Module, data: Data, config: Config, table: LatencyTable | None
+) -> tuple[Prepared, dict[str, tuple[Target, ...]]]:
+    """The method set up on the model, and the targets of each budget."""
+    first = next(iter(config.each().values()))
+    prepared = prepare(model, data.example, config.decide, first.budget, table=table)
+    macs = sum(layer.macs for layer in prepared.network.layers)
+    set_threads(config.run.threads, macs * config.train.batch_size)
+    return prepared, budget_targets(prepared.network, config)
+
+
+def attach_model(prepared: Prepared, model: nn.Module, inputs: list[Tensor], config: Config) -> CompressedModel:
+    """Attach the method to a model, with the run's seed for every initial draw."""
+    torch.manual_seed(config.run.seed)
+    return prepared.attach(model, inputs)
+
+
+def check_all_budgets(
+    prepared: Prepared, targets: Mapping[str, tuple[Target, ...]], model: nn.Module, data: Data, config: Config
+) -> None:
+    """Raise JpqError, naming the smallest possible cost, where a target of any budget cannot be met."""
+    net = attach_model(prepared, model, [data.example], config)
+    for each in targets.values():
+        prepared.procedure.check_feasible(net, each, config.decide)
 
 
 def train_float(model: nn.Module, data: Data, config: Config, run: RunState) -> None:
     """Train the float model, unless its weights were given or an earlier part of this run trained it."""
-    kept = run.folder / "float.safetensors"
-    if config.task.weights is not None:
+    if config.task.weights is None:
+        kept = run.folder / "float.safetensors"
+        if run.is_past("float"):
+            distributed.run_on_first(lambda: tensors.load_tensors(model, kept))
+        else:
+            phase = Phase("float", config.train.float_epochs)
+            optim = optimizer(model, config.train.lr, config.train.weight_decay)
+            train(model, data, phase, Objective(), optim, run)
+            distributed.run_on_first(lambda: tensors.save_tensors(model, kept))
+        model.eval()
+    distributed.share_state(model)
+
+
+def check_mask(prepared: Prepared, model: nn.Module, run: RunState) -> None:
+    """Check a mask from outside against a resumed run's, and note where the given weights obey it already."""
+    if prepared.mask is None:
         return
-    if run.is_past("float"):
-        distributed.run_on_first(lambda: tensors.load_tensors(model, kept))
-    else:
-        phase = Phase("float", config.train.float_epochs)
-        optim = optimizer(model, config.train.lr, config.train.weight_decay)
-        train(model, data, phase, Objective(), optim, run)
-        distributed.run_on_first(lambda: tensors.save_tensors(model, kept))
-    model.eval()
+    if run.saved:
+        prepared.mask.require_same(run.saved["net"], prepared.sites)
+    if prepared.mask.obeyed(model, prepared.sites):
+        run.notes.append(ALREADY_PRUNED)
 
 
-def search_schemes(
-    method: Method, network: Network, model: nn.Module, data: Data, config: Config, run: RunState
-) -> dict[str, str]:
-    """The structure of each layer by search on held-out data, unless an earlier part of this run found it."""
-    d, path = config.decide, run.folder / structure_search.NAME
-    if config.run.resume and path.exists():
-        return structure_search.read_mapping(path)
-    found, limit = run.timed(
-        "schemes",
-        lambda: structure_search.search_mapping(
-            method,
-            network,
+def search_structures(prepared: Prepared, model: nn.Module, data: Data, config: Config, run: RunState) -> Prepared:
+    """The same set-up with the mask structure of each layer found by search on held-out data, once in a run."""
+    path, d = run.folder / structure_search.NAME, config.decide
+
+    def find() -> tuple[structure_search.StructureSearchResult, float]:
+        return structure_search.search_mapping(
+            prepared.method,
+            prepared.network,
             model,
             data,
             d.density,
@@ -204,95 +267,23 @@ def search_schemes(
             trained=d.proxy == "trained",
             lr=config.train.lr,
             seed=config.run.seed,
-        ),
-    )
-    about = structure_search.mapping_record(network, found.mapping, d.density, SEARCH)
-    structure_search.save_mapping(
-        path,
-        {**about, "limit_ms": limit, "reward": found.reward, "proxy_accuracy": found.accuracy, "judged": found.judged},
-    )
-    return dict(found.mapping)
+        )
 
+    def search_or_read() -> dict[str, str]:
+        if config.run.resume and path.exists():
+            return structure_search.read_mapping(path)
+        found, limit_ms = run.timed("schemes", find)
+        record = structure_search.mapping_record(prepared.network, found.mapping, d.density, SEARCH)
+        scores = {"reward": found.reward, "proxy_accuracy": found.accuracy, "judged": found.judged}
+        structure_search.save_mapping(path, {**record, "limit_ms": limit_ms, **scores})
+        return dict(found.mapping)
 
-@dataclass(frozen=True)
-class RunSetup:
-    """What every budget of a run begins with."""
-
-    config: Config
-    data: Data
-    model: nn.Module  # float, trained
-    attached: Callable[[nn.Module], CompressedModel]  # gates and quantizers on a model like it, always the same
-    budgets: Mapping[str, tuple[Target, ...]]
-    shares: Mapping[str, BudgetEpochs]
-    table: LatencyTable | None
-    command: str
-    final: bool
-
-
-def run_budgets(begun: RunSetup, net: CompressedModel, run: RunState) -> Result:
-    """The result for the last budget; `front` holds all of them where there are several.
-
-    Args:
-        begun: what they share.
-        net: attached to the trained model.
-        run: of the whole.
-    """
-    each, soft, weights, learns = begun.config.each(), SearchState(net), begun.model, row(net.method).searches
-    folders = {name: run.folder / budget_folder_name(name, each[name]) if name else run.folder for name in each}
-    for place, (name, config) in enumerate(each.items()):
-        at = run.at(place, name, folders[name])
-        if run.saved and int(run.saved.get("budget", 0)) > place:
-            continue  # an earlier part of this run finished it
-        if place and not learns:
-            weights = resumed_weights(weights, at)
-            soft = SearchState(begun.attached(weights))
-        result, tuned = run_budget(begun, config, soft, weights, at, last=place == len(each) - 1)
-        if tuned is not None and not learns:
-            weights = with_trained_weights(begun.model, tuned)
-    if len(each) == 1:
-        return result
-
-    def close() -> tuple[BudgetRecord, ...]:
-        points = tuple(point_to_latest(name, folders[name]) for name in each)
-        run_folder.write_front(points, run.folder)
-        made = front.make(read([run.folder]).points)
-        plots.save_picture(plane(made), run.folder / FRONT_PICTURE)
-        history.write_history(run.recorder.rows, run.folder)
-        (run.folder / checkpoint.NAME).unlink(missing_ok=True)
-        return points
-
-    return replace(result, front=distributed.run_on_first(close))
-
-
-def run_budget(
-    begun: RunSetup, config: Config, soft: SearchState, weights: nn.Module, run: RunState, last: bool
-) -> tuple[Result, CompressedModel | None]:
-    """One budget: its result, and the network that it fine-tuned (None where only a rebuilt one was)."""
-    data, model, targets = begun.data, begun.model, begun.budgets[run.label]
-    if run.label:
-        distributed.run_on_first(lambda: prepare_folder(run, config, begun.table))
-    searching, tuning = begun.shares[run.label].phases(run.label, run.budget == 0)
-    learns = row(soft.net.method).searches
-    first: More = lambda: {} if learns or not run.budget else {"first": weights.state_dict()}  # noqa: E731
-    plan = search(soft, model, data, targets, config, run, searching, first)  # 6, 7
-    if learns and run.is_past("search") and run.saved and run.saved.get("soft"):
-        soft.restore(run.saved["soft"], config, run)
-    net = soft.net if last or not learns else copy_with_state(soft.net, begun.attached(weights))
-    if learns and not run.is_past("search"):
-        recalibrate(net, calibration(data))  # ranges are fitted to what layers read now
-    net.freeze(plan)  # 8
-    kept: More = lambda: first() if last or not learns else {"soft": soft.state()}  # noqa: E731
-    tuned = opened(net, model, data, run) if net.opened else net
-    fine_tune(tuned, model, data, config, run, plan, soft.moments(net), tuning, kept)  # 9
-    last_step = partial(finish, net, tuned, model, data, targets, config, run, begun.command, begun.table, begun.final)
-    with full_precision():
-        result = distributed.run_on_first(last_step)  # 10
-    return result, net if tuned is net else None
+    return prepared.with_structures(distributed.run_on_first(search_or_read))
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Leaves TF32 as it was: the last step compares at full precision, and the next budget need not train so."""
+    """A context that restores TF32: the last step compares at full precision, the next budget trains as before."""
     parts: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [part.allow_tf32 for part in parts]
     try:
@@ -303,7 +294,7 @@ def full_precision() -> Iterator[None]:
 
 
 def copy_with_state(net: CompressedModel, fresh: CompressedModel) -> CompressedModel:
-    """`fresh`, which was attached as `net` was, in the state of `net`."""
+    """A freshly attached network in the state of `net`, which was attached the same way."""
     fresh.load_state_dict(net.state_dict())
     with torch.no_grad():
         for draw in fresh.draws:
@@ -326,7 +317,7 @@ def with_trained_weights(model: nn.Module, tuned: CompressedModel) -> nn.Module:
 
 
 def resumed_weights(weights: nn.Module, run: RunState) -> nn.Module:
-    """The weights that this budget begins with: those at hand, or those of the checkpoint where it lies in it."""
+    """The weights that a budget begins with: those at hand, or those of the checkpoint of an interrupted budget."""
     if run.saved and (run.is_in("search") or run.is_in("fine-tune")) and "first" in run.saved:
         weights = copy.deepcopy(weights)
         tensors.restore(weights, run.saved["first"], run.top / checkpoint.NAME)

@@ -17,6 +17,7 @@ from jpq.compression import calibration
 from jpq.config import Budget, Decide, Run, Task
 from jpq.export.runtimes import Session
 from jpq.tasks.classification import evaluate
+from jpq.tasks import load as task_loading
 from jpq.tasks.data import load
 from jpq.tasks.load import read_data
 from jpq.training import checkpoint
@@ -74,7 +75,7 @@ def test_folder_holds_everything(finished):
 @pytest.mark.parametrize(("method", "times"), [("djpq", 1), ("uniform", 0)])
 def test_layers_are_observed_again_where_a_search_has_trained_them(method, times, tmp_path, monkeypatch):
     original, seen = calibration.recalibrate, []
-    monkeypatch.setattr(recipe, "observe_again", lambda net, batches: seen.append(original(net, batches)))
+    monkeypatch.setattr(recipe, "recalibrate", lambda net, batches: seen.append(original(net, batches)))
     asked = config(tmp_path)
     jpq.optimize(replace(asked, decide=replace(asked.decide, method=method)))
     assert len(seen) == times
@@ -83,7 +84,7 @@ def test_layers_are_observed_again_where_a_search_has_trained_them(method, times
 def test_a_trial_computes_the_same_and_leaves_the_test_split_unread(finished, tmp_path, monkeypatch):
     asked, whole = finished
     original = load
-    monkeypatch.setattr(recipe, "load_data", lambda *a, **k: replace(data := original(*a, **k), test=Closed(data.test)))
+    monkeypatch.setattr(task_loading, "load_data", lambda *a, **k: replace(data := original(*a, **k), test=Closed(data.test)))
     with pytest.raises(AssertionError, match="the split was read"):
         jpq.optimize(replace(asked, run=replace(asked.run, out=tmp_path / "final")))
     trial = jpq.optimize(replace(asked, run=replace(asked.run, out=tmp_path / "trial")), final=False)

@@ -120,7 +120,7 @@ def test_impossible_targets_are_refused_before_training_where_layers_share_a_den
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"table": "t.csv"}, "jpq.export.timing.layer_table.read_table"),
+        ({"table": "t.csv"}, "jpq.export.timing.read_table"),
         ({"method": "catro", "evidence": torch.zeros(3, 1, 8, 8)}, "batches of"),
         (
             {"method": "two-stage", "score": "taylor", "evidence": [(torch.zeros(4, 1, 8, 8), torch.full((4,), 99))]},

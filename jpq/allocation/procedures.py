@@ -1,91 +1,171 @@
-"""What a run's decisions look at: training batches and held-out images, never the test split."""
+"""PROCEDURES: when and how each kind of method takes its decisions, by the name that a row of METHODS gives."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from functools import partial
-from itertools import islice
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
-from torch import Tensor
-
-from jpq.allocation.allocators import PlanEvaluator, place
-from jpq.allocation.ranking.scheduled_pruning import uniform_keep_share
+from jpq.allocation import manual, two_stage
+from jpq.allocation.allocators import PlanEvaluator, bit_widths, place
+from jpq.allocation.ranking.rank import rank
+from jpq.allocation.ranking.scheduled_pruning import macs_limit, uniform_keep_share
 from jpq.allocation.uniform_bits import uniform
-from jpq.compression import discretize
-from jpq.compression.build import Bounds
-from jpq.compression.calibration import reestimate_batchnorm
+from jpq.compression.discretize import check_reachable, density_target, discretize
 from jpq.compression.model import CompressedModel
-from jpq.config import Config
+from jpq.config import Decide
 from jpq.costs.target import Target, all_met
 from jpq.methods.scores import Score, pick_score
-from jpq.methods.table import METHODS, row
+from jpq.methods.table import row
 from jpq.plan import Plan
-from jpq.tasks.classification import evaluate
-from jpq.tasks.data import Data
-from jpq.types import JpqError
-
-CALIBRATION = 8  # batches that fit the quantizers' ranges
-
-JUDGED = 1000  # held-out images on which allocators try plans
-
-EVIDENCE = 10**6  # the first epoch that scores look at: no training comes to it
 
 
-def calibration(data: Data) -> list[Tensor]:
-    """A few training batches."""
-    return [x for x, _ in islice(data.train.epoch(0), CALIBRATION)]
+class Procedure(ABC):
+    """The way from an attached network and its targets to a plan."""
+
+    searches: ClassVar[bool] = False  # decisions are learned with the weights, and go on softly from budget to budget
+    has_search_phase: ClassVar[bool] = False  # epochs are trained before the plan is taken
+    fills_budget: ClassVar[bool] = True  # the plan is meant to use up the tightest target
+
+    @abstractmethod
+    def check_feasible(self, net: CompressedModel, targets: Sequence[Target], decide: Decide) -> None:
+        """Raise JpqError, naming the smallest possible cost, where a target cannot be met."""
+
+    @abstractmethod
+    def decide(
+        self, net: CompressedModel, targets: Sequence[Target], decide: Decide, data: PlanEvaluator | None = None
+    ) -> Plan:
+        """The plan that meets every target; nothing is frozen yet.
+
+        Args:
+            net: attached; for "search" with its decisions as the search has left them.
+            targets: all of them are met.
+            decide: the settings of the decisions.
+            data: what scores and allocators look at. None: rankings stand as they are, which is enough to tell targets
+                that cannot be met.
+
+        Raises JpqError where that cannot be.
+        """
+
+    def first_stage(self, net: CompressedModel, plan: Plan) -> Plan | None:
+        """The part of a plan that is trained before the rest of it is taken; None: all of it is taken at once."""
+        return None
 
 
-def score_of(config: Config) -> Score:
-    """What ranks channels: --score, or the method's own."""
-    return pick_score(config.decide.score or row(config.decide.method).score or "l1", config.decide.classes)
+class Search(Procedure):
+    """Decisions relaxed by gates and widths, learned in one loss with the weights, then discretized."""
+
+    searches = has_search_phase = True
+
+    def check_feasible(self, net: CompressedModel, targets: Sequence[Target], decide: Decide) -> None:
+        """Raise JpqError where even the cheapest plan, or the asked density, is more than a target."""
+        _rank_without_data(net, decide)
+        check_reachable(net, targets)
+        if row(net.method).score:  # a ranking closes channels down to the asked density
+            density_target(net, decide.density)
+
+    def decide(
+        self, net: CompressedModel, targets: Sequence[Target], decide: Decide, data: PlanEvaluator | None = None
+    ) -> Plan:
+        """The learned decisions, rounded to whole units and bits that meet every target."""
+        return discretize(net, targets)
 
 
-def check_classes(classes: str, data: Data) -> None:
-    """Raises JpqError for a class that the data do not have."""
-    for number in filter(None, classes.split(",")):
-        if int(number) >= data.classes:
-            raise JpqError(f"--classes {classes}: data '{data.name}' has classes 0 to {data.classes - 1} only.")
+class OneShot(Procedure):
+    """Uniform bits, or the channels that a score and an allocator put first at given bits; trained afterwards."""
+
+    def check_feasible(self, net: CompressedModel, targets: Sequence[Target], decide: Decide) -> None:
+        """Raise JpqError where no plan of this kind meets the targets."""
+        _rank_without_data(net, decide)
+        if row(net.method).gate is not None:
+            check_reachable(net, targets)
+        else:
+            self.decide(net, targets, decide)
+
+    def decide(
+        self, net: CompressedModel, targets: Sequence[Target], decide: Decide, data: PlanEvaluator | None = None
+    ) -> Plan:
+        """The widest uniform bits, or the best-ranked channels, that meet every target."""
+        (w_low, w_high), (a_low, a_high) = decide.w_bits, decide.a_bits
+        if row(net.method).gate is None:
+            return uniform(net, targets, range(w_low, w_high + 1), range(a_low, a_high + 1))
+        if data is not None:
+            share = uniform_keep_share(net, lambda uses: all_met(targets, uses))
+            place(net, score_of(net.method, decide), decide.allocator, data, share, targets[0])
+        return discretize(net, targets)
 
 
-def evidence(data: Data, decision: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Training batches for a score, others at each decision."""
-    return data.train.epoch(EVIDENCE + decision)
+class TwoStage(Procedure):
+    """Channels by a score first, trained in float; then uniform bits or the allocator's."""
+
+    has_search_phase = True
+
+    def check_feasible(self, net: CompressedModel, targets: Sequence[Target], decide: Decide) -> None:
+        """Raise JpqError where no density and bits together meet the targets."""
+        _rank_without_data(net, decide)
+        self.decide(net, targets, decide)
+
+    def decide(
+        self, net: CompressedModel, targets: Sequence[Target], decide: Decide, data: PlanEvaluator | None = None
+    ) -> Plan:
+        """The channels of stage one and the bits of stage two, in one plan that meets every target."""
+        bounds = (decide.w_bits, decide.a_bits)
+        if data is None:
+            return two_stage.decide_two_stage(net, targets, *bounds, decide.density)
+        share = uniform_keep_share(net, macs_limit(net, decide.density))
+        goal = density_target(net, decide.density)
+        place(net, score_of(net.method, decide), decide.allocator, data, share, goal)
+        return two_stage.decide_two_stage(
+            net,
+            targets,
+            *bounds,
+            decide.density,
+            lambda kept: bit_widths(net, decide.allocator, data, kept, targets, *bounds),
+        )
+
+    def first_stage(self, net: CompressedModel, plan: Plan) -> Plan:
+        """The plan's channels at the bits as they stand."""
+        return two_stage.pruned(net, plan)
 
 
-def plan_evaluator(net: CompressedModel, data: Data, config: Config) -> PlanEvaluator:
-    """What allocators may look at: training batches, and the held-out accuracy of any plan.
+class Manual(Procedure):
+    """Bits and densities given by name; the channels of each site by a score."""
 
-    The accuracy is that of a copy that settles on the plan and measures BatchNorm's statistics anew.
-    """
-    images = data.held_out.first(JUDGED)
-    batches = list(islice(data.train.epoch(0), CALIBRATION))
+    fills_budget = False
 
-    def accuracy(plan: Plan) -> float:
-        trial = copy.deepcopy(net)
-        trial.freeze(plan)
-        reestimate_batchnorm(trial, batches)
-        return evaluate(trial, images)
+    def check_feasible(self, net: CompressedModel, targets: Sequence[Target], decide: Decide) -> None:
+        """Raise JpqError where a target is given beside the decisions, and they cost more."""
+        _rank_without_data(net, decide)
+        manual.check_targets(net, manual.plan(net, decide), targets)
 
-    return PlanEvaluator(partial(evidence, data), accuracy, config.run.seed)
+    def decide(
+        self, net: CompressedModel, targets: Sequence[Target], decide: Decide, data: PlanEvaluator | None = None
+    ) -> Plan:
+        """The plan that `--bits` and `--densities` describe."""
+        if data is None:
+            return manual.plan(net, decide)
+        return manual.ranked(net, decide, score_of(net.method, decide), data.batches())
 
 
-def decide(
-    net: CompressedModel,
-    targets: Sequence[Target],
-    w_bits: Bounds,
-    a_bits: Bounds,
-    score: Score,
-    judge: PlanEvaluator | None,
-    allocator: str = "",
-) -> Plan:
-    """The plan of a method that does not search: uniform bits, or the units that a score and an allocator put first.
+PROCEDURES: Mapping[str, Procedure] = {
+    "search": Search(),
+    "one-shot": OneShot(),
+    "two-stage": TwoStage(),
+    "manual": Manual(),
+}
 
-    Without a judge the ranking stands as it is: enough to tell targets that cannot be met.
-    """
-    if METHODS[net.method].gate is None:
-        return uniform(net, targets, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1))
-    if judge:
-        place(net, score, allocator, judge, uniform_keep_share(net, lambda uses: all_met(targets, uses)), targets[0])
-    return discretize.discretize(net, targets)
+
+def procedure_of(method: str) -> Procedure:
+    """The procedure of the method that a plan or a config names."""
+    return PROCEDURES[row(method).procedure]
+
+
+def score_of(method: str, decide: Decide) -> Score:
+    """The score that ranks channels: `--score`, or the method's own."""
+    return pick_score(decide.score or row(method).score or "l1", decide.classes)
+
+
+def _rank_without_data(net: CompressedModel, decide: Decide) -> None:
+    """Rank by a score that needs no data but may find nothing to rank by (BatchNorm's scales), to raise early."""
+    if row(net.method).score and score_of(net.method, decide).needs == {"scales"}:
+        rank(net, score_of(net.method, decide))

@@ -114,6 +114,7 @@ def _models(wanted: Bench, console: Console) -> None:
     from jpq.export.runtimes import chosen
     from jpq.export.timing import layer_table
     from jpq.results.formatting import format_ms
+    from jpq.results.predicted_latency import predicted_ms
 
     runtimes = chosen(wanted.runtime)
     for path in wanted.what:
@@ -123,7 +124,7 @@ def _models(wanted: Bench, console: Console) -> None:
             layer_table.require_run(path)
             line = latency_line(
                 layer_table.compare(
-                    path / "model.onnx", layer_table.predicted(path, table, wanted.run_code), table, wanted.repeats
+                    path / "model.onnx", predicted_ms(path, table, wanted.run_code), table, wanted.repeats
                 )
             )
         else:

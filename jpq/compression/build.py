@@ -1,4 +1,4 @@
-"""What a method is made of on one network: where it acts, its gates and widths, and plans that need no search."""
+"""The parts of a method on one network: its targets, pruning groups, gates and bit-widths."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from functools import partial
 from itertools import pairwise
 
 from jpq.compression.usage import exact_usage
-from jpq.config import CHANNELS, Config
+from jpq.config import CHANNELS, Budget, Config
 from jpq.costs.target import Target, parse_targets
-from jpq.methods.gates import FixedCount, Frozen, Gate, Ranked
+from jpq.methods.gates import FixedCount, Frozen, Gate
 from jpq.methods.quantizers import BitWidth, Fixed
 from jpq.methods.table import Method
 from jpq.plan import Plan
@@ -21,32 +21,39 @@ from jpq.types import JpqError
 Bounds = tuple[int, int]
 
 
-def network_targets(network: Network, config: Config) -> tuple[Target, ...]:
-    """The targets, in units of this network."""
-    b = config.budget
-    dense = exact_usage(network, ChannelShares(network, ()), Plan(config.decide.method, {}, {}))
-    wanted = {b.cost: b.target_bops, "macs": b.target_macs, "size": b.target_size, "latency": b.target_latency}
-    return parse_targets(wanted, dense)
+def network_targets(network: Network, budget: Budget) -> tuple[Target, ...]:
+    """The targets of one budget, in units of this network.
+
+    Raises JpqError for text that is no amount, and for more than the network costs.
+    """
+    dense = exact_usage(network, ChannelShares(network, ()), Plan("", {}, {}))
+    texts = {
+        budget.cost: budget.target_bops,
+        "macs": budget.target_macs,
+        "size": budget.target_size,
+        "latency": budget.target_latency,
+    }
+    return parse_targets(texts, dense)
 
 
 def budget_targets(network: Network, config: Config) -> dict[str, tuple[Target, ...]]:
-    """The targets of each budget that one run follows down, by the budget's name ("" where there is one).
+    """The targets of each budget of a run, by the budget's name ("" where there is one).
 
-    Raises JpqError where one does not lie below the one before it.
+    Raises JpqError where a budget is not below the one before it.
     """
-    found = {name: network_targets(network, one) for name, one in config.each().items()}
-    for above, below in pairwise(found.values()):
+    targets = {name: network_targets(network, each.budget) for name, each in config.each().items()}
+    for above, below in pairwise(targets.values()):
         for more, less in zip(above, below, strict=True):
             if less.limit > more.limit or (less.text != more.text and less.limit == more.limit):
                 raise JpqError(
                     f"{less.flag} lists {less.text} after {more.text}, and it is not less. List budgets "
                     "from the largest down."
                 )
-    return found
+    return targets
 
 
 def gate_factory(method: Method, density: float = 0.5) -> Callable[[int, int], Gate]:
-    """What makes the gate of a site."""
+    """A factory, (rows, n) -> gate, for the pruning groups of a method."""
     if method.gate is None:
         return Frozen.all
     return partial(method.gate, density=density) if issubclass(method.gate, FixedCount) else method.gate
@@ -55,7 +62,13 @@ def gate_factory(method: Method, density: float = 0.5) -> Callable[[int, int], G
 def method_sites(
     method: Method, network: Network, skip: Collection[str], mapping: Mapping[str, str] | None = None
 ) -> tuple[Site, ...]:
-    """Where the method acts: coupled channels, or the weights of each layer, by a mapping where each has its own."""
+    """The pruning groups of a method: channels, coupled or per consumer, or a mask inside each layer.
+
+    Args:
+        method: its structure and kind of sites.
+        skip: names of layers that are not pruned.
+        mapping: layer -> structure, where layers have structures of their own.
+    """
     if method.gate is None:
         return ()
     if method.structure == CHANNELS:
@@ -64,8 +77,8 @@ def method_sites(
 
 
 def fixed_share(sites: Collection[Site], method: Method, density: float) -> dict[str, float]:
-    """Cost -> share of it that stays whatever is learned: of gates that are told how many units stay."""
-    if method.gate is Ranked and method.searches:
+    """Cost -> share of it that stays whatever is learned, for gates that are told how many units stay; else {}."""
+    if method.score and method.procedure == "search":
         return {"bops": density, "bops-structured": density}
     if method.gate is None or not issubclass(method.gate, FixedCount) or not sites:
         return {}
@@ -78,18 +91,18 @@ def fixed_share(sites: Collection[Site], method: Method, density: float) -> dict
 def width_factory(
     method: Method, w_bits: Bounds, a_bits: Bounds, image_bits: int, start: tuple[float, float]
 ) -> Callable[[Layer], tuple[BitWidth, BitWidth]]:
-    """What makes the widths of a layer's weight and input: the method's, and the image's fixed one.
+    """A factory, layer -> (bit-width of its weight, of its input); the image has a fixed width.
 
-    `start` is where widths that learn begin (weights, activations).
+    `start` holds the initial bits of widths that are learned (weights, activations).
     """
 
-    def one(bounds: Bounds, bits: float) -> BitWidth:
+    def width(bounds: Bounds, bits: float) -> BitWidth:
         low, high = bounds
         if method.width is Fixed:
             return Fixed(high) if method.gate else Fixed(high, tuple(range(low, high + 1)))
         return method.width(bits, low, high)
 
     def pair(layer: Layer) -> tuple[BitWidth, BitWidth]:
-        return one(w_bits, start[0]), Fixed(image_bits) if layer.reads_input else one(a_bits, start[1])
+        return width(w_bits, start[0]), Fixed(image_bits) if layer.reads_input else width(a_bits, start[1])
 
     return pair

@@ -47,10 +47,10 @@ def compose(
         score=score or row.score,
         schedule=schedule or row.schedule,
     )
-    others = [name for name, m in METHODS.items() if m.searches]
+    others = [name for name, m in METHODS.items() if m.procedure == "search"]
     if row.gate is None and structure:
         raise JpqError(f"--structure {structure}: method {method} prunes nothing. Choose --method {any_of(others)}.")
-    if not row.searches and made.width is not row.width:
+    if row.procedure != "search" and made.width is not row.width:
         raise JpqError(
             f"--width {width}: method {method} does not search, so its bits are fixed. "
             f"Choose --method {any_of(others)}."
@@ -149,7 +149,7 @@ def _instead(gate: type[Gate], structure: str, width: type[BitWidth]) -> str:
     examples = [CHANNELS, *(named.example for named in STRUCTURES.values()), RULES]
     rows: dict[type[Gate], str] = {}  # the first method of each gate
     for name, method in METHODS.items():
-        if method.gate and method.searches:
+        if method.gate and method.procedure == "search":
             rows.setdefault(method.gate, name)
     fits = {
         "--method": [name for g, name in rows.items() if not _clash(g, structure, width)],

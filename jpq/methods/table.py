@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from jpq.config import MANUAL, MASKED
 from jpq.methods.gates import (
@@ -27,6 +28,8 @@ from jpq.methods.gates import (
 )
 from jpq.methods.quantizers import BitWidth, Fixed, Gated, Learned, PowerOfTwo, SigmoidWidth
 
+ProcedureName = Literal["search", "one-shot", "two-stage", "manual"]
+
 
 @dataclass(frozen=True)
 class Method:
@@ -35,11 +38,10 @@ class Method:
     decides: str  # what it decides, in a few words
     gate: type[Gate] | None  # on the sites; None: nothing is pruned
     width: type[BitWidth]
-    searches: bool  # whether a search phase learns the decisions; otherwise they are taken at the start
+    procedure: ProcedureName  # when and how its decisions are taken (`jpq.allocation.procedures.PROCEDURES`)
     choose: str  # when to choose it
     paper: str
     sites: str = "coupled"  # channels that are kept or removed together; "per-consumer": each consumer has its own
-    stages: bool = False  # whether the search phase trains the pruned network, before it is quantized
     structure: str = "channels"  # where zeros may lie: on those sites, or as a mask inside each layer
     score: str = ""  # what ranks its channels, a name in jpq.methods.scores.SCORES; none: they are learned
     schedule: str = ""  # when they close during the search, a name in jpq.methods.schedules.SCHEDULES
@@ -50,7 +52,7 @@ METHODS: Mapping[str, Method] = {
         "channels (VIB gates) and any whole bit-width per tensor, in one loss",
         VIB,
         Learned,
-        True,
+        "search",
         "the default: steady at every budget, and whole channels go; for hardware of any width (FPGA, custom NPU)",
         "Wang et al., Differentiable Joint Pruning and Quantization, ECCV 2020, arXiv:2007.10463",
     ),
@@ -58,7 +60,7 @@ METHODS: Mapping[str, Method] = {
         "channels (VIB gates) and 2, 4 or 8 bits per tensor, in one loss",
         VIB,
         PowerOfTwo,
-        True,
+        "search",
         "hardware with power-of-two widths only (most NPUs and CPUs)",
         "the restricted DJPQ of arXiv:2007.10463",
     ),
@@ -66,7 +68,7 @@ METHODS: Mapping[str, Method] = {
         "channels (hard concrete gates) and any whole bit-width per tensor, in one loss",
         HardConcrete,
         Learned,
-        True,
+        "search",
         "a stochastic alternative to VIB: channels are really absent in part of the training steps",
         "Louizos et al., Learning Sparse Neural Networks through L0 Regularization, ICLR 2018, arXiv:1712.01312",
     ),
@@ -74,7 +76,7 @@ METHODS: Mapping[str, Method] = {
         "channels (polarized gates, smoothed L0) and any whole bit-width per tensor, in one loss",
         Polarized,
         Learned,
-        True,
+        "search",
         "when landing must cost nothing: gates polarise to exact zeros while training",
         "Guo et al., GDP: Gates with Differentiable Polarization, ICCV 2021, arXiv:2109.02220",
     ),
@@ -82,7 +84,7 @@ METHODS: Mapping[str, Method] = {
         "channels (annealed indicators, learned on the other half of the data) and any whole bit-width per tensor",
         Annealed,
         Learned,
-        True,
+        "search",
         "decisions that must not follow the noise of the batches that train the weights",
         "Guan et al., DAIS: Differentiable Annealing Indicator Search, IEEE TNNLS 2023, arXiv:2011.02166",
     ),
@@ -90,7 +92,7 @@ METHODS: Mapping[str, Method] = {
         "exactly k of n weights of each neuron (Gumbel top-k), and any whole bit-width per tensor",
         GumbelTopK,
         Learned,
-        True,
+        "search",
         "hardware that wants the same number of weights in every neuron, kernel row or tile",
         "Gonzalez-Carabarin et al., Dynamic Probabilistic Pruning, IEEE TNNLS, arXiv:2105.12686",
         structure="per-output",
@@ -99,7 +101,7 @@ METHODS: Mapping[str, Method] = {
         "single weights by a soft threshold on the weights themselves, and any whole bit-width per tensor",
         SoftThreshold,
         Learned,
-        True,
+        "search",
         "unstructured sparsity without any parameter beside the weights",
         "Cho et al., PDP: Parameter-free Differentiable Pruning is All You Need, NeurIPS 2023, arXiv:2305.11203",
         structure="elementwise",
@@ -108,7 +110,7 @@ METHODS: Mapping[str, Method] = {
         "2 of 4 consecutive weights by the same soft threshold, and any whole bit-width per tensor",
         SoftThreshold,
         Learned,
-        True,
+        "search",
         "sparse tensor cores and every other 2:4 kernel",
         "Cho et al., PDP, NeurIPS 2023, arXiv:2305.11203",
         structure="2:4",
@@ -117,7 +119,7 @@ METHODS: Mapping[str, Method] = {
         "blocks of weights by scores of their own and one differentiable top-k, and any whole bit-width per tensor",
         LearnedTopK,
         Learned,
-        True,
+        "search",
         "block-sparse kernels: one ranking decides over all layers how much each may keep",
         "Ding et al., SMART Pruner, arXiv:2403.19969",
         structure="block:8x4",
@@ -126,7 +128,7 @@ METHODS: Mapping[str, Method] = {
         "single weights by magnitude, re-decided every 16 steps, and any whole bit-width per tensor",
         Feedback,
         Learned,
-        True,
+        "search",
         "unstructured sparsity by plain magnitude: dropped weights keep learning and may return",
         "Lin et al., Dynamic Model Pruning with Feedback, ICLR 2020, arXiv:2006.07253",
         structure="elementwise",
@@ -135,7 +137,7 @@ METHODS: Mapping[str, Method] = {
         "kernel patterns (4 of 9 weights) by alternating projection, and any whole bit-width per tensor",
         Admm,
         Learned,
-        True,
+        "search",
         "pattern kernels on mobile CPUs, in long trainings: a short one leaves the weights far from the patterns",
         "Zhang et al., ECCV 2018, arXiv:1804.03294; Gong et al., GLSVLSI 2020, arXiv:2003.06513",
         structure="pattern",
@@ -144,7 +146,7 @@ METHODS: Mapping[str, Method] = {
         "channels (hard concrete gates) and 2, 4 or 8 bits per tensor (a gate for each doubling), in one loss",
         HardConcrete,
         Gated,
-        True,
+        "search",
         "power-of-two hardware, in long trainings: some steps feel the coarser grid before a width is given up",
         "van Baalen et al., Bayesian Bits, NeurIPS 2020, arXiv:2005.07093",
     ),
@@ -152,7 +154,7 @@ METHODS: Mapping[str, Method] = {
         "single weights by a learned dead zone inside the quantizer, and any whole bit-width per tensor",
         DeadZone,
         SigmoidWidth,
-        True,
+        "search",
         "unstructured sparsity whose share per layer is learned with the bits; no density to choose",
         "Wenshoj et al., CoDeQ: Joint Model Compression with Dead-Zone Quantizer, 2025, arXiv:2512.12981",
         structure="elementwise",
@@ -161,7 +163,7 @@ METHODS: Mapping[str, Method] = {
         "channels (latent vectors that generate the weights, made sparse) and any whole bit-width per tensor",
         Latent,
         Learned,
-        True,
+        "search",
         "long searches: neighbouring layers share one latent, so what one layer drops shapes the next one's weights",
         "Li et al., DHP: Differentiable Meta Pruning via HyperNetworks, ECCV 2020, arXiv:2003.13683",
     ),
@@ -169,7 +171,7 @@ METHODS: Mapping[str, Method] = {
         "which input channels each learned group of filters reads, and any whole bit-width per tensor",
         Lasso,
         Learned,
-        True,
+        "search",
         "dense branches instead of sparse kernels, in long trainings: in short ones a single group does as well",
         "Park et al., Dynamic Structure Pruning for Compressing CNNs, AAAI 2023, arXiv:2303.09736",
         structure="kernels",
@@ -178,7 +180,7 @@ METHODS: Mapping[str, Method] = {
         "columns of the weight matrix by probabilities that rise and fall, and any whole bit-width per tensor",
         Stochastic,
         Learned,
-        True,
+        "search",
         "dense matrix products over fewer columns; or whole channels, with --structure channels",
         "Wang et al., Structured Probabilistic Pruning, BMVC 2018, arXiv:1709.06994",
         structure="block:*x1",
@@ -187,7 +189,7 @@ METHODS: Mapping[str, Method] = {
         "block-punched kernels and columns of blocks, their size layer by layer, and any whole bit-width per tensor",
         Reweighted,
         Learned,
-        True,
+        "search",
         "block-sparse kernels whose compiler takes another block size in each layer",
         "Gong et al., Automatic Mapping of the Best-Suited DNN Pruning Schemes, ACM TODAES 2022, arXiv:2111.11581",
         structure="rules",
@@ -196,7 +198,7 @@ METHODS: Mapping[str, Method] = {
         "channels by a score (--score), closed bit by bit (--schedule); any whole bit-width per tensor meanwhile",
         Ranked,
         Learned,
-        True,
+        "search",
         "any score with learned bits; plain magnitude is the cheapest ranking there is",
         "Zhu & Gupta, ICLR workshop 2018, arXiv:1710.01878; Li et al., ICLR 2017, arXiv:1608.08710",
         score="l1",
@@ -206,7 +208,7 @@ METHODS: Mapping[str, Method] = {
         "channels by what the loss would change without them, in ten steps; any whole bit-width per tensor meanwhile",
         Ranked,
         Learned,
-        True,
+        "search",
         "one ranking over all layers, when it is not known which layers can spare most",
         "Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, arXiv:1906.10771",
         score="taylor",
@@ -216,7 +218,7 @@ METHODS: Mapping[str, Method] = {
         "channels by what they weigh in the product with both neighbours, at once; any whole bit-width per tensor",
         Ranked,
         Learned,
-        True,
+        "search",
         "a ranking from the weights alone that sees more than one layer; it needs no data",
         "Park et al., Lookahead: A Far-Sighted Alternative of Magnitude-based Pruning, ICLR 2020, arXiv:2002.04809",
         score="lookahead-forward",
@@ -226,7 +228,7 @@ METHODS: Mapping[str, Method] = {
         "channels by the set that separates the classes best, at once; any whole bit-width per tensor",
         Ranked,
         Learned,
-        True,
+        "search",
         "classification, above all where some classes matter more than others (--classes)",
         "Hu et al., CATRO: Channel Pruning via Class-Aware Trace Ratio Optimization, TNNLS 2023, arXiv:2110.10921",
         score="catro",
@@ -236,7 +238,7 @@ METHODS: Mapping[str, Method] = {
         "one width for all weights and one for all activations; nothing is pruned",
         None,
         Fixed,
-        False,
+        "one-shot",
         "the baseline that a joint method must beat, and the simplest thing to deploy",
         "plain quantization-aware training with learned ranges (Esser et al., LSQ, ICLR 2020, arXiv:1902.08153)",
     ),
@@ -244,17 +246,16 @@ METHODS: Mapping[str, Method] = {
         "channels by a score (--score, --density), then one width for all weights and one for all activations",
         Ranked,
         Fixed,
-        False,
+        "two-stage",
         "the baseline that people use today: prune, fine-tune, quantize, fine-tune",
         "magnitude pruning (Li et al., ICLR 2017, arXiv:1608.08710), then LSQ (Esser et al., ICLR 2020)",
-        stages=True,
         score="l1",
     ),
     "upscale": Method(
         "channels for each reader on its own, by a score (--score); bits are the largest of --w-bits and --a-bits",
         Ranked,
         Fixed,
-        False,
+        "one-shot",
         "one-shot pruning that no coupling holds back, at given bits; readers select their channels at run time",
         "Wan et al., UPSCALE: Unconstrained Channel Pruning, ICML 2023, arXiv:2307.08771",
         "per-consumer",
@@ -266,7 +267,7 @@ MASKED_ROW = Method(
     "any whole bit-width per tensor; the mask is given (--mask) and held",
     FixedMask,
     Learned,
-    True,
+    "search",
     "the client's half of pruning without her data: jpq prune-private made the mask",
     "Gong et al., GLSVLSI 2020, arXiv:2003.06513",
     structure="pattern",
@@ -276,7 +277,7 @@ MANUAL_ROW = Method(
     "nothing: --bits and --densities say it",
     Ranked,
     Fixed,
-    False,
+    "manual",
     "decisions that a study, or a person, took elsewhere",
     "magnitude pruning (Li et al., ICLR 2017, arXiv:1608.08710) and LSQ (Esser et al., ICLR 2020, arXiv:1902.08153)",
     score="l1",

@@ -1,4 +1,4 @@
-"""jpq.training.epochs."""
+"""Phases of training, and how the epochs of a run are divided among its budgets and phases."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from jpq.allocation.procedures import PROCEDURES
 from jpq.config import Config
 from jpq.methods.table import Method
 from jpq.types import JpqError
@@ -15,7 +16,7 @@ WARM_UP = 0.03  # share of the steps in which the learning rate rises
 
 @dataclass(frozen=True)
 class BudgetEpochs:
-    """One budget's part of the epochs."""
+    """The epochs of one budget, and where they lie on the learning-rate curve of the run."""
 
     search: int
     tune: int
@@ -23,7 +24,7 @@ class BudgetEpochs:
     total: int  # epochs of the whole curve
 
     def phases(self, budget: str, first: bool) -> tuple[Phase, Phase]:
-        """(search, fine-tuning). The rate of the fine-tuning begins where the search ended, and ends at 0."""
+        """(search phase, fine-tuning phase); the rate of fine-tuning begins where the search ended, and ends at 0."""
         after = self.before + self.search
         stretch = (self.total - after) / self.tune
         return (
@@ -33,15 +34,15 @@ class BudgetEpochs:
 
 
 def split_epochs(config: Config, method: Method) -> tuple[int, int]:
-    """(search epochs, fine-tune epochs)."""
-    if not (method.searches or method.stages):
+    """(epochs of the search phase, epochs of fine-tuning) of a run with one budget."""
+    if not PROCEDURES[method.procedure].has_search_phase:
         return 0, config.train.epochs
     search = min(config.train.epochs - 1, max(1, round(config.train.search * config.train.epochs)))
     return search, config.train.epochs - search
 
 
 def budget_epochs(config: Config, method: Method) -> dict[str, BudgetEpochs]:
-    """Every budget's part: the search is divided among them, the last is fine-tuned for the rest of the epochs.
+    """Budget name -> its epochs: the search is divided evenly, and the last budget is fine-tuned for the rest.
 
     Raises JpqError where a budget would have no epoch to search in.
     """
@@ -53,17 +54,17 @@ def budget_epochs(config: Config, method: Method) -> dict[str, BudgetEpochs]:
             "budgets. Give more --epochs, or a larger --search."
         )
     less = config.train.tune_epochs or max(1, tune // 4)
-    found, before = {}, 0
+    parts, before = {}, 0
     for i, budget in enumerate(budgets):
         part = search // len(budgets) + (i < search % len(budgets))
         last = i == len(budgets) - 1
-        found[budget] = BudgetEpochs(part, tune if last else less, before, search + tune)
+        parts[budget] = BudgetEpochs(part, tune if last else less, before, search + tune)
         before += part
-    return found
+    return parts
 
 
 def all_phases(config: Config, method: Method) -> Iterator[Phase]:
-    """Everything that will be trained, in order."""
+    """Every phase of a run, in the order of training."""
     if config.task.weights is None:
         yield Phase("float", config.train.float_epochs)
     for i, (budget, share) in enumerate(budget_epochs(config, method).items()):
@@ -72,7 +73,7 @@ def all_phases(config: Config, method: Method) -> Iterator[Phase]:
 
 @dataclass
 class Phase:
-    """One stretch of training: `epochs` of it, at a place on the learning-rate curve of the whole."""
+    """A phase of training: its epochs, and its place on the learning-rate curve of the run."""
 
     name: str  # "float" | "search" | "fine-tune"
     epochs: int
@@ -86,10 +87,10 @@ class Phase:
 
     @property
     def title(self) -> str:
-        """What the screen calls it."""
+        """The phase's name on screen, with its budget where there are several."""
         return f"{self.name} {self.budget}".strip()
 
     def rate(self, epoch: float) -> float:
-        """Learning rate as a share of its peak, at a fractional epoch of this phase: warm-up, then cosine to 0."""
+        """Learning rate over its peak at a fractional epoch of this phase: linear warm-up, then cosine to 0."""
         at = (self.before + epoch * self.stretch) / (self.total or self.epochs)
         return min(1.0, at / WARM_UP + 0.01) * 0.5 * (1 + math.cos(math.pi * min(1.0, at)))

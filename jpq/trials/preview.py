@@ -11,26 +11,21 @@ import torch
 from torch import nn
 
 from jpq.allocation import manual
-from jpq.allocation.procedures import calibration, evidence, score_of
-from jpq.compression.attach import attach
-from jpq.compression.build import method_sites, width_factory
+from jpq.allocation.decision_data import calibration_batches, score_batches
+from jpq.allocation.prepare import prepare
 from jpq.compression.model import CompressedModel
 from jpq.compression.usage import exact_usage
-from jpq.config import MANUAL, Config
+from jpq.config import MANUAL, Budget, Config
 from jpq.costs import COSTS, baseline, latency_ns, macs, size
 from jpq.costs.latency import NS
 from jpq.costs.target import parse_target
 from jpq.export.timing import layer_table
 from jpq.files.tensors import save_tensors
-from jpq.methods.gates import Ranked
-from jpq.methods.table import MANUAL_ROW
 from jpq.plan import Plan
 from jpq.tasks import models
 from jpq.tasks.data import Data
 from jpq.tasks.load import dense_model, read_data
 from jpq.tracing.channel_shares import ChannelShares
-from jpq.tracing.network import with_times
-from jpq.tracing.trace import trace
 from jpq.training.environment import pick_device, set_threads
 from jpq.training.epochs import Phase
 from jpq.training.history import TrainingObserver
@@ -61,11 +56,11 @@ class Preview:
         torch.manual_seed(config.run.seed)
         data = read_data(config, device)
         model = dense_model(config, data, device)
-        self.network = trace(model, data.example, open_norms=config.decide.open_norms)
-        if config.budget.latency_table is not None:
-            self.network = with_times(self.network, layer_table.read_table(config.budget.latency_table))
+        path, decide = config.budget.latency_table, replace(config.decide, method=MANUAL)
+        table = None if path is None else layer_table.read_table(path)
+        self.prepared = prepare(model, data.example, decide, Budget(), table=table)
+        self.network = self.prepared.network
         set_threads(config.run.threads, sum(x.macs for x in self.network.layers) * config.train.batch_size)
-        self.sites = method_sites(MANUAL_ROW, self.network, config.decide.skip)
         self.full = {name: float(cost) for name, cost in self._dense().items()}
         self._net: CompressedModel | None = None
         self._start, self.classes = (model, data), data.classes
@@ -104,12 +99,9 @@ class Preview:
         """The network attached as the trials attach it, with its channels ranked: once."""
         if self._net is None:
             model, data = self._start
-            c = replace(self.config, decide=replace(self.config.decide, method=MANUAL))
-            d = c.decide
-            torch.manual_seed(c.run.seed)
-            make = width_factory(MANUAL_ROW, d.w_bits, d.a_bits, d.image_bits, (float(d.w_bits[1]), float(d.a_bits[1])))
-            net = attach(model, self.network, self.sites, Ranked, make, calibration(data), MANUAL)
-            manual.ranked(net, d, score_of(c), evidence(data))
+            torch.manual_seed(self.config.run.seed)
+            net = self.prepared.attach(model, calibration_batches(data))
+            manual.ranked(net, self.prepared.decide, self.prepared.score, score_batches(data))
             self._net = net
         return self._net
 

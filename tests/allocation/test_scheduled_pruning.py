@@ -9,7 +9,7 @@ from runs import QUICK, Stop, config
 
 import jpq
 from jpq import costs, recipe
-from jpq.allocation import procedures
+from jpq.allocation import decision_data
 from jpq.allocation.ranking.scheduled_pruning import ScheduledPruning, find_threshold, macs_limit, uniform_keep_share
 from jpq.config import Config, Decide
 from jpq.methods.compatibility import compose
@@ -167,8 +167,8 @@ def test_landing_follows_the_ranking():
 def test_evidence_is_training_data_and_none_other(tmp_path, monkeypatch):
     """The batches that a score sees are of the training split, whatever decision asks for them."""
     seen = []
-    original = procedures.evidence
-    monkeypatch.setattr(phases, "evidence", lambda data, n=0: seen.append((data, n)) or original(data, n))
+    original = decision_data.score_batches
+    monkeypatch.setattr(phases, "score_batches", lambda data, n=0: seen.append((data, n)) or original(data, n))
     jpq.optimize(config(tmp_path, "taylor"))
     assert [n for _, n in seen] == sorted({n for _, n in seen})
     assert seen

@@ -27,8 +27,9 @@ from jpq.export.timing.layer_model import layer_model
 from jpq.export.timing.runner import Runner, float_layers, kernels, take_turns
 from jpq.export.verify import compare
 from jpq.recipe import optimize
+from jpq.results.predicted_latency import predicted_ms
 from jpq.tasks.models import build
-from jpq.tracing.network import shape, with_times
+from jpq.tracing.network import latency_shape, with_layer_times
 from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
@@ -81,14 +82,14 @@ def test_a_gain_of_zero_is_left_alone(tmp_path):
 
 def test_every_distinct_layer_is_measured_in_float_and_as_int8():
     bits = {(e.shape, e.bits) for e in ENTRIES}
-    assert bits == {(shape(x), b) for x in CONVNET.layers for b in (8, 32)}
+    assert bits == {(latency_shape(x), b) for x in CONVNET.layers for b in (8, 32)}
     assert all(0 < e.ms < 100 for e in ENTRIES)
-    first = {e.inputs for e in ENTRIES if e.shape == shape(CONVNET.layers[0])}
-    last = {e.outputs for e in ENTRIES if e.shape == shape(CONVNET.layers[-1])}
+    first = {e.inputs for e in ENTRIES if e.shape == latency_shape(CONVNET.layers[0])}
+    last = {e.outputs for e in ENTRIES if e.shape == latency_shape(CONVNET.layers[-1])}
     assert (first, last) == ({1}, {10})  # no channel of the image or of the classes can go
-    inner = {(e.inputs, e.outputs) for e in ENTRIES if e.shape == shape(CONVNET.layers[1])}
+    inner = {(e.inputs, e.outputs) for e in ENTRIES if e.shape == latency_shape(CONVNET.layers[1])}
     assert inner == {(i, o) for i in (1, 9, 17, 25, 32) for o in (1, 17, 33, 49, 64)}
-    with_times(CONVNET, latency_table.LatencyTable("t", tuple(ENTRIES)))  # every layer finds its lines
+    with_layer_times(CONVNET, latency_table.LatencyTable("t", tuple(ENTRIES)))  # every layer finds its lines
 
 
 @pytest.mark.parametrize(
@@ -134,14 +135,14 @@ def test_layers_of_a_depthwise_network_are_known_by_their_own_names():
     network = trace(
         nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 3, 2)), torch.randn(2, 3, 9, 9)
     )
-    assert [str(shape(x)) for x in network.layers] == [
+    assert [str(latency_shape(x)) for x in network.layers] == [
         "conv 1x1 stride 1x1 at 9x9",
         "depthwise 3x3 stride 1x1 at 7x7",
         "conv 3x3 stride 2x2 at 3x3",
     ]
     entries = layer_table.measure(network, "own", repeats=2)
     assert {(e.inputs, e.outputs) for e in entries if e.shape.kind == "depthwise"} == {(n, n) for n in (1, 3, 5, 7, 8)}
-    with_times(network, latency_table.LatencyTable("t", tuple(entries)))
+    with_layer_times(network, latency_table.LatencyTable("t", tuple(entries)))
 
 
 def test_turns_are_taken_in_order_and_the_timed_call_is_warm():
@@ -169,7 +170,7 @@ def test_a_run_from_the_table_to_the_measured_model(tmp_path, capsys, monkeypatc
     assert stored["latency"]["predicted_ms"] == pytest.approx(result.compressed.latency_ms)
     assert stored["latency"]["measured_ms"] > 0
     assert "latency_ms" in pd.read_csv(result.folder / "layers.csv")
-    assert layer_table.predicted(result.folder, layer_table.read_table(Path("t.csv"))) == pytest.approx(
+    assert predicted_ms(result.folder, layer_table.read_table(Path("t.csv"))) == pytest.approx(
         result.compressed.latency_ms
     )
     capsys.readouterr()
@@ -238,9 +239,7 @@ def test_a_run_with_a_structure_for_each_layer_is_timed(tmp_path):
         run=Run(out=tmp_path / "runs"),
     )
     result = optimize(asked)
-    assert layer_table.predicted(result.folder, layer_table.read_table(path)) == pytest.approx(
-        result.compressed.latency_ms
-    )
+    assert predicted_ms(result.folder, layer_table.read_table(path)) == pytest.approx(result.compressed.latency_ms)
 
 
 @pytest.fixture(scope="module")

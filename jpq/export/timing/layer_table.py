@@ -11,26 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from jpq import costs
-from jpq.compression.build import method_sites
-from jpq.compression.usage import Densities, exact_usage
-from jpq.config import read_toml as read_config
+from jpq.compression.usage import exact_usage
 from jpq.costs.latency import NS
 from jpq.costs.latency_table import Entry, LatencyTable, Shape, parse, write
 from jpq.export.timing.layer_model import call_model, layer_model
 from jpq.export.timing.runner import Runner, hardware, kernels, take_turns
 from jpq.files import untrusted
 from jpq.files.atomic import replace_file
-from jpq.methods.compatibility import compose
 from jpq.plan import Plan
-from jpq.plan import read as read_plan
-from jpq.tasks import models
 from jpq.tracing.channel_shares import ChannelShares
-from jpq.tracing.decompose import decompose
-from jpq.tracing.network import Layer, Network, shape, with_times
-from jpq.tracing.trace import trace
+from jpq.tracing.network import Layer, Network, latency_shape, with_layer_times
 from jpq.types import NONE, JpqError, Labels
 
 FLOAT, INT8 = 32, 8
@@ -85,7 +77,7 @@ def points(network: Network) -> list[LayerBenchmark]:
     """
     found: dict[LayerBenchmark, None] = {}
     for layer in network.layers:
-        key = shape(layer)
+        key = latency_shape(layer)
         sides = _counts(network, layer, layer.inputs), _counts(network, layer, layer.outputs)
         pairs = [(n * len(layer.inputs) // len(layer.outputs), n) for n in sides[1]]
         if key.kind != "depthwise":
@@ -205,7 +197,7 @@ def time_model(path: Path, threads: int, repeats: int) -> float:
 
 def whole(network: Network, entries: list[Entry], bits: int) -> float:
     """Milliseconds of a network that keeps everything, with all layers at `bits`."""
-    known = with_times(network, LatencyTable("the table", tuple(entries)))
+    known = with_layer_times(network, LatencyTable("the table", tuple(entries)))
     uses = exact_usage(known, ChannelShares(known, ()), Plan("", {}, {}))
     return float(costs.latency_ns([costs.dense(u, bits) for u in uses])) / NS
 
@@ -221,14 +213,3 @@ def require_run(folder: Path) -> None:
     for name in ("config.toml", "plan.json", "model.onnx"):
         if not (folder / name).is_file():
             raise JpqError(f"{folder} is not the folder of a finished run: it has no {name}.")
-
-
-def predicted(folder: Path, table: LatencyTable, run_code: bool = False) -> float:
-    """Milliseconds that a table predicts for the model of a run; `run_code`: its code may be run (`models.of_plan`)."""
-    d, plan = read_config(folder / "config.toml").decide, read_plan(folder / "plan.json")
-    dense = decompose(models.of_plan(plan, folder / "plan.json", folder / "model.safetensors", run_code))
-    sample = Runner(folder / "model.onnx").shapes[0]
-    network = with_times(trace(dense, torch.zeros(2, *sample[1:]), open_norms=d.open_norms), table)
-    sites = method_sites(compose(d.method, d.structure, d.width), network, d.skip, plan.structures or None)
-    shares = ChannelShares(network, [s for s in sites if not s.is_mask])
-    return float(costs.latency_ns(exact_usage(network, shares, plan, Densities(network, sites)))) / NS

@@ -35,8 +35,8 @@ from trial import float_model
 import jpq
 from jpq.compression import external_mask
 from jpq.costs import COSTS, baseline
-from jpq.data_free.layerwise_admm import AdmmSettings, Draw
-from jpq.data_free.prune import DataFreeResult, gate_of, noise, one_shot, pruned, sites_of
+from jpq.data_free.layerwise_admm import AdmmSettings, DrawImages
+from jpq.data_free.prune import DataFreeResult, layer_gate, mask_sites, project_once, prune_model, random_images
 from jpq.tasks import load
 from jpq.tasks.classification import evaluate
 from jpq.tasks.data import RECIPES, Data
@@ -77,7 +77,7 @@ SETTINGS = {
 }
 
 
-def images(data: Data, seed: int) -> Draw:
+def images(data: Data, seed: int) -> DrawImages:
     """Training images, without augmentation."""
     generator = torch.Generator().manual_seed(seed)
     train = data.train
@@ -87,15 +87,17 @@ def images(data: Data, seed: int) -> Draw:
 def prune(way: str, model: nn.Module, data: Data, seed: int) -> tuple[DataFreeResult, nn.Module]:
     """(masks and errors, the pruned model)."""
     r = RECIPES[data.name]
-    draw = images(data, seed) if way == "real" else noise(data.shape, (r.mean, r.std), seed, torch.device("cpu"))
+    draw = (
+        images(data, seed) if way == "real" else random_images(data.shape, (r.mean, r.std), seed, torch.device("cpu"))
+    )
     how = replace(HOW, matched=way in ("matched", "one-shot"), seed=seed)
     if way != "one-shot":
-        done = pruned(model, draw, "pattern", DENSITY, how=how, threads=1)
+        done = prune_model(model, draw, "pattern", DENSITY, settings=how, threads=1)
         return done, done.model
     network = jpq.trace(model, data.example)
-    sites = sites_of(network, "pattern", ())
-    gates = [gate_of(network, site, DENSITY, how) for site in sites]
-    crude = one_shot(model, sites, gates)
+    sites = mask_sites(network, "pattern", ())
+    gates = [layer_gate(network, site, DENSITY, how) for site in sites]
+    crude = project_once(model, sites, gates)
     return DataFreeResult(crude, sites, tuple(g.keep() for g in gates), (), float("nan"), float("nan")), crude
 
 

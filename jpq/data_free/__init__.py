@@ -1,5 +1,29 @@
-"""Pruning without the training data (`jpq prune-private`)."""
+"""Pruning without data: a trained model is pruned on random images, and the owner of the data trains under the mask."""
+
+from typing import TYPE_CHECKING
 
 from jpq.lazy import lazy_names
 
-__getattr__, __dir__ = lazy_names(__name__, {})
+if TYPE_CHECKING:
+    from jpq.data_free.layerwise_admm import AdmmSettings, LayerReport
+    from jpq.data_free.prune import DataFreeResult, prune_model, prune_private
+    from jpq.data_free.settings import DataFreeSettings
+
+__all__ = [
+    "AdmmSettings",
+    "DataFreeResult",
+    "DataFreeSettings",
+    "LayerReport",
+    "prune_model",
+    "prune_private",
+]
+
+_HOMES = {
+    "AdmmSettings": "layerwise_admm",
+    "DataFreeResult": "prune",
+    "DataFreeSettings": "settings",
+    "LayerReport": "layerwise_admm",
+    "prune_model": "prune",
+    "prune_private": "prune",
+}
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

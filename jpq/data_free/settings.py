@@ -1,4 +1,4 @@
-"""Settings of `jpq prune-private`: pruning by somebody who has the trained model and none of its data."""
+"""Settings of `jpq prune-private`: the fields become flags, and their docstrings the help texts."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 from jpq.types import JpqError, unknown
 
-INPUTS = ("matched", "noise")
+INPUT_KINDS = ("matched", "noise")
 
-PATTERN = 0.75  # share of the kernels that stay where none is asked for
+KERNEL_DENSITY = 0.75  # default share of the kernels that stay, with patterns
 
-MASK = 0.5  # share of the weights, with other structures
+WEIGHT_DENSITY = 0.5  # default share of the weights that stay, with other structures
 
 
 @dataclass(frozen=True)
 class DataFreeSettings:
-    """What is pruned, and how, without any data."""
+    """The model, the random images, the structure of the zeros, and ADMM's numbers."""
 
     model: str = "convnet"
     """convnet, lenet5, vgg7, resnet8/20/32/44/56, torchvision:NAME, or module:callable (runs your code)."""
@@ -65,6 +65,18 @@ class DataFreeSettings:
 
     def check(self) -> DataFreeSettings:
         """These settings, once every value makes sense. Raises JpqError with the flag to change."""
+        self._check_model_and_images()
+        if self.density is not None and not 0 < self.density <= 1:
+            raise JpqError(f"--density {self.density} must lie above 0 and be at most 1: it is the share that stays.")
+        self._check_admm()
+        if self.input_shape is not None and (not self.input_shape or min(self.input_shape) < 1):
+            raise JpqError(
+                f"--input-shape {' '.join(map(str, self.input_shape))}: give positive sizes, such as 3 32 32."
+            )
+        return self
+
+    def _check_model_and_images(self) -> None:
+        """Check the weights and the kind of random images. Raises JpqError."""
         if not self.synthetic:
             raise JpqError(
                 "--no-synthetic: prune-private never sees data. To prune with data: jpq optimize --method admm."
@@ -73,28 +85,24 @@ class DataFreeSettings:
             raise JpqError(f"--seed {self.seed} is too large: at most 63 bits.")
         if self.weights is None:
             raise JpqError("No trained model: give its weights with --weights FILE. prune-private trains none.")
-        if self.inputs not in INPUTS:
-            raise unknown("kind of --inputs", self.inputs, INPUTS)
-        if self.density is not None and not 0 < self.density <= 1:
-            raise JpqError(f"--density {self.density} must lie above 0 and be at most 1: it is the share that stays.")
+        if self.inputs not in INPUT_KINDS:
+            raise unknown("kind of --inputs", self.inputs, INPUT_KINDS)
+
+    def _check_admm(self) -> None:
+        """Check penalties, steps, images and learning rate. Raises JpqError."""
         if not self.rho or not all(0 < r < math.inf for r in self.rho):
             raise JpqError(f"--rho {' '.join(map(str, self.rho))}: give one or more positive numbers.")
-        least = 5 * len(self.rho)
-        if self.steps < least:
-            raise JpqError(f"--steps {self.steps}: at least {least} are needed, five for each --rho.")
+        minimum_steps = 5 * len(self.rho)
+        if self.steps < minimum_steps:
+            raise JpqError(f"--steps {self.steps}: at least {minimum_steps} are needed, five for each --rho.")
         if not 2 <= self.batch_size <= self.images:
             raise JpqError(
                 f"--batch-size {self.batch_size}, --images {self.images}: give 2 or more a step, and no more than all."
             )
         if not 0 < self.lr < math.inf:
             raise JpqError(f"--lr {self.lr} must be a positive number.")
-        if self.input_shape is not None and (not self.input_shape or min(self.input_shape) < 1):
-            raise JpqError(
-                f"--input-shape {' '.join(map(str, self.input_shape))}: give positive sizes, such as 3 32 32."
-            )
-        return self
 
     def share(self) -> float:
-        """The density asked for, or the structure's default."""
-        default = PATTERN if self.structure.startswith("pattern") else MASK
+        """The density that was chosen, or the structure's default."""
+        default = KERNEL_DENSITY if self.structure.startswith("pattern") else WEIGHT_DENSITY
         return default if self.density is None else self.density

@@ -19,7 +19,7 @@ from jpq.cli.main import main
 from jpq.compression import external_mask
 from jpq.config import Budget, Config, Decide, Run, Task
 from jpq.data_free import prune
-from jpq.data_free.layerwise_admm import AdmmSettings, followers, reads
+from jpq.data_free.layerwise_admm import AdmmSettings, following_layers, layer_input
 from jpq.data_free.settings import DataFreeSettings
 from jpq.files.tensors import save_tensors
 from jpq.methods.gates import Admm
@@ -136,7 +136,7 @@ class Branchy(nn.Module):
 def test_what_follows_a_layer():
     torch.manual_seed(0)
     model, x = Branchy().eval(), torch.randn(2, 2, 8, 8)
-    follows = followers(model, x)
+    follows = following_layers(model, x)
     assert {n: [type(p) for p in follows[n].parts] for n in ("first", "split", "plain")} == {
         "first": [nn.BatchNorm2d, nn.ReLU],
         "split": [],
@@ -146,8 +146,8 @@ def test_what_follows_a_layer():
     before = out.clone()
     assert torch.equal(follows["first"](out), torch.relu(model.norm(out)))
     assert torch.equal(out, before)
-    assert torch.equal(reads(model, "split", x), torch.relu(model.norm(model.first(x))))
-    assert reads(model, "right", x).shape == (2, 4, 4, 4)
+    assert torch.equal(layer_input(model, "split", x), torch.relu(model.norm(model.first(x))))
+    assert layer_input(model, "right", x).shape == (2, 4, 4, 4)
 
 
 class Unused(nn.Module):
@@ -164,9 +164,9 @@ class Unused(nn.Module):
 def test_a_layer_that_is_never_called_is_projected():
     torch.manual_seed(0)
     model = Unused().eval()
-    assert reads(model, "one", torch.randn(2, 1, 8, 8)) is None
-    how = AdmmSettings(steps=20, images=4, batch_size=2, matched=False)
-    done = prune.pruned(model, lambda n: torch.rand(n, 1, 8, 8), "pattern", 1.0, how=how)
+    assert layer_input(model, "one", torch.randn(2, 1, 8, 8)) is None
+    settings = AdmmSettings(steps=20, images=4, batch_size=2, matched=False)
+    done = prune.prune_model(model, lambda n: torch.rand(n, 1, 8, 8), "pattern", 1.0, settings=settings)
     row = next(r for r in done.layers if r.name == "one")
     assert (row.error, row.error_one_shot) == (0.0, 0.0)
     assert int((done.model.one.weight != 0).sum()) == 4 * 4
@@ -178,12 +178,12 @@ def correlated(count, generator):
     return (base + 0.7 * torch.randn(count, 8, 6, 6, generator=generator)).relu()
 
 
-def one_layer(lr=0.2, **how):
+def one_layer(lr=0.2, **fields):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)).eval()
     g = torch.Generator().manual_seed(1)
-    steps = AdmmSettings(steps=400, images=64, batch_size=32, lr=lr, matched=False, **how)
-    return prune.pruned(model, lambda n: correlated(n, g), "pattern", 1.0, skip=(), how=steps)
+    settings = AdmmSettings(steps=400, images=64, batch_size=32, lr=lr, matched=False, **fields)
+    return prune.prune_model(model, lambda n: correlated(n, g), "pattern", 1.0, skip=(), settings=settings)
 
 
 def test_admm_comes_to_the_structure_and_beats_one_projection():
@@ -204,8 +204,8 @@ def test_the_model_is_left_alone_and_only_masked_weights_differ():
     torch.manual_seed(0)
     model = models.build("resnet8", 10, 3).eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    draw = prune.noise((3, 16, 16), prune.normalisation("", (3, 16, 16)), 0, torch.device("cpu"))
-    done = prune.pruned(model, draw, "pattern", 0.5, ["layer1.0.conv2"], AdmmSettings(20, images=4, batch_size=2))
+    draw = prune.random_images((3, 16, 16), prune.input_moments("", (3, 16, 16)), 0, torch.device("cpu"))
+    done = prune.prune_model(model, draw, "pattern", 0.5, ["layer1.0.conv2"], AdmmSettings(20, images=4, batch_size=2))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     names = [site.taps[0].layer for site in done.sites]
     assert "layer1.0.conv2" not in names
@@ -226,16 +226,16 @@ def test_matched_inputs_wake_what_noise_leaves_dead(matched, dead):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3)).eval()
     model[1].running_mean.fill_(30.0)  # as if the client's images were far brighter
-    draw = prune.noise((1, 12, 12), ((0.0,), (1.0,)), 0, torch.device("cpu"))
-    how = AdmmSettings(20, images=64, batch_size=32, matched=matched)
-    done = prune.pruned(model, draw, "pattern", 1.0, how=how)
+    draw = prune.random_images((1, 12, 12), ((0.0,), (1.0,)), 0, torch.device("cpu"))
+    settings = AdmmSettings(20, images=64, batch_size=32, matched=matched)
+    done = prune.prune_model(model, draw, "pattern", 1.0, settings=settings)
     assert done.layers[0].dead == dead
     assert torch.equal(done.model[1].running_mean, torch.full((6,), 30.0))
 
 
 def test_noise_is_uniform_pixels_normalised():
-    draw = prune.noise((3, 8, 8), prune.normalisation("cifar10", (3, 8, 8)), 0, torch.device("cpu"))
-    mean, std = (torch.tensor(c).view(3, 1, 1) for c in prune.normalisation("imagenet", (3, 8, 8)))
+    draw = prune.random_images((3, 8, 8), prune.input_moments("cifar10", (3, 8, 8)), 0, torch.device("cpu"))
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in prune.input_moments("imagenet", (3, 8, 8)))
     pixels = (draw(64) * std + mean) * 255
     assert torch.allclose(pixels, pixels.round(), atol=1e-3)
     assert float(pixels.min()) >= -1e-3

@@ -21,7 +21,6 @@ from matplotlib.image import imread
 from rich.console import Console
 
 import jpq
-from jpq import recipe
 from jpq.cli.main import main
 from jpq.cli.pareto import table
 from jpq.config import Config, Task
@@ -331,7 +330,8 @@ def test_the_split_is_read_by_export_alone(trained: Path, monkeypatch: pytest.Mo
     def closed(*_: object, **__: object) -> None:
         raise AssertionError("data were read")
 
-    monkeypatch.setattr(recipe, "load_data", closed)
+    monkeypatch.setattr("jpq.results.finalize.read_data", closed)
+    monkeypatch.setattr("jpq.tasks.load.read_data", closed)
     assert main(["pareto", str(trained / "runs"), "--out", "."]) == 0
     with pytest.raises(AssertionError, match="data were read"):
         main(["export", str(by_target(trained / "runs", "0.5%")), "--out", "final"])

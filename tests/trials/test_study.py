@@ -24,12 +24,12 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 import jpq
-from jpq import recipe
 from jpq.cli.main import main
 from jpq.cli.study import StudyScreen
 from jpq.config import Config, Run, Task, Train
 from jpq.training.history import EpochRecord
-from jpq.trials import early_stopping, samplers, settings, status
+from jpq.trials import early_stopping, samplers, status
+from jpq.trials import study as trials_study
 from jpq.trials import trial as one_trial
 from jpq.trials.early_stopping import Curve
 from jpq.trials.preview import Preview, float_weights
@@ -98,7 +98,7 @@ def formula(monkeypatch):
     original = one_trial.OneTrial.__post_init__
     monkeypatch.setattr(one_trial.OneTrial, "__post_init__", remembered)
     monkeypatch.setattr(one_trial, "optimize", trained)
-    monkeypatch.setattr(one_trial.report, "draw", lambda result, config: None)
+    monkeypatch.setattr(one_trial.run_folder, "draw_run", lambda result, config: None)
     return runs
 
 
@@ -243,8 +243,11 @@ def test_a_study_where_every_trial_fails_ends_with_the_reason(tmp_path, weights,
 
 
 def test_hopeless_trials_are_stopped_and_count(tmp_path, weights, formula, monkeypatch):
-    real = recipe.optimize
-    worse = lambda c, w, final: real(c, Dimmed(w) if "0=3/" in c.decide.bits else w, final)  # noqa: E731
+    real = one_trial.optimize
+
+    def worse(config, watch, final):
+        return real(config, Dimmed(watch) if "0=3/" in config.decide.bits else watch, final)
+
     monkeypatch.setattr(one_trial, "optimize", worse)
     config = task(tmp_path, weights, w_bits=(2, 5), a_bits=(2, 4))
     study = jpq.study(config, Study(trials=12, sampler="random", per="network", patience=1, warm_up=3))
@@ -380,15 +383,15 @@ def test_a_study_of_somebody_else_is_left_alone(tmp_path, weights, formula, dire
 
 
 def test_a_worker_killed_while_it_makes_the_study_leaves_nothing_out(tmp_path, weights, formula, monkeypatch):
-    real = settings.note
+    real = trials_study.note
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(settings, "note", killed)
+    monkeypatch.setattr(trials_study, "note", killed)
     with pytest.raises(KeyboardInterrupt):
         jpq.study(task(tmp_path, weights), Study(trials=1))
-    monkeypatch.setattr(settings, "note", real)
+    monkeypatch.setattr(trials_study, "note", real)
     study = jpq.study(task(tmp_path, weights), Study(trials=1))
     anchors = [t.system_attrs["fixed_params"]["0 weight bits"] for t in study.trials]
     assert anchors == [8, 4, 3, 2], "each once, and none of them is used up as surplus"
@@ -406,7 +409,7 @@ def full_disk(hidden):
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "full disk", "full disk, said"])
 def test_an_interrupted_trial_is_queued_with_its_decisions_and_its_curve(tmp_path, weights, formula, monkeypatch, how):
-    real = recipe.optimize
+    real = one_trial.optimize
 
     class Interrupted:
         def __init__(self, watch):

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from jpq.compression.channel_counts import counts
 from jpq.compression.hypernetwork import bake_hypernetwork
 from jpq.compression.masking import GateSample, original
-from jpq.compression.usage import DENSE, FLOAT_BITS, Densities, exact_usage, hard_bits, layer_use
+from jpq.compression.usage import FLOAT_BITS, NO_MASK, Densities, exact_usage, hard_bits, layer_use
 from jpq.costs import LayerUse
 from jpq.methods.gates import Frozen, Gate
 from jpq.methods.quantizers import (
     BitWidth,
-    Gated,
     IntegerQuantizer,
     act_quantizer,
     fit_threshold,
@@ -28,7 +27,6 @@ from jpq.tracing.channel_shares import ChannelShares
 from jpq.tracing.network import Layer, Network
 from jpq.tracing.open_norms import opened_units
 from jpq.tracing.sites import Site
-from jpq.types import JpqError
 
 Trainable = Literal["both", "weights", "decisions"]
 
@@ -102,7 +100,7 @@ class CompressedModel(nn.Module):
         inputs, outputs = self.shares.soft([a for a, s in zip(alive, self.sites, strict=True) if not s.is_mask])
         density = self.densities.soft(alive)
         return [
-            layer_use(layer, inputs[i], outputs[i], density.get(layer.name, DENSE), *self._widths(layer.name))
+            layer_use(layer, inputs[i], outputs[i], density.get(layer.name, NO_MASK), *self._widths(layer.name))
             for i, layer in enumerate(self.network.layers)
         ]
 
@@ -269,30 +267,3 @@ class CompressedModel(nn.Module):
             weight = self.layer(layer.name).weight
             per_channel = quantizer.log_threshold.dim() > 0
             quantizer.log_threshold.copy_(fit_threshold(weight, bits, True, per_channel).clamp_min(1e-8).log())
-
-
-def prior(net: CompressedModel) -> Tensor:
-    """R of a network under compression, a scalar that is differentiable by every bit gate and every channel gate.
-
-    An activation that several layers read has a quantizer in each of them here, each with the MACs of its layer: at
-    equal gates that adds up to the paper's one term with summed MACs. Widths that have no gates add nothing.
-
-    Raises JpqError where no width has gates: R would be a constant.
-    """
-    _, outputs = net.shares.soft([gate.keep_probability() for gate in net.gates])  # mean of q_2 over a layer's channels
-    largest = max(layer.macs for layer in net.network.layers)
-    total = torch.zeros((), device=next(net.parameters()).device)
-    gated = False
-    for layer, share in zip(net.network.layers, outputs, strict=True):
-        pair = net.quantizers(layer.name)
-        if pair is None:
-            continue
-        weight, act = (q.width for q in pair)
-        if isinstance(weight, Gated):
-            total = total + layer.macs / largest * share * weight.price()
-        if isinstance(act, Gated):
-            total = total + layer.macs / largest * (act.price() - act.choices[0] + 1)
-        gated = gated or isinstance(weight, Gated) or isinstance(act, Gated)
-    if not gated:
-        raise JpqError(f"Method '{net.method}' has no bit gates to regularise: use --method bayesian-bits.")
-    return total

@@ -1,4 +1,4 @@
-"""Which part of a layer's weights a mask keeps, and what storing it takes: soft while training, exact in reports."""
+"""`LayerUse` of every layer of a network: differentiable during the search, exact under a plan; densities of masks."""
 
 from __future__ import annotations
 
@@ -11,25 +11,34 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from jpq import costs
 from jpq.costs import LayerUse
 from jpq.methods.structures import mask_encoding
 from jpq.plan import MaskPlan, Plan
 from jpq.tracing.channel_shares import ChannelShares
 from jpq.tracing.network import Layer, Network
 from jpq.tracing.sites import Site
-from jpq.types import Units
+from jpq.types import DENSE, Units
 
-FLOAT_BITS = 32  # of layers that cannot be quantized
+FLOAT_BITS = 32  # width of layers that stay in floating point
 
 
-def hard_bits(keep: Tensor, alive: Tensor) -> Tensor:
-    """The hard decision with the gradient of its probability (straight-through)."""
-    return keep + (alive - alive.detach())
+def exact_usage(
+    network: Network, shares: ChannelShares, plan: Plan, densities: Densities | None = None
+) -> list[LayerUse]:
+    """The use of each layer under a plan, in whole numbers and fractions."""
+    inputs, outputs = shares.exact(plan.kept)
+    masked = densities.exact(plan.masks) if densities else {}
+    uses = []
+    for i, layer in enumerate(network.layers):
+        bits = plan.layers.get(layer.name)
+        w_bits, a_bits = (bits.w_bits, bits.a_bits) if bits else (FLOAT_BITS, FLOAT_BITS)
+        density = masked.get(layer.name, NO_MASK)
+        uses.append(layer_use(layer, Fraction(*inputs[i]), Fraction(*outputs[i]), density, w_bits, a_bits))
+    return uses
 
 
 def layer_use(layer: Layer, inputs: Any, outputs: Any, density: Density, w_bits: Any, a_bits: Any) -> LayerUse:
-    """What one layer spends under these shares and widths."""
+    """The use of one layer at these shares of channels, this density and these widths."""
     return LayerUse(
         layer.name,
         layer.macs,
@@ -47,45 +56,35 @@ def layer_use(layer: Layer, inputs: Any, outputs: Any, density: Density, w_bits:
     )
 
 
-def exact_usage(
-    network: Network, shares: ChannelShares, plan: Plan, densities: Densities | None = None
-) -> list[LayerUse]:
-    """What each layer uses under a plan, in whole numbers and fractions."""
-    inputs, outputs = shares.exact(plan.kept)
-    density = densities.exact(plan.masks) if densities else {}
-    uses = []
-    for i, layer in enumerate(network.layers):
-        bits = plan.layers.get(layer.name)
-        w, a = (bits.w_bits, bits.a_bits) if bits else (FLOAT_BITS, FLOAT_BITS)
-        left = density.get(layer.name, DENSE)
-        uses.append(layer_use(layer, Fraction(*inputs[i]), Fraction(*outputs[i]), left, w, a))
-    return uses
+def hard_bits(keep: Tensor, alive: Tensor) -> Tensor:
+    """The hard decisions `keep` with the gradient of their probabilities `alive` (straight-through)."""
+    return keep + (alive - alive.detach())
 
 
 @dataclass(frozen=True)
 class Density:
-    """What a mask leaves of one layer."""
+    """The part of one layer's weights that a mask keeps, and the bits that store the mask."""
 
     share: Any = 1  # of the weights, in [0, 1]; a Tensor while training, a Fraction in a report
-    bits: int = 0  # that say which
-    regular: bool = True  # whether devices are known that skip the others
-    scheme: str = costs.DENSE  # the structure of its units, as text
+    bits: int = 0  # of the mask on disk
+    regular: bool = True  # whether known devices skip the dropped weights
+    scheme: str = DENSE  # structure of the mask, as text
 
 
-DENSE = Density()
+NO_MASK = Density()
 
 
 class Densities:
-    """The share of weights that the mask sites keep, by layer."""
+    """The densities of all masked layers, computed from the units of their mask sites."""
 
     def __init__(self, network: Network, sites: Sequence[Site]):
-        self.places = {s.taps[0].layer: i for i, s in enumerate(sites) if s.is_mask}
+        self.places = {s.taps[0].layer: i for i, s in enumerate(sites) if s.is_mask}  # masked layer -> site's index
         self.sizes: dict[str, Tensor] = {}  # layer -> [rows, n]: weights of each unit
-        self.all: dict[str, int] = {}
+        self.all: dict[str, int] = {}  # layer -> number of weights
         self.overlapping: set[str] = set()
         self.regular: dict[str, bool] = {}
         self.schemes: dict[str, str] = {}
-        self._known: dict[tuple[str, MaskPlan], Density] = {}  # landing asks for the same masks again and again
+        self._counted: dict[tuple[str, MaskPlan], Density] = {}  # discretization counts the same masks repeatedly
         for name, i in self.places.items():
             shape = Size(network.layer(name).weight_shape)
             structure = sites[i].taps[0].structure
@@ -93,12 +92,12 @@ class Densities:
             self.all[name] = shape.numel()
             self.regular[name] = structure.regular
             self.schemes[name] = structure.spec()
-            if not structure.partition:  # of overlapping units at most one stays: what they all leave out is dropped
+            if not structure.partition:  # at most one of its overlapping units stays; weights outside it are dropped
                 self.overlapping.add(name)
 
     def soft(self, alive: Sequence[Tensor]) -> dict[str, Density]:
-        """By layer, the share a differentiable scalar; from the `[rows, n]` units of every site."""
-        out = {}
+        """Layer -> density whose share is a differentiable scalar; `alive`: `[rows, n]` units of every site."""
+        densities = {}
         for name, i in self.places.items():
             units = alive[i]
             if self.sizes[name].device != units.device:
@@ -108,29 +107,29 @@ class Densities:
                 share = (sizes * units).sum() / self.all[name]
             else:  # weights in no unit always stay
                 share = 1 - (sizes * (1 - units)).sum() / self.all[name]
-            stored = self._stored(name, units.detach() > 0)
-            out[name] = Density(share, stored, self.regular[name], self.schemes[name])
-        return out
+            bits = self._mask_bits(name, units.detach() > 0)
+            densities[name] = Density(share, bits, self.regular[name], self.schemes[name])
+        return densities
 
     def exact(self, masks: Mapping[str, MaskPlan]) -> dict[str, Density]:
-        """By layer, under a plan, counted."""
-        return {name: self._counted(name, mask) for name, mask in masks.items()}
+        """Layer -> density under the masks of a plan, as a fraction."""
+        return {name: self._exact_density(name, mask) for name, mask in masks.items()}
 
-    def _counted(self, name: str, mask: MaskPlan) -> Density:
-        if (name, mask) not in self._known:
+    def _exact_density(self, name: str, mask: MaskPlan) -> Density:
+        if (name, mask) not in self._counted:
             sizes = self.sizes[name].to("cpu", torch.float64)
             keep = mask.units()
             if name in self.overlapping:
                 kept = int((sizes * keep).sum())
             else:
                 kept = self.all[name] - int((sizes * ~keep).sum())
-            if len(self._known) > 4 * len(self.places) + 64:
-                self._known.clear()
-            share = Fraction(kept, self.all[name])
-            self._known[name, mask] = Density(share, self._stored(name, keep), self.regular[name], self.schemes[name])
-        return self._known[name, mask]
+            if len(self._counted) > 4 * len(self.places) + 64:
+                self._counted.clear()
+            share, bits = Fraction(kept, self.all[name]), self._mask_bits(name, keep)
+            self._counted[name, mask] = Density(share, bits, self.regular[name], self.schemes[name])
+        return self._counted[name, mask]
 
-    def _stored(self, name: str, keep: Units) -> int:
+    def _mask_bits(self, name: str, keep: Units) -> int:
         """Bits of the mask on disk."""
         valid = self.sizes[name].to(keep.device) > 0
         counts = torch.stack([valid.sum(1), (keep & valid).sum(1)]).cpu().numpy()

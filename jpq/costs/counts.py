@@ -1,17 +1,17 @@
-"""MACs, bit-operations and bytes.
+"""Counted costs: MACs, bit-operations and bytes.
 
     MACs  = sum_l macs_l * inputs_l * outputs_l * density_l
     BOPs  = sum_l macs_l * inputs_l * outputs_l * density_l * w_bits_l * a_bits_l        (a_bits: of the layer's input)
     bytes = sum_l (weights_l * inputs_l * outputs_l * density_l * w_bits_l + mask_l + channels_l * outputs_l * 64) / 8
 
-Structured BOPs count density only where devices are known that skip what is dropped (`Structure.regular`): zeros
-that lie anywhere cost what other weights do.
+Structured BOPs count the density only where known devices skip the dropped weights (`Structure.regular`): zeros that
+lie anywhere in a layer cost as much as other weights there.
 
 Bias, normalisation (folded), activations, pooling and adds count no operations. The 64 bits are the two fp32 numbers
-that each output channel keeps beside its weights: a scale, and a bias (its own, or a folded normalisation's). mask_l
-are the bits that say which weights stay, in the smallest of the encodings of `structures/encoding.py`.
-Source: the conventions in DJPQ (arXiv:2007.10463) and Bayesian Bits (arXiv:2005.07093); kept channels count on both
-sides of a layer (strict).
+that each output channel keeps beside its weights: a scale, and a bias (its own, or that of a folded normalisation).
+mask_l are the bits of the mask in the smallest encoding of `jpq.methods.structures.mask_encoding`.
+Source: the conventions of DJPQ (arXiv:2007.10463) and Bayesian Bits (arXiv:2005.07093); kept channels count on both
+sides of a layer.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from jpq.costs.base import DENSE, LayerUse, Number
+from jpq.costs.base import LayerUse, Number
 from jpq.costs.latency import latency_ns
+from jpq.types import DENSE
 
 
 def macs(uses: Sequence[LayerUse]) -> Number:
@@ -33,35 +34,35 @@ def bops(uses: Sequence[LayerUse]) -> Number:
     return sum(layer_bops(u) for u in uses)
 
 
-def structured(uses: Sequence[LayerUse]) -> list[LayerUse]:
-    """The same layers on hardware that cannot skip zeros that lie anywhere: it computes with them."""
-    return [u if u.regular else replace(u, density=1) for u in uses]
+def layer_bops(u: LayerUse) -> Number:
+    """Bit-operations of one layer for one sample."""
+    return u.macs * u.inputs * u.outputs * u.density * u.w_bits * u.a_bits
 
 
 def bops_structured(uses: Sequence[LayerUse]) -> Number:
-    """Bit-operations of one sample on such hardware."""
+    """Bit-operations of one sample on devices that compute with unstructured zeros."""
     return bops(structured(uses))
 
 
-def layer_bops(u: LayerUse) -> Number:
-    """Bit-operations of one layer."""
-    return u.macs * u.inputs * u.outputs * u.density * u.w_bits * u.a_bits
+def structured(uses: Sequence[LayerUse]) -> list[LayerUse]:
+    """Uses on devices that compute with unstructured zeros: density 1 where the mask is not regular."""
+    return [u if u.regular else replace(u, density=1) for u in uses]
 
 
 def size(uses: Sequence[LayerUse]) -> Number:
     """Bytes of the weights at their bit-widths, of masks, and of scales and biases at 32 bits."""
-    values = sum(u.weights * u.inputs * u.outputs * u.density * u.w_bits for u in uses)
-    return (values + sum(u.mask_bits + u.outputs_all * u.outputs * 64 for u in uses)) / 8
+    weight_bits = sum(u.weights * u.inputs * u.outputs * u.density * u.w_bits for u in uses)
+    return (weight_bits + sum(u.mask_bits + u.outputs_all * u.outputs * 64 for u in uses)) / 8
 
 
 def dense(u: LayerUse, bits: int = 32) -> LayerUse:
-    """The same layer with everything kept, at `bits` bits: the fp32 baseline that percentages refer to."""
+    """Use of the layer with everything kept, at `bits` bits; 32 is the fp32 baseline of percentages."""
     return replace(u, inputs=1, outputs=1, density=1, w_bits=bits, a_bits=bits, mask_bits=0, scheme=DENSE)
 
 
 def baseline(uses: Sequence[LayerUse]) -> dict[str, float]:
-    """Cost of the fp32 model by every measure; latency where all layers have a clock."""
+    """Costs of the fp32 model by name; latency only where every layer has measured times."""
     full = [dense(u) for u in uses]
-    weights_and_biases = sum(u.weights + u.outputs_all for u in full) * 4
-    costs = {"bops": bops(full), "bops-structured": bops(full), "macs": macs(full), "size": weights_and_biases}
+    parameter_bytes = sum(u.weights + u.outputs_all for u in full) * 4
+    costs = {"bops": bops(full), "bops-structured": bops(full), "macs": macs(full), "size": parameter_bytes}
     return {**costs, "latency": latency_ns(full)} if full and all(u.clock for u in full) else costs

@@ -1,24 +1,25 @@
-"""Latency of one sample, from a table of measured layers: between measured counts of channels it is interpolated.
+"""Predicted latency of one sample: measured times of layers, interpolated between measured channel counts.
 
     ns = sum_l times_l * T_l(inputs_l, outputs_l, bits_l) * rho_l(scheme_l, density_l)
 
 | symbol | meaning | here |
 |---|---|---|
-| T | bilinear in channels in and out between the nearest measured counts, in nanoseconds | `Curve._at` |
+| T | bilinear in channels in and out between the nearest measured counts, in ns | `InterpolatedLatency._time` |
 | bits | the larger of weight and input; between measured widths it runs as the next wider one | `_level` |
-| rho | time at a density over the dense time, as measured for the mask's scheme; 1 where it was not | `Curve._ratio` |
-| times | calls of the layer in one sample, by MACs | `Curve.times` |
+| rho | time at a density over the dense time, as measured for the mask's scheme; 1 where it was not | `_ratio` |
+| times | calls of the layer in one sample, by MACs | `InterpolatedLatency.times` |
 
-What a runtime adds between layers (adds, pooling, reordering) is not in the sum: compare with the whole model.
+The time that a runtime spends between layers (adds, pooling, reordering) is not in the sum: compare with the whole
+model.
 
-Measured tables are noisy, and landing needs a cost that never falls when a channel or a bit is added. Each node is
-therefore the mean of the largest time measured at or below it and the smallest measured at or above it (in channels
+Measured tables are noisy, and discretization needs a cost that never falls when a channel or a bit is added. Each node
+is therefore the mean of the largest time measured at or below it and the smallest measured at or above it (in channels
 in, channels out and, up to 8 bits, width), the isotonic fit whose largest deviation from the measurements is least
 (T. Robertson, F. T. Wright, R. L. Dykstra, "Order Restricted Statistical Inference", Wiley 1988). Nodes that agree
 with the order keep the measured time, to the nanosecond; grid points that nobody measured get theirs in the same way.
 Float layers and quantized ones are not compared: int8 may be slower than float.
 
-Below the smallest measured count time stays what it is there; above the largest it grows in proportion.
+Below the smallest measured count the time is constant; above the largest it grows in proportion to the count.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jpq.costs.base import DENSE, LayerUse, Number
+from jpq.costs.base import LayerUse, Number
 from jpq.costs.latency_table import MODELLED, Entry, LatencyTable, Shape
-from jpq.types import JpqError
+from jpq.types import DENSE, JpqError
 
-NS = 10**6  # nanoseconds of a millisecond
+NS = 10**6  # nanoseconds in a millisecond
 
-QUANTIZED = 8  # widths up to here are compared with each other
+QUANTIZED = 8  # largest bit-width of a quantized layer; more bits are floating point
 
 
 def latency_ns(uses: Sequence[LayerUse]) -> Number:
@@ -60,21 +61,21 @@ def layer_latency(u: LayerUse) -> Number:
 
 @dataclass(frozen=True, eq=False)
 class InterpolatedLatency:
-    """How long one layer takes. A `Clock`; exact for whole numbers and fractions, differentiable for tensors.
+    """Latency of one layer (a `LatencyModel`): exact for whole numbers and fractions, differentiable for tensors.
 
-    Gradients are those of the interpolation (at a measured count, of the piece below it). Whole widths cost steps; for
-    the gradient a step is spread over the widths that it spans.
+    Gradients are those of the interpolation (at a measured count, of the piece below it). In whole bit-widths the time
+    is a step function; its gradient spreads each step evenly over the widths that it spans.
     """
 
     shape: Shape
-    inputs: int  # dense channels in
-    outputs: int
+    inputs: int  # channels in, nothing pruned
+    outputs: int  # channels out, nothing pruned
     times: Fraction  # calls in one sample
-    axes: tuple[tuple[int, ...], tuple[int, ...]]  # counts of channels in and out at the nodes; one, for depthwise in
+    axes: tuple[tuple[int, ...], tuple[int, ...]]  # channels in and out at the nodes; depthwise layers have one in
     bits: tuple[int, ...]  # measured widths
     nodes: np.ndarray  # [bits, in, out], nanoseconds
     masked: dict[str, dict[int, tuple[tuple[Fraction, Fraction], ...]]]  # scheme -> bits -> (density, share of dense)
-    modelled: frozenset[str] = frozenset()  # schemes whose lines are not measured (column source)
+    modelled: frozenset[str] = frozenset()  # schemes whose times are modelled, not measured (column source)
 
     def __call__(
         self, inputs: Number, outputs: Number, density: Number, w_bits: Number, a_bits: Number, scheme: str = DENSE
@@ -83,53 +84,58 @@ class InterpolatedLatency:
         bits = _larger(w_bits, a_bits)
         places = self._place(0, inputs * self.inputs), self._place(1, outputs * self.outputs)
         level = self._level(bits)
-        time = self._at(level, places)
+        time = self._time(level, places)
         if isinstance(bits, Tensor):
             step = self._step(level, places) * (bits - bits.detach())
             time = (time if isinstance(time, Tensor) else float(time)) + step
         return _times(_times(time, self._ratio(scheme, self.bits[level], density)), self.times)
 
     def measured(self, scheme: str) -> bool:
-        """Whether the table says how fast masks of this scheme run here."""
+        """Whether the table has measured times of masks of this scheme."""
         return scheme == DENSE or (scheme in self.masked and scheme not in self.modelled)
 
     def _level(self, bits: Number) -> int:
+        """Index of the measured width that runs these bits: the next wider one."""
         return min(bisect_left(self.bits, _plain(bits) - 1e-6), len(self.bits) - 1)
 
     def _step(self, level: int, places: tuple[_Place, _Place]) -> Number:
-        """What one more bit costs: the step that ends at this width, spread over its widths."""
+        """Nanoseconds of one more bit: the step that ends at this width, divided by the widths that it spans."""
         if not level or self.bits[level] > QUANTIZED:
             return 0.0
-        step = self._at(level, places) - self._at(level - 1, places)
+        step = self._time(level, places) - self._time(level - 1, places)
         return _plain(step) / (self.bits[level] - self.bits[level - 1])
 
     def _place(self, axis: int, count: Number) -> _Place:
-        """Between which nodes a count lies, how far along, and by how much it is beyond the last."""
+        """The position of a channel count among the nodes of an axis (0: channels in, 1: out)."""
         nodes = self.axes[axis]
         count = count if isinstance(count, Tensor) else Fraction(count)
-        at = _plain(count)
-        if at <= nodes[0] or (axis == 0 and self.shape.kind == "depthwise"):
+        value = _plain(count)
+        if value <= nodes[0] or (axis == 0 and self.shape.kind == "depthwise"):
             return _Place(0, 0, Fraction(0), Fraction(1))
-        if at > nodes[-1] * (1 + 1e-6):
+        if value > nodes[-1] * (1 + 1e-6):
             return _Place(len(nodes) - 1, len(nodes) - 1, Fraction(0), count / nodes[-1])
-        high = min(bisect_left(nodes, at), len(nodes) - 1)
-        if high == 0:  # the only node, but for rounding
+        high = min(bisect_left(nodes, value), len(nodes) - 1)
+        if high == 0:  # a single node, and a count above it by rounding
             return _Place(0, 0, Fraction(0), Fraction(1))
         return _Place(high - 1, high, (count - nodes[high - 1]) / (nodes[high] - nodes[high - 1]), Fraction(1))
 
-    def _at(self, level: int, places: tuple[_Place, _Place]) -> Number:
-        a, b = places
+    def _time(self, level: int, places: tuple[_Place, _Place]) -> Number:
+        """Nanoseconds of one dense call at a measured width: T, bilinear between four nodes."""
+        inputs, outputs = places
         grid = self.nodes[level]
-        low, high = (_mixed(int(grid[i, b.low]), int(grid[i, b.high]), b.along) for i in (a.low, a.high))
-        return _times(_times(_mixed(low, high, a.along), a.beyond), b.beyond)
+        low, high = (
+            _mixed(int(grid[i, outputs.low]), int(grid[i, outputs.high]), outputs.along)
+            for i in (inputs.low, inputs.high)
+        )
+        return _times(_times(_mixed(low, high, inputs.along), inputs.beyond), outputs.beyond)
 
     def _ratio(self, scheme: str, bits: int, density: Number) -> Number:
+        """Time at this density over the dense time: rho, linear between measured densities."""
         if scheme == DENSE or scheme not in self.masked:
             return 1
         widths = self.masked[scheme]
         points = widths[min(widths, key=lambda b: (b < bits, abs(b - bits)))]
-        at = _plain(density)
-        high = bisect_left([float(d) for d, _ in points], at)
+        high = bisect_left([float(d) for d, _ in points], _plain(density))
         if high == 0:
             return points[0][1]
         (d0, r0), (d1, r1) = points[high - 1], points[min(high, len(points) - 1)]
@@ -142,41 +148,51 @@ class InterpolatedLatency:
 
 @dataclass(frozen=True)
 class _Place:
-    low: int
-    high: int
+    """The position of a channel count on one axis of the grid."""
+
+    low: int  # index of the node at or below it
+    high: int  # index of the node at or above it
     along: Number  # 0 at the lower node, 1 at the upper
-    beyond: Number  # 1, or the count over the last node
+    beyond: Number  # the count over the last node where it is larger, else 1
 
 
 def interpolate(
     table: LatencyTable, shape: Shape, form: str, inputs: int, outputs: int, times: Fraction
 ) -> InterpolatedLatency | None:
-    """How long a layer takes by this table; None where the table has no dense line for its shape."""
-    mine = _of_form([e for e in table.entries if e.shape == shape], form)
-    plain = [e for e in mine if e.scheme == DENSE]
-    if not plain:
+    """The latency model of a layer by this table; None where the table has no dense line for its shape."""
+    lines = _of_form([e for e in table.entries if e.shape == shape], form)
+    dense_lines = [e for e in lines if e.scheme == DENSE]
+    if not dense_lines:
         return None
-    narrow = shape.kind == "depthwise"
-    bits = tuple(sorted({e.bits for e in plain}))
-    axes = ((1,) if narrow else tuple(sorted({e.inputs for e in plain}))), tuple(sorted({e.outputs for e in plain}))
+    bits, axes, measured = _measured_grid(dense_lines, shape.kind == "depthwise")
+    quantized = sum(b <= QUANTIZED for b in bits)
+    parts = [isotonic(measured[:quantized])] if quantized else []
+    nodes = np.concatenate([*parts, *(isotonic(measured[i : i + 1]) for i in range(quantized, len(bits)))])
+    modelled = frozenset(e.scheme for e in lines if e.notes.get("source") == MODELLED)
+    latency = InterpolatedLatency(shape, inputs, outputs, times, axes, bits, nodes, {}, modelled)
+    latency.masked.update(_masked_ratios(latency, [e for e in lines if e.scheme != DENSE]))
+    return latency
+
+
+def _measured_grid(
+    entries: Sequence[Entry], depthwise: bool
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]], np.ndarray]:
+    """(bits, axes, `[bits, in, out]` nanoseconds) of dense lines; -1 where nothing was measured."""
+    bits = tuple(sorted({e.bits for e in entries}))
+    inputs = (1,) if depthwise else tuple(sorted({e.inputs for e in entries}))
+    outputs = tuple(sorted({e.outputs for e in entries}))
     cells: dict[tuple[int, int, int], list[int]] = defaultdict(list)
-    for e in plain:
-        at = bits.index(e.bits), 0 if narrow else axes[0].index(e.inputs), axes[1].index(e.outputs)
-        cells[at].append(max(1, round(e.ms * NS)))
-    seen = np.full((len(bits), len(axes[0]), len(axes[1])), -1, np.int64)
-    for at, times_seen in cells.items():
-        seen[at] = round(median(times_seen))
-    few = sum(b <= QUANTIZED for b in bits)
-    parts = [isotonic(seen[:few])] if few else []
-    nodes = np.concatenate([*parts, *(isotonic(seen[i : i + 1]) for i in range(few, len(bits)))])
-    guessed = frozenset(e.scheme for e in mine if e.notes.get("source") == MODELLED)
-    made = InterpolatedLatency(shape, inputs, outputs, times, axes, bits, nodes, {}, guessed)
-    made.masked.update(_masked(made, [e for e in mine if e.scheme != DENSE]))
-    return made
+    for e in entries:
+        cell = bits.index(e.bits), 0 if depthwise else inputs.index(e.inputs), outputs.index(e.outputs)
+        cells[cell].append(max(1, round(e.ms * NS)))
+    measured = np.full((len(bits), len(inputs), len(outputs)), -1, np.int64)
+    for cell, nanoseconds in cells.items():
+        measured[cell] = round(median(nanoseconds))
+    return bits, (inputs, outputs), measured
 
 
 def _of_form(entries: Sequence[Entry], form: str) -> list[Entry]:
-    """Of each width and scheme the lines measured in this form; else those that hold for any; else all."""
+    """For each width and scheme, the lines measured in this form; else the lines of no form; else all lines."""
     groups: dict[tuple[int, str], list[Entry]] = defaultdict(list)
     for e in entries:
         groups[e.bits, e.scheme].append(e)
@@ -187,47 +203,49 @@ def _of_form(entries: Sequence[Entry], form: str) -> list[Entry]:
     return picked
 
 
-def isotonic(seen: np.ndarray) -> np.ndarray:
-    """The nearest array (in its largest deviation) that falls along no axis; entries below 0 were not measured.
+def isotonic(measured: np.ndarray) -> np.ndarray:
+    """Isotonic fit: the array that falls along no axis and is nearest to `measured` in its largest deviation.
 
-    Where nothing smaller (larger) was measured, the smallest (largest) of all stands for it.
+    Entries below 0 were not measured; the smallest and the largest of all bound them from below and above.
     """
-    below = np.where(seen < 0, seen[seen >= 0].min(), seen)
-    above = np.where(seen < 0, seen.max(), seen)
-    for axis in range(seen.ndim):
+    below = np.where(measured < 0, measured[measured >= 0].min(), measured)
+    above = np.where(measured < 0, measured.max(), measured)
+    for axis in range(measured.ndim):
         below = np.maximum.accumulate(below, axis)
         above = np.flip(np.minimum.accumulate(np.flip(above, axis), axis), axis)
     return (below + above) // 2
 
 
-def _masked(
+def _masked_ratios(
     dense: InterpolatedLatency, entries: Sequence[Entry]
 ) -> dict[str, dict[int, tuple[tuple[Fraction, Fraction], ...]]]:
-    """Time over dense time by density, from the lines measured at the counts nearest to the whole layer's."""
+    """Scheme -> bits -> (density, time over dense time), of lines measured nearest to the whole layer's channels."""
     groups: dict[tuple[str, int], list[Entry]] = defaultdict(list)
     for e in entries:
         groups[e.scheme, e.bits].append(e)
-    out: dict[str, dict[int, tuple[tuple[Fraction, Fraction], ...]]] = defaultdict(dict)
+    table: dict[str, dict[int, tuple[tuple[Fraction, Fraction], ...]]] = defaultdict(dict)
     for (scheme, bits), lines in groups.items():
         nearest = min(abs(e.inputs - dense.inputs) + abs(e.outputs - dense.outputs) for e in lines)
         times: dict[Fraction, list[Fraction]] = defaultdict(list)
         for e in lines:
             if abs(e.inputs - dense.inputs) + abs(e.outputs - dense.outputs) == nearest:
                 places = dense._place(0, e.inputs), dense._place(1, e.outputs)
-                times[Fraction(str(e.density))].append(round(e.ms * NS) / dense._at(dense._level(bits), places))
+                times[Fraction(str(e.density))].append(round(e.ms * NS) / dense._time(dense._level(bits), places))
         times.setdefault(Fraction(1), [Fraction(1)])  # a layer that keeps all runs dense
-        known = sorted(times)
-        ratios = [median(times[d]) for d in known]
+        densities = sorted(times)
+        ratios = [median(times[d]) for d in densities]
         rising = [(max(ratios[: i + 1]) + min(ratios[i:])) / 2 for i in range(len(ratios))]
-        out[scheme][bits] = tuple(zip(known, rising, strict=True))
-    return dict(out)
+        table[scheme][bits] = tuple(zip(densities, rising, strict=True))
+    return dict(table)
 
 
 def _plain(x: Number) -> float:
+    """The value as a Python number, without its gradient."""
     return float(x.detach() if isinstance(x, Tensor) else x)
 
 
 def _larger(w: Number, a: Number) -> Number:
+    """The larger of two widths; a tensor where either is one."""
     if isinstance(w, Tensor) or isinstance(a, Tensor):
         like = w if isinstance(w, Tensor) else a
         pair = [x if isinstance(x, Tensor) else torch.as_tensor(float(x)).to(like) for x in (w, a)]
@@ -236,13 +254,14 @@ def _larger(w: Number, a: Number) -> Number:
 
 
 def _mixed(low: Number, high: Number, along: Number) -> Number:
+    """Linear interpolation: `low` at 0, `high` at 1."""
     if isinstance(along, Tensor) or isinstance(low, Tensor):
         return _times(low, 1 - along) + _times(high, along)
     return low + (high - low) * along
 
 
 def _times(a: Number, b: Number) -> Number:
-    """A product in which a fraction gives way to a tensor."""
+    """A product; a fraction beside a tensor becomes a float."""
     if isinstance(a, Tensor) and isinstance(b, Fraction):
         return a * float(b)
     if isinstance(b, Tensor) and isinstance(a, Fraction):

@@ -1,4 +1,4 @@
-"""The budget: amounts that a user writes ("1%", "12M", "50KB", "3ms"), targets, and the controller that reaches them."""
+"""The budget: amounts that a user writes ("1%", "12M", "50KB", "3ms"), targets, and the controller that meets them."""
 
 from __future__ import annotations
 

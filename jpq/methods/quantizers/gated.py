@@ -23,7 +23,7 @@ Quantization and Pruning", NeurIPS 2020, arXiv:2005.07093.
 Gradients, straight-through on round: dx_q/dx = 1 inside the range, dx_q/d ln x_max = x_q - x inside and x_q outside,
 dx_q/dz_4 = e_4 + z_8 e_8, dx_q/dz_8 = z_4 e_8 (the range's gradient needs no residual: all steps grow with x_max).
 
-We differ: the budget's pressure on expected bit-operations takes the place of mu * R (R itself: `network/prior.py`).
+We differ: the budget's pressure on expected bit-operations takes the place of mu * R.
 The range is learned in the log domain, so it stays positive, per output channel for weights, and starts at the least
 squared error instead of the extremes. phi starts where the search starts (2 or below, not 6: a search of a few hundred
 steps must be able to close a gate) and stays within ln 100. BatchNorm is not folded beforehand. Evaluation is the plain
@@ -115,10 +115,6 @@ class Gated(BitWidth):
     def switch(self, small: int, large: int) -> float:
         """`soft()` moved by what the gates of `large` lack."""
         return self.soft() - self.margins()[self.choices.index(large) - 1] / NATS
-
-    def price(self) -> Tensor:
-        """R for one channel with q_2 = 1: 2 + 4 q_4 + 8 q_4 q_8 + ..., of which the first term is a constant."""
-        return self.reached() @ self.phi.new_tensor([float(c) for c in self.choices])
 
     @torch.no_grad()
     def after_step(self) -> None:

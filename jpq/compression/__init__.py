@@ -1,5 +1,39 @@
 """The model under compression: gates and quantizers on its layers, costs, discretization."""
 
+from typing import TYPE_CHECKING
+
 from jpq.lazy import lazy_names
 
-__getattr__, __dir__ = lazy_names(__name__, {})
+if TYPE_CHECKING:
+    from jpq.compression.calibration import recalibrate, reestimate_batchnorm
+    from jpq.compression.external_mask import ExternalMask
+    from jpq.compression.external_mask import read as read_mask
+    from jpq.compression.external_mask import write as write_mask
+    from jpq.compression.hypernetwork import Generated, generate
+    from jpq.compression.model import CompressedModel
+    from jpq.compression.usage import exact_usage
+
+__all__ = [
+    "CompressedModel",
+    "ExternalMask",
+    "Generated",
+    "exact_usage",
+    "generate",
+    "read_mask",
+    "recalibrate",
+    "reestimate_batchnorm",
+    "write_mask",
+]
+
+_HOMES = {
+    "CompressedModel": "model",
+    "ExternalMask": "external_mask",
+    "Generated": "hypernetwork",
+    "exact_usage": "usage",
+    "generate": "hypernetwork",
+    "read_mask": "external_mask:read",
+    "recalibrate": "calibration",
+    "reestimate_batchnorm": "calibration",
+    "write_mask": "external_mask:write",
+}
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -1,5 +1,22 @@
-"""Reading and writing files safely."""
+"""Safe reading and writing of files: whole or not at all, and bounded where a file comes from elsewhere."""
+
+from typing import TYPE_CHECKING
 
 from jpq.lazy import lazy_names
 
-__getattr__, __dir__ = lazy_names(__name__, {})
+if TYPE_CHECKING:
+    from jpq.files.atomic import replace_file
+    from jpq.files.tensors import load_tensors, save_tensors
+
+__all__ = [
+    "load_tensors",
+    "replace_file",
+    "save_tensors",
+]
+
+_HOMES = {
+    "load_tensors": "tensors",
+    "replace_file": "atomic",
+    "save_tensors": "tensors",
+}
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -1,5 +1,26 @@
-"""Gates, scores, structures and quantizers of the papers, and the table of methods that combines them."""
+"""Gates, scores, structures and quantizers of the papers, and METHODS, the table that combines them."""
+
+from typing import TYPE_CHECKING
 
 from jpq.lazy import lazy_names
 
-__getattr__, __dir__ = lazy_names(__name__, {})
+if TYPE_CHECKING:
+    from jpq.methods.compatibility import compose, incompatibility, is_allowed
+    from jpq.methods.table import METHODS, Method
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "compose",
+    "incompatibility",
+    "is_allowed",
+]
+
+_HOMES = {
+    "METHODS": "table",
+    "Method": "table",
+    "compose": "compatibility",
+    "incompatibility": "compatibility",
+    "is_allowed": "compatibility",
+}
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -1,5 +1,57 @@
-"""A model read into layers, channel labels and pruning groups."""
+"""A model read into layers, channel labels and pruning groups (sites)."""
+
+from typing import TYPE_CHECKING
 
 from jpq.lazy import lazy_names
 
-__getattr__, __dir__ = lazy_names(__name__, {})
+if TYPE_CHECKING:
+    from jpq.tracing.channel_shares import ChannelShares
+    from jpq.tracing.coverage import FrozenChannels, frozen_channels, halved_share, prunable_share
+    from jpq.tracing.network import Layer, LayerKind, Network
+    from jpq.tracing.op_call import OpCall, TraceState, rule
+    from jpq.tracing.shrink import freeze_unshrinkable
+    from jpq.tracing.shrink import shrink as remove_channels
+    from jpq.tracing.sites import Site, Tap, channels, masks, per_consumer
+
+__all__ = [
+    "ChannelShares",
+    "FrozenChannels",
+    "Layer",
+    "LayerKind",
+    "Network",
+    "OpCall",
+    "Site",
+    "Tap",
+    "TraceState",
+    "channels",
+    "freeze_unshrinkable",
+    "frozen_channels",
+    "halved_share",
+    "masks",
+    "per_consumer",
+    "prunable_share",
+    "remove_channels",
+    "rule",
+]
+
+_HOMES = {
+    "ChannelShares": "channel_shares",
+    "FrozenChannels": "coverage",
+    "Layer": "network",
+    "LayerKind": "network",
+    "Network": "network",
+    "OpCall": "op_call",
+    "Site": "sites",
+    "Tap": "sites",
+    "TraceState": "op_call",
+    "channels": "sites",
+    "freeze_unshrinkable": "shrink",
+    "frozen_channels": "coverage",
+    "halved_share": "coverage",
+    "masks": "sites",
+    "per_consumer": "sites",
+    "prunable_share": "coverage",
+    "remove_channels": "shrink:shrink",
+    "rule": "op_call",
+}
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -9,13 +9,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress as Bar
 from rich.table import Table
 
 from jpq.cli.flags import parsed, shown
+from jpq.cli.output import Column, table
 from jpq.results.formatting import format_number
 from jpq.types import JpqError
 
@@ -84,7 +84,7 @@ def _layers(wanted: Bench, console: Console) -> None:
 
     assert wanted.table is not None
     assert wanted.model is not None
-    layer_table.require_place(wanted.table)
+    layer_table.check_table_path(wanted.table)
     if len(wanted.threads) > 1:
         raise JpqError(f"A table is for one number of threads, not for {' and '.join(map(str, wanted.threads))}.")
     threads = wanted.threads[0] if wanted.threads else 1
@@ -94,11 +94,11 @@ def _layers(wanted: Bench, console: Console) -> None:
     with Bar(console=console, transient=True) as bar:
         task = bar.add_task("measuring", total=None)
         tell = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
-        entries = layer_table.measure(network, wanted.model, threads, wanted.repeats, tell)
+        entries = layer_table.measure_layers(network, wanted.model, threads, wanted.repeats, tell)
     layer_table.write_table(entries, wanted.table)
     shapes = len({(e.shape, e.form) for e in entries if e.form})
     seconds = time.perf_counter() - start
-    full, small = (layer_table.whole(network, entries, bits) for bits in (layer_table.FLOAT, layer_table.INT8))
+    full, small = (layer_table.dense_latency_ms(network, entries, bits) for bits in (layer_table.FLOAT, layer_table.INT8))
     for line in (
         f"{wanted.table}: {len(entries)} measurements of {shapes} kinds of layers (each the median of "
         f"{wanted.repeats}; threads: {threads}) in {seconds:.0f} s.",
@@ -111,7 +111,7 @@ def _layers(wanted: Bench, console: Console) -> None:
 
 def _models(wanted: Bench, console: Console) -> None:
     from jpq.cli.summary import latency_line
-    from jpq.export.runtimes import chosen
+    from jpq.export.runtimes import parse_runtimes
     from jpq.export.timing import layer_table
     from jpq.results.formatting import format_ms
     from jpq.results.predicted_latency import predicted_ms
@@ -121,9 +121,9 @@ def _models(wanted: Bench, console: Console) -> None:
         own = wanted.table or path / layer_table.TABLE_NAME
         if path.is_dir() and (wanted.table is not None or own.is_file()):
             table = layer_table.read_table(own)
-            layer_table.require_run(path)
+            layer_table.check_run_folder(path)
             line = latency_line(
-                layer_table.compare(
+                layer_table.compare_with_prediction(
                     path / "model.onnx", predicted_ms(path, table, wanted.run_code), table, wanted.repeats
                 )
             )
@@ -151,7 +151,8 @@ def _alone(file: Path, wanted: Bench, runtimes: Sequence[str], console: Console)
 def _race(folder: Path, wanted: Bench, runtimes: Sequence[str], console: Console) -> None:
     """The run's model beside the one that it began with: a table, and where layers are left in floating point."""
     from jpq.export.timing import compare
-    from jpq.export.timing.runner import Runner, float_layers
+    from jpq.export.timing.kernels import float_layers
+    from jpq.export.timing.runner import Runner
 
     small = folder / "model.onnx"
     shape = Runner(small).shapes[0][1:]
@@ -179,20 +180,19 @@ def _setting(t: Timing) -> str:
 
 def _table(times: Sequence[Timing]) -> Table:
     """One setting: a row for each model."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title=_setting(times[0]), title_justify="left")
-    for name in ("model", "median", "p95", "speed", "in float", "file"):
-        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
-    for t in times:
-        left = f"{t.float_layers} of {t.layers}" if t.runtime == "onnxruntime" else "-"
-        cells = (
+    rows = [
+        (
+            t.model,
             f"{t.median_ms:#.3g} ms",
             f"{t.p95_ms:#.3g} ms",
             f"{t.over_full:.2f}x",
-            left,
+            f"{t.float_layers} of {t.layers}" if t.runtime == "onnxruntime" else "-",
             format_number(t.bytes, "B"),
         )
-        table.add_row(t.model, *cells)
-    return table
+        for t in times
+    ]
+    columns = (Column("model", align="left"), "median", "p95", "speed", "in float", "file")
+    return table(columns, rows, title=_setting(times[0]))
 
 
 def bench_command(args: list[str], console: Console) -> None:

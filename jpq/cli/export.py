@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from jpq.cli.flags import parsed, shown
-from jpq.cli.pareto import Pick, pick_point, print_line, read_picked_runs, reasons
+from jpq.cli.output import print_line
+from jpq.cli.pareto import Pick, pick_point, read_picked_runs, reasons
 from jpq.results.formatting import format_percent
 from jpq.types import JpqError
 
@@ -55,7 +56,7 @@ def export_run(wanted: Export, console: Console) -> None:
     if is_final(folder):
         here = escape(os.path.relpath(folder))
         if wanted.out is None and not (wanted.formats or wanted.onnx_weights):
-            test = "-" if point.test_accuracy is None else format_percent(point.test_accuracy)
+            test = "-" if point.test_accuracy is None else format_metric(front.task, point.test_accuracy)
             print_line(
                 console,
                 f"{here} is final already: {test} on the test split, with model.onnx and model.packed. "

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich import box
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.panel import Panel
@@ -20,6 +19,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from jpq.cli.flags import parsed, shown
+from jpq.cli.output import Column, label_grid, table, text_column
 from jpq.results.formatting import format_number
 from jpq.tasks import models
 from jpq.tasks.data import load
@@ -112,38 +112,23 @@ def stages(names: Sequence[str], every: bool) -> dict[str, str]:
     return {name: name if sizes[stage] == 1 else stage for name, stage in cut.items()}
 
 
-def _table(*columns: str, left: Sequence[str] = (), footer: Sequence[str] = ()) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_footer=bool(footer), footer_style="bold")
-    for i, column in enumerate(columns):
-        text = column in left
-        table.add_column(
-            column,
-            footer[i] if footer else "",
-            justify="left" if text else "right",
-            no_wrap=not text,
-            overflow="fold",
-        )
-    return table
-
-
 def _layers(network: Network, sites: Sequence[Site], stage: Mapping[str, str]) -> Table:
     free = {int(c) for site in sites for c in site.labels}
     layers = network.layers
     macs, weights = sum(layer.macs for layer in layers), sum(math.prod(layer.weight_shape) for layer in layers)
     out, can = sum(len(layer.outputs) for layer in layers), sum(_free(layer, free) for layer in layers)
-    total = (
-        "total",
-        "",
-        "",
-        str(out),
-        str(can),
-        format_number(weights),
-        format_number(macs),
-        "100 %",
-        format_number(1024 * macs),
+    columns = (
+        text_column("layer", "total"),
+        text_column("kind"),
+        "in",
+        Column("out", str(out)),
+        Column("can go", str(can)),
+        Column("weights", format_number(weights)),
+        Column("MACs", format_number(macs)),
+        Column("share", "100 %"),
+        Column("fp32 BOPs", format_number(1024 * macs)),
     )
-    columns = ("layer", "kind", "in", "out", "can go", "weights", "MACs", "share", "fp32 BOPs")
-    table = _table(*columns, left=("layer", "kind"), footer=total)
+    rows = []
     for name, run in _grouped(layers, lambda layer: stage[layer.name]):
         spent, held = sum(layer.macs for layer in run), sum(math.prod(layer.weight_shape) for layer in run)
         kind, inputs = (_kind(run[0]), str(len(run[0].inputs))) if len(run) == 1 else (f"{len(run)} layers", "")
@@ -154,8 +139,8 @@ def _layers(network: Network, sites: Sequence[Site], stage: Mapping[str, str]) -
             f"{100 * spent / max(1, macs):.1f} %",
             format_number(1024 * spent),
         )
-        table.add_row(escape(name), kind, inputs, str(outputs), str(gone), *costs)
-    return table
+        rows.append((escape(name), kind, inputs, str(outputs), str(gone), *costs))
+    return table(columns, rows)
 
 
 def _grouped(items: Sequence[T], key: Callable[[T], str]) -> list[tuple[str, list[T]]]:
@@ -180,7 +165,7 @@ def _sites(sites: Sequence[Site], stage: Mapping[str, str], every: bool) -> Tabl
     table = _table("can go together", "units", "read by", left=("can go together", "read by"))
     if every or len(sites) <= ROWS:
         stage = {}
-    for name, run in _grouped(sites, lambda site: stage.get(site.makers[0], site.name)):
+    for name, run in _grouped(sites, lambda site: stage.get(site.producers[0], site.name)):
         readers = [stage.get(tap.layer, tap.layer) for site in run for tap in site.taps]
         label = name if len(run) == 1 else f"{name} ({len(run)} sites)"
         table.add_row(escape(label), str(sum(site.n for site in run)), escape(_some(readers)))
@@ -190,7 +175,7 @@ def _sites(sites: Sequence[Site], stage: Mapping[str, str], every: bool) -> Tabl
 def _stuck(network: Network, sites: Sequence[Site], stage: Mapping[str, str]) -> Table:
     table = _table("must stay", "because", "made by", left=("because", "made by"))
     for row in frozen_channels(network, sites):
-        table.add_row(str(row.channels), escape(row.reason), escape(_some([stage.get(m, m) for m in row.makers])))
+        table.add_row(str(row.channels), escape(row.reason), escape(_some([stage.get(m, m) for m in row.producers])))
     return table
 
 
@@ -206,9 +191,7 @@ def _summary(
     macs, parameters = sum(layer.macs for layer in network.layers), sum(p.numel() for p in model.parameters())
     units = sum(site.n for site in sites)
     held = [row for row in frozen_channels(network, sites) if row.reason.endswith("Norm's average")]
-    rows = Table.grid(padding=(0, 2))
-    rows.add_column(no_wrap=True)
-    rows.add_column(overflow="fold")
+    rows = label_grid()
     rows.add_row(
         "model",
         f"{len(network.layers)} layers, {format_number(parameters)} parameters, {format_number(macs)} MACs, "

@@ -15,9 +15,9 @@ from importlib.metadata import version
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from jpq.cli.flags import COMMANDS, parsed
+from jpq.cli.output import label_grid
 from jpq.training.signals import Interruption
 
 
@@ -97,9 +97,7 @@ def _dispatch(args: list[str], console: Console) -> int:
 
 
 def _help(console: Console) -> None:
-    table = Table.grid(padding=(0, 2))
-    for name, text in COMMANDS.items():
-        table.add_row(f"  [bold cyan]{name}[/]", text)
+    table = label_grid([(f"  [bold cyan]{name}[/]", text) for name, text in COMMANDS.items()])
     before = "[bold]jpq[/] makes a trained PyTorch model smaller: pruned and quantized together, onto a budget."
     start = "Start here (built-in data, under two minutes on two cores):\n  jpq optimize --target-bops 1%"
     more = "[bold]jpq COMMAND --help[/] lists the flags of a command, [bold]jpq --version[/] the versions."
@@ -112,9 +110,7 @@ def _methods(args: list[str], console: Console) -> None:
         parsed(dataclasses.make_dataclass("Methods", [], frozen=True), "methods", args)
     from jpq.methods.table import METHODS
 
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    table = label_grid()
     for name, method in METHODS.items():
         table.add_row(f"[bold cyan]{name}[/]", f"[dim]decides:[/] {escape(method.decides)}")
         if method.gate is not None:

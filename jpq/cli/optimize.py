@@ -12,21 +12,21 @@ from rich.table import Table
 from rich.text import Text
 
 from jpq.cli.flags import parse
-from jpq.results.formatting import format_duration, format_number, format_percent
+from jpq.results.formatting import format_duration, format_metric, format_number, format_percent
 from jpq.results.record import Result
 
 
 def front_table(result: Result) -> RenderableType:
     """A line for each budget: how good and how dear its model is, when it was there, and where it lies."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for name in ("target", "accuracy", "held-out", "BOPs", "of fp32", "MACs", "size", "after"):
+    for name in ("target", result.task.metric_name, "held-out", "BOPs", "of fp32", "MACs", "size", "after"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("folder", overflow="fold")
     for p in result.front:
         table.add_row(
             escape(p.budget),
-            f"[bold]{format_percent(p.accuracy)}[/]",
-            format_percent(p.held_out),
+            f"[bold]{format_metric(result.task, p.accuracy)}[/]",
+            format_metric(result.task, p.held_out),
             format_number(p.bops),
             format_percent(p.bops_share),
             format_number(p.macs),
@@ -34,14 +34,16 @@ def front_table(result: Result) -> RenderableType:
             format_duration(p.seconds),
             escape(p.folder),
         )
+        for p in result.front
+    ]
     top = os.path.relpath(result.folder.parent)
     lines = [
-        f"The float model has {format_percent(result.float.accuracy)}. "
+        f"The float model has {format_metric(result.task, result.float.accuracy)}. "
         "Each model met its targets and was checked as always.",
         f"{top}: front.csv, front.png, history.csv and the folders above, each a run like any other (jpq evaluate).",
         *(f"note  {note}" for note in result.notes),
     ]
-    return Group(table, *(Text(line) for line in lines))
+    return Group(table(columns, rows), *(Text(line) for line in lines))
 
 
 def optimize_command(args: list[str], console: Console) -> None:

@@ -8,12 +8,12 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from jpq.cli.flags import parsed, shown
+from jpq.cli.output import Column, print_line, table, text_column
 from jpq.results.formatting import format_number, format_percent
 from jpq.types import JpqError
 
@@ -64,7 +64,7 @@ def show_front(wanted: Pareto, console: Console) -> None:
     choice = pick_point(wanted, front)
     for line in skipped:
         print_line(console, f"[yellow]skipped[/] {escape(line)}")
-    console.print(table(front, choice, wanted.all, console.width))
+    console.print(front_table(front, choice, wanted.all, console.width))
     for line in summary(front):
         print_line(console, line)
     if choice is not None:
@@ -78,11 +78,6 @@ def show_front(wanted: Pareto, console: Console) -> None:
     except OSError as error:
         raise JpqError(f"Cannot write to {out}: {error.strerror}. Choose another folder with --out.") from error
     print_line(console, f"[dim]files[/] {escape(os.path.relpath(out))}: {', '.join(path.name for path in files)}")
-
-
-def print_line(console: Console, line: str) -> None:
-    """Print one line, however wide the terminal is."""
-    console.print(line, soft_wrap=True, highlight=False)
 
 
 def read_picked_runs(wanted: Pick) -> tuple[Front, tuple[str, ...]]:
@@ -112,7 +107,7 @@ def _usual(runs: tuple[Path, ...]) -> Path:
     return runs[0] if one else Path()
 
 
-def table(front: Front, choice: Choice | None = None, every: bool = False, width: int = 100) -> Table:
+def front_table(front: Front, choice: Choice | None = None, every: bool = False, width: int = 100) -> Table:
     """The front from the cheapest on, with `every` the dominated runs too, and the float model at the end.
 
     Columns that people can do without stay away from screens that are not `width` enough.
@@ -125,10 +120,9 @@ def table(front: Front, choice: Choice | None = None, every: bool = False, width
     timed = any("latency" in p.costs for p in front.points)
     names = [n for n in rows[0][1] if least.get(n, 0) <= width and (timed or n != "latency")]
     names = [n for n in names if n in ("", "test") or any(cells[n] for _, cells in rows)]
-    shows = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for name in names:
-        words = name in ("run", "method", "target")
-        shows.add_column(name, justify="left" if words else "right", no_wrap=name != "target", overflow="fold")
+    texts = {"run": Column("run", align="left"), "method": Column("method", align="left")}
+    columns = [{**texts, "target": text_column("target")}.get(name, Column(name)) for name in names]
+    shows = table(columns, ())
     for i, cells in rows:
         chosen = choice is not None and i == choice.index
         cells[""] = ("★ " if chosen else "") + str(front.number(i) or "")
@@ -150,8 +144,8 @@ def _cells(front: Front, i: int) -> dict[str, str]:
         "run": escape(p.name),
         "method": escape(str(p.decisions.get("method", ""))),
         "target": escape(str(p.decisions.get("target", "")).removeprefix("bops ")),
-        "held-out": format_percent(p.accuracy),
-        "test": "-" if p.test_accuracy is None else format_percent(p.test_accuracy),
+        "held-out": format_metric(front.task, p.accuracy),
+        "test": "-" if p.test_accuracy is None else format_metric(front.task, p.test_accuracy),
         "BOPs share": format_percent(p.share("bops")),
         "BOPs": format_number(p.costs["bops"]),
         "size": format_number(p.costs["size"], "B"),
@@ -168,7 +162,7 @@ def _float_cells(front: Front) -> dict[str, str]:
     latency = {"latency": f"{full['latency'] / 1e6:#.3g} ms"} if "latency" in full else {}
     return {
         "run": "float model",
-        "held-out": "-" if right is None else format_percent(right),
+        "held-out": "-" if right is None else format_metric(front.task, right),
         "BOPs share": format_percent(1.0),
         "BOPs": format_number(full["bops"]),
         "size": format_number(full["size"], "B") if "size" in full else "-",
@@ -185,11 +179,12 @@ def summary(front: Front) -> list[str]:
 
     n, on = len(front.points), len(front.best)
     words = " and ".join(WORDS[cost] for cost in front.costs)
-    lines = [f"{n} run{'s' * (n > 1)}, {on} on the front of held-out accuracy and {words}, {n - on} dominated."]
-    chance = format_percent(max(p.chance for p in front.points))
-    unit = "accuracy x decades" + (" of each" if len(front.costs) > 1 else "")
+    lines = [f"{n} run{'s' * (n > 1)}, {on} on the front of held-out {front.task.metric_name} and {words}, {n - on} dominated."]
+    chance = format_metric(front.task, max(p.chance for p in front.points))
+    metric = front.task.metric_name
+    unit = f"{metric} x decades" + (" of each" if len(front.costs) > 1 else "")
     lines.append(
-        f"Hypervolume {front.covered:.4f} ({unit}; above {chance} accuracy, below the fp32 model's {words}, log axis)."
+        f"Hypervolume {front.covered:.4f} ({unit}; above {chance} {metric}, below the fp32 model's {words}, log axis)."
     )
     alone = by_method(front)
     if len(alone) > 1:
@@ -201,7 +196,7 @@ def summary(front: Front) -> list[str]:
         p = front.points[front.knee]
         lines.append(
             f"Knee: {front.number(front.knee)}, {escape(p.name)}, "
-            f"{format_percent(p.accuracy)} at {shown(p, front.costs[0])}."
+            f"{format_metric(front.task, p.accuracy)} at {shown(p, front.costs[0])}."
         )
     return lines
 

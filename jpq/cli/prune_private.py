@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Console, Group
 from rich.markup import escape
-from rich.table import Table
 
 from jpq.cli.flags import parsed, shown
+from jpq.cli.output import Column, table, text_column
 from jpq.data_free.layerwise_admm import LayerReport
 from jpq.data_free.prune import DataFreeResult
 from jpq.data_free.settings import DataFreeSettings
@@ -37,15 +36,19 @@ def layer_line(row: LayerReport) -> str:
 
 def report(done: DataFreeResult, settings: DataFreeSettings) -> Group:
     """What became of each layer, and what the client does next."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_footer=True, footer_style="bold")
-    table.add_column("layer", "whole model", overflow="fold")
-    shares = [done.density, None, None, done.error_one_shot, done.error, None]
-    names = ["density", "W-Z first", "W-Z last", "error at once", "error, ADMM", "dead"]
-    for name, share in zip(names, shares, strict=True):
-        table.add_column(name, "" if share is None else format_percent(share), justify="right")
+    columns = (
+        text_column("layer", "whole model"),
+        Column("density", format_percent(done.density)),
+        "W-Z first",
+        "W-Z last",
+        Column("error at once", format_percent(done.error_one_shot), wrap=True),
+        Column("error, ADMM", format_percent(done.error), wrap=True),
+        "dead",
+    )
+    rows = []
     for r in done.layers:
-        numbers = (r.density, r.residual_first, r.residual, r.error_one_shot, r.error, r.dead)
-        table.add_row(escape(r.name), *map(format_percent, numbers))
+        shares = (r.density, r.residual_first, r.residual, r.error_one_shot, r.error, r.dead)
+        rows.append((escape(r.name), *map(format_percent, shares)))
     folder, weights = escape(str(settings.out)), escape(str(settings.weights))
     text = [
         "W-Z: distance from the structure, of ||W||, after the first and the last rho. Errors: of the layer's outputs "
@@ -62,4 +65,4 @@ def report(done: DataFreeResult, settings: DataFreeSettings) -> Group:
             f"[yellow]note[/] {format_percent(dead.dead)} of the outputs of layer {escape(dead.name)} "
             f"are dead: {what}.",
         )
-    return Group(table, *text)
+    return Group(table(columns, rows), *text)

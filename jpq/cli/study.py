@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
@@ -15,13 +15,17 @@ from rich.table import Table
 from rich.text import Text
 
 from jpq.cli.flags import parse_study
+from jpq.cli.output import Column, table, text_column
 from jpq.config import Config
-from jpq.results.formatting import format_duration, format_percent
+from jpq.results.formatting import format_duration, format_metric, format_percent
 from jpq.training.history import EpochRecord
 from jpq.trials.settings import Study
 from jpq.trials.status import OptunaStudy, StudyStatus
 from jpq.trials.storage import without_password
 from jpq.trials.study import study
+
+if TYPE_CHECKING:  # --help shows without torch
+    from jpq.tasks.base import Task
 
 
 def study_command(args: list[str], console: Console) -> None:
@@ -40,6 +44,7 @@ class StudyScreen:
         self.began = time.monotonic()
         self.number = -1
         self.row: EpochRecord | None = None
+        self.task: Task | None = None
         self.name = ""
         self.standing: StudyStatus | None = None
         self.first: int | None = None  # trials that had ended when this worker began
@@ -56,6 +61,10 @@ class StudyScreen:
     ) -> None:
         if self.live is not None:
             self.live.stop()
+
+    def begin(self, task: Task) -> None:
+        """Training for this task begins."""
+        self.task = task
 
     def phase(self, name: str, epochs: int, steps: int) -> None:
         """What the trial does now."""
@@ -104,7 +113,9 @@ class StudyScreen:
         )
         doing = f"trial {self.number}  {self.name}"
         if self.row is not None:
-            doing += f" {self.row.epoch}/{self.row.epochs}  held-out {format_percent(self.row.accuracy)}"
+            held_out = self.row.accuracy
+            metric = format_metric(self.task, held_out) if self.task else format_percent(held_out)
+            doing += f" {self.row.epoch}/{self.row.epochs}  held-out {metric}"
         best = "   ".join([*(f"{name} {value:.4g}" for name, value in now.best.items()), now.volume_text()])
         return Group(line, Text(f"      best: {best}", style="dim"), Text(f"      {doing}", style="dim"))
 
@@ -133,13 +144,9 @@ def run_study(config: Config, settings: Study, console: Console) -> None:
 def front_table(study: OptunaStudy, asked: Study) -> Table:
     """The trials that no other is better than, by every objective."""
     now = StudyStatus.of(study, asked)
-    table = Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1), title=f"front: {len(now.front)} of {now.done} trials", title_justify="left"
-    )
-    for name in ("trial", *now.names):
-        table.add_column(name, justify="right")
-    table.add_column("run folder", overflow="fold")
+    columns: list[str | Column] = ["trial", *(Column(name, wrap=True) for name in now.names), text_column("run folder")]
+    rows = []
     for trial in now.front:
-        cells = [f"{value:.4g}" for value in trial.values]
-        table.add_row(str(trial.number), *cells, escape(str(trial.user_attrs.get("run_folder", ""))))
-    return table
+        values = [f"{value:.4g}" for value in trial.values]
+        rows.append((str(trial.number), *values, escape(str(trial.user_attrs.get("run_folder", "")))))
+    return table(columns, rows, title=f"front: {len(now.front)} of {now.done} trials")

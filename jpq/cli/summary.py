@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from jpq.results.formatting import format_duration, format_ms, format_number, format_percent
+from jpq.results.formatting import format_change, format_duration, format_metric, format_ms, format_number, format_percent
 from jpq.results.record import Result
 from jpq.results.run_folder import sizes
 from jpq.types import DENSE
@@ -25,19 +25,16 @@ OPENED = "masked_vs_rebuilt_at_landing_with_open_norms"  # as verify has it, wit
 
 def layer_table(result: Result) -> Table:
     """What became of each layer."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_footer=True, footer_style="bold")
     rows = result.layers
     kept, every = sum(r.outputs for r in rows), sum(r.outputs_all for r in rows)
-    table.add_column("layer", "total", overflow="fold")
     masked = any(r.density < 1 for r in rows)
     mixed = len({r.structure for r in rows} - {DENSE}) > 1
     macs, bops = (format_number(sum(getattr(r, field) for r in rows)) for field in ("macs", "bops"))
     names = ["structure" if mixed else "in", "out", "density", "w bits", "a bits", "MACs", "BOPs", "share"]
     footers = ["", f"{kept}/{every}", "", "", "", macs, bops, "100 %"]
     hidden = {"out"} if mixed else set() if masked else {"density"}  # masks remove no channel
-    for name, footer in zip(names, footers, strict=True):
-        if name not in hidden:
-            table.add_column(name, footer, justify="right", no_wrap=True)
+    columns = [Column(name, footer) for name, footer in zip(names, footers, strict=True) if name not in hidden]
+    lines = []
     for r in rows:
         channels = (f"{r.inputs}/{r.inputs_all}", f"{r.outputs}/{r.outputs_all}")
         where = (escape(r.structure),) if mixed else channels
@@ -50,8 +47,8 @@ def layer_table(result: Result) -> Table:
             format_number(r.bops),
             f"{100 * r.share:.1f} %",
         )
-        table.add_row(escape(r.name), *where, *cells)
-    return table
+        lines.append((escape(r.name), *where, *cells))
+    return table((text_column("layer", "total"), *columns), lines)
 
 
 def summary(result: Result) -> Panel:
@@ -61,9 +58,10 @@ def summary(result: Result) -> Panel:
     for justify in ("left", "right", "right", "left"):
         top.add_column(justify=justify, no_wrap=justify != "left")
     top.add_row("", "[dim]float[/]", "[dim]compressed[/]", "")
-    points = 100 * (now.accuracy - full.accuracy)
-    change = f"{points:+.2f} points, test split" if math.isfinite(points) else "test split"
-    top.add_row("accuracy", format_percent(full.accuracy), f"[bold]{format_percent(now.accuracy)}[/]", change)
+    task, change = result.task, now.accuracy - full.accuracy
+    text = f"{format_change(task, change)}, test split" if math.isfinite(change) else "test split"
+    before, after = (format_metric(task, metrics.accuracy) for metrics in (full, now))
+    top.add_row(task.metric_name, before, f"[bold]{after}[/]", text)
     for label, field, unit in (("BOPs", "bops", ""), ("MACs", "macs", ""), ("size", "size_bytes", "B")):
         before, after = getattr(full, field), getattr(now, field)
         share = f"{format_percent(now.bops_share)} of fp32, " if field == "bops" else ""
@@ -80,9 +78,7 @@ def summary(result: Result) -> Panel:
         share = f"predicted; {format_percent(now.latency_ms / full.latency_ms)} of fp32"
         top.add_row("latency", format_ms(full.latency_ms), f"[bold]{format_ms(now.latency_ms)}[/]", share)
 
-    rest = Table.grid(padding=(0, 2))
-    rest.add_column(no_wrap=True)
-    rest.add_column(overflow="fold")
+    rest = label_grid()
     for name, target in result.targets.items():
         rest.add_row("target", target_line(name, target))
     if result.schemes:

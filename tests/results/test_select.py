@@ -22,7 +22,7 @@ from rich.console import Console
 
 import jpq
 from jpq.cli.main import main
-from jpq.cli.pareto import table
+from jpq.cli.pareto import front_table
 from jpq.config import Config, Task
 from jpq.results.front import plots
 from jpq.results.front.front import make
@@ -127,7 +127,7 @@ def test_long_fronts_are_thinned_and_runs_without_layers_have_no_heat_map(tmp_pa
 def test_the_table_fits(width: int, tmp_path: Path) -> None:
     front = spread(tmp_path)
     console = Console(file=io.StringIO(), width=width)
-    console.print(table(front, None, True, width))
+    console.print(front_table(front, None, True, width))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, text.splitlines())) <= width
     shown = [row for row in text.splitlines() if "djpq" in row]

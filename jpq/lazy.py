@@ -1,4 +1,4 @@
-"""Packages whose public names and modules are imported when they are first used, so `jpq --help` needs no torch."""
+"""Lazy imports of a package's public names and modules, so that `jpq --help` does not import torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The `__getattr__` and `__dir__` of a package (PEP 562).
+    """The `__getattr__` and `__dir__` of a package whose names are imported at their first use (PEP 562).
 
     Args:
-        package: its `__name__`.
-        homes: public name -> the module inside the package that defines it, or "module:name" where it differs there.
+        package: `__name__` of the package.
+        homes: public name -> module of the package that defines it, or "module:name" where the name differs there.
 
     Modules of the package are attributes too. Anything else raises AttributeError.
     """

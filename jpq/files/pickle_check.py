@@ -1,6 +1,6 @@
-"""Pickles run on stand-ins: nothing that they name is imported or called; which tensors they declare is learned.
+"""Interpreter of pickles on stand-ins: it imports and calls nothing, and notes the tensors that a pickle declares.
 
-What would take ever is refused, as what torch's own reader hashes, or makes bytes of, is given by the file.
+It refuses what would take long or much memory: torch's own reader hashes, and makes bytes of, whatever a file names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import IO, Any, ClassVar
 
 from jpq.files.untrusted import as_int, as_list
 
-DEEP = 64  # dims of a tensor
+DEEP = 64  # most dims of a tensor
 
 STORAGES = {
     "ByteStorage": 1,
@@ -45,18 +45,18 @@ HARMLESS = (
 
 
 class BoundedFile:
-    """A file that refuses to be asked for more than it holds: room would be made for all of that."""
+    """A file that refuses reads beyond its end: memory would be allocated for the whole read."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self.file, self.size = file, size
 
     @property
     def left(self) -> int:
-        """Bytes from here to its end."""
+        """Bytes from the present position to the end."""
         return self.size - self.file.tell()
 
     def read(self, count: int) -> bytes:
-        """So many bytes. Raises EOFError where fewer are left."""
+        """Read `count` bytes. Raises EOFError where fewer are left."""
         if count > self.left:
             raise EOFError(f"{count:,} bytes are announced and {self.left:,} are left")
         return self.file.read(count)
@@ -67,14 +67,14 @@ class BoundedFile:
 
 
 class _Closed:
-    """What a pickle may not change: it would no longer say what torch will see."""
+    """Stand-in whose state a pickle may not set: torch would see something else than was checked."""
 
     def __setstate__(self, state: Any) -> None:
         raise ValueError("it sets what is inside a storage, or inside what it names")
 
 
 class _Named(_Closed):
-    """Stands for something that a pickle names; called, it does nothing but check what a tensor is made of."""
+    """Stand-in for a class or function; a call only checks the arguments of tensors and of dicts."""
 
     def __init__(self, name: str, reader: PickleChecker) -> None:
         self.name, self.reader = name, reader
@@ -83,16 +83,16 @@ class _Named(_Closed):
         if self.name not in HARMLESS:
             raise ValueError(f"it wants to run {self.name[:60]}, and jpq runs nothing in a file")
         if self.name in TENSORS:
-            _require_tensor(*args[:4])
+            _check_tensor(*args[:4])
         elif self.name == "_codecs.encode":
             return self.reader.encoded(*args)
         elif self.name.startswith("collections."):
-            _require_items(self.name, args)
+            _check_items(self.name, args)
         return _Made()
 
 
 class _Made:
-    """Stands for an object that a pickle makes; it forgets what is put into it."""
+    """Stand-in for an object that a pickle makes; it drops everything that is put into it."""
 
     def __setitem__(self, key: Any, value: Any) -> None: ...
 
@@ -102,22 +102,22 @@ class _Made:
 
 
 class _Storage(_Closed):
-    """Stands for a storage: its bytes, and bytes an element (1 where it is untyped: at least that many)."""
+    """Stand-in for a storage: its bytes, and its bytes per element (1 where it is untyped)."""
 
     def __init__(self, size: int, each: int) -> None:
         self.size, self.each = size, each
 
 
 class PickleChecker(pickle._Unpickler):
-    """Runs a pickle on stand-ins. Python's own implementation: the one in C makes room for whatever it is told."""
+    """Interpreter of a pickle on stand-ins; Python's implementation, as the one in C allocates any declared length."""
 
     def __init__(self, file: BoundedFile) -> None:
         super().__init__(file)
-        self.declared: dict[str, int] = {}
-        self.room = file.size  # for bytes that are made from text: each text lies in the file, once
+        self.declared: dict[str, int] = {}  # key of a storage -> its bytes
+        self.room = file.size  # bytes left that text may be encoded to: each text stands in the file once
 
     def encoded(self, text: Any = None, encoding: Any = None, *others: Any) -> bytes:
-        """What pickles of protocol 2 write for bytes. Raises ValueError for any other use: "hex" doubles its text."""
+        """Bytes as protocol 2 encodes them. Raises ValueError for any other encoding: "hex" doubles its text."""
         if type(text) is not str or encoding != "latin1" or others:
             raise ValueError("it encodes something else than bytes")
         self.room -= len(text)
@@ -129,30 +129,30 @@ class PickleChecker(pickle._Unpickler):
         raise ValueError("it holds objects, not tensors alone, and jpq runs no code of a file")
 
     def _put(self) -> None:
-        _require_key(self.stack[-2])  # type: ignore[attr-defined]
+        _check_key(self.stack[-2])  # type: ignore[attr-defined]
         super().load_setitem()  # type: ignore[misc]
 
     def _put_all(self) -> None:
         for key in self.stack[::2]:  # type: ignore[attr-defined]
-            _require_key(key)
+            _check_key(key)
         super().load_setitems()  # type: ignore[misc]
 
     dispatch: ClassVar[dict[int, Any]] = {
         **pickle._Unpickler.dispatch,
         **dict.fromkeys(b"".join((pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.OBJ, pickle.INST)), _refused),
-        # what torch does not take either, and what hashes whatever it is given
+        # opcodes that torch refuses too, and that hash any object
         **dict.fromkeys(b"".join((pickle.DICT, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET)), _refused),
-        pickle.BYTEARRAY8[0]: _refused,  # makes room for whatever length it is told
+        pickle.BYTEARRAY8[0]: _refused,  # allocates any declared length
         pickle.SETITEM[0]: _put,
         pickle.SETITEMS[0]: _put_all,
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        """A stand-in."""
+        """A stand-in for the class or function."""
         return _Named(f"{module}.{name}", self)
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """A stand-in for a storage, whose size is noted in `declared`. Raises ValueError for anything else."""
+        """A stand-in for a storage; `declared` notes its size. Raises ValueError for anything else."""
         if not isinstance(pid, tuple) or len(pid) < 5 or not isinstance(pid[1], _Named):
             raise ValueError("it ends too early, or torch.save did not write it")
         _, kind, key, _, count = pid[:5]
@@ -165,14 +165,14 @@ class PickleChecker(pickle._Unpickler):
         return _Storage(size, each)
 
 
-def _require_key(key: Any) -> None:
-    """Raises ValueError for what no dict of weights has for a key: nested tuples of few bytes take ever to hash."""
+def _check_key(key: Any) -> None:
+    """Raises ValueError for a key that no dict of weights has: nested tuples of few bytes take very long to hash."""
     if type(key) not in (str, int, float, bool, bytes, type(None)) or (type(key) is int and abs(key) >= 2**61):
         raise ValueError(f"a dict's key is a {type(key).__name__}")
 
 
-def _require_items(name: str, args: tuple[Any, ...]) -> None:
-    """Raises ValueError where a dict is made from anything but another dict, or (as Python 2 wrote) a list of pairs."""
+def _check_items(name: str, args: tuple[Any, ...]) -> None:
+    """Raises ValueError unless a dict is made from a dict or, as Python 2 wrote it, from a list of pairs."""
     if len(args) > 1 or (args and name == "collections.OrderedDict" and type(args[0]) not in (dict, list)):
         raise ValueError("a dict is made of something else than pairs")
     if args and name == "collections.Counter" and type(args[0]) is not dict:
@@ -180,10 +180,10 @@ def _require_items(name: str, args: tuple[Any, ...]) -> None:
     for pair in args[0] if args and type(args[0]) is list else ():
         if type(pair) not in (list, tuple) or len(pair) != 2:
             raise ValueError("a dict is made of something else than pairs")
-        _require_key(pair[0])
+        _check_key(pair[0])
 
 
-def _require_tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> None:
+def _check_tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> None:
     """Raises ValueError where a tensor is larger than its storage, or lies outside it."""
     if not isinstance(storage, _Storage) or len(shape) != len(stride) or len(shape) > DEEP:
         raise ValueError("a tensor without a storage")

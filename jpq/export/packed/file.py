@@ -25,7 +25,7 @@ from safetensors.torch import save as serialized
 from torch import Size, Tensor
 
 from jpq.files.atomic import replace_file
-from jpq.files.untrusted import check_file, parse_json
+from jpq.files.untrusted import as_bool, as_int, check_file, parse_json
 from jpq.methods.structures import Structure, WeightLayout, mask_encoding, parse
 from jpq.types import JpqError
 
@@ -186,17 +186,17 @@ def _decode(entry: Mapping[str, Any], streams: list[Tensor], room: int, most: in
     values, mask = (s.numpy() for s in streams)
     if [_crc(values), _crc(mask)] != entry["crc32"]:
         raise JpqError("a layer does not match its checksum")
-    size = Size([_whole(n, 0, room) for n in entry["size"][:9]])
-    _whole(prod(size), 0, room)
-    width, signed = _whole(entry["bits"], 1, WIDEST), _flag(entry["signed"])
+    size = Size([as_int(n, 0, room) for n in entry["size"][:9]])
+    as_int(prod(size), 0, room)
+    width, signed = as_int(entry["bits"], 1, WIDEST), as_bool(entry["signed"])
     stays, structure, kept = np.ones(0, np.bool_), None, None
     if entry["structure"] is not None:
-        layout = WeightLayout(_flag(entry["transposed"]), _whole(entry["groups"], 1, room))
+        layout = WeightLayout(as_bool(entry["transposed"]), as_int(entry["groups"], 1, room))
         structure = parse(entry["structure"], layout)
         rows, n = structure.shape(size)
-        _whole(rows * n, 0, most)
-        even = None if entry["even"] is None else _whole(entry["even"], 0, n)
-        form = mask_encoding.Form(entry["encoding"], even, _whole(entry["most"], 0, n), 0)
+        as_int(rows * n, 0, most)
+        even = None if entry["even"] is None else as_int(entry["even"], 0, n)
+        form = mask_encoding.Form(entry["encoding"], even, as_int(entry["most"], 0, n), 0)
         if form.encoding not in mask_encoding.ENCODINGS:
             raise JpqError(f"it has an unknown encoding of masks, {form.encoding!r}")
         kept = torch.from_numpy(mask_encoding.decode(mask, _valid(structure, size), form))
@@ -255,15 +255,3 @@ def _describe(tensor: Tensor) -> list[Any]:
 
 def _crc(data: mask_encoding.Bytes) -> int:
     return zlib.crc32(data.data)
-
-
-def _whole(value: Any, low: int, high: int) -> int:
-    if type(value) is not int or not low <= value <= high:
-        raise JpqError(f"it declares {str(value)[:40]!r} where a whole number from {low} to {high} belongs")
-    return value
-
-
-def _flag(value: Any) -> bool:
-    if type(value) is not bool:
-        raise JpqError(f"it declares {str(value)[:40]!r} where true or false belongs")
-    return value

@@ -120,11 +120,11 @@ def _models(wanted: Bench, console: Console) -> None:
     for path in wanted.what:
         own = wanted.table or path / layer_table.TABLE_NAME
         if path.is_dir() and (wanted.table is not None or own.is_file()):
-            table = layer_table.read_table(own)
+            measured = layer_table.read_table(own)
             layer_table.check_run_folder(path)
             line = latency_line(
                 layer_table.compare_with_prediction(
-                    path / "model.onnx", predicted_ms(path, table, wanted.run_code), table, wanted.repeats
+                    path / "model.onnx", predicted_ms(path, measured, wanted.run_code), measured, wanted.repeats
                 )
             )
         else:

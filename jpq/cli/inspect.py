@@ -162,21 +162,22 @@ def _kind(layer: Layer) -> str:
 
 
 def _sites(sites: Sequence[Site], stage: Mapping[str, str], every: bool) -> Table:
-    table = _table("can go together", "units", "read by", left=("can go together", "read by"))
+    rows = []
     if every or len(sites) <= ROWS:
         stage = {}
     for name, run in _grouped(sites, lambda site: stage.get(site.producers[0], site.name)):
         readers = [stage.get(tap.layer, tap.layer) for site in run for tap in site.taps]
         label = name if len(run) == 1 else f"{name} ({len(run)} sites)"
-        table.add_row(escape(label), str(sum(site.n for site in run)), escape(_some(readers)))
-    return table
+        rows.append((escape(label), str(sum(site.n for site in run)), escape(_some(readers))))
+    return table((text_column("can go together"), "units", text_column("read by")), rows)
 
 
 def _stuck(network: Network, sites: Sequence[Site], stage: Mapping[str, str]) -> Table:
-    table = _table("must stay", "because", "made by", left=("because", "made by"))
-    for row in frozen_channels(network, sites):
-        table.add_row(str(row.channels), escape(row.reason), escape(_some([stage.get(m, m) for m in row.producers])))
-    return table
+    rows = [
+        (str(row.channels), escape(row.reason), escape(_some([stage.get(m, m) for m in row.producers])))
+        for row in frozen_channels(network, sites)
+    ]
+    return table(("must stay", text_column("because"), text_column("made by")), rows)
 
 
 def _some(names: Sequence[str]) -> str:

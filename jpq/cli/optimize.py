@@ -5,25 +5,22 @@ from __future__ import annotations
 import os
 import shlex
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from jpq.cli.flags import parse
+from jpq.cli.output import table, text_column
 from jpq.results.formatting import format_duration, format_metric, format_number, format_percent
 from jpq.results.record import Result
 
 
 def front_table(result: Result) -> RenderableType:
     """A line for each budget: how good and how dear its model is, when it was there, and where it lies."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for name in ("target", result.task.metric_name, "held-out", "BOPs", "of fp32", "MACs", "size", "after"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("folder", overflow="fold")
-    for p in result.front:
-        table.add_row(
+    metric = result.task.metric_name
+    columns = ("target", metric, "held-out", "BOPs", "of fp32", "MACs", "size", "after", text_column("folder"))
+    rows = [
+        (
             escape(p.budget),
             f"[bold]{format_metric(result.task, p.accuracy)}[/]",
             format_metric(result.task, p.held_out),

@@ -8,13 +8,13 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from rich import box
 from rich.console import Group
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from jpq.cli.output import Column, label_grid, table, text_column
 from jpq.results.formatting import format_change, format_duration, format_metric, format_ms, format_number, format_percent
 from jpq.results.record import Result
 from jpq.results.run_folder import sizes

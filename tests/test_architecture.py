@@ -12,7 +12,7 @@ ORDER = (
     ("cli",),
     ("trials",),
     ("recipe",),
-    ("results", "session", "detection", "data_free"),
+    ("results", "session", "detection", "data_free", "testing"),
     ("training",),
     ("allocation", "export"),
     ("compression", "tasks"),
@@ -98,6 +98,29 @@ def test_members_of_a_family_know_only_their_own_contract():
             if inner[:1] == ["methods"] and len(inner) > 1 and inner[1] not in {family, *beside.get(family, ())}:
                 wrong.append(f"{path} imports {name}")
     assert not sorted(set(wrong))
+
+
+def gate_classes() -> set[str]:
+    """Names of the gate contract and of every class that jpq.methods.gates offers."""
+    from jpq.methods import gates
+
+    return {name for name in gates.__all__ if name != "GATES"}
+
+
+def test_no_module_asks_for_the_class_of_a_gate():
+    """Gates are asked by the members of their contract, so that a new gate touches its own file and two rows."""
+    wrong = []
+    for path, tree in modules().items():
+        if path.startswith("methods/gates/"):
+            continue
+        for node in ast.walk(tree):
+            asks = isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass")
+            compared = isinstance(node, ast.Compare)
+            operands = node.args[1:] if asks else [node.left, *node.comparators] if compared else []
+            names = {name.id for operand in operands for name in ast.walk(operand) if isinstance(name, ast.Name)}
+            if names & gate_classes():
+                wrong.append(f"{path}, line {node.lineno}")
+    assert not wrong
 
 
 def test_third_parties_stay_where_they_belong():

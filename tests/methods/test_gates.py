@@ -5,12 +5,9 @@ import math
 import pytest
 import torch
 
-from jpq.methods.gates import GATES, VIB, Frozen, HardConcrete
+from jpq.methods.gates import GATES, VIB, FixedMask, Frozen, HardConcrete
 from jpq.methods.gates.hard_concrete import EDGE
-
-FREE = sorted(
-    name for name, gate in GATES.items() if not (gate.fixed_count or gate.elementwise_only)
-)  # others: test_mask_gates, test_codeq
+from jpq.testing import check_gate
 
 
 def make(name, n=64):
@@ -18,54 +15,30 @@ def make(name, n=64):
     gate = GATES[name](1, n)
     for p in gate.parameters():
         p.data.add_(torch.linspace(-6, 6, n))
-        if name == "hyper":
-            p.data[0, ::3] = 0.0  # it drops what is nearly 0
-    if name == "ranked":
-        gate.margins.copy_(torch.linspace(-1, 1, n))  # a ranking decides, no parameter
     gate.after_step(0.5)
     return gate
 
 
-@pytest.mark.parametrize("name", FREE)
-class TestEveryGate:
-    def test_starts_with_everything_kept(self, name):
-        gate = GATES[name](1, 9)
-        assert gate.keep().sum() == 9
-        assert gate.keep().shape == gate.margin().shape == gate.keep_probability().shape == gate.scale().shape == (1, 9)
+@pytest.mark.parametrize("gate", [*GATES.values(), FixedMask], ids=[*GATES, "mask"])
+def test_every_gate(gate):
+    """The laws of `jpq.testing`."""
+    check_gate(gate)
 
-    def test_evaluation_is_zero_exactly_where_dropped(self, name):
-        gate = make(name).eval()
-        assert torch.equal(gate.multiplier() == 0, gate.keep() == 0)
-        assert 0 < gate.keep().sum() < 64
-        assert torch.equal(gate.keep(), (gate.margin() > 0).float())
 
-    def test_alive_is_a_probability_that_rises_with_the_margin(self, name):
-        gate = make(name)
-        alive, margin = gate.keep_probability()[0], gate.margin()[0]
-        assert bool(((alive >= 0) & (alive <= 1)).all())
-        assert bool((alive[margin.argsort()].diff() >= 0).all())
-        if gate.self_updating:
-            gate.keep_probability().sum().backward()
-            assert bool((gate.price == 1).all())  # the gradient is a price
-        elif list(gate.parameters()):
-            grads = torch.autograd.grad(gate.keep_probability().sum(), list(gate.parameters()))
-            assert all(bool((g != 0).any()) for g in grads)
+def test_the_gradient_of_the_cost_is_the_price_of_a_unit():
+    """A latent that moves itself notes what the cost asks for each unit."""
+    gate = GATES["hyper"](1, 9)
+    gate.keep_probability().sum().backward()
+    assert bool((gate.price == 1).all())
 
-    def test_a_step_keeps_everything_finite(self, name):
-        gate = GATES[name](1, 8)
-        for p in gate.parameters():
-            p.data.mul_(1e6)
-        gate.after_step(1.0)
-        assert bool(gate.margin().isfinite().all())
-        assert bool(gate.relaxed().isfinite().all())
 
-    def test_decided_gate_repeats_the_decision(self, name):
-        gate = make(name)
-        decided = Frozen(gate.keep())
-        for mode in (True, False):
-            decided.train(mode)
-            assert torch.equal(decided.multiplier(), gate.keep())
-        assert not list(decided.parameters())
+def test_a_frozen_gate_repeats_the_decision():
+    gate = make("vib")
+    frozen = Frozen(gate.keep())
+    for mode in (True, False):
+        frozen.train(mode)
+        assert torch.equal(frozen.multiplier(), gate.keep())
+    assert not list(frozen.parameters())
 
 
 class TestVIB:

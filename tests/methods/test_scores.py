@@ -11,8 +11,10 @@ from jpq.allocation.ranking.rank import rank, scores
 from jpq.compression.attach import attach
 from jpq.methods.gates import Ranked
 from jpq.methods.quantizers import Fixed
-from jpq.methods.scores import FPGM, L1, L2, LAMP, SCORES, Chain, Evidence, HRank, Random, SiteView, pick_score
-from jpq.tracing.forward import batch_of, tensors
+from jpq.methods.scores import FPGM, L1, L2, LAMP, SCORES, Evidence, HRank, Random, SiteView, pick_score
+from jpq.testing import check_score
+from jpq.testing.scores import example_evidence, example_site
+from jpq.tracing.forward import batch_size, collect_tensors
 from jpq.tracing.sites import per_consumer
 from jpq.tracing.trace import trace
 from jpq.types import JpqError
@@ -55,35 +57,11 @@ def test_hrank():
         HRank()(view([0.0]), NOTHING)
 
 
-@pytest.mark.parametrize("name", [n for n in SCORES if n != "random"])
-def test_every_score_follows_its_units(name):
-    """Permuted units get permuted scores (no ties here), one number each."""
-    torch.manual_seed(0)
-    site, order = view(*torch.rand(6, 5).tolist()), torch.tensor([3, 1, 5, 0, 2, 4])
-    maps = torch.zeros(1, 6, 7, 7)
-    for i in range(6):
-        maps[0, i, : i + 1, : i + 1] = torch.eye(i + 1)
-    chain = torch.rand(3, 2, 6, dtype=torch.float64)
-    labels = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2])
-
-    def evidence(order):
-        own = chain[:, :, order]
-        return Evidence(
-            activations=maps[:, order],
-            means=means[:, :, order],
-            labels=labels,
-            gradients=(means[0][:, order],),
-            curvature=(means[1, 0, order],),
-            scales=means[0, 0, order],
-            chain=Chain(own[0], own[1], own[2]),
-        )
-
-    means = torch.rand(2, 8, 6, dtype=torch.float64)
-    score = SCORES[name](site, evidence(torch.arange(6)))
-    moved = SCORES[name](SiteView("site", site.weights[order]), evidence(order))
-    assert score.shape == (1, 6)
-    assert torch.allclose(score[:, order], moved)
-    assert len(score.unique()) == 6
+@pytest.mark.parametrize("name", SCORES)
+def test_every_score(name):
+    """The laws of `jpq.testing`; and six units of different weights and evidence are all told apart."""
+    check_score(type(SCORES[name]))
+    assert len(SCORES[name](example_site(), example_evidence()).unique()) == 6
 
 
 def ranked(make, example, score):
@@ -91,14 +69,14 @@ def ranked(make, example, score):
     model = make().eval()
     network = trace(model, example)
     net = attach(model, network, per_consumer(network), Ranked, lambda _: (Fixed(8), Fixed(8)), [example], "upscale")
-    labels = torch.arange(batch_of(example)) % 2
+    labels = torch.arange(batch_size(example)) % 2
     rank(net, SCORES[score], [(example, labels)] * SCORES[score].batches, loss=spread)
     return net
 
 
 def spread(out, labels):
     """A loss for outputs of any kind."""
-    return sum(t.square().mean() for t in tensors(out) if t.is_floating_point())
+    return sum(t.square().mean() for t in collect_tensors(out) if t.is_floating_point())
 
 
 NORMED = ("joined", "padded", "rows", "zoo_volume")  # networks whose every channel passes a norm with a scale

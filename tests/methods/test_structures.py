@@ -20,6 +20,7 @@ from jpq.methods.structures import (
     Window,
     parse,
 )
+from jpq.testing import check_structure
 from jpq.types import NONE, JpqError
 
 CASES = list(cases())
@@ -28,86 +29,27 @@ each = pytest.mark.parametrize(
 )
 
 
-def draw(structure, size, seed=0):
-    torch.manual_seed(seed)
-    return torch.randn(structure.shape(size), dtype=torch.float64), torch.randn(size, dtype=torch.float64)
-
-
-def decision(structure, size, seed=0):
-    """Random 0/1 units, at most one in a row where units overlap."""
-    torch.manual_seed(seed)
-    z = (torch.rand(structure.shape(size)) < 0.5).double()
-    return z if structure.partition else z * (z.cumsum(1) <= 1)
+def check_against_plain_loops(spec, structure, size):
+    """Every weight carries the unit that plain loops over the layer's coordinates find for it."""
+    z = torch.randn(structure.shape(size), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = structure.expand(z, size).expand(size)
+    if isinstance(structure, KernelPattern):
+        for index, (g, o, i, t) in coordinates(size, structure.layout).items():
+            _, outs, ins, _ = structure.layout.sides(size)
+            row = z[(g * outs + o) * ins + i]
+            want = sum(row[p] for p, kept in enumerate(structure.patterns) if t in kept)
+            assert mask[index] == pytest.approx(float(want), abs=1e-12)
+        return
+    for index, unit in units(spec, size, structure.layout).items():
+        assert mask[index] == z[unit]
 
 
 @each
-class TestEveryStructure:
-    def test_pool_is_the_adjoint_of_expand(self, spec, structure, size):
-        for seed in range(3):
-            z, x = draw(structure, size, seed)
-            zero = structure.expand(torch.zeros_like(z), size)
-            left = ((structure.expand(z, size) - zero).expand(size) * x).sum()
-            right = (z * structure.pool(x)).sum()
-            assert torch.allclose(left, right, rtol=1e-12, atol=1e-12)
-            assert structure.pool(x).shape == z.shape
-
-    def test_nothing_kept_is_zero_and_all_kept_is_one(self, spec, structure, size):
-        shape = structure.shape(size)
-        assert not structure.expand(torch.zeros(shape), size).any()
-        if structure.partition:
-            assert bool((structure.expand(torch.ones(shape), size) == 1).all())
-            assert structure.sizes(size).sum() == size.numel()
-        assert not structure.single_weights or structure.sizes(size).max() == 1
-
-    def test_binary_units_give_a_binary_mask_that_broadcasts(self, spec, structure, size):
-        z = decision(structure, size)
-        mask = structure.expand(z, size)
-        assert mask.dim() == len(size)
-        full = mask.expand(size)
-        assert bool(((full == 0) | (full == 1)).all())
-        assert full.sum() == (structure.sizes(size) * z).sum()
-
-    def test_padding_is_what_stands_for_no_weight(self, spec, structure, size):
-        valid, sizes = structure.valid(size), structure.sizes(size)
-        assert torch.equal(sizes > 0, torch.ones_like(sizes, dtype=torch.bool) if valid is None else valid)
-        if valid is not None:  # and expand ignores it
-            z, _ = draw(structure, size)
-            assert torch.equal(structure.expand(z, size), structure.expand(z.masked_fill(~valid, 99.0), size))
-
-    def test_gradients_reach_every_real_unit(self, spec, structure, size):
-        z, x = draw(structure, size)
-        z.requires_grad_()
-        (grad,) = torch.autograd.grad((structure.expand(z, size) * x).sum(), z)
-        assert torch.allclose(grad, structure.pool(x), rtol=1e-12, atol=1e-12)
-        x.requires_grad_()
-        (grad,) = torch.autograd.grad((structure.pool(x) * z.detach()).sum(), x)
-        assert torch.allclose(grad, structure.expand(z.detach(), size).expand(size), rtol=1e-12, atol=1e-12)
-
-    def test_the_oracle_of_plain_loops(self, spec, structure, size):
-        z, _ = draw(structure, size)
-        mask = structure.expand(z, size).expand(size)
-        if isinstance(structure, KernelPattern):
-            for index, (g, o, i, t) in coordinates(size, structure.layout).items():
-                _, outs, ins, _ = structure.layout.sides(size)
-                row = z[(g * outs + o) * ins + i]
-                want = sum(row[p] for p, kept in enumerate(structure.patterns) if t in kept)
-                assert mask[index] == pytest.approx(float(want), abs=1e-12)
-            return
-        for index, unit in units(spec, size, structure.layout).items():
-            assert mask[index] == z[unit]
-
-    def test_says_its_own_name(self, spec, structure, size):
-        again = parse(structure.spec(), structure.layout)
-        assert again == structure
-        z = decision(structure, size)
-        assert torch.equal(again.expand(z, size), structure.expand(z, size))
-
-    def test_follows_the_dtype(self, spec, structure, size):
-        z = decision(structure, size)
-        for dtype in (torch.float32, torch.float64, torch.uint8):
-            mask = structure.expand(z.to(dtype), size)
-            assert mask.dtype == dtype
-            assert torch.equal(mask.double(), structure.expand(z, size))
+def test_every_structure_on_every_weight_it_takes(spec, structure, size):
+    """The laws of `jpq.testing`, and the oracle of plain loops."""
+    check_structure(structure, [tuple(size)])
+    check_against_plain_loops(spec, structure, size)
+    assert parse(structure.spec(), structure.layout) == structure
 
 
 def test_every_name_of_the_table_is_tested_on_every_kind_of_weight_it_takes():

@@ -144,25 +144,6 @@ def _ranks(s: Units, real: Tensor) -> Tensor:
     return rank
 
 
-def topk_sites(scores: Sequence[Units], k: int, valid: Sequence[Tensor | None] | None = None) -> list[Units]:
-    """The k largest units of all sites together, by one threshold: 0 or 1 for each, shaped like the scores.
-
-    Scores must be comparable between sites (normalise them first). Ties go to the earlier site, then the earlier unit;
-    `valid` has an entry for each site, None where all units are real. A site may lose everything.
-
-    Raises JpqError where k is below 0 or above the number of units.
-    """
-    if not scores:
-        return []
-    masks: Sequence[Tensor | None] = valid if valid is not None else [None] * len(scores)
-    flat = torch.cat([s.reshape(1, -1) for s in scores], 1)
-    real = [torch.ones_like(s, dtype=torch.bool) if v is None else v for s, v in zip(scores, masks, strict=True)]
-    some = any(v is not None for v in masks)
-    kept = topk_rows(flat, k, torch.cat([r.reshape(1, -1) for r in real], 1) if some else None)
-    parts = kept[0].split([s.numel() for s in scores])
-    return [p.reshape(s.shape) for p, s in zip(parts, scores, strict=True)]
-
-
 def strongest_rows(kept: Units, weights: Units, k: int) -> Units:
     """What `kept` keeps in the k rows where that weighs most; the other rows keep nothing.
 

@@ -88,9 +88,9 @@ def test_gradient_of_the_budget_is_the_closed_form():
 
 def test_layers_joined_by_an_add_share_one_indicator():
     _, net, _ = gated("residual", Annealed)
-    joined = [s for s in net.sites if len(s.makers) > 1]
+    joined = [s for s in net.sites if len(s.producers) > 1]
     assert joined
-    assert all(len(s.makers) == 2 and s.n == 8 for s in joined)
+    assert all(len(s.producers) == 2 and s.n == 8 for s in joined)
 
 
 # --- bi-level

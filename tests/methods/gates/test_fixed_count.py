@@ -1,11 +1,11 @@
-"""Exactly k, whatever the scores; ties, padding, rounding, one threshold over several sites."""
+"""Exactly k, whatever the scores; ties, padding, rounding."""
 
 import math
 
 import pytest
 import torch
 
-from jpq.methods.gates.fixed_count import SMALL, kept_of, kept_of_rows, topk_rows, topk_sites
+from jpq.methods.gates.fixed_count import SMALL, kept_of, kept_of_rows, topk_rows
 from jpq.methods.structures import Window
 from jpq.types import JpqError
 
@@ -77,25 +77,6 @@ def test_windows_keep_their_quota_and_short_ones_what_they_have():
         for start in range(0, 11, of):
             part = mask[:, start : start + of]
             assert bool((part.sum(1) == min(keep, part.shape[1])).all())
-
-
-def test_one_threshold_over_several_sites():
-    torch.manual_seed(0)
-    sites = [torch.randn(1, 30), torch.randn(4, 5), torch.randn(2, 3) - 9]
-    for k in (0, 1, 17, 50, 56):
-        kept = topk_sites(sites, k)
-        assert [m.shape for m in kept] == [s.shape for s in sites]
-        assert sum(int(m.sum()) for m in kept) == k
-        inside = [float(s[m > 0].min()) for s, m in zip(sites, kept, strict=True) if bool((m > 0).any())]
-        outside = [float(s[m == 0].max()) for s, m in zip(sites, kept, strict=True) if bool((m == 0).any())]
-        assert not inside or not outside or min(inside) > max(outside)
-    assert not topk_sites(sites, 50)[2].any()  # a site may lose everything
-    valid = [None, torch.zeros(4, 5, dtype=torch.bool), None]
-    kept = topk_sites(sites, 36, valid)
-    assert [int(m.sum()) for m in kept] == [30, 0, 6]
-    assert topk_sites([], 0) == []
-    with pytest.raises(JpqError, match="of 56 units"):
-        topk_sites(sites, 57)
 
 
 def test_densities_round_half_up():

@@ -99,16 +99,16 @@ def test_own_latents_where_no_site_decides():
 
 def test_one_latent_on_both_sides_of_an_add():
     model, net, example = gated("residual", Latent)
-    site = next(i for i, s in enumerate(net.sites) if len(s.makers) == 2)
+    site = next(i for i, s in enumerate(net.sites) if len(s.producers) == 2)
     gate = net.gates[site]
-    makers = [h for name, h in hypers(net).items() if any(name.startswith(m + ".") for m in net.sites[site].makers)]
+    makers = [h for name, h in hypers(net).items() if any(name.startswith(m + ".") for m in net.sites[site].producers)]
     assert len(makers) == 2
     assert all(gate in h._gates for h in makers)
     stirred(net)
     gate.z.data[0, :3] = 0.0
     net.eval().freeze(net.plan())
     small, plan = rebuild(net, model)
-    cuts = [plan.slices[f"{m}.weight"][0] for m in net.sites[site].makers]
+    cuts = [plan.slices[f"{m}.weight"][0] for m in net.sites[site].producers]
     assert cuts[0] == cuts[1] == [3, 4, 5, 6, 7]
     assert difference(net, small, example) < 1e-9
 
@@ -139,7 +139,7 @@ def test_zero_latents_do_not_make_zero_slices():
     stirred(net)
     gate = net.gates[0]
     gate.z.data[0, 0] = 0.0
-    maker = net.model.get_submodule(net.sites[0].makers[0])
+    maker = net.model.get_submodule(net.sites[0].producers[0])
     assert bool(maker.weight[0].any())  # judged by its weights it would stay
     assert gate.keep()[0, 0] == 0
     net.eval()

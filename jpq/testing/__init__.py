@@ -1,0 +1,9 @@
+"""Laws that every gate, score and structure obeys, as checks that a test of your own part can call."""
+
+from __future__ import annotations
+
+from jpq.testing.gates import check_gate
+from jpq.testing.scores import check_score
+from jpq.testing.structures import check_structure
+
+__all__ = ["check_gate", "check_score", "check_structure"]

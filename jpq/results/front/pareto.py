@@ -40,34 +40,27 @@ def non_dominated(points: Any) -> npt.NDArray[np.bool_]:
 
 
 def hypervolume(points: Any, reference: Sequence[float]) -> float:
-    """Lebesgue measure of what the points dominate up to `reference`, exactly; points beyond it add nothing.
+    """Exact area (two columns) or volume (three) that the points dominate up to `reference`.
 
-    Slab by slab along the last column (slicing objectives): n log n steps for two columns, n^2 log n for three.
-    Source: Zitzler & Thiele, "Multiobjective optimization using evolutionary algorithms", PPSN 1998; While et al., "A
-    faster algorithm for calculating hypervolume", IEEE TEC 2006.
+    Points beyond the reference add nothing. A volume is the sum of areas, slab by slab along the last column.
+    Source: Zitzler & Thiele, "Multiobjective optimization using evolutionary algorithms", PPSN 1998.
     """
     p, edge = _points(points), np.array(reference, float)
-    if p.shape[1] != len(edge):
-        raise JpqError(f"The reference has {len(edge)} coordinates, the points {p.shape[1]}.")
-    return _sliced(p[(p < edge).all(1)], edge)
+    if p.shape[1] != len(edge) or len(edge) not in (2, 3):
+        raise JpqError(f"The reference has {len(edge)} coordinates, the points {p.shape[1]}; both need 2 or 3.")
+    inside = p[(p < edge).all(1)]
+    inside = inside[np.argsort(inside[:, -1], kind="stable")]
+    if len(edge) == 2:
+        return _dominated_area(inside, edge)
+    thickness = np.diff(np.append(inside[:, 2], edge[2]))
+    return float(sum(h * _dominated_area(inside[: i + 1, :2], edge[:2]) for i, h in enumerate(thickness) if h > 0))
 
 
-def _sliced(p: Points, edge: npt.NDArray[np.float64]) -> float:
-    if not len(p):
-        return 0.0
-    if p.shape[1] == 1:
-        return float(edge[0] - p.min())
-    p = p[np.argsort(p[:, -1], kind="stable")]
-    if p.shape[1] == 2:
-        best = np.minimum.accumulate(p[:, 0])
-        return float(((edge[0] - best) * np.diff(np.append(p[:, 1], edge[1]))).sum())
-    tops = np.append(p[1:, -1], edge[-1])
-    slabs = (
-        (top - low) * _sliced(p[: i + 1, :-1], edge[:-1])
-        for i, (low, top) in enumerate(zip(p[:, -1], tops, strict=True))
-        if top > low
-    )
-    return float(sum(slabs))
+def _dominated_area(points: Points, edge: npt.NDArray[np.float64]) -> float:
+    """Area under a staircase: `[n, 2]` points inside the corner `edge`."""
+    ordered = points[np.argsort(points[:, 1], kind="stable")]
+    best = np.minimum.accumulate(ordered[:, 0])
+    return float(((edge[0] - best) * np.diff(np.append(ordered[:, 1], edge[1]))).sum())
 
 
 def hypervolume_of(accuracy: Sequence[float], *shares: Sequence[float], chance: float = 0.0) -> float:

@@ -1,11 +1,15 @@
-"""Every setting of a run, by section, with what its flag says: plain frozen dataclasses."""
+"""Every setting of a run: the five sections and their flags' help, validation, the run's hash, and the TOML file.
+
+The names of settings' values that code compares with stand first. A new setting needs a default that changes nothing:
+all settings but those of [run] are in the hash that names a run's folder.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,33 +20,26 @@ from jpq.files import untrusted
 from jpq.files.atomic import replace_file
 from jpq.types import JpqError, unknown
 
-__all__ = [
-    "BOPS",
-    "MANUAL",
-    "MASKED",
-    "PROXIES",
-    "TARGETS",
-    "Budget",
-    "Config",
-    "Decide",
-    "Run",
-    "Task",
-    "Train",
-    "to_tree",
-]
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
-MASKED = "masked"  # the method where a mask is given
-MANUAL = "by-hand"  # the method where --bits or --densities say the decisions
-BOPS = ("bops", "bops-structured")  # names in jpq.costs.COSTS that --cost may have
-TARGETS = ("target_bops", "target_macs", "target_size", "target_latency")
-PROXIES = ("projected", "trained")
-CHANNELS = "channels"  # units that leave the network; every other structure is a mask inside each layer
-STRUCTURE_CHOICES = ("pattern", "punched:8x8", "block:8x1")  # what those two choose from, with one size of block each
-FORMS = ("onnx", "qonnx", "pt2")
-ONNX_WEIGHTS = ("int8", "int4", "int2")
 T = TypeVar("T")
-PAIRS = {"tuple[int, int]": (int,), "tuple[float, float]": (int, float), "tuple[str, str]": (str,)}
-LARGEST = 2**20  # bytes of a file of settings
+
+MASKED = "masked"  # --method: set where --mask is given
+MANUAL = "by-hand"  # --method: set where --bits or --densities are given
+CHANNELS = "channels"  # --structure: units are channels that leave the network; all others are masks inside a layer
+RULES = "rules"  # --structure: a mask structure for each layer, by rules
+SEARCH = "search"  # --structure: a mask structure for each layer, by search on held-out data
+STRUCTURE_CHOICES = ("pattern", "punched:8x8", "block:8x1")  # kinds that RULES and SEARCH choose from
+PROXIES = ("projected", "trained")  # --proxy
+BOPS = ("bops", "bops-structured")  # --cost, names in jpq.costs.COSTS
+TARGETS = ("target_bops", "target_macs", "target_size", "target_latency")  # fields of Budget
+FORMS = ("onnx", "qonnx", "pt2")  # --formats
+ONNX_WEIGHTS = ("int8", "int4", "int2")  # --onnx-weights
+
+LARGEST_FILE = 2**20  # bytes of a file of settings
 
 
 @dataclass(frozen=True)
@@ -215,160 +212,140 @@ class Config:
     run: Run = field(default_factory=Run)
 
     def check(self) -> Config:
-        """This config, once every value makes sense; with a mask, under the method `masked`, or `by-hand`.
+        """The validated config; its method is `by-hand` or `masked` where decisions or a mask are given.
 
         Raises JpqError with the flag to change.
         """
-        if self.decide.bits or self.decide.densities or self.decide.method == MANUAL:
-            return replace(self, decide=self._by_hand())._checked()
-        masked = self.decide.mask is not None or self.decide.method == MASKED
-        return replace(self, decide=self._masked())._checked() if masked else self._checked()
-
-    def _by_hand(self) -> Decide:
-        """The decisions that are left where bits or densities are said by hand."""
         d = self.decide
-        if not (d.bits or d.densities):
-            raise JpqError(f"--method {MANUAL}: say the decisions with --bits and --densities, or choose a method.")
-        flag = "--bits" if d.bits else "--densities"
-        if d.method not in (Decide.method, MANUAL):
-            raise JpqError(f"{flag} says what is decided, and --method {d.method} would too. Leave one of them out.")
-        others = {
-            "--mask": d.mask,
-            "--structure": d.structure,
-            "--width": d.width,
-            "--allocator": d.allocator,
-            "--schedule": d.schedule,
-        }
-        for other, value in others.items():
-            if value:
-                raise JpqError(f"{other} {value}: {flag} says the decisions, on whole channels. Leave {other} out.")
-        return replace(d, method=MANUAL)
-
-    def _masked(self) -> Decide:
-        """The decisions that are left where a mask is given."""
-        d = self.decide
-        if d.mask is not None and not d.mask.name:
-            raise JpqError(f"--mask {d.mask}: give the folder or file of a mask.")
-        if d.mask is None:
-            raise JpqError("--method masked: there is no mask to hold. Give one with --mask, or choose a method.")
-        if d.method not in (Decide.method, MASKED):
-            raise JpqError(f"--mask says what is pruned, and --method {d.method} would too. Leave one of them out.")
-        for flag, value in (("--structure", d.structure), ("--skip", " ".join(d.skip))):
-            if value:
-                raise JpqError(f"{flag} {value}: --mask says which weights are dropped, and where. Leave {flag} out.")
-        if d.mask.is_dir() and self.task.weights is None:
-            raise JpqError(
-                f"--mask {d.mask} brings pruned weights: give the dense model that they come from with --weights, or "
-                "the mask alone (its mask.json)."
-            )
-        return replace(d, method=MASKED)
-
-    def _checked(self) -> Config:
-        """This config, once every value that does not depend on a mask makes sense."""
-        d, t = self.decide, self.train
-        for flag, (low, high) in (("--w-bits", d.w_bits), ("--a-bits", d.a_bits)):
-            if not 2 <= low <= high <= 8:
-                raise JpqError(
-                    f"{flag} {low} {high}: give a smallest and a largest bit-width, 2 <= small <= large <= 8."
-                )
-        if not 0 < d.density <= 1:
-            raise JpqError(f"--density {d.density} must lie above 0 and be at most 1: it is the share that stays.")
-        if not 2 <= d.image_bits <= 8:
-            raise JpqError(f"--image-bits {d.image_bits} is outside 2 to 8.")
-        if d.output_bits and not 2 <= d.output_bits <= 8:
-            raise JpqError(f"--output-bits {d.output_bits} is outside 2 to 8; 0 leaves results in floating point.")
-        for flag, share in (("--search", t.search), ("--held-out", self.task.held_out)):
-            if not 0 < share < 1:
-                raise JpqError(f"{flag} {share} must lie between 0 and 1.")
-        for flag, number in (("--epochs", t.epochs), ("--batch-size", t.batch_size)):
-            if number < 2:
-                raise JpqError(f"{flag} {number}: at least 2 are needed.")
-        for flag, rate in (
-            ("--lr", t.lr),
-            ("--gate-lr", d.gate_lr),
-            ("--bit-lr", d.bit_lr),
-            ("--temperature", t.temperature),
-        ):
-            if not 0 < rate < float("inf"):
-                raise JpqError(f"{flag} {rate} must be a positive number.")
-        weights = {"--weight-decay": t.weight_decay, "--distill": t.distill, "--gate-weight": d.gate_weight}
-        for flag, weight in weights.items():
-            if not 0 <= weight < float("inf"):
-                raise JpqError(f"{flag} {weight} must be zero or a positive number.")
-        if t.float_epochs < 1 and self.task.weights is None:
-            raise JpqError("--float-epochs 0 needs --weights: there is nothing trained to compress.")
-        if self.task.limit is not None and self.task.limit < 20:
-            raise JpqError(f"--limit {self.task.limit}: at least 20 samples are needed to split off a held-out part.")
-        check_formats(self.run.formats, self.run.onnx_weights)
-        if self.run.checkpoint_every < 0:
-            raise JpqError(f"--checkpoint-every {self.run.checkpoint_every}: give a number of steps, or 0 for none.")
-        if d.proxy not in PROXIES:
-            raise unknown("proxy", d.proxy, PROXIES)
-        if self.budget.cost not in BOPS:
-            raise unknown("cost", self.budget.cost, BOPS)
-        if t.tune_epochs is not None and t.tune_epochs < 1:
-            raise JpqError(f"--tune-epochs {t.tune_epochs}: at least 1 is needed.")
-        self.each()
-        b = self.budget
-        if not any(getattr(b, f) for f in TARGETS) and d.method != MANUAL:
-            raise JpqError(
-                "No target: give --target-bops 1% (or 12M, 1.2G), --target-size 50KB, --target-macs 50% or "
-                "--target-latency 3ms."
-            )
-        if b.target_latency and b.latency_table is None:
-            raise JpqError(
-                f"--target-latency {b.target_latency} needs measured layers: run jpq bench --table FILE.csv "
-                f"--model {self.task.model}, then add --latency-table FILE.csv."
-            )
-        return self
+        if d.bits or d.densities or d.method == MANUAL:
+            d = _with_manual_method(d)
+        elif d.mask is not None or d.method == MASKED:
+            d = _with_masked_method(d, self.task.weights)
+        config = self if d is self.decide else replace(self, decide=d)
+        _check_decide(d)
+        _check_train(config.train, config.task)
+        _check_rates(config.train, d)
+        _check_run(config.run)
+        _check_budget(config)
+        return config
 
     def each(self) -> dict[str, Config]:
-        """A config with one value a target for each budget of this one, by the value that tells them apart.
+        """A config for each budget of this run, by the text that tells the budgets apart ("" for a single budget).
 
-        A single budget is called "". Raises JpqError for lists that differ in length, or repeat or miss a value.
+        Raises JpqError for lists that differ in length, and for values that are repeated or missing.
         """
-        texts = {f: getattr(self.budget, f) for f in TARGETS}
-        lists = {f: [v.strip() for v in text.split(",")] for f, text in texts.items() if text and "," in text}
+        texts = {name: getattr(self.budget, name) for name in TARGETS}
+        lists = {name: [v.strip() for v in text.split(",")] for name, text in texts.items() if text and "," in text}
         if not lists:
             return {"": self}
-        flags = {f: f"--{f.replace('_', '-')} {texts[f]}" for f in lists}
-        (first, values), *others = lists.items()
-        for f, listed in lists.items():
-            if not all(listed):
-                raise JpqError(f"{flags[f]}: a value is missing beside a comma. Write it like 4%,2%,1%.")
-        for f, listed in others:
-            if len(listed) != len(values):
-                raise JpqError(
-                    f"{flags[first]} lists {len(values)} budgets, {flags[f]} {len(listed)}. List as many, "
-                    "or one value that holds for all."
-                )
-        if len(set(values)) < len(values):
-            twice = next(v for v in values if values.count(v) > 1)
-            raise JpqError(f"{flags[first]}: {twice} is there twice. List each budget once, from the largest down.")
+        _check_lists(lists, {name: f"--{name.replace('_', '-')} {texts[name]}" for name in lists})
         return {
-            value: replace(self, budget=replace(self.budget, **{f: listed[i] for f, listed in lists.items()}))
-            for i, value in enumerate(values)
+            value: replace(self, budget=replace(self.budget, **{name: listed[i] for name, listed in lists.items()}))
+            for i, value in enumerate(next(iter(lists.values())))
         }
 
     def hash(self) -> str:
-        """Twelve hex digits of everything that changes the result: the name of the run's folder."""
+        """The name of the run's folder: twelve hex digits of all settings that change the result."""
         tree = to_tree(self)
         tree["run"] = {"seed": self.run.seed}
         tree["task"].pop("data_root", None)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def to_tree(config: Config) -> dict[str, dict[str, Any]]:
-    """The config as plain nested tables, unset values left out (TOML has no null)."""
-    tree = {}
-    for section, table in asdict(config).items():
-        plain = {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in table.items()}
-        tree[section] = {k: v for k, v in plain.items() if v is not None}
-    return tree
+def _with_manual_method(d: Decide) -> Decide:
+    """The section where --bits or --densities give the decisions. Raises JpqError where another flag does so too."""
+    if not (d.bits or d.densities):
+        raise JpqError(f"--method {MANUAL}: say the decisions with --bits and --densities, or choose a method.")
+    flag = "--bits" if d.bits else "--densities"
+    if d.method not in (Decide.method, MANUAL):
+        raise JpqError(f"{flag} says what is decided, and --method {d.method} would too. Leave one of them out.")
+    rivals = {
+        "--mask": d.mask,
+        "--structure": d.structure,
+        "--width": d.width,
+        "--allocator": d.allocator,
+        "--schedule": d.schedule,
+    }
+    for rival, value in rivals.items():
+        if value:
+            raise JpqError(f"{rival} {value}: {flag} says the decisions, on whole channels. Leave {rival} out.")
+    return replace(d, method=MANUAL)
+
+
+def _with_masked_method(d: Decide, weights: Path | None) -> Decide:
+    """The section where --mask gives the masks. Raises JpqError where another flag decides them too."""
+    if d.mask is not None and not d.mask.name:
+        raise JpqError(f"--mask {d.mask}: give the folder or file of a mask.")
+    if d.mask is None:
+        raise JpqError("--method masked: there is no mask to hold. Give one with --mask, or choose a method.")
+    if d.method not in (Decide.method, MASKED):
+        raise JpqError(f"--mask says what is pruned, and --method {d.method} would too. Leave one of them out.")
+    for flag, value in (("--structure", d.structure), ("--skip", " ".join(d.skip))):
+        if value:
+            raise JpqError(f"{flag} {value}: --mask says which weights are dropped, and where. Leave {flag} out.")
+    if d.mask.is_dir() and weights is None:
+        raise JpqError(
+            f"--mask {d.mask} brings pruned weights: give the dense model that they come from with --weights, or "
+            "the mask alone (its mask.json)."
+        )
+    return replace(d, method=MASKED)
+
+
+def _check_decide(d: Decide) -> None:
+    for flag, (low, high) in (("--w-bits", d.w_bits), ("--a-bits", d.a_bits)):
+        if not 2 <= low <= high <= 8:
+            raise JpqError(f"{flag} {low} {high}: give a smallest and a largest bit-width, 2 <= small <= large <= 8.")
+    if not 0 < d.density <= 1:
+        raise JpqError(f"--density {d.density} must lie above 0 and be at most 1: it is the share that stays.")
+    if not 2 <= d.image_bits <= 8:
+        raise JpqError(f"--image-bits {d.image_bits} is outside 2 to 8.")
+    if d.output_bits and not 2 <= d.output_bits <= 8:
+        raise JpqError(f"--output-bits {d.output_bits} is outside 2 to 8; 0 leaves results in floating point.")
+    if d.proxy not in PROXIES:
+        raise unknown("proxy", d.proxy, PROXIES)
+
+
+def _check_train(t: Train, task: Task) -> None:
+    for flag, share in (("--search", t.search), ("--held-out", task.held_out)):
+        if not 0 < share < 1:
+            raise JpqError(f"{flag} {share} must lie between 0 and 1.")
+    for flag, number in (("--epochs", t.epochs), ("--batch-size", t.batch_size)):
+        if number < 2:
+            raise JpqError(f"{flag} {number}: at least 2 are needed.")
+    if t.float_epochs < 1 and task.weights is None:
+        raise JpqError("--float-epochs 0 needs --weights: there is nothing trained to compress.")
+    if t.tune_epochs is not None and t.tune_epochs < 1:
+        raise JpqError(f"--tune-epochs {t.tune_epochs}: at least 1 is needed.")
+    if task.limit is not None and task.limit < 20:
+        raise JpqError(f"--limit {task.limit}: at least 20 samples are needed to split off a held-out part.")
+
+
+def _check_rates(t: Train, d: Decide) -> None:
+    rates = {"--lr": t.lr, "--gate-lr": d.gate_lr, "--bit-lr": d.bit_lr, "--temperature": t.temperature}
+    for flag, rate in rates.items():
+        if not 0 < rate < float("inf"):
+            raise JpqError(f"{flag} {rate} must be a positive number.")
+    weights = {"--weight-decay": t.weight_decay, "--distill": t.distill, "--gate-weight": d.gate_weight}
+    for flag, weight in weights.items():
+        if not 0 <= weight < float("inf"):
+            raise JpqError(f"{flag} {weight} must be zero or a positive number.")
+
+
+def _check_run(run: Run) -> None:
+    check_formats(run.formats, run.onnx_weights)
+    if run.checkpoint_every < 0:
+        raise JpqError(f"--checkpoint-every {run.checkpoint_every}: give a number of steps, or 0 for none.")
+
+
+def check_formats(formats: str, weights: str) -> None:
+    """Raise JpqError for unknown export formats and unknown types of ONNX weights."""
+    parse_formats(formats)
+    if weights not in ONNX_WEIGHTS:
+        raise unknown("type of weights", weights, ONNX_WEIGHTS)
 
 
 def parse_formats(text: str) -> tuple[str, ...]:
-    """The forms in a list such as "onnx,pt2"; model.onnx is always among them. Raises JpqError for unknown ones."""
+    """The export formats in a list such as "onnx,pt2"; onnx is always among them. Raises JpqError for unknown ones."""
     named = [name.strip() for name in text.split(",") if name.strip()]
     for name in named:
         if name not in FORMS:
@@ -376,21 +353,72 @@ def parse_formats(text: str) -> tuple[str, ...]:
     return ("onnx", *(name for name in FORMS[1:] if name in named))
 
 
-def check_formats(formats: str, weights: str) -> None:
-    """Raise JpqError for names that are not known, with the closest ones."""
-    parse_formats(formats)
-    if weights not in ONNX_WEIGHTS:
-        raise unknown("type of weights", weights, ONNX_WEIGHTS)
+def _check_budget(config: Config) -> None:
+    b = config.budget
+    if b.cost not in BOPS:
+        raise unknown("cost", b.cost, BOPS)
+    config.each()
+    if not any(getattr(b, name) for name in TARGETS) and config.decide.method != MANUAL:
+        raise JpqError(
+            "No target: give --target-bops 1% (or 12M, 1.2G), --target-size 50KB, --target-macs 50% or "
+            "--target-latency 3ms."
+        )
+    if b.target_latency and b.latency_table is None:
+        raise JpqError(
+            f"--target-latency {b.target_latency} needs measured layers: run jpq bench --table FILE.csv "
+            f"--model {config.task.model}, then add --latency-table FILE.csv."
+        )
 
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+def _check_lists(lists: Mapping[str, list[str]], flags: Mapping[str, str]) -> None:
+    """Raises JpqError unless all targets with several values list as many, none missing, none of the first twice."""
+    for name, listed in lists.items():
+        if not all(listed):
+            raise JpqError(f"{flags[name]}: a value is missing beside a comma. Write it like 4%,2%,1%.")
+    (leading, values), *others = lists.items()
+    for name, listed in others:
+        if len(listed) != len(values):
+            raise JpqError(
+                f"{flags[leading]} lists {len(values)} budgets, {flags[name]} {len(listed)}. List as many, "
+                "or one value that holds for all."
+            )
+    if len(set(values)) < len(values):
+        twice = next(v for v in values if values.count(v) > 1)
+        raise JpqError(f"{flags[leading]}: {twice} is there twice. List each budget once, from the largest down.")
+
+
+def write_toml(config: Config, path: Path) -> None:
+    """Save the config as TOML."""
+    text = tomli_w.dumps(to_tree(config))
+    replace_file(path, lambda part: part.write_text(text))
+
+
+def to_tree(config: Config) -> dict[str, dict[str, Any]]:
+    """The config as nested tables of plain values; unset values are left out, as TOML has no null."""
+    tree = {}
+    for section, table in asdict(config).items():
+        plain = {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in table.items()}
+        tree[section] = {k: v for k, v in plain.items() if v is not None}
+    return tree
+
+
+def read_toml(path: Path) -> Config:
+    """The config in a TOML file."""
+    return from_tree(read_tables(path), str(path))
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises JpqError where it cannot be read, or is not valid TOML."""
+    try:
+        return tomllib.loads(untrusted.read_text(path, "config file", LARGEST_FILE))
+    except RecursionError as error:
+        raise JpqError(f"{path} nests deeper than any settings do.") from error
+    except ValueError as error:  # of TOML, and of numbers with thousands of digits
+        raise JpqError(f"{path} is not valid TOML: {error}.") from error
 
 
 def from_tree(tree: Mapping[str, Any], source: str) -> Config:
-    """The config that these tables describe; what they leave out keeps its default."""
+    """The config in these tables; settings that they leave out keep their defaults."""
     config = Config()
     known = {f.name for f in fields(config)}
     for section, table in tree.items():
@@ -403,62 +431,52 @@ def from_tree(tree: Mapping[str, Any], source: str) -> Config:
 
 
 def fill_section(part: T, section: str, table: Mapping[str, Any], source: str) -> T:
-    """The settings `part` with the values of one table of a file; `part` is a frozen dataclass."""
-    known: Any = part
-    types = {f.name: f.type for f in fields(known)}
+    """The settings `part`, a frozen dataclass, with the values that one table of a file gives."""
+    settings: Any = part
+    types = {f.name: str(f.type) for f in fields(settings)}
     values = {}
     for key, value in table.items():
         if key not in types:
             raise unknown(f"setting in [{section}] of {source}", key, types)
-        values[key] = _typed(value, str(types[key]), f"{source}: {section}.{key}")
-    made: T = replace(known, **values)
-    return made
+        values[key] = _read_value(value, types[key], f"{source}: {section}.{key}")
+    filled: T = replace(settings, **values)
+    return filled
 
 
-def _typed(value: Any, kind: str, where: str) -> Any:
-    """A TOML value as the field's type, or an error that says what was expected."""
-    if kind.startswith("Path") and isinstance(value, str) and "\0" not in value:
-        return Path(value)
-    if kind in PAIRS and isinstance(value, list) and len(value) == 2 and all(_fits(v, PAIRS[kind]) for v in value):
-        return tuple(value)
-    if kind == "tuple[str, ...]" and isinstance(value, list) and all(isinstance(v, str) for v in value):
-        return tuple(value)
-    plain: dict[str, Any] = {"str": str, "int": int, "bool": bool, "float": (int, float)}
-    want = plain.get(kind.split(" | ")[0])
-    if want is not None and isinstance(value, want) and (kind == "bool") == isinstance(value, bool):
-        if isinstance(value, str) or kind == "bool":
-            return value
-        if _as_number(value):
-            return float(value) if kind.startswith("float") else value
-    raise JpqError(f"{where} is {repr(value)[:60]}; expected {kind}.")
-
-
-def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether it is one of the kinds, and no number that torch cannot count with."""
-    return type(value) in kinds and (type(value) is str or _as_number(value))
-
-
-def _as_number(value: Any) -> bool:
-    """Whether it is a number that torch can count with."""
-    return type(value) is float or (type(value) is int and -(2**63) <= value < 2**63)
-
-
-def read_toml(path: Path) -> Config:
-    """The config in a TOML file."""
-    return from_tree(read_tables(path), str(path))
-
-
-def read_tables(path: Path) -> dict[str, Any]:
-    """What a TOML file holds."""
+def _read_value(value: Any, kind: str, where: str) -> Any:
+    """A TOML value as the type of its field. Raises JpqError that says which type was expected."""
+    plain = kind.removesuffix(" | None")
     try:
-        return tomllib.loads(untrusted.read_text(path, "config file", LARGEST))
-    except RecursionError as error:
-        raise JpqError(f"{path} nests deeper than any settings do.") from error
-    except ValueError as error:  # of TOML, and of numbers with thousands of digits
-        raise JpqError(f"{path} is not valid TOML: {error}.") from error
+        if not plain.startswith("tuple["):
+            return READERS[plain](value)
+        entry, rest = plain.removeprefix("tuple[").removesuffix("]").split(", ")
+        entries = [READERS[entry](v) for v in untrusted.as_list(value)]
+        if rest != "..." and len(entries) != 2:
+            raise ValueError("a pair has two entries")
+        return tuple(entries)
+    except ValueError as error:
+        raise JpqError(f"{where} is {repr(value)[:60]}; expected {kind}.") from error
 
 
-def write_toml(config: Config, path: Path) -> None:
-    """Save the config as TOML."""
-    text = tomli_w.dumps(to_tree(config))
-    replace_file(path, lambda part: part.write_text(text))
+def _as_text(value: Any) -> str:
+    return untrusted.as_str(value, LARGEST_FILE)
+
+
+def _as_path(value: Any) -> Path:
+    text = _as_text(value)
+    if "\0" in text:
+        raise ValueError("a path with a null byte")
+    return Path(text)
+
+
+def _as_int64(value: Any) -> int:
+    return untrusted.as_int(value, -(2**63), 2**63 - 1)
+
+
+READERS: dict[str, Callable[[Any], Any]] = {  # type of a field -> reader of its TOML value
+    "bool": untrusted.as_bool,
+    "int": _as_int64,
+    "float": untrusted.as_float,
+    "str": _as_text,
+    "Path": _as_path,
+}

@@ -19,12 +19,11 @@ from jpq.allocation.ranking.scheduled_pruning import ScheduledPruning
 from jpq.compression import discretize
 from jpq.compression.calibration import recalibrate
 from jpq.compression.model import CompressedModel, Trainable
-from jpq.config import Budget, Config, Decide, Task
+from jpq.config import SEARCH, Budget, Config, Decide, Task
 from jpq.costs import COSTS, baseline
 from jpq.costs.latency_table import LatencyTable
 from jpq.costs.target import Controller
 from jpq.export.rebuild import rebuild
-from jpq.methods.compatibility import SEARCH
 from jpq.methods.schedules import pick_schedule
 from jpq.plan import Plan
 from jpq.tracing.decompose import decompose

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from jpq.config import CHANNELS, MANUAL, MASKED, STRUCTURE_CHOICES
+from jpq.config import CHANNELS, MANUAL, MASKED, RULES, SEARCH, STRUCTURE_CHOICES
 from jpq.methods.gates import Gate
 from jpq.methods.quantizers import WIDTHS, BitWidth, Fixed, Learned
 from jpq.methods.schedules import pick_schedule
@@ -13,8 +13,6 @@ from jpq.methods.scores import pick_score
 from jpq.methods.structures import STRUCTURES, Structure, by_layer, parse
 from jpq.methods.table import MANUAL_ROW, MASKED_ROW, METHODS, Method
 from jpq.types import DENSE, JpqError, unknown
-
-RULES, SEARCH = "rules", "search"  # a structure for each layer: by rules, or by policy gradient
 
 SHOWN = 6  # alternatives that a refusal lists
 

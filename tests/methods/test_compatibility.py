@@ -30,7 +30,7 @@ from jpq.tracing.trace import trace
 
 STEPS, TUNE = 10, 2
 DENSITY = 0.4
-PLACES = [config.CHANNELS, *(named.example for named in STRUCTURES.values()), compatibility.RULES]
+PLACES = [config.CHANNELS, *(named.example for named in STRUCTURES.values()), config.RULES]
 
 
 class Cell(NamedTuple):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from jpq.config import CHANNELS, RULES, SEARCH
 from jpq.methods.structures.axis import Filters, Inputs, Kernels
 from jpq.methods.structures.base import Structure
 from jpq.methods.structures.block import Block, BlockPunched
@@ -15,7 +16,7 @@ from jpq.methods.structures.pattern import KernelPattern
 from jpq.methods.structures.window import Window
 from jpq.types import JpqError, unknown
 
-WHOLE = ("channels", "rules", "search")  # what no single layer can be given
+WHOLE = (CHANNELS, RULES, SEARCH)  # what no single layer can be given
 
 
 @dataclass(frozen=True)

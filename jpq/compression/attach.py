@@ -25,7 +25,7 @@ from jpq.methods.quantizers import (
     replace_everywhere,
 )
 from jpq.methods.structures import Axis, Structure
-from jpq.tracing.model_checks import require_wide, unwrapped
+from jpq.tracing.model_checks import check_full_precision, unwrap_model
 from jpq.tracing.network import Layer, Network
 from jpq.tracing.sites import Site
 from jpq.types import JpqError
@@ -59,8 +59,8 @@ def attach(
 
     Raises JpqError for weights in half precision, parametrized or tied ones. DataParallel and torch.compile come off.
     """
-    model = unwrapped(model)
-    require_wide(model)
+    model = unwrap_model(model)
+    check_full_precision(model)
     if any(parametrize.is_parametrized(m) for m in model.modules()):
         raise JpqError(
             "The model already carries parametrizations; remove them before compressing it. "
@@ -100,10 +100,10 @@ def attach(
                 noisy = [(d, s) for d, s in taps[layer.name] if isinstance(s, Axis)]  # masks have no noise per sample
                 pair[1].jitter = InputNoise(noisy, layer.kind.channel_dim, layer.groups) if noisy else None
     for layer in network.layers:
-        if layer.end is not None and layer.end.module in results and compressed.quantizers(layer.name):
-            ranges = fit_threshold(results[layer.end.module], output_bits, layer.end.signed, False)
-            grid = IntegerQuantizer(ranges, Fixed(output_bits), layer.end.signed)
-            quantize_results(model.get_submodule(layer.end.module), grid.to(device))
+        if layer.output_quant_point is not None and layer.output_quant_point.module in results and compressed.quantizers(layer.name):
+            ranges = fit_threshold(results[layer.output_quant_point.module], output_bits, layer.output_quant_point.signed, False)
+            grid = IntegerQuantizer(ranges, Fixed(output_bits), layer.output_quant_point.signed)
+            quantize_results(model.get_submodule(layer.output_quant_point.module), grid.to(device))
     for draw, site in zip(compressed.draws, sites, strict=True):
         draw.reach = _reach(model, network, site)
         draw.show_weights()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from jpq.compression.model import CompressedModel
 from jpq.tracing.export_graph import forward_error
-from jpq.tracing.forward import arguments, call_model, eval_mode, hook_modules
+from jpq.tracing.forward import call_model, eval_mode, hook_modules, split_arguments
 from jpq.tracing.network import Network
 
 SAMPLES = 2**14  # activations per layer and batch that calibration looks at
@@ -37,7 +37,7 @@ def recalibrate(net: CompressedModel, batches: Batches) -> None:
 
 def observe_outputs(model: nn.Module, network: Network, batches: Batches) -> dict[str, Tensor]:
     """The same of what modules hand on, where that could be rounded (`network.ends`)."""
-    return _observe(model, [layer.end.module for layer in network.layers if layer.end], batches, before=False)
+    return _observe(model, [layer.output_quant_point.module for layer in network.layers if layer.output_quant_point], batches, before=False)
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def _observe(model: nn.Module, names: Sequence[str], batches: Batches, before: b
             try:
                 call_model(model, batch)
             except Exception as error:
-                raise forward_error(model, *arguments(batch), error) from error
+                raise forward_error(model, *split_arguments(batch), error) from error
     return {name: torch.cat(parts) for name, parts in seen.items() if parts}
 
 

@@ -72,4 +72,4 @@ def _channels(network: Network, site: Site) -> int:
     if site.is_mask:
         return 1
     made = {layer.name: layer.outputs for layer in network.layers} | dict(network.embeddings)
-    return max(1, int(np.count_nonzero(made[site.makers[0]] == site.labels[0])))
+    return max(1, int(np.count_nonzero(made[site.producers[0]] == site.labels[0])))

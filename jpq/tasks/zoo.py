@@ -1,38 +1,39 @@
-"""torchvision's architectures by name: how each is built, and what it usually takes."""
+"""Networks built by name: LeNet-5, VGG7, convnet, CIFAR ResNets, and torchvision's architectures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jpq.tracing.pad_channels import PadChannels
 from jpq.types import JpqError, unknown
 
-BACKBONE = ".backbone"  # after the name of a detector
+BACKBONE = ".backbone"  # suffix of a detector's name
 
-CLASSES = {"classification": 1000, "segmentation": 21, "detection": 91, "video": 400}  # as torchvision's weights have
+CLASSES = {"classification": 1000, "segmentation": 21, "detection": 91, "video": 400}  # of torchvision's weights
 
-CLIPS = {"mvit": (3, 16, 224, 224), "s3d": (3, 16, 224, 224), "swin3d": (3, 16, 224, 224)}  # else 112 x 112
+CLIP_SHAPES = {"mvit": (3, 16, 224, 224), "s3d": (3, 16, 224, 224), "swin3d": (3, 16, 224, 224)}  # else 112 x 112
 
-SIDES = {"inception_v3": 299, "ssd300": 300, "ssdlite320": 320}  # else 224, detectors 320
+IMAGE_SIDES = {"inception_v3": 299, "ssd300": 300, "ssdlite320": 320}  # pixels; else 224, detectors 320
 
 
 @cache
 def kinds() -> dict[str, str]:
-    """Name -> "classification", "segmentation", "detection" or "video"."""
+    """Kind of each torchvision architecture: name -> "classification", "segmentation", "detection" or "video"."""
     models = torchvision.models
     families = {"segmentation": models.segmentation, "detection": models.detection, "video": models.video}
-    found = dict.fromkeys(models.list_models(module=models), "classification")
+    kind_by_name = dict.fromkeys(models.list_models(module=models), "classification")
     for kind, module in families.items():
-        found |= dict.fromkeys(models.list_models(module=module), kind)
-    return found
+        kind_by_name |= dict.fromkeys(models.list_models(module=module), kind)
+    return kind_by_name
 
 
 def kind_of(name: str) -> str:
-    """What sort of network `name`, or `name.backbone` of a detector, is. Raises JpqError for an unknown name."""
+    """Kind of the architecture `name`, or of a detector's `name.backbone`. Raises JpqError for an unknown name."""
     known = kinds()
     plain = name.removesuffix(BACKBONE)
     if plain not in known or (plain != name and known[plain] != "detection"):
@@ -41,32 +42,32 @@ def kind_of(name: str) -> str:
 
 
 def build_torchvision(name: str, classes: int) -> nn.Module:
-    """A new model with random weights; of a detector its backbone, since its forward cannot be read.
+    """A torchvision model with random weights; of a detector only its backbone, since its forward cannot be traced.
 
     Raises JpqError for an unknown name, and for a detector without `.backbone`.
     """
     kind = kind_of(name)
-    extra: dict[str, object] = {}
+    arguments: dict[str, object] = {}
     if kind in ("segmentation", "detection"):
-        extra["weights_backbone"] = None  # else it would be downloaded
+        arguments["weights_backbone"] = None  # else it would be downloaded
     if name in ("googlenet", "inception_v3"):
         # their training-only heads return tuples, and their own initialisation takes minutes or warns
-        extra |= {"aux_logits": False, "init_weights": False}
+        arguments |= {"aux_logits": False, "init_weights": False}
     if kind == "detection" and not name.endswith(BACKBONE):
         raise JpqError(
             f"torchvision:{name} is a detector, whose code chooses boxes by their values, which no exported graph can "
             f"hold. Its backbone can be read: give torchvision:{name}{BACKBONE}."
         )
-    model = torchvision.models.get_model(name.removesuffix(BACKBONE), weights=None, num_classes=classes, **extra)
+    model = torchvision.models.get_model(name.removesuffix(BACKBONE), weights=None, num_classes=classes, **arguments)
     return model.backbone if kind == "detection" else model
 
 
 def usual_shape(name: str) -> tuple[int, ...]:
-    """What one sample usually looks like: channels, (frames,) height, width."""
+    """Usual shape of one sample of an architecture: channels, (frames,) height, width."""
     kind = kind_of(name)
     if kind == "video":
-        return next((shape for start, shape in CLIPS.items() if name.startswith(start)), (3, 16, 112, 112))
-    side = next((side for start, side in SIDES.items() if name.startswith(start)), None)
+        return next((shape for start, shape in CLIP_SHAPES.items() if name.startswith(start)), (3, 16, 112, 112))
+    side = next((side for start, side in IMAGE_SIDES.items() if name.startswith(start)), None)
     return (3, *(2 * [side or (320 if kind == "detection" else 224)]))
 
 
@@ -104,7 +105,7 @@ def _conv_bn_relu(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters: every second pixel, zero channels on both sides."""
+    """A residual block of two 3x3 convolutions; its shortcut has no parameters (option A: subsampled, zero-padded)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -128,7 +129,7 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """The CIFAR ResNet of He et al. 2016 (arXiv:1512.03385, section 4.2), option-A shortcuts, depth 6 * blocks + 2.
 
-    The names of its parameters are those of the public weights of akamaster/pytorch_resnet_cifar10.
+    Its parameters have the names of the public weights of akamaster/pytorch_resnet_cifar10.
     """
 
     def __init__(self, blocks: int, classes: int, channels: int) -> None:
@@ -146,8 +147,8 @@ class ResNet(nn.Module):
 
     @staticmethod
     def _stage(blocks: int, inputs: int, outputs: int) -> nn.Sequential:
-        first = Block(inputs, outputs, stride=1 if inputs == outputs else 2)
-        return nn.Sequential(first, *(Block(outputs, outputs, 1) for _ in range(blocks - 1)))
+        begin = Block(inputs, outputs, stride=1 if inputs == outputs else 2)
+        return nn.Sequential(begin, *(Block(outputs, outputs, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] -> [B, classes]."""
@@ -157,25 +158,5 @@ class ResNet(nn.Module):
 
 
 def cifar_resnet(blocks: int) -> Callable[[int, int], nn.Module]:
-    """A builder, (classes, channels) -> model, of the CIFAR ResNet with so many blocks per stage (He et al. 2016)."""
-    return lambda classes, channels: ResNet(blocks, classes, channels)
-
-
-class PadChannels(nn.Module):
-    """Append zero channels along dim 1: [B, C, ...] -> [B, before + C + after, ...].
-
-    The counts are attributes, not numbers in somebody's `forward`, so removing channels can change them.
-    """
-
-    def __init__(self, before: int, after: int) -> None:
-        super().__init__()
-        self.before = before
-        self.after = after
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pad `x` over its channel dimension."""
-        return F.pad(x, [0, 0] * (x.dim() - 2) + [self.before, self.after])
-
-    def extra_repr(self) -> str:
-        """The two counts, for `print(model)`."""
-        return f"before={self.before}, after={self.after}"
+    """A builder, (classes, channels) -> model, of the CIFAR ResNet with `blocks` blocks per stage (He et al. 2016)."""
+    return partial(ResNet, blocks)

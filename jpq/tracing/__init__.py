@@ -1,4 +1,4 @@
-"""A model read into layers, channel labels and pruning groups (sites)."""
+"""Reading a model: its layers, the classes of its channels, and its pruning groups (sites)."""
 
 from typing import TYPE_CHECKING
 
@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from jpq.tracing.coverage import FrozenChannels, frozen_channels, halved_share, prunable_share
     from jpq.tracing.network import Layer, LayerKind, Network
     from jpq.tracing.op_call import OpCall, TraceState, rule
-    from jpq.tracing.shrink import freeze_unshrinkable
-    from jpq.tracing.shrink import shrink as remove_channels
+    from jpq.tracing.pad_channels import PadChannels
+    from jpq.tracing.shrink import freeze_unshrinkable, remove_channels
     from jpq.tracing.sites import Site, Tap, channels, masks, per_consumer
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "LayerKind",
     "Network",
     "OpCall",
+    "PadChannels",
     "Site",
     "Tap",
     "TraceState",
@@ -41,6 +42,7 @@ _HOMES = {
     "LayerKind": "network",
     "Network": "network",
     "OpCall": "op_call",
+    "PadChannels": "pad_channels",
     "Site": "sites",
     "Tap": "sites",
     "TraceState": "op_call",
@@ -51,7 +53,7 @@ _HOMES = {
     "masks": "sites",
     "per_consumer": "sites",
     "prunable_share": "coverage",
-    "remove_channels": "shrink:shrink",
+    "remove_channels": "shrink",
     "rule": "op_call",
 }
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -1,4 +1,4 @@
-"""Which part of each layer's channels is alive: a linear map from units to layers, soft or exact."""
+"""Kept shares of every layer's input and output channels, as a linear map from the units of all sites."""
 
 from __future__ import annotations
 
@@ -15,56 +15,48 @@ from jpq.types import Labels
 
 
 class ChannelShares:
-    """The count of alive channels on both sides of every layer.
+    """The kept share of the channels on both sides of every layer, from soft or from exact decisions.
 
     Channels whose class belongs to no site always count as kept. A layer reads what its own sites keep; it makes
-    every channel that at least one reader keeps: with several sites on a class, P(any) = 1 - prod(1 - P(kept)).
+    every channel that at least one consumer keeps: with several sites on a class, P(any) = 1 - prod(1 - P(kept)).
     A depthwise layer's input share is 1: its cost is linear in its channels, which its outputs already count.
     """
 
     def __init__(self, network: Network, sites: Sequence[Site]):
-        self.names = [s.name for s in sites]
-        columns = np.cumsum([0, *(site.n for site in sites)]).tolist()  # where each site's units begin
-        reads: dict[str, dict[int, int]] = defaultdict(dict)  # layer -> class -> the unit that decides for it
-        makes: dict[int, list[int]] = defaultdict(list)  # class -> every unit that decides
-        for site, first in zip(sites, columns, strict=False):
-            for unit, label in enumerate(site.labels.tolist(), first):
-                makes[label].append(unit)
+        self.names = [site.name for site in sites]
+        starts = np.cumsum([0, *(site.n for site in sites)]).tolist()  # where each site's units begin
+        read_units: dict[str, dict[int, int]] = defaultdict(dict)  # layer -> class -> the unit that decides for it
+        class_units: dict[int, list[int]] = defaultdict(list)  # class -> every unit that decides
+        for site, start in zip(sites, starts, strict=False):
+            for unit, label in enumerate(site.labels.tolist(), start):
+                class_units[label].append(unit)
                 for tap in site.taps:
-                    reads[tap.layer][label] = unit
-        joint = list(dict.fromkeys(tuple(units) for units in makes.values() if len(units) > 1))
-        column = {units: columns[-1] + k for k, units in enumerate(joint)}  # "any of them", behind the units
-        every = {label: column.get(tuple(units), units[0]) for label, units in makes.items()}
-        sides: list[tuple[int, int, Counter[int]]] = []  # (all, fixed, {column: positions})
+                    read_units[tap.layer][label] = unit
+        joint = list(dict.fromkeys(tuple(units) for units in class_units.values() if len(units) > 1))
+        column = {units: starts[-1] + k for k, units in enumerate(joint)}  # "any of these units", behind all units
+        made_units = {label: column.get(tuple(units), units[0]) for label, units in class_units.items()}
+        sides: list[tuple[int, int, Counter[int]]] = []
         for layer in network.layers:
-            sides.append((1, 1, Counter()) if layer.depthwise else _side(layer.inputs, reads[layer.name]))
-            sides.append(_side(layer.outputs, every))
-        entries = [(row, c, n) for row, (_, _, held) in enumerate(sides) for c, n in held.items()]
-        rows, units, counts = np.array(entries, np.int64).reshape(-1, 3).T
-        widest = max(map(len, joint), default=0)
-        voters = [[*units, *[columns[-1]] * (widest - len(units))] for units in joint]
-        self._joint = np.array(voters, np.int64).reshape(len(joint), widest)
-        self._rows, self._units, self._counts = rows, units, counts
+            sides.append((1, 1, Counter()) if layer.depthwise else _count_side(layer.inputs, read_units[layer.name]))
+            sides.append(_count_side(layer.outputs, made_units))
+        entries = [(row, c, n) for row, (_, _, counts) in enumerate(sides) for c, n in counts.items()]
+        self._rows, self._units, self._counts = np.array(entries, np.int64).reshape(-1, 3).T
         self._fixed, self._all = [fixed for _, fixed, _ in sides], [n for n, _, _ in sides]
+        widest = max(map(len, joint), default=0)
+        padded = [[*units, *[starts[-1]] * (widest - len(units))] for units in joint]
+        self._joint = np.array(padded, np.int64).reshape(len(joint), widest)
         self._tensors: dict[torch.device, tuple[Tensor, ...]] = {}
 
-    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Rows, units, counts, fixed, all and voters as tensors."""
-        if device not in self._tensors:
-            arrays = (self._rows, self._units, self._counts, self._fixed, self._all, self._joint)
-            self._tensors[device] = tuple(torch.as_tensor(a, device=device) for a in arrays)
-        return self._tensors[device]
-
     def soft(self, alive: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """(input shares, output shares) of every layer from `[1, n]` units per site, differentiable."""
+        """(input shares, output shares) of every layer from `[1, n]` keep probabilities per site, differentiable."""
         device = alive[0].device if alive else torch.device("cpu")
         flat = torch.cat([a.flatten() for a in alive]) if alive else torch.zeros(0)
-        rows, units, counts, fixed, whole, joint = self._on(device)
+        rows, units, counts, fixed, sizes, joint = self._tensors_on(device)
         if len(joint):
             padded = torch.cat([flat, flat.new_zeros(1)])  # the last entry fills short rows: it never keeps
             flat = torch.cat([flat, 1 - (1 - padded[joint]).prod(1)])
         kept = fixed.to(flat).index_add(0, rows, flat[units] * counts.to(flat))
-        shares = (kept / whole.to(flat)).unbind()
+        shares = (kept / sizes.to(flat)).unbind()
         return shares[0::2], shares[1::2]
 
     def exact(self, kept: Mapping[str, Sequence[bool]]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -77,7 +69,15 @@ class ChannelShares:
         counts = list(zip(sums.tolist(), self._all, strict=True))
         return counts[0::2], counts[1::2]
 
+    def _tensors_on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Rows, units, counts, fixed and all channels of each side, and joint units, as tensors."""
+        if device not in self._tensors:
+            arrays = (self._rows, self._units, self._counts, self._fixed, self._all, self._joint)
+            self._tensors[device] = tuple(torch.as_tensor(a, device=device) for a in arrays)
+        return self._tensors[device]
 
-def _side(labels: Labels, places: Mapping[int, int]) -> tuple[int, int, Counter[int]]:
-    held = Counter(places[label] for label in labels.tolist() if label in places)
-    return len(labels), len(labels) - sum(held.values()), held
+
+def _count_side(labels: Labels, units: Mapping[int, int]) -> tuple[int, int, Counter[int]]:
+    """(all channels, channels that no unit decides, {unit: number of channels}) of one side of a layer."""
+    counts = Counter(units[label] for label in labels.tolist() if label in units)
+    return len(labels), len(labels) - sum(counts.values()), counts

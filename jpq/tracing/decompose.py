@@ -1,4 +1,4 @@
-"""Before a model is read: parts whose code hides layers give way to parts that compute the same from plain layers."""
+"""Module decomposition: opaque modules (packed attention, weight norms) replaced by equivalent plain layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from jpq.methods.quantizers import replace_everywhere
 from jpq.tracing.attention import Attention, Decoder, Encoder
 from jpq.tracing.window_attention import ShiftedWindows, maxvit
 
-TWINS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {  # the exact class: a subclass may compute something else
+# exact class (a subclass may compute something else) -> the plain module, made from the original
+DECOMPOSITIONS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     nn.MultiheadAttention: Attention,
     nn.TransformerEncoder: Encoder,
     nn.TransformerDecoder: Decoder,
@@ -33,7 +34,7 @@ TWINS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {  # the exact class:
 
 
 def decompose(model: nn.Module) -> nn.Module:
-    """A copy of `model` that computes the same in evaluation, from layers that jpq can prune and quantize.
+    """A copy of `model` with equal outputs in evaluation, made of layers that jpq can prune and quantize.
 
     - nn.MultiheadAttention and torchvision's attention of Swin and MaxViT become modules whose projections are
       nn.Linear layers and whose heads can go; nn.TransformerEncoder does without nested tensors (see `Encoder`).
@@ -43,37 +44,45 @@ def decompose(model: nn.Module) -> nn.Module:
     Load weights first: names of parameters change. A module with hooks, or one that shares a parameter with another
     module, stays as it is, and so does every other parametrization; what is not affected is copied.
     """
-    held = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
-    model = copy.deepcopy(model, {id(t): t.detach().clone() for t in held})  # computed tensors: copy refuses them
-    owners = _owners(model)
+    computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    model = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})  # copy refuses computed tensors
+    owners = _parameter_owners(model)
     for module in list(model.modules()):
-        _fold(module, owners)
-    owners = _owners(model)
+        if (_norm_hooks(module) or parametrize.is_parametrized(module)) and not _shares_parameters(module, owners):
+            _fold_norm_hooks(module)
+            _fold_norm_parametrizations(module)
+    owners = _parameter_owners(model)
     for module in list(model.modules()):
-        twin = TWINS.get(type(module))
-        if twin is not None and not _hooked(module) and not _shares(module, owners):
-            new = twin(module)
+        make_plain = DECOMPOSITIONS.get(type(module))
+        if make_plain is not None and not _has_hooks(module) and not _shares_parameters(module, owners):
+            plain = make_plain(module)
             if module is model:
-                model = new
-            replace_everywhere(model, module, new)
+                model = plain
+            replace_everywhere(model, module, plain)
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
     return model
 
 
-def _fold(module: nn.Module, owners: dict[int, set[nn.Module]]) -> None:
-    """Replace a normalised weight by its value.
+def _norm_hooks(module: nn.Module) -> list[WeightNorm | SpectralNorm]:
+    """The hooks of weight_norm and spectral_norm, by which older code normalises a weight."""
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, (WeightNorm, SpectralNorm))]
 
-    Not by remove_parametrizations: a copy has its parametrized class in common with the model it was copied from.
-    """
-    hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, (WeightNorm, SpectralNorm))]
-    if not (hooks or parametrize.is_parametrized(module)) or _shares(module, owners):
-        return
-    for hook in hooks:
+
+def _fold_norm_hooks(module: nn.Module) -> None:
+    """Replace a weight that a norm's hook computes by its value."""
+    for hook in _norm_hooks(module):
         parts = dict(module.named_parameters(recurse=False))
         learns = any(p.requires_grad for name, p in parts.items() if name.startswith(f"{hook.name}_"))
         (remove_weight_norm if isinstance(hook, WeightNorm) else remove_spectral_norm)(module, hook.name)
         module.get_parameter(hook.name).requires_grad_(learns)
+
+
+def _fold_norm_parametrizations(module: nn.Module) -> None:
+    """Replace weights that only norms parametrize by their values.
+
+    Not by remove_parametrizations: a copy has its parametrized class in common with the model it was copied from.
+    """
     if not parametrize.is_parametrized(module):
         return
     lists: Any = dict(module.parametrizations.items())  # type: ignore[operator,union-attr]
@@ -90,8 +99,8 @@ def _fold(module: nn.Module, owners: dict[int, set[nn.Module]]) -> None:
         setattr(module, name, value)
 
 
-def _owners(model: nn.Module) -> dict[int, set[nn.Module]]:
-    """Parameter -> the modules that hold it themselves."""
+def _parameter_owners(model: nn.Module) -> dict[int, set[nn.Module]]:
+    """id of a parameter -> the modules of which it is a direct parameter."""
     owners = defaultdict(set)
     for module in model.modules():
         for p in module.parameters(recurse=False):
@@ -99,13 +108,13 @@ def _owners(model: nn.Module) -> dict[int, set[nn.Module]]:
     return owners
 
 
-def _shares(module: nn.Module, owners: dict[int, set[nn.Module]]) -> bool:
+def _shares_parameters(module: nn.Module, owners: dict[int, set[nn.Module]]) -> bool:
     """Whether a parameter below `module` is also a parameter of some module elsewhere."""
     inside = set(module.modules())
     return any(not owners[id(p)] <= inside for p in module.parameters())
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Whether somebody watches the module or a part of it: a twin has other parts."""
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether the module or a part of it has hooks, which a replacement would lose."""
     tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(m, table) for m in module.modules() for table in tables)

@@ -1,4 +1,4 @@
-"""The ATen graph of a model, or one sentence that says why there is none."""
+"""The ATen graph of a model by torch.export, or an error that names the line, layer or input at fault."""
 
 from __future__ import annotations
 
@@ -19,129 +19,150 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
-from jpq.tracing.forward import named_inputs, tensors
+from jpq.tracing.forward import collect_tensors, name_inputs
 from jpq.types import JpqError
 
-_NOT_THE_USERS = (str(Path(torch.__file__).parent), sysconfig.get_paths()["stdlib"], __file__)
+_LIBRARY_PATHS = (str(Path(torch.__file__).parent), sysconfig.get_paths()["stdlib"], __file__)
 
 
 def export_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    """The graph of `model` in its present mode. Raises JpqError that names the line, layer or input to blame."""
+    """The ATen graph of `model` in its present mode. Raises JpqError that names the line, layer or input at fault."""
     level = logging.root.manager.disable
     try:
-        if _dtypes_differ(model, args, kwargs):  # which torch.export does not notice
-            _run(model, args, kwargs)
-        with warnings.catch_warnings(), torch.no_grad(), _untouched(model), redirect_stderr(io.StringIO()):
+        if _dtypes_differ(model, args, kwargs):  # torch.export does not notice
+            _check_example(model, args, kwargs)
+        with warnings.catch_warnings(), torch.no_grad(), _restore_attributes(model), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             logging.disable(logging.WARNING)
             return torch.export.export(model, args, kwargs, strict=False)  # some errors print the graph to stderr
     except JpqError:
         raise
     except Exception as error:
-        _run(model, args, kwargs)
-        raise _unreadable(model, error) from error
+        _check_example(model, args, kwargs)
+        raise _export_error(model, error) from error
     finally:
         logging.disable(level)
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """What forward leaves in the modules' attributes (export leaves tensors without numbers) is taken back."""
-    kept = {m: dict(vars(m)) for m in model.modules()}
-    held = [(v, v.copy()) for own in kept.values() for v in own.values() if type(v) in (list, dict, set)]
+def _restore_attributes(model: nn.Module) -> Iterator[None]:
+    """A context after which the modules' attributes are as before, whatever forward wrote (export: fake tensors)."""
+    before = {module: dict(vars(module)) for module in model.modules()}
+    containers = [
+        (value, value.copy())
+        for attributes in before.values()
+        for value in attributes.values()
+        if type(value) in (list, dict, set)
+    ]
     try:
         yield
     finally:
-        for module, own in kept.items():
+        for module, attributes in before.items():
             now = vars(module)
-            for key in [k for k in now if k not in own]:
+            for key in [k for k in now if k not in attributes]:
                 del now[key]
-            now.update({k: v for k, v in own.items() if now.get(k) is not v})
-        for value, before in held:
+            now.update({k: v for k, v in attributes.items() if now.get(k) is not v})
+        for value, content in containers:
             value.clear()
-            value.extend(before) if isinstance(value, list) else value.update(before)
+            value.extend(content) if isinstance(value, list) else value.update(content)
 
 
 def _dtypes_differ(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    given = {v.dtype for v in tensors((args, kwargs)) if v.is_floating_point()}
-    return bool(kinds) and not given <= kinds
+    """Whether an input has a floating-point type that no parameter has."""
+    expected = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    actual = {v.dtype for v in collect_tensors((args, kwargs)) if v.is_floating_point()}
+    return bool(expected) and not actual <= expected
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise JpqError if the example, rather than the model, is wrong."""
-    mine = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
+def _check_example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run the model on a copy of the example. Raises JpqError if the example, rather than the model, is wrong."""
+    args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
     try:
-        with torch.no_grad(), _untouched(model):
-            model(*mine[0], **mine[1])
+        with torch.no_grad(), _restore_attributes(model):
+            model(*args, **kwargs)
     except Exception as error:
-        raise forward_error(model, mine[0], mine[1], error) from error
+        raise forward_error(model, args, kwargs, error) from error
 
 
 def forward_error(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> JpqError:
-    """The sentence for a model that failed on these very arguments: which layer, what it expects, which input."""
+    """The error for a model that failed on these arguments: the layer, what it expects, and the input at fault."""
     name = type(model).__name__
     takes = f"Its forward takes ({', '.join(inspect.signature(model.forward).parameters)})."
     try:
-        inputs = named_inputs(model, args, kwargs)
-    except TypeError as wrong:
+        inputs = name_inputs(model, args, kwargs)
+    except TypeError as mismatch:
         return JpqError(
-            f"{name} does not take the example: {wrong}. {takes} Give a tuple for several inputs, a dict to name them."
+            f"{name} does not take the example: {mismatch}. {takes} "
+            "Give a tuple for several inputs, a dict to name them."
         )
-    given = ", ".join(f"{key} {_shape(value)}" for key, value in inputs.items())
+    shapes = ", ".join(f"{key} {_shape_text(value)}" for key, value in inputs.items())
     return JpqError(
-        f"{name} does not run on the example ({given}): {locate_failure(model, inputs, error)} Give an "
+        f"{name} does not run on the example ({shapes}): {locate_failure(model, inputs, error)} Give an "
         "example of the shape and type that it takes: a tuple for several inputs, a dict to name them. "
         f"{takes}"
     )
 
 
-def _shape(value: Any) -> str:
+def _shape_text(value: Any) -> str:
+    """The shape of a tensor, or the type of another value."""
     return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 def locate_failure(model: nn.Module, inputs: Mapping[str, Any], error: Exception) -> str:
-    """The innermost layer that ran, what it expects and what it got; torch's own words where that is not known."""
-    name, module, frame = _innermost(model, [error])
+    """Text that names the innermost layer that ran, what it expects and what it got; else torch's own message."""
+    name, module, frame = _innermost_module(model, [error])
     if module is None or frame is None:
         return _first_line(error)
     layer = f"layer '{name}' ({type(module).__name__})" if name else f"the {type(module).__name__} itself"
     x = next((v for v in frame.f_locals.values() if isinstance(v, Tensor) and not isinstance(v, nn.Parameter)), None)
-    problem = _mismatch(module, x) if x is not None else ""
+    problem = _describe_mismatch(module, x) if x is not None else ""
     if not problem:
         return f"in {layer}: {_first_line(error)}" if name else _first_line(error)
     source = next((key for key, v in inputs.items() if any(leaf is x for leaf in tree_leaves(v))), "")
     which = f", the input '{source}'" if source else ""
-    return f"{layer} expects {problem} (shape {_shape(x)}{which})."
+    return f"{layer} expects {problem} (shape {_shape_text(x)}{which})."
 
 
-def _mismatch(module: Any, x: Tensor) -> str:
-    """What a torch layer expects and does not get from x; empty if that is not the trouble."""
+def _describe_mismatch(module: Any, x: Tensor) -> str:
+    """What a torch layer expects and `x` does not give it: device, indices, channels or type; empty if all fit."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.device != x.device:
         return f"a tensor on {weight.device}, got one on {x.device}"
     if isinstance(module, nn.Embedding):
-        if x.is_floating_point():
-            return f"integer indices, got {x.dtype}"
-        low, high, most = int(x.min()), int(x.max()), module.num_embeddings - 1
-        return f"indices from 0 to {most}, got {low} to {high}" if low < 0 or high > most else ""
-    dim, wanted, rank = 1, getattr(module, "num_features", None), None
+        return _describe_bad_indices(module, x)
+    problem = _describe_size_mismatch(module, x)
+    if not problem and isinstance(weight, Tensor) and x.is_floating_point() and weight.dtype != x.dtype:
+        return f"{weight.dtype}, got {x.dtype}"
+    return problem
+
+
+def _describe_bad_indices(module: nn.Embedding, x: Tensor) -> str:
+    """What is wrong with the indices of an embedding; empty if nothing is."""
+    if x.is_floating_point():
+        return f"integer indices, got {x.dtype}"
+    low, high, last = int(x.min()), int(x.max()), module.num_embeddings - 1
+    return f"indices from 0 to {last}, got {low} to {high}" if low < 0 or high > last else ""
+
+
+def _describe_size_mismatch(module: Any, x: Tensor) -> str:
+    """What is wrong with the rank or channels of a layer's input; empty if nothing is."""
+    dim, channels, rank = 1, getattr(module, "num_features", None), None
     if isinstance(module, nn.modules.conv._ConvNd):
         rank = len(module.kernel_size) + 2
-        dim, wanted = x.dim() - rank + 1, module.in_channels
+        dim, channels = x.dim() - rank + 1, module.in_channels
     elif isinstance(module, nn.Linear):
-        dim, wanted = -1, module.in_features
+        dim, channels = -1, module.in_features
     if rank and x.dim() not in (rank - 1, rank):
         return f"{rank} dims (batch, channels and {rank - 2} more), got {x.dim()}"
-    if wanted is not None and x.dim() > dim and x.shape[dim] != wanted:
-        what = "features" if isinstance(module, nn.Linear) else "channels"
-        return f"{wanted} {what}, got {x.shape[dim]}"
-    if isinstance(weight, Tensor) and x.is_floating_point() and weight.dtype != x.dtype:
-        return f"{weight.dtype}, got {x.dtype}"
+    if channels is not None and x.dim() > dim and x.shape[dim] != channels:
+        unit = "features" if isinstance(module, nn.Linear) else "channels"
+        return f"{channels} {unit}, got {x.shape[dim]}"
     return ""
 
 
-def _innermost(model: nn.Module, errors: Sequence[BaseException]) -> tuple[str, nn.Module | None, FrameType | None]:
+def _innermost_module(
+    model: nn.Module, errors: Sequence[BaseException]
+) -> tuple[str, nn.Module | None, FrameType | None]:
     """(path, module, frame) of the last of the model's modules whose code ran before the error."""
     names = {id(m): n for n, m in model.named_modules()}
     for frame in reversed([frame for e in errors for frame, _ in traceback.walk_tb(e.__traceback__)]):
@@ -156,31 +177,32 @@ def _innermost(model: nn.Module, errors: Sequence[BaseException]) -> tuple[str, 
     return "", None, None
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """The error behind the errors that it was turned into, last; frames of the cause lie deeper."""
-    out: list[BaseException] = []
+def _cause_chain(error: BaseException) -> list[BaseException]:
+    """An error and its causes, the first cause last, since its frames lie deepest."""
+    errors: list[BaseException] = []
     step: BaseException | None = error
-    while step is not None and step not in out:
-        out.append(step)
+    while step is not None and step not in errors:
+        errors.append(step)
         step = step.__cause__ or step.__context__
-    return out
+    return errors
 
 
-def _unreadable(model: nn.Module, error: Exception) -> JpqError:
-    """The model runs, but torch.export cannot follow it: name the line, the submodule and the way out."""
-    errors = _chain(error)
+def _export_error(model: nn.Module, error: Exception) -> JpqError:
+    """The error for a model that runs but that torch.export cannot follow: the line, the submodule and the way out."""
+    errors = _cause_chain(error)
     frames = [
-        f for e in errors for f in traceback.extract_tb(e.__traceback__) if not f.filename.startswith(_NOT_THE_USERS)
+        f for e in errors for f in traceback.extract_tb(e.__traceback__) if not f.filename.startswith(_LIBRARY_PATHS)
     ]
-    where = f" at {frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else ""
-    name, module, _ = _innermost(model, errors)
-    inside = f" (in submodule '{name}', {type(module).__name__})" if name else ""
+    place = f" at {frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else ""
+    name, module, _ = _innermost_module(model, errors)
+    submodule = f" (in submodule '{name}', {type(module).__name__})" if name else ""
     return JpqError(
-        f"torch.export cannot read {type(model).__name__}{where}{inside}: {_first_line(error)} {_remedy(error)}"
+        f"torch.export cannot read {type(model).__name__}{place}{submodule}: {_first_line(error)} {_suggest_fix(error)}"
     )
 
 
-def _remedy(error: Exception) -> str:
+def _suggest_fix(error: Exception) -> str:
+    """A sentence that says how to make the model readable."""
     text = f"{type(error).__name__} {error}"
     if "data-dependent" in text or "DataDependent" in text or "numpy()" in text:
         return (
@@ -193,5 +215,6 @@ def _remedy(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    """The first line of the error's message that is not empty, as a sentence."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return text if text.endswith((".", "!", "?")) else text + "."

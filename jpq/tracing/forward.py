@@ -1,4 +1,4 @@
-"""jpq.tracing.forward."""
+"""Calling a model with any kind of inputs: arguments, forward hooks, evaluation mode, tensors of an example."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
-Heard = Callable[[str, Any, Any, Any], None]  # (name of the module, module, what it reads first, what it gives)
+CallObserver = Callable[[str, Any, Any, Any], None]  # (module's name, module, its first input, its output)
 
 
-def arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def split_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(positional, keyword) arguments: a tensor is the only one, a tuple or list all of them, a dict goes by name."""
     if isinstance(example, Mapping):
         return (), dict(example)
@@ -23,24 +23,24 @@ def arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def call_model(model: Callable[..., Any], example: Any) -> Any:
-    """What a model gives for a tensor, a tuple of positional arguments, or a dict of keywords."""
-    args, kwargs = arguments(example)
+    """The model's output for a tensor, a tuple of positional arguments, or a dict of keywords."""
+    args, kwargs = split_arguments(example)
     return model(*args, **kwargs)
 
 
 @contextmanager
-def hook_modules(modules: Mapping[str, nn.Module], note: Heard, before: bool = False) -> Iterator[None]:
-    """`note` each call of the modules; before a call (`before`) there is nothing given yet (None).
+def hook_modules(modules: Mapping[str, nn.Module], observer: CallObserver, before: bool = False) -> Iterator[None]:
+    """A context in which `observer` sees each call of the modules, after the call or `before` it (output None).
 
-    What a module reads first is None where it is not a tensor.
+    The first input is None where it is not a tensor.
     """
 
     def hook(name: str) -> Callable[..., None]:
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any = None) -> None:
+        def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
             x = args[0] if args else kwargs.get("input")
-            note(name, module, x if isinstance(x, Tensor) else None, out)
+            observer(name, module, x if isinstance(x, Tensor) else None, output)
 
-        return look
+        return observe
 
     handles = [
         module.register_forward_pre_hook(hook(name), with_kwargs=True)
@@ -57,7 +57,7 @@ def hook_modules(modules: Mapping[str, nn.Module], note: Heard, before: bool = F
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards as it was."""
+    """A context in which the model is in evaluation mode; afterwards it is in its former mode."""
     training = model.training
     model.eval()
     try:
@@ -66,27 +66,26 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def tensors(value: Any) -> list[Tensor]:
+def collect_tensors(value: Any) -> list[Tensor]:
     """The tensors in any nest of tuples, lists, dicts, named tuples and registered classes, in order."""
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def batch_of(example: Any) -> int:
-    """Samples in an example: the first size of its first tensor that has one."""
-    return next((max(int(t.shape[0]), 1) for t in tensors(example) if t.dim() > 0), 1)
+def batch_size(example: Any) -> int:
+    """Samples in an example: the first size of its first tensor that has one, else 1."""
+    return next((max(int(t.shape[0]), 1) for t in collect_tensors(example) if t.dim() > 0), 1)
 
 
-def named_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def name_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by the names that `forward` gives them. Raises TypeError where it cannot take them."""
-    plain = {**{f"input_{i}": v for i, v in enumerate(args)}, **kwargs}
+    numbered = {**{f"input_{i}": value for i, value in enumerate(args)}, **kwargs}
     try:
         signature = inspect.signature(model.forward)
     except ValueError:  # code without a signature
-        return plain
+        return numbered
     bound = signature.bind(*args, **kwargs).arguments
     kinds = {signature.parameters[name].kind for name in bound}
     if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
-        return plain
-    return {
-        name: bound[name] for name in [*(n for n in bound if n not in kwargs), *kwargs]
-    }  # in the order of its leaves
+        return numbered
+    order = [*(name for name in bound if name not in kwargs), *kwargs]  # the order of the example's leaves
+    return {name: bound[name] for name in order}

@@ -1,112 +1,124 @@
-"""Where a convolution's result could be put on a grid of its own, so that an integer kernel computes it whole.
+"""Number formats between layers: which layers read and write int8, and where an output quantizer would help.
 
-A convolution whose result meets a residual sum, a pooling or several readers hands on floating point (see forms.py),
-and runtimes then compute all of it in floating point. With a quantizer on the result they do not. Rounding there
-changes the function, so it is part of the model that trains (`attach(..., output_bits=8)`), never added at export.
+A convolution whose result meets a residual sum, a pooling or several consumers hands on floating point, and runtimes
+then compute all of it in floating point. With a quantizer on the result they do not. Rounding there changes the
+function, so it is part of the model that trains (`attach(..., output_bits=8)`), never added at export.
 
-It sits behind the normalisation that alone reads the convolution (export folds that one), else behind the convolution.
-Where ReLU follows, the grid starts at 0: rounding then does what ReLU does, and all levels are of use.
+The quantizer sits behind the normalisation that alone reads the convolution (export folds that one), else behind the
+convolution. Where ReLU follows, the grid starts at 0: rounding then does what ReLU does, and all levels are of use.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 from torch.fx import Node
 
-_SAME = {"alias", "clone", "detach", "dropout", "dropout_"}  # in evaluation
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
 
-_PLAIN = {"view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", *_SAME}
+_IDENTITIES = {"alias", "clone", "detach", "dropout", "dropout_"}  # in evaluation
 
-_THROUGH = {"batch_norm", "relu", "relu_", "hardtanh", "hardtanh_", "dropout", "dropout_", "alias", "clone", "detach"}
+_MOVES = {"view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", *_IDENTITIES}
+
+_FUSED = {"batch_norm", "relu", "relu_", "hardtanh", "hardtanh_", *_IDENTITIES}  # what runtimes fold into a layer
 
 
 @dataclass(frozen=True)
 class OutputQuantPoint:
-    """The module whose output would be rounded."""
+    """A module whose output can be quantized, and whether the quantizer must be signed."""
 
     module: str
     signed: bool
 
 
-def ends(layers: Mapping[Node, str], forms: Mapping[Node, str], model: nn.Module) -> dict[Node, OutputQuantPoint]:
-    """Layer call -> where its result can be rounded; only convolutions that run once and hand on floating point.
-
-    `layers`: layer call -> name of its module. What goes to the model's output as it is stays as it is.
-    """
-    named: dict[Node, str] = {}
-    for call in layers:
-        for node in call.graph.nodes:
-            named[node] = _module(node)
-        break
-    found = {}
-    for call, name in layers.items():
-        if not forms[call].endswith(">float") or _op(call) not in ("conv1d", "conv2d", "conv3d", "convolution"):
-            continue
-        if named[call] != name or list(named.values()).count(name) != 1:
-            continue
-        last, where = _through(call), name
-        if last is not None and _op(last) == "batch_norm" and list(named.values()).count(named[last]) == 1:
-            norm = model.get_submodule(named[last])
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                call, where = last, named[last]
-        reader = _through(call)
-        if not _only_given(call.users):
-            found[next(n for n, m in layers.items() if m == name)] = OutputQuantPoint(where, not _positive(reader))
-    return found
-
-
-def _through(node: Node) -> Node | None:
-    """The one node that reads this one, past what changes nothing."""
-    while len(node.users) == 1:
-        (node,) = node.users
-        if _op(node) not in _SAME:
-            return node
-    return None
-
-
-def _only_given(readers: Collection[Node]) -> bool:
-    """Whether nothing but the model's caller reads this, merely moved."""
-    return all(r.op == "output" or (_op(r) in _PLAIN and _only_given(r.users)) for r in readers)
-
-
-def _positive(node: Node | None) -> bool:
-    """Whether it takes negative numbers away, as ReLU and ReLU6 do."""
-    op = _op(node).rstrip("_")
-    return op == "relu" or (op == "hardtanh" and node is not None and len(node.args) > 1 and bool(node.args[1] == 0))
-
-
-def _op(node: Node | None) -> str:
-    return "" if node is None else "".join(str(node.target).split(".")[1:2])
-
-
-def _module(node: Node) -> str:
-    """Path of the innermost module that makes this call."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return str(stack[-1][0]).split("@")[0] if stack else ""
-
-
-def forms(layers: Collection[Node]) -> dict[Node, str]:
-    """Layer call -> "READS>HANDS ON", each int8 or float."""
+def integer_forms(layers: Collection[Node]) -> dict[Node, str]:
+    """Layer call -> "READS>HANDS ON", each "int8" or "float", if all layers of the graph are quantized."""
     known = set(layers)
-    reader = {layer: _only_reader(layer, known) for layer in known}
-    fed = {node for node in reader.values() if node is not None}
+    consumer = {layer: _only_consumer(layer, known) for layer in known}
+    fed = {node for node in consumer.values() if node is not None}
     return {
-        layer: f"{'int8' if layer in fed else 'float'}>{'int8' if reader[layer] is not None else 'float'}"
+        layer: f"{'int8' if layer in fed else 'float'}>{'int8' if consumer[layer] is not None else 'float'}"
         for layer in layers
     }
 
 
-def _only_reader(layer: Node, layers: set[Node]) -> Node | None:
-    """The one layer that reads what this one makes, if nothing else does."""
+def find_output_quant_points(
+    layers: Mapping[Node, str], forms: Mapping[Node, str], model: nn.Module
+) -> dict[Node, OutputQuantPoint]:
+    """Layer call -> where its result can be rounded, for convolutions that run once and hand on floating point.
+
+    Args:
+        layers: layer call -> name of its module.
+        forms: layer call -> its form, as `integer_forms` gives it.
+        model: the traced model.
+
+    What goes to the model's output without further computation is left out.
+    """
+    if not layers:
+        return {}
+    module_of = {node: _module_path(node) for node in next(iter(layers)).graph.nodes}
+    calls = Counter(module_of.values())
+    points = {}
+    for layer, name in layers.items():
+        convolution = forms[layer].endswith(">float") and _op_name(layer) in _CONVOLUTIONS
+        if not convolution or module_of[layer] != name or calls[name] != 1:
+            continue
+        last, path = layer, name
+        norm = _single_user(layer)
+        if norm is not None and calls[module_of[norm]] == 1 and _is_batch_norm(norm, model, module_of[norm]):
+            last, path = norm, module_of[norm]
+        if not _only_returned(last.users):
+            points[layer] = OutputQuantPoint(path, not _cuts_negatives(_single_user(last)))
+    return points
+
+
+def _only_consumer(layer: Node, layers: set[Node]) -> Node | None:
+    """The one layer that reads this layer's result past fused ops, if nothing else reads it."""
     node = layer
     while len(node.users) == 1:
         (user,) = node.users
         if user in layers:
             return user if user.args and user.args[0] is node else None
-        if "".join(str(user.target).split(".")[1:2]) not in _THROUGH:
+        if _op_name(user) not in _FUSED:
             return None
         node = user
     return None
+
+
+def _single_user(node: Node) -> Node | None:
+    """The one node that reads this one, past ops that change nothing."""
+    while len(node.users) == 1:
+        (node,) = node.users
+        if _op_name(node) not in _IDENTITIES:
+            return node
+    return None
+
+
+def _is_batch_norm(node: Node, model: nn.Module, path: str) -> bool:
+    """Whether the call is that of a BatchNorm module at `path`."""
+    return _op_name(node) == "batch_norm" and isinstance(model.get_submodule(path), nn.modules.batchnorm._BatchNorm)
+
+
+def _only_returned(users: Collection[Node]) -> bool:
+    """Whether the value only goes to the model's output, merely moved."""
+    return all(user.op == "output" or (_op_name(user) in _MOVES and _only_returned(user.users)) for user in users)
+
+
+def _cuts_negatives(node: Node | None) -> bool:
+    """Whether the op sets negative numbers to 0, as ReLU and ReLU6 do."""
+    op = _op_name(node).rstrip("_")
+    return op == "relu" or (op == "hardtanh" and node is not None and len(node.args) > 1 and bool(node.args[1] == 0))
+
+
+def _op_name(node: Node | None) -> str:
+    """The op without namespace and overload: aten.relu_.default -> relu_; empty for None."""
+    return "" if node is None else "".join(str(node.target).split(".")[1:2])
+
+
+def _module_path(node: Node) -> str:
+    """Path of the innermost module that makes this call."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]).split("@")[0] if stack else ""

@@ -1,4 +1,4 @@
-"""What jpq takes: an ordinary module in floating point, on one device; wrappers come off, the rest is refused."""
+"""Checks of a model before it is read: an ordinary floating-point module on one device, without wrappers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from jpq.types import JpqError
 
 _QUANTIZED = ("brevitas.", "torch.ao.nn.", "torch.ao.quantization.", "torchao.", "bitsandbytes.")
 
-_FLOAT = ("FloatFunctional", "QuantStub", "DeQuantStub", "QuantWrapper")  # parts of those packages that do nothing
+_FLOAT_STUBS = ("FloatFunctional", "QuantStub", "DeQuantStub", "QuantWrapper")  # of those packages: quantize nothing
 
-_NARROW = (torch.float16, torch.bfloat16)
+_HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
-def unwrapped(model: Any) -> Any:
-    """The model inside DataParallel, DistributedDataParallel or torch.compile: names and weights are the same there."""
+def unwrap_model(model: Any) -> Any:
+    """The model inside DataParallel, DistributedDataParallel or torch.compile, with the same parameters."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -27,23 +27,23 @@ def unwrapped(model: Any) -> Any:
             return model
 
 
-def accepted(model: Any) -> nn.Module:
-    """The unwrapped model, if jpq can read it at all.
+def accept_model(model: Any) -> nn.Module:
+    """Unwrap the model and check that jpq can read it.
 
-    Raises JpqError, naming the part, for what is no module, scripted, compiled inside, sharded or quantized already,
-    and for parameters that are not there yet, lie on several devices or on none.
+    Raises JpqError, naming the part, for anything but a module, for a part that is scripted, compiled, sharded or
+    quantized already, and for parameters that have no shape yet, lie on several devices or on the meta device.
     """
-    model = unwrapped(model)
+    model = unwrap_model(model)
     if not isinstance(model, nn.Module):
         raise JpqError(
             f"jpq takes a torch.nn.Module; this is a {type(model).__name__}. Give the module itself, "
             "before it is exported or wrapped in a function."
         )
     for name, module in model.named_modules():
-        problem = _problem(module)
+        problem = _describe_problem(module)
         if problem:
-            at = f"Submodule '{name}'" if name else "The model"
-            raise JpqError(f"{at} ({type(module).__name__}) {problem}.")
+            place = f"Submodule '{name}'" if name else "The model"
+            raise JpqError(f"{place} ({type(module).__name__}) {problem}.")
         for key, value in vars(module).items():
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 path = f"{name}.{key}".lstrip(".")
@@ -55,10 +55,10 @@ def accepted(model: Any) -> nn.Module:
     return model
 
 
-def require_wide(model: nn.Module) -> None:
+def check_full_precision(model: nn.Module) -> None:
     """Raise JpqError where weights are in half precision: gates and ranges that learn need float32."""
     for name, p in model.named_parameters():
-        if p.dtype in _NARROW:
+        if p.dtype in _HALF_PRECISION:
             raise JpqError(
                 f"Parameter '{name}' is in {p.dtype}, which is too narrow to train gates and ranges in. "
                 "Give the model in float32 (model.float(), and float32 examples); torch.autocast in your "
@@ -67,25 +67,28 @@ def require_wide(model: nn.Module) -> None:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return any(k.__name__ == "OptimizedModule" and k.__module__.startswith("torch.") for k in type(module).__mro__)
+    """Whether the module is a wrapper that torch.compile made."""
+    bases = type(module).__mro__
+    return any(base.__name__ == "OptimizedModule" and base.__module__.startswith("torch.") for base in bases)
 
 
-def _problem(module: nn.Module) -> str:
-    """What keeps jpq from reading a module, and the way out; empty if nothing does."""
-    kinds = [(k.__module__, k.__name__) for k in type(module).__mro__]
+def _describe_problem(module: nn.Module) -> str:
+    """The reason why jpq cannot read a module, and the way out; empty if there is none."""
+    bases = [(base.__module__, base.__name__) for base in type(module).__mro__]
     if isinstance(module, torch.jit.ScriptModule):
         return "is scripted, and its code can no longer be changed: give the Python module that it was scripted from"
     if _is_compiled(module) or isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return "is wrapped inside the model: compress the model first, then wrap or compile the result"
-    if any(name in ("FSDPModule", "FullyShardedDataParallel") for _, name in kinds):
+    if any(name in ("FSDPModule", "FullyShardedDataParallel") for _, name in bases):
         return "holds only its shard of the weights: give the model before it is sharded"
-    if any(home.startswith(_QUANTIZED) and name not in _FLOAT for home, name in kinds):
+    if any(package.startswith(_QUANTIZED) and name not in _FLOAT_STUBS for package, name in bases):
         return "is quantized already: give the model in floating point, and jpq decides the bits"
     return ""
 
 
 def _check_parameters(model: nn.Module) -> None:
-    first: dict[torch.device, str] = {}
+    """Raise JpqError for parameters without a shape, of a tensor subclass, or not on one real device."""
+    devices: dict[torch.device, str] = {}  # device -> the first parameter there
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(p, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
             raise JpqError(f"'{name}' has no shape yet (a lazy layer). Run the model once on an example, then give it.")
@@ -95,11 +98,11 @@ def _check_parameters(model: nn.Module) -> None:
                 "weights are converted or distributed."
             )
         if isinstance(p, nn.Parameter):
-            first.setdefault(p.device, name)
-    if len(first) > 1:
-        places = " and ".join(f"{device} ('{name}')" for device, name in list(first.items())[:2])
+            devices.setdefault(p.device, name)
+    if len(devices) > 1:
+        places = " and ".join(f"{device} ('{name}')" for device, name in list(devices.items())[:2])
         raise JpqError(f"The model's parameters lie on several devices: {places}. Move it to one: model.to('cpu').")
-    if any(device.type == "meta" for device in first):
+    if any(device.type == "meta" for device in devices):
         raise JpqError(
             "The model lies on the meta device and holds no numbers. Build it on a real device, or give it "
             "random ones: model.to_empty(device='cpu'), then initialise it."

@@ -1,4 +1,4 @@
-"""A network as jpq sees it: layers with weights, and which channels stand or fall together."""
+"""A traced network: layers with weights, and which of their channels are kept or removed together."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from enum import Enum
 from fractions import Fraction
 from math import prod
 
-from jpq.costs import DENSE, LatencyModel
+from jpq.costs import LatencyModel
 from jpq.costs.latency import interpolate
 from jpq.costs.latency_table import Entry, LatencyTable, Shape
 from jpq.methods.structures import parse
 from jpq.tracing.integer_io import OutputQuantPoint
-from jpq.types import JpqError, Labels, unknown
+from jpq.types import DENSE, JpqError, Labels, unknown
 
 
 class LayerKind(str, Enum):
@@ -44,26 +44,24 @@ class LayerKind(str, Enum):
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A weight that reads input channels and makes output channels, in one call or several."""
+    """A layer with one weight: its shape, its work, and the class of each input and output channel."""
 
     name: str  # dotted path of the module that owns the weight
     weight: str  # name of the parameter
     kind: LayerKind
     weight_shape: tuple[int, ...]
     groups: int
-    macs: int  # of one sample, summed over calls
-    inputs: Labels  # [channels in, of all groups]: class of each input channel, NONE where it has none
-    outputs: Labels  # [channels out]
-    reads_input: bool  # the model's input reaches it through nothing but moves and arithmetic with constants
+    macs: int  # multiply-accumulates of one sample, summed over calls
+    inputs: Labels  # [input channels, of all groups]: class of each channel, NONE where it has none
+    outputs: Labels  # [output channels]: class of each channel
+    reads_input: bool  # the model's input reaches this layer through nothing but moves and arithmetic with constants
     calls: int
-    wrappable: bool = True  # only ever called as a torch Conv or Linear module: a selection can be put before it
-    stride: tuple[int, ...] = ()  # of the first call, as is
+    wrappable: bool = True  # every call is one of a torch Conv or Linear module: a selection can be put before it
+    stride: tuple[int, ...] = ()  # of the first call
     size: tuple[int, ...] = ()  # positions where the kernel is applied (dims of the output; transposed, of the input)
-    form: str = ""  # what it reads and hands on where all layers are quantized, such as "float>int8" (`network.forms`)
-    end: OutputQuantPoint | None = (
-        None  # where its result can be rounded, so that an integer kernel computes it (`network.ends`)
-    )
-    clock: LatencyModel | None = None  # how long it takes, where a table says so (`network.timed`)
+    form: str = ""  # number formats read and handed on if all layers are quantized, such as "float>int8"
+    output_quant_point: OutputQuantPoint | None = None  # where rounding the result makes an integer kernel possible
+    clock: LatencyModel | None = None  # the layer's latency by its kept channels and bits, from a latency table
 
     @property
     def depthwise(self) -> bool:
@@ -75,59 +73,62 @@ class Layer:
 class Network:
     """Layers in execution order, and the label class of every channel.
 
-    A class is an integer. All channels of a class are kept or dropped together; a frozen class is always kept.
+    A class is an integer. All channels of a class are kept or removed together; a frozen class is always kept.
     """
 
     layers: tuple[Layer, ...]
     axes: Mapping[str, Mapping[int, Labels]]  # parameter or buffer -> dim -> class per index
     frozen: Mapping[int, str]  # class -> reason
-    attributes: Mapping[str, Labels]  # integer attribute of a module ("pad.before", "attn.heads") -> what it counts
+    attributes: Mapping[str, Labels]  # integer attribute of a module ("pad.before", "attn.heads") -> classes it counts
     embeddings: Mapping[str, Labels]  # module -> the classes of its columns
     unknown_ops: tuple[str, ...]  # ops without a rule that touched labels, or that hide a graph of their own
     opened: Mapping[int, str] = field(default_factory=dict)  # class that only `open_norms` frees -> why it was frozen
     idle: tuple[str, ...] = ()  # modules with parameters that evaluation never reads
 
     def layer(self, name: str) -> Layer:
-        """The layer of that name."""
+        """The layer of that name. Raises JpqError for an unknown one."""
         for layer in self.layers:
             if layer.name == name:
                 return layer
         raise unknown("layer", name, [layer.name for layer in self.layers])
 
 
-def shape(layer: Layer) -> Shape:
-    """What a table knows a layer by."""
+def latency_shape(layer: Layer) -> Shape:
+    """The key of a layer in a latency table: all of its geometry but the numbers of channels."""
     kind = "depthwise" if layer.depthwise and layer.kind is LayerKind.CONV else layer.kind.value
-    return Shape(kind, 1 if kind == "depthwise" else layer.groups, layer.weight_shape[2:], layer.stride, layer.size)
+    groups = 1 if kind == "depthwise" else layer.groups
+    return Shape(kind, groups, layer.weight_shape[2:], layer.stride, layer.size)
 
 
-def times(layer: Layer) -> Fraction:
-    """How often it runs at its first call's size in one sample, by MACs."""
+def equivalent_calls(layer: Layer) -> Fraction:
+    """The layer's MACs of one sample in units of its first call's MACs."""
     return Fraction(layer.macs, prod(layer.size) * prod(layer.weight_shape))
 
 
-def with_times(network: Network, table: LatencyTable) -> Network:
-    """The same network, every layer with its clock.
+def with_layer_times(network: Network, table: LatencyTable) -> Network:
+    """A copy of the network whose layers have a latency model (`Layer.clock`), interpolated in a latency table.
 
-    Raises JpqError for a layer that nobody measured: a latency that is promised is not guessed from another layer's.
+    Raises JpqError for a layer that the table has no line for: a latency that is promised is not guessed from another
+    layer's.
     """
-    table = replace(table, entries=tuple(_named(e, table.source) for e in table.entries))
-    layers, lost = [], []
+    table = replace(table, entries=tuple(_with_parsed_scheme(entry, table.source) for entry in table.entries))
+    layers, missing = [], []
     for layer in network.layers:
-        clock = interpolate(table, shape(layer), layer.form, len(layer.inputs), len(layer.outputs), times(layer))
+        channels = len(layer.inputs), len(layer.outputs)
+        clock = interpolate(table, latency_shape(layer), layer.form, *channels, equivalent_calls(layer))
         if clock is None:
-            lost.append(layer)
+            missing.append(layer)
         layers.append(replace(layer, clock=clock))
-    if lost:
+    if missing:
         raise JpqError(
-            f"{table.source} has no line for {len(lost)} of {len(layers)} layers, such as '{lost[0].name}' "
-            f"({shape(lost[0])}). Measure this model: jpq bench --table FILE.csv --model NAME."
+            f"{table.source} has no line for {len(missing)} of {len(layers)} layers, such as '{missing[0].name}' "
+            f"({latency_shape(missing[0])}). Measure this model: jpq bench --table FILE.csv --model NAME."
         )
     return replace(network, layers=tuple(layers))
 
 
-def _named(entry: Entry, source: str) -> Entry:
-    """The entry with its scheme as structures write their own."""
+def _with_parsed_scheme(entry: Entry, source: str) -> Entry:
+    """The entry with its mask structure spelled as `Structure.spec` spells it."""
     if entry.scheme == DENSE:
         return entry
     try:

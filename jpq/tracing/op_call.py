@@ -1,4 +1,4 @@
-"""What a rule sees: one call of one ATen op, and the book in which labels are kept."""
+"""The input of an op rule: `OpCall`, one call of an ATen op with its labels, and `TraceState`, all labels so far."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Dims = list[Labels | None]  # per dim of a tensor: a label per index, or None wh
 
 Rule = Callable[["OpCall"], "Dims | list[Dims]"]  # the output's labels, or a list of them for several outputs
 
-RULES: dict[str, Rule] = {}  # "aten.relu" -> what it does to labels; overloads and in-place twins share a rule
+RULES: dict[str, Rule] = {}  # "aten.relu" -> its rule; overloads and in-place variants share it
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for these ops: `@rule("aten.relu")`. It returns the labels of the op's output(s)."""
+    """A decorator that registers a rule for these ops: `@rule("aten.relu")`; it returns the labels of the outputs."""
 
     def register(handler: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, handler))
@@ -34,14 +34,14 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 @dataclass(frozen=True, eq=False)
 class LayerCall:
-    """One call of a layer with weights, as a rule met it."""
+    """One call of a layer with weights in the graph."""
 
     node: Node
     weight: str
     kind: LayerKind
     shape: tuple[int, ...]
     groups: int
-    macs: int  # of the whole example batch
+    macs: int  # multiply-accumulates of the whole example batch
     inputs: Labels
     outputs: Labels
     stride: tuple[int, ...]
@@ -50,47 +50,47 @@ class LayerCall:
 
 @dataclass(eq=False)
 class TraceState:
-    """Everything learnt while walking the graph."""
+    """All that tracing has recorded so far: labels of values and parameters, layer calls, counting attributes."""
 
     model: nn.Module
-    parameters: dict[Node, str] = field(default_factory=dict)  # placeholders of parameters and buffers: the first name
+    parameters: dict[Node, str] = field(default_factory=dict)  # placeholder of a parameter or buffer -> first name
     origins: dict[Node, str] = field(default_factory=dict)  # "input" (merely moved and scaled), "constant", "computed"
     classes: ChannelClasses = field(default_factory=ChannelClasses)
-    values: dict[Node, tuple[Dims, ...]] = field(default_factory=dict)
-    axes: dict[str, dict[int, Labels]] = field(default_factory=dict)
-    attributes: dict[str, Labels] = field(default_factory=dict)
-    embeddings: dict[str, Labels] = field(default_factory=dict)
+    values: dict[Node, tuple[Dims, ...]] = field(default_factory=dict)  # node -> labels of each output
+    axes: dict[str, dict[int, Labels]] = field(default_factory=dict)  # parameter or buffer -> dim -> labels
+    attributes: dict[str, Labels] = field(default_factory=dict)  # integer attribute of a module -> labels it counts
+    embeddings: dict[str, Labels] = field(default_factory=dict)  # module -> labels of its columns
     calls: list[LayerCall] = field(default_factory=list)
-    suspects: list[Labels] = field(default_factory=list)
-    open_norms: bool = False  # channels inside a normalisation's average may go, though the rest then changes
-    opened: list[tuple[Labels, str]] = field(default_factory=list)
+    suspects: list[Labels] = field(default_factory=list)  # channels whose number the model's code may hold fixed
+    open_norms: bool = False  # channels inside a norm's average may be removed, though the others then change
+    opened: list[tuple[Labels, str]] = field(default_factory=list)  # labels that only `open_norms` frees, and the norm
 
     def axis(self, name: str, dim: int, size: int) -> Labels:
-        """The labels of one dim of a parameter, made when first asked for."""
+        """`[size]` labels of one dim of a parameter, new ones at the first request."""
         dims = self.axes.setdefault(name, {})
         if dim not in dims:
             dims[dim] = self.classes.fresh(size)
         return dims[dim]
 
     def value(self, node: Node) -> tuple[Dims, ...]:
-        """The labels of a node's output(s)."""
+        """The labels of each output of a node, per dim."""
         if node in self.parameters:
             name, shape = self.parameters[node], node.meta["val"].shape
             return ([self.axis(name, d, n) if n > 1 else None for d, n in enumerate(shape)],)
         return self.values[node]
 
-    def attribute(self, name: str, labels: Labels) -> None:
-        """An integer attribute of a module that counts these labels."""
+    def add_attribute(self, name: str, labels: Labels) -> None:
+        """Record that an integer attribute of a module is the number of these channels."""
         if name in self.attributes and len(self.attributes[name]) == len(labels):
             self.classes.union(self.attributes[name], labels, f"'{name}' counts different things in different calls")
         self.attributes[name] = labels
 
 
 class OpCall:
-    """One call of one op: arguments by the name of the op's schema, labels and shapes of tensors, verbs."""
+    """One call of an ATen op: its arguments by schema name, its labels and shapes, methods to tie or keep labels."""
 
-    def __init__(self, book: TraceState, node: Node) -> None:
-        self.book, self.node, self.classes = book, node, book.classes
+    def __init__(self, state: TraceState, node: Node) -> None:
+        self.state, self.node, self.classes = state, node, state.classes
         self.op = str(node.target).rpartition(".")[0]  # aten.relu_
         self.args: dict[str, Any] = {}
         for i, a in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
@@ -102,48 +102,48 @@ class OpCall:
 
     @property
     def tensors(self) -> list[Node]:
-        """The nodes this op reads, in order."""
+        """The nodes that this op reads, in order."""
         return list(self.node.all_input_nodes)
 
     @property
     def x(self) -> Dims:
-        """Labels of the first tensor."""
+        """The labels of the first tensor, per dim."""
         return self.dims(self.tensors[0])
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the (first) output."""
+        """The shape of the first output."""
         return shape_of(self.node)
 
     def dims(self, node: Node) -> Dims:
-        """Labels of a tensor that this op reads."""
-        return list(self.book.value(node)[0])
+        """The labels of a tensor that this op reads, per dim."""
+        return list(self.state.value(node)[0])
 
     def dim(self, value: int, rank: int | None = None) -> int:
-        """A dim counted from the front."""
+        """A dim argument, which may be negative, counted from the front."""
         return value % (rank if rank is not None else max(len(shape_of(self.tensors[0])), 1))
 
     def freeze(self, labels: Labels | None, reason: str) -> None:
-        """These channels stay."""
+        """Keep these channels, for a reason that the report shows."""
         self.classes.freeze(labels, reason)
 
-    def average(self, labels: Labels | None, reason: str) -> None:
-        """These channels are averaged by a normalisation: they stay, unless averages are opened."""
-        if not self.book.open_norms:
+    def freeze_averaged(self, labels: Labels | None, reason: str) -> None:
+        """Keep these channels, which a normalisation averages over, unless `open_norms` frees them."""
+        if not self.state.open_norms:
             self.freeze(labels, reason)
         elif labels is not None:
-            self.book.opened.append((labels[labels != NONE], reason))
+            self.state.opened.append((labels[labels != NONE], reason))
 
-    def counts(self, name: str, value: Any, labels: Labels | None) -> bool:
-        """Note that the calling module's attribute `name`, if it is `value`, counts these labels; whether it is."""
-        path, _ = self.module()
-        if labels is None or vars(self.book.model.get_submodule(path)).get(name) != value:
+    def add_attribute(self, name: str, value: Any, labels: Labels | None) -> bool:
+        """Record that attribute `name` of the calling module, if it is `value`, counts these labels; whether it is."""
+        path, module = self.module()
+        if labels is None or vars(module).get(name) != value:
             return False
-        self.book.attribute(f"{path}.{name}".lstrip("."), labels)
+        self.state.add_attribute(f"{path}.{name}".lstrip("."), labels)
         return True
 
     def tie(self, blocks: Labels) -> Labels:
-        """[g, n]: entry i of every block stands or falls together; gives the first block."""
+        """Tie entry i of every block, [g, n], so that they are kept or removed together; gives the first block."""
         for block in blocks[1:]:
             self.classes.union(blocks[0], block, f"{self.op} ties it to a channel that cannot be removed")
         return blocks[0]
@@ -151,77 +151,79 @@ class OpCall:
     def join(self, a: Labels | None, b: Labels | None) -> Labels | None:
         """Tie two dims of equal size index by index; labels that meet a dim without labels are frozen."""
         if a is None or b is None:
-            known = b if a is None else a
-            self.freeze(known, f"{self.op} joins it with a tensor whose size is fixed")
-            return known
+            labels = b if a is None else a
+            self.freeze(labels, f"{self.op} joins it with a tensor whose size is fixed")
+            return labels
         self.classes.union(a, b, f"{self.op} joins it with a channel whose place is fixed")
         return a
 
     def bind(self, node: Node | None, dim: int, labels: Labels | None) -> None:
-        """A parameter's dim carries these labels (a computed tensor's too, if it has labels of its own)."""
+        """Record that a parameter's dim shrinks with these labels (a computed tensor's dim is joined with them)."""
         if node is None:
             return
-        name = self.book.parameters.get(node)
+        name = self.state.parameters.get(node)
         if name is None:
             self.join(self.dims(node)[dim], labels)
-        elif dim in self.book.axes.setdefault(name, {}):
-            self.join(self.book.axes[name][dim], labels)
+        elif dim in self.state.axes.setdefault(name, {}):
+            self.join(self.state.axes[name][dim], labels)
         else:
             fixed = np.full(shape_of(node)[dim], NONE, np.int64)
-            self.book.axes[name][dim] = fixed if labels is None else labels
+            self.state.axes[name][dim] = fixed if labels is None else labels
 
     def suspect(self, labels: Labels | None) -> None:
-        """The model's own code may hold a size for these: whether it does is found by running it."""
+        """Record that the model's code may hold the number of these channels fixed, to be tried by running it."""
         if labels is not None:
-            self.book.suspects.append(labels)
+            self.state.suspects.append(labels)
 
-    def each(self, out: Dims) -> Dims | list[Dims]:
-        """The same labels for every output of the op."""
+    def for_each_output(self, dims: Dims) -> Dims | list[Dims]:
+        """These labels once for every output of the op."""
         value = self.node.meta["val"]
-        return [out] * len(value) if isinstance(value, (tuple, list)) else out
+        return [dims] * len(value) if isinstance(value, (tuple, list)) else dims
 
-    def module(self) -> tuple[str, str]:
-        """Path and class of the module whose code makes this call."""
+    def module(self) -> tuple[str, nn.Module]:
+        """Path and module whose code makes this call; the model itself where that is not known."""
         stack = list((self.node.meta.get("nn_module_stack") or {}).values())
-        path, kind = stack[-1] if stack else ("", "")
-        kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
-        return path.split("@")[0], kind
+        path = stack[-1][0].split("@")[0] if stack else ""
+        return path, self.state.model.get_submodule(path)
 
     def merge(self, nodes: Sequence[Node]) -> Dims:
-        """Labels of an elementwise op with broadcasting."""
-        out: Dims = []
-        for k, n in enumerate(self.shape):
-            found: list[Labels] = []
-            fixed: list[Node] = []
-            for node in nodes:
-                d = k - len(self.shape) + len(shape_of(node))
-                if d < 0:
-                    continue
-                labels, size = self.dims(node)[d], shape_of(node)[d]
-                if labels is None:
-                    fixed += [node] if size == n != 1 else []
-                elif size != n:
-                    self.freeze(labels, f"{self.op} spreads this one channel over many")
-                else:
-                    found.append(labels)
-            for other in found[1:]:
-                self.join(found[0], other)
-            if found and fixed:
-                image = any(self.book.origins[node] == "input" for node in fixed)
-                what = "the model's input" if image else "a tensor whose size is fixed"
-                self.freeze(found[0], f"{self.op} joins it with {what}")
-            out.append(found[0] if found else None)
-        return out
+        """The labels of an elementwise op's output, its operands joined as broadcasting aligns them."""
+        return [self._merge_dim(nodes, k) for k in range(len(self.shape))]
+
+    def _merge_dim(self, nodes: Sequence[Node], k: int) -> Labels | None:
+        """The labels of dim `k` of an elementwise op's output."""
+        labelled: list[Labels] = []
+        unlabelled: list[Node] = []  # operands of full size there, whose size is fixed
+        for node in nodes:
+            d = k - len(self.shape) + len(shape_of(node))
+            if d < 0:
+                continue
+            labels, size = self.dims(node)[d], shape_of(node)[d]
+            if labels is None:
+                unlabelled += [node] if size == self.shape[k] != 1 else []
+            elif size != self.shape[k]:
+                self.freeze(labels, f"{self.op} spreads this one channel over many")
+            else:
+                labelled.append(labels)
+        if not labelled:
+            return None
+        for labels in labelled[1:]:
+            self.join(labelled[0], labels)
+        if unlabelled:
+            is_input = any(self.state.origins[node] == "input" for node in unlabelled)
+            partner = "the model's input" if is_input else "a tensor whose size is fixed"
+            self.freeze(labelled[0], f"{self.op} joins it with {partner}")
+        return labelled[0]
 
 
 def shape_of(node: Node) -> tuple[int, ...]:
-    """Shape of a node's first output."""
+    """The shape of a node's first output; () where that is no tensor."""
     value = node.meta.get("val")
     value = value[0] if isinstance(value, (tuple, list)) else value
     return tuple(int(n) for n in value.shape) if isinstance(value, torch.Tensor) else ()
 
 
-def outputs(out: Dims | list[Dims]) -> tuple[Dims, ...]:
-    """What a rule returned, as one entry per output."""
-    several = [dims for dims in out if isinstance(dims, list)]
-    return tuple(several) if several else ([d for d in out if not isinstance(d, list)],)
+def as_outputs(labels: Dims | list[Dims]) -> tuple[Dims, ...]:
+    """A rule's return value as one entry per output of the op."""
+    several = [dims for dims in labels if isinstance(dims, list)]
+    return tuple(several) if several else ([d for d in labels if not isinstance(d, list)],)

@@ -1,4 +1,4 @@
-"""Normalisations whose average was opened: how many units that concerns, and what is exact nevertheless."""
+"""Channels inside the average of LayerNorm, RMSNorm or GroupNorm that `--open-norms` frees for pruning."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _PLACES = {  # function -> positions of weight and bias among its arguments
 
 
 def opened_units(network: Network, sites: Sequence[Site]) -> int:
-    """Units that may go only because averages were opened; where there is one, rebuilding is not exact."""
+    """The number of units that only `--open-norms` frees; where there is one, rebuilding is not exact."""
     return sum(int(c) in network.opened for site in sites for c in site.labels)
 
 
-def require_opened(network: Network, prunes: bool) -> None:
-    """Raises JpqError where averages were opened in vain: nothing is pruned, or no channel is free by that alone."""
+def check_open_norms(network: Network, prunes: bool) -> None:
+    """Raise JpqError where `--open-norms` has no effect: the method prunes nothing, or no channel is freed by it."""
     if not prunes:
         raise JpqError("--open-norms lets more channels be pruned, and this method prunes none. Leave it out.")
     if not network.opened:
@@ -42,10 +42,10 @@ def require_opened(network: Network, prunes: bool) -> None:
         )
 
 
-class Unaveraged(TorchFunctionMode):
-    """Inside, LayerNorm, RMSNorm and GroupNorm scale and shift but do not normalise: x * weight + bias.
+class NormsWithoutStatistics(TorchFunctionMode):
+    """A mode in which LayerNorm, RMSNorm and GroupNorm scale and shift but do not normalise: x * weight + bias.
 
-    What remains of a network with opened averages obeys the law, which shows that its weights are cut at the right
+    In this mode masked and rebuilt model agree for opened norms, too, which shows that weights are sliced at the right
     places. For checks only.
     """
 
@@ -55,17 +55,21 @@ class Unaveraged(TorchFunctionMode):
             return func(*args, **kwargs)
         x: Tensor = kwargs.get("input", args[0] if args else None)
         sizes = kwargs.get("num_groups", kwargs.get("normalized_shape", args[1] if len(args) > 1 else None))
-        shape = [1] * x.dim()
-        if isinstance(sizes, int):  # groups of channels on dim 1
-            shape[1] = x.shape[1]
-            fits = x.shape[1] % sizes == 0
-        else:
-            shape[-len(sizes) :] = sizes
-            fits = list(x.shape[-len(sizes) :]) == list(sizes)
-        if not fits:
+        shape = _affine_shape(x, sizes)
+        if shape is None:
             raise RuntimeError(f"{func.__name__} of {sizes} does not fit an input of shape {list(x.shape)}")
         for name, place in zip(("weight", "bias"), _PLACES[func], strict=True):
-            held = kwargs.get(name, args[place] if place is not None and len(args) > place else None)
-            if isinstance(held, Tensor):
-                x = x * held.reshape(shape) if name == "weight" else x + held.reshape(shape)
+            parameter = kwargs.get(name, args[place] if place is not None and len(args) > place else None)
+            if isinstance(parameter, Tensor):
+                x = x * parameter.reshape(shape) if name == "weight" else x + parameter.reshape(shape)
         return x
+
+
+def _affine_shape(x: Tensor, sizes: Any) -> list[int] | None:
+    """The shape in which a norm's weight broadcasts to `x`, by its groups or normalized shape; None if it does not."""
+    shape = [1] * x.dim()
+    if isinstance(sizes, int):  # groups of channels on dim 1
+        shape[1] = x.shape[1]
+        return shape if x.shape[1] % sizes == 0 else None
+    shape[-len(sizes) :] = sizes
+    return shape if list(x.shape[-len(sizes) :]) == list(sizes) else None

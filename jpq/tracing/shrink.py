@@ -1,11 +1,11 @@
-"""The small model itself: a copy without the channels that were dropped."""
+"""Removing channels from a float model, and finding channels that its code cannot lose by running smaller copies."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,134 +13,150 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from jpq.tracing.model_checks import unwrapped
+from jpq.tracing.model_checks import unwrap_model
 from jpq.tracing.network import Network
-from jpq.tracing.open_norms import Unaveraged
+from jpq.tracing.open_norms import NormsWithoutStatistics
 from jpq.tracing.sites import Site, channels
 from jpq.types import JpqError, Labels
 
-__all__ = ["apply_slices", "shrink", "slices"]
+FIXED_SIZE_REASON = "the model's code has fixed sizes there, or lets them follow others"
 
-REASON = "the model's code has fixed sizes there, or lets them follow others"
-UNTRIED = "a copy of the model could not be tried with fewer channels there"
-_CLOSE = 1e-6  # relative, in float64; a wrong head size or shuffle is off by far more
-Test = Callable[[nn.Module, Network, tuple[Any, ...], dict[str, Any], Sequence[Site]], bool]
-# parameter, buffer or counting attribute -> dim -> kept indices, in their new order
-Slices = Mapping[str, Mapping[int, list[int]]]
+UNTRIED_REASON = "a copy of the model could not be tried with fewer channels there"
+
+TOLERANCE = 1e-6  # relative difference in float64; a wrong head size or shuffle differs by far more
+
+Slices = Mapping[str, Mapping[int, list[int]]]  # parameter, buffer or counting attribute -> dim -> kept indices
 
 
-def shrink(model: nn.Module, network: Network, dropped: Collection[int]) -> nn.Module:
+def remove_channels(model: nn.Module, network: Network, dropped: Collection[int]) -> nn.Module:
     """A deep copy of the float `model` without the channels whose label class is in `dropped`.
 
     It computes what `model` computes when every weight that reads a dropped channel is zero. Modules and parameters
     that are shared stay shared; DataParallel and torch.compile are taken off.
     """
-    model = unwrapped(model)
-    cut = slices(network, dropped)
+    model = unwrap_model(model)
     tensors = [t for t in [*model.parameters(), *model.buffers()] if type(t) in (nn.Parameter, Tensor)]
-    borrowed = [t.detach() if type(t) is Tensor else nn.Parameter(t.detach(), t.requires_grad) for t in tensors]
-    small = apply_slices(copy.deepcopy(model, dict(zip(map(id, tensors), borrowed, strict=True))), cut)
-    for old, new in zip(tensors, borrowed, strict=True):
-        if new.data_ptr() == old.data_ptr():  # not sliced: copied only now, so that wide weights never are
-            new.data = new.data.clone()
+    views = [t.detach() if type(t) is Tensor else nn.Parameter(t.detach(), t.requires_grad) for t in tensors]
+    copied = copy.deepcopy(model, dict(zip(map(id, tensors), views, strict=True)))
+    small = apply_slices(copied, compute_slices(network, dropped))
+    for original, view in zip(tensors, views, strict=True):
+        if view.data_ptr() == original.data_ptr():  # not sliced: copied only now, so that wide weights never are
+            view.data = view.data.clone()
     return small
 
 
-def runs_smaller(
+def freeze_unshrinkable(
     model: nn.Module, network: Network, args: tuple[Any, ...], kwargs: dict[str, Any], suspects: Collection[int]
 ) -> Network:
     """The network with those sites frozen whose units the model's code cannot lose.
 
     Shapes are tried for every site, on the meta device. Sites with suspect classes (whose sizes a reshape or split
-    names) are also computed, on random weights: masked and shrunk must agree, apart from averages that were opened; so
+    names) are also computed, on random weights: masked and shrunk must agree, apart from norms that were opened; so
     are all sites of a model whose code asks for values, which the meta device has not.
     """
-    sites = [s for s in channels(network) if s.n > 1]
-    doubtful = [s for s in sites if set(s.labels.tolist()) & set(suspects)]
-    reason = REASON
-
-    def agree(test: Test, sites: Sequence[Site]) -> bool:
-        return test(model, network, args, kwargs, sites)
-
-    def passing(test: Test, sites: list[Site]) -> list[Site]:
-        """All if all pass together; else those that pass alone, if they pass together; else none."""
-        for _ in range(2):
-            if not sites or agree(test, sites):
-                return sites
-            sites = [s for s in sites if agree(test, [s])]
-        return sites if sites and agree(test, sites) else []
-
-    good = passing(_numbers_agree, passing(_shapes_agree, doubtful))
-    good = passing(_shapes_agree, [s for s in sites if s in good or s not in doubtful])
-    if len(good) < len(sites) and not agree(_shapes_agree, ()):
-        good = passing(_numbers_agree, sites)
-        if len(good) < len(sites) and not agree(_numbers_agree, ()):
-            reason = UNTRIED
+    sites = [site for site in channels(network) if site.n > 1]
+    uncertain = [site for site in sites if set(site.labels.tolist()) & set(suspects)]
+    trial = _Trial(model, network, args, kwargs)
+    passed = _passing(trial.outputs_agree, _passing(trial.shapes_fit, uncertain))
+    passed = _passing(trial.shapes_fit, [site for site in sites if site in passed or site not in uncertain])
+    reason = FIXED_SIZE_REASON
+    if len(passed) < len(sites) and not trial.shapes_fit(()):  # the meta device says nothing about this model
+        passed = _passing(trial.outputs_agree, sites)
+        if len(passed) < len(sites) and not trial.outputs_agree(()):
+            reason = UNTRIED_REASON
     frozen = dict(network.frozen)
     for site in sites:
-        if site not in good:
+        if site not in passed:
             frozen |= dict.fromkeys(site.labels.tolist(), reason)
     return replace(network, frozen=frozen)
 
 
-def _dropped(sites: Sequence[Site]) -> list[int]:
+def _passing(test: Callable[[Sequence[Site]], bool], sites: list[Site]) -> list[Site]:
+    """All sites if they pass together; else those that pass alone, if they pass together; else none."""
+    for _ in range(2):
+        if not sites or test(sites):
+            return sites
+        sites = [site for site in sites if test([site])]
+    return sites if sites and test(sites) else []
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Runs of copies of a model from which about a third of the units of some sites was removed."""
+
+    model: nn.Module
+    network: Network
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def shapes_fit(self, sites: Sequence[Site]) -> bool:
+        """Whether the smaller copy runs on the meta device, which computes shapes only."""
+        small = _copy_with(self.model, lambda t: torch.empty_like(t, device="meta"))
+        try:
+            with torch.no_grad(), torch.device("meta"):  # where tensors that the model makes for itself belong too
+                apply_slices(small, compute_slices(self.network, _drop_third(sites)))
+                small(*tree_map(_to_meta, self.args), **tree_map(_to_meta, self.kwargs))
+        except Exception:
+            return False
+        return True
+
+    def outputs_agree(self, sites: Sequence[Site]) -> bool:
+        """Whether masked and smaller copy have equal outputs in float64, on random weights."""
+        dropped = set(_drop_third(sites))
+        masked = _copy_with(self.model, lambda t: _random_like(t).double() if t.is_floating_point() else t.clone())
+        small = copy.deepcopy(masked)
+        try:
+            with torch.no_grad():
+                self._mask_weights(masked, sites, dropped)
+                apply_slices(small, compute_slices(self.network, dropped))
+                with NormsWithoutStatistics() if self.network.opened else nullcontext():
+                    outputs = [
+                        m(*tree_map(_widen, self.args), **tree_map(_widen, self.kwargs)) for m in (masked, small)
+                    ]
+                leaves = [tree_flatten(output)[0] for output in outputs]
+        except Exception:
+            return False
+        pairs = [(a, b) for a, b in zip(*leaves, strict=True) if isinstance(a, Tensor) and isinstance(b, Tensor)]
+        return all(a.shape == b.shape and _are_close(a, b) for a, b in pairs)
+
+    def _mask_weights(self, model: nn.Module, sites: Sequence[Site], dropped: Collection[int]) -> None:
+        """Set all weights that read a dropped class to zero."""
+        for site in sites:
+            keep = torch.tensor([[float(c not in dropped) for c in site.labels.tolist()]], dtype=torch.double)
+            for tap in site.taps:
+                weight = model.get_parameter(self.network.layer(tap.layer).weight)
+                weight.mul_(tap.structure.expand(keep.to(weight.device), weight.shape))
+
+
+def _drop_third(sites: Sequence[Site]) -> list[int]:
     """A third of every site's units, and 0 to 3 more: sites that the code wants equally large must not stay so."""
-    gone: list[int] = []
+    dropped: list[int] = []
     for k, site in enumerate(sites):
         units = site.labels.tolist()
-        gone += [*units[1::3], *units[2::3][: k % 4]]
-    return gone
+        dropped += [*units[1::3], *units[2::3][: k % 4]]
+    return dropped
 
 
-def _shapes_agree(
-    model: nn.Module, network: Network, args: tuple[Any, ...], kwargs: dict[str, Any], sites: Sequence[Site]
-) -> bool:
-    to_meta = lambda v: v.to("meta") if isinstance(v, Tensor) else v  # noqa: E731
-    small = _copy(model, lambda t: torch.empty_like(t, device="meta"))
-    try:
-        with torch.no_grad(), torch.device("meta"):  # where tensors that the model makes for itself belong too
-            apply_slices(small, slices(network, _dropped(sites)))
-            small(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
-    except Exception:
-        return False
-    return True
+def _to_meta(value: Any) -> Any:
+    """A tensor's shape and type without its numbers; any other value unchanged."""
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
-def _numbers_agree(
-    model: nn.Module, network: Network, args: tuple[Any, ...], kwargs: dict[str, Any], sites: Sequence[Site]
-) -> bool:
-    def widened(v: Any) -> Any:  # a copy, as some models write into their input
-        if not isinstance(v, Tensor):
-            return v
-        return v.to(torch.double, copy=True) if v.is_floating_point() else v.clone()
-
-    dropped = set(_dropped(sites))
-    masked = _copy(model, lambda t: _random(t).double() if t.is_floating_point() else t.clone())
-    small = copy.deepcopy(masked)
-    try:
-        with torch.no_grad():
-            for site in sites:
-                keep = torch.tensor([[float(c not in dropped) for c in site.labels.tolist()]], dtype=torch.double)
-                for tap in site.taps:
-                    weight = masked.get_parameter(network.layer(tap.layer).weight)
-                    weight.mul_(tap.structure.expand(keep.to(weight.device), weight.shape))
-            apply_slices(small, slices(network, dropped))
-            with Unaveraged() if network.opened else nullcontext():
-                both = [m(*tree_map(widened, args), **tree_map(widened, kwargs)) for m in (masked, small)]
-            outputs = [tree_flatten(out)[0] for out in both]
-    except Exception:
-        return False
-    pairs = [(a, b) for a, b in zip(*outputs, strict=True) if isinstance(a, Tensor) and isinstance(b, Tensor)]
-    return all(a.shape == b.shape and _close(a, b) for a, b in pairs)
+def _widen(value: Any) -> Any:
+    """A tensor in float64 (a copy, as some models write into their input); any other value unchanged."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(torch.double, copy=True) if value.is_floating_point() else value.clone()
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def _are_close(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are finite and equal up to TOLERANCE."""
     a, b = a.double(), b.double()
-    return bool((a - b).norm() <= _CLOSE * a.norm()) and bool(a.isfinite().all())
+    return bool((a - b).norm() <= TOLERANCE * a.norm()) and bool(a.isfinite().all())
 
 
-def _random(t: Tensor) -> Tensor:
-    """Weights that let every channel through, zero-initialised ones too; buffers and vectors stay near theirs."""
+def _random_like(t: Tensor) -> Tensor:
+    """Random weights that let every channel through, also zero-initialised ones; buffers and vectors hardly change."""
     generator = torch.Generator(device=t.device).manual_seed(t.numel())
     noise = torch.rand(t.shape, generator=generator, device=t.device, dtype=torch.float32)
     if isinstance(t, nn.Parameter) and t.dim() > 1:
@@ -148,8 +164,8 @@ def _random(t: Tensor) -> Tensor:
     return t.detach() + 0.1 * noise
 
 
-def _copy(model: nn.Module, change: Any) -> nn.Module:
-    """A deep copy whose parameters and buffers are changed ones; what is shared stays shared."""
+def _copy_with(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A deep copy whose parameters and buffers went through `change`; shared ones stay shared."""
     memo: dict[int, Any] = {}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(change(p).detach(), requires_grad=False)
@@ -164,35 +180,38 @@ def _copy(model: nn.Module, change: Any) -> nn.Module:
         ) from error
 
 
-def slices(
+def compute_slices(
     network: Network, dropped: Collection[int], places: Callable[[Labels], Labels] | None = None
 ) -> dict[str, dict[int, list[int]]]:
-    """What is kept of every parameter, buffer and counting attribute that loses something or changes its order.
+    """The kept indices of every parameter, buffer and counting attribute that loses entries or changes their order.
 
     A name that ends in a counting attribute ("shortcut.pad.before", "attention.heads", "norm.normalized_shape") has
-    the one dim 0; the attribute becomes the number of kept entries. `places` gives the positions of an axis in their
-    new order.
+    a single dim, 0; the attribute becomes the number of kept entries. `places` gives the positions of an axis in their
+    new order. Raises JpqError where nothing would be left of a parameter's dim.
     """
     above = max(dropped, default=0) + 1
-    gone = np.zeros(above + 2, bool)  # the last two entries stand for larger classes and for NONE
-    gone[list(dropped)] = True
-    out: dict[str, dict[int, list[int]]] = {}
+    is_dropped = np.zeros(above + 2, bool)  # the last two entries stand for larger classes and for NONE
+    is_dropped[list(dropped)] = True
+    slices: dict[str, dict[int, list[int]]] = {}
     counted = {name: {0: labels} for name, labels in network.attributes.items()}
     for name, axes in [*network.axes.items(), *counted.items()]:
         for dim, labels in axes.items():
-            lost = gone[np.minimum(labels, above)]
+            lost = is_dropped[np.minimum(labels, above)]
             if lost.all() and name in network.axes:
                 raise JpqError(f"Nothing would be left of dim {dim} of '{name}'. Keep at least one of its channels.")
             natural = np.arange(len(labels))
-            at = places(labels) if places else natural
-            if lost.any() or (at != natural).any():
-                out.setdefault(name, {})[int(dim)] = at[~lost[at]].tolist()
-    return out
+            order = places(labels) if places else natural
+            if lost.any() or (order != natural).any():
+                slices.setdefault(name, {})[int(dim)] = order[~lost[order]].tolist()
+    return slices
 
 
 @torch.no_grad()
 def apply_slices(model: nn.Module, slices: Slices) -> nn.Module:
-    """Slice `model` in place and set its modules' sizes to match. Keys of dims may be strings, as json makes them."""
+    """Slice `model` in place and set its modules' sizes to match. Dims may be strings, as keys of JSON are.
+
+    Raises JpqError for a plan that does not fit the model.
+    """
     owners: dict[str, nn.Module] = {}
     for name, axes in slices.items():
         path, _, attribute = name.rpartition(".")
@@ -211,13 +230,14 @@ def apply_slices(model: nn.Module, slices: Slices) -> nn.Module:
             setattr(module, attribute, count if isinstance(value, int) else (count,))
             continue
         owners[path] = module
-        _slice(name, value, {int(dim): kept for dim, kept in axes.items()})
+        _slice_tensor(name, value, {int(dim): kept for dim, kept in axes.items()})
     for module in set(owners.values()):
-        _resize(module)
+        _update_sizes(module)
     return model
 
 
-def _slice(name: str, value: Tensor, axes: dict[int, list[int]]) -> None:
+def _slice_tensor(name: str, value: Tensor, axes: dict[int, list[int]]) -> None:
+    """Keep these indices of each dim of a tensor, in place. Raises JpqError where there is no such index."""
     data = value.data
     for dim, kept in axes.items():
         if not kept or dim >= data.dim():
@@ -234,27 +254,31 @@ def _slice(name: str, value: Tensor, axes: dict[int, list[int]]) -> None:
     value.grad = None
 
 
-def _resize(module: nn.Module) -> None:
-    """Bring the size attributes of a torch module in line with its sliced tensors."""
+def _update_sizes(module: nn.Module) -> None:
+    """Set the size attributes of a torch module to the sizes of its sliced tensors."""
     weight: Any = getattr(module, "weight", None)
     if isinstance(module, nn.modules.conv._ConvNd):
-        n_in, n_out = weight.shape[1], weight.shape[0]
-        if module.transposed:
-            if module.groups == module.in_channels and module.groups > 1:
-                module.groups = weight.shape[0]
-            module.in_channels, module.out_channels = weight.shape[0], n_in * module.groups
-        else:
-            if module.groups == module.in_channels and module.groups > 1:
-                module.groups = module.groups * n_out // module.out_channels
-            module.in_channels, module.out_channels = n_in * module.groups, n_out
+        _update_conv_sizes(module)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, nn.modules.batchnorm._NormBase):
-        held = weight if weight is not None else module.running_mean
-        module.num_features = held.shape[0] if held is not None else module.num_features
+        vector = weight if weight is not None else module.running_mean
+        module.num_features = vector.shape[0] if vector is not None else module.num_features
     elif isinstance(module, nn.GroupNorm):
         module.num_channels = weight.shape[0]
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = weight.shape
     elif isinstance(module, nn.PReLU):
         module.num_parameters = weight.shape[0]
+
+
+def _update_conv_sizes(module: nn.modules.conv._ConvNd) -> None:
+    """Set groups, in_channels and out_channels of a convolution to the sizes of its sliced weight."""
+    rows, columns = module.weight.shape[:2]
+    depthwise = module.groups == module.in_channels and module.groups > 1
+    if module.transposed:
+        module.groups = rows if depthwise else module.groups
+        module.in_channels, module.out_channels = rows, columns * module.groups
+    else:
+        module.groups = module.groups * rows // module.out_channels if depthwise else module.groups
+        module.in_channels, module.out_channels = columns * module.groups, rows

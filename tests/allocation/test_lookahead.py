@@ -31,7 +31,7 @@ def exact(model, x):
 def of(net, name, x):
     """Site's first maker -> scores."""
     return dict(
-        zip([s.makers[0] for s in net.sites], scores(net, SCORES[name], [(x.double(), None)]).values(), strict=True)
+        zip([s.producers[0] for s in net.sites], scores(net, SCORES[name], [(x.double(), None)]).values(), strict=True)
     )
 
 
@@ -162,16 +162,16 @@ def test_an_identity_counts_one_and_branches_that_meet_add_up():
     model, x = Residual(), torch.randn(2, 3)
     net = exact(model, x)
     chains = Chains(net, batch_scales(net, x.double()))
-    site = next(s for s in net.sites if "last" in s.makers)
+    site = next(s for s in net.sites if "last" in s.producers)
     own, reached, after = chains.of(site)
     w = {n: getattr(model, n).weight.detach().double().square() for n in ("stem", "side", "inner", "last", "head")}
-    at = {maker: i for i, maker in enumerate(site.makers)}
+    at = {maker: i for i, maker in enumerate(site.producers)}
     assert torch.allclose(after[at["stem"]], w["inner"].sum(0) + 1), "its reader, and the way past it"
     assert torch.allclose(after[at["side"]], w["inner"].sum(0) + 1)
     assert torch.allclose(after[at["last"]], w["head"].sum(0)), "nothing is added behind it"
     assert torch.allclose(reached[at["stem"]], w["stem"].sum(1)), "the input counts one"
     assert torch.allclose(own[at["last"]], w["last"].sum(1))
-    hidden = next(s for s in net.sites if s.makers == ("inner",))
+    hidden = next(s for s in net.sites if s.producers == ("inner",))
     _, reached, after = chains.of(hidden)
     before = w["stem"].sum(1) + w["side"].sum(1)
     assert torch.allclose(reached[0], (w["inner"] * before).sum(1))
@@ -193,8 +193,8 @@ def test_depthwise_and_grouped_layers_count_their_real_connections():
     net = exact(model, x)
     chains = Chains(net, {})
     w = {n: m.weight.detach().double().square().sum((2, 3)) for n, m in model.named_children()}
-    site = next(s for s in net.sites if "a" in s.makers)
-    assert site.makers == ("a", "depth")
+    site = next(s for s in net.sites if "a" in s.producers)
+    assert site.producers == ("a", "depth")
     _, reached, after = chains.of(site)
     deep = w["depth"].sum(1)
     assert torch.allclose(after[0], deep), "the depthwise layer, and no way past it"
@@ -245,7 +245,7 @@ def test_one_direction_sees_what_the_other_end_lost(name, site, follows):
     evidence = [(x.double(), None)]
     base = of(net, "lookahead", x)[site]
     rank(net, SCORES[name], evidence, share=2 / 3 if site == "1" else 0.5)
-    margins = {s.makers[0]: g.margins[0] for s, g in zip(net.sites, net.gates, strict=True)}[site]
+    margins = {s.producers[0]: g.margins[0] for s, g in zip(net.sites, net.gates, strict=True)}[site]
     same = torch.equal(margins.argsort(), base.argsort())
     assert same is not follows
 

@@ -37,7 +37,7 @@ from jpq.methods.gates import Reweighted
 from jpq.methods.structures import by_layer, parse
 from jpq.plan import from_json
 from jpq.tasks.data import load
-from jpq.tracing.sites import layout, masks
+from jpq.tracing.sites import masks, weight_layout
 from jpq.tracing.trace import trace
 from jpq.types import DENSE, JpqError
 
@@ -170,7 +170,7 @@ def test_choices_fit_their_layers(seen):
         kinds = variants(layer)
         assert ("pattern" in kinds) == (layer.name in ("stem", "plain"))
         for structure in {s for kind in kinds.values() for s in kind} - {DENSE}:
-            own, size = parse(structure, layout(layer)), Size(layer.weight_shape)
+            own, size = parse(structure, weight_layout(layer)), Size(layer.weight_shape)
             rows, n = own.shape(size)
             assert rows * n > 0
             weight = torch.randn(size)

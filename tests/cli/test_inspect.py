@@ -36,7 +36,7 @@ def test_every_channel_can_go_or_has_a_reason(name: str) -> None:
     made = np.concatenate([*(layer.outputs for layer in network.layers), *network.embeddings.values()])
     rows = frozen_channels(network, sites)
     assert sum(row.channels for row in rows) + sum(site.n for site in sites) == len(set(made.tolist()) - {NONE})
-    assert all(row.reason and row.makers for row in rows)
+    assert all(row.reason and row.producers for row in rows)
 
 
 def test_prunable_share_by_hand() -> None:

@@ -21,7 +21,7 @@ from jpq.methods.gates import VIB, Frozen
 from jpq.methods.quantizers import Fixed, Learned
 from jpq.session import compress
 from jpq.tasks.models import build
-from jpq.tracing.network import shape, times, with_times
+from jpq.tracing.network import equivalent_calls, latency_shape, with_layer_times
 from jpq.tracing.sites import channels, masks
 from jpq.tracing.trace import trace
 from jpq.types import JpqError
@@ -40,7 +40,7 @@ def made(network, bits=(8, 32), seed=0, noise=0.0):
     entries = []
     for layer in network.layers:
         key, sides = (
-            shape(layer),
+            latency_shape(layer),
             [sorted({1, n // 4 or 1, n // 2 or 1, n}) for n in (len(layer.inputs), len(layer.outputs))],
         )
         for i, o, b in product(*sides, bits):
@@ -51,7 +51,7 @@ def made(network, bits=(8, 32), seed=0, noise=0.0):
 
 
 TABLE = made(NETWORK)
-TIMED = with_times(NETWORK, TABLE)
+TIMED = with_layer_times(NETWORK, TABLE)
 
 
 def net(network=TIMED, high=8):
@@ -76,7 +76,7 @@ RISING = grid([0.1, 0.4, 0.2, 1.0, 0.5, 2.5])
 def test_whole_model_is_the_sum_of_its_lines():
     dense = {(e.shape, e.inputs, e.outputs, e.bits): e.ms for e in TABLE.entries}
     for bits in (8, 32):
-        want = sum(round(dense[shape(x), len(x.inputs), len(x.outputs), bits] * NS) * times(x) for x in NETWORK.layers)
+        want = sum(round(dense[latency_shape(x), len(x.inputs), len(x.outputs), bits] * NS) * equivalent_calls(x) for x in NETWORK.layers)
         uses = [replace(u, w_bits=bits, a_bits=bits) for u in NET.exact_usage()]
         assert latency_ns(uses) == want
     assert baseline(NET.exact_usage())["latency"] == want
@@ -90,7 +90,7 @@ def test_halved_widths_that_were_measured_cost_their_lines():
     total = 0
     for layer, use in zip(NETWORK.layers, uses, strict=True):
         i, o = use.inputs * len(layer.inputs), use.outputs * len(layer.outputs)
-        total += round(lines[shape(layer), i, o, 8] * NS)
+        total += round(lines[latency_shape(layer), i, o, 8] * NS)
     assert latency_ns(uses) == total
 
 
@@ -179,7 +179,7 @@ def test_masks_cost_what_their_scheme_was_measured_at_and_the_dense_time_where_i
 
 def test_a_masked_network_is_charged_by_its_scheme():
     blocks = [replace(e, scheme="block:8x4", density=0.5, ms=e.ms / 2) for e in TABLE.entries]
-    network = with_times(NETWORK, LatencyTable("t", (*TABLE.entries, *blocks)))
+    network = with_layer_times(NETWORK, LatencyTable("t", (*TABLE.entries, *blocks)))
     sites = [s for s in masks(network, "block:8x4") if s.taps[0].layer == NETWORK.layers[1].name]
     masked = attach(MODEL, network, sites, Frozen.all, lambda _: (Fixed(8), Fixed(8)), [EXAMPLE], "djpq")
     plan = masked.plan()
@@ -217,7 +217,7 @@ def test_what_the_loss_sees_is_what_the_report_says():
 @given(seed=st.integers(0, 10**6), share=st.floats(0.12, 0.24), noise=st.sampled_from([0.0, 0.2]))
 @settings(max_examples=25, deadline=None)
 def test_lands_under_the_target_and_uses_it(seed, share, noise):
-    network = net(with_times(NETWORK, made(NETWORK, noise=noise)))
+    network = net(with_layer_times(NETWORK, made(NETWORK, noise=noise)))
     torch.manual_seed(seed)
     for p in network.gates.parameters():
         p.data.normal_(0, 3)
@@ -282,7 +282,7 @@ def test_bad_targets_of_time(text, why):
 def test_quantized_layers_may_be_slower_than_float_and_still_be_a_target():
     slow = tuple(replace(e, ms=3 * e.ms) if e.bits == 8 else e for e in made(NETWORK, (8, 32)).entries)
     uses = net(
-        with_times(NETWORK, LatencyTable("slow", tuple(replace(e, ms=9 * e.ms) if e.bits == 8 else e for e in slow)))
+        with_layer_times(NETWORK, LatencyTable("slow", tuple(replace(e, ms=9 * e.ms) if e.bits == 8 else e for e in slow)))
     ).exact_usage()
     assert parse_targets({"latency": "150%"}, uses)[0].limit > baseline(uses)["latency"]
 
@@ -302,11 +302,11 @@ def test_without_a_table_one_sentence_says_what_to_run():
 
 def test_a_layer_that_nobody_measured_is_refused_by_name():
     lost = NETWORK.layers[2]
-    kept = tuple(e for e in TABLE.entries if e.shape != shape(lost))
+    kept = tuple(e for e in TABLE.entries if e.shape != latency_shape(lost))
     with pytest.raises(JpqError, match=rf"no line for 1 of 4 layers, such as '{lost.name}'"):
-        with_times(NETWORK, LatencyTable("mine.csv", kept))
+        with_layer_times(NETWORK, LatencyTable("mine.csv", kept))
     with pytest.raises(JpqError, match="scheme 'blok:8x4' is no structure"):
-        with_times(
+        with_layer_times(
             NETWORK,
             LatencyTable("mine.csv", (*TABLE.entries, replace(TABLE.entries[0], scheme="blok:8x4", density=0.5))),
         )

@@ -19,8 +19,8 @@ from zoo import IMAGE, ZOO, Head, Residual, conv
 import jpq
 from jpq.cli.inspect import show_inspection
 from jpq.export.runtimes import Session
-from jpq.tracing.forward import call_model, tensors
-from jpq.tracing.shrink import shrink
+from jpq.tracing.forward import call_model, collect_tensors
+from jpq.tracing.shrink import remove_channels
 from jpq.tracing.sites import channels
 from jpq.tracing.trace import trace
 
@@ -104,8 +104,8 @@ def test_read_and_shrunk(name: str) -> None:
             weight = masked.get_parameter(network.layer(tap.layer).weight)
             keep = torch.tensor([[float(int(c) not in gone) for c in site.labels]], dtype=torch.double)
             weight.data.mul_(tap.structure.expand(keep, weight.shape))
-    small = shrink(model, network, gone)
-    for a, b in zip(tensors(call_model(masked, example)), tensors(call_model(small, example)), strict=True):
+    small = remove_channels(model, network, gone)
+    for a, b in zip(collect_tensors(call_model(masked, example)), collect_tensors(call_model(small, example)), strict=True):
         assert float((a - b).abs().max()) < 1e-12 * float(a.abs().max())
 
 
@@ -118,7 +118,7 @@ def test_compressed_and_exported(name: str, tmp_path: Path) -> None:
     assert all(net.net.quantizers(layer.name) for layer in net.net.network.layers)
     optimizer = torch.optim.Adam(net.groups())
     for _ in range(4):
-        loss = sum(t.square().mean() for t in tensors(call_model(net, example))) + net.pressure()
+        loss = sum(t.square().mean() for t in collect_tensors(call_model(net, example))) + net.pressure()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -136,7 +136,7 @@ def test_compressed_and_exported(name: str, tmp_path: Path) -> None:
     assert found["masked_vs_rebuilt_float64"] < 1e-9
     assert found["rebuilt_vs_onnxruntime"]["images"] == 8
     half = torch.utils._pytree.tree_map(lambda v: v[:3] if isinstance(v, Tensor) else v, example)
-    for a, b in zip(tensors(call_model(small, half)), tensors(call_model(session, half)), strict=True):
+    for a, b in zip(collect_tensors(call_model(small, half)), collect_tensors(call_model(session, half)), strict=True):
         assert a.shape == b.shape, "the batch is dynamic"
 
 
@@ -181,7 +181,7 @@ def test_a_head_that_only_trains_keeps_what_it_reads() -> None:
     }
     assert network.idle == ("aux.0.0", "aux.0.1", "aux.1.2")
     assert [layer.name for layer in network.layers] == ["a.0", "b.0", "c.0", "head.2"], "it costs nothing when deployed"
-    small = shrink(model, network, [int(c) for s in channels(network) for c in s.labels[::2]])
+    small = remove_channels(model, network, [int(c) for s in channels(network) for c in s.labels[::2]])
     assert set(small.train()(IMAGE)) == {"out", "aux"}
     net = jpq.compress(model, IMAGE, bops="10%", steps=3)
     optimizer = torch.optim.Adam(net.groups())
@@ -227,7 +227,7 @@ def test_googlenet_with_its_auxiliary_heads() -> None:
     plain = channels(trace(torchvision.models.googlenet(weights=None, aux_logits=False, init_weights=False), example))
     kept = {s.name for s in plain} - {s.name for s in sites}
     assert {name.split(".")[0] for name in kept} == {"inception4a", "inception4d"}, "what the two heads read"
-    small = shrink(model, network, [int(c) for s in sites for c in s.labels[1::2]]).train()
+    small = remove_channels(model, network, [int(c) for s in sites for c in s.labels[1::2]]).train()
     out = small(example)
     assert [o.shape for o in (out.logits, out.aux_logits1, out.aux_logits2)] == [(2, 10)] * 3
 
@@ -238,7 +238,7 @@ def test_segmentation() -> None:
     example = torch.randn(1, 3, 64, 64)
     network = trace(model, example)
     sites = channels(network)
-    small = shrink(model, network, [int(c) for s in sites for c in s.labels[1::2]])
+    small = remove_channels(model, network, [int(c) for s in sites for c in s.labels[1::2]])
     assert small(example)["out"].shape == (1, 21, 64, 64)
     assert sum(p.numel() for p in small.parameters()) < 0.5 * sum(p.numel() for p in model.parameters())
 

@@ -22,7 +22,7 @@ from jpq.export.onnx.integer_kernels import make_integral
 from jpq.export.packed.model import pack, unpack
 from jpq.export.rebuild import build
 from jpq.export.runtimes import Session
-from jpq.export.timing.runner import float_layers, kernels
+from jpq.export.timing.kernels import float_layers, kernels
 from jpq.export.verify import compare, difference
 from jpq.plan import from_json
 from jpq.tasks.models import build as make
@@ -195,12 +195,12 @@ def test_weights_that_need_8_bits_keep_them(tmp_path):
 
 
 def test_where_results_can_be_rounded():
-    found = {layer.name: layer.end for layer in trace(Residual().eval(), EXAMPLE).layers}
+    found = {layer.name: layer.output_quant_point for layer in trace(Residual().eval(), EXAMPLE).layers}
     assert (found["first"].module, found["first"].signed) == ("norm", False)  # ReLU takes negative numbers anyway
     assert (found["a"].module, found["a"].signed) == ("a", True)
     assert found["b"].module == "b"
     assert found["linear"] is None  # goes to the caller
-    chain = {layer.name: layer.end for layer in trace(Small().eval(), EXAMPLE).layers}
+    chain = {layer.name: layer.output_quant_point for layer in trace(Small().eval(), EXAMPLE).layers}
     assert chain["0"] is None  # the next layer rounds it
     assert (chain["5"].module, chain["5"].signed) == ("5", False)
 
@@ -323,7 +323,7 @@ def test_openvino_agrees(bits, weights, tmp_path):
 
 
 def test_runtimes_are_named(tmp_path, monkeypatch):
-    from jpq.export.runtimes import chosen, opened
+    from jpq.export.runtimes import open_session, parse_runtimes
 
     assert chosen("onnxruntime, onnxruntime") == ["onnxruntime", "onnxruntime"]
     for names, why in (("onnxruntim", "Did you mean onnxruntime"), ("", "No runtime")):

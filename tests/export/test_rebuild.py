@@ -20,7 +20,7 @@ from jpq.export.float_equivalence import (
     relative_difference,
 )
 from jpq.tasks import models
-from jpq.tracing.shrink import apply_slices, shrink, slices
+from jpq.tracing.shrink import apply_slices, compute_slices, remove_channels
 from jpq.tracing.sites import channels
 from jpq.tracing.trace import trace
 from jpq.types import JpqError
@@ -39,7 +39,7 @@ def test_masked_is_shrunk(name: str) -> None:
     for seed in range(6):
         keep = decide(sites, seed, share=(0.0, 0.2, 0.5, 0.5, 0.8, 0.9)[seed])
         gone = dropped(sites, keep)
-        small = shrink(model, network, gone)
+        small = remove_channels(model, network, gone)
         with masked(model, network, sites, keep):
             wanted = outputs(model, example)
         assert relative_difference(wanted, outputs(small, example)) < 1e-10
@@ -60,7 +60,7 @@ def test_the_check_sees_one_wrong_channel() -> None:
     other = (gone - {min(gone & set(sites[0].labels.tolist()))}) | {kept[0]}
     with masked(model, network, sites, keep):
         wanted = outputs(model, ZOO["residual"][1])
-    assert relative_difference(wanted, outputs(shrink(model, network, other), ZOO["residual"][1])) > 1e-3
+    assert relative_difference(wanted, outputs(remove_channels(model, network, other), ZOO["residual"][1])) > 1e-3
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -79,20 +79,20 @@ def test_slices_are_plain_data() -> None:
     network = trace(model, torch.randn(2, 3, 4, 4).double())
     sites = channels(network)
     gone = dropped(sites, decide(sites, 3, 0.4))
-    plan = json.loads(json.dumps(slices(network, gone)))
+    plan = json.loads(json.dumps(compute_slices(network, gone)))
     assert "pad.before" in plan
     loaded = apply_slices(copy.deepcopy(model), plan)
     x = torch.randn(2, 3, 4, 4).double()
-    assert torch.equal(loaded(x), shrink(model, network, gone)(x))
+    assert torch.equal(loaded(x), remove_channels(model, network, gone)(x))
     assert loaded.pad.before + loaded.pad.after + loaded.stem[0].out_channels == loaded.b[0].out_channels
 
 
 def test_nothing_dropped_changes_nothing() -> None:
     model = Plain().eval()
     network = trace(model, torch.randn(2, 3, 4, 4))
-    assert slices(network, ()) == {}
+    assert compute_slices(network, ()) == {}
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    shrink(model, network, channels(network)[0].labels.tolist()[1:])
+    remove_channels(model, network, channels(network)[0].labels.tolist()[1:])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "shrink must leave the model alone"
 
 
@@ -112,7 +112,7 @@ def test_nothing_left_is_refused() -> None:
     model = Plain().eval()
     network = trace(model, torch.randn(2, 3, 4, 4))
     with pytest.raises(JpqError, match="Nothing would be left of dim 0"):
-        shrink(model, network, network.layer("0.0").outputs.tolist())
+        remove_channels(model, network, network.layer("0.0").outputs.tolist())
 
 
 def test_a_plan_for_another_model_is_refused() -> None:
@@ -126,5 +126,5 @@ def test_shared_modules_stay_shared() -> None:
     model = ZOO["shared"][0]().eval()
     network = trace(model, ZOO["shared"][1])
     sites = channels(network)
-    small = shrink(model, network, dropped(sites, decide(sites, 0, 0.5)))
+    small = remove_channels(model, network, dropped(sites, decide(sites, 0, 0.5)))
     assert small.again is small.b

@@ -16,8 +16,8 @@ from jpq.export.unconstrained.channel_order import Blocks, blocks
 from jpq.export.unconstrained.reorder import export, layout
 from jpq.export.unconstrained.select import Select, copies, insert
 from jpq.tasks import zoo
-from jpq.tracing.shrink import apply_slices, slices
-from jpq.tracing.sites import channels, dropped, per_consumer
+from jpq.tracing.shrink import apply_slices, compute_slices
+from jpq.tracing.sites import channels, dropped_classes, per_consumer
 from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
@@ -70,7 +70,7 @@ def test_any_order_within_blocks_is_the_same_model(name):
         for members in held.members:
             n = len(members)
             rank[list(members)] = rng.permutation(n) if seed else np.arange(n)[::-1]
-        moved = slices(network, (), lambda labels, rank=rank: held.places(labels, rank))
+        moved = compute_slices(network, (), lambda labels, rank=rank: held.places(labels, rank))
         assert moved or seed or not held.members
         assert relative_difference(want, outputs(apply_slices(copy.deepcopy(model), moved), example)) <= 1e-12
 
@@ -149,7 +149,7 @@ def test_coupled_sites_need_no_selection(name):
     _, kept = decisions(sites, 0, 0.5)
     found = layout(network, sites, kept)
     assert not found.selects
-    assert found.slices == slices(network, dropped(sites, kept)), "the natural order"
+    assert found.slices == compute_slices(network, dropped_classes(sites, kept)), "the natural order"
     assert spent(export(model, network, sites, kept), example).to_dict() == dict.fromkeys(
         ("views", "gathers", "runs", "channels", "size_bytes"), 0
     )
@@ -161,7 +161,7 @@ def test_no_channel_goes_that_somebody_keeps(name):
     sites = per_consumer(network)
     for seed in range(5):
         _, kept = decisions(sites, seed, 0.3)
-        gone = dropped(sites, kept)
+        gone = dropped_classes(sites, kept)
         wanted = {int(c) for s in sites for c, k in zip(s.labels, kept[s.name], strict=True) if k}
         assert not gone & wanted
         assert gone | wanted == {int(c) for s in sites for c in s.labels}

@@ -16,7 +16,7 @@ from jpq.compression.attach import attach
 from jpq.config import Budget, Config, Decide, Run, Task, Train
 from jpq.export import runtimes
 from jpq.export.float_equivalence import outputs, randomize, relative_difference
-from jpq.export.onnx import export
+from jpq.export.onnx.export import export_onnx
 from jpq.export.rebuild import build, rebuild
 from jpq.export.unconstrained.select import Select, copies
 from jpq.export.verify import difference, measure
@@ -24,7 +24,7 @@ from jpq.methods.gates import VIB, Ranked
 from jpq.methods.quantizers import Fixed
 from jpq.plan import from_json
 from jpq.tracing.channel_shares import ChannelShares
-from jpq.tracing.sites import dropped, per_consumer
+from jpq.tracing.sites import dropped_classes, per_consumer
 from jpq.tracing.trace import trace
 
 NETS = {**{name: (make, IMAGE) for name, make in READERS.items()}, **{f"zoo_{n}": pair for n, pair in ZOO.items()}}
@@ -76,7 +76,7 @@ def test_a_reader_is_charged_for_what_it_keeps_and_a_producer_for_what_anybody_k
     for site in net.sites:
         (tap,) = site.taps
         assert uses[tap.layer].inputs == Fraction(sum(plan.kept[site.name]), site.n)
-    made = 12 - len(dropped(net.sites, plan.kept))
+    made = 12 - len(dropped_classes(net.sites, plan.kept))
     assert uses["body.0"].outputs * 12 == made == small.body[0].out_channels
     assert measure(small, example)["macs"] == costs.macs(uses.values())
 
@@ -125,7 +125,7 @@ def test_exported_file_slices_and_gathers(tmp_path):
     assert found.views >= 1
     assert found.gathers >= 1
     path = tmp_path / "small.onnx"
-    export.export(small, x, path)
+    export_onnx(small, x, path)
     kinds = [node.op_type for node in onnx_format.load(path).graph.node]
     strided = 4  # of the two shortcuts: every second row, and every second column
     assert (kinds.count("Slice") - strided, kinds.count("Gather")) == (found.views, found.gathers)

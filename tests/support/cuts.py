@@ -8,7 +8,7 @@ from typing import NamedTuple
 from zoo import ZOO
 
 from jpq.tracing.network import Network
-from jpq.tracing.shrink import shrink
+from jpq.tracing.shrink import remove_channels
 from jpq.tracing.sites import Site, channels
 from jpq.tracing.trace import trace
 
@@ -27,4 +27,4 @@ def cut(name: str, choose: Callable[[Sequence[Site]], set[int]]) -> Cut:
     network = trace(model, example)
     sites = channels(network)
     gone = choose(sites)
-    return Cut(network, sites, gone, trace(shrink(model, network, gone), example))
+    return Cut(network, sites, gone, trace(remove_channels(model, network, gone), example))

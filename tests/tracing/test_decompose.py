@@ -18,7 +18,7 @@ from zoo.attention import PACKED, Vision
 
 import jpq
 from jpq.config import Budget, Config, Run, Task, Train
-from jpq.export.float_equivalence import check_equivalence, outputs, relative_difference
+from jpq.export.float_equivalence import check_equivalence, float64_outputs, relative_difference
 from jpq.export.runtimes import Session
 from jpq.export.verify import compare
 from jpq.tracing.attention import Attention, Encoder
@@ -125,10 +125,10 @@ def test_unpacked_computes_the_same(name: str) -> None:
     model = randomised(make())
     for p in model.parameters():
         p.requires_grad_(False)
-    before = outputs(model, example)
+    before = float64_outputs(model, example)
     new = decompose(model)
-    assert relative_difference(before, outputs(new, example)) < 1e-12
-    assert relative_difference(before, outputs(model, example)) == 0.0, "the model itself must stay as it is"
+    assert relative_difference(before, float64_outputs(new, example)) < 1e-12
+    assert relative_difference(before, float64_outputs(model, example)) == 0.0, "the model itself must stay as it is"
     assert not any(p.requires_grad for p in new.parameters())
 
 
@@ -233,10 +233,10 @@ def test_torchvision_heads(name: str, size: int, heads: list[int], hidden: int) 
     torch.manual_seed(0)
     packed, example = small_vit() if name == "small vit" else torchvision_model(name, size)
     model = decompose(packed)
-    assert relative_difference(outputs(packed, example), outputs(model, example)) < 1e-12
+    assert relative_difference(float64_outputs(packed, example), float64_outputs(model, example)) < 1e-12
     network = trace(model, example)
     sites = channels(network)
-    assert [s.n for s in sites if s.makers[0].endswith(("q_proj", "qkv"))] == heads
+    assert [s.n for s in sites if s.producers[0].endswith(("q_proj", "qkv"))] == heads
     assert len([s.n for s in sites if "mlp" in s.name]) == hidden
     assert network.unknown_ops == ()
     found = check_equivalence(model, network, sites, example, seed=0)

@@ -21,7 +21,7 @@ from jpq.tracing.network import LayerKind, Network
 from jpq.tracing.op_call import Dims, OpCall, TraceState
 from jpq.tracing.rules import RULES, rule
 from jpq.tracing.sites import channels
-from jpq.tracing.trace import record, trace, walk
+from jpq.tracing.trace import build_network, propagate_labels, trace
 from jpq.types import NONE, JpqError
 
 
@@ -148,7 +148,7 @@ def test_taps_cover_every_reader() -> None:
     network = zoo("squeeze_excite")
     site = next(s for s in channels(network) if s.name == "a.0")
     assert [tap.layer for tap in site.taps] == ["gate.1", "b.0"]
-    assert site.makers == ("a.0", "gate.3"), "what scales a channel is made with it"
+    assert site.producers == ("a.0", "gate.3"), "what scales a channel is made with it"
 
 
 def test_skip() -> None:
@@ -288,8 +288,8 @@ def test_labelling_is_fast() -> None:
     model = torchvision.models.densenet201(weights=None).eval()
     program = export_graph(model, (torch.zeros(1, 3, 64, 64),), {})
     start = time.process_time()
-    book, unknown_ops = walk(TraceState(model), program)
-    network = record(book, unknown_ops, batch=1)
+    state, unknown_ops = propagate_labels(TraceState(model), program)
+    network = build_network(state, unknown_ops, batch=1)
     seconds = time.process_time() - start
     assert seconds < 1.0, f"densenet201 took {seconds:.2f} s of CPU time"
     assert len(channels(network)) == 200

@@ -21,15 +21,15 @@ from jpq.config import Budget, Config, Decide, Run, Task
 from jpq.export import verify
 from jpq.export.float_equivalence import (
     check_equivalence,
-    decide,
-    dropped,
-    masked,
-    outputs,
+    draw_decisions,
+    dropped_labels,
+    float64_outputs,
+    masked_weights,
     randomize,
     relative_difference,
 )
-from jpq.tracing.open_norms import Unaveraged, opened_units
-from jpq.tracing.shrink import shrink
+from jpq.tracing.open_norms import NormsWithoutStatistics, opened_units
+from jpq.tracing.shrink import remove_channels
 from jpq.tracing.sites import channels
 from jpq.tracing.trace import trace
 from jpq.types import JpqError
@@ -63,15 +63,15 @@ def test_cut_at_the_right_places_though_not_exact(share: float) -> None:
     network = trace(model, TOKENS, open_norms=True)
     sites = channels(network)
     randomize(model, TOKENS)
-    keep = decide(sites, 1, share)
-    small = shrink(model, network, dropped(sites, keep))
+    keep = draw_decisions(sites, 1, share)
+    small = remove_channels(model, network, dropped_labels(sites, keep))
     left = 3 * int(keep["embed"].sum())
     assert (small.n1.normalized_shape, small.n2.normalized_shape, small.n4.normalized_shape) == ((left,),) * 3
     assert (small.n3.num_groups, small.n3.num_channels) == (3, left)
-    with masked(model, network, sites, keep):
-        assert relative_difference(outputs(model, TOKENS), outputs(small, TOKENS)) > 1e-3, "the averages miss what went"
-        with Unaveraged():
-            assert relative_difference(outputs(model, TOKENS), outputs(small, TOKENS)) < 1e-10
+    with masked_weights(model, network, sites, keep):
+        assert relative_difference(float64_outputs(model, TOKENS), float64_outputs(small, TOKENS)) > 1e-3, "the averages miss what went"
+        with NormsWithoutStatistics():
+            assert relative_difference(float64_outputs(model, TOKENS), float64_outputs(small, TOKENS)) < 1e-10
 
 
 def test_unaveraged_only_scales_and_shifts() -> None:
@@ -79,7 +79,7 @@ def test_unaveraged_only_scales_and_shifts() -> None:
     with torch.no_grad():
         norm.weight.uniform_()
         norm.bias.uniform_()
-        with Unaveraged():
+        with NormsWithoutStatistics():
             assert torch.equal(norm(x), x * norm.weight[:, None] + norm.bias[:, None])
             assert torch.equal(F.layer_norm(x, (5,)), x)
             with pytest.raises(RuntimeError, match="does not fit"):
@@ -132,7 +132,7 @@ def test_torchvisions_trunks(name: str) -> None:
     randomize(model, x)
     assert opened_units(network, sites) == 96 + 192 + 384 + 768
     assert check_equivalence(model, network, sites, x, 0).difference > 1e-3
-    with Unaveraged():  # a softmax of numbers that nothing normalised magnifies rounding
+    with NormsWithoutStatistics():  # a softmax of numbers that nothing normalised magnifies rounding
         assert check_equivalence(model, network, sites, x, 0).difference < 1e-6
 
 

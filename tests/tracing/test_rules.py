@@ -15,7 +15,7 @@ from jpq.cli.inspect import show_inspection
 from jpq.tracing import rules
 from jpq.tracing.op_call import Dims, OpCall
 from jpq.tracing.rules import RULES, rule
-from jpq.tracing.shrink import shrink
+from jpq.tracing.shrink import remove_channels
 from jpq.tracing.sites import channels
 from jpq.tracing.trace import trace
 from jpq.types import JpqError
@@ -73,7 +73,7 @@ def test_the_documented_rule(own_rules: None) -> None:
     site = channels(network)[0]
     assert (site.name, site.n) == ("a.0", 6)
     gone = site.labels[[1, 4]]
-    small = shrink(model, network, gone.tolist())
+    small = remove_channels(model, network, gone.tolist())
     assert small.scale.shape == (4,)
     with torch.no_grad():
         model.b[0].weight[:, [1, 4]] = 0

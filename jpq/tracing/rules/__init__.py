@@ -1,8 +1,8 @@
-"""What each ATen op does to channel labels: `RULES`, op name -> handler.
+"""The effect of each ATen op on channel labels: `RULES`, op name -> rule.
 
 An op without a rule freezes every channel that it touches, and is listed in `Network.unknown_ops`; `jpq inspect` shows
 both. A rule of your own lifts that. It gets the call and returns, for each dim of the output, the labels that this dim
-carries (a label per index), or None where it carries none. Say that this op scales channels and squashes them, with one
+carries (a label per index), or None where it carries none. Take an op that scales channels and squashes them, with one
 scale per channel:
 
     import torch
@@ -24,11 +24,11 @@ scale per channel:
         call.bind(call["scale"], 0, dims[1])
         return dims
 
-`call["x"]` is an argument by the name in the op's schema (a node of the graph where it is a tensor), `call.dims` the
-labels of a tensor, `call.bind` says that a dim of a parameter shrinks with these channels, `call.join` ties two dims,
-`call.merge` does what broadcasting does, and `call.freeze` keeps channels, for a reason that the report shows. A rule
-must be true: a channel that it hands on may be removed, and the op must then compute the same for the others. An op
-that mixes channels freezes them or, like a layer, returns new ones.
+`call["x"]` is an argument by the name in the op's schema (a node of the graph where it is a tensor), `call.dims` gives
+the labels of a tensor, `call.bind` says that a dim of a parameter shrinks with these channels, `call.join` ties two
+dims, `call.merge` joins operands as broadcasting aligns them, and `call.freeze` keeps channels, for a reason that the
+report shows. A rule must be true: a channel that it hands on may be removed, and the op must then compute the same for
+the others. An op that mixes channels freezes them or, like a layer, returns new ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rules for ops that move, cut and glue dims without computing anything."""
+"""Rules for ops that move, split or join dims without arithmetic: permute, slice, cat, index, pad."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import numpy as np
 from torch.fx import Node
 
 from jpq.tracing.op_call import Dims, OpCall, rule, shape_of
+from jpq.tracing.pad_channels import PadChannels
 from jpq.types import NONE
 
 
 @rule("aten.permute")
 def permute(call: OpCall) -> Dims:
-    """Dims in another order."""
+    """Permute: dims in another order."""
     dims = call.x
     return [dims[call.dim(d)] for d in call["dims"]]
 
 
 @rule("aten.transpose", "aten.swapaxes", "aten.swapdims", "aten.t", "aten.numpy_T", "aten.mT", "aten.movedim")
 def transpose(call: OpCall) -> Dims:
-    """Two dims change places."""
+    """Transpose and its relatives: two dims change places, or one moves."""
     dims = call.x
     if call.op == "aten.movedim":
         counted = np.moveaxis(np.empty(range(1, len(dims) + 1)), call["source"], call["destination"]).shape
@@ -35,7 +36,7 @@ def transpose(call: OpCall) -> Dims:
 
 @rule("aten.unsqueeze")
 def unsqueeze(call: OpCall) -> Dims:
-    """A new dim of size 1."""
+    """Unsqueeze: a new dim of size 1 without labels."""
     dims = call.x
     dims.insert(call.dim(call["dim"], len(dims) + 1), None)
     return dims
@@ -43,27 +44,27 @@ def unsqueeze(call: OpCall) -> Dims:
 
 @rule("aten.squeeze")
 def squeeze(call: OpCall) -> Dims:
-    """Dims of size 1 go; a single channel that goes this way stays in the network."""
+    """Squeeze: dims of size 1 are removed; a single channel in such a dim is frozen."""
     dims, shape, dim = call.x, shape_of(call.tensors[0]), call["dim"]
     named = range(len(dims)) if dim is None else [call.dim(d) for d in (dim if isinstance(dim, list) else [dim])]
-    gone = [d for d in named if shape[d] == 1]
-    for d in gone:
+    removed = [d for d in named if shape[d] == 1]
+    for d in removed:
         call.freeze(dims[d], "a single channel whose dim is squeezed away")
-    return [labels for d, labels in enumerate(dims) if d not in gone]
+    return [labels for d, labels in enumerate(dims) if d not in removed]
 
 
 @rule("aten.select", "aten.unbind")
 def select(call: OpCall) -> Dims | list[Dims]:
-    """Picks single indices of a dim: their places in the code are fixed."""
+    """Select: single indices of a dim, whose places are fixed in the code."""
     dims, d = call.x, call.dim(call["dim"])
     call.freeze(dims[d], f"picked by its index in {call.op}")
-    out = [*dims[:d], *dims[d + 1 :]]
-    return out if call.op == "aten.select" else [out] * len(call.node.meta["val"])
+    others = [*dims[:d], *dims[d + 1 :]]
+    return others if call.op == "aten.select" else [others] * len(call.node.meta["val"])
 
 
 @rule("aten.slice", "aten.narrow")
-def cut(call: OpCall) -> Dims:
-    """A part of a dim; bounds within labelled channels are numbers in the model's code."""
+def slice_dim(call: OpCall) -> Dims:
+    """Slice: a part of a dim; bounds within labelled channels are numbers in the model's code."""
     dims, d = call.x, call.dim(call["dim"])
     labels = dims[d]
     if labels is not None and call.shape[d] != len(labels):
@@ -76,7 +77,7 @@ def cut(call: OpCall) -> Dims:
 
 @rule("aten.chunk", "aten.split", "aten.split_with_sizes", "aten.tensor_split")
 def split(call: OpCall) -> list[Dims]:
-    """Several parts of a dim. Equal parts lose channels at the same places; unequal ones keep all of theirs."""
+    """Split: several parts of a dim. Equal parts lose channels at the same places; unequal ones keep all of theirs."""
     dims, d = call.x, call.dim(call["dim"])
     labels, sizes = dims[d], [int(v.shape[d]) for v in call.node.meta["val"]]
     if labels is None:
@@ -93,7 +94,7 @@ def split(call: OpCall) -> list[Dims]:
 
 @rule("aten.glu")
 def glu(call: OpCall) -> Dims:
-    """One half of a dim times the sigmoid of the other: both lose channels at the same places."""
+    """GLU: one half of a dim times the sigmoid of the other; both lose channels at the same places."""
     dims, d = call.x, call.dim(call["dim"])
     labels = dims[d]
     if labels is not None:
@@ -103,7 +104,7 @@ def glu(call: OpCall) -> Dims:
 
 @rule("aten.cat", "aten.concat", "aten.concatenate")
 def cat(call: OpCall) -> Dims:
-    """Labels side by side along the dim, tied index by index on all others."""
+    """Concatenation: labels side by side along one dim, tied index by index on all others."""
     nodes: list[Node] = [n for n in call["tensors"] if shape_of(n) != (0,)]
     d = call.dim(call["dim"])
     out: Dims = []
@@ -115,28 +116,28 @@ def cat(call: OpCall) -> Dims:
             sized = zip(parts, nodes, strict=True)
             out.append(np.concatenate([np.full(shape_of(n)[k], NONE) if p is None else p for p, n in sized]))
         else:
-            first = parts[0]
-            for other in parts[1:]:
-                first = call.join(first, other)
-            out.append(first)
+            joined = parts[0]
+            for part in parts[1:]:
+                joined = call.join(joined, part)
+            out.append(joined)
     return out
 
 
 @rule("aten.stack")
 def stack(call: OpCall) -> Dims:
-    """Tied index by index; the new dim has no labels."""
+    """Stack: operands are tied index by index; the new dim has no labels."""
     nodes: list[Node] = list(call["tensors"])
     out = call.dims(nodes[0])
     for node in nodes[1:]:
-        other = call.dims(node)
-        out = [a if a is None and b is None else call.join(a, b) for a, b in zip(out, other, strict=True)]
+        pairs = zip(out, call.dims(node), strict=True)
+        out = [a if a is None and b is None else call.join(a, b) for a, b in pairs]
     out.insert(call.dim(call["dim"], len(out) + 1), None)
     return out
 
 
 @rule("aten.expand", "aten.expand_as", "aten.broadcast_to")
 def expand(call: OpCall) -> Dims:
-    """Dims of size 1 grow; labelled dims pass, though the code may name their size."""
+    """Expand: dims of size 1 grow; labelled dims pass, though the code may name their size."""
     dims, shape = call.x, call.shape
     new = len(shape) - len(dims)
     sizes = call["size"] or [-1] * len(shape)
@@ -153,7 +154,7 @@ def expand(call: OpCall) -> Dims:
 
 @rule("aten.repeat", "aten.tile")
 def repeat(call: OpCall) -> Dims:
-    """Copies side by side carry the same labels."""
+    """Repeat: copies side by side carry the same labels."""
     times = list(call["repeats"] or call["dims"])
     dims = [None] * (len(times) - len(call.x)) + call.x
     return [None if labels is None else np.tile(labels, n) for labels, n in zip(dims, times, strict=True)]
@@ -161,8 +162,10 @@ def repeat(call: OpCall) -> Dims:
 
 @rule("aten.repeat_interleave")
 def repeat_interleave(call: OpCall) -> Dims:
-    """Each index several times in a row, with the same label; where the counts are a tensor, or dims are flattened,
-    channels keep their places."""
+    """Repeat-interleave: each index several times in a row, with the same label.
+
+    Where the counts are a tensor, or dims are flattened, all channels are frozen.
+    """
     dims, times = call.x, call["repeats"]
     if call["dim"] is None or not isinstance(times, int):
         for labels in dims:
@@ -176,7 +179,7 @@ def repeat_interleave(call: OpCall) -> Dims:
 
 @rule("aten.flip", "aten.roll")
 def flip(call: OpCall) -> Dims:
-    """A reversed dim has reversed labels; channels that are rolled keep their places."""
+    """Flip and roll: a reversed dim has reversed labels; channels that are rolled are frozen."""
     dims = call.x
     for d in (call.dim(d) for d in call["dims"]):
         labels = dims[d]
@@ -191,7 +194,7 @@ def flip(call: OpCall) -> Dims:
 
 @rule("aten.index")
 def index(call: OpCall) -> Dims:
-    """Rows of one dim picked by one index tensor; the dims that are not indexed pass."""
+    """Index: rows of one dim picked by one index tensor; the dims that are not indexed pass."""
     source: Node = call["self"]
     dims, picks = call.dims(source), list(call["indices"])
     used = [d for d, pick in enumerate(picks) if pick is not None]
@@ -206,32 +209,32 @@ def index(call: OpCall) -> Dims:
 
 @rule("aten.pad", "aten.constant_pad_nd")
 def pad(call: OpCall) -> Dims:
-    """Padding around unlabelled dims; zero channels are labelled where PadChannels makes them, else frozen."""
+    """Padding: unlabelled dims pass; zero channels get labels where `PadChannels` makes them, else they are frozen."""
     dims, shape, sizes = call.x, shape_of(call.tensors[0]), list(call["pad"])
-    path, kind = call.module()
+    path, module = call.module()
     for k, (before, after) in enumerate(zip(sizes[::2], sizes[1::2], strict=True)):
         d = len(dims) - 1 - k
         labels = dims[d]
         if labels is None or before == after == 0:
             continue
-        known = call.classes.fresh(before + after)
-        if kind.endswith("jpq.tasks.zoo.PadChannels"):
-            call.book.attribute(f"{path}.before", known[:before])
-            call.book.attribute(f"{path}.after", known[before:])
+        zeros = call.classes.fresh(before + after)
+        if isinstance(module, PadChannels):
+            call.state.add_attribute(f"{path}.before", zeros[:before])
+            call.state.add_attribute(f"{path}.after", zeros[before:])
         else:
-            call.freeze(known, "zero channels whose number is fixed in the code; use jpq.tasks.models.PadChannels")
+            call.freeze(zeros, "zero channels whose number is fixed in the code; use jpq.tracing.PadChannels")
             call.suspect(labels)
         if min(before, after) < 0 or len(labels) != shape[d]:
             call.freeze(labels, "cropped by a negative padding")
             dims[d] = None
         else:
-            dims[d] = np.concatenate([known[:before], labels, known[before:]])
+            dims[d] = np.concatenate([zeros[:before], labels, zeros[before:]])
     return dims
 
 
 @rule("aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.channel_shuffle")
 def shuffle(call: OpCall) -> Dims:
-    """Channels to pixels and back, or channels among themselves: the blocks lose channels at the same places."""
+    """Pixel and channel shuffles: blocks of channels that are interleaved lose channels at the same places."""
     dims = call.x
     labels = dims[-3]
     if labels is not None:

@@ -1,4 +1,4 @@
-"""Rules for ops that treat every channel alike: arithmetic, activations, pooling, reductions."""
+"""Rules for ops that treat every channel alike: arithmetic, activations, pooling, reductions, normalisation."""
 
 from __future__ import annotations
 
@@ -23,77 +23,72 @@ var_mean std_mean"""
 
 @rule(*(f"aten.{name}" for name in _POINTWISE.split()))
 def pointwise(call: OpCall) -> Dims:
-    """Every output element depends on the elements at its own place: operands' labels are tied index by index."""
+    """Elementwise ops: operands' labels are tied index by index."""
     return call.merge(call.tensors)
 
 
 @rule("aten.to", "aten.type_as")
-def converted(call: OpCall) -> Dims:
-    """Another type or device; a second tensor only names it."""
+def convert(call: OpCall) -> Dims:
+    """Conversion to another type or device, which a second tensor may name."""
     return call.dims(call["self"])
 
 
 @rule(*(f"aten.{name}{n}d" for name in _WINDOWED.split() for n in (1, 2, 3)))
 @rule("aten._upsample_bilinear2d_aa", "aten._upsample_bicubic2d_aa")
 @rule(*(f"aten.max_pool{n}d_with_indices" for n in (1, 2, 3)))
-def windowed(call: OpCall) -> Dims | list[Dims]:
-    """Windows over the last one, two or three dims; the dims before pass."""
+def pool(call: OpCall) -> Dims | list[Dims]:
+    """Pooling and interpolation over the last one, two or three dims; the dims before pass."""
     n = int(next(letter for letter in call.op if letter.isdigit()))
     dims = call.x
     for labels in dims[-n:]:
         call.freeze(labels, f"{call.op} mixes neighbouring channels")
-    out: Dims = [*dims[:-n], *([None] * n)]
-    return call.each(out)
+    return call.for_each_output([*dims[:-n], *([None] * n)])
 
 
 @rule(*(f"aten.{name}" for name in _REDUCED.split()))
-def reduced(call: OpCall) -> Dims | list[Dims]:
-    """Reducing an unlabelled dim passes the others; a labelled dim that is averaged keeps all of its channels."""
+def reduce(call: OpCall) -> Dims | list[Dims]:
+    """Reductions: dims that are not reduced pass; a labelled dim that is reduced keeps all of its channels."""
     if len(call.tensors) > 1:
         return call.merge(call.tensors)
     dims, dim = call.x, call["dim"]
     over = range(len(dims)) if dim in (None, []) else [call.dim(d) for d in (dim if isinstance(dim, list) else [dim])]
     for d in over:
         call.freeze(dims[d], f"inside the average or extremum of {call.op}")
-    out: Dims
     if call["keepdim"]:
-        out = [None if d in over else labels for d, labels in enumerate(dims)]
-    else:
-        out = [labels for d, labels in enumerate(dims) if d not in over]
-    return call.each(out)
+        return call.for_each_output([None if d in over else labels for d, labels in enumerate(dims)])
+    return call.for_each_output([labels for d, labels in enumerate(dims) if d not in over])
 
 
 @rule("aten.softmax", "aten.log_softmax", "aten._softmax", "aten._log_softmax", "aten.cumsum", "aten.sort")
-def along(call: OpCall) -> Dims | list[Dims]:
-    """Mixes one dim, passes the others."""
+def softmax(call: OpCall) -> Dims | list[Dims]:
+    """Softmax, cumulative sum and sort: one dim is mixed and keeps all of its channels, the others pass."""
     dims, d = call.x, call.dim(call["dim"])
     call.freeze(dims[d], f"inside {call.op}, which mixes all channels")
-    out: Dims = [None if k == d else labels for k, labels in enumerate(dims)]
-    return call.each(out)
+    return call.for_each_output([None if k == d else labels for k, labels in enumerate(dims)])
 
 
 @rule("aten.ones", "aten.zeros", "aten.full", "aten.arange", "aten.empty", "aten.rand", "aten.randn", "aten.eye")
 @rule("aten.scalar_tensor", "aten.linspace", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty")
-def made(call: OpCall) -> Dims:
-    """A tensor made from numbers has no labels; what meets it at full size is frozen there."""
+def create(call: OpCall) -> Dims:
+    """Tensors made from numbers: no labels; channels that meet one at full size are frozen there."""
     return [None] * len(call.shape)
 
 
 @rule("aten.batch_norm", "aten.instance_norm", "aten._native_batch_norm_legit_no_training")
 def batch_norm(call: OpCall) -> Dims | list[Dims]:
-    """In evaluation, one scale and shift per channel."""
+    """BatchNorm and InstanceNorm: in evaluation, one scale and shift per channel."""
     dims = call.x
     for name in ("weight", "bias", "running_mean", "running_var"):
         call.bind(call[name], 0, dims[1])
     if call.op in ("aten.batch_norm", "aten.instance_norm"):
         return dims
-    extra: list[Dims] = [[None], [None]]
-    return [dims, *extra]
+    statistics: list[Dims] = [[None], [None]]
+    return [dims, *statistics]
 
 
 @rule("aten.prelu")
 def prelu(call: OpCall) -> Dims:
-    """One slope for all, or one per channel."""
+    """PReLU: one slope for all channels, or one per channel."""
     weight: Node = call["weight"]
     dims = call.dims(call["self"])
     if shape_of(weight) != (1,) and shape_of(weight):
@@ -103,22 +98,22 @@ def prelu(call: OpCall) -> Dims:
 
 @rule("aten.layer_norm", "aten.rms_norm", "aten._fused_rms_norm")
 def layer_norm(call: OpCall) -> Dims:
-    """Averages over the last dims: without one channel the others would change."""
+    """LayerNorm and RMSNorm: averages over the last dims, so that without one channel the others would change."""
     dims, shape = call.dims(call["input"]), tuple(call["normalized_shape"])
     for k, labels in enumerate(dims[-len(shape) :]):
-        (call.average if len(shape) == 1 else call.freeze)(labels, "inside LayerNorm's average")
+        (call.freeze_averaged if len(shape) == 1 else call.freeze)(labels, "inside LayerNorm's average")
         for name in ("weight", "bias"):
             call.bind(call[name], k, labels)
-    if len(shape) == 1 and call.book.open_norms:
-        call.counts("normalized_shape", shape, dims[-1])
+    if len(shape) == 1 and call.state.open_norms:
+        call.add_attribute("normalized_shape", shape, dims[-1])
     return dims
 
 
 @rule("aten.group_norm")
 def group_norm(call: OpCall) -> Dims:
-    """Averages over groups of channels: a whole group may go, and without one channel the rest of it would change.
+    """GroupNorm: averages over groups of channels, so that only a whole group may be removed.
 
-    Where averages are opened, all groups lose channels at the same places and stay equally large.
+    With `open_norms`, all groups lose channels at the same places and stay equally large.
     """
     dims, groups = call.dims(call["input"]), call["num_groups"]
     labels = dims[1]
@@ -127,12 +122,12 @@ def group_norm(call: OpCall) -> Dims:
     if labels is None:
         return dims
     by_group = labels.reshape(groups, -1)
-    if call.book.open_norms:
+    if call.state.open_norms:
         call.tie(by_group)
-        call.average(labels, "inside GroupNorm's average")
-        call.counts("num_channels", len(labels), labels)
-    elif groups > 1 and call.counts("num_groups", groups, by_group[:, 0].copy()):
-        call.counts("num_channels", len(labels), labels)
+        call.freeze_averaged(labels, "inside GroupNorm's average")
+        call.add_attribute("num_channels", len(labels), labels)
+    elif groups > 1 and call.add_attribute("num_groups", groups, by_group[:, 0].copy()):
+        call.add_attribute("num_channels", len(labels), labels)
         call.tie(by_group.T)
     else:
         call.freeze(labels, "inside GroupNorm's average")

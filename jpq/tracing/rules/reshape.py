@@ -1,4 +1,4 @@
-"""The rule for view, reshape, flatten and unflatten: where labels go when dims are merged and split."""
+"""The rule for view, reshape, flatten and unflatten, which merge and split dims."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jpq.types import Labels
 
 _HEADS = ("heads", "num_heads", "n_heads", "nheads", "n_head", "num_attention_heads")
 
-_WIDTH = "hidden_dim"  # where torchvision's ViT keeps the number of channels that it reshapes by
+_WIDTH = "hidden_dim"  # attribute of torchvision's ViT: the number of channels that it reshapes by
 
 _PRODUCTS = ("matmul", "bmm", "scaled_dot_product_attention", "einsum")
 
@@ -23,59 +23,68 @@ squeeze expand clone softmax slice t numpy_T"""  # what may lie between a reshap
 
 @rule("aten.view", "aten.reshape", "aten.flatten", "aten.unflatten", "aten._unsafe_view", "aten.view_as")
 def reshape(call: OpCall) -> Dims:
-    """Dims merged, split or regrouped; see `_regroup`. Sizes written as numbers are put to the test afterwards."""
-    source, dims = shape_of(call.tensors[0]), call.x
-    target, out = call.shape, [None] * len(call.shape)
-    free = set(range(len(target))) if call.op == "aten.flatten" else set()
-    if call.op in ("aten.view", "aten.reshape"):
-        free = {d for d, n in enumerate(call["size"] or call["shape"]) if n == -1}
-    if call.op == "aten.unflatten":
-        start = call.dim(call["dim"])
-        free = set(range(len(target))) - {start + d for d, n in enumerate(call["sizes"]) if n != -1}
-    result: Dims = list(out)
-    for src, dst in _blocks(source, target):
-        labelled = [d for d in src if dims[d] is not None]
+    """Reshape: dims merged, split or regrouped (see `_regroup`). Sizes written as numbers are tried out afterwards."""
+    dims = call.x
+    inferred = _inferred_dims(call)
+    out: Dims = [None] * len(call.shape)
+    for source_dims, target_dims in _match_dims(shape_of(call.tensors[0]), call.shape):
+        labelled = [(d, labels) for d in source_dims if (labels := dims[d]) is not None]
         if len(labelled) > 1:
-            for d in labelled:
-                call.freeze(dims[d], f"{call.op} merges two dims that both hold channels")
+            for _, labels in labelled:
+                call.freeze(labels, f"{call.op} merges two dims that both hold channels")
         elif labelled:
-            labels = dims[labelled[0]]
-            assert labels is not None
-            at, moved = _regroup(call, labels, labelled[0], src, dst)
-            if at is not None:
-                result[at] = moved
-                if at not in free:
+            ((d, labels),) = labelled
+            target, moved = _regroup(call, labels, d, source_dims, target_dims)
+            if target is not None:
+                out[target] = moved
+                if target not in inferred:
                     call.suspect(labels)
-                    call.counts(_WIDTH, call.shape[at], moved)
-    return result
-
-
-def _blocks(source: tuple[int, ...], target: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
-    """The smallest runs of dims with equal products."""
-    out: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(source) or j < len(target):
-        src, dst = [i] if i < len(source) else [], [j] if j < len(target) else []
-        a, b, i, j = prod(source[k] for k in src), prod(target[k] for k in dst), i + 1, j + 1
-        while a != b:
-            if a < b:
-                src.append(i)
-                a, i = a * source[i], i + 1
-            else:
-                dst.append(j)
-                b, j = b * target[j], j + 1
-        out.append((src, dst))
+                    call.add_attribute(_WIDTH, call.shape[target], moved)
     return out
 
 
-def _regroup(call: OpCall, labels: Labels, d: int, src: list[int], dst: list[int]) -> tuple[int | None, Labels | None]:
-    """Where the labels of source dim `d` go, and what they are there."""
-    sizes = [shape_of(call.tensors[0])[k] for k in src]
-    wide = [k for k in dst if call.shape[k] != 1]
-    spread = np.broadcast_to(labels.reshape([-1 if k == d else 1 for k in src]), sizes).reshape(-1)
+def _inferred_dims(call: OpCall) -> set[int]:
+    """Dims of the output whose size follows from the input, rather than being written as a number."""
+    every = set(range(len(call.shape)))
+    if call.op == "aten.flatten":
+        return every
+    if call.op in ("aten.view", "aten.reshape"):
+        return {d for d, n in enumerate(call["size"] or call["shape"]) if n == -1}
+    if call.op == "aten.unflatten":
+        start = call.dim(call["dim"])
+        return every - {start + d for d, n in enumerate(call["sizes"]) if n != -1}
+    return set()
+
+
+def _match_dims(source: tuple[int, ...], target: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of source dims and of target dims with equal products, in order."""
+    runs: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(source) or j < len(target):
+        source_dims, target_dims = [i] if i < len(source) else [], [j] if j < len(target) else []
+        a, b = prod(source[k] for k in source_dims), prod(target[k] for k in target_dims)
+        i, j = i + 1, j + 1
+        while a != b:
+            if a < b:
+                source_dims.append(i)
+                a, i = a * source[i], i + 1
+            else:
+                target_dims.append(j)
+                b, j = b * target[j], j + 1
+        runs.append((source_dims, target_dims))
+    return runs
+
+
+def _regroup(
+    call: OpCall, labels: Labels, d: int, source_dims: list[int], target_dims: list[int]
+) -> tuple[int | None, Labels | None]:
+    """(target dim, labels there) of the labels of source dim `d`; (None, None) where they are frozen."""
+    sizes = [shape_of(call.tensors[0])[k] for k in source_dims]
+    wide = [k for k in target_dims if call.shape[k] != 1]
+    spread = np.broadcast_to(labels.reshape([-1 if k == d else 1 for k in source_dims]), sizes).reshape(-1)
     if not wide:
-        if len(labels) == 1 and dst:
-            return dst[0], labels
+        if len(labels) == 1 and target_dims:
+            return target_dims[0], labels
         call.freeze(labels, "a single channel whose dim is squeezed away")
         return None, None
     if len(wide) == 1:
@@ -85,31 +94,30 @@ def _regroup(call: OpCall, labels: Labels, d: int, src: list[int], dst: list[int
         rows = np.moveaxis(blocks, axis, -1).reshape(-1, blocks.shape[axis])
         if (rows == rows[0]).all():
             return k, rows[0].copy()
-    axis = _varying(call, blocks.shape)
-    first = call.tie(np.moveaxis(blocks, axis, -1).reshape(-1, blocks.shape[axis])).copy()
+    axis = _shrinkable_axis(call, blocks.shape)
+    tied = call.tie(np.moveaxis(blocks, axis, -1).reshape(-1, blocks.shape[axis])).copy()
     if _feeds_attention(call.node):
-        _count_heads(call, first)
-    return wide[axis], first
+        _record_heads(call, tied)
+    return wide[axis], tied
 
 
-def _varying(call: OpCall, shape: tuple[int, ...]) -> int:
-    """Which of the dims that channels are split into can lose entries: heads before attention, else the longest."""
+def _shrinkable_axis(call: OpCall, shape: tuple[int, ...]) -> int:
+    """The dim that can lose entries, of those that channels are split into: heads before attention, or the longest."""
     if len(shape) > 1 and _feeds_attention(call.node):
         return len(shape) - 2
     return max(range(len(shape)), key=lambda k: (shape[k], k))
 
 
-def _count_heads(call: OpCall, labels: Labels) -> None:
-    """Attention keeps its number of heads in an attribute of the module: it counts these labels."""
-    path, _ = call.module()
-    module = call.book.model.get_submodule(path)
+def _record_heads(call: OpCall, labels: Labels) -> None:
+    """Record that the attribute in which an attention module keeps its number of heads counts these labels."""
+    path, module = call.module()
     for name in _HEADS:
         if vars(module).get(name) == len(labels):
-            call.book.attribute(f"{path}.{name}".lstrip("."), labels)
+            call.state.add_attribute(f"{path}.{name}".lstrip("."), labels)
 
 
 def _feeds_attention(node: Node) -> bool:
-    """Whether a product of two tensors is reached through nothing but moves."""
+    """Whether the value reaches a product of two tensors through nothing but moves and scaling."""
     seen, todo, passing = {node}, [node], _PASSING.split()
     while todo:
         for user in todo.pop().users:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jpq.tasks.zoo import PadChannels
+from jpq.tracing.pad_channels import PadChannels
 from zoo.attention import UNPACKED
 from zoo.tokens import Attention, AttentionByHand, AttentionRigid, Tokens, Transformer
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jpq.tasks.zoo import PadChannels
+from jpq.tracing.pad_channels import PadChannels
 from zoo import conv
 
 IMAGE = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(5))

@@ -9,11 +9,11 @@ from gated import gated
 from torch import nn
 
 import jpq
-from jpq.export.branches import Branches, branched
+from jpq.export.branches import Branches, split_into_branches
 from jpq.export.rebuild import rebuild
 from jpq.export.verify import difference, measure
 from jpq.methods.gates import Lasso
-from jpq.methods.gates.lasso import LEAST, SPAN, STRENGTH, coefficients, regulariser, running
+from jpq.methods.gates.lasso import LEAST, SPAN, STRENGTH, TAU, coefficients, regulariser, running
 from jpq.methods.structures import Inputs, Kernels
 from jpq.tracing.sites import masks
 
@@ -123,10 +123,60 @@ def test_planted_families_are_separated_and_the_regulariser_falls():
     assert float(regulariser(weight.detach().square().sum((2, 3)), gate.members, 1.0)) < start
 
 
+X = 0.5  # position t / T of the one step below; its shrinkage rate is 2 STRENGTH X^2
+
+
+def logit_gradient(before, task_step):
+    """[G, filters]: the gradient that one step gives the logits when the task moves the weight like this."""
+    weight = nn.Parameter(before.clone())
+    gate = gate_on(weight).double()
+    gate.observe_weights([(weight, Kernels())])
+    gate.relaxed()
+    weight.data += task_step
+    torch.manual_seed(1)
+    gate.after_step(X * SPAN)
+    return gate.first / 0.1  # Adam's first moment after one step
+
+
+def shrinkage_and_membership(before):
+    """(W -> dR/dW at the membership that the gate draws in that step, ln p): by autograd on the regulariser alone."""
+    torch.manual_seed(1)
+    log_p = gate_on(nn.Parameter(before.clone())).double()._drawn().log().requires_grad_(True)
+
+    def slope(weight):
+        weight = weight.clone().requires_grad_(True)
+        value = regulariser(weight.square().sum((2, 3)), torch.softmax(log_p, 0), 3.0)
+        return torch.autograd.grad(value, weight, create_graph=True)[0]
+
+    return slope, log_p
+
+
+def planted_layer():
+    torch.manual_seed(0)
+    return torch.randn(6, 5, 3, 3, dtype=torch.float64), 0.1 * torch.randn(6, 5, 3, 3, dtype=torch.float64)
+
+
+def test_logits_get_the_mixed_second_derivative():
+    """dR/dp at W2, and < d2R/dp dW at W, W2' - W1 >: what the task does to the shrunk weight reaches the logits."""
+    before, step = planted_layer()
+    slope, log_p = shrinkage_and_membership(before)
+    rate = 2 * STRENGTH * X**2
+    shrunk = before - rate * slope(before)
+    moved = (shrunk + step - rate * slope(shrunk + step) - shrunk).detach()
+    own = regulariser((shrunk + step).detach().square().sum((2, 3)), torch.softmax(log_p, 0), 3.0)
+    (expected,) = torch.autograd.grad(own + (slope(before) * moved).sum(), log_p)
+    assert torch.allclose(logit_gradient(before, step), expected / TAU, rtol=1e-8)
+
+
 def test_the_task_reaches_the_logits():
-    one, _, _ = learned(torch.clone, steps=6)
-    other, _, _ = learned(lambda w: w.flip(1), steps=6)
-    assert not torch.equal(one.alpha, other.alpha)
+    """Two task steps after which all kernels have the same norms, so that R's own gradient is the same, differ."""
+    before, step = planted_layer()
+    slope, _ = shrinkage_and_membership(before)
+    shrunk = (before - 2 * STRENGTH * X**2 * slope(before)).detach()
+    mirrored = -2 * shrunk - step  # W1 + step with the other sign
+    assert torch.allclose((shrunk + step).square(), (shrunk + mirrored).square())
+    one, other = logit_gradient(before, step), logit_gradient(before, mirrored)
+    assert float((one - other).norm()) > 0.1 * float(one.norm())
 
 
 def test_same_seed_same_groups():
@@ -219,7 +269,7 @@ def test_branches_compute_and_cost_what_the_masked_layer_does(name):
     net.eval().freeze(net.plan())
     small, _ = rebuild(net, model)
     assert difference(net, small, example) < 1e-9
-    packed = branched(small)
+    packed = split_into_branches(small)
     cut = [m for m in packed.modules() if isinstance(m, Branches)]
     assert cut
     assert all(len(m.convs) <= 2 for m in cut)
@@ -238,7 +288,7 @@ def test_filters_that_read_nothing_give_their_bias():
     conv.weight.data *= mask
     conv.register_buffer("mask", mask)
     x = torch.randn(2, 4, 5, 5)
-    packed = branched(nn.Sequential(conv))
+    packed = split_into_branches(nn.Sequential(conv))
     assert isinstance(packed[0], Branches)
     assert torch.allclose(packed(x), conv(x), atol=1e-6)
     assert torch.equal(packed(x)[:, 0], conv.bias[0].expand(2, 5, 5))
@@ -246,7 +296,7 @@ def test_filters_that_read_nothing_give_their_bias():
 
 def test_nothing_to_cut_is_refused():
     with pytest.raises(jpq.JpqError, match="dsp"):
-        branched(nn.Sequential(nn.Conv2d(4, 6, 3)))
+        split_into_branches(nn.Sequential(nn.Conv2d(4, 6, 3)))
 
 
 @pytest.mark.parametrize("density", [0.05, 0.02, 0.001])

@@ -8,7 +8,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
-from jpq.allocation.ranking.rank import scores as network_scores
+from jpq.allocation.ranking.rank import site_scores
 from jpq.compression.attach import attach
 from jpq.methods.gates import Ranked
 from jpq.methods.quantizers import Fixed
@@ -122,7 +122,7 @@ def _every_channel_of_a_network_gets_a_number(score: Score, name: str) -> None:
         labels = torch.arange(SAMPLES) % 3
         network = trace(model, images)
         net = attach(model, network, channels(network), Ranked, lambda _: (Fixed(8), Fixed(8)), [images], "ranked")
-        values = network_scores(net, score, [(images, labels)] * score.batches)
+        values = site_scores(net, score, [(images, labels)] * score.batches)
     for site in net.sites:
         found: Tensor = values[site.name]
         expect(

@@ -13,7 +13,6 @@ from jpq.allocation.allocators import PlanEvaluator
 from jpq.compression.calibration import reestimate_batchnorm
 from jpq.compression.model import CompressedModel
 from jpq.plan import Plan
-from jpq.tasks.classification import evaluate
 from jpq.tasks.data import Batches, Data
 from jpq.types import JpqError
 
@@ -48,9 +47,9 @@ def plan_evaluator(net: CompressedModel, data: Data, seed: int) -> PlanEvaluator
         trial = copy.deepcopy(net)
         trial.freeze(plan)
         reestimate_batchnorm(trial, training)
-        return evaluate(trial, held_out)
+        return data.task.evaluate(trial, held_out)
 
-    return PlanEvaluator(partial(score_batches, data), metric, seed)
+    return PlanEvaluator(partial(score_batches, data), metric, seed, data.task.loss)
 
 
 def check_classes(classes: str, data: Data) -> None:

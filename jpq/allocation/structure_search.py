@@ -25,15 +25,15 @@ from jpq.allocation.structure_rules import (
     variants,
 )
 from jpq.compression.calibration import reestimate_batchnorm
+from jpq.config import RULES, SEARCH
 from jpq.files import untrusted
 from jpq.files.atomic import replace_file
-from jpq.methods.compatibility import RULES, SEARCH, is_allowed
+from jpq.methods.compatibility import is_allowed
 from jpq.methods.structures import by_layer, parse
 from jpq.methods.table import Method
-from jpq.tasks.classification import evaluate
 from jpq.tasks.data import Batches, Data
 from jpq.tracing.network import Network
-from jpq.tracing.sites import layout
+from jpq.tracing.sites import weight_layout
 from jpq.types import DENSE, JpqError, unknown
 
 NAME = "schemes.json"
@@ -120,6 +120,7 @@ class MappingEvaluator:
         self, network: Network, model: nn.Module, data: Data, density: float, *, trained: bool = False, lr: float = 1e-3
     ):
         self.network, self.density, self.trained, self.lr = network, density, trained, lr
+        self.task = data.task
         self.model = copy.deepcopy(model).eval()
         self.before = {name: t.clone() for name, t in self.model.state_dict().items()}
         self.train = [batch for _, batch in zip(range(SETTLE), data.train.epoch(0), strict=False)]
@@ -136,7 +137,7 @@ class MappingEvaluator:
         if self.trained:
             self.study(masked)
         reestimate_batchnorm(self.model, self.train)
-        return evaluate(self.model, self.judges)
+        return self.task.evaluate(self.model, self.judges)
 
     def weight(self, name: str) -> Tensor:
         """Of a layer, as it stands."""
@@ -146,7 +147,7 @@ class MappingEvaluator:
         """The float model's weight with the weakest units zeroed."""
         if (name, structure) not in self.known:
             layer = self.network.layer(name)
-            own = parse(structure, layout(layer))
+            own = parse(structure, weight_layout(layer))
             self.known[name, structure] = project(self.before[layer.weight], own, self.density)
         return self.known[name, structure]
 
@@ -159,7 +160,7 @@ class MappingEvaluator:
             torch.manual_seed(0)  # of dropout
             for x, y in self.lesson:
                 optim.zero_grad()
-                nn.functional.cross_entropy(self.model(x), y).backward()
+                self.task.loss(self.model(x), y).backward()
                 optim.step()
                 for name, zero in zeros.items():
                     self.weight(name).data[zero] = 0

@@ -36,11 +36,10 @@ def run_evaluate(wanted: Evaluate, console: Console) -> None:
     """Measure what was asked for. Raises JpqError for files and data that do not go together."""
     import torch
 
-    from jpq.export.runtimes import chosen, opened
-    from jpq.results.formatting import format_percent
+    from jpq.export.runtimes import open_session, parse_runtimes
+    from jpq.results.formatting import format_metric
     from jpq.results.run_folder import load
     from jpq.tasks import models
-    from jpq.tasks.classification import evaluate
 
     single = wanted.saved.is_file()
     if single and (wanted.saved.suffix == ".pt2" or wanted.saved.name.endswith(".qonnx.onnx")):
@@ -49,28 +48,38 @@ def run_evaluate(wanted: Evaluate, console: Console) -> None:
     known = (folder / "config.toml").is_file()
     if not known and not single:
         raise JpqError(f"{folder} is not the folder of a run: it has no config.toml. Give one like runs/0123456789ab.")
-    runtimes = chosen(wanted.runtime or "onnxruntime") if wanted.runtime or single else ()
+    runtimes = parse_runtimes(wanted.runtime or "onnxruntime") if wanted.runtime or single else ()
     data = _data(wanted, folder if known else None)
     batches = data.test if wanted.split == "test" else data.held_out
-    of = f"of {batches.size} {wanted.split} images of {data.name} are right"
-    classes: dict[str, Any] = {}
+    task, samples = data.task, f"{batches.size} {wanted.split} images of {data.name}"
+    outputs: dict[str, list[Any]] = {}  # model that was run -> a tensor per batch
     if known and not (single and wanted.data):
         model, _ = load(folder, wanted.run_code)
-        models.check_fits(model, data.example, data.classes)
+        models.check_fits(model, data.example, data.classes, data.task)
         with torch.no_grad():
-            classes["the PyTorch model"] = torch.cat([model(x).argmax(1) for x, _ in batches])
+            outputs["the PyTorch model"] = [model(x) for x, _ in batches]
         if not single:
-            _say(console, f"{format_percent(evaluate(model, batches))} {of} ({wanted.saved}).")
-    labels = torch.cat([y for _, y in batches])
+            metric = format_metric(task, task.evaluate(model, batches))
+            _say(console, f"{task.report(metric, samples)} ({wanted.saved}).")
     file = wanted.saved if single else folder / "model.onnx"
     for name in runtimes:
-        session = opened(name, file)
+        session = open_session(name, file)
         _require_fits(file, session, data)
-        found = torch.cat([session(x).argmax(1) for x, _ in batches])
-        same = [f"{int((found == other).sum())} of {len(found)} as {who}" for who, other in classes.items()]
-        agrees = f" The same class for {', '.join(same)}." if same else ""
-        _say(console, f"{format_percent(float((found == labels).double().mean()))} {of} ({file} in {name}).{agrees}")
-        classes[name] = found
+        found = [session(x) for x, _ in batches]
+        replayed = iter(found)
+        metric = format_metric(task, task.evaluate(lambda _, replayed=replayed: next(replayed), batches))
+        agreement = ", ".join(f"{_agreement(task, found, other)} as {model}" for model, other in outputs.items())
+        agrees = f" The same {task.decision_name} for {agreement}." if agreement else ""
+        _say(console, f"{task.report(metric, samples)} ({file} in {name}).{agrees}")
+        outputs[name] = found
+
+
+def _agreement(task: Any, outputs: list[Any], others: list[Any]) -> str:
+    """How many decisions of two models' outputs, a tensor per batch, are the same."""
+    import torch
+
+    same = torch.cat([task.same_decision(a, b).flatten() for a, b in zip(outputs, others, strict=True)])
+    return f"{int(same.sum())} of {len(same)}"
 
 
 def _data(wanted: Evaluate, folder: Path | None) -> Any:
@@ -109,9 +118,10 @@ def _require_fits(file: Path, session: Any, data: Any) -> None:
         size = "x".join(map(str, data.shape))
         reason = " ".join(str(error).split())[:160]
         raise JpqError(f"{file} cannot take batches of {size} images, as {data.name} has them: {reason}") from error
-    if isinstance(out, tuple) or out.dim() != 2 or out.shape[1] != data.classes:
-        given = "several tensors" if isinstance(out, tuple) else "x".join(map(str, out.shape))
-        raise JpqError(f"{file} gives {given} for {len(x)} images, not a row of {data.classes} classes for each.")
+    if not data.task.fits(out, len(x), data.classes):
+        shape = "several tensors" if isinstance(out, tuple) else "x".join(map(str, out.shape))
+        row = data.task.row_text(data.classes)
+        raise JpqError(f"{file} gives {shape} for {len(x)} images, not {row} for each.")
 
 
 def _say(console: Console, line: str) -> None:

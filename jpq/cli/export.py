@@ -12,7 +12,7 @@ from rich.markup import escape
 from jpq.cli.flags import parsed, shown
 from jpq.cli.output import print_line
 from jpq.cli.pareto import Pick, pick_point, read_picked_runs, reasons
-from jpq.results.formatting import format_percent
+from jpq.results.formatting import format_metric
 from jpq.types import JpqError
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from jpq.cli.flags import parsed, shown
 from jpq.cli.output import Column, print_line, table, text_column
-from jpq.results.formatting import format_number, format_percent
+from jpq.results.formatting import format_metric, format_number, format_percent
 from jpq.types import JpqError
 
 if TYPE_CHECKING:
@@ -179,9 +179,9 @@ def summary(front: Front) -> list[str]:
 
     n, on = len(front.points), len(front.best)
     words = " and ".join(WORDS[cost] for cost in front.costs)
-    lines = [f"{n} run{'s' * (n > 1)}, {on} on the front of held-out {front.task.metric_name} and {words}, {n - on} dominated."]
-    chance = format_metric(front.task, max(p.chance for p in front.points))
     metric = front.task.metric_name
+    lines = [f"{n} run{'s' * (n > 1)}, {on} on the front of held-out {metric} and {words}, {n - on} dominated."]
+    chance = format_metric(front.task, max(p.chance for p in front.points))
     unit = f"{metric} x decades" + (" of each" if len(front.costs) > 1 else "")
     lines.append(
         f"Hypervolume {front.covered:.4f} ({unit}; above {chance} {metric}, below the fp32 model's {words}, log axis)."
@@ -204,11 +204,13 @@ def summary(front: Front) -> list[str]:
 def reasons(choice: Choice) -> list[str]:
     """Which point was picked, and why."""
     from jpq.results.front.select import shown
+    from jpq.tasks import pick_task
 
     p = choice.point
     costs = ", ".join(shown(p, cost) for cost in ("bops", "size", "latency") if cost in p.costs)
     where = "" if p.folder is None else f" ({escape(os.path.relpath(p.folder))})"
-    first = f"[bold]Chosen: {escape(p.name)}[/]{where}, {format_percent(p.accuracy)} held-out, {costs}."
+    metric = format_metric(pick_task(p.task), p.accuracy)
+    first = f"[bold]Chosen: {escape(p.name)}[/]{where}, {metric} held-out, {costs}."
     return [first, *(escape(line) for line in choice.why)]
 
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -15,8 +16,11 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from jpq.results.formatting import format_duration, format_percent
+from jpq.results.formatting import format_duration, format_metric, format_percent
 from jpq.training.history import EpochRecord
+
+if TYPE_CHECKING:  # --help shows without torch
+    from jpq.tasks.base import Task
 
 COST_OF_SEARCH = 2.0  # a step with gates and quantizers over a step of the float model, to guess the time left
 
@@ -37,6 +41,7 @@ class ProgressDisplay:
         self.began = time.monotonic()
         self.loss = self.bops_share = self.aim_share = math.nan
         self.row: EpochRecord | None = None
+        self.task: Task | None = None
         self.live: Live | None = None
 
     def __enter__(self) -> ProgressDisplay:
@@ -53,6 +58,10 @@ class ProgressDisplay:
         if self.live is not None:
             self.name = ""
             self.live.stop()
+
+    def begin(self, task: Task) -> None:
+        """Training for this task begins."""
+        self.task = task
 
     def phase(self, name: str, epochs: int, steps: int) -> None:
         """A phase of so many epochs of so many steps begins."""
@@ -99,7 +108,8 @@ class ProgressDisplay:
         """Loss, held-out accuracy and BOPs, as far as they are known."""
         out = [f"loss {loss:.3f}"] if math.isfinite(loss) else []
         if self.row is not None:
-            out.append(f"held-out {format_percent(self.row.accuracy)}")
+            metric = self.row.accuracy
+            out.append(f"held-out {format_metric(self.task, metric) if self.task else format_percent(metric)}")
             bops = bops if math.isfinite(bops) else self.row.bops_share
         if math.isfinite(bops):
             out.append(f"BOPs {format_percent(bops)}" + (f" (aim {format_percent(aim)})" if math.isfinite(aim) else ""))

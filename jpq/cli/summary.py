@@ -15,7 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from jpq.cli.output import Column, label_grid, table, text_column
-from jpq.results.formatting import format_change, format_duration, format_metric, format_ms, format_number, format_percent
+from jpq.results.formatting import (
+    format_change,
+    format_duration,
+    format_metric,
+    format_ms,
+    format_number,
+    format_percent,
+)
 from jpq.results.record import Result
 from jpq.results.run_folder import sizes
 from jpq.types import DENSE

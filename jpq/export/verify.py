@@ -1,4 +1,4 @@
-"""The law, checked: masked model == rebuilt model == exported model, on the same inputs."""
+"""Checks that masked, rebuilt and exported model compute the same, and the cost of a model counted by running it."""
 
 from __future__ import annotations
 
@@ -16,91 +16,36 @@ from jpq.compression.model import CompressedModel
 from jpq.costs import LayerUse, bops, macs
 from jpq.export.runtimes import Session
 from jpq.methods.quantizers import act_quantizer, weight_quantizer
-from jpq.tracing.forward import batch_of, call_model, eval_mode, hook_modules, tensors
+from jpq.tasks import CLASSIFICATION
+from jpq.tasks.base import Task, sample_difference
+from jpq.tracing.forward import batch_size, call_model, collect_tensors, eval_mode, hook_modules
 from jpq.types import JpqError
 
-OPENED = "masked_vs_rebuilt_at_landing_with_open_norms"  # measured, where the law cannot hold
+OPENED = "masked_vs_rebuilt_at_landing_with_open_norms"  # key of the difference where the models cannot be equal
 
 EXACT = 1e-9  # largest relative difference in float64 of two models that compute the same
 
-RARE = 0.005  # share of decisions (of an image's class) that may change at a rounding boundary
-
-GAP = 0.1  # share of the output range within which outputs without classes agree
+RARE = 0.005  # share of decisions that may change at a rounding boundary
 
 CLOSE = 1e-3  # relative difference in float32 below which no rounding boundary was crossed
 
-Pair = tuple[Any, Any]  # (a batch: a tensor, a tuple or a dict; its labels, which nobody reads here)
+Pair = tuple[Any, Any]  # (a batch: a tensor, a tuple or a dict; its targets, which are not read here)
 
 
-@torch.no_grad()
-def difference(one: nn.Module, other: nn.Module, x: Any) -> float:
-    """Largest relative difference of two models' outputs in float64, evaluation mode; they are not changed."""
-    pairs = zip(*(tensors(call_model(copy.deepcopy(m).double().eval(), _wide(x))) for m in (one, other)), strict=True)
-    return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs)
+def verify(
+    masked: nn.Module, small: nn.Module, path: Path, batches: Iterable[Pair], example: Any, task: Task = CLASSIFICATION
+) -> dict[str, Any]:
+    """Differences between masked, rebuilt and exported model. Raises JpqError where they are not equal.
 
-
-def _wide(x: Any) -> Any:
-    return tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, x)
-
-
-@torch.no_grad()
-def compare(one: Callable[..., Any], other: Callable[..., Any], batches: Iterable[Pair]) -> dict[str, Any]:
-    """How far apart two models are on every sample, in float32.
-
-    A sample differs "at a boundary" where its outputs are further apart than rounding of sums explains: somewhere a
-    value sat so near to the middle of two quantization levels that the order of a sum decided which. Classes are
-    compared along dim 1: one decision per sample of [B, classes], one per place of [B, classes, H, W]. An output
-    without classes decides nothing, and agrees where it is within a tenth of its range.
-    """
-    images = decisions = agree = boundary = 0
-    largest = worst_gap = 0.0
-    for x, _ in batches:
-        pairs = [[t.detach().cpu().float() for t in tensors(call_model(m, x))] for m in (one, other)]
-        apart = torch.stack([_apart(a, b) for a, b in zip(*pairs, strict=True)]).amax(0)
-        images, boundary = images + len(apart), boundary + int((apart > CLOSE).sum())
-        largest = max(largest, float(apart.max()))
-        for a, b in zip(*pairs, strict=True):
-            same, gap = _decided(a, b)
-            decisions, agree = decisions + same.numel(), agree + int(same.sum())
-            if not bool(same.all()):
-                worst_gap = max(worst_gap, float(gap[~same].max()))
-    return {
-        "images": images,
-        "decisions": decisions,
-        "argmax_agreement": agree / max(1, decisions),
-        "argmax_differs": decisions - agree,
-        "at_a_rounding_boundary": boundary,
-        "largest_relative_difference": largest,
-        "largest_gap_where_argmax_differs": worst_gap,
-    }
-
-
-def _apart(a: Tensor, b: Tensor) -> Tensor:
-    """[B]: largest difference of each sample, relative to the batch's largest output."""
-    return (a - b).abs().reshape(len(a), -1).amax(1) / a.abs().amax().clamp_min(1e-30)
-
-
-def _decided(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(whether each decision is the same, how clear it was as a share of the output range)."""
-    if a.dim() < 2 or a.shape[1] < 2:
-        apart = _apart(a, b)
-        return apart <= GAP, apart
-    top = a.topk(2, 1).values
-    gap = (top.select(1, 0) - top.select(1, 1)) / a.abs().amax().clamp_min(1e-30)
-    return a.argmax(1) == b.argmax(1), gap
-
-
-def verify(masked: nn.Module, small: nn.Module, path: Path, batches: Iterable[Pair], example: Any) -> dict[str, Any]:
-    """Differences between masked, rebuilt and exported model. Raises JpqError where the law is broken.
-
-    Where channels went from inside averages that were opened, masked and rebuilt model cannot be the same: how far they
-    are apart then stands under the key `OPENED`, however far that is.
+    Where channels inside opened averages (`--open-norms`) were removed, masked and rebuilt model cannot be equal: their
+    difference then stands under the key `OPENED`, however large it is.
 
     Models may take several tensors and give several: batches and example are what `jpq.trace` takes.
 
     Args:
-        masked: the settled network; small: the rebuilt one; path: its ONNX file.
+        masked: the network with its final plan; small: the rebuilt model; path: its ONNX file.
         batches: samples for the comparison in float32 and onnxruntime; example: a batch for float64.
+        task: says which outputs are the same decision.
     """
     small.eval()
     exact = difference(masked, small, example)
@@ -109,39 +54,92 @@ def verify(masked: nn.Module, small: nn.Module, path: Path, batches: Iterable[Pa
         raise JpqError(
             f"The rebuilt model is not the masked one: they differ by {exact:.2e} in float64. This is a bug in jpq."
         )
-    return {OPENED if opened else "masked_vs_rebuilt_float64": exact} | exported(small, path, batches)
+    return {OPENED if opened else "masked_vs_rebuilt_float64": exact} | exported(small, path, batches, task)
 
 
-def exported(small: nn.Module, path: Path, batches: Iterable[Pair]) -> dict[str, Any]:
-    """How far the file in onnxruntime is from the rebuilt model. Raises JpqError where rounding does not explain it.
+def exported(small: nn.Module, path: Path, batches: Iterable[Pair], task: Task = CLASSIFICATION) -> dict[str, Any]:
+    """Differences between the rebuilt model and its ONNX file in onnxruntime. Raises JpqError beyond rounding.
 
-    The promise is about the file as ONNX defines it, so onnxruntime runs it as written. How often a value then sits at
-    a rounding boundary depends on the network (at 2 bits one crossing can change a class): the yardstick is the rebuilt
-    model itself, in float32 against float64. onnxruntime's default optimisations replace layers by integer kernels and
-    round biases to 32-bit integers for them, which crosses more boundaries; what that changes is measured beside it.
+    The file is run as written, without onnxruntime's optimisations. How often a value then sits at a rounding boundary
+    depends on the network (at 2 bits one crossing can change a class): the yardstick is the rebuilt model itself, in
+    float32 against float64. onnxruntime's default optimisations replace layers by integer kernels and round biases to
+    32-bit integers for them, which crosses more boundaries; their effect is measured beside it.
     `batches` are read three times.
     """
     written = Session(path, optimised=False)
-    outside = compare(small, written, batches)
+    outside = compare(small, written, batches, task)
     precise = copy.deepcopy(small).double()
-    first = [next(iter(batches))]
-    own = compare(small, lambda *args, **kwargs: precise(*_wide(args), **_wide(kwargs)), first)
-    here = compare(small, written, first)
-    flips = RARE + 4 * own["argmax_differs"] / own["decisions"]
+    first_batch = [next(iter(batches))]
+    rounding = compare(small, lambda *args, **kwargs: precise(*_widen(args), **_widen(kwargs)), first_batch, task)
+    inside = compare(small, written, first_batch, task)
+    flips = RARE + 4 * rounding["argmax_differs"] / rounding["decisions"]
     if outside["argmax_differs"] > max(2, flips * outside["decisions"]):
         raise JpqError(
             f"onnxruntime and the rebuilt model differ: {outside['argmax_differs']} of {outside['decisions']} "
             "decisions come out differently. This is a bug in jpq or in onnxruntime."
         )
-    crossed = 2.5 * own["at_a_rounding_boundary"] + 0.05 * own["images"] + 1
-    if here["at_a_rounding_boundary"] > crossed:
+    crossed = 2.5 * rounding["at_a_rounding_boundary"] + 0.05 * rounding["images"] + 1
+    if inside["at_a_rounding_boundary"] > crossed:
         raise JpqError(
-            f"onnxruntime and the rebuilt model differ on {here['at_a_rounding_boundary']} of {here['images']} images, "
-            f"float32 and float64 of the rebuilt model on {own['at_a_rounding_boundary']}: this is more than rounding."
+            f"onnxruntime and the rebuilt model differ on {inside['at_a_rounding_boundary']} of {inside['images']} "
+            f"images, float32 and float64 of the rebuilt model on {rounding['at_a_rounding_boundary']}: this is more "
+            "than rounding."
         )
     return {
         "rebuilt_vs_onnxruntime": outside,
-        "rebuilt_vs_onnxruntime_optimised": compare(small, Session(path), batches),
+        "rebuilt_vs_onnxruntime_optimised": compare(small, Session(path), batches, task),
+    }
+
+
+@torch.no_grad()
+def difference(reference: nn.Module, model: nn.Module, x: Any) -> float:
+    """Largest relative difference of two models' outputs in float64, evaluation mode; neither is changed."""
+    wide = [
+        collect_tensors(call_model(copy.deepcopy(net).double().eval(), _widen(x)))  # copies: the models stay in float32
+        for net in (reference, model)
+    ]
+    pairs = zip(*wide, strict=True)
+    return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs)
+
+
+def _widen(x: Any) -> Any:
+    """Every floating-point tensor of a nested input in float64."""
+    return tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, x)
+
+
+@torch.no_grad()
+def compare(
+    reference: Callable[..., Any], model: Callable[..., Any], batches: Iterable[Pair], task: Task = CLASSIFICATION
+) -> dict[str, Any]:
+    """Difference of two models' outputs over batches of samples, in float32: numbers of samples and decisions.
+
+    A sample differs "at a boundary" where its outputs are further apart than rounding of sums explains: somewhere a
+    value sat so near to the middle of two quantization levels that the order of a sum decided between them. What is a
+    decision, and when two agree, says the task (`Task.same_decision`); of several output tensors each is compared.
+    """
+    images = decisions = agree = boundary = 0
+    largest = widest_gap = 0.0
+    for x, _ in batches:
+        outputs = [
+            [t.detach().cpu().float() for t in collect_tensors(call_model(net, x))] for net in (reference, model)
+        ]
+        pairs = list(zip(*outputs, strict=True))
+        apart = torch.stack([sample_difference(a, b) for a, b in pairs]).amax(0)
+        images, boundary = images + len(apart), boundary + int((apart > CLOSE).sum())
+        largest = max(largest, float(apart.max()))
+        for a, b in pairs:
+            same = task.same_decision(a, b)
+            decisions, agree = decisions + same.numel(), agree + int(same.sum())
+            if not bool(same.all()):
+                widest_gap = max(widest_gap, float(task.decision_gap(a, b)[~same].max()))
+    return {
+        "images": images,
+        "decisions": decisions,
+        "argmax_agreement": agree / max(1, decisions),
+        "argmax_differs": decisions - agree,
+        "at_a_rounding_boundary": boundary,
+        "largest_relative_difference": largest,
+        "largest_gap_where_argmax_differs": widest_gap,
     }
 
 
@@ -152,7 +150,7 @@ def measure(small: nn.Module, example: Any) -> dict[str, int]:
     The example is a tensor, a tuple of positional arguments, or a dict of keywords; costs are those of one sample.
     """
     uses: list[LayerUse] = []
-    samples = batch_of(example)
+    samples = batch_size(example)
 
     def count(name: str, layer: Any, x: Any, out: Tensor) -> None:
         weight = layer.weight

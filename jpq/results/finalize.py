@@ -21,9 +21,10 @@ from jpq.files.untrusted import check_no_code
 from jpq.plan import Plan
 from jpq.results import run_folder
 from jpq.results.finish import ship
+from jpq.results.formatting import format_metric
 from jpq.results.record import UNREAD, Result
 from jpq.results.run_folder import load
-from jpq.tasks.classification import evaluate
+from jpq.tasks.base import Task
 from jpq.tasks.data import Data
 from jpq.tasks.load import dense_model, read_data
 from jpq.types import JpqError
@@ -68,23 +69,26 @@ def finalize(
     small, plan = load(folder, run_code)
     data = read_data(config, torch.device("cpu"))
     require_same(small, plan, before, data)
-    notes = [*before.notes, *_moved(before, evaluate(small, data.held_out))]
+    notes = [*before.notes, *_moved(before, data.task.evaluate(small, data.held_out), data.task)]
     if config.decide.open_norms and verify.OPENED not in before.verified:
         notes.append("By --open-norms this model is not the masked one; how far apart they were, trials do not keep.")
     target = out or folder
     if out is not None:
         _copy(folder, config, out)
     path, files = ship(small, plan, data, target, config)
-    verified = {**before.verified, **verify.exported(small, path, data.test)}
+    verified = {**before.verified, **verify.exported(small, path, data.test, data.task)}
     timing = before.latency
     if (folder / layer_table.TABLE_NAME).is_file() and before.compressed.latency_ms is not None:
-        timing = layer_table.compare(
+        timing = layer_table.compare_with_prediction(
             path, before.compressed.latency_ms, layer_table.read_table(folder / layer_table.TABLE_NAME)
         )
     right, first = before.compressed.accuracy, before.float.accuracy
     if not before.final:
         model, missing = float_model(folder, config, data, before)
-        right, first = evaluate(small, data.test), UNREAD if model is None else evaluate(model, data.test)
+        right, first = (
+            data.task.evaluate(small, data.test),
+            UNREAD if model is None else data.task.evaluate(model, data.test),
+        )
         notes += missing
     result = replace(
         before,
@@ -113,15 +117,18 @@ def require_same(small: nn.Module, plan: Plan, before: Result, data: Data) -> No
         )
 
 
-def _moved(before: Result, now: float) -> list[str]:
-    """A note where the saved model's held-out accuracy is not what it was. Raises JpqError where it is far from it."""
+def _moved(before: Result, now: float, task: Task) -> list[str]:
+    """A note where the saved model's held-out metric is not what it was. Raises JpqError where it is far from it."""
     then = float(before.held_out["compressed"])
-    if abs(now - then) > max(NEAR, 0.05 * then):
+    if abs(now - then) > max(NEAR, 0.05 * abs(then)):
         raise JpqError(
-            f"{before.folder}: the saved model has {now:.2%} of the held-out images right, its result says {then:.2%}. "
-            "Weights or data are not those of the run."
+            f"{before.folder}: the saved model has a held-out {task.metric_name} of {format_metric(task, now)}, its "
+            f"result says {format_metric(task, then)}. Weights or data are not those of the run."
         )
-    return [] if now == then else [f"Held-out accuracy was {then:.2%} when the run ended and is {now:.2%} here."]
+    if now == then:
+        return []
+    was, is_now = format_metric(task, then), format_metric(task, now)
+    return [f"Held-out {task.metric_name} was {was} when the run ended and is {is_now} here."]
 
 
 def float_model(folder: Path, config: Config, data: Data, before: Result) -> tuple[nn.Module | None, list[str]]:
@@ -138,12 +145,14 @@ def float_model(folder: Path, config: Config, data: Data, before: Result) -> tup
             model.eval()
     except StopIteration:
         where = f"at {given}" if given is not None else f"in {folder}"
-        return None, [f"The float model's weights are no longer {where}: its test accuracy was not read."]
-    right, then = evaluate(model, data.held_out), before.held_out.get("float")
+        return None, [
+            f"The float model's weights are no longer {where}: its test {data.task.metric_name} was not read."
+        ]
+    right, then = data.task.evaluate(model, data.held_out), before.held_out.get("float")
     if then is not None and math.isfinite(then) and abs(right - then) > NEAR:
         return None, [
-            f"The float weights have {right:.2%} of the held-out images right and those of the run had "
-            f"{then:.2%}: their test accuracy was not read."
+            f"The float weights have a held-out {data.task.metric_name} of {format_metric(data.task, right)} and those "
+            f"of the run had {format_metric(data.task, then)}: their test {data.task.metric_name} was not read."
         ]
     return model, []
 

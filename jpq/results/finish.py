@@ -20,19 +20,19 @@ from jpq.costs.latency import NS
 from jpq.costs.latency_table import LatencyTable
 from jpq.costs.target import Target, all_met, used_share
 from jpq.export import formats, verify
-from jpq.export.branches import branched
-from jpq.export.onnx import export
+from jpq.export.branches import split_into_branches
+from jpq.export.onnx.export import export_onnx
 from jpq.export.onnx.narrow_weights import WEIGHTS
 from jpq.export.packed.model import pack
-from jpq.export.rebuild import complete, rebuild
+from jpq.export.rebuild import complete_plan, rebuild
 from jpq.export.timing import layer_table
-from jpq.export.timing.runner import float_layers
+from jpq.export.timing.kernels import float_layers
 from jpq.files import tensors
 from jpq.files.atomic import replace_file
 from jpq.plan import Plan
 from jpq.results import run_folder
 from jpq.results.record import UNREAD, LayerRecord, ModelMetrics, Result
-from jpq.tasks.classification import evaluate
+from jpq.tasks import task_record
 from jpq.tasks.data import Data
 from jpq.training import checkpoint, environment
 from jpq.training.environment import versions
@@ -59,7 +59,7 @@ def finish(
     """Rebuild, count again, save; where it is `final` export, verify and read the test split, here and only here."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # compare at full precision
     run.watch.phase("verify", 0, 0)
-    small, plan = rebuild(net, model) if tuned is net else (tuned.eval(), complete(net))
+    small, plan = rebuild(net, model) if tuned is net else (tuned.eval(), complete_plan(net))
     plan = replace(plan, model={"name": config.task.model, "classes": data.classes, "channels": data.shape[0]})
     uses = net.exact_usage(plan)
     require_as_planned(small, plan, uses, targets, data)
@@ -80,14 +80,14 @@ def finish(
         verified = run.timed("verify", lambda: proof(net, tuned, small, path, data, run))
         shipped = {**files, "verified": verified}
         if table is not None and predicted is not None:
-            shipped["latency"] = run.timed("bench", lambda: layer_table.compare(path, predicted, table))
+            shipped["latency"] = run.timed("bench", lambda: layer_table.compare_with_prediction(path, predicted, table))
     full = costs.baseline(uses)
     bops = costs.COSTS[config.budget.cost](uses)
     result = Result(
         folder=run.folder,
         method=net.method,
         float=ModelMetrics(
-            evaluate(model, data.test) if final else UNREAD,
+            data.task.evaluate(model, data.test) if final else UNREAD,
             int(full["bops"]),
             int(full["macs"]),
             int(full["size"]),
@@ -96,7 +96,7 @@ def finish(
             _ms(full.get("latency")),
         ),
         compressed=ModelMetrics(
-            evaluate(small, data.test) if final else UNREAD,
+            data.task.evaluate(small, data.test) if final else UNREAD,
             int(bops),
             int(costs.macs(uses)),
             int(costs.size(uses)),
@@ -104,7 +104,10 @@ def finish(
             int(costs.bops_structured(uses)),
             predicted,
         ),
-        held_out={"float": evaluate(model, data.held_out), "compressed": evaluate(small, data.held_out)},
+        held_out={
+            "float": data.task.evaluate(model, data.held_out),
+            "compressed": data.task.evaluate(small, data.held_out),
+        },
         targets={goal.cost: reached(goal, uses) for goal in targets},
         layers=layer_rows(net, plan, config.budget.cost),
         history=run.lineage(),
@@ -115,7 +118,12 @@ def finish(
         notes=tuple(run.notes),
         metrics=run.metrics,
         schemes=schemes,
-        data={"name": data.name, "checksum": data.checksum, **{k: getattr(data, k).size for k in SPLITS}},
+        data={
+            "name": data.name,
+            "checksum": data.checksum,
+            **{k: getattr(data, k).size for k in SPLITS},
+            **task_record(data.task),
+        },
         uniform=uniform_costs(net, uses),
         machine=environment.record_environment(data.example.device),
         final=final,
@@ -147,8 +155,8 @@ def ship(small: nn.Module, plan: Plan, data: Data, folder: Path, config: Config)
     Returns the ONNX file, and what a Result says of all of them ("packed", "export").
     """
     stored = pack(small, plan, data.example, folder / "model.packed")
-    path, weights = folder / formats.NAMES["onnx"], config.run.onnx_weights
-    export.export(branched_or_same(small, plan, data.example), data.example, path, weights)
+    path, weights = folder / formats.FORMATS["onnx"].file_name, config.run.onnx_weights
+    export_onnx(branched_or_same(small, plan, data.example), data.example, path, weights)
     others = [form for form in parse_formats(config.run.formats) if form != "onnx"]
     made = {"onnx": {"file": path.name, "bytes": path.stat().st_size}}
     made |= formats.write(small, data.example, folder, others, data.test)
@@ -162,8 +170,8 @@ def proof(
 ) -> dict[str, Any]:
     """That masked, rebuilt and exported model compute the same; without the first where opened averages forbid it."""
     if tuned is net:
-        return verify.verify(net, small, path, data.test, data.example)
-    return {verify.OPENED: run.opened, **verify.exported(small, path, data.test)}
+        return verify.verify(net, small, path, data.test, data.example, data.task)
+    return {verify.OPENED: run.opened, **verify.exported(small, path, data.test, data.task)}
 
 
 def _ms(nanoseconds: costs.Number | None) -> float | None:
@@ -178,7 +186,7 @@ def branched_or_same(small: nn.Module, plan: Plan, example: torch.Tensor) -> nn.
     if set(plan.structures.values()) != {"kernels"}:
         return small
     try:
-        cut = branched(small)
+        cut = split_into_branches(small)
     except JpqError:  # filters share nothing
         return small
     apart = verify.difference(small, cut, example)

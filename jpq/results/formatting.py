@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the screens import this module, and start without torch
+    from jpq.tasks.base import Task
 
 
 def format_duration(seconds: float) -> str:
@@ -43,3 +47,27 @@ def format_percent(share: float) -> str:
         return "-"
     value = 100 * share
     return f"{value:.2f} %" if abs(value) >= 0.1 or value == 0 else f"{value:.2g} %"
+
+
+def format_metric(task: Task, value: float) -> str:
+    """A task's metric with its unit: 0.9911 of classification is "99.11 %"."""
+    if task.metric_unit == "%":
+        return format_percent(value)
+    return f"{value:.4g} {task.metric_unit}".rstrip() if math.isfinite(value) else "-"
+
+
+def format_change(task: Task, change: float) -> str:
+    """A difference of two metrics: "+0.22 points" where they are in percent, else with the task's unit."""
+    if task.metric_unit == "%":
+        return f"{100 * change:+.2f} points"
+    return f"{change:+.3g} {task.metric_unit}".rstrip()
+
+
+def metric_scale(task: Task) -> float:
+    """Factor from a metric to the number that plots show: 100 where it is in percent."""
+    return 100.0 if task.metric_unit == "%" else 1.0
+
+
+def metric_label(task: Task) -> str:
+    """Name and unit of a task's metric, for the axis of a plot: "accuracy, %"."""
+    return f"{task.metric_name}, {task.metric_unit}" if task.metric_unit else task.metric_name

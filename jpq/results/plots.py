@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from jpq.config import Config
 from jpq.files.atomic import replace_file
-from jpq.results.formatting import format_number, format_percent, short
+from jpq.results.formatting import format_metric, format_number, format_percent, metric_label, metric_scale, short
 from jpq.results.record import Result
 from jpq.training.history import EpochRecord
 
@@ -48,11 +48,13 @@ def curves(result: Result, config: Config) -> Figure:
         cost.axhline(100 * share, color=INK, lw=1.2, ls=":", label=f"budget {format_percent(share)}")
     cost.set_ylabel("BOPs, % of the fp32 model")
 
-    quality.plot(x, [100 * row.accuracy for row in rows], color=BLUE, lw=2, marker=mark, ms=3.5, label="held-out")
+    scale = metric_scale(result.task)
+    quality.plot(x, [scale * row.accuracy for row in rows], color=BLUE, lw=2, marker=mark, ms=3.5, label="held-out")
     reference = result.held_out.get("float")
     if reference is not None:
-        quality.axhline(100 * reference, color=INK, lw=1.2, ls=":", label=f"float model {format_percent(reference)}")
-    quality.set_ylabel("held-out accuracy, %")
+        text = format_metric(result.task, reference)
+        quality.axhline(scale * reference, color=INK, lw=1.2, ls=":", label=f"float model {text}")
+    quality.set_ylabel(f"held-out {metric_label(result.task)}")
     quality.set_xlabel("epoch")
     quality.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _shade(rows, (cost, quality))
@@ -161,10 +163,9 @@ def layer_chart(result: Result, config: Config) -> Figure:
 def _title(result: Result, config: Config) -> str:
     now = result.compressed
     what = f"{config.task.model} on {config.task.data}, {result.method}"
-    right = (
-        format_percent(now.accuracy) if result.final else f"{format_percent(result.held_out['compressed'])} (held-out)"
-    )
-    return f"{what}: {right} at {format_percent(now.bops_share)} of the fp32 BOPs"
+    metric = format_metric(result.task, now.accuracy if result.final else result.held_out["compressed"])
+    split = "" if result.final else " (held-out)"
+    return f"{what}: {metric}{split} at {format_percent(now.bops_share)} of the fp32 BOPs"
 
 
 def quiet(axes: Axes) -> None:

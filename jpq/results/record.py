@@ -6,10 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jpq.training.history import EpochRecord
 from jpq.types import DENSE
+
+if TYPE_CHECKING:  # screens import this module, and --help shows without torch
+    from jpq.tasks.base import Task
 
 Numbers = dict[str, dict[str, float]]  # of what -> name -> number
 
@@ -99,3 +102,10 @@ class Result:
     front: tuple[
         BudgetRecord, ...
     ] = ()  # every budget of a run that followed several down; this result is the last one's
+
+    @property
+    def task(self) -> Task:
+        """The task that the run's data are for. Raises JpqError where its name is unknown."""
+        from jpq.tasks import recorded_task
+
+        return recorded_task(self.data)

@@ -1,4 +1,4 @@
-"""Where samples come from: scikit-learn, torchvision's files, folders of images, the user's code. All end in memory."""
+"""Readers of data sets: scikit-learn, torchvision's files, folders of images, the user's code; all end in memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from jpq.types import JpqError, unknown
 
-Pair: TypeAlias = tuple[Tensor, Tensor]  # images [N, C, H, W], uint8 or float32; labels [N], int64
+Pair: TypeAlias = tuple[Tensor, Tensor]  # images [N, C, H, W], uint8 or float32; labels [N], int64 for classes
 
 TORCHVISION: dict[str, Callable[..., Any]] = {
     "mnist": datasets.MNIST,
@@ -35,7 +35,7 @@ TORCHVISION: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as it was stored. A held-out or test part that is None is to be split off the training part."""
+    """A data set as it is stored; a held-out or test part that is None is split off the training part later."""
 
     train: Pair
     held_out: Pair | None
@@ -54,35 +54,35 @@ def digits() -> Source:
 
 def torchvision(name: str, root: Path) -> Source:
     """One of torchvision's data sets from its files under `root`, which are downloaded there when they are absent."""
-    train, test = (_published(TORCHVISION[name], name, root, part) for part in (True, False))
+    train, test = (_open_torchvision(TORCHVISION[name], name, root, part) for part in (True, False))
     pairs = []
-    for found in (train, test):
-        images = torch.as_tensor(found.data)
+    for part in (train, test):
+        images = torch.as_tensor(part.data)
         images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
-        pairs.append((images, torch.as_tensor(found.targets, dtype=torch.int64)))
+        pairs.append((images, torch.as_tensor(part.targets, dtype=torch.int64)))
     return Source(pairs[0], None, pairs[1], len(train.classes))
 
 
-def _published(kind: Callable[..., Any], name: str, root: Path, train: bool) -> Any:
-    """torchvision's reader: on the files, on the packed files (the folder may be read-only), after a download."""
+def _open_torchvision(reader: Callable[..., Any], name: str, root: Path, train: bool) -> Any:
+    """One part of a torchvision data set, from its files, its archives (`root` may be read-only) or a download."""
     try:
-        return kind(root, train=train, download=False)
+        return reader(root, train=train, download=False)
     except RuntimeError:  # the files are not there, or are not the published ones
         pass
     except Exception as error:
         raise JpqError(
             f"The files of '{name}' in '{root}' are damaged: {error}. Delete them to have them anew."
         ) from error
-    packed = [(root / kind.__name__ / "raw" / file, md5) for file, md5 in getattr(kind, "resources", [])]
-    if packed and all(check_integrity(file, md5) for file, md5 in packed):
+    archives = [(root / reader.__name__ / "raw" / file, md5) for file, md5 in getattr(reader, "resources", [])]
+    if archives and all(check_integrity(file, md5) for file, md5 in archives):
         with TemporaryDirectory() as folder:
-            unpacked = Path(folder, kind.__name__, "raw")
-            unpacked.mkdir(parents=True)
-            for file, _ in packed:
-                extract_archive(file, unpacked)
-            return kind(folder, train=train, download=False)
+            extracted = Path(folder, reader.__name__, "raw")
+            extracted.mkdir(parents=True)
+            for file, _ in archives:
+                extract_archive(file, extracted)
+            return reader(folder, train=train, download=False)
     try:
-        return kind(root, train=train, download=True)
+        return reader(root, train=train, download=True)
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise JpqError(
@@ -92,23 +92,24 @@ def _published(kind: Callable[..., Any], name: str, root: Path, train: bool) -> 
 
 
 def folder(path: Path) -> Source:
-    """PATH/train/CLASS/*.png, PATH/test likewise; PATH/val is held out, or is the test where there is no PATH/test."""
+    """A folder of images: PATH/train/CLASS/*.png, likewise PATH/test; PATH/val is held out, or a missing test."""
     if not (path / "train").is_dir():
         raise JpqError(f"There is no folder '{path / 'train'}'; images are read from PATH/train/CLASS/*.png.")
     classes = sorted(p.name for p in (path / "train").iterdir() if p.is_dir() and not p.name.startswith("."))
     parts = [path / part for part in ("train", "val", "test") if (path / part).is_dir()]
-    files = {part: _labelled(part, classes) for part in parts}
-    every = _pixels([file for part in parts for file, _ in files[part]])
+    files = {part: _labelled_files(part, classes) for part in parts}
+    all_images = _read_images([file for part in parts for file, _ in files[part]])
     pairs = {}
-    for part, images in zip(parts, every.split([len(files[part]) for part in parts]), strict=True):
+    for part, images in zip(parts, all_images.split([len(files[part]) for part in parts]), strict=True):
         pairs[part.name] = images, torch.tensor([label for _, label in files[part]])
     val, test = pairs.get("val"), pairs.get("test")
     held_out, test = (val, test) if test else (None, val)
     return Source(pairs["train"], held_out, test, len(classes))
 
 
-def _labelled(part: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    found = []
+def _labelled_files(part: Path, classes: list[str]) -> list[tuple[Path, int]]:
+    """(image file, class number) of every image in a part's class folders."""
+    labelled = []
     for entry in sorted(p for p in part.iterdir() if p.is_dir() and not p.name.startswith(".")):
         if entry.name not in classes:
             raise JpqError(
@@ -119,14 +120,14 @@ def _labelled(part: Path, classes: list[str]) -> list[tuple[Path, int]]:
             raise JpqError(
                 f"The class folder '{entry}' holds no image ({', '.join(IMG_EXTENSIONS)}). Fill or remove it."
             )
-        found += [(image, classes.index(entry.name)) for image in images]
-    if not found:
+        labelled += [(image, classes.index(entry.name)) for image in images]
+    if not labelled:
         raise JpqError(f"The folder '{part}' holds no class folders with images; they are read from CLASS/*.png.")
-    return found
+    return labelled
 
 
-def _pixels(files: list[Path]) -> Tensor:
-    """All images as bytes, [N, 3, H, W], or [N, 1, H, W] when every one is grey."""
+def _read_images(files: list[Path]) -> Tensor:
+    """All images as bytes, [N, 3, H, W], or [N, 1, H, W] when all are grey. Raises JpqError for unequal sizes."""
     images: list[Tensor] = []
     grey = True
     for file in files:
@@ -146,19 +147,22 @@ def _pixels(files: list[Path]) -> Tensor:
             )
         grey = grey and mode in ("1", "L", "LA")
         images.append(pixels)
-    every = torch.stack(images)
-    return every[:, :1].contiguous() if grey else every
+    stacked = torch.stack(images)
+    return stacked[:, :1].contiguous() if grey else stacked
 
 
-def converted(name: str, made: Any) -> Source:
-    """What a user's callable returned, (train, test) or (train, held out, test), each a Dataset or a pair (x, y)."""
-    if not isinstance(made, tuple | list) or len(made) not in (2, 3) or any(isinstance(m, Tensor) for m in made):
+def convert_user_data(name: str, parts: Any) -> Source:
+    """The value of a user's callable, (train, test) or (train, held out, test), each a Dataset or a pair (x, y)."""
+    if not isinstance(parts, tuple | list) or len(parts) not in (2, 3) or any(isinstance(p, Tensor) for p in parts):
         raise JpqError(
-            f"Data '{name}' returned {_kind(made)}; it must return a jpq.tasks.data.Data, or (train, test), or "
+            f"Data '{name}' returned {_type_text(parts)}; it must return a jpq.tasks.data.Data, or (train, test), or "
             "(train, held_out, test), each a torch Dataset or a pair of tensors (x, y)."
         )
-    named = dict(zip(("train", "test") if len(made) == 2 else ("train", "held-out", "test"), made, strict=True))
-    pairs = {part: _checked(f"The {part} part of '{name}'", _pair(name, part, given)) for part, given in named.items()}
+    named = dict(zip(("train", "test") if len(parts) == 2 else ("train", "held-out", "test"), parts, strict=True))
+    pairs = {
+        part: _checked_pair(f"The {part} part of '{name}'", _as_pair(name, part, samples))
+        for part, samples in named.items()
+    }
     classes = int(pairs["train"][1].max()) + 1
     for part, (images, labels) in pairs.items():
         if images.shape[1:] != pairs["train"][0].shape[1:] or images.dtype != pairs["train"][0].dtype:
@@ -170,19 +174,23 @@ def converted(name: str, made: Any) -> Source:
     return Source(pairs["train"], pairs.get("held-out"), pairs["test"], classes)
 
 
-def _kind(made: Any) -> str:
-    return f"({', '.join(type(m).__name__ for m in made)})" if isinstance(made, tuple | list) else type(made).__name__
+def _type_text(value: Any) -> str:
+    """The type of a value, of a tuple or list those of its members."""
+    if isinstance(value, tuple | list):
+        return f"({', '.join(type(member).__name__ for member in value)})"
+    return type(value).__name__
 
 
-def _pair(name: str, part: str, given: Any) -> tuple[Any, Any]:
-    if isinstance(given, tuple | list) and len(given) == 2:
-        return given[0], given[1]
-    if not (hasattr(given, "__getitem__") and hasattr(given, "__len__")) or isinstance(given, tuple | list | Tensor):
+def _as_pair(name: str, part: str, data: Any) -> tuple[Any, Any]:
+    """(images, labels) of a pair or of a Dataset, which is read whole."""
+    if isinstance(data, tuple | list) and len(data) == 2:
+        return data[0], data[1]
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")) or isinstance(data, tuple | list | Tensor):
         raise JpqError(
-            f"The {part} part of '{name}' is {_kind(given)}; it must be a pair of tensors (x, y), "
+            f"The {part} part of '{name}' is {_type_text(data)}; it must be a pair of tensors (x, y), "
             "or a Dataset with a length and samples (image, label)."
         )
-    samples = [given[i] for i in range(len(given))]
+    samples = [data[i] for i in range(len(data))]
     if not samples or any(not isinstance(sample, Sequence) or len(sample) != 2 for sample in samples):
         raise JpqError(f"The {part} part of '{name}' is empty, or its samples are not pairs (image, label).")
     images = [pil_to_tensor(x) if isinstance(x, Image.Image) else torch.as_tensor(x) for x, _ in samples]
@@ -191,7 +199,8 @@ def _pair(name: str, part: str, given: Any) -> tuple[Any, Any]:
     return torch.stack(images), torch.tensor([int(label) for _, label in samples])
 
 
-def _checked(what: str, pair: tuple[Any, Any]) -> Pair:
+def _checked_pair(what: str, pair: tuple[Any, Any]) -> Pair:
+    """(images, labels) as tensors on the CPU. Raises JpqError for other shapes or types, NaN, or negative labels."""
     try:
         images, labels = torch.as_tensor(pair[0]), torch.as_tensor(pair[1])
     except (TypeError, ValueError, RuntimeError) as error:
@@ -213,44 +222,45 @@ def _checked(what: str, pair: tuple[Any, Any]) -> Pair:
     return images, labels.detach().cpu().long()
 
 
-def imported(what: str, spec: str) -> Callable[..., Any]:
+def import_callable(what: str, spec: str) -> Callable[..., Any]:
     """The callable that `module:callable` names. Importing RUNS the module; the current folder is searched first."""
     module, _, attribute = spec.partition(":")
     if not module or not attribute:
         raise JpqError(f"The {what} '{spec}' must be written as module:callable, for example mycode:make.")
     try:
-        with _current_folder():
-            found: Any = importlib.import_module(module)
+        with _current_folder_on_path():
+            value: Any = importlib.import_module(module)
     except Exception as error:
         raise JpqError(
             f"Could not import '{module}' for the {what} '{spec}' ({type(error).__name__}: {error}). "
             "Run from the folder that holds it, or install it."
         ) from error
     for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise unknown(f"callable of '{module}'", attribute, [n for n, v in vars(found).items() if callable(v)])
-        found = getattr(found, part)
-    if not callable(found) or isinstance(found, torch.nn.Module):
-        raise JpqError(f"'{spec}' is a {type(found).__name__}; the {what} needs a function or class that makes one.")
-    return found
+        if not hasattr(value, part):
+            raise unknown(f"callable of '{module}'", attribute, [n for n, v in vars(value).items() if callable(v)])
+        value = getattr(value, part)
+    if not callable(value) or isinstance(value, torch.nn.Module):
+        raise JpqError(f"'{spec}' is a {type(value).__name__}; the {what} needs a function or class that makes one.")
+    return value
 
 
-def call(what: str, spec: str, function: Callable[..., Any], **given: Any) -> Any:
-    """Call the user's function; one that wants more than it is given is refused. Its own errors pass through."""
+def call_user_code(what: str, spec: str, function: Callable[..., Any], **arguments: Any) -> Any:
+    """The value of a user's function. Raises JpqError where it needs other arguments; its own errors pass through."""
     try:
-        inspect.signature(function).bind(**given)
+        inspect.signature(function).bind(**arguments)
     except TypeError as error:
         raise JpqError(f"The {what} '{spec}' cannot be called: {error}. Give its other parameters defaults.") from error
     except ValueError:  # some built-in callables have no signature
         pass
-    return function(**given)
+    return function(**arguments)
 
 
 @contextmanager
-def _current_folder() -> Iterator[None]:
-    here = os.getcwd()
-    sys.path.insert(0, here)
+def _current_folder_on_path() -> Iterator[None]:
+    """A context in which the current folder is searched first for modules."""
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
     try:
         yield
     finally:
-        sys.path.remove(here)
+        sys.path.remove(folder)

@@ -1,4 +1,4 @@
-"""jpq.tasks.load."""
+"""The data set and the float model that a config names."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from jpq.tracing.decompose import decompose
 
 
 def read_data(config: Config, device: torch.device) -> Data:
-    """The configured data set on its device."""
-    t = config.task
+    """The data set that a config names, on the device."""
     return load_data(
-        t.data,
-        t.data_root,
+        config.task.data,
+        config.task.data_root,
         batch_size=config.train.batch_size,
-        held_out=t.held_out,
+        held_out=config.task.held_out,
         augment=config.train.augment,
         seed=config.run.seed,
         device=device,
-        limit=t.limit,
+        limit=config.task.limit,
     )
 
 
 def dense_model(config: Config, data: Data, device: torch.device) -> nn.Module:
-    """The float model, unpacked, with --weights where they are given, checked against the data's images and classes."""
+    """The float model that a config names, decomposed into plain layers, with its weights, checked against the data."""
     model = models.build(config.task.model, data.classes, data.shape[0]).to(device)
     if config.task.weights is not None:
         models.load_weights(model, config.task.weights)
-    models.check_fits(model, data.example, data.classes)
+    models.check_fits(model, data.example, data.classes, data.task)
     return decompose(model).eval()

@@ -1,4 +1,4 @@
-"""Models by name, their weights from a file, and whether they fit the data.
+"""Models by name, weights from a file, and the check that a model fits the data.
 
 `lenet5`, `vgg7`, `convnet`, `resnet8` .. `resnet56` are in `jpq.tasks.zoo`; `torchvision:NAME` is torchvision's;
 `module:callable` imports and runs the user's own code.
@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq.files.tensors import safetensors_of, short, torch_of
+from jpq.files.tensors import one_line, read_safetensors, read_torch
 from jpq.files.untrusted import check_file, check_no_code
 from jpq.plan import Plan
-from jpq.tasks import zoo
-from jpq.tasks.datasets import call, imported
+from jpq.tasks import CLASSIFICATION, zoo
+from jpq.tasks.base import Task
+from jpq.tasks.datasets import call_user_code, import_callable
 from jpq.tasks.zoo import cifar_resnet, convnet, lenet5, vgg7
 from jpq.tracing.export_graph import locate_failure
-from jpq.tracing.forward import named_inputs
-from jpq.tracing.model_checks import accepted
+from jpq.tracing.forward import name_inputs
+from jpq.tracing.model_checks import accept_model
 from jpq.types import JpqError, unknown
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
@@ -40,7 +41,10 @@ ONE_CHANNEL = frozenset({"lenet5", "convnet"})  # usually fed grey images
 
 
 def build(name: str, classes: int, channels: int | None = None) -> nn.Module:
-    """A new model with random weights; `channels` of the image, when not given: 1 for lenet5 and convnet, else 3."""
+    """A new model with random weights; `channels` of the image by default 1 for lenet5 and convnet, else 3.
+
+    Raises JpqError for unknown names, and for numbers of classes or channels that the model cannot have.
+    """
     if classes < 1 or (channels is not None and channels < 1):
         raise JpqError(f"Model '{name}' needs at least 1 class and 1 channel; got {classes} and {channels}.")
     if channels is None:
@@ -49,25 +53,29 @@ def build(name: str, classes: int, channels: int | None = None) -> nn.Module:
         return MODELS[name](classes, channels)
     if name in zoo.kinds():
         raise unknown("model", name, [f"torchvision:{name}"])
-    kind, colon, rest = name.partition(":")
+    kind, colon, architecture = name.partition(":")
     if not colon:
         raise unknown("model", name, [*MODELS, "torchvision:NAME", "module:callable"])
     if kind != "torchvision":
         return _user_model(name, classes, channels)
-    zoo.kind_of(rest)
+    zoo.kind_of(architecture)
     if channels != 3:
         raise JpqError(
-            f"torchvision:{rest} takes images of 3 channels; the data has {channels}. "
+            f"torchvision:{architecture} takes images of 3 channels; the data has {channels}. "
             "Choose convnet or a resnet of jpq, or give the model as module:callable."
         )
-    return zoo.build_torchvision(rest, classes)
+    return zoo.build_torchvision(architecture, classes)
 
 
 def of_plan(plan: Plan, source: Path, weights: Path, run_code: bool = False) -> nn.Module:
-    """The dense model that the plan in file `source` belongs to, new; `weights` is the file of the small model's.
+    """The dense model that a plan belongs to, with new weights.
 
-    Raises JpqError where the plan does not say, or declares a model that those weights are too few for; and, unless
-    `run_code`, where it names code (module:callable): that would run what the file's author wants.
+    Args:
+        plan: read from the file `source`.
+        weights: file of the small model, which bounds the size of a dense one.
+        run_code: allow a plan that names code (module:callable), which would run.
+
+    Raises JpqError where the plan names no model, one that those weights are too few for, or code without `run_code`.
     """
     missing = [key for key in ("name", "classes", "channels") if key not in plan.model]
     if missing:
@@ -75,109 +83,129 @@ def of_plan(plan: Plan, source: Path, weights: Path, run_code: bool = False) -> 
     name, classes, channels = plan.model["name"], plan.model["classes"], plan.model["channels"]
     if not run_code:
         check_no_code("model", name, source, "load it with run_code=True (on the command line: --run-code)")
-    room = check_file(weights) // 4  # each class and channel has at least one number of 32 bits
-    if max(classes, channels) > room:
+    most = check_file(weights) // 4  # each class and channel has at least one number of 32 bits
+    if max(classes, channels) > most:
         raise JpqError(
             f"{source} declares {classes:,} classes and {channels:,} channels, and {weights} holds at most "
-            f"{room:,} numbers: they do not belong together."
+            f"{most:,} numbers: they do not belong together."
         )
     return build(name, classes, channels)
 
 
-def usual(name: str) -> tuple[tuple[int, ...], int] | None:
-    """(shape of one sample, number of classes) that a named model usually has; None where only its author knows."""
+def usual_input(name: str) -> tuple[tuple[int, ...], int] | None:
+    """The usual (shape of one sample, number of classes) of a named model; None for the user's own code."""
     if name in MODELS:
         shape = {"lenet5": (1, 28, 28), "convnet": (1, 8, 8)}.get(name, (3, 32, 32))
         return shape, 10
-    kind, _, rest = name.partition(":")
+    kind, _, architecture = name.partition(":")
     if kind != "torchvision":
         return None
-    return zoo.usual_shape(rest), zoo.CLASSES[zoo.kind_of(rest)]
+    return zoo.usual_shape(architecture), zoo.CLASSES[zoo.kind_of(architecture)]
 
 
 def _user_model(spec: str, classes: int, channels: int) -> nn.Module:
-    make = imported("model", spec)
-    takes = _parameters(make)
-    model = call("model", spec, make, **{k: v for k, v in (("classes", classes), ("channels", channels)) if k in takes})
+    builder = import_callable("model", spec)
+    names = _parameter_names(builder)
+    arguments = {"classes": classes, "channels": channels}
+    model = call_user_code("model", spec, builder, **{k: v for k, v in arguments.items() if k in names})
     if not isinstance(model, nn.Module):
         raise JpqError(f"Model '{spec}' returned {type(model).__name__}; it must return a torch.nn.Module.")
-    return accepted(model)
+    return accept_model(model)
 
 
-def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+def _parameter_names(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of the parameters that may be given by keyword."""
     try:
-        found = inspect.signature(function).parameters.values()
+        parameters = inspect.signature(function).parameters.values()
     except ValueError:  # some built-in callables have no signature
         return frozenset()
-    return frozenset(p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Copy weights from .pth, .pt, .th or .safetensors into `model`; every key and shape must fit, all be finite.
 
     Takes a plain dict of tensors, or one under `state_dict` or `model`; a `module.` prefix (DataParallel) is dropped.
-    Nothing in the file is executed.
+    Nothing in the file is executed. Raises JpqError for a file that cannot be read or does not fit.
     """
     path = Path(path)
-    given = _tensors(_read(path), path)
-    own = model.state_dict()
-    if not any(key.startswith("module.") for key in own):
-        given = {key.removeprefix("module."): value for key, value in given.items()}
+    weights = _state_dict(_read_file(path), path)
+    state = model.state_dict()
+    if not any(key.startswith("module.") for key in state):
+        weights = {key.removeprefix("module."): value for key, value in weights.items()}
     # weights from before PyTorch 0.4.1 lack this counter, which no forward pass with a momentum reads
-    missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
-    shapes = [k for k in own if k in given and own[k].shape != given[k].shape]
-    wrong = [
-        _some("missing", missing),
-        _some("unexpected", [key for key in given if key not in own]),
-        _some("differently shaped", [f"{k} {list(given[k].shape)} for {list(own[k].shape)}" for k in shapes]),
+    missing = [key for key in state if key not in weights and not key.endswith("num_batches_tracked")]
+    shapes = [k for k in state if k in weights and state[k].shape != weights[k].shape]
+    misfits = [
+        _count_text("missing", missing),
+        _count_text("unexpected", [key for key in weights if key not in state]),
+        _count_text("differently shaped", [f"{k} {list(weights[k].shape)} for {list(state[k].shape)}" for k in shapes]),
     ]
-    if any(wrong):
+    if any(misfits):
         raise JpqError(
-            f"Weights '{path}' do not fit the model: {'; '.join(filter(None, wrong))}. "
+            f"Weights '{path}' do not fit the model: {'; '.join(filter(None, misfits))}. "
             "Choose the model, and the number of classes, that they were trained for."
         )
-    bad = [key for key, value in given.items() if value.is_floating_point() and not value.isfinite().all()]
+    bad = [key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
-        raise JpqError(f"Weights '{path}' hold NaN or infinity: {_some('in', bad)}. Use a checkpoint from before that.")
-    model.load_state_dict(given, strict=False)
+        raise JpqError(
+            f"Weights '{path}' hold NaN or infinity: {_count_text('in', bad)}. Use a checkpoint from before that."
+        )
+    model.load_state_dict(weights, strict=False)
 
 
-def _read(path: Path) -> Any:
+def _read_file(path: Path) -> Any:
     if not path.is_file():
         raise JpqError(f"There is no weights file '{path}'. Check --weights.")
     if path.suffix not in (".pth", ".pt", ".th", ".safetensors"):
         raise JpqError(f"Weights '{path}' end in '{path.suffix}'; jpq reads .pth, .pt, .th and .safetensors.")
     try:
-        return safetensors_of(path) if path.suffix == ".safetensors" else torch_of(path)
+        return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     except JpqError as error:
-        reason = short(error.__cause__ or error)
+        reason = one_line(error.__cause__ or error)
         raise JpqError(
             f"Weights '{path}' cannot be read: {reason}. Save them anew as torch.save(model.state_dict(), path)."
         ) from error
 
 
-def _tensors(found: Any, path: Path) -> dict[str, Tensor]:
+def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    """The dict of tensors in a file's content, plain or under `state_dict` or `model`."""
     for key in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
             break
-    if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise JpqError(
             f"Weights '{path}' hold no dict of tensors, plain or under 'state_dict' or 'model'. "
             "Save them as torch.save(model.state_dict(), path)."
         )
-    return {str(key): value for key, value in found.items()}
+    return {str(key): value for key, value in content.items()}
 
 
-def _some(what: str, keys: list[str]) -> str:
-    """`3 missing (a, b, ...)`: how many keys and the first few, or nothing."""
+def _count_text(what: str, keys: list[str]) -> str:
+    """The number of keys and the first three: `5 missing (a, b, c, ...)`; "" where there is none."""
     return f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else ""
 
 
+def check_fits(model: nn.Module, example: Tensor, classes: int | None = None, task: Task = CLASSIFICATION) -> None:
+    """Raise JpqError where a model cannot take a batch [B, C, H, W] in evaluation mode, or gives a wrong form.
+
+    `classes` is the number of outputs per sample that the data want; None accepts any number.
+    """
+    out = check_runs(model, example)
+    if not task.fits(out, len(example), classes):
+        form = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        wanted = [len(example), classes if classes is not None else "classes"]
+        raise JpqError(
+            f"The model gives {form} for a batch of shape {list(example.shape)}; it must give {wanted}: jpq optimize "
+            f"trains on {task.output_name}. For other outputs use jpq.compress in your own loop."
+        )
+
+
 def check_runs(model: nn.Module, example: Tensor) -> Any:
-    """What the model gives for one batch [B, C, H, W] in eval mode; JpqError names the layer where it fails."""
+    """The model's output for one batch [B, C, H, W] in evaluation mode; JpqError names the layer where it fails."""
     try:
-        named_inputs(model, (example,), {})
+        name_inputs(model, (example,), {})
     except TypeError as error:
         raise JpqError(
             f"The model does not take one image tensor ({error}), which is all that the command line feeds "
@@ -197,15 +225,3 @@ def check_runs(model: nn.Module, example: Tensor) -> Any:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def check_fits(model: nn.Module, example: Tensor, classes: int | None = None) -> None:
-    """Run one batch [B, C, H, W] in eval mode; raise one sentence when the model cannot take it or answers amiss."""
-    out = check_runs(model, example)
-    wanted = [len(example), classes if classes is not None else "classes"]
-    got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-    if not isinstance(out, Tensor) or out.dim() != 2 or (classes is not None and got != wanted):
-        raise JpqError(
-            f"The model gives {got} for a batch of shape {list(example.shape)}; it must give {wanted}: jpq optimize "
-            "trains on class scores. For other outputs use jpq.compress in your own loop."
-        )

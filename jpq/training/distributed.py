@@ -1,18 +1,19 @@
-"""Several processes train one model, on the devices of one machine or of many (started by torchrun).
+"""Data-parallel training by several processes, on one machine or many (started by torchrun).
 
-Each takes its rows of every batch; the batch, its order and every random draw are those of a single process, so what
-comes out is the same to rounding:
+Each process takes its rows of every batch; the batch, its order and every random draw are those of a single process, so
+the result is the same to rounding:
 
 - gradients of weights and decisions are averaged over the processes after the backward pass. The task's loss has been
-  weighted by the rows that each one had; the budget's pressure is the same everywhere and counts once;
+  weighted by the rows of each process; the budget's pressure is the same everywhere and counts once;
 - batch normalisation uses the statistics of the whole batch, reduced over the processes (`Split`; torch's own
   SyncBatchNorm needs GPUs);
 - noise per sample is drawn for the whole batch everywhere, and each process takes its rows of it;
-- what decides between epochs (landing, allocators) is computed everywhere from the same state, and required to agree;
+- decisions between epochs (discretization, allocators) are computed everywhere from the same state, and checked to
+  agree;
 - only the first process writes files.
 
-Plain torch.distributed: DistributedDataParallel hooks into one forward pass, and here the loss asks the network for its
-costs outside of that; accelerate would wrap the same. Where nothing was started, everything here does nothing.
+DistributedDataParallel does not fit: it hooks into one forward pass, and here the loss asks the network for its costs
+outside of that (accelerate wraps it). In a single process every function here does nothing.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ from jpq.types import JpqError
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=30)  # the others wait as long while the first verifies and exports
+TIMEOUT = timedelta(minutes=30)  # of a wait for the first process, which verifies and exports
 
-LOST = "Another process of this run ended or cannot be reached. See its message, then go on with --resume."
+LOST_PROCESS = "Another process of this run ended or cannot be reached. See its message, then go on with --resume."
 
-_STORES: list[Any] = []  # where the first failure is noted, while processes work together
+_STORES: list[Any] = []  # the store where the first failure is noted, while processes work together
 
 
 def count() -> int:
-    """How many processes work on this run."""
+    """Number of processes of this run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_first() -> bool:
-    """Whether this process writes and speaks."""
+    """Whether this process is the one that writes files and prints."""
     return count() == 1 or dist.get_rank() == 0
 
 
@@ -63,14 +64,14 @@ def begin(device: str) -> None:
         raise JpqError(
             f"--device {device} is one GPU, and each process takes its own. Leave --device out, or give cuda."
         )
-    here, gpus = int(os.environ.get("LOCAL_RANK", "0")), 0 if device == "cpu" else torch.cuda.device_count()
-    if gpus and here >= gpus:
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), 0 if device == "cpu" else torch.cuda.device_count()
+    if gpus and local_rank >= gpus:
         raise JpqError(
             f"This machine has {gpus} GPUs, fewer than torchrun's --nproc-per-node. Start as many processes "
             "as GPUs, or give --device cpu."
         )
     if gpus:
-        torch.cuda.set_device(here)
+        torch.cuda.set_device(local_rank)
     try:
         store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
         store.set_timeout(TIMEOUT)
@@ -83,69 +84,70 @@ def begin(device: str) -> None:
 
 
 def end() -> None:
-    """Leave the others."""
+    """Leave the process group."""
     if _STORES:
         _STORES.clear()
         dist.destroy_process_group()
 
 
 def should_report() -> bool:
-    """Whether this process, which fails, is the one to say so: the first of them to fail."""
+    """Whether this failing process prints its error: only the first one to fail does."""
     try:
         return not _STORES or int(_STORES[0].add("failed", 1)) == 1
-    except RuntimeError:  # whoever held the store is gone
+    except RuntimeError:  # the process that held the store is gone
         return True
 
 
 @contextmanager
-def _reached() -> Iterator[None]:
+def _lost_process_as_error() -> Iterator[None]:
+    """Turn torch's error about a process that cannot be reached into a JpqError."""
     try:
         yield
     except RuntimeError as error:
-        raise JpqError(LOST) from error
+        raise JpqError(LOST_PROCESS) from error
 
 
 def run_on_first(work: Callable[[], T]) -> T:
-    """What `work` gives in the first process, in all of them; its JpqError or OSError is raised in all of them."""
+    """Do `work` in the first process and return its result in all; its JpqError or OSError is raised in all."""
     if count() == 1:
         return work()
-    box: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # result, error
     if is_first():
         try:
-            box[0] = work()
+            outcome[0] = work()
         except (JpqError, OSError) as error:
-            box[1] = error if isinstance(error, JpqError) else JpqError(f"{error.filename}: {error.strerror}.")
-    with _reached():
-        dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
+            outcome[1] = error if isinstance(error, JpqError) else JpqError(f"{error.filename}: {error.strerror}.")
+    with _lost_process_as_error():
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def first_then_others(work: Callable[[], T]) -> T:
-    """What `work` gives in each process; the others wait for the first, which may have to download something."""
-    done: list[T] = []
-    run_on_first(lambda: done.append(work()))
-    return done[0] if done else work()
+    """Do `work` in each process, after the first one has done it (it may have to download something)."""
+    results: list[T] = []
+    run_on_first(lambda: results.append(work()))
+    return results[0] if results else work()
 
 
-def require_same(value: str, what: str) -> None:
-    """Raise JpqError in all processes where they do not hold the same."""
+def check_same(value: str, what: str) -> None:
+    """Raise JpqError in all processes where their values differ; `what` names the value with its article."""
     if count() == 1:
         return
-    every: list[Any] = [None] * count()
-    with _reached():
-        dist.all_gather_object(every, value)
-    if len(set(every)) > 1:
-        odd = next(rank for rank, other in enumerate(every) if other != every[0])
+    values: list[Any] = [None] * count()
+    with _lost_process_as_error():
+        dist.all_gather_object(values, value)
+    if len(set(values)) > 1:
+        rank = next(rank for rank, other in enumerate(values) if other != values[0])
         raise JpqError(
-            f"Process {odd} has {what} that differs from the first one's. All need the same code, versions, "
+            f"Process {rank} has {what} that differs from the first one's. All need the same code, versions, "
             "data and settings."
         )
 
 
-def require_rows(batch_size: int) -> None:
-    """Raise JpqError where a batch has no sample for some process."""
+def check_rows(batch_size: int) -> None:
+    """Raise JpqError where a batch has fewer samples than there are processes."""
     if batch_size < count():
         raise JpqError(f"--batch-size {batch_size} is shared by {count()} processes: give at least one sample each.")
 
@@ -160,14 +162,14 @@ def share_state(module: nn.Module) -> None:
     draws = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if device.type == "cuda" else [])]
     parts = [t.detach().contiguous().reshape(-1).view(torch.uint8).to(device) for t in (*tensors, *draws)]
     flat = torch.cat(parts)
-    with _reached():
+    with _lost_process_as_error():
         dist.broadcast(flat, src=0)
-    given = [part.clone() for part in flat.split([len(part) for part in parts])]  # clones are aligned
-    for tensor, raw in zip(tensors, given, strict=False):
+    received = [part.clone() for part in flat.split([len(part) for part in parts])]  # clones are aligned
+    for tensor, raw in zip(tensors, received, strict=False):
         tensor.copy_(raw.view(tensor.dtype).view(tensor.shape))
-    torch.set_rng_state(given[len(tensors)].cpu())
+    torch.set_rng_state(received[len(tensors)].cpu())
     if len(draws) > 1:
-        torch.cuda.set_rng_state(given[-1].cpu())
+        torch.cuda.set_rng_state(received[-1].cpu())
 
 
 def mean(value: Tensor) -> float:
@@ -175,7 +177,7 @@ def mean(value: Tensor) -> float:
     if count() == 1:
         return float(value.detach())
     total = value.detach().double()
-    with _reached():
+    with _lost_process_as_error():
         dist.all_reduce(total)
     return float(total) / count()
 
@@ -185,13 +187,13 @@ def average_gradients(module: nn.Module) -> None:
     """Replace every gradient by its mean over the processes."""
     if count() == 1:
         return
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for p in module.parameters():
         if p.grad is not None:
-            kinds.setdefault((p.grad.dtype, p.grad.device), []).append(p.grad)
-    for grads in kinds.values():
+            groups.setdefault((p.grad.dtype, p.grad.device), []).append(p.grad)
+    for grads in groups.values():
         flat = torch.cat([g.reshape(-1) for g in grads])
-        with _reached():
+        with _lost_process_as_error():
             dist.all_reduce(flat)
         flat /= count()
         for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
@@ -199,80 +201,80 @@ def average_gradients(module: nn.Module) -> None:
 
 
 class Split:
-    """This process's rows of the batches that a network trains on; use it as a context.
+    """One process's rows of the training batches, as a context for training.
 
     Args:
-        net: its batch normalisations use whole batches meanwhile, in training mode.
-        noisy: what draws noise per sample (`network.taps.Draw`): is told which rows of a batch are its own.
+        net: its batch normalisations use the statistics of whole batches meanwhile, in training mode.
+        draws: sources of noise per sample (`jpq.compression.masking.GateSample`), told the rows of this process.
     """
 
-    def __init__(self, net: nn.Module, noisy: Sequence[Any] = ()):
+    def __init__(self, net: nn.Module, draws: Sequence[Any] = ()):
         kinds = nn.modules.batchnorm._BatchNorm
         self.norms = [m for m in net.modules() if isinstance(m, kinds)] if count() > 1 else []
-        self.noisy = noisy
-        self.share = 1.0  # of the batch's samples
-        self.whole = 0  # samples of the batch
-        self.own = 0  # of them here
+        self.draws = draws
+        self.share = 1.0  # of the batch's samples that are here
+        self.samples = 0  # of the batch
+        self.local_samples = 0  # of them here
 
     def __enter__(self) -> Split:
         for norm in self.norms:
-            norm.forward = partial(self._normalised, norm)  # type: ignore[method-assign]
+            norm.forward = partial(self._normalise, norm)  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
         for norm in self.norms:
             del norm.forward
-        for one in self.noisy:
-            one.part = None
+        for draw in self.draws:
+            draw.part = None
 
     @property
     def weight(self) -> float:
-        """What the mean loss over these rows counts, so that the mean over the processes is that over the batch."""
+        """Factor of the mean loss over these rows, so that the mean over the processes is the mean over the batch."""
         return self.share * count()
 
     def take(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """These rows of one batch; of one with fewer samples than processes everybody takes all."""
+        """These rows of one batch; of a batch with fewer samples than processes each process takes all."""
         if count() == 1:
             return x, y
         n, rank = len(y), dist.get_rank()
         start, stop = (n * rank // count(), n * (rank + 1) // count()) if n >= count() else (0, n)
-        self.whole, self.own = n, stop - start
-        self.share = self.own / n if n >= count() else 1 / count()
-        for one in self.noisy:
-            one.part = (n, start, stop)
+        self.samples, self.local_samples = n, stop - start
+        self.share = self.local_samples / n if n >= count() else 1 / count()
+        for draw in self.draws:
+            draw.part = (n, start, stop)
         return x[start:stop], y[start:stop]
 
-    def _normalised(self, norm: Any, x: Tensor) -> Tensor:
+    def _normalise(self, norm: Any, x: Tensor) -> Tensor:
         """Batch normalisation by the mean and variance of the whole batch; running statistics as torch has them."""
         running: Tensor | None = norm.running_mean
         if not norm.training and running is not None:
             return F.batch_norm(x, running, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
         dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
-        average: Tensor = _Sum.apply(x.mean(dims) * self.share)
-        apart = x - average.view(shape)
-        variance: Tensor = _Sum.apply(apart.square().mean(dims) * self.share)
+        mean: Tensor = _SumOverProcesses.apply(x.mean(dims) * self.share)
+        centred = x - mean.view(shape)
+        variance: Tensor = _SumOverProcesses.apply(centred.square().mean(dims) * self.share)
         if running is not None and norm.track_running_stats:
             norm.num_batches_tracked.add_(1)
             rate = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-            n = x.numel() // x.shape[1] // self.own * self.whole
+            n = x.numel() // x.shape[1] // self.local_samples * self.samples
             with torch.no_grad():
-                running.lerp_(average.detach().to(running), rate)
+                running.lerp_(mean.detach().to(running), rate)
                 norm.running_var.lerp_(variance.detach().to(running) * (n / max(1, n - 1)), rate)
-        out = apart * torch.rsqrt(variance + norm.eps).view(shape)
+        out = centred * torch.rsqrt(variance + norm.eps).view(shape)
         return out if norm.weight is None else out * norm.weight.view(shape) + norm.bias.view(shape)
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over all processes, forward and backward."""
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum over all processes, forward and backward (torch.distributed.nn.functional.all_reduce is deprecated)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         total = x.clone()
-        with _reached():
+        with _lost_process_as_error():
             dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total: Tensor = _Sum.forward(ctx, grad.contiguous())
+        total: Tensor = _SumOverProcesses.forward(ctx, grad.contiguous())
         return total

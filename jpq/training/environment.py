@@ -1,4 +1,4 @@
-"""What a run works on: the device, and how many CPU threads."""
+"""The computing environment of a run: device, CPU threads, versions of libraries, peak memory."""
 
 from __future__ import annotations
 
@@ -12,46 +12,47 @@ import torch
 
 from jpq.types import JpqError
 
-SMALL = 5 * 10**8  # MACs of a batch
+SMALL_BATCH_MACS = 5 * 10**8  # below this many MACs per batch one CPU thread is fastest
 
-
-def versions() -> dict[str, str]:
-    """What this run was computed with."""
-    names = ("jpq", "torch", "torchvision", "brevitas", "numpy", "onnx", "onnxruntime")
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in names},
-        "cores": str(os.cpu_count()),
-    }
+LIBRARIES = ("jpq", "torch", "torchvision", "brevitas", "numpy", "onnx", "onnxruntime")
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that --device names."""
+    """The device that --device names. Raises JpqError for one that this machine does not have."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    here = {
+    available = {
         "cpu",
         *(["cuda"] if torch.cuda.is_available() else []),
         *(f"cuda:{i}" for i in range(torch.cuda.device_count())),
     }
-    if name not in here:
-        raise JpqError(f"--device {name} is not here. Use {', '.join(sorted(here))} or auto.")
+    if name not in available:
+        raise JpqError(f"--device {name} is not here. Use {', '.join(sorted(available))} or auto.")
     return torch.device(name)
 
 
-def set_threads(asked: int, macs: int) -> None:
-    """CPU threads: as asked; else 1 for a net of few MACs a batch, where threads wait longer than they work."""
-    if asked < 0:
-        raise JpqError(f"--threads {asked}: give a positive number, or 0 to let jpq choose.")
-    if asked:
-        torch.set_num_threads(asked)
-    elif macs < SMALL:
+def set_threads(threads: int, macs: int) -> None:
+    """Set the number of CPU threads; with `threads` 0 one for a network of few MACs a batch, else torch's default."""
+    if threads < 0:
+        raise JpqError(f"--threads {threads}: give a positive number, or 0 to let jpq choose.")
+    if threads:
+        torch.set_num_threads(threads)
+    elif macs < SMALL_BATCH_MACS:  # more threads would wait longer than they work
         torch.set_num_threads(1)
 
 
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that results depend on, and the number of CPU cores."""
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in LIBRARIES},
+        "cores": str(os.cpu_count()),
+    }
+
+
 def record_environment(device: torch.device) -> dict[str, Any]:
-    """What a run was computed on, and the most memory that its process had by now, in bytes."""
-    found: dict[str, Any] = {
+    """Platform, device, threads, and the peak memory of this process so far, in bytes."""
+    record: dict[str, Any] = {
         "platform": platform.platform(),
         "device": str(device),
         "cores": os.cpu_count(),
@@ -61,9 +62,9 @@ def record_environment(device: torch.device) -> dict[str, Any]:
     if sys.platform != "win32":
         import resource  # Windows has none
 
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        found["peak_memory_bytes"] = most if sys.platform == "darwin" else 1024 * most
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        record["peak_memory_bytes"] = peak if sys.platform == "darwin" else 1024 * peak
     if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-        found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-    return found
+        record["gpu"] = torch.cuda.get_device_name(device)
+        record["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    return record

@@ -1,4 +1,4 @@
-"""A run's history as TensorBoard event files, beside whatever else watches it."""
+"""The history of a run: one `EpochRecord` per epoch, the observers that receive it, and history.csv."""
 
 from __future__ import annotations
 
@@ -8,63 +8,43 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jpq.files.atomic import replace_file
 from jpq.types import JpqError
 
-LEFT_OUT = ("phase", "budget", "epoch", "epochs")  # columns of history.csv that are no quantity
+if TYPE_CHECKING:  # the screens import this module, and start without torch
+    from jpq.tasks.base import Task
 
-FRONT = "front.csv"
+LABEL_COLUMNS = ("phase", "budget", "epoch", "epochs")  # columns of history.csv that are no quantity
+
+FRONT = "front.csv"  # table of a run's budgets, in the run's folder
 
 
-class TensorBoardObserver:
-    """A `Watch` that writes every epoch's row, and the loss and cost of every step, and passes all on to another.
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch of one phase, a line of history.csv."""
 
-    Args:
-        watch: the other.
-        folder: where the event file goes.
-        earlier: epochs of an interrupted run that this one goes on from; their events are there already.
+    phase: str  # "float" | "search" | "fine-tune"
+    epoch: int  # from 1, within the phase
+    epochs: int  # of the phase
+    loss: float  # mean training loss
+    accuracy: float  # held-out metric of the task; accuracy in [0, 1] for classification
+    bops: float  # of the decisions as they stand, rounded to whole bits and units; nan before quantizers exist
+    bops_share: float  # of the fp32 model, in [0, 1]
+    aim_share: float  # the ramped limit that the controller follows, as a share of the fp32 model
+    pressure: float  # multiplier of log(cost / target)
+    w_bits: float  # mean over layers
+    a_bits: float  # mean over layers
+    kept: float  # share of units kept; of weights, where masks lie inside layers
+    lr: float  # of the weights
+    seconds: float  # since the run began
+    budget: str = ""  # budget of the phase, where the run has several
 
-    Epochs are counted over the whole run (tags `epoch/...`), steps within their phase (tags `step/PHASE/...`).
-
-    Raises JpqError where tensorboard is not installed.
-    """
-
-    def __init__(self, watch: TrainingObserver, folder: Path, earlier: Sequence[EpochRecord] = ()) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise JpqError('--tensorboard needs a package that is missing: pip install "jpq[tensorboard]".') from error
-        self.watch = watch
-        self.writer: Any = SummaryWriter(str(folder))
-        self.epochs = len(earlier)
-        self.finished = Counter(row.title for row in earlier)
-        self.name, self.steps, self.at = "", 0, 0
-
-    def phase(self, name: str, epochs: int, steps: int) -> None:
-        """A phase begins."""
-        self.name, self.steps, self.at = name, steps, self.finished[name] * steps
-        self.writer.add_text("phase", name, self.epochs)
-        self.watch.phase(name, epochs, steps)
-
-    def step(self, loss: float, bops_share: float, aim_share: float) -> None:
-        """One optimisation step is done."""
-        self.at += 1
-        for tag, value in (("loss", loss), ("bops_share", bops_share), ("aim_share", aim_share)):
-            if math.isfinite(value):
-                self.writer.add_scalar(f"step/{self.name}/{tag}", value, self.at)
-        self.watch.step(loss, bops_share, aim_share)
-
-    def epoch(self, row: EpochRecord) -> None:
-        """One epoch is done; what was written is on disk."""
-        self.epochs += 1
-        self.at = row.epoch * self.steps
-        for tag, value in asdict(row).items():
-            if tag not in LEFT_OUT and math.isfinite(value):
-                self.writer.add_scalar(f"epoch/{tag}", value, self.epochs)
-        self.writer.flush()
-        self.watch.epoch(row)
+    @property
+    def title(self) -> str:
+        """Name of the phase on the screen."""
+        return f"{self.phase} {self.budget}".strip()
 
 
 def write_history(rows: Sequence[EpochRecord], folder: Path) -> None:
@@ -83,47 +63,27 @@ def write_history(rows: Sequence[EpochRecord], folder: Path) -> None:
     replace_file(folder / "history.csv", fill)
 
 
-@dataclass(frozen=True)
-class EpochRecord:
-    """One epoch of one phase, a line of history.csv."""
-
-    phase: str  # "float" | "search" | "fine-tune"
-    epoch: int  # from 1, within the phase
-    epochs: int  # of the phase
-    loss: float  # mean training loss
-    accuracy: float  # held-out, in [0, 1]
-    bops: float  # of the decisions as they stand, rounded to whole bits and units; nan before quantizers exist
-    bops_share: float  # of the fp32 model, in [0, 1]
-    aim_share: float  # the ramped target that the controller follows, same unit
-    pressure: float  # multiplier of log(cost / target)
-    w_bits: float  # mean over layers
-    a_bits: float
-    kept: float  # share of units kept; of weights, where masks lie inside layers
-    lr: float
-    seconds: float  # since the run began
-    budget: str = ""  # which of several budgets the phase is for
-
-    @property
-    def title(self) -> str:
-        """What the screen calls the phase."""
-        return f"{self.phase} {self.budget}".strip()
-
-
 class TrainingObserver(Protocol):
-    """Somebody who watches a run: the progress display, or nobody."""
+    """The receiver of a run's progress: a display, a log, an early stop."""
+
+    def begin(self, task: Task) -> None:
+        """Training for this task begins; its metric stands in `EpochRecord.accuracy`. May come several times."""
 
     def phase(self, name: str, epochs: int, steps: int) -> None:
         """A phase of so many epochs of so many steps begins (epochs 0: a phase without epochs, such as verify)."""
 
     def step(self, loss: float, bops_share: float, aim_share: float) -> None:
-        """One optimisation step is done."""
+        """One optimizer step is done: its loss, BOPs and their ramped limit as shares of the fp32 model."""
 
     def epoch(self, row: EpochRecord) -> None:
         """One epoch is done."""
 
 
 class NullObserver:
-    """Nobody watches."""
+    """A `TrainingObserver` that does nothing."""
+
+    def begin(self, task: Task) -> None:
+        """Ignore it."""
 
     def phase(self, name: str, epochs: int, steps: int) -> None:
         """Ignore it."""
@@ -133,3 +93,56 @@ class NullObserver:
 
     def epoch(self, row: EpochRecord) -> None:
         """Ignore it."""
+
+
+class TensorBoardObserver:
+    """A `TrainingObserver` that writes TensorBoard event files and passes everything on to another observer.
+
+    Args:
+        watch: the other observer.
+        folder: where the event file goes.
+        earlier: epochs of an interrupted run that this one continues; their events are there already.
+
+    Epochs are counted over the whole run (tags `epoch/...`), steps within their phase (tags `step/PHASE/...`).
+
+    Raises JpqError where tensorboard is not installed.
+    """
+
+    def __init__(self, watch: TrainingObserver, folder: Path, earlier: Sequence[EpochRecord] = ()) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise JpqError('--tensorboard needs a package that is missing: pip install "jpq[tensorboard]".') from error
+        self.watch = watch
+        self.writer: Any = SummaryWriter(str(folder))
+        self.epochs = len(earlier)
+        self.finished_epochs = Counter(row.title for row in earlier)  # of each phase
+        self.name, self.steps, self.steps_done = "", 0, 0  # of the phase at hand
+
+    def begin(self, task: Task) -> None:
+        """Pass it on."""
+        self.watch.begin(task)
+
+    def phase(self, name: str, epochs: int, steps: int) -> None:
+        """A phase begins."""
+        self.name, self.steps, self.steps_done = name, steps, self.finished_epochs[name] * steps
+        self.writer.add_text("phase", name, self.epochs)
+        self.watch.phase(name, epochs, steps)
+
+    def step(self, loss: float, bops_share: float, aim_share: float) -> None:
+        """One optimizer step is done."""
+        self.steps_done += 1
+        for tag, value in (("loss", loss), ("bops_share", bops_share), ("aim_share", aim_share)):
+            if math.isfinite(value):
+                self.writer.add_scalar(f"step/{self.name}/{tag}", value, self.steps_done)
+        self.watch.step(loss, bops_share, aim_share)
+
+    def epoch(self, row: EpochRecord) -> None:
+        """One epoch is done; its numbers are on disk afterwards."""
+        self.epochs += 1
+        self.steps_done = row.epoch * self.steps
+        for tag, value in asdict(row).items():
+            if tag not in LABEL_COLUMNS and math.isfinite(value):
+                self.writer.add_scalar(f"epoch/{tag}", value, self.epochs)
+        self.writer.flush()
+        self.watch.epoch(row)

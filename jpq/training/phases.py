@@ -29,7 +29,7 @@ from jpq.tasks.data import Data
 from jpq.training import checkpoint, distributed
 from jpq.training.epochs import Phase
 from jpq.training.loop import Objective, fit, optimizer
-from jpq.training.nonfinite import require_buffers
+from jpq.training.nonfinite import check_buffers
 from jpq.training.run_state import RunState
 
 Moments = Mapping[Tensor, Any]  # Adam's moving averages, by parameter
@@ -78,9 +78,9 @@ def train(
     """Train one phase from where the run stands; a checkpoint after every epoch holds `extra` too."""
 
     def save(at: Phase) -> None:
-        run.keep(at, net, optim, **extra())
+        run.save_checkpoint(at, net, optim, **extra())
 
-    run.go_on(phase, net, optim)
+    run.resume_phase(phase, net, optim)
     every = run.config.run.checkpoint_every
     with run.stop, distributed.Split(net, net.draws if isinstance(net, CompressedModel) else ()) as objective.split:
         run.timed(
@@ -128,7 +128,7 @@ def search(
         run.notes.append(
             f"Channels were ranked for classes {config.decide.classes} alone; every accuracy is on all classes."
         )
-    distributed.require_same(plan.to_json(), "a landed plan")
+    distributed.check_same(plan.to_json(), "a landed plan")
     note = discretize.underuse_note(targets, net, plan) if procedure.fills_budget else ""
     if note:
         run.notes.append(note)
@@ -150,17 +150,19 @@ def learn_decisions(
     if method.score and phase.anneals:
         schedule = pick_schedule(d.schedule or method.schedule)
         score = score_of(net.method, d)
-        net.scheduled_pruning = ScheduledPruning(net, score, schedule, d.density, partial(score_batches, data))
-        if not run.is_in("search"):
+        net.scheduled_pruning = ScheduledPruning(
+            net, score, schedule, d.density, partial(score_batches, data), data.task.loss
+        )
+        if not run.is_within("search"):
             net.scheduled_pruning(0.0)
     controller = Controller(targets)
     controller.begin(net.exact_usage())
     controller.pressure.update(state.pressure)
     objective = Objective(model, t.distill, t.temperature, d.gate_weight, controller)
     optim = state.optim = state.optim or search_optimizer(net, config)
-    if run.is_in("search"):
+    if run.is_within("search"):
         saved, source = run.saved or {}, run.top / checkpoint.NAME
-        tensors.fitted(lambda: controller.restore(saved["controller"]), source)
+        tensors.apply_saved(lambda: controller.restore(saved["controller"]), source)
     train(net, data, phase, objective, optim, run, lambda: {"controller": controller.state()})
     state.pressure = dict(controller.pressure)
     net.finish_search()
@@ -219,4 +221,4 @@ def fine_tune(
 
     train(net, data, phase, objective, optim, run, settled)
     run.timed("fine-tune", lambda: reestimate_batchnorm(net, data.train.epoch(phase.before + phase.epochs)))
-    require_buffers(net, "after its statistics were measured anew")
+    check_buffers(net, "after its statistics were measured anew")

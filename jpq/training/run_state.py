@@ -1,11 +1,12 @@
-"""One run's folder, clock, history and checkpoint."""
+"""The state of one run while it trains: folder, clock, history and checkpoint."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,36 +24,48 @@ from jpq.training.signals import Interruption
 from jpq.types import JpqError
 
 
+def open_folder(config: Config) -> Path:
+    """Make the run's folder with its config.toml. Raises JpqError where it cannot be written."""
+    folder = config.run.out / config.hash()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JpqError(f"Cannot write to {folder}: {error.strerror}. Choose another folder with --out.") from error
+    write_toml(config, folder / "config.toml")
+    return folder
+
+
 @dataclass
 class RunState:
-    """What accompanies one run: its folder, its clock, its history and its checkpoint."""
+    """One run's settings, folder, clock, history, notes and checkpoint; with `run.resume` it begins at the checkpoint.
+
+    Raises JpqError for a checkpoint of other settings or weights, or one that is damaged.
+    """
 
     config: Config
     watch: TrainingObserver
     folder: Path
     recorder: Recorder = field(default_factory=lambda: Recorder(_clock()))
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase
     notes: list[str] = field(default_factory=list)
-    saved: dict[str, Any] | None = None  # the checkpoint that this run goes on from
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # what the gates said at landing
-    schemes: str = ""  # who chose a structure for each layer: rules, search or hand; empty where all have the same
+    saved: dict[str, Any] | None = None  # the checkpoint that this run resumes
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # site -> its gate's numbers at discretization
+    schemes: str = ""  # origin of the structures of the layers: rules, search or hand; empty where all have one
     stop: Interruption = field(default_factory=Interruption)
-    budget: int = 0  # place among several budgets
-    label: str = ""  # and its name; empty where there is one
-    opened: float = 0.0  # how far opened averages set the rebuilt model apart from the masked one, at landing
+    budget: int = 0  # index among the budgets
+    label: str = ""  # name of the budget; empty where there is one
+    opened: float = 0.0  # difference of rebuilt and masked model at discretization, by opened averages
 
     def __post_init__(self) -> None:
-        self.top = self.folder  # where checkpoint and history lie
+        self.top = self.folder  # of the whole run: holds checkpoint and history
         self.weights = _checksum(self.config.task.weights)  # of the file that this run begins with
         self.data = ""  # checksum of the data
         if self.config.run.resume:
-            self.saved = distributed.run_on_first(self._found)
+            self.saved = distributed.run_on_first(self._load_checkpoint)
         if self.saved:
-            self.recorder.rows = [EpochRecord(**row) for row in self.saved["history"]]
-            earlier = self.recorder.rows[-1].seconds if self.recorder.rows else 0.0
-            self.recorder.clock = _clock(earlier)
+            tensors.apply_saved(self._restore_history, self.top / checkpoint.NAME)
 
-    def _found(self) -> dict[str, Any] | None:
+    def _load_checkpoint(self) -> dict[str, Any] | None:
         saved = checkpoint.load(self.folder)
         ends = (self.folder / "result.json", self.folder / history.FRONT)
         if saved is None and any(path.exists() for path in ends):
@@ -60,35 +73,40 @@ class RunState:
         if saved and (saved["settings"] != self.config.hash() or saved["budget"] >= len(self.config.each())):
             raise JpqError(f"The checkpoint in {self.folder} belongs to other settings; run without --resume.")
         if saved and saved.get("weights", self.weights) != self.weights:
-            raise JpqError(_changed(f"--weights {self.config.task.weights}"))
+            raise JpqError(_changed_error(f"--weights {self.config.task.weights}"))
         return saved
 
-    def require_data(self, checksum: str) -> None:
-        """Take the checksum of the data that this run learns from. Raises JpqError where it began with others."""
+    def _restore_history(self) -> None:
+        rows = [EpochRecord(**row) for row in self.saved["history"]] if self.saved else []
+        self.recorder.rows = rows
+        self.recorder.clock = _clock(rows[-1].seconds if rows else 0.0)
+
+    def check_data(self, checksum: str) -> None:
+        """Note the checksum of the training data. Raises JpqError where the run began with other data."""
         self.data = checksum
         if self.saved and self.saved.get("data", checksum) != checksum:
-            raise JpqError(_changed(f"--data {self.config.task.data}"))
+            raise JpqError(_changed_error(f"--data {self.config.task.data}"))
 
-    def at(self, budget: int, label: str, folder: Path) -> RunState:
+    def for_budget(self, budget: int, label: str, folder: Path) -> RunState:
         """The same run at one of several budgets: its own folder and notes, everything else shared."""
-        one = copy.copy(self)
-        one.budget, one.label, one.folder, one.top = budget, label, folder, self.top
-        one.notes, one.metrics = list(self.notes), {}
-        return one
+        state = copy.copy(self)
+        state.budget, state.label, state.folder, state.top = budget, label, folder, self.top
+        state.notes, state.metrics = list(self.notes), {}
+        return state
 
     def lineage(self) -> tuple[EpochRecord, ...]:
-        """The epochs that led to the model at hand: without the fine-tuning of other budgets."""
+        """The epochs that led to the present model: without the fine-tuning of other budgets."""
         return tuple(row for row in self.recorder.rows if row.phase != "fine-tune" or row.budget == self.label)
 
     def timed(self, name: str, work: Callable[[], Any]) -> Any:
-        """Do `work` and note how long it took."""
+        """Do `work` and add its seconds to those of the phase `name`."""
         start = time.perf_counter()
-        done = work()
+        result = work()
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 2)
-        return done
+        return result
 
-    def keep(self, phase: Phase, net: nn.Module, optim: torch.optim.Optimizer, **more: Any) -> None:
-        """Write the checkpoint and the history so far."""
+    def save_checkpoint(self, phase: Phase, net: nn.Module, optim: torch.optim.Optimizer, **extra: Any) -> None:
+        """Write history.csv and the checkpoint, with the entries `extra` beside network and optimizer."""
         if not distributed.is_first():
             return
         history.write_history(self.recorder.rows, self.top)
@@ -106,67 +124,65 @@ class RunState:
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "history": [asdict(row) for row in self.recorder.rows],
-            **more,
+            **extra,
         }
         checkpoint.save(self.top, state)
 
-    def go_on(self, phase: Phase, net: nn.Module, optim: torch.optim.Optimizer) -> None:
-        """If the checkpoint lies in this phase: put its state in place."""
-        if not self.saved or not self.is_in(phase.name):
+    def resume_phase(self, phase: Phase, net: nn.Module, optim: torch.optim.Optimizer) -> None:
+        """Restore network, optimizer, random numbers and position, if the checkpoint lies in this phase."""
+        if not self.saved or not self.is_within(phase.name):
             return
         saved, source = self.saved, self.top / checkpoint.NAME
         tensors.restore(net, saved["net"], source)
         checkpoint.restore_optimizer(optim, saved["optimizer"], source)
-        tensors.fitted(lambda: torch.set_rng_state(saved["random"]), source)
+        tensors.apply_saved(lambda: torch.set_rng_state(saved["random"]), source)
         if saved["random_cuda"] and torch.cuda.is_available():
-            tensors.fitted(lambda: torch.cuda.set_rng_state_all(saved["random_cuda"]), source)
-        phase.done, phase.losses = saved["done"], list(saved["losses"])
+            tensors.apply_saved(lambda: torch.cuda.set_rng_state_all(saved["random_cuda"]), source)
+        tensors.apply_saved(lambda: setattr(phase, "losses", _finite_losses(saved["losses"])), source)
+        phase.done = saved["done"]
         if phase.done + bool(phase.losses) > phase.epochs:
             raise JpqError(
                 f"{source} is of more epochs than phase {phase.title} has ({phase.done} of {phase.epochs}). "
-                f"{tensors.AWAY}"
+                f"{tensors.START_OVER}"
             )
 
-    def is_in(self, phase: str) -> bool:
-        """Whether the checkpoint lies in this phase."""
-        return bool(self.saved) and _place(self.saved) == self._here(phase)  # type: ignore[arg-type]
+    def is_within(self, phase: str) -> bool:
+        """Whether the checkpoint lies in this phase of the present budget."""
+        return bool(self.saved) and self._saved_place() == self._place(phase)
 
     def is_past(self, phase: str) -> bool:
-        """Whether the checkpoint lies after this phase."""
-        return bool(self.saved) and _place(self.saved) > self._here(phase)  # type: ignore[arg-type]
+        """Whether the checkpoint lies after this phase of the present budget."""
+        return bool(self.saved) and self._saved_place() > self._place(phase)
 
-    def _here(self, phase: str) -> tuple[int, int]:
-        return _place({"phase": phase, "budget": self.budget})
+    def _saved_place(self) -> tuple[int, int]:
+        saved: Mapping[str, Any] = self.saved or {}
+        return int(saved["budget"]), checkpoint.PHASES.index(saved["phase"])
+
+    def _place(self, phase: str) -> tuple[int, int]:
+        """(budget, phase) as numbers that rise during a run."""
+        return self.budget, checkpoint.PHASES.index(phase)
 
 
-def _place(state: Mapping[str, Any]) -> tuple[int, int]:
-    """Where a run stands: at which budget, in which phase of it."""
-    return int(state.get("budget", 0)), checkpoint.PHASES.index(state["phase"])
+def _finite_losses(losses: Sequence[float]) -> list[float]:
+    """The losses as they are. Raises ValueError where one is not finite."""
+    if not all(math.isfinite(loss) for loss in losses):
+        raise ValueError("a loss is no finite number")
+    return list(losses)
 
 
 def _checksum(path: Path | None) -> str:
-    """sha256 of a file; "" where none is given, or there: who reads it says that."""
+    """sha256 of a file; "" where none is given or it is missing, which its reader reports."""
     if path is None or not path.is_file():
         return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _changed(what: str) -> str:
+def _changed_error(what: str) -> str:
     return f"{what} is no longer the one that this run began with. Run without --resume."
 
 
 def _clock(earlier: float = 0.0) -> Callable[[], float]:
+    """A function that gives the seconds since now, plus those of an earlier part of the run."""
     start = time.perf_counter() - earlier
     return lambda: round(time.perf_counter() - start, 2)
-
-
-def open_folder(config: Config) -> Path:
-    """The run's folder, made, with its config.toml. Raises JpqError where it cannot be written."""
-    folder = config.run.out / config.hash()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise JpqError(f"Cannot write to {folder}: {error.strerror}. Choose another folder with --out.") from error
-    write_toml(config, folder / "config.toml")
-    return folder

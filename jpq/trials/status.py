@@ -10,8 +10,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from jpq.costs.latency import NS
 from jpq.results.front import pareto
+from jpq.tasks import CLASSIFICATION, recorded_task
+from jpq.tasks.base import Task
 from jpq.trials.settings import CHANCE, Study
-from jpq.trials.trial import REASON, RULED_OUT, SAME, STOPPED, UNITS, counts
+from jpq.trials.trial import REASON, RULED_OUT, SAME, STOPPED, counts, objective_unit
 
 OptunaStudy = optuna.Study
 
@@ -41,13 +43,14 @@ class StudyStatus:
         signs = [-1.0 if name == "accuracy" else 1.0 for name in asked.asked()]
         points = [[s * v for s, v in zip(signs, t.values, strict=True)] for t in own]
         front = [t for t, on in zip(own, pareto.non_dominated(points), strict=True) if on] if own else []
-        names = tuple(UNITS[name][0] for name in asked.asked())
+        task = recorded_task(study.user_attrs)
+        names = tuple(objective_unit(name, task)[0] for name in asked.asked())
         best = {n: s * min(p[i] for p in points) for i, (n, s) in enumerate(zip(names, signs, strict=True)) if points}
         done = sum(map(counts, trials))
         states = [t.state for t in trials]
         open_ = states.count(TrialState.RUNNING) + states.count(TrialState.WAITING)
         full, chance = (study.user_attrs.get(key) for key in (FULL, CHANCE))
-        covered = volume(own, asked.asked(), full, chance or 0.0) if own and full else None
+        covered = volume(own, asked.asked(), full, chance or 0.0, task) if own and full and len(names) <= 3 else None
         return cls(
             tuple(trials),
             names,
@@ -94,16 +97,23 @@ def fits(trial: FrozenTrial) -> bool:
     return all(over <= 0 for over in trial.user_attrs.get("limits", {}).values())
 
 
-def volume(trials: Sequence[FrozenTrial], names: Sequence[str], full: Mapping[str, float], chance: float) -> float:
+def volume(
+    trials: Sequence[FrozenTrial],
+    names: Sequence[str],
+    full: Mapping[str, float],
+    chance: float,
+    task: Task = CLASSIFICATION,
+) -> float:
     """What the trials cover, in accuracy above chance x decades of each cost (`pareto.covered`).
 
     Args:
         trials: finished ones.
         names: the objectives, in the order of the trials' values.
         full: costs of the fp32 model; size and latency in bytes and nanoseconds.
-        chance: accuracy of guessing, in [0, 1].
+        chance: metric of guessing.
+        task: of the study.
     """
-    columns = {name: [t.values[i] / UNITS[name][1] for t in trials] for i, name in enumerate(names)}
+    columns = {name: [t.values[i] / objective_unit(name, task)[1] for t in trials] for i, name in enumerate(names)}
     to_share = {"size": full.get("size", 1.0), "latency": full.get("latency", NS) / NS}  # the others are shares already
     shares = [[v / to_share.get(name, 1.0) for v in columns[name]] for name in names if name != "accuracy"]
     return pareto.hypervolume_of(columns["accuracy"], *shares, chance=chance)

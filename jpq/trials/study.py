@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 from jpq.config import Config
 from jpq.results.front import front, plots
 from jpq.results.front.points import read
+from jpq.tasks import task_record
 from jpq.trials.preview import Preview, float_weights
 from jpq.trials.samplers import sampler
 from jpq.trials.settings import CHANCE, STUDY_FILE, WEIGHTS, Study, agree, begun, note, require_own, write_study
@@ -28,13 +29,13 @@ from jpq.trials.storage import alone, open_storage, without_password
 from jpq.trials.trial import (
     REASON,
     SAME,
-    UNITS,
     Failed,
     NullStudyObserver,
     OneTrial,
     StudyObserver,
     counts,
     keep_pictures,
+    objective_unit,
 )
 from jpq.trials.trial import RULED_OUT as BROKEN
 from jpq.types import JpqError
@@ -148,9 +149,11 @@ def _created(
         require_own(shared, directions)
         if not begun(shared):  # also where the first worker was killed on its way through here
             shared.set_user_attr(WEIGHTS, digest)
-            shared.set_user_attr(CHANCE, 1 / preview.classes)
+            for key, value in task_record(preview.task).items():
+                shared.set_user_attr(key, value)
+            shared.set_user_attr(CHANCE, preview.task.chance(preview.classes))
             shared.set_user_attr(FULL, preview.full)
-            shared.set_metric_names([UNITS[name][0] for name in asked])
+            shared.set_metric_names([objective_unit(name, preview.task)[0] for name in asked])
             for values in space.anchors():
                 shared.enqueue_trial(values, skip_if_exists=True)
             if not begun(shared):

@@ -18,7 +18,10 @@ from jpq.config import Config
 from jpq.methods.compatibility import compose
 from jpq.recipe import optimize
 from jpq.results import run_folder
+from jpq.results.formatting import format_metric, metric_scale
 from jpq.results.record import LayerRecord, Result
+from jpq.tasks import CLASSIFICATION
+from jpq.tasks.base import Task
 from jpq.training import checkpoint
 from jpq.training.history import EpochRecord, NullObserver, TrainingObserver
 from jpq.trials.early_stopping import Curve, should_stop
@@ -226,7 +229,15 @@ class OneTrial:
             if value is not None:
                 trial.set_user_attr(key, value)
         values = {"accuracy": accuracy, **found}
-        return [values[name] * UNITS[name][1] for name in self.study.asked()]
+        return [values[name] * objective_unit(name, result.task)[1] for name in self.study.asked()]
+
+
+def objective_unit(name: str, task: Task) -> tuple[str, float]:
+    """An objective's name in the study, and the factor from our unit to the name's; "accuracy" is the task's metric."""
+    if name != "accuracy":
+        return UNITS[name]
+    unit = f" ({task.metric_unit})" if task.metric_unit else ""
+    return f"held-out {task.metric_name}{unit}", metric_scale(task)
 
 
 def decided(trial: Trial) -> dict[str, Any]:
@@ -266,6 +277,12 @@ class EarlyStoppingObserver:
         self.own, self.study, self.watch, self.costs = trial, study, watch, costs
         self.by = [name for name in study.asked() if name != "accuracy"]
         self.accuracy: list[float] = []
+        self.task: Task = CLASSIFICATION
+
+    def begin(self, task: Task) -> None:
+        """Pass it on."""
+        self.task = task
+        self.watch.begin(task)
 
     def phase(self, name: str, epochs: int, steps: int) -> None:
         """Pass it on."""
@@ -290,7 +307,7 @@ class EarlyStoppingObserver:
             return
         mine = Curve(tuple(self.accuracy), row.epochs, tuple(costs[name] * UNITS[name][1] for name in self.by))
         if should_stop(mine, self._finished(), self.study.margin, self.study.patience, self.study.warm_up):
-            text = f"after {row.epoch} of {row.epochs} epochs, at {100 * row.accuracy:.2f} %"
+            text = f"after {row.epoch} of {row.epochs} epochs, at {format_metric(self.task, row.accuracy)}"
             self.own.set_user_attr(STOPPED, text)
             raise optuna.TrialPruned(text)
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jpq.tasks.data import RECIPES, Augment, Batches, load, stratified
+from jpq.tasks.data import PREPROCESSING, Augment, Batches, load, stratified
 from jpq.types import JpqError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -178,8 +178,8 @@ def test_fashion_mnist_is_read_from_the_files_as_published():
     assert data.held_out.labels.bincount().tolist() == [600] * 10
     images = torch.cat([data.train.images, data.held_out.images]).float() / 255
     # the usual constants, from 60,000 training images
-    assert images.mean().item() == pytest.approx(RECIPES["fashion-mnist"].mean[0], abs=1e-4)
-    assert images.std().item() == pytest.approx(RECIPES["fashion-mnist"].std[0], abs=1e-4)
+    assert images.mean().item() == pytest.approx(PREPROCESSING["fashion-mnist"].mean[0], abs=1e-4)
+    assert images.std().item() == pytest.approx(PREPROCESSING["fashion-mnist"].std[0], abs=1e-4)
     assert data.test.labels[:5].tolist() == [9, 2, 1, 1, 6]  # the test set's well-known first five
 
 

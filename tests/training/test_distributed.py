@@ -70,14 +70,14 @@ def test_one_process_alone_is_left_as_it_is():
     assert split.take(x, y) == (x, y)
     assert split.weight == 1
     assert not split.norms
-    distributed.require_same("a", "a plan")
+    distributed.check_same("a", "a plan")
     assert distributed.first_then_others(lambda: 3) == distributed.run_on_first(lambda: 3) == 3
 
 
 def test_batches_smaller_than_the_processes_are_refused(monkeypatch):
     monkeypatch.setattr(distributed, "count", lambda: 4)
     with pytest.raises(JpqError, match="--batch-size 3 is shared by 4 processes"):
-        distributed.require_rows(3)
+        distributed.check_rows(3)
 
 
 @pytest.mark.slow

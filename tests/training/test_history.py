@@ -10,7 +10,7 @@ from runs import QUICK, Stop, config
 
 import jpq
 from jpq.cli.main import main
-from jpq.training.history import LEFT_OUT, EpochRecord, NullObserver, TensorBoardObserver
+from jpq.training.history import LABEL_COLUMNS, EpochRecord, NullObserver, TensorBoardObserver
 from jpq.types import JpqError
 
 
@@ -42,7 +42,7 @@ def test_rows_and_steps_come_back_from_the_file(tmp_path):
             watch.epoch(row(epoch=epoch, budget=budget))
     found = read(tmp_path)
     for tag, value in asdict(row()).items():
-        if tag in LEFT_OUT or math.isnan(value):
+        if tag in LABEL_COLUMNS or math.isnan(value):
             assert f"epoch/{tag}" not in found
         else:
             assert found[f"epoch/{tag}"] == [(i, pytest.approx(value)) for i in (1, 2, 3, 4)]

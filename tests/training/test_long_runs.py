@@ -7,12 +7,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import kills
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support import kills
 from torch import Tensor
 
 import jpq
@@ -43,11 +43,11 @@ def meets_or_says(asked: Config) -> str:
 @pytest.fixture(scope="module")
 def float_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("float")
-    return jpq.optimize(kills.tiny(out), final=False).folder / "float.safetensors"
+    return jpq.optimize(kills.tiny_config(out), final=False).folder / "float.safetensors"
 
 
 def at_rates(weights: Path, out: Path, method: str, lr: float, gate_lr: float, bit_lr: float) -> Config:
-    asked = kills.tiny(out)
+    asked = kills.tiny_config(out)
     return replace(
         asked,
         task=replace(asked.task, weights=weights, limit=80),
@@ -92,7 +92,7 @@ FEW = [pytest.param(*p, marks=[] if p in PAIRS[:2] else pytest.mark.slow) for p 
 
 @pytest.mark.parametrize(("method", "data"), FEW)
 def test_odd_data(method: str, data: str, tmp_path: Path) -> None:
-    asked = kills.tiny(tmp_path)
+    asked = kills.tiny_config(tmp_path)
     asked = replace(
         asked,
         task=replace(asked.task, data=f"odd_data:{data}", model="resnet8" if data == "blank_channel" else "convnet"),

@@ -20,11 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import kills
 import pytest
 import torch
-from kills import MOMENTS, again
 from safetensors.torch import load_file, save_file
+from support import kills
+from support.kills import MOMENTS, resumed
 
 import jpq
 from jpq.config import Config
@@ -36,7 +36,7 @@ from jpq.training.history import EpochRecord, NullObserver
 from jpq.training.signals import Interrupted, Interruption
 from jpq.types import JpqError
 
-STEPS = 9  # optimiser steps of an epoch of kills.tiny
+STEPS = 9  # optimiser steps of an epoch of kills.tiny_config
 FAST = ("djpq", "admm")
 
 
@@ -85,7 +85,7 @@ def folder_of(asked: Config) -> Path:
 @pytest.mark.parametrize("method", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_every_method_resumes_in_the_midst_of_an_epoch(method: str, tmp_path: Path) -> None:
     def asked(out: str, every: int = 0) -> Config:
-        tiny = kills.tiny(tmp_path / out, every=every)
+        tiny = kills.tiny_config(tmp_path / out, every=every)
         return replace(tiny, decide=replace(tiny.decide, method=method, density=0.6))
 
     whole, stopped = asked("whole"), asked("stopped", 4)
@@ -97,10 +97,10 @@ def test_every_method_resumes_in_the_midst_of_an_epoch(method: str, tmp_path: Pa
         saved = torch.load(folder_of(stopped) / checkpoint.NAME)
         assert (saved["phase"], saved["done"], len(saved["losses"])) == ("search", 1, 4)
     with pytest.raises(KeyboardInterrupt):  # and stopped politely: saved at this very step
-        jpq.optimize(again(stopped) if searches else stopped, After("fine-tune", 3, KeyboardInterrupt), final=False)
+        jpq.optimize(resumed(stopped) if searches else stopped, After("fine-tune", 3, KeyboardInterrupt), final=False)
     saved = torch.load(folder_of(stopped) / checkpoint.NAME)
     assert (saved["phase"], saved["done"], len(saved["losses"])) == ("fine-tune", 0, 3)
-    jpq.optimize(again(stopped), final=False)
+    jpq.optimize(resumed(stopped), final=False)
     assert told(folder_of(stopped)) == told(folder_of(whole))
 
 
@@ -114,8 +114,8 @@ def heard() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    asked = kills.tiny(tmp_path_factory.mktemp("whole"))
-    assert kills.child(asked).exitcode == 0
+    asked = kills.tiny_config(tmp_path_factory.mktemp("whole"))
+    assert kills.run_in_child(asked).exitcode == 0
     return folder_of(asked)
 
 
@@ -129,21 +129,21 @@ def random_kills(count: int) -> list[tuple[str, int]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("moment", "n"), random_kills(20))
 def test_kill_9_loses_nothing_but_time(moment: str, n: int, whole: Path, tmp_path: Path) -> None:
-    asked = kills.tiny(tmp_path, every=n % 2 and 4)
-    assert kills.child(asked, moment, n).exitcode == -signal.SIGKILL
-    assert kills.child(again(asked)).exitcode == 0
+    asked = kills.tiny_config(tmp_path, every=n % 2 and 4)
+    assert kills.run_in_child(asked, moment, n).exitcode == -signal.SIGKILL
+    assert kills.run_in_child(resumed(asked)).exitcode == 0
     assert told(folder_of(asked)) == told(whole)
     assert {p.name for p in folder_of(asked).iterdir()} == {p.name for p in whole.iterdir()}, "nothing is left over"
 
 
 @pytest.mark.slow
 def test_killed_again_and_again(whole: Path, tmp_path: Path) -> None:
-    asked, draw, killed = kills.tiny(tmp_path, every=3), random.Random(1), 0
-    process = kills.child(asked, seconds=draw.uniform(0.5, 1.0))
+    asked, draw, killed = kills.tiny_config(tmp_path, every=3), random.Random(1), 0
+    process = kills.run_in_child(asked, seconds=draw.uniform(0.5, 1.0))
     while process.exitcode == -signal.SIGKILL:
         killed += 1
         assert killed < 40, "each has more time than the last, however slow the machine"
-        process = kills.child(again(asked), seconds=draw.uniform(0.5, 1.0) * 1.25**killed)
+        process = kills.run_in_child(resumed(asked), seconds=draw.uniform(0.5, 1.0) * 1.25**killed)
     assert process.exitcode == 0
     assert killed >= 2
     assert told(folder_of(asked)) == told(whole)
@@ -177,7 +177,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number: int, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_midst_of_a_step_waits_for_its_end(number: int, tmp_path: Path) -> None:
-    asked = kills.tiny(tmp_path)
+    asked = kills.tiny_config(tmp_path)
     before = signal.getsignal(number)
     with pytest.raises(Interrupted) as caught:
         jpq.optimize(asked, After("search", 2, number=number), final=False)
@@ -242,15 +242,15 @@ def test_threads_hear_no_signals() -> None:
 
 
 def test_a_finished_run_says_so(tmp_path: Path) -> None:
-    asked = kills.tiny(tmp_path)
+    asked = kills.tiny_config(tmp_path)
     jpq.optimize(asked, final=False)
     with pytest.raises(JpqError, match="holds a finished run"):
-        jpq.optimize(again(asked), final=False)
+        jpq.optimize(resumed(asked), final=False)
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    asked = kills.tiny(tmp_path_factory.mktemp("stopped"))
+    asked = kills.tiny_config(tmp_path_factory.mktemp("stopped"))
     with pytest.raises(KeyboardInterrupt):
         jpq.optimize(asked, After("search", STEPS + 3, KeyboardInterrupt), final=False)
     return asked
@@ -294,7 +294,7 @@ def test_a_checkpoint_with_a_wrong_field_is_one_sentence(what: str, stopped: Con
     torch.save(saved, path)
     try:
         with pytest.raises(JpqError, match=r"(?i)run without --resume\.$"):
-            jpq.optimize(again(stopped), final=False)
+            jpq.optimize(resumed(stopped), final=False)
     finally:
         path.write_bytes(good)
 
@@ -302,26 +302,26 @@ def test_a_checkpoint_with_a_wrong_field_is_one_sentence(what: str, stopped: Con
 def test_other_weights_behind_the_same_name_are_noticed(whole_trial: Path, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     shutil.copy(whole_trial / "float.safetensors", path)
-    asked = kills.tiny(tmp_path)
+    asked = kills.tiny_config(tmp_path)
     asked = replace(asked, task=replace(asked.task, weights=path))
     with pytest.raises(KeyboardInterrupt):
         jpq.optimize(asked, After("search", 3, KeyboardInterrupt), final=False)
     saved = torch.load(folder_of(asked) / checkpoint.NAME)
     torch.save({**saved, "data": "0" * 64}, folder_of(asked) / checkpoint.NAME)
     with pytest.raises(JpqError, match=r"--data digits is no longer the one that this run began with"):
-        jpq.optimize(again(asked), final=False)
+        jpq.optimize(resumed(asked), final=False)
     save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)
     with pytest.raises(JpqError, match=r"--weights .* is no longer the one that this run began with"):
-        jpq.optimize(again(asked), final=False)
+        jpq.optimize(resumed(asked), final=False)
 
 
 @pytest.mark.slow
 def test_two_processes_agree(tmp_path: Path) -> None:
     found = []
     for seed in ("1", "2"):  # of Python's hashes: no order of a set or dict may matter
-        asked = kills.tiny(tmp_path / seed)
-        code = f"import kills; from pathlib import Path; kills.run(kills.tiny(Path({str(tmp_path / seed)!r})))"
-        paths = os.pathsep.join([*map(str, kills.HERE), os.environ.get("PYTHONPATH", "")])
+        asked = kills.tiny_config(tmp_path / seed)
+        code = f"from support.kills import *; run(tiny_config(Path({str(tmp_path / seed)!r})))"
+        paths = os.pathsep.join([*map(str, kills.PATHS), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": paths}
         subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
         found.append((told(folder_of(asked)), run_folder.read_run(folder_of(asked))))
@@ -364,7 +364,7 @@ class Does(After):
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(whole_trial: Path, tmp_path: Path) -> None:
     place = disk(tmp_path, 16)
-    asked = kills.tiny(place)
+    asked = kills.tiny_config(place)
     full = place / "someone else's"
 
     def fill() -> None:
@@ -379,7 +379,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(whole_trial: Path, tmp_path:
         kept = torch.load(folder_of(asked) / checkpoint.NAME)
         assert (kept["phase"], kept["done"]) == ("search", 1)
         full.unlink()
-        jpq.optimize(again(asked), final=False)
+        jpq.optimize(resumed(asked), final=False)
         assert told(folder_of(asked)) == told(whole_trial)
     finally:
         subprocess.run(["umount", str(place)], check=True)
@@ -387,7 +387,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(whole_trial: Path, tmp_path:
 
 @pytest.fixture(scope="module")
 def whole_trial(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    asked = kills.tiny(tmp_path_factory.mktemp("trial"))
+    asked = kills.tiny_config(tmp_path_factory.mktemp("trial"))
     jpq.optimize(asked, final=False)
     return folder_of(asked)
 
@@ -397,13 +397,13 @@ def test_a_read_only_disk(tmp_path: Path) -> None:
     try:
         subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
         with pytest.raises(JpqError, match=r"Read-only file system.*--out"):
-            jpq.optimize(kills.tiny(place))
+            jpq.optimize(kills.tiny_config(place))
     finally:
         subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_folder_removed_meanwhile(tmp_path: Path) -> None:
-    asked = kills.tiny(tmp_path)
+    asked = kills.tiny_config(tmp_path)
     with pytest.raises(JpqError, match="Its folder is gone"):
         jpq.optimize(asked, Does("search", 3, lambda: shutil.rmtree(folder_of(asked))), final=False)
 

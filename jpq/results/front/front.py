@@ -17,6 +17,8 @@ from jpq.costs.latency import NS
 from jpq.files.atomic import replace_file
 from jpq.results.front import pareto
 from jpq.results.front.points import RunPoint, read
+from jpq.tasks import pick_task
+from jpq.tasks.base import Task
 from jpq.types import JpqError, unknown
 
 MOST = 2  # costs beside accuracy
@@ -43,6 +45,11 @@ class Front:
     def full(self) -> dict[str, float]:
         """Costs of the fp32 model, as far as any run knows them: one without a table of latencies leaves those out."""
         return {cost: float(amount) for p in reversed(self.points) for cost, amount in p.full.items()}
+
+    @property
+    def task(self) -> Task:
+        """The task of the runs; its metric is what their accuracies are."""
+        return pick_task(self.points[0].task)
 
     def number(self, i: int) -> int | None:
         """What a table and a picture call this point: 1 for the cheapest of the front."""

@@ -12,11 +12,12 @@ from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from jpq.results.formatting import format_percent, short
+from jpq.results.formatting import format_metric, format_percent, metric_label, metric_scale, short
 from jpq.results.front.front import Front, float_accuracy, write
 from jpq.results.front.points import RunPoint
 from jpq.results.front.select import WORDS, Choice
 from jpq.results.plots import BLUE, GREEN, INK, ORANGE, log_ticks, quiet, save_picture
+from jpq.tasks import pick_task
 
 RED, PALE = "#D55E00", "#9AA5B1"  # Okabe and Ito's vermillion; grey for what is dominated
 
@@ -54,8 +55,9 @@ def plane(front: Front, choice: Choice | None = None) -> Figure:
     reference = float_accuracy(front)
     axes.axvline(100, color=INK, lw=0.8, ls=":", gid="fp32")
     if reference is not None:
-        axes.axhline(100 * reference, color=INK, lw=0.8, ls=":", gid="float")
-        axes.scatter([100], [100 * reference], marker="D", s=46, color=INK, zorder=4, label="float model", gid="float")
+        height = metric_scale(front.task) * reference
+        axes.axhline(height, color=INK, lw=0.8, ls=":", gid="float")
+        axes.scatter([100], [height], marker="D", s=46, color=INK, zorder=4, label="float model", gid="float")
     for at, names in _uniform(front, cost).items():
         axes.axvline(at, color=ORANGE, lw=1, ls=(0, (4, 3)), alpha=0.8, gid="tick", zorder=1)
         axes.annotate(
@@ -123,7 +125,7 @@ def plane(front: Front, choice: Choice | None = None) -> Figure:
         )
     log_ticks(axes.xaxis)
     axes.set_xlabel(f"{WORDS[cost]}, % of the fp32 model")
-    axes.set_ylabel("held-out accuracy, %")
+    axes.set_ylabel(f"held-out {metric_label(front.task)}")
     axes.margins(x=0.06, y=0.1)
     _name_points(axes, front, cost)
     quiet(axes)
@@ -136,7 +138,8 @@ def _name_points(axes: Axes, front: Front, cost: str) -> None:
     """Number and method beside each point of the front where they cover nothing else; else the number, or nothing."""
     low, high = axes.get_xlim()
     bottom, top = axes.get_ylim()
-    at = [(100 * p.share(cost), 100 * p.accuracy) for p in front.points]
+    scale = metric_scale(front.task)
+    at = [(100 * p.share(cost), scale * p.accuracy) for p in front.points]
     spots = [(WIDE * math.log(x / low) / math.log(high / low), HIGH * (y - bottom) / (top - bottom)) for x, y in at]
     taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in spots]
     for i in (front.best[-1], *front.best[:-1]):
@@ -174,7 +177,8 @@ def _overlap(one: tuple[float, ...], two: tuple[float, ...]) -> bool:
 
 
 def _at(points: list[RunPoint] | tuple[RunPoint, ...], cost: str) -> tuple[list[float], list[float]]:
-    return [100 * p.share(cost) for p in points], [100 * p.accuracy for p in points]
+    scale = metric_scale(pick_task(points[0].task)) if points else 1.0
+    return [100 * p.share(cost) for p in points], [scale * p.accuracy for p in points]
 
 
 def _method(point: RunPoint) -> str:
@@ -258,7 +262,7 @@ def heat_map(front: Front, choice: Choice | None = None) -> Figure | None:
         axes.tick_params(which="minor", length=0)
         if columns <= COLUMNS and rows <= 3 * CELLS:
             _numbers(axes, table, what)
-    words = f"point of the front: number, held-out accuracy, {WORDS[front.costs[0]]} over fp32's"
+    words = f"point of the front: number, held-out {front.task.metric_name}, {WORDS[front.costs[0]]} over fp32's"
     panels[0].set_xlabel(words, fontsize=9, loc="left", color=INK)
     return figure
 
@@ -279,7 +283,7 @@ def _numbers(axes: Axes, table: np.ndarray, what: str) -> None:
 
 def _column(point: RunPoint, number: int, front: Front, choice: Choice | None) -> str:
     star = " ★" if choice is not None and choice.point is point else ""
-    parts = (f"{number}{star}", format_percent(point.accuracy), format_percent(point.share(front.costs[0])))
+    parts = (f"{number}{star}", format_metric(front.task, point.accuracy), format_percent(point.share(front.costs[0])))
     return ("\n" if len(front.best) <= CELLS else "  ").join(parts)
 
 

@@ -15,6 +15,8 @@ from jpq.config import Config
 from jpq.config import read_toml as read_config
 from jpq.costs.latency import NS
 from jpq.files import untrusted
+from jpq.tasks import CLASSIFICATION, recorded_task
+from jpq.tasks.base import Task
 from jpq.types import JpqError
 
 FILE = "result.json"
@@ -142,7 +144,8 @@ def _trials(study: Any, folder: Path | str | None = None) -> Iterator[RunPoint |
             point
             if known is None
             else replace(
-                point, **{field: getattr(known, field) for field in ("full", "model", "data", "chance", "uniform")}
+                point,
+                **{field: getattr(known, field) for field in ("full", "model", "data", "chance", "task", "uniform")},
             )
         )
 
@@ -174,12 +177,13 @@ class RunPoint:
     full: Mapping[str, float]
     model: str
     data: str
-    chance: float = 0.0  # accuracy of guessing: 1 / classes, where the number of classes is known
+    chance: float = 0.0  # metric of guessing (1 / classes for accuracy), where the number of classes is known
     packed_bytes: int | None = None
     final: bool = True
     decisions: Mapping[str, Any] = field(default_factory=dict)  # method, target, learning rates, ...
     layers: tuple[LayerDecision, ...] = ()
     uniform: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # "W4A4" -> costs of the whole model
+    task: str = CLASSIFICATION.name  # in TASKS; the accuracies are its metric
 
     def share(self, cost: str) -> float:
         """Its cost over the fp32 model's."""
@@ -201,22 +205,27 @@ def point_of(folder: Path) -> RunPoint:
         now, full, held = tree["compressed"], tree["float"], tree["held_out"]
         layers = tuple(_layers(folder / "layers.csv"))
         data = tree.get("data") or {}
+        task = recorded_task(data)
         point = RunPoint(
             name=_name(folder.resolve()),
             folder=folder,
-            accuracy=_share(held["compressed"], "held-out accuracy"),
-            test_accuracy=_maybe(now["accuracy"]),
-            float_accuracy=_maybe(held.get("float")),
+            accuracy=_metric(task, held["compressed"], f"held-out {task.metric_name}"),
+            test_accuracy=_maybe(task, now["accuracy"]),
+            float_accuracy=_maybe(task, held.get("float")),
             costs=_costs(now, config.budget.cost, layers),
             full=_costs(full),
             model=config.task.model,
             data=str(data.get("name", config.task.data)),
-            chance=_chance(folder / "plan.json"),
-            packed_bytes=int(tree["packed"]["total"]) if tree.get("packed") else None,
+            chance=_chance(task, folder / "plan.json"),
+            task=task.name,
+            packed_bytes=untrusted.as_int(tree["packed"]["total"], 0, 2**63) if tree.get("packed") else None,
             final=bool(tree.get("final", True)),
             decisions=decisions(config),
             layers=tuple(layer for layer, _ in layers),
-            uniform={str(n): {str(k): float(v) for k, v in c.items()} for n, c in tree.get("uniform", {}).items()},
+            uniform={
+                str(n): {str(k): untrusted.as_float(v) for k, v in c.items()}
+                for n, c in tree.get("uniform", {}).items()
+            },
         )
     except OSError as error:
         raise JpqError(f"{Path(str(error.filename)).name} cannot be read ({error.strerror}).") from error
@@ -250,21 +259,28 @@ def _costs(
 
 
 def _above(value: Any, what: str) -> float:
-    number = float(value)
+    number = untrusted.as_float(value)
     if not 0 < number < math.inf:
         raise ValueError(f"{what} of {value}")
     return number
 
 
 def _share(value: Any, what: str) -> float:
-    number = float(value)
+    number = untrusted.as_float(value)
     if not 0 <= number <= 1:
         raise ValueError(f"{what} of {value}")
     return number
 
 
-def _maybe(value: Any) -> float | None:
-    return None if value is None or value != value else _share(value, "accuracy")
+def _metric(task: Task, value: Any, what: str) -> float:
+    number, (low, high) = float(value), task.metric_bounds
+    if not (low <= number <= high and math.isfinite(number)):
+        raise ValueError(f"{what} of {value}")
+    return number
+
+
+def _maybe(task: Task, value: Any) -> float | None:
+    return None if value is None or value != value else _metric(task, value, task.metric_name)
 
 
 def _layers(path: Path) -> Iterator[tuple[LayerDecision, float]]:
@@ -281,10 +297,10 @@ def _layers(path: Path) -> Iterator[tuple[LayerDecision, float]]:
             yield LayerDecision(row["name"], w, a, _share(density, "density")), float(w * a * macs)
 
 
-def _chance(path: Path) -> float:
-    """Accuracy of guessing, from the plan's number of classes; 0 where there is no plan."""
+def _chance(task: Task, path: Path) -> float:
+    """Metric of guessing, from the plan's number of classes; 0 where there is no plan."""
     try:
-        return 1 / max(1, int(untrusted.parse_json(untrusted.read_text(path), FILE)["model"]["classes"]))
+        return task.chance(int(untrusted.parse_json(untrusted.read_text(path), FILE)["model"]["classes"]))
     except (JpqError, ValueError, KeyError, TypeError):
         return 0.0
 
@@ -335,21 +351,22 @@ def from_attributes(
         params: what the sampler chose.
     """
     try:
-        task = about.get("settings", {}).get("task", {})
+        task, settings = recorded_task(about), about.get("settings", {}).get("task", {})
         bops, share = _above(found["bops"], "BOPs"), _above(found["bops_share"], "share of BOPs")
         latency = {"latency": NS * _above(found["latency_ms"], "latency")} if found.get("latency_ms") else {}
         place = str(found.get("run_folder", ""))
         return RunPoint(
             name=name,
             folder=None,
-            accuracy=_share(found["held_out"], "held-out accuracy"),
+            accuracy=_metric(task, found["held_out"], f"held-out {task.metric_name}"),
             test_accuracy=None,
             float_accuracy=None,
             costs={"bops": bops, "macs": float(found["macs"]), "size": float(found["size_bytes"]), **latency},
             full={"bops": float(round(bops / share))},
-            model=str(task.get("model", "")),
-            data=str(task.get("data", "")),
-            chance=_share(about.get("accuracy of guessing", 0.0), "accuracy of guessing"),
+            model=str(settings.get("model", "")),
+            data=str(settings.get("data", "")),
+            chance=_metric(task, about.get("accuracy of guessing", 0.0), f"{task.metric_name} of guessing"),
+            task=task.name,
             final=False,
             decisions={"method": found.get("method"), "settings": place.rpartition("/")[2] or None, **params},
             layers=tuple(_told(layer, str(text)) for layer, text in found.get("layers", {}).items()),

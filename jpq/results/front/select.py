@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from jpq.costs.latency import NS
 from jpq.costs.target import parse_amount, parse_share
-from jpq.results.formatting import format_number, format_percent
+from jpq.results.formatting import format_change, format_metric, format_number, format_percent
 from jpq.results.front.front import Front, make, require_one_table
 from jpq.results.front.points import RunPoint
+from jpq.tasks import pick_task
 from jpq.types import JpqError
 
 ACCURACY = "accuracy"
@@ -113,7 +114,7 @@ def pick(front: Front, asked: Sequence[Limit], knee: bool = False) -> Choice:
         why.append(_extreme(f"the least {WORDS[cost]}", len(fit)))
     else:
         best = max(fit, key=lambda p: (p.accuracy, -p.costs[cost]))
-        why.append(_extreme("the highest held-out accuracy", len(fit)))
+        why.append(_extreme(f"the highest held-out {front.task.metric_name}", len(fit)))
     at = next(i for i, p in enumerate(front.points) if p is best)
     return Choice(at, best, (*why, *_beside(front, best, asked)))
 
@@ -147,8 +148,9 @@ def _beside(front: Front, best: RunPoint, asked: Sequence[Limit]) -> list[str]:
         for p in near:
             misses = [limit.text for limit in asked if not limit.met(p)]
             but = f"; it misses {' and '.join(misses)}" if misses else ""
+            change = format_change(front.task, p.accuracy - best.accuracy)
             lines.append(
-                f"The next {words} one of the front, {p.name}, has {100 * (p.accuracy - best.accuracy):+.2f} points at "
+                f"The next {words} one of the front, {p.name}, has {change} at "
                 f"{p.costs[cost] / best.costs[cost]:.2f} times the {WORDS[cost]}{but}."
             )
     return lines
@@ -173,6 +175,6 @@ def _nearest(front: Front, asked: Sequence[Limit]) -> str:
 def _best(points: Sequence[RunPoint], limit: Limit, whole: str = "") -> str:
     if limit.cost == ACCURACY:
         best = max(points, key=lambda p: p.accuracy)
-        return f"the most accurate{whole} is {best.name} with {format_percent(best.accuracy)}"
+        return f"the most accurate{whole} is {best.name} with {format_metric(pick_task(best.task), best.accuracy)}"
     best = min(points, key=lambda p: p.costs[limit.cost])
     return f"the least{whole} is {best.name} with {shown(best, limit.cost)}"

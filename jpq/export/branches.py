@@ -1,7 +1,8 @@
-"""A convolution whose filters read different input channels, as dense branches: one for each set of channels.
+"""Dense branches of a convolution with learned filter groups: one convolution for each set of input channels.
 
-The end of dynamic structure pruning (arXiv:2303.09736): filters with the same mask form a branch, a dense convolution
-on the channels that it reads; the outputs are joined and put back in order. It computes what the masked layer does.
+The last step of dynamic structure pruning (arXiv:2303.09736): filters with the same mask form a branch, a dense
+convolution on the channels that it reads; the outputs are joined and put back in order. The masked layer and its
+branches compute the same.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from jpq.methods.quantizers import (
 )
 from jpq.types import JpqError
 
-_PLAIN: dict[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+_CONVOLUTIONS: dict[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by dims of the weight
 
 
 class Branches(nn.Module):
-    """Dense convolutions on subsets of the input channels, side by side.
+    """Dense convolutions on subsets of the input channels, side by side; their outputs in the order of the filters.
 
     Args:
-        branches: (convolution, input channels that it reads, filters that it makes).
-        bias: of the filters that read nothing, `[outputs]`; None where there are none.
-        outputs: how many filters in all.
+        branches: (convolution, input channels that it reads, filters that it computes).
+        bias: [outputs], of which the filters that read nothing take theirs; None where there are no such filters.
+        outputs: number of all filters.
     """
 
     order: Tensor
@@ -43,11 +44,11 @@ class Branches(nn.Module):
         self.convs: Any = nn.ModuleList(conv for conv, _, _ in branches)
         for i, (_, reads, _) in enumerate(branches):
             self.register_buffer(f"reads{i}", torch.tensor(reads))
-        made = [o for _, _, makes in branches for o in makes]
-        rest = [o for o in range(outputs) if o not in set(made)]
-        place = {o: i for i, o in enumerate(made + rest)}
+        computed = [o for _, _, filters in branches for o in filters]
+        constant = [o for o in range(outputs) if o not in set(computed)]
+        place = {o: i for i, o in enumerate(computed + constant)}
         self.register_buffer("order", torch.tensor([place[o] for o in range(outputs)]))
-        self.constant = None if bias is None else nn.Parameter(bias[rest].detach().clone())
+        self.constant = None if bias is None else nn.Parameter(bias[constant].detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs of all filters in their order."""
@@ -59,39 +60,42 @@ class Branches(nn.Module):
         return torch.cat(parts, 1).index_select(1, self.order)
 
 
-def branched(small: nn.Module) -> nn.Module:
-    """A copy of a rebuilt model whose convolutions with whole kernels masked are dense branches instead.
+def split_into_branches(small: nn.Module) -> nn.Module:
+    """A copy of a rebuilt model in which convolutions with whole kernels masked are replaced by dense branches.
 
-    Left as they are: layers without a mask, and those whose branches would be more than half their filters (masks that
-    no group shares). Raises JpqError where no layer can be cut.
+    Layers without a mask stay, and layers that would get more branches than half their filters (few filters share a
+    mask). Raises JpqError where no layer can be split.
     """
     small = copy.deepcopy(small)
-    cut = 0
+    split_count = 0
     for name, layer in list(small.named_modules()):
         mask = getattr(layer, "mask", None)
-        if mask is None or mask.dim() not in _PLAIN or layer.groups != 1 or layer.transposed:
+        if mask is None or mask.dim() not in _CONVOLUTIONS or layer.groups != 1 or layer.transposed:
             continue
         kernels = mask.flatten(2)
         if not torch.equal(kernels.any(2), kernels.all(2)):
             continue
-        new = _branches(layer, kernels.all(2))
-        if new is not None:
-            replace_everywhere(small, small.get_submodule(name), new)
-            cut += 1
-    if not cut:
+        branches = _branches(layer, kernels.all(2))
+        if branches is not None:
+            replace_everywhere(small, small.get_submodule(name), branches)
+            split_count += 1
+    if not split_count:
         raise JpqError("No layer can be cut into branches: train with --method dsp, or another on whole kernels.")
     return small
 
 
 def _branches(layer: Any, reads: Tensor) -> Branches | None:
-    """The layer's branches; None where they are too many, or where nothing is dropped."""
-    sets: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    """The layer's branches; None where they are too many, or where nothing is dropped.
+
+    `reads`: [filters, input channels], True where a filter reads a channel.
+    """
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)  # input channels -> filters that read them
     for o, row in enumerate(reads):
-        sets[tuple(row.nonzero()[:, 0].tolist())].append(o)
-    empty = sets.pop((), [])
-    if not sets or 2 * len(sets) > len(reads) or bool(reads.all()):
+        groups[tuple(row.nonzero()[:, 0].tolist())].append(o)
+    empty = groups.pop((), [])
+    if not groups or 2 * len(groups) > len(reads) or bool(reads.all()):
         return None
-    parts = [(_branch(layer, list(channels), makes), list(channels), makes) for channels, makes in sets.items()]
+    parts = [(_branch(layer, list(channels), filters), list(channels), filters) for channels, filters in groups.items()]
     bias = None
     if empty:
         bias = layer.bias if layer.bias is not None else layer.weight.new_zeros(len(reads))
@@ -99,12 +103,12 @@ def _branches(layer: Any, reads: Tensor) -> Branches | None:
 
 
 @torch.no_grad()
-def _branch(layer: Any, channels: list[int], makes: list[int]) -> nn.Module:
+def _branch(layer: Any, channels: list[int], filters: list[int]) -> nn.Module:
     """A dense convolution of some filters on some channels, on the same grids."""
-    weight = layer.weight[makes][:, channels]
-    conv: Any = _PLAIN[weight.dim()](
+    weight = layer.weight[filters][:, channels]
+    conv: Any = _CONVOLUTIONS[weight.dim()](
         len(channels),
-        len(makes),
+        len(filters),
         layer.kernel_size,
         layer.stride,
         layer.padding,
@@ -114,13 +118,15 @@ def _branch(layer: Any, channels: list[int], makes: list[int]) -> nn.Module:
     )
     conv.weight = nn.Parameter(weight.clone())
     if layer.bias is not None:
-        conv.bias = nn.Parameter(layer.bias[makes].clone())
+        conv.bias = nn.Parameter(layer.bias[filters].clone())
     if not hasattr(layer, "weight_quant"):
         return conv.train(layer.training)
-    w, a = weight_quantizer(layer), act_quantizer(layer)
-    ranges = w.log_threshold[makes] if w.log_threshold.dim() else w.log_threshold
-    new_w = IntegerQuantizer(ranges.exp(), Fixed(round(float(w.width()))), True).to(weight)
-    new_a = IntegerQuantizer(a.log_threshold.exp(), Fixed(round(float(a.width()))), a.signed).to(weight)
-    new_w.log_threshold.copy_(ranges)  # exp and log do not cancel to the last bit
-    new_a.log_threshold.copy_(a.log_threshold)
-    return quantize_layer(conv, new_w, new_a).train(layer.training)
+    weight_grid, act_grid = weight_quantizer(layer), act_quantizer(layer)
+    ranges = weight_grid.log_threshold[filters] if weight_grid.log_threshold.dim() else weight_grid.log_threshold
+    new_weight_grid = IntegerQuantizer(ranges.exp(), Fixed(round(float(weight_grid.width()))), True).to(weight)
+    new_act_grid = IntegerQuantizer(
+        act_grid.log_threshold.exp(), Fixed(round(float(act_grid.width()))), act_grid.signed
+    ).to(weight)
+    new_weight_grid.log_threshold.copy_(ranges)  # exp and log do not cancel to the last bit
+    new_act_grid.log_threshold.copy_(act_grid.log_threshold)
+    return quantize_layer(conv, new_weight_grid, new_act_grid).train(layer.training)

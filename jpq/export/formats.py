@@ -1,15 +1,18 @@
-"""The forms that a small model is handed over in: ONNX for runtimes, QONNX for FPGA flows, .pt2 for PyTorch itself.
+"""`FORMATS`: the file formats of a small model, each with its file name and the function that writes and checks it.
 
-| form  | file             | what reads it                                                            |
-|-------|------------------|--------------------------------------------------------------------------|
-| onnx  | model.onnx       | any ONNX runtime; integers at 8 bits or in narrower types (narrow.py)      |
-| qonnx | model.qonnx.onnx | netron, qonnx, FINN and hls4ml: Quant nodes of any width, one sample       |
-| pt2   | model.pt2        | torch.export.load, without jpq or brevitas: ATen operators, int8 weights   |
+| format | file             | reader                                                                     |
+|--------|------------------|----------------------------------------------------------------------------|
+| onnx   | model.onnx       | any ONNX runtime; integers in 8 bits or fewer (narrow_weights.py)            |
+| qonnx  | model.qonnx.onnx | netron, qonnx, FINN and hls4ml: Quant nodes of any width, one sample       |
+| pt2    | model.pt2        | torch.export.load, without jpq or brevitas: ATen operators, int8 weights   |
+
+A new format is a writer in a file of this package, a row of `FORMATS`, and its name in `jpq.config.FORMS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,80 +21,103 @@ from onnx import load
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from jpq.export import runtimes, verify
-from jpq.export.onnx import export
-from jpq.export.onnx.export import standard
+from jpq.export import verify
+from jpq.export.onnx.export import export_onnx, export_qonnx
+from jpq.export.onnx.quant_nodes import expand_quant_nodes
+from jpq.export.runtimes import Session
 from jpq.export.torch_export import export_pt2
 from jpq.export.verify import Pair
-from jpq.tracing.forward import batch_of, tensors
+from jpq.tracing.forward import batch_size, collect_tensors
 from jpq.types import JpqError
 
-NAMES = {"onnx": "model.onnx", "qonnx": "model.qonnx.onnx", "pt2": "model.pt2"}
+QONNX_SAMPLES = 64  # that a QONNX file is compared on, one by one
 
-SAMPLES = 64  # that a QONNX file is compared on, one by one
+Writer = Callable[[nn.Module, Any, Path, Iterable[Pair], str], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file format: the name of its file in a run's folder, and its writer.
+
+    A writer is called as `writer(small, example, path, batches, weights)` with the rebuilt model, an example of its
+    inputs, the file to write, batches to compare on (read several times), and the type of stored weights
+    (`--onnx-weights`). It returns the comparison of file and model, as `jpq.export.verify.compare` gives it.
+    """
+
+    file_name: str
+    writer: Writer
 
 
 def write(
     small: nn.Module,
     example: Any,
     folder: Path,
-    forms: Sequence[str],
+    names: Sequence[str],
     batches: Iterable[Pair],
     weights: str = "int8",
 ) -> dict[str, Any]:
-    """Write the asked forms of a rebuilt model into `folder`, and compare each with it on `batches`.
+    """Write a rebuilt model into `folder` in the named formats, and compare each file with it on `batches`.
 
-    Returns, for each form, its "file", its "bytes", and what the comparison found ("verified"; see `verify.compare`).
-    `batches` are read several times. Raises JpqError where a form cannot be written or computes something else.
+    Returns, for each format, its "file", its "bytes", and the comparison ("verified"; see `verify.compare`).
+    `batches` are read several times. Raises JpqError where a file cannot be written or computes something else.
     """
     small.eval()
-    made = {}
-    for form in forms:
-        path = folder / NAMES[form]
-        found = _WRITERS[form](small, example, path, batches, weights)
-        made[form] = {"file": path.name, "bytes": path.stat().st_size, "verified": found}
-    return made
+    records = {}
+    for name in names:
+        path = folder / FORMATS[name].file_name
+        comparison = FORMATS[name].writer(small, example, path, batches, weights)
+        records[name] = {"file": path.name, "bytes": path.stat().st_size, "verified": comparison}
+    return records
 
 
-def _onnx(small: nn.Module, example: Any, path: Path, batches: Iterable[Pair], weights: str) -> dict[str, Any]:
-    export.export(small, example, path, weights)
+def write_onnx(
+    small: nn.Module, example: Any, path: Path, batches: Iterable[Pair], weights: str = "int8"
+) -> dict[str, Any]:
+    """Write a QCDQ file and compare it in onnxruntime."""
+    export_onnx(small, example, path, weights)
     return verify.exported(small, path, batches)
 
 
-def _pt2(small: nn.Module, example: Any, path: Path, batches: Iterable[Pair], _: str) -> dict[str, Any]:
+def write_qonnx(small: nn.Module, example: Any, path: Path, batches: Iterable[Pair], _: str = "") -> dict[str, Any]:
+    """Write a QONNX file and compare it on the first samples, its Quant nodes written out for onnxruntime."""
+    export_qonnx(small, example, path)
+    session = Session(expand_quant_nodes(load(str(path))), optimised=False)
+
+    def run_one_by_one(*args: Any, **kwargs: Any) -> Any:
+        count = batch_size((args, kwargs))
+        outputs = [collect_tensors(session(*_samples(args, i), **_samples(kwargs, i))) for i in range(count)]
+        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+
+    x, y = next(iter(batches))
+    comparison = verify.compare(small, run_one_by_one, [(_samples(x, 0, QONNX_SAMPLES), y)])
+    _check_agreement(comparison, "the QONNX file")
+    return comparison
+
+
+def write_pt2(small: nn.Module, example: Any, path: Path, batches: Iterable[Pair], _: str = "") -> dict[str, Any]:
+    """Write a torch.export archive and compare it after loading."""
     export_pt2(small, example, path)
-    loaded = torch.export.load(path).module()
-    found = verify.compare(small, loaded, batches)
-    _require(found, "the .pt2 file")
-    return found
+    comparison = verify.compare(small, torch.export.load(path).module(), batches)
+    _check_agreement(comparison, "the .pt2 file")
+    return comparison
 
 
-def _qonnx(small: nn.Module, example: Any, path: Path, batches: Iterable[Pair], _: str) -> dict[str, Any]:
-    export.export_qonnx(small, example, path)
-    session = runtimes.Session(standard(load(str(path))), optimised=False)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        rows = [tensors(session(*_sample(args, i), **_sample(kwargs, i))) for i in range(batch_of((args, kwargs)))]
-        return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
-
-    few = [(_sample(x, 0, SAMPLES), y) for x, y in [next(iter(batches))]]
-    found = verify.compare(small, run, few)
-    _require(found, "the QONNX file")
-    return found
+FORMATS: dict[str, Format] = {
+    "onnx": Format("model.onnx", write_onnx),
+    "qonnx": Format("model.qonnx.onnx", write_qonnx),
+    "pt2": Format("model.pt2", write_pt2),
+}
 
 
-def _sample(value: Any, at: int, count: int = 1) -> Any:
-    """These samples of a batch."""
-    return tree_map(lambda v: v[at : at + count] if isinstance(v, Tensor) and v.dim() else v, value)
+def _samples(batch: Any, start: int, count: int = 1) -> Any:
+    """`count` samples of a batch, in any nest of tensors."""
+    return tree_map(lambda v: v[start : start + count] if isinstance(v, Tensor) and v.dim() else v, batch)
 
 
-_WRITERS: dict[str, Callable[..., dict[str, Any]]] = {"onnx": _onnx, "qonnx": _qonnx, "pt2": _pt2}
-
-
-def _require(found: dict[str, Any], what: str) -> None:
+def _check_agreement(comparison: dict[str, Any], what: str) -> None:
     """Raise JpqError where more decisions differ than rounding boundaries explain."""
-    if found["argmax_differs"] > max(2, verify.RARE * found["decisions"]):
+    if comparison["argmax_differs"] > max(2, verify.RARE * comparison["decisions"]):
         raise JpqError(
-            f"{what} and the rebuilt model differ on {found['argmax_differs']} of {found['decisions']} "
+            f"{what} and the rebuilt model differ on {comparison['argmax_differs']} of {comparison['decisions']} "
             "decisions. This is a bug in jpq."
         )

@@ -1,12 +1,8 @@
-"""The runtimes that an exported file is known to work in, by name; each is called like the model that it came from."""
+"""Runtimes for exported ONNX files, by name: onnxruntime and OpenVINO sessions that are called like PyTorch models."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +12,17 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from jpq.tracing.forward import tensors
+from jpq.tracing.forward import collect_tensors
 from jpq.types import JpqError, unknown
 
 
 class Session:
-    """An exported file in onnxruntime, called like the model it came from.
+    """An ONNX file in onnxruntime, called like the model that it was exported from.
 
-    Unless `optimised`, the graph runs as it is written: onnxruntime's fusions round biases to integers.
+    Args:
+        path: the file, or an ONNX model in memory.
+        threads: of one operator; 0 leaves the choice to onnxruntime.
+        optimised: apply onnxruntime's fusions, which round biases to integers; else run the graph as it is written.
     """
 
     def __init__(self, path: Path | onnx.ModelProto, threads: int = 0, optimised: bool = True):
@@ -36,39 +35,22 @@ class Session:
         self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
-        """The output for one batch, on the CPU: a tensor, or a tuple of all tensors that the model gives."""
+        """The output for one batch, on the CPU: a tensor, or a tuple of all output tensors."""
         names = [i.name for i in self._session.get_inputs()]
-        order = [*args, *(kwargs[name] for name in names if name in kwargs)] if set(names) >= set(kwargs) else kwargs
-        values = [v.detach().cpu() for v in tensors(order)]
-        feed = [np.ascontiguousarray((v.float() if v.is_floating_point() else v).numpy()) for v in values]
-        out = tuple(
-            torch.from_numpy(np.asarray(o)) for o in self._session.run(None, dict(zip(names, feed, strict=True)))
-        )
-        return out[0] if len(out) == 1 else out
+        by_name = set(names) >= set(kwargs)
+        inputs = [*args, *(kwargs[name] for name in names if name in kwargs)] if by_name else kwargs
+        feed = dict(zip(names, [_to_array(value) for value in collect_tensors(inputs)], strict=True))
+        return _as_output([np.asarray(value) for value in self._session.run(None, feed)])
 
 
-@contextlib.contextmanager
-def quiet_exporters() -> Iterator[None]:
-    """torch's exporter and onnxoptimizer talk on every channel; what fails still raises."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
+class OpenVinoSession:
+    """An ONNX file in OpenVINO, called like the model that it was exported from.
 
-
-class OpenVino:
-    """An exported file in OpenVINO, in single precision where it is not in integers (some CPUs default to bfloat16)."""
+    What is not computed in integers is computed in single precision (some CPUs default to bfloat16).
+    """
 
     def __init__(self, path: Path, threads: int = 0):
-        openvino = _openvino()
+        openvino = _import_openvino()
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         options |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
         try:
@@ -77,33 +59,44 @@ class OpenVino:
             raise JpqError(f"openvino cannot load {path}: {' '.join(str(error).split())[-200:]}") from error
 
     def __call__(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
-        """The output for one batch: a tensor, or a tuple of all tensors that the model gives."""
-        feed = [np.ascontiguousarray((v.float() if v.is_floating_point() else v).cpu().numpy()) for v in tensors(args)]
-        found = self.compiled(feed)
-        out = tuple(torch.from_numpy(np.array(found[port])) for port in self.compiled.outputs)
-        return out[0] if len(out) == 1 else out
+        """The output for one batch: a tensor, or a tuple of all output tensors."""
+        results = self.compiled([_to_array(value) for value in collect_tensors(args)])
+        return _as_output([np.array(results[port]) for port in self.compiled.outputs])
 
 
-RUNTIMES: dict[str, Any] = {"onnxruntime": Session, "openvino": OpenVino}
+RUNTIMES: dict[str, Any] = {"onnxruntime": Session, "openvino": OpenVinoSession}
 
 
-def chosen(names: str) -> Sequence[str]:
-    """The runtimes in a list such as "onnxruntime,openvino".
+def parse_runtimes(names: str) -> Sequence[str]:
+    """Split a list such as "onnxruntime,openvino" into the names of runtimes.
 
     Raises JpqError for unknown ones, and for openvino where it is not installed.
     """
-    found = [name.strip() for name in names.split(",") if name.strip()]
-    for name in found:
+    runtimes = [name.strip() for name in names.split(",") if name.strip()]
+    for name in runtimes:
         if name not in RUNTIMES:
             raise unknown("runtime", name, RUNTIMES)
-    if not found:
+    if not runtimes:
         raise JpqError(f"No runtime: choose from {', '.join(RUNTIMES)}.")
-    if "openvino" in found:
-        _openvino()
-    return found
+    if "openvino" in runtimes:
+        _import_openvino()
+    return runtimes
 
 
-def _openvino() -> Any:
+def open_session(runtime: str, path: Path, threads: int = 0) -> Any:
+    """Open an ONNX file in the named runtime. Raises JpqError where it cannot be loaded."""
+    if not path.is_file():
+        raise JpqError(f"{path} is not there. Give an exported file, such as runs/0123456789ab/model.onnx.")
+    try:
+        return RUNTIMES[runtime](path, threads)
+    except JpqError:
+        raise
+    except Exception as error:  # onnxruntime has a class of its own for every kind of failure
+        raise JpqError(f"{runtime} cannot load {path}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _import_openvino() -> Any:
+    """The openvino package. Raises JpqError where it is not installed."""
     try:
         import openvino
     except ImportError as error:
@@ -113,13 +106,13 @@ def _openvino() -> Any:
     return openvino
 
 
-def opened(name: str, path: Path, threads: int = 0) -> Any:
-    """A file in one of the runtimes. Raises JpqError where it cannot be loaded."""
-    if not path.is_file():
-        raise JpqError(f"{path} is not there. Give an exported file, such as runs/0123456789ab/model.onnx.")
-    try:
-        return RUNTIMES[name](path, threads)
-    except JpqError:
-        raise
-    except Exception as error:  # onnxruntime has a class of its own for every kind of failure
-        raise JpqError(f"{name} cannot load {path}: {' '.join(str(error).split())[:200]}") from error
+def _to_array(value: Tensor) -> np.ndarray:
+    """A tensor as a contiguous array on the CPU, floating-point numbers in single precision."""
+    value = value.detach().cpu()
+    return np.ascontiguousarray((value.float() if value.is_floating_point() else value).numpy())
+
+
+def _as_output(arrays: Sequence[np.ndarray]) -> Tensor | tuple[Tensor, ...]:
+    """One tensor, or a tuple of several."""
+    output = tuple(torch.from_numpy(array) for array in arrays)
+    return output[0] if len(output) == 1 else output

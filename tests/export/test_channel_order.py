@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from jpq.export.unconstrained.channel_order import _lay, contiguous, copied, order
+from jpq.export.unconstrained.channel_order import _lay_out, count_copied, is_contiguous, order_channels
 
 
 def channels(sets):
@@ -22,8 +22,8 @@ def channels(sets):
     ],
 )
 def test_worked_examples(sets, best, before, after):
-    found = order(sets, channels(sets))
-    assert (found, copied(sets, channels(sets)), copied(sets, found)) == (best, before, after)
+    found = order_channels(sets, channels(sets))
+    assert (found, count_copied(sets, channels(sets)), count_copied(sets, found)) == (best, before, after)
 
 
 def segment(seed, readers=None, n=12):
@@ -46,7 +46,7 @@ def nested(rng, pool, depth=3):
 def test_two_readers_never_copy():
     for seed in range(500):
         sets = segment(seed, readers=2)
-        assert copied(sets, order(sets, range(12))) == 0
+        assert count_copied(sets, order_channels(sets, range(12))) == 0
 
 
 def test_nested_and_disjoint_sets_never_copy():
@@ -56,8 +56,8 @@ def test_nested_and_disjoint_sets_never_copy():
         pool = rng.sample(range(20), 16)
         sets = nested(rng, pool)
         rng.shuffle(sets)
-        assert copied(sets, order(sets, range(20))) == 0
-        before += copied(sets, list(range(20)))
+        assert count_copied(sets, order_channels(sets, range(20))) == 0
+        before += count_copied(sets, list(range(20)))
     assert before > 1000
 
 
@@ -66,34 +66,34 @@ def test_random_segments_copy_a_third():
     for seed in range(3000):
         sets = segment(seed)
         natural = list(range(12))
-        found = order(sets, natural)
+        found = order_channels(sets, natural)
         assert sorted(found) == natural
-        assert copied(sets, found) <= copied(sets, natural)
-        assert copied(sets, order(sets, found)) <= copied(sets, found)
-        before, after = before + copied(sets, natural), after + copied(sets, found)
+        assert count_copied(sets, found) <= count_copied(sets, natural)
+        assert count_copied(sets, order_channels(sets, found)) <= count_copied(sets, found)
+        before, after = before + count_copied(sets, natural), after + count_copied(sets, found)
     assert 0.28 < after / before < 0.40
 
 
 def test_the_natural_order_stays_where_it_is_better():
     sets = [{1, 2, 3, 4}, {0, 1, 2}, {0, 1}, {1, 2, 3}]  # found by search: paths alone would copy 5 channels
-    assert copied(sets, range(5)) == 0
-    assert copied(sets, _lay([frozenset(s) for s in sets])) == 5
-    assert order(sets, range(5)) == [0, 1, 2, 3, 4]
+    assert count_copied(sets, range(5)) == 0
+    assert count_copied(sets, _lay_out([frozenset(s) for s in sets])) == 5
+    assert order_channels(sets, range(5)) == [0, 1, 2, 3, 4]
 
 
 def test_channels_that_nobody_keeps_come_last():
-    assert order([{1, 3}, {5}], range(6)) == [1, 3, 5, 0, 2, 4]
-    assert order([], range(3)) == [0, 1, 2]
-    assert order([set(), {2, 0}], range(3)) == [0, 2, 1]
+    assert order_channels([{1, 3}, {5}], range(6)) == [1, 3, 5, 0, 2, 4]
+    assert order_channels([], range(3)) == [0, 1, 2]
+    assert order_channels([set(), {2, 0}], range(3)) == [0, 2, 1]
 
 
 def test_many_readers_stay_cheap():
     rng = random.Random(0)
     sets = [set(rng.sample(range(300), 6)) for _ in range(80)]
-    assert copied(sets, order(sets, range(300))) < copied(sets, range(300))
+    assert count_copied(sets, order_channels(sets, range(300))) < count_copied(sets, range(300))
 
 
 def test_contiguous():
-    assert contiguous([4, 2, 3])
-    assert contiguous([])
-    assert not contiguous([1, 3])
+    assert is_contiguous([4, 2, 3])
+    assert is_contiguous([])
+    assert not is_contiguous([1, 3])

@@ -105,7 +105,9 @@ def test_read_and_shrunk(name: str) -> None:
             keep = torch.tensor([[float(int(c) not in gone) for c in site.labels]], dtype=torch.double)
             weight.data.mul_(tap.structure.expand(keep, weight.shape))
     small = remove_channels(model, network, gone)
-    for a, b in zip(collect_tensors(call_model(masked, example)), collect_tensors(call_model(small, example)), strict=True):
+    for a, b in zip(
+        collect_tensors(call_model(masked, example)), collect_tensors(call_model(small, example)), strict=True
+    ):
         assert float((a - b).abs().max()) < 1e-12 * float(a.abs().max())
 
 

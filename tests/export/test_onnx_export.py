@@ -15,14 +15,14 @@ from torch import nn
 
 import jpq
 from jpq.export import formats, torch_export
-from jpq.export.onnx import export as exporter
-from jpq.export.onnx.export import standard
+from jpq.export.onnx.export import export_onnx, export_qonnx
 from jpq.export.onnx.graph import fold_constants
-from jpq.export.onnx.integer_kernels import make_integral
+from jpq.export.onnx.integer_kernels import prepare_integer_kernels
+from jpq.export.onnx.quant_nodes import expand_quant_nodes
 from jpq.export.packed.model import pack, unpack
-from jpq.export.rebuild import build
+from jpq.export.rebuild import build_from_plan
 from jpq.export.runtimes import Session
-from jpq.export.timing.kernels import float_layers, kernels
+from jpq.export.timing.kernels import count_kernels, float_layers
 from jpq.export.verify import compare, difference
 from jpq.plan import from_json
 from jpq.tasks.models import build as make
@@ -84,7 +84,7 @@ def test_the_file_computes_the_model_and_integer_kernels_run_it(kind, bits, tmp_
     path = tmp_path / "m.onnx"
     for output_bits in (0, 8):
         model = quantized(kind, bits, output_bits).finalize()
-        exporter.export(model, EXAMPLE, path)
+        export_onnx(model, EXAMPLE, path)
         found = compare(model, Session(path, optimised=False), IMAGES)
         assert found["argmax_agreement"] >= 1 - 1 / 32
         assert found["at_a_rounding_boundary"] <= 1
@@ -146,7 +146,7 @@ def test_rewrites_change_no_number(scale, top, activation, pooled, signed, flat,
     model = graph(nodes, constants)
     x = torch.randn(3, 2, 6, 6, generator=torch.Generator().manual_seed(0)) * 4
     before = Session(model, optimised=False)(x)
-    make_integral(model)
+    prepare_integer_kernels(model)
     assert torch.equal(Session(model, optimised=False)(x), before)
     kinds = {t.data_type for t in model.graph.initializer}
     assert TensorProto.INT8 not in kinds  # every grid is unsigned now
@@ -173,25 +173,25 @@ def test_constants_are_folded_and_numbers_are_not():
 def test_narrow_weights_are_stored_narrow_and_read_the_same(bits, weights, kind, tmp_path):
     model = quantized(Residual, bits, 8).finalize()
     wide, narrow = tmp_path / "wide.onnx", tmp_path / "narrow.onnx"
-    exporter.export(model, EXAMPLE, wide)
-    exporter.export(model, EXAMPLE, narrow, weights)
+    export_onnx(model, EXAMPLE, wide)
+    export_onnx(model, EXAMPLE, narrow, weights)
     stored = [t for t in onnx.load(narrow).graph.initializer if t.data_type == getattr(TensorProto, kind)]
     assert sum(np.prod(t.dims) for t in stored) == 3 * 8 * 9 + 8 * 8 * 9 + 8 * 8 + 8 * 4
     share = {"INT4": 2, "INT2": 4}[kind]
     assert all(len(t.raw_data) == -(-np.prod(t.dims) // share) for t in stored)
     x = IMAGES[0][0]
     assert torch.equal(Session(wide, optimised=False)(x), Session(narrow, optimised=False)(x))
-    assert kernels(narrow)["QLinearConv"] == kernels(wide)["QLinearConv"] == 3
+    assert count_kernels(narrow)["QLinearConv"] == count_kernels(wide)["QLinearConv"] == 3
     assert onnx.load(narrow).opset_import[0].version == {"INT4": 21, "INT2": 25}[kind]
 
 
 def test_weights_that_need_8_bits_keep_them(tmp_path):
-    exporter.export(quantized(Residual, 8).finalize(), EXAMPLE, tmp_path / "m.onnx", "int4")
+    export_onnx(quantized(Residual, 8).finalize(), EXAMPLE, tmp_path / "m.onnx", "int4")
     kinds = {t.data_type for t in onnx.load(tmp_path / "m.onnx").graph.initializer}
     assert TensorProto.INT8 in kinds
     assert TensorProto.INT4 not in kinds
     with pytest.raises(JpqError, match="Did you mean int4"):
-        exporter.export(quantized(Residual, 8).finalize(), EXAMPLE, tmp_path / "m.onnx", "int44")
+        export_onnx(quantized(Residual, 8).finalize(), EXAMPLE, tmp_path / "m.onnx", "int44")
 
 
 def test_where_results_can_be_rounded():
@@ -218,13 +218,13 @@ def test_rounded_results_are_part_of_the_model(method, tmp_path):
         "b": (8, True),
     }
     assert difference(joint.net, small, EXAMPLE) <= 1e-9
-    again = build(from_json(plan.to_json(), "a plan"), model)
+    again = build_from_plan(from_json(plan.to_json(), "a plan"), model)
     again.load_state_dict(small.state_dict())
     assert torch.equal(again.eval()(EXAMPLE), small(EXAMPLE))
     pack(small, plan, EXAMPLE, tmp_path / "m.packed")
-    unpacked = unpack(build(plan, model), tmp_path / "m.packed")
+    unpacked = unpack(build_from_plan(plan, model), tmp_path / "m.packed")
     assert compare(small, unpacked, IMAGES)["at_a_rounding_boundary"] <= 1
-    exporter.export(small, EXAMPLE, tmp_path / "m.onnx")
+    export_onnx(small, EXAMPLE, tmp_path / "m.onnx")
     assert compare(small, Session(tmp_path / "m.onnx", optimised=False), IMAGES)["at_a_rounding_boundary"] <= 1
     grid = small.norm.results(EXAMPLE).unique()
     assert len(grid) <= 256
@@ -241,7 +241,7 @@ def test_ranges_of_results_learn():
     assert all(id(p) in learns for p in ranges)
 
 
-@pytest.mark.parametrize("form", list(formats.NAMES))
+@pytest.mark.parametrize("form", list(formats.FORMATS))
 def test_every_form_computes_the_model(form, tmp_path):
     model = quantized(Residual, 3, 8).finalize()
     made = formats.write(model, EXAMPLE, tmp_path, [form], IMAGES)[form]
@@ -288,7 +288,7 @@ def test_qonnx_counts_what_we_count(name, bits, size, tmp_path):
         make(name, 10, size[0]).eval(), x, method="uniform", bops="100%", w_bits=(bits, bits), a_bits=(bits, bits)
     )
     model, path = joint.finalize(), tmp_path / "m.qonnx.onnx"
-    exporter.export_qonnx(model, x, path)
+    export_qonnx(model, x, path)
     ours = jpq.measure(model, x)
     theirs = cost.inference_cost(str(path), discount_sparsity=False)["total_cost"]
     assert (theirs["total_macs"], theirs["total_bops"]) == (ours["macs"], ours["bops"])
@@ -304,39 +304,39 @@ def test_quant_nodes_written_out_are_those_of_the_specification():
             [(*node, options)], {"scale": np.float32(0.5), "zero": np.float32(0), "bits": np.float32(3)}, shape=("n",)
         )
         x = torch.tensor([-9.0, -0.75, -0.3, 0.25, 0.7, 1.1, 9.0])
-        assert torch.equal(Session(standard(model))(x), (x / 0.5).round().clamp(low, high) * 0.5)
+        assert torch.equal(Session(expand_quant_nodes(model))(x), (x / 0.5).round().clamp(low, high) * 0.5)
     odd = graph([(*node, {**options, "rounding_mode": "FLOOR"})], {"bits": np.float32(3)})
     with pytest.raises(JpqError, match="no standard form"):
-        standard(odd)
+        expand_quant_nodes(odd)
 
 
 @pytest.mark.parametrize(("bits", "weights"), [(8, "int8"), (3, "int8"), (4, "int4")])
 def test_openvino_agrees(bits, weights, tmp_path):
     pytest.importorskip("openvino", reason="openvino is not installed")
-    from jpq.export.runtimes import opened
+    from jpq.export.runtimes import open_session
 
     model = quantized(Small, bits, 8).finalize()
-    exporter.export(model, EXAMPLE, tmp_path / "m.onnx", weights)
-    found = compare(model, opened("openvino", tmp_path / "m.onnx"), IMAGES)
+    export_onnx(model, EXAMPLE, tmp_path / "m.onnx", weights)
+    found = compare(model, open_session("openvino", tmp_path / "m.onnx"), IMAGES)
     assert found["argmax_agreement"] >= 1 - 2 / 32
-    assert opened("openvino", tmp_path / "m.onnx", 1)(EXAMPLE[:3]).shape == (3, 4)
+    assert open_session("openvino", tmp_path / "m.onnx", 1)(EXAMPLE[:3]).shape == (3, 4)
 
 
 def test_runtimes_are_named(tmp_path, monkeypatch):
     from jpq.export.runtimes import open_session, parse_runtimes
 
-    assert chosen("onnxruntime, onnxruntime") == ["onnxruntime", "onnxruntime"]
+    assert parse_runtimes("onnxruntime, onnxruntime") == ["onnxruntime", "onnxruntime"]
     for names, why in (("onnxruntim", "Did you mean onnxruntime"), ("", "No runtime")):
         with pytest.raises(JpqError, match=why):
-            chosen(names)
+            parse_runtimes(names)
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(JpqError, match="openvino is not installed"):
-        chosen("openvino")
+        parse_runtimes("openvino")
     (tmp_path / "text.onnx").write_text("no model")
     with pytest.raises(JpqError, match="onnxruntime cannot load"):
-        opened("onnxruntime", tmp_path / "text.onnx")
+        open_session("onnxruntime", tmp_path / "text.onnx")
     with pytest.raises(JpqError, match="is not there"):
-        opened("onnxruntime", Path("nothing.onnx"))
+        open_session("onnxruntime", Path("nothing.onnx"))
 
 
 @pytest.mark.parametrize("bits", [1, 9, -1])

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Size
 
-from jpq.export.packed.file import Packed, header_bytes, load_packed, packed_bits, packed_bytes, save_packed
+from jpq.export.packed.file import PackedLayer, header_bytes, load_packed, packed_bits, packed_bytes, save_packed
 from jpq.methods.gates.fixed_count import topk_rows
 from jpq.methods.structures import Axis, KernelPattern, WeightLayout, mask_encoding, parse
 from jpq.types import JpqError
@@ -34,7 +34,7 @@ def layer(structure, size, width=4, signed=True, density=0.5, even=True, seed=0,
     weight = torch.randint(low, low + 2**width, size)
     weight.flatten()[:2] = torch.tensor([low, low + 2**width - 1])
     mask = structure.expand(kept, size).expand(size)
-    return Packed((weight * mask.long()).to(dtype), width, signed, structure, kept)
+    return PackedLayer((weight * mask.long()).to(dtype), width, signed, structure, kept)
 
 
 def equal(a, b):
@@ -84,8 +84,8 @@ def test_every_structure_on_every_weight_at_every_width(width, tmp_path):
 
 def test_dense_layers_and_other_tensors_lie_beside(tmp_path):
     layers = {
-        "stem.conv": Packed(torch.randint(-4, 4, (8, 3, 3, 3), dtype=torch.int8), 3),
-        "": Packed(torch.randint(0, 2**16, (7, 5), dtype=torch.int32), 16, False),
+        "stem.conv": PackedLayer(torch.randint(-4, 4, (8, 3, 3, 3), dtype=torch.int8), 3),
+        "": PackedLayer(torch.randint(0, 2**16, (7, 5), dtype=torch.int32), 16, False),
         "ein/Größe": layer(parse("kernels"), Size((4, 6, 3, 3)), dtype=torch.int64),
     }
     tensors = {"scale": torch.randn(8, 1), "zero": torch.tensor(0.5, dtype=torch.float16), "none": torch.zeros(0, 3)}
@@ -100,7 +100,7 @@ def test_dense_layers_and_other_tensors_lie_beside(tmp_path):
 def test_nothing_and_everything_kept_cost_no_mask(spec, size, density, tmp_path):
     structure = parse(spec)
     kept = torch.full(structure.shape(Size(size)), float(density))
-    packed = Packed(torch.full(size, 3 * density), 3, True, structure, kept)
+    packed = PackedLayer(torch.full(size, 3 * density), 3, True, structure, kept)
     _, found = round_trip(tmp_path, {"a": packed})
     assert not found
     assert packed_bits(structure, kept, Size(size), 3) == (3 * density * prod(size), 0)
@@ -200,7 +200,7 @@ def test_what_is_no_masked_integer_layer_is_refused(change, match, tmp_path):
     good = layer(parse("per-output"), Size((16, 8)))
     fields = {"weight": good.weight, "bits": 4, "signed": True, "structure": good.structure, "kept": good.kept}
     with pytest.raises(JpqError, match=match) as caught:
-        save_packed(tmp_path / "x", {"conv": Packed(**{**fields, **change})})
+        save_packed(tmp_path / "x", {"conv": PackedLayer(**{**fields, **change})})
     assert "'conv'" in str(caught.value)
     assert not (tmp_path / "x").exists()
 
@@ -211,7 +211,7 @@ def test_a_row_that_keeps_more_than_its_structure_promises_is_refused(structure,
     kept = topk_rows(torch.rand(structure.shape(size)), quota)
     kept[5, :3] = 1
     with pytest.raises(JpqError, match=f"keeps at most {quota} in each row"):
-        save_packed(tmp_path / "x", {"c": Packed(torch.zeros(size).int(), 4, True, structure, kept)})
+        save_packed(tmp_path / "x", {"c": PackedLayer(torch.zeros(size).int(), 4, True, structure, kept)})
 
 
 @pytest.fixture
@@ -306,7 +306,7 @@ def test_forged_files_end_in_one_sentence(case, small):
     path, _ = small
     forge(path, FORGED[case])
     with pytest.raises(JpqError, match="Cannot read") as caught:
-        load_packed(path, most=10**6)
+        load_packed(path, max_weights=10**6)
     assert len(str(caught.value)) < 400
 
 
@@ -319,9 +319,9 @@ def test_forging_nothing_changes_nothing(small):
 
 def test_a_reader_makes_no_more_room_than_it_is_told(small):
     path, _ = small
-    assert load_packed(path, most=24 + 27)
+    assert load_packed(path, max_weights=24 + 27)
     with pytest.raises(JpqError, match="26"):
-        load_packed(path, most=24 + 26)
+        load_packed(path, max_weights=24 + 26)
 
 
 def test_forged_places_out_of_order_or_range():

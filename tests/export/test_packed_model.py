@@ -14,7 +14,8 @@ import jpq
 from jpq import costs
 from jpq.compression.attach import attach
 from jpq.export.branches import Branches
-from jpq.export.packed.model import fold_batchnorms, pack, unpack
+from jpq.export.packed.batchnorm_folding import fold_batchnorms
+from jpq.export.packed.model import pack, unpack
 from jpq.export.rebuild import rebuild
 from jpq.methods.quantizers import Fixed, weight_quantizer
 from jpq.results.finish import branched_or_same

@@ -8,14 +8,15 @@ import json
 import pytest
 import torch
 from cuts import cut
+from traces import traced
 from zoo import ZOO, PaddedShortcut, Plain
 
 from jpq.export.float_equivalence import (
     check_equivalence,
-    decide,
-    dropped,
-    masked,
-    outputs,
+    draw_decisions,
+    dropped_labels,
+    float64_outputs,
+    masked_weights,
     randomize,
     relative_difference,
 )
@@ -28,44 +29,42 @@ from jpq.types import JpqError
 
 @pytest.mark.parametrize("name", ZOO)
 def test_masked_is_shrunk(name: str) -> None:
-    constructor, example = ZOO[name]
-    torch.manual_seed(0)
-    model = constructor()
-    network = trace(model, example)
+    model, example, network = traced(f"zoo_{name}")
     randomize(model, example)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     sites = channels(network)
     assert sites
     for seed in range(6):
-        keep = decide(sites, seed, share=(0.0, 0.2, 0.5, 0.5, 0.8, 0.9)[seed])
-        gone = dropped(sites, keep)
+        keep = draw_decisions(sites, seed, share=(0.0, 0.2, 0.5, 0.5, 0.8, 0.9)[seed])
+        gone = dropped_labels(sites, keep)
         small = remove_channels(model, network, gone)
-        with masked(model, network, sites, keep):
-            wanted = outputs(model, example)
-        assert relative_difference(wanted, outputs(small, example)) < 1e-10
+        with masked_weights(model, network, sites, keep):
+            wanted = float64_outputs(model, example)
+        assert relative_difference(wanted, float64_outputs(small, example)) < 1e-10
         if gone:
             assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
-            assert relative_difference(outputs(model, example), wanted) > 1e-6, "the dropped channels did not matter"
+            dense = float64_outputs(model, example)
+            assert relative_difference(dense, wanted) > 1e-6, "the dropped channels did not matter"
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_the_check_sees_one_wrong_channel() -> None:
-    model = ZOO["residual"][0]()
-    network = trace(model, ZOO["residual"][1])
-    randomize(model, ZOO["residual"][1])
+    model, example, network = traced("zoo_residual")
+    randomize(model, example)
     sites = channels(network)
-    keep = decide(sites, 0)
-    gone = dropped(sites, keep)
+    keep = draw_decisions(sites, 0)
+    gone = dropped_labels(sites, keep)
     kept = [int(c) for c in sites[0].labels if int(c) not in gone]
     other = (gone - {min(gone & set(sites[0].labels.tolist()))}) | {kept[0]}
-    with masked(model, network, sites, keep):
-        wanted = outputs(model, ZOO["residual"][1])
-    assert relative_difference(wanted, outputs(remove_channels(model, network, other), ZOO["residual"][1])) > 1e-3
+    with masked_weights(model, network, sites, keep):
+        wanted = float64_outputs(model, example)
+    wrong = float64_outputs(remove_channels(model, network, other), example)
+    assert relative_difference(wanted, wrong) > 1e-3
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_the_shrunk_model_traces_to_the_kept_macs(name: str) -> None:
-    network, _, gone, again = cut(name, lambda sites: dropped(sites, decide(sites, seed=1, share=0.5)))
+    network, _, gone, again = cut(name, lambda sites: dropped_labels(sites, draw_decisions(sites, seed=1, share=0.5)))
     assert [layer.name for layer in again.layers] == [layer.name for layer in network.layers]
     for old, new in zip(network.layers, again.layers, strict=True):
         assert len(new.inputs) == sum(int(c) not in gone for c in old.inputs)
@@ -78,7 +77,7 @@ def test_slices_are_plain_data() -> None:
     model = PaddedShortcut().double().eval()
     network = trace(model, torch.randn(2, 3, 4, 4).double())
     sites = channels(network)
-    gone = dropped(sites, decide(sites, 3, 0.4))
+    gone = dropped_labels(sites, draw_decisions(sites, 3, 0.4))
     plan = json.loads(json.dumps(compute_slices(network, gone)))
     assert "pad.before" in plan
     loaded = apply_slices(copy.deepcopy(model), plan)
@@ -126,5 +125,5 @@ def test_shared_modules_stay_shared() -> None:
     model = ZOO["shared"][0]().eval()
     network = trace(model, ZOO["shared"][1])
     sites = channels(network)
-    small = remove_channels(model, network, dropped(sites, decide(sites, 0, 0.5)))
+    small = remove_channels(model, network, dropped_labels(sites, draw_decisions(sites, 0, 0.5)))
     assert small.again is small.b

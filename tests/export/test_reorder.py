@@ -8,37 +8,39 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
-from zoo import ZOO, conv
-from zoo.readers import IMAGE, READERS, Body
+from traces import NETS, traced
+from zoo import conv
+from zoo.readers import IMAGE, Body
 
-from jpq.export.float_equivalence import decide, masked, outputs, randomize, relative_difference
-from jpq.export.unconstrained.channel_order import Blocks, blocks
-from jpq.export.unconstrained.reorder import export, layout
-from jpq.export.unconstrained.select import Select, copies, insert
+from jpq.export.float_equivalence import (
+    draw_decisions,
+    float64_outputs,
+    masked_weights,
+    randomize,
+    relative_difference,
+)
+from jpq.export.unconstrained.channel_blocks import Blocks, find_blocks
+from jpq.export.unconstrained.reorder import choose_layout, export_unconstrained
+from jpq.export.unconstrained.select import Select, count_copies, insert_selects
 from jpq.tasks import zoo
 from jpq.tracing.shrink import apply_slices, compute_slices
 from jpq.tracing.sites import channels, dropped_classes, per_consumer
 from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
-NETS = {**{name: (make, IMAGE) for name, make in READERS.items()}, **{f"zoo_{n}": pair for n, pair in ZOO.items()}}
-
 
 def prepared(name):
-    make, example = NETS[name]
-    torch.manual_seed(0)
-    model = make()
-    network = trace(model, example)
+    model, example, network = traced(name)
     return randomize(model, example), example, network
 
 
 def decisions(sites, seed, share):
-    keep = decide(sites, seed, share)
+    keep = draw_decisions(sites, seed, share)
     return keep, {name: keep[name][0].bool().tolist() for name in keep}
 
 
 def spent(model, example):
-    return copies(model, tree_map(lambda v: v.double() if v.is_floating_point() else v, example))
+    return count_copies(model, tree_map(lambda v: v.double() if v.is_floating_point() else v, example))
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -47,14 +49,14 @@ def test_masked_is_exported(name):
     sites = per_consumer(network)
     for seed, share in enumerate((0.2, 0.5, 0.6, 0.7, 0.9)):
         keep, kept = decisions(sites, seed, share)
-        with masked(model, network, sites, keep):
-            want = outputs(model, example)
-        small = export(model, network, sites, kept)
-        naive = export(model, network, sites, kept, reorder=False, gather=True)
-        assert relative_difference(want, outputs(small, example)) <= 1e-12
-        assert relative_difference(want, outputs(naive, example)) <= 1e-12
+        with masked_weights(model, network, sites, keep):
+            want = float64_outputs(model, example)
+        small = export_unconstrained(model, network, sites, kept)
+        naive = export_unconstrained(model, network, sites, kept, reorder=False, gather=True)
+        assert relative_difference(want, float64_outputs(small, example)) <= 1e-12
+        assert relative_difference(want, float64_outputs(naive, example)) <= 1e-12
         here, there = spent(small, example), spent(naive, example)
-        assert here.channels == layout(network, sites, kept).copied <= there.channels
+        assert here.channels == choose_layout(network, sites, kept).copied <= there.channels
         assert here.views + here.gathers == there.gathers
         assert there.views == 0
         assert here.size_bytes <= there.size_bytes
@@ -63,16 +65,16 @@ def test_masked_is_exported(name):
 @pytest.mark.parametrize("name", NETS)
 def test_any_order_within_blocks_is_the_same_model(name):
     model, example, network = prepared(name)
-    held = blocks(network)
-    want = outputs(model, example)
+    held = find_blocks(network)
+    want = float64_outputs(model, example)
     for seed in range(3):
-        rank, rng = held.natural(), np.random.default_rng(seed)
+        rank, rng = held.natural_rank(), np.random.default_rng(seed)
         for members in held.members:
             n = len(members)
             rank[list(members)] = rng.permutation(n) if seed else np.arange(n)[::-1]
         moved = compute_slices(network, (), lambda labels, rank=rank: held.places(labels, rank))
         assert moved or seed or not held.members
-        assert relative_difference(want, outputs(apply_slices(copy.deepcopy(model), moved), example)) <= 1e-12
+        assert relative_difference(want, float64_outputs(apply_slices(copy.deepcopy(model), moved), example)) <= 1e-12
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_any_order_within_blocks_is_the_same_model(name):
     ],
 )
 def test_what_may_change_places(name, sizes):
-    assert sorted(map(len, blocks(prepared(name)[2]).members), reverse=True) == sorted(sizes, reverse=True)
+    assert sorted(map(len, find_blocks(prepared(name)[2]).members), reverse=True) == sorted(sizes, reverse=True)
 
 
 def test_blocks_are_whole_wherever_they_appear():
@@ -114,7 +116,7 @@ def test_blocks_are_whole_wherever_they_appear():
             x = self.body(x)
             return torch.cat([x[:, 4:], x[:, :4]], 1)
 
-    assert blocks(trace(Cut(conv(3, 8), 8), IMAGE)).members == ()
+    assert find_blocks(trace(Cut(conv(3, 8), 8), IMAGE)).members == ()
 
 
 @pytest.mark.parametrize("name", ["two", "zoo_pre_activation", "zoo_two_outputs", "zoo_tokens"])
@@ -124,7 +126,7 @@ def test_two_readers_take_views(name):
     views = 0
     for seed in range(20):
         _, kept = decisions(sites, seed, 0.5)
-        found = spent(export(model, network, sites, kept), example)
+        found = spent(export_unconstrained(model, network, sites, kept), example)
         assert found.channels == found.gathers == found.runs == found.size_bytes == 0
         views += found.views
     assert views > 10
@@ -137,9 +139,9 @@ def test_readers_of_a_concat_that_take_its_ends():
     kept = {name: [True] * s.n for name, s in sites.items()}
     kept["a.0 for readers.0"] = [True, False, True, False, False, True]
     kept["a.0 for b.0"] = [False, True, False, True, False, False]
-    small = export(model, network, tuple(sites.values()), kept)
+    small = export_unconstrained(model, network, tuple(sites.values()), kept)
     assert spent(small, example).gathers == 0
-    assert spent(export(model, network, tuple(sites.values()), kept, reorder=False), example).gathers == 2
+    assert spent(export_unconstrained(model, network, tuple(sites.values()), kept, reorder=False), example).gathers == 2
 
 
 @pytest.mark.parametrize("name", ["added", "joined", "zoo_residual", "zoo_concat", "zoo_padded_shortcut"])
@@ -147,10 +149,10 @@ def test_coupled_sites_need_no_selection(name):
     model, example, network = prepared(name)
     sites = channels(network)
     _, kept = decisions(sites, 0, 0.5)
-    found = layout(network, sites, kept)
+    found = choose_layout(network, sites, kept)
     assert not found.selects
     assert found.slices == compute_slices(network, dropped_classes(sites, kept)), "the natural order"
-    assert spent(export(model, network, sites, kept), example).to_dict() == dict.fromkeys(
+    assert spent(export_unconstrained(model, network, sites, kept), example).to_dict() == dict.fromkeys(
         ("views", "gathers", "runs", "channels", "size_bytes"), 0
     )
 
@@ -171,15 +173,15 @@ def test_the_layout_is_plain_data_and_stable():
     model, example, network = prepared("added")
     sites = per_consumer(network)
     _, kept = decisions(sites, 3, 0.5)
-    found = layout(network, sites, kept)
-    assert layout(network, sites, kept) == found
+    found = choose_layout(network, sites, kept)
+    assert choose_layout(network, sites, kept) == found
     assert any(index != sorted(index) for dims in found.slices.values() for index in dims.values())
     cut, selects = json.loads(json.dumps([found.slices, found.selects]))
-    again = insert(apply_slices(copy.deepcopy(model), cut), selects)
-    small = export(model, network, sites, kept)
-    assert relative_difference(outputs(again, example), outputs(small, example)) == 0
+    again = insert_selects(apply_slices(copy.deepcopy(model), cut), selects)
+    small = export_unconstrained(model, network, sites, kept)
+    assert relative_difference(float64_outputs(again, example), float64_outputs(small, example)) == 0
     assert str(again) == str(small)
-    assert layout(network, sites, {name: [True] * len(k) for name, k in kept.items()}) == type(found)({}, {}, 0)
+    assert choose_layout(network, sites, {name: [True] * len(k) for name, k in kept.items()}) == type(found)({}, {}, 0)
 
 
 def test_a_reader_that_no_selection_can_precede_stays_coupled():
@@ -202,7 +204,7 @@ def test_selections():
     assert Select([2, 3, 4], -3, always_gather=True).index is not None
     assert not list(gather.state_dict()), "the plan holds the index"
     with pytest.raises(JpqError, match=r"selects 1 inputs for layer '7'"):
-        insert(nn.Sequential(nn.Linear(2, 2)), {"7": [0]})
+        insert_selects(nn.Sequential(nn.Linear(2, 2)), {"7": [0]})
 
 
 def test_nothing_left_is_refused():
@@ -210,7 +212,7 @@ def test_nothing_left_is_refused():
     sites = per_consumer(network)
     kept = {s.name: [s is sites[0]] * s.n for s in sites}
     with pytest.raises(JpqError, match=r"Layer 'readers\.1' would read nothing"):
-        layout(network, sites, kept)
+        choose_layout(network, sites, kept)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "googlenet", "mobilenet_v2", "shufflenet_v2_x0_5"])
@@ -221,8 +223,8 @@ def test_torchvision(name):
     randomize(model, example)
     sites = per_consumer(network)
     keep, kept = decisions(sites, 0, 0.6)
-    small = export(model, network, sites, kept)
-    with masked(model, network, sites, keep):
-        assert relative_difference(outputs(model, example), outputs(small, example)) <= 1e-9
-    naive = layout(network, sites, kept, reorder=False)
+    small = export_unconstrained(model, network, sites, kept)
+    with masked_weights(model, network, sites, keep):
+        assert relative_difference(float64_outputs(model, example), float64_outputs(small, example)) <= 1e-9
+    naive = choose_layout(network, sites, kept, reorder=False)
     assert spent(small, example).channels < naive.copied

@@ -19,12 +19,13 @@ from jpq.cli.summary import export_lines
 from jpq.config import Budget, Config, Decide, Run, Task, Train
 from jpq.costs import latency_table
 from jpq.costs.latency_table import Shape
-from jpq.export.onnx import export as exporter
+from jpq.export.onnx.export import export_float, export_onnx
 from jpq.export.runtimes import Session
 from jpq.export.timing import layer_table
 from jpq.export.timing.compare import FULL, INT8, PRUNED, model_files, reference_models
+from jpq.export.timing.kernels import count_kernels, float_layers
 from jpq.export.timing.layer_model import layer_model
-from jpq.export.timing.runner import Runner, float_layers, kernels, take_turns
+from jpq.export.timing.runner import Runner, take_turns
 from jpq.export.verify import compare
 from jpq.recipe import optimize
 from jpq.results.predicted_latency import predicted_ms
@@ -34,8 +35,18 @@ from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 EXAMPLE = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-CONVNET = trace(build("convnet", 10, 1), EXAMPLE)
-ENTRIES = layer_table.measure(CONVNET, "convnet", repeats=5)
+
+
+@pytest.fixture(scope="module")
+def convnet():
+    """A traced convnet."""
+    return trace(build("convnet", 10, 1), EXAMPLE)
+
+
+@pytest.fixture(scope="module")
+def entries(convnet):
+    """Its measured layers."""
+    return layer_table.measure_layers(convnet, "convnet", repeats=5)
 
 
 def small(bits, change=lambda norm: None):
@@ -59,9 +70,9 @@ def ops(path):
 @pytest.mark.parametrize("bits", [8, 4, 3])
 def test_folded_normalisations_change_nothing_but_the_kernels(bits, tmp_path):
     model, path = small(bits), tmp_path / "m.onnx"
-    exporter.export(model, EXAMPLE, path)
+    export_onnx(model, EXAMPLE, path)
     assert "BatchNormalization" not in ops(path)
-    assert kernels(path)["QLinearConv"] == 2  # the last conv meets an average
+    assert count_kernels(path)["QLinearConv"] == 2  # the last conv meets an average
     found = compare(model, Session(path, optimised=False), [(EXAMPLE, None)])
     assert found["argmax_agreement"] == 1
     assert found["at_a_rounding_boundary"] <= 1
@@ -75,21 +86,21 @@ def test_folded_normalisations_change_nothing_but_the_kernels(bits, tmp_path):
 
 def test_a_gain_of_zero_is_left_alone(tmp_path):
     model, path = small(8, lambda norm: norm.weight.data[:1].zero_()), tmp_path / "m.onnx"
-    exporter.export(model, EXAMPLE, path)
+    export_onnx(model, EXAMPLE, path)
     assert ops(path).count("BatchNormalization") == 3
     assert compare(model, Session(path, optimised=False), [(EXAMPLE, None)])["argmax_agreement"] == 1
 
 
-def test_every_distinct_layer_is_measured_in_float_and_as_int8():
-    bits = {(e.shape, e.bits) for e in ENTRIES}
-    assert bits == {(latency_shape(x), b) for x in CONVNET.layers for b in (8, 32)}
-    assert all(0 < e.ms < 100 for e in ENTRIES)
-    first = {e.inputs for e in ENTRIES if e.shape == latency_shape(CONVNET.layers[0])}
-    last = {e.outputs for e in ENTRIES if e.shape == latency_shape(CONVNET.layers[-1])}
+def test_every_distinct_layer_is_measured_in_float_and_as_int8(convnet, entries):
+    bits = {(e.shape, e.bits) for e in entries}
+    assert bits == {(latency_shape(x), b) for x in convnet.layers for b in (8, 32)}
+    assert all(0 < e.ms < 100 for e in entries)
+    first = {e.inputs for e in entries if e.shape == latency_shape(convnet.layers[0])}
+    last = {e.outputs for e in entries if e.shape == latency_shape(convnet.layers[-1])}
     assert (first, last) == ({1}, {10})  # no channel of the image or of the classes can go
-    inner = {(e.inputs, e.outputs) for e in ENTRIES if e.shape == latency_shape(CONVNET.layers[1])}
+    inner = {(e.inputs, e.outputs) for e in entries if e.shape == latency_shape(convnet.layers[1])}
     assert inner == {(i, o) for i in (1, 9, 17, 25, 32) for o in (1, 17, 33, 49, 64)}
-    with_layer_times(CONVNET, latency_table.LatencyTable("t", tuple(ENTRIES)))  # every layer finds its lines
+    with_layer_times(convnet, latency_table.LatencyTable("t", tuple(entries)))  # every layer finds its lines
 
 
 @pytest.mark.parametrize(
@@ -98,9 +109,9 @@ def test_every_distinct_layer_is_measured_in_float_and_as_int8():
 )
 def test_integers_on_both_sides_make_an_integer_kernel(form, integer):
     conv = Shape("conv", 1, (3, 3), (1, 1), (8, 8))
-    assert kernels(layer_model(conv, 16, 32, 2, form))["QLinearConv"] == (2 if integer else 0)
+    assert count_kernels(layer_model(conv, 16, 32, 2, form))["QLinearConv"] == (2 if integer else 0)
     linear = Shape("linear", 1, (), (), ())
-    assert kernels(layer_model(linear, 16, 32, 2, form))["QGemm"] == (2 if integer else 0)
+    assert count_kernels(layer_model(linear, 16, 32, 2, form))["QGemm"] == (2 if integer else 0)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +151,7 @@ def test_layers_of_a_depthwise_network_are_known_by_their_own_names():
         "depthwise 3x3 stride 1x1 at 7x7",
         "conv 3x3 stride 2x2 at 3x3",
     ]
-    entries = layer_table.measure(network, "own", repeats=2)
+    entries = layer_table.measure_layers(network, "own", repeats=2)
     assert {(e.inputs, e.outputs) for e in entries if e.shape.kind == "depthwise"} == {(n, n) for n in (1, 3, 5, 7, 8)}
     with_layer_times(network, latency_table.LatencyTable("t", tuple(entries)))
 
@@ -206,9 +217,9 @@ def test_bad_input_is_one_sentence(args, why, capsys, tmp_path, monkeypatch):
     assert why in refused(args, capsys)
 
 
-def test_impossible_latency_is_named_before_anything_is_trained(capsys, tmp_path, monkeypatch):
+def test_impossible_latency_is_named_before_anything_is_trained(entries, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    layer_table.write_table(ENTRIES, Path("t.csv"))
+    layer_table.write_table(entries, Path("t.csv"))
     args = ["optimize", "--target-latency", "50ns", "--latency-table", "t.csv", "--out", "runs"]
     line = refused(args, capsys)
     assert "smallest possible is" in line
@@ -216,22 +227,22 @@ def test_impossible_latency_is_named_before_anything_is_trained(capsys, tmp_path
     assert not list(Path("runs").rglob("float.safetensors"))
 
 
-def test_a_table_that_changed_is_not_resumed(tmp_path):
+def test_a_table_that_changed_is_not_resumed(entries, tmp_path):
     """What was promised under one table is not kept under another."""
     path = tmp_path / "t.csv"
-    layer_table.write_table(ENTRIES, path)
+    layer_table.write_table(entries, path)
     budget = Budget(target_latency="90%", latency_table=path)
     asked = Config(budget=budget, train=QUICK, run=Run(out=tmp_path / "runs"))
     with pytest.raises(KeyboardInterrupt):
         optimize(asked, Stop("search", 1))
-    layer_table.write_table([replace(e, ms=1.3 * e.ms) for e in ENTRIES], path)
+    layer_table.write_table([replace(e, ms=1.3 * e.ms) for e in entries], path)
     with pytest.raises(JpqError, match="no longer the table"):
         optimize(replace(asked, run=replace(asked.run, resume=True)))
 
 
-def test_a_run_with_a_structure_for_each_layer_is_timed(tmp_path):
+def test_a_run_with_a_structure_for_each_layer_is_timed(entries, tmp_path):
     path = tmp_path / "t.csv"
-    layer_table.write_table(ENTRIES, path)
+    layer_table.write_table(entries, path)
     asked = Config(
         budget=Budget(target_bops="1%", latency_table=path),
         decide=Decide(method="dpf", structure="3=block:8x1"),
@@ -368,10 +379,10 @@ def test_bad_files_and_names_are_one_sentence(args, why, capsys, tmp_path, monke
         Path(name).write_text("no model")
     onnx.save(one_node((1, 4)), "fixed.onnx")
     onnx.save(one_node((2**16, 2**16)), "huge.onnx")
-    exporter.export_float(
+    export_float(
         nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         torch.randn(2, 3, 8, 8),
         Path("wide.onnx"),
     )
-    exporter.export_float(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), EXAMPLE, Path("few.onnx"))
+    export_float(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), EXAMPLE, Path("few.onnx"))
     assert why in refused(args, capsys)

@@ -7,7 +7,7 @@ import onnx as onnx_format
 import pytest
 import torch
 from torch.utils._pytree import tree_map
-from zoo import ZOO
+from traces import NETS, traced
 from zoo.readers import IMAGE, READERS
 
 import jpq
@@ -15,19 +15,16 @@ from jpq import costs
 from jpq.compression.attach import attach
 from jpq.config import Budget, Config, Decide, Run, Task, Train
 from jpq.export import runtimes
-from jpq.export.float_equivalence import outputs, randomize, relative_difference
+from jpq.export.float_equivalence import float64_outputs, randomize, relative_difference
 from jpq.export.onnx.export import export_onnx
-from jpq.export.rebuild import build, rebuild
-from jpq.export.unconstrained.select import Select, copies
+from jpq.export.rebuild import build_from_plan, rebuild
+from jpq.export.unconstrained.select import Select, count_copies
 from jpq.export.verify import difference, measure
 from jpq.methods.gates import VIB, Ranked
 from jpq.methods.quantizers import Fixed
 from jpq.plan import from_json
 from jpq.tracing.channel_shares import ChannelShares
 from jpq.tracing.sites import dropped_classes, per_consumer
-from jpq.tracing.trace import trace
-
-NETS = {**{name: (make, IMAGE) for name, make in READERS.items()}, **{f"zoo_{n}": pair for n, pair in ZOO.items()}}
 
 
 def widths(layer):
@@ -36,10 +33,8 @@ def widths(layer):
 
 def settled(name, seed=0):
     """A net whose readers keep about half of their inputs each, with 6-bit weights and 5-bit inputs."""
+    model, example, network = traced(name)
     torch.manual_seed(seed)
-    make, example = NETS[name]
-    model = make()
-    network = trace(model, example)
     randomize(model, example, seed)
     example = tree_map(lambda t: t.double() if t.is_floating_point() else t, example)
     net = attach(model, network, per_consumer(network), Ranked, widths, [example], "upscale").double()
@@ -54,11 +49,11 @@ def settled(name, seed=0):
 def test_settled_rebuilt_and_loaded_agree(name):
     model, net, example = settled(name)
     small, plan = rebuild(net, model)
-    found = outputs(small.double(), example)
-    assert relative_difference(outputs(net, example), found) <= 1e-10
-    again = build(from_json(plan.to_json(), "here"), model)
+    found = float64_outputs(small.double(), example)
+    assert relative_difference(float64_outputs(net, example), found) <= 1e-10
+    again = build_from_plan(from_json(plan.to_json(), "here"), model)
     again.load_state_dict(small.state_dict())
-    assert relative_difference(found, outputs(again.double().eval(), example)) == 0
+    assert relative_difference(found, float64_outputs(again.double().eval(), example)) == 0
 
 
 @pytest.mark.parametrize("name", ["chain", "joined", "added", "flipped", "depthwise", "transposed", "zoo_concat"])
@@ -82,7 +77,7 @@ def test_a_reader_is_charged_for_what_it_keeps_and_a_producer_for_what_anybody_k
 
 
 def test_soft_shares_are_exact_at_the_corners_and_have_gradients():
-    network = trace(READERS["joined"](), IMAGE)
+    _, _, network = traced("joined")
     sites = per_consumer(network)
     shares = ChannelShares(network, sites)
     generator = torch.Generator().manual_seed(0)
@@ -102,8 +97,7 @@ def test_soft_shares_are_exact_at_the_corners_and_have_gradients():
 
 def test_gates_that_learn_work_on_every_reader():
     torch.manual_seed(0)
-    model = READERS["added"]()
-    network = trace(model, IMAGE)
+    model, _, network = traced("added")
     randomize(model, IMAGE).float()
     net = attach(model, network, per_consumer(network), VIB, widths, [IMAGE], "djpq")
     sum(out.square().mean() for out in net(IMAGE)).add(costs.bops(net.soft_usage()).log()).add(net.penalty()).backward()
@@ -112,7 +106,7 @@ def test_gates_that_learn_work_on_every_reader():
         gate.log_var.data[0, ::2] = 4.0
     net.eval().freeze(net.plan())
     small, _ = rebuild(net, model)
-    assert relative_difference(outputs(net.double(), IMAGE), outputs(small.double(), IMAGE)) <= 1e-9
+    assert relative_difference(float64_outputs(net.double(), IMAGE), float64_outputs(small.double(), IMAGE)) <= 1e-9
 
 
 def test_exported_file_slices_and_gathers(tmp_path):
@@ -121,7 +115,7 @@ def test_exported_file_slices_and_gathers(tmp_path):
     x = torch.randn(4, 3, 16, 16)
     net = jpq.compress(model, x, method="upscale", bops="0.8%", w_bits=(4, 4), a_bits=(4, 4))
     small = net.finalize()
-    found = copies(small, x)
+    found = count_copies(small, x)
     assert found.views >= 1
     assert found.gathers >= 1
     path = tmp_path / "small.onnx"

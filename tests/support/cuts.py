@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from zoo import ZOO
+from traces import traced
 
 from jpq.tracing.network import Network
 from jpq.tracing.shrink import remove_channels
@@ -22,9 +22,7 @@ class Cut(NamedTuple):
 
 def cut(name: str, choose: Callable[[Sequence[Site]], set[int]]) -> Cut:
     """The net without the channels that `choose` takes from its sites."""
-    constructor, example = ZOO[name]
-    model = constructor().eval()
-    network = trace(model, example)
+    model, example, network = traced(f"zoo_{name}")
     sites = channels(network)
     gone = choose(sites)
-    return Cut(network, sites, gone, trace(remove_channels(model, network, gone), example))
+    return Cut(network, sites, gone, trace(remove_channels(model.eval(), network, gone), example))

@@ -1,7 +1,7 @@
-"""Fold normalisations into the quantized convolutions before them, in the ONNX file: then integer kernels can run.
+"""Folding of BatchNormalization into the quantized Conv before it, in the ONNX file, so that integer kernels can run.
 
-A runtime turns DequantizeLinear, Conv, QuantizeLinear into one integer kernel; with a BatchNormalization between it
-computes in floating point. Per channel c with gain g = gamma / sqrt(variance + eps), and integers q at scale s:
+A runtime turns DequantizeLinear, Conv, QuantizeLinear into one integer kernel; with a BatchNormalization between them
+it computes in floating point. Per channel c with gain g = gamma / sqrt(variance + eps), and integers q at scale s:
 
     g (s q * x + b - mean) + beta  =  (|g| s) (sign(g) q) * x + g (b - mean) + beta
 
@@ -15,91 +15,107 @@ that is 2^5 times as fine puts the bias where it belongs, at the same product. `
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import NodeProto, numpy_helper
 
-from jpq.export.onnx.graph import drop_unread, nested
+from jpq.export.onnx.graph import Graph, has_subgraphs, remove_unused_constants
 
-WIDEST = 127  # largest integer of a weight in the file
+MAX_INTEGER = 127  # of a weight in the file
+
+
+@dataclass(frozen=True)
+class _StoredWeight:
+    """Where a convolution's quantized weight is stored in the graph."""
+
+    dequantize: NodeProto
+    clip: NodeProto | None  # between the integers and `dequantize`
+    integers: str  # names of constants
+    scale: str
+    limits: Sequence[str]  # of the clip
 
 
 def fold_norms(model: onnx.ModelProto) -> int:
-    """Fold what can be folded, in place; how many normalisations went: none where nodes hold graphs of their own."""
-    if nested(model):  # graphs inside nodes read values that are not counted here
+    """Fold the normalizations that allow it, in place, and return their number.
+
+    A file whose nodes hold graphs of their own is left as it is: those graphs may read any tensor.
+    """
+    if has_subgraphs(model):
         return 0
-    graph = model.graph
-    known = {t.name: t for t in graph.initializer}
-    known |= {
-        n.output[0]: n.attribute[0].t for n in graph.node if n.op_type == "Constant" and n.attribute[0].HasField("t")
-    }
-    makers = {out: n for n in graph.node for out in n.output}
-    readers: dict[str, int] = defaultdict(int)
-    for name in [i for n in graph.node for i in n.input] + [o.name for o in graph.output]:
-        readers[name] += 1
-    gone = []
-    for norm in graph.node:
-        conv = makers.get(norm.input[0]) if norm.op_type == "BatchNormalization" else None
-        if conv is not None and conv.op_type == "Conv" and readers[conv.output[0]] == 1 and len(norm.output) == 1:
-            parts = _weight(conv, makers, readers)
-            stored = parts and all(name in known for name in (*norm.input[1:], *conv.input[2:], *parts[1:]))
-            if parts and stored and _fold(graph, norm, conv, parts, known):
-                gone.append(norm)
-    for norm in gone:
-        graph.node.remove(norm)
-    drop_unread(graph)
-    return len(gone)
+    graph = Graph(model)
+    folded = [norm for norm in list(graph.proto.node) if _fold_norm(graph, norm)]
+    for norm in folded:
+        graph.proto.node.remove(norm)
+    remove_unused_constants(graph.proto)
+    return len(folded)
 
 
-def _weight(conv: NodeProto, makers: dict[str, NodeProto], readers: dict[str, int]) -> tuple[Any, ...] | None:
-    """(node that reads the stored integers, their name, name of their scale, the clip's limits if any)."""
-    scaled = makers.get(conv.input[1])
-    if scaled is None or scaled.op_type != "DequantizeLinear" or readers[scaled.output[0]] != 1:
+def _fold_norm(graph: Graph, norm: NodeProto) -> bool:
+    """Fold one node, if it is a normalization that can be folded; the node itself is left for the caller to remove."""
+    conv = graph.producers.get(norm.input[0]) if norm.op_type == "BatchNormalization" else None
+    if conv is None or conv.op_type != "Conv" or len(norm.output) != 1 or _use_count(graph, conv.output[0]) != 1:
+        return False
+    weight = _stored_weight(graph, conv)
+    if weight is None:
+        return False
+    names = (*norm.input[1:], *conv.input[2:], weight.scale, weight.integers, *weight.limits)
+    return graph.all_constant(names) and _fold(graph, norm, conv, weight)
+
+
+def _use_count(graph: Graph, name: str) -> int:
+    """How often nodes and the model's outputs use a tensor."""
+    return len(graph.consumers[name]) + sum(o.name == name for o in graph.proto.output)
+
+
+def _stored_weight(graph: Graph, conv: NodeProto) -> _StoredWeight | None:
+    """The stored weight of a convolution; None where it is not quantized, or shared with another node."""
+    dequantize = graph.producers.get(conv.input[1])
+    if dequantize is None or dequantize.op_type != "DequantizeLinear" or _use_count(graph, conv.input[1]) != 1:
         return None
-    clip = makers.get(scaled.input[0])
+    clip = graph.producers.get(dequantize.input[0])
     if clip is None or clip.op_type != "Clip":
-        return scaled, scaled.input[0], scaled.input[1]
-    return (clip, clip.input[0], scaled.input[1], *clip.input[1:3]) if readers[clip.output[0]] == 1 else None
+        return _StoredWeight(dequantize, None, dequantize.input[0], dequantize.input[1], ())
+    if _use_count(graph, clip.output[0]) != 1:
+        return None
+    return _StoredWeight(dequantize, clip, clip.input[0], dequantize.input[1], clip.input[1:3])
 
 
-def _fold(graph: Any, norm: NodeProto, conv: NodeProto, parts: tuple[Any, ...], known: dict[str, Any]) -> bool:
-    reader, integers, scale, *limits = parts
-    q, s = (numpy_helper.to_array(known[name]) for name in (integers, scale))
-    gamma, beta, mean, variance = (numpy_helper.to_array(known[name]).astype(np.float64) for name in norm.input[1:5])
-    ends = [int(numpy_helper.to_array(known[name])) for name in limits] or [int(q.min()), int(q.max())]
+def _fold(graph: Graph, norm: NodeProto, conv: NodeProto, weight: _StoredWeight) -> bool:
+    """Write new integers, scale and bias, where the numbers allow it."""
+    integers, scale = graph.array(weight.integers), graph.array(weight.scale)
+    gamma, beta, mean, variance = (graph.array(name).astype(np.float64) for name in norm.input[1:5])
     eps = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
     gain = gamma / np.sqrt(variance + eps)
-    flips = bool((gain < 0).any())
-    mirrored = ends[0] == -ends[1] or (not limits and ends[0] > -128)
-    if q.dtype != np.int8 or s.shape != gain.shape or not gain.all() or (flips and not mirrored):
+    limits = [int(graph.array(name)) for name in weight.limits] or [int(integers.min()), int(integers.max())]
+    symmetric = limits[0] == -limits[1] or (not weight.limits and limits[0] > -128)
+    if integers.dtype != np.int8 or scale.shape != gain.shape or not _is_foldable(gain, scale, symmetric):
         return False
-    if not np.isfinite(gain).all() or (np.abs(gain) * s).astype(np.float32).min() <= 0:
-        return False
-    shift = int(np.log2(WIDEST / max(1, *(abs(end) for end in ends))))
-    if (np.abs(gain) * s * 2.0**-shift).astype(np.float32).min() < np.finfo(np.float32).tiny:
+    shift = int(np.log2(MAX_INTEGER / max(1, *(abs(limit) for limit in limits))))
+    if (np.abs(gain) * scale * 2.0**-shift).astype(np.float32).min() < np.finfo(np.float32).tiny:
         shift = 0
-    own = numpy_helper.to_array(known[conv.input[2]]).astype(np.float64) if len(conv.input) > 2 else 0.0
+    conv_bias = graph.array(conv.input[2]).astype(np.float64) if len(conv.input) > 2 else 0.0
     name = norm.output[0]
-    signs = np.where(gain < 0, -1, 1).reshape(-1, *[1] * (q.ndim - 1))
-    made = {
-        f"{name}.integers": (np.clip(q.astype(np.int32), ends[0], ends[1]) * signs * 2**shift).astype(np.int8),
-        f"{name}.scale": (np.abs(gain) * s * 2.0**-shift).astype(np.float32),
-        f"{name}.bias": (gain * (own - mean) + beta).astype(np.float32),
+    signs = np.where(gain < 0, -1, 1).reshape(-1, *[1] * (integers.ndim - 1))
+    constants = {
+        f"{name}.integers": (np.clip(integers.astype(np.int32), *limits) * signs * 2**shift).astype(np.int8),
+        f"{name}.scale": (np.abs(gain) * scale * 2.0**-shift).astype(np.float32),
+        f"{name}.bias": (gain * (conv_bias - mean) + beta).astype(np.float32),
     }
-    scaled = reader
-    if reader.op_type == "Clip":  # done already
-        scaled = _reader(graph, reader.output[0])
-        graph.node.remove(reader)
-    graph.initializer.extend(numpy_helper.from_array(v, k) for k, v in made.items())
-    scaled.input[0], scaled.input[1] = f"{name}.integers", f"{name}.scale"
+    if weight.clip is not None:  # the new integers are clipped already
+        graph.proto.node.remove(weight.clip)
+    graph.proto.initializer.extend(numpy_helper.from_array(v, k) for k, v in constants.items())
+    weight.dequantize.input[0], weight.dequantize.input[1] = f"{name}.integers", f"{name}.scale"
     del conv.input[2:]
     conv.input.append(f"{name}.bias")
     conv.output[0] = name
     return True
 
 
-def _reader(graph: Any, name: str) -> NodeProto:
-    return next(n for n in graph.node if name in n.input)
+def _is_foldable(gain: np.ndarray, scale: np.ndarray, symmetric: bool) -> bool:
+    """Whether gains are finite, not zero, turn no sign of an asymmetric grid, and leave scales above zero."""
+    if not gain.all() or not np.isfinite(gain).all() or (bool((gain < 0).any()) and not symmetric):
+        return False
+    return bool((np.abs(gain) * scale).astype(np.float32).min() > 0)

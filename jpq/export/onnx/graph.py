@@ -1,4 +1,7 @@
-"""An ONNX graph with its constants and its edges at hand, for rewrites that change no number."""
+"""`Graph`: an ONNX graph with its constants, producers and consumers looked up by tensor name.
+
+Rewrites of an exported file work on it; this module holds those that only tidy up and change no number.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-_GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+_SUBGRAPH_TYPES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
-_FOLDED = {
+# operators that shape and move numbers; constants behind operators that round or multiply stay where they are
+_FOLDED_OPS = {
     "Cast",
     "Concat",
     "ConstantOfShape",
@@ -27,83 +31,91 @@ _FOLDED = {
 }
 
 
-def nested(model: onnx.ModelProto) -> bool:
-    """Whether nodes hold graphs of their own, which may read anything."""
-    return any(a.type in _GRAPHS for n in model.graph.node for a in n.attribute)
-
-
 class Graph:
-    """A model's graph: what is constant, which node makes a tensor, which nodes read it."""
+    """A model's graph: its constants, the node that produces each tensor, the nodes that consume it."""
 
     def __init__(self, model: onnx.ModelProto):
         self.model, self.proto = model, model.graph
-        self.known: dict[str, TensorProto] = {t.name: t for t in self.proto.initializer}
+        self.constants: dict[str, TensorProto] = {t.name: t for t in self.proto.initializer}
         for node in self.proto.node:
             if node.op_type == "Constant" and node.attribute[0].HasField("t"):
-                self.known[node.output[0]] = node.attribute[0].t
-        self.makers = {out: n for n in self.proto.node for out in n.output}
-        self.readers: dict[str, list[NodeProto]] = defaultdict(list)
+                self.constants[node.output[0]] = node.attribute[0].t
+        self.producers = {out: n for n in self.proto.node for out in n.output}
+        self.consumers: dict[str, list[NodeProto]] = defaultdict(list)
         for node in self.proto.node:
             for name in node.input:
-                self.readers[name].append(node)
-        self.results = {o.name for o in self.proto.output}
+                self.consumers[name].append(node)
+        self.outputs = {o.name for o in self.proto.output}
 
     def array(self, name: str) -> np.ndarray:
         """The value of a constant."""
-        return numpy_helper.to_array(self.known[name])
+        return numpy_helper.to_array(self.constants[name])
 
-    def keep(self, name: str, value: Any) -> str:
-        """A new constant of that name, or the one that is there already."""
-        if name not in self.known:
+    def all_constant(self, names: Any) -> bool:
+        """Whether every named tensor is a constant."""
+        return all(name in self.constants for name in names)
+
+    def add_constant(self, name: str, value: Any) -> str:
+        """Add a constant unless one of that name is there already; returns the name."""
+        if name not in self.constants:
             tensor = value if isinstance(value, TensorProto) else numpy_helper.from_array(np.asarray(value), name)
             self.proto.initializer.append(tensor)
-            self.known[name] = tensor
+            self.constants[name] = tensor
         return name
 
-    def only_reader(self, name: str) -> NodeProto | None:
-        """The node that alone reads a tensor; None where several do, or the caller of the model."""
-        return self.readers[name][0] if len(self.readers[name]) == 1 and name not in self.results else None
+    def only_consumer(self, name: str) -> NodeProto | None:
+        """The single node that consumes a tensor; None where several do, or where it is an output of the model."""
+        return self.consumers[name][0] if len(self.consumers[name]) == 1 and name not in self.outputs else None
 
     def insert(self, place: NodeProto, nodes: list[NodeProto], behind: bool = False) -> None:
-        """Put nodes in front of a node, or behind it."""
+        """Put nodes in front of the node `place`, or behind it."""
         at = next(i for i, n in enumerate(self.proto.node) if n.output[0] == place.output[0])
         for node in reversed(nodes):
             self.proto.node.insert(at + behind, node)
 
 
-def own_constants(graph: Any) -> None:
-    """Take initializers off the list of inputs, as which a runtime thinks that a caller may replace them."""
-    held = {t.name for t in graph.initializer}
-    for entry in [i for i in graph.input if i.name in held]:
+def has_subgraphs(model: onnx.ModelProto) -> bool:
+    """Whether nodes (If, Loop) hold graphs of their own, which may read any tensor."""
+    return any(a.type in _SUBGRAPH_TYPES for n in model.graph.node for a in n.attribute)
+
+
+def unlist_initializers(graph: Any) -> None:
+    """Remove initializers from the graph's inputs: a runtime takes listed ones for values that a caller may replace."""
+    names = {t.name for t in graph.initializer}
+    for entry in [i for i in graph.input if i.name in names]:
         graph.input.remove(entry)
 
 
-def drop_unread(graph: Any) -> None:
-    """Take out initializers (with their entries among the inputs) and constants that nothing reads any more."""
+def remove_unused_constants(graph: Any) -> None:
+    """Remove initializers (with their entries among the inputs) and Constant nodes that no node reads."""
     read = {i for n in graph.node for i in n.input} | {o.name for o in graph.output}
-    unread = {t.name for t in graph.initializer if t.name not in read}
+    unused = {t.name for t in graph.initializer if t.name not in read}
     for group in (graph.initializer, graph.input):
-        for item in [x for x in group if x.name in unread]:
+        for item in [x for x in group if x.name in unused]:
             group.remove(item)
     for node in [n for n in graph.node if n.op_type == "Constant" and n.output[0] not in read]:
         graph.node.remove(node)
 
 
 def fold_constants(model: onnx.ModelProto) -> None:
-    """Compute them, in place: those that shape and move numbers. What rounds numbers, or multiplies them, stays."""
-    if nested(model):
+    """Compute shapes and moved numbers that are constant, in place. Rounding and products of constants stay."""
+    if has_subgraphs(model):
         return
     graph = Graph(model)
     for node in list(graph.proto.node):  # in the order of execution
-        given = [name for name in node.input if name]
-        if node.op_type in _FOLDED and node.domain == "" and all(name in graph.known for name in given):
-            values = [helper.make_tensor_value_info(name, graph.known[name].data_type, None) for name in given]
-            made = [helper.make_value_info(name, onnx.TypeProto()) for name in node.output]
-            alone = helper.make_model(
-                helper.make_graph([node], "constant", values, made), opset_imports=model.opset_import, ir_version=8
-            )
-            feed = {name: graph.array(name) for name in given}
-            for name, value in zip(node.output, ReferenceEvaluator(alone).run(None, feed), strict=True):
-                graph.keep(name, value)
+        inputs = [name for name in node.input if name]
+        if node.op_type in _FOLDED_OPS and node.domain == "" and graph.all_constant(inputs):
+            for name, value in zip(node.output, _evaluate(graph, node, inputs), strict=True):
+                graph.add_constant(name, value)
             graph.proto.node.remove(node)
-    drop_unread(model.graph)
+    remove_unused_constants(model.graph)
+
+
+def _evaluate(graph: Graph, node: NodeProto, inputs: list[str]) -> list[Any]:
+    """The outputs of a node whose inputs are constants."""
+    values = [helper.make_tensor_value_info(name, graph.constants[name].data_type, None) for name in inputs]
+    outputs = [helper.make_value_info(name, onnx.TypeProto()) for name in node.output]
+    model = helper.make_model(
+        helper.make_graph([node], "constant", values, outputs), opset_imports=graph.model.opset_import, ir_version=8
+    )
+    return list(ReferenceEvaluator(model).run(None, {name: graph.array(name) for name in inputs}))

@@ -1,10 +1,10 @@
-"""Unconstrained pruning made real: channels stored in an order that lets their readers take views instead of copies.
+"""Physical form of unconstrained pruning: channels stored in an order that lets consumers read views, not copies.
 
-A channel that nobody keeps is removed. Of the others each reader selects its own; `layout` permutes what makes and
-carries them (weights, biases, norms, depthwise layers, alike on every axis) so that as many selections as possible
-are contiguous, and the readers' own weights to match. A tensor that is joined of several blocks (concat) can be read
-in one piece only where a reader takes the end of one block, all of the next and the start of the last; readers for
-which no order achieves this do not disturb the others'.
+A channel that no consumer keeps is removed. Of the others each consumer selects its own; `choose_layout` permutes the
+parameters that produce and carry them (weights, biases, norms, depthwise layers, alike on every axis) so that as many
+selections as possible are contiguous, and the consumers' own weights to match. A tensor joined from several blocks
+(concat) can be read in one piece only where a consumer reads the end of one block, all of the next and the start of the
+last; consumers for which no order achieves this do not affect the order for the others.
 Source: Wan et al., UPSCALE: Unconstrained Channel Pruning, ICML 2023, arXiv:2307.08771 (order and counting; the
 treatment of concats is ours).
 """
@@ -19,15 +19,18 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import nn
 
-from jpq.export.unconstrained.channel_order import Blocks, blocks, order
-from jpq.export.unconstrained.select import insert
+from jpq.export.unconstrained.channel_blocks import Blocks, find_blocks
+from jpq.export.unconstrained.channel_order import order_channels
+from jpq.export.unconstrained.select import insert_selects
 from jpq.methods.structures import Axis
 from jpq.tracing.network import Layer, Network
-from jpq.tracing.shrink import Slices, apply_slices, slices
-from jpq.tracing.sites import Site, dropped
+from jpq.tracing.shrink import Slices, apply_slices, compute_slices
+from jpq.tracing.sites import Site, dropped_classes
 from jpq.types import NONE, JpqError, Labels
 
 Kept = Mapping[str, Sequence[bool]]  # site -> unit -> kept
+
+Demand = tuple[str, frozenset[int]]  # ("first", "last" or "side by side" in a block; the classes that must lie so)
 
 
 @dataclass(frozen=True)
@@ -39,113 +42,122 @@ class ChannelLayout:
     copied: int  # channels that selections with a gap copy
 
 
-def export(
+def export_unconstrained(
     model: nn.Module, network: Network, sites: Sequence[Site], kept: Kept, *, reorder: bool = True, gather: bool = False
 ) -> nn.Module:
-    """A smaller deep copy of the float `model`; it computes what `model` does with zeros where `kept` says so.
+    """A smaller deep copy of a float model; it computes what `model` does with zeros in place of dropped channels.
 
     Args:
-        model, network: the float model and its record.
-        sites: coupled (`channels`) or not (`per_consumer`); kept: what each site's units decided.
+        model: the float model.
+        network: traced from it.
+        sites: coupled (`channels`) or not (`per_consumer`).
+        kept: the decision of each site's units.
         reorder: choose the order of stored channels; otherwise it is the natural one.
         gather: copy at every selection, contiguous or not.
     """
-    plan = layout(network, sites, kept, reorder)
-    return insert(apply_slices(copy.deepcopy(model), plan.slices), plan.selects, gather)
+    layout = choose_layout(network, sites, kept, reorder)
+    return insert_selects(apply_slices(copy.deepcopy(model), layout.slices), layout.selects, gather)
 
 
-def layout(network: Network, sites: Sequence[Site], kept: Kept, reorder: bool = True) -> ChannelLayout:
-    """Which indices every parameter keeps, in which order, and what each reader selects.
+def choose_layout(network: Network, sites: Sequence[Site], kept: Kept, reorder: bool = True) -> ChannelLayout:
+    """Choose which indices every parameter keeps, in which order, and what each consumer selects.
 
     Raises JpqError where a parameter would have nothing left.
     """
-    gone = np.array(sorted(dropped(sites, kept)), np.int64)
-    closed: dict[str, list[int]] = defaultdict(list)
-    axes: dict[str, Axis] = {}  # of a reader's weight: the input dim, and how many positions it has
+    removed = np.array(sorted(dropped_classes(sites, kept)), np.int64)
+    dropped, axes = _dropped_inputs(sites, kept)
+    blocks = find_blocks(network)
+    consumers = [_consumer(layer, dropped[layer.name], removed) for layer in network.layers]
+    consumers = [consumer for consumer in consumers if (consumer.alive != consumer.kept).any()]
+    for consumer in consumers:
+        if not consumer.kept.any():
+            raise JpqError(f"Layer '{consumer.layer.name}' would read nothing. Keep at least one of its inputs.")
+    rank = _choose_rank(blocks, consumers, removed) if reorder else blocks.natural_rank()
+    slices = compute_slices(network, removed.tolist(), lambda labels: blocks.places(labels, rank))
+    selects = {}
+    for consumer in consumers:
+        axis = axes[consumer.layer.name]
+        places = blocks.places(consumer.layer.inputs[: len(axis.index)], rank)  # of one group, where there are several
+        slices.setdefault(consumer.layer.weight, {})[axis.dim] = places[consumer.kept[places]].tolist()
+        selects[consumer.layer.name] = consumer.positions(blocks, rank).tolist()
+    return ChannelLayout(slices, selects, sum(consumer.copied(blocks, rank) for consumer in consumers))
+
+
+def _dropped_inputs(sites: Sequence[Site], kept: Kept) -> tuple[dict[str, list[int]], dict[str, Axis]]:
+    """(layer -> label classes that it does not read, layer -> the input axis of its weight)."""
+    dropped: dict[str, list[int]] = defaultdict(list)
+    axes: dict[str, Axis] = {}
     for site in sites:
-        shut = [label for label, keeps in zip(site.labels.tolist(), kept[site.name], strict=True) if not keeps]
+        classes = [label for label, keeps in zip(site.labels.tolist(), kept[site.name], strict=True) if not keeps]
         for tap in site.taps:
             assert isinstance(tap.structure, Axis)
-            closed[tap.layer] += shut
+            dropped[tap.layer] += classes
             axes[tap.layer] = tap.structure
-    held = blocks(network)
-    readers = [_reader(layer, closed[layer.name], gone) for layer in network.layers]
-    readers = [reader for reader in readers if (reader.alive != reader.kept).any()]
-    for reader in readers:
-        if not reader.kept.any():
-            raise JpqError(f"Layer '{reader.layer.name}' would read nothing. Keep at least one of its inputs.")
-    rank = _choose(held, readers, gone) if reorder else held.natural()
-    kept_slices = slices(network, gone.tolist(), lambda labels: held.places(labels, rank))
-    selects = {}
-    for reader in readers:
-        axis = axes[reader.layer.name]
-        at = held.places(reader.layer.inputs[: len(axis.index)], rank)  # of one group, where there are several
-        kept_slices.setdefault(reader.layer.weight, {})[axis.dim] = at[reader.kept[at]].tolist()
-        selects[reader.layer.name] = reader.positions(held, rank).tolist()
-    return ChannelLayout(kept_slices, selects, sum(r.copied(held, rank) for r in readers))
+    return dropped, axes
 
 
 @dataclass(frozen=True, eq=False)
-class _Reader:
-    """A layer that does not read everything that is left of its input."""
+class _Consumer:
+    """A layer that reads only a part of the channels that are left of its input."""
 
     layer: Layer
     alive: np.ndarray = field(repr=False)  # positions of its dense input that the network keeps
     kept: np.ndarray = field(repr=False)  # positions that this layer keeps
 
-    def positions(self, held: Blocks, rank: Labels) -> Labels:
-        """Where, in its new input, the channels are that it reads."""
-        at = held.places(self.layer.inputs, rank)
-        return np.flatnonzero(self.kept[at][self.alive[at]])
+    def positions(self, blocks: Blocks, rank: Labels) -> Labels:
+        """Positions, in its new input, of the channels that it reads."""
+        places = blocks.places(self.layer.inputs, rank)
+        return np.flatnonzero(self.kept[places][self.alive[places]])
 
-    def copied(self, held: Blocks, rank: Labels) -> int:
-        """Channels that it must copy."""
-        found = self.positions(held, rank)
-        return 0 if found[-1] - found[0] + 1 == len(found) else len(found)
+    def copied(self, blocks: Blocks, rank: Labels) -> int:
+        """Number of channels that it must copy."""
+        positions = self.positions(blocks, rank)
+        return 0 if positions[-1] - positions[0] + 1 == len(positions) else len(positions)
 
-    def demands(self, held: Blocks) -> dict[int, tuple[str, frozenset[int]]]:
-        """What each block must do for this reader to take a view: hold its classes side by side, first or last.
+    def demands(self, blocks: Blocks) -> dict[int, Demand]:
+        """What each block must do for this consumer to read a view: hold its classes side by side, first or last.
 
         Empty where no order can: a block between the first and the last that it reads from is not read whole, or one
         block would have to end in two ways.
         """
-        runs = [(b, slice(s, s + n)) for s, n, b in held.runs(self.layer.inputs) if self.alive[s : s + n].any()]
+        runs = [(b, slice(s, s + n)) for s, n, b in blocks.runs(self.layer.inputs) if self.alive[s : s + n].any()]
         read = [k for k, (_, at) in enumerate(runs) if self.kept[at].any()]
         runs = runs[read[0] : read[-1] + 1]
-        out: dict[int, tuple[str, frozenset[int]]] = {}
+        demands: dict[int, Demand] = {}
         for k, (block, at) in enumerate(runs):
             if (self.alive[at] == self.kept[at]).all():
                 continue
             if block == NONE or 0 < k < len(runs) - 1:
                 return {}
-            backward = held.at[int(self.layer.inputs[at][0])][1] != 0
+            backward = blocks.at[int(self.layer.inputs[at][0])][1] != 0
             side = "side by side" if len(runs) == 1 else "last" if (k == 0) != backward else "first"
             demand = side, frozenset(self.layer.inputs[at][self.kept[at]].tolist())
-            if out.setdefault(block, demand) != demand:
+            if demands.setdefault(block, demand) != demand:
                 return {}
-        return out
+        return demands
 
 
-def _reader(layer: Layer, closed: Sequence[int], gone: Labels) -> _Reader:
-    alive = ~np.isin(layer.inputs, gone)
-    return _Reader(layer, alive, alive & ~np.isin(layer.inputs, np.array(closed, np.int64)))
+def _consumer(layer: Layer, dropped: Sequence[int], removed: Labels) -> _Consumer:
+    """A layer as a consumer, from the classes that it does not read and those that the network removes."""
+    alive = ~np.isin(layer.inputs, removed)
+    return _Consumer(layer, alive, alive & ~np.isin(layer.inputs, np.array(dropped, np.int64)))
 
 
-def _choose(held: Blocks, readers: Sequence[_Reader], gone: Labels) -> Labels:
+def _choose_rank(blocks: Blocks, consumers: Sequence[_Consumer], removed: Labels) -> Labels:
     """The new place of every class within its block, block after block; never more copies than the natural order."""
-    rank, lost = held.natural(), set(gone.tolist())
-    wants: dict[int, list[tuple[_Reader, str, frozenset[int]]]] = defaultdict(list)
-    for reader in readers:
-        for block, (side, classes) in reader.demands(held).items():
-            wants[block].append((reader, side, classes))
-    for block, asked in wants.items():
-        best, alive = None, [c for c in held.members[block] if c not in lost]
-        for found in _candidates(alive, [(side, classes) for _, side, classes in asked]):
+    rank, removed_classes = blocks.natural_rank(), set(removed.tolist())
+    demands_on: dict[int, list[tuple[_Consumer, Demand]]] = defaultdict(list)
+    for consumer in consumers:
+        for block, demand in consumer.demands(blocks).items():
+            demands_on[block].append((consumer, demand))
+    for block, demands in demands_on.items():
+        best, alive = None, [c for c in blocks.members[block] if c not in removed_classes]
+        for candidate in _candidate_orders(alive, [demand for _, demand in demands]):
             trial = rank.copy()
-            trial[found] = np.arange(len(found))
-            place = {c: k for k, c in enumerate(found)}
-            unmet = sum(len(classes) for _, side, classes in asked if not _met(side, classes, place))
-            cost = sum(reader.copied(held, trial) for reader, _, _ in asked), unmet
+            trial[candidate] = np.arange(len(candidate))
+            place = {c: k for k, c in enumerate(candidate)}
+            unmet = sum(len(classes) for _, (side, classes) in demands if not _is_met(side, classes, place))
+            cost = sum(consumer.copied(blocks, trial) for consumer, _ in demands), unmet
             if best is None or cost < best[0]:
                 best = cost, trial
         assert best is not None
@@ -153,27 +165,28 @@ def _choose(held: Blocks, readers: Sequence[_Reader], gone: Labels) -> Labels:
     return rank
 
 
-def _met(side: str, classes: frozenset[int], place: Mapping[int, int]) -> bool:
-    at = [place[c] for c in classes]
-    ends = {"first": min(at) == 0, "last": max(at) == len(place) - 1}
-    return max(at) - min(at) + 1 == len(at) and ends.get(side, True)
+def _is_met(side: str, classes: frozenset[int], place: Mapping[int, int]) -> bool:
+    """Whether classes lie side by side, and at the demanded end of their block."""
+    places = [place[c] for c in classes]
+    ends = {"first": min(places) == 0, "last": max(places) == len(place) - 1}
+    return max(places) - min(places) + 1 == len(places) and ends.get(side, True)
 
 
-def _candidates(members: Sequence[int], asked: Sequence[tuple[str, frozenset[int]]]) -> Iterator[list[int]]:
+def _candidate_orders(members: Sequence[int], demands: Sequence[Demand]) -> Iterator[list[int]]:
     """Orders of one block worth trying, the natural one first."""
     yield list(members)
-    best = order([classes for _, classes in asked], members)
+    best = order_channels([classes for _, classes in demands], members)
     yield best
     yield best[::-1]
-    sides = {side: [classes for s, classes in asked if s == side] for side in ("first", "side by side", "last")}
+    sides = {side: [classes for s, classes in demands if s == side] for side in ("first", "side by side", "last")}
     if sides["first"] or sides["last"]:
-        first = _only(sides["first"], members)
-        last = [c for c in _only(sides["last"], members) if c not in first]
-        middle = [c for c in order(sides["side by side"], members) if c not in {*first, *last}]
-        yield [*first, *middle, *last[::-1]]
+        front = _order_union(sides["first"], members)
+        back = [c for c in _order_union(sides["last"], members) if c not in front]
+        middle = [c for c in order_channels(sides["side by side"], members) if c not in {*front, *back}]
+        yield [*front, *middle, *back[::-1]]
 
 
-def _only(sets: Sequence[frozenset[int]], members: Sequence[int]) -> list[int]:
+def _order_union(sets: Sequence[frozenset[int]], members: Sequence[int]) -> list[int]:
     """The classes of these sets alone, in their best order."""
-    wanted = frozenset[int]().union(*sets)
-    return order(sets, [c for c in members if c in wanted])
+    union = frozenset[int]().union(*sets)
+    return order_channels(sets, [c for c in members if c in union])

@@ -1,4 +1,4 @@
-"""Reading a part of the channels: a view where they lie side by side, a copy where they do not."""
+"""`Select`: a part of a tensor's channels, read as a view where they lie side by side and as a copy elsewhere."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq.export.unconstrained.channel_order import contiguous
+from jpq.export.unconstrained.channel_order import is_contiguous
 from jpq.tracing.forward import call_model, eval_mode, hook_modules
 from jpq.types import JpqError
 
 
 class Select(nn.Module):
-    """`x` at ascending positions `index` of dim `dim`: `narrow` where they leave no gap, else `index_select`.
+    """A module that gives ascending positions of one dim: by `narrow` where they leave no gap, else by `index_select`.
 
-    `always_gather` copies in any case (the baseline that a chosen order is compared with).
+    Args:
+        index: the positions.
+        dim: the dim.
+        always_gather: copy in any case (the baseline that a chosen order is compared with).
     """
 
     index: Tensor | None
@@ -27,7 +30,7 @@ class Select(nn.Module):
         super().__init__()
         self.dim, self.start, self.length = dim, index[0], len(index)
         self.runs = 1 + sum(b != a + 1 for a, b in pairwise(index))
-        copy = always_gather or not contiguous(index)
+        copy = always_gather or not is_contiguous(index)
         self.register_buffer("index", torch.tensor(index, dtype=torch.long) if copy else None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,15 +40,14 @@ class Select(nn.Module):
         return x.index_select(self.dim, self.index)
 
     def extra_repr(self) -> str:
-        """What it reads, for `print(model)`."""
-        what = (
-            f"{self.start}:{self.start + self.length}" if self.index is None else f"{self.length} in {self.runs} runs"
-        )
-        return f"{what}, dim={self.dim}"
+        """The positions, for `print(model)`."""
+        gap_free = self.index is None
+        positions = f"{self.start}:{self.start + self.length}" if gap_free else f"{self.length} in {self.runs} runs"
+        return f"{positions}, dim={self.dim}"
 
 
-def insert(model: nn.Module, selects: Mapping[str, Sequence[int]], always_gather: bool = False) -> nn.Module:
-    """Let each named Conv or Linear layer of `model` read a selection, in place.
+def insert_selects(model: nn.Module, selects: Mapping[str, Sequence[int]], always_gather: bool = False) -> nn.Module:
+    """Let each named Conv or Linear layer of `model` read a selection of its input channels, in place.
 
     The Select becomes the layer's child `select` and runs before its forward: the layer keeps its name and its class.
     """
@@ -59,23 +61,24 @@ def insert(model: nn.Module, selects: Mapping[str, Sequence[int]], always_gather
             )
         dim = -1 if layer.weight.dim() == 2 else 1 - layer.weight.dim()
         layer.select = Select(index, dim, always_gather).to(layer.weight.device)
-        layer.register_forward_pre_hook(_selected)
+        layer.register_forward_pre_hook(_select_input)
     return model
 
 
-def _selected(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _select_input(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a layer with the first one selected."""
     return (layer.select(args[0]), *args[1:])
 
 
 @dataclass(frozen=True)
-class Copies:
-    """What a model spends on reading parts of tensors."""
+class CopyCounts:
+    """Numbers of selections in a model, and of channels and bytes that they copy."""
 
-    views: int = 0  # selections that cost nothing
+    views: int = 0  # selections without a copy
     gathers: int = 0  # selections that copy
     runs: int = 0  # contiguous runs that gathers read
-    channels: int = 0  # that gathers copy
-    size_bytes: int = 0  # that gathers write, for the batch that was given
+    channels: int = 0  # channels that gathers copy
+    size_bytes: int = 0  # bytes that gathers write for one batch
 
     def to_dict(self) -> dict[str, int]:
         """As plain data."""
@@ -83,17 +86,17 @@ class Copies:
 
 
 @torch.no_grad()
-def copies(model: nn.Module, example: Any) -> Copies:
-    """Counted by running an exported model on a batch (a tensor, a tuple of arguments, or a dict of keywords)."""
+def count_copies(model: nn.Module, example: Any) -> CopyCounts:
+    """Count the copies of a small model by running it on a batch (a tensor, a tuple of arguments, or a dict)."""
     size = 0
 
-    def count(_: str, __: nn.Module, ___: Any, out: Tensor) -> None:
+    def count(_: str, __: nn.Module, ___: Any, output: Tensor) -> None:
         nonlocal size
-        size += out.numel() * out.element_size()
+        size += output.numel() * output.element_size()
 
     selects = {n: m for n, m in model.named_modules() if isinstance(m, Select)}
     gathers = {n: s for n, s in selects.items() if s.index is not None}
     with eval_mode(model), hook_modules(gathers, count):
         call_model(model, example)
     runs, channels = sum(s.runs for s in gathers.values()), sum(s.length for s in gathers.values())
-    return Copies(len(selects) - len(gathers), len(gathers), runs, channels, size)
+    return CopyCounts(len(selects) - len(gathers), len(gathers), runs, channels, size)

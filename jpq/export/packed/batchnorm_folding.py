@@ -1,0 +1,95 @@
+"""BatchNorm folded into the scale and bias of the quantized layer that it reads; the layer's integers stay.
+
+A negative factor turns the signs of the integers. Only a norm that alone reads a layer is folded, each called once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jpq.export.verify import EXACT, difference
+from jpq.methods.quantizers import quantize_results, replace_everywhere, result_quantizer, weight_quantizer
+from jpq.tracing.forward import call_model, hook_modules
+
+Pair = tuple[str, str]  # (layer, the norm that reads it)
+
+
+def fold_batchnorms(small: nn.Module, example: Any) -> nn.Module:
+    """A copy of a rebuilt model that computes the same, with norms folded into layers wherever that is possible.
+
+    `example` is a batch that the model runs on, to find which norm reads which layer.
+    """
+    small = copy.deepcopy(small).eval()
+    pairs = _find_pairs(small, example)
+    folded = _fold(small, pairs)
+    if pairs and difference(small, folded, example) > EXACT:  # other modules read a layer too: find out which
+        folded = _fold(small, [p for p in pairs if difference(small, _fold(small, [p]), example) <= EXACT])
+    return folded
+
+
+def remove_norm(model: nn.Module, norm: nn.Module) -> None:
+    """Replace a folded norm by the identity, or by the rounding of its result where it has that."""
+    replacement, grid = nn.Identity(), result_quantizer(norm)
+    if grid is not None:
+        quantize_results(replacement, grid)
+    replace_everywhere(model, norm, replacement)
+
+
+@torch.no_grad()
+def _find_pairs(model: nn.Module, example: Any) -> list[Pair]:
+    """Layers and the norms that read exactly their output, each called once."""
+    layer_of: dict[int, str] = {}  # address of an output -> layer
+    outputs: list[Tensor] = []  # kept alive, so that no address is used twice
+    calls: Counter[str] = Counter()
+    channels: dict[str, int] = {}  # of each layer's output
+    modules: dict[str, nn.Module] = {}
+    pairs: list[Pair] = []
+
+    def observe(name: str, module: Any, x: Any, output: Any) -> None:
+        calls[name] += 1
+        if name in channels:
+            layer_of[id(output)] = name
+            outputs.append(output)
+        elif id(x) in layer_of and _fits(module, channels[layer_of[id(x)]]):
+            pairs.append((layer_of[id(x)], name))
+
+    for name, module in model.named_modules():
+        if hasattr(module, "weight_quant") and weight_quantizer(module).log_threshold.dim() > 0:
+            channels[name], modules[name] = len(module.weight), module
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            modules[name] = module
+    with hook_modules(modules, observe):
+        call_model(model, example)
+    return [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == 1]
+
+
+def _fits(norm: Any, channels: int) -> bool:
+    """Whether a norm has fixed statistics of as many channels."""
+    return norm.running_mean is not None and norm.num_features == channels
+
+
+@torch.no_grad()
+def _fold(model: nn.Module, pairs: list[Pair]) -> nn.Module:
+    """A copy in which each pair is one layer."""
+    model = copy.deepcopy(model)
+    for layer_name, norm_name in pairs:
+        layer: Any = model.get_submodule(layer_name)
+        norm: Any = model.get_submodule(norm_name)
+        factor = (norm.running_var + norm.eps).rsqrt()
+        factor = factor if norm.weight is None else factor * norm.weight
+        if not bool((factor != 0).all()):
+            continue  # a channel that is constant has no scale
+        shift = -norm.running_mean * factor if norm.bias is None else norm.bias - norm.running_mean * factor
+        bias = shift if layer.bias is None else shift + layer.bias * factor
+        grid = weight_quantizer(layer)
+        shape = grid.log_threshold.shape
+        layer.weight.mul_(factor.reshape(shape))
+        grid.log_threshold.add_(factor.abs().log().reshape(shape))
+        layer.bias = nn.Parameter(bias)
+        remove_norm(model, norm)
+    return model

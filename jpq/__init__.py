@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from jpq.compression.discretize import discretize
     from jpq.compression.model import CompressedModel
     from jpq.config import Budget, Config, Decide
-    from jpq.export.onnx.export import export as export_onnx
+    from jpq.export.onnx.export import export_onnx
     from jpq.export.rebuild import rebuild
     from jpq.export.verify import measure, verify
     from jpq.methods.table import METHODS
@@ -71,7 +71,7 @@ _HOMES = {
     "compress": "session",
     "decompose": "tracing.decompose",
     "discretize": "compression.discretize",
-    "export_onnx": "export.onnx.export:export",
+    "export_onnx": "export.onnx.export",
     "fit": "training.loop",
     "front": "results.front.front",
     "load": "results.run_folder",

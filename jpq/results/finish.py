@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from jpq import costs
-from jpq.allocation import structure_search
+from jpq.allocation import structure_mapping
 from jpq.compression.model import CompressedModel
 from jpq.compression.usage import FLOAT_BITS
 from jpq.config import Config, parse_formats
@@ -72,7 +72,7 @@ def finish(
     schemes = {}
     if run.schemes:
         left = {u.name: float(u.density) for u in uses}
-        schemes = structure_search.mapping_record(net.network, plan.structures, left, run.schemes)
+        schemes = structure_mapping.mapping_record(net.network, plan.structures, left, run.schemes)
     predicted = _ms(costs.latency_ns(uses)) if table is not None else None
     shipped = {}
     if final:

@@ -16,7 +16,7 @@ from torch import nn
 
 from jpq.config import TARGETS, Config, write_toml
 from jpq.costs.latency_table import LatencyTable
-from jpq.export.rebuild import build
+from jpq.export.rebuild import build_from_plan
 from jpq.export.timing import layer_table
 from jpq.files import tensors, untrusted
 from jpq.files.atomic import replace_file
@@ -43,7 +43,7 @@ def load(folder: str | Path, run_code: bool = False) -> tuple[nn.Module, Plan]:
     folder = Path(folder)
     plan = read_plan(folder / "plan.json")
     dense = models.of_plan(plan, folder / "plan.json", folder / "model.safetensors", run_code)
-    small = build(plan, decompose(dense))
+    small = build_from_plan(plan, decompose(dense))
     tensors.load_tensors(small, folder / "model.safetensors")
     return small.eval(), plan
 

@@ -13,7 +13,7 @@ from jpq import costs
 from jpq.compression.attach import attach
 from jpq.compression.calibration import observe_activations
 from jpq.export import runtimes
-from jpq.export.onnx import export
+from jpq.export.onnx.export import export_onnx
 from jpq.export.rebuild import rebuild
 from jpq.export.verify import compare, measure, verify
 from jpq.methods.gates import GATES, VIB, Ranked
@@ -103,7 +103,7 @@ def test_exported_file_computes_the_same(name, tmp_path):
             break
     else:
         pytest.fail("every draw of the decisions gives a constant output")
-    export.export(small, example, tmp_path / "m.onnx")
+    export_onnx(small, example, tmp_path / "m.onnx")
     found = compare(small, runtimes.Session(tmp_path / "m.onnx", optimised=False), [(x, torch.zeros(64))])
     assert found["images"] == 64
     assert found["argmax_differs"] <= found["at_a_rounding_boundary"]
@@ -115,14 +115,14 @@ def test_an_export_that_computes_something_else_is_found(tmp_path):
     net.freeze(net.plan())
     net.eval()
     small, _ = rebuild(net, model)
-    export.export(small, example, tmp_path / "good.onnx")
+    export_onnx(small, example, tmp_path / "good.onnx")
     x = torch.randn(64, *example.shape[1:])
     batches = [(x, torch.zeros(64))]
     verify(net, small, tmp_path / "good.onnx", batches, example)
     other = copy.deepcopy(small)
     with torch.no_grad():
         [m for m in other.modules() if hasattr(m, "weight_quant")][-1].weight.mul_(0.7)
-    export.export(other, example, tmp_path / "bad.onnx")
+    export_onnx(other, example, tmp_path / "bad.onnx")
     with pytest.raises(JpqError, match="onnxruntime and the rebuilt model differ"):
         verify(net, small, tmp_path / "bad.onnx", batches, example)
     with pytest.raises(JpqError, match="not the masked one"):

@@ -15,7 +15,7 @@ from jpq import costs
 from jpq.compression.attach import attach
 from jpq.compression.model import CompressedModel
 from jpq.export import runtimes
-from jpq.export.onnx import export
+from jpq.export.onnx.export import export_onnx
 from jpq.export.rebuild import rebuild
 from jpq.export.verify import compare
 from jpq.methods.gates import Gate
@@ -93,6 +93,6 @@ def compare_exported(model: nn.Module, net: CompressedModel, example: Any, path:
     """How far the settled network, rebuilt, is apart from its ONNX file on 64 random samples."""
     net.freeze(net.plan())
     small, _ = rebuild(net, model)
-    export.export(small, example, path)
+    export_onnx(small, example, path)
     x = torch.randn(64, *example.shape[1:])
     return compare(small, runtimes.Session(path), [(x, torch.zeros(64))])

@@ -19,7 +19,7 @@ from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
 from jpq.methods.quantizers import replace_everywhere
 from jpq.tracing.attention import Attention, Decoder, Encoder
-from jpq.tracing.window_attention import ShiftedWindows, maxvit
+from jpq.tracing.window_attention import ShiftedWindows, decompose_maxvit_attention
 
 # exact class (a subclass may compute something else) -> the plain module, made from the original
 DECOMPOSITIONS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
@@ -29,7 +29,7 @@ DECOMPOSITIONS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     ShiftedWindowAttention: ShiftedWindows,
     ShiftedWindowAttentionV2: ShiftedWindows,
     ShiftedWindowAttention3d: ShiftedWindows,
-    RelativePositionalMultiHeadAttention: maxvit,
+    RelativePositionalMultiHeadAttention: decompose_maxvit_attention,
 }
 
 

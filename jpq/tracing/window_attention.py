@@ -1,4 +1,4 @@
-"""Attention with relative position bias, whole or in windows: torchvision's MaxViT and Swin with heads that can go.
+"""Plain versions of torchvision's attention with relative position bias (MaxViT, Swin), whose heads are prunable.
 
 Their projections are called as layers here, so that quantizers reach them, and no size in the code counts heads.
 """
@@ -16,18 +16,19 @@ from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
-HIDDEN = -100.0  # Swin's addition to the scores of tokens that are no neighbours
+HIDDEN_SCORE = -100.0  # added by Swin to the scores of tokens that are no neighbours
 
 
 class BiasedAttention(nn.Module):
-    """softmax(scale q k^T + bias) v per head, where bias[head, i, j] = table[index[i, j], head].
+    """Attention, softmax(scale q k^T + bias) v per head, with bias[head, i, j] = table[index[i, j], head].
 
     Args:
-        qkv: makes queries, keys and values, heads * head_dim each.
-        proj: reads the heads side by side.
-        table: [relative positions, heads]; index: [n, n], places in the table.
+        qkv: layer that makes queries, keys and values, heads * head_dim each.
+        proj: layer that reads the heads side by side.
+        table: [relative positions, heads] biases.
+        index: [n, n] rows of the table.
         head_dim: size of a head.
-        scale: of the scores; 1 / sqrt(head_dim) if None.
+        scale: factor of the scores; 1 / sqrt(head_dim) if None.
     """
 
     relative_position_index: Tensor
@@ -44,15 +45,15 @@ class BiasedAttention(nn.Module):
 
     @property
     def num_heads(self) -> int:
-        """How many heads there are now."""
+        """The number of heads that the table has now."""
         return self.relative_position_bias_table.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, groups, n, C] -> the same: each group attends to itself."""
+        """[B, groups, n, C] -> [B, groups, n, C]: each group of n tokens attends to itself."""
         return self.attend(x, None)
 
     def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, groups, n, C] -> the same; `mask`, [groups, 1, n, n], is added to the scores."""
+        """[B, groups, n, C] -> [B, groups, n, C]; `mask`, [groups, 1, n, n], is added to the scores."""
         n = x.shape[-2]
         bias = self.relative_position_bias_table[self.relative_position_index[:n, :n]].permute(2, 0, 1)
         bias = bias if mask is None else bias + mask
@@ -65,18 +66,18 @@ class BiasedAttention(nn.Module):
         return self.proj(y.transpose(-2, -3).flatten(-2))
 
 
-def maxvit(source: RelativePositionalMultiHeadAttention) -> BiasedAttention:
-    """MaxViT's attention (Tu et al. 2022, arXiv:2204.01697); it takes over the projections of `source`."""
+def decompose_maxvit_attention(source: RelativePositionalMultiHeadAttention) -> BiasedAttention:
+    """MaxViT's attention (Tu et al. 2022, arXiv:2204.01697) as `BiasedAttention` with the projections of `source`."""
     table, index = source.relative_position_bias_table, source.relative_position_index
-    new = BiasedAttention(source.to_qkv, source.merge, table, index, source.head_dim, source.scale_factor)
-    return new.train(source.training)
+    attention = BiasedAttention(source.to_qkv, source.merge, table, index, source.head_dim, source.scale_factor)
+    return attention.train(source.training)
 
 
 class ShiftedWindows(BiasedAttention):
     """Swin's attention: Liu et al. 2021 (arXiv:2103.14030), version 2 (arXiv:2111.09883), video (arXiv:2106.13230).
 
-    It takes over the projections of `source`. Version 2 makes its bias by a small network from coordinates that never
-    change: the table holds what that network gives. It has no bias of keys: that part of qkv's bias is set to 0, and
+    The projections are those of `source`. Version 2 computes its bias by a small network from coordinates that never
+    change: the table holds that network's output. It has no bias of keys: that part of qkv's bias is set to 0, and
     training may move it.
     """
 
@@ -95,21 +96,21 @@ class ShiftedWindows(BiasedAttention):
         self.train(source.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, *space, C] -> the same; space is (height, width), or (time, height, width)."""
+        """[B, *space, C] -> [B, *space, C]; space is (height, width), or (time, height, width)."""
         space = x.shape[1:-1]
         window = [min(w, n) for w, n in zip(self.window_size, space, strict=True)] if self.video else self.window_size
         margin = [-n % w for w, n in zip(window, space, strict=True)]
         x = F.pad(x, [0, 0, *(side for m in reversed(margin) for side in (0, m))])
-        wide = x.shape[1:-1]
-        shift = [s if w < n else 0 for s, w, n in zip(self.shift_size, window, wide, strict=True)]
-        dims = list(range(1, len(wide) + 1))
+        padded = x.shape[1:-1]
+        shift = [s if w < n else 0 for s, w, n in zip(self.shift_size, window, padded, strict=True)]
+        dims = list(range(1, len(padded) + 1))
         if not any(shift):
-            y = self.attend(_cut(x, window), None)
+            y = self.attend(_split_windows(x, window), None)
         else:
             x = x.roll([-s for s in shift], dims)
-            y = self.attend(_cut(x, window), _hidden(wide, window, shift, x))
-        counts = [n // w for w, n in zip(window, wide, strict=True)]
-        y = _joined(F.dropout(y, self.dropout, self.training), window, counts)
+            y = self.attend(_split_windows(x, window), _shift_mask(padded, window, shift, x))
+        counts = [n // w for w, n in zip(window, padded, strict=True)]
+        y = _join_windows(F.dropout(y, self.dropout, self.training), window, counts)
         if any(shift):
             y = y.roll(shift, dims)
         for d, n in zip(dims, space, strict=True):
@@ -118,13 +119,13 @@ class ShiftedWindows(BiasedAttention):
 
 
 def _computed_bias(source: Any) -> Tensor:
-    """[relative positions, heads]: what version 2 makes of its coordinates."""
+    """[relative positions, heads] biases that version 2's network computes from its coordinates."""
     with torch.no_grad():
         table = 16 * source.cpb_mlp(source.relative_coords_table).flatten(0, 2).sigmoid()
     return table.requires_grad_(any(p.requires_grad for p in source.cpb_mlp.parameters()))
 
 
-def _cut(x: Tensor, window: Sequence[int]) -> Tensor:
+def _split_windows(x: Tensor, window: Sequence[int]) -> Tensor:
     """[B, *space, C] -> [B, windows, tokens of a window, C]."""
     k = len(window)
     for d in reversed(range(k)):
@@ -133,8 +134,8 @@ def _cut(x: Tensor, window: Sequence[int]) -> Tensor:
     return x.flatten(k + 1, 2 * k).flatten(1, k)
 
 
-def _joined(x: Tensor, window: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """The inverse of `_cut`, with so many windows along each dim of space."""
+def _join_windows(x: Tensor, window: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """The inverse of `_split_windows`, with `counts` windows along each dim of space."""
     k = len(window)
     x = x.unflatten(2, tuple(window)).unflatten(1, tuple(counts))
     x = x.permute(0, *(d for i in range(1, k + 1) for d in (i, i + k)), 2 * k + 1)
@@ -143,11 +144,11 @@ def _joined(x: Tensor, window: Sequence[int], counts: Sequence[int]) -> Tensor:
     return x
 
 
-def _hidden(space: Sequence[int], window: Sequence[int], shift: Sequence[int], like: Tensor) -> Tensor:
-    """[windows, 1, n, n]: HIDDEN where two tokens share a window only because the shift wrapped one of them around."""
+def _shift_mask(space: Sequence[int], window: Sequence[int], shift: Sequence[int], like: Tensor) -> Tensor:
+    """[windows, 1, n, n]: HIDDEN_SCORE where two tokens share a window only because the shift wrapped one around."""
     region = torch.zeros([1] * len(space), dtype=torch.long, device=like.device)
     for d, (n, s) in enumerate(zip(space, shift, strict=True)):
         wrapped = torch.arange(n, device=like.device) >= n - s
         region = 2 * region + wrapped.reshape([-1 if k == d else 1 for k in range(len(space))])
-    tokens = _cut(region[None, ..., None], window)[0, :, :, 0]
-    return ((tokens[:, :, None] != tokens[:, None, :]) * HIDDEN).to(like.dtype)[:, None]
+    tokens = _split_windows(region[None, ..., None], window)[0, :, :, 0]
+    return ((tokens[:, :, None] != tokens[:, None, :]) * HIDDEN_SCORE).to(like.dtype)[:, None]

@@ -42,7 +42,7 @@ class Task(ABC):
     def distill(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Distance of the output from the float model's output, a scalar: the mean over the batch.
 
-        `temperature` softens both where the task has probabilities. No gradient passes to `teacher`.
+        `temperature` softens both where the task has probabilities. `teacher` carries no gradient.
         """
 
     @abstractmethod

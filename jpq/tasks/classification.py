@@ -24,8 +24,8 @@ class Classification(Task):
 
     def distill(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """T^2 KL(softmax(teacher / T) || softmax(student / T)), in nats (Hinton et al. 2015, arXiv:1503.02531)."""
-        student, teacher = (F.log_softmax(logits / temperature, 1) for logits in (student, teacher.detach()))
-        return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+        log_q, log_p = (F.log_softmax(logits / temperature, 1) for logits in (student, teacher))
+        return temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
     def metric(self, output: Tensor, target: Tensor) -> Tensor:
         """Whether the largest score is that of the right class, boolean [B]."""

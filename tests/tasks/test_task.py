@@ -1,0 +1,137 @@
+"""The task axis: laws of every task, the classification formulas, and a second task through a whole run."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from regression import Regression, table
+from runs import config
+from torch import nn
+
+import jpq
+from jpq.cli.main import main
+from jpq.config import Train
+from jpq.results.front.front import make
+from jpq.results.front.points import read
+from jpq.tasks import CLASSIFICATION, TASKS, pick_task, recorded_task, task_record
+from jpq.types import JpqError
+
+BATCH = {  # task -> outputs, targets, outputs that decide differently in each sample
+    "classification": (
+        torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 0.5]]),
+        torch.tensor([0, 2]),
+        torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.5]]),
+    ),
+    "regression": (torch.tensor([[0.5], [-1.0]]), torch.tensor([[0.4], [1.0]]), torch.tensor([[-0.5], [1.0]])),
+}
+
+
+@pytest.fixture(params=BATCH)
+def task(request):
+    return {**TASKS, "regression": Regression()}[request.param]
+
+
+def test_laws_of_every_task(task):
+    output, target, others = BATCH[task.name]
+    student = output.clone().requires_grad_()
+    for loss in (task.loss(student, target), task.distill(student, others, 2.0)):
+        assert loss.dim() == 0
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert gradient.abs().sum() > 0
+    assert float(task.distill(output, output, 2.0)) == pytest.approx(0, abs=1e-7)
+    assert task.metric(output, target).shape == (len(output),)
+    low, high = task.metric_bounds
+    assert low <= task.chance(10) <= high
+    assert task.same_decision(output, output).all()
+    assert not task.same_decision(output, others).any()
+    assert (task.decision_gap(output, others) > 0).all()
+    assert task.fits(output, len(output), output.shape[1])
+    assert not task.fits((output, output), len(output), output.shape[1])
+
+
+def test_classification_is_cross_entropy_accuracy_and_the_largest_score():
+    output, target, _ = BATCH["classification"]
+    expected = [
+        math.log(sum(math.exp(v) for v in row)) - row[k] for row, k in zip(output.tolist(), target, strict=True)
+    ]
+    assert float(CLASSIFICATION.loss(output, target)) == pytest.approx(sum(expected) / 2)
+    assert CLASSIFICATION.metric(output, target).tolist() == [True, False]
+    assert CLASSIFICATION.chance(4) == 0.25
+    assert CLASSIFICATION.decision_gap(output, output).tolist() == pytest.approx([1 / 3, 2.5 / 3])
+
+
+def test_distillation_is_the_divergence_of_softened_scores_times_the_square_of_the_temperature():
+    student, teacher, temperature = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]), 4.0
+    p = 1 / (1 + math.exp(2 / temperature))  # of the teacher's first class
+    q = 1 / (1 + math.exp(-1 / temperature))  # of the student's
+    divergence = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    assert float(CLASSIFICATION.distill(student, teacher, temperature)) == pytest.approx(16 * divergence, rel=1e-5)
+
+
+def test_outputs_without_classes_agree_within_a_tenth_of_their_range():
+    a = torch.tensor([[1.0], [10.0], [5.0]])
+    b = torch.tensor([[1.9], [11.1], [5.0]])
+    assert CLASSIFICATION.same_decision(a, b).tolist() == [True, False, True]
+    assert CLASSIFICATION.decision_gap(a, b).tolist() == pytest.approx([0.09, 0.11, 0.0])
+
+
+def test_one_decision_a_place_where_outputs_are_maps():
+    a, b = torch.zeros(2, 3, 2, 2), torch.zeros(2, 3, 2, 2)
+    a[:, 0] = b[:, 0] = 1.0
+    b[0, 1, 0, 0] = 2.0
+    same = CLASSIFICATION.same_decision(a, b)
+    assert same.shape == (2, 2, 2)
+    assert int((~same).sum()) == 1
+
+
+def test_the_metric_of_a_split_is_the_mean_over_its_samples_in_evaluation_mode():
+    data, net = table(), nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(16, 1)).train()
+    measured = data.task.evaluate(net, data.test)
+    assert net.training
+    net.eval()
+    with torch.no_grad():
+        rows = [(net(x), y) for x, y in data.test]
+    output, target = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    assert measured == pytest.approx(float(1 - (output - target).square().mean()), rel=1e-5)
+
+
+def test_records_name_tasks_but_classification(monkeypatch):
+    assert task_record(CLASSIFICATION) == {}
+    assert recorded_task({"name": "digits"}) is CLASSIFICATION
+    with pytest.raises(JpqError, match="Unknown task 'regresion'"):
+        pick_task("regresion")
+    monkeypatch.setitem(TASKS, "regression", Regression())
+    assert recorded_task(task_record(Regression())) is TASKS["regression"]
+
+
+def test_a_second_task_runs_through_training_verification_reports_and_fronts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(TASKS, "regression", Regression())
+    asked = config(tmp_path, train=Train(epochs=12, float_epochs=12, lr=1e-2), target_bops="3%")
+    asked = replace(asked, task=replace(asked.task, model="regression:network", data="regression:table", limit=None))
+    result = jpq.optimize(asked)
+    assert result.data["task"] == "regression"
+    assert result.task is TASKS["regression"]
+    assert result.float.accuracy > 0.9
+    assert result.compressed.accuracy > 0.7
+    assert result.compressed.bops_share <= 0.03
+    agreement = result.verified["rebuilt_vs_onnxruntime"]
+    assert (agreement["decisions"], agreement["argmax_differs"]) == (200, 0)
+    saved = json.loads((result.folder / "result.json").read_text())
+    assert saved["data"]["task"] == "regression"
+
+    small, _ = jpq.load(result.folder, run_code=True)
+    data = table()
+    assert data.task.evaluate(small, data.test) == pytest.approx(result.compressed.accuracy)
+    assert main(["evaluate", str(result.folder), "--run-code", "--runtime", "onnxruntime"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"R^2 {result.compressed.accuracy:.4g} on 200 test images of table" in printed
+    assert "The same number for 200 of 200 as the PyTorch model." in printed
+
+    front = make(read(tmp_path).points)
+    assert front.task is TASKS["regression"]
+    assert front.points[0].accuracy == result.held_out["compressed"]
+    assert front.points[0].chance == 0.0
+    assert main(["pareto", str(tmp_path), "--out", str(tmp_path / "front")]) == 0
+    assert "on the front of held-out R^2 and BOPs" in " ".join(capsys.readouterr().out.split())

@@ -1,4 +1,4 @@
-"""The command `jpq bench`: its flags and what it says. Heavy imports wait until they are needed."""
+"""`jpq bench`: measure a model's layers into a latency table, or the time of runs and ONNX files."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from rich.markup import escape
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from jpq.cli.flags import parsed, shown
-from jpq.cli.output import Column, table
+from jpq.cli.flags import parse_flags, with_help
+from jpq.cli.output import Column, print_line, table
 from jpq.results.formatting import format_number
 from jpq.types import JpqError
 
 if TYPE_CHECKING:
     from jpq.export.timing.compare import Timing
 
-USUAL = ("onnxruntime",)
+DEFAULT_RUNTIMES = ("onnxruntime",)
 
-SHOWN = 6  # layers left in floating point that are named
+MAX_FLOAT_LAYERS = 6  # that are printed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,127 +59,147 @@ class Bench:
     """Run the code that a run's folder names as its model (module:callable): only for folders that you trust."""
 
 
-def run_bench(wanted: Bench, console: Console) -> None:
-    """Measure what was asked for. Raises JpqError for flags that make no sense together."""
-    for flag, numbers in (("threads", wanted.threads), ("batch", wanted.batch), ("repeats", (wanted.repeats,))):
+def bench_command(args: list[str], console: Console) -> None:
+    """Run `jpq bench`."""
+    run_bench(parse_flags(with_help(Bench, "what"), "bench", args), console)
+
+
+def run_bench(flags: Bench, console: Console) -> None:
+    """Measure layers, or runs and files. Raises JpqError for flags that make no sense together."""
+    for flag, numbers in (("threads", flags.threads), ("batch", flags.batch), ("repeats", (flags.repeats,))):
         if any(n < 1 for n in numbers):
             raise JpqError(f"--{flag} {' '.join(map(str, numbers))}: at least one is needed.")
-    if wanted.model is not None and wanted.what:
+    if flags.model is not None and flags.what:
         raise JpqError("Give either --model, to measure its layers into --table, or runs and ONNX files to time.")
-    if wanted.model is not None:
-        if wanted.table is None:
-            raise JpqError(f"Say where the table goes: jpq bench --table FILE.csv --model {wanted.model}.")
-        _layers(wanted, console)
-    elif wanted.what:
-        _models(wanted, console)
+    if flags.model is not None:
+        if flags.table is None:
+            raise JpqError(f"Say where the table goes: jpq bench --table FILE.csv --model {flags.model}.")
+        measure_layers(flags, console)
+    elif flags.what:
+        time_models(flags, console)
     else:
         raise JpqError("Nothing to measure: give --table FILE.csv --model NAME, or runs and ONNX files.")
 
 
-def _layers(wanted: Bench, console: Console) -> None:
-    from jpq.cli.inspect import noise
+def measure_layers(flags: Bench, console: Console) -> None:
+    """Measure every kind of layer of --model, and write the latency table."""
+    from jpq.cli.inspect import model_and_example
     from jpq.export.timing import layer_table
     from jpq.tracing.decompose import decompose
     from jpq.tracing.trace import trace
 
-    assert wanted.table is not None
-    assert wanted.model is not None
-    layer_table.check_table_path(wanted.table)
-    if len(wanted.threads) > 1:
-        raise JpqError(f"A table is for one number of threads, not for {' and '.join(map(str, wanted.threads))}.")
-    threads = wanted.threads[0] if wanted.threads else 1
-    model, example = noise(wanted)
+    assert flags.table is not None
+    assert flags.model is not None
+    layer_table.check_table_path(flags.table)
+    if len(flags.threads) > 1:
+        raise JpqError(f"A table is for one number of threads, not for {' and '.join(map(str, flags.threads))}.")
+    threads = flags.threads[0] if flags.threads else 1
+    model, example = model_and_example(flags)
     network = trace(decompose(model), example)
     start = time.perf_counter()
     with Bar(console=console, transient=True) as bar:
         task = bar.add_task("measuring", total=None)
-        tell = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
-        entries = layer_table.measure_layers(network, wanted.model, threads, wanted.repeats, tell)
-    layer_table.write_table(entries, wanted.table)
+
+        def report(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        entries = layer_table.measure_layers(network, flags.model, threads, flags.repeats, report)
+    layer_table.write_table(entries, flags.table)
     shapes = len({(e.shape, e.form) for e in entries if e.form})
     seconds = time.perf_counter() - start
-    full, small = (layer_table.dense_latency_ms(network, entries, bits) for bits in (layer_table.FLOAT, layer_table.INT8))
+    float_ms, int8_ms = (
+        layer_table.dense_latency_ms(network, entries, bits) for bits in (layer_table.FLOAT, layer_table.INT8)
+    )
     for line in (
-        f"{wanted.table}: {len(entries)} measurements of {shapes} kinds of layers (each the median of "
-        f"{wanted.repeats}; threads: {threads}) in {seconds:.0f} s.",
-        f"All of {wanted.model}'s layers: {full:.3g} ms in float, {small:.3g} ms quantized.",
-        f"Next: jpq optimize --model {wanted.model} --latency-table {wanted.table} "
-        f"--target-latency {0.7 * small:.2g}ms",
+        f"{flags.table}: {len(entries)} measurements of {shapes} kinds of layers (each the median of "
+        f"{flags.repeats}; threads: {threads}) in {seconds:.0f} s.",
+        f"All of {flags.model}'s layers: {float_ms:.3g} ms in float, {int8_ms:.3g} ms quantized.",
+        f"Next: jpq optimize --model {flags.model} --latency-table {flags.table} "
+        f"--target-latency {0.7 * int8_ms:.2g}ms",
     ):
-        console.print(escape(line), soft_wrap=True, highlight=False)
+        print_line(console, escape(line))
 
 
-def _models(wanted: Bench, console: Console) -> None:
+def time_models(flags: Bench, console: Console) -> None:
+    """Time runs and ONNX files, beside the prediction of a latency table where there is one."""
     from jpq.cli.summary import latency_line
     from jpq.export.runtimes import parse_runtimes
     from jpq.export.timing import layer_table
     from jpq.results.formatting import format_ms
     from jpq.results.predicted_latency import predicted_ms
 
-    runtimes = chosen(wanted.runtime)
-    for path in wanted.what:
-        own = wanted.table or path / layer_table.TABLE_NAME
-        if path.is_dir() and (wanted.table is not None or own.is_file()):
-            measured = layer_table.read_table(own)
+    runtimes = parse_runtimes(flags.runtime)
+    for path in flags.what:
+        table_path = flags.table or path / layer_table.TABLE_NAME
+        if path.is_dir() and (flags.table is not None or table_path.is_file()):
+            measured = layer_table.read_table(table_path)
             layer_table.check_run_folder(path)
             line = latency_line(
                 layer_table.compare_with_prediction(
-                    path / "model.onnx", predicted_ms(path, measured, wanted.run_code), measured, wanted.repeats
+                    path / "model.onnx", predicted_ms(path, measured, flags.run_code), measured, flags.repeats
                 )
             )
         else:
             file = path / "model.onnx" if path.is_dir() else path
-            threads = wanted.threads[0] if wanted.threads else 1
-            line = f"{format_ms(layer_table.time_model(file, threads, wanted.repeats))} in onnxruntime"
-        console.print(f"{escape(str(path))}: {line}", soft_wrap=True, highlight=False)
+            threads = flags.threads[0] if flags.threads else 1
+            line = f"{format_ms(layer_table.time_model(file, threads, flags.repeats))} in onnxruntime"
+        print_line(console, f"{escape(str(path))}: {line}")
         if path.is_dir() and (path / "plan.json").is_file():
-            _race(path, wanted, runtimes, console)
-        elif path.is_file() and (tuple(runtimes), wanted.batch, len(wanted.threads) < 2) != (USUAL, (1,), True):
-            _alone(path, wanted, runtimes, console)
+            _compare_models(path, flags, runtimes, console)
+        elif path.is_file() and (tuple(runtimes), flags.batch, len(flags.threads) < 2) != (
+            DEFAULT_RUNTIMES,
+            (1,),
+            True,
+        ):
+            _time_file(path, flags, runtimes, console)
 
 
-def _alone(file: Path, wanted: Bench, runtimes: Sequence[str], console: Console) -> None:
-    """One file in every setting that was asked for, calls and all: a line each."""
+def _time_file(file: Path, flags: Bench, runtimes: Sequence[str], console: Console) -> None:
+    """Print the time of one ONNX file in every setting of the flags, a line each."""
     from jpq.export.timing import compare
     from jpq.results.formatting import format_ms
 
-    for t in compare.time_in_turns({str(file): file}, runtimes, wanted.threads or (1,), wanted.batch, wanted.repeats):
+    for t in compare.time_in_turns({str(file): file}, runtimes, flags.threads or (1,), flags.batch, flags.repeats):
         line = f"{file}: {format_ms(t.median_ms)} in {_setting(t)}"
-        console.print(escape(line), soft_wrap=True, highlight=False)
+        print_line(console, escape(line))
 
 
-def _race(folder: Path, wanted: Bench, runtimes: Sequence[str], console: Console) -> None:
-    """The run's model beside the one that it began with: a table, and where layers are left in floating point."""
+def _compare_models(folder: Path, flags: Bench, runtimes: Sequence[str], console: Console) -> None:
+    """Print the times of a run's compressed model beside its float models, and its layers in floating point."""
     from jpq.export.timing import compare
     from jpq.export.timing.kernels import float_layers
     from jpq.export.timing.runner import Runner
 
-    small = folder / "model.onnx"
-    shape = Runner(small).shapes[0][1:]
+    compressed = folder / "model.onnx"
+    shape = Runner(compressed).shapes[0][1:]
     with TemporaryDirectory() as place:
-        paths = compare.model_files(folder, shape, Path(place), wanted.run_code)
-        threads = wanted.threads or (1, 2)
+        paths = compare.model_files(folder, shape, Path(place), flags.run_code)
+        threads = flags.threads or (1, 2)
         with Bar(console=console, transient=True) as bar:
-            total = len(paths) * len(runtimes) * len(threads) * len(wanted.batch) * wanted.repeats
+            total = len(paths) * len(runtimes) * len(threads) * len(flags.batch) * flags.repeats
             task = bar.add_task("measuring", total=total)
-            tell = lambda calls: bar.update(task, advance=calls)  # noqa: E731
-            times = compare.time_in_turns(paths, runtimes, threads, wanted.batch, wanted.repeats, tell)
+
+            def report(calls: int) -> None:
+                bar.update(task, advance=calls)
+
+            times = compare.time_in_turns(paths, runtimes, threads, flags.batch, flags.repeats, report)
     for start in range(0, len(times), len(paths)):
-        console.print(_table(times[start : start + len(paths)]))
-    left = float_layers(small)[1]
-    for name, why in list(left.items())[:SHOWN]:
-        console.print(f"in floating point: {escape(name)}: {escape(why)}", soft_wrap=True, highlight=False)
-    if len(left) > SHOWN:
-        console.print(f"... and {len(left) - SHOWN} more", highlight=False)
+        console.print(_timing_table(times[start : start + len(paths)]))
+    left = float_layers(compressed)[1]
+    for name, reason in list(left.items())[:MAX_FLOAT_LAYERS]:
+        print_line(console, f"in floating point: {escape(name)}: {escape(reason)}")
+    if len(left) > MAX_FLOAT_LAYERS:
+        print_line(console, f"... and {len(left) - MAX_FLOAT_LAYERS} more")
 
 
 def _setting(t: Timing) -> str:
+    """Runtime, threads, batch and repeats of a measurement."""
     threads = "1 thread" if t.threads == 1 else f"{t.threads} threads"
     return f"{t.runtime}, {threads}, batch {t.batch}, median of {t.n} turns"
 
 
-def _table(times: Sequence[Timing]) -> Table:
-    """One setting: a row for each model."""
+def _timing_table(times: Sequence[Timing]) -> Table:
+    """Times of several models in one setting, a row each."""
     rows = [
         (
             t.model,
@@ -193,8 +213,3 @@ def _table(times: Sequence[Timing]) -> Table:
     ]
     columns = (Column("model", align="left"), "median", "p95", "speed", "in float", "file")
     return table(columns, rows, title=_setting(times[0]))
-
-
-def bench_command(args: list[str], console: Console) -> None:
-    """Run `jpq bench`."""
-    run_bench(parsed(shown(Bench, "what"), "bench", args), console)

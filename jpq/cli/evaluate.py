@@ -1,4 +1,4 @@
-"""The command `jpq evaluate`: how often a saved model, or an exported file in a runtime, is right."""
+"""`jpq evaluate`: the metric of a saved model, or of an exported file in a runtime."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
-from jpq.cli.flags import parsed, shown
+from jpq.cli.flags import parse_flags, with_help
+from jpq.cli.output import print_line
 from jpq.types import JpqError
 
 
@@ -32,8 +33,13 @@ class Evaluate:
     """Run the code that the folder names as its model or data (module:callable): only for folders that you trust."""
 
 
-def run_evaluate(wanted: Evaluate, console: Console) -> None:
-    """Measure what was asked for. Raises JpqError for files and data that do not go together."""
+def evaluate_command(args: list[str], console: Console) -> None:
+    """Run `jpq evaluate`."""
+    run_evaluate(parse_flags(with_help(Evaluate, "saved"), "evaluate", args), console)
+
+
+def run_evaluate(flags: Evaluate, console: Console) -> None:
+    """Print the metric of the named model or file. Raises JpqError for files and data that do not go together."""
     import torch
 
     from jpq.export.runtimes import open_session, parse_runtimes
@@ -41,37 +47,37 @@ def run_evaluate(wanted: Evaluate, console: Console) -> None:
     from jpq.results.run_folder import load
     from jpq.tasks import models
 
-    single = wanted.saved.is_file()
-    if single and (wanted.saved.suffix == ".pt2" or wanted.saved.name.endswith(".qonnx.onnx")):
-        raise JpqError(f"{wanted.saved} is for other tools than runtimes. Give the run's folder, or its model.onnx.")
-    folder = wanted.saved.parent if single else wanted.saved
-    known = (folder / "config.toml").is_file()
-    if not known and not single:
+    is_file = flags.saved.is_file()
+    if is_file and (flags.saved.suffix == ".pt2" or flags.saved.name.endswith(".qonnx.onnx")):
+        raise JpqError(f"{flags.saved} is for other tools than runtimes. Give the run's folder, or its model.onnx.")
+    folder = flags.saved.parent if is_file else flags.saved
+    is_run = (folder / "config.toml").is_file()
+    if not is_run and not is_file:
         raise JpqError(f"{folder} is not the folder of a run: it has no config.toml. Give one like runs/0123456789ab.")
-    runtimes = parse_runtimes(wanted.runtime or "onnxruntime") if wanted.runtime or single else ()
-    data = _data(wanted, folder if known else None)
-    batches = data.test if wanted.split == "test" else data.held_out
-    task, samples = data.task, f"{batches.size} {wanted.split} images of {data.name}"
+    runtimes = parse_runtimes(flags.runtime or "onnxruntime") if flags.runtime or is_file else ()
+    data = _data(flags, folder if is_run else None)
+    batches = data.test if flags.split == "test" else data.held_out
+    task, samples = data.task, f"{batches.size} {flags.split} images of {data.name}"
     outputs: dict[str, list[Any]] = {}  # model that was run -> a tensor per batch
-    if known and not (single and wanted.data):
-        model, _ = load(folder, wanted.run_code)
+    if is_run and not (is_file and flags.data):
+        model, _ = load(folder, flags.run_code)
         models.check_fits(model, data.example, data.classes, data.task)
         with torch.no_grad():
             outputs["the PyTorch model"] = [model(x) for x, _ in batches]
-        if not single:
+        if not is_file:
             metric = format_metric(task, task.evaluate(model, batches))
-            _say(console, f"{task.report(metric, samples)} ({wanted.saved}).")
-    file = wanted.saved if single else folder / "model.onnx"
+            print_line(console, escape(f"{task.report(metric, samples)} ({flags.saved})."))
+    file = flags.saved if is_file else folder / "model.onnx"
     for name in runtimes:
         session = open_session(name, file)
-        _require_fits(file, session, data)
-        found = [session(x) for x, _ in batches]
-        replayed = iter(found)
+        _check_fits(file, session, data)
+        computed = [session(x) for x, _ in batches]
+        replayed = iter(computed)
         metric = format_metric(task, task.evaluate(lambda _, replayed=replayed: next(replayed), batches))
-        agreement = ", ".join(f"{_agreement(task, found, other)} as {model}" for model, other in outputs.items())
+        agreement = ", ".join(f"{_agreement(task, computed, others)} as {model}" for model, others in outputs.items())
         agrees = f" The same {task.decision_name} for {agreement}." if agreement else ""
-        _say(console, f"{task.report(metric, samples)} ({file} in {name}).{agrees}")
-        outputs[name] = found
+        print_line(console, escape(f"{task.report(metric, samples)} ({file} in {name}).{agrees}"))
+        outputs[name] = computed
 
 
 def _agreement(task: Any, outputs: list[Any], others: list[Any]) -> str:
@@ -82,8 +88,8 @@ def _agreement(task: Any, outputs: list[Any], others: list[Any]) -> str:
     return f"{int(same.sum())} of {len(same)}"
 
 
-def _data(wanted: Evaluate, folder: Path | None) -> Any:
-    """The data set that is named, or that of the run."""
+def _data(flags: Evaluate, folder: Path | None) -> Any:
+    """The data set that --data names, or that of the run in `folder`."""
     from dataclasses import replace
 
     import torch
@@ -93,21 +99,21 @@ def _data(wanted: Evaluate, folder: Path | None) -> Any:
     from jpq.tasks.data import load
     from jpq.tasks.load import read_data
 
-    if wanted.data is not None:
-        return load(wanted.data, wanted.data_root or Path("data"))
+    if flags.data is not None:
+        return load(flags.data, flags.data_root or Path("data"))
     if folder is None:
         raise JpqError(
-            f"Say which images {wanted.saved} is to be tried on: --data digits (or cifar10, folder:PATH ...)."
+            f"Say which images {flags.saved} is to be tried on: --data digits (or cifar10, folder:PATH ...)."
         )
     config = read_toml(folder / "config.toml")
-    if not wanted.run_code:
+    if not flags.run_code:
         check_no_code("data", config.task.data, folder / "config.toml", "add --run-code")
-    if wanted.data_root is not None:
-        config = replace(config, task=replace(config.task, data_root=wanted.data_root))
+    if flags.data_root is not None:
+        config = replace(config, task=replace(config.task, data_root=flags.data_root))
     return read_data(config, torch.device("cpu"))
 
 
-def _require_fits(file: Path, session: Any, data: Any) -> None:
+def _check_fits(file: Path, session: Any, data: Any) -> None:
     """Raise JpqError where the file takes other images or knows other classes than the data have."""
     x, _ = next(iter(data.test))
     try:
@@ -122,12 +128,3 @@ def _require_fits(file: Path, session: Any, data: Any) -> None:
         shape = "several tensors" if isinstance(out, tuple) else "x".join(map(str, out.shape))
         row = data.task.row_text(data.classes)
         raise JpqError(f"{file} gives {shape} for {len(x)} images, not {row} for each.")
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(escape(line), soft_wrap=True, highlight=False)
-
-
-def evaluate_command(args: list[str], console: Console) -> None:
-    """Run `jpq evaluate`."""
-    run_evaluate(parsed(shown(Evaluate, "saved"), "evaluate", args), console)

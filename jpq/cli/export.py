@@ -1,4 +1,4 @@
-"""jpq.cli.export."""
+"""`jpq export`: make one run final."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from jpq.cli.flags import parsed, shown
+from jpq.cli.flags import parse_flags, with_help
 from jpq.cli.output import print_line
-from jpq.cli.pareto import Pick, pick_point, read_picked_runs, reasons
+from jpq.cli.run_selection import RunSelection, choose_point, print_choice, print_skipped, read_front
 from jpq.results.formatting import format_metric
 from jpq.types import JpqError
 
 
 @dataclasses.dataclass(frozen=True)
-class Export(Pick):
+class Export(RunSelection):
     """The run to export, or the runs to pick it from."""
 
     data_root: Path | None = None
@@ -32,15 +32,19 @@ class Export(Pick):
     """Run the code that the folder names as its model or data (module:callable): only for folders that you trust."""
 
 
-def export_run(wanted: Export, console: Console) -> None:
-    """Make one run final: the one that was named, or the one that the flags pick."""
+def export_command(args: list[str], console: Console) -> None:
+    """Run `jpq export`."""
+    export_run(parse_flags(with_help(Export, "runs"), "export", args), console)
+
+
+def export_run(flags: Export, console: Console) -> None:
+    """Make the run final that the flags name or choose: export, verify, measure on the test split."""
     from jpq.cli.summary import layer_table, summary
     from jpq.results.finalize import finalize, is_final
 
-    front, skipped = read_picked_runs(wanted)
-    choice = pick_point(wanted, front)
-    for line in skipped:
-        print_line(console, f"[yellow]skipped[/] {escape(line)}")
+    front, skipped = read_front(flags)
+    choice = choose_point(flags, front)
+    print_skipped(skipped, console)
     if choice is None and len(front.points) > 1:
         raise JpqError(
             f"{len(front.points)} runs were found. Say which to export: --knee, --min-accuracy 91%, --max-bops 1%, "
@@ -51,11 +55,10 @@ def export_run(wanted: Export, console: Console) -> None:
     if folder is None:
         raise JpqError(f"The folder of {point.name} is not at hand.")
     if choice is not None:
-        for line in reasons(choice):
-            print_line(console, line)
+        print_choice(choice, console)
     if is_final(folder):
         here = escape(os.path.relpath(folder))
-        if wanted.out is None and not (wanted.formats or wanted.onnx_weights):
+        if flags.out is None and not (flags.formats or flags.onnx_weights):
             test = "-" if point.test_accuracy is None else format_metric(front.task, point.test_accuracy)
             print_line(
                 console,
@@ -64,11 +67,6 @@ def export_run(wanted: Export, console: Console) -> None:
             )
             return
         print_line(console, f"{here} is final already; it is exported once more.")
-    result = finalize(folder, wanted.out, wanted.data_root, wanted.formats, wanted.onnx_weights, wanted.run_code)
+    result = finalize(folder, flags.out, flags.data_root, flags.formats, flags.onnx_weights, flags.run_code)
     console.print(layer_table(result))
     console.print(summary(result))
-
-
-def export_command(args: list[str], console: Console) -> None:
-    """Run `jpq export`."""
-    export_run(parsed(shown(Export, "runs"), "export", args), console)

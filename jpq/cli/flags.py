@@ -1,4 +1,4 @@
-"""Flags from dataclasses: what tyro is told about their names, defaults and help."""
+"""Command-line flags from dataclasses (tyro), and the texts of the help pages."""
 
 from __future__ import annotations
 
@@ -74,99 +74,9 @@ EXAMPLES = {
     ),
     "methods": ("jpq methods",),
 }
-
-
-def parse(args: Sequence[str]) -> Config:
-    """The config that these flags of `jpq optimize` describe, upon the file that --config names."""
-    from jpq.config import Config, from_tree, read_tables
-    from jpq.types import JpqError
-
-    named = _named(args)
-    tree = read_tables(named) if named else {}
-    if "study" in tree:
-        raise JpqError(f"{named} is the file of a study. Go on with it by jpq study --config {named}.")
-    return _flags(from_tree(tree, str(named)) if named else Config(), "optimize", args, named)[0]
-
-
-def parse_study(args: Sequence[str]) -> tuple[Config, Study]:
-    """The task and the study that these flags of `jpq study` describe, upon the file that --config names."""
-    from jpq.config import Config, Run
-    from jpq.trials.settings import Study, read_study
-
-    named = _named(args)
-    config, settings = read_study(named) if named else (Config(run=Run(out=Path("runs/studies"))), Study())
-    return _flags(config, "study", args, named, settings)
-
-
-def _named(args: Sequence[str]) -> Path | None:
-    """The file after --config."""
-    named = [b for a, b in zip(args, [*args[1:], ""], strict=False) if a == "--config" and b]
-    named += [a.partition("=")[2] for a in args if a.startswith("--config=")]
-    return Path(named[-1]) if named else None
-
-
-def _flags(
-    base: Config, command: str, args: Sequence[str], source: Path | None, more: T | None = None
-) -> tuple[Config, T]:
-    """The config that flags describe, whose defaults `base` has, and with it one more table of settings.
-
-    Raises JpqError where the file that `base` is from, and not a flag, names code to run.
-    """
-    from jpq.files.untrusted import check_no_code
-
-    known: dict[str, Any] = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
-    known |= {"study": more} if more is not None else {}
-    parts: list[Any] = []
-    for name, part in known.items():
-        table = shown(type(part))
-        parts.append((name, table, dataclasses.field(default=table(**vars(part)))))
-    note = "Take settings from this TOML file, such as a run's config.toml; flags given here win."
-    file = Annotated[Path | None, arg("config", note)]
-    flags = dataclasses.make_dataclass("Flags", [*parts, ("config", file, None)], frozen=True)
-    settings: Any = parsed(flags, command, args)
-    for what in ("model", "data") if source else ():
-        if not any(given.partition("=")[0] == f"--{what}" for given in args):
-            name = getattr(base.task, what)
-            check_no_code(what, name, str(source), f"say so: --{what} {name}")
-    made = {name: type(part)(**vars(getattr(settings, name))) for name, part in known.items()}
-    study: Any = made.pop("study", None)
-    return type(base)(**made), study
-
-
-def shown(part: type[T], place: str = "") -> type[T]:
-    """The same settings with the names of values that a help page shows, and no "(default: None)"."""
-    hints = get_type_hints(part)
-    positional: Any = tyro.conf.Positional
-    hints |= {place: positional[hints[place]]} if place else {}  # the one setting that needs no flag
-    known: Any = part
-    columns: list[Any] = [
-        (f.name, Annotated[hints[f.name], arg(f.name)], dataclasses.field(default=f.default))  # f itself is not ours
-        for f in dataclasses.fields(known)
-    ]
-    made: Any = dataclasses.make_dataclass(part.__name__, columns, bases=(part,), frozen=True)
-    made.__doc__ = part.__doc__
-    return made
-
-
-def arg(name: str, text: str | None = None) -> Any:
-    """How tyro shows one setting: what stands for its value, its text, and a default where that says something."""
-    return tyro.conf.arg(
-        metavar=METAVARS.get(name),
-        help=text,
-        help_behavior_hint=lambda default: "" if default in ("None", "", "''") else f"(default: {default})",
-    )
-
-
-def parsed(flags: type[T], command: str, args: Sequence[str]) -> T:
-    """The flags of one command. Ends the program on --help (0) and on flags that make no sense (2)."""
-    about = "\n".join([COMMANDS[command], "", "examples:", *(f"  {line}" for line in EXAMPLES[command])])
-    flat = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(flags, prog=f"jpq {command}", description=about, args=list(args), config=flat)
-
-
 METAVARS = {
-    name: shown
-    for shown, names in {
+    name: metavar
+    for metavar, names in {
         "COST": "target_bops target_macs max_bops max_macs",
         "SIZE": "target_size max_size",
         "TIME": "target_latency max_latency",
@@ -190,3 +100,101 @@ METAVARS = {
     }.items()
     for name in names.split()
 }
+
+
+def parse_optimize_flags(args: Sequence[str]) -> Config:
+    """The config that flags of `jpq optimize` describe, on top of the file that --config names."""
+    from jpq.config import Config, from_tree, read_tables
+    from jpq.types import JpqError
+
+    file = _config_file(args)
+    tree = read_tables(file) if file else {}
+    if "study" in tree:
+        raise JpqError(f"{file} is the file of a study. Go on with it by jpq study --config {file}.")
+    return _parse_config(from_tree(tree, str(file)) if file else Config(), "optimize", args, file)[0]
+
+
+def parse_study_flags(args: Sequence[str]) -> tuple[Config, Study]:
+    """The task and the study that flags of `jpq study` describe, on top of the file that --config names."""
+    from jpq.config import Config, Run
+    from jpq.trials.settings import Study, read_study
+
+    file = _config_file(args)
+    config, study = read_study(file) if file else (Config(run=Run(out=Path("runs/studies"))), Study())
+    return _parse_config(config, "study", args, file, study)
+
+
+def _config_file(args: Sequence[str]) -> Path | None:
+    """The file after --config."""
+    files = [value for flag, value in zip(args, [*args[1:], ""], strict=False) if flag == "--config" and value]
+    files += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    return Path(files[-1]) if files else None
+
+
+def _parse_config(
+    defaults: Config, command: str, args: Sequence[str], source: Path | None, study: T | None = None
+) -> tuple[Config, T]:
+    """The config, and for `jpq study` the study, that flags describe.
+
+    Args:
+        defaults: settings where no flag is given.
+        source: the file that `defaults` were read from.
+        study: defaults of the settings that only a study has.
+
+    Raises JpqError where that file, and not a flag, names code to run.
+    """
+    from jpq.files.untrusted import check_no_code
+
+    sections: dict[str, Any] = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}
+    sections |= {"study": study} if study is not None else {}
+    parts: list[Any] = []
+    for name, section in sections.items():
+        table = with_help(type(section))
+        parts.append((name, table, dataclasses.field(default=table(**vars(section)))))
+    note = "Take settings from this TOML file, such as a run's config.toml; flags given here win."
+    file = Annotated[Path | None, describe_setting("config", note)]
+    flags = dataclasses.make_dataclass("Flags", [*parts, ("config", file, None)], frozen=True)
+    parsed: Any = parse_flags(flags, command, args)
+    for what in ("model", "data") if source else ():
+        if not any(arg.partition("=")[0] == f"--{what}" for arg in args):
+            name = getattr(defaults.task, what)
+            check_no_code(what, name, str(source), f"say so: --{what} {name}")
+    settings = {name: type(section)(**vars(getattr(parsed, name))) for name, section in sections.items()}
+    study_settings: Any = settings.pop("study", None)
+    return type(defaults)(**settings), study_settings
+
+
+def parse_flags(flags: type[T], command: str, args: Sequence[str]) -> T:
+    """The flags of one command. Ends the program on --help (0) and on flags that make no sense (2)."""
+    about = "\n".join([COMMANDS[command], "", "examples:", *(f"  {line}" for line in EXAMPLES[command])])
+    flat = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(flags, prog=f"jpq {command}", description=about, args=list(args), config=flat)
+
+
+def with_help(settings: type[T], positional: str = "") -> type[T]:
+    """A subclass of a settings dataclass that tells tyro how its help page shows each value.
+
+    Args:
+        settings: the dataclass.
+        positional: the one setting that needs no flag.
+    """
+    hints = get_type_hints(settings)
+    without_flag: Any = tyro.conf.Positional
+    hints |= {positional: without_flag[hints[positional]]} if positional else {}
+    described: Any = settings
+    columns: list[Any] = [
+        (f.name, Annotated[hints[f.name], describe_setting(f.name)], dataclasses.field(default=f.default))
+        for f in dataclasses.fields(described)
+    ]
+    subclass: Any = dataclasses.make_dataclass(settings.__name__, columns, bases=(settings,), frozen=True)
+    subclass.__doc__ = settings.__doc__
+    return subclass
+
+
+def describe_setting(name: str, text: str | None = None) -> Any:
+    """The metavar, text and default that the help page shows for one setting; empty defaults are left out."""
+    return tyro.conf.arg(
+        metavar=METAVARS.get(name),
+        help=text,
+        help_behavior_hint=lambda default: "" if default in ("None", "", "''") else f"(default: {default})",
+    )

@@ -1,4 +1,4 @@
-"""What `jpq inspect` shows: the layers and their costs, what can go, what must stay and why."""
+"""`jpq inspect`: a model's layers and costs, the channels that pruning may remove, and why others must stay."""
 
 from __future__ import annotations
 
@@ -8,30 +8,29 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
 
-from jpq.cli.flags import parsed, shown
+from jpq.cli.flags import parse_flags, with_help
 from jpq.cli.output import Column, label_grid, table, text_column
 from jpq.results.formatting import format_number
-from jpq.tasks import models
-from jpq.tasks.data import load
-from jpq.tracing.coverage import frozen_channels, halved_share, prunable_share
-from jpq.tracing.network import Layer, Network
-from jpq.tracing.open_norms import WARNING, opened_units
-from jpq.tracing.sites import Site
 from jpq.types import JpqError
 
-ROWS = 26  # of a table, above which parts of the model are summed up
-STAGES = 16  # parts into which they are summed up, at most
-NAMED = 3  # layers that a cell names
+if TYPE_CHECKING:  # --help shows without torch
+    from torch import Tensor, nn
+
+    from jpq.tracing.network import Layer, Network
+    from jpq.tracing.sites import Site
+
+MAX_ROWS = 26  # of a table; longer models are summed up by parts
+MAX_PARTS = 16  # of a model that is summed up
+MAX_NAMES = 3  # layers that a cell names
+
 T = TypeVar("T")
 
 
@@ -58,173 +57,232 @@ class Inspect:
 
 def inspect_command(args: list[str], console: Console) -> None:
     """Run `jpq inspect`."""
-    wanted = parsed(shown(Inspect), "inspect", args)
+    flags = parse_flags(with_help(Inspect), "inspect", args)
     from jpq.tracing.decompose import decompose
     from jpq.tracing.sites import channels
     from jpq.tracing.trace import trace
 
-    model, example = noise(wanted)
+    model, example = model_and_example(flags)
     model = decompose(model)
     start = time.perf_counter()
-    network = trace(model, example, open_norms=wanted.open_norms)
+    network = trace(model, example, open_norms=flags.open_norms)
     sites = channels(network)
     seconds = time.perf_counter() - start
-    title = f"{wanted.model}, {' x '.join(map(str, example.shape[1:]))}"
-    console.print(show_inspection(title, model, network, sites, seconds, wanted.all, wanted.open_norms))
+    title = f"{flags.model}, {' x '.join(map(str, example.shape[1:]))}"
+    console.print(show_inspection(title, model, network, sites, seconds, flags.all, flags.open_norms))
 
 
-def noise(wanted: Any) -> tuple[nn.Module, Tensor]:
-    """The model that --model, --data, --input-shape and --classes describe, and two samples of noise for it."""
-    shape, classes = models.usual(wanted.model) or (None, 1000)
-    if wanted.data is not None:
-        data = load(wanted.data, wanted.data_root)
+def model_and_example(flags: Any) -> tuple[nn.Module, Tensor]:
+    """The model that --model, --data, --input-shape and --classes describe, and a batch of two noise samples."""
+    import torch
+
+    from jpq.tasks import models
+    from jpq.tasks.data import load
+
+    shape, classes = models.usual_input(flags.model) or (None, 1000)
+    if flags.data is not None:
+        data = load(flags.data, flags.data_root)
         shape, classes = data.shape, data.classes
-    shape, classes = wanted.input_shape or shape, wanted.classes or classes
+    shape, classes = flags.input_shape or shape, flags.classes or classes
     if shape is None:
-        raise JpqError(f"Say what {wanted.model} takes: --input-shape 3 224 224, or a data set with --data NAME.")
+        raise JpqError(f"Say what {flags.model} takes: --input-shape 3 224 224, or a data set with --data NAME.")
     example = torch.randn(2, *shape)
-    model = models.build(wanted.model, classes, shape[0]).eval()
+    model = models.build(flags.model, classes, shape[0]).eval()
     models.check_runs(model, example)
     return model, example
 
 
 def show_inspection(
-    name: str, model: nn.Module, network: Network, sites: Sequence[Site], seconds: float, every: bool, opened: bool
+    title: str,
+    model: nn.Module,
+    network: Network,
+    sites: Sequence[Site],
+    seconds: float,
+    all_rows: bool,
+    open_norms: bool,
 ) -> Group:
     """Tables of layers, sites and frozen channels, and a summary.
 
-    With `every`, long tables too have all their rows; `opened` says that averages were to be opened.
+    Args:
+        title: of the summary: model and input shape.
+        model: what was read; network: its layers; sites: channels that are kept or removed together.
+        seconds: time that reading took.
+        all_rows: show every row of long tables.
+        open_norms: whether averages of norms were to be opened.
     """
-    stage = stages([layer.name for layer in network.layers], every)
-    parts = [_layers(network, sites, stage), _sites(sites, stage, every), _stuck(network, sites, stage)]
-    return Group(*parts, _summary(name, model, network, sites, seconds, opened))
+    parts = assign_parts([layer.name for layer in network.layers], all_rows)
+    tables = (
+        _layer_table(network, sites, parts),
+        _site_table(sites, parts, all_rows),
+        _frozen_table(network, sites, parts),
+    )
+    return Group(*tables, _summary(title, model, network, sites, seconds, open_norms))
 
 
-def stages(names: Sequence[str], every: bool) -> dict[str, str]:
-    """Layer -> the part of the model that it is summed up in: as deep into the dotted names as gives STAGES parts."""
-    if every or len(names) <= ROWS:
+def assign_parts(names: Sequence[str], all_rows: bool) -> dict[str, str]:
+    """Layer -> the part of the model that it is summed up in, by as many dotted names as give MAX_PARTS at most."""
+    if all_rows or len(names) <= MAX_ROWS:
         return {name: name for name in names}
     for depth in range(max(name.count(".") for name in names) + 1, 0, -1):
         cut = {name: ".".join(name.split(".")[:depth]) for name in names}
-        if len(set(cut.values())) <= STAGES:
+        if len(set(cut.values())) <= MAX_PARTS:
             break
     sizes = Counter(cut.values())
-    return {name: name if sizes[stage] == 1 else stage for name, stage in cut.items()}
+    return {name: name if sizes[part] == 1 else part for name, part in cut.items()}
 
 
-def _layers(network: Network, sites: Sequence[Site], stage: Mapping[str, str]) -> Table:
+def _layer_table(network: Network, sites: Sequence[Site], parts: Mapping[str, str]) -> Table:
+    """Channels, weights and costs of each layer or part, with totals."""
     free = {int(c) for site in sites for c in site.labels}
-    layers = network.layers
-    macs, weights = sum(layer.macs for layer in layers), sum(math.prod(layer.weight_shape) for layer in layers)
-    out, can = sum(len(layer.outputs) for layer in layers), sum(_free(layer, free) for layer in layers)
+    total = _count(network.layers, free)
     columns = (
         text_column("layer", "total"),
         text_column("kind"),
         "in",
-        Column("out", str(out)),
-        Column("can go", str(can)),
-        Column("weights", format_number(weights)),
-        Column("MACs", format_number(macs)),
+        Column("out", str(total.outputs)),
+        Column("can go", str(total.free)),
+        Column("weights", format_number(total.weights)),
+        Column("MACs", format_number(total.macs)),
         Column("share", "100 %"),
-        Column("fp32 BOPs", format_number(1024 * macs)),
+        Column("fp32 BOPs", format_number(1024 * total.macs)),
     )
     rows = []
-    for name, run in _grouped(layers, lambda layer: stage[layer.name]):
-        spent, held = sum(layer.macs for layer in run), sum(math.prod(layer.weight_shape) for layer in run)
-        kind, inputs = (_kind(run[0]), str(len(run[0].inputs))) if len(run) == 1 else (f"{len(run)} layers", "")
-        outputs, gone = sum(len(layer.outputs) for layer in run), sum(_free(layer, free) for layer in run)
-        costs = (
-            format_number(held),
-            format_number(spent),
-            f"{100 * spent / max(1, macs):.1f} %",
-            format_number(1024 * spent),
+    for name, layers in _group(network.layers, lambda layer: parts[layer.name]):
+        counts = _count(layers, free)
+        one = len(layers) == 1
+        rows.append(
+            (
+                escape(name),
+                _kind(layers[0]) if one else f"{len(layers)} layers",
+                str(len(layers[0].inputs)) if one else "",
+                str(counts.outputs),
+                str(counts.free),
+                format_number(counts.weights),
+                format_number(counts.macs),
+                f"{100 * counts.macs / max(1, total.macs):.1f} %",
+                format_number(1024 * counts.macs),
+            )
         )
-        rows.append((escape(name), kind, inputs, str(outputs), str(gone), *costs))
     return table(columns, rows)
 
 
-def _grouped(items: Sequence[T], key: Callable[[T], str]) -> list[tuple[str, list[T]]]:
+@dataclasses.dataclass(frozen=True)
+class _Counts:
+    """Sums over layers."""
+
+    outputs: int  # channels
+    free: int  # output channels that pruning may remove
+    weights: int
+    macs: int
+
+
+def _count(layers: Sequence[Layer], free: set[int]) -> _Counts:
+    return _Counts(
+        sum(len(layer.outputs) for layer in layers),
+        sum(int(c) in free for layer in layers for c in layer.outputs),
+        sum(math.prod(layer.weight_shape) for layer in layers),
+        sum(layer.macs for layer in layers),
+    )
+
+
+def _group(items: Sequence[T], key: Callable[[T], str]) -> list[tuple[str, list[T]]]:
+    """Items of equal keys together, in the order of their first."""
     groups: dict[str, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return list(groups.items())
 
 
-def _free(layer: Layer, free: set[int]) -> int:
-    return sum(int(c) in free for c in layer.outputs)
-
-
 def _kind(layer: Layer) -> str:
+    """`conv2d, depthwise`."""
     name = layer.kind.value.replace("_", " ")
     if layer.groups == 1:
         return name
     return f"{name}, depthwise" if layer.depthwise else f"{name}, {layer.groups} groups"
 
 
-def _sites(sites: Sequence[Site], stage: Mapping[str, str], every: bool) -> Table:
+def _site_table(sites: Sequence[Site], parts: Mapping[str, str], all_rows: bool) -> Table:
+    """Channels that are kept or removed together, and the layers that read them."""
+    if all_rows or len(sites) <= MAX_ROWS:
+        parts = {}
     rows = []
-    if every or len(sites) <= ROWS:
-        stage = {}
-    for name, run in _grouped(sites, lambda site: stage.get(site.producers[0], site.name)):
-        readers = [stage.get(tap.layer, tap.layer) for site in run for tap in site.taps]
-        label = name if len(run) == 1 else f"{name} ({len(run)} sites)"
-        rows.append((escape(label), str(sum(site.n for site in run)), escape(_some(readers))))
+    for name, group in _group(sites, lambda site: parts.get(site.producers[0], site.name)):
+        consumers = [parts.get(tap.layer, tap.layer) for site in group for tap in site.taps]
+        label = name if len(group) == 1 else f"{name} ({len(group)} sites)"
+        rows.append((escape(label), str(sum(site.n for site in group)), escape(_join_names(consumers))))
     return table((text_column("can go together"), "units", text_column("read by")), rows)
 
 
-def _stuck(network: Network, sites: Sequence[Site], stage: Mapping[str, str]) -> Table:
+def _frozen_table(network: Network, sites: Sequence[Site], parts: Mapping[str, str]) -> Table:
+    """Channels that must stay, with the reason and the layers that produce them."""
+    from jpq.tracing.coverage import frozen_channels
+
     rows = [
-        (str(row.channels), escape(row.reason), escape(_some([stage.get(m, m) for m in row.producers])))
+        (str(row.channels), escape(row.reason), escape(_join_names([parts.get(m, m) for m in row.producers])))
         for row in frozen_channels(network, sites)
     ]
     return table(("must stay", text_column("because"), text_column("made by")), rows)
 
 
-def _some(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
+    """Distinct names, the last ones as a number where there are many."""
     names = list(dict.fromkeys(names))
-    more = len(names) - NAMED
-    return ", ".join(names) if more <= 1 else f"{', '.join(names[:NAMED])} and {more} more"
+    more = len(names) - MAX_NAMES
+    return ", ".join(names) if more <= 1 else f"{', '.join(names[:MAX_NAMES])} and {more} more"
 
 
 def _summary(
-    name: str, model: nn.Module, network: Network, sites: Sequence[Site], seconds: float, opened: bool
+    title: str, model: nn.Module, network: Network, sites: Sequence[Site], seconds: float, open_norms: bool
 ) -> Panel:
+    """Size of the model, share of it that pruning reaches, and notes."""
+    from jpq.tracing.coverage import halved_share, prunable_share
+
     macs, parameters = sum(layer.macs for layer in network.layers), sum(p.numel() for p in model.parameters())
     units = sum(site.n for site in sites)
-    held = [row for row in frozen_channels(network, sites) if row.reason.endswith("Norm's average")]
-    rows = label_grid()
-    rows.add_row(
-        "model",
-        f"{len(network.layers)} layers, {format_number(parameters)} parameters, {format_number(macs)} MACs, "
-        f"{format_number(1024 * macs)} BOPs in fp32",
+    touched, half = (f"{100 * float(share(network, sites)):.1f} %" for share in (prunable_share, halved_share))
+    rows = [
+        (
+            "model",
+            f"{len(network.layers)} layers, {format_number(parameters)} parameters, {format_number(macs)} MACs, "
+            f"{format_number(1024 * macs)} BOPs in fp32",
+        ),
+        (
+            "can go",
+            f"{units} units (channels, heads or groups) in {len(sites)} sites; layers with {touched} of the MACs make "
+            f"or read them, and without every second one {half} of the MACs go",
+        ),
+        ("time", f"read in {seconds:.1f} s"),
+        *_notes(network, sites, open_norms),
+    ]
+    warning = [] if sites else [Text("Nothing can go.", style="yellow")]
+    return Panel(
+        Group(label_grid(rows), *warning), title=escape(title), title_align="left", border_style="cyan", expand=False
     )
-    touched, half = (f"{100 * float(f(network, sites)):.1f} %" for f in (prunable_share, halved_share))
-    can = f"{units} units (channels, heads or groups) in {len(sites)} sites; layers with {touched} of the MACs make or "
-    rows.add_row("can go", can + f"read them, and without every second one {half} of the MACs go")
-    rows.add_row("time", f"read in {seconds:.1f} s")
+
+
+def _notes(network: Network, sites: Sequence[Site], open_norms: bool) -> list[tuple[str, str]]:
+    """Labels and texts about ops without a rule, unused layers, and averages of norms."""
+    from jpq.tracing.coverage import frozen_channels
+    from jpq.tracing.open_norms import WARNING, opened_units
+
+    notes = []
     if network.unknown_ops:
-        rows.add_row(
-            "[yellow]note[/]",
-            f"ops without a rule froze what they touch: {', '.join(network.unknown_ops)} "
-            "(write one with jpq.tracing.rules)",
+        notes.append(
+            (
+                "[yellow]note[/]",
+                f"ops without a rule froze what they touch: {', '.join(network.unknown_ops)} "
+                "(write one with jpq.tracing.rules)",
+            )
         )
     if network.idle:
-        rows.add_row(
-            "note",
-            f"only training, or nobody, uses {', '.join(map(escape, network.idle[:6]))}"
-            f"{' ...' if len(network.idle) > 6 else ''}",
-        )
-    inside = opened_units(network, sites)
-    if opened:
+        more = " ..." if len(network.idle) > 6 else ""
+        notes.append(("note", f"only training, or nobody, uses {', '.join(map(escape, network.idle[:6]))}{more}"))
+    closed = [row for row in frozen_channels(network, sites) if row.reason.endswith("Norm's average")]
+    if open_norms:
+        inside = opened_units(network, sites)
         text = f"{inside} of the units lie inside averages that --open-norms opened"
-        rows.add_row("[yellow]note[/]", f"{text}: {WARNING}" if inside else text)
-    elif held:
-        count = sum(row.channels for row in held)
-        rows.add_row("hint", f"--open-norms lets the {count} channels inside a norm's average go too; {WARNING}")
-    return Panel(
-        Group(rows, *([] if sites else [Text("Nothing can go.", style="yellow")])),
-        title=escape(name),
-        title_align="left",
-        border_style="cyan",
-        expand=False,
-    )
+        notes.append(("[yellow]note[/]", f"{text}: {WARNING}" if inside else text))
+    elif closed:
+        count = sum(row.channels for row in closed)
+        notes.append(("hint", f"--open-norms lets the {count} channels inside a norm's average go too; {WARNING}"))
+    return notes

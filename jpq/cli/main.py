@@ -1,4 +1,7 @@
-"""The command line: one function a command. Heavy imports wait until a command needs them."""
+"""The program `jpq`: dispatch to the module of a command, exit codes, the error line, and `jpq methods`.
+
+A command's module is imported when it is called, and torch when its work begins: help pages need neither.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ from importlib.metadata import version
 from rich.console import Console
 from rich.markup import escape
 
-from jpq.cli.flags import COMMANDS, parsed
-from jpq.cli.output import label_grid
+from jpq.cli.flags import COMMANDS, parse_flags
+from jpq.cli.output import label_grid, print_line
 from jpq.training.signals import Interruption
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the number returned is the exit code: 0, 2 for bad input, 130 and 143 for Ctrl-C and SIGTERM."""
+    """Exit code of one command: 0, 2 for bad input, 130 and 143 for Ctrl-C and SIGTERM."""
     args = list(sys.argv[1:] if argv is None else argv)
     console, errors = Console(), Console(stderr=True)
     try:
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 code = _dispatch(args, console)
             except KeyboardInterrupt as stopped:
                 stop.end(for_good=argv is None)
-                return _stopped(args, stopped, errors)
+                return _report_stop(args, stopped, errors)
         console.file.flush()
         return code
     except SystemExit as end:  # the parser's --help and its errors; a pipe that rich found closed
@@ -39,84 +42,85 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt as stopped:  # between one thing and the other
-        return _stopped(args, stopped, errors)
+    except KeyboardInterrupt as stopped:  # before or after the command itself
+        return _report_stop(args, stopped, errors)
     except OSError as error:
-        _say_error(errors, f"{error.filename or 'A file'}: {error.strerror or error}.")
+        _print_error(errors, f"{error.filename or 'A file'}: {error.strerror or error}.")
         return 2
     except Exception as error:
         if type(error).__name__ != "JpqError":
             raise
-        _say_error(errors, str(error))
+        _print_error(errors, str(error))
         return 2
 
 
-def _stopped(args: Sequence[str], stopped: KeyboardInterrupt, errors: Console) -> int:
-    """Say how to go on; the exit code."""
+def _report_stop(args: Sequence[str], stopped: KeyboardInterrupt, errors: Console) -> int:
+    """Print the command that goes on with a stopped run; returns the exit code."""
     again = [arg for arg in args if arg not in ("--resume", "--no-resume")]
-    how = f" Go on with: jpq {shlex.join(again)} --resume" if args[:1] == ["optimize"] else ""
-    how = f" Go on with: jpq {shlex.join(args)}" if args[:1] == ["study"] else how
-    _say(errors, f"Stopped.{escape(how)}")
+    hint = f" Go on with: jpq {shlex.join(again)} --resume" if args[:1] == ["optimize"] else ""
+    hint = f" Go on with: jpq {shlex.join(args)}" if args[:1] == ["study"] else hint
+    _print_once(errors, f"Stopped.{escape(hint)}")
     return 128 + getattr(stopped, "number", 2)
 
 
-def _say_error(errors: Console, text: str) -> None:
-    """In one line; names from files may hold what a terminal would obey."""
+def _print_error(errors: Console, text: str) -> None:
+    """Print an error in one line, without control characters that names from files may hold."""
     plain = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-    _say(errors, f"[bold red]error:[/] {escape(plain)}")
+    _print_once(errors, f"[bold red]error:[/] {escape(plain)}")
 
 
-def _say(errors: Console, text: str) -> None:
-    """One sentence, from the first of several processes that end together."""
-    ranks = sys.modules.get(
-        "jpq.training.distributed"
-    )  # which takes seconds to import, and most mistakes are found before
-    if ranks is None or ranks.should_report():
-        errors.print(text, soft_wrap=True, highlight=False)
+def _print_once(errors: Console, text: str) -> None:
+    """Print a sentence from one of the processes that torchrun started, which all end together."""
+    distributed = sys.modules.get("jpq.training.distributed")  # imported only after the flags were read
+    if distributed is None or distributed.should_report():
+        print_line(errors, text)
 
 
 def _dispatch(args: list[str], console: Console) -> int:
+    """Call the command that the first argument names; returns the exit code."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA toolkit: nobody asked for one
     warnings.filterwarnings("ignore", message="fast_hadamard_transform")  # brevitas, on import
     if not args or args[0] in ("-h", "--help", "help"):
-        _help(console)
+        _print_help(console)
     elif args[0] in ("-V", "--version"):
         torch, brevitas = version("torch"), version("brevitas")
         console.print(f"jpq {version('jpq')} (torch {torch}, brevitas {brevitas})", highlight=False)
     elif args[0] == "methods":
-        _methods(args[1:], console)
+        _print_methods(args[1:], console)
     elif args[0] in COMMANDS:
         name = args[0].replace("-", "_")
         getattr(import_module(f"jpq.cli.{name}"), f"{name}_command")(args[1:], console)
     else:
         close = difflib.get_close_matches(args[0], COMMANDS, n=2, cutoff=0.4)
         hint = f"Did you mean {' or '.join(close)}?" if close else f"Choose from {', '.join(COMMANDS)}."
-        _say_error(Console(stderr=True), f"Unknown command '{args[0]}'. {hint} See jpq --help.")
+        _print_error(Console(stderr=True), f"Unknown command '{args[0]}'. {hint} See jpq --help.")
         return 2
     return 0
 
 
-def _help(console: Console) -> None:
-    table = label_grid([(f"  [bold cyan]{name}[/]", text) for name, text in COMMANDS.items()])
+def _print_help(console: Console) -> None:
+    """Print the page of `jpq --help`."""
+    commands = label_grid([(f"  [bold cyan]{name}[/]", text) for name, text in COMMANDS.items()])
     before = "[bold]jpq[/] makes a trained PyTorch model smaller: pruned and quantized together, onto a budget."
     start = "Start here (built-in data, under two minutes on two cores):\n  jpq optimize --target-bops 1%"
     more = "[bold]jpq COMMAND --help[/] lists the flags of a command, [bold]jpq --version[/] the versions."
-    for part in (before, "", "usage: [bold]jpq COMMAND[/] \\[flags]", "", table, "", start, "", more):
+    for part in (before, "", "usage: [bold]jpq COMMAND[/] \\[flags]", "", commands, "", start, "", more):
         console.print(part, highlight=False)
 
 
-def _methods(args: list[str], console: Console) -> None:
+def _print_methods(args: list[str], console: Console) -> None:
+    """Run `jpq methods`: what each method decides, and when to choose it."""
     if args:
-        parsed(dataclasses.make_dataclass("Methods", [], frozen=True), "methods", args)
+        parse_flags(dataclasses.make_dataclass("Methods", [], frozen=True), "methods", args)
     from jpq.methods.table import METHODS
 
-    table = label_grid()
+    grid = label_grid()
     for name, method in METHODS.items():
-        table.add_row(f"[bold cyan]{name}[/]", f"[dim]decides:[/] {escape(method.decides)}")
+        grid.add_row(f"[bold cyan]{name}[/]", f"[dim]decides:[/] {escape(method.decides)}")
         if method.gate is not None:
-            table.add_row("", f"[dim]zeros:[/] {escape(method.structure)}")
-        table.add_row("", f"[dim]choose:[/] {escape(method.choose)}")
-        table.add_row("", f"[dim]{escape(method.paper)}[/]")
-        table.add_row("", "")
-    console.print(table)
+            grid.add_row("", f"[dim]zeros:[/] {escape(method.structure)}")
+        grid.add_row("", f"[dim]choose:[/] {escape(method.choose)}")
+        grid.add_row("", f"[dim]{escape(method.paper)}[/]")
+        grid.add_row("", "")
+    console.print(grid)
     console.print("Every method takes another --structure and --width where they go together.", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What the screen shows of a run that followed several budgets down."""
+"""`jpq optimize`: run the recipe with live progress, then show the result; one table for several budgets."""
 
 from __future__ import annotations
 
@@ -9,43 +9,15 @@ from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.text import Text
 
-from jpq.cli.flags import parse
+from jpq.cli.flags import parse_optimize_flags
 from jpq.cli.output import table, text_column
 from jpq.results.formatting import format_duration, format_metric, format_number, format_percent
 from jpq.results.record import Result
 
 
-def front_table(result: Result) -> RenderableType:
-    """A line for each budget: how good and how dear its model is, when it was there, and where it lies."""
-    metric = result.task.metric_name
-    columns = ("target", metric, "held-out", "BOPs", "of fp32", "MACs", "size", "after", text_column("folder"))
-    rows = [
-        (
-            escape(p.budget),
-            f"[bold]{format_metric(result.task, p.accuracy)}[/]",
-            format_metric(result.task, p.held_out),
-            format_number(p.bops),
-            format_percent(p.bops_share),
-            format_number(p.macs),
-            format_number(p.size_bytes, "B"),
-            format_duration(p.seconds),
-            escape(p.folder),
-        )
-        for p in result.front
-    ]
-    top = os.path.relpath(result.folder.parent)
-    lines = [
-        f"The float model has {format_metric(result.task, result.float.accuracy)}. "
-        "Each model met its targets and was checked as always.",
-        f"{top}: front.csv, front.png, history.csv and the folders above, each a run like any other (jpq evaluate).",
-        *(f"note  {note}" for note in result.notes),
-    ]
-    return Group(table(columns, rows), *(Text(line) for line in lines))
-
-
 def optimize_command(args: list[str], console: Console) -> None:
     """Run `jpq optimize`."""
-    config = parse(args).check()
+    config = parse_optimize_flags(args).check()
     from jpq.cli.progress import ProgressDisplay
     from jpq.cli.summary import layer_table, summary
     from jpq.methods.compatibility import compose
@@ -65,3 +37,31 @@ def optimize_command(args: list[str], console: Console) -> None:
         return
     console.print(layer_table(result))
     console.print(summary(result))
+
+
+def front_table(result: Result) -> RenderableType:
+    """A row per budget: metrics and costs of its model, seconds until it was finished, and its folder."""
+    metric = result.task.metric_name
+    columns = ("target", metric, "held-out", "BOPs", "of fp32", "MACs", "size", "after", text_column("folder"))
+    rows = [
+        (
+            escape(record.budget),
+            f"[bold]{format_metric(result.task, record.accuracy)}[/]",
+            format_metric(result.task, record.held_out),
+            format_number(record.bops),
+            format_percent(record.bops_share),
+            format_number(record.macs),
+            format_number(record.size_bytes, "B"),
+            format_duration(record.seconds),
+            escape(record.folder),
+        )
+        for record in result.front
+    ]
+    top = os.path.relpath(result.folder.parent)
+    lines = [
+        f"The float model has {format_metric(result.task, result.float.accuracy)}. "
+        "Each model met its targets and was checked as always.",
+        f"{top}: front.csv, front.png, history.csv and the folders above, each a run like any other (jpq evaluate).",
+        *(f"note  {note}" for note in result.notes),
+    ]
+    return Group(table(columns, rows), *(Text(line) for line in lines))

@@ -1,10 +1,11 @@
-"""The commands `jpq pareto` and `jpq export`: their flags and what they say. Heavy imports wait until needed."""
+"""`jpq pareto`: finished runs as one front, on the screen and as files, and a point of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jpq.cli.flags import parsed, shown
+from jpq.cli.flags import parse_flags, with_help
 from jpq.cli.output import Column, print_line, table, text_column
+from jpq.cli.run_selection import RunSelection, choose_point, print_choice, print_skipped, read_front
 from jpq.results.formatting import format_metric, format_number, format_percent
 from jpq.types import JpqError
 
@@ -21,32 +23,17 @@ if TYPE_CHECKING:
     from jpq.results.front.front import Front
     from jpq.results.front.select import Choice
 
+MIN_WIDTHS = {"target": 92, "bits w, a": 100, "MACs kept": 110, "BOPs": 84, "test": 78, "size": 66}  # of the screen
 
-@dataclasses.dataclass(frozen=True)
-class Pick:
-    """Which runs, and which point of them."""
-
-    runs: tuple[Path, ...] = ()
-    """Folders of runs, of studies, or that hold several; they are merged."""
-    costs: tuple[str, ...] = ("bops",)
-    """What counts beside held-out accuracy: one or two of bops, bops-structured, macs, size, latency."""
-    min_accuracy: str | None = None
-    """The cheapest point with at least this held-out accuracy: "91%" or 0.91."""
-    max_bops: str | None = None
-    """Only points with at most so many bit-operations: "1%" of the fp32 model, or "12M". Of the points within limits
-    the most accurate is picked, or with --min-accuracy the cheapest."""
-    max_macs: str | None = None
-    """Only points with at most so many multiply-accumulates: "50%" or "12M"."""
-    max_size: str | None = None
-    """Only points whose weights take at most so many bytes: "60KB" or "5%"."""
-    max_latency: str | None = None
-    """Only points whose predicted latency is at most this: "3ms", "250us" or "50%"."""
-    knee: bool = False
-    """The point where the front bends (of the points that keep to the limits)."""
+COLUMNS = {
+    "run": Column("run", align="left"),
+    "method": Column("method", align="left"),
+    "target": text_column("target"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Pareto(Pick):
+class Pareto(RunSelection):
     """Runs as a front, and perhaps a point of it."""
 
     all: bool = False
@@ -56,22 +43,25 @@ class Pareto(Pick):
     several runs, else the current one."""
 
 
-def show_front(wanted: Pareto, console: Console) -> None:
-    """Show the front, write its table and pictures, and pick a point where that was asked for."""
+def pareto_command(args: list[str], console: Console) -> None:
+    """Run `jpq pareto`."""
+    show_front(parse_flags(with_help(Pareto, "runs"), "pareto", args), console)
+
+
+def show_front(flags: Pareto, console: Console) -> None:
+    """Print the front, write its table and pictures, and choose a point where flags describe one."""
     from jpq.results.front import plots
 
-    front, skipped = read_picked_runs(wanted)
-    choice = pick_point(wanted, front)
-    for line in skipped:
-        print_line(console, f"[yellow]skipped[/] {escape(line)}")
-    console.print(front_table(front, choice, wanted.all, console.width))
-    for line in summary(front):
+    front, skipped = read_front(flags)
+    choice = choose_point(flags, front)
+    print_skipped(skipped, console)
+    console.print(front_table(front, choice, flags.all, console.width))
+    for line in describe_front(front):
         print_line(console, line)
     if choice is not None:
         print_line(console, "")
-        for line in reasons(choice):
-            print_line(console, line)
-    out = wanted.out or _usual(wanted.runs)
+        print_choice(choice, console)
+    out = flags.out or _default_folder(flags.runs)
     try:
         out.mkdir(parents=True, exist_ok=True)
         files = plots.write_front_files(front, out, choice)
@@ -80,61 +70,48 @@ def show_front(wanted: Pareto, console: Console) -> None:
     print_line(console, f"[dim]files[/] {escape(os.path.relpath(out))}: {', '.join(path.name for path in files)}")
 
 
-def read_picked_runs(wanted: Pick) -> tuple[Front, tuple[str, ...]]:
-    """The front of the named runs, and what was passed over."""
-    from jpq.results.front.front import make, missing_cost_messages
-    from jpq.results.front.points import read
-
-    if not wanted.runs:
-        raise JpqError("Name the runs: the folder of a run or of a study, or one that holds several, such as runs.")
-    found = read(wanted.runs)
-    return make(found.points, wanted.costs), (*found.skipped, *missing_cost_messages(found.points, wanted.costs))
-
-
-def pick_point(wanted: Pick, front: Front) -> Choice | None:
-    """The point that the flags describe; None without any."""
-    from jpq.results.front.select import LIMITS, limits, pick
-
-    asked = limits({name: getattr(wanted, name) for name in LIMITS}, front.full)
-    return pick(front, asked, wanted.knee) if asked or wanted.knee else None
-
-
-def _usual(runs: tuple[Path, ...]) -> Path:
-    """Where files go by default: into the one folder that holds several runs, else into the current one."""
+def _default_folder(runs: tuple[Path, ...]) -> Path:
+    """The folder of the files without --out: the one that holds several runs, else the current one."""
     from jpq.results.front.points import FILE
 
-    one = len(runs) == 1 and not (runs[0] / FILE).is_file()
-    return runs[0] if one else Path()
+    holds_several = len(runs) == 1 and not (runs[0] / FILE).is_file()
+    return runs[0] if holds_several else Path()
 
 
-def front_table(front: Front, choice: Choice | None = None, every: bool = False, width: int = 100) -> Table:
-    """The front from the cheapest on, with `every` the dominated runs too, and the float model at the end.
+def front_table(front: Front, choice: Choice | None = None, dominated: bool = False, width: int = 100) -> Table:
+    """A row per point of the front, the cheapest first, and the float model last.
 
-    Columns that people can do without stay away from screens that are not `width` enough.
+    Args:
+        front: of the runs.
+        choice: the point that is marked.
+        dominated: show runs that others beat, too.
+        width: characters of the screen; narrow ones leave out columns.
     """
     order = [*front.best]
-    if every:
+    if dominated:
         order += sorted(set(range(len(front.points))) - set(order), key=lambda i: front.points[i].costs[front.costs[0]])
-    rows = [(i, _cells(front, i)) for i in order]
-    least = {"target": 92, "bits w, a": 100, "MACs kept": 110, "BOPs": 84, "test": 78, "size": 66}
-    timed = any("latency" in p.costs for p in front.points)
-    names = [n for n in rows[0][1] if least.get(n, 0) <= width and (timed or n != "latency")]
-    names = [n for n in names if n in ("", "test") or any(cells[n] for _, cells in rows)]
-    texts = {"run": Column("run", align="left"), "method": Column("method", align="left")}
-    columns = [{**texts, "target": text_column("target")}.get(name, Column(name)) for name in names]
-    shows = table(columns, ())
+    rows = [(i, _point_cells(front, i)) for i in order]
+    names = _visible_columns(front, [cells for _, cells in rows], width)
+    shown = table([COLUMNS.get(name, Column(name)) for name in names], ())
     for i, cells in rows:
         chosen = choice is not None and i == choice.index
         cells[""] = ("★ " if chosen else "") + str(front.number(i) or "")
-        shows.add_row(*(cells[n] for n in names), style="bold" if chosen else "" if i in front.best else "dim")
-    shows.add_section()
-    whole = _float_cells(front)
-    shows.add_row(*(whole.get(n, "") for n in names))
-    return shows
+        shown.add_row(*(cells[n] for n in names), style="bold" if chosen else "" if i in front.best else "dim")
+    shown.add_section()
+    float_cells = _float_cells(front)
+    shown.add_row(*(float_cells.get(n, "") for n in names))
+    return shown
 
 
-def _cells(front: Front, i: int) -> dict[str, str]:
-    """One run's cells, by column."""
+def _visible_columns(front: Front, rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
+    """Columns that fit a screen of so many characters and are not empty."""
+    timed = any("latency" in p.costs for p in front.points)
+    names = [n for n in rows[0] if MIN_WIDTHS.get(n, 0) <= width and (timed or n != "latency")]
+    return [n for n in names if n in ("", "test") or any(cells[n] for cells in rows)]
+
+
+def _point_cells(front: Front, i: int) -> dict[str, str]:
+    """Cells of one run, by column."""
     from jpq.results.front.select import shown
 
     p = front.points[i]
@@ -156,6 +133,7 @@ def _cells(front: Front, i: int) -> dict[str, str]:
 
 
 def _float_cells(front: Front) -> dict[str, str]:
+    """Cells of the float model, by column."""
     from jpq.results.front.front import float_accuracy
 
     full, right = front.full, float_accuracy(front)
@@ -172,8 +150,8 @@ def _float_cells(front: Front) -> dict[str, str]:
     }
 
 
-def summary(front: Front) -> list[str]:
-    """How many runs there are, how much the front covers, and where it bends."""
+def describe_front(front: Front) -> list[str]:
+    """Sentences on the number of runs, the hypervolume of the front, and its knee."""
     from jpq.results.front.front import by_method
     from jpq.results.front.select import WORDS, shown
 
@@ -199,21 +177,3 @@ def summary(front: Front) -> list[str]:
             f"{format_metric(front.task, p.accuracy)} at {shown(p, front.costs[0])}."
         )
     return lines
-
-
-def reasons(choice: Choice) -> list[str]:
-    """Which point was picked, and why."""
-    from jpq.results.front.select import shown
-    from jpq.tasks import pick_task
-
-    p = choice.point
-    costs = ", ".join(shown(p, cost) for cost in ("bops", "size", "latency") if cost in p.costs)
-    where = "" if p.folder is None else f" ({escape(os.path.relpath(p.folder))})"
-    metric = format_metric(pick_task(p.task), p.accuracy)
-    first = f"[bold]Chosen: {escape(p.name)}[/]{where}, {metric} held-out, {costs}."
-    return [first, *(escape(line) for line in choice.why)]
-
-
-def pareto_command(args: list[str], console: Console) -> None:
-    """Run `jpq pareto`."""
-    show_front(parsed(shown(Pareto, "runs"), "pareto", args), console)

@@ -1,4 +1,4 @@
-"""What the screen shows of a study: trials by kind, the best of each objective, hypervolume, and the time left."""
+"""`jpq study`: work on a study with a live screen, then print its front."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from jpq.cli.flags import parse_study
-from jpq.cli.output import Column, table, text_column
+from jpq.cli.flags import parse_study_flags
+from jpq.cli.output import Column, print_line, table, text_column
 from jpq.config import Config
 from jpq.results.formatting import format_duration, format_metric, format_percent
 from jpq.training.history import EpochRecord
 from jpq.trials.settings import Study
-from jpq.trials.status import OptunaStudy, StudyStatus
-from jpq.trials.storage import without_password
-from jpq.trials.study import study
 
 if TYPE_CHECKING:  # --help shows without torch
     from jpq.tasks.base import Task
+    from jpq.trials.status import OptunaStudy, StudyStatus
 
 
 def study_command(args: list[str], console: Console) -> None:
     """Run `jpq study`."""
-    config, settings = parse_study(args)
+    config, settings = parse_study_flags(args)
     settings.check(config)
-
     run_study(config, settings, console)
 
 
 class StudyScreen:
-    """A `StudyWatch` for people. On a terminal a few lines are kept up to date; elsewhere every trial writes one."""
+    """Live screen of a study: trials by kind, best values, hypervolume, time left, and the trial that runs.
+
+    On a terminal three lines are kept up to date; elsewhere (a log, CI) every trial writes one line.
+    """
 
     def __init__(self, console: Console, study: Study) -> None:
         self.console, self.study = console, study
         self.began = time.monotonic()
         self.number = -1
-        self.row: EpochRecord | None = None
+        self.record: EpochRecord | None = None  # of the last epoch of the trial that runs
         self.task: Task | None = None
-        self.name = ""
-        self.standing: StudyStatus | None = None
-        self.first: int | None = None  # trials that had ended when this worker began
+        self.phase_name = ""
+        self.status: StudyStatus | None = None
+        self.done_before: int | None = None  # trials that had ended when this worker began
         self.live: Live | None = None
 
     def __enter__(self) -> StudyScreen:
@@ -67,71 +67,76 @@ class StudyScreen:
         self.task = task
 
     def phase(self, name: str, epochs: int, steps: int) -> None:
-        """What the trial does now."""
-        self.name, self.row = name, None
+        """A phase of the trial begins."""
+        self.phase_name, self.record = name, None
         if name == "float" and self.live is None:
             self.console.print("The float model that all trials start from is trained ...", highlight=False)
 
     def step(self, loss: float, bops_share: float, aim_share: float) -> None:
-        """Nothing is shown of steps."""
+        """One optimisation step is done; the screen does not show it."""
 
     def epoch(self, row: EpochRecord) -> None:
         """One epoch is done."""
-        self.row = row
+        self.record = row
 
     def trial(self, number: int) -> None:
         """A trial begins."""
-        self.number, self.row, self.name = number, None, ""
+        self.number, self.record, self.phase_name = number, None, ""
 
     def tally(self, study: OptunaStudy) -> None:
         """Trials have ended."""
-        now = StudyStatus.of(study, self.study)
-        if self.first is None:
-            self.first = now.done
-            self.began = time.monotonic()
-        if self.live is None and self.number >= 0 and now != self.standing:
-            parts = (f"trial {self.number}: {now.outcome(self.number)}", now.counts(self.study.trials), self._left(now))
-            self.console.print(escape("  ".join(p for p in parts if p)), soft_wrap=True, highlight=False)
-        self.standing = now
+        from jpq.trials.status import StudyStatus
 
-    def _left(self, now: StudyStatus) -> str:
+        now = StudyStatus.of(study, self.study)
+        if self.done_before is None:
+            self.done_before = now.done
+            self.began = time.monotonic()
+        if self.live is None and self.number >= 0 and now != self.status:
+            outcome = f"trial {self.number}: {now.outcome(self.number)}"
+            parts = (outcome, now.counts(self.study.trials), self._time_left(now))
+            print_line(self.console, escape("  ".join(part for part in parts if part)))
+        self.status = now
+
+    def _time_left(self, status: StudyStatus) -> str:
         """Time left, from the trials that ended since this worker began."""
-        ended = now.done - (self.first or 0)
+        ended = status.done - (self.done_before or 0)
         if ended < 1:
             return ""
-        left = max(0, self.study.trials - now.done) * (time.monotonic() - self.began) / ended
+        left = max(0, self.study.trials - status.done) * (time.monotonic() - self.began) / ended
         return f"{format_duration(left)} left"
 
     def _screen(self) -> RenderableType:
-        now = self.standing
+        now = self.status
         if now is None:
-            return Text(f"{self.name or 'study'} ...")
+            return Text(f"{self.phase_name or 'study'} ...")
         line = Table.grid(padding=(0, 1))
         bar = ProgressBar(total=self.study.trials, completed=min(now.done, self.study.trials), width=30)
-        line.add_row(
-            Text("study", style="bold"), bar, Text(now.counts(self.study.trials)), Text(self._left(now), style="cyan")
-        )
-        doing = f"trial {self.number}  {self.name}"
-        if self.row is not None:
-            held_out = self.row.accuracy
+        left = Text(self._time_left(now), style="cyan")
+        line.add_row(Text("study", style="bold"), bar, Text(now.counts(self.study.trials)), left)
+        doing = f"trial {self.number}  {self.phase_name}"
+        if self.record is not None:
+            held_out = self.record.accuracy
             metric = format_metric(self.task, held_out) if self.task else format_percent(held_out)
-            doing += f" {self.row.epoch}/{self.row.epochs}  held-out {metric}"
+            doing += f" {self.record.epoch}/{self.record.epochs}  held-out {metric}"
         best = "   ".join([*(f"{name} {value:.4g}" for name, value in now.best.items()), now.volume_text()])
         return Group(line, Text(f"      best: {best}", style="dim"), Text(f"      {doing}", style="dim"))
 
 
 def run_study(config: Config, settings: Study, console: Console) -> None:
-    """Work on a study and show what came of it."""
-    with StudyScreen(console, settings) as watch:
-        done = study(config, settings, watch)
-    console.print(front_table(done, settings))
-    now = StudyStatus.of(done, settings)
-    if now.done < settings.trials:
-        console.print(
-            f"The study ends at {now.done} of {settings.trials} trials: {now.spare} proposals were repeated "
+    """Run trials until the study has enough of them, then print its front and its folder."""
+    from jpq.trials.status import StudyStatus
+    from jpq.trials.storage import without_password
+    from jpq.trials.study import study
+
+    with StudyScreen(console, settings) as screen:
+        done = study(config, settings, screen)
+    status = StudyStatus.of(done, settings)
+    console.print(front_table(status))
+    if status.done < settings.trials:
+        print_line(
+            console,
+            f"The study ends at {status.done} of {settings.trials} trials: {status.spare} proposals were repeated "
             "or ruled out.",
-            soft_wrap=True,
-            highlight=False,
         )
     where = settings.storage or "journal.log"
     console.print(
@@ -141,12 +146,12 @@ def run_study(config: Config, settings: Study, console: Console) -> None:
     )
 
 
-def front_table(study: OptunaStudy, asked: Study) -> Table:
-    """The trials that no other is better than, by every objective."""
-    now = StudyStatus.of(study, asked)
-    columns: list[str | Column] = ["trial", *(Column(name, wrap=True) for name in now.names), text_column("run folder")]
+def front_table(status: StudyStatus) -> Table:
+    """The non-dominated trials of a study, with the value of each objective."""
+    values_of = (Column(name, wrap=True) for name in status.names)
+    columns: list[str | Column] = ["trial", *values_of, text_column("run folder")]
     rows = []
-    for trial in now.front:
+    for trial in status.front:
         values = [f"{value:.4g}" for value in trial.values]
         rows.append((str(trial.number), *values, escape(str(trial.user_attrs.get("run_folder", "")))))
-    return table(columns, rows, title=f"front: {len(now.front)} of {now.done} trials")
+    return table(columns, rows, title=f"front: {len(status.front)} of {status.done} trials")

@@ -1,4 +1,4 @@
-"""jpq.cli.summary."""
+"""The screen after a run: the table of its layers, and the panel that sums the run up."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPENED = "masked_vs_rebuilt_at_landing_with_open_norms"  # as verify has it, wit
 
 
 def layer_table(result: Result) -> Table:
-    """What became of each layer."""
+    """A row per layer: channels or structure, density, bits and costs, with totals."""
     rows = result.layers
     kept, every = sum(r.outputs for r in rows), sum(r.outputs_all for r in rows)
     masked = any(r.density < 1 for r in rows)
@@ -59,58 +59,9 @@ def layer_table(result: Result) -> Table:
 
 
 def summary(result: Result) -> Panel:
-    """How good and how dear the model was and is, whether the budget and the checks hold, and where the files are."""
-    full, now = result.float, result.compressed
-    top = Table.grid(padding=(0, 2))
-    for justify in ("left", "right", "right", "left"):
-        top.add_column(justify=justify, no_wrap=justify != "left")
-    top.add_row("", "[dim]float[/]", "[dim]compressed[/]", "")
-    task, change = result.task, now.accuracy - full.accuracy
-    text = f"{format_change(task, change)}, test split" if math.isfinite(change) else "test split"
-    before, after = (format_metric(task, metrics.accuracy) for metrics in (full, now))
-    top.add_row(task.metric_name, before, f"[bold]{after}[/]", text)
-    for label, field, unit in (("BOPs", "bops", ""), ("MACs", "macs", ""), ("size", "size_bytes", "B")):
-        before, after = getattr(full, field), getattr(now, field)
-        share = f"{format_percent(now.bops_share)} of fp32, " if field == "bops" else ""
-        top.add_row(
-            label, format_number(before, unit), f"[bold]{format_number(after, unit)}[/]", share + _factor(before, after)
-        )
-
-    if now.bops_structured > now.bops:
-        share = format_percent(now.bops_structured / full.bops)
-        share += " of fp32, where zeros that lie anywhere cost what others do"
-        top.add_row("", "", format_number(now.bops_structured), share)
-
-    if now.latency_ms is not None and full.latency_ms is not None:
-        share = f"predicted; {format_percent(now.latency_ms / full.latency_ms)} of fp32"
-        top.add_row("latency", format_ms(full.latency_ms), f"[bold]{format_ms(now.latency_ms)}[/]", share)
-
-    rest = label_grid()
-    for name, target in result.targets.items():
-        rest.add_row("target", target_line(name, target))
-    if result.schemes:
-        s = result.schemes
-        how = "modelled, not measured" if s["latency"] == "modelled" else s["latency"]
-        rest.add_row("schemes", f"by {s['by']}: {s['ms']:.3g} ms a sample, {s['dense_ms']:.3g} ms dense ({how})")
-    for line in verified_lines(result.verified):
-        rest.add_row("verified", line)
-    for label, line in export_lines(result):
-        rest.add_row(label, escape(line))
-    if result.latency:
-        rest.add_row("measured", latency_line(result.latency))
-    if result.metrics:
-        rest.add_row("gates", metrics_line(result.metrics))
-    parts = ", ".join(f"{escape(k)} {format_duration(v)}" for k, v in result.seconds.items() if k != "total")
-    total = result.seconds.get("total", sum(result.seconds.values()))
-    rest.add_row("time", format_duration(total) + (f" ({parts})" if parts else ""))
-    exported = ", ".join(made["file"] for made in result.export.get("forms", {}).values()) or "model.onnx"
-    files = f"model.safetensors with plan.json, {exported}, model.packed, result.json, layers.csv, history.csv, "
-    files += "sizes.csv, curves.png, layers.png"
-    rest.add_row("files", f"[bold]{escape(os.path.relpath(result.folder))}[/]: {files}")
-    for note in result.notes:
-        rest.add_row("[yellow]note[/]", escape(note))
+    """The panel after a run: metrics and costs before and after, targets, checks, times and files."""
     return Panel(
-        Group(top, Text(""), rest),
+        Group(_metrics_grid(result), Text(""), _facts_grid(result)),
         title=f"{escape(result.method)}",
         title_align="left",
         border_style="cyan",
@@ -118,9 +69,78 @@ def summary(result: Result) -> Panel:
     )
 
 
+def _metrics_grid(result: Result) -> Table:
+    """The task's metric and each cost: of the float model, of the compressed one, and the change."""
+    full, now, task = result.float, result.compressed, result.task
+    grid = Table.grid(padding=(0, 2))
+    for justify in ("left", "right", "right", "left"):
+        grid.add_column(justify=justify, no_wrap=justify != "left")
+    grid.add_row("", "[dim]float[/]", "[dim]compressed[/]", "")
+    change = now.accuracy - full.accuracy
+    text = f"{format_change(task, change)}, test split" if math.isfinite(change) else "test split"
+    before, after = (format_metric(task, metrics.accuracy) for metrics in (full, now))
+    grid.add_row(task.metric_name, before, f"[bold]{after}[/]", text)
+    for label, field, unit in (("BOPs", "bops", ""), ("MACs", "macs", ""), ("size", "size_bytes", "B")):
+        spent, left = getattr(full, field), getattr(now, field)
+        share = f"{format_percent(now.bops_share)} of fp32, " if field == "bops" else ""
+        grid.add_row(
+            label, format_number(spent, unit), f"[bold]{format_number(left, unit)}[/]", share + _factor(spent, left)
+        )
+    if now.bops_structured > now.bops:
+        share = format_percent(now.bops_structured / full.bops)
+        share += " of fp32, where zeros that lie anywhere cost what others do"
+        grid.add_row("", "", format_number(now.bops_structured), share)
+    if now.latency_ms is not None and full.latency_ms is not None:
+        share = f"predicted; {format_percent(now.latency_ms / full.latency_ms)} of fp32"
+        grid.add_row("latency", format_ms(full.latency_ms), f"[bold]{format_ms(now.latency_ms)}[/]", share)
+    return grid
+
+
+def _factor(before: float, after: float) -> str:
+    """How many times less."""
+    if after <= 0 or after == before:
+        return "the same" if after == before else ""
+    times = before / after
+    return f"{times:.0f}x less" if times >= 20 else f"{times:.1f}x less"
+
+
+def _facts_grid(result: Result) -> Table:
+    """Targets, structures, checks, exported files, measured time, gates, seconds, files and notes."""
+    rows = [("target", target_line(name, target)) for name, target in result.targets.items()]
+    if result.schemes:
+        s = result.schemes
+        source = "modelled, not measured" if s["latency"] == "modelled" else s["latency"]
+        rows.append(("schemes", f"by {s['by']}: {s['ms']:.3g} ms a sample, {s['dense_ms']:.3g} ms dense ({source})"))
+    rows += [("verified", line) for line in verified_lines(result.verified)]
+    rows += [(label, escape(line)) for label, line in export_lines(result)]
+    if result.latency:
+        rows.append(("measured", latency_line(result.latency)))
+    if result.metrics:
+        rows.append(("gates", metrics_line(result.metrics)))
+    rows += [("time", _time_line(result.seconds)), ("files", _files_line(result))]
+    rows += [("[yellow]note[/]", escape(note)) for note in result.notes]
+    return label_grid(rows)
+
+
+def _time_line(seconds: Mapping[str, float]) -> str:
+    """Seconds in all, and of each phase."""
+    phases = ", ".join(f"{escape(name)} {format_duration(s)}" for name, s in seconds.items() if name != "total")
+    total = seconds.get("total", sum(seconds.values()))
+    return format_duration(total) + (f" ({phases})" if phases else "")
+
+
+def _files_line(result: Result) -> str:
+    """The run's folder and the files in it."""
+    exported = ", ".join(form["file"] for form in result.export.get("forms", {}).values()) or "model.onnx"
+    return (
+        f"[bold]{escape(os.path.relpath(result.folder))}[/]: model.safetensors with plan.json, {exported}, "
+        "model.packed, result.json, layers.csv, history.csv, sizes.csv, curves.png, layers.png"
+    )
+
+
 def target_line(name: str, target: Mapping[str, Any]) -> str:
-    """One target as a sentence: what was asked, what it allows, how much of it is used."""
-    unit, shown = {
+    """One target in a line: its amount, whether it is met, and the share that is used."""
+    unit, label = {
         "bops": ("", "BOPs"),
         "bops-structured": ("", "structured BOPs"),
         "macs": ("", "MACs"),
@@ -129,30 +149,30 @@ def target_line(name: str, target: Mapping[str, Any]) -> str:
     }.get(name, ("", name))
     asked, limit, reached = str(target["asked"]), target["limit"], target["reached"]
     amount = format_ms(limit / 1e6) if name == "latency" else format_number(limit, unit)
-    allowed = f"{shown} {escape(asked)}" + (f" = {amount}" if "%" in asked else "")
+    allowed = f"{label} {escape(asked)}" + (f" = {amount}" if "%" in asked else "")
     verdict = "[green]met[/]" if reached <= limit else "[red]not met[/]"
     return f"{allowed}: {verdict}, {100 * target['used']:.1f} % of it used"
 
 
-def latency_line(found: Mapping[str, Any]) -> str:
-    """What onnxruntime takes for one sample, beside what the table of layers predicted."""
-    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
+def latency_line(timing: Mapping[str, Any]) -> str:
+    """Milliseconds of one sample in onnxruntime, beside the prediction of the latency table."""
+    threads = "1 thread" if timing["threads"] == 1 else f"{timing['threads']} threads"
     line = (
-        f"{format_ms(found['measured_ms'])} in onnxruntime ({threads}, median of {found['n']}), predicted "
-        f"{format_ms(found['predicted_ms'])}: {found['measured_over_predicted']:.2f} times as long"
+        f"{format_ms(timing['measured_ms'])} in onnxruntime ({threads}, median of {timing['n']}), predicted "
+        f"{format_ms(timing['predicted_ms'])}: {timing['measured_over_predicted']:.2f} times as long"
     )
-    return line + (f"; {escape(found['elsewhere'])}" if "elsewhere" in found else "")
+    return line + (f"; {escape(timing['elsewhere'])}" if "elsewhere" in timing else "")
 
 
 def metrics_line(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """What gates said at landing, as means over the sites."""
+    """Numbers that gates report at discretization, as means over the sites."""
     names = dict.fromkeys(name for numbers in metrics.values() for name in numbers)
     means = {name: statistics.mean(n[name] for n in metrics.values() if name in n) for name in names}
     return ", ".join(f"{name.replace('_', ' ')} {mean:.3g}" for name, mean in means.items()) + " (means over sites)"
 
 
 def verified_lines(verified: Mapping[str, Any]) -> list[str]:
-    """What was checked, in words; checks that are not known here are listed as they are."""
+    """Results of the checks, a line each; a check without a sentence here is listed by its name."""
     lines = []
     for name, value in verified.items():
         if name == OPENED:
@@ -176,16 +196,8 @@ def verified_lines(verified: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _factor(before: float, after: float) -> str:
-    """How many times less."""
-    if after <= 0 or after == before:
-        return "the same" if after == before else ""
-    times = before / after
-    return f"{times:.0f}x less" if times >= 20 else f"{times:.1f}x less"
-
-
 def export_lines(result: Result) -> list[tuple[str, str]]:
-    """What the summary says of it: (label, text)."""
+    """Exported files, their sizes and integer layers: (label, text) of each line."""
     if not result.export:
         return []
     e = result.export
@@ -206,9 +218,9 @@ def export_lines(result: Result) -> list[tuple[str, str]]:
     if odd:
         hint += f"; channels in multiples of 8 run faster than {odd} (--channel-multiple 8)"
     lines.append(("ONNX", f"opset {e['opset']}, weights in {e['weights']}; {kernels}{hint}"))
-    for form, made in e["forms"].items():
-        found = made.get("verified", {})
-        if form != "onnx" and "images" in found:
-            same = found["images"] - found["argmax_differs"]
-            lines.append(("verified", f"{made['file']} agrees on {same} of {found['images']} test images"))
+    for name, form in e["forms"].items():
+        check = form.get("verified", {})
+        if name != "onnx" and "images" in check:
+            same = check["images"] - check["argmax_differs"]
+            lines.append(("verified", f"{form['file']} agrees on {same} of {check['images']} test images"))
     return lines

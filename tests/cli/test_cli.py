@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from test_report import result
 
 from jpq import recipe
-from jpq.cli.flags import COMMANDS, parse
+from jpq.cli.flags import COMMANDS, parse_optimize_flags
 from jpq.cli.main import main
 from jpq.cli.progress import ProgressDisplay
 from jpq.cli.summary import layer_table, summary
@@ -79,6 +79,12 @@ def test_every_command_has_help(command: str, capsys: Captured) -> None:
     assert COMMANDS[command][:40] in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("args", [["--help"], *([command, "--help"] for command in sorted(COMMANDS))], ids=" ".join)
+def test_help_does_not_import_torch(args: list[str]) -> None:
+    program = f"import sys, jpq.cli.main\njpq.cli.main.main({args})\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
 def test_version(capsys: Captured) -> None:
     assert main(["--version"]) == 0
     assert re.match(r"jpq \d+\.\d+\.\d+ \(torch \d", capsys.readouterr().out)
@@ -91,19 +97,21 @@ def test_methods_lists_the_table(capsys: Captured) -> None:
 
 
 def test_flags_are_flat_and_typed() -> None:
-    config = parse(["--target-bops", "1%", "--w-bits", "3", "5", "--lr", "0.1", "--no-augment", "--skip", "a", "b"])
+    config = parse_optimize_flags(
+        ["--target-bops", "1%", "--w-bits", "3", "5", "--lr", "0.1", "--no-augment", "--skip", "a", "b"]
+    )
     assert (config.budget.target_bops, config.decide.w_bits, config.train.lr) == ("1%", (3, 5), 0.1)
     assert (config.train.augment, config.decide.skip) == (False, ("a", "b"))
-    assert parse([]) == Config()
+    assert parse_optimize_flags([]) == Config()
 
 
 @pytest.mark.parametrize("how", [["--config", "c.toml"], ["--config=c.toml"]])
 def test_flags_override_the_config_file(how: list[str]) -> None:
     Path("c.toml").write_text('[budget]\ntarget_bops = "5%"\n[train]\nlr = 0.25\nepochs = 7\naugment = false\n')
-    config = parse([*how, "--lr", "0.5"])
+    config = parse_optimize_flags([*how, "--lr", "0.5"])
     assert (config.budget.target_bops, config.train.lr, config.train.epochs) == ("5%", 0.5, 7)
     assert config.train.augment is False
-    assert config.hash() == parse(["--lr", "0.5", *how]).hash()
+    assert config.hash() == parse_optimize_flags(["--lr", "0.5", *how]).hash()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from cuts import cut
 from test_cli import refused
 from zoo import ZOO
 
-from jpq.cli.inspect import ROWS, STAGES, stages
+from jpq.cli.inspect import MAX_PARTS, MAX_ROWS, assign_parts
 from jpq.cli.main import main
 from jpq.tracing.coverage import frozen_channels, halved_share, prunable_share
 from jpq.tracing.sites import channels
@@ -51,13 +51,13 @@ def test_prunable_share_by_hand() -> None:
 
 
 def test_stages() -> None:
-    few = [f"a.{i}" for i in range(ROWS)]
+    few = [f"a.{i}" for i in range(MAX_ROWS)]
     many = ["stem", *(f"body.{i}.{j}" for i in range(5) for j in range(8)), "head.fc"]
-    assert stages(few, False) == {name: name for name in few}
-    assert stages(many, True) == {name: name for name in many}
-    cut = stages(many, False)
+    assert assign_parts(few, False) == {name: name for name in few}
+    assert assign_parts(many, True) == {name: name for name in many}
+    cut = assign_parts(many, False)
     assert (cut["stem"], cut["body.3.7"], cut["head.fc"]) == ("stem", "body.3", "head.fc")
-    deep = stages([f"m.{i}.{j}" for i in range(STAGES + 1) for j in range(2)], False)
+    deep = assign_parts([f"m.{i}.{j}" for i in range(MAX_PARTS + 1) for j in range(2)], False)
     assert set(deep.values()) == {"m"}
 
 

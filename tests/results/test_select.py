@@ -29,7 +29,6 @@ from jpq.results.front.front import make
 from jpq.results.front.points import LayerDecision, read
 from jpq.results.front.select import limits, pick
 from jpq.results.plots import save_picture
-from jpq.tasks.classification import evaluate
 from jpq.tasks.data import load
 
 Captured = pytest.CaptureFixture[str]
@@ -251,12 +250,12 @@ def test_export_makes_the_picked_trial_final(trained: Path, tmp_path: Path, caps
     now = json.loads((least / "result.json").read_text())
     small, _ = jpq.load(least)
     data = split_of(Config())
-    right = evaluate(small, data.test)
+    right = data.task.evaluate(small, data.test)
     assert (before["final"], now["final"]) == (False, True)
     assert now["compressed"] == {**before["compressed"], "accuracy": pytest.approx(right)}
     dense = jpq.tasks.models.build("convnet", 10, 1)
     jpq.tasks.models.load_weights(dense, trained / "float.safetensors")
-    assert now["float"]["accuracy"] == pytest.approx(evaluate(dense.eval(), data.test))
+    assert now["float"]["accuracy"] == pytest.approx(data.task.evaluate(dense.eval(), data.test))
     for key in ("held_out", "targets", "seed", "command", "uniform", "data"):
         assert now[key] == before[key]
     assert now["packed"]["total"] == (least / "model.packed").stat().st_size

@@ -1,4 +1,4 @@
-"""How long it takes to see what can go, and to remove half of it: jpq beside Torch-Pruning's dependency graph.
+"""Seconds to read a network and to remove every second unit: jpq beside Torch-Pruning's dependency graph.
 
     pip install torch-pruning --no-deps
     python studies/analysis_speed.py [--models densenet201 resnet50 ...] [--rounds 5] [--threads 1]
@@ -15,7 +15,8 @@ What the two give is not the same: jpq labels single channels, checks that the m
 leaves the model alone, whether it is a convolution net or not; Torch-Pruning searches groups of layers on demand. The
 CSV says what each one left of the parameters and whether the pruned model runs. Writes results/analysis_speed.csv:
 medians over the rounds in seconds of the processor (so that a machine that others use, too, tells the same), the
-seconds that a clock on the wall showed, and the ratio Torch-Pruning / jpq per round.
+seconds that a clock on the wall showed, and the ratio Torch-Pruning / jpq per round. x86-64 CPU, one thread, November
+2026, n = 5; README's table has the ratios: above 1 on densely connected networks, below on small ones.
 """
 
 from __future__ import annotations
@@ -25,30 +26,27 @@ import copy
 import gc
 import logging
 import os
-import platform
+import shlex
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 import torchvision
+from support.result_rows import RESULTS, provenance
+from support.wrapping import time_calls
 from torch import Tensor, nn
 
-from jpq.tracing.channel_labels import distinct
-from jpq.tracing.export_graph import export_graph
-from jpq.tracing.op_call import TraceState
-from jpq.tracing.shrink import runs_smaller, shrink
-from jpq.tracing.sites import channels
-from jpq.tracing.trace import record, trace, walk
+import jpq
+from jpq.tracing import freeze_unshrinkable, remove_channels
 
-RESULTS = Path(__file__).parent / "results"
+PATH = RESULTS / "analysis_speed.csv"
 MODELS = (
     "densenet201",
     "efficientnet_v2_l",
@@ -63,39 +61,36 @@ Seconds = dict[str, float]
 
 @contextmanager
 def timed(seconds: Seconds, name: str) -> Iterator[None]:
+    """Processor seconds spent inside, as an entry of `seconds`."""
     start = time.process_time()
     yield
     seconds[name] = time.process_time() - start
 
 
 def with_jpq(model: nn.Module, x: Tensor) -> tuple[Seconds, nn.Module, int]:
-    """`jpq.trace` in its stages, sites, and the smaller copy; (seconds, small model, sites)."""
+    """`jpq.trace` by its stages, sites, and the smaller copy; (seconds, small model, number of sites)."""
     seconds: Seconds = {}
-    with timed(seconds, "jpq_export"):
-        program = export_graph(model, (x,), {})
-    with timed(seconds, "jpq_labels"):
-        book, unknown_ops = walk(TraceState(model), program)
-        network = record(book, unknown_ops, len(x))
-        suspects = {c for labels in book.suspects for c in distinct(book.classes.find(labels))}
-    with timed(seconds, "jpq_check"):
-        network = runs_smaller(model, network, (x,), {}, suspects)
+    with timed(seconds, "jpq_trace"), time_calls(torch.export.export, freeze_unshrinkable) as stages:
+        network = jpq.trace(model, x)
+    seconds["jpq_export"], seconds["jpq_check"] = stages["export"], stages["freeze_unshrinkable"]
+    seconds["jpq_labels"] = seconds.pop("jpq_trace") - seconds["jpq_export"] - seconds["jpq_check"]
     with timed(seconds, "jpq_sites"):
-        sites = channels(network)
+        sites = jpq.channels(network)
     with timed(seconds, "jpq_rebuild"):
-        small = shrink(model, network, [int(c) for s in sites for c in s.labels[1::2]])
+        small = remove_channels(model, network, [int(c) for s in sites for c in s.labels[1::2]])
     return seconds, small, len(sites)
 
 
 def with_torch_pruning(model: nn.Module, x: Tensor) -> tuple[Seconds, nn.Module, int]:
-    """Graph, all groups, and every second channel of each removed in place; (seconds, the model, groups)."""
+    """Graph, all groups, and every second channel of each removed in place; (seconds, the model, number of groups)."""
     import torch_pruning
 
-    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]  # the classes stay
+    classifier = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]  # the classes stay
     seconds: Seconds = {}
     with timed(seconds, "tp_graph"):
         graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=x)
     with timed(seconds, "tp_groups"):
-        groups = list(graph.get_all_groups(ignored_layers=[last]))
+        groups = list(graph.get_all_groups(ignored_layers=[classifier]))
     with timed(seconds, "tp_prune"):
         for group in groups:
             layer, cut = group[0].dep.target.module, group[0].dep.handler
@@ -105,7 +100,15 @@ def with_torch_pruning(model: nn.Module, x: Tensor) -> tuple[Seconds, nn.Module,
     return seconds, model, len(groups)
 
 
+TOOLS: dict[str, Callable[[nn.Module, Tensor], tuple[Seconds, nn.Module, int]]] = {
+    "jpq": with_jpq,
+    "tp": with_torch_pruning,
+}
+GROUPS = {"jpq": "jpq_sites_found", "tp": "tp_groups_found"}  # the column of the number of groups
+
+
 def runs(model: nn.Module, x: Tensor) -> bool:
+    """Whether a forward pass raises nothing."""
     try:
         with torch.no_grad():
             model(x)
@@ -115,34 +118,66 @@ def runs(model: nn.Module, x: Tensor) -> bool:
 
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
-    """One row."""
+    """The row of one network."""
     dense = torchvision.models.get_model(name, weights=None).eval()
     x = torch.zeros(1, 3, 224, 224)
-    methods: dict[str, Callable[..., tuple[Seconds, nn.Module, int]]] = {"jpq": with_jpq, "tp": with_torch_pruning}
-    found: list[Seconds] = []
-    row: dict[str, Any] = {"model": name, "params": sum(p.numel() for p in dense.parameters())}
-    for _ in range(rounds):
-        seconds: Seconds = {}
-        for who, method in methods.items():
-            model = copy.deepcopy(dense)
-            gc.collect()
-            start = time.perf_counter()
-            spent, small, count = method(model, x)
-            seconds |= {**spent, f"{who}_total": sum(spent.values()), f"{who}_wall": time.perf_counter() - start}
-            if f"{who}_runs" not in row:
-                row |= {f"{who}_{'sites' if who == 'jpq' else 'groups'}_found": count, f"{who}_runs": runs(small, x)}
-                row[f"{who}_params_left"] = sum(p.numel() for p in small.parameters()) / row["params"]
-        seconds["jpq_trace_and_sites"] = seconds["jpq_total"] - seconds["jpq_rebuild"]
-        found.append(seconds)
-    ratios = [s["tp_total"] / s["jpq_total"] for s in found]
-    see = [(s["tp_graph"] + s["tp_groups"]) / s["jpq_trace_and_sites"] for s in found]
-    row |= {f"{key}_s": round(statistics.median(s[key] for s in found), 3) for key in found[0]}
+    row: dict[str, Any] = {"model": name, "params": _count_parameters(dense)}
+    records = [_time_round(dense, x, row) for _ in range(rounds)]
+    ratios = [s["tp_total"] / s["jpq_total"] for s in records]
+    reading = [(s["tp_graph"] + s["tp_groups"]) / s["jpq_trace_and_sites"] for s in records]
+    row |= {f"{key}_s": round(statistics.median(s[key] for s in records), 3) for key in records[0]}
     row |= {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
-    row |= {"ratio_of_seeing": statistics.median(see)}
+    row |= {"ratio_of_seeing": statistics.median(reading)}
     return {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
 
 
+def _time_round(dense: nn.Module, x: Tensor, row: dict[str, Any]) -> Seconds:
+    """Seconds of each tool on a fresh copy; the first round also notes in `row` what each left of the model."""
+    seconds: Seconds = {}
+    for tool, prune in TOOLS.items():
+        model = copy.deepcopy(dense)
+        gc.collect()
+        start = time.perf_counter()
+        stages, small, count = prune(model, x)
+        seconds |= {
+            **stages,
+            f"{tool}_total": sum(stages.values()),
+            f"{tool}_wall": time.perf_counter() - start,
+        }
+        if f"{tool}_runs" not in row:
+            row |= {GROUPS[tool]: count, f"{tool}_runs": runs(small, x)}
+            row[f"{tool}_params_left"] = _count_parameters(small) / row["params"]
+    return seconds | {"jpq_trace_and_sites": seconds["jpq_total"] - seconds["jpq_rebuild"]}
+
+
+def _count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def analysis_speed_table() -> list[str]:
+    """README's table: seconds by stage of reading a network and removing half of it, beside Torch-Pruning."""
+    table = pd.read_csv(PATH)
+    head = table.iloc[0]
+    lines = [
+        f"**Seconds to see a network and to remove every second unit**, 224 x 224 images, {head.hardware}, "
+        f"{head.threads} thread, processor time, median of {head.n} in one process, beside Torch-Pruning "
+        f"{head.torch_pruning} (group search and pruning of all groups; `python studies/analysis_speed.py`)",
+        "",
+        "| model | export | labels | check | sites | rebuild | jpq | Torch-Pruning | Torch-Pruning / jpq |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in table.itertuples():
+        stages = (row.jpq_export_s, row.jpq_labels_s, row.jpq_check_s, row.jpq_sites_s, row.jpq_rebuild_s)
+        note = "" if row.tp_runs else " (its model does not run until sizes in its code are set by hand)"
+        lines.append(
+            f"| {row.model} | {' | '.join(f'{s:.2f}' for s in stages)} | {row.jpq_total_s:.1f} "
+            f"| {row.tp_total_s:.1f}{note} | {row.ratio:.2f} ({row.ratio_min:.2f} to {row.ratio_max:.2f}) |"
+        )
+    return [*lines, ""]
+
+
 def main() -> None:
+    """Measure every network; the CSV is written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=5)
@@ -154,24 +189,15 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
     small = torchvision.models.resnet18(weights=None).eval()
-    trace(small, torch.zeros(1, 3, 64, 64))  # what is imported and compiled on first use is nobody's time
-    with_torch_pruning(small, torch.zeros(1, 3, 64, 64))
+    for prune in TOOLS.values():  # imports and compilation on first use are not counted
+        prune(copy.deepcopy(small), torch.zeros(1, 3, 64, 64))
+    command = shlex.join(["python", "studies/analysis_speed.py", *sys.argv[1:]])
     rows = []
     for name in args.models:
-        rows.append(
-            measure(name, args.rounds)
-            | {
-                "n": args.rounds,
-                "threads": args.threads,
-                "torch": torch.__version__,
-                "torch_pruning": version("torch-pruning"),
-                "hardware": f"{platform.machine()} CPU",
-                "load_1min": round(os.getloadavg()[0], 1),
-                "date": time.strftime("%Y-%m-%d"),
-            }
-        )
+        about = {"load_1min": round(os.getloadavg()[0], 1), "date": time.strftime("%Y-%m-%d")}
+        rows.append(measure(name, args.rounds) | about | provenance(command, args.rounds, ("torch", "torch-pruning")))
         table = pd.DataFrame(rows)
-        table.to_csv(RESULTS / "analysis_speed.csv", index=False)
+        table.to_csv(PATH, index=False)
         print(table.iloc[-1].to_string(), "\n", flush=True)
 
 

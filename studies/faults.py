@@ -1,13 +1,15 @@
-"""Faults tried on runs and files, and what happened: studies/results/faults.csv.
+"""Faults tried on runs and files, and the outcome of each: studies/results/faults.csv.
 
     python studies/faults.py [files] [trainings] [system] [signals] [kills]
 
 Runs are of 150 digits and two seconds each; "same bits" compares plan, weights, packed and ONNX model, layers and
-history (but its seconds) with those of a run that nothing happened to.
+history (but its seconds) with those of a run that nothing happened to. AMD EPYC, two cores, November 2026: every run
+that went on after a kill, a signal or a full disk gave the same bits (n = 1 each). `system` needs root, to mount.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import io
@@ -22,21 +24,23 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import kills
 import torch
-from kills import MOMENTS, again, tiny
+from support import kills
+from support.kills import CHECKPOINT, MOMENTS, resumed, tiny_config
+from support.result_rows import RESULTS, provenance
 
-from jpq.cli.main import main as jpq
 from jpq.config import Config
-from jpq.export.timing.runner import hardware
-from jpq.training import checkpoint
+from jpq.tasks import models
 
-RESULTS = Path(__file__).parent / "results"
-COLUMNS = ("part", "fault", "how", "exit_code", "sentence", "n", "same_bits_afterwards", "hardware", "command")
+PATH = RESULTS / "faults.csv"
+PARTS = ("files", "trainings", "system", "signals", "kills")
 FLAGS = [
     "--target-bops",
     "5%",
@@ -57,48 +61,67 @@ FLAGS = [
 ]
 
 
-def folder_of(asked: Config) -> Path:
-    return asked.run.out / asked.hash()
+@dataclass(frozen=True)
+class Fault:
+    """A fault and its outcome: one row of the CSV."""
+
+    fault: str
+    how: str
+    exit_code: int | None
+    sentence: str
+    n: int = 1
+    same_bits_afterwards: str = ""  # "k of n" runs that went on and gave the same bits
 
 
-def bits(folder: Path) -> list[Any]:
-    """What two runs must have in common."""
+COLUMNS = ("part", *(f.name for f in fields(Fault)), "threads", "hardware", "torch", "commit", "command")
+
+
+def run_folder(config: Config) -> Path:
+    """The folder of a run."""
+    return config.run.out / config.hash()
+
+
+def comparable_bits(folder: Path) -> list[Any]:
+    """The contents that two runs must have in common."""
     table = list(csv.DictReader(io.StringIO((folder / "history.csv").read_text())))
     history = [{k: v for k, v in row.items() if k != "seconds"} for row in table]
     names = ("plan.json", "model.safetensors", "model.packed", "model.onnx", "layers.csv")
     return [history, *((folder / name).read_bytes() for name in names)]
 
 
-def told(args: list[str]) -> tuple[int, str]:
+def run_jpq(args: list[str]) -> tuple[int, str]:
     """(exit code, the error's sentence, without this machine's paths) of a command."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = jpq(args)
-    said = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
-    return code, shown(said[-1] if said else "")
+    done = subprocess.run([sys.executable, "-m", "jpq", *args], capture_output=True, text=True)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return done.returncode, without_folders(errors[-1] if errors else "")
 
 
-def shown(text: str) -> str:
+def without_folders(text: str) -> str:
     """A sentence without folders of this machine."""
     return re.sub(r"(?:/[\w.-]+)+/", "", text.removeprefix("error: "))
 
 
-def killed(whole: list[Any], work: Path, rounds: int = 1) -> Iterator[tuple[Any, ...]]:
+def same_after_resume(config: Config, reference: list[Any]) -> bool:
+    """Let a run go on in a child process, and compare its bits with the reference's."""
+    assert kills.run_in_child(resumed(config)).exitcode == 0
+    return comparable_bits(run_folder(config)) == reference
+
+
+def try_kills(reference: list[Any], work: Path, rounds: int = 1) -> Iterator[Fault]:
     """Every moment at which a run is killed, at a random one of its occurrences."""
     draw = random.Random(0)
     for moment, times in MOMENTS.items():
         same = 0
         for i in range(rounds):
             n = draw.randint(1, times)
-            asked = tiny(work / f"{moment} {i}", every=4 * (n % 2))
-            code = kills.child(asked, moment, n).exitcode
+            config = tiny_config(work / f"{moment} {i}", every=4 * (n % 2))
+            code = kills.run_in_child(config, moment, n).exitcode
             assert code == -signal.SIGKILL
-            assert kills.child(again(asked)).exitcode == 0
-            same += bits(folder_of(asked)) == whole
-        yield f"kill -9: {moment}", "SIGKILL, then --resume", -9, "", rounds, f"{same} of {rounds}"
+            same += same_after_resume(config, reference)
+        yield Fault(f"kill -9: {moment}", "SIGKILL, then --resume", -9, "", rounds, f"{same} of {rounds}")
 
 
-def stopped(whole: list[Any], work: Path) -> Iterator[tuple[Any, ...]]:
+def try_signals(reference: list[Any], work: Path) -> Iterator[Fault]:
     """Ctrl-C and SIGTERM in the search, through the command line."""
     for number in (signal.SIGINT, signal.SIGTERM):
         out = work / number.name
@@ -109,15 +132,21 @@ def stopped(whole: list[Any], work: Path) -> Iterator[tuple[Any, ...]]:
                 assert process.poll() is None
             process.send_signal(number)
             _, err = process.communicate()
-        (said,) = (line for line in err.splitlines() if line.startswith("Stopped"))
-        assert kills.child(again(tiny(out))).exitcode == 0
-        same = bits(folder_of(tiny(out))) == whole
-        yield f"{number.name} in the search", "signal", process.returncode, shown(said), 1, f"{int(same)} of 1"
+        (sentence,) = (line for line in err.splitlines() if line.startswith("Stopped"))
+        same = int(same_after_resume(tiny_config(out), reference))
+        code = process.returncode
+        yield Fault(
+            f"{number.name} in the search",
+            "signal",
+            code,
+            without_folders(sentence),
+            same_bits_afterwards=f"{same} of 1",
+        )
 
 
 @contextlib.contextmanager
-def disk(work: Path, kilobytes: int) -> Iterator[Path]:
-    """A small disk of its own."""
+def small_disk(work: Path, kilobytes: int) -> Iterator[Path]:
+    """A small disk of its own, in memory."""
     place = work / "disk"
     place.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(place)], check=True)
@@ -127,28 +156,29 @@ def disk(work: Path, kilobytes: int) -> Iterator[Path]:
         subprocess.run(["umount", str(place)], check=True)
 
 
-def refused_by_the_system(whole: list[Any], work: Path) -> Iterator[tuple[Any, ...]]:
-    """Full and read-only disks, and a folder that goes away."""
+def try_disks(reference: list[Any], work: Path) -> Iterator[Fault]:
+    """Full and read-only disks, and a folder that is removed."""
     for kilobytes in (300, 1200):
-        with disk(work, kilobytes) as place:
-            code, said = told(["optimize", *FLAGS, "--out", str(place)])
+        with small_disk(work, kilobytes) as place:
+            code, sentence = run_jpq(["optimize", *FLAGS, "--out", str(place)])
             subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
-            assert kills.child(again(tiny(place))).exitcode == 0
-            same = bits(folder_of(tiny(place))) == whole
-        yield "disk full", f"a disk of {kilobytes} KB; more room, then --resume", code, said, 1, f"{int(same)} of 1"
-    with disk(work, 64000) as place:
+            same = int(same_after_resume(tiny_config(place), reference))
+        how = f"a disk of {kilobytes} KB; more room, then --resume"
+        yield Fault("disk full", how, code, sentence, same_bits_afterwards=f"{same} of 1")
+    with small_disk(work, 64000) as place:
         subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
-        yield "read-only disk", "remounted before the run", *told(["optimize", *FLAGS, "--out", str(place)]), 1, ""
-    gone = work / "gone"
-    process = kills.context().Process(target=kills.removing, args=(tiny(gone),))
+        command = ["optimize", *FLAGS, "--out", str(place)]
+        yield Fault("read-only disk", "remounted before the run", *run_jpq(command))
+    process = kills.context().Process(target=kills.run_and_remove_folder, args=(tiny_config(work / "gone"),))
     process.start()
     process.join()
-    said = shown((work / "said").read_text()) if (work / "said").is_file() else ""
-    yield "folder removed", "in the second epoch of the search", process.exitcode, said, 1, ""
+    message = work / "said"
+    sentence = without_folders(message.read_text()) if message.is_file() else ""
+    yield Fault("folder removed", "in the second epoch of the search", process.exitcode, sentence)
 
 
 class Evil:
-    """Runs a command where it is unpickled."""
+    """An object that runs a command where it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -157,136 +187,146 @@ class Evil:
         return os.system, (f"touch {self.path}",)
 
 
-def hostile(run: Path, work: Path) -> Iterator[tuple[Any, ...]]:
-    """Files from others; the last column says whether anything in them ran."""
-    weights, mark = work / "w.pth", work / "ran"
-    load = ["optimize", *FLAGS, "--weights", str(weights), "--out", str(work / "never")]
+def write_truncated(path: Path) -> None:
+    """A weights file without its end."""
+    torch.save({"0.weight": torch.zeros(10**5)}, path)
+    path.write_bytes(path.read_bytes()[:-9000])
 
-    def truncated() -> None:
-        torch.save({"0.weight": torch.zeros(10**5)}, weights)
-        weights.write_bytes(weights.read_bytes()[:-9000])
 
-    def bomb() -> None:
-        import zipfile
+def write_bomb(path: Path) -> None:
+    """A weights file that is far larger once it is unpacked."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("w/data.pkl", b"\x80\x02}.")
+        archive.writestr("w/data/0", bytes(2**28))
 
-        with zipfile.ZipFile(weights, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("w/data.pkl", b"\x80\x02}.")
-            archive.writestr("w/data/0", bytes(2**28))
 
-    def not_numbers() -> None:
-        import jpq
+def write_nan(path: Path) -> None:
+    """A weights file with NaN in one filter."""
+    state = models.build("convnet", 10, 1).state_dict()
+    state["0.weight"][0] = float("nan")
+    torch.save(state, path)
 
-        state = jpq.tasks.models.build("convnet", 10, 1).state_dict()
-        state["0.weight"][0] = float("nan")
-        torch.save(state, weights)
 
-    makes: dict[str, tuple[str, Callable[[], object]]] = {
-        "a .pth that runs a command": ("pickle of os.system", lambda: torch.save(Evil(mark), weights)),
+def try_files(run: Path, work: Path) -> Iterator[Fault]:
+    """Damaged and hostile files; nothing in them may run."""
+    yield from try_weights(work)
+    yield from try_plans(run, work)
+    (work / "c.toml").write_text('[task]\nmodel = "os:abort"\n[budget]\ntarget_bops = "5%"\n')
+    outcome = run_jpq(["optimize", "--config", str(work / "c.toml")])
+    yield Fault("settings that name code to run", "--config FILE", *outcome)
+    shutil.copytree(run, work / "r" / run.name)
+    (work / "r" / run.name / CHECKPOINT).write_bytes(b"PK\x03\x04" + bytes(1000))
+    outcome = run_jpq(["optimize", *FLAGS, "--out", str(work / "r"), "--resume"])
+    yield Fault("a damaged checkpoint", "--resume", *outcome)
+
+
+def try_weights(work: Path) -> Iterator[Fault]:
+    """Damaged and hostile weights."""
+    weights, mark, out = work / "w.pth", work / "ran", str(work / "never")
+    writers: dict[str, tuple[str, Callable[[], object]]] = {
+        "a .pth that runs a command": ("pickle of os.system", partial(torch.save, Evil(mark), weights)),
         "a .pth from before torch 1.6 that does": (
             "the same",
-            lambda: torch.save([Evil(mark)], weights, _use_new_zipfile_serialization=False),
+            partial(torch.save, [Evil(mark)], weights, _use_new_zipfile_serialization=False),
         ),
-        "a zip bomb": ("256 MB of zeros, deflated into a .pth", bomb),
-        "a truncated .pth": ("its last 9,000 bytes are missing", truncated),
-        "NaN in weights": ("one filter", not_numbers),
+        "a zip bomb": ("256 MB of zeros, deflated into a .pth", partial(write_bomb, weights)),
+        "a truncated .pth": ("its last 9,000 bytes are missing", partial(write_truncated, weights)),
+        "NaN in weights": ("one filter", partial(write_nan, weights)),
     }
-    for fault, (how, make) in makes.items():
-        make()
-        code, said = told(load)
-        yield fault, how, code, said, 1, ""
+    for fault, (how, write) in writers.items():
+        write()
+        yield Fault(fault, how, *run_jpq(["optimize", *FLAGS, "--weights", str(weights), "--out", out]))
         assert not mark.exists()
-    lies = work / "w.safetensors"
-    lies.write_bytes(struct.pack("<Q", 2**62) + b"{}")
-    yield "a header of 2^62 bytes", ".safetensors", *told([*load[:-4], "--weights", str(lies), *load[-2:]]), 1, ""
-    for fault, change in {
+    weights = work / "w.safetensors"
+    weights.write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    outcome = run_jpq(["optimize", *FLAGS, "--weights", str(weights), "--out", out])
+    yield Fault("a header of 2^62 bytes", ".safetensors", *outcome)
+
+
+def try_plans(run: Path, work: Path) -> Iterator[Fault]:
+    """Plans whose model entry was changed."""
+    changes: dict[str, dict[str, object]] = {
         "a plan that names code to run": {"name": "os:abort"},
         "a plan of 10 million classes": {"classes": 10**7},
         "a plan with a path as its model": {"name": "../../etc/passwd"},
-    }.items():
+    }
+    for fault, change in changes.items():
         copy = work / "plan"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(run, copy)
-        tree = json.loads((copy / "plan.json").read_text())
-        (copy / "plan.json").write_text(json.dumps({**tree, "model": {**tree["model"], **change}}))
-        yield fault, json.dumps(change), *told(["evaluate", str(copy)]), 1, ""
-    (work / "c.toml").write_text('[task]\nmodel = "os:abort"\n[budget]\ntarget_bops = "5%"\n')
-    yield (
-        "settings that name code to run",
-        "--config FILE",
-        *told(["optimize", "--config", str(work / "c.toml")]),
-        1,
-        "",
-    )
-    shutil.copytree(run, work / "cut")
-    kept = work / "cut" / checkpoint.NAME
-    kept.write_bytes(b"PK\x03\x04" + bytes(1000))
-    shutil.copytree(work / "cut", work / "r" / run.name)
-    yield ("a damaged checkpoint", "--resume", *told(["optimize", *FLAGS, "--out", str(work / "r"), "--resume"]), 1, "")
+        plan = json.loads((copy / "plan.json").read_text())
+        (copy / "plan.json").write_text(json.dumps({**plan, "model": {**plan["model"], **change}}))
+        yield Fault(fault, json.dumps(change), *run_jpq(["evaluate", str(copy)]))
 
 
-def trained_badly(work: Path) -> Iterator[tuple[Any, ...]]:
+def try_trainings(work: Path) -> Iterator[Fault]:
     """Trainings that go wrong."""
-    for fault, more in {
+    flags = {
         "a learning rate of 1e30": ["--lr", "1e30"],
         "gates and bits at a rate of 10": ["--gate-lr", "10", "--bit-lr", "10"],
         "a target that nothing can meet": ["--target-bops", "0.0001%"],
-    }.items():
-        code, said = told(["optimize", *FLAGS, *more, "--out", str(work / "badly")])
-        yield fault, " ".join(more), code, said or "(a model within its budget)", 1, ""
+    }
+    for fault, more in flags.items():
+        code, sentence = run_jpq(["optimize", *FLAGS, *more, "--out", str(work / "badly")])
+        yield Fault(fault, " ".join(more), code, sentence or "(a model within its budget)")
 
 
-def write(rows: list[dict[str, Any]]) -> None:
-    with (RESULTS / "faults.csv").open("w", newline="") as file:
+def faults_table() -> str:
+    """README's table: each fault, exit code, error message, and whether the resumed run gave the same bits."""
+    with PATH.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = ["| what happens | exit code | what jpq says | after `--resume`, the same bits |", "|---|---|---|---|"]
+    killed = [row for row in rows if row["fault"].startswith("kill -9")]
+    same = sum(int(row["same_bits_afterwards"].split()[0]) for row in killed)
+    moments = ", ".join(row["fault"].removeprefix("kill -9: ") for row in killed)
+    count = sum(int(row["n"]) for row in killed)
+    lines.append(f"| kill -9, {count} times: {moments} | -9 | | {same} of {count} |")
+    for row in rows:
+        if row not in killed:
+            sentence = row["sentence"].replace("|", "/").replace(" ".join(FLAGS), "...")
+            code, after = row["exit_code"], row["same_bits_afterwards"]
+            lines.append(f"| {row['fault']} ({row['how']}) | {code} | {sentence} | {after} |".replace("|  |", "| |"))
+    lines += ["", f"{rows[0]['hardware']} (`python studies/faults.py`).", ""]
+    return "\n".join(lines)
+
+
+def write_rows(rows: list[dict[str, Any]]) -> None:
+    """Write the CSV anew."""
+    with PATH.open("w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
 
 
-def summary() -> str:
-    """The table for README."""
-    with (RESULTS / "faults.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    lines = ["| what happens | exit code | what jpq says | after `--resume`, the same bits |", "|---|---|---|---|"]
-    kills = [row for row in rows if row["fault"].startswith("kill -9")]
-    same = sum(int(row["same_bits_afterwards"].split()[0]) for row in kills)
-    moments = ", ".join(row["fault"].removeprefix("kill -9: ") for row in kills)
-    count = sum(int(row["n"]) for row in kills)
-    lines.append(f"| kill -9, {count} times: {moments} | -9 | | {same} of {count} |")
-    for row in rows:
-        if row not in kills:
-            said = row["sentence"].replace("|", "/").replace(" ".join(FLAGS), "...")
-            code, after = row["exit_code"], row["same_bits_afterwards"]
-            lines.append(f"| {row['fault']} ({row['how']}) | {code} | {said} | {after} |".replace("|  |", "| |"))
-    lines += ["", f"{rows[0]['hardware']} (`python studies/faults.py`).", ""]
-    return "\n".join(lines)
-
-
 def main() -> None:
-    start = time.perf_counter()
-    asked = sys.argv[1:] or ["files", "trainings", "system", "signals", "kills"]
-    path = RESULTS / "faults.csv"
-    rows = []
-    if len(sys.argv) > 1 and path.is_file():
-        with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["part"] not in asked]
+    """Try the parts that are named, or all of them; their rows replace the old ones."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parts = parser.parse_args().parts or list(PARTS)
+    if not set(parts) <= set(PARTS):
+        parser.error(f"parts are {', '.join(PARTS)}")
+    start, rows = time.perf_counter(), []
+    if set(parts) != set(PARTS) and PATH.is_file():
+        with PATH.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["part"] not in parts]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        first = tiny(work / "whole")
-        assert kills.child(first).exitcode == 0
-        whole = bits(folder_of(first))
-        parts: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
-            "files": lambda: hostile(folder_of(first), work),
-            "trainings": lambda: trained_badly(work),
-            "system": lambda: refused_by_the_system(whole, work),
-            "signals": lambda: stopped(whole, work),
-            "kills": lambda: killed(whole, work),
+        config = tiny_config(work / "whole")
+        assert kills.run_in_child(config).exitcode == 0
+        reference = comparable_bits(run_folder(config))
+        trials: dict[str, Callable[[], Iterator[Fault]]] = {
+            "files": partial(try_files, run_folder(config), work),
+            "trainings": partial(try_trainings, work),
+            "system": partial(try_disks, reference, work),
+            "signals": partial(try_signals, reference, work),
+            "kills": partial(try_kills, reference, work),
         }
-        for part in asked:
-            for row in parts[part]():
-                command = f"python studies/faults.py {part}"
-                rows.append(dict(zip(COLUMNS, (part, *row, hardware(), command), strict=True)))
-                print(*row, f"{time.perf_counter() - start:.0f} s", sep=" | ", flush=True)
-                write(rows)
+        for part in parts:
+            for fault in trials[part]():
+                about = provenance(f"python studies/faults.py {part}", fault.n, threads=1)
+                rows.append({"part": part, **about, **asdict(fault)})
+                print(*asdict(fault).values(), f"{time.perf_counter() - start:.0f} s", sep=" | ", flush=True)
+                write_rows(rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
-"""Whole fronts at the same number of epochs: one run down the budgets, separate runs, baselines, and searches.
+"""Whole fronts at the same number of training epochs: one run down the budgets, separate runs, baselines, searches.
 
-Shared by the front scripts beside it: each says the task and calls `main`. For every way and seed a front of held-out
-accuracy against bit-operations is made of the same number of training epochs in all (the float model's excluded):
+    python studies/fronts.py digits                     # convnet, 40 epochs for a front, three seeds
+    python studies/fronts.py fashion_mnist --data-root DIR
+    python studies/fronts.py resnet20 --data-root DIR --weights resnet20-12fca82f.th
+
+For every way and seed a front of held-out accuracy against bit-operations is made of the same number of training
+epochs in all (the float model's excluded):
 
     one run     djpq, one `jpq optimize --target-bops 4%,2%,1%,0.5%`
     separate    djpq, a run for each budget
@@ -13,32 +17,40 @@ accuracy against bit-operations is made of the same number of training epochs in
 No run reads its test split. When a front is there, the models on it by held-out accuracy are measured on the test
 split, once, and the hypervolume is given on both. What costs less than the smallest budget counts there as if it cost
 that much: searches may go lower, and a decade of useless models is no better front. A row per model in
-results/NAME.csv; a way and seed that is there is skipped.
+results/front_NAME.csv; a way and seed that is there is skipped. Measured on two shared x86-64 cores in November 2026:
+three seeds on the digits, one on the others; README's table has the hypervolumes.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import budgets
+import methods
 import pandas as pd
 import torch
-from grid import RESULTS, Print, append, hardware, with_float_weights
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from support.figures import plain_log_ticks, save_figure
+from support.grid import EpochPrinter, with_float_weights
+from support.result_rows import RESULTS, append_row, provenance, read_rows
 
 import jpq
 from jpq.results.front import pareto
 from jpq.results.front.points import RunPoint, point_of
-from jpq.tasks.classification import evaluate
+from jpq.tasks import CLASSIFICATION
+from jpq.tasks.data import Batches
 from jpq.tasks.load import read_data
-from jpq.training.epochs import all_phases
+from jpq.training import all_phases
 
 STYLES = {
     "one run": ("#0072B2", "-"),
@@ -48,15 +60,16 @@ STYLES = {
     "random": ("#999999", ":"),
     "tpe": ("#CC79A7", ":"),
 }
+LabelledFolders = Iterator[tuple[str, Path]]  # (label of a model, its run folder)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How many epochs each way gets: `each` for every budget, or as much in all."""
+class EpochPlan:
+    """Number of epochs of each way to a front: `each` for every budget, the same total for a search."""
 
     budgets: tuple[str, ...] = ("4%", "2%", "1%", "0.5%")
     each: int = 10
-    trial: int = 4  # epochs of a trial
+    trial: int = 4  # epochs of a search's trial
 
     @property
     def total(self) -> int:
@@ -64,70 +77,110 @@ class Plan:
         return self.each * len(self.budgets)
 
     def one_run(self, config: jpq.Config) -> jpq.Config:
-        """A run down the budgets with as many --epochs as it may have to train no more than `total` in all."""
+        """A run down the budgets with the largest --epochs that train no more than `total` in all."""
         config = replace(config, budget=replace(config.budget, target_bops=",".join(self.budgets)))
         for epochs in range(self.total, 0, -1):
-            own = replace(config, train=replace(config.train, epochs=epochs))
-            if sum(p.epochs for p in all_phases(own, jpq.METHODS["djpq"]) if p.name != "float") <= self.total:
-                return own
+            candidate = replace(config, train=replace(config.train, epochs=epochs))
+            phases = all_phases(candidate, jpq.METHODS["djpq"])
+            if sum(p.epochs for p in phases if p.name != "float") <= self.total:
+                return candidate
         raise ValueError("too few epochs")
 
 
-def one_run(config: jpq.Config, plan: Plan) -> Iterator[tuple[str, Path]]:
+@dataclass(frozen=True)
+class FrontStudy:
+    """One data set and network of this study, and its CSV `results/front_NAME.csv`."""
+
+    name: str
+    title: str
+    base: jpq.Config
+    plan: EpochPlan
+    seeds: Sequence[int] = (0,)
+
+    @property
+    def path(self) -> Path:
+        """The CSV file."""
+        return RESULTS / f"front_{self.name}.csv"
+
+
+def digits() -> FrontStudy:
+    """The built-in job, three seeds."""
+    title = "convnet on digits (8x8): 40 epochs for a front"
+    return FrontStudy("digits", title, jpq.Config(), EpochPlan(), (0, 1, 2))
+
+
+def fashion_mnist() -> FrontStudy:
+    """ResNet8 on Fashion-MNIST, 10,000 training images."""
+    title = "ResNet8 on Fashion-MNIST: 16 epochs for a front"
+    return FrontStudy("fashion_mnist", title, methods.BASE, EpochPlan(each=4, trial=2))
+
+
+def resnet20() -> FrontStudy:
+    """ResNet20 on CIFAR-10 from public weights, 5,000 training images."""
+    base = budgets.RESNET20
+    base = replace(base, task=replace(base.task, limit=5_000), train=replace(base.train, search=0.5))
+    title = "ResNet20 on CIFAR-10, 5,000 training images: 12 epochs for a front"
+    return FrontStudy("resnet20", title, base, EpochPlan(each=3, trial=2))
+
+
+STUDIES: dict[str, Callable[[], FrontStudy]] = {
+    "digits": digits,
+    "fashion_mnist": fashion_mnist,
+    "resnet20": resnet20,
+}
+
+
+def one_run(config: jpq.Config, plan: EpochPlan) -> LabelledFolders:
     """djpq down the budgets."""
-    result = jpq.optimize(plan.one_run(config), Print(), final=False)
-    for point in result.front:
-        yield point.budget, result.folder.parent / point.folder
+    result = jpq.optimize(plan.one_run(config), EpochPrinter(), final=False)
+    for record in result.front:
+        yield record.budget, result.folder.parent / record.folder
 
 
-def separate(config: jpq.Config, plan: Plan, method: str) -> Iterator[tuple[str, Path]]:
-    """A run for each budget; those that a method cannot meet are said and left out."""
-    train = replace(config.train, epochs=plan.each)
+def separate_runs(config: jpq.Config, plan: EpochPlan, method: str) -> LabelledFolders:
+    """A run for each budget; budgets that a method cannot meet are printed and left out."""
     for budget in plan.budgets:
-        own = replace(
+        run_config = replace(
             config,
-            train=train,
+            train=replace(config.train, epochs=plan.each),
             budget=replace(config.budget, target_bops=budget),
             decide=replace(config.decide, method=method),
         )
         try:
-            yield budget, jpq.optimize(own, Print(), final=False).folder
+            yield budget, jpq.optimize(run_config, EpochPrinter(), final=False).folder
         except jpq.JpqError as error:
             print(f"  {method} {budget}: {error}", flush=True)
 
 
-def searched(config: jpq.Config, plan: Plan, sampler: str) -> Iterator[tuple[str, Path]]:
+def search_trials(config: jpq.Config, plan: EpochPlan, sampler: str) -> LabelledFolders:
     """Trials of a study over densities and bits of each block, without its uniform anchors and early stops."""
     settings = jpq.Study(
         name=sampler, trials=plan.total // plan.trial, sampler=sampler, per="block", anchors=False, early_stop=False
     )
-    own = replace(config, train=replace(config.train, epochs=plan.trial))
-    study = jpq.study(own, settings)
+    study = jpq.study(replace(config, train=replace(config.train, epochs=plan.trial)), settings)
     for trial in study.trials:
         if "run_folder" in trial.user_attrs and trial.values is not None:
             yield f"trial {trial.number}", config.run.out / sampler / trial.user_attrs["run_folder"]
 
 
-WAYS: dict[str, Callable[[jpq.Config, Plan], Iterator[tuple[str, Path]]]] = {
+WAYS: dict[str, Callable[[jpq.Config, EpochPlan], LabelledFolders]] = {
     "one run": one_run,
-    "separate": lambda config, plan: separate(config, plan, "djpq"),
-    "uniform": lambda config, plan: separate(config, plan, "uniform"),
-    "two-stage": lambda config, plan: separate(config, plan, "two-stage"),
-    "random": lambda config, plan: searched(config, plan, "random"),
-    "tpe": lambda config, plan: searched(config, plan, "tpe"),
+    "separate": partial(separate_runs, method="djpq"),
+    "uniform": partial(separate_runs, method="uniform"),
+    "two-stage": partial(separate_runs, method="two-stage"),
+    "random": partial(search_trials, sampler="random"),
+    "tpe": partial(search_trials, sampler="tpe"),
 }
 
 
-def rows(way: str, config: jpq.Config, plan: Plan, command: str) -> list[dict[str, object]]:
+def front_rows(way: str, config: jpq.Config, plan: EpochPlan, command: str) -> list[dict[str, object]]:
     """A row per model of one way, with test accuracies of those on the front."""
     start = time.perf_counter()
-    found = [(label, point_of(folder)) for label, folder in WAYS[way](config, plan)]
+    labelled = [(label, point_of(folder)) for label, folder in WAYS[way](config, plan)]
     seconds = time.perf_counter() - start
-    points = [point for _, point in found]
-    costs = [p.share("bops") for p in points]
-    on = pareto.non_dominated(pareto.frame([p.accuracy for p in points], costs))
+    points = [point for _, point in labelled]
+    on_front = pareto.non_dominated(pareto.frame([p.accuracy for p in points], [p.share("bops") for p in points]))
     test = read_data(config, torch.device("cpu")).test
-    right = [measured(p, test) if front else None for p, front in zip(points, on, strict=True)]
     return [
         {
             "model": config.task.model,
@@ -135,84 +188,89 @@ def rows(way: str, config: jpq.Config, plan: Plan, command: str) -> list[dict[st
             "way": way,
             "seed": config.run.seed,
             "point": label,
-            "front": bool(front),
-            "accuracy": "" if a is None else round(a, 4),
-            "held_out": round(p.accuracy, 4),
-            "float_held_out": round(p.float_accuracy or 0, 4),
-            "bops_share": round(p.share("bops"), 7),
-            "size_bytes": int(p.costs["size"]),
+            "front": bool(is_on_front),
+            "accuracy": round(test_accuracy(point, test), 4) if is_on_front else "",
+            "held_out": round(point.accuracy, 4),
+            "float_held_out": round(point.float_accuracy or 0, 4),
+            "bops_share": round(point.share("bops"), 7),
+            "size_bytes": int(point.costs["size"]),
             "epochs": plan.total,
             "chance": points[0].chance,
-            "least": min(float(b.rstrip("%")) for b in plan.budgets) / 100,
+            "least": min(float(budget.rstrip("%")) for budget in plan.budgets) / 100,
             "seconds": round(seconds, 1),
-            "threads": torch.get_num_threads(),
-            "hardware": hardware(),
-            "torch": torch.__version__,
-            "command": command,
+            **provenance(command),
         }
-        for (label, p), front, a in zip(found, on, right, strict=True)
+        for (label, point), is_on_front in zip(labelled, on_front, strict=True)
     ]
 
 
-def measured(point: RunPoint, batches: jpq.tasks.data.Batches) -> float:
-    """Accuracy of a saved model."""
+def test_accuracy(point: RunPoint, batches: Batches) -> float:
+    """Accuracy of a saved model on the test split."""
     assert point.folder is not None
-    return evaluate(jpq.load(point.folder)[0], batches)
+    return CLASSIFICATION.evaluate(jpq.load(point.folder)[0], batches)
 
 
-def volumes(table: pd.DataFrame) -> pd.DataFrame:
+def hypervolumes(table: pd.DataFrame) -> pd.DataFrame:
     """Hypervolume of each front, a row per way and seed: `test` of the models that were chosen, `held_out` of all."""
-    found = []
-    for (epochs, way, seed), one in table.groupby(["epochs", "way", "seed"]):
-        measured = {"test": one[one.front].accuracy, "held_out": one.held_out}
-        row = {
-            name: pareto.hypervolume_of(
-                list(right), list(one.bops_share[right.index].clip(lower=one.least.iloc[0])), chance=one.chance.iloc[0]
+    rows = []
+    for (epochs, way, seed), front in table.groupby(["epochs", "way", "seed"]):
+        volumes = {
+            split: pareto.hypervolume_of(
+                list(accuracies),
+                list(front.bops_share[accuracies.index].clip(lower=front.least.iloc[0])),
+                chance=front.chance.iloc[0],
             )
-            for name, right in measured.items()
+            for split, accuracies in (("test", front[front.front].accuracy), ("held_out", front.held_out))
         }
-        found.append({"epochs": epochs, "way": way, "seed": seed, **row, "seconds": one.seconds.iloc[0]})
-    return pd.DataFrame(found)
+        rows.append({"epochs": epochs, "way": way, "seed": seed, **volumes, "seconds": front.seconds.iloc[0]})
+    return pd.DataFrame(rows)
 
 
-def picture(path: Path, title: str) -> None:
-    """Each way's front, its seeds in one colour: test accuracy of what held-out accuracy chose, against BOPs."""
+def draw_fronts(path: Path, title: str) -> None:
+    """Picture of each way's front: test accuracy of the models that held-out accuracy chose, against BOPs."""
     table = pd.read_csv(path)
-    volume = volumes(table).groupby("way").test.mean()
+    volume = hypervolumes(table).groupby("way").test.mean()
     figure = Figure(figsize=(8.2, 5), layout="constrained")
     axes = figure.subplots()
-    for way, (colour, style) in STYLES.items():
-        runs = table[table.way == way]
-        if runs.empty:
-            continue
-        for i, (_, one) in enumerate(runs[runs.front].groupby("seed")):
-            one = one.sort_values("bops_share")
-            label = f"{way} (hypervolume {volume[way]:.3f})" if i == 0 else None
-            axes.plot(
-                100 * one.bops_share, 100 * one.accuracy, style, marker="o", ms=4, lw=1, color=colour, label=label
-            )
+    for way in STYLES:
+        runs = table[(table.way == way) & table.front]
+        if len(runs):
+            _draw_way(axes, way, runs, f"{way} (hypervolume {volume[way]:.3f})")
     axes.set(xscale="log", xlabel="BOPs, % of fp32", ylabel="test accuracy of the front's models, %", title=title)
     axes.axvline(100 * table.least.iloc[0], color="#999999", lw=0.8, ls="--")
     axes.set_xlim(60 * table.least.iloc[0], 110 * table.bops_share[table.front].max())
-    axes.set_xticks([0.5, 1, 2, 4])
-    axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
-    axes.xaxis.set_minor_formatter(lambda v, _: "")
-    low = table[table.front].accuracy.quantile(0.1)
-    axes.set_ylim(100 * low - 3, 100 * table.accuracy.max() + 1)
+    plain_log_ticks(axes, [0.5, 1, 2, 4])
+    axes.set_ylim(100 * table[table.front].accuracy.quantile(0.1) - 3, 100 * table.accuracy.max() + 1)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9, loc="lower right")
-    FigureCanvasAgg(figure)
-    figure.savefig(path.with_suffix(".png"), dpi=110)
+    save_figure(figure, path)
 
 
-def summary() -> str:
-    """README's table: the hypervolume of each way's front, by study."""
-    tables = {path.stem: pd.read_csv(path) for path in sorted(RESULTS.glob("front_*.csv"))}
-    shown = {name: f"{t.model.iloc[0]}, {t.data.iloc[0]}, {t.epochs.iloc[0]} epochs" for name, t in tables.items()}
-    lines = [f"| way | {' | '.join(shown.values())} |", "|---|" + "---|" * len(shown)]
-    found = {name: volumes(table).groupby("way").test for name, table in tables.items()}
+def _draw_way(axes: Axes, way: str, runs: pd.DataFrame, label: str) -> None:
+    """One line per seed in the way's colour; the first has the label."""
+    colour, style = STYLES[way]
+    for i, (_, front) in enumerate(runs.groupby("seed")):
+        front = front.sort_values("bops_share")
+        axes.plot(
+            100 * front.bops_share,
+            100 * front.accuracy,
+            style,
+            marker="o",
+            ms=4,
+            lw=1,
+            color=colour,
+            label=None if i else label,
+        )
+
+
+def hypervolume_table() -> str:
+    """README's table: the hypervolume of each way's front, a column per data set."""
+    tables = [pd.read_csv(path) for path in sorted(RESULTS.glob("front_*.csv"))]
+    heads = [f"{t.model.iloc[0]}, {t.data.iloc[0]}, {t.epochs.iloc[0]} epochs" for t in tables]
+    lines = [f"| way | {' | '.join(heads)} |", "|---|" + "---|" * len(tables)]
+    volumes = [hypervolumes(table).groupby("way").test for table in tables]
     for way in WAYS:
-        cells = [f"{by.mean()[way]:.3f} (n={by.size()[way]})" if way in by.groups else "-" for by in found.values()]
+        cells = [f"{v.mean()[way]:.3f} (n={v.size()[way]})" if way in v.groups else "-" for v in volumes]
         lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(
         [
@@ -222,43 +280,67 @@ def summary() -> str:
             "budgets from 4 %). one run: `djpq` down the budgets; separate: a `djpq` run for each; random and tpe: "
             "`jpq study --per block`. A model at 0.5 % that is always right would cover 2.07. ResNet8: 10,000 training "
             "images, ResNet20: 5,000, whose few steps a search of channels and bits pays for. "
-            "`python studies/front_digits.py`, "
-            "`python studies/front_fashion_mnist.py`, `python studies/resnet20_cifar10.py --front`.",
+            "`python studies/fronts.py digits`, `python studies/fronts.py fashion_mnist`, "
+            "`python studies/fronts.py resnet20`.",
             "",
         ]
     )
 
 
-def main(name: str, title: str, base: jpq.Config, plan: Plan, seeds: list[int], argv: list[str] | None = None) -> None:
-    """The command line of a front study: runs what is missing, prints the hypervolumes, draws."""
-    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=seeds)
-    parser.add_argument("--each", type=int, default=plan.each, help="epochs for each budget")
-    parser.add_argument("--trial", type=int, default=plan.trial, help="epochs of a search's trial")
-    parser.add_argument("--data-root", type=Path, default=base.task.data_root)
-    parser.add_argument("--weights", type=Path, default=base.task.weights)
-    parser.add_argument("--plot", action="store_true", help="only draw what is there")
-    args = parser.parse_args(argv)
+def run_fronts(study: FrontStudy, argv: Sequence[str] | None = None) -> None:
+    """The command line of one front study: run what is missing, print the hypervolumes, draw."""
+    args = _parser(study).parse_args(argv)
     logging.disable(logging.WARNING)
-    path = RESULTS / f"{name}.csv"
-    plan = replace(plan, each=args.each, trial=args.trial)
-    for seed in args.seeds if not args.plot else []:
+    plan = replace(study.plan, each=args.each, trial=args.trial)
+    for seed in args.seeds if not args.plot else ():
         for way in args.ways:
-            there = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["way", "seed", "epochs"])
-            if ((there.way == way) & (there.seed == seed) & (there.epochs == plan.total)).any():
+            known = read_rows(study.path, ["way", "seed", "epochs"])
+            if ((known.way == way) & (known.seed == seed) & (known.epochs == plan.total)).any():
                 continue
-            print(f"{name}: {way}, seed {seed}, {plan.total} epochs", flush=True)
-            with tempfile.TemporaryDirectory() as folder:
-                task = replace(base.task, data_root=args.data_root, weights=args.weights)
-                run = replace(base.run, seed=seed, out=Path(folder), threads=1)
-                config = replace(base, task=task, run=run)
-                if config.task.weights is None:
-                    config = with_float_weights(config, Path("runs") / name / f"float-{seed}.safetensors")
-                command = f'python studies/{sys.argv[0].rpartition("/")[2]} --ways "{way}" --seeds {seed}'
-                for row in rows(way, config, plan, f"{command} --each {plan.each} --trial {plan.trial}"):
-                    append(path, row)
-    table = pd.read_csv(path)
-    means = volumes(table).groupby(["epochs", "way"])[["test", "held_out", "seconds"]].agg(["mean", "min", "max"])
-    print(means.round(3).to_string())
-    picture(path, title)
+            print(f"front_{study.name}: {way}, seed {seed}, {plan.total} epochs", flush=True)
+            _run_way(study, args, way, seed, plan)
+    means = hypervolumes(pd.read_csv(study.path)).groupby(["epochs", "way"])[["test", "held_out", "seconds"]]
+    print(means.agg(["mean", "min", "max"]).round(3).to_string())
+    draw_fronts(study.path, study.title)
+
+
+def _parser(study: FrontStudy) -> argparse.ArgumentParser:
+    """The flags of a front study, with the study's own values as defaults."""
+    parser = argparse.ArgumentParser(
+        prog=f"fronts.py {study.name}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(study.seeds))
+    parser.add_argument("--each", type=int, default=study.plan.each, help="epochs for each budget")
+    parser.add_argument("--trial", type=int, default=study.plan.trial, help="epochs of a search's trial")
+    parser.add_argument("--data-root", type=Path, default=study.base.task.data_root)
+    parser.add_argument("--weights", type=Path, default=study.base.task.weights)
+    parser.add_argument("--plot", action="store_true", help="only draw what is there")
+    return parser
+
+
+def _run_way(study: FrontStudy, args: argparse.Namespace, way: str, seed: int, plan: EpochPlan) -> None:
+    """Run one way with one seed in a temporary folder, and append its rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        task = replace(study.base.task, data_root=args.data_root, weights=args.weights)
+        run = replace(study.base.run, seed=seed, out=Path(folder), threads=1)
+        config = replace(study.base, task=task, run=run)
+        if config.task.weights is None:
+            path = Path("runs") / f"front_{study.name}" / f"float-{seed}.safetensors"
+            config = with_float_weights(config, path)
+        flags = ["--ways", way, "--seeds", str(seed), "--each", str(plan.each), "--trial", str(plan.trial)]
+        command = shlex.join(["python", "studies/fronts.py", study.name, *flags])
+        for row in front_rows(way, config, plan, command):
+            append_row(study.path, row)
+
+
+def main() -> None:
+    """Run the study that the first argument names; the rest are its flags."""
+    if len(sys.argv) < 2 or sys.argv[1] not in STUDIES:
+        print(f"{__doc__}\nfirst argument: one of {', '.join(STUDIES)}; then --help shows its flags")
+        raise SystemExit(0 if sys.argv[1:] == ["--help"] else 2)
+    run_fronts(STUDIES[sys.argv[1]](), sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

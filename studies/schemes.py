@@ -1,13 +1,15 @@
-"""Which structure for which layer: one scheme everywhere, by rules, by search, at equal budgets.
+"""Mask structures for the layers of one network: one scheme everywhere, by rules, by search, at equal budgets.
 
     python studies/schemes.py
 
 ResNet8 on the digits, ten epochs. All runs start from the same float weights (trained here, kept in runs/schemes), have
 the same batches, rates and target of bit-operations, and keep 4 of 9 weights where a mask is: of each layer with admm
 and scheme-mapping, of all blocks together with dpf, which takes them where weights are small. Milliseconds are modelled
-(jpq/costs/roofline.py), on the densities that training ended with; nothing was timed. Written are schemes.csv (a line
-per run), schemes_proxies.csv (what the two proxies of the search say of random mappings, and what training made of
-them) and schemes.png. Test images are read once per run, and by no search. `--part proxies` or `--part runs` does one.
+(jpq/allocation/structure_latency.py), on the densities that training ended with; nothing was timed. Written are
+schemes.csv (a row per run), schemes_proxies.csv (what the two proxies of the search say of random mappings, and what
+training made of them) and schemes.png. Test images are read once per run, and by no search. `--part proxies` or
+`--part runs` does one. Two shared x86-64 cores, November 2026, two seeds: search helps methods that project at once,
+`admm` and `scheme-mapping`; `dpf` needs none.
 """
 
 from __future__ import annotations
@@ -17,26 +19,26 @@ import logging
 import random
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import grid
 import pandas as pd
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from support.figures import save_figure
+from support.grid import run_row, with_float_weights
+from support.result_rows import RESULTS, append_row, provenance
 
 import jpq
-from jpq.allocation.structure_rules import milliseconds, variants
-from jpq.allocation.structure_search import MappingEvaluator
+from jpq.allocation import MappingEvaluator, allowed_structures, mapping_ms
 from jpq.config import Budget, Decide, Task, Train
-from jpq.methods.compatibility import compose, is_allowed
+from jpq.costs import DENSE
+from jpq.methods import compose, is_allowed
 from jpq.results.record import Result
 from jpq.tasks.load import read_data
 from jpq.tasks.models import build, load_weights
-from jpq.tracing.network import Network
-from jpq.tracing.trace import trace
-from jpq.types import DENSE
+from jpq.tracing import Network
 
 WEIGHTS = Path("runs/schemes/resnet8-digits.safetensors")
 BASE = jpq.Config(
@@ -45,131 +47,143 @@ BASE = jpq.Config(
     decide=Decide(method="dpf", density=4 / 9),
     train=Train(epochs=10, search=0.5, float_epochs=20),
 )
-CASES = [  # (method, structure, proxy)
-    *((method, structure, "") for method in ("admm", "dpf") for structure in ("pattern", "punched:8x8", "block:8x1")),
-    *((method, "rules", "") for method in ("admm", "dpf", "scheme-mapping")),
-    *((method, "search", "projected") for method in ("admm", "dpf", "scheme-mapping")),
+RANDOM_MAPPINGS = 8  # mappings that the proxies judge
+RUNS_PATH, PROXIES_PATH = RESULTS / "schemes.csv", RESULTS / "schemes_proxies.csv"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method and how its layers get their structures: one structure, "rules", or "search" by a proxy."""
+
+    method: str
+    structure: str
+    proxy: str = ""
+
+
+CASES = [
+    *(Case(method, structure) for method in ("admm", "dpf") for structure in ("pattern", "punched:8x8", "block:8x1")),
+    *(Case(method, "rules") for method in ("admm", "dpf", "scheme-mapping")),
+    *(Case(method, "search", "projected") for method in ("admm", "dpf", "scheme-mapping")),
 ]
-RANDOM = 8  # mappings that the proxies are asked about
-PATHS = {"runs": grid.RESULTS / "schemes.csv", "proxies": grid.RESULTS / "schemes_proxies.csv"}
 
 
-def prepared() -> jpq.Config:
-    """What all runs share, with float weights."""
-    return grid.with_float_weights(BASE, WEIGHTS)
+def trace_network() -> Network:
+    """The network of the model that all runs have."""
+    return jpq.trace(build("resnet8", 10, 1).eval(), torch.randn(2, 1, 8, 8))
 
 
-def network() -> Network:
-    """Of the model that all runs have."""
-    return trace(build("resnet8", 10, 1).eval(), torch.randn(2, 1, 8, 8))
-
-
-def optimized(
-    base: jpq.Config, method: str, structure: str, proxy: str, seed: int, command: str
-) -> tuple[Result, jpq.Config]:
+def run_case(base: jpq.Config, case: Case, seed: int, command: str) -> tuple[Result, jpq.Config]:
     """One run from the shared weights, its folder gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        config = replace(
-            base,
-            decide=replace(base.decide, method=method, structure=structure, proxy=proxy or "projected"),
-            run=replace(base.run, seed=seed, out=Path(folder), threads=1),
+        decide = replace(
+            base.decide, method=case.method, structure=case.structure, proxy=case.proxy or base.decide.proxy
         )
+        config = replace(base, decide=decide, run=replace(base.run, seed=seed, out=Path(folder), threads=1))
         return jpq.optimize(config, command=command), config
 
 
-def modelled(seen: Network, result: Result) -> dict[str, float]:
-    """Milliseconds of the run's masks, by the roofline."""
-    ms = milliseconds(seen, {r.name: r.structure for r in result.layers}, {r.name: r.density for r in result.layers})
+def modelled_columns(network: Network, result: Result) -> dict[str, float]:
+    """Modelled milliseconds of the run's masks, and of the dense network."""
+    structures = {r.name: r.structure for r in result.layers}
+    ms = mapping_ms(network, structures, {r.name: r.density for r in result.layers})
     return {
         "modelled_ms": round(sum(ms.values()), 5),
-        "modelled_dense_ms": round(sum(milliseconds(seen, {}, 1.0).values()), 5),
+        "modelled_dense_ms": round(sum(mapping_ms(network, {}, 1.0).values()), 5),
     }
 
 
-def runs(base: jpq.Config, seeds: list[int]) -> None:
-    """A line of schemes.csv for each case and seed that has none."""
-    seen, path = network(), PATHS["runs"]
-    before = pd.read_csv(path, dtype=str) if path.exists() else pd.DataFrame(columns=["method", "structure", "seed"])
-    done = set(zip(before.method, before.structure, before.seed, strict=True))
+def mapping_text(mapping: Mapping[str, str]) -> str:
+    """LAYER=STRUCTURE, separated by commas; dense layers are left out."""
+    return ",".join(f"{name}={structure}" for name, structure in mapping.items() if structure != DENSE)
+
+
+def measure_runs(base: jpq.Config, seeds: list[int]) -> None:
+    """Append a row to schemes.csv for each case and seed that has none."""
+    network, known = trace_network(), set()
+    if RUNS_PATH.exists():
+        table = pd.read_csv(RUNS_PATH, dtype=str)
+        known = set(zip(table.method, table.structure, table.seed, strict=True))
     for seed in seeds:
-        for method, structure, proxy in CASES:
-            if (method, structure, str(seed)) in done:
+        for case in CASES:
+            if (case.method, case.structure, str(seed)) in known:
                 continue
             command = f"python studies/schemes.py --part runs --seeds {seed}"
-            result, config = optimized(base, method, structure, proxy, seed, command)
-            mapping = ",".join(f"{r.name}={r.structure}" for r in result.layers if r.structure != DENSE)
+            result, config = run_case(base, case, seed, command)
             row = {
-                "structure": structure,
-                "proxy": proxy,
-                **modelled(seen, result),
+                "structure": case.structure,
+                "proxy": case.proxy,
+                **modelled_columns(network, result),
                 "search_seconds": result.seconds.get("schemes", 0.0),
-                **grid.line(result, config, command),
-                "mapping": mapping,
-                "n": 1,
+                **run_row(result, config, command),
+                "mapping": mapping_text({r.name: r.structure for r in result.layers}),
             }
-            grid.append(path, row)
-            print(method, structure, seed, row["accuracy"], row["modelled_ms"], result.seconds["total"], flush=True)
+            append_row(RUNS_PATH, row)
+            seconds = result.seconds["total"]
+            print(case.method, case.structure, seed, row["accuracy"], row["modelled_ms"], seconds, flush=True)
 
 
-def proxies(base: jpq.Config) -> None:
-    """A line of schemes_proxies.csv for each random mapping: what is guessed of it, and what becomes of it."""
-    seen, path = network(), PATHS["proxies"]
-    method = compose("admm", "rules")
+def random_mappings(network: Network) -> list[dict[str, str]]:
+    """One structure for each layer, drawn from those that ADMM may have there."""
+    draw, allowed = random.Random(0), is_allowed(compose("admm", "rules"))
+    mappings = []
+    for _ in range(RANDOM_MAPPINGS):
+        mapping = {}
+        for layer in network.layers:
+            structures = allowed_structures(layer, allowed)
+            choices = [s for scheme, members in structures.items() if scheme != DENSE for s in members]
+            mapping[layer.name] = draw.choice(choices or [DENSE])
+        mappings.append(mapping)
+    return mappings
+
+
+def measure_proxies(base: jpq.Config) -> None:
+    """Append a row to schemes_proxies.csv for each random mapping: its proxies, and its accuracy after training."""
+    network = trace_network()
     assert base.task.weights is not None
     data = read_data(base, torch.device("cpu"))
     model = build("resnet8", data.classes, data.shape[0]).eval()
     load_weights(model, base.task.weights)
-    guesses = {
-        kind: MappingEvaluator(seen, model, data, BASE.decide.density, trained=kind == "trained", lr=BASE.train.lr)
+    proxies = {
+        kind: MappingEvaluator(network, model, data, BASE.decide.density, trained=kind == "trained", lr=BASE.train.lr)
         for kind in ("projected", "trained")
     }
-    draw = random.Random(0)
-    have = len(pd.read_csv(path)) if path.exists() else 0
-    for i in range(RANDOM):
-        mapping = {}
-        for layer in seen.layers:
-            kinds = {k: v for k, v in variants(layer, is_allowed(method)).items() if k != DENSE}
-            mapping[layer.name] = draw.choice([s for kind in kinds.values() for s in kind] or [DENSE])
-        if i < have:
+    known = len(pd.read_csv(PROXIES_PATH)) if PROXIES_PATH.exists() else 0
+    for i, mapping in enumerate(random_mappings(network)):
+        if i < known:
             continue
-        said = {}
-        for kind, guess in guesses.items():
+        columns: dict[str, float] = {}
+        for kind, proxy in proxies.items():
             start = time.perf_counter()
-            said |= {f"{kind}_accuracy": round(guess(mapping), 4)}
-            said |= {f"{kind}_seconds": round(time.perf_counter() - start, 3)}
-        text = ",".join(f"{name}={s}" for name, s in mapping.items() if s != DENSE)
+            columns[f"{kind}_accuracy"] = round(proxy(mapping), 4)
+            columns[f"{kind}_seconds"] = round(time.perf_counter() - start, 3)
         command = "python studies/schemes.py --part proxies"
-        result, _ = optimized(base, "admm", text, "", 0, command)
-        grid.append(
-            path,
-            {
-                "number": i,
-                **said,
-                "final_held_out": round(result.held_out["compressed"], 4),
-                "final_accuracy": round(result.compressed.accuracy, 4),
-                **modelled(seen, result),
-                "mapping": text,
-                "n": 1,
-                "held_out_images": data.held_out.size,
-                "hardware": grid.hardware(),
-                "command": command,
-            },
-        )
-        print(i, said, result.compressed.accuracy, flush=True)
+        result, _ = run_case(base, Case("admm", mapping_text(mapping)), 0, command)
+        row = {
+            "number": i,
+            **columns,
+            "final_held_out": round(result.held_out["compressed"], 4),
+            "final_accuracy": round(result.compressed.accuracy, 4),
+            **modelled_columns(network, result),
+            "mapping": mapping_text(mapping),
+            "held_out_images": data.held_out.size,
+            **provenance(command),
+        }
+        append_row(PROXIES_PATH, row)
+        print(i, columns, result.compressed.accuracy, flush=True)
 
 
-def draw() -> None:
-    """Accuracy against modelled milliseconds: a dot per run, a large one for the mean of a case's seeds."""
-    table = pd.read_csv(PATHS["runs"])
+def draw_runs() -> None:
+    """Picture of accuracy against modelled milliseconds: a dot per run, a large one for the mean of a case's seeds."""
+    table = pd.read_csv(RUNS_PATH)
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.subplots()
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(table.structure))}
-    shapes = dict(zip(dict.fromkeys(table.method), "osD^", strict=False))
-    for (method, structure), own in table.groupby(["method", "structure"], sort=False):
-        look = {"color": colours[structure], "marker": shapes[method]}
-        axes.scatter(1e3 * own.modelled_ms, 100 * own.accuracy, s=14, alpha=0.5, **look)
-        mean = own[["modelled_ms", "accuracy"]].mean()
-        axes.scatter(1e3 * mean.modelled_ms, 100 * mean.accuracy, s=60, label=f"{method}, {structure}", **look)
+    markers = dict(zip(dict.fromkeys(table.method), "osD^", strict=False))
+    for (method, structure), runs in table.groupby(["method", "structure"], sort=False):
+        style = {"color": colours[structure], "marker": markers[method]}
+        axes.scatter(1e3 * runs.modelled_ms, 100 * runs.accuracy, s=14, alpha=0.5, **style)
+        mean = runs[["modelled_ms", "accuracy"]].mean()
+        axes.scatter(1e3 * mean.modelled_ms, 100 * mean.accuracy, s=60, label=f"{method}, {structure}", **style)
     axes.axhline(100 * table.float_accuracy.mean(), color="#555555", linestyle="--", linewidth=1, label="float model")
     axes.set(
         xlabel="modelled microseconds of one sample (not measured)",
@@ -178,12 +192,11 @@ def draw() -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    FigureCanvasAgg(figure)
-    figure.savefig(PATHS["runs"].with_suffix(".png"), dpi=110)
+    save_figure(figure, RUNS_PATH)
 
 
-def summary() -> None:
-    """What the CSVs hold, on the screen."""
+def print_summary() -> None:
+    """Print the means over seeds, and the rank correlations of the proxies."""
     columns = {
         "n": ("accuracy", "size"),
         "accuracy": ("accuracy", "mean"),
@@ -192,27 +205,33 @@ def summary() -> None:
         "dense_ms": ("modelled_dense_ms", "mean"),
         "bops_share": ("bops_share", "mean"),
     }
-    table = pd.read_csv(PATHS["runs"])
+    table = pd.read_csv(RUNS_PATH)
     print(f"float {table.float_accuracy.mean():.4f}")
     print(table.groupby(["method", "structure"], sort=False).agg(**columns).round(4).to_string())
-    if PATHS["proxies"].exists():
-        table = pd.read_csv(PATHS["proxies"])
+    if PROXIES_PATH.exists():
+        table = pd.read_csv(PROXIES_PATH)
         names = ["projected_accuracy", "trained_accuracy", "final_held_out", "final_accuracy"]
         rank = table[names].rank()
         print(f"rank correlations, {len(table)} mappings\n{rank.corr().round(2).to_string()}")
         print(table[["projected_seconds", "trained_seconds"]].mean().round(3).to_string())
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run what is missing, draw, print the means."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("proxies", "runs", "plot"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     args = parser.parse_args()
     logging.disable(logging.WARNING)
-    asked = prepared()
-    if args.part in (None, "runs"):
-        runs(asked, args.seeds)
-    if args.part in (None, "proxies"):
-        proxies(asked)
-    draw()
-    summary()
+    if args.part != "plot":
+        base = with_float_weights(BASE, WEIGHTS)
+        if args.part in (None, "runs"):
+            measure_runs(base, args.seeds)
+        if args.part in (None, "proxies"):
+            measure_proxies(base)
+    draw_runs()
+    print_summary()
+
+
+if __name__ == "__main__":
+    main()

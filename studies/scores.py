@@ -1,4 +1,4 @@
-"""All scores at equal budgets, with and without fine-tuning; how well each foretells what removing a channel does.
+"""Scores of channels at equal budgets, with and without fine-tuning, and their correlation with removals.
 
     python studies/scores.py --data-root DIR --weights resnet20-12fca82f.th [--parts removal pruned tuned plot]
     python studies/scores.py --data-root DIR --model resnet56 --weights FILE --parts pruned --scores l1 taylor ...
@@ -12,7 +12,8 @@ the oracle of Molchanov et al., arXiv:1906.10771, who report a correlation above
 the normalisation.
 
 The public weights were trained on the held-out images too, so accuracies here are optimistic for all scores alike. The
-test split is not read. Lines are appended as they are found; what is there already is skipped.
+test split is not read. Rows are appended as they come; what is there already is skipped. Two shared x86-64 cores,
+November 2026, n = 1 (random: 3): Spearman 0.52 (`taylor`), 0.67 (`taylor-full`), 0.89 (`taylor2`).
 """
 
 from __future__ import annotations
@@ -26,59 +27,70 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from grid import RESULTS, append, hardware
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from support.figures import save_figure
+from support.result_rows import RESULTS, append_row, provenance, read_rows
 from torch import Tensor, nn
 
 import jpq
-from jpq.allocation.ranking.rank import scores
-from jpq.compression.calibration import reestimate_batchnorm
+from jpq.allocation import site_scores
+from jpq.compression import reestimate_batchnorm
+from jpq.config import Budget, Decide
 from jpq.methods.scores import SCORES
-from jpq.session import CompressionSession
-from jpq.tasks.classification import evaluate
+from jpq.tasks import CLASSIFICATION, models
 from jpq.tasks.data import Batches, Data, load
 
-NAME, MODEL = "scores", "resnet20"
+MODEL = "resnet20"
+PATH, REMOVAL_PATH = RESULTS / "scores.csv", RESULTS / "scores_removal.csv"
 DENSITIES = (0.9, 0.8)
-TUNED, STEPS, BATCH = 0.5, 40, 64
-ORDER = ("random", "l1", "taylor", "lookahead-forward", "catro", *SCORES)  # what is wanted first
+TUNED, STEPS, BATCH = 0.5, 40, 64  # density and optimizer steps of `tuned`; images of a batch
+ORDER = tuple(dict.fromkeys(("random", "l1", "taylor", "lookahead-forward", "catro", *SCORES)))
 IMAGES = 256  # of the removal oracle
 SEEDS = {"random": (0, 1, 2)}
+KEY = ["part", "score", "seed", "density", "model"]
+TEXTS = {
+    "l1": "sum of absolute weights that read the channel",
+    "l2": "root of the sum of their squares",
+    "fpgm": "distance of these weights from all other channels'",
+    "lamp": "norm over the norms that are not smaller; one ranking over all layers",
+    "hrank": "rank of the feature maps",
+    "taylor": "squared gradient of a gate on the channel; one ranking over all layers",
+    "taylor-full": "the same, mean of squares over samples",
+    "taylor2": "with the second derivative; a backward pass for each channel",
+    "lookahead": "filter's weight in the product with the layers on both sides",
+    "lookahead-forward": "the same, on what the layers before keep",
+    "lookahead-backward": "the same, on what the layers behind keep",
+    "lfp": "filter and the layers behind",
+    "lbp": "filter and the layers before",
+    "catro": "the set that separates the classes best",
+    "bn-scale": "scale of the normalisation; one ranking over all layers",
+    "random": "the baseline",
+}
 
 
 def float_model(name: str, weights: Path) -> nn.Module:
-    model = jpq.tasks.models.build(name, 10, 3)
-    jpq.tasks.models.load_weights(model, weights)
+    """The network with its public weights."""
+    model = models.build(name, 10, 3)
+    models.load_weights(model, weights)
     return model.eval()
 
 
-def closed(model: nn.Module, data: Data, score: str, density: float, seed: int = 0) -> CompressionSession:
-    """The network with its channels closed, landed on its share of the MACs to within a channel."""
+def close_channels(model: nn.Module, data: Data, score: str, density: float, seed: int = 0) -> jpq.CompressionSession:
+    """The network with its channels closed, discretized to its share of the MACs within a channel."""
     torch.manual_seed(seed)
     batches = list(islice(data.train.epoch(10**6 + seed), 8))
-    net = jpq.compress(
-        model,
-        batches[0][0],
-        "ranked",
-        score=score,
-        schedule="one-shot",
-        density=density,
-        evidence=batches,
-        macs=f"{density:.0%}",
-        width="fixed",
+    decide = Decide(method="ranked", score=score, schedule="one-shot", density=density, width="fixed")
+    session = jpq.compress(
+        model, batches[0][0], decide=decide, budget=Budget(target_macs=f"{density:.0%}"), evidence=batches
     )
-    net.discretize()
-    return net
+    session.discretize()
+    return session
 
 
-def line(
-    part: str, score: str, seed: int, density: float, net: CompressionSession | None, name: str = MODEL, **found: object
-) -> dict[str, object]:
-    """One measurement as a row."""
-    uses = net.net.exact_usage() if net else []
-    share = float(jpq.costs.macs(uses)) / jpq.costs.baseline(uses)["macs"] if net else 1.0
-    every = {"accuracy": "", "float_accuracy": "", "pearson": "", "spearman": "", "units": "", "images": "", **found}
+def score_row(part: str, score: str, seed: int, density: float, name: str, **figures: object) -> dict[str, object]:
+    """One measurement as a row; figures that a part does not have stay empty."""
+    columns = ("macs_share", "accuracy", "float_accuracy", "pearson", "spearman", "units", "images")
     return {
         "part": part,
         "model": name,
@@ -86,58 +98,53 @@ def line(
         "score": score,
         "seed": seed,
         "density": density,
-        "macs_share": round(share, 4),
-        **every,
+        **{**dict.fromkeys(columns, ""), **figures},
         "steps": STEPS if part == "tuned" else 0,
-        "n": 1,
-        "threads": 1,
-        "hardware": hardware(),
-        "torch": torch.__version__,
-        "command": f"python studies/scores.py --model {name} --parts {part}",
+        **provenance(f"python studies/scores.py --model {name} --parts {part}", threads=1),
     }
 
 
-def pruned(model: nn.Module, data: Data, path: Path, tune: bool, name: str, wanted: Sequence[str]) -> None:
-    """Accuracy of every score at every density, as it is or after a short training."""
-    part = "tuned" if tune else "pruned"
-    reference = evaluate(model, data.held_out)
+def measure_pruned(model: nn.Module, data: Data, part: str, name: str, scores: Sequence[str]) -> None:
+    """Append the accuracy of each score: "pruned", at every density as it is; "tuned", after a short training."""
+    tune = part == "tuned"
+    reference = CLASSIFICATION.evaluate(model, data.held_out)
     for density in (TUNED,) if tune else DENSITIES:
-        for score in wanted:
+        for score in scores:
             for seed in (0,) if tune else SEEDS.get(score, (0,)):
-                if known(path, part, score, seed, density, name):
+                if is_known(part, score, seed, density, name):
                     continue
                 start = time.perf_counter()
-                net = closed(model, data, score, density, seed)
+                session = close_channels(model, data, score, density, seed)
                 if tune:
-                    train(net, data.train)
-                accuracy = evaluate(net.net, data.held_out)
-                row = line(
+                    train(session, data.train)
+                uses = session.net.exact_usage()
+                row = score_row(
                     part,
                     score,
                     seed,
                     density,
-                    net,
                     name,
-                    accuracy=round(accuracy, 4),
+                    macs_share=round(float(jpq.costs.macs(uses)) / jpq.costs.baseline(uses)["macs"], 4),
+                    accuracy=round(CLASSIFICATION.evaluate(session.net, data.held_out), 4),
                     float_accuracy=round(reference, 4),
                     images=data.held_out.size,
                 )
-                append(path, {**row, "seconds": round(time.perf_counter() - start, 1)})
-                print(part, score, density, seed, f"{accuracy:.4f}", flush=True)
+                append_row(PATH, {**row, "seconds": round(time.perf_counter() - start, 1)})
+                print(part, score, density, seed, row["accuracy"], flush=True)
 
 
-def train(net: CompressionSession, batches: Batches) -> None:
-    """Some steps with the decisions as they stand, then the normalisations' statistics anew."""
-    net.train()
-    optimizer = torch.optim.Adam(net.groups(lr=5e-4))
+def train(session: jpq.CompressionSession, batches: Batches) -> None:
+    """STEPS steps with the decisions as they stand, then BatchNorm's statistics anew."""
+    session.train()
+    optimizer = torch.optim.Adam(session.groups(lr=5e-4))
     for x, y in islice(batches.epoch(0), STEPS):
         optimizer.zero_grad()
-        F.cross_entropy(net(x), y).backward()
+        F.cross_entropy(session(x), y).backward()
         optimizer.step()
-    reestimate_batchnorm(net.net, batches.epoch(1), 8)
+    reestimate_batchnorm(session.net, batches.epoch(1), 8)
 
 
-def loss(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+def mean_loss(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Mean cross-entropy, in evaluation mode."""
     net.eval()
     with torch.no_grad():
@@ -145,126 +152,164 @@ def loss(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     return sum(total for total, _ in parts) / sum(n for _, n in parts)
 
 
-def removal(model: nn.Module, data: Data, path: Path) -> None:
-    """The oracle of every channel, and how each score goes with it."""
-    missing = [score for score in SCORES if not known(path, "removal", score, 0, 1.0)]
+def removal_oracle(net: jpq.CompressedModel, batches: Sequence[tuple[Tensor, Tensor]]) -> pd.DataFrame:
+    """A row per channel: the squared change of the loss when that channel alone is closed."""
+    dense = mean_loss(net, batches)
+    rows = []
+    for site, gate in zip(net.sites, net.gates, strict=True):
+        for unit in range(site.n):
+            gate.margins[0, unit] = -1.0
+            rows.append((site.name, unit, len(site.taps), (mean_loss(net, batches) - dense) ** 2))
+            gate.margins[0, unit] = 1.0
+        print("removal", site.name, flush=True)
+    return pd.DataFrame(rows, columns=["site", "unit", "uses", "oracle"])
+
+
+def measure_removal(model: nn.Module, data: Data) -> None:
+    """Append the correlation of each score with the removal oracle."""
+    missing = [score for score in SCORES if not is_known("removal", score, 0, 1.0, MODEL)]
     if not missing:
         return
     batches = [(data.train.normalise(data.train.images[:IMAGES]), data.train.labels[:IMAGES])]
-    net = jpq.compress(model, batches[0][0], "ranked", macs="50%", width="fixed").net
-    file = RESULTS / f"{NAME}_removal.csv"
-    if not file.exists():
-        start = loss(net, batches)
-        rows = []
-        for site, gate in zip(net.sites, net.gates, strict=True):
-            for unit in range(site.n):
-                gate.margins[0, unit] = -1.0
-                rows.append((site.name, unit, len(site.taps), (loss(net, batches) - start) ** 2))
-                gate.margins[0, unit] = 1.0
-            print("removal", site.name, flush=True)
-        pd.DataFrame(rows, columns=["site", "unit", "uses", "oracle"]).to_csv(file, index=False)
-    table = pd.read_csv(file)
+    decide = Decide(method="ranked", width="fixed")
+    net = jpq.compress(model, batches[0][0], decide=decide, budget=Budget(target_macs="50%")).net
+    if not REMOVAL_PATH.exists():
+        removal_oracle(net, batches).to_csv(REMOVAL_PATH, index=False)
+    table = pd.read_csv(REMOVAL_PATH)
     for score in missing:
-        begin = time.perf_counter()
-        found = torch.cat(list(scores(net, SCORES[score], batches).values()))
-        table[score] = found.numpy()
-        own = table[score] * (table.uses if "taylor" in score else 1)  # what removing it does, not what it does per use
-        both = pd.DataFrame({"score": own, "oracle": table.oracle})
-        numbers = {m: round(float(both.corr(m).iloc[0, 1]), 4) for m in ("pearson", "spearman")}
-        row = line("removal", score, 0, 1.0, None, units=len(table), images=IMAGES, **numbers)
-        append(path, {**row, "seconds": round(time.perf_counter() - begin, 1)})
-        print("removal", score, numbers, flush=True)
-    table.to_csv(file, index=False)
+        start = time.perf_counter()
+        table[score] = torch.cat(list(site_scores(net, SCORES[score], batches).values())).numpy()
+        pair = pd.DataFrame({"score": whole_effect(table, score), "oracle": table.oracle})
+        figures = {m: round(float(pair.corr(m).iloc[0, 1]), 4) for m in ("pearson", "spearman")}
+        row = score_row("removal", score, 0, 1.0, MODEL, macs_share=1.0, units=len(table), images=IMAGES, **figures)
+        append_row(PATH, {**row, "seconds": round(time.perf_counter() - start, 1)})
+        print("removal", score, figures, flush=True)
+    command = "python studies/scores.py --parts removal"
+    table.assign(**provenance(command, IMAGES, threads=1)).to_csv(REMOVAL_PATH, index=False)
 
 
-def known(path: Path, part: str, score: str, seed: int, density: float, name: str = MODEL) -> bool:
-    """Whether the line is there already."""
-    if not path.exists():
-        return False
-    t = pd.read_csv(path)
-    return bool(
-        ((t.part == part) & (t.score == score) & (t.seed == seed) & (t.density == density) & (t.model == name)).any()
-    )
+def whole_effect(table: pd.DataFrame, score: str) -> pd.Series:
+    """A score of each channel's removal: Taylor scores are per layer that shares the gate, so times their number."""
+    return table[score] * (table.uses if "taylor" in score else 1)
 
 
-def draw(path: Path) -> None:
-    """Accuracy of each score at each density; Taylor's score of each channel against what removing it does."""
-    table = pd.read_csv(path)
+def is_known(part: str, score: str, seed: int, density: float, name: str) -> bool:
+    """Whether the row is there already."""
+    known = read_rows(PATH, KEY)[KEY].itertuples(index=False, name=None)
+    return (part, score, seed, density, name) in set(known)
+
+
+def scores_table() -> str:
+    """README's table: each score's correlation with removals, and its accuracy at equal MACs."""
+    rows = pd.read_csv(PATH)
+    table = rows[rows.model == MODEL]
+    pruned, tuned, removal = (table[table.part == part] for part in ("pruned", "tuned", "removal"))
+    deeper = rows[(rows.model != MODEL) & (rows.part == "pruned")]
+    columns = [(f"% right at {s:.0%} of the MACs", pruned, s) for s in sorted(pruned.density.unique(), reverse=True)]
+    steps = f"{int(tuned.steps.max())} steps of training"
+    columns += [(f"at {s:.0%}, {steps}", tuned, s) for s in tuned.density.unique()]
+    columns += [
+        (f"{name}: at {s:.0%}, untrained", deeper[deeper.model == name], s)
+        for name in sorted(set(deeper.model))
+        for s in sorted(set(deeper.density), reverse=True)
+    ]
+    head = ["`--score`", "ranks by", "Pearson", "Spearman", *(title for title, _, _ in columns)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for score, text in TEXTS.items():
+        correlations = removal[removal.score == score]
+        cells = [f"{correlations[m].iloc[0]:.2f}" if len(correlations) else "-" for m in ("pearson", "spearman")]
+        cells += [_accuracy_cell(runs[(runs.score == score) & (runs.density == share)]) for _, runs, share in columns]
+        lines.append(f"| `{score}` | {text} | " + " | ".join(cells) + " |")
+    units, images = int(removal.units.max()), int(removal.images.max())
+    lines += [
+        "",
+        f"ResNet20 on CIFAR-10, 8 bits, {int(pruned.images.max()):,} held-out images that the public weights were "
+        f"trained on ({100 * pruned.float_accuracy.max():.1f} % right before; the same for all scores), channels "
+        "closed at once; one seed where no n is given. Pearson, Spearman: with the squared change of the loss when a "
+        f"channel is removed, over {units} channels, on {images} training images, Taylor scores times the layers that "
+        "share the gate "
+        "(`python studies/scores.py`).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _accuracy_cell(runs: pd.DataFrame) -> str:
+    """Mean accuracy in per cent, with n where there are several."""
+    several = f" (n={len(runs)})" if len(runs) > 1 else ""
+    return f"{100 * runs.accuracy.mean():.1f}{several}" if len(runs) else "-"
+
+
+def draw_scores() -> None:
+    """Picture of each score's accuracy by density, and of some scores against the removal oracle."""
+    table = pd.read_csv(PATH)
     table = table[table.model == MODEL]
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
-    found = table[table.part == "pruned"].pivot_table(index="score", columns="density", values="accuracy")
-    order = found.mean(axis=1).sort_values().index
+    _draw_accuracies(left, table)
+    _draw_removals(right, table[table.part == "removal"])
+    save_figure(figure, PATH)
+
+
+def _draw_accuracies(axes: Axes, table: pd.DataFrame) -> None:
+    """Accuracy of each score at each density."""
+    pruned = table[table.part == "pruned"].pivot_table(index="score", columns="density", values="accuracy")
+    order = pruned.mean(axis=1).sort_values().index
     places = {score: i for i, score in enumerate(order)}
     colours = dict(zip(DENSITIES, ("#0072B2", "#009E73"), strict=True))
-    for density in found:
-        left.plot(
-            100 * found.loc[order, density],
-            range(len(order)),
-            "o",
-            color=colours[density],
-            label=f"{density:.0%} of the MACs, not trained",
-        )
+    for density in pruned:
+        label = f"{density:.0%} of the MACs, not trained"
+        axes.plot(100 * pruned.loc[order, density], range(len(order)), "o", color=colours[density], label=label)
     tuned = table[table.part == "tuned"]
     if len(tuned):
-        left.plot(
-            100 * tuned.accuracy,
-            [places[s] for s in tuned.score],
-            "D",
-            color="#D55E00",
-            mfc="none",
-            label=f"{TUNED:.0%}, {STEPS} steps of training",
-        )
-    left.axvline(100 * table.float_accuracy.mean(), color="#555555", linestyle="--", linewidth=1, label="dense")
-    left.set_yticks(range(len(order)), order)
-    left.set(xlabel="% of 2,000 held-out images right", title="ResNet20, CIFAR-10: channels closed at once")
-    left.grid(alpha=0.3)
-    left.legend(frameon=False, fontsize=8)
-    units = pd.read_csv(RESULTS / f"{NAME}_removal.csv")
+        label = f"{TUNED:.0%}, {STEPS} steps of training"
+        rows = [places[s] for s in tuned.score]
+        axes.plot(100 * tuned.accuracy, rows, "D", color="#D55E00", mfc="none", label=label)
+    axes.axvline(100 * table.float_accuracy.mean(), color="#555555", linestyle="--", linewidth=1, label="dense")
+    axes.set_yticks(range(len(order)), order)
+    axes.set(xlabel="% of 2,000 held-out images right", title="ResNet20, CIFAR-10: channels closed at once")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_removals(axes: Axes, rows: pd.DataFrame) -> None:
+    """Three scores of each channel against the change of the loss without it."""
+    units = pd.read_csv(REMOVAL_PATH)
     for score, colour in (("l1", "#999999"), ("taylor", "#0072B2"), ("taylor2", "#D55E00")):
-        r = table[(table.part == "removal") & (table.score == score)].iloc[0]
-        own = units[score] * (units.uses if "taylor" in score else 1)
-        right.scatter(
-            units.oracle,
-            own / own.max(),
-            s=9,
-            color=colour,
-            alpha=0.6,
-            label=f"{score}: Pearson {r.pearson:.2f}, Spearman {r.spearman:.2f}",
-        )
-    right.set(
+        row, effect = rows[rows.score == score].iloc[0], whole_effect(units, score)
+        label = f"{score}: Pearson {row.pearson:.2f}, Spearman {row.spearman:.2f}"
+        axes.scatter(units.oracle, effect / effect.max(), s=9, color=colour, alpha=0.6, label=label)
+    axes.set(
         xscale="log",
         yscale="log",
         xlabel="squared change of the loss without the channel",
         ylabel="score, share of the largest",
         title=f"{len(units)} channels, one at a time",
     )
-    right.grid(alpha=0.3)
-    right.legend(fontsize=8)
-    FigureCanvasAgg(figure)
-    figure.savefig(path.with_suffix(".png"), dpi=110)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
 
 
 def main() -> None:
+    """Measure the parts that are named, and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, default=Path("data"))
     parser.add_argument("--weights", type=Path, default=Path("data/weights/resnet20-12fca82f.th"))
     parser.add_argument("--model", default=MODEL, choices=[MODEL, "resnet32", "resnet44", "resnet56"])
-    parser.add_argument("--scores", nargs="+", default=list(dict.fromkeys(ORDER)))
+    parser.add_argument("--scores", nargs="+", default=list(ORDER))
     parser.add_argument("--parts", nargs="+", default=["removal", "pruned", "tuned", "plot"])
     args = parser.parse_args()
-    path = RESULTS / f"{NAME}.csv"
     if {*args.parts} - {"plot"}:
         torch.set_num_threads(1)
         data = load("cifar10", args.data_root, batch_size=BATCH, held_out=0.04)
         model = float_model(args.model, args.weights)
     for part in args.parts:
         if part == "removal":
-            removal(model, data, path)
+            measure_removal(model, data)
         elif part == "plot":
-            draw(path)
+            draw_scores()
         else:
-            pruned(model, data, path, part == "tuned", args.model, args.scores)
+            measure_pruned(model, data, part, args.model, args.scores)
 
 
 if __name__ == "__main__":

@@ -1,114 +1,108 @@
-"""What unconstrained pruning copies, and what that costs: three exports at equal kept channels of every reader.
+"""Channels copied and time of unconstrained pruning: three exports with equally many channels kept by each consumer.
 
     python studies/unconstrained.py [--models resnet50 ...] [--rounds 15] [--out FILE.csv]
 
-Every reader of every site keeps the same number of channels in all three exports, the largest by L1 of its weights:
+Every consumer of every site keeps the same number of channels in all three exports, the largest by L1 of its weights:
 
-    naive        readers keep channels of their own; natural order, and each selection is a gather
-    reordered    the same channels, in the order that `export.unconstrained.reorder` chooses; contiguous ones are views
-    constrained  all readers of a site keep the same channels (mean rank over its readers): nothing is selected
+    naive        consumers keep channels of their own; natural order, and each selection is a gather
+    reordered    the same channels, in the order that `export_unconstrained` chooses; contiguous ones are views
+    constrained  all consumers of a site keep the same channels (mean rank over them): nothing is selected
 
-With `agreement` a, a reader ranks channels by a x (mean rank over readers) + (1 - a) x (its own rank). The weights are
-random, so at 0 readers agree no more than by chance, which is the hardest case; trained ones lie somewhere above.
+With `agreement` a, a consumer ranks channels by a x (mean rank over consumers) + (1 - a) x (its own rank). The weights
+are random, so at 0 consumers agree no more than by chance, which is the hardest case; trained ones lie somewhere above.
 Times: processor time of one sample on one thread, torch in eager mode and onnxruntime, the three exports in turn, two
 rounds to warm up; only for agreement 0. Ratios are medians over rounds of the ratio to the naive export in that round.
-Rows that results/unconstrained.csv has already stay as they are.
+Rows that results/unconstrained.csv has already stay as they are. x86-64 CPU, November 2026, n = 15 rounds; README's
+table has the copies and times.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from support.result_rows import RESULTS, provenance, read_rows
 from torch import Tensor, nn
 
+import jpq
 from jpq import costs
-from jpq.compression.usage import exact_usage
-from jpq.export import float_equivalence, runtimes
-from jpq.export.onnx import export as export_module
-from jpq.export.unconstrained.reorder import export
-from jpq.export.unconstrained.select import copies
-from jpq.plan import Plan
+from jpq.compression import exact_usage
+from jpq.export import Session, randomize
+from jpq.export.unconstrained import count_copies, export_unconstrained
 from jpq.tasks import zoo
-from jpq.tracing.channel_shares import ChannelShares
-from jpq.tracing.network import Network
-from jpq.tracing.sites import Site, channels, per_consumer
-from jpq.tracing.trace import trace
+from jpq.tracing import ChannelShares, Network, Site, per_consumer
 
-RESULTS = Path(__file__).parent / "results" / "unconstrained.csv"
+PATH = RESULTS / "unconstrained.csv"
 MODELS = ("densenet121", "googlenet", "efficientnet_v2_s", "resnet50")
-AMOUNTS = (0.3, 0.5)  # share of its input channels that every reader gives up
+AMOUNTS = (0.3, 0.5)  # share of its input channels that every consumer gives up
 AGREEMENTS = (0.0, 0.9)
+WARM_UP = 2  # rounds
+Kept = dict[str, list[bool]]
 
 
-def ranks(model: nn.Module, network: Network, site: Site) -> Tensor:
-    """[readers, n]: each reader's rank of each unit in [0, 1], by L1 of its weights."""
-    out = []
+def consumer_ranks(model: nn.Module, network: Network, site: Site) -> Tensor:
+    """[consumers, n]: each consumer's rank of each unit in [0, 1], by L1 of its weights."""
+    ranks = []
     for tap in site.taps:
         weight = model.get_parameter(network.layer(tap.layer).weight).detach()
-        out.append(tap.structure.pool(weight.abs())[0].argsort().argsort() / max(1, site.n - 1))
-    return torch.stack(out)
+        ranks.append(tap.structure.pool(weight.abs())[0].argsort().argsort() / max(1, site.n - 1))
+    return torch.stack(ranks)
 
 
-def largest(scores: Tensor, amount: float) -> list[bool]:
+def keep_largest(scores: Tensor, amount: float) -> list[bool]:
     """Keep all but `amount` of the units, at least one."""
     kept = torch.zeros(len(scores), dtype=torch.bool)
     kept[scores.argsort(descending=True, stable=True)[: max(1, round((1 - amount) * len(scores)))]] = True
     return kept.tolist()
 
 
-def decide(
-    model: nn.Module, network: Network, amount: float, agreement: float
-) -> tuple[dict[str, list[bool]], dict[str, list[bool]]]:
-    """(what coupled sites keep, what every reader keeps)."""
-    coupled, own = {}, {}
-    split = {(s.taps[0].layer, s.labels.tobytes()): s.name for s in per_consumer(network) if len(s.taps) == 1}
-    for site in channels(network):
-        each = ranks(model, network, site)
-        together = each.mean(0)
-        coupled[site.name] = largest(together, amount)
-        for tap, mine in zip(site.taps, each, strict=True):
-            name = split.get((tap.layer, site.labels.tobytes()), site.name)
-            own[name] = (
-                coupled[site.name]
-                if name == site.name
-                else largest(agreement * together + (1 - agreement) * mine, amount)
-            )
-    return coupled, own
+def decide(model: nn.Module, network: Network, amount: float, agreement: float) -> tuple[Kept, Kept]:
+    """(units that coupled sites keep, units that every consumer keeps)."""
+    coupled: Kept = {}
+    uncoupled: Kept = {}
+    names = {(s.taps[0].layer, s.labels.tobytes()): s.name for s in per_consumer(network) if len(s.taps) == 1}
+    for site in jpq.channels(network):
+        ranks = consumer_ranks(model, network, site)
+        mean = ranks.mean(0)
+        coupled[site.name] = keep_largest(mean, amount)
+        for tap, rank in zip(site.taps, ranks, strict=True):
+            name = names.get((tap.layer, site.labels.tobytes()), site.name)
+            mixed = agreement * mean + (1 - agreement) * rank
+            uncoupled[name] = coupled[site.name] if name == site.name else keep_largest(mixed, amount)
+    return coupled, uncoupled
 
 
-def macs(network: Network, sites: Sequence[Site], kept: Mapping[str, Any]) -> int:
+def count_macs(network: Network, sites: Sequence[Site], kept: Kept) -> int:
     """Multiply-accumulates of one sample."""
-    return int(costs.macs(exact_usage(network, ChannelShares(network, sites), Plan("", {}, kept))))
+    return int(costs.macs(exact_usage(network, ChannelShares(network, sites), jpq.Plan("", {}, kept))))
 
 
-def in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int, warm: int = 2) -> dict[str, dict[str, float]]:
-    """Median, 10th and 90th percentile in ms of processor time, and the median ratio to the first."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for k in range(warm + rounds):
-        for name, run in runs.items():
+def time_in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
+    """Median, 10th and 90th percentile in ms of processor time, and the median ratio to the first call."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for k in range(WARM_UP + rounds):
+        for name, call in calls.items():
             start = time.process_time()
-            run()
-            if k >= warm:
+            call()
+            if k >= WARM_UP:
                 seconds[name].append(time.process_time() - start)
-    first = np.array(next(iter(seconds.values())))
+    reference = np.array(next(iter(seconds.values())))
     return {
         name: {
             "ms": round(1000 * float(np.median(t)), 2),
             "ms_p10": round(1000 * float(np.percentile(t, 10)), 2),
             "ms_p90": round(1000 * float(np.percentile(t, 90)), 2),
-            "ratio": round(float(np.median(np.array(t) / first)), 3),
+            "ratio": round(float(np.median(np.array(t) / reference)), 3),
         }
         for name, t in seconds.items()
     }
@@ -119,72 +113,72 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     model = zoo.build_torchvision(name, 1000).eval()
     x = torch.randn(1, *zoo.usual_shape(name))
-    network = trace(model, x)
-    model = float_equivalence.randomize(
-        model, x
-    ).float()  # else some outputs hardly depend on the image, and differences say nothing
-    sites, own_sites = channels(network), per_consumer(network)
-    dense = sum(layer.macs for layer in network.layers)
+    network = jpq.trace(model, x)
+    model = randomize(model, x).float()  # else some outputs hardly depend on the image, and differences say nothing
     rows = []
     for amount in AMOUNTS:
         for agreement in AGREEMENTS:
-            coupled, own = decide(model, network, amount, agreement)
-            small = {
-                "naive": export(model, network, own_sites, own, reorder=False, gather=True).eval(),
-                "reordered": export(model, network, own_sites, own).eval(),
-                "constrained": export(model, network, sites, coupled).eval(),
-            }
-            spent = {
-                k: macs(network, *(pair))
-                for k, pair in {"naive": (own_sites, own), "constrained": (sites, coupled)}.items()
-            }
-            with torch.no_grad():
-                wanted = small["naive"](x)
-                gap = float((wanted - small["reordered"](x)).norm() / wanted.norm())
-            found = {}
-            if agreement == 0:
-                found = times(small, x, rounds)
-            for how, made in small.items():
-                rows.append(
-                    {
-                        "model": name,
-                        "amount": amount,
-                        "agreement": agreement,
-                        "export": how,
-                        "macs_share": round(spent.get(how, spent["naive"]) / dense, 4),
-                        **copies(made, x).to_dict(),
-                        "difference_to_naive": float(f"{gap:.2g}") if how == "reordered" else None,
-                        **found.get(how, {}),
-                    }
-                )
+            settings = {"model": name, "amount": amount, "agreement": agreement}
+            rows += [settings | row for row in _export_rows(model, network, x, amount, agreement, rounds)]
     return rows
 
 
-def times(small: Mapping[str, nn.Module], x: Tensor, rounds: int) -> dict[str, dict[str, Any]]:
-    """Times of every export, in torch and in onnxruntime, and how far the two are apart."""
+def _export_rows(
+    model: nn.Module, network: Network, x: Tensor, amount: float, agreement: float, rounds: int
+) -> list[dict[str, Any]]:
+    """A row for each of the three exports; timed where consumers agree by chance only."""
+    coupled, uncoupled = decide(model, network, amount, agreement)
+    coupled_sites, uncoupled_sites = jpq.channels(network), per_consumer(network)
+    export = partial(export_unconstrained, model, network)
+    exports = {
+        "naive": export(uncoupled_sites, uncoupled, reorder=False, gather=True).eval(),
+        "reordered": export(uncoupled_sites, uncoupled).eval(),
+        "constrained": export(coupled_sites, coupled).eval(),
+    }
+    macs = dict.fromkeys(("naive", "reordered"), count_macs(network, uncoupled_sites, uncoupled))
+    macs["constrained"] = count_macs(network, coupled_sites, coupled)
+    dense = sum(layer.macs for layer in network.layers)
+    with torch.no_grad():
+        reference = exports["naive"](x)
+        difference = float((reference - exports["reordered"](x)).norm() / reference.norm())
+    times = time_exports(exports, x, rounds) if agreement == 0 else {}
+    return [
+        {
+            "export": name,
+            "macs_share": round(macs[name] / dense, 4),
+            **count_copies(small, x).to_dict(),
+            "difference_to_naive": float(f"{difference:.2g}") if name == "reordered" else None,
+            **times.get(name, {}),
+        }
+        for name, small in exports.items()
+    ]
+
+
+def time_exports(exports: Mapping[str, nn.Module], x: Tensor, rounds: int) -> dict[str, dict[str, Any]]:
+    """Times of every export in torch and in onnxruntime, and the relative difference of their outputs."""
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         sessions = {}
-        for how, made in small.items():
-            path = Path(folder) / f"{how}.onnx"
-            export_module.export(made, x, path)
-            sessions[how] = runtimes.Session(path, threads=1)
-        eager = in_turn({how: lambda made=made: made(x) for how, made in small.items()}, rounds)
-        ort = in_turn({how: lambda s=session: s(x) for how, session in sessions.items()}, rounds)
-        gaps = {how: float((made(x) - sessions[how](x)).norm() / made(x).norm()) for how, made in small.items()}
+        for name, small in exports.items():
+            path = Path(folder) / f"{name}.onnx"
+            jpq.export_onnx(small, x, path)
+            sessions[name] = Session(path, threads=1)
+        eager = time_in_turn({name: partial(small, x) for name, small in exports.items()}, rounds)
+        onnx = time_in_turn({name: partial(session, x) for name, session in sessions.items()}, rounds)
+        gaps = {n: float((small(x) - sessions[n](x)).norm() / small(x).norm()) for n, small in exports.items()}
     return {
-        how: {
-            **{f"torch_{k}": v for k, v in eager[how].items()},
-            **{f"onnx_{k}": v for k, v in ort[how].items()},
-            "torch_vs_onnx": float(f"{gaps[how]:.2g}"),
+        name: {
+            **{f"torch_{k}": v for k, v in eager[name].items()},
+            **{f"onnx_{k}": v for k, v in onnx[name].items()},
+            "torch_vs_onnx": float(f"{gaps[name]:.2g}"),
             "rounds": rounds,
         }
-        for how in small
+        for name in exports
     }
 
 
-def table(path: Path = RESULTS) -> list[str]:
-    """The rows of README, for readers that agree by chance."""
-    rows = pd.read_csv(path)
+def unconstrained_table() -> list[str]:
+    """README's table, for consumers that agree by chance."""
+    rows = pd.read_csv(PATH)
     lines = [
         "**Unconstrained pruning**: every reader keeps its own channels, equally many in all three exports (random "
         "weights, so readers agree by chance only; one 224 x 224 or 384 x 384 image, processor time of one thread, "
@@ -204,25 +198,22 @@ def table(path: Path = RESULTS) -> list[str]:
 
 
 def main() -> None:
+    """Measure the networks that have no rows yet; the CSV is written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=PATH)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    done = pd.read_csv(args.out) if args.out.exists() else pd.DataFrame({"model": []})
+    command = shlex.join(["python", "studies/unconstrained.py", *sys.argv[1:]])
+    table = read_rows(args.out, ["model"])
     for name in args.models:
-        if name in set(done.model):
+        if name in set(table.model):
             continue
-        rows = pd.DataFrame(measure(name, args.rounds)).assign(
-            threads=1,
-            torch=version("torch"),
-            onnxruntime=version("onnxruntime"),
-            hardware=f"{platform.machine()} CPU, shared",
-            command=shlex.join(["python", "studies/unconstrained.py", *sys.argv[1:]]),
-        )
-        done = pd.concat([done, rows], ignore_index=True) if len(done) else rows
-        done.to_csv(args.out, index=False)
+        about = provenance(command, args.rounds, ("torch", "onnxruntime"))
+        rows = pd.DataFrame(measure(name, args.rounds)).assign(**about)
+        table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
+        table.to_csv(args.out, index=False)
         shown = ["model", "amount", "agreement", "export", "channels", "gathers", "views", "torch_ratio", "onnx_ratio"]
         print(rows[shown].to_string(index=False), flush=True)
 

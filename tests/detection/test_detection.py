@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import shapes
 import torch
+from support import shapes
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import detection as zoo

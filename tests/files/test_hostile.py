@@ -18,15 +18,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import kills
 import onnx
 import pytest
 import torch
+from support import kills
 from test_cli import refused
 from torch import nn
 
 import jpq
-from jpq.allocation import structure_search
+from jpq.allocation import structure_mapping
 from jpq.cli.main import main
 from jpq.compression import external_mask
 from jpq.config import read_toml
@@ -35,7 +35,7 @@ from jpq.export.packed.file import load_packed
 from jpq.export.timing import layer_table
 from jpq.export.timing.runner import Runner
 from jpq.files import tensors
-from jpq.files.tensors import safetensors_of, torch_of
+from jpq.files.tensors import read_safetensors, read_torch
 from jpq.files.untrusted import parse_json, read_text
 from jpq.plan import MaskPlan, Plan, from_json
 from jpq.results import run_folder
@@ -61,11 +61,11 @@ def net() -> nn.Module:
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one good file of every kind that jpq reads."""
     out = tmp_path_factory.mktemp("good")
-    asked = kills.tiny(out)
+    asked = kills.tiny_config(out)
     with pytest.raises(KeyboardInterrupt):
         jpq.optimize(asked, Stop(), final=False)
     shutil.copy(out / asked.hash() / checkpoint.NAME, out / "kept.pt")
-    jpq.optimize(kills.again(asked))
+    jpq.optimize(kills.resumed(asked))
     folder = out / asked.hash()
     shutil.copy(out / "kept.pt", folder / checkpoint.NAME)
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "weights.safetensors": weighed,
     "mask.json": lambda path: external_mask.read(path).sites(NETWORK),
     "table.csv": layer_table.read_table,
-    "schemes.json": structure_search.read_mapping,
+    "schemes.json": structure_mapping.read_mapping,
 }
 BAD: tuple[Any, ...] = (
     -1,
@@ -322,7 +322,7 @@ def test_zip_bombs_are_not_unpacked(tmp_path: Path) -> None:
     rezipped(path, lambda n, d: (n, bytes(2**28) if n.endswith("data/0") else d), zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 2**20
     with bounded(), pytest.raises(JpqError, match="compressed"):
-        torch_of(path)
+        read_torch(path)
 
 
 def declared(numel: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Callable[[str, bytes], tuple[str, bytes]]:
@@ -360,7 +360,7 @@ def test_tensors_larger_than_their_file(
     torch.save({"0.weight": torch.ones(72)}, path)
     rezipped(path, declared(numel, shape, stride))
     with bounded(), pytest.raises(JpqError, match=r"declares|does not lie within"):
-        torch_of(path)
+        read_torch(path)
 
 
 def text_in_pickle(text: str) -> bytes:
@@ -460,7 +460,7 @@ def test_pickles_that_would_take_ever(what: str, zipped: bool, tmp_path: Path) -
         heads = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {}]
         path.write_bytes(b"".join(pickle.dumps(x, 2) for x in heads) + program + pickle.dumps(["0"], 2) + bytes(296))
     with bounded(), pytest.raises(JpqError, match="is damaged, or no file of tensors"):
-        torch_of(path)
+        read_torch(path)
     assert time.perf_counter() - start < SECONDS
 
 
@@ -470,24 +470,24 @@ def test_the_file_that_is_measured_is_the_one_that_is_loaded(tmp_path: Path) -> 
     good = path.read_bytes()
     torch.save({"a": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes() + good)  # Python sees the archive at its end, torch what is in front
-    assert torch_of(path)["a"].shape == (3,)
+    assert read_torch(path)["a"].shape == (3,)
     path.write_bytes(good + good)  # and of two archives Python takes the second one's directory
     with pytest.raises(JpqError, match="not one archive"):
-        torch_of(path)
+        read_torch(path)
     for name in ("DATA.PKL", "Data.pkl"):  # torch looks for names without their case
         torch.save({"0.weight": torch.ones(72)}, path)
         with zipfile.ZipFile(path, "a") as archive:
             top = archive.namelist()[0].partition("/")[0]
             archive.writestr(f"{top}/{name}", declared(2**14, (2**14,), (1,))("data.pkl", b"")[1])
         with pytest.raises(JpqError, match="not one archive"):
-            torch_of(path)
+            read_torch(path)
 
 
 def test_what_torch_refuses_is_said_without_its_advice(tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     torch.save({"a": torch.zeros(8)}, path, pickle_protocol=4)
     with pytest.raises(JpqError, match=r"\(Unsupported operand \d+\)\.$"):
-        torch_of(path)
+        read_torch(path)
 
 
 def test_what_python_2_wrote_still_loads(tmp_path: Path) -> None:
@@ -496,7 +496,7 @@ def test_what_python_2_wrote_still_loads(tmp_path: Path) -> None:
     pairs = pickle.EMPTY_LIST + pickle.EMPTY_LIST + b"U\1a" + pickle.APPEND + b"K\7" + pickle.APPEND + pickle.APPEND
     program = pickle.PROTO + b"\2" + ORDERED + pairs + pickle.TUPLE1 + pickle.REDUCE + pickle.STOP
     rezipped(path, lambda n, d: (n, program if n.endswith("data.pkl") else d))
-    assert torch_of(path) == {"a": 7}
+    assert read_torch(path) == {"a": 7}
 
 
 def test_what_is_right_still_loads(tmp_path: Path) -> None:
@@ -504,11 +504,11 @@ def test_what_is_right_still_loads(tmp_path: Path) -> None:
     state = {"a": torch.rand(3, 4).t(), "b": torch.rand(6)[2:4], "h": torch.rand(2).bfloat16(), "n": torch.tensor(3)}
     for new in (True, False):
         torch.save({"state_dict": state, "epoch": 1, "best": 0.5}, path, _use_new_zipfile_serialization=new)
-        found = torch_of(path)["state_dict"]
+        found = read_torch(path)["state_dict"]
         assert all(torch.equal(found[k], state[k]) for k in state)
     module = net()
     torch.save({"p": module[0].weight, "o": torch.optim.Adam(module.parameters()).state_dict()}, path)
-    assert torch.equal(torch_of(path)["p"], module[0].weight)
+    assert torch.equal(read_torch(path)["p"], module[0].weight)
 
 
 @pytest.mark.parametrize(
@@ -527,7 +527,7 @@ def test_headers_that_lie(header: bytes, tmp_path: Path) -> None:
     for length in (len(header), 2**63, 10**9):
         path.write_bytes(struct.pack("<Q", length) + header + bytes(8))
         with bounded(), pytest.raises(JpqError, match="Cannot read"):
-            safetensors_of(path)
+            read_safetensors(path)
 
 
 @pytest.mark.parametrize(
@@ -562,7 +562,7 @@ def test_only_plain_files_are_read(tmp_path: Path) -> None:
         with pytest.raises(JpqError, match="Cannot read the file"):
             read_text(path)
         with pytest.raises(JpqError, match="Cannot read the file"):
-            torch_of(path)
+            read_torch(path)
 
 
 def test_a_mask_is_measured_before_it_is_unpacked() -> None:

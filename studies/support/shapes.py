@@ -1,4 +1,4 @@
-"""Synthetic detection data: circles, squares and triangles on noisy backgrounds, made from a seed alone.
+"""Synthetic detection data: circles, squares and triangles on noisy backgrounds, drawn from a seed alone.
 
 An image holds 2 to 5 shapes, 20 to 60 pixels wide, up to 1.4 times as high or as wide as the other side, of any colour
 that stands out from the background; boxes overlap by at most a tenth (IoU). Nothing is downloaded or stored.
@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CLASSES = ("background", "circle", "square", "triangle")  # 0 is what no shape is, as torchvision counts
-SIDE = 128
+CLASSES = ("background", "circle", "square", "triangle")  # 0 is the background, as torchvision counts
+SIDE = 128  # pixels
 Target = dict[str, Tensor]  # {"boxes": [k, 4] as x1, y1, x2, y2 in pixels, "labels": [k]}
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Images and what they show."""
+    """Images, and the boxes and labels of the shapes in each."""
 
     images: Tensor  # [n, 3, SIDE, SIDE], uint8
     targets: list[Target]
@@ -29,9 +29,9 @@ class Shapes:
         return len(self.images)
 
     def batches(self, size: int, order: torch.Generator | None = None) -> Iterator[tuple[list[Tensor], list[Target]]]:
-        """What a torchvision detector takes: images in [0, 1], and targets; with `order` shuffled, half mirrored."""
-        at = torch.arange(len(self)) if order is None else torch.randperm(len(self), generator=order)
-        for part in at.split(size):
+        """Inputs of a torchvision detector: images in [0, 1], and targets; with `order` shuffled, half mirrored."""
+        indices = torch.arange(len(self)) if order is None else torch.randperm(len(self), generator=order)
+        for part in indices.split(size):
             images = [self.images[i].float() / 255 for i in part]
             targets = [self.targets[i] for i in part]
             if order is not None:
@@ -40,9 +40,13 @@ class Shapes:
                 targets = [mirrored(t) if f else t for t, f in zip(targets, flips, strict=True)]
             yield images, targets
 
+    def first(self, n: int) -> Shapes:
+        """The first n images."""
+        return Shapes(self.images[:n], self.targets[:n])
+
 
 def mirrored(target: Target) -> Target:
-    """What an image shows when left and right change places."""
+    """The target of an image whose left and right change places."""
     boxes = target["boxes"].clone()
     boxes[:, [0, 2]] = SIDE - boxes[:, [2, 0]]
     return {**target, "boxes": boxes}
@@ -51,26 +55,34 @@ def mirrored(target: Target) -> Target:
 def make(n: int, seed: int) -> Shapes:
     """`n` images; the same seed gives the same ones."""
     rng = np.random.default_rng(seed)
-    drawn = [_image(rng) for _ in range(n)]
-    return Shapes(torch.from_numpy(np.stack([x for x, _ in drawn])), [t for _, t in drawn])
+    pairs = [_draw_image(rng) for _ in range(n)]
+    return Shapes(torch.from_numpy(np.stack([image for image, _ in pairs])), [target for _, target in pairs])
 
 
-def _image(rng: np.random.Generator) -> tuple[np.ndarray, Target]:
-    ground = rng.uniform(0.1, 0.9, 3)
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two boxes."""
+    w, h = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
+    shared = max(w, 0) * max(h, 0)
+    return float(shared / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - shared))
+
+
+def _draw_image(rng: np.random.Generator) -> tuple[np.ndarray, Target]:
+    """One image, uint8 [3, SIDE, SIDE], and its target."""
+    background = rng.uniform(0.1, 0.9, 3)
     cloud = np.kron(rng.normal(0, 0.08, (3, 8, 8)), np.ones((SIDE // 8, SIDE // 8)))
-    image = ground[:, None, None] + cloud
+    image = background[:, None, None] + cloud
     y, x = np.mgrid[:SIDE, :SIDE] + 0.5
     boxes: list[np.ndarray] = []
     labels: list[int] = []
-    wanted = rng.integers(2, 6)
+    count = rng.integers(2, 6)
     for _ in range(40):
-        if len(boxes) == wanted:
+        if len(boxes) == count:
             break
-        box = _place(rng)
-        if any(iou(box, other) > 0.1 for other in boxes):
+        box = _draw_box(rng)
+        if any(iou(box, placed) > 0.1 for placed in boxes):
             continue
         label = int(rng.integers(1, 4))
-        colour = _standing_out(rng, ground)
+        colour = _draw_colour(rng, background)
         image = np.where(_inside(label, box, x, y), colour[:, None, None], image)
         boxes.append(box)
         labels.append(label)
@@ -79,31 +91,26 @@ def _image(rng: np.random.Generator) -> tuple[np.ndarray, Target]:
     return (image.clip(0, 1) * 255).astype(np.uint8), target
 
 
-def _place(rng: np.random.Generator) -> np.ndarray:
+def _draw_box(rng: np.random.Generator) -> np.ndarray:
+    """A random box within the image: x1, y1, x2, y2."""
     size, aspect = rng.uniform(20, 60), np.exp(rng.uniform(-np.log(1.4), np.log(1.4)) / 2)
     w, h = size * aspect, size / aspect
     left, top = rng.uniform(1, SIDE - 1 - w), rng.uniform(1, SIDE - 1 - h)
     return np.array([left, top, left + w, top + h])
 
 
-def _standing_out(rng: np.random.Generator, ground: np.ndarray) -> np.ndarray:
+def _draw_colour(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
+    """A random colour that differs from the background by more than 0.3 in a channel."""
     while True:
         colour = rng.uniform(0, 1, 3)
-        if np.abs(colour - ground).max() > 0.3:
+        if np.abs(colour - background).max() > 0.3:
             return colour
 
 
 def _inside(label: int, box: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Where the shape lies: a mask over the image; its outermost points touch the box."""
+    """Mask of a shape over the image; its outermost points touch the box."""
     u, v = (x - box[0]) / (box[2] - box[0]), (y - box[1]) / (box[3] - box[1])  # [0, 1] inside the box
     if label == 1:
         return (u - 0.5) ** 2 + (v - 0.5) ** 2 <= 0.25
-    within = (u >= 0) & (u <= 1) & (v >= 0) & (v <= 1)
-    return within if label == 2 else within & (np.abs(u - 0.5) <= v / 2)
-
-
-def iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two boxes."""
-    w, h = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
-    shared = max(w, 0) * max(h, 0)
-    return float(shared / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - shared))
+    square = (u >= 0) & (u <= 1) & (v >= 0) & (v <= 1)
+    return square if label == 2 else square & (np.abs(u - 0.5) <= v / 2)

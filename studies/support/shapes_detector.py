@@ -1,4 +1,4 @@
-"""The detector of the detection study: torchvision's SSDlite, its images, and how it is trained on them."""
+"""The detector of the detection study: torchvision's SSDlite, its synthetic images, and its training."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import time
 from functools import cache
 from pathlib import Path
 
-import shapes
 import torch
 from torch import nn
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-BATCH = 32
+from support import shapes
+
+BATCH = 32  # images
 EPOCHS, CYCLE = 13, 18  # of float training, and of the learning rate's curve
 TRAIN, TUNE = 3000, 640  # images
 
@@ -21,10 +22,6 @@ TRAIN, TUNE = 3000, 640  # images
 def data(split: str) -> shapes.Shapes:
     """Images by their seeds; "tune" are the first of "train"."""
     return shapes.make(*{"train": (TRAIN, 1), "tune": (TUNE, 1), "held-out": (200, 2), "test": (300, 5)}[split])
-
-
-def part_of(whole: shapes.Shapes, n: int) -> shapes.Shapes:
-    return shapes.Shapes(whole.images[:n], whole.targets[:n])
 
 
 def detector() -> nn.Module:
@@ -37,7 +34,7 @@ def detector() -> nn.Module:
     return model
 
 
-def fit(
+def train(
     model: nn.Module,
     images: shapes.Shapes,
     epochs: int,
@@ -47,26 +44,26 @@ def fit(
     batch: int = BATCH,
     save: Path | None = None,
 ) -> None:
-    """Train with AdamW on the detector's own losses, one cycle of the learning rate over `cycle` epochs."""
-    own = [p for p in model.parameters() if p.requires_grad]
+    """Train with AdamW on the detector's losses, one cycle of the learning rate over `cycle` epochs."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in own if p.dim() > 1], "weight_decay": 0.01},
-        {"params": [p for p in own if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": 0.01},
+        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    optim = torch.optim.AdamW(groups, lr=lr)
+    optimizer = torch.optim.AdamW(groups, lr=lr)
     steps = (cycle or epochs) * -(-len(images) // batch)
-    curve = torch.optim.lr_scheduler.OneCycleLR(optim, lr, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     order = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
         model.train()
         losses, start = [], time.time()
-        for shown, wanted in images.batches(batch, order):
-            loss = sum(model(shown, wanted).values())
-            optim.zero_grad()
+        for inputs, targets in images.batches(batch, order):
+            loss = sum(model(inputs, targets).values())
+            optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(own, 5.0)
-            optim.step()
-            curve.step()
+            nn.utils.clip_grad_norm_(trainable, 5.0)
+            optimizer.step()
+            schedule.step()
             losses.append(float(loss.detach()))
         mean = sum(losses) / len(losses)
         print(f"  epoch {epoch + 1}/{epochs} loss {mean:.3f} {time.time() - start:.0f} s", flush=True)
@@ -75,18 +72,18 @@ def fit(
 
 
 @torch.no_grad()
-def found(model: nn.Module, images: shapes.Shapes) -> list[dict[str, torch.Tensor]]:
+def detect(model: nn.Module, images: shapes.Shapes) -> list[dict[str, torch.Tensor]]:
     """Detections on every image."""
     model.eval()
     return [d for batch, _ in images.batches(BATCH) for d in model(batch)]
 
 
-def trained(weights: Path) -> nn.Module:
-    """The float detector; trained once."""
+def trained_detector(weights: Path) -> nn.Module:
+    """The float detector, trained where its weights are not there yet."""
     torch.manual_seed(0)
     model = detector()
     if weights.exists():
         model.load_state_dict(torch.load(weights, weights_only=True))
     else:
-        fit(model, data("train"), EPOCHS, 2e-3, 0, CYCLE, save=weights)
+        train(model, data("train"), EPOCHS, 2e-3, 0, CYCLE, save=weights)
     return model.eval()

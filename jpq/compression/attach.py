@@ -1,9 +1,9 @@
-"""Put gates and quantizers on a copy of a model."""
+"""`attach`: gates and quantizers on the layers of a copy of a float model."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.utils.parametrize as parametrize
@@ -30,7 +30,7 @@ from jpq.tracing.network import Layer, Network
 from jpq.tracing.sites import Site
 from jpq.types import JpqError
 
-MakeWidth = Callable[[Layer], tuple[BitWidth, BitWidth]]
+MakeWidths = Callable[[Layer], tuple[BitWidth, BitWidth]]
 
 
 def attach(
@@ -38,7 +38,7 @@ def attach(
     network: Network,
     sites: Sequence[Site],
     gate: Callable[[int, int], Gate],
-    widths: MakeWidth,
+    widths: MakeWidths,
     calibration: Batches,
     method: str,
     output_bits: int = 0,
@@ -48,17 +48,44 @@ def attach(
 
     Args:
         model: the float model.
-        network, sites: of that model (`trace`, `channels`).
+        network, sites: layers and pruning groups of that model (`trace`, `channels`).
         gate: (rows, n) -> gate.
         widths: layer -> (width of its weight, width of its input).
         calibration: a few batches of inputs (a tensor, a tuple of positional arguments, or a dict of keywords each).
-        method: recorded in the plan.
-        output_bits: also round, to so many bits, convolutions' results that meet a sum, a pooling or several readers,
-            so that integer kernels compute them (`network.ends`); 0: leave them in floating point.
-        channel_multiple: of how many channels each site keeps multiples when it lands (`network.multiples`).
+        method: name of the method, for the plan.
+        output_bits: width to which outputs of convolutions are rounded before sums, poolings and several consumers,
+            so that integer kernels compute those (`jpq.tracing.integer_io`); 0: they stay in floating point.
+        channel_multiple: discretization keeps multiples of so many channels at each site (`channel_counts`).
 
     Raises JpqError for weights in half precision, parametrized or tied ones. DataParallel and torch.compile come off.
     """
+    model = _checked_copy(model, network)
+    batches = list(calibration)
+    inputs = observe_activations(model, network, batches)
+    outputs = observe_outputs(model, network, batches) if output_bits else {}
+    device = next(model.parameters()).device
+    gates = [gate(s.rows, s.n).to(device) for s in sites]
+    net = CompressedModel(model, network, sites, gates, method, channel_multiple)
+    net.calibration_samples = inputs
+    for site, site_gate in zip(sites, net.gates, strict=True):
+        shapes = [torch.Size(network.layer(t.layer).weight_shape) for t in site.taps]
+        sizes = torch.stack([t.structure.sizes(s) for t, s in zip(site.taps, shapes, strict=True)]).sum(0)
+        site_gate.set_site(sizes.to(device), site.taps[0].structure.quota())
+    net.draws = [GateSample(g) for g in net.gates]
+    taps = _taps_by_layer(net)
+    hypernetworks = Hypernetworks(sites, list(net.gates))
+    for layer in network.layers:
+        quantize(model, layer, widths(layer), inputs.get(layer.name))
+        hypernetworks.register(model, layer)
+        if layer.name in taps:
+            _mask_layer(net, layer, taps[layer.name])
+    _quantize_outputs(net, outputs, output_bits)
+    _connect_gates(net)
+    return net
+
+
+def _checked_copy(model: nn.Module, network: Network) -> nn.Module:
+    """A deep copy of the model. Raises JpqError where gates or quantizers could not act on its weights."""
     model = unwrap_model(model)
     check_full_precision(model)
     if any(parametrize.is_parametrized(m) for m in model.modules()):
@@ -67,85 +94,12 @@ def attach(
             "jpq.decompose folds weight_norm and spectral_norm."
         )
     for layer in network.layers:
-        refuse_tied(model, layer)
-    model = copy.deepcopy(model)
-    device = next(model.parameters()).device
-    batches = list(calibration)
-    seen = observe_activations(model, network, batches)
-    results = observe_outputs(model, network, batches) if output_bits else {}
-    compressed = CompressedModel(
-        model, network, sites, [gate(s.rows, s.n).to(device) for s in sites], method, channel_multiple
-    )
-    compressed.calibration_samples = seen
-    for one, site in zip(compressed.gates, sites, strict=True):
-        shapes = [torch.Size(network.layer(t.layer).weight_shape) for t in site.taps]
-        sizes = torch.stack([t.structure.sizes(s) for t, s in zip(site.taps, shapes, strict=True)]).sum(0)
-        one.set_site(sizes.to(device), site.taps[0].structure.quota())
-    compressed.draws = [GateSample(g) for g in compressed.gates]
-    taps: dict[str, list[tuple[GateSample, Structure]]] = {}
-    for draw, site in zip(compressed.draws, sites, strict=True):
-        for tap in site.taps:
-            taps.setdefault(tap.layer, []).append((draw, tap.structure))
-    hyper = Hypernetworks(sites, list(compressed.gates))
-    for layer in network.layers:
-        quantize(model, layer, widths(layer), seen.get(layer.name))
-        hyper.register(model, layer)
-        if layer.name in taps:
-            owner, _, name = layer.weight.rpartition(".")
-            parametrize.register_parametrization(
-                model.get_submodule(owner), name, MaskParametrization(taps[layer.name]), unsafe=True
-            )
-            pair = compressed.quantizers(layer.name)
-            if pair:
-                noisy = [(d, s) for d, s in taps[layer.name] if isinstance(s, Axis)]  # masks have no noise per sample
-                pair[1].jitter = InputNoise(noisy, layer.kind.channel_dim, layer.groups) if noisy else None
-    for layer in network.layers:
-        if layer.output_quant_point is not None and layer.output_quant_point.module in results and compressed.quantizers(layer.name):
-            ranges = fit_threshold(results[layer.output_quant_point.module], output_bits, layer.output_quant_point.signed, False)
-            grid = IntegerQuantizer(ranges, Fixed(output_bits), layer.output_quant_point.signed)
-            quantize_results(model.get_submodule(layer.output_quant_point.module), grid.to(device))
-    for draw, site in zip(compressed.draws, sites, strict=True):
-        draw.reach = _reach(model, network, site)
-        draw.show_weights()
-        pair = compressed.quantizers(site.taps[0].layer)
-        if pair:
-            draw.gate.attach_quantizer(pair[0])
-    for draw in compressed.draws:
-        draw.gate.link(list(compressed.gates))
-    for draw in compressed.draws:
-        draw.resample()
-    return compressed
+        check_untied(model, layer)
+    return copy.deepcopy(model)
 
 
-def _reach(model: nn.Module, network: Network, site: Site) -> list[tuple[nn.Module, str, Structure]]:
-    """What a site's taps multiply: (module, name of its weight, structure)."""
-    reach = []
-    for tap in site.taps:
-        owner, _, name = network.layer(tap.layer).weight.rpartition(".")
-        reach.append((model.get_submodule(owner), name, tap.structure))
-    return reach
-
-
-def quantize(model: nn.Module, layer: Layer, widths: tuple[BitWidth, BitWidth], seen: Tensor | None) -> None:
-    """Replace one layer of `model` by its quantized twin, ranges fitted to its weight and to `seen` inputs.
-
-    Left as it is: a layer of another class, and one whose module is never called (`seen` is None): code that hands a
-    module's weight to a function, as Swin's attention does, would not notice the quantizers.
-    """
-    module = dict(model.named_modules()).get(layer.name)
-    if module is None or seen is None or not can_quantize(module) or layer.weight != f"{layer.name}.weight":
-        return
-    weight: Tensor = module.weight.detach()
-    x = seen if seen.numel() else torch.ones(1, device=weight.device)
-    signed = bool(x.min() < -1e-6 * x.abs().max())
-    w = IntegerQuantizer(fit_threshold(weight, widths[0].soft(), True, layer.kind.output_dim == 0), widths[0], True)
-    a = IntegerQuantizer(fit_threshold(x, widths[1].soft(), signed, False), widths[1], signed)
-    new = quantize_layer(module, w.to(weight), a.to(weight))
-    replace_everywhere(model, module, new)
-
-
-def refuse_tied(model: nn.Module, layer: Layer) -> None:
-    """Raise JpqError where several modules share one weight: a mask or grid on one would not reach the other."""
+def check_untied(model: nn.Module, layer: Layer) -> None:
+    """Raise JpqError where several modules share one weight: a mask or grid on one would not reach the others."""
     weight = model.get_parameter(layer.weight)
     owners = [n for n, m in model.named_modules() if any(p is weight for p in m.parameters(recurse=False))]
     if len(owners) > 1:
@@ -153,3 +107,72 @@ def refuse_tied(model: nn.Module, layer: Layer) -> None:
             f"Layers {' and '.join(owners)} share one weight, which jpq cannot compress yet. "
             "Give each its own (copy the weight), or use one module twice."
         )
+
+
+def quantize(model: nn.Module, layer: Layer, widths: tuple[BitWidth, BitWidth], inputs: Tensor | None) -> None:
+    """Replace one layer of `model` by its quantized form, ranges fitted to its weight and to samples of its inputs.
+
+    Layers of other classes stay as they are, and so do layers whose module is never called (`inputs` is None): code
+    that passes a module's weight to a function, as Swin's attention does, would bypass the quantizers.
+    """
+    module = dict(model.named_modules()).get(layer.name)
+    if module is None or inputs is None or not can_quantize(module) or layer.weight != f"{layer.name}.weight":
+        return
+    weight: Tensor = module.weight.detach()
+    x = inputs if inputs.numel() else torch.ones(1, device=weight.device)
+    signed = bool(x.min() < -1e-6 * x.abs().max())
+    w = IntegerQuantizer(fit_threshold(weight, widths[0].soft(), True, layer.kind.output_dim == 0), widths[0], True)
+    a = IntegerQuantizer(fit_threshold(x, widths[1].soft(), signed, False), widths[1], signed)
+    replace_everywhere(model, module, quantize_layer(module, w.to(weight), a.to(weight)))
+
+
+def _taps_by_layer(net: CompressedModel) -> dict[str, list[tuple[GateSample, Structure]]]:
+    """Layer -> the gates that act on it, each with the structure of its units there."""
+    taps: dict[str, list[tuple[GateSample, Structure]]] = {}
+    for draw, site in zip(net.draws, net.sites, strict=True):
+        for tap in site.taps:
+            taps.setdefault(tap.layer, []).append((draw, tap.structure))
+    return taps
+
+
+def _mask_layer(net: CompressedModel, layer: Layer, taps: Sequence[tuple[GateSample, Structure]]) -> None:
+    """Multiply a layer's weight by the masks of its taps, and its input by the noise of its channel gates."""
+    owner, _, name = layer.weight.rpartition(".")
+    parametrize.register_parametrization(net.model.get_submodule(owner), name, MaskParametrization(taps), unsafe=True)
+    quantizers = net.quantizers(layer.name)
+    if quantizers:
+        noisy = [(draw, structure) for draw, structure in taps if isinstance(structure, Axis)]  # masks have no noise
+        quantizers[1].jitter = InputNoise(noisy, layer.kind.channel_dim, layer.groups) if noisy else None
+
+
+def _quantize_outputs(net: CompressedModel, outputs: Mapping[str, Tensor], bits: int) -> None:
+    """Round the outputs of modules that were observed, with ranges fitted to these samples."""
+    for layer in net.network.layers:
+        point = layer.output_quant_point
+        if point is not None and point.module in outputs and net.quantizers(layer.name):
+            samples = outputs[point.module]
+            grid = IntegerQuantizer(fit_threshold(samples, bits, point.signed, False), Fixed(bits), point.signed)
+            quantize_results(net.model.get_submodule(point.module), grid.to(samples.device))
+
+
+def _connect_gates(net: CompressedModel) -> None:
+    """Give each gate the weights that it masks, the quantizer of the first of them, and the other gates."""
+    for draw, site in zip(net.draws, net.sites, strict=True):
+        draw.reach = _masked_weights(net, site)
+        draw.show_weights()
+        quantizers = net.quantizers(site.taps[0].layer)
+        if quantizers:
+            draw.gate.attach_quantizer(quantizers[0])
+    for draw in net.draws:
+        draw.gate.link(list(net.gates))
+    for draw in net.draws:
+        draw.resample()
+
+
+def _masked_weights(net: CompressedModel, site: Site) -> list[tuple[nn.Module, str, Structure]]:
+    """The weights that a site's taps mask: (module, name of its weight, structure)."""
+    weights = []
+    for tap in site.taps:
+        owner, _, name = net.network.layer(tap.layer).weight.rpartition(".")
+        weights.append((net.model.get_submodule(owner), name, tap.structure))
+    return weights

@@ -1,4 +1,4 @@
-"""jpq.compression.calibration."""
+"""Statistics taken from data: samples of activations to which ranges are fitted, and BatchNorm's running averages."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from jpq.tracing.export_graph import forward_error
 from jpq.tracing.forward import call_model, eval_mode, hook_modules, split_arguments
 from jpq.tracing.network import Network
 
-SAMPLES = 2**14  # activations per layer and batch that calibration looks at
+SAMPLES = 2**14  # activations per layer and batch
 
-Batches = Iterable[Any]
+Batches = Iterable[Any]  # of inputs as `call_model` takes them
 
 
 def observe_activations(model: nn.Module, network: Network, batches: Batches) -> dict[str, Tensor]:
-    """Values that each layer reads, with the extremes: a random SAMPLES of each batch; the model runs in eval mode.
+    """Layer -> samples of its input: SAMPLES random values of each batch, and its extremes, in evaluation mode.
 
-    Drawn at random because any regular stride shares a factor with some image's width and sees one column only.
+    Random, because a regular stride that shares a factor with the width of an image would see few of its columns.
     Raises JpqError for a batch that the model cannot take.
     """
     return _observe(model, [layer.name for layer in network.layers], batches, before=True)
 
 
 def recalibrate(net: CompressedModel, batches: Batches) -> None:
-    """Let the ranges that landing fits anew be fitted to what layers read now, not to what the float model's did."""
+    """Replace the samples of the float model's activations by samples under the present decisions.
+
+    Discretization refits the ranges of widths that it changes to these samples.
+    """
     with eval_mode(net):
         for draw in net.draws:
             draw.resample()
@@ -36,35 +39,36 @@ def recalibrate(net: CompressedModel, batches: Batches) -> None:
 
 
 def observe_outputs(model: nn.Module, network: Network, batches: Batches) -> dict[str, Tensor]:
-    """The same of what modules hand on, where that could be rounded (`network.ends`)."""
-    return _observe(model, [layer.output_quant_point.module for layer in network.layers if layer.output_quant_point], batches, before=False)
+    """Module -> samples of its output, where that could be rounded (`Layer.output_quant_point`)."""
+    points = [layer.output_quant_point for layer in network.layers if layer.output_quant_point]
+    return _observe(model, [point.module for point in points], batches, before=False)
 
 
 @torch.no_grad()
 def _observe(model: nn.Module, names: Sequence[str], batches: Batches, before: bool) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(0)
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    samples: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def sample(name: str, _: nn.Module, x: Tensor | None, out: Any) -> None:
         value = x if before else out
         if isinstance(value, Tensor):
             flat = value.detach().flatten().float()
             pick = torch.randint(flat.numel(), (min(SAMPLES, flat.numel()),), generator=draw).to(flat.device)
-            seen[name].append(torch.cat([flat[pick], flat.min()[None], flat.max()[None]]))
+            samples[name].append(torch.cat([flat[pick], flat.min()[None], flat.max()[None]]))
 
-    modules = {n: m for n, m in model.named_modules() if n in seen}
+    modules = {n: m for n, m in model.named_modules() if n in samples}
     with eval_mode(model), hook_modules(modules, sample, before=before):
         for batch in batches:
             try:
                 call_model(model, batch)
             except Exception as error:
                 raise forward_error(model, *split_arguments(batch), error) from error
-    return {name: torch.cat(parts) for name, parts in seen.items() if parts}
+    return {name: torch.cat(parts) for name, parts in samples.items() if parts}
 
 
 @torch.no_grad()
 def reestimate_batchnorm(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], count: int = 100) -> None:
-    """Set BatchNorm's running statistics to the plain average over up to `count` batches, with the final weights."""
+    """Set BatchNorm's running statistics to plain averages over the first `count` batches."""
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return

@@ -1,7 +1,7 @@
-"""How many channels of a site may stay where runtimes want them in multiples (`--channel-multiple`).
+"""Allowed numbers of kept channels at a site, where runtimes want multiples (`--channel-multiple`).
 
-Integer kernels work on several channels at a time, and what is left over is dear: of ResNet20 with 64 % of its MACs, 8
-bits, onnxruntime takes 1.4 times as long with any numbers of channels as with multiples of 8 (studies/speed.py).
+Integer kernels work on several channels at a time, and a remainder costs as much as a full group: onnxruntime runs a
+ResNet20 with 64 % of its MACs at 8 bits 1.4 times as fast with multiples of 8 (studies/speed.py).
 """
 
 from __future__ import annotations
@@ -19,57 +19,57 @@ from jpq.tracing.network import Network
 from jpq.tracing.sites import Site
 from jpq.types import JpqError
 
-MOST = 256  # that --channel-multiple may be
+LARGEST_MULTIPLE = 256
 
 
-def channel_multiple(method: str, made: Method, asked: int | None) -> int:
-    """Of how many channels sites keep multiples: `asked`, or 1.
+def channel_multiple(name: str, method: Method, multiple: int | None) -> int:
+    """The value of --channel-multiple for a method of this name; 1 where it is not given.
 
-    Raises JpqError for a number that makes no sense, and for methods that close no channels, or know how many.
+    Raises JpqError for a number out of range, and for methods that prune no channels or set their number in advance.
     """
-    if asked is None or asked == 1:
+    if multiple is None or multiple == 1:
         return 1
-    flag = f"--channel-multiple {asked}"
-    if not 1 <= asked <= MOST:
-        raise JpqError(f"{flag} is outside 1 to {MOST}; 8 and 16 suit most hardware.")
+    flag = f"--channel-multiple {multiple}"
+    if not 1 <= multiple <= LARGEST_MULTIPLE:
+        raise JpqError(f"{flag} is outside 1 to {LARGEST_MULTIPLE}; 8 and 16 suit most hardware.")
     reason = ""
-    if made.gate is None:
+    if method.gate is None:
         reason = "prunes nothing"
-    elif made.structure != CHANNELS:
-        reason = f"masks weights inside layers ({made.structure}) and drops no channels"
-    elif made.gate.fixed_count:
+    elif method.structure != CHANNELS:
+        reason = f"masks weights inside layers ({method.structure}) and drops no channels"
+    elif method.gate.fixed_count:
         reason = "is told how many channels stay"
-    elif made.sites == "per-consumer":
+    elif method.sites == "per-consumer":
         reason = "keeps channels for each reader on its own"
     if reason:
         free = [n for n, m in METHODS.items() if m.gate and m.structure == CHANNELS and m.sites == "coupled"]
-        raise JpqError(f"{flag}: method {method} {reason}. Choose --method {any_of(free)}.")
-    return asked
+        raise JpqError(f"{flag}: method {name} {reason}. Choose --method {any_of(free)}.")
+    return multiple
 
 
-def counts(network: Network, site: Site, multiple: int) -> tuple[int, ...]:
-    """Ascending numbers of units that the site may keep: those that make a multiple of channels, and all of them.
+def allowed_counts(network: Network, site: Site, multiple: int) -> tuple[int, ...]:
+    """Numbers of units that a site may keep, ascending: those that make a multiple of channels, and all of them.
 
-    A unit that stands for several channels of the layer that makes it (a head of attention) counts as so many.
+    A unit of several channels in the layer that produces it (a head of attention) counts as that many channels.
     """
-    step = multiple // gcd(multiple, _channels(network, site))
+    step = multiple // gcd(multiple, _channels_per_unit(network, site))
     return (*range(step, site.n, step), site.n)
 
 
-def nearest(counts: Sequence[int], above: int) -> int:
-    """Of ascending counts the one that so many units round to; ties go to the larger."""
-    i = min(bisect_left(counts, above), len(counts) - 1)
-    return counts[i - 1] if i and above < turn(counts[i - 1], counts[i]) else counts[i]
+def nearest_count(counts: Sequence[int], units: int) -> int:
+    """The count nearest to a number of units, of ascending counts; ties go to the larger one."""
+    i = min(bisect_left(counts, units), len(counts) - 1)
+    return counts[i - 1] if i and units < rounding_point(counts[i - 1], counts[i]) else counts[i]
 
 
-def turn(small: int, large: int) -> int:
-    """The fewest units that round to the larger of two counts."""
+def rounding_point(small: int, large: int) -> int:
+    """The smallest number of units that rounds to the larger of two neighbouring counts."""
     return (small + large + 1) // 2
 
 
-def _channels(network: Network, site: Site) -> int:
-    """Of one unit, in the layer (or embedding) that makes it; 1 for a mask, which removes none."""
+def _channels_per_unit(network: Network, site: Site) -> int:
+    """Channels of one unit in the layer (or embedding) that produces it; 1 for a mask, which removes none."""
     if site.is_mask:
         return 1
-    made = {layer.name: layer.outputs for layer in network.layers} | dict(network.embeddings)
-    return max(1, int(np.count_nonzero(made[site.producers[0]] == site.labels[0])))
+    labels = {layer.name: layer.outputs for layer in network.layers} | dict(network.embeddings)
+    return max(1, int(np.count_nonzero(labels[site.producers[0]] == site.labels[0])))

@@ -1,12 +1,12 @@
-"""Hypernetworks: the weight of a convolution, generated from the latent vectors of what it reads and what it makes.
+"""Hypernetworks: weights of convolutions, generated from latent vectors of their input and output channels.
 
     Z = z_in z_out^T + B0          E[i, j] = Z[i, j] w1[i, j] + b1[i, j]          O[i, j] = W2[i, j] E[i, j] + b2[i, j]
 
-for every kernel (input i, output j) of its own, E in R^8. Y. Li et al., "DHP", ECCV 2020, arXiv:2003.13683.
+for every kernel (input i, output j), E in R^8. Y. Li et al., "DHP", ECCV 2020, arXiv:2003.13683.
 
 | paper | here | shape |
 |---|---|---|
-| z_in, z_out | the sites' gates, gathered by label; `own` where no site decides (image, logits) | [c], [n] |
+| z_in, z_out | the sites' gates, gathered by label; `own` in channels of no site (image, logits) | [c], [n] |
 | B0 | `b0` | [c, n] |
 | w1, b1 | `w1`, `b1` | [c, n, m], m = 8 |
 | W2 | `w2` | [c, n, k*k, m] |
@@ -38,20 +38,20 @@ EMBEDDING = 8  # m
 
 
 def generate(z_in: Tensor, z_out: Tensor, b0: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
-    """O without b2: `[n, c, k*k]` from latents `[c]` and `[n]`."""
+    """The generated weight O without b2, `[n, c, k*k]`, from latents `[c]` and `[n]`."""
     z = z_in[:, None] * z_out[None] + b0
     embedded = z[:, :, None] * w1 + b1
     return (w2 @ embedded[..., None]).squeeze(3).transpose(0, 1)
 
 
 class Generated(nn.Module):
-    """Parametrization: a weight, generated from latents. It starts at `weight`.
+    """Parametrization of a weight that is generated from latents; it generates `weight` at first.
 
     Args:
         weight: `[n, c, *kernel]`.
-        gates: those whose latents take part.
-        inputs, outputs: for each input `[c]` and output `[n]` its place in the latents of `gates` one after the
-            other; places behind them are the layer's own.
+        gates: the gates whose latents it is generated from.
+        inputs, outputs: for each input `[c]` and output `[n]` its index into the concatenated latents of `gates`;
+            indices beyond them are the layer's own.
     """
 
     inputs: Tensor
@@ -59,7 +59,7 @@ class Generated(nn.Module):
 
     def __init__(self, weight: Weight, gates: Sequence[Gate], inputs: Labels, outputs: Labels):
         super().__init__()
-        self._gates = list(gates)  # theirs are not this module's parameters
+        self._gates = list(gates)  # in a list, so that their parameters are not this module's
         shared = sum(gate.n for gate in gates)
         own = max(0, int(max(inputs.max(), outputs.max())) + 1 - shared)
         n, c = weight.shape[:2]
@@ -79,8 +79,8 @@ class Generated(nn.Module):
     def forward(self, b2: Weight) -> Weight:
         """The weight, shaped like b2."""
         z = torch.cat([gate.latent()[0] for gate in self._gates] + [self.own])
-        made = generate(z[self.inputs], z[self.outputs], self.b0, self.w1, self.b1, self.w2)
-        return made.reshape(b2.shape) + b2
+        weight = generate(z[self.inputs], z[self.outputs], self.b0, self.w1, self.b1, self.w2)
+        return weight.reshape(b2.shape) + b2
 
 
 class Hypernetworks:
@@ -94,7 +94,7 @@ class Hypernetworks:
             self.places.update({int(label): (g, unit) for unit, label in enumerate(site.labels)})
 
     def register(self, model: nn.Module, layer: Layer) -> None:
-        """Let the layer's weight be generated, where it can be; its value does not change."""
+        """Generate the layer's weight by a hypernetwork where that is possible; its value does not change."""
         if not self.gates or layer.kind is not LayerKind.CONV or layer.weight != f"{layer.name}.weight":
             return
         c = layer.weight_shape[1]
@@ -106,9 +106,9 @@ class Hypernetworks:
         behind = sum(self.gates[g].n for g in used)
 
         def place(labels: Labels, behind: int) -> Labels:
-            found = [self.places.get(int(label)) for label in labels]
-            own = iter(range(behind, behind + len(found)))
-            return np.array([starts[at[0]] + at[1] if at else next(own) for at in found], np.int64)
+            places = [self.places.get(int(label)) for label in labels]
+            own = iter(range(behind, behind + len(places)))
+            return np.array([starts[at[0]] + at[1] if at else next(own) for at in places], np.int64)
 
         reads = place(inputs, behind)
         makes = place(layer.outputs, max(behind, int(reads.max()) + 1))
@@ -122,7 +122,7 @@ class Hypernetworks:
 
 @torch.no_grad()
 def bake_hypernetwork(model: nn.Module, layer: Layer) -> None:
-    """Let a generated weight be an ordinary one from now on: the hypernetwork goes."""
+    """Replace the hypernetwork of a layer by the weight that it generates, an ordinary parameter."""
     owner, _, name = layer.weight.rpartition(".")
     module = model.get_submodule(owner)
     if not parametrize.is_parametrized(module, name):

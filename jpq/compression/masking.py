@@ -1,4 +1,4 @@
-"""What a gate's decision does to the layers that it reaches: a mask on weights, noise on inputs."""
+"""The effect of gates on layers: masks that multiply weights, and noise that multiplies inputs."""
 
 from __future__ import annotations
 
@@ -15,55 +15,55 @@ from jpq.types import NONE, Weight
 
 
 class GateSample:
-    """What one gate's decision is in this forward pass: every tap sees the same.
+    """The sample of one gate in a forward pass, shared by all taps of its site.
 
     Args:
         gate: the gate.
-        reach: what its taps multiply: (module, name of its weight, structure), for gates that look at weights.
+        reach: the weights that its taps mask, (module, name of its weight, structure), for gates that need weights.
     """
 
     def __init__(self, gate: Gate, reach: Sequence[tuple[nn.Module, str, Structure]] = ()):
         self.gate, self.reach = gate, list(reach)
-        self.part: tuple[int, int, int] | None = None  # samples of a batch, and which of them are this process's
+        self.part: tuple[int, int, int] | None = None  # size of the whole batch, and this process's part of it
         self.resample()
 
     def show_weights(self) -> None:
-        """Show the gate the float weights as they stand."""
+        """Show the present float weights to the gate."""
         if self.gate.needs_weights and self.reach:
             self.gate.observe_weights([(original(module, name), structure) for module, name, structure in self.reach])
 
     def resample(self) -> None:
-        """A new draw, at the start of a forward pass."""
+        """Draw a new sample, at the start of a forward pass."""
         self.show_weights()
         self.z = self.gate.multiplier()
         self._noise: dict[int, Tensor | None] = {}
 
     def noise(self, batch: int) -> Tensor | None:
-        """`[batch, n]`, the same for every consumer in one forward pass."""
+        """Noise of the units, `[batch, n]`, the same for every consumer in one forward pass; None for none."""
         if batch not in self._noise:
             whole, start, stop = self.part or (batch, 0, batch)
-            each = batch // (stop - start)  # rows of a sample, where it was cut into several
+            each = batch // (stop - start)  # rows per sample, where a layer splits samples into several rows
             noise = self.gate.input_noise(whole * each)
             self._noise[batch] = None if noise is None else noise[start * each : stop * each]
         return self._noise[batch]
 
 
 def original(module: nn.Module, name: str) -> Tensor:
-    """The trainable weight behind the masks."""
+    """The trainable float weight behind the masks of a module's parameter."""
     if parametrize.is_parametrized(module, name):
         return module.parametrizations[name].original  # type: ignore[index,union-attr]
     return getattr(module, name)
 
 
 class MaskParametrization(nn.Module):
-    """Parametrization of a weight: times the mask of every tap on it."""
+    """Parametrization of a weight: its product with the masks of all taps on it."""
 
     def __init__(self, taps: Sequence[tuple[GateSample, Structure]]):
         super().__init__()
         self.taps = list(taps)
 
     def forward(self, weight: Weight) -> Weight:
-        """weight * expand(z) for each tap; where the gate says so, backward as if there were no mask."""
+        """weight * expand(z) for each tap; backward as without a mask where the gate is straight-through."""
         for draw, structure in self.taps:
             if draw.z is None:
                 continue
@@ -73,13 +73,13 @@ class MaskParametrization(nn.Module):
 
 
 class InputNoise:
-    """Noise per sample that multiplies the input of one layer, gathered from the gates that it reads."""
+    """Noise per sample that multiplies the input of one layer, gathered from the gates of its input channels."""
 
     def __init__(self, taps: Sequence[tuple[GateSample, Any]], channel_dim: int, groups: int = 1):
         self.taps, self.channel_dim, self.groups = list(taps), channel_dim, groups
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        """A tensor that broadcasts to x, or None."""
+        """The noise, a tensor that broadcasts to x; None for none."""
         total = None
         for draw, axis in self.taps:
             noise = draw.noise(x.shape[0])

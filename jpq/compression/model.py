@@ -1,4 +1,4 @@
-"""A model under compression: the one thing that the trainer sees."""
+"""`CompressedModel`: a model with gates and quantizers on its layers, all that the trainer sees of compression."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from jpq.compression.channel_counts import counts
+from jpq.compression.channel_counts import allowed_counts
 from jpq.compression.hypernetwork import bake_hypernetwork
 from jpq.compression.masking import GateSample, original
 from jpq.compression.usage import FLOAT_BITS, NO_MASK, Densities, exact_usage, hard_bits, layer_use
@@ -30,17 +30,18 @@ from jpq.tracing.sites import Site
 
 Trainable = Literal["both", "weights", "decisions"]
 
-DECIDED_AT = 0.9  # position in the search at which every gate that counts has decided
+DECIDED_AT = 0.9  # progress of the search at which every gate with a fixed count has decided
 
 
 class CompressedModel(nn.Module):
-    """A model under compression. The trainer sees this and nothing of gates or quantizers.
+    """A model with gates and quantizers on its layers; the trainer sees this and neither gates nor quantizers.
 
     Args:
-        model: attached model (see `attach`).
-        network, sites: what is known of the float model.
+        model: the model with quantized layers and masked weights (see `attach`).
+        network, sites: layers and pruning groups of the float model.
         gates: one per site, in the same order.
-        multiple: of how many channels each site keeps multiples when it lands.
+        method: name of the method, for the plan.
+        multiple: discretization keeps multiples of so many channels at each site.
     """
 
     def __init__(
@@ -57,45 +58,43 @@ class CompressedModel(nn.Module):
         self.model, self.network, self.sites, self.method = model, network, tuple(sites), method
         self.gates: Any = nn.ModuleList(gates)  # of Gate
         self.draws: list[GateSample] = []
-        self.calibration_samples: dict[str, Tensor] = {}  # calibration samples of each layer's input
+        self.calibration_samples: dict[str, Tensor] = {}  # layer -> samples of its input
         self.shares = ChannelShares(network, [s for s in self.sites if not s.is_mask])
-        self.opened = opened_units(network, self.sites)  # with any, the rebuilt model is not the masked one
+        self.opened = opened_units(network, self.sites)  # above 0 the rebuilt model computes something else
         self.densities = Densities(network, self.sites)
-        self.scheduled_pruning: Callable[[float], None] | None = (
-            None  # progress -> lets a ranking close units meanwhile
-        )
+        self.scheduled_pruning: Callable[[float], None] | None = None  # closes units at this progress, by a ranking
         self.progress: Tensor
-        self.register_buffer("progress", torch.zeros((), dtype=torch.float64))  # of the search, as last heard
-        self._resting: list[nn.Parameter] = []  # what `learn` has switched off
+        self.register_buffer("progress", torch.zeros((), dtype=torch.float64))  # of the search
+        self._untrained: list[nn.Parameter] = []  # switched off by `set_trainable`
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output under the decisions as they stand; a fresh draw of every gate."""
+        """The model's output under the present decisions, with a new sample of every gate."""
         for draw in self.draws:
             draw.resample()
         return self.model(*args, **kwargs)
 
     def layer(self, name: str) -> Any:
-        """The module of that name inside the attached model; None where a layer's weight belongs to no such module."""
+        """The module of a layer in the attached model; None where its weight belongs to no module of that name."""
         return dict(self.model.named_modules()).get(name)
 
     def quantizers(self, name: str) -> tuple[IntegerQuantizer, IntegerQuantizer] | None:
-        """(weight, input) quantizers of a layer; None where it stays in floating point."""
+        """The quantizers of a layer's weight and of its input; None where it stays in floating point."""
         layer = self.layer(name)
         return (weight_quantizer(layer), act_quantizer(layer)) if hasattr(layer, "weight_quant") else None
 
     def counts(self, site: Site) -> tuple[int, ...]:
-        """How many units of a site may stay when it lands, ascending."""
-        return counts(self.network, site, self.multiple)
+        """Numbers of units that discretization may keep of a site, ascending."""
+        return allowed_counts(self.network, site, self.multiple)
 
     def used_weight(self, layer: Layer) -> Tensor:
-        """A layer's weight as the forward pass has it: masked under the last draw of the gates, then quantized."""
+        """A layer's weight in the forward pass: masked by the last sample of the gates, then quantized."""
         owner, _, name = layer.weight.rpartition(".")
         weight: Tensor = getattr(self.model.get_submodule(owner), name)
         pair = self.quantizers(layer.name)
         return pair[0](weight)[0] if pair else weight
 
     def soft_usage(self) -> list[LayerUse]:
-        """What each layer uses now: values whole (hard decisions), gradients soft."""
+        """The present use of each layer: values of hard decisions, gradients of soft ones."""
         alive = [g.keep() if g.fixed_count else hard_bits(g.keep(), g.keep_probability()) for g in self.gates]
         inputs, outputs = self.shares.soft([a for a, s in zip(alive, self.sites, strict=True) if not s.is_mask])
         density = self.densities.soft(alive)
@@ -106,7 +105,7 @@ class CompressedModel(nn.Module):
 
     @torch.no_grad()
     def exact_usage(self, plan: Plan | None = None) -> list[LayerUse]:
-        """What each layer uses under a plan (default: as things stand), in whole numbers and fractions."""
+        """The use of each layer under a plan (default: the present decisions), in whole numbers and fractions."""
         return exact_usage(self.network, self.shares, plan or self.plan(), self.densities)
 
     def _widths(self, name: str) -> tuple[Any, Any]:
@@ -121,18 +120,18 @@ class CompressedModel(nn.Module):
         return sum((p.sum() for p in parts), torch.zeros((), device=device)) / max(1, units)
 
     def metrics(self) -> dict[str, dict[str, float]]:
-        """What the gates say about their decisions, by site; sites whose gate says nothing are left out."""
-        said = {site.name: gate.metrics() for site, gate in zip(self.sites, self.gates, strict=True)}
-        return {name: numbers for name, numbers in said.items() if numbers}
+        """Site -> named numbers about its gate's decisions, for the report; only of gates that have any."""
+        metrics = {site.name: gate.metrics() for site, gate in zip(self.sites, self.gates, strict=True)}
+        return {name: numbers for name, numbers in metrics.items() if numbers}
 
     def own_loss(self) -> Tensor:
-        """What the gates add to the loss as it is (augmented Lagrangians), a scalar."""
+        """The gates' unscaled terms of the loss (augmented Lagrangians), a scalar."""
         parts = [p for p in (g.own_loss() for g in self.gates) if p is not None]
         return sum(parts, torch.zeros((), device=next(self.model.parameters()).device))
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Let gates anneal and widths return into their bounds; once after every optimiser step."""
+        """Anneal gates and clip widths to their bounds; called after every optimizer step."""
         self.progress.fill_(progress)
         for gate in self.gates:
             gate.after_step(progress)
@@ -143,7 +142,7 @@ class CompressedModel(nn.Module):
 
     @torch.no_grad()
     def finish_search(self) -> None:
-        """Let gates that count decide now, where the search ended before they came to it."""
+        """Make gates with a fixed count decide, where the search ended before their schedule did."""
         if self.scheduled_pruning is not None:
             self.scheduled_pruning(1.0)
         if float(self.progress) >= DECIDED_AT:
@@ -156,47 +155,47 @@ class CompressedModel(nn.Module):
             draw.resample()
 
     def widths(self) -> list[BitWidth]:
-        """Every bit-width."""
+        """All bit-widths of the model."""
         return [m for m in self.model.modules() if isinstance(m, BitWidth)]
 
     def decisions(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters that decide: "gates" and "bits"."""
+        """Parameters of the decisions: "gates" and "bits"."""
         return {
             "gates": [p for gate in self.gates if not gate.self_updating for p in gate.parameters()],
             "bits": [p for width in self.widths() for p in width.parameters()],
         }
 
     def weights(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters that compute: "decayed" (weights of two or more dims) and "plain" (biases, norms, ranges)."""
+        """All other parameters: "decayed" (weights of two or more dims) and "plain" (biases, norms, ranges)."""
         ranges = {id(m.log_threshold) for m in self.model.modules() if isinstance(m, IntegerQuantizer)}
         deciding = {id(p) for group in self.decisions().values() for p in group}
-        own = [p for p in self.model.parameters() if id(p) not in deciding]
-        decayed = [p for p in own if p.dim() > 1 and id(p) not in ranges]
-        plain = [p for p in own if p.dim() <= 1 or id(p) in ranges]
+        weights = [p for p in self.model.parameters() if id(p) not in deciding]
+        decayed = [p for p in weights if p.dim() > 1 and id(p) not in ranges]
+        plain = [p for p in weights if p.dim() <= 1 or id(p) in ranges]
         return {"decayed": decayed, "plain": plain}
 
     @property
     def bilevel(self) -> bool:
-        """Whether decisions learn on other batches than the weights (bi-level)."""
+        """Whether decisions learn on other batches than the weights (bi-level optimization)."""
         return any(gate.bilevel for gate in self.gates)
 
     def set_trainable(self, side: Trainable) -> None:
-        """Let only the weights, or only the decisions, get gradients until the next call.
+        """Let only the weights, only the decisions, or both get gradients until the next call.
 
-        The other side's are taken away too: an optimiser leaves parameters without a gradient as they are, bit for
+        The gradients of the others are removed: an optimizer leaves parameters without a gradient as they are, bit for
         bit, whatever their momentum and decay.
         """
-        for p in self._resting:
+        for p in self._untrained:
             p.requires_grad_(True)
         groups = {"both": {}, "weights": self.decisions(), "decisions": self.weights()}[side]
-        self._resting = [p for group in groups.values() for p in group if p.requires_grad]
-        for p in self._resting:
+        self._untrained = [p for group in groups.values() for p in group if p.requires_grad]
+        for p in self._untrained:
             p.requires_grad_(False)
             p.grad = None
 
     @torch.no_grad()
     def plan(self) -> Plan:
-        """The decisions as they stand."""
+        """The present decisions."""
         layers = {}
         for layer in self.network.layers:
             pair = self.quantizers(layer.name)
@@ -219,9 +218,9 @@ class CompressedModel(nn.Module):
 
     @torch.no_grad()
     def freeze(self, plan: Plan) -> None:
-        """Take the plan's decisions for good: gates become 0/1 with their scale folded in, widths become fixed.
+        """Fix the decisions of a plan: gates become 0 or 1 with their scales folded into the weights, widths fixed.
 
-        Under a plan that equals the decisions as they stand, evaluation before and after agrees exactly.
+        Under a plan of the present decisions, evaluation before and after agrees exactly.
         """
         self.set_trainable("both")
         self.scheduled_pruning = None
@@ -232,7 +231,7 @@ class CompressedModel(nn.Module):
             for tap in site.taps:
                 owner, _, name = self.network.layer(tap.layer).weight.rpartition(".")
                 weight = original(self.model.get_submodule(owner), name)
-                # a unit that landing opened again has scale 0 with some gates: its weights stay as they are
+                # some gates have scale 0 for units that discretization opened again: their weights stay as they are
                 scale = torch.where(gate.keep() > 0, gate.scale(), torch.ones_like(gate.scale()))
                 weight.mul_(tap.structure.expand(scale, weight.shape))
             mask = site.is_mask
@@ -244,23 +243,22 @@ class CompressedModel(nn.Module):
             pair = self.quantizers(layer.name)
             if not pair:
                 continue
-            decided = plan.layers[layer.name]
-            self._fix(layer, pair[0], decided.w_bits)
-            self._fix_input(layer, pair[1], decided.a_bits)
+            bits = plan.layers[layer.name]
+            self._fix_weight(layer, pair[0], bits.w_bits)
+            self._fix_input(layer, pair[1], bits.a_bits)
         self.model.train(self.training)
 
     def _fix_input(self, layer: Layer, quantizer: IntegerQuantizer, bits: int) -> None:
-        """Fix the input's width; where that changes it, fit its range anew to what calibration saw."""
+        """Fix the width of the input; where that changes it, refit its range to the samples of calibration."""
         changed = bits != round(float(quantizer.width()))
         quantizer.fix(bits)
         if changed and layer.name in self.calibration_samples:
-            fitted = fit_threshold(
-                self.calibration_samples[layer.name].to(quantizer.log_threshold), bits, quantizer.signed, False
-            )
-            quantizer.log_threshold.copy_(fitted.clamp_min(1e-8).log())
+            samples = self.calibration_samples[layer.name].to(quantizer.log_threshold)
+            threshold = fit_threshold(samples, bits, quantizer.signed, False)
+            quantizer.log_threshold.copy_(threshold.clamp_min(1e-8).log())
 
-    def _fix(self, layer: Layer, quantizer: IntegerQuantizer, bits: int) -> None:
-        """Fix the weight's width; where that changes it, fit its range anew."""
+    def _fix_weight(self, layer: Layer, quantizer: IntegerQuantizer, bits: int) -> None:
+        """Fix the width of the weight; where that changes it, refit its range."""
         changed = bits != round(float(quantizer.width()))
         quantizer.fix(bits)
         if changed:

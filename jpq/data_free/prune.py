@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from jpq.compression import external_mask
-from jpq.compression.attach import refuse_tied
+from jpq.compression.attach import check_untied
 from jpq.data_free.layerwise_admm import AdmmSettings, DrawImages, LayerReport, dense_teacher, prune_layerwise
 from jpq.data_free.settings import DataFreeSettings
 from jpq.files.atomic import replace_file
 from jpq.methods.gates.admm import Admm
 from jpq.tasks import models
-from jpq.tasks.data import IMAGENET, RECIPES
+from jpq.tasks.data import IMAGENET, PREPROCESSING
 from jpq.tracing.decompose import decompose
 from jpq.tracing.forward import call_model, collect_tensors
 from jpq.tracing.model_checks import check_full_precision
@@ -67,7 +67,7 @@ def prune_private(
     settings = settings.check()
     _make_folder(settings.out)
     device = pick_device(settings.device)
-    usual_shape, usual_classes = models.usual(settings.model) or (None, 1000)
+    usual_shape, usual_classes = models.usual_input(settings.model) or (None, 1000)
     shape, classes = settings.input_shape or usual_shape, settings.classes or usual_classes
     model = models.build(settings.model, classes, shape[0] if shape else None).to(device).eval()
     if shape is None:
@@ -109,7 +109,7 @@ def input_moments(like: str, shape: Sequence[int]) -> ChannelMoments:
 
     Raises JpqError for an unknown name, and for another number of channels.
     """
-    known: dict[str, ChannelMoments] = {"imagenet": IMAGENET, **{n: (r.mean, r.std) for n, r in RECIPES.items()}}
+    known: dict[str, ChannelMoments] = {"imagenet": IMAGENET, **{n: (r.mean, r.std) for n, r in PREPROCESSING.items()}}
     if like and like not in known:
         raise unknown("data set in --like", like, known)
     plain = ((0.0,) * shape[0], (1.0,) * shape[0])
@@ -156,7 +156,7 @@ def prune_model(
     set_threads(threads, sum(layer.macs for layer in network.layers) * settings.batch_size)
     sites = mask_sites(network, structure, skip)
     for site in sites:
-        refuse_tied(model, network.layer(site.taps[0].layer))
+        check_untied(model, network.layer(site.taps[0].layer))
     device = next(model.parameters()).device
     gates, one_shot_gates = (
         [layer_gate(network, site, density, settings).to(device) for site in sites] for _ in range(2)

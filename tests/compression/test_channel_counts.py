@@ -10,7 +10,7 @@ from torch import nn
 import jpq
 from jpq.compression import discretize
 from jpq.compression.attach import attach
-from jpq.compression.channel_counts import channel_multiple, counts, nearest
+from jpq.compression.channel_counts import allowed_counts, channel_multiple, nearest_count
 from jpq.config import Budget, Config, Decide, Run, Task, Train
 from jpq.costs.target import FULL_USE, all_met, parse_targets, used_share
 from jpq.methods.gates import VIB
@@ -62,7 +62,7 @@ def test_a_larger_shift_closes_nothing_and_the_best_stay(seed, shift):
     network = NETS[8]
     scatter(network, seed)
     soft = discretize.soft_decisions(network)
-    less, more = soft.at(shift), soft.at(shift + 0.5)
+    less, more = soft.plan_at(shift), soft.plan_at(shift + 0.5)
     for site, margins in soft.margins.items():
         assert all(b or not a for a, b in zip(less.kept[site], more.kept[site], strict=True))
         kept = [m for m, k in zip(margins, less.kept[site], strict=True) if k]
@@ -77,22 +77,22 @@ def test_single_steps_stand_where_rounding_takes_them(seed, multiple):
     network = NETS[multiple]
     scatter(network, seed)
     soft = discretize.soft_decisions(network)
-    now = soft.at(0.0)
+    now = soft.plan_at(0.0)
     for step in soft.steps(now):
         if step.name in soft.margins:
             larger = sum(step.plan.kept[step.name])
-            assert sum(soft.at(step.shift + 1e-6).kept[step.name]) >= larger
-            assert sum(soft.at(step.shift - 1e-6).kept[step.name]) < larger
+            assert sum(soft.plan_at(step.shift + 1e-6).kept[step.name]) >= larger
+            assert sum(soft.plan_at(step.shift - 1e-6).kept[step.name]) < larger
     for step in soft.steps_back(now):
         if step.name in soft.margins:
             smaller = sum(step.plan.kept[step.name])
-            assert sum(soft.at(step.shift - 1e-6).kept[step.name]) <= smaller
-            assert sum(soft.at(step.shift + 1e-6).kept[step.name]) > smaller
+            assert sum(soft.plan_at(step.shift - 1e-6).kept[step.name]) <= smaller
+            assert sum(soft.plan_at(step.shift + 1e-6).kept[step.name]) > smaller
 
 
 @given(counts=st.sets(st.integers(1, 60), min_size=1), above=st.integers(0, 80))
 def test_rounds_to_the_nearest_count_and_up_from_the_middle(counts, above):
-    found = nearest(sorted(counts), above)
+    found = nearest_count(sorted(counts), above)
     assert found in counts
     assert not any(abs(c - above) < abs(found - above) for c in counts)
     assert not any(abs(c - above) == abs(found - above) and c > found for c in counts)
@@ -104,8 +104,8 @@ def test_without_a_multiple_any_number_may_stay():
 
 def test_sites_of_another_size_may_also_keep_all():
     wide = next(site for site in SITES if site.n == 16)
-    assert counts(NETWORK, wide, 5) == (5, 10, 15, 16)
-    assert counts(NETWORK, wide, 16) == counts(NETWORK, wide, 64) == (16,)
+    assert allowed_counts(NETWORK, wide, 5) == (5, 10, 15, 16)
+    assert allowed_counts(NETWORK, wide, 16) == allowed_counts(NETWORK, wide, 64) == (16,)
 
 
 class Heads(nn.Module):
@@ -122,9 +122,9 @@ def test_a_unit_of_several_channels_counts_as_so_many():
     """Four heads of six channels: two heads are twelve channels, a multiple of 4 and of 6 but not of 8."""
     network = trace(decompose(Heads()), torch.randn(2, 5, 24))
     heads = next(site for site in channels(network) if site.n == 4)
-    assert counts(network, heads, 6) == (1, 2, 3, 4)
-    assert counts(network, heads, 4) == (2, 4)
-    assert counts(network, heads, 8) == (4,)
+    assert allowed_counts(network, heads, 6) == (1, 2, 3, 4)
+    assert allowed_counts(network, heads, 4) == (2, 4)
+    assert allowed_counts(network, heads, 8) == (4,)
 
 
 @pytest.mark.parametrize("method", ["djpq", "l0", "ranked", "two-stage"])

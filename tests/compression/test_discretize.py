@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jpq import costs
-from jpq.allocation.uniform_bits import start_bits, uniform
+from jpq.allocation.uniform_bits import decide_uniform_bits, start_bits
 from jpq.compression import discretize
 from jpq.compression.attach import attach
 from jpq.costs.target import FULL_USE, parse_targets, used_share
@@ -64,7 +64,7 @@ def test_changes_nothing_where_the_decisions_already_fit():
     now = NET.plan()
     cost = costs.bops(NET.exact_usage(now))
     soft = discretize.soft_decisions(NET)
-    assert costs.bops(NET.exact_usage(soft.at(0.0))) == cost
+    assert costs.bops(NET.exact_usage(soft.plan_at(0.0))) == cost
 
 
 def test_several_targets_hold_together():
@@ -133,11 +133,11 @@ def test_powers_of_two_land_on_powers_of_two_and_say_what_they_leave():
 def test_uniform_takes_the_dearest_balanced_pair_that_fits():
     network = net(Fixed, Frozen.all)
     targets = parse_targets({"bops": "1.6%"}, network.exact_usage())
-    plan = uniform(network, targets, range(2, 9), range(2, 9))
+    plan = decide_uniform_bits(network, targets, range(2, 9), range(2, 9))
     assert {(x.w_bits, x.a_bits) for n, x in plan.layers.items() if n != NETWORK.layers[0].name} == {(4, 4)}
     assert plan.layers[NETWORK.layers[0].name].a_bits == 8
     with pytest.raises(JpqError, match="smallest possible"):
-        uniform(network, parse_targets({"bops": "0.1%"}, network.exact_usage()), range(2, 9), range(2, 9))
+        decide_uniform_bits(network, parse_targets({"bops": "0.1%"}, network.exact_usage()), range(2, 9), range(2, 9))
 
 
 def test_search_starts_above_the_budget_within_the_bounds():

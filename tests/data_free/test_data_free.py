@@ -258,7 +258,7 @@ def test_no_loader_is_touched(trained, tmp_path, monkeypatch, capsys):
 
     for module, names in (
         (data, ("load", "Batches", "_read", "_split")),
-        (datasets, ("digits", "torchvision", "folder", "converted", "_published")),
+        (datasets, ("digits", "torchvision", "folder", "convert_user_data", "_open_torchvision")),
         (recipe, ("load_data", "read_data")),
         (sklearn.datasets, ("load_digits",)),
         (torchvision.datasets, ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "ImageFolder", "DatasetFolder")),
@@ -332,8 +332,8 @@ def test_other_structures(structure, trained, tmp_path):
     network = trace(dense, x)
     start = given.start(dense, given.sites(network))
     assert torch.equal(start(x), done.model.eval()(x))
-    assert not given.obeyed(dense, given.sites(network))
-    assert given.obeyed(start, given.sites(network))
+    assert not given.is_held_by(dense, given.sites(network))
+    assert given.is_held_by(start, given.sites(network))
 
 
 @pytest.mark.parametrize(

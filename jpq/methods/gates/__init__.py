@@ -1,4 +1,4 @@
-"""How keep or drop is relaxed."""
+"""GATES: how the decision to keep or drop a unit is relaxed for training, one member a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""ADMM: the dense weights are pulled towards the nearest weights that obey the structure, which move to meet them.
+"""ADMM gate: a quadratic term in the loss draws the weights towards their projection onto the structure.
+
+The projection follows the weights in turn:
 
     W-step: minimise task + rho/2 ||W - Z + U||^2     Z = Pi(W + U)     U <- U + W - Z
 
@@ -12,8 +14,9 @@ ECCV 2018, arXiv:1804.03294, and the pattern pruning of Y. Gong et al., GLSVLSI 
 | Z and U updates | `updates` of them in the search | 5 for each rho |
 | connectivity: kernels dropped whole | `connected`: share of rows that keep anything | 1 in a search |
 
-When rho rises, U (the scaled dual) is divided by as much: left alone it would undo what was reached. The mask comes
-from the chosen units, not from which weights are zero.
+When rho rises, U (the scaled dual) is divided by the same factor: unchanged, it would undo the progress. The mask comes
+from the chosen units, not from which weights are zero. Where patterns overlap no z expresses dense weights, so that
+`multiplier` is None in training.
 """
 
 from __future__ import annotations
@@ -31,11 +34,11 @@ from jpq.types import Units, Weight
 
 RHOS = (1e-4, 1e-3, 1e-2, 1e-1)
 
-EACH = 5  # updates of Z and U for each rho
+UPDATES_PER_RHO = 5  # updates of Z and U
 
 
 class Admm(FixedCount):
-    """Dense while it searches; keeps the units of the last projection."""
+    """Gate that is dense during the search and keeps the units of the last projection."""
 
     needs_weights: ClassVar[bool] = True
     enforces_quota: ClassVar[Holds] = "always"
@@ -44,13 +47,13 @@ class Admm(FixedCount):
 
     def __init__(self, rows: int, n: int, density: float = 0.5, rhos: Sequence[float] = RHOS, connected: float = 1.0):
         super().__init__(rows, n, density)
-        self.rhos, self.updates, self.connected = tuple(rhos), EACH * len(rhos), connected
+        self.rhos, self.updates, self.connected = tuple(rhos), UPDATES_PER_RHO * len(rhos), connected
         self.register_buffer("kept", torch.ones(rows, n))
         self.register_buffer("done", torch.zeros((), dtype=torch.long))  # updates so far
         self.seen: list[tuple[Weight, Structure]] = []
 
     def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
-        """The weights themselves; Z starts as their projection, U as zero."""
+        """Remember the weights; at the first call Z becomes their projection and U zero."""
         self.seen = list(weights)
         if not hasattr(self, "z0"):
             for i, (weight, _) in enumerate(self.seen):
@@ -60,12 +63,12 @@ class Admm(FixedCount):
 
     @property
     def rho(self) -> float:
-        """The penalty's weight now."""
-        return self.rhos[min(int(self.done) // EACH, len(self.rhos) - 1)]
+        """Current weight of the quadratic penalty."""
+        return self.rhos[min(int(self.done) // UPDATES_PER_RHO, len(self.rhos) - 1)]
 
     @torch.no_grad()
     def project(self) -> None:
-        """Z = Pi(W + U): of each row the units of the largest norm stay, of rows the strongest: the nearest point.
+        """Set Z = Pi(W + U): rows keep their units of largest norm, and only the strongest rows keep any.
 
         Units at ragged edges rank by their mean square: by their norm the full ones would all come first, and more
         weights than `density` would stay.
@@ -79,45 +82,45 @@ class Admm(FixedCount):
             self.near(i).copy_(total * structure.expand(self.kept.to(total), total.shape))
 
     def dual(self, i: int) -> Tensor:
-        """U of tap i."""
+        """Scaled dual variable U of one tap, shaped like its weight."""
         return self.get_buffer(f"u{i}")
 
     def near(self, i: int) -> Tensor:
-        """Z of tap i."""
+        """Projected weights Z of one tap."""
         return self.get_buffer(f"z{i}")
 
     def relaxed(self) -> Units:
-        """Dense."""
+        """Ones: the weights stay dense."""
         return torch.ones_like(self.kept)
 
     def keep(self) -> Units:
-        """Units of the last projection."""
+        """Units of the last projection, `[rows, n]` of 0 and 1."""
         return self.kept
 
     def multiplier(self) -> Units | None:
-        """Dense in training (where patterns overlap, no z says that); the mask in evaluation."""
+        """None in training, when weights stay dense; the mask in evaluation."""
         return None if self.training else self.kept
 
     def own_loss(self) -> Tensor:
-        """rho/2 ||W - Z + U||^2 over all taps."""
+        """Augmented Lagrangian rho/2 ||W - Z + U||^2, summed over all taps."""
         parts = [(w - self.near(i) + self.dual(i)).square().sum() for i, (w, _) in enumerate(self.seen)]
         return self.rho / 2 * torch.stack(parts).sum()
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Z and U, `updates` times in the search."""
+        """Update Z and U, `updates` times over the search."""
         if int(progress * self.updates) <= int(self.done):
             return
-        before = self.rho
+        previous_rho = self.rho
         self.project()
         for i, (weight, _) in enumerate(self.seen):
             self.dual(i).add_(weight - self.near(i))
         self.done.fill_(int(progress * self.updates))
         for i in range(len(self.seen)):
-            self.dual(i).mul_(before / self.rho)
+            self.dual(i).mul_(previous_rho / self.rho)
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """||W - Z|| / ||W||: how far the weights still are from the structure."""
-        apart = sum(float((w - self.near(i)).square().sum()) for i, (w, _) in enumerate(self.seen))
-        return {"residual": (apart / max(1e-30, sum(float(w.square().sum()) for w, _ in self.seen))) ** 0.5}
+        """Relative distance of the weights from the structure: `residual` = ||W - Z|| / ||W||."""
+        squared_distance = sum(float((w - self.near(i)).square().sum()) for i, (w, _) in enumerate(self.seen))
+        return {"residual": (squared_distance / max(1e-30, sum(float(w.square().sum()) for w, _ in self.seen))) ** 0.5}

@@ -1,4 +1,4 @@
-"""DAIS: one relaxed 0/1 indicator per channel, annealed to binary, that learns on other batches than the weights.
+"""DAIS gate: a relaxed 0/1 indicator per channel, annealed to binary and trained on other batches than the weights.
 
 Y. Guan, N. Liu, P. Zhao, Z. Che, K. Bian, Y. Wang, J. Tang, "DAIS: Automatic Channel Pruning via Differentiable
 Annealing Indicator Search", IEEE TNNLS 34(12), arXiv:2011.02166.
@@ -7,18 +7,19 @@ Annealing Indicator Search", IEEE TNNLS 34(12), arXiv:2011.02166.
 |---|---|---|
 | alpha | `alpha`, in units of COLD | [1, n], starts in U(0, 5), the paper's U(0, 0.1) |
 | T = 1 / (1 + 49 progress) | `temperature` = T / COLD | 50 -> 1 over the search |
-| I = sigmoid(alpha / T) (eq. 7) | `relaxed()`, `alive()`, `scale()` | [1, n] |
+| I = sigmoid(alpha / T) (eq. 7) | `relaxed()`, `keep_probability()`, `scale()` | [1, n] |
 | R_1 = sum of I (eq. 8) | `penalty()` | [1, n] |
 | E, bilinear in neighbouring I (eq. 9); R_f = ln E (eq. 10) | the budget's pressure | |
 | keep iff I > 0.5 | `margin()` = alpha / T > 0 | [1, n] |
 | I_a = I_b where an add joins two layers (eq. 11) | one site, one gate | |
-| batches of D_w and D_alpha | `held_out` (see `fit` and `Compressed.learn`) | halves of the training set |
+| batches of D_w and D_alpha | `bilevel` (see `fit` and `CompressedModel.set_trainable`) | halves of the training set |
 
 In units of COLD = 1/50, the last temperature, Adam's usual 0.05 is the paper's 1e-3 and the last margins are alpha.
 
-We differ: ln E weighs only while E is above what the budget's ramp allows; below it there is no -ln E, landing spends
-what is left. Kept indicators are folded into the weights as they are (studies/claims.py measures how near to 1 they
-come) instead of being set to 1, so that landing changes nothing that trained. No look-ahead weights (first order).
+We differ: ln E weighs only while E is above what the budget's ramp allows; below it there is no -ln E, discretization
+spends what is left. Kept indicators are folded into the weights as they are (studies/claims.py measures how near to 1
+they come) instead of being set to 1, so that discretization changes nothing that trained. No look-ahead weights (first
+order).
 """
 
 from __future__ import annotations
@@ -31,43 +32,43 @@ from torch import Tensor, nn
 from jpq.methods.gates.base import Gate
 from jpq.types import Units
 
-COLD = 1 / 50  # T at the end
+COLD = 1 / 50  # T when the search ends
 
-SPREAD = 0.1 / COLD  # of alpha at the start
+SPREAD = 0.1 / COLD  # largest alpha at the start
 
 
 class Annealed(Gate):
-    """Keep unit i iff alpha_i > 0."""
+    """Gate that keeps unit i iff alpha_i > 0."""
 
     bilevel: ClassVar[bool] = True
     temperature: Tensor
 
     def __init__(self, rows: int, n: int):
         super().__init__(rows, n)
-        self.alpha = nn.Parameter(SPREAD * (1 - torch.rand(rows, n)))  # (0, SPREAD]: all kept
+        self.alpha = nn.Parameter(SPREAD * (1 - torch.rand(rows, n)))  # in (0, SPREAD]: all kept
         self.register_buffer("temperature", torch.tensor(1 / COLD))
 
     def relaxed(self) -> Units:
-        """I."""
+        """Indicator I = sigmoid(alpha / T), `[rows, n]`."""
         return torch.sigmoid(self.margin())
 
     def margin(self) -> Units:
-        """alpha / T."""
+        """Logit of the indicator, alpha / T."""
         return self.alpha / self.temperature
 
     def keep_probability(self) -> Units:
-        """I."""
+        """Indicator I itself."""
         return self.relaxed()
 
     def scale(self) -> Units:
-        """I."""
+        """Indicator I, without gradient."""
         return self.relaxed().detach()
 
     def penalty(self) -> Tensor | None:
-        """I: the lasso R_1."""
+        """Indicator I: the lasso R_1."""
         return self.relaxed()
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Cool down."""
+        """Lower the temperature."""
         self.temperature.fill_(1 / COLD / (1 + (1 / COLD - 1) * min(1.0, progress)))

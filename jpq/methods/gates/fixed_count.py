@@ -1,9 +1,8 @@
-"""Gates that keep a given number of units: what they share is how many, and out of which.
+"""The contract of gates that keep a prescribed number of units, and exact top-k selection.
 
-Where the structure says how many units of a row stay (2 of 2:4, 1 pattern of a kernel), that holds. Else `density` is
-the share of weights that stay: in every row of its own where a site has several rows (k of n inputs of each neuron);
-where a site is one row (all weights of a layer) its units compete with those of all such sites, unless a method ranks
-layer by layer.
+The structure's quota holds where there is one (2 of 2:4, 1 pattern of a kernel). Else `density` is the share of weights
+that stay: in each row where a site has several rows (k of n inputs of each neuron). Where a site is one row (all
+weights of a layer) its units compete with those of all such sites, unless a method ranks layer by layer.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from torch import Tensor
 from jpq.methods.gates.base import Gate, Holds
 from jpq.types import JpqError, Units
 
-FAR = 30.0  # margin, in nats, of a decision that landing must not take back
+FAR = 30.0  # margin, in nats, of a decision that discretization must not change
 
 SMALL = 16  # rows up to this long are ranked by comparing all pairs, which is faster than sorting
 
 
 class FixedCount(Gate):
-    """Exactly k units of each row, or of all pooled rows together."""
+    """Gate that keeps exactly k units of each row, or of all pooled rows together."""
 
     fixed_count: ClassVar[bool] = True
     takes_density: ClassVar[bool] = True
@@ -41,12 +40,12 @@ class FixedCount(Gate):
         self.register_buffer("sizes", torch.ones(rows, n))
 
     def set_site(self, sizes: Units, quota: int | None) -> None:
-        """Sizes rank units of different size by what they cost; a quota replaces the density."""
+        """Set unit sizes, by which units are weighed in a ranking, and the quota, which replaces the density."""
         self.sizes, self.quota = sizes.float(), quota
 
     @property
     def valid(self) -> Tensor | None:
-        """Which units are no padding; None where all are."""
+        """Bool `[rows, n]`, False for padding; None where no unit is padding."""
         real = self.sizes > 0
         return None if bool(real.all()) else real
 
@@ -56,28 +55,28 @@ class FixedCount(Gate):
         return self.rows == 1 and self.quota is None
 
     def count(self, density: float) -> Tensor:
-        """Units that stay in each row, `[rows]`: at least one, and the quota where there is one."""
+        """Number of units that stay in each row, `[rows]`: at least one, or the quota where there is one."""
         real = (self.sizes > 0).sum(1)
         if self.quota is not None:
             return real.minimum(torch.full_like(real, self.quota))
         return kept_of_rows(density, real).clamp_min(1)
 
     def least(self) -> Units:
-        """As many units as stay in the end, before it is known which: here, the largest of each row."""
+        """A mask with as many units as stay in the end, before it is known which: here the largest of each row."""
         return self.top(self.sizes, self.density)
 
     def margin(self) -> Units:
-        """Far above or below 0: which units stay is not for landing to change."""
+        """Margins of +-FAR nats, so that discretization does not change which units stay."""
         return FAR * (2 * self.keep() - 1)
 
     def top(self, scores: Units, density: float) -> Units:
-        """1 for the best of each row, exactly `count(density)` of them."""
+        """Mask of the best `count(density)` units of each row, `[rows, n]` of 0 and 1."""
         return topk_rows(scores.detach(), self.count(density), self.valid)
 
 
 @torch.no_grad()
 def best_of_all(scores: Sequence[Units], sizes: Sequence[Units], density: float) -> list[Units]:
-    """0 or 1 for each unit of each site: the best of all sites together, until `density` of all weights are kept.
+    """Masks of the best units of all sites together, as many as hold `density` of all weights.
 
     Args:
         scores: `[rows, n]` a site, comparable between sites (higher stays); ties go to the earlier site and unit.
@@ -98,7 +97,7 @@ def best_of_all(scores: Sequence[Units], sizes: Sequence[Units], density: float)
 
 @torch.no_grad()
 def topk_rows(scores: Units, k: int | Tensor, valid: Tensor | None = None) -> Units:
-    """1 for the k largest of each row and 0 for the rest, `[rows, n]` in the scores' dtype.
+    """Mask of the k largest scores of each row, `[rows, n]` of 0 and 1 in the scores' dtype.
 
     Args:
         scores: `[rows, n]`; ties go to the lower index; NaN ranks with minus infinity.
@@ -108,34 +107,34 @@ def topk_rows(scores: Units, k: int | Tensor, valid: Tensor | None = None) -> Un
     Raises JpqError where k is below 0 or above n.
     """
     rows, n = scores.shape
-    wanted = torch.as_tensor(k, device=scores.device)
-    if wanted.numel() and (int(wanted.min()) < 0 or int(wanted.max()) > n):
+    count = torch.as_tensor(k, device=scores.device)
+    if count.numel() and (int(count.min()) < 0 or int(count.max()) > n):
         raise JpqError(f"Cannot keep {k if isinstance(k, int) else 'k'} of {n} units: k is from 0 to {n}.")
-    wanted = wanted.expand(rows)
+    count = count.expand(rows)
     s = torch.where(scores.isnan(), -math.inf, scores)
     real = torch.ones_like(s, dtype=torch.bool) if valid is None else valid.to(s.device)
     if valid is not None:
         s = s.masked_fill(~real, -math.inf)
-        wanted = wanted.minimum(real.sum(1))
+        count = count.minimum(real.sum(1))
     if n <= SMALL:
-        return (_ranks(s, real) < wanted[:, None]).logical_and_(real).to(scores.dtype)
-    most = int(wanted.max()) if rows else 0
+        return (_ranks(s, real) < count[:, None]).logical_and_(real).to(scores.dtype)
+    most = int(count.max()) if rows else 0
     if not most:
         return torch.zeros_like(scores)
-    if int(wanted.min()) == most:  # one selection for all rows, which need not be sorted
+    if int(count.min()) == most:  # one selection for all rows, which need not be sorted
         least = s.topk(most, 1, sorted=False).values.amin(1, keepdim=True)
     else:
-        least = s.topk(most, 1).values.gather(1, (wanted[:, None] - 1).clamp_min(0))
+        least = s.topk(most, 1).values.gather(1, (count[:, None] - 1).clamp_min(0))
     above = s > least
     tied = (s == least) & real
-    room = (wanted - above.sum(1))[:, None]
+    room = (count - above.sum(1))[:, None]
     if bool((tied.sum(1, keepdim=True) > room).any()):
         tied &= tied.cumsum(1) <= room
     return (above | tied).to(scores.dtype)
 
 
 def _ranks(s: Units, real: Tensor) -> Tensor:
-    """How many units of its row come before each one."""
+    """Number of units of its row that come before each one, `[rows, n]`."""
     rank = torch.zeros_like(s, dtype=torch.int16)
     for j in range(s.shape[1]):
         here = s[:, j : j + 1]
@@ -145,7 +144,7 @@ def _ranks(s: Units, real: Tensor) -> Tensor:
 
 
 def strongest_rows(kept: Units, weights: Units, k: int) -> Units:
-    """What `kept` keeps in the k rows where that weighs most; the other rows keep nothing.
+    """The mask `kept`, restricted to the k rows in which it holds the most weight.
 
     Args:
         kept: 0 or 1, `[rows, n]`.
@@ -156,12 +155,12 @@ def strongest_rows(kept: Units, weights: Units, k: int) -> Units:
 
 
 def kept_of(density: float, n: int) -> int:
-    """k of n units at a density in [0, 1], rounded half up. Raises JpqError for a density outside."""
+    """Number of units that stay of n at a density in [0, 1], rounded half up. Raises JpqError for a density outside."""
     return int(kept_of_rows(density, torch.tensor([n]))[0])
 
 
 def kept_of_rows(density: float, n: Tensor) -> Tensor:
-    """The same for rows of different length: `[rows]` whole numbers from `[rows]` (such as `valid.sum(1)`)."""
+    """Number of units that stay in rows of different length, `[rows]`, from their numbers of real units, `[rows]`."""
     if not 0 <= density <= 1:
         raise JpqError(f"A density is a share from 0 to 1, not {density}.")
     exact = (density * n.double()).mul(1e9).round().div(1e9)  # 0.29 * 50 is 14.5, whatever the last bit says

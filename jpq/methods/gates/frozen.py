@@ -1,4 +1,4 @@
-"""A decision that has been taken: what every gate becomes at landing."""
+"""Gates whose decision training cannot change: taken at discretization (`Frozen`) or given by a mask (`FixedMask`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jpq.types import Units
 
 
 class Frozen(Gate):
-    """Exactly 0 or 1 for each unit, unchanged by training."""
+    """Gate with a final decision, 0 or 1 for each unit; every gate is replaced by one at discretization."""
 
     kept: Units
 
@@ -21,21 +21,21 @@ class Frozen(Gate):
         self.register_buffer("kept", keep.detach().clone())
 
     def relaxed(self) -> Units:
-        """The decision."""
+        """Decision, `[rows, n]` of 0 and 1."""
         return self.kept
 
     def margin(self) -> Units:
-        """+1 where kept, -1 where dropped."""
+        """Margins of +1 where kept and -1 where dropped."""
         return 2 * self.kept - 1
 
     @classmethod
     def all(cls, rows: int, n: int) -> Frozen:
-        """Everything kept."""
+        """A frozen gate that keeps every unit."""
         return cls(torch.ones(rows, n))
 
 
 class FixedMask(Gate):
-    """Exactly 0 or 1 for each unit, from the start; everything is kept until `take`."""
+    """Gate that holds a mask given from outside (--mask); everything is kept until `take`."""
 
     fixed_count: ClassVar[bool] = True
     decided_outside: ClassVar[bool] = True
@@ -52,13 +52,13 @@ class FixedMask(Gate):
         self.kept.copy_(keep)
 
     def relaxed(self) -> Units:
-        """The mask."""
+        """Mask, `[rows, n]` of 0 and 1."""
         return self.kept
 
     def least(self) -> Units:
-        """The mask: no budget makes it smaller."""
+        """Mask: no budget makes it smaller."""
         return self.kept
 
     def margin(self) -> Units:
-        """Far above or below 0."""
+        """Margins of +-FAR nats, so that discretization does not change the mask."""
         return FAR * (2 * self.kept - 1)

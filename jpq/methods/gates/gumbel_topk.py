@@ -1,4 +1,4 @@
-"""Dynamic probabilistic pruning: exactly k of n units of every row, drawn by Gumbel top-k from logits that learn.
+"""DPP gate (dynamic probabilistic pruning): k of n units of every row, drawn by Gumbel top-k from learned logits.
 
 L. Gonzalez-Carabarin, I. Huijben, B. Veeling, A. Schmid, R. van Sloun, "Dynamic Probabilistic Pruning", IEEE TNNLS
 35(1), arXiv:2105.12686.
@@ -13,8 +13,8 @@ L. Gonzalez-Carabarin, I. Huijben, B. Veeling, A. Schmid, R. van Sloun, "Dynamic
 
 Drawing without replacement in the order of the scores, draw j is a softmax over what is left: with the row sorted and
 Z_j = sum_{i >= j} e_i, unit i gets e_i * sum_{j <= min(rank_i, k)} 1 / Z_j in all. That closed form needs two
-cumulative log-sum-exps instead of k softmaxes, and its gradient is theirs. (The authors' code lists draws by position
-instead of score, so that the relaxed sum misses the mask even at T -> 0; a test holds the right one.)
+cumulative log-sum-exps instead of k softmaxes and has their gradient. (The authors' code lists draws by position
+instead of score, so that the relaxed sum differs from the mask even at T -> 0; a test checks ours.)
 
 We differ: from a pretrained network the logits start at the standardised log magnitudes of the units, not at N(0, 0.25)
 (random rows would first destroy what the network knows; `start="random"` gives the paper's); evaluation takes the top k
@@ -35,13 +35,13 @@ from jpq.methods.gates.fixed_count import FixedCount
 from jpq.methods.structures.base import Structure
 from jpq.types import Units, Weight
 
-HOT, COLD = 5.0, 0.5
+HOT, COLD = 5.0, 0.5  # temperature when the search begins and ends
 
 TINY = 1e-12
 
 
 class GumbelTopK(FixedCount):
-    """Keep the k largest logits of each row."""
+    """Gate that keeps the k largest logits of each row."""
 
     needs_weights: ClassVar[bool] = True  # once, for the start
     enforces_quota: ClassVar[Holds] = "always"
@@ -55,7 +55,7 @@ class GumbelTopK(FixedCount):
 
     @torch.no_grad()
     def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
-        """Takes the start of the logits from the first weights it sees."""
+        """Start the logits from the magnitudes of the first weights it sees."""
         if self.started:
             return
         size = (squared_norms(weights) / self.sizes.clamp_min(1) + TINY).log()
@@ -64,7 +64,7 @@ class GumbelTopK(FixedCount):
         self.started = True
 
     def relaxed(self) -> Units:
-        """k-hot in each row; backward, the sum of k softmaxes drawn without replacement."""
+        """k-hot draw in each row; its gradient is that of the sum of k softmaxes drawn without replacement."""
         uniform = torch.rand_like(self.logits).clamp(1e-10, 1 - 1e-7)
         scores = self._real(self.logits + self.noise * -(-uniform.log()).log())
         hard = self.top(scores, self.density)
@@ -72,35 +72,39 @@ class GumbelTopK(FixedCount):
         return hard + (soft - soft.detach())
 
     def keep(self) -> Units:
-        """The k largest logits of each row, without noise."""
+        """Mask of the k largest logits of each row, without noise."""
         return self.top(self.logits, self.density)
 
     def penalty(self) -> Units:
-        """-p ln p of each unit, p = softmax over its row: their sum is the entropy that the paper lowers."""
+        """Entropy terms -p ln p of each unit with p = softmax over its row; their sum is what the paper lowers."""
         log_p = torch.log_softmax(self._real(self.logits), 1)
         return -(log_p.exp() * log_p.clamp_min(-100))
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Cool down."""
+        """Lower the temperature."""
         self.temperature.fill_(HOT * (1 - (1 - COLD / HOT) * min(1.0, progress)))
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """Confidence (1: each row has made up its mind) and diversity (1: rows keep different units), in [0, 1].
+        """Confidence (1: each row is certain) and diversity (1: rows keep different units) of the logits, in [0, 1].
 
         With p_r = softmax(Phi_r) over n units: confidence = 1 - mean_r H(p_r) / ln n and
         diversity = (H(mean_r p_r) - mean_r H(p_r)) / ln n. The paper's own definitions are not public.
         """
         p = torch.softmax(self._real(self.logits).double(), 1)
-        entropy = lambda q: -(q * q.clamp_min(1e-300).log()).sum(-1)  # noqa: E731
         most = math.log(max(2, self.n))
-        mean = entropy(p).mean()
-        return {"confidence": float(1 - mean / most), "diversity": float((entropy(p.mean(0)) - mean) / most)}
+        mean = _entropy(p).mean()
+        return {"confidence": float(1 - mean / most), "diversity": float((_entropy(p.mean(0)) - mean) / most)}
 
     def _real(self, scores: Units) -> Units:
         valid = self.valid
         return scores if valid is None else scores.masked_fill(~valid, -1e4)
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """Entropy in nats over the last dim."""
+    return -(p * p.clamp_min(1e-300).log()).sum(-1)
 
 
 def drawn(scores: Tensor, k: Tensor) -> Units:

@@ -1,4 +1,4 @@
-"""L0 regularisation by hard concrete gates: a stretched, clipped binary concrete variable that hits 0 and 1 exactly.
+"""Hard concrete gate (L0 regularisation): a binary concrete variable, stretched and clipped to reach 0 and 1.
 
 C. Louizos, M. Welling, D. Kingma, "Learning Sparse Neural Networks through L0 Regularization", ICLR 2018,
 arXiv:1712.01312.
@@ -8,7 +8,7 @@ arXiv:1712.01312.
 | log alpha | `log_alpha` | [1, n] |
 | beta, gamma, zeta | `BETA`, `LOW`, `HIGH` | 2/3, -0.1, 1.1 |
 | u ~ U(0, 1) | drawn in `relaxed` from the open interval | [1, n] |
-| P(z > 0) = sigmoid(log alpha - beta ln(-gamma/zeta)) | `alive()` | [1, n] |
+| P(z > 0) = sigmoid(log alpha - beta ln(-gamma/zeta)) | `keep_probability()` | [1, n] |
 | test-time z | `scale()` where `keep()` | [1, n] |
 
 We differ: the budget's pressure takes the place of lambda * |g|, so the price of a unit is its share of the cost, not
@@ -33,32 +33,32 @@ BOUND = math.log(100.0)  # outside it the gradient is gone and a gate would neve
 
 
 class HardConcrete(Gate):
-    """Keep unit i iff its test-time gate is above 0, that is log alpha_i > -ln 11."""
+    """Gate that keeps unit i iff its test-time value is above 0, that is log alpha_i > -ln 11."""
 
     def __init__(self, rows: int, n: int, start: float = 2.0):
         super().__init__(rows, n)
         self.log_alpha = nn.Parameter(torch.full((rows, n), start))
 
     def relaxed(self) -> Units:
-        """One draw per forward pass."""
+        """Random z in [0, 1], drawn once per forward pass."""
         u = torch.rand_like(self.log_alpha).clamp(1e-6, 1 - 1e-6)
         return self._stretch(torch.sigmoid((u.logit() + self.log_alpha) / BETA))
 
     def margin(self) -> Units:
-        """log alpha + ln 11."""
+        """Distance from the test-time threshold: log alpha + ln 11."""
         return self.log_alpha + EDGE
 
     def keep_probability(self) -> Units:
-        """P(z > 0) in closed form."""
+        """Probability P(z > 0) in closed form."""
         return torch.sigmoid(self.log_alpha + BETA * EDGE)
 
     def scale(self) -> Units:
-        """The test-time gate."""
+        """Test-time value of the gate in [0, 1], without gradient."""
         return self._stretch(torch.sigmoid(self.log_alpha)).detach()
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Stay where gates can still return."""
+        """Bound log alpha, so that closed gates still get a gradient."""
         self.log_alpha.clamp_(-BOUND, BOUND)
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""Dynamic structure pruning: filters sort themselves into groups, and each group drops input channels of its own.
+"""DSP gate (dynamic structure pruning): filters are assigned to groups, and each group drops input channels of its own.
 
 J.-H. Park, Y. Kim, J. Kim, J.-Y. Choi, S. Lee, "Dynamic Structure Pruning for Compressing CNNs", AAAI 2023,
-arXiv:2303.09736. Made for kernels (`structures/slices.py`): a unit is (filter, input channel), and all filters of a
-group decide alike, so that `exporters/branches.py` can cut the layer into dense branches. Where all units are one row
+arXiv:2303.09736. Made for kernels (`structures/axis.py`): a unit is (filter, input channel), and all filters of a
+group decide alike, so that `export/branches.py` can cut the layer into dense branches. Where all units are one row
 (channels, blocks, single weights) there is one group, and this is the plain group lasso.
 
 | paper | here | value or shape |
@@ -20,9 +20,9 @@ sqrt(A_in) that the code got later, and with it its table of MACs, is not used.
 
 We differ: STRENGTH is 0.1 where the paper's values add up to about 2 in 47,000 iterations, which give the task the time
 to rebuild what it needs; in a few hundred steps that much takes the network down (measured on digits). The budget is a
-density of weights and beta is found by bisection to the last unit; the step on the task is whatever the optimiser did
-(Adam), its difference taken for W2 - W1, and no step takes more than half of a kernel. Whole filters and dead parts are
-not searched for: that is for channel methods. Layers with fewer than LEAST inputs stay.
+density of weights and beta comes from bisection to the last unit; the step on the task is the optimizer's (Adam), its
+difference taken for W2 - W1, and no step takes more than half of a kernel. Whole filters and dead parts are not
+searched for: channel methods do that. Layers with fewer than LEAST inputs stay.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from jpq.types import Units, Weight
 
 GROUPS = 4
 
-TAU = 0.5
+TAU = 0.5  # temperature of the soft membership
 
-STRENGTH = 0.1
+STRENGTH = 0.1  # of the regulariser, summed over the whole search
 
-RATE = 0.02  # of alpha (Adam)
+RATE = 0.02  # Adam's step size for alpha
 
-SPAN = 0.6  # of the search learns groups; the rest trains what is left
+SPAN = 0.6  # share of the search in which groups are learned
 
-LEAST = 4
+LEAST = 4  # inputs of the narrowest layer that is pruned
 
-HALF = 0.5  # what a kernel keeps of itself in one step, at least
+HALF = 0.5  # smallest factor by which one step shrinks a kernel
 
 EPS = 1e-12
 
 
 class Lasso(FixedCount):
-    """Keep the input channels that hold most of each group's energy."""
+    """Gate that keeps the input channels that hold most of each filter group's energy."""
 
     needs_weights: ClassVar[bool] = True
     enforces_quota: ClassVar[Holds] = "never"
@@ -83,32 +83,32 @@ class Lasso(FixedCount):
         self.before: list[Weight] = []
 
     def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
-        """Remembers where the weights are."""
+        """Remember the weights of the taps."""
         self.weights = list(weights)
 
     def link(self, gates: Sequence[Gate]) -> None:
-        """One beta for all of them."""
+        """Collect the gates that share one threshold beta."""
         self.pool = [g for g in gates if isinstance(g, Lasso)]
 
     @torch.no_grad()
     def relaxed(self) -> Units:
-        """1 while groups are learned, then the mask."""
+        """Ones while groups are learned, then the mask."""
         if self.weights and not bool(self.decided):
             self.before = [weight.detach().clone() for weight, _ in self.weights]
         return self.kept
 
     def keep(self) -> Units:
-        """The mask as it stands."""
+        """Present mask, `[rows, n]` of 0 and 1."""
         return self.kept
 
     @property
     def members(self) -> Tensor:
-        """Hard groups: 0 or 1, `[G, rows]`."""
+        """Hard assignment of filters to groups, `[G, rows]` of 0 and 1."""
         return torch.nn.functional.one_hot(self.alpha.argmax(0), self.groups).T.to(self.alpha)
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Learn groups and shrink; at the end of the span the last gate decides for all."""
+        """Learn the groups and shrink the weights; at the end of the span the last gate decides for all."""
         if bool(self.decided):
             return
         if self.before and self.n >= LEAST:
@@ -120,7 +120,7 @@ class Lasso(FixedCount):
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """How many groups have filters."""
+        """Number of groups that have filters."""
         return {"groups": float((self.members.sum(1) > 0).sum())}
 
     def _drawn(self) -> Tensor:
@@ -128,7 +128,7 @@ class Lasso(FixedCount):
         return torch.softmax(self.alpha / TAU - (-uniform.log()).log(), 0)
 
     def _learn(self, x: float) -> None:
-        """One step of the logits and of the weights; x = t / T."""
+        """Take one step of the logits and of the weights; x = t / T is the position in the span."""
         weights, before = [weight.detach() for weight, _ in self.weights], self.before
         rate = 2 * STRENGTH * x * max(0.0, x - float(self.last) / SPAN)
         kernel = float(self.sizes[0, 0]) ** 0.5
@@ -138,23 +138,23 @@ class Lasso(FixedCount):
             return [w * s.expand(left, w.shape) for w, (_, s) in zip(ws, self.weights, strict=True)]
 
         p = self._drawn()
-        one = shrunk(before, p)
-        two = [w + now - then for w, now, then in zip(one, weights, before, strict=True)]
-        moved = [after - w for after, w in zip(shrunk(two, p), one, strict=True)]
+        w1 = shrunk(before, p)
+        w2 = [w + now - then for w, now, then in zip(w1, weights, before, strict=True)]
+        moved = [after - w for after, w in zip(shrunk(w2, p), w1, strict=True)]
         with torch.enable_grad():
             p = p.requires_grad_(True)
-            own = regulariser(self._products(two, two), p, kernel)
+            direct = regulariser(self._products(w2, w2), p, kernel)
             mixed = (coefficients(self._products(before, before), p, kernel) * self._products(before, moved)).sum()
-            (wanted,) = torch.autograd.grad(own + mixed, p)
+            (slope,) = torch.autograd.grad(direct + mixed, p)
         # through the softmax, with respect to alpha
         p = p.detach()
-        self._adam(p * (wanted - (p * wanted).sum(0)) / TAU)
-        for weight, less in zip(weights, shrunk(weights, self.members), strict=True):
-            weight.copy_(less)
+        self._adam(p * (slope - (p * slope).sum(0)) / TAU)
+        for weight, smaller in zip(weights, shrunk(weights, self.members), strict=True):
+            weight.copy_(smaller)
 
-    def _products(self, one: Sequence[Weight], other: Sequence[Weight]) -> Units:
-        """Inner product of each unit's weights in both, over all taps: `[rows, n]`."""
-        pairs = zip(one, other, self.weights, strict=True)
+    def _products(self, left: Sequence[Weight], right: Sequence[Weight]) -> Units:
+        """Inner product of each unit's weights in two sets of weights, over all taps: `[rows, n]`."""
+        pairs = zip(left, right, self.weights, strict=True)
         return torch.stack([structure.pool(a * b) for a, b, (_, structure) in pairs]).sum(0)
 
     def _adam(self, grad: Tensor) -> None:
@@ -165,24 +165,24 @@ class Lasso(FixedCount):
         self.alpha -= RATE * self.first / (1 - 0.9**t) / ((self.second / (1 - 0.999**t)).sqrt() + EPS)
 
     def _energies(self) -> Units:
-        """Share of its group's energy that each (group, channel) holds, spread over the filters: `[rows, n]`."""
+        """Share of its group's energy that each channel holds, given to all filters of the group: `[rows, n]`."""
         weights = [weight.detach() for weight, _ in self.weights]
         energy = self.members @ self._products(weights, weights)
         return self.members.T @ (energy / energy.sum(1, keepdim=True).clamp_min(EPS))
 
     def least(self) -> Units:
-        """Layers with few inputs stay dense."""
+        """A mask that keeps layers with few inputs dense."""
         return super().least() if self.n >= LEAST else torch.ones_like(self.kept)
 
     def _decide(self) -> None:
         chosen = [g for g in self.pool if g.n >= LEAST]
         sums = [running(g._energies().double()) for g in chosen]
-        every = sum(float(g.sizes.sum()) for g in chosen)
+        total_weights = sum(float(g.sizes.sum()) for g in chosen)
         low, high = 0.0, 1.0
         for _ in range(50):
             beta = (low + high) / 2
             kept = sum(float((g.sizes * (s >= beta)).sum()) for g, s in zip(chosen, sums, strict=True))
-            low, high = (beta, high) if kept > self.density * every else (low, beta)
+            low, high = (beta, high) if kept > self.density * total_weights else (low, beta)
         for gate, total in zip(chosen, sums, strict=True):
             gate.kept.copy_((total >= high) | (total == total.amax(1, keepdim=True)))  # a row keeps its best
         for gate in self.pool:
@@ -190,7 +190,7 @@ class Lasso(FixedCount):
 
 
 def regulariser(squares: Units, p: Tensor, kernel: float) -> Tensor:
-    """R = kappa sum_g s(p_g) sum_c norm(p_g * W[:, c]), a scalar.
+    """Group lasso R = kappa sum_g s(p_g) sum_c norm(p_g * W[:, c]), a scalar.
 
     Args:
         squares: sum of squares of each kernel, `[rows, n]`.
@@ -201,13 +201,16 @@ def regulariser(squares: Units, p: Tensor, kernel: float) -> Tensor:
 
 
 def coefficients(squares: Units, p: Tensor, kernel: float) -> Units:
-    """dR/dW over W: kappa sum_g s(p_g) p_go^2 / norm(p_g * W[:, c]), `[rows, n]`; 0 for kernels of zeros."""
+    """Factor dR/dW / W of each kernel, `[rows, n]`: kappa sum_g s(p_g) p_go^2 / norm(p_g * W[:, c]).
+
+    0 for kernels of zeros.
+    """
     share = p.square().T @ (_sizes(p) / _norms(squares, p))
     return _kappa(p, kernel) * torch.where(squares > 0, share, torch.zeros_like(share))
 
 
 def running(shares: Units) -> Units:
-    """Sum of a unit's share and of all smaller ones of its row, `[rows, n]`: equal rows get equal sums."""
+    """Sum of each unit's share and of all smaller ones of its row, `[rows, n]`; equal rows get equal sums."""
     ordered, index = shares.sort(dim=1, stable=True)
     return torch.zeros_like(shares).scatter(1, index, ordered.cumsum(1))
 
@@ -217,10 +220,10 @@ def _kappa(p: Tensor, kernel: float) -> float:
 
 
 def _sizes(p: Tensor) -> Tensor:
-    """s(p_g) = (sum_o sqrt(p_go))^2, `[G, 1]`."""
+    """Soft group sizes s(p_g) = (sum_o sqrt(p_go))^2, `[G, 1]`."""
     return (p + EPS).sqrt().sum(1, keepdim=True).square()
 
 
 def _norms(squares: Units, p: Tensor) -> Tensor:
-    """`[G, n]`."""
+    """Norms of each input channel in each group, `[G, n]`."""
     return (p.square() @ squares + EPS).sqrt()

@@ -1,7 +1,7 @@
-"""DHP: latent vectors generate the weights, a proximal step makes them sparse, and channels go by index.
+"""DHP gate: a latent vector per site from which weights are generated, made sparse by proximal steps.
 
 Y. Li, S. Gu, K. Zhang, L. Van Gool, R. Timofte, "DHP: Differentiable Meta Pruning via HyperNetworks", ECCV 2020,
-arXiv:2003.13683. The hypernetworks themselves are in `network/hyper.py`.
+arXiv:2003.13683. The hypernetworks themselves are in `compression/hypernetwork.py`.
 
 | paper | here | value or shape |
 |---|---|---|
@@ -11,7 +11,7 @@ arXiv:2003.13683. The hypernetworks themselves are in `network/hyper.py`.
 | pruned iff abs(z) < T | `margin()` = ln(abs(z) / T) | T = 5e-3 |
 | mc: at least so many survive a latent | LEAST | 4 |
 
-Latents take plain gradient steps of their own (`steps_itself`): Adam's normalised steps would drown lr * lambda, and
+Latents take plain gradient steps of their own (`self_updating`): Adam's normalised steps would drown lr * lambda, and
 decay on top of the proximal step would shrink twice.
 
 We differ: lambda is the budget's pressure on each unit instead of one constant, so costly channels shrink faster and
@@ -32,17 +32,17 @@ from jpq.types import Units
 
 THRESHOLD = 5e-3
 
-LEAST = 4
+LEAST = 4  # units that every site keeps
 
-RATE = 1.0
+RATE = 1.0  # step size of the latents
 
 TINY = 1e-12
 
-FAR = 60.0  # margin of the last units of a site: beyond what landing shifts
+FAR = 60.0  # nats added to the margins of a site's last units: more than discretization shifts
 
 
 class Latent(Gate):
-    """Keep unit i iff abs(z_i) >= T, and the LEAST largest in any case."""
+    """Gate that keeps unit i iff abs(z_i) >= T, and the LEAST largest in any case."""
 
     self_updating: ClassVar[bool] = True
     channels_only: ClassVar[bool] = True
@@ -55,21 +55,21 @@ class Latent(Gate):
         self.register_buffer("price", torch.zeros(rows, n))
 
     def relaxed(self) -> Units:
-        """1: the latents act through the weights that they generate."""
+        """Ones: latents act through the weights that they generate."""
         return torch.ones_like(self.z)
 
     def latent(self) -> Units:
-        """z, with its gradient."""
+        """Latent vector z with its gradient, `[1, n]`."""
         return self.z
 
     def margin(self) -> Units:
-        """ln(abs(z) / T), far above 0 for the LEAST largest."""
+        """Log distance ln(abs(z) / T), raised far above 0 for the LEAST largest."""
         margin = (self.z.abs() + TINY).log() - math.log(THRESHOLD)
         last = self.z.abs().topk(min(LEAST, self.n), 1).indices
         return margin.scatter_add(1, last, torch.full_like(last, FAR, dtype=margin.dtype))
 
     def keep_probability(self) -> Units:
-        """The decision; what a cost asks for each unit is noted in the backward pass, for the proximal step."""
+        """Decision, whose backward pass notes the cost of each unit for the proximal step."""
         keep = self.keep()
         if torch.is_grad_enabled():
             keep.requires_grad_(True).register_hook(self._charge)
@@ -77,7 +77,7 @@ class Latent(Gate):
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """A step along the task's gradient, then the proximal step."""
+        """Take a step along the task's gradient, then the proximal step."""
         if self.z.grad is not None:
             self.z.sub_(RATE * self.z.grad)
             self.z.grad = None

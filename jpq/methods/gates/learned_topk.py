@@ -1,4 +1,4 @@
-"""SMART: importance scores of their own, one differentiable top-k over all of them, a temperature that falls.
+"""SMART gate: learned importance scores, one differentiable top-k over all of them, and a falling temperature.
 
 G. Ding, Z. Ye, Z. Zhong, G. Li, D. Shao, "SMART Pruner", arXiv:2403.19969. The operator is that of SLA2
 (arXiv:2602.12675), which cites it; the gradient is worked out here.
@@ -31,13 +31,13 @@ from jpq.methods.gates.fixed_count import FixedCount, best_of_all
 from jpq.methods.structures.base import Structure
 from jpq.types import Units, Weight
 
-COLDEST = 1e-3  # of the temperature at the start
+COLDEST = 1e-3  # temperature at the end over the one at the start
 
 EDGE = 60.0  # logits at which a sigmoid is 0 or 1 in any precision
 
 
 class _SoftTopK(torch.autograd.Function):
-    """f of the formulas above, one lambda for each row."""
+    """Soft top-k f of the formulas above, with one lambda for each row, and its exact gradient."""
 
     @staticmethod
     def forward(ctx: Any, m: Tensor, sizes: Tensor, k: Tensor, tau: Tensor, scaled: bool) -> Tensor:
@@ -68,7 +68,9 @@ class _SoftTopK(torch.autograd.Function):
 
 
 def soft_topk(m: Tensor, sizes: Tensor, k: Tensor, tau: Tensor, scaled: bool = False) -> Tensor:
-    """f in [0, 1] with `(sizes * f).sum(1) == k`, `[rows, n]`; its gradient is exact (times tau if `scaled`).
+    """Soft top-k mask f in [0, 1] with `(sizes * f).sum(1) == k`, `[rows, n]`.
+
+    Its gradient is exact (times tau if `scaled`).
 
     Args:
         m: scores, `[rows, n]`. sizes: weights of each unit, `[rows, n]`; 0 for padding.
@@ -79,7 +81,7 @@ def soft_topk(m: Tensor, sizes: Tensor, k: Tensor, tau: Tensor, scaled: bool = F
 
 
 class LearnedTopK(FixedCount):
-    """Keep the best units by scores that training learns."""
+    """Gate that keeps the best units by scores that training learns."""
 
     needs_weights: ClassVar[bool] = True  # once, for the start
     enforces_quota: ClassVar[Holds] = "always"
@@ -95,35 +97,35 @@ class LearnedTopK(FixedCount):
         self.place = 0  # in the pool
         self.drawn: dict[int, Units] = {}  # what is left of the pool's last common solution, by place
         self.hard: tuple[list[Any], list[Units]] = ([], [])  # versions of the scores, and the pool's masks at them
-        self.first: Units | None = None
+        self.start_sizes: Units | None = None  # root mean square of each unit's first weights
 
     @torch.no_grad()
     def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
-        """Remembers the first weights."""
-        if self.first is None:
-            self.first = (squared_norms(weights) / self.sizes.clamp_min(1)).sqrt()
+        """Remember the first weights, from which the scores start."""
+        if self.start_sizes is None:
+            self.start_sizes = (squared_norms(weights) / self.sizes.clamp_min(1)).sqrt()
 
     @torch.no_grad()
     def link(self, gates: Sequence[Gate]) -> None:
-        """Scores start comparable over the whole network; single rows of all sites share one lambda."""
-        family = [g for g in gates if isinstance(g, LearnedTopK) and g.first is not None]
-        if self.first is None or family[0] is not self:
+        """Start all scores comparable over the network, and pool the sites that share one lambda."""
+        family = [g for g in gates if isinstance(g, LearnedTopK) and g.start_sizes is not None]
+        if self.start_sizes is None or family[0] is not self:
             return
-        real = torch.cat([g.first[g.sizes > 0] for g in family if g.first is not None])
+        real = torch.cat([g.start_sizes[g.sizes > 0] for g in family if g.start_sizes is not None])
         mean, spread = real.mean(), real.std(correction=0).clamp_min(1e-12)
         pool = [g for g in family if g.pooled]
         for gate in family:
-            assert gate.first is not None
-            gate.scores.copy_((gate.first - mean) / spread)
+            assert gate.start_sizes is not None
+            gate.scores.copy_((gate.start_sizes - mean) / spread)
             gate.pool = pool if gate.pooled else [gate]
             gate.place = [g is gate for g in gate.pool].index(True)
 
     def temperature(self) -> Tensor:
-        """tau: geometric over the search."""
+        """Temperature tau, falling geometrically over the search."""
         return self.spread * COLDEST**self.progress
 
     def relaxed(self) -> Units:
-        """f of this site; solved for the whole pool when the first member asks."""
+        """Soft mask f of this site; the first member that asks solves it for the whole pool."""
         if not self.pooled:
             k = self.count(self.density).double()
             return soft_topk(self.scores, (self.sizes > 0).double(), k, self.temperature(), scaled=True)
@@ -137,11 +139,11 @@ class LearnedTopK(FixedCount):
         return leader.drawn.pop(self.place)
 
     def least(self) -> Units:
-        """What the scores as they stand leave: learning may move it between layers."""
+        """Mask that the present scores leave; training may move it between layers."""
         return self.keep()
 
     def keep(self) -> Units:
-        """The best by hard ranking: what f tends to as tau falls."""
+        """Mask of the best scores, the limit of f as tau falls."""
         if not self.pooled:
             return self.top(self.scores, self.density)
         leader, versions = self.pool[0], [(g.scores._version, g.scores.device, g.scores.dtype) for g in self.pool]
@@ -152,6 +154,6 @@ class LearnedTopK(FixedCount):
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Cool down; what was drawn belongs to weights that have changed."""
+        """Lower the temperature and forget the solution for the scores before the step."""
         self.progress.fill_(min(1.0, progress))
         self.drawn = {}

@@ -1,4 +1,4 @@
-"""GDP: a smoothed L0 norm on each channel, sharpened while training until every gate is nearly 0 or 1.
+"""GDP gate: a smoothed L0 norm on each channel, sharpened while training until every gate is nearly 0 or 1.
 
 Y. Guo, H. Yuan, J. Tan, Z. Wang, S. Yang, J. Liu, "GDP: Stabilized Neural Network Pruning via Gates with
 Differentiable Polarization", ICCV 2021, arXiv:2109.02220.
@@ -7,13 +7,13 @@ Differentiable Polarization", ICCV 2021, arXiv:2109.02220.
 |---|---|---|
 | x_i | `x`, in units of 1 / START | [1, n], starts at START |
 | epsilon, falling geometrically | `eps` | START^2 * (1e-1 -> 1e-4) over the search |
-| g = x^2 / (x^2 + eps) | `relaxed()`, `alive()`, `scale()` | [1, n] |
+| g = x^2 / (x^2 + eps) | `relaxed()`, `keep_probability()`, `scale()` | [1, n] |
 | g < 1e-3 counts as 0 | `margin()` = logit g - logit CUT | CUT = 1e-3 |
-| mu = lambda * d FLOPs / d g | `price`, caught on its way back through `alive()` | [1, n] |
+| mu = lambda * d FLOPs / d g | `price`, caught in the backward pass of `keep_probability()` | [1, n] |
 | proximal step x <- sign(x) max(abs(x) - lr mu, 0) | `after_step` | lr = RATE |
 
-The cost is bilinear in the gates of neighbouring layers (`network/shares.py`), never the square of one layer's sum, and
-depthwise layers carry no gate: the one before them decides.
+The cost is bilinear in the gates of neighbouring layers (`tracing/channel_shares.py`), never the square of one layer's
+sum, and depthwise layers carry no gate: the one before them decides.
 
 We differ: the budget's pressure is lambda, so mu follows the cost that was asked for. Here x takes Adam's steps, whose
 length does not fall with the gradient: plain SGD at the paper's scale moves nothing in a search of a few hundred steps.
@@ -32,19 +32,19 @@ from torch import Tensor, nn
 from jpq.methods.gates.base import Gate
 from jpq.types import Units
 
-START = 4.0
+START = 4.0  # x when the search begins
 
 HOT, COLD = 1e-1 * START**2, 1e-4 * START**2  # eps when the search begins and ends
 
-CUT = 1e-3
+CUT = 1e-3  # a gate below counts as 0
 
-RATE = 0.05  # of the proximal step
+RATE = 0.05  # step size of the proximal step
 
 TINY = 1e-12
 
 
 class Polarized(Gate):
-    """Keep unit i iff g_i > 1e-3."""
+    """Gate that keeps unit i iff g_i > 1e-3."""
 
     eps: Tensor
     last: Units
@@ -55,32 +55,32 @@ class Polarized(Gate):
         self.x = nn.Parameter(torch.full((rows, n), START))
         self.proximal = proximal
         self.register_buffer("eps", torch.tensor(HOT))
-        self.register_buffer("last", self.x.detach().clone())  # where the step began
-        self.register_buffer("price", torch.zeros(rows, n))  # what the budget charged for g since the last step
+        self.register_buffer("last", self.x.detach().clone())  # x when the step began
+        self.register_buffer("price", torch.zeros(rows, n))  # gradient of the cost by g since the last step
 
     def relaxed(self) -> Units:
-        """g."""
+        """Smoothed step g = x^2 / (x^2 + eps), `[rows, n]`."""
         square = self.x.square()
         return square / (square + self.eps)
 
     def margin(self) -> Units:
-        """logit g - logit CUT = ln(x^2 / eps) - logit CUT."""
+        """Log distance logit g - logit CUT = ln(x^2 / eps) - logit CUT."""
         return (self.x.square() + TINY).log() - self.eps.log() - math.log(CUT / (1 - CUT))
 
     def keep_probability(self) -> Units:
-        """g, noting what a cost asks for it in the backward pass."""
+        """Value g, whose backward pass notes the cost of each unit for the proximal step."""
         g = self.relaxed()
         if g.requires_grad:
             g.register_hook(self._charge)
         return g
 
     def scale(self) -> Units:
-        """g."""
+        """Value g, without gradient."""
         return self.relaxed().detach()
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Stop at 0, take the proximal step, sharpen."""
+        """Stop x at 0 where it changed its sign, take the proximal step, lower eps."""
         self.x.masked_fill_(self.x * self.last <= 0, 0.0)
         if self.proximal:
             self.x.copy_(self.x.sign() * (self.x.abs() - RATE * self.price.abs()).clamp_min(0))

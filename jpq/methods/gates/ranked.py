@@ -1,4 +1,4 @@
-"""A place in a ranking: somebody else's score says which units go first, a schedule or landing says how many."""
+"""Gate driven by a ranking: a score says which units go first, and a schedule or discretization says how many."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from jpq.types import Units
 
 
 class Ranked(Gate):
-    """Keep the units above a threshold in the ranking; hard at any time.
+    """Gate that keeps the units above a threshold in a ranking; its decision is hard at any time.
 
-    `margins` is the share of the ranked units that stand no higher, in (0, 1], less the threshold: 0 until a schedule
-    closes units (`jpq.allocation.ranking.scheduled_pruning`), so that all are kept; landing moves it either way.
+    `margins` is the share of the ranked units that stand no higher, in (0, 1], minus a threshold. The threshold is 0,
+    which keeps all units, until a schedule closes units (`jpq.allocation.ranking.scheduled_pruning`); discretization
+    moves it either way.
     """
 
     channels_only: ClassVar[bool] = True
     ranks_units: ClassVar[bool] = True
     margins: Units
-    decisions: Tensor  # how many of its schedule's decisions have been taken
+    decisions: Tensor  # how many decisions of the schedule have been taken
 
     def __init__(self, rows: int, n: int):
         super().__init__(rows, n)
@@ -29,9 +30,9 @@ class Ranked(Gate):
         self.register_buffer("decisions", torch.zeros((), dtype=torch.long))
 
     def relaxed(self) -> Units:
-        """The decision."""
+        """Decision, `[rows, n]` of 0 and 1."""
         return self.keep()
 
     def margin(self) -> Units:
-        """Place in the ranking above the threshold."""
+        """Place of each unit in the ranking above the threshold."""
         return self.margins

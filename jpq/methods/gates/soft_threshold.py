@@ -1,4 +1,4 @@
-"""PDP: a soft mask that is a function of the weights themselves; nothing is learned beside them.
+"""PDP gate: a soft mask that is a function of the weights themselves, without learned parameters beside them.
 
 M. Cho, S. Adya, D. Naik, "PDP: Parameter-free Differentiable Pruning is All You Need", NeurIPS 2023, arXiv:2305.11203.
 
@@ -6,7 +6,7 @@ M. Cho, S. Adya, D. Naik, "PDP: Parameter-free Differentiable Pruning is All You
 |---|---|---|
 | t: halfway between the last kept and the first dropped magnitude | `threshold()` is its square | [rows, 1] |
 | m(w) = sigmoid((w^2 - t^2) / tau) | `relaxed()` | [rows, n] |
-| r_l: per-layer share from one global quantile, then fixed | `join` | scalar |
+| r_l: per-layer share from one global quantile, then fixed | `link` | scalar |
 | ramp eps = 0.015 per epoch from epoch s = 16 of 100 | `RAMP`: the full ratio at 2/3 of the search | |
 
 A unit of several weights (a channel, a block) has the L2 norm of its weights for |w|.
@@ -30,13 +30,13 @@ from jpq.methods.gates.fixed_count import FixedCount, best_of_all
 from jpq.methods.structures.base import Structure
 from jpq.types import Units, Weight
 
-RAMP = 0.67  # share of the search after which the wanted share of units is dropped
+RAMP = 0.67  # share of the search after which the final density is reached
 
-SOFT = 8.0  # t^2 / tau
+SOFT = 8.0  # ratio t^2 / tau
 
 
 class SoftThreshold(FixedCount):
-    """Keep the largest units; the rest fade out."""
+    """Gate that keeps the largest units and fades the rest out."""
 
     needs_weights: ClassVar[bool] = True
 
@@ -48,11 +48,11 @@ class SoftThreshold(FixedCount):
         self.seen: Units = torch.ones(rows, n)
 
     def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
-        """The squares of each unit, with their gradient."""
+        """Take the squared norm of each unit, with its gradient."""
         self.seen = squared_norms(weights)
 
     def link(self, gates: Sequence[Gate]) -> None:
-        """One global quantile of the magnitudes says what share each layer keeps."""
+        """Set the final density of each layer from one global quantile of the magnitudes."""
         pool = [g for g in gates if isinstance(g, SoftThreshold) and g.pooled]
         if pool and pool[0] is self:
             sizes = [g.sizes for g in pool]
@@ -61,34 +61,34 @@ class SoftThreshold(FixedCount):
                 gate.final = float((keep * gate.sizes).sum() / gate.sizes.sum())
 
     def least(self) -> Units:
-        """The share that the pool's quantile leaves of this layer."""
+        """Mask of the share that the global quantile leaves of this layer."""
         return self.top(self.sizes, self.final)
 
     def threshold(self) -> Units:
-        """t^2 of each row, `[rows, 1]`; below everything where all stay."""
+        """Squared threshold t^2 of each row, `[rows, 1]`; -1 where all units stay."""
         size = self.seen.detach().clamp_min(0).sqrt()
         if self.valid is not None:
             size = size.masked_fill(~self.valid, -1.0)
         k = self.count(float(self.now))[:, None]
         ordered = size.sort(1, descending=True).values
         last = ordered.gather(1, k - 1)
-        first = ordered.gather(1, k.clamp_max(self.n - 1)).clamp_min(0)
-        t = (last + first) / 2
+        dropped = ordered.gather(1, k.clamp_max(self.n - 1)).clamp_min(0)  # the largest of them
+        t = (last + dropped) / 2
         real = (self.sizes > 0).sum(1, keepdim=True)
         return torch.where(k >= real, torch.full_like(t, -1.0), t.square())
 
     def relaxed(self) -> Units:
-        """sigmoid((w^2 - t^2) / tau); 1 where nothing is dropped."""
+        """Soft mask sigmoid((w^2 - t^2) / tau); 1 where nothing is dropped."""
         t = self.threshold()
         tau = (t / SOFT).clamp_min(1e-12) if self.tau is None else self.tau
         return torch.where(t < 0, torch.ones_like(self.seen), torch.sigmoid((self.seen - t) / tau))
 
     def keep(self) -> Units:
-        """The largest of each row: m >= 1/2."""
+        """Mask of the largest units of each row, where the soft mask is at least 1/2."""
         return self.top(self.seen, float(self.now))
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Drop more, up to the wanted share at `RAMP`."""
+        """Lower the present density; it reaches the final one at `RAMP` of the search."""
         self.now.fill_(1 - (1 - self.final) * min(1.0, progress / RAMP))
         self.seen = self.seen.detach()

@@ -1,4 +1,4 @@
-"""SPP: every unit is masked with a probability of its own, which rises and falls with its rank until it is 0 or 1.
+"""SPP gate: masks every unit at random, with a probability that moves with the unit's rank until it is 0 or 1.
 
 H. Wang, Q. Zhang, Y. Wang, H. Hu, "Structured Probabilistic Pruning for Convolutional Neural Network Acceleration",
 BMVC 2018, arXiv:1709.06994.
@@ -14,7 +14,7 @@ BMVC 2018, arXiv:1709.06994.
 | surviving weights times 1 - p when a layer is finished | `_finish` | |
 
 A weight that is masked in an iteration keeps its value: `after_step` puts it back, whatever momentum and decay did
-(what the optimiser remembers of it still decays). Means of ranks divide by the number of updates, not of iterations;
+(what the optimizer remembers of it still decays). Means of ranks divide by the number of updates, not of iterations;
 K is counted anew at each, so that no more groups ever rise than are still to go.
 
 We differ: norms are those of the float weights; k = floor(density n + 1/2) units stay; evaluation sees every unit times
@@ -35,17 +35,17 @@ from jpq.methods.gates.fixed_count import FixedCount
 from jpq.methods.structures.base import Structure
 from jpq.types import Units, Weight
 
-RISE, TURN = 0.05, 0.25
+RISE, TURN = 0.05, 0.25  # A and u of the paper
 
-UPDATES, SPAN = 250, 0.9
+UPDATES, SPAN = 250, 0.9  # updates of p, and the share of the search that holds them
 
-ALMOST = 1 - 1e-6
+ALMOST = 1 - 1e-6  # a p from here on counts as 1
 
 STEEP = 50.0  # largest exponent
 
 
 class Stochastic(FixedCount):
-    """Keep the units that have not reached p = 1; exactly k of each row when the search ends."""
+    """Gate that keeps the units whose pruning probability p has not reached 1: exactly k of each row at the end."""
 
     needs_weights: ClassVar[bool] = True
     p: Units
@@ -67,12 +67,12 @@ class Stochastic(FixedCount):
         self.before: list[Weight] = []
 
     def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
-        """Remembers where the weights are."""
+        """Remember the weights of the taps."""
         self.weights = list(weights)
 
     @torch.no_grad()
     def relaxed(self) -> Units:
-        """0 or 1, drawn once per optimiser step however many forward passes it has."""
+        """Random mask of 0 and 1, drawn once per optimizer step however many forward passes that step has."""
         if not bool(self.drawn):
             self.z.copy_(torch.rand_like(self.p) >= self.p)
             self.before = [weight.detach().clone() for weight, _ in self.weights]
@@ -80,26 +80,26 @@ class Stochastic(FixedCount):
         return self.z.clone()
 
     def keep(self) -> Units:
-        """1 until p is 1."""
+        """Mask of the units with p < 1."""
         return ((self.p < 1) & (self.sizes > 0)).to(self.p.dtype)
 
     def scale(self) -> Units:
-        """1 - p: the mean of the masks."""
+        """Mean of the masks, 1 - p."""
         return 1 - self.p
 
     @property
     def out(self) -> Tensor:
-        """Which units are out for good: bool `[rows, n]`, padding among them."""
+        """Units that are dropped for good: bool `[rows, n]`, padding among them."""
         return (self.p >= 1) | (self.sizes == 0)
 
     @property
     def left(self) -> Tensor:
-        """K: how many units of each row are still to go, `[rows]`."""
+        """Number of units of each row that are still to be dropped (K), `[rows]`."""
         return (~self.out).sum(1) - self.count(self.density).to(self.p.device)
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Put masked weights back; then the updates that are due."""
+        """Restore masked weights, then make the updates that are due."""
         if bool(self.drawn):
             self._put_back()
         due = int(UPDATES * min(1.0, progress / SPAN))
@@ -114,12 +114,12 @@ class Stochastic(FixedCount):
 
     @torch.no_grad()
     def importance(self) -> Units:
-        """L1 norm of each unit's weights over all taps; smaller units at ragged edges as if of full size."""
+        """L1 norm of each unit's weights over all taps; smaller units at ragged edges are scaled to full size."""
         parts = [structure.pool(weight.detach().abs()) for weight, structure in self.weights]
         return torch.stack(parts).sum(0) * (self.sizes.amax(1, keepdim=True) / self.sizes.clamp_min(1))
 
     def _update(self) -> None:
-        """New ranks, new probabilities, and who is out."""
+        """Update ranks and probabilities, and finish rows that have nothing left to prune."""
         self.updates += 1
         if bool(self.finished.all()):
             return
@@ -131,23 +131,25 @@ class Stochastic(FixedCount):
         self._finish()
 
     def _ranks(self, scores: Units) -> Units:
-        """0 for the least of the units still in, `[rows, n]`; ties go by number, units that are out come last."""
+        """Rank of each unit, `[rows, n]`: 0 for the least of those still in; ties go by number, dropped units come
+        last.
+        """
         return scores.masked_fill(self.out, math.inf).argsort(dim=1, stable=True).argsort(dim=1).to(self.p)
 
     def _order(self) -> Units:
         return self._ranks(self.rank)
 
     def _finish(self) -> None:
-        """Rows with nothing left to prune: survivors take the mean of their masks into their weights, and p = 0."""
-        now = (self.left <= 0) & ~self.finished
-        if not bool(now.any()):
+        """Finish rows with nothing left to prune: scale survivors by the mean of their masks, and set their p to 0."""
+        ending = (self.left <= 0) & ~self.finished
+        if not bool(ending.any()):
             return
-        survivors = now[:, None] & ~self.out
+        survivors = ending[:, None] & ~self.out
         factor = torch.where(survivors, 1 - self.p, torch.ones_like(self.p))
         for weight, structure in self.weights:
             weight.mul_(structure.expand(factor, weight.shape))
         self.p.masked_fill_(survivors, 0.0)
-        self.finished |= now
+        self.finished |= ending
 
     def _put_back(self) -> None:
         for (weight, structure), before in zip(self.weights, self.before, strict=True):
@@ -156,7 +158,7 @@ class Stochastic(FixedCount):
 
 
 def change(rank: Tensor, left: Tensor) -> Tensor:
-    """Delta(r): what a unit's probability gains at rank r with `left` (K) units still to go.
+    """Increment Delta(r) of a unit's pruning probability at rank r, with `left` (K) units still to be dropped.
 
     A at r = 0, u A at N = -ln u / a, 0 at K, point-symmetric about (N, u A) and falling; a = (ln 2 - ln u) / K.
     In float64.

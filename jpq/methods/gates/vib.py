@@ -1,7 +1,7 @@
-"""Variational information bottleneck: Gaussian noise on each channel, kept while the signal is above the noise.
+"""VIB gate (variational information bottleneck): Gaussian noise on each channel, kept while signal exceeds noise.
 
-Every unit carries z ~ N(mu, sigma^2); a KL term to a zero-mean prior with its best variance raises sigma (and
-shrinks mu) wherever the loss does not mind, so the ratio of both ends up measuring how much the unit matters.
+Every unit carries z ~ N(mu, sigma^2); a KL term to a zero-mean prior with its best variance raises sigma and shrinks mu
+where the loss allows it, so that their ratio measures how much the unit matters.
 
 B. Dai, C. Zhu, B. Guo, D. Wipf, "Compressing Neural Networks using the Variational Information Bottleneck", ICML 2018,
 arXiv:1802.10399; the gate of DJPQ (Wang et al., ECCV 2020, arXiv:2007.10463).
@@ -14,12 +14,12 @@ arXiv:1802.10399; the gate of DJPQ (Wang et al., ECCV 2020, arXiv:2007.10463).
 | KL_i = 0.5 ln(1 + mu^2 / sigma^2) | `penalty()` | [1, n] |
 
 We differ: mu multiplies the consumer's weights, before they are quantized, and the noise z / mu multiplies what the
-consumer reads, after it is quantized, fresh per sample: without quantizers that is z * x exactly; with them landing
-can fold mu into the weights and change nothing. The units of all sites share one KL weight (VIBNet's factors 1/width
-serve its own layout); what a unit costs enters through the budget instead. ln sigma^2 starts at -4, not -9: a search
-of a few hundred steps must be able to reach the threshold (measured on digits at 0.25 % BOPs, see studies).
-P(kept) is sigmoid((ln alpha - ln alpha_th) / tau): with the plain alpha, as remembered from DJPQ, the gradient is 0
-at the start.
+consumer reads, after it is quantized, fresh per sample: without quantizers that is z * x exactly; with them
+discretization can fold mu into the weights and change nothing. The units of all sites share one KL weight (VIBNet's
+factors 1/width serve its own layout); what a unit costs enters through the budget instead. ln sigma^2 starts at -4, not
+-9: a search of a few hundred steps must be able to reach the threshold (measured on digits at 0.25 % BOPs, see
+studies). P(kept) is sigmoid((ln alpha - ln alpha_th) / tau): with the plain alpha, as remembered from DJPQ, the
+gradient is 0 at the start.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FLOOR = 1e-3  # smallest mu: below it a unit is long since dropped, and z / mu s
 
 
 class VIB(Gate):
-    """Keep unit i iff mu_i^2 > threshold * sigma_i^2."""
+    """Gate that keeps unit i iff mu_i^2 > threshold * sigma_i^2."""
 
     def __init__(self, rows: int, n: int, start: float = -4.0, threshold: float = 1.0, tau: float = 1.0):
         super().__init__(rows, n)
@@ -47,32 +47,32 @@ class VIB(Gate):
         self.log_threshold, self.tau = math.log(threshold), tau
 
     def relaxed(self) -> Units:
-        """mu: the noise is per sample and enters by `jitter`."""
+        """Mean mu of the multiplier; the noise is per sample and enters by `input_noise`."""
         return self.mu
 
     def margin(self) -> Units:
-        """(ln alpha - ln alpha_th) / tau."""
+        """Log signal-to-noise ratio above the threshold, over tau: (ln alpha - ln alpha_th) / tau."""
         return ((self.mu.square() + EPS).log() - self.log_var - self.log_threshold) / self.tau
 
     def keep_probability(self) -> Units:
-        """sigmoid(margin)."""
+        """Smoothed decision sigmoid(margin)."""
         return torch.sigmoid(self.margin())
 
     def scale(self) -> Units:
-        """mu."""
+        """Mean mu, without gradient."""
         return self.mu.detach()
 
     def input_noise(self, batch: int) -> Tensor | None:
-        """z / mu = 1 + sigma / mu * eps, eps ~ N(0, 1) of shape [batch, n]."""
+        """Noise z / mu = 1 + sigma / mu * eps with eps ~ N(0, 1), `[batch, n]`."""
         ratio = (0.5 * self.log_var).exp() / self.mu
         return 1.0 + ratio * torch.randn(batch, self.n, device=ratio.device, dtype=ratio.dtype)
 
     def penalty(self) -> Tensor | None:
-        """KL to the zero-mean prior with its best variance, mu^2 + sigma^2."""
+        """KL divergence to the zero-mean prior with its best variance, mu^2 + sigma^2."""
         return 0.5 * torch.log1p(self.mu.square() / (self.log_var.exp() + EPS))
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """mu stays positive, so that it can be folded."""
+        """Keep mu positive, so that it can be folded, and bound ln sigma^2."""
         self.mu.clamp_(min=FLOOR)
         self.log_var.clamp_(-12.0, 4.0)

@@ -1,8 +1,4 @@
-"""Exported files: rewrites that change no number, weights in narrow types, rounding before sums, other forms."""
-
-import subprocess
-import sys
-from pathlib import Path
+"""ONNX files: rewrites that change no number, weights in narrow types, rounding before sums, Quant nodes."""
 
 import numpy as np
 import onnx
@@ -11,10 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from torch import nn
+from quantized_nets import EXAMPLE, IMAGES, Residual, Small, quantized
 
 import jpq
-from jpq.export import formats, torch_export
 from jpq.export.onnx.export import export_onnx, export_qonnx
 from jpq.export.onnx.graph import fold_constants
 from jpq.export.onnx.integer_kernels import prepare_integer_kernels
@@ -28,54 +23,6 @@ from jpq.plan import from_json
 from jpq.tasks.models import build as make
 from jpq.tracing.trace import trace
 from jpq.types import JpqError
-
-EXAMPLE = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-IMAGES = [(torch.randn(32, 3, 12, 12, generator=torch.Generator().manual_seed(1)), None)]
-
-
-class Residual(nn.Module):
-    """A sum of two convolutions and of what came before, an average, and a linear layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.a, self.b, self.relu = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.ReLU()
-        self.linear = nn.Linear(8, 4)
-
-    def forward(self, x):
-        x = self.relu(self.norm(self.first(x)))
-        return self.linear(self.relu(self.a(x) + self.b(x) + x).mean((2, 3)))
-
-
-class Small(nn.Sequential):
-    """ReLU6, depthwise, pooling of the maximum."""
-
-    def __init__(self):
-        super().__init__(
-            nn.Conv2d(3, 8, 3, padding=1),
-            nn.BatchNorm2d(8),
-            nn.ReLU6(),
-            nn.Conv2d(8, 8, 3, groups=8),
-            nn.ReLU6(),
-            nn.Conv2d(8, 6, 1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(6, 6, 1),
-            nn.ReLU6(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(6, 8, 1),
-            nn.Flatten(),
-            nn.Linear(32, 4),
-        )
-
-
-def quantized(kind, bits, output_bits=0, **how):
-    torch.manual_seed(0)
-    model = kind().eval()
-    for p in model.parameters():
-        p.data.mul_(2)  # ReLU6 has something to do
-    how = how or {"method": "uniform", "bops": "100%", "w_bits": (bits, bits), "a_bits": (bits, bits)}
-    return jpq.compress(model, EXAMPLE, output_bits=output_bits, **how)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
@@ -241,42 +188,6 @@ def test_ranges_of_results_learn():
     assert all(id(p) in learns for p in ranges)
 
 
-@pytest.mark.parametrize("form", list(formats.FORMATS))
-def test_every_form_computes_the_model(form, tmp_path):
-    model = quantized(Residual, 3, 8).finalize()
-    made = formats.write(model, EXAMPLE, tmp_path, [form], IMAGES)[form]
-    assert made["bytes"] == (tmp_path / made["file"]).stat().st_size > 0
-    found = made["verified"].get("rebuilt_vs_onnxruntime", made["verified"])
-    assert found["images"] == 32
-    assert found["argmax_agreement"] >= 1 - 1 / 32
-
-
-def test_a_form_that_computes_something_else_is_refused(tmp_path, monkeypatch):
-    model, other = quantized(Residual, 3).finalize(), quantized(Residual, 3).finalize()
-    nn.init.normal_(other.linear.weight)
-    write = torch_export.export_pt2
-    monkeypatch.setattr(formats, "export_pt2", lambda small, *rest: write(other, *rest))
-    with pytest.raises(JpqError, match="differ on"):
-        formats.write(model, EXAMPLE, tmp_path, ["pt2"], IMAGES)
-
-
-def test_pt2_loads_where_jpq_is_not(tmp_path):
-    torch_export.export_pt2(quantized(Small, 4, 8).finalize(), EXAMPLE, tmp_path / "m.pt2")
-    code = (
-        "import sys, torch; out = torch.export.load('m.pt2').module()(torch.randn(5, 3, 12, 12)); "
-        "print(tuple(out.shape), 'jpq' in sys.modules, 'brevitas' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[0] == "(5, 4) False False"
-
-
-def test_pt2_says_why_a_model_cannot_be_exported(tmp_path):
-    model = quantized(Residual, 4).finalize()
-    model.relu.forward = lambda x: x.relu() if float(x.sum()) < 1e9 else x  # what it does depends on values
-    with pytest.raises(JpqError, match=r"torch.export cannot write this model as .pt2"):
-        torch_export.export_pt2(model, EXAMPLE, tmp_path / "m.pt2")
-
-
 @pytest.mark.parametrize(
     ("name", "bits", "size"), [("convnet", 4, (1, 8, 8)), ("resnet8", 4, (3, 32, 32)), ("resnet8", 2, (3, 32, 32))]
 )
@@ -308,35 +219,6 @@ def test_quant_nodes_written_out_are_those_of_the_specification():
     odd = graph([(*node, {**options, "rounding_mode": "FLOOR"})], {"bits": np.float32(3)})
     with pytest.raises(JpqError, match="no standard form"):
         expand_quant_nodes(odd)
-
-
-@pytest.mark.parametrize(("bits", "weights"), [(8, "int8"), (3, "int8"), (4, "int4")])
-def test_openvino_agrees(bits, weights, tmp_path):
-    pytest.importorskip("openvino", reason="openvino is not installed")
-    from jpq.export.runtimes import open_session
-
-    model = quantized(Small, bits, 8).finalize()
-    export_onnx(model, EXAMPLE, tmp_path / "m.onnx", weights)
-    found = compare(model, open_session("openvino", tmp_path / "m.onnx"), IMAGES)
-    assert found["argmax_agreement"] >= 1 - 2 / 32
-    assert open_session("openvino", tmp_path / "m.onnx", 1)(EXAMPLE[:3]).shape == (3, 4)
-
-
-def test_runtimes_are_named(tmp_path, monkeypatch):
-    from jpq.export.runtimes import open_session, parse_runtimes
-
-    assert parse_runtimes("onnxruntime, onnxruntime") == ["onnxruntime", "onnxruntime"]
-    for names, why in (("onnxruntim", "Did you mean onnxruntime"), ("", "No runtime")):
-        with pytest.raises(JpqError, match=why):
-            parse_runtimes(names)
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(JpqError, match="openvino is not installed"):
-        parse_runtimes("openvino")
-    (tmp_path / "text.onnx").write_text("no model")
-    with pytest.raises(JpqError, match="onnxruntime cannot load"):
-        open_session("onnxruntime", tmp_path / "text.onnx")
-    with pytest.raises(JpqError, match="is not there"):
-        open_session("onnxruntime", Path("nothing.onnx"))
 
 
 @pytest.mark.parametrize("bits", [1, 9, -1])

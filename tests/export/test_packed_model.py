@@ -15,6 +15,7 @@ from jpq import costs
 from jpq.compression.attach import attach
 from jpq.export.branches import Branches
 from jpq.export.packed.batchnorm_folding import fold_batchnorms
+from jpq.export.packed.file import load_packed
 from jpq.export.packed.model import pack, unpack
 from jpq.export.rebuild import rebuild
 from jpq.methods.quantizers import Fixed, weight_quantizer
@@ -127,6 +128,25 @@ def test_size_on_disk_is_what_size_promised_and_the_model_comes_back(name, struc
     new = [(weight_quantizer(m), m) for m in again.modules() if hasattr(m, "weight_quant")]
     for (a, layer), (b, other) in zip(grids, new, strict=True):
         assert torch.equal((a(layer.weight)[0] / a.scale()).round(), (b(other.weight)[0] / b.scale()).round())
+
+
+def test_a_weight_beyond_its_range_is_stored_as_the_largest_integer(tmp_path):
+    """At 1.5 times its range a weight is clipped to N = 2^(bits - 1) - 1, like in the forward pass, not to N + 1."""
+    small, plan, _, example = small_one("plain")
+    name, layer = next((name, m) for name, m in small.named_modules() if hasattr(m, "weight_quant"))
+    grid = weight_quantizer(layer)
+    highest = 2 ** (round(float(grid.width())) - 1) - 1
+    with torch.no_grad():
+        layer.weight[:, 0] = 1.5 * grid.threshold.expand_as(layer.weight)[:, 0]
+        layer.weight[:, 0, 0] *= -1
+    pack(small, plan, example, tmp_path / "m.packed")
+    stored = load_packed(tmp_path / "m.packed")[0][name].weight
+    assert (int(stored.min()), int(stored.max())) == (-highest, highest)
+    folded = fold_batchnorms(small, example).get_submodule(name)
+    grid = weight_quantizer(folded)
+    assert torch.equal(stored.float(), (grid(folded.weight)[0] / grid.scale()).round())
+    again = unpack(small, tmp_path / "m.packed").get_submodule(name)
+    assert torch.equal(stored.float(), (again.weight / weight_quantizer(again).scale()).round())
 
 
 def test_a_file_of_another_model_is_refused(tmp_path):

@@ -98,9 +98,10 @@ def _fold(graph: Graph, norm: NodeProto, conv: NodeProto, weight: _StoredWeight)
         shift = 0
     conv_bias = graph.array(conv.input[2]).astype(np.float64) if len(conv.input) > 2 else 0.0
     name = norm.output[0]
+    clipped = np.clip(integers.astype(np.int32), limits[0], limits[1])
     signs = np.where(gain < 0, -1, 1).reshape(-1, *[1] * (integers.ndim - 1))
     constants = {
-        f"{name}.integers": (np.clip(integers.astype(np.int32), *limits) * signs * 2**shift).astype(np.int8),
+        f"{name}.integers": (clipped * signs * 2**shift).astype(np.int8),
         f"{name}.scale": (np.abs(gain) * scale * 2.0**-shift).astype(np.float32),
         f"{name}.bias": (gain * (conv_bias - mean) + beta).astype(np.float32),
     }

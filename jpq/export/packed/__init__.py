@@ -1,5 +1,37 @@
-"""The bit-packed file `model.packed`."""
+"""The bit-packed file `model.packed`: its format, and a rebuilt model written to it and read back."""
+
+from typing import TYPE_CHECKING
 
 from jpq.lazy import lazy_names
 
-__getattr__, __dir__ = lazy_names(__name__, {})
+if TYPE_CHECKING:
+    from jpq.export.packed.batchnorm_folding import fold_batchnorms
+    from jpq.export.packed.file import PackedLayer, header_bytes, load_packed, packed_bits, packed_bytes, save_packed
+    from jpq.export.packed.model import PackedSize, pack, unpack
+
+__all__ = [
+    "PackedLayer",
+    "PackedSize",
+    "fold_batchnorms",
+    "header_bytes",
+    "load_packed",
+    "pack",
+    "packed_bits",
+    "packed_bytes",
+    "save_packed",
+    "unpack",
+]
+
+_HOMES = {
+    "PackedLayer": "file",
+    "PackedSize": "model",
+    "fold_batchnorms": "batchnorm_folding",
+    "header_bytes": "file",
+    "load_packed": "file",
+    "pack": "model",
+    "packed_bits": "file",
+    "packed_bytes": "file",
+    "save_packed": "file",
+    "unpack": "model",
+}
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

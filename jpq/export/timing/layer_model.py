@@ -104,7 +104,7 @@ def _dequantized_weight(shape: Shape, size: tuple[int, ...], outputs: int, i: in
     axis = 0 if shape.kind == "depthwise" else LayerKind(shape.kind).output_dim
     per_channel = size[axis] == outputs
     grid = ["scales", "zeros"] if per_channel else ["scale", "zero8"]
-    options = {"axis": axis} if per_channel else {}
+    options: dict[str, Any] = {"axis": axis} if per_channel else {}
     return helper.make_node("DequantizeLinear", [f"w{i}", *grid], [f"dw{i}"], **options)
 
 

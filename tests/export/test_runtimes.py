@@ -1,0 +1,40 @@
+"""Runtimes by name: OpenVINO computes what the model computes, and unknown or missing ones are named."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from quantized_nets import EXAMPLE, IMAGES, Small, quantized
+
+from jpq.export.onnx.export import export_onnx
+from jpq.export.verify import compare
+from jpq.types import JpqError
+
+
+@pytest.mark.parametrize(("bits", "weights"), [(8, "int8"), (3, "int8"), (4, "int4")])
+def test_openvino_agrees(bits, weights, tmp_path):
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    from jpq.export.runtimes import open_session
+
+    model = quantized(Small, bits, 8).finalize()
+    export_onnx(model, EXAMPLE, tmp_path / "m.onnx", weights)
+    found = compare(model, open_session("openvino", tmp_path / "m.onnx"), IMAGES)
+    assert found["argmax_agreement"] >= 1 - 2 / 32
+    assert open_session("openvino", tmp_path / "m.onnx", 1)(EXAMPLE[:3]).shape == (3, 4)
+
+
+def test_runtimes_are_named(tmp_path, monkeypatch):
+    from jpq.export.runtimes import open_session, parse_runtimes
+
+    assert parse_runtimes("onnxruntime, onnxruntime") == ["onnxruntime", "onnxruntime"]
+    for names, why in (("onnxruntim", "Did you mean onnxruntime"), ("", "No runtime")):
+        with pytest.raises(JpqError, match=why):
+            parse_runtimes(names)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(JpqError, match="openvino is not installed"):
+        parse_runtimes("openvino")
+    (tmp_path / "text.onnx").write_text("no model")
+    with pytest.raises(JpqError, match="onnxruntime cannot load"):
+        open_session("onnxruntime", tmp_path / "text.onnx")
+    with pytest.raises(JpqError, match="is not there"):
+        open_session("onnxruntime", Path("nothing.onnx"))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from jpq import costs
-from jpq.allocation import structure_search
+from jpq.allocation import structure_mapping, structure_search
 from jpq.allocation.decision_data import calibration_batches, check_classes
 from jpq.allocation.prepare import Prepared, check_decide, prepare
 from jpq.allocation.procedures import procedure_of
@@ -27,12 +27,11 @@ from jpq.compression.build import budget_targets
 from jpq.compression.calibration import recalibrate
 from jpq.compression.masking import original
 from jpq.compression.model import CompressedModel
-from jpq.config import Config
+from jpq.config import RULES, SEARCH, Config
 from jpq.costs.latency_table import LatencyTable
 from jpq.costs.target import Target
 from jpq.export.timing import layer_table
 from jpq.files import tensors
-from jpq.methods.compatibility import RULES, SEARCH
 from jpq.results import budget_folders, run_folder
 from jpq.results.finish import finish
 from jpq.results.record import Result
@@ -117,7 +116,7 @@ def run_budgets(setup: RunSetup, net: CompressedModel, run: RunState) -> Result:
     searches = procedure_of(net.method).searches
     folders = {name: budget_folders.budget_folder(run.folder, name, each) for name, each in configs.items()}
     for place, (name, config) in enumerate(configs.items()):
-        at = run.at(place, name, folders[name])
+        at = run.for_budget(place, name, folders[name])
         if run.saved and int(run.saved.get("budget", 0)) > place:
             continue  # an earlier part of this run finished it
         if place and not searches:
@@ -165,7 +164,7 @@ def run_budget(
 
 def open_run(config: Config, watch: TrainingObserver | None) -> RunState:
     """The folder and state of a run, new or resumed; the seed of all draws is set."""
-    distributed.require_rows(config.train.batch_size)
+    distributed.check_rows(config.train.batch_size)
     run = RunState(config, watch or NullObserver(), distributed.run_on_first(lambda: open_folder(config)))
     if config.run.tensorboard and distributed.is_first():
         run.watch = TensorBoardObserver(run.watch, run.folder, run.recorder.rows)
@@ -177,8 +176,8 @@ def load_task(config: Config, run: RunState) -> tuple[Data, nn.Module]:
     """The data set and the float model (not trained yet, where no weights are given)."""
     device = pick_device(config.run.device)
     data = distributed.first_then_others(lambda: read_data(config, device))
-    distributed.require_same(data.checksum, "a data set")
-    run.require_data(data.checksum)
+    distributed.check_same(data.checksum, "a data set")
+    run.check_data(data.checksum)
     check_classes(config.decide.classes, data)
     return data, dense_model(config, data, device)
 
@@ -192,7 +191,7 @@ def load_table(config: Config, run: RunState) -> LatencyTable | None:
     def load() -> LatencyTable:
         table = layer_table.read_table(path)
         kept = run.folder / layer_table.TABLE_NAME
-        if run.saved and kept.is_file() and kept.read_text() != layer_table.text_of(table):
+        if run.saved and kept.is_file() and kept.read_text() != layer_table.table_text(table):
             raise JpqError(f"{table.source} is no longer the table that this run began with. Run without --resume.")
         if distributed.is_first():
             layer_table.write_table(list(table.entries), kept)
@@ -247,14 +246,14 @@ def check_mask(prepared: Prepared, model: nn.Module, run: RunState) -> None:
     if prepared.mask is None:
         return
     if run.saved:
-        prepared.mask.require_same(run.saved["net"], prepared.sites)
-    if prepared.mask.obeyed(model, prepared.sites):
+        prepared.mask.check_same(run.saved["net"], prepared.sites)
+    if prepared.mask.is_held_by(model, prepared.sites):
         run.notes.append(ALREADY_PRUNED)
 
 
 def search_structures(prepared: Prepared, model: nn.Module, data: Data, config: Config, run: RunState) -> Prepared:
     """The same set-up with the mask structure of each layer found by search on held-out data, once in a run."""
-    path, d = run.folder / structure_search.NAME, config.decide
+    path, d = run.folder / structure_mapping.MAPPING_FILE, config.decide
 
     def find() -> tuple[structure_search.StructureSearchResult, float]:
         return structure_search.search_mapping(
@@ -271,11 +270,11 @@ def search_structures(prepared: Prepared, model: nn.Module, data: Data, config: 
 
     def search_or_read() -> dict[str, str]:
         if config.run.resume and path.exists():
-            return structure_search.read_mapping(path)
+            return structure_mapping.read_mapping(path)
         found, limit_ms = run.timed("schemes", find)
-        record = structure_search.mapping_record(prepared.network, found.mapping, d.density, SEARCH)
+        record = structure_mapping.mapping_record(prepared.network, found.mapping, d.density, SEARCH)
         scores = {"reward": found.reward, "proxy_accuracy": found.accuracy, "judged": found.judged}
-        structure_search.save_mapping(path, {**record, "limit_ms": limit_ms, **scores})
+        structure_mapping.save_mapping(path, {**record, "limit_ms": limit_ms, **scores})
         return dict(found.mapping)
 
     return prepared.with_structures(distributed.run_on_first(search_or_read))
@@ -318,7 +317,7 @@ def with_trained_weights(model: nn.Module, tuned: CompressedModel) -> nn.Module:
 
 def resumed_weights(weights: nn.Module, run: RunState) -> nn.Module:
     """The weights that a budget begins with: those at hand, or those of the checkpoint of an interrupted budget."""
-    if run.saved and (run.is_in("search") or run.is_in("fine-tune")) and "first" in run.saved:
+    if run.saved and (run.is_within("search") or run.is_within("fine-tune")) and "first" in run.saved:
         weights = copy.deepcopy(weights)
         tensors.restore(weights, run.saved["first"], run.top / checkpoint.NAME)
     return weights

@@ -212,7 +212,7 @@ def compress(
     plan = prepared.procedure.decide(net, prepared.targets, decide, PlanEvaluator(lambda: batches))
     first = prepared.procedure.first_stage(net, plan)
     net.freeze(plan if first is None else first)
-    second_stage = None if first is None else partial(two_stage.quantize, net, plan, [example_inputs])
+    second_stage = None if first is None else partial(two_stage.start_second_stage, net, plan, [example_inputs])
     return CompressionSession(net, model, None, steps, 0.0, second_stage)
 
 

@@ -1,4 +1,4 @@
-"""ALLOCATORS: how much stays where, in channels and in bits, for methods that decide before they train."""
+"""ALLOCATORS by name, and the way from an allocator to channels and bits for methods that decide before they train."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from itertools import islice
 import numpy as np
 import optuna
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from jpq import costs
 from jpq.allocation import channels
 from jpq.allocation.bit_sensitivity import Key, bits_by_noise, sensitivities
-from jpq.allocation.channels import AllocationProblem, Allocator, Margins, in_order
-from jpq.allocation.ranking.evidence import Batches
-from jpq.allocation.ranking.rank import order, quantiles, rank, scored
-from jpq.allocation.reinforce import Counts, Policy, learn
+from jpq.allocation.channels import NEEDS_DATA, AllocationProblem, Allocator, Margins, margins_of_sequence
+from jpq.allocation.ranking.evidence import Batches, Loss
+from jpq.allocation.ranking.rank import quantiles, rank_units, score_units, write_margins
+from jpq.allocation.reinforce import Counts, Policy, learn_allocation
 from jpq.compression import discretize
 from jpq.compression.model import CompressedModel
 from jpq.config import MASKED
@@ -29,70 +30,76 @@ from jpq.methods.table import METHODS
 from jpq.plan import Plan
 from jpq.types import JpqError, unknown
 
-Bounds = tuple[int, int]
+Bounds = tuple[int, int]  # smallest and largest width, in bits
 
-LOOKED = 8  # batches in which the noise is measured
+NOISE_BATCHES = 8  # batches in which the quantization noise is measured
 
-TRIALS = 40  # of the search baseline, once for channels and once for bits
+TRIALS = 40  # trials of "sampled", once for channels and once for bits
 
-REACH_BITS = 2.0  # largest offset of a width that the search baseline tries
+CHANNEL_OFFSET = 0.5  # largest offset that "sampled" tries for channels, in shares of a layer's units
 
-MEASURING = ("reinforce", "sampled")  # those that try plans on held-out images
-REACH = 0.5  # largest offset, in shares of a layer's units (or in bits, times `scale`)
+BIT_OFFSET = 2.0  # largest offset that "sampled" tries for a width, in bits
+
+MEASURING = ("reinforce", "sampled")  # allocators that measure plans on held-out images
 
 
 def reinforced(problem: AllocationProblem) -> Margins:
-    """Units in the order in which a learned distribution over layers lets them go; what is left follows by share."""
+    """Units in the order in which a learned distribution over layers removes them; the rest follow by share."""
     ranks = [group.scores.argsort(descending=True, stable=True) for group in problem.groups]
-    full = problem.macs([torch.ones(len(r)) for r in ranks])
+    full_macs = problem.macs([torch.ones(len(r)) for r in ranks])
 
-    def kept(gone: Counts) -> list[Tensor]:
-        return [torch.zeros(len(r)).index_fill(0, r[: len(r) - int(n)], 1.0) for r, n in zip(ranks, gone, strict=True)]
+    def kept(removed: Counts) -> list[Tensor]:
+        return [
+            torch.zeros(len(r)).index_fill(0, r[: len(r) - int(n)], 1.0) for r, n in zip(ranks, removed, strict=True)
+        ]
 
-    def quality(gone: Counts) -> tuple[float, float]:
-        now = kept(gone)
-        return problem.measured(now), problem.macs(now) / full
+    def quality(removed: Counts) -> tuple[float, float]:
+        units = kept(removed)
+        return problem.measure(units), problem.macs(units) / full_macs
 
-    path = learn([len(r) for r in ranks], quality, lambda gone: problem.enough(kept(gone)), Policy(), problem.seed)
-    went: list[tuple[int, int]] = []
-    gone = np.zeros(len(ranks), np.int64)
-    for now in path:
+    path = learn_allocation(
+        [len(r) for r in ranks], quality, lambda removed: problem.meets_target(kept(removed)), Policy(), problem.seed
+    )
+    removals: list[tuple[int, int]] = []  # (group, unit), first removed first
+    removed = np.zeros(len(ranks), np.int64)
+    for after in path:
         for g, r in enumerate(ranks):
-            went += [(g, int(u)) for u in r[len(r) - int(now[g]) : len(r) - int(gone[g])].flip(0)]
-        gone = now
-    stay = [(g, int(u), i / len(r)) for g, r in enumerate(ranks) for i, u in enumerate(r[: len(r) - int(gone[g])])]
-    stay.sort(key=lambda entry: entry[2])  # the best of each group first
-    return in_order(problem, [(g, u) for g, u, _ in stay] + went[::-1])
+            removals += [(g, int(u)) for u in r[len(r) - int(after[g]) : len(r) - int(removed[g])].flip(0)]
+        removed = after
+    rest = [(g, int(u), i / len(r)) for g, r in enumerate(ranks) for i, u in enumerate(r[: len(r) - int(removed[g])])]
+    rest.sort(key=lambda entry: entry[2])  # the best of each group first
+    return margins_of_sequence(problem, [(g, u) for g, u, _ in rest] + removals[::-1])
 
 
 def sampled(problem: AllocationProblem) -> Margins:
-    """Each group's places plus an offset that a search over held-out accuracy chooses."""
-    places = [quantiles(group.scores) for group in problem.groups]
+    """Units by their rank in their group plus an offset of the group, chosen by a search over held-out accuracy."""
+    ranks = [quantiles(group.scores) for group in problem.groups]
 
     def margins(offsets: Mapping[str, float]) -> Margins:
-        moved = [p + offsets[g.name] for p, g in zip(places, problem.groups, strict=True)]
-        return list(quantiles(torch.cat(moved)).split([len(p) for p in moved]))
+        moved = [r + offsets[g.name] for r, g in zip(ranks, problem.groups, strict=True)]
+        return list(quantiles(torch.cat(moved)).split([len(r) for r in moved]))
 
     def accuracy(offsets: Mapping[str, float]) -> float:
-        return problem.measured(fewest_removed(problem, margins(offsets)))
+        return problem.measure(fewest_removed(problem, margins(offsets)))
 
-    return margins(sample_plans([g.name for g in problem.groups], accuracy, TRIALS, problem.seed)) if places else []
+    names = [g.name for g in problem.groups]
+    return margins(search_offsets(names, accuracy, TRIALS, problem.seed, CHANNEL_OFFSET)) if ranks else []
 
 
 def fewest_removed(problem: AllocationProblem, margins: Margins) -> list[Tensor]:
-    """The units that stay where as few as needed go, in the order of their margins; one of each group at least."""
+    """Keep masks, `[n]` a group, that remove as few units as meet the target, by margin; at least one of each stays."""
     flat = torch.cat(margins).sort().values
 
     def kept(cut: int) -> list[Tensor]:
-        out = [(m > flat[cut - 1]).float() if cut else torch.ones(len(m)) for m in margins]
-        for keep, m in zip(out, margins, strict=True):
-            keep[m.argmax()] = 1.0
-        return out
+        masks = [(m > flat[cut - 1]).float() if cut else torch.ones(len(m)) for m in margins]
+        for mask, m in zip(masks, margins, strict=True):
+            mask[m.argmax()] = 1.0
+        return masks
 
     low, high = 0, len(flat)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if problem.enough(kept(middle)) else (middle + 1, high)
+        low, high = (low, middle) if problem.meets_target(kept(middle)) else (middle + 1, high)
     return kept(low)
 
 
@@ -106,109 +113,151 @@ ALLOCATORS: Mapping[str, Allocator] = {
 
 
 def pick_allocator(name: str) -> Allocator | None:
-    """The allocator of that name; None for an empty one (as the score allows); or the closest names."""
+    """The allocator of that name; None for an empty name. Raises JpqError with the closest names for others."""
     if name and name not in ALLOCATORS:
         raise unknown("allocator", name, ALLOCATORS)
     return ALLOCATORS[name] if name else None
 
 
+def check_allocator(method: str, allocator: str) -> None:
+    """Raise JpqError for an allocator of an unknown name, or with a method that does not take one."""
+    if allocator and method == MASKED:
+        raise JpqError(f"--allocator {allocator}: --mask says which weights are dropped. Leave --allocator out.")
+    pick_allocator(allocator)
+    methods = [name for name, m in METHODS.items() if m.score and m.procedure in ("one-shot", "two-stage")]
+    if allocator and method not in methods:
+        raise JpqError(
+            f"--allocator {allocator}: method {method} learns how much stays where, or is told. Choose --method "
+            f"{any_of(methods)}."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class PlanEvaluator:
-    """What allocators look at beside the network: training batches, and a way to measure a plan."""
+    """Data for allocators: training batches, and the held-out accuracy of any plan."""
 
     batches: Callable[[], Batches]  # (inputs, labels or None) pairs, from the start at every call
-    accuracy: Callable[[Plan], float] | None = None
+    accuracy: Callable[[Plan], float] | None = None  # in [0, 1]; None where there are no held-out data
     seed: int = 0
+    loss: Loss = F.cross_entropy  # loss that scores differentiate: (output, labels) -> mean over the batch
+
+    def require_accuracy(self, allocator: str) -> Callable[[Plan], float]:
+        """The held-out accuracy of a plan. Raises JpqError, naming the allocator, where nothing measures it."""
+        if self.accuracy is None:
+            raise JpqError(f"Allocator {allocator} {NEEDS_DATA}")
+        return self.accuracy
 
 
-def place(
+def allocate_channels(
     net: CompressedModel,
     score: Score,
     allocator: str,
-    judge: PlanEvaluator,
+    evaluator: PlanEvaluator,
     share: float = 1.0,
-    goal: Target | None = None,
+    target: Target | None = None,
 ) -> None:
-    """Write an allocator's order into the margins of `Ranked` gates, for landing to cut.
+    """Write an allocator's order of units into the margins of `Ranked` gates, for discretization to cut.
 
-    Without an allocator the score says what competes (`rank`): all units of the network where it may be compared
-    between layers, else the units of each layer.
+    Without an allocator the score says which units compete (`rank_units`): all units of the network where it may be
+    compared between layers, else the units of each layer.
 
     Args:
-        share: of the units of each site, how many are about to stay, as `rank` has it.
-        goal: what the units may cost, for allocators that work towards it.
+        share: share of the units of each site that is about to stay, as for `rank_units`.
+        target: limit of the units' cost, for allocators that work towards one.
 
-    Raises JpqError for an unknown name, for units that are no channels, and where the evidence cannot be had.
+    Raises JpqError for an unknown name, for units that are no channels, and where the evidence cannot be collected.
     """
-    chosen = pick_allocator(allocator)
-    if chosen is None:
-        rank(net, score, judge.batches(), share)
+    allocate = pick_allocator(allocator)
+    if allocate is None:
+        rank_units(net, score, evaluator.batches(), share, evaluator.loss)
         return
-    if allocator in MEASURING and judge.accuracy is None:
-        raise JpqError(
-            f"Allocator {allocator} measures accuracy and needs data: use `jpq optimize`, or choose "
-            "uniform, threshold or greedy."
-        )
-    groups = scored(net, score, judge.batches(), share)
-    order(net, groups, chosen(AllocationProblem(net, groups, score.everywhere, goal, judge.accuracy, judge.seed)))
+    if allocator in MEASURING:
+        evaluator.require_accuracy(allocator)
+    groups = score_units(net, score, evaluator.batches(), share, evaluator.loss)
+    problem = AllocationProblem(net, groups, score.everywhere, target, evaluator.accuracy, evaluator.seed)
+    write_margins(net, groups, allocate(problem))
 
 
-def bit_widths(
+def allocate_bits(
     net: CompressedModel,
     allocator: str,
-    judge: PlanEvaluator,
+    evaluator: PlanEvaluator,
     plan: Plan,
     targets: Sequence[Target],
     w_bits: Bounds,
     a_bits: Bounds,
 ) -> dict[Key, BitWidth] | None:
-    """Soft widths of every tensor for landing to shift, given what `plan` keeps; None: the same everywhere."""
+    """Soft widths of every tensor for discretization to shift, for the units that `plan` keeps.
+
+    None: the same width everywhere.
+    Raises JpqError for an allocator that measures accuracy where nothing measures it.
+    """
     if allocator in ("", "uniform"):
         return None
-    bounds = {"w": w_bits, "a": a_bits}
     if allocator in ("threshold", "greedy"):
-        inputs = [x for x, _ in islice(judge.batches(), LOOKED)]
-        return bits_by_noise(net, sensitivities(net, inputs, judge.seed), plan, w_bits, a_bits)
-    if judge.accuracy is None:
-        raise JpqError(
-            f"Allocator {allocator} measures accuracy and needs data: use `jpq optimize`, or choose "
-            "uniform, threshold or greedy."
-        )
-    measure = judge.accuracy
-    free = [
-        (layer.name, side)
+        inputs = [x for x, _ in islice(evaluator.batches(), NOISE_BATCHES)]
+        return bits_by_noise(net, sensitivities(net, inputs, evaluator.seed), plan, w_bits, a_bits)
+    bounds = {
+        (layer.name, side): side_bounds
         for layer in net.network.layers
-        for side in "wa"
+        for side, side_bounds in (("w", w_bits), ("a", a_bits))
         if layer.name in plan.layers and not (side == "a" and layer.reads_input)
-    ]
-    if allocator == "sampled":
-        ranking = replace(discretize.soft_decisions(net), plan=plan, margins={})
+    }
+    accuracy = evaluator.require_accuracy(allocator)
+    allocate = _sampled_bits if allocator == "sampled" else _reinforced_bits
+    return allocate(net, accuracy, evaluator.seed, plan, targets, bounds)
 
-        def soft(offsets: Mapping[str, float]) -> dict[Key, BitWidth]:
-            return {(n, s): Learned(4.0 + offsets[f"{n} {s}"], *bounds[s]) for n, s in free}
 
-        def accuracy(offsets: Mapping[str, float]) -> float:
-            widths = {**ranking.widths, **soft(offsets)}
-            return measure(discretize.discretize(net, targets, replace(ranking, widths=widths)))
+def _sampled_bits(
+    net: CompressedModel,
+    accuracy: Callable[[Plan], float],
+    seed: int,
+    plan: Plan,
+    targets: Sequence[Target],
+    bounds: Mapping[Key, Bounds],
+) -> dict[Key, BitWidth]:
+    """Four bits plus an offset for each tensor, chosen by a search over held-out accuracy within the targets."""
+    decisions = replace(discretize.soft_decisions(net), plan=plan, margins={})
 
-        return soft(sample_plans([f"{n} {s}" for n, s in free], accuracy, TRIALS, judge.seed, REACH_BITS))
-    full = float(costs.bops(net.exact_usage(with_bits(plan, {key: bounds[key[1]][1] for key in free}))))
+    def widths(offsets: Mapping[str, float]) -> dict[Key, BitWidth]:
+        return {(name, side): Learned(4.0 + offsets[f"{name} {side}"], *b) for (name, side), b in bounds.items()}
 
-    def at(gone: Counts) -> Plan:
-        return with_bits(plan, {key: bounds[key[1]][1] - int(n) for key, n in zip(free, gone, strict=True)})
+    def accuracy_of(offsets: Mapping[str, float]) -> float:
+        shifted = replace(decisions, widths={**decisions.widths, **widths(offsets)})
+        return accuracy(discretize.discretize(net, targets, shifted))
 
-    def quality(gone: Counts) -> tuple[float, float]:
-        now = at(gone)
-        return measure(now), float(costs.bops(net.exact_usage(now))) / full
+    names = [f"{name} {side}" for name, side in bounds]
+    return widths(search_offsets(names, accuracy_of, TRIALS, seed, BIT_OFFSET))
 
-    steps = [bounds[side][1] - bounds[side][0] + 1 for _, side in free]
-    path = learn(steps, quality, lambda gone: all_met(targets, net.exact_usage(at(gone))), Policy(), judge.seed)
-    last = path[-1] if path else np.zeros(len(free), np.int64)
-    return {key: Learned(bounds[key[1]][1] - int(n), *bounds[key[1]]) for key, n in zip(free, last, strict=True)}
+
+def _reinforced_bits(
+    net: CompressedModel,
+    accuracy: Callable[[Plan], float],
+    seed: int,
+    plan: Plan,
+    targets: Sequence[Target],
+    bounds: Mapping[Key, Bounds],
+) -> dict[Key, BitWidth]:
+    """Bits taken from the widest by a learned distribution over tensors, until the targets are met."""
+    full_bops = float(costs.bops(net.exact_usage(with_bits(plan, {key: high for key, (_, high) in bounds.items()}))))
+
+    def plan_without(removed: Counts) -> Plan:
+        return with_bits(plan, {key: b[1] - int(n) for (key, b), n in zip(bounds.items(), removed, strict=True)})
+
+    def quality(removed: Counts) -> tuple[float, float]:
+        narrower = plan_without(removed)
+        return accuracy(narrower), float(costs.bops(net.exact_usage(narrower))) / full_bops
+
+    steps = [high - low + 1 for low, high in bounds.values()]
+    path = learn_allocation(
+        steps, quality, lambda removed: all_met(targets, net.exact_usage(plan_without(removed))), Policy(), seed
+    )
+    removed = path[-1] if path else np.zeros(len(bounds), np.int64)
+    return {key: Learned(b[1] - int(n), *b) for (key, b), n in zip(bounds.items(), removed, strict=True)}
 
 
 def with_bits(plan: Plan, bits: Mapping[Key, int]) -> Plan:
-    """The plan with other widths."""
+    """A copy of a plan with other widths for the given tensors."""
     layers = {
         name: replace(layer, w_bits=bits.get((name, "w"), layer.w_bits), a_bits=bits.get((name, "a"), layer.a_bits))
         for name, layer in plan.layers.items()
@@ -216,29 +265,22 @@ def with_bits(plan: Plan, bits: Mapping[Key, int]) -> Plan:
     return replace(plan, layers=layers)
 
 
-def sample_plans(
-    names: Sequence[str], accuracy: Callable[[dict[str, float]], float], trials: int, seed: int, reach: float = REACH
+def search_offsets(
+    names: Sequence[str], accuracy: Callable[[dict[str, float]], float], trials: int, seed: int, largest: float
 ) -> dict[str, float]:
-    """The offsets, one for each name in [-reach, reach], with the best accuracy of so many trials."""
+    """Search the offsets in [-largest, largest], one for each name, with the best accuracy: the search baseline.
+
+    The sampler is a tree-structured Parzen estimator (J. Bergstra et al., NeurIPS 2011), seeded; the first trial has
+    all offsets at 0, which is the uniform allocation. Every trial meets the budget: trials differ in where units or
+    bits are removed, not in how many.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed % 2**32, multivariate=True)
     )
     study.enqueue_trial(dict.fromkeys(names, 0.0))
     study.optimize(
-        lambda trial: accuracy({name: trial.suggest_float(name, -reach, reach) for name in names}), n_trials=trials
+        lambda trial: accuracy({name: trial.suggest_float(name, -largest, largest) for name in names}),
+        n_trials=trials,
     )
     return {name: float(study.best_params[name]) for name in names}
-
-
-def check_allocator(method: str, allocator: str) -> None:
-    """Raises JpqError for an allocator of an unknown name, or with a method that does not take one."""
-    if allocator and method == MASKED:
-        raise JpqError(f"--allocator {allocator}: --mask says which weights are dropped. Leave --allocator out.")
-    pick_allocator(allocator)
-    takes = [name for name, m in METHODS.items() if m.score and not m.searches]
-    if allocator and method not in takes:
-        raise JpqError(
-            f"--allocator {allocator}: method {method} learns how much stays where, or is told. Choose --method "
-            f"{any_of(takes)}."
-        )

@@ -10,7 +10,7 @@ from torch import nn
 
 from jpq.allocation.allocators import check_allocator
 from jpq.allocation.procedures import PROCEDURES, Procedure, score_of
-from jpq.allocation.structure_search import map_structures
+from jpq.allocation.structure_mapping import map_structures
 from jpq.allocation.uniform_bits import start_bits
 from jpq.compression import external_mask
 from jpq.compression.attach import attach

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from jpq.allocation import manual, two_stage
-from jpq.allocation.allocators import PlanEvaluator, bit_widths, place
-from jpq.allocation.ranking.rank import rank
+from jpq.allocation.allocators import PlanEvaluator, allocate_bits, allocate_channels
+from jpq.allocation.ranking.rank import rank_units
 from jpq.allocation.ranking.scheduled_pruning import macs_limit, uniform_keep_share
-from jpq.allocation.uniform_bits import uniform
+from jpq.allocation.uniform_bits import decide_uniform_bits
 from jpq.compression.discretize import check_reachable, density_target, discretize
 from jpq.compression.model import CompressedModel
 from jpq.config import Decide
@@ -88,10 +88,10 @@ class OneShot(Procedure):
         """The widest uniform bits, or the best-ranked channels, that meet every target."""
         (w_low, w_high), (a_low, a_high) = decide.w_bits, decide.a_bits
         if row(net.method).gate is None:
-            return uniform(net, targets, range(w_low, w_high + 1), range(a_low, a_high + 1))
+            return decide_uniform_bits(net, targets, range(w_low, w_high + 1), range(a_low, a_high + 1))
         if data is not None:
             share = uniform_keep_share(net, lambda uses: all_met(targets, uses))
-            place(net, score_of(net.method, decide), decide.allocator, data, share, targets[0])
+            allocate_channels(net, score_of(net.method, decide), decide.allocator, data, share, targets[0])
         return discretize(net, targets)
 
 
@@ -114,18 +114,18 @@ class TwoStage(Procedure):
             return two_stage.decide_two_stage(net, targets, *bounds, decide.density)
         share = uniform_keep_share(net, macs_limit(net, decide.density))
         goal = density_target(net, decide.density)
-        place(net, score_of(net.method, decide), decide.allocator, data, share, goal)
+        allocate_channels(net, score_of(net.method, decide), decide.allocator, data, share, goal)
         return two_stage.decide_two_stage(
             net,
             targets,
             *bounds,
             decide.density,
-            lambda kept: bit_widths(net, decide.allocator, data, kept, targets, *bounds),
+            lambda kept: allocate_bits(net, decide.allocator, data, kept, targets, *bounds),
         )
 
     def first_stage(self, net: CompressedModel, plan: Plan) -> Plan:
         """The plan's channels at the bits as they stand."""
-        return two_stage.pruned(net, plan)
+        return two_stage.first_stage_plan(net, plan)
 
 
 class Manual(Procedure):
@@ -136,15 +136,15 @@ class Manual(Procedure):
     def check_feasible(self, net: CompressedModel, targets: Sequence[Target], decide: Decide) -> None:
         """Raise JpqError where a target is given beside the decisions, and they cost more."""
         _rank_without_data(net, decide)
-        manual.check_targets(net, manual.plan(net, decide), targets)
+        manual.check_targets(net, manual.manual_plan(net, decide), targets)
 
     def decide(
         self, net: CompressedModel, targets: Sequence[Target], decide: Decide, data: PlanEvaluator | None = None
     ) -> Plan:
         """The plan that `--bits` and `--densities` describe."""
         if data is None:
-            return manual.plan(net, decide)
-        return manual.ranked(net, decide, score_of(net.method, decide), data.batches())
+            return manual.manual_plan(net, decide)
+        return manual.rank_and_plan(net, decide, score_of(net.method, decide), data.batches())
 
 
 PROCEDURES: Mapping[str, Procedure] = {
@@ -168,4 +168,4 @@ def score_of(method: str, decide: Decide) -> Score:
 def _rank_without_data(net: CompressedModel, decide: Decide) -> None:
     """Rank by a score that needs no data but may find nothing to rank by (BatchNorm's scales), to raise early."""
     if row(net.method).score and score_of(net.method, decide).needs == {"scales"}:
-        rank(net, score_of(net.method, decide))
+        rank_units(net, score_of(net.method, decide))

@@ -1,8 +1,8 @@
-"""A distribution over layers, learned by trying: from where the next units go.
+"""RL-Pruner: a distribution over the layers from which units are removed, learned by trial and reward.
 
 Source: B. Wang, V. Kindratenko, "RL-Pruner: Structured Pruning Using Reinforcement Learning for CNN Compression and
-Acceleration", arXiv:2411.06463, and its final code. In each step `rate` of all units go, spread by a noisy draw a of
-the distribution p; copies of the network are tried, the best draw pulls p towards it:
+Acceleration", arXiv:2411.06463, and its final code. In each step `rate` of all units is removed,
+spread by a noisy draw a of the distribution p; copies of the network are tried, the best draw pulls p towards it:
 
     a  = project(p + v * xi * eps)            eps ~ N(0, I), xi ~ U(0, 1), one number for each draw
     k  = round(a * n), corrected by largest remainders to sum to n; no layer falls below one unit
@@ -28,20 +28,24 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-FLOOR = 1e-5  # least probability of a layer that can still lose units
+FLOOR = 1e-5  # smallest probability of a layer that can still lose units
 
-RETRIES = 3  # of a step that loses too much accuracy
+RETRIES = 3  # attempts at a step that loses too much accuracy, after the first
 
 Vector = npt.NDArray[np.float64]
 
-Counts = npt.NDArray[np.int64]
+Counts = npt.NDArray[np.int64]  # units of each layer
+
+Quality = Callable[[Counts], tuple[float, float]]  # units removed -> (accuracy, share of the full cost that is left)
+
+Draw = tuple[float, float, Counts]  # (reward, accuracy, units that are removed)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The numbers of the method; the defaults are the sheet's for small budgets, with larger steps."""
+    """Hyper-parameters; the defaults are the authors' for small budgets, with larger steps."""
 
-    rate: float = 0.05  # share of all units that go in one step
+    rate: float = 0.05  # share of all units that is removed in one step
     epochs: int = 5  # updates of the distribution in one step
     samples: int = 5  # draws between two updates
     noise: float = 0.04  # v
@@ -53,111 +57,119 @@ class Policy:
 
 
 def project(p: Vector, left: Counts) -> Vector:
-    """A distribution over layers that can still lose a unit (`left` counts more than one)."""
+    """Project onto distributions over layers that can still lose a unit (more than one is left)."""
     p = np.where(left > 1, np.maximum(p, FLOOR), 0.0)
     return p / p.sum()
 
 
-def counts(a: Vector, n: int, left: Counts) -> Counts:
-    """n units spread by `a`, whole: the largest remainders first where units are missing, the smallest where over.
+def spread_units(a: Vector, n: int, left: Counts) -> Counts:
+    """Spread n units over layers by `a`, rounded by largest remainders so that they sum to n.
 
-    No layer falls below one unit: what it cannot give is passed on in the same order. Fewer than n only where no more
-    are left.
+    No layer falls below one unit; units that it cannot give come from others by the same order. The sum is below n only
+    where no more units are left.
     """
     most = np.maximum(left - 1, 0)
-    wanted = a * n
-    k = np.minimum(np.round(wanted).astype(np.int64), most)
+    exact = a * n
+    k = np.minimum(np.round(exact).astype(np.int64), most)
     while k.sum() != n:
         short = k.sum() < n
         free = np.flatnonzero(k < most) if short else np.flatnonzero(k > 0)
         if not len(free):
             break
-        rest = (wanted - k)[free]
+        rest = (exact - k)[free]
         order = free[np.argsort(-rest if short else rest, kind="stable")]
         change = order[: abs(n - int(k.sum()))]
         k[change] += 1 if short else -1
     return k
 
 
-def update(p: Vector, best: Vector, policy: Policy, left: Counts) -> Vector:
-    """The distribution after one pull towards the best draw."""
+def pull_distribution(p: Vector, best: Vector, policy: Policy, left: Counts) -> Vector:
+    """Pull the distribution towards the best draw, clipped by `policy.clip`."""
     moved = np.maximum(p + policy.pull * (best - p), FLOOR)
     ratio = np.clip(np.divide(moved, p, out=np.ones_like(p), where=p > 0), 1 - policy.clip, 1 + policy.clip)
     return project(p * ratio, left)
 
 
-def learn(
+def learn_allocation(
     units: Sequence[int],
-    quality: Callable[[Counts], tuple[float, float]],
-    enough: Callable[[Counts], bool],
+    quality: Quality,
+    is_enough: Callable[[Counts], bool],
     policy: Policy,
     seed: int = 0,
 ) -> list[Counts]:
-    """Units gone from each layer after each step, until that is enough or nothing more can go.
+    """Learn from which layers units are removed: the removed units of each layer after each step.
+
+    Steps end when the removed units are enough, or when no layer can lose another unit.
 
     Args:
-        units: of each layer at the start.
-        quality: (accuracy, share of the cost that stays) with so many units gone.
-        enough: whether no more need to go.
-        seed: of every draw.
+        units: units of each layer at the start.
+        quality: (accuracy, share of the full cost that is left) once these units are removed.
+        is_enough: whether no more units need to be removed.
+        seed: seeds all random draws.
     """
     rng = np.random.default_rng(seed % 2**32)
     full = np.array(units, np.int64)
     initial = full / full.sum()
-    gone, p = np.zeros_like(full), initial.copy()
+    removed, p = np.zeros_like(full), initial.copy()
     path: list[Counts] = []
     step = max(1, int(policy.rate * full.sum()))
     steps = math.ceil((full - 1).sum() / step)
-    before = quality(gone)[0]
-    while not enough(gone) and (full - gone > 1).any():
+    accuracy = quality(removed)[0]
+    while not is_enough(removed) and (full - removed > 1).any():
         for retry in range(RETRIES + 1):
-            p = project(initial if retry else p, full - gone)
-            p, tried = _try(p, gone, full, step, quality, policy, rng)
+            p = project(initial if retry else p, full - removed)
+            p, draws = try_draws(p, removed, full, step, quality, policy, rng)
             chance = policy.explore * _cosine(len(path) / max(1, steps // 10))
-            taken = int(rng.integers(len(tried))) if rng.random() < chance else 0
-            _, after, choice = tried[taken]
-            if after >= (1 - policy.fall) * before:
+            index = int(rng.integers(len(draws))) if rng.random() < chance else 0
+            _, new_accuracy, choice = draws[index]
+            if new_accuracy >= (1 - policy.fall) * accuracy:
                 break
-        gone, before = gone + choice, after
-        path.append(gone)
+        removed, accuracy = removed + choice, new_accuracy
+        path.append(removed)
     return path
 
 
-def _try(
+def try_draws(
     p: Vector,
-    gone: Counts,
+    removed: Counts,
     full: Counts,
     step: int,
-    quality: Callable[[Counts], tuple[float, float]],
+    quality: Quality,
     policy: Policy,
     rng: np.random.Generator,
-) -> tuple[Vector, list[tuple[float, float, Counts]]]:
-    """(the distribution, the best draws as (reward, accuracy, units that go), best first) after one step's trials."""
-    left = full - gone
+) -> tuple[Vector, list[Draw]]:
+    """Try noisy draws of one step: (the distribution after its updates, the draws of the best rewards, best first).
+
+    Args:
+        p: the distribution over layers before the step.
+        removed, full: units of each layer that are gone already, and at the start.
+        step: units that this step removes.
+    """
+    left = full - removed
     known: dict[tuple[int, ...], tuple[float, float]] = {}
-    kept: list[tuple[float, float, Counts]] = []
-    best = -math.inf
+    draws: list[Draw] = []
+    best_reward = -math.inf
     for _ in range(policy.epochs):
         leader: tuple[float, Vector] | None = None
         for _ in range(policy.samples):
             eps = rng.standard_normal(len(full))
             a = project(p + policy.noise * rng.random() * eps, left)
-            k = counts(a, step, left)
+            k = spread_units(a, step, left)
             if tuple(k) not in known:
-                known[tuple(k)] = quality(gone + k)
-            accuracy, share = known[tuple(k)]
-            reward = accuracy + policy.alpha * (1 - share)
-            kept.append((reward, accuracy, k))
+                known[tuple(k)] = quality(removed + k)
+            accuracy, cost_share = known[tuple(k)]
+            reward = accuracy + policy.alpha * (1 - cost_share)
+            draws.append((reward, accuracy, k))
             if leader is None or reward > leader[0]:
                 leader = reward, a
         assert leader is not None
-        if leader[0] > best:
-            best = leader[0]
-            p = update(p, leader[1], policy, left)
-    kept.sort(key=lambda entry: -entry[0])
-    return p, kept[: policy.samples]
+        if leader[0] > best_reward:
+            best_reward = leader[0]
+            p = pull_distribution(p, leader[1], policy, left)
+    draws.sort(key=lambda draw: -draw[0])
+    return p, draws[: policy.samples]
 
 
-def _cosine(at: float) -> float:
-    """1 at 0, 0 from 1 on."""
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, at)))
+def _cosine(progress: float) -> float:
+    """Cosine decay: 1 at 0, 0 from 1 on."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

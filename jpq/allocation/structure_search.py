@@ -1,78 +1,54 @@
-"""A structure for each layer: who chooses it in a run, and what the record of the choice looks like."""
+"""Search for each layer's mask structure by policy gradient over (scheme, block size) of every layer.
+
+Y. Gong et al., arXiv:2111.11581, after R. J. Williams, "Simple Statistical Gradient-Following Algorithms", Machine
+Learning 1992.
+
+| symbol | here | value |
+|---|---|---|
+| theta_l: logits over the choices of layer l | `StructureSearchResult.logits` | from 0 |
+| R = accuracy - mu max(0, ms / limit - 1) | `reward` | mu 1 |
+| R_bar <- .9 R_bar + .1 R | the baseline; starts at the first R | |
+| theta_l += lr (R - R_bar) / s * grad log pi_l(choice) | | lr .1, 200 samples |
+
+We differ: the paper has a recurrent controller, these logits are independent of each other. The advantage is divided by
+s, the root of its own running mean square, since rewards of real tasks lie within a few points. A mapping to start from
+(that of the rules) is evaluated first, and the likeliest choices at the end: the best mapping evaluated is the result.
+"""
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jpq.allocation.structure_rules import (
-    Latency,
-    cheapest_mapping,
-    is_hard_task,
-    kept_share,
-    milliseconds,
-    project,
-    rules,
-    source,
-    timed,
-    variants,
-)
+from jpq.allocation.structure_latency import Latency, layer_ms, mapping_ms
+from jpq.allocation.structure_projection import kept_share, project
+from jpq.allocation.structure_rules import allowed_structures, apply_rules, is_hard_task
 from jpq.compression.calibration import reestimate_batchnorm
-from jpq.config import RULES, SEARCH
-from jpq.files import untrusted
-from jpq.files.atomic import replace_file
 from jpq.methods.compatibility import is_allowed
-from jpq.methods.structures import by_layer, parse
+from jpq.methods.structures import parse
 from jpq.methods.table import Method
 from jpq.tasks.data import Batches, Data
 from jpq.tracing.network import Network
 from jpq.tracing.sites import weight_layout
-from jpq.types import DENSE, JpqError, unknown
+from jpq.types import DENSE, JpqError
 
-NAME = "schemes.json"
+SAMPLES = 200  # mappings drawn in a search
 
-JUDGES = 512  # held-out samples that judge a mapping
+LR = 0.1  # step of the logits
 
-SETTLE = 5  # training batches that BatchNorm's statistics are measured on after a projection
+LATENCY_PENALTY = 1.0  # mu
 
-SHARE = 0.1  # of the training data, where mappings are trained before they are judged
+BASELINE_DECAY = 0.9  # of the moving averages of reward and squared advantage
 
-Mapped = Mapping[str, str]  # layer -> structure
+EVALUATED_SAMPLES = 512  # held-out samples that a mapping is evaluated on
 
-SAMPLES, LR, MU = 200, 0.1, 1.0
-SLOW = 0.9  # of the baseline's moving average
+BATCHNORM_BATCHES = 5  # training batches that BatchNorm's statistics are re-estimated on after a projection
 
-
-def map_structures(
-    method: Method,
-    network: Network,
-    example: Any,
-    density: float,
-    skip: Collection[str] = (),
-    latency: Latency = timed,
-) -> dict[str, str] | None:
-    """{layer: structure} where the method's structure says so layer by layer; None where all layers have the same.
-
-    Before a search the mapping is the cheapest there is, to tell whether a target is possible. Raises JpqError for a
-    layer that the model does not have.
-    """
-    fits = is_allowed(method)
-    if method.structure == RULES:
-        return rules(network, density, is_hard_task(network, example), legal=fits, skip=skip, latency=latency)
-    if method.structure == SEARCH:
-        return cheapest_mapping(network, density, legal=fits, skip=skip)
-    given = by_layer(method.structure)
-    for name in given:
-        if name not in (known := [layer.name for layer in network.layers]):
-            raise unknown("layer", name, known)
-    return {layer.name: given.get(layer.name, DENSE) for layer in network.layers} if given else None
+TRAINED_SHARE = 0.1  # share of the training data that mappings are trained on before they are evaluated
 
 
 def search_mapping(
@@ -87,33 +63,121 @@ def search_mapping(
     lr: float = 1e-3,
     seed: int = 0,
     samples: int = SAMPLES,
-    latency: Latency = timed,
+    latency: Latency = layer_ms,
 ) -> tuple[StructureSearchResult, float]:
-    """(what the search found, its limit in ms): as fast as the rules' mapping, and as accurate as it gets.
+    """Search the most accurate mapping as fast as that of the rules: (the result, the latency limit in ms).
 
     Args:
         model: the trained float model; it is not changed.
-        data: the held-out split judges; the test split is not read.
+        data: mappings are evaluated on the held-out split; the test split is not read.
         density: share of the weights that stays.
-        trained: whether each mapping is trained for an epoch of a tenth of the data before it is judged.
-        lr: of that training. seed, samples: of the search.
+        skip: layers that stay dense.
+        trained: whether each mapping is trained for an epoch of a tenth of the data before it is evaluated.
+        lr: learning rate of that training.
+        seed, samples: of the search.
     """
-    fits = is_allowed(method)
-    start = rules(network, density, is_hard_task(network, data.example), legal=fits, skip=skip, latency=latency)
-    limit = sum(milliseconds(network, start, density, latency).values())
+    allowed = is_allowed(method)
+    hard_task = is_hard_task(network, data.example)
+    start = apply_rules(network, density, hard_task, is_allowed=allowed, skip=skip, latency=latency)
+    limit_ms = sum(mapping_ms(network, start, density, latency).values())
     ms: dict[str, dict[str, float]] = {}
     for layer in network.layers:
-        kinds = {DENSE: (DENSE,)} if layer.name in skip else variants(layer, fits)
-        each = [structure for kind in kinds.values() for structure in kind]
-        ms[layer.name] = {s: latency(layer, s, kept_share(layer, s, density)) for s in each}
-    proxy = MappingEvaluator(network, model, data, density, trained=trained, lr=lr)
-    return search_structures(ms, proxy, limit, start=start, seed=seed, samples=samples), limit
+        schemes = {DENSE: (DENSE,)} if layer.name in skip else allowed_structures(layer, allowed)
+        structures = [structure for scheme in schemes.values() for structure in scheme]
+        ms[layer.name] = {s: latency(layer, s, kept_share(layer, s, density)) for s in structures}
+    evaluator = MappingEvaluator(network, model, data, density, trained=trained, lr=lr)
+    return search_structures(ms, evaluator, limit_ms, start=start, seed=seed, samples=samples), limit_ms
+
+
+@dataclass(frozen=True)
+class StructureSearchResult:
+    """The best mapping of a search, and the learned logits."""
+
+    mapping: Mapping[str, str]  # layer -> structure
+    reward: float
+    accuracy: float  # as the evaluator gives it, in [0, 1]
+    ms: float  # latency of one sample
+    logits: Mapping[str, Tensor]  # layer -> one logit for each of its choices
+    judged: int  # number of different mappings evaluated
+
+
+def reward(accuracy: float, ms: float, limit_ms: float, mu: float = LATENCY_PENALTY) -> float:
+    """R: accuracy, less mu times the relative latency above the limit."""
+    return accuracy - mu * max(0.0, ms / limit_ms - 1)
+
+
+def search_structures(
+    ms: Mapping[str, Mapping[str, float]],
+    accuracy: Callable[[Mapping[str, str]], float],
+    limit_ms: float,
+    *,
+    start: Mapping[str, str] | None = None,
+    samples: int = SAMPLES,
+    lr: float = LR,
+    mu: float = LATENCY_PENALTY,
+    seed: int = 0,
+) -> StructureSearchResult:
+    """Search the mapping of the best reward by policy gradient.
+
+    Args:
+        ms: layer -> its choices -> milliseconds.
+        accuracy: mapping -> held-out accuracy in [0, 1]; called once for each mapping.
+        limit_ms: latency of the whole network above which the reward falls.
+        start: a mapping that is evaluated before the samples.
+        samples: mappings drawn from the policy.
+        lr, mu: as in the table above.
+        seed: seeds the draws.
+
+    Raises JpqError where a layer has no choice, or a number makes no sense.
+    """
+    if not samples >= 1 or not lr >= 0 or not mu >= 0 or not limit_ms > 0:
+        numbers = f"samples {samples}, lr {lr}, mu {mu}, limit {limit_ms} ms"
+        raise JpqError(f"A search needs samples >= 1, lr >= 0, mu >= 0 and a limit above 0 ms, not {numbers}.")
+    if not ms or not all(ms.values()):
+        raise JpqError("A search over schemes needs at least one choice for every layer.")
+    generator = torch.Generator().manual_seed(seed)
+    names = {layer: tuple(choices) for layer, choices in ms.items()}
+    logits = {layer: torch.zeros(len(choices), dtype=torch.float64) for layer, choices in names.items()}
+    known: dict[tuple[str, ...], tuple[float, float, float]] = {}  # mapping -> reward, accuracy, ms
+
+    def evaluate(mapping: Mapping[str, str]) -> float:
+        key = tuple(mapping[layer] for layer in names)
+        if key not in known:
+            total_ms = sum(ms[layer][mapping[layer]] for layer in names)
+            held_out = accuracy(mapping)
+            known[key] = reward(held_out, total_ms, limit_ms, mu), held_out, total_ms
+        return known[key][0]
+
+    if start is not None:
+        evaluate(start)
+    mean, square = None, 0.0
+    for t in range(1, samples + 1):
+        choices = {x: int(torch.multinomial(theta.softmax(0), 1, generator=generator)) for x, theta in logits.items()}
+        sample_reward = evaluate({layer: names[layer][i] for layer, i in choices.items()})
+        mean = sample_reward if mean is None else BASELINE_DECAY * mean + (1 - BASELINE_DECAY) * sample_reward
+        advantage = sample_reward - mean
+        square = BASELINE_DECAY * square + (1 - BASELINE_DECAY) * advantage**2
+        spread = (square / (1 - BASELINE_DECAY**t)) ** 0.5
+        if spread > 0:
+            _step_logits(logits, choices, lr * advantage / spread)
+    evaluate({layer: names[layer][int(theta.argmax())] for layer, theta in logits.items()})
+    key, (best_reward, best_accuracy, best_ms) = max(known.items(), key=lambda entry: entry[1][0])
+    mapping = dict(zip(names, key, strict=True))
+    return StructureSearchResult(mapping, best_reward, best_accuracy, best_ms, logits, len(known))
+
+
+def _step_logits(logits: Mapping[str, Tensor], choices: Mapping[str, int], size: float) -> None:
+    """Add `size` times the gradient of log pi of the choices to the logits, in place."""
+    for layer, i in choices.items():
+        gradient = -logits[layer].softmax(0)
+        gradient[i] += 1
+        logits[layer] += size * gradient
 
 
 class MappingEvaluator:
-    """Held-out accuracy of the float model once a mapping's units are zeroed, as a guess at what training makes of it.
+    """Held-out accuracy of the float model with a mapping's weakest units zeroed, a proxy for accuracy after training.
 
-    BatchNorm's statistics are measured anew on a few training batches: without that nearly every mapping is at chance.
+    BatchNorm's statistics are re-estimated on a few training batches: without that nearly every mapping is at chance.
     """
 
     def __init__(
@@ -123,36 +187,36 @@ class MappingEvaluator:
         self.task = data.task
         self.model = copy.deepcopy(model).eval()
         self.before = {name: t.clone() for name, t in self.model.state_dict().items()}
-        self.train = [batch for _, batch in zip(range(SETTLE), data.train.epoch(0), strict=False)]
-        self.lesson = list(fixed_part(data.train, SHARE).epoch(0)) if trained else []
-        self.judges = fixed_part(data.held_out, JUDGES / data.held_out.size)
+        self.train = [batch for _, batch in zip(range(BATCHNORM_BATCHES), data.train.epoch(0), strict=False)]
+        self.lesson = list(fixed_part(data.train, TRAINED_SHARE).epoch(0)) if trained else []
+        self.held_out = fixed_part(data.held_out, EVALUATED_SAMPLES / data.held_out.size)
         self.known: dict[tuple[str, str], Tensor] = {}  # (layer, structure) -> projected weight
 
-    def __call__(self, mapping: Mapped) -> float:
-        """In [0, 1]; the same for the same mapping, whatever was asked before."""
+    def __call__(self, mapping: Mapping[str, str]) -> float:
+        """Accuracy in [0, 1] of a mapping, independent of earlier calls."""
         self.model.load_state_dict(self.before)
         masked = {name: s for name, s in mapping.items() if s != DENSE}
         for name, structure in masked.items():
             self.weight(name).data.copy_(self.projected(name, structure))
         if self.trained:
-            self.study(masked)
+            self._train(masked)
         reestimate_batchnorm(self.model, self.train)
-        return self.task.evaluate(self.model, self.judges)
+        return self.task.evaluate(self.model, self.held_out)
 
     def weight(self, name: str) -> Tensor:
-        """Of a layer, as it stands."""
+        """The weight of a layer as it stands."""
         return self.model.get_parameter(self.network.layer(name).weight)
 
     def projected(self, name: str, structure: str) -> Tensor:
         """The float model's weight with the weakest units zeroed."""
         if (name, structure) not in self.known:
             layer = self.network.layer(name)
-            own = parse(structure, weight_layout(layer))
-            self.known[name, structure] = project(self.before[layer.weight], own, self.density)
+            mask_structure = parse(structure, weight_layout(layer))
+            self.known[name, structure] = project(self.before[layer.weight], mask_structure, self.density)
         return self.known[name, structure]
 
-    def study(self, masked: Mapped) -> None:
-        """One short epoch; what is masked stays zero."""
+    def _train(self, masked: Mapping[str, str]) -> None:
+        """Train for one short epoch; masked weights stay zero."""
         self.model.train()
         optim = torch.optim.AdamW(self.model.parameters(), lr=self.lr, weight_decay=0.0)
         zeros = {name: self.projected(name, s) == 0 for name, s in masked.items()}
@@ -168,120 +232,15 @@ class MappingEvaluator:
 
 
 def fixed_part(batches: Batches, share: float) -> Batches:
-    """A fixed random part of the samples, not augmented and always in one order; all of them from a share of 1 on."""
+    """A fixed random part of the samples, without augmentation and always in one order; all samples from share 1 on."""
     count = max(1, min(batches.size, round(share * batches.size)))
-    which = torch.randperm(batches.size, generator=torch.Generator().manual_seed(0))[:count].to(batches.images.device)
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randperm(batches.size, generator=generator)[:count].to(batches.images.device)
     return Batches(
-        batches.images[which],
-        batches.labels[which],
+        batches.images[indices],
+        batches.labels[indices],
         mean=batches.mean,
         std=batches.std,
         batch_size=batches.batch_size,
         seed=batches.seed,
     )
-
-
-def mapping_record(network: Network, mapping: Mapped, density: float | Mapping[str, float], by: str) -> dict[str, Any]:
-    """What a report says of a mapping: every layer's structure, its milliseconds, and where those are from."""
-    ms = milliseconds(network, mapping, density)
-    dense = milliseconds(network, {}, 1.0)
-    return {
-        "by": by,
-        "latency": source(network, mapping),
-        "ms": sum(ms.values()),
-        "dense_ms": sum(dense.values()),
-        "layers": {name: {"structure": mapping.get(name, DENSE), "ms": ms[name]} for name in ms},
-    }
-
-
-def save_mapping(path: Path, about: Mapping[str, Any]) -> None:
-    """Keep a record, for the reader and for a run that is resumed."""
-    replace_file(path, lambda part: part.write_text(json.dumps(about, indent=1) + "\n"))
-
-
-def read_mapping(path: Path) -> dict[str, str]:
-    """The mapping in a record. Raises JpqError where it is none."""
-    try:
-        layers = untrusted.as_dict(
-            untrusted.as_dict(untrusted.parse_json(untrusted.read_text(path), str(path)))["layers"]
-        )
-        return {name: untrusted.as_str(untrusted.as_dict(layer)["structure"]) for name, layer in layers.items()}
-    except (JpqError, ValueError, KeyError) as error:
-        raise JpqError(f"{path} is not a mapping of schemes that jpq wrote; start anew without --resume.") from error
-
-
-@dataclass(frozen=True)
-class StructureSearchResult:
-    """What a search ended with."""
-
-    mapping: Mapping[str, str]
-    reward: float
-    accuracy: float  # as the proxy says, in [0, 1]
-    ms: float
-    logits: Mapping[str, Tensor]  # layer -> one for each of its choices
-    judged: int  # different mappings
-
-
-def reward(accuracy: float, ms: float, limit_ms: float, mu: float = MU) -> float:
-    """R of the table: accuracy, less what it is slower than the limit."""
-    return accuracy - mu * max(0.0, ms / limit_ms - 1)
-
-
-def search_structures(
-    ms: Mapping[str, Mapping[str, float]],
-    accuracy: Callable[[Mapping[str, str]], float],
-    limit_ms: float,
-    *,
-    start: Mapping[str, str] | None = None,
-    samples: int = SAMPLES,
-    lr: float = LR,
-    mu: float = MU,
-    seed: int = 0,
-) -> StructureSearchResult:
-    """The mapping of the best reward among the samples.
-
-    Args:
-        ms: layer -> its choices -> milliseconds.
-        accuracy: mapping -> held-out accuracy in [0, 1]; asked once for each mapping.
-        limit_ms: above it the whole network is penalised.
-        start: a mapping that is judged before the samples.
-        samples, lr, mu, seed: see above.
-
-    Raises JpqError where a layer has no choice, or a number makes no sense.
-    """
-    if not samples >= 1 or not lr >= 0 or not mu >= 0 or not limit_ms > 0:
-        asked = f"samples {samples}, lr {lr}, mu {mu}, limit {limit_ms} ms"
-        raise JpqError(f"A search needs samples >= 1, lr >= 0, mu >= 0 and a limit above 0 ms, not {asked}.")
-    if not ms or not all(ms.values()):
-        raise JpqError("A search over schemes needs at least one choice for every layer.")
-    draw = torch.Generator().manual_seed(seed)
-    names = {layer: tuple(choices) for layer, choices in ms.items()}
-    logits = {layer: torch.zeros(len(choices), dtype=torch.float64) for layer, choices in names.items()}
-    known: dict[tuple[str, ...], tuple[float, float, float]] = {}  # mapping -> reward, accuracy, ms
-
-    def judge(mapping: Mapping[str, str]) -> float:
-        key = tuple(mapping[layer] for layer in names)
-        if key not in known:
-            total = sum(ms[layer][mapping[layer]] for layer in names)
-            right = accuracy(mapping)
-            known[key] = reward(right, total, limit_ms, mu), right, total
-        return known[key][0]
-
-    if start is not None:
-        judge(start)
-    mean, square = None, 0.0
-    for t in range(1, samples + 1):
-        picked = {x: int(torch.multinomial(theta.softmax(0), 1, generator=draw)) for x, theta in logits.items()}
-        got = judge({layer: names[layer][i] for layer, i in picked.items()})
-        mean = got if mean is None else SLOW * mean + (1 - SLOW) * got
-        advantage = got - mean
-        square = SLOW * square + (1 - SLOW) * advantage**2
-        spread = (square / (1 - SLOW**t)) ** 0.5
-        if spread > 0:
-            for layer, i in picked.items():
-                step = -logits[layer].softmax(0)
-                step[i] += 1  # the gradient of log pi
-                logits[layer] += lr * advantage / spread * step
-    judge({layer: names[layer][int(theta.argmax())] for layer, theta in logits.items()})
-    key, (best, right, total) = max(known.items(), key=lambda entry: entry[1][0])
-    return StructureSearchResult(dict(zip(names, key, strict=True)), best, right, total, logits, len(known))

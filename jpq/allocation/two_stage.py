@@ -1,9 +1,10 @@
-"""Prune first, then quantize: the two stages that most people use today, planned so that they meet a budget exactly.
+"""The two-stage baseline: prune first, then quantize, both planned so that together they meet a budget exactly.
 
-Everything is decided at the start, from the trained weights: channels go by a score and an allocator until `density`
-of the MACs is left; then come the widest uniform bits that fit, or the allocator's bits; then channels open or close by
-rank until the budget is used up (where all are open before that, uniform bits grow by one step and a few close). Stage
-one trains the pruned network at the widest bits that are allowed, which is nearly float; stage two trains it quantized.
+Everything is decided at the start, from the trained weights: channels are removed by a score and an allocator until
+`density` of the MACs is left; then come the widest uniform bits that fit, or the allocator's bits; then channels open
+or close by rank until the budget is used up (where all are open before, uniform bits grow by one step and some close).
+Stage one trains the pruned network at the widest bits that are allowed, which is nearly float; stage two trains it
+quantized.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from jpq.allocation.ranking.rank import require_channels
-from jpq.allocation.uniform_bits import everywhere, uniform
+from jpq.allocation.ranking.rank import check_channels
+from jpq.allocation.uniform_bits import decide_uniform_bits, uniform_plan
 from jpq.compression.calibration import recalibrate
 from jpq.compression.discretize import (
     BOTTOM,
@@ -29,9 +30,9 @@ from jpq.costs.target import Target, all_met
 from jpq.methods.quantizers import BitWidth, Fixed
 from jpq.plan import Plan
 
-Bounds = tuple[int, int]
+Bounds = tuple[int, int]  # smallest and largest width, in bits
 
-Widths = Callable[[Plan], Mapping[tuple[str, str], BitWidth] | None]  # soft widths for the units that a plan keeps
+Widths = Callable[[Plan], Mapping[tuple[str, str], BitWidth] | None]  # plan -> soft widths for the units it keeps
 
 
 def decide_two_stage(
@@ -42,75 +43,78 @@ def decide_two_stage(
     density: float,
     widths: Widths | None = None,
 ) -> Plan:
-    """The plan that both stages share.
+    """Decide channels and bits of both stages in one plan that meets every target.
 
     Args:
-        net: attached with `Ranked` gates, which hold a ranking (`allocators.rank`) unless only errors are wanted.
-        goals: all of them are met. Targets for MACs count in stage one too.
+        net: attached with `Ranked` gates, which hold a ranking (`allocators.allocate_channels`) unless only errors
+            matter.
+        targets: all of them are met. Targets for MACs count in stage one too.
         w_bits, a_bits: smallest and largest width.
-        density: share of the dense network's MACs that stay before what the bits leave of the budget opens more, or
-            the smallest bits close more.
-        widths: what chooses soft widths for the pruned network; default: the same bits everywhere.
+        density: share of the dense network's MACs that stays after stage one; more channels open where the bits leave
+            some of the budget, and more close where the smallest bits exceed it.
+        widths: chooses soft widths for the pruned network; default: the same bits everywhere.
 
     Raises JpqError, naming the smallest possible cost or density, for what cannot be met, and for units that are no
     channels.
     """
-    require_channels(net)
+    check_channels(net)
     ranking = soft_decisions(net)
-    least = everywhere(net, w_bits[0], a_bits[0])
-    check_reachable(net, targets, with_plan_bits(ranking, least).at(-BOTTOM))
+    narrowest = uniform_plan(net, w_bits[0], a_bits[0])
+    check_reachable(net, targets, with_plan_bits(ranking, narrowest).plan_at(-BOTTOM))
     pruned = discretize(net, [density_target(net, density), *(g for g in targets if g.cost == "macs")], ranking)
-    bits = cheapest = replace(least, kept=pruned.kept)
+    bits = cheapest = replace(narrowest, kept=pruned.kept)
     chosen = widths(pruned) if widths and all_met(targets, net.exact_usage(bits)) else None
     if chosen:
         return discretize(
             net, targets, with_plan_bits(ranking, discretize(net, targets, with_widths(ranking, bits, chosen)))
         )
     if all_met(targets, net.exact_usage(bits)):
-        bits = uniform(net, targets, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1), pruned.kept)
+        bits = decide_uniform_bits(
+            net, targets, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1), pruned.kept
+        )
     plan = discretize(net, targets, with_plan_bits(ranking, bits))
-    if bits is cheapest:  # channels paid for the targets: bits that cost none of them are taken back
-        free = uniform(net, targets, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1), plan.kept)
+    if bits is cheapest:  # channels were removed for the targets: bits that cost no further channel come back
+        free = decide_uniform_bits(
+            net, targets, range(w_bits[0], w_bits[1] + 1), range(a_bits[0], a_bits[1] + 1), plan.kept
+        )
         if free.layers == plan.layers:
             return plan
         bits = replace(bits, layers=free.layers)
         plan = discretize(net, targets, with_plan_bits(ranking, bits))
-    more = next_wider_bits(net, bits, w_bits[1], a_bits[1])
-    if (
-        underuse_note(targets, net, plan) and more
-    ):  # every channel is open: bits that are a step too wide close a few again
-        return discretize(net, targets, with_plan_bits(ranking, more))
+    wider = next_wider_bits(net, bits, w_bits[1], a_bits[1])
+    if underuse_note(targets, net, plan) and wider:  # every channel is open: wider bits close some again
+        return discretize(net, targets, with_plan_bits(ranking, wider))
     return plan
 
 
 def next_wider_bits(net: CompressedModel, bits: Plan, w_most: int, a_most: int) -> Plan | None:
-    """The next wider bits: one more for activations or weights, whichever have fewer; None where both are widest."""
+    """The next wider uniform bits: one more for activations or weights, whichever have fewer; None at the widest."""
     inner = [layer for name, layer in bits.layers.items() if not net.network.layer(name).reads_input]
     w, a = (inner[0].w_bits, inner[0].a_bits) if inner else (w_most, a_most)
     if (w, a) == (w_most, a_most):
         return None
-    first = a < a_most and (a <= w or w == w_most)
-    return everywhere(net, w, a + 1) if first else everywhere(net, w + 1, a)
+    widen_activations = a < a_most and (a <= w or w == w_most)
+    return uniform_plan(net, w, a + 1) if widen_activations else uniform_plan(net, w + 1, a)
 
 
 def with_plan_bits(ranking: SoftDecisions, plan: Plan) -> SoftDecisions:
-    """The same ranking of channels, with every width as it is in `plan`."""
+    """The ranking of channels, with every width fixed as in `plan`."""
     layers = plan.layers
     widths = {(n, side): Fixed(layers[n].w_bits if side == "w" else layers[n].a_bits) for n, side in ranking.widths}
     return replace(ranking, widths=widths)
 
 
 def with_widths(ranking: SoftDecisions, plan: Plan, widths: Mapping[tuple[str, str], BitWidth]) -> SoftDecisions:
-    """Soft widths alone, with the channels of `plan`."""
+    """Soft widths, with the channels fixed as in `plan`."""
     return replace(ranking, plan=plan, widths={**with_plan_bits(ranking, plan).widths, **widths}, margins={})
 
 
-def pruned(net: CompressedModel, plan: Plan) -> Plan:
-    """Stage one: the plan's channels at the bits as they stand."""
+def first_stage_plan(net: CompressedModel, plan: Plan) -> Plan:
+    """The plan of stage one: the plan's channels at the bits as they stand."""
     return replace(plan, layers=net.plan().layers)
 
 
-def quantize(net: CompressedModel, plan: Plan, batches: Iterable[Any]) -> None:
-    """Stage two: take the plan's bits."""
+def start_second_stage(net: CompressedModel, plan: Plan, batches: Iterable[Any]) -> None:
+    """Begin stage two: recalibrate on batches of inputs, and freeze the plan with its bits."""
     recalibrate(net, batches)
     net.freeze(plan)

@@ -1,4 +1,4 @@
-"""The same bits everywhere: plain quantization-aware training, the honest baseline."""
+"""Uniform bit-widths: one width for all weights and one for all activations (plain quantization-aware training)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from jpq.compression.model import CompressedModel
 from jpq.compression.usage import exact_usage
-from jpq.costs import COSTS, bops
+from jpq.costs import COSTS, LayerUse, bops
 from jpq.costs.target import Target, all_met, used_share
 from jpq.plan import LayerPlan, Plan
 from jpq.tracing.channel_shares import ChannelShares
@@ -16,47 +16,57 @@ from jpq.types import JpqError
 
 Kept = Mapping[str, tuple[bool, ...]]  # channel site -> unit -> whether it stays
 
-HEADROOM = 1.25
-Bounds = tuple[int, int]
+Bounds = tuple[int, int]  # smallest and largest width, in bits
+
+HEADROOM = 1.25  # cost at the initial widths of a search, in multiples of the tightest target
 
 
-def everywhere(net: CompressedModel, w: int, a: int, kept: Kept | None = None) -> Plan:
-    """One width for all weights and one for all activations; the image keeps its own. `kept`: default, every unit."""
-    now = net.plan()
+def uniform_plan(net: CompressedModel, w: int, a: int, kept: Kept | None = None) -> Plan:
+    """The plan with one width for all weights and one for all activations; the image keeps its own width.
+
+    kept: the units that stay; default: all.
+    """
+    current = net.plan()
     image = {layer.name for layer in net.network.layers if layer.reads_input}
-    layers = {n: replace(x, w_bits=w, a_bits=x.a_bits if n in image else a) for n, x in now.layers.items()}
-    every = {site: (True,) * len(units) for site, units in now.kept.items()}
-    return replace(now, layers=layers, kept=every if kept is None else dict(kept))
+    layers = {n: replace(x, w_bits=w, a_bits=x.a_bits if n in image else a) for n, x in current.layers.items()}
+    all_units = {site: (True,) * len(units) for site, units in current.kept.items()}
+    return replace(current, layers=layers, kept=all_units if kept is None else dict(kept))
 
 
-def uniform(
+def decide_uniform_bits(
     net: CompressedModel,
     targets: Sequence[Target],
     w_bits: Sequence[int],
     a_bits: Sequence[int],
     kept: Kept | None = None,
 ) -> Plan:
-    """The dearest balanced pair (weight bits, activation bits, at most 1 apart) that meets every target.
+    """The plan of the costliest balanced widths (weight and activation bits at most 1 apart) that meet every target.
 
-    Nothing is pruned, unless `kept` says which units stay. Of pairs that cost the same the more balanced is taken; an
-    unbalanced one (W2A5) only where no balanced one fits. The image keeps its width.
+    Of pairs of equal cost the more balanced is taken; an unbalanced one (W2A5) only where no balanced one fits. The
+    image keeps its width. All units stay, unless `kept` says which ones.
     Raises JpqError, naming the smallest possible cost, if no pair does.
     """
     fits: list[tuple[bool, float, int, Plan]] = []
     for w in w_bits:
         for a in a_bits:
-            plan = everywhere(net, w, a, kept)
+            plan = uniform_plan(net, w, a, kept)
             uses = net.exact_usage(plan)
             if all_met(targets, uses):
                 fits.append((abs(w - a) <= 1, float(bops(uses)), -abs(w - a), plan))
-            least = min(targets, key=lambda g: -used_share(g, uses)) if targets else None
-            if (w, a) == (w_bits[0], a_bits[0]) and least is not None and used_share(least, uses) > 1:
-                raise JpqError(
-                    f"{least.flag} {least.text} ({least.format_cost(least.limit)}) cannot be met by uniform bits; "
-                    f"smallest possible: {least.format_cost(used_share(least, uses) * least.limit)}, at {w} and {a} "
-                    "bits. Choose a method that prunes too."
-                )
+            if (w, a) == (w_bits[0], a_bits[0]):
+                _check_smallest(targets, uses, w, a)
     return max(fits, key=lambda fit: fit[:3])[3]
+
+
+def _check_smallest(targets: Sequence[Target], uses: Sequence[LayerUse], w: int, a: int) -> None:
+    """Raise JpqError where the smallest widths exceed a target; uses: the layers at these widths."""
+    tightest = max(targets, key=lambda target: used_share(target, uses), default=None)
+    if tightest is not None and used_share(tightest, uses) > 1:
+        smallest = tightest.format_cost(used_share(tightest, uses) * tightest.limit)
+        raise JpqError(
+            f"{tightest.flag} {tightest.text} ({tightest.format_cost(tightest.limit)}) cannot be met by uniform bits; "
+            f"smallest possible: {smallest}, at {w} and {a} bits. Choose a method that prunes too."
+        )
 
 
 def start_bits(
@@ -68,19 +78,28 @@ def start_bits(
     left: Mapping[str, float] | None = None,
     headroom: float = HEADROOM,
 ) -> tuple[float, float]:
-    """(weight, activation) widths, real numbers, at which the network costs `headroom` times its tightest target.
+    """Initial (weight, activation) widths of a search, where the network costs `headroom` times its tightest target.
 
-    `left`: cost -> the share of it that stays whatever is learned (masks of a given density). At least one bit above
-    the smallest width (so that there is a way down), at most the largest. With a target for latency alone: the largest.
+    Real numbers, at least one bit above the smallest width, so that widths can fall, and at most the largest. With a
+    target for latency alone: the largest.
+
+    From 8 bits everywhere a short search spends its time reducing widths, and the weights learn for grids that they
+    will not have. A little above the budget most widths start near their end, and bits move by exchange: the task's
+    loss raises all of them, the budget lowers all of them. On CIFAR-10 with ResNet20 (0.9 %, one epoch of search of
+    three, seed 0, one run each) the last training loss is lower with a headroom of 1.25 than with 2.
+
+    left: cost -> the share of it that stays whatever is learned (masks of a fixed density).
     """
     shares = ChannelShares(network, ())
-    stays = left or {}
-    targets = [g for g in targets if g.cost != "latency"]  # what runs as int8 gains no time from fewer bits
+    shares_left = left or {}
+    targets = [g for g in targets if g.cost != "latency"]  # int8 kernels gain no time from fewer bits
     if not targets:
         return float(w_bits[1]), float(a_bits[1])
 
     def excess(bits: float) -> float:
-        return max(stays.get(g.cost, 1.0) * _cost(network, shares, bits, image_bits, g) / g.limit for g in targets)
+        return max(
+            shares_left.get(g.cost, 1.0) * _cost(network, shares, bits, image_bits, g) / g.limit for g in targets
+        )
 
     low, high = 1.0, 16.0
     for _ in range(40):
@@ -90,6 +109,7 @@ def start_bits(
     return w, a
 
 
-def _cost(network: Network, shares: ChannelShares, bits: float, image_bits: int, goal: Target) -> float:
-    fake = {x.name: LayerPlan(bits, image_bits if x.reads_input else bits, False) for x in network.layers}  # type: ignore[arg-type]
-    return float(COSTS[goal.cost](exact_usage(network, shares, Plan("", fake, {}))))
+def _cost(network: Network, shares: ChannelShares, bits: float, image_bits: int, target: Target) -> float:
+    """A target's cost of the network at one real-valued width."""
+    layers = {x.name: LayerPlan(bits, image_bits if x.reads_input else bits, False) for x in network.layers}  # type: ignore[arg-type]
+    return float(COSTS[target.cost](exact_usage(network, shares, Plan("", layers, {}))))

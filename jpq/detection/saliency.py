@@ -1,6 +1,19 @@
 """Saliency of channels for detection scores (feature maps times their gradients), and the ranking that it gives.
 
-After Choi & Tian, arXiv:2303.02512.
+After J. I. Choi, Q. Tian, "Visual Saliency-Guided Channel Pruning for Deep Visual Detectors in Autonomous Driving",
+IEEE Intelligent Vehicles 2023, arXiv:2303.02512. The paper ties a gradient-based saliency to the detections; its
+formula is not public, so everything here is a reconstruction in the line of Grad-CAM (Selvaraju et al., ICCV 2017).
+
+| symbol | where | shape |
+|---|---|---|
+| A, feature map as a layer reads it | `Evidence.activations` | [batch, n, height, width] |
+| g = dY/dA | `Evidence.activation_gradients` | [batch, n, height, width] |
+| S_d, score of box d before non-maximum suppression | `jpq.detection.detector.confidence` | [batch, boxes] |
+| Y, utility of an image's detections | `utility` | scalar |
+| I_c, importance of channel c | `Saliency`, `CamSaliency` | [1, n] |
+
+Y uses scores alone: no loss, no suppression, no threshold, and no box coordinates, whose outputs have neither a best
+value nor a sign. So a layer that feeds only box outputs has no saliency, which is not the same as a saliency of 0.
 
 A member of a site is one tensor that its taps read, after normalisation and activation; layers that read the same
 tensor are one member, with the whole gradient of that tensor. The source is silent about layers that are called several
@@ -23,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jpq.allocation.ranking.rank import quantiles, require_channels
+from jpq.allocation.ranking.rank import check_channels, quantiles
 from jpq.compression.model import CompressedModel
 from jpq.methods.scores.base import Evidence, Score, SiteView
 from jpq.tracing.forward import eval_mode, hook_modules
@@ -194,7 +207,7 @@ def rank_network(net: CompressedModel, values: Mapping[str, Tensor | None], floo
 
     Raises JpqError for sites without a value, and where units are not channels.
     """
-    require_channels(net)
+    check_channels(net)
     missing = [site.name for site in net.sites if values.get(site.name) is None]
     if missing:
         raise JpqError(

@@ -37,14 +37,14 @@ Costs = dict[str, float]  # by cost: shares of the fp32 model for bops and macs,
 
 @dataclass(frozen=True)
 class PreviewedCosts:
-    """Decisions, worked out: what they cost, and a name that equal decisions share."""
+    """Costs of decisions, and a digest that equal decisions share."""
 
     costs: Costs
-    name: str
+    name: str  # the digest
 
 
 class Preview:
-    """The configured network under decisions by hand, without any training.
+    """A network under decisions by hand, whose costs are known without training.
 
     Args:
         config: with the float weights that all trials start from.
@@ -63,58 +63,62 @@ class Preview:
         set_threads(config.run.threads, sum(x.macs for x in self.network.layers) * config.train.batch_size)
         self.full = {name: float(cost) for name, cost in self._dense().items()}
         self._net: CompressedModel | None = None
-        self._start, self.classes = (model, data), data.classes
+        self._start, self.classes, self.task = (model, data), data.classes, data.task
 
     def _dense(self) -> Mapping[str, float]:
+        """Costs of the fp32 model."""
         return baseline(exact_usage(self.network, ChannelShares(self.network, ()), Plan("", {}, {})))
 
-    def limits(self, asked: Mapping[str, str]) -> Costs:
-        """What each cost may be at most, in the units of `Costs`. Raises JpqError for what is no amount."""
-        found = {}
-        for cost, text in asked.items():
+    def limits(self, texts: Mapping[str, str]) -> Costs:
+        """The largest amount of each cost, in the units of `Costs`. Raises JpqError for a text that is no amount.
+
+        `texts`: cost -> amount, such as {"bops": "1%"}.
+        """
+        limits = {}
+        for cost, text in texts.items():
             try:
                 limit = parse_target(cost, text, self.full[cost]).limit
             except JpqError as error:
                 raise JpqError(str(error).replace("--target-", "--max-")) from error
-            found[cost] = self.in_units(cost, limit)
-        return found
+            limits[cost] = self.to_units(cost, limit)
+        return limits
 
-    def in_units(self, cost: str, amount: float) -> float:
+    def to_units(self, cost: str, amount: float) -> float:
         """Bit-operations and MACs as shares of the fp32 model, bytes as they are, nanoseconds as milliseconds."""
         return amount / self.full[cost] if cost in ("bops", "macs") else amount / NS if cost == "latency" else amount
 
-    def look(self, config: Config) -> PreviewedCosts:
-        """What the decisions by hand of this config will cost, and what to call them."""
+    def preview_costs(self, config: Config) -> PreviewedCosts:
+        """Costs of the decisions by hand in this config."""
         net = self._ranked()
-        plan = manual.plan(net, config.decide)
+        plan = manual.manual_plan(net, config.decide)
         uses = net.exact_usage(plan)
         amounts = {"bops": COSTS[config.budget.cost](uses), "macs": macs(uses), "size": size(uses)}
         if "latency" in self.full:
             amounts["latency"] = latency_ns(uses)
         text = f"{plan.to_json()} {config.train.lr}"
-        found = {cost: self.in_units(cost, float(amount)) for cost, amount in amounts.items()}
-        return PreviewedCosts(found, hashlib.sha256(text.encode()).hexdigest()[:12])
+        costs = {cost: self.to_units(cost, float(amount)) for cost, amount in amounts.items()}
+        return PreviewedCosts(costs, hashlib.sha256(text.encode()).hexdigest()[:12])
 
     def _ranked(self) -> CompressedModel:
-        """The network attached as the trials attach it, with its channels ranked: once."""
+        """The compressed model of the trials with ranked channels, built once."""
         if self._net is None:
             model, data = self._start
             torch.manual_seed(self.config.run.seed)
             net = self.prepared.attach(model, calibration_batches(data))
-            manual.ranked(net, self.prepared.decide, self.prepared.score, score_batches(data))
+            manual.rank_and_plan(net, self.prepared.decide, self.prepared.score, score_batches(data))
             self._net = net
         return self._net
 
 
 def float_weights(config: Config, file: Path, watch: TrainingObserver) -> tuple[Path, str]:
-    """The weights that all trials start from, those given or trained here into `file`, and a digest of them."""
+    """(file, digest) of the float weights that all trials start from; trained into `file` where none are named."""
     device = pick_device(config.run.device)
     torch.manual_seed(config.run.seed)
     data = read_data(config, device)
     path = config.task.weights or file
     model = models.build(config.task.model, data.classes, data.shape[0]).to(device)
     if not path.exists() and config.task.weights is None:
-        models.check_fits(model, data.example, data.classes)
+        models.check_fits(model, data.example, data.classes, data.task)
         _train(model, data, config, watch)
         save_tensors(model, path)
     models.load_weights(model, path)

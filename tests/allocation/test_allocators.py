@@ -15,11 +15,19 @@ from test_two_stage import EXAMPLE, ranked
 import jpq
 from jpq import costs, recipe
 from jpq.allocation import two_stage
-from jpq.allocation.allocators import ALLOCATORS, PlanEvaluator, bit_widths, pick_allocator, place, sample_plans
-from jpq.allocation.bit_sensitivity import bits_by_noise, rise, sensitivities
-from jpq.allocation.channels import AllocationProblem, greedy, in_order, threshold, uniform
-from jpq.allocation.ranking.rank import scored
-from jpq.allocation.reinforce import FLOOR, Policy, counts, learn, project, update
+from jpq.allocation.allocators import (
+    ALLOCATORS,
+    CHANNEL_OFFSET,
+    PlanEvaluator,
+    allocate_bits,
+    allocate_channels,
+    pick_allocator,
+    search_offsets,
+)
+from jpq.allocation.bit_sensitivity import bits_by_noise, expected_rise, sensitivities
+from jpq.allocation.channels import AllocationProblem, greedy, margins_of_sequence, threshold, uniform
+from jpq.allocation.ranking.rank import score_units
+from jpq.allocation.reinforce import FLOOR, Policy, learn_allocation, project, pull_distribution, spread_units
 from jpq.compression import discretize
 from jpq.costs.target import Target, all_met, parse_targets, used_share
 from jpq.methods.quantizers.uniform_integer import fit_threshold, quantized
@@ -33,7 +41,7 @@ FULL = costs.macs(NET.exact_usage())
 
 def problem(seed=0, accuracy=None, everywhere=False, share=0.4):
     torch.manual_seed(seed)
-    groups = [replace(g, scores=torch.rand(len(g.scores)) + 1e-3) for g in scored(NET, SCORES["l1"])]
+    groups = [replace(g, scores=torch.rand(len(g.scores)) + 1e-3) for g in score_units(NET, SCORES["l1"])]
     return AllocationProblem(NET, groups, everywhere, Target("macs", "40%", int(share * FULL)), accuracy, seed)
 
 
@@ -99,7 +107,7 @@ def test_lazy_greedy_is_greedy():
         g = best[1]
         sequence += [(g, int(u)) for u in ranks[g][count[g] : count[g] + by[g]]]
         count[g] = min(len(ranks[g]), count[g] + by[g])
-    assert all(a.equal(b) for a, b in zip(greedy(task), in_order(task, sequence), strict=True))
+    assert all(a.equal(b) for a, b in zip(greedy(task), margins_of_sequence(task, sequence), strict=True))
 
 
 @pytest.mark.parametrize("allocator", [greedy, threshold, uniform])
@@ -135,7 +143,7 @@ def test_counts_sum_to_what_must_go_and_leave_one_unit(left, n, seed):
     if (left <= 1).all():
         left[0] = 2
     a = project(np.random.default_rng(seed).random(len(left)), left)
-    k = counts(a, n, left)
+    k = spread_units(a, n, left)
     assert k.sum() == min(n, (left - 1).clip(0).sum())
     assert (k >= 0).all()
     assert (left - k >= 1).all()
@@ -149,7 +157,7 @@ def test_an_update_is_a_distribution_that_moved_within_its_clip(seed, pull, clip
     left = rng.integers(1, 9, 6)
     left[0] = 5
     p, best = project(rng.random(6), left), project(rng.random(6), left)
-    new = update(p, best, Policy(pull=pull, clip=clip), left)
+    new = pull_distribution(p, best, Policy(pull=pull, clip=clip), left)
     assert new.sum() == pytest.approx(1)
     assert (new[left <= 1] == 0).all()
     assert (new[left > 1] >= FLOOR * (1 - clip)).all()
@@ -162,9 +170,9 @@ def test_an_update_is_a_distribution_that_moved_within_its_clip(seed, pull, clip
 def test_updates_of_the_sheet():
     left = np.full(4, 9)
     p, best = np.full(4, 0.25), np.array([0.7, 0.1, 0.1, 0.1])
-    assert update(p, best, Policy(pull=0.1), left) == pytest.approx([0.295, 0.235, 0.235, 0.235])
-    assert update(p, best, Policy(pull=1.0), left) == pytest.approx([0.3125 / 0.875, *[0.1875 / 0.875] * 3])
-    assert update(p, best, Policy(pull=0.0), left) == pytest.approx(p)
+    assert pull_distribution(p, best, Policy(pull=0.1), left) == pytest.approx([0.295, 0.235, 0.235, 0.235])
+    assert pull_distribution(p, best, Policy(pull=1.0), left) == pytest.approx([0.3125 / 0.875, *[0.1875 / 0.875] * 3])
+    assert pull_distribution(p, best, Policy(pull=0.0), left) == pytest.approx(p)
 
 
 def test_a_layer_that_costs_nothing_gives_most_and_a_seed_repeats():
@@ -174,7 +182,7 @@ def test_a_layer_that_costs_nothing_gives_most_and_a_seed_repeats():
 
     def path(seed):
         toy = lambda gone: (1 - 0.5 * gone[1:].sum() / 8000, 1 - gone.sum() / 10000)  # noqa: E731
-        return np.stack(learn([2000] * 5, toy, lambda gone: gone.sum() >= 3000, policy, seed))
+        return np.stack(learn_allocation([2000] * 5, toy, lambda gone: gone.sum() >= 3000, policy, seed))
 
     first = path(0)
     assert (np.diff(first.sum(1)) == 100).all()
@@ -191,7 +199,7 @@ def test_a_search_begins_with_uniform_and_finds_a_planted_offset():
         tried.append(dict(offsets))
         return 1 - (offsets["a"] - 0.3) ** 2 - 0.1 * offsets["b"] ** 2
 
-    best = sample_plans(["a", "b"], accuracy, 40, seed=0)
+    best = search_offsets(["a", "b"], accuracy, 40, seed=0, largest=CHANNEL_OFFSET)
     assert tried[0] == {"a": 0.0, "b": 0.0}
     assert best["a"] == pytest.approx(0.3, abs=0.1)
 
@@ -243,7 +251,7 @@ def test_bits_by_noise_are_near_the_best_of_all():
         cost = sum(m * chosen[n, "w"] * chosen.get((n, "a"), 8) for n, m in macs.items())
         if cost <= limit:
             least = min(least, sum(noise[k] * 4.0**-b for k, b in chosen.items()))
-    assert least <= rise(NET, noise, plan) <= 1.15 * least
+    assert least <= expected_rise(noise, plan) <= 1.15 * least
 
 
 def test_a_pruned_networks_bits_follow_what_it_still_computes():
@@ -269,14 +277,14 @@ def test_two_stages_with_every_allocator_use_the_budget(allocator):
         return float(sum(Fraction(u.w_bits) * u.outputs for u in uses)) / 100
 
     judge = PlanEvaluator(lambda: [(EXAMPLE, None)], accuracy)
-    place(net, SCORES["l1"], allocator, judge, 0.5, discretize.density_target(net, 0.5))
+    allocate_channels(net, SCORES["l1"], allocator, judge, 0.5, discretize.density_target(net, 0.5))
     plan = two_stage.decide_two_stage(
         net,
         targets,
         (2, 8),
         (2, 8),
         0.5,
-        lambda kept: bit_widths(net, allocator, judge, kept, targets, (2, 8), (2, 8)),
+        lambda kept: allocate_bits(net, allocator, judge, kept, targets, (2, 8), (2, 8)),
     )
     assert Fraction(97, 100) <= used_share(targets[0], net.exact_usage(plan)) <= 1
     assert bool(seen) == (allocator in ("reinforce", "sampled"))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jpq
-from jpq.allocation.ranking.rank import rank
+from jpq.allocation.ranking.rank import rank_units
 from jpq.compression.attach import attach
 from jpq.methods.gates import Ranked
 from jpq.methods.quantizers import Fixed
@@ -134,7 +134,7 @@ def test_ranking_of_a_network_keeps_the_best_sets():
     x, y = next(iter(data.train.epoch(0)))
     network = trace(model, x)
     net = attach(model, network, channels(network), Ranked, lambda _: (Fixed(8), Fixed(8)), [x], "catro")
-    rank(net, Catro(), [(x, y)], share=0.5)
+    rank_units(net, Catro(), [(x, y)], share=0.5)
     site, gate = net.sites[0], net.gates[0]
     seen = []
     layer = net.layer(site.taps[0].layer)

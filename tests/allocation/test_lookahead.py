@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from jpq.allocation.ranking.neighbour_norms import Chains, batch_scales
-from jpq.allocation.ranking.rank import rank, scores
+from jpq.allocation.ranking.neighbour_norms import NeighbourNorms, batchnorm_scales
+from jpq.allocation.ranking.rank import rank_units, site_scores
 from jpq.compression.attach import attach
 from jpq.methods.gates import Ranked
 from jpq.methods.quantizers import Fixed
@@ -31,7 +31,11 @@ def exact(model, x):
 def of(net, name, x):
     """Site's first maker -> scores."""
     return dict(
-        zip([s.producers[0] for s in net.sites], scores(net, SCORES[name], [(x.double(), None)]).values(), strict=True)
+        zip(
+            [s.producers[0] for s in net.sites],
+            site_scores(net, SCORES[name], [(x.double(), None)]).values(),
+            strict=True,
+        )
     )
 
 
@@ -161,7 +165,7 @@ def test_an_identity_counts_one_and_branches_that_meet_add_up():
     torch.manual_seed(0)
     model, x = Residual(), torch.randn(2, 3)
     net = exact(model, x)
-    chains = Chains(net, batch_scales(net, x.double()))
+    chains = NeighbourNorms(net, batchnorm_scales(net, x.double()))
     site = next(s for s in net.sites if "last" in s.producers)
     own, reached, after = chains.of(site)
     w = {n: getattr(model, n).weight.detach().double().square() for n in ("stem", "side", "inner", "last", "head")}
@@ -191,7 +195,7 @@ def test_depthwise_and_grouped_layers_count_their_real_connections():
     torch.manual_seed(0)
     model, x = Net(), torch.randn(2, 2, 5, 5)
     net = exact(model, x)
-    chains = Chains(net, {})
+    chains = NeighbourNorms(net, {})
     w = {n: m.weight.detach().double().square().sum((2, 3)) for n, m in model.named_children()}
     site = next(s for s in net.sites if "a" in s.producers)
     assert site.producers == ("a", "depth")
@@ -201,7 +205,7 @@ def test_depthwise_and_grouped_layers_count_their_real_connections():
     assert torch.allclose(reached[1], deep * w["a"].sum(1)), "j = k"
     assert torch.allclose(after[1], w["b"].sum(0))
     read = torch.cat([w["group"][:2].sum(0), w["group"][2:].sum(0)])  # inputs 0-2 by the first group, 3-5 by the other
-    found = chains.read[[layer.name for layer in net.network.layers].index("group")]
+    found = chains.consumed[[layer.name for layer in net.network.layers].index("group")]
     labels = net.network.layer("group").inputs
     wanted = {}
     for c, v in zip(labels.tolist(), read.tolist(), strict=True):
@@ -244,7 +248,7 @@ def test_one_direction_sees_what_the_other_end_lost(name, site, follows):
     net = exact(model, x)
     evidence = [(x.double(), None)]
     base = of(net, "lookahead", x)[site]
-    rank(net, SCORES[name], evidence, share=2 / 3 if site == "1" else 0.5)
+    rank_units(net, SCORES[name], evidence, share=2 / 3 if site == "1" else 0.5)
     margins = {s.producers[0]: g.margins[0] for s, g in zip(net.sites, net.gates, strict=True)}[site]
     same = torch.equal(margins.argsort(), base.argsort())
     assert same is not follows

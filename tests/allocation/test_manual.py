@@ -79,7 +79,7 @@ def net():
 @given(w=st.integers(2, 8), a=st.integers(2, 8), inner=st.floats(0.01, 1), rest=st.floats(0.01, 1))
 def test_the_plan_is_what_was_said(net, w, a, inner, rest):
     said = Decide(bits=f"{w}/{a},layer2=3/5", densities=f"{rest},layer2={inner}")
-    plan = manual.plan(net, said)
+    plan = manual.manual_plan(net, said)
     for site in net.sites:
         density = inner if site.name.startswith("layer2") else rest
         kept = plan.kept[site.name]
@@ -92,7 +92,7 @@ def test_the_plan_is_what_was_said(net, w, a, inner, rest):
 
 
 def test_what_nothing_says_is_as_wide_as_allowed(net):
-    plan = manual.plan(net, Decide(densities="conv1=0.5", w_bits=(2, 6), a_bits=(2, 5)))
+    plan = manual.manual_plan(net, Decide(densities="conv1=0.5", w_bits=(2, 6), a_bits=(2, 5)))
     inner = [x for name, x in plan.layers.items() if not net.network.layer(name).reads_input]
     assert {(x.w_bits, x.a_bits) for x in inner} == {(6, 5)}
     assert [name for name, kept in plan.kept.items() if not all(kept)] == ["conv1"]

@@ -10,6 +10,7 @@ from runs import QUICK, Stop, config
 import jpq
 from jpq import costs, recipe
 from jpq.allocation import decision_data
+from jpq.allocation.procedures import procedure_of
 from jpq.allocation.ranking.scheduled_pruning import ScheduledPruning, find_threshold, macs_limit, uniform_keep_share
 from jpq.config import Config, Decide
 from jpq.methods.compatibility import compose
@@ -243,16 +244,14 @@ def test_what_cannot_be_ends_before_training(method, decide, says, tmp_path):
     assert not hasattr(watch, "next")
 
 
-def test_a_network_without_norms_has_no_scales_to_rank_by(tmp_path):
+def test_a_network_without_norms_has_no_scales_to_rank_by():
     """It is found out where the targets are tried, before anything trains."""
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10))
     net = jpq.compress(model, BATCHES[0][0], "ranked", bops="5%", evidence=BATCHES)
-    asked = config(tmp_path, "ranked", target_bops="5%")
-    recipe.check_feasible(net.net, net.controller.targets, asked)
+    decide, check_feasible = Decide(method="ranked"), procedure_of("ranked").check_feasible
+    check_feasible(net.net, net.controller.targets, decide)
     with pytest.raises(JpqError, match=r"pass no normalisation with a scale\. Choose another --score"):
-        recipe.check_feasible(
-            net.net, net.controller.targets, replace(asked, decide=replace(asked.decide, score="bn-scale"))
-        )
+        check_feasible(net.net, net.controller.targets, replace(decide, score="bn-scale"))
 
 
 def test_rows_carry_their_score_and_schedule():

@@ -14,20 +14,10 @@ from runs import Stop
 from torch import Size, nn
 
 import jpq
-from jpq.allocation import structure_search
-from jpq.allocation.structure_rules import (
-    is_hard_task,
-    kept_share,
-    modelled,
-    project,
-    roofline,
-    rules,
-    smallest_within,
-    source,
-    timed,
-    variants,
-    weights_per_lookup,
-)
+from jpq.allocation import structure_mapping, structure_search
+from jpq.allocation.structure_latency import latency_source, layer_ms, modelled_ms, roofline_ms, weights_per_lookup
+from jpq.allocation.structure_projection import kept_share, project
+from jpq.allocation.structure_rules import allowed_structures, apply_rules, is_hard_task, smallest_fast_block
 from jpq.allocation.structure_search import reward, search_structures
 from jpq.config import Budget, Config, Decide, Run, Task, Train
 from jpq.export.packed.model import unpack
@@ -100,14 +90,14 @@ def test_smaller_blocks_lose_less_at_the_same_number_of_zeros(form, size):
 
 def test_the_smallest_block_within_the_tolerance():
     blocks, ms = ["1", "4", "8", "16", "full"], [10, 6, 5.2, 4.9, 4.6]  # the sheet's example
-    assert [smallest_within(blocks, ms, t) for t in (0.2, 0.1, 0.0, 9.0)] == ["8", "16", "full", "1"]
+    assert [smallest_fast_block(blocks, ms, t) for t in (0.2, 0.1, 0.0, 9.0)] == ["8", "16", "full", "1"]
 
 
 @given(ms=st.lists(st.floats(0.1, 100), min_size=1, max_size=7), tols=st.tuples(st.floats(0, 3), st.floats(0, 3)))
 def test_a_tighter_tolerance_never_gives_a_smaller_block(ms, tols):
     ms = sorted(ms, reverse=True)
     names = [str(i) for i in range(len(ms))]
-    tight, loose = (int(smallest_within(names, ms, t)) for t in sorted(tols))
+    tight, loose = (int(smallest_fast_block(names, ms, t)) for t in sorted(tols))
     assert tight >= loose
     assert ms[tight] <= (1 + min(tols)) * ms[-1]
     assert tight == 0 or ms[tight - 1] > (1 + min(tols)) * ms[-1]
@@ -124,9 +114,9 @@ def test_a_coarser_block_is_never_modelled_slower(size, density, positions):
     weight = Size((outputs, inputs, k, k))
     form = "block:{0}x1" if k == 1 else "punched:{0}x{0}"
     macs = weight.numel() * positions
-    each = [roofline(macs, weight, parse(form.format(b)), density) for b in (1, 2, 4, 8, 16, 32, "*")]
+    each = [roofline_ms(macs, weight, parse(form.format(b)), density) for b in (1, 2, 4, 8, 16, 32, "*")]
     assert all(b <= a * (1 + 1e-12) for a, b in pairwise(each))
-    assert each[-1] >= density * roofline(macs, weight, None, 1.0) * (1 - 1e-12)
+    assert each[-1] >= density * roofline_ms(macs, weight, None, 1.0) * (1 - 1e-12)
 
 
 def test_what_one_look_up_serves():
@@ -140,7 +130,7 @@ def test_what_one_look_up_serves():
 
 @pytest.mark.parametrize("difficult", [False, True])
 def test_rules_by_kind_of_layer(difficult, seen):
-    found = rules(seen, 0.5, difficult)
+    found = apply_rules(seen, 0.5, difficult)
     assert list(found) == [layer.name for layer in seen.layers]
     assert found["deep"] == DENSE
     assert all(found[name].startswith("block:") for name in ("point", "head"))
@@ -156,18 +146,18 @@ def test_rules_follow_the_latency_that_they_are_given(seen):
         side = structure.split(":")[1].split("x")[0]
         return {"1": 10, "4": 6, "8": 5.2, "16": 4.9, "*": 4.6}.get(side, 20.0)
 
-    assert rules(seen, 0.5, False, latency=clock)["plain"] == "punched:8x8"
-    assert rules(seen, 0.5, False, latency=clock, tolerance=0.1)["plain"] == "punched:16x16"
-    assert rules(seen, 0.5, False, latency=clock, tolerance=0)["plain"] == "punched:*x*"
-    assert rules(seen, 0.5, False, latency=clock, skip=["plain"])["plain"] == DENSE
+    assert apply_rules(seen, 0.5, False, latency=clock)["plain"] == "punched:8x8"
+    assert apply_rules(seen, 0.5, False, latency=clock, tolerance=0.1)["plain"] == "punched:16x16"
+    assert apply_rules(seen, 0.5, False, latency=clock, tolerance=0)["plain"] == "punched:*x*"
+    assert apply_rules(seen, 0.5, False, latency=clock, skip=["plain"])["plain"] == DENSE
     for bad in (-0.1, float("nan"), float("inf")):
         with pytest.raises(JpqError, match="tolerance"):
-            rules(seen, 0.5, False, tolerance=bad)
+            apply_rules(seen, 0.5, False, tolerance=bad)
 
 
 def test_choices_fit_their_layers(seen):
     for layer in seen.layers:
-        kinds = variants(layer)
+        kinds = allowed_structures(layer)
         assert ("pattern" in kinds) == (layer.name in ("stem", "plain"))
         for structure in {s for kind in kinds.values() for s in kind} - {DENSE}:
             own, size = parse(structure, weight_layout(layer)), Size(layer.weight_shape)
@@ -177,8 +167,8 @@ def test_choices_fit_their_layers(seen):
             share = float((project(weight, own, 0.4) != 0).float().mean())
             even = len(set(own.sizes(size).flatten().tolist())) == 1
             assert share == pytest.approx(kept_share(layer, structure, 0.4), abs=1e-6 if even else 0.35)
-    assert variants(seen.layer("deep")) == {DENSE: (DENSE,)}
-    assert variants(seen.layer("stem"))["punched"][-1] == "punched:*x*"
+    assert allowed_structures(seen.layer("deep")) == {DENSE: (DENSE,)}
+    assert allowed_structures(seen.layer("stem"))["punched"][-1] == "punched:*x*"
 
 
 def test_hard_tasks(seen):
@@ -190,12 +180,16 @@ def test_hard_tasks(seen):
 def test_rules_take_what_the_method_can():
     easy, difficult = (trace(Kinds(c).eval(), torch.randn(1, 3, 16, 16)) for c in (10, 101))
     example = torch.zeros(1, 3, 16, 16)
-    kinds = lambda m, net: {s.partition(":")[0] for s in structure_search.map_structures(m, net, example, 0.5).values()}  # noqa: E731
+
+    def kinds(method, net):
+        mapping = structure_mapping.map_structures(method, net, example, 0.5)
+        return {structure.partition(":")[0] for structure in mapping.values()}
+
     assert kinds(compose("admm", "rules"), difficult) == {DENSE, "pattern", "block", "punched"}
     assert kinds(compose("scheme-mapping"), difficult) == {DENSE, "block", "punched"}  # its units may not overlap
     assert kinds(compose("admm", "rules"), easy) == {DENSE, "block", "punched"}
     assert not is_allowed(compose("scheme-mapping"))("pattern")
-    assert structure_search.map_structures(compose("admm"), easy, example, 0.5) is None
+    assert structure_mapping.map_structures(compose("admm"), easy, example, 0.5) is None
 
 
 LAYERS = {f"l{i}": {f"c{j}": 1.0 + j for j in range(4)} for i in range(5)}
@@ -344,7 +338,7 @@ def test_several_structures_in_one_run(method, tmp_path):
     assert int((pattern != 0).sum(2).max()) <= 4
     assert result.schemes["by"] == "hand"
     assert result.schemes["latency"] == "modelled"
-    ms = [modelled(network.layer(r.name), r.structure, r.density) for r in result.layers]
+    ms = [modelled_ms(network.layer(r.name), r.structure, r.density) for r in result.layers]
     assert result.schemes["ms"] == pytest.approx(sum(ms))
     assert json.loads((result.folder / "result.json").read_text())["schemes"]["by"] == "hand"
 
@@ -353,12 +347,12 @@ def test_a_search_is_part_of_the_run_and_is_not_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr(structure_search, "search_mapping", partial(structure_search.search_mapping, samples=5))
     asked = config(tmp_path / "whole", structure="search")
     whole = jpq.optimize(asked)
-    said = json.loads((whole.folder / structure_search.NAME).read_text())
+    said = json.loads((whole.folder / structure_mapping.MAPPING_FILE).read_text())
     assert whole.schemes["by"] == said["by"] == "search"
     assert said["latency"] == "modelled"
     assert said["ms"] <= said["limit_ms"] or said["reward"] < said["proxy_accuracy"]
-    assert {r.name: r.structure for r in whole.layers} == structure_search.read_mapping(
-        whole.folder / structure_search.NAME
+    assert {r.name: r.structure for r in whole.layers} == structure_mapping.read_mapping(
+        whole.folder / structure_mapping.MAPPING_FILE
     )
     stopped = replace(asked, run=replace(asked.run, out=tmp_path / "stopped"))
     with pytest.raises(KeyboardInterrupt):
@@ -373,7 +367,7 @@ def test_a_damaged_mapping_ends_in_a_sentence(tmp_path):
     for text in ("", "{}", '{"layers": 3}', '{"layers": {"a": 1}}'):
         (tmp_path / "one").write_text(text)
         with pytest.raises(JpqError, match="mapping of schemes"):
-            structure_search.read_mapping(tmp_path / "one")
+            structure_mapping.read_mapping(tmp_path / "one")
 
 
 def test_plans_of_one_structure_are_still_read():
@@ -437,13 +431,13 @@ def test_a_table_of_latencies_says_how_long_layers_take():
 
     network = jpq.trace(jpq.tasks.models.build("convnet", 10, 1), torch.randn(2, 1, 8, 8))
     layer = replace(network.layers[-1], clock=Clock())
-    assert timed(layer, "dense", 1.0) == 5.0
-    assert timed(layer, "block:4x1", 0.5) == 1.5
-    gain = modelled(layer, "block:2x1", 0.5) / modelled(layer, "dense", 1.0)
-    assert timed(layer, "block:2x1", 0.5) == pytest.approx(5 * gain)
-    assert timed(network.layers[-1], "block:2x1", 0.5) == modelled(network.layers[-1], "block:2x1", 0.5)
+    assert layer_ms(layer, "dense", 1.0) == 5.0
+    assert layer_ms(layer, "block:4x1", 0.5) == 1.5
+    gain = modelled_ms(layer, "block:2x1", 0.5) / modelled_ms(layer, "dense", 1.0)
+    assert layer_ms(layer, "block:2x1", 0.5) == pytest.approx(5 * gain)
+    assert layer_ms(network.layers[-1], "block:2x1", 0.5) == modelled_ms(network.layers[-1], "block:2x1", 0.5)
     clocked = replace(network, layers=tuple(replace(x, clock=Clock()) for x in network.layers))
     last = layer.name
-    assert source(network, {}) == "modelled"
-    assert source(clocked, {last: "block:4x1"}) == "measured"
-    assert source(clocked, {last: "block:2x1"}) == "measured layers, modelled masks"
+    assert latency_source(network, {}) == "modelled"
+    assert latency_source(clocked, {last: "block:4x1"}) == "measured"
+    assert latency_source(clocked, {last: "block:2x1"}) == "measured layers, modelled masks"

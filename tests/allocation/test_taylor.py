@@ -7,8 +7,8 @@ from runs import trained
 from torch import nn
 from zoo import ZOO
 
-from jpq.allocation.ranking.evidence import gate_gradients, multiplied
-from jpq.allocation.ranking.rank import rank, scores
+from jpq.allocation.ranking.evidence import gate_gradients, multiply_units
+from jpq.allocation.ranking.rank import rank_units, site_scores
 from jpq.compression.attach import attach
 from jpq.methods.gates import Ranked
 from jpq.methods.quantizers import Fixed, Learned
@@ -116,7 +116,7 @@ def test_gradients_against_finite_differences_of_the_gate(name):
             for sign in (1, -1):
                 gates = [torch.ones(len(x), other.n, dtype=torch.double) for other in net.sites]
                 gates[s][:, unit] += sign * step
-                with torch.no_grad(), eval_mode(net), multiplied(net, gates):
+                with torch.no_grad(), eval_mode(net), multiply_units(net, gates):
                     found.append(each(net(x)))
             slope = (found[0] - found[1]) / (2 * step)
             assert torch.allclose(first[s][:, unit], slope, rtol=1e-4, atol=1e-7)
@@ -151,10 +151,10 @@ def test_first_order_is_exact_for_a_linear_loss_and_second_for_a_quadratic_one(b
         ("taylor2", lambda out, _: (out - 1).square().mean()),
         ("taylor2", lambda out, _: out.mean()),
     ):
-        (found,) = scores(net, SCORES[name], [(x, y)], loss).values()
+        (found,) = site_scores(net, SCORES[name], [(x, y)], loss).values()
         wanted = removed(net, x, y, loss)
         assert torch.allclose(found, wanted.double(), rtol=1e-4, atol=1e-9), name
-    (first,) = scores(net, SCORES["taylor"], [(x, y)], lambda out, _: (out - 1).square().mean()).values()
+    (first,) = site_scores(net, SCORES["taylor"], [(x, y)], lambda out, _: (out - 1).square().mean()).values()
     assert not torch.allclose(first, removed(net, x, y, lambda out, _: (out - 1).square().mean()).double(), rtol=1e-2)
 
 
@@ -186,7 +186,7 @@ def test_curvature_of_a_shared_gate_has_the_terms_between_its_readers():
         for shift in (-step, 0.0, step):
             gates = [torch.ones(5, 4, dtype=torch.double)]
             gates[0][:, unit] += shift
-            with torch.no_grad(), eval_mode(net), multiplied(net, gates):
+            with torch.no_grad(), eval_mode(net), multiply_units(net, gates):
                 values.append(float(loss(net(x), y)))
         curve = (values[0] - 2 * values[1] + values[2]) / step**2
         assert float(second[unit]) == pytest.approx(curve, rel=1e-4)
@@ -196,7 +196,7 @@ def test_a_channel_that_nobody_reads_scores_nothing():
     net, x = linear()
     net.layer("2").parametrizations.weight.original.data[:, 3] = 0
     for name in ("taylor", "taylor-full", "taylor2"):
-        (found,) = scores(net, SCORES[name], [(x, torch.arange(7) % 3)]).values()
+        (found,) = site_scores(net, SCORES[name], [(x, torch.arange(7) % 3)]).values()
         assert float(found[3]) == 0
         assert float(found.max()) > 0
 
@@ -207,7 +207,7 @@ def test_collecting_changes_nothing():
     net.set_trainable("decisions")
     before = {k: v.clone() for k, v in net.state_dict().items()}
     flags = [p.requires_grad for p in net.parameters()]
-    rank(net, SCORES["taylor2"], [(x, torch.arange(7) % 3)])
+    rank_units(net, SCORES["taylor2"], [(x, torch.arange(7) % 3)])
     after = {k: v for k, v in net.state_dict().items() if "margins" not in k}
     assert all(torch.equal(before[k], v) for k, v in after.items())
     assert flags == [p.requires_grad for p in net.parameters()]
@@ -236,7 +236,7 @@ def test_ranks_go_with_the_removal_oracle(epochs, first):
                 gate.margins[0, unit] = 1
 
     def agreement(name):
-        found = torch.cat(list(scores(net, SCORES[name], [(x, y)]).values()))
+        found = torch.cat(list(site_scores(net, SCORES[name], [(x, y)]).values()))
         ranks = [t.argsort().argsort().double() for t in (found, torch.tensor(oracle))]
         return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
@@ -251,6 +251,6 @@ def test_learned_widths_are_no_obstacle():
     network = trace(model, x)
     widths = lambda _: (Learned(3.4, 2, 8), Learned(4.0, 2, 8))  # noqa: E731
     net = attach(model, network, channels(network), Ranked, widths, [x], "ranked")
-    (found,) = scores(net, SCORES["taylor2"], [(x, torch.arange(6) % 3)]).values()
+    (found,) = site_scores(net, SCORES["taylor2"], [(x, torch.arange(6) % 3)]).values()
     assert bool(found.isfinite().all())
     assert float(found.max()) > 0

@@ -9,7 +9,7 @@ from runs import QUICK, Stop, config, outcome, resumed
 import jpq
 from jpq import costs
 from jpq.allocation import two_stage
-from jpq.allocation.ranking.rank import rank
+from jpq.allocation.ranking.rank import rank_units
 from jpq.compression.attach import attach
 from jpq.costs.target import FULL_USE, parse_targets, used_share
 from jpq.methods.gates import Ranked
@@ -29,7 +29,7 @@ def ranked(seed=0):
     model = build("convnet", 10, 1)
     network = trace(model, EXAMPLE)
     net = attach(model, network, channels(network), Ranked, lambda _: (Fixed(8), Fixed(8)), [EXAMPLE], "two-stage")
-    rank(net, SCORES["l1"])
+    rank_units(net, SCORES["l1"])
     return net
 
 
@@ -160,12 +160,12 @@ def test_in_a_loop_of_ones_own_landing_quantizes():
 def test_ranges_of_stage_two_are_fitted_to_what_the_pruned_network_reads():
     net = ranked()
     plan = two_stage.decide_two_stage(net, parse_targets({"bops": "0.5%"}, net.exact_usage()), (2, 8), (2, 8), 0.3)
-    net.freeze(two_stage.pruned(net, plan))
+    net.freeze(two_stage.first_stage_plan(net, plan))
     for p in net.weights()["decayed"]:
         p.data.mul_(3)
     last = net.network.layers[-1].name
     seen = net.calibration_samples[last].clone()
-    two_stage.quantize(net, plan, [EXAMPLE])
+    two_stage.start_second_stage(net, plan, [EXAMPLE])
     assert net.calibration_samples[last].abs().max() != seen.abs().max()
     assert net.plan().layers == plan.layers
 

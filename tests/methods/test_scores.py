@@ -7,7 +7,7 @@ from zoo import ZOO
 from zoo.readers import IMAGE, READERS
 
 import jpq
-from jpq.allocation.ranking.rank import rank, scores
+from jpq.allocation.ranking.rank import rank_units, site_scores
 from jpq.compression.attach import attach
 from jpq.methods.gates import Ranked
 from jpq.methods.quantizers import Fixed
@@ -70,7 +70,7 @@ def ranked(make, example, score):
     network = trace(model, example)
     net = attach(model, network, per_consumer(network), Ranked, lambda _: (Fixed(8), Fixed(8)), [example], "upscale")
     labels = torch.arange(batch_size(example)) % 2
-    rank(net, SCORES[score], [(example, labels)] * SCORES[score].batches, loss=spread)
+    rank_units(net, SCORES[score], [(example, labels)] * SCORES[score].batches, loss=spread)
     return net
 
 
@@ -148,7 +148,7 @@ def test_norm_scales_are_those_of_all_norms_that_units_pass():
     for norm in (model.first, model.last):
         norm.weight.data.uniform_(-1, 1)
     net = jpq.compress(model, x, "ranked", bops="1%", score="bn-scale").net
-    (found,) = scores(net, SCORES["bn-scale"]).values()
+    (found,) = site_scores(net, SCORES["bn-scale"]).values()
     both = (norm.weight.detach().abs().double() for norm in (model.first, model.last))
     assert torch.equal(found, sum(both))
 
@@ -165,7 +165,7 @@ def test_scores_see_the_weights_that_the_forward_pass_uses():
     evidence = [(x, torch.arange(8) % 3)]
     (site,) = net.sites
     for name in ("l1", "l2", "taylor", "lookahead"):
-        found = scores(net, SCORES[name], evidence)[site.name]
+        found = site_scores(net, SCORES[name], evidence)[site.name]
         assert float(found[2]) == 0, name
         assert float(found.sum()) > 0
 

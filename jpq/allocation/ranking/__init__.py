@@ -1,4 +1,4 @@
-"""Which units are removed first: scores of all layers as one order."""
+"""Rankings of units: evidence for scores, scores of all layers as one order, pruning on a schedule."""
 
 from jpq.lazy import lazy_names
 

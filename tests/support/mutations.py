@@ -1,0 +1,153 @@
+"""One-line bugs put into a copy of jpq, one at a time, and the tests that must notice each.
+
+    python tests/support/mutations.py            every mutation of the list
+    python tests/support/mutations.py ramp dpp   those whose names contain a word
+
+Each mutation replaces a text that must stand exactly once in its file, and runs the tests named beside it. A mutation
+is caught when they fail. The exit code is 1 if any was missed, or no longer fits the code (then mend the list).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = ("jpq", "tests", "studies", "docs", "pyproject.toml", "README.md")
+SECONDS = 600  # that the tests of one mutation may take
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A bug: `old` becomes `new` in one file, and what must notice it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "distillation without the square of the temperature",
+        "jpq/tasks/classification.py",
+        "return temperature**2 * F.kl_div(",
+        "return F.kl_div(",
+        "tests/training/test_loop.py -k distillation",
+    ),
+    Mutation(
+        "distillation trains the teacher",
+        "jpq/training/loop.py",
+        "            with torch.no_grad():\n                target = self.teacher(x)",
+        "            if True:\n                target = self.teacher(x)",
+        "tests/training/test_loop.py -k distillation",
+    ),
+    Mutation(
+        "regulariser without the budget's multiplier",
+        "jpq/training/loop.py",
+        "gate_weight * controller.multiplier() * net.penalty()",
+        "gate_weight * net.penalty()",
+        "tests/training/test_loop.py -k regulariser",
+    ),
+    Mutation(
+        "weight decay on norms and biases",
+        "jpq/training/loop.py",
+        '(weights["plain"], lr, 0.0)',
+        '(weights["plain"], lr, weight_decay)',
+        "tests/training/test_loop.py -k decay",
+    ),
+    Mutation(
+        "weight decay on the ranges of a model under compression",
+        "jpq/compression/model.py",
+        "decayed = [p for p in weights if p.dim() > 1 and id(p) not in ranges]",
+        "decayed = [p for p in weights if p.dim() > 1]",
+        "tests/training/test_loop.py -k decay",
+    ),
+    Mutation(
+        "weight decay on the ranges of a rebuilt model",
+        "jpq/training/loop.py",
+        "if p.dim() > 1 and id(p) not in ranges}",
+        "if p.dim() > 1}",
+        "tests/training/test_loop.py -k decay",
+    ),
+    Mutation(
+        "BatchNorm not measured anew after fine-tuning",
+        "jpq/training/phases.py",
+        'run.timed("fine-tune", lambda: reestimate_batchnorm(net, data.train.epoch(phase.before + phase.epochs)))',
+        'run.timed("fine-tune", lambda: None)',
+        "tests/training/test_loop.py -k batchnorm",
+    ),
+    Mutation(
+        "learning rate does not fall",
+        "jpq/training/loop.py",
+        'phase.rate(position) if group["curve"] else 1.0',
+        "1.0",
+        "tests/training/test_loop.py -k rate",
+    ),
+    Mutation(
+        "learning rate of decisions falls",
+        "jpq/training/loop.py",
+        'phase.rate(position) if group["curve"] else 1.0',
+        "phase.rate(position)",
+        "tests/training/test_loop.py -k rate",
+    ),
+)
+
+
+def applied(mutation: Mutation, copy: Path) -> bool:
+    """Put a mutation into the copy; False where its text does not stand exactly once."""
+    path = copy / mutation.file
+    text = path.read_text("utf-8") if path.is_file() else ""
+    if text.count(mutation.old) != 1:
+        return False
+    path.write_text(text.replace(mutation.old, mutation.new), "utf-8")
+    return True
+
+
+def passes(tests: str, copy: Path) -> bool:
+    """Whether these tests pass on the copy."""
+    environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests.split()]
+    run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    if run.returncode not in (0, 1):
+        raise SystemExit(f"pytest could not run {tests}:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+    return run.returncode == 0
+
+
+def outcome(mutation: Mutation) -> str:
+    """Apply one mutation to a fresh copy and say what its tests made of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+            elif source.is_file():
+                shutil.copy(source, copy / name)
+        if not applied(mutation, copy):
+            return "does not fit the code"
+        return "MISSED" if passes(mutation.tests, copy) else "caught"
+
+
+def main(words: list[str]) -> int:
+    """Run the mutations whose names contain any of the words (all without words); the exit code."""
+    chosen = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
+    failed = 0
+    for mutation in chosen:
+        start = time.perf_counter()
+        what = outcome(mutation)
+        failed += what != "caught"
+        print(f"{what:22} {mutation.name}  ({mutation.file}, {time.perf_counter() - start:.0f} s)", flush=True)
+    print(f"{len(chosen) - failed} of {len(chosen)} caught")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,7 @@ from itertools import pairwise
 from jpq.compression.usage import exact_usage
 from jpq.config import CHANNELS, Budget, Config
 from jpq.costs.target import Target, parse_targets
-from jpq.methods.gates import FixedCount, Frozen, Gate
+from jpq.methods.gates import Frozen, Gate
 from jpq.methods.quantizers import BitWidth, Fixed
 from jpq.methods.table import Method
 from jpq.plan import Plan
@@ -56,7 +56,8 @@ def gate_factory(method: Method, density: float = 0.5) -> Callable[[int, int], G
     """A factory, (rows, n) -> gate, for the pruning groups of a method."""
     if method.gate is None:
         return Frozen.all
-    return partial(method.gate, density=density) if issubclass(method.gate, FixedCount) else method.gate
+    gate: Callable[..., Gate] = method.gate
+    return partial(gate, density=density) if method.gate.takes_density else gate
 
 
 def method_sites(
@@ -80,7 +81,7 @@ def fixed_share(sites: Collection[Site], method: Method, density: float) -> dict
     """Cost -> share of it that stays whatever is learned, for gates that are told how many units stay; else {}."""
     if method.score and method.procedure == "search":
         return {"bops": density, "bops-structured": density}
-    if method.gate is None or not issubclass(method.gate, FixedCount) or not sites:
+    if method.gate is None or not method.gate.takes_density or not sites:
         return {}
     structures = [site.taps[0].structure for site in sites]
     quotas = [s.quota() for s in structures]

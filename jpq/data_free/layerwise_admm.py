@@ -31,7 +31,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from jpq.compression.calibration import reestimate_batchnorm
-from jpq.methods.gates.admm import EACH, RHOS, Admm
+from jpq.methods.gates.admm import RHOS, UPDATES_PER_RHO, Admm
 from jpq.tracing.forward import hook_modules
 from jpq.tracing.sites import Site
 
@@ -229,7 +229,7 @@ def _run_admm(
     settings: AdmmSettings,
 ) -> list[float]:
     """Pull `weight`, in place, to the gate's structure; the residual at the end of each rho."""
-    steps_per_rho = settings.steps // len(settings.rhos) // EACH * EACH
+    steps_per_rho = settings.steps // len(settings.rhos) // UPDATES_PER_RHO * UPDATES_PER_RHO
     order = torch.Generator().manual_seed(settings.seed)
     residuals = []
     for rho in range(len(settings.rhos)):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import jpq
 from jpq import config, session
+from jpq.allocation import prepare
 from jpq.export.verify import EXACT, difference
 from jpq.methods import compatibility
 from jpq.methods.gates import GATES
@@ -113,7 +114,7 @@ def traced_once(task: Task):
     """Every cell compresses the same model: it is traced once, which takes as long as a cell."""
     network = trace(task.model, (task.batches[0][0],))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "trace", lambda *_, **__: network)
+        patch.setattr(prepare, "trace", lambda *_, **__: network)
         yield
 
 

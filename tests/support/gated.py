@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
+from traces import traced_network
 from zoo import ZOO, randomised
 
 from jpq import costs
@@ -24,7 +25,6 @@ from jpq.plan import Plan
 from jpq.tracing.forward import call_model
 from jpq.tracing.network import Network
 from jpq.tracing.sites import channels
-from jpq.tracing.trace import trace
 
 Sites = Callable[[Network], Any]
 Net = tuple[nn.Module, CompressedModel, Any]  # float model, the same with gates and quantizers, example
@@ -35,7 +35,7 @@ def gated(name: str, gate: Callable[..., Gate], seed: int = 0, sites: Sites = ch
     torch.manual_seed(seed)
     make, example = ZOO[name]
     model = make().eval()
-    network = trace(model, example)
+    network = traced_network(f"zoo_{name}")
     net = attach(model, network, sites(network), gate, lambda layer: (Fixed(8), Fixed(8)), [example], "test")
     return model, net, example
 
@@ -53,7 +53,7 @@ def attached(
     make, example = ZOO[name]
     model = randomised(make(), seed).to(dtype)
     example = tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, example)
-    network = trace(model, example)
+    network = traced_network(f"zoo_{name}")
     return model, attach(model, network, sites(network), gate, widths, [example], "test").to(dtype), example
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections import Counter
@@ -12,12 +13,14 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from traces import traced_network
 from zoo import IMAGE, TOKENS, ZOO, Head, Residual, conv
 
+from jpq.costs.latency_table import KINDS
 from jpq.tasks import models
 from jpq.tracing.channel_labels import ChannelClasses
 from jpq.tracing.export_graph import export_graph
-from jpq.tracing.network import LayerKind, Network
+from jpq.tracing.network import LayerKind, Network, latency_shape
 from jpq.tracing.op_call import Dims, OpCall, TraceState
 from jpq.tracing.rules import RULES, rule
 from jpq.tracing.sites import channels
@@ -26,8 +29,7 @@ from jpq.types import NONE, JpqError
 
 
 def zoo(name: str) -> Network:
-    constructor, example = ZOO[name]
-    return trace(constructor(), example)
+    return traced_network(f"zoo_{name}")
 
 
 def units(name: str) -> dict[str, int]:
@@ -42,8 +44,8 @@ def reasons(network: Network, layer: str) -> set[str]:
     ("name", "macs"),
     [  # torchvision's documentation gives 1.81, 4.09 and 0.30 GFLOPS for these, counting a multiply-add once
         ("resnet18", 1_814_073_344),
-        ("resnet50", 4_089_184_256),
-        ("mobilenet_v2", 300_774_272),
+        pytest.param("resnet50", 4_089_184_256, marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2", 300_774_272, marks=pytest.mark.slow),
     ],
 )
 def test_macs_of_torchvision(name: str, macs: int) -> None:
@@ -75,6 +77,17 @@ def test_layers_in_execution_order() -> None:
 def test_a_shared_layer_counts_every_call() -> None:
     b = zoo("shared").layer("b.0")
     assert (b.calls, b.macs) == (3, 3 * 8 * 8 * 9 * 16)
+
+
+@pytest.mark.parametrize("name", ["grouped", "transposed", "attention", "volume", "signal"])
+def test_dims_of_a_kind_are_those_of_the_weight(name: str) -> None:
+    for layer in zoo(name).layers:
+        inner, outer = (layer.weight_shape[d] for d in (layer.kind.input_dim, layer.kind.output_dim))
+        groups = (1, layer.groups) if layer.kind is LayerKind.CONV_TRANSPOSE else (layer.groups, 1)
+        assert (inner * groups[0], outer * groups[1]) == (len(layer.inputs), len(layer.outputs))
+        assert latency_shape(layer).kind in KINDS
+    assert {kind.value for kind in LayerKind} < set(KINDS), "latency tables know every kind"
+    assert json.dumps(list(LayerKind)) == '["conv", "conv_transpose", "linear"]'
 
 
 def test_macs_by_kind() -> None:
@@ -284,6 +297,7 @@ def test_classes() -> None:
     assert classes.frozen() == {1: "meets nothing"}
 
 
+@pytest.mark.slow
 def test_labelling_is_fast() -> None:
     model = torchvision.models.densenet201(weights=None).eval()
     program = export_graph(model, (torch.zeros(1, 3, 64, 64),), {})

@@ -69,7 +69,9 @@ def test_cut_at_the_right_places_though_not_exact(share: float) -> None:
     assert (small.n1.normalized_shape, small.n2.normalized_shape, small.n4.normalized_shape) == ((left,),) * 3
     assert (small.n3.num_groups, small.n3.num_channels) == (3, left)
     with masked_weights(model, network, sites, keep):
-        assert relative_difference(float64_outputs(model, TOKENS), float64_outputs(small, TOKENS)) > 1e-3, "the averages miss what went"
+        assert relative_difference(float64_outputs(model, TOKENS), float64_outputs(small, TOKENS)) > 1e-3, (
+            "the averages miss what went"
+        )
         with NormsWithoutStatistics():
             assert relative_difference(float64_outputs(model, TOKENS), float64_outputs(small, TOKENS)) < 1e-10
 
@@ -123,7 +125,7 @@ def test_sites_that_must_stay_equally_large_are_found_out() -> None:
     assert "fixed sizes" in network.frozen[int(network.layer("b").outputs[0])]
 
 
-@pytest.mark.parametrize("name", ["convnext_tiny", "swin_t"])
+@pytest.mark.parametrize("name", ["convnext_tiny", pytest.param("swin_t", marks=pytest.mark.slow)])
 def test_torchvisions_trunks(name: str) -> None:
     torch.manual_seed(0)
     model, x = jpq.decompose(jpq.tasks.models.build(f"torchvision:{name}", 10).eval()), torch.randn(1, 3, 64, 64)
@@ -137,12 +139,12 @@ def test_torchvisions_trunks(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "method", "says"),
-    [(Plain(), "djpq", "opens nothing here"), (Averages(), "uniform", "this method prunes none")],
+    ("make", "method", "says"),
+    [(Plain, "djpq", "opens nothing here"), (Averages, "uniform", "this method prunes none")],
 )
-def test_vain_openings_are_refused(model: nn.Module, method: str, says: str) -> None:
+def test_vain_openings_are_refused(make: type[nn.Module], method: str, says: str) -> None:
     with pytest.raises(JpqError, match=says):
-        jpq.compress(model, IMAGE, method, bops="20%", open_norms=True)
+        jpq.compress(make(), IMAGE, method, bops="20%", open_norms=True)
 
 
 def test_compress_says_what_it_gives() -> None:

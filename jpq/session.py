@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jpq.allocation import two_stage
 from jpq.allocation.allocators import PlanEvaluator
-from jpq.allocation.prepare import Prepared, prepare
+from jpq.allocation.prepare import Prepared, check_decide, prepare
 from jpq.allocation.ranking.evidence import Batches
 from jpq.allocation.ranking.scheduled_pruning import ScheduledPruning
 from jpq.compression import discretize
@@ -257,13 +257,14 @@ def _sections(
         decide = replace(decide, method=method)
     if not any(getattr(budget, field) for field in TARGETS.values()) and not (decide.bits or decide.densities):
         raise JpqError('No target: give bops="1%" (or "12M"), size="50KB", macs="50%" or latency="3ms".')
-    if decide.structure == SEARCH:
-        raise JpqError(
-            'structure="search" judges mappings on held-out data, which compress has not: use jpq.optimize, '
-            'or structure="rules".'
-        )
     if table is not None:
         budget = replace(budget, latency_table=Path(table.source))
     in_memory = Task(weights=Path("model"))  # the float model is at hand: its weights count as given
     checked = Config(task=in_memory, budget=budget, decide=decide).check()
+    if decide.structure == SEARCH:
+        check_decide(checked.decide)  # a method without mask structures is the first thing to report
+        raise JpqError(
+            'structure="search" judges mappings on held-out data, which compress has not: use jpq.optimize, '
+            'or structure="rules".'
+        )
     return checked.decide, checked.budget

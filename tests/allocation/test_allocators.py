@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -9,12 +10,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from runs import config
+from runs import QUICK, config
 from test_two_stage import EXAMPLE, ranked
 
 import jpq
 from jpq import costs, recipe
-from jpq.allocation import two_stage
+from jpq.allocation import allocators, two_stage
 from jpq.allocation.allocators import (
     ALLOCATORS,
     CHANNEL_OFFSET,
@@ -27,7 +28,15 @@ from jpq.allocation.allocators import (
 from jpq.allocation.bit_sensitivity import bits_by_noise, expected_rise, sensitivities
 from jpq.allocation.channels import AllocationProblem, greedy, margins_of_sequence, threshold, uniform
 from jpq.allocation.ranking.rank import score_units
-from jpq.allocation.reinforce import FLOOR, Policy, learn_allocation, project, pull_distribution, spread_units
+from jpq.allocation.reinforce import (
+    FLOOR,
+    Policy,
+    learn_allocation,
+    project,
+    pull_distribution,
+    spread_units,
+    try_draws,
+)
 from jpq.compression import discretize
 from jpq.costs.target import Target, all_met, parse_targets, used_share
 from jpq.methods.quantizers.uniform_integer import fit_threshold, quantized
@@ -35,14 +44,24 @@ from jpq.methods.scores import SCORES
 from jpq.tasks import load
 from jpq.types import JpqError
 
-NET = ranked()
-FULL = costs.macs(NET.exact_usage())
+
+@cache
+def shared_net():
+    """A ranked network that no test changes."""
+    return ranked()
+
+
+@cache
+def full_macs():
+    return costs.macs(shared_net().exact_usage())
 
 
 def problem(seed=0, accuracy=None, everywhere=False, share=0.4):
     torch.manual_seed(seed)
-    groups = [replace(g, scores=torch.rand(len(g.scores)) + 1e-3) for g in score_units(NET, SCORES["l1"])]
-    return AllocationProblem(NET, groups, everywhere, Target("macs", "40%", int(share * FULL)), accuracy, seed)
+    groups = [replace(g, scores=torch.rand(len(g.scores)) + 1e-3) for g in score_units(shared_net(), SCORES["l1"])]
+    return AllocationProblem(
+        shared_net(), groups, everywhere, Target("macs", "40%", int(share * full_macs())), accuracy, seed
+    )
 
 
 def staying(task, margins, limit):
@@ -66,9 +85,9 @@ def test_every_order_is_whole_and_smaller_budgets_keep_subsets(name):
         assert m.shape == group.scores.shape
         assert bool(((m > 0) & (m <= 1)).all())
         assert group.scores.argsort().equal(m.argsort())
-    small, large = (staying(task, margins, share * FULL) for share in (0.3, 0.6))
+    small, large = (staying(task, margins, share * full_macs()) for share in (0.3, 0.6))
     assert all(bool((s <= b).all()) for s, b in zip(small, large, strict=True))
-    assert task.macs(small) <= 0.3 * FULL < task.macs(large) <= 0.6 * FULL
+    assert task.macs(small) <= 0.3 * full_macs() < task.macs(large) <= 0.6 * full_macs()
 
 
 def test_uniform_takes_the_same_share_and_threshold_ranks_all_units():
@@ -192,31 +211,55 @@ def test_a_layer_that_costs_nothing_gives_most_and_a_seed_repeats():
     assert (path(1) != first).any()
 
 
-def test_a_search_begins_with_uniform_and_finds_a_planted_offset():
+def test_with_equal_accuracies_the_cheaper_draw_has_the_higher_reward():
+    """Only layer 0 costs anything: draws are rewarded by what they take from it, and the distribution moves to it."""
+    policy, full = Policy(epochs=10, samples=10), np.array([50, 50])
+    p, draws = try_draws(
+        full / full.sum(),
+        np.zeros(2, np.int64),
+        full,
+        10,
+        lambda removed: (0.8, 1 - removed[0] / 50),
+        policy,
+        np.random.default_rng(0),
+    )
+    taken = [int(removed[0]) for _, _, removed in draws]
+    assert taken == sorted(taken, reverse=True)
+    assert [reward for reward, _, _ in draws] == pytest.approx([0.8 + policy.alpha * n / 50 for n in taken])
+    assert p[0] > 0.5
+
+
+def test_a_search_begins_with_uniform_and_returns_the_best_of_its_trials():
     tried = []
 
     def accuracy(offsets):
         tried.append(dict(offsets))
+        return quality(offsets)
+
+    def quality(offsets):
         return 1 - (offsets["a"] - 0.3) ** 2 - 0.1 * offsets["b"] ** 2
 
     best = search_offsets(["a", "b"], accuracy, 40, seed=0, largest=CHANNEL_OFFSET)
     assert tried[0] == {"a": 0.0, "b": 0.0}
-    assert best["a"] == pytest.approx(0.3, abs=0.1)
+    assert len(tried) == 40
+    assert all(abs(offset) <= CHANNEL_OFFSET for offsets in tried for offset in offsets.values())
+    assert best == max(tried, key=quality)
+    assert quality(best) > quality(tried[0])
 
 
 def test_noise_is_the_fisher_sum():
     """Against sums over the elements, for one layer and one batch, with the same labels."""
-    found = sensitivities(NET, [EXAMPLE], seed=3, bits=3)
-    assert all(p.grad is None for p in NET.parameters())
-    name = NET.network.layers[1].name
-    w, a = NET.quantizers(name)
+    found = sensitivities(shared_net(), [EXAMPLE], seed=3, bits=3)
+    assert all(p.grad is None for p in shared_net().parameters())
+    name = shared_net().network.layers[1].name
+    w, a = shared_net().quantizers(name)
     read = {}
     handles = [
         q.register_forward_hook(lambda m, x, out, k=k: read.update({k: (x[0].detach(), out[0])}))
         for k, q in (("w", w), ("a", a))
     ]
-    NET.eval()
-    logits = NET(EXAMPLE)
+    shared_net().eval()
+    logits = shared_net()(EXAMPLE)
     labels = torch.multinomial(logits.detach().softmax(1), 1, generator=torch.Generator().manual_seed(3))[:, 0]
     for _, out in read.values():
         out.retain_grad()
@@ -225,25 +268,25 @@ def test_noise_is_the_fisher_sum():
         handle.remove()
     n = len(EXAMPLE)
     x, out = read["a"]
-    error = quantized(x, fit_threshold(NET.calibration_samples[name], 3, a.signed, False), 3, a.signed) - x
+    error = quantized(x, fit_threshold(shared_net().calibration_samples[name], 3, a.signed, False), 3, a.signed) - x
     by_hand = sum(float((out.grad[i] * error[i]).square().sum()) for i in range(n)) / n / 2
     assert found[name, "a"] == pytest.approx(by_hand * 4**3, rel=1e-4)
     x, out = read["w"]
     error = quantized(x, fit_threshold(x, 3, True, True), 3, True) - x
     by_hand = float((out.grad / n * error).square().sum()) * n / 2
     assert found[name, "w"] == pytest.approx(by_hand * 4**3, rel=1e-4)
-    assert (NET.network.layers[0].name, "a") not in found  # the image's width is given
+    assert (shared_net().network.layers[0].name, "a") not in found  # the image's width is given
 
 
 def test_bits_by_noise_are_near_the_best_of_all():
     """Against every choice of widths in 2 to 4 of a net of four layers: the rise is within 15 % of the least."""
-    noise = {key: 10.0 ** (i % 4 - 1) for i, key in enumerate(sensitivities(NET, [EXAMPLE]))}
-    targets = parse_targets({"bops": "0.9%"}, NET.exact_usage())
-    ranking = two_stage.with_plan_bits(discretize.soft_decisions(NET), NET.plan())
-    widths = bits_by_noise(NET, noise, NET.plan(), (2, 4), (2, 4))
-    plan = discretize.discretize(NET, targets, two_stage.with_widths(ranking, NET.plan(), widths))
-    assert all_met(targets, NET.exact_usage(plan))
-    macs = {u.name: u.macs for u in NET.exact_usage()}
+    noise = {key: 10.0 ** (i % 4 - 1) for i, key in enumerate(sensitivities(shared_net(), [EXAMPLE]))}
+    targets = parse_targets({"bops": "0.9%"}, shared_net().exact_usage())
+    ranking = two_stage.with_plan_bits(discretize.soft_decisions(shared_net()), shared_net().plan())
+    widths = bits_by_noise(shared_net(), noise, shared_net().plan(), (2, 4), (2, 4))
+    plan = discretize.discretize(shared_net(), targets, two_stage.with_widths(ranking, shared_net().plan(), widths))
+    assert all_met(targets, shared_net().exact_usage(plan))
+    macs = {u.name: u.macs for u in shared_net().exact_usage()}
     limit, least = targets[0].limit, float("inf")
     keys = list(noise)
     for bits in product(range(2, 5), repeat=len(keys)):
@@ -256,10 +299,13 @@ def test_bits_by_noise_are_near_the_best_of_all():
 
 def test_a_pruned_networks_bits_follow_what_it_still_computes():
     """Of two equal tensors the one in the cheaper layer gets more bits."""
-    noise = dict.fromkeys(sensitivities(NET, [EXAMPLE]), 1.0)
-    macs = {u.name: u.macs for u in NET.exact_usage()}
-    soft = {key: width.soft() for key, width in bits_by_noise(NET, noise, NET.plan(), (2, 8), (2, 8)).items()}
-    inner = [x.name for x in NET.network.layers if not x.reads_input]
+    noise = dict.fromkeys(sensitivities(shared_net(), [EXAMPLE]), 1.0)
+    macs = {u.name: u.macs for u in shared_net().exact_usage()}
+    soft = {
+        key: width.soft()
+        for key, width in bits_by_noise(shared_net(), noise, shared_net().plan(), (2, 8), (2, 8)).items()
+    }
+    inner = [x.name for x in shared_net().network.layers if not x.reads_input]
     for one, other in product(inner, inner):
         if macs[one] < macs[other]:
             assert soft[one, "w"] > soft[other, "w"]
@@ -301,10 +347,11 @@ def test_an_allocator_runs_from_the_command_line_to_its_budget(allocator, tmp_pa
     assert len({x.w_bits for x in result.layers}) > 1
 
 
-def test_allocators_never_see_the_test_split(tmp_path, monkeypatch):
+@pytest.mark.parametrize("allocator", ["greedy", "sampled", pytest.param("reinforce", marks=pytest.mark.slow)])
+def test_allocators_never_see_the_test_split(allocator, tmp_path, monkeypatch):
     """Until the end, where it is read for the figures."""
-    asked = config(tmp_path, "two-stage")
-    data = load.read_data(asked, torch.device("cpu"))
+    settings = config(tmp_path, "two-stage", train=replace(QUICK, float_epochs=1))
+    data = load.read_data(settings, torch.device("cpu"))
 
     class Closed:
         def __getattr__(self, name):
@@ -318,8 +365,9 @@ def test_allocators_never_see_the_test_split(tmp_path, monkeypatch):
 
     monkeypatch.setattr(recipe, "read_data", lambda *args: replace(data, test=Closed()))
     monkeypatch.setattr(recipe, "fine_tune", done)
+    monkeypatch.setattr(allocators, "TRIALS", 3)
     with pytest.raises(Done):
-        jpq.optimize(replace(asked, decide=replace(asked.decide, allocator="reinforce")))
+        jpq.optimize(replace(settings, decide=replace(settings.decide, allocator=allocator)))
 
 
 def test_compress_takes_allocators_that_measure_nothing():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from runs import QUICK, Stop, config
 
 import jpq
-from jpq import costs, recipe
+from jpq import costs
 from jpq.allocation import decision_data
 from jpq.allocation.procedures import procedure_of
 from jpq.allocation.ranking.scheduled_pruning import ScheduledPruning, find_threshold, macs_limit, uniform_keep_share

@@ -216,7 +216,7 @@ def test_collecting_changes_nothing():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
-@pytest.mark.parametrize(("epochs", "first"), [(2, 0.9), (5, 0.7)])
+@pytest.mark.parametrize(("epochs", "first"), [(2, 0.9), pytest.param(5, 0.7, marks=pytest.mark.slow)])
 def test_ranks_go_with_the_removal_oracle(epochs, first):
     """Spearman over all units, first and second order above L1.
 

@@ -23,6 +23,8 @@ from jpq.training.loop import Recorder
 from jpq.training.signals import Interruption
 from jpq.types import JpqError
 
+TEXTS = ("phase", "budget")  # fields of an EpochRecord that are no numbers
+
 
 def open_folder(config: Config) -> Path:
     """Make the run's folder with its config.toml. Raises JpqError where it cannot be written."""
@@ -78,6 +80,8 @@ class RunState:
 
     def _restore_history(self) -> None:
         rows = [EpochRecord(**row) for row in self.saved["history"]] if self.saved else []
+        if any(isinstance(value, str) != (name in TEXTS) for row in rows for name, value in asdict(row).items()):
+            raise ValueError("its history is not of rows as history.csv has them")
         self.recorder.rows = rows
         self.recorder.clock = _clock(rows[-1].seconds if rows else 0.0)
 

@@ -16,7 +16,7 @@ from jpq import recipe
 from jpq.compression import calibration
 from jpq.config import Budget, Decide, Run, Task
 from jpq.export.runtimes import Session
-from jpq.tasks.classification import evaluate
+from jpq.tasks import CLASSIFICATION
 from jpq.tasks import load as task_loading
 from jpq.tasks.data import load
 from jpq.tasks.load import read_data
@@ -112,7 +112,7 @@ def test_saved_model_is_the_reported_one(finished):
     asked, result = finished
     small, plan = jpq.load(result.folder)
     data = read_data(asked, torch.device("cpu"))
-    assert evaluate(small, data.test) == result.compressed.accuracy
+    assert CLASSIFICATION.evaluate(small, data.test) == result.compressed.accuracy
     session = Session(result.folder / "model.onnx")
     x, _ = next(iter(data.test))
     assert torch.equal(session(x).argmax(1), small(x).argmax(1))

@@ -13,8 +13,7 @@ from jpq.cli.main import main
 from jpq.config import Budget, Config, Decide, Train
 from jpq.methods.compatibility import compose
 from jpq.recipe import full_precision
-from jpq.tasks import load
-from jpq.tasks.classification import evaluate
+from jpq.tasks import CLASSIFICATION, load
 from jpq.training.epochs import all_phases, budget_epochs
 from jpq.types import JpqError
 
@@ -54,8 +53,8 @@ def test_every_budget_is_a_run_folder_that_keeps_its_promise(finished):
     for point in result.front:
         small, plan = jpq.load(top / point.folder)
         assert plan.method == "djpq"
-        assert evaluate(small, data.test) == point.accuracy
-        assert evaluate(small, data.held_out) == point.held_out
+        assert CLASSIFICATION.evaluate(small, data.test) == point.accuracy
+        assert CLASSIFICATION.evaluate(small, data.held_out) == point.held_out
         counted = jpq.measure(small, data.example)["bops"]
         assert counted == point.bops
         assert counted <= float(point.budget.strip("%")) / 100 * result.float.bops

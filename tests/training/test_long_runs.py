@@ -41,9 +41,8 @@ def meets_or_says(asked: Config) -> str:
 
 
 @pytest.fixture(scope="module")
-def float_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("float")
-    return jpq.optimize(kills.tiny_config(out), final=False).folder / "float.safetensors"
+def float_weights(tiny_trial: Path) -> Path:
+    return tiny_trial / "float.safetensors"
 
 
 def at_rates(weights: Path, out: Path, method: str, lr: float, gate_lr: float, bit_lr: float) -> Config:

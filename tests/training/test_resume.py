@@ -241,9 +241,9 @@ def test_threads_hear_no_signals() -> None:
     assert said == [before]
 
 
-def test_a_finished_run_says_so(tmp_path: Path) -> None:
+def test_a_finished_run_says_so(tiny_trial: Path, tmp_path: Path) -> None:
     asked = kills.tiny_config(tmp_path)
-    jpq.optimize(asked, final=False)
+    shutil.copytree(tiny_trial, folder_of(asked))
     with pytest.raises(JpqError, match="holds a finished run"):
         jpq.optimize(resumed(asked), final=False)
 
@@ -299,9 +299,9 @@ def test_a_checkpoint_with_a_wrong_field_is_one_sentence(what: str, stopped: Con
         path.write_bytes(good)
 
 
-def test_other_weights_behind_the_same_name_are_noticed(whole_trial: Path, tmp_path: Path) -> None:
+def test_other_weights_behind_the_same_name_are_noticed(tiny_trial: Path, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    shutil.copy(whole_trial / "float.safetensors", path)
+    shutil.copy(tiny_trial / "float.safetensors", path)
     asked = kills.tiny_config(tmp_path)
     asked = replace(asked, task=replace(asked.task, weights=path))
     with pytest.raises(KeyboardInterrupt):
@@ -362,7 +362,7 @@ class Does(After):
             self.act()
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(whole_trial: Path, tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_last_good_checkpoint(tiny_trial: Path, tmp_path: Path) -> None:
     place = disk(tmp_path, 16)
     asked = kills.tiny_config(place)
     full = place / "someone else's"
@@ -380,16 +380,9 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(whole_trial: Path, tmp_path:
         assert (kept["phase"], kept["done"]) == ("search", 1)
         full.unlink()
         jpq.optimize(resumed(asked), final=False)
-        assert told(folder_of(asked)) == told(whole_trial)
+        assert told(folder_of(asked)) == told(tiny_trial)
     finally:
         subprocess.run(["umount", str(place)], check=True)
-
-
-@pytest.fixture(scope="module")
-def whole_trial(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    asked = kills.tiny_config(tmp_path_factory.mktemp("trial"))
-    jpq.optimize(asked, final=False)
-    return folder_of(asked)
 
 
 def test_a_read_only_disk(tmp_path: Path) -> None:
@@ -422,7 +415,7 @@ def test_a_folder_that_cannot_be_synced_holds_the_new_file(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("limit", [3_000, 100_000])
-def test_files_that_may_not_grow(limit: int, whole_trial: Path, tmp_path: Path) -> None:
+def test_files_that_may_not_grow(limit: int, tiny_trial: Path, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("what was there")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

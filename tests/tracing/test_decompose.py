@@ -1,4 +1,4 @@
-"""Parts that hide their layers give way to parts that compute the same, with heads as units, as far as ONNX."""
+"""Module decomposition: attention and weight norms as plain layers with equal outputs, heads as units, up to ONNX."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ B, L, S = 3, 4, 6
 
 def attention(heads: int = 4, **options: Any) -> nn.MultiheadAttention:
     torch.manual_seed(0)
-    made = nn.MultiheadAttention(8, heads, dtype=torch.double, **options).eval()
+    module = nn.MultiheadAttention(8, heads, dtype=torch.double, **options).eval()
     with torch.no_grad():
-        for p in made.parameters():
+        for p in module.parameters():
             p.normal_()
-    return made
+    return module
 
 
 G = torch.Generator().manual_seed(1)
@@ -80,20 +80,20 @@ def test_attention_computes_what_torch_computes(kind: str, options: dict[str, An
             for n, d in ((L, 8), (S, theirs.kdim), (S, theirs.vdim))
         ]
         inputs = inputs if batch_first else [x.transpose(0, 1) for x in inputs]
-        given = {"need_weights": weights, "average_attn_weights": average, **MASKS[kind]}
+        arguments = {"need_weights": weights, "average_attn_weights": average, **MASKS[kind]}
         if kind == "each head":
-            given["attn_mask"] = torch.randn(B * heads, L, S, generator=g, dtype=torch.double)
-        expected, found = theirs(*inputs, **given), ours(*inputs, **given)
-        assert relative_difference([expected[0]], [found[0]]) < 1e-12
-        assert found[1] is None if not weights else relative_difference([expected[1]], [found[1]]) < 1e-12
+            arguments["attn_mask"] = torch.randn(B * heads, L, S, generator=g, dtype=torch.double)
+        expected, actual = theirs(*inputs, **arguments), ours(*inputs, **arguments)
+        assert relative_difference([expected[0]], [actual[0]]) < 1e-12
+        assert actual[1] is None if not weights else relative_difference([expected[1]], [actual[1]]) < 1e-12
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_attention_without_a_batch_dim(batch_first: bool) -> None:
     theirs = attention(batch_first=batch_first)
     x, padded = torch.randn(S, 8).double(), torch.arange(S) > 3
-    for expected, found in zip(*(m(x, x, x, padded) for m in (theirs, decompose(theirs))), strict=True):
-        assert relative_difference([expected], [found]) < 1e-12
+    for expected, actual in zip(*(m(x, x, x, padded) for m in (theirs, decompose(theirs))), strict=True):
+        assert relative_difference([expected], [actual]) < 1e-12
 
 
 def test_attention_learns_as_torch_does() -> None:
@@ -141,15 +141,15 @@ def test_padding_is_as_without_the_fast_path(kind: str) -> None:
         part = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), 2)
     part = randomised(part)
     x, padded = torch.randn(2, 5, 8).double(), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    given = (x,) if kind == "encoder" else (x, x)
-    named = {"src_key_padding_mask" if kind == "encoder" else "tgt_key_padding_mask": padded}
-    new = decompose(part)
-    slow = part(*given, **named)  # torch takes the fast path only where no gradient is asked for
+    inputs = (x,) if kind == "encoder" else (x, x)
+    masks = {"src_key_padding_mask" if kind == "encoder" else "tgt_key_padding_mask": padded}
+    decomposed = decompose(part)
+    slow = part(*inputs, **masks)  # torch takes the fast path only where no gradient is asked for
     with torch.no_grad():
-        fast = part(*given, **named)
-        found = new(*given, **named)
-    assert relative_difference([slow], [found]) < 1e-12
-    assert relative_difference([fast[~padded]], [found[~padded]]) < 1e-12
+        fast = part(*inputs, **masks)
+        plain = decomposed(*inputs, **masks)
+    assert relative_difference([slow], [plain]) < 1e-12
+    assert relative_difference([fast[~padded]], [plain[~padded]]) < 1e-12
 
 
 def test_a_quantized_encoder_layer_takes_no_fast_path() -> None:
@@ -240,9 +240,9 @@ def test_torchvision_heads(name: str, size: int, heads: list[int], hidden: int) 
     assert [s.n for s in sites if s.producers[0].endswith(("q_proj", "qkv"))] == heads
     assert len([s.n for s in sites if "mlp" in s.name]) == hidden
     assert network.unknown_ops == ()
-    found = check_equivalence(model, network, sites, example, seed=0)
-    assert found.difference < 1e-9
-    assert found.dropped > 50
+    check = check_equivalence(model, network, sites, example, seed=0)
+    assert check.difference < 1e-9
+    assert check.dropped > 50
 
 
 @pytest.mark.parametrize("name", ["transformer", "one_head", "windows", "relative", "video"])
@@ -282,16 +282,16 @@ def test_compress_a_vision_transformer_and_export_it(tmp_path: Any) -> None:
     assert counted["bops"] == jpq.costs.bops(uses) <= 0.03 * jpq.costs.baseline(uses)["bops"]
     assert type(small.blocks) is Encoder
     jpq.export_onnx(small, x[:2], tmp_path / "vit.onnx")
-    found = compare(small, Session(tmp_path / "vit.onnx", optimised=False), [(x, y)])
-    assert found["argmax_differs"] == 0
+    comparison = compare(small, Session(tmp_path / "vit.onnx", optimised=False), [(x, y)])
+    assert comparison["argmax_differs"] == 0
     assert len(small(x).argmax(1).unique()) > 1, "a constant answer shows nothing"
     assert set(model.state_dict()) == keys
 
 
 def test_optimize_saves_and_loads_a_vision_transformer(tmp_path: Any) -> None:
     task, train = Task(model="zoo.attention:Vision", limit=200), Train(epochs=2, float_epochs=1, lr=3e-3)
-    asked = Config(task=task, budget=Budget(target_bops="4%"), train=train, run=Run(out=tmp_path, device="cpu"))
-    result = jpq.optimize(asked)
+    config = Config(task=task, budget=Budget(target_bops="4%"), train=train, run=Run(out=tmp_path, device="cpu"))
+    result = jpq.optimize(config)
     assert result.verified["masked_vs_rebuilt_float64"] <= 1e-9
     assert result.notes == (), "no layer stays at 32 bits"
     small, plan = jpq.load(result.folder, run_code=True)

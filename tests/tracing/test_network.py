@@ -1,4 +1,4 @@
-"""What trace sees: layers, MACs, label classes, reasons, errors."""
+"""`trace`: layers, MACs, label classes, reasons of frozen channels, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""--open-norms: what a normalisation averages over may go too; then nothing is exact, and every report says so."""
+"""`--open-norms`: channels inside a norm's average become prunable; rebuilding is then not exact, as reports say."""
 
 from __future__ import annotations
 

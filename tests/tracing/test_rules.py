@@ -1,4 +1,4 @@
-"""A rule of one's own for an op that jpq does not know: the example of the documentation, run."""
+"""Rules that users write for unknown ops: the documentation's example, and errors of wrong rules."""
 
 from __future__ import annotations
 

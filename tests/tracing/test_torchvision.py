@@ -1,4 +1,4 @@
-"""torchvision's networks: with a random half of every site's units gone, masked and rebuilt are the same in float64."""
+"""torchvision's networks: masked and rebuilt model are equal in float64 with a random half of all units dropped."""
 
 from __future__ import annotations
 

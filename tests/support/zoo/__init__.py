@@ -1,4 +1,4 @@
-"""Nets of a few lines, one topological feature each: ZOO[name] is (constructor, example)."""
+"""Small networks for tests, one topological feature each: ZOO[name] is (constructor, example)."""
 
 from __future__ import annotations
 

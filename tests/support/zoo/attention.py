@@ -1,4 +1,4 @@
-"""The part of the zoo that `unpacked` makes readable: attention that hides its layers, weights that are computed."""
+"""Small networks that only `decompose` makes prunable: packed attention, and weights that norms compute."""
 
 from __future__ import annotations
 

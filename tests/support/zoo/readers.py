@@ -1,4 +1,4 @@
-"""One tensor, made in some way, read by several layers of different kinds: READERS[name] makes the net."""
+"""Small networks in which several layers of different kinds read one tensor: READERS[name] makes the network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The part of the zoo whose channels lie last: attention, embeddings, transformers."""
+"""Small networks whose channels are the last dim: attention, embeddings, transformers."""
 
 from __future__ import annotations
 

@@ -11,6 +11,12 @@ alone), and are shifted left as far as 8 bits allow, their scale by as much to t
 Why shifted: onnxruntime's integer kernels round the bias to whole steps of (weight scale) x (input scale). With 3-bit
 weights such a step is so coarse that values cross rounding boundaries of the next layer by the percent; a weight scale
 that is 2^5 times as fine puts the bias where it belongs, at the same product. `model.packed` keeps the real widths.
+
+Why not `fold_batchnorms` (jpq/export/packed) before export: the file would change, in three respects. That function
+folds into the quantizer's range, a logarithm, in single precision, while here scale and bias are computed in double
+precision and rounded once: on the test zoo it gives other last bits in 40 to 65 % of the scales and 10 to 65 % of the
+biases. Its integers keep their width, so a pass that shifts them would still be needed. And it reads modules, so it
+leaves functional norms and norms that are called several times, and folds norms behind Linear, which stay here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Golden costs (the tables in the BOPs sheet, exact integers), the three ways to count, and targets."""
 
+import math
 from fractions import Fraction
+from functools import cache
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ UNIFORM = {
 WIDTHS = [(8, 8), (4, 8), (4, 4), (3, 3), (2, 2)]
 
 
+@cache
 def traced(name):
     (channels_in, side), *_ = UNIFORM[name]
     return trace(build(name, 10, channels_in), torch.randn(2, channels_in, side, side))
@@ -154,6 +157,8 @@ def test_controller_is_silent_at_or_below_the_aim_and_survives_a_checkpoint():
     assert controller.loss(uses, 1.0) == 0
     assert controller.ramped_limit(goal, 1.0) == goal.limit
     assert controller.ramped_limit(goal, 0.0) == pytest.approx(6400)
+    half = goal.limit * math.sqrt(6400 / goal.limit)  # half way down the ramp: the geometric mean of both ends
+    assert controller.ramped_limit(goal, controller.ramp / 2) == pytest.approx(half, rel=1e-12)
     twin = Controller((goal,))
     twin.restore(controller.state())
     assert twin.pressure == controller.pressure

@@ -15,6 +15,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ from jpq.files.tensors import read_safetensors, read_torch
 from jpq.files.untrusted import parse_json, read_text
 from jpq.plan import MaskPlan, Plan, from_json
 from jpq.results import run_folder
-from jpq.results.front.points import point_of
+from jpq.results.front.points import read_point
 from jpq.tasks import models
+from jpq.tracing.network import Network
 from jpq.tracing.trace import trace
 from jpq.training import checkpoint
 from jpq.types import JpqError
@@ -89,7 +91,9 @@ class Stop(kills.NullObserver):
             raise KeyboardInterrupt
 
 
-NETWORK = trace(net(), torch.rand(2, 1, 8, 8))
+@cache
+def traced_network() -> Network:
+    return trace(net(), torch.rand(2, 1, 8, 8))
 
 
 def loaded(folder: Path) -> None:
@@ -107,15 +111,15 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "plan.json": lambda path: loaded(path.parent),
     "model.safetensors": lambda path: loaded(path.parent),
     "config.toml": lambda path: read_toml(path).check(),
-    "result.json": lambda path: (run_folder.read_run(path.parent), point_of(path.parent)),
-    "layers.csv": lambda path: (run_folder.read_run(path.parent), point_of(path.parent)),
+    "result.json": lambda path: (run_folder.read_run(path.parent), read_point(path.parent)),
+    "layers.csv": lambda path: (run_folder.read_run(path.parent), read_point(path.parent)),
     "history.csv": lambda path: run_folder.read_run(path.parent),
     "model.packed": load_packed,
     "checkpoint.pt": lambda path: checkpoint.load(path.parent),
     "weights.pth": weighed,
     "weights.th": weighed,
     "weights.safetensors": weighed,
-    "mask.json": lambda path: external_mask.read(path).sites(NETWORK),
+    "mask.json": lambda path: external_mask.read(path).sites(traced_network()),
     "table.csv": layer_table.read_table,
     "schemes.json": structure_mapping.read_mapping,
 }
@@ -173,29 +177,65 @@ def mutated(data: bytes, draw: random.Random, suffix: str) -> bytes:
     for _ in range(draw.randint(1, 3)):
         at, until = sorted((draw.randint(0, len(data)), draw.randint(0, len(data))))
         near = min(until, at + draw.choice((1, 8, 64)))
-        kind = draw.choice(("flip", "byte", "cut", "drop", "twice", "noise", "token", "length", "tree"))
-        if kind == "flip" and at < len(data):
-            data = data[:at] + bytes([data[at] ^ 1 << draw.randint(0, 7)]) + data[at + 1 :]
-        elif kind == "byte":  # in the first bytes, where headers are
-            at = draw.randint(0, min(300, len(data)))
-            data = data[:at] + draw.randbytes(1) + data[at + 1 :]
-        elif kind == "cut":
-            data = data[:at]
-        elif kind == "drop":
-            data = data[:at] + data[near:]
-        elif kind == "twice":
-            data = data[:near] + data[at:near] + data[near:]
-        elif kind == "noise":
-            data = data[:at] + draw.randbytes(near - at) + data[near:]
-        elif kind == "token":
-            data = data[:at] + draw.choice(TOKENS) + data[near:]
-        elif kind == "length":
-            data = data[:at] + struct.pack("<q", draw.choice((2**62, 2**31, -1, 10**9))) + data[at + 8 :]
-        elif suffix == ".json":
-            data = replanted(data, draw)
-        elif suffix in (".csv", ".toml"):
-            data = respelled(data, draw)
+        kind = draw.choice((*CHANGES, "value"))
+        if kind == "value" or (kind == "flip" and at == len(data)):
+            data = revalued(data, draw, suffix)
+        else:
+            data = CHANGES[kind](data, at, near, draw)
     return data
+
+
+def flip(data: bytes, at: int, near: int, draw: random.Random) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1 << draw.randint(0, 7)]) + data[at + 1 :]
+
+
+def early_byte(data: bytes, at: int, near: int, draw: random.Random) -> bytes:
+    """One of the first bytes, where headers are."""
+    at = draw.randint(0, min(300, len(data)))
+    return data[:at] + draw.randbytes(1) + data[at + 1 :]
+
+
+def cut(data: bytes, at: int, near: int, draw: random.Random) -> bytes:
+    return data[:at]
+
+
+def drop(data: bytes, at: int, near: int, draw: random.Random) -> bytes:
+    return data[:at] + data[near:]
+
+
+def twice(data: bytes, at: int, near: int, draw: random.Random) -> bytes:
+    return data[:near] + data[at:near] + data[near:]
+
+
+def noise(data: bytes, at: int, near: int, draw: random.Random) -> bytes:
+    return data[:at] + draw.randbytes(near - at) + data[near:]
+
+
+def token(data: bytes, at: int, near: int, draw: random.Random) -> bytes:
+    return data[:at] + draw.choice(TOKENS) + data[near:]
+
+
+def length(data: bytes, at: int, near: int, draw: random.Random) -> bytes:
+    return data[:at] + struct.pack("<q", draw.choice((2**62, 2**31, -1, 10**9))) + data[at + 8 :]
+
+
+CHANGES: dict[str, Callable[[bytes, int, int, random.Random], bytes]] = {
+    "flip": flip,
+    "byte": early_byte,
+    "cut": cut,
+    "drop": drop,
+    "twice": twice,
+    "noise": noise,
+    "token": token,
+    "length": length,
+}
+
+
+def revalued(data: bytes, draw: random.Random, suffix: str) -> bytes:
+    """The file with one of its values replaced, where it is text."""
+    if suffix == ".json":
+        return replanted(data, draw)
+    return respelled(data, draw) if suffix in (".csv", ".toml") else data
 
 
 def replanted(data: bytes, draw: random.Random) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +13,10 @@ from traces import traced_network
 from zoo import ZOO, randomised
 
 from jpq import costs
+from jpq.compression import discretize
 from jpq.compression.attach import attach
 from jpq.compression.model import CompressedModel
+from jpq.costs.target import Target, all_met
 from jpq.export import runtimes
 from jpq.export.onnx.export import export_onnx
 from jpq.export.rebuild import rebuild
@@ -66,6 +68,12 @@ def scatter(net: CompressedModel, seed: int) -> None:
         for p in width.parameters():
             p.data.uniform_(0, 10)
     net.after_step(1.0)
+
+
+def check_no_step_fits(net: CompressedModel, targets: Sequence[Target], plan: Plan) -> None:
+    """What a plan leaves of the targets pays for no single step: one more bit, or the next units of a site."""
+    steps = discretize.soft_decisions(net).steps(plan)
+    assert not any(all_met(targets, net.exact_usage(step.plan)) for step in steps)
 
 
 class Rebuilt(NamedTuple):

@@ -93,7 +93,7 @@ class StudyScreen:
             self.began = time.monotonic()
         if self.live is None and self.number >= 0 and now != self.status:
             outcome = f"trial {self.number}: {now.outcome(self.number)}"
-            parts = (outcome, now.counts(self.study.trials), self._time_left(now))
+            parts = (outcome, now.counts_text(self.study.trials), self._time_left(now))
             print_line(self.console, escape("  ".join(part for part in parts if part)))
         self.status = now
 
@@ -112,13 +112,13 @@ class StudyScreen:
         line = Table.grid(padding=(0, 1))
         bar = ProgressBar(total=self.study.trials, completed=min(now.done, self.study.trials), width=30)
         left = Text(self._time_left(now), style="cyan")
-        line.add_row(Text("study", style="bold"), bar, Text(now.counts(self.study.trials)), left)
+        line.add_row(Text("study", style="bold"), bar, Text(now.counts_text(self.study.trials)), left)
         doing = f"trial {self.number}  {self.phase_name}"
         if self.record is not None:
             held_out = self.record.accuracy
             metric = format_metric(self.task, held_out) if self.task else format_percent(held_out)
             doing += f" {self.record.epoch}/{self.record.epochs}  held-out {metric}"
-        best = "   ".join([*(f"{name} {value:.4g}" for name, value in now.best.items()), now.volume_text()])
+        best = "   ".join([*(f"{name} {value:.4g}" for name, value in now.best.items()), now.hypervolume_text()])
         return Group(line, Text(f"      best: {best}", style="dim"), Text(f"      {doing}", style="dim"))
 
 

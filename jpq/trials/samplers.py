@@ -1,6 +1,6 @@
-"""What proposes the next trial, seeded by the study's seed and the trial's number.
+"""Samplers by name, seeded for each trial by the study's seed and the trial's number.
 
-A sampler is made anew for each trial. So the draws of a trial do not depend on which worker runs it, two workers never
+A new sampler is built for each trial. So the draws of a trial do not depend on which worker runs it, two workers never
 draw the same, and a study that was interrupted goes on as if it had not been.
 """
 
@@ -21,84 +21,97 @@ from jpq.types import unknown
 
 LIMITS = "limits"  # user attribute: name of a limit -> cost over limit - 1, at most 0 where it holds
 
-FIRST = 8  # random trials before a model is fitted
+STARTUP_TRIALS = 8  # random ones before a model is fitted
 
-POPULATION = 20  # trials of a generation; neither follows --trials, which every worker may choose
+POPULATION = 20  # trials of a generation; does not follow --trials, which every worker may choose
 
-OWN = hasattr(optuna.trial.Trial, "set_constraint")  # from Optuna 5 on trials hold their constraints themselves
+HAS_CONSTRAINTS = hasattr(
+    optuna.trial.Trial, "set_constraint"
+)  # from Optuna 5 on trials hold their constraints themselves
 
-Make = Callable[[int], BaseSampler]
+SamplerFactory = Callable[[int], BaseSampler]
 
 
 def feasibility(trial: FrozenTrial) -> Sequence[float]:
-    """The constraints of a trial, for Optuna before 5."""
+    """Constraints of a trial, for Optuna before 5: at most 0 where a limit holds."""
     return tuple(trial.user_attrs.get(LIMITS, {}).values())
 
 
-def hold(trial: optuna.Trial, limits: Mapping[str, float]) -> None:
-    """Tell the sampler how far a trial lies from its limits: cost over limit - 1."""
+def record_limits(trial: optuna.Trial, limits: Mapping[str, float]) -> None:
+    """Tell the sampler how far a trial lies from its limits.
+
+    Args:
+        trial: that runs.
+        limits: name of a cost -> cost over limit - 1, at most 0 where the limit holds.
+    """
     trial.set_user_attr(LIMITS, dict(limits))
-    with warnings.catch_warnings():  # of a trial that is run again they are known already
+    with warnings.catch_warnings():  # a trial that is run again has them already
         warnings.simplefilter("ignore")
-        for name, over in limits.items() if OWN else ():
+        for name, over in limits.items() if HAS_CONSTRAINTS else ():
             trial.set_constraint(f"at most the asked {name}", over)
 
 
-def sampler(study: Study, seed: int) -> Seeded:
-    """The named sampler. Raises JpqError for a name that is not known."""
-    rule: dict[str, Any] = {} if OWN or not study.limits() else {"constraints_func": feasibility}
-    table: dict[str, Make] = {
+def build_sampler(study: Study, seed: int) -> SeededSampler:
+    """The sampler that a study names. Raises JpqError for an unknown name."""
+    rule: dict[str, Any] = {} if HAS_CONSTRAINTS or not study.limits() else {"constraints_func": feasibility}
+    table: dict[str, SamplerFactory] = {
         "tpe": lambda seed: TPESampler(
-            seed=seed, n_startup_trials=FIRST, multivariate=True, group=True, constant_liar=True, **rule
+            seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, group=True, constant_liar=True, **rule
         ),
         "nsga2": lambda seed: NSGAIISampler(seed=seed, population_size=POPULATION, **rule),
-        "gp": lambda seed: GPSampler(seed=seed, n_startup_trials=FIRST, **rule),
+        "gp": lambda seed: GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS, **rule),
         "random": lambda seed: RandomSampler(seed=seed),
     }
     if study.sampler not in table:
         raise unknown("sampler", study.sampler, table)
-    return Seeded(table[study.sampler], seed)
+    return SeededSampler(table[study.sampler], seed)
 
 
-class Seeded(BaseSampler):
-    """A sampler that is made anew, with a seed of its own, for each trial."""
+class SeededSampler(BaseSampler):
+    """A sampler that is built anew, with a seed of its own, for each trial.
 
-    def __init__(self, make: Make, seed: int) -> None:
-        self.make, self.seed = make, seed
-        self.inner = self._made(0)
+    Args:
+        factory: seed -> sampler.
+        seed: of the study.
+    """
 
-    def _made(self, number: int) -> BaseSampler:
+    def __init__(self, factory: SamplerFactory, seed: int) -> None:
+        self.factory, self.seed = factory, seed
+        self.inner = self._sampler_of(0)
+
+    def _sampler_of(self, number: int) -> BaseSampler:
+        """The sampler of the trial with this number."""
         digest = hashlib.sha256(f"{self.seed} {number}".encode()).digest()
         with warnings.catch_warnings():  # Optuna's notes on what it may yet change
             warnings.simplefilter("ignore")
-            return self.make(int.from_bytes(digest[:4], "big"))
+            return self.factory(int.from_bytes(digest[:4], "big"))
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """A new sampler for a new trial."""
-        self.inner = self._made(trial.number)
+        """Build the sampler of a new trial."""
+        self.inner = self._sampler_of(trial.number)
         self.inner.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """As the sampler has it."""
+        """Delegate to the sampler of this trial."""
         return self.inner.infer_relative_search_space(study, trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """As the sampler has it."""
+        """Delegate to the sampler of this trial."""
         return self.inner.sample_relative(study, trial, search_space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """As the sampler has it."""
+        """Delegate to the sampler of this trial."""
         return self.inner.sample_independent(study, trial, param_name, param_distribution)
 
     def after_trial(
         self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
-        """As the sampler has it."""
+        """Delegate to the sampler of this trial."""
         self.inner.after_trial(study, trial, state, values)
 
     def reseed_rng(self) -> None:
-        """Nothing to do: every trial has a seed of its own."""
+        """Do nothing: every trial has a seed of its own."""

@@ -1,4 +1,4 @@
-"""What a study varies, asks for, and when it ends."""
+"""Settings of a study: what trials vary, objectives and limits; its TOML file, and its record in the storage."""
 
 from __future__ import annotations
 
@@ -15,24 +15,23 @@ import tomli_w
 from optuna.study import StudyDirection
 
 from jpq.config import TARGETS, Config, Decide, fill_section, from_tree, read_tables, to_tree
-from jpq.costs.target import parse_share
 from jpq.files.atomic import replace_file
-from jpq.trials.storage import stored
+from jpq.trials.storage import stored_url
 from jpq.types import JpqError, unknown
 
 OBJECTIVES = ("accuracy", "bops", "size", "latency", "macs")
 
-VARIED = ("density", "bits", "structure", "method", "lr", "target")
+VARIED = ("density", "bits", "structure", "method", "lr", "target")  # kinds of decisions
 
-PARTS = ("layer", "block", "network")
+PARTS = ("layer", "block", "network")  # of the network that share a decision
 
 SAMPLERS = ("tpe", "nsga2", "gp", "random")
 
-STEP = 0.05  # between densities
+STEP = 0.05  # of the densities that trials choose from
 
 STUDY_FILE = "study.toml"
 SETTINGS, WEIGHTS, CHANCE = "settings", "float weights", "accuracy of guessing"  # user attributes of the study
-OWN = ("name", "trials", "storage", "dead_after", "pictures")  # settings that each worker may choose
+WORKER_SETTINGS = ("name", "trials", "storage", "dead_after", "pictures")  # each worker may choose its own
 
 
 @dataclass(frozen=True)
@@ -91,26 +90,27 @@ class Study:
     dead_after: int = 120
     """Seconds without a sign of life after which another worker runs a trial again."""
 
-    def asked(self) -> tuple[str, ...]:
+    def objective_names(self) -> tuple[str, ...]:
         """The objectives; accuracy first."""
-        return _names("objectives", self.objectives, OBJECTIVES)
+        return _known_names("objectives", self.objectives, OBJECTIVES)
 
-    def varied(self) -> tuple[str, ...]:
-        """What trials decide."""
-        return _names("vary", self.vary, VARIED)
+    def varied_names(self) -> tuple[str, ...]:
+        """The kinds of decisions that trials take, names in VARIED."""
+        return _known_names("vary", self.vary, VARIED)
 
     def choices(self, name: str) -> tuple[str, ...]:
-        """What trials choose from: the `methods` or the `structures`."""
-        return _listed(name, getattr(self, name), "djpq,l0" if name == "methods" else "channels,2:4")
+        """The `methods` or the `structures` that trials choose from."""
+        return _split_names(name, getattr(self, name), "djpq,l0" if name == "methods" else "channels,2:4")
 
-    def by_hand(self) -> bool:
-        """Whether trials say every decision themselves, so that their cost is known before they train."""
-        return {"density", "bits"} & {*self.varied()} != set() and {*self.varied()} <= {"density", "bits", "lr"}
+    def is_manual(self) -> bool:
+        """Whether trials take every decision by hand, so that their costs are known before they train."""
+        varied = {*self.varied_names()}
+        return bool(varied & {"density", "bits"}) and varied <= {"density", "bits", "lr"}
 
     def limits(self) -> dict[str, str]:
-        """Cost -> what it may be at most, as text."""
-        asked = {"bops": self.max_bops, "size": self.max_size, "macs": self.max_macs, "latency": self.max_latency}
-        return {cost: text for cost, text in asked.items() if text is not None}
+        """Cost -> the largest amount that is allowed, as text."""
+        texts = {"bops": self.max_bops, "size": self.max_size, "macs": self.max_macs, "latency": self.max_latency}
+        return {cost: text for cost, text in texts.items() if text is not None}
 
     def check(self, config: Config) -> Study:
         """This study, once every value makes sense beside the task's settings. Raises JpqError with what to change."""
@@ -118,14 +118,33 @@ class Study:
             raise JpqError(f"--name '{self.name}' cannot be a folder's name. Give a word, such as --name digits.")
         if config.run.resume:
             raise JpqError("A study goes on by itself: leave --resume out.")
-        asked, varied = self.asked(), self.varied()
-        if "accuracy" not in asked or len(asked) < 2:
+        self._check_names(config)
+        self._check_numbers()
+        if self.is_manual():
+            self._check_manual_decisions(config)
+        else:
+            self._check_method_decisions(config)
+        return self
+
+    def _check_names(self, config: Config) -> None:
+        """Raises JpqError for unknown objectives, samplers or parts, and for latency without a table."""
+        objectives = self.objective_names()
+        self.varied_names()
+        if "accuracy" not in objectives or len(objectives) < 2:
             raise JpqError(
                 f"--objectives {self.objectives}: give accuracy and at least one cost, such as accuracy,bops."
             )
         for flag, name, known in (("sampler", self.sampler, SAMPLERS), ("part for --per", self.per, PARTS)):
             if name not in known:
                 raise unknown(flag, name, known)
+        if "latency" in {*objectives, *self.limits()} and config.budget.latency_table is None:
+            raise JpqError(
+                "Latency as an objective or limit needs measured layers: run jpq bench --table FILE.csv "
+                f"--model {config.task.model}, then add --latency-table FILE.csv."
+            )
+
+    def _check_numbers(self) -> None:
+        """Raises JpqError for counts that are too small and ranges that make no sense."""
         for flag, number, least in (
             ("--trials", self.trials, 1),
             ("--patience", self.patience, 1),
@@ -143,71 +162,66 @@ class Study:
             raise JpqError(f"--lr-range {self.lr_range[0]} {self.lr_range[1]}: give two factors, small and large.")
         if not parse_bops_share(self.bops_range[0]) < parse_bops_share(self.bops_range[1]):
             raise JpqError(f"--bops-range {' '.join(self.bops_range)}: give a smaller and a larger share.")
-        if "latency" in {*asked, *self.limits()} and config.budget.latency_table is None:
-            raise JpqError(
-                "Latency as an objective or limit needs measured layers: run jpq bench --table FILE.csv "
-                f"--model {config.task.model}, then add --latency-table FILE.csv."
-            )
-        self._check_decisions(config, varied)
-        return self
 
-    def _check_decisions(self, config: Config, varied: Sequence[str]) -> None:
-        """Raises JpqError where the settings say what the trials are to decide."""
-        b, d = config.budget, config.decide
-        if self.by_hand():
-            for cost in ("bops", "size", "macs", "latency"):
-                text = getattr(b, f"target_{cost}")
-                if text:
-                    raise JpqError(
-                        f"--target-{cost} {text}: in a study of {self.vary} the cost is what comes out. "
-                        f"Give --max-{cost} {text.split(',')[0]}, or --vary target,method."
-                    )
-            said = {"bits": d.bits, "density": d.densities}
-            for name, text in said.items():
-                if name in varied and text:
-                    raise JpqError(
-                        f"{name} is decided by the trials (--vary {self.vary}) and said by hand: {text}. "
-                        "Leave one of them out."
-                    )
-            if d.method != Decide.method:
+    def _check_manual_decisions(self, config: Config) -> None:
+        """Raises JpqError where the task's settings take decisions that the trials take by hand."""
+        b, d, varied = config.budget, config.decide, self.varied_names()
+        for cost in ("bops", "size", "macs", "latency"):
+            text = getattr(b, f"target_{cost}")
+            if text:
                 raise JpqError(
-                    f"--method {d.method}: in a study of {self.vary} the trials decide. Leave --method out, "
-                    "or --vary target."
+                    f"--target-{cost} {text}: in a study of {self.vary} the cost is what comes out. "
+                    f"Give --max-{cost} {text.split(',')[0]}, or --vary target,method."
                 )
-            replace(config, decide=replace(d, bits=d.bits or "8/8")).check()
-        else:
-            if "target" in varied and b.target_bops:
-                raise JpqError(f"--target-bops {b.target_bops}: targets vary (--vary {self.vary}). Leave one out.")
-            for name in TARGETS:
-                text, flag = getattr(b, name) or "", f"--{name.replace('_', '-')}"
-                if "," in text:
-                    raise JpqError(
-                        f"{flag} {text}: each trial of a study has one target. Give one, such as {flag} "
-                        f"{text.split(',')[0].strip()}, or --vary target for BOPs."
-                    )
-            given = replace(b, target_bops="1%") if "target" in varied else b
-            replace(config, budget=given).check()
+        for name, text in {"bits": d.bits, "density": d.densities}.items():
+            if name in varied and text:
+                raise JpqError(
+                    f"{name} is decided by the trials (--vary {self.vary}) and said by hand: {text}. "
+                    "Leave one of them out."
+                )
+        if d.method != Decide.method:
+            raise JpqError(
+                f"--method {d.method}: in a study of {self.vary} the trials decide. Leave --method out, "
+                "or --vary target."
+            )
+        replace(config, decide=replace(d, bits=d.bits or "8/8")).check()
+
+    def _check_method_decisions(self, config: Config) -> None:
+        """Raises JpqError where the task's settings take decisions that the trials leave to a method."""
+        b, varied = config.budget, self.varied_names()
+        if "target" in varied and b.target_bops:
+            raise JpqError(f"--target-bops {b.target_bops}: targets vary (--vary {self.vary}). Leave one out.")
+        for name in TARGETS:
+            text, flag = getattr(b, name) or "", f"--{name.replace('_', '-')}"
+            if "," in text:
+                raise JpqError(
+                    f"{flag} {text}: each trial of a study has one target. Give one, such as {flag} "
+                    f"{text.split(',')[0].strip()}, or --vary target for BOPs."
+                )
+        replace(config, budget=replace(b, target_bops="1%") if "target" in varied else b).check()
 
 
-def _names(flag: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+def _known_names(flag: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
     """The names in `text`, in the order of `known`."""
-    names = _listed(flag, text, f"any of {', '.join(known)}")
+    names = _split_names(flag, text, f"any of {', '.join(known)}")
     for name in names:
         if name not in known:
             raise unknown(f"name in --{flag}", name, known)
     return tuple(name for name in known if name in names)
 
 
-def _listed(flag: str, text: str, instead: str) -> tuple[str, ...]:
+def _split_names(flag: str, text: str, example: str) -> tuple[str, ...]:
     """The names between the commas, each once."""
     names = tuple(dict.fromkeys(name for name in (part.strip() for part in text.split(",")) if name))
     if not names:
-        raise JpqError(f"--{flag} names nothing. Give {instead}.")
+        raise JpqError(f"--{flag} names nothing. Give {example}.")
     return names
 
 
 def parse_bops_share(text: str) -> Fraction:
     """`4%` as 1/25. Raises JpqError for any text but a percentage above 0 and at most 100."""
+    from jpq.costs.target import parse_share  # imports torch, which --help does without
+
     share = parse_share(text)
     if not share or not text.endswith("%"):
         raise JpqError(f"--bops-range: '{text}' is not a share of the fp32 model's BOPs. Write it like 0.5%.")
@@ -215,20 +229,20 @@ def parse_bops_share(text: str) -> Fraction:
 
 
 def write_study(config: Config, study: Study, path: Path) -> None:
-    """Save the settings as TOML: those of the task, and a table [study]; they hold from any folder, and no password."""
+    """Save the task's settings and a table [study] as TOML, with absolute paths and without passwords."""
     task, weights = config.task, config.task.weights
     task = replace(task, weights=weights and weights.resolve(), data_root=task.data_root.resolve())
     table = config.budget.latency_table
     config = replace(config, task=task, budget=replace(config.budget, latency_table=table and table.resolve()))
-    own = asdict(replace(study, storage=stored(study.storage)))
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in own.items() if v is not None}
+    values = asdict(replace(study, storage=stored_url(study.storage)))
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
     replace_file(path, lambda part: part.write_text(tomli_w.dumps({**to_tree(config), "study": plain})))
 
 
 def read_study(path: Path) -> tuple[Config, Study]:
     """The settings in a study's file, or in a run's config.toml.
 
-    A file that lies in its study's own folder says with it where that study is.
+    The folder of a file that lies in its study's own folder is taken as that of the study.
     """
     tree = read_tables(path)
     table = tree.pop("study", {})
@@ -236,55 +250,65 @@ def read_study(path: Path) -> tuple[Config, Study]:
         raise JpqError(f"{path}: 'study' must be a table of settings, such as [study].")
     config, study = from_tree(tree, str(path)), fill_section(Study(), "study", table, str(path))
     folder = path.resolve().parent
-    own = path.name == STUDY_FILE and folder.name == study.name
-    return replace(config, run=replace(config.run, out=folder.parent if own else config.run.out, resume=False)), study
+    in_study = path.name == STUDY_FILE and folder.name == study.name
+    return replace(
+        config, run=replace(config.run, out=folder.parent if in_study else config.run.out, resume=False)
+    ), study
 
 
-def begun(shared: optuna.Study) -> bool:
-    """Whether a worker has noted all that the others need."""
-    noted = shared.user_attrs.get(SETTINGS)
-    return isinstance(noted, dict) and "study" in noted and WEIGHTS in shared.user_attrs
+def is_recorded(shared: optuna.Study) -> bool:
+    """Whether a worker has recorded all that the others need."""
+    record = shared.user_attrs.get(SETTINGS)
+    return isinstance(record, dict) and "study" in record and WEIGHTS in shared.user_attrs
 
 
-def require_own(shared: optuna.Study, directions: Sequence[StudyDirection]) -> None:
-    """Raises JpqError for a study of somebody else's; one whose first worker has only begun is ours."""
-    other = shared.directions != list(directions)
-    if not begun(shared) and (other or (WEIGHTS not in shared.user_attrs and shared.get_trials(deepcopy=False))):
+def check_is_ours(shared: optuna.Study, directions: Sequence[StudyDirection]) -> None:
+    """Raises JpqError for a study that jpq did not make; one that its first worker has not yet recorded passes."""
+    foreign = shared.directions != list(directions)
+    if not is_recorded(shared) and (
+        foreign or (WEIGHTS not in shared.user_attrs and shared.get_trials(deepcopy=False))
+    ):
         raise JpqError(
             f"The storage holds a study '{shared.study_name}' that is not of jpq study. Choose another --name."
         )
 
 
-def note(config: Config, study: Study, shared: optuna.Study) -> None:
-    """Note the settings in the storage. They come last: a study that has them has all else (`begun`)."""
-    shared.set_user_attr(SETTINGS, _shared(config, study))
+def record_settings(config: Config, study: Study, shared: optuna.Study) -> None:
+    """Record the settings in the storage. They come last: a study that has them has all else (`is_recorded`)."""
+    shared.set_user_attr(SETTINGS, _shared_settings(config, study))
 
 
-def _shared(config: Config, study: Study) -> dict[str, dict[str, Any]]:
+def _shared_settings(config: Config, study: Study) -> dict[str, dict[str, Any]]:
     """The settings that all workers must agree on."""
     tree: dict[str, Any] = {s: dict(t) for s, t in to_tree(config).items()}
     tree["run"] = {"seed": config.run.seed}
-    for name in ("weights", "data_root"):  # where they lie on this machine
+    for name in ("weights", "data_root"):  # paths of this machine
         tree["task"].pop(name, None)
-    if config.budget.latency_table is not None:  # what it says, not where it lies
+    if config.budget.latency_table is not None:  # its content, not its path
         tree["budget"]["latency_table"] = hashlib.sha256(config.budget.latency_table.read_bytes()).hexdigest()[:12]
-    tree["study"] = {f.name: getattr(study, f.name) for f in fields(study) if f.name not in OWN}
+    tree["study"] = {f.name: getattr(study, f.name) for f in fields(study) if f.name not in WORKER_SETTINGS}
     plain: dict[str, dict[str, Any]] = json.loads(json.dumps(tree))
     return plain
 
 
-def agree(config: Config, study: Study, weights: str, shared: optuna.Study) -> None:
-    """Raises JpqError where other workers have noted other settings or float weights in the storage."""
-    ours = _shared(config, study)
+def check_agreement(config: Config, study: Study, weights: str, shared: optuna.Study) -> None:
+    """Raises JpqError where the storage records other settings or float weights.
+
+    Args:
+        config, study: settings of this worker.
+        weights: digest of its float weights.
+        shared: the study in its storage.
+    """
+    ours = _shared_settings(config, study)
     theirs = shared.user_attrs[SETTINGS]
     for section in ours:
         for key in sorted({*ours[section], *theirs.get(section, {})}):
-            mine, other = ours[section].get(key), theirs.get(section, {}).get(key)
-            if mine != other:
+            mine, recorded = ours[section].get(key), theirs.get(section, {}).get(key)
+            if mine != recorded:
                 raise JpqError(
-                    f"Study '{study.name}' was begun with --{key.replace('_', '-')} {_said(other)}, and here it is "
-                    f"{_said(mine)}. Go on with the study's own settings (--config with its {STUDY_FILE}), "
-                    "or choose another --name."
+                    f"Study '{study.name}' was begun with --{key.replace('_', '-')} {_format_setting(recorded)}, "
+                    f"and here it is {_format_setting(mine)}. Go on with the study's own settings "
+                    f"(--config with its {STUDY_FILE}), or choose another --name."
                 )
     if shared.user_attrs[WEIGHTS] != weights:
         raise JpqError(
@@ -293,5 +317,6 @@ def agree(config: Config, study: Study, weights: str, shared: optuna.Study) -> N
         )
 
 
-def _said(value: Any) -> str:
+def _format_setting(value: Any) -> str:
+    """A setting as its flag takes it."""
     return "left out" if value in (None, "") else " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,4 +1,4 @@
-"""The space: what a trial may decide, under names that a person can read, and the run that its decisions describe."""
+"""Search space of a study: readable names of a trial's parameters, and the config that they describe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jpq.tracing.sites import Site
 from jpq.trials.settings import STEP, Study, parse_bops_share
 from jpq.types import JpqError, unknown
 
-EVERYWHERE = "all layers"  # what --per network calls them
+EVERYWHERE = "all layers"  # name of the one group of --per network
 
 UNIFORM = (8, 4, 3, 2)  # widths of the anchors
 
@@ -25,7 +25,7 @@ RATES = {"lr": "learning rate of weights", "gate_lr": "learning rate of gates", 
 TARGET = "BOPs target (% of fp32)"
 
 
-def block(name: str) -> str:
+def block_of(name: str) -> str:
     """The block that a layer belongs to: `layer1.0` of `layer1.0.conv1`, `features.3` of `features.3.0.block.1.0`.
 
     The shortest beginning of the name that ends with a number; a layer without one is a block of its own.
@@ -35,27 +35,27 @@ def block(name: str) -> str:
     return ".".join(parts[: ends[0] + 1]) if ends else name
 
 
-def grouped(names: Iterable[str], per: str) -> dict[str, list[str]]:
-    """What is decided together: by layer, by block, or everywhere."""
+def group_names(names: Iterable[str], per: str) -> dict[str, list[str]]:
+    """Names that share a decision: by layer, by block, or all of them."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault({"layer": name, "block": block(name)}.get(per, EVERYWHERE), []).append(name)
+        groups.setdefault({"layer": name, "block": block_of(name)}.get(per, EVERYWHERE), []).append(name)
     return groups
 
 
-def require_names(study: Study) -> None:
-    """Raises JpqError for a method or structure to choose from that is not known; what do not go together may fail."""
-    for name in study.choices("methods") if "method" in study.varied() else ():
+def check_names(study: Study) -> None:
+    """Raises JpqError for an unknown method or structure to choose from; incompatible ones fail as trials."""
+    for name in study.choices("methods") if "method" in study.varied_names() else ():
         if name not in METHODS:
             raise unknown("method", name, METHODS)
-    readable = is_allowed(next(method for method in METHODS.values() if method.gate is not None))
-    for name in study.choices("structures") if "structure" in study.varied() else ():
-        readable(name)
+    check_structure = is_allowed(next(method for method in METHODS.values() if method.gate is not None))
+    for name in study.choices("structures") if "structure" in study.varied_names() else ():
+        check_structure(name)
 
 
 @dataclass(frozen=True)
 class Space:
-    """What the trials of one study may decide.
+    """Decisions that trials of one study may take.
 
     Args:
         study, config: the settings; trials change what `study.vary` names.
@@ -70,41 +70,41 @@ class Space:
 
     @classmethod
     def of(cls, study: Study, config: Config, network: Network, sites: Sequence[Site]) -> Space:
-        """The space over a network. Raises JpqError where there is nothing to vary."""
+        """The search space over a network. Raises JpqError where there is nothing to vary."""
         space = cls(study, config, {x.name: x.reads_input for x in network.layers}, [site.name for site in sites])
-        if study.by_hand() and study.varied() == ("density",) and not sites:
+        if study.is_manual() and study.varied_names() == ("density",) and not sites:
             raise JpqError("No channel of this model can be dropped (see jpq inspect): vary bits instead of density.")
         return space
 
     def suggest(self, trial: Trial) -> Config:
-        """The run that a trial decides on."""
-        config = self._by_hand(trial) if self.study.by_hand() else self._by_method(trial)
-        if "lr" in self.study.varied():
-            config = self._rates(trial, config)
+        """The config that a trial's parameters describe."""
+        config = self._decide_manually(trial) if self.study.is_manual() else self._decide_for_method(trial)
+        if "lr" in self.study.varied_names():
+            config = self._scale_rates(trial, config)
         return config
 
     def anchors(self) -> list[dict[str, Any]]:
-        """The uniform trials that the study begins with, and what they are called."""
-        varied, study, d = self.study.varied(), self.study, self.config.decide
-        if not (study.by_hand() and study.anchors):
+        """Parameters of the uniform trials that the study begins with."""
+        varied, study, d = self.study.varied_names(), self.study, self.config.decide
+        if not (study.is_manual() and study.anchors):
             return []
-        fits = [b for b in UNIFORM if all(low <= b <= high for low, high in (d.w_bits, d.a_bits))]
-        found = []
-        for bits in fits if "bits" in varied else [0]:
+        allowed = [b for b in UNIFORM if all(low <= b <= high for low, high in (d.w_bits, d.a_bits))]
+        anchors = []
+        for bits in allowed if "bits" in varied else [0]:
             values: dict[str, Any] = {}
             if "bits" in varied:
-                for label, names in grouped(self.layers, study.per).items():
+                for label, names in group_names(self.layers, study.per).items():
                     values |= {name: bits for name in self._bit_names(label, names)}
             if "density" in varied:
-                values |= {_density(label): study.density_range[1] for label in grouped(self.sites, study.per)}
+                values |= {_density(label): study.density_range[1] for label in group_names(self.sites, study.per)}
             if "lr" in varied:
                 values[RATES["lr"]] = self.config.train.lr
-            found.append(values)
-        return found
+            anchors.append(values)
+        return anchors
 
     def smallest(self) -> Config:
-        """The run that decides for as little as it may, where decisions are said by hand."""
-        varied, d = self.study.varied(), self.config.decide
+        """The config of the smallest decisions, in a study of decisions by hand."""
+        varied, d = self.study.varied_names(), self.config.decide
         if "bits" in varied:
             d = replace(d, bits=f"{d.w_bits[0]}/{d.a_bits[0]}")
         if "density" in varied:
@@ -112,31 +112,31 @@ class Space:
         return replace(self.config, decide=d)
 
     def _bit_names(self, label: str, names: Sequence[str]) -> list[str]:
-        """Parameters of a group: bits of its weights, and of what it reads where that is not the image."""
+        """Parameters of a group: bits of its weights, and of its inputs unless they are the image."""
         sides = ["weight", *(["activation"] if any(not self.layers[n] for n in names) else [])]
         return [f"{label} {side} bits" for side in sides]
 
-    def _by_hand(self, trial: Trial) -> Config:
+    def _decide_manually(self, trial: Trial) -> Config:
         study, d = self.study, self.config.decide
-        if "bits" in study.varied():
+        if "bits" in study.varied_names():
             chosen: dict[str, str] = {}
-            for label, names in grouped(self.layers, study.per).items():
+            for label, names in group_names(self.layers, study.per).items():
                 bounds = (d.w_bits, d.a_bits)
                 got = [trial.suggest_int(n, *b) for n, b in zip(self._bit_names(label, names), bounds, strict=False)]
                 w, a = got if len(got) == 2 else (got[0], d.image_bits)
                 chosen |= dict.fromkeys(names, f"{w}/{a}")
             d = replace(d, bits=",".join(f"{name}={pair}" for name, pair in chosen.items()))
-        if "density" in study.varied() and self.sites:
+        if "density" in study.varied_names() and self.sites:
             shares: dict[str, str] = {}
-            for label, names in grouped(self.sites, study.per).items():
+            for label, names in group_names(self.sites, study.per).items():
                 share = trial.suggest_float(_density(label), *study.density_range, step=STEP)
                 shares |= dict.fromkeys(names, f"{share:.4g}")
             d = replace(d, densities=",".join(f"{name}={share}" for name, share in shares.items()))
         return replace(self.config, decide=d)
 
-    def _by_method(self, trial: Trial) -> Config:
+    def _decide_for_method(self, trial: Trial) -> Config:
         study, config = self.study, self.config
-        varied, d = study.varied(), config.decide
+        varied, d = study.varied_names(), config.decide
         if "method" in varied:
             d = replace(d, method=trial.suggest_categorical("method", study.choices("methods")))
         if "structure" in varied:
@@ -157,14 +157,14 @@ class Space:
             budget = replace(budget, target_bops=f"{percent:.4g}%")
         return replace(config, decide=d, budget=budget)
 
-    def _rates(self, trial: Trial, config: Config) -> Config:
+    def _scale_rates(self, trial: Trial, config: Config) -> Config:
         low, high = self.study.lr_range
 
         def rate(name: str, now: float) -> float:
             return float(f"{trial.suggest_float(RATES[name], low * now, high * now, log=True):.4g}")
 
         config = replace(config, train=replace(config.train, lr=rate("lr", config.train.lr)))
-        if self.study.by_hand():
+        if self.study.is_manual():
             return config
         d = config.decide
         return replace(config, decide=replace(d, gate_lr=rate("gate_lr", d.gate_lr), bit_lr=rate("bit_lr", d.bit_lr)))

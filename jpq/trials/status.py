@@ -1,4 +1,4 @@
-"""How a study stands: trials by kind, the best of each objective, the front and its hypervolume."""
+"""Status of a study: trials by kind, the best value of each objective, the front and its hypervolume."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from jpq.costs.latency import NS
 from jpq.results.front import pareto
 from jpq.tasks import CLASSIFICATION, recorded_task
 from jpq.tasks.base import Task
+from jpq.trials.attributes import REASON, RULED_OUT, SAME, STOPPED, is_counted
+from jpq.trials.objectives import objective_unit
 from jpq.trials.settings import CHANCE, Study
-from jpq.trials.trial import REASON, RULED_OUT, SAME, STOPPED, counts, objective_unit
 
 OptunaStudy = optuna.Study
 
@@ -22,11 +23,11 @@ FULL = "fp32 costs"  # user attribute of the study
 
 @dataclass(frozen=True)
 class StudyStatus:
-    """A study as it stands."""
+    """Trials by kind, best values and front of a study, over all workers."""
 
     trials: tuple[FrozenTrial, ...]
     names: tuple[str, ...]  # of the objectives
-    done: int  # trials that count
+    done: int  # trained, or failed by themselves
     running: int
     stopped: int  # early
     failed: int
@@ -36,21 +37,25 @@ class StudyStatus:
     hypervolume: float | None  # of the front, as `jpq.results.front.pareto.hypervolume_of` has it
 
     @classmethod
-    def of(cls, study: optuna.Study, asked: Study) -> StudyStatus:
-        """Counts over all workers."""
+    def of(cls, study: optuna.Study, settings: Study) -> StudyStatus:
+        """The status of a study that these settings describe."""
         trials = study.get_trials(deepcopy=False)
-        own = [t for t in trials if t.state == TrialState.COMPLETE and SAME not in t.user_attrs and fits(t)]
-        signs = [-1.0 if name == "accuracy" else 1.0 for name in asked.asked()]
+        own = [t for t in trials if t.state == TrialState.COMPLETE and SAME not in t.user_attrs and meets_limits(t)]
+        signs = [-1.0 if name == "accuracy" else 1.0 for name in settings.objective_names()]
         points = [[s * v for s, v in zip(signs, t.values, strict=True)] for t in own]
         front = [t for t, on in zip(own, pareto.non_dominated(points), strict=True) if on] if own else []
         task = recorded_task(study.user_attrs)
-        names = tuple(objective_unit(name, task)[0] for name in asked.asked())
+        names = tuple(objective_unit(name, task)[0] for name in settings.objective_names())
         best = {n: s * min(p[i] for p in points) for i, (n, s) in enumerate(zip(names, signs, strict=True)) if points}
-        done = sum(map(counts, trials))
+        done = sum(map(is_counted, trials))
         states = [t.state for t in trials]
         open_ = states.count(TrialState.RUNNING) + states.count(TrialState.WAITING)
         full, chance = (study.user_attrs.get(key) for key in (FULL, CHANCE))
-        covered = volume(own, asked.asked(), full, chance or 0.0, task) if own and full and len(names) <= 3 else None
+        covered = (
+            study_hypervolume(own, settings.objective_names(), full, chance or 0.0, task)
+            if own and full and len(names) <= 3
+            else None
+        )
         return cls(
             tuple(trials),
             names,
@@ -64,7 +69,7 @@ class StudyStatus:
             covered,
         )
 
-    def counts(self, wanted: int) -> str:
+    def counts_text(self, total: int) -> str:
         """`12/40 done, 2 running, 3 stopped early`."""
         kinds = {
             "running": self.running,
@@ -72,39 +77,39 @@ class StudyStatus:
             "failed": self.failed,
             "repeated or ruled out": self.spare,
         }
-        return ", ".join([f"{self.done}/{wanted} done", *(f"{n} {kind}" for kind, n in kinds.items() if n)])
+        return ", ".join([f"{self.done}/{total} done", *(f"{n} {kind}" for kind, n in kinds.items() if n)])
 
-    def volume_text(self) -> str:
+    def hypervolume_text(self) -> str:
         """The hypervolume, where it is known."""
         return "" if self.hypervolume is None else f"hypervolume {self.hypervolume:.3f}"
 
     def outcome(self, number: int) -> str:
-        """What became of a trial."""
+        """Values of a trial, or why it has none."""
         trial = next((t for t in self.trials if t.number == number), None)
         if trial is None:
             return ""
-        said = {name: trial.user_attrs[name] for name in (SAME, RULED_OUT, STOPPED, REASON) if name in trial.user_attrs}
-        if said:
-            name, text = next(iter(said.items()))
+        reasons = [name for name in (SAME, RULED_OUT, STOPPED, REASON) if name in trial.user_attrs]
+        if reasons:
+            name, text = reasons[0], trial.user_attrs[reasons[0]]
             return f"{name.replace('_', ' ')} {text}"
         if trial.values is None:
             return trial.state.name.lower()
         return ", ".join(f"{name} {value:.4g}" for name, value in zip(self.names, trial.values, strict=True))
 
 
-def fits(trial: FrozenTrial) -> bool:
-    """Whether every limit holds."""
+def meets_limits(trial: FrozenTrial) -> bool:
+    """Whether a trial keeps every limit."""
     return all(over <= 0 for over in trial.user_attrs.get("limits", {}).values())
 
 
-def volume(
+def study_hypervolume(
     trials: Sequence[FrozenTrial],
     names: Sequence[str],
     full: Mapping[str, float],
     chance: float,
     task: Task = CLASSIFICATION,
 ) -> float:
-    """What the trials cover, in accuracy above chance x decades of each cost (`pareto.covered`).
+    """Hypervolume of trials, in metric above chance x decades of each cost (`pareto.hypervolume_of`).
 
     Args:
         trials: finished ones.

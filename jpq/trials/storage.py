@@ -1,6 +1,6 @@
-"""Where a study lives: Optuna's storages, each with a heartbeat, so that a dead worker's trial is found.
+"""Storages of a study: Optuna's own, with heartbeats, so that the trial of a dead worker is found.
 
-Optuna's relational storages record heartbeats themselves. Its journal file does not, so `Journal` keeps one file per
+Optuna's relational storages record heartbeats. Its journal file does not, so `HeartbeatJournalStorage` keeps a file per
 running trial beside it, touched by the same thread of Optuna's that would write to the database; whoever starts a
 trial first fails those whose file is too old, and queues them again. The journal itself holds nothing of ours.
 """
@@ -36,35 +36,35 @@ WORKER = "worker"  # user attribute of a trial: host and process
 
 RETRIES = 3  # of a trial whose workers died
 
-NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # what a machine says that nothing can be written on
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # full, over quota, read-only, broken
 
-Again = Callable[[optuna.Study, FrozenTrial], None]
+TrialCallback = Callable[[optuna.Study, FrozenTrial], None]
 
 
 class HeartbeatJournalStorage(JournalStorage, BaseHeartbeat):
-    """Optuna's journal file, with heartbeats: `folder/<id of the trial>`, as old as its last one.
+    """Optuna's journal file, with heartbeats: the time stamp of `folder/<id of the trial>`.
 
     Args:
         file: the journal.
         folder: of the heartbeats; on the same file system, whose clock then serves all machines.
         interval: seconds between heartbeats.
-        grace: seconds after which a trial without one is dead.
-        again: called for a dead trial.
+        grace: seconds without a heartbeat after which a trial is dead.
+        on_dead: called for a dead trial.
     """
 
-    def __init__(self, file: Path, folder: Path, interval: int, grace: int, again: Again) -> None:
+    def __init__(self, file: Path, folder: Path, interval: int, grace: int, on_dead: TrialCallback) -> None:
         super().__init__(JournalFileBackend(str(file)))
-        self.folder, self.interval, self.grace, self.again = folder, interval, grace, again
+        self.folder, self.interval, self.grace, self.on_dead = folder, interval, grace, on_dead
         folder.mkdir(exist_ok=True)
 
     def record_heartbeat(self, trial_id: int) -> None:
-        """The trial is alive now."""
+        """Record that a trial is alive."""
         (self.folder / str(trial_id)).touch()
 
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
         clock = self.folder / "now"
         clock.touch()
-        now, stale = clock.stat().st_mtime, _unborn(self, study_id, self.grace)
+        now, stale = clock.stat().st_mtime, _never_begun(self, study_id, self.grace)
         for trial in self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,)):
             beat = self.folder / str(trial._trial_id)
             if beat.exists() and now - beat.stat().st_mtime > self.grace:
@@ -72,28 +72,28 @@ class HeartbeatJournalStorage(JournalStorage, BaseHeartbeat):
         return stale
 
     def get_heartbeat_interval(self) -> int:
-        """Seconds."""
+        """Seconds between heartbeats."""
         return self.interval
 
-    def get_heartbeat_stale_trial_callback(self) -> Again:
-        """What is done about a dead trial."""
-        return self.again
+    def get_heartbeat_stale_trial_callback(self) -> TrialCallback:
+        """The function that is called for a dead trial."""
+        return self.on_dead
 
-    def get_failed_trial_callback(self) -> Again:
-        """The same, by its name before Optuna 4.9."""
-        return self.again
+    def get_failed_trial_callback(self) -> TrialCallback:
+        """`get_heartbeat_stale_trial_callback`, as Optuna before 4.9 names it."""
+        return self.on_dead
 
 
-class Relational(RDBStorage):
-    """Optuna's relational storage, which also finds workers that died before their first heartbeat."""
+class HeartbeatDatabaseStorage(RDBStorage):
+    """Optuna's relational storage that also finds workers which died before their first heartbeat."""
 
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
         grace = self.grace_period or 0
-        return [*super()._get_stale_trial_ids(study_id), *_unborn(self, study_id, grace)]
+        return [*super()._get_stale_trial_ids(study_id), *_never_begun(self, study_id, grace)]
 
 
-def _unborn(storage: BaseStorage, study_id: int, grace: int) -> list[int]:
-    """Trials that were taken so long ago, and never begun (`begin`)."""
+def _never_begun(storage: BaseStorage, study_id: int, grace: int) -> list[int]:
+    """Trials that were taken `grace` seconds ago and have no worker yet (`record_worker`)."""
     running = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
     limit = datetime.now() - timedelta(seconds=grace)
     return [
@@ -102,7 +102,7 @@ def _unborn(storage: BaseStorage, study_id: int, grace: int) -> list[int]:
 
 
 def requeue(study: optuna.Study, dead: FrozenTrial) -> None:
-    """Queue the trial of a dead worker, with its decisions; a trial that has cost `RETRIES` workers is given up."""
+    """Queue the trial of a dead worker once more with its decisions, at most `RETRIES` times."""
     history = [*dead.system_attrs.get("retry_history", []), dead.number]
     if len(history) <= RETRIES:
         study.add_trial(
@@ -117,7 +117,7 @@ def requeue(study: optuna.Study, dead: FrozenTrial) -> None:
 
 
 def record_worker(trial: optuna.Trial) -> None:
-    """Record the first heartbeat of a trial, then who runs it: one who is named has had a heartbeat."""
+    """Record the first heartbeat of a trial, then its worker: a trial with a worker has had a heartbeat."""
     storage = trial.storage
     if isinstance(storage, BaseHeartbeat):
         storage.record_heartbeat(trial._trial_id)
@@ -142,9 +142,9 @@ def open_storage(url: str, folder: Path, dead_after: int) -> BaseStorage:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return Relational(url, **settings)
+                return HeartbeatDatabaseStorage(url, **settings)
         except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
-            raise JpqError(_missing(shown, error)) from error
+            raise JpqError(_missing_driver(shown, error)) from error
         except sqlalchemy.exc.ArgumentError as error:
             raise JpqError(
                 f"--storage {shown} is not the address of a database. Write it like sqlite:///study.db or "
@@ -159,21 +159,21 @@ def open_storage(url: str, folder: Path, dead_after: int) -> BaseStorage:
 
 
 def is_disk_error(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is a disk that is full, broken or read-only."""
+    """Whether an error, or its cause, is a disk that is full, broken or read-only."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in NO_PLACE:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
 def without_password(url: str) -> str:
-    """An address that may be shown."""
+    """The address of a database as it may be shown: its password as ***."""
     return re.sub(r"([?&]password=)[^&#]*", r"\1***", re.sub(r"(://[^/@:]*):.*@", r"\1:***@", url))
 
 
-def stored(url: str) -> str:
-    """An address that may be stored and used from any folder: without its password, an SQLite file in full."""
+def stored_url(url: str) -> str:
+    """The address of a database as it may be saved: without password, an SQLite file as an absolute path."""
     if not url:
         return url
     from sqlalchemy import URL, make_url
@@ -187,20 +187,22 @@ def stored(url: str) -> str:
     return bare.render_as_string(hide_password=False)
 
 
-def _missing(shown: str, error: BaseException) -> str:
-    """The sentence for a driver that is not installed."""
+def _missing_driver(shown: str, error: BaseException) -> str:
+    """Error message for a database driver that is not installed."""
     if shown.startswith(("postgresql", "postgres")):
-        how = (
+        remedy = (
             "Install it with: python -m pip install 'jpq[postgres]', and write postgresql+psycopg://user@host/database"
         )
     else:
-        how = "Use sqlite:///FILE, postgresql+psycopg://user@host/database, or leave --storage out for a journal file"
-    return f"--storage {shown}: its driver is not installed ({' '.join(str(error).split())[:120]}). {how}."
+        remedy = (
+            "Use sqlite:///FILE, postgresql+psycopg://user@host/database, or leave --storage out for a journal file"
+        )
+    return f"--storage {shown}: its driver is not installed ({' '.join(str(error).split())[:120]}). {remedy}."
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """One process at a time: what a study's workers must not do together. A killed process gives way at once."""
+def exclusive(folder: Path) -> Iterator[None]:
+    """Context that one worker of a study is in at a time; the lock of a killed process is released at once."""
     with (folder / "lock").open("w") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -17,7 +17,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from workers import kill, said, training, until, worker
 
-from jpq.trials.trial import counts
+from jpq.trials.attributes import is_counted
 
 MISSING = "PostgreSQL's server is not installed (Debian: apt-get install postgresql)"
 
@@ -71,7 +71,7 @@ def test_two_workers_on_postgresql_and_one_is_killed(tmp_path, server):
     kill(first)
     assert second.wait(timeout=300) == 0, said(tmp_path)
     trials = load()
-    assert sum(map(counts, trials)) == 8
+    assert sum(map(is_counted, trials)) == 8
     assert not [t for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
     assert all(trials[number].values == values for number, values in before.items())
     lost = [t for t in trials if t.state == TrialState.FAIL]

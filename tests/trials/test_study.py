@@ -27,6 +27,7 @@ import jpq
 from jpq.cli.main import main
 from jpq.cli.study import StudyScreen
 from jpq.config import Config, Run, Task, Train
+from jpq.tasks import CLASSIFICATION
 from jpq.training.history import EpochRecord
 from jpq.trials import early_stopping, samplers, status
 from jpq.trials import study as trials_study
@@ -34,9 +35,9 @@ from jpq.trials import trial as one_trial
 from jpq.trials.early_stopping import Curve
 from jpq.trials.preview import Preview, float_weights
 from jpq.trials.settings import PARTS, SAMPLERS, Study
-from jpq.trials.space import Space, block, grouped
-from jpq.trials.storage import open_storage, record_worker, requeue, stored, without_password
-from jpq.trials.study import Tally, _draw
+from jpq.trials.space import Space, block_of, group_names
+from jpq.trials.storage import open_storage, record_worker, requeue, stored_url, without_password
+from jpq.trials.study import TrialCounts, _write_front
 from jpq.types import JpqError
 
 QUICK = Train(epochs=2, float_epochs=1, lr=3e-3)
@@ -68,7 +69,7 @@ def formula(monkeypatch):
     def trained(config, watch, final):
         assert not final, "a trial must not read the test split"
         runs.append(config)
-        known = previews[-1].look(config) if config.decide.method == "by-hand" else None
+        known = previews[-1].preview_costs(config) if config.decide.method == "by-hand" else None
         share = known.costs["bops"] if known else float(config.budget.target_bops[:-1]) / 100
         size = int(known.costs["size"]) if known else 1000
         accuracy = 1 - 0.02 / (share * 100 + 0.05)
@@ -87,6 +88,7 @@ def formula(monkeypatch):
             method=config.decide.method,
             layers=(),
             seconds={"total": 0.0},
+            task=CLASSIFICATION,
         )
 
     previews = []
@@ -95,8 +97,8 @@ def formula(monkeypatch):
         previews.append(self.preview)
         original(self)
 
-    original = one_trial.OneTrial.__post_init__
-    monkeypatch.setattr(one_trial.OneTrial, "__post_init__", remembered)
+    original = one_trial.TrialRunner.__post_init__
+    monkeypatch.setattr(one_trial.TrialRunner, "__post_init__", remembered)
     monkeypatch.setattr(one_trial, "optimize", trained)
     monkeypatch.setattr(one_trial.run_folder, "draw_run", lambda result, config: None)
     return runs
@@ -118,8 +120,8 @@ def told(study):
     ],
 )
 def test_blocks_are_the_shortest_numbered_beginning(name, own):
-    assert block(name) == own
-    assert grouped([name], "block") == {own: [name]}
+    assert block_of(name) == own
+    assert group_names([name], "block") == {own: [name]}
 
 
 @pytest.mark.parametrize("per", PARTS)
@@ -127,21 +129,24 @@ def test_blocks_are_the_shortest_numbered_beginning(name, own):
 def test_every_suggestion_is_a_plan_within_the_space(tmp_path, model, per):
     config = replace(task(tmp_path, w_bits=(3, 7)), task=Task(model=model, limit=300))
     preview = Preview(config)
-    space = Space.of(Study(per=per), config, preview.network, preview.sites)
-    low, high = preview.look(space.smallest()), preview.look(replace(config, decide=replace(config.decide, bits="7/8")))
+    space = Space.of(Study(per=per), config, preview.network, preview.prepared.sites)
+    low, high = (
+        preview.preview_costs(space.smallest()),
+        preview.preview_costs(replace(config, decide=replace(config.decide, bits="7/8"))),
+    )
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=1))
     names = set()
     for _ in range(12):
         trial = study.ask()
         decided = space.suggest(trial).check()
-        known = preview.look(decided)
+        known = preview.preview_costs(decided)
         assert all(low.costs[cost] <= known.costs[cost] <= high.costs[cost] for cost in low.costs)
         for label, bits in ((k, v) for k, v in trial.params.items() if k.endswith(" bits")):
             assert (3 if "weight" in label else 2) <= bits <= (7 if "weight" in label else 8)
         names.add(known.name)
     assert len(names) > 6
-    groups = len(grouped(space.layers, per)), len(grouped(space.sites, per))
-    image = sum(space.layers[names[0]] for names in grouped(space.layers, per).values() if len(names) == 1)
+    groups = len(group_names(space.layers, per)), len(group_names(space.sites, per))
+    image = sum(space.layers[names[0]] for names in group_names(space.layers, per).values() if len(names) == 1)
     assert len(trial.params) == 2 * groups[0] - image + groups[1]
 
 
@@ -178,7 +183,7 @@ def test_equal_decisions_are_trained_once(tmp_path, weights, formula):
     config = task(tmp_path, weights, w_bits=(2, 3), a_bits=(2, 3))
     study = jpq.study(config, Study(trials=10, sampler="random", vary="bits", per="network", early_stop=False))
     assert len(formula) == 4, "there are four"
-    assert Tally.of(study).done == 4
+    assert TrialCounts.of(study).done == 4
     copies = [t for t in study.trials if "same_as" in t.user_attrs]
     assert copies
     for copy in copies:
@@ -187,13 +192,15 @@ def test_equal_decisions_are_trained_once(tmp_path, weights, formula):
 
 
 def test_repeats_hold_the_limits_of_what_they_repeat(tmp_path, weights, formula, monkeypatch):
-    monkeypatch.setattr("jpq.trials.study.REPEATS", 4)
+    monkeypatch.setattr("jpq.trials.study.MAX_REPEATS", 4)
     config = task(tmp_path, weights, w_bits=(2, 4), a_bits=(2, 4))
     asked = Study(trials=9, sampler="gp", vary="bits", per="network", max_bops="0.9%", early_stop=False)
     study = jpq.study(config, asked)
     copies = [t for t in study.trials if "same_as" in t.user_attrs]
     assert copies
-    assert len(study.trials) > max(samplers.FIRST, copies[0].number) + 1, "the process was fitted to repeats too"
+    assert len(study.trials) > max(samplers.STARTUP_TRIALS, copies[0].number) + 1, (
+        "the process was fitted to repeats too"
+    )
     for copy in copies:
         twin = study.trials[copy.user_attrs["same_as"]]
         over = pytest.approx(twin.values[1] / 0.9 - 1, abs=1e-6)
@@ -253,7 +260,7 @@ def test_hopeless_trials_are_stopped_and_count(tmp_path, weights, formula, monke
     study = jpq.study(config, Study(trials=12, sampler="random", per="network", patience=1, warm_up=3))
     stopped = [t for t in study.trials if t.state == TrialState.PRUNED]
     assert stopped
-    assert Tally.of(study).done == 12
+    assert TrialCounts.of(study).done == 12
     for t in stopped:
         assert t.params["all layers weight bits"] == 3
         assert len(t.user_attrs["held_out_by_epoch"]) == 1
@@ -307,7 +314,7 @@ def test_hypervolume_against_optunas():
     draw = np.random.default_rng(0)
     accuracy, bops, size = draw.uniform(0, 1, 20), 10 ** draw.uniform(-4, 0, 20), draw.uniform(1, 50, 20)
     trials = [SimpleNamespace(values=[100 * a, s, 100 * b]) for a, b, s in zip(accuracy, bops, size, strict=True)]
-    found = status.volume(trials, ["accuracy", "size", "bops"], {"size": 40_000.0}, 0.1)
+    found = status.study_hypervolume(trials, ["accuracy", "size", "bops"], {"size": 40_000.0}, 0.1)
     above = (accuracy > 0.1) & (size < 40)
     points = np.stack([-accuracy, np.log10(size / 40), np.log10(bops)], 1)[above]
     assert found == pytest.approx(compute_hypervolume(points, np.array([-0.1, 0.0, 0.0])))
@@ -365,7 +372,7 @@ def test_a_storage_that_goes_away_ends_in_a_sentence(tmp_path, weights, monkeypa
     def gone(shared):
         raise optuna.exceptions.StorageInternalError("server closed the connection")
 
-    monkeypatch.setattr("jpq.trials.study.Tally.of", gone)
+    monkeypatch.setattr("jpq.trials.study.TrialCounts.of", gone)
     with pytest.raises(JpqError, match=r"does not answer any more \(server closed the connection\)"):
         jpq.study(task(tmp_path, weights), Study(trials=1))
 
@@ -383,15 +390,15 @@ def test_a_study_of_somebody_else_is_left_alone(tmp_path, weights, formula, dire
 
 
 def test_a_worker_killed_while_it_makes_the_study_leaves_nothing_out(tmp_path, weights, formula, monkeypatch):
-    real = trials_study.note
+    real = trials_study.record_settings
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trials_study, "note", killed)
+    monkeypatch.setattr(trials_study, "record_settings", killed)
     with pytest.raises(KeyboardInterrupt):
         jpq.study(task(tmp_path, weights), Study(trials=1))
-    monkeypatch.setattr(trials_study, "note", real)
+    monkeypatch.setattr(trials_study, "record_settings", real)
     study = jpq.study(task(tmp_path, weights), Study(trials=1))
     anchors = [t.system_attrs["fixed_params"]["0 weight bits"] for t in study.trials]
     assert anchors == [8, 4, 3, 2], "each once, and none of them is used up as surplus"
@@ -429,7 +436,7 @@ def test_an_interrupted_trial_is_queued_with_its_decisions_and_its_curve(tmp_pat
     study = optuna.load_study(study_name="study", storage=open_storage("", tmp_path / "study", 120))
     first, second = study.trials
     assert (first.state, second.state) == (TrialState.FAIL, TrialState.WAITING)
-    assert Tally.of(study).done == 0
+    assert TrialCounts.of(study).done == 0
     assert len(first.params) == 3
     assert second.system_attrs["fixed_params"] == first.params
     assert second.user_attrs == {"held_out_by_epoch": first.user_attrs["held_out_by_epoch"]}
@@ -440,7 +447,7 @@ def test_an_interrupted_trial_is_queued_with_its_decisions_and_its_curve(tmp_pat
 
 def test_a_queued_trial_without_a_place_is_queued_again(tmp_path, weights, formula, monkeypatch):
     work = []
-    monkeypatch.setattr("jpq.trials.study._work", lambda shared, one, *_: work.append(one))
+    monkeypatch.setattr("jpq.trials.study._run_trials", lambda shared, one, *_: work.append(one))
     study = jpq.study(task(tmp_path, weights), Study(trials=1))
     study.optimize(work[0], n_trials=2)
     states = [t.state for t in study.trials]
@@ -454,7 +461,7 @@ def test_curves_without_their_beginning_judge_nobody(tmp_path):
     for curve, epochs in (([0.5, 0.9], 2), ([0.9], 2), ([], 2)):
         attrs = {"held_out_by_epoch": curve, "fine_tuning_epochs": epochs}
         study.add_trial(optuna.create_trial(values=[90.0, 1.0], user_attrs=attrs))
-    stopper = one_trial.EarlyStoppingObserver(study.ask(), Study(), one_trial.NullStudyObserver(), None)
+    stopper = early_stopping.EarlyStoppingObserver(study.ask(), Study(), one_trial.NullStudyObserver(), None)
     assert stopper._finished() == [Curve((0.5, 0.9), 2, (1.0,))]
 
 
@@ -474,7 +481,7 @@ def test_pictures_show_what_keeps_to_the_limits(tmp_path):
         made = folder(tmp_path / "trials", accuracy, share)
         attrs = {"run_folder": f"trials/{made.name}", "limits": {"bops": over}}
         study.add_trial(optuna.create_trial(values=[100 * accuracy, 100 * share], user_attrs=attrs))
-    _draw(study, Study(), tmp_path)
+    _write_front(study, Study(), tmp_path)
     assert sorted(pd.read_csv(tmp_path / "pareto.csv")["accuracy"]) == [0.8, 0.9]
 
 
@@ -579,7 +586,7 @@ def test_passwords_are_not_kept():
     url = "postgresql+psycopg://me:se/cr:et@host:5432/db"
     assert "cr" not in without_password(url)
     assert "secret" not in without_password("postgresql+psycopg://host/db?user=me&password=secret")
-    stored_url = stored("postgresql+psycopg://me:secret@host:5432/db?password=secret&sslmode=require")
-    assert stored_url == "postgresql+psycopg://me@host:5432/db?sslmode=require"
-    assert stored("") == ""
+    saved = stored_url("postgresql+psycopg://me:secret@host:5432/db?password=secret&sslmode=require")
+    assert saved == "postgresql+psycopg://me@host:5432/db?sslmode=require"
+    assert stored_url("") == ""
     assert without_password("sqlite:///a.db") == "sqlite:///a.db"

@@ -14,7 +14,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from workers import kill, said, training, until, worker
 
-from jpq.trials.trial import counts
+from jpq.trials.attributes import is_counted
 
 
 def loaded(out, storage=""):
@@ -42,7 +42,7 @@ def test_a_killed_workers_trial_is_run_again(tmp_path, kind):
     second = worker(tmp_path, *flags)
     assert second.wait(timeout=240) == 0, said(tmp_path)
     trials = loaded(tmp_path, storage).trials
-    assert sum(map(counts, trials)) == 6
+    assert sum(map(is_counted, trials)) == 6
     assert not [t for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
     for number, values in finished.items():
         assert trials[number].values == values, "nothing finished is lost"
@@ -52,7 +52,7 @@ def test_a_killed_workers_trial_is_run_again(tmp_path, kind):
     history = pd.read_csv(tmp_path / "study" / again.user_attrs["run_folder"] / "history.csv")
     assert list(history.epoch) == [1, 2, 3, 4], "it went on from its checkpoint, or began anew"
     assert len(again.user_attrs["held_out_by_epoch"]) == 4
-    assert len({t.user_attrs["run_folder"] for t in trials if counts(t)}) == 6, "each has a run of its own"
+    assert len({t.user_attrs["run_folder"] for t in trials if is_counted(t)}) == 6, "each has a run of its own"
 
 
 @pytest.mark.slow
@@ -60,13 +60,13 @@ def test_two_workers_share_the_trials_and_train_the_float_model_once(tmp_path):
     pair = [worker(tmp_path, "--trials", "8") for _ in range(2)]
     assert [p.wait(timeout=300) for p in pair] == [0, 0], said(tmp_path)
     trials = loaded(tmp_path).trials
-    assert sum(map(counts, trials)) == 8
-    times = [(t.datetime_start, t.datetime_complete) for t in trials if counts(t)]
+    assert sum(map(is_counted, trials)) == 8
+    times = [(t.datetime_start, t.datetime_complete) for t in trials if is_counted(t)]
     overlaps = sum(a[0] < b[1] and b[0] < a[1] for i, a in enumerate(times) for b in times[:i])
     assert overlaps >= 2, "they work at the same time"
     trained = [file.read_text().count("The float model that all trials start from") for file in tmp_path.glob("*.txt")]
     assert sorted(trained) == [0, 1]
-    names = [t.user_attrs["decisions"] for t in trials if counts(t)]
+    names = [t.user_attrs["decisions"] for t in trials if is_counted(t)]
     assert len(set(names)) == len(names)
 
 

@@ -1,0 +1,22 @@
+"""Objectives of a study: their names and units as Optuna and the screen show them."""
+
+from __future__ import annotations
+
+from jpq.results.formatting import metric_scale
+from jpq.tasks.base import Task
+
+UNITS = {  # objective -> its name with the unit, and the factor from our unit to that one
+    "accuracy": ("held-out accuracy (%)", 100.0),
+    "bops": ("BOPs (% of fp32)", 100.0),
+    "size": ("size (KB)", 1e-3),
+    "latency": ("latency (ms)", 1.0),
+    "macs": ("MACs (% of fp32)", 100.0),
+}
+
+
+def objective_unit(name: str, task: Task) -> tuple[str, float]:
+    """(name of an objective with its unit, factor from our unit to that one); "accuracy" is the task's metric."""
+    if name != "accuracy":
+        return UNITS[name]
+    unit = f" ({task.metric_unit})" if task.metric_unit else ""
+    return f"held-out {task.metric_name}{unit}", metric_scale(task)

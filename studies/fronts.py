@@ -46,7 +46,7 @@ from support.result_rows import RESULTS, append_row, provenance, read_rows
 
 import jpq
 from jpq.results.front import pareto
-from jpq.results.front.points import RunPoint, point_of
+from jpq.results.front.points import RunPoint, read_point
 from jpq.tasks import CLASSIFICATION
 from jpq.tasks.data import Batches
 from jpq.tasks.load import read_data
@@ -176,10 +176,10 @@ WAYS: dict[str, Callable[[jpq.Config, EpochPlan], LabelledFolders]] = {
 def front_rows(way: str, config: jpq.Config, plan: EpochPlan, command: str) -> list[dict[str, object]]:
     """A row per model of one way, with test accuracies of those on the front."""
     start = time.perf_counter()
-    labelled = [(label, point_of(folder)) for label, folder in WAYS[way](config, plan)]
+    labelled = [(label, read_point(folder)) for label, folder in WAYS[way](config, plan)]
     seconds = time.perf_counter() - start
     points = [point for _, point in labelled]
-    on_front = pareto.non_dominated(pareto.frame([p.accuracy for p in points], [p.share("bops") for p in points]))
+    on_front = pareto.non_dominated(pareto.objectives([p.accuracy for p in points], [p.share("bops") for p in points]))
     test = read_data(config, torch.device("cpu")).test
     return [
         {

@@ -161,7 +161,7 @@ def _run_way(path: Path, name: str, args: argparse.Namespace, way: str, seed: in
     flags = ["--model", args.model, "--data", args.data, "--trials", str(args.trials), "--epochs", str(args.epochs)]
     flags += ["--limit", str(args.limit)] if args.limit else []
     command = shlex.join(["python", "studies/samplers.py", *flags, "--ways", way, "--seeds", str(seed)])
-    on_front = pareto.non_dominated(pareto.frame(accuracies, shares))
+    on_front = pareto.non_dominated(pareto.objectives(accuracies, shares))
     for model, is_on_front in zip(models, on_front, strict=True):
         row = {
             "model": args.model,

@@ -72,9 +72,9 @@ def show_front(flags: Pareto, console: Console) -> None:
 
 def _default_folder(runs: tuple[Path, ...]) -> Path:
     """The folder of the files without --out: the one that holds several runs, else the current one."""
-    from jpq.results.front.points import FILE
+    from jpq.results.front.points import RESULT_FILE
 
-    holds_several = len(runs) == 1 and not (runs[0] / FILE).is_file()
+    holds_several = len(runs) == 1 and not (runs[0] / RESULT_FILE).is_file()
     return runs[0] if holds_several else Path()
 
 
@@ -87,7 +87,7 @@ def front_table(front: Front, choice: Choice | None = None, dominated: bool = Fa
         dominated: show runs that others beat, too.
         width: characters of the screen; narrow ones leave out columns.
     """
-    order = [*front.best]
+    order = [*front.front_indices]
     if dominated:
         order += sorted(set(range(len(front.points))) - set(order), key=lambda i: front.points[i].costs[front.costs[0]])
     rows = [(i, _point_cells(front, i)) for i in order]
@@ -96,7 +96,7 @@ def front_table(front: Front, choice: Choice | None = None, dominated: bool = Fa
     for i, cells in rows:
         chosen = choice is not None and i == choice.index
         cells[""] = ("★ " if chosen else "") + str(front.number(i) or "")
-        shown.add_row(*(cells[n] for n in names), style="bold" if chosen else "" if i in front.best else "dim")
+        shown.add_row(*(cells[n] for n in names), style="bold" if chosen else "" if i in front.front_indices else "dim")
     shown.add_section()
     float_cells = _float_cells(front)
     shown.add_row(*(float_cells.get(n, "") for n in names))
@@ -112,7 +112,7 @@ def _visible_columns(front: Front, rows: Sequence[Mapping[str, str]], width: int
 
 def _point_cells(front: Front, i: int) -> dict[str, str]:
     """Cells of one run, by column."""
-    from jpq.results.front.select import shown
+    from jpq.results.front.select import format_point_cost
 
     p = front.points[i]
     bits = [statistics.mean(getattr(layer, what) for layer in p.layers) for what in ("w_bits", "a_bits") if p.layers]
@@ -126,9 +126,9 @@ def _point_cells(front: Front, i: int) -> dict[str, str]:
         "BOPs share": format_percent(p.share("bops")),
         "BOPs": format_number(p.costs["bops"]),
         "size": format_number(p.costs["size"], "B"),
-        "latency": shown(p, "latency") if "latency" in p.costs else "-",
+        "latency": format_point_cost(p, "latency") if "latency" in p.costs else "-",
         "bits w, a": ", ".join(f"{mean:.1f}" for mean in bits) or "-",
-        "MACs kept": format_percent(p.share("macs")) if "macs" in p.full else "-",
+        "MACs kept": format_percent(p.share("macs")) if "macs" in p.full_costs else "-",
     }
 
 
@@ -136,7 +136,7 @@ def _float_cells(front: Front) -> dict[str, str]:
     """Cells of the float model, by column."""
     from jpq.results.front.front import float_accuracy
 
-    full, right = front.full, float_accuracy(front)
+    full, right = front.full_costs, float_accuracy(front)
     latency = {"latency": f"{full['latency'] / 1e6:#.3g} ms"} if "latency" in full else {}
     return {
         "run": "float model",
@@ -152,19 +152,20 @@ def _float_cells(front: Front) -> dict[str, str]:
 
 def describe_front(front: Front) -> list[str]:
     """Sentences on the number of runs, the hypervolume of the front, and its knee."""
-    from jpq.results.front.front import by_method
-    from jpq.results.front.select import WORDS, shown
+    from jpq.results.front.front import hypervolume_by_method
+    from jpq.results.front.select import COST_NAMES, format_point_cost
 
-    n, on = len(front.points), len(front.best)
-    words = " and ".join(WORDS[cost] for cost in front.costs)
+    n, on = len(front.points), len(front.front_indices)
+    words = " and ".join(COST_NAMES[cost] for cost in front.costs)
     metric = front.task.metric_name
     lines = [f"{n} run{'s' * (n > 1)}, {on} on the front of held-out {metric} and {words}, {n - on} dominated."]
     chance = format_metric(front.task, max(p.chance for p in front.points))
     unit = f"{metric} x decades" + (" of each" if len(front.costs) > 1 else "")
     lines.append(
-        f"Hypervolume {front.covered:.4f} ({unit}; above {chance} {metric}, below the fp32 model's {words}, log axis)."
+        f"Hypervolume {front.hypervolume:.4f} ({unit}; above {chance} {metric}, below the fp32 model's {words}, "
+        "log axis)."
     )
-    alone = by_method(front)
+    alone = hypervolume_by_method(front)
     if len(alone) > 1:
         each = (f"{escape(method)} {volume:.4f} ({runs})" for method, (volume, runs) in alone.items())
         lines.append(f"Of each method alone (and its runs): {', '.join(each)}.")
@@ -174,6 +175,6 @@ def describe_front(front: Front) -> list[str]:
         p = front.points[front.knee]
         lines.append(
             f"Knee: {front.number(front.knee)}, {escape(p.name)}, "
-            f"{format_metric(front.task, p.accuracy)} at {shown(p, front.costs[0])}."
+            f"{format_metric(front.task, p.accuracy)} at {format_point_cost(p, front.costs[0])}."
         )
     return lines

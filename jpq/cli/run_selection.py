@@ -45,22 +45,22 @@ class RunSelection:
 
 def read_front(selection: RunSelection) -> tuple[Front, tuple[str, ...]]:
     """The front of the named runs, and a sentence for each run that is left out."""
-    from jpq.results.front.front import make, missing_cost_messages
-    from jpq.results.front.points import read
+    from jpq.results.front.front import build_front, missing_cost_messages
+    from jpq.results.front.points import read_points
 
     if not selection.runs:
         raise JpqError("Name the runs: the folder of a run or of a study, or one that holds several, such as runs.")
-    collection = read(selection.runs)
+    collection = read_points(selection.runs)
     messages = missing_cost_messages(collection.points, selection.costs)
-    return make(collection.points, selection.costs), (*collection.skipped, *messages)
+    return build_front(collection.points, selection.costs), (*collection.skipped, *messages)
 
 
 def choose_point(selection: RunSelection, front: Front) -> Choice | None:
     """The point of the front that the flags describe; None where no flag does."""
-    from jpq.results.front.select import LIMITS, limits, pick
+    from jpq.results.front.select import LIMITS, parse_limits, pick_point
 
-    bounds = limits({name: getattr(selection, name) for name in LIMITS}, front.full)
-    return pick(front, bounds, selection.knee) if bounds or selection.knee else None
+    bounds = parse_limits({name: getattr(selection, name) for name in LIMITS}, front.full_costs)
+    return pick_point(front, bounds, selection.knee) if bounds or selection.knee else None
 
 
 def print_skipped(messages: Sequence[str], console: Console) -> None:
@@ -71,11 +71,11 @@ def print_skipped(messages: Sequence[str], console: Console) -> None:
 
 def print_choice(choice: Choice, console: Console) -> None:
     """Print the chosen point, and the reasons, a line each."""
-    from jpq.results.front.select import shown
+    from jpq.results.front.select import format_point_cost
     from jpq.tasks import pick_task
 
     point = choice.point
-    costs = ", ".join(shown(point, cost) for cost in ("bops", "size", "latency") if cost in point.costs)
+    costs = ", ".join(format_point_cost(point, cost) for cost in ("bops", "size", "latency") if cost in point.costs)
     folder = "" if point.folder is None else f" ({escape(os.path.relpath(point.folder))})"
     metric = format_metric(pick_task(point.task), point.accuracy)
     print_line(console, f"[bold]Chosen: {escape(point.name)}[/]{folder}, {metric} held-out, {costs}.")

@@ -24,7 +24,7 @@ from jpq.results.formatting import (
     format_percent,
 )
 from jpq.results.record import Result
-from jpq.results.run_folder import sizes
+from jpq.results.run_folder import size_rows
 from jpq.types import DENSE
 
 OPENED = "masked_vs_rebuilt_at_landing_with_open_norms"  # as verify has it, without importing torch for --help
@@ -201,7 +201,7 @@ def export_lines(result: Result) -> list[tuple[str, str]]:
     if not result.export:
         return []
     e = result.export
-    rows = {row["what"]: row for row in sizes(result)}
+    rows = {row["what"]: row for row in size_rows(result)}
     parts = []
     for name in ("model.packed", *(form["file"] for form in e["forms"].values())):
         row = rows.get(name)

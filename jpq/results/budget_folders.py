@@ -8,8 +8,8 @@ from pathlib import Path
 from jpq.config import Config
 from jpq.results import plots, run_folder
 from jpq.results.front import front
-from jpq.results.front.plots import plane
-from jpq.results.front.points import read
+from jpq.results.front.plots import draw_front
+from jpq.results.front.points import read_points
 from jpq.results.record import BudgetRecord
 from jpq.training import checkpoint, history
 from jpq.training.run_state import RunState
@@ -27,10 +27,10 @@ def finish_front(folders: Mapping[str, Path], run: RunState) -> tuple[BudgetReco
         folders: budget name -> its folder, in the order of the budgets.
         run: the state of the whole run.
     """
-    records = tuple(run_folder.point_to_latest(name, folder) for name, folder in folders.items())
+    records = tuple(run_folder.read_budget(name, folder) for name, folder in folders.items())
     run_folder.write_front(records, run.folder)
-    runs = read([run.folder])
-    plots.save_picture(plane(front.make(runs.points)), run.folder / run_folder.FRONT_PICTURE)
+    runs = read_points([run.folder])
+    plots.save_picture(draw_front(front.build_front(runs.points)), run.folder / run_folder.FRONT_PICTURE)
     history.write_history(run.recorder.rows, run.folder)
     (run.folder / checkpoint.NAME).unlink(missing_ok=True)
     return records

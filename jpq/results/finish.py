@@ -1,4 +1,4 @@
-"""What a run leaves behind: the model rebuilt, counted again, exported, packed, verified and reported."""
+"""The last step of a run: rebuild the model, count again, export, verify, collect the numbers, write."""
 
 from __future__ import annotations
 
@@ -35,13 +35,12 @@ from jpq.results.record import UNREAD, LayerRecord, ModelMetrics, Result
 from jpq.tasks import task_record
 from jpq.tasks.data import Data
 from jpq.training import checkpoint, environment
-from jpq.training.environment import versions
 from jpq.training.run_state import RunState
 from jpq.types import DENSE, JpqError
 
 SPLITS = ("train", "held_out", "test")
 
-UNIFORM = (2, 3, 4, 8)  # bits of the baselines that a front is drawn beside
+UNIFORM_BITS = (2, 3, 4, 8)  # of the baselines that are drawn beside a front
 
 
 def finish(
@@ -56,130 +55,130 @@ def finish(
     table: LatencyTable | None = None,
     final: bool = True,
 ) -> Result:
-    """Rebuild, count again, save; where it is `final` export, verify and read the test split, here and only here."""
+    """Step 10 of a run: rebuild, count again, save, export, verify, collect the numbers, write.
+
+    Args:
+        net: the model under compression, with frozen decisions.
+        tuned: the fine-tuned module: `net`, or with opened norms the model rebuilt before fine-tuning.
+        model: the float model that the run began with.
+        data: whose test split is read here and only here, where the run is final.
+        targets: of this budget.
+        config, run: settings and state of the run.
+        command: the command line, for the report.
+        table: measured layers that predict latency.
+        final: export, verify and measure on the test split; trials of a study do so later (`finalize`).
+    """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # compare at full precision
     run.watch.phase("verify", 0, 0)
-    small, plan = rebuild(net, model) if tuned is net else (tuned.eval(), complete_plan(net))
-    plan = replace(plan, model={"name": config.task.model, "classes": data.classes, "channels": data.shape[0]})
+    small, plan = rebuild_model(net, tuned, model, data, config)
     uses = net.exact_usage(plan)
-    require_as_planned(small, plan, uses, targets, data)
-    planned = [u for u in uses if u.name in plan.layers]
-    if len(planned) < len(uses):
-        rigid = [u.name for u in uses if u.name not in plan.layers]
-        run.notes.append(f"{len(rigid)} layers cannot be quantized and stay at 32 bits: {', '.join(rigid[:5])} ...")
-    replace_file(run.folder / "plan.json", lambda path: path.write_text(plan.to_json()))
-    tensors.save_tensors(small, run.folder / "model.safetensors")
-    schemes = {}
-    if run.schemes:
-        left = {u.name: float(u.density) for u in uses}
-        schemes = structure_mapping.mapping_record(net.network, plan.structures, left, run.schemes)
-    predicted = _ms(costs.latency_ns(uses)) if table is not None else None
-    shipped = {}
+    check_counts(small, plan, uses, targets, data)
+    note_float_layers(plan, uses, run)
+    save_model(small, plan, run.folder)
+    predicted_ms = _to_ms(costs.latency_ns(uses)) if table is not None else None
+    exported: dict[str, Any] = {}
     if final:
-        path, files = ship(small, plan, data, run.folder, config)
-        verified = run.timed("verify", lambda: proof(net, tuned, small, path, data, run))
-        shipped = {**files, "verified": verified}
-        if table is not None and predicted is not None:
-            shipped["latency"] = run.timed("bench", lambda: layer_table.compare_with_prediction(path, predicted, table))
-    full = costs.baseline(uses)
-    bops = costs.COSTS[config.budget.cost](uses)
+        path, exported = export_model(small, plan, data, run.folder, config)
+        exported["verified"] = run.timed("verify", lambda: verify_models(net, tuned, small, path, data, run))
+        if table is not None and predicted_ms is not None:
+            exported["latency"] = run.timed(
+                "bench", lambda: layer_table.compare_with_prediction(path, predicted_ms, table)
+            )
     result = Result(
         folder=run.folder,
         method=net.method,
-        float=ModelMetrics(
-            data.task.evaluate(model, data.test) if final else UNREAD,
-            int(full["bops"]),
-            int(full["macs"]),
-            int(full["size"]),
-            1.0,
-            int(full["bops"]),
-            _ms(full.get("latency")),
-        ),
-        compressed=ModelMetrics(
-            data.task.evaluate(small, data.test) if final else UNREAD,
-            int(bops),
-            int(costs.macs(uses)),
-            int(costs.size(uses)),
-            float(bops) / full["bops"],
-            int(costs.bops_structured(uses)),
-            predicted,
+        float=float_metrics(uses, data.task.evaluate(model, data.test) if final else UNREAD),
+        compressed=compressed_metrics(
+            uses, config.budget.cost, data.task.evaluate(small, data.test) if final else UNREAD, predicted_ms
         ),
         held_out={
             "float": data.task.evaluate(model, data.held_out),
             "compressed": data.task.evaluate(small, data.held_out),
         },
-        targets={goal.cost: reached(goal, uses) for goal in targets},
-        layers=layer_rows(net, plan, config.budget.cost),
+        targets={target.cost: target_record(target, uses) for target in targets},
+        layers=layer_records(net, plan, config.budget.cost),
         history=run.lineage(),
         seconds={**run.seconds, "total": run.recorder.clock()},
         command=command or shlex.join(["jpq", "optimize"]),
-        versions=versions(),
+        versions=environment.versions(),
         seed=config.run.seed,
         notes=tuple(run.notes),
         metrics=run.metrics,
-        schemes=schemes,
-        data={
-            "name": data.name,
-            "checksum": data.checksum,
-            **{k: getattr(data, k).size for k in SPLITS},
-            **task_record(data.task),
-        },
+        schemes=structure_record(net, plan, uses, run),
+        data=data_record(data),
         uniform=uniform_costs(net, uses),
         machine=environment.record_environment(data.example.device),
         final=final,
-        **shipped,
+        **exported,
     )
     run_folder.write_run(result, config)
     (run.folder / checkpoint.NAME).unlink(missing_ok=True)
     return result
 
 
-def require_as_planned(
+def rebuild_model(
+    net: CompressedModel, tuned: nn.Module, model: nn.Module, data: Data, config: Config
+) -> tuple[nn.Module, Plan]:
+    """(small quantized model in eval mode, its plan with the model's name, classes and input channels)."""
+    small, plan = rebuild(net, model) if tuned is net else (tuned.eval(), complete_plan(net))
+    return small, replace(plan, model={"name": config.task.model, "classes": data.classes, "channels": data.shape[0]})
+
+
+def check_counts(
     small: nn.Module, plan: Plan, uses: Sequence[costs.LayerUse], targets: tuple[Target, ...], data: Data
 ) -> None:
-    """Count the rebuilt model by running it. Raises JpqError where it is not what was planned, or over a target."""
+    """Count the rebuilt model by running it. Raises JpqError where it costs more than its plan, or than a target."""
     counted = verify.measure(small, data.example)
     planned = [u for u in uses if u.name in plan.layers]
     if counted["bops"] != costs.bops(planned) or counted["macs"] != costs.macs(planned):
         raise JpqError(
             f"The rebuilt model counts {counted}, the plan {costs.bops(planned)} BOPs. This is a bug in jpq."
         )
-    over = [goal for goal in targets if not all_met([goal], uses)]
+    over = [target for target in targets if not all_met([target], uses)]
     if over:
         raise JpqError(f"The landed model misses {over[0].flag} {over[0].text}. This is a bug in jpq.")
 
 
-def ship(small: nn.Module, plan: Plan, data: Data, folder: Path, config: Config) -> tuple[Path, dict[str, Any]]:
-    """Write model.packed, model.onnx and the other forms that the config names, each of those compared on test images.
+def note_float_layers(plan: Plan, uses: Sequence[costs.LayerUse], run: RunState) -> None:
+    """Add a note to the run where layers stay at 32 bits."""
+    names = [u.name for u in uses if u.name not in plan.layers]
+    if names:
+        run.notes.append(f"{len(names)} layers cannot be quantized and stay at 32 bits: {', '.join(names[:5])} ...")
 
-    Returns the ONNX file, and what a Result says of all of them ("packed", "export").
+
+def save_model(small: nn.Module, plan: Plan, folder: Path) -> None:
+    """Write plan.json and model.safetensors."""
+    replace_file(folder / "plan.json", lambda path: path.write_text(plan.to_json()))
+    tensors.save_tensors(small, folder / "model.safetensors")
+
+
+def export_model(small: nn.Module, plan: Plan, data: Data, folder: Path, config: Config) -> tuple[Path, dict[str, Any]]:
+    """Write model.packed, model.onnx and the other formats of the config, which are compared on test samples.
+
+    Returns the ONNX file, and the fields "packed" and "export" of a Result.
     """
     stored = pack(small, plan, data.example, folder / "model.packed")
     path, weights = folder / formats.FORMATS["onnx"].file_name, config.run.onnx_weights
-    export_onnx(branched_or_same(small, plan, data.example), data.example, path, weights)
+    export_onnx(with_branches(small, plan, data.example), data.example, path, weights)
     others = [form for form in parse_formats(config.run.formats) if form != "onnx"]
-    made = {"onnx": {"file": path.name, "bytes": path.stat().st_size}}
-    made |= formats.write(small, data.example, folder, others, data.test)
-    integer, left = float_layers(path)
-    about = {"opset": WEIGHTS[weights][0], "weights": weights, "integer_layers": integer, "float_layers": left}
-    return path, {"packed": asdict(stored), "export": {**about, "forms": made}}
+    forms = {"onnx": {"file": path.name, "bytes": path.stat().st_size}}
+    forms |= formats.write(small, data.example, folder, others, data.test)
+    integer, in_float = float_layers(path)
+    about = {"opset": WEIGHTS[weights][0], "weights": weights, "integer_layers": integer, "float_layers": in_float}
+    return path, {"packed": asdict(stored), "export": {**about, "forms": forms}}
 
 
-def proof(
+def verify_models(
     net: CompressedModel, tuned: nn.Module, small: nn.Module, path: Path, data: Data, run: RunState
 ) -> dict[str, Any]:
-    """That masked, rebuilt and exported model compute the same; without the first where opened averages forbid it."""
+    """Check that masked, rebuilt and exported model agree; with opened norms the masked one cannot."""
     if tuned is net:
         return verify.verify(net, small, path, data.test, data.example, data.task)
     return {verify.OPENED: run.opened, **verify.exported(small, path, data.test, data.task)}
 
 
-def _ms(nanoseconds: costs.Number | None) -> float | None:
-    return None if nanoseconds is None else float(nanoseconds) / NS
-
-
-def branched_or_same(small: nn.Module, plan: Plan, example: torch.Tensor) -> nn.Module:
-    """What is exported: where whole kernels were dropped and filters share what they read, dense branches.
+def with_branches(small: nn.Module, plan: Plan, example: torch.Tensor) -> nn.Module:
+    """The model to export: dense branches where whole kernels were dropped and filters share their inputs.
 
     Raises JpqError where the branches compute something else.
     """
@@ -195,15 +194,56 @@ def branched_or_same(small: nn.Module, plan: Plan, example: torch.Tensor) -> nn.
     return cut
 
 
-def reached(goal: Target, uses: Sequence[costs.LayerUse]) -> dict[str, Any]:
-    """How one target was met."""
-    cost = int(costs.COSTS[goal.cost](uses))
-    line = {"asked": goal.text, "limit": goal.limit, "reached": cost, "used": float(used_share(goal, uses))}
-    return {**line, "unit": "ns"} if goal.cost == "latency" else line
+def float_metrics(uses: Sequence[costs.LayerUse], metric: float) -> ModelMetrics:
+    """Test metric and costs of the float model."""
+    full = costs.baseline(uses)
+    bops = int(full["bops"])
+    return ModelMetrics(metric, bops, int(full["macs"]), int(full["size"]), 1.0, bops, _to_ms(full.get("latency")))
 
 
-def layer_rows(net: CompressedModel, plan: Plan, cost: str = "bops") -> tuple[LayerRecord, ...]:
-    """One row per layer of the landed model; bit-operations as `cost` ("bops" or "bops-structured") counts them."""
+def compressed_metrics(
+    uses: Sequence[costs.LayerUse], cost: str, metric: float, latency_ms: float | None
+) -> ModelMetrics:
+    """Test metric and costs of the compressed model; bit-operations as `cost` ("bops", "bops-structured") counts."""
+    bops = costs.COSTS[cost](uses)
+    return ModelMetrics(
+        metric,
+        int(bops),
+        int(costs.macs(uses)),
+        int(costs.size(uses)),
+        float(bops) / costs.baseline(uses)["bops"],
+        int(costs.bops_structured(uses)),
+        latency_ms,
+    )
+
+
+def _to_ms(nanoseconds: costs.Number | None) -> float | None:
+    return None if nanoseconds is None else float(nanoseconds) / NS
+
+
+def target_record(target: Target, uses: Sequence[costs.LayerUse]) -> dict[str, Any]:
+    """Limit, cost and used share of one target."""
+    cost = int(costs.COSTS[target.cost](uses))
+    record = {"asked": target.text, "limit": target.limit, "reached": cost, "used": float(used_share(target, uses))}
+    return {**record, "unit": "ns"} if target.cost == "latency" else record
+
+
+def structure_record(net: CompressedModel, plan: Plan, uses: Sequence[costs.LayerUse], run: RunState) -> dict[str, Any]:
+    """Mask structures per layer with their modelled time, where they were chosen per layer."""
+    if not run.schemes:
+        return {}
+    densities = {u.name: float(u.density) for u in uses}
+    return structure_mapping.mapping_record(net.network, plan.structures, densities, run.schemes)
+
+
+def data_record(data: Data) -> dict[str, Any]:
+    """Name, checksum and split sizes of the data, and their task."""
+    sizes = {split: getattr(data, split).size for split in SPLITS}
+    return {"name": data.name, "checksum": data.checksum, **sizes, **task_record(data.task)}
+
+
+def layer_records(net: CompressedModel, plan: Plan, cost: str = "bops") -> tuple[LayerRecord, ...]:
+    """A record per layer of the compressed model; bit-operations as `cost` ("bops", "bops-structured") counts."""
     densities = net.densities.exact(plan.masks)
     uses = net.exact_usage(plan)
     counted = uses if cost == "bops" else costs.structured(uses)
@@ -227,16 +267,16 @@ def layer_rows(net: CompressedModel, plan: Plan, cost: str = "bops") -> tuple[La
 
 
 def uniform_costs(net: CompressedModel, uses: Sequence[costs.LayerUse]) -> dict[str, dict[str, float]]:
-    """What the whole model costs at the same bits everywhere (the image keeps its own), by "W4A4" and measure."""
-    found = {}
-    for bits in UNIFORM:
-        whole = [
+    """ "W4A4" -> cost -> amount of the unpruned model at these bits everywhere; the image keeps its own."""
+    table = {}
+    for bits in UNIFORM_BITS:
+        dense = [
             costs.dense(u)
             if u.w_bits == FLOAT_BITS
             else replace(costs.dense(u, bits), a_bits=u.a_bits if layer.reads_input else bits)
             for u, layer in zip(uses, net.network.layers, strict=True)
         ]
-        spent = {"bops": float(costs.bops(whole)), "macs": float(costs.macs(whole)), "size": float(costs.size(whole))}
-        clocks = {"latency": float(costs.latency_ns(whole))} if all(u.clock for u in uses) else {}
-        found[f"W{bits}A{bits}"] = {**spent, "bops-structured": spent["bops"], **clocks}
-    return found
+        spent = {"bops": float(costs.bops(dense)), "macs": float(costs.macs(dense)), "size": float(costs.size(dense))}
+        clocks = {"latency": float(costs.latency_ns(dense))} if all(u.clock for u in uses) else {}
+        table[f"W{bits}A{bits}"] = {**spent, "bops-structured": spent["bops"], **clocks}
+    return table

@@ -1,4 +1,4 @@
-"""jpq.results.formatting."""
+"""Numbers, shares, times and metrics as people read them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # the screens import this module, and start without torch
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as people say them: 2.4 s, 42 s, 3 min 20 s, 2 h 05 min."""
+    """Seconds as text: 2.4 s, 42 s, 3 min 20 s, 2 h 05 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
@@ -24,8 +24,8 @@ def format_ms(milliseconds: float) -> str:
     return f"{milliseconds:#.3g} ms"
 
 
-def short(name: str, length: int = 34) -> str:
-    """The end of a long name."""
+def shorten(name: str, length: int = 34) -> str:
+    """The last characters of a long name, after an ellipsis."""
     return name if len(name) <= length else "…" + name[1 - length :]
 
 

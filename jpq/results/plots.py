@@ -1,4 +1,4 @@
-"""A Result as files: history.csv, layers.csv, result.json, curves.png and layers.png."""
+"""Pictures of a run, curves.png and layers.png, and the figure style that fronts share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from jpq.config import Config
 from jpq.files.atomic import replace_file
-from jpq.results.formatting import format_metric, format_number, format_percent, metric_label, metric_scale, short
+from jpq.results.formatting import format_metric, format_number, format_percent, metric_label, metric_scale, shorten
 from jpq.results.record import Result
 from jpq.training.history import EpochRecord
 
@@ -23,13 +23,13 @@ SHADES = {"search": "#F1F5F9", "fine-tune": "#FFFFFF"}
 
 
 def save_picture(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG; a reader never sees half of it."""
+    """Write a figure as PNG, atomically."""
     FigureCanvasAgg(figure)
     replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
 
 
-def curves(result: Result, config: Config) -> Figure:
-    """BOPs against the target, and held-out accuracy, over the epochs of search and fine-tuning."""
+def draw_curves(result: Result, config: Config) -> Figure:
+    """Plot of BOPs against the target, and held-out accuracy, over the epochs of search and fine-tuning."""
     figure = Figure(figsize=(9, 6.2), layout="constrained")
     figure.suptitle(_title(result, config), fontsize=12, color=INK)
     cost, quality = figure.subplots(2, 1, sharex=True)
@@ -41,7 +41,7 @@ def curves(result: Result, config: Config) -> Figure:
         cost.set_yscale("log")
         cost.plot(x, [100 * row.aim_share for row in rows], color=ORANGE, lw=2, ls="--", label="aim of the controller")
         cost.plot(x, [100 * row.bops_share for row in rows], color=BLUE, lw=2, marker=mark, ms=3.5, label="BOPs now")
-        log_ticks(cost.yaxis)
+        set_log_ticks(cost.yaxis)
     limit = next((t["limit"] for name, t in result.targets.items() if name.startswith("bops")), None)
     if limit is not None and result.float.bops > 0:
         share = limit / result.float.bops
@@ -57,16 +57,16 @@ def curves(result: Result, config: Config) -> Figure:
     quality.set_ylabel(f"held-out {metric_label(result.task)}")
     quality.set_xlabel("epoch")
     quality.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _shade(rows, (cost, quality))
+    _shade_phases(rows, (cost, quality))
     for axes, where in ((cost, "upper right"), (quality, "lower right")):
-        quiet(axes)
+        style_axes(axes)
         axes.grid(True, color="#D8D8D8", lw=0.6)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc=where, fontsize=9, framealpha=0.9, edgecolor="none")
     return figure
 
 
-def _shade(rows: Sequence[EpochRecord], panels: Sequence[Axes]) -> None:
+def _shade_phases(rows: Sequence[EpochRecord], panels: Sequence[Axes]) -> None:
     """A background for each phase, with its name at the top of the first panel."""
     start = 0
     for name, colour in SHADES.items():
@@ -94,8 +94,8 @@ def _shade(rows: Sequence[EpochRecord], panels: Sequence[Axes]) -> None:
         panels[0].set_xlim(0.5, start + 0.5)
 
 
-def log_ticks(axis: Axis) -> None:
-    """Ticks at 1, 2 and 5 of each decade, written out; at round numbers where little of a decade is shown."""
+def set_log_ticks(axis: Axis) -> None:
+    """Set ticks at 1, 2 and 5 of each decade, or at round numbers where less than a decade is shown."""
     low, high = axis.get_view_interval()
     few = low > 0 and high / low < 4
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]) if few else LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -103,8 +103,8 @@ def log_ticks(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def layer_chart(result: Result, config: Config) -> Figure:
-    """Bits, kept channels and share of the BOPs of each layer, from the input down to the output."""
+def draw_layers(result: Result, config: Config) -> Figure:
+    """Bar chart of bits, kept channels and share of the BOPs of each layer, from the input down to the output."""
     layers = result.layers
     n = max(len(layers), 1)
     figure = Figure(figsize=(10, 1.5 + max(1.4, n * (0.42 if n <= 12 else 0.24))), layout="constrained")
@@ -118,7 +118,7 @@ def layer_chart(result: Result, config: Config) -> Figure:
     most = max([8, *(max(row.w_bits, row.a_bits) for row in layers)])
     bits.set_xlim(0, most + 0.3)
     bits.set_xticks(range(0, most + 1, 1 if most <= 8 else 2))
-    bits.set_yticks(list(y), [short(row.name) for row in layers], fontsize=small)
+    bits.set_yticks(list(y), [shorten(row.name) for row in layers], fontsize=small)
     bits.set_ylim(n - 0.4, -0.6)
     bits.set_title("bits", fontsize=10, color=INK, loc="left")
     if layers:
@@ -154,7 +154,7 @@ def layer_chart(result: Result, config: Config) -> Figure:
     spent.spines["bottom"].set_visible(False)
     spent.set_title("share of the BOPs", fontsize=10, color=INK, loc="left")
     for axes in (bits, kept, spent):
-        quiet(axes)
+        style_axes(axes)
         axes.tick_params(axis="y", length=0)
     bits.grid(True, axis="x", color="#D8D8D8", lw=0.6)
     return figure
@@ -168,8 +168,8 @@ def _title(result: Result, config: Config) -> str:
     return f"{what}: {metric}{split} at {format_percent(now.bops_share)} of the fp32 BOPs"
 
 
-def quiet(axes: Axes) -> None:
-    """No box around a panel, thin ticks, and the grid behind the data."""
+def style_axes(axes: Axes) -> None:
+    """Style of a panel: no box, and the grid behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK)

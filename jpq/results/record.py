@@ -1,4 +1,4 @@
-"""What a run found, as plain data: the one record that tables, plots, JSON and the screen are made of."""
+"""`Result`, the record of a run as plain data, from which files, plots and screens are made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jpq.types import DENSE
 if TYPE_CHECKING:  # screens import this module, and --help shows without torch
     from jpq.tasks.base import Task
 
-Numbers = dict[str, dict[str, float]]  # of what -> name -> number
+Numbers = dict[str, dict[str, float]]  # subject -> name -> number
 
 UNREAD = math.nan  # accuracy on a test split that was not read
 
@@ -23,7 +23,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One layer of the compressed model, a line of layers.csv."""
+    """One layer of the compressed model: channels, bits and costs, a line of layers.csv."""
 
     name: str
     kind: str
@@ -37,14 +37,14 @@ class LayerRecord:
     bops: int
     share: float  # of the compressed model's BOPs
     density: float = 1.0  # share of the layer's weights that its mask keeps
-    structure: str = DENSE  # what the units of its mask are
+    structure: str = DENSE  # of its mask
     latency_ms: float | None = None  # predicted, where a table of measured layers was given
     macs_all: int | None = None  # with nothing dropped
 
 
 @dataclass(frozen=True)
 class ModelMetrics:
-    """How good, and how dear, one model is."""
+    """Test metric and costs of one model."""
 
     accuracy: float  # on the test split, in [0, 1]; UNREAD where the run is not final
     bops: int
@@ -57,22 +57,22 @@ class ModelMetrics:
 
 @dataclass(frozen=True)
 class BudgetRecord:
-    """One of several budgets of a run, a line of front.csv."""
+    """Metrics and costs of one of several budgets of a run, a line of front.csv."""
 
-    budget: str  # as asked for
+    budget: str  # as its flag has it
     accuracy: float  # on the test split, in [0, 1]; UNREAD where the run is not final
     held_out: float
     bops: int
     bops_share: float  # of the fp32 model
     macs: int
     size_bytes: int
-    seconds: float  # from the run's beginning to this model's end
-    folder: str  # inside the run's
+    seconds: float  # since the run began
+    folder: str  # relative to the run's
 
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of one run."""
+    """Outcome of one run: metrics, costs, targets, layers, history, checks and files."""
 
     folder: Path
     method: str
@@ -87,21 +87,17 @@ class Result:
     versions: dict[str, str]
     seed: int
     notes: tuple[str, ...] = field(default=())
-    verified: dict[str, Any] = field(default_factory=dict)  # what was compared, and what came out
-    metrics: Numbers = field(default_factory=dict)  # site -> what its gate said at landing
+    verified: dict[str, Any] = field(default_factory=dict)  # check -> its outcome
+    metrics: Numbers = field(default_factory=dict)  # site -> numbers of its gate at discretization
     latency: dict[str, Any] = field(default_factory=dict)  # model.onnx: predicted_ms, measured_ms, their ratio ...
     export: dict[str, Any] = field(default_factory=dict)  # opset, type of weights, forms, layers left in float
     packed: dict[str, int] = field(default_factory=dict)  # bytes of model.packed: total, header, promised, others
-    schemes: dict[str, Any] = field(
-        default_factory=dict
-    )  # who mapped them, ms, and where those are from (jpq.allocation.structure_search)
+    schemes: dict[str, Any] = field(default_factory=dict)  # structures per layer: how chosen, modelled ms
     data: dict[str, Any] = field(default_factory=dict)  # name, checksum, sizes of the splits
     machine: dict[str, Any] = field(default_factory=dict)  # platform, device, threads, peak memory
-    uniform: Numbers = field(default_factory=dict)  # "W4A4" -> what the whole model costs at these bits, by measure
-    final: bool = True  # exported, verified and measured on the test split; else one of a study's trials
-    front: tuple[
-        BudgetRecord, ...
-    ] = ()  # every budget of a run that followed several down; this result is the last one's
+    uniform: Numbers = field(default_factory=dict)  # "W4A4" -> cost -> amount of the unpruned model
+    final: bool = True  # exported, verified and measured on the test split; trials of a study are not
+    front: tuple[BudgetRecord, ...] = ()  # every budget of a run with several; this result is the last one's
 
     @property
     def task(self) -> Task:

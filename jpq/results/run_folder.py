@@ -1,4 +1,4 @@
-"""Bytes on disk: what a run wrote, beside the model that it began with in float and at 8 bits; and what runs it."""
+"""Files in a run's folder: written, read back as a `Result`, and loaded as a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jpq.files import tensors, untrusted
 from jpq.files.atomic import replace_file
 from jpq.plan import Plan
 from jpq.plan import read as read_plan
-from jpq.results.plots import curves, layer_chart, save_picture
+from jpq.results.plots import draw_curves, draw_layers, save_picture
 from jpq.results.record import BudgetRecord, LayerRecord, ModelMetrics, Result
 from jpq.tasks import models
 from jpq.tracing.decompose import decompose
@@ -35,10 +35,10 @@ SIZES_NAME = "sizes.csv"
 
 
 def load(folder: str | Path, run_code: bool = False) -> tuple[nn.Module, Plan]:
-    """(small model in eval mode, its plan) from a run's folder; no pickle, no optimiser, no data needed.
+    """(small model in eval mode, its plan) from a run's folder, without pickle or data.
 
-    Where the model is your own code (module:callable), it is run only if `run_code`: the name is in the folder, and
-    whoever made that chose it. Raises JpqError where files are missing, foreign or do not fit together.
+    A model that is code (module:callable) is built only with `run_code`, since the folder chooses that code.
+    Raises JpqError where files are missing, foreign or do not fit together.
     """
     folder = Path(folder)
     plan = read_plan(folder / "plan.json")
@@ -49,13 +49,13 @@ def load(folder: str | Path, run_code: bool = False) -> tuple[nn.Module, Plan]:
 
 
 def budget_folder_name(name: str, config: Config) -> str:
-    """`bops-0.5pct` for 0.5 %: the first target that tells the budgets apart, safe on every file system."""
+    """Folder name of one budget on any file system, such as `bops-0.5pct` for 0.5 % of the BOPs."""
     cost = next(t for t in TARGETS if getattr(config.budget, t) == name)
     return f"{cost.removeprefix('target_')}-{re.sub(r'[^A-Za-z0-9.+-]', '', name.replace('%', 'pct'))}"
 
 
 def prepare_folder(run: RunState, config: Config, table: LatencyTable | None) -> None:
-    """Make one budget's folder, with its settings and the table of layers that the run goes by."""
+    """Create the folder of one budget, with its settings and the table of measured layers."""
     try:
         run.folder.mkdir(exist_ok=True)
         write_toml(config, run.folder / "config.toml")
@@ -65,16 +65,16 @@ def prepare_folder(run: RunState, config: Config, table: LatencyTable | None) ->
         layer_table.write_table(list(table.entries), run.folder / layer_table.TABLE_NAME)
 
 
-def point_to_latest(name: str, folder: Path) -> BudgetRecord:
-    """One line of front.csv, from the folder of a finished budget."""
+def read_budget(name: str, folder: Path) -> BudgetRecord:
+    """The line of front.csv of a finished budget, read from its folder."""
     try:
-        found: dict[str, Any] = untrusted.parse_json(untrusted.read_text(folder / "result.json"), "result.json")
-        now, seconds = found["compressed"], found["seconds"]["total"]
+        tree: dict[str, Any] = untrusted.parse_json(untrusted.read_text(folder / "result.json"), "result.json")
+        now, seconds = tree["compressed"], tree["seconds"]["total"]
         accuracy = math.nan if now["accuracy"] is None else now["accuracy"]
         return BudgetRecord(
             name,
             accuracy,
-            found["held_out"]["compressed"],
+            tree["held_out"]["compressed"],
             now["bops"],
             now["bops_share"],
             now["macs"],
@@ -92,7 +92,7 @@ def write_run(result: Result, config: Config) -> None:
     write_history(result.history, folder)
     layers = pd.DataFrame([asdict(row) for row in result.layers], columns=[f.name for f in fields(LayerRecord)])
     replace_file(folder / "layers.csv", lambda path: layers.to_csv(path, index=False))
-    text = json.dumps(_plain(result_record(result)), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(_to_json(result_record(result)), indent=2, allow_nan=False) + "\n"
     replace_file(folder / "result.json", lambda path: path.write_text(text))
     if result.export:
         write_sizes(result)
@@ -102,12 +102,12 @@ def write_run(result: Result, config: Config) -> None:
 
 def draw_run(result: Result, config: Config) -> None:
     """Write the pictures of a run into its folder."""
-    save_picture(curves(result, config), result.folder / "curves.png")
-    save_picture(layer_chart(result, config), result.folder / "layers.png")
+    save_picture(draw_curves(result, config), result.folder / "curves.png")
+    save_picture(draw_layers(result, config), result.folder / "layers.png")
 
 
 def read_run(folder: Path) -> Result:
-    """The result that `write` left in a folder. Raises JpqError where its files are missing, damaged or foreign."""
+    """The result in a run's folder. Raises JpqError where its files are missing, damaged or foreign."""
     try:
         tree = untrusted.as_dict(
             untrusted.parse_json(untrusted.read_text(folder / "result.json", "result"), "result.json")
@@ -117,7 +117,7 @@ def read_run(folder: Path) -> Result:
         for side in ("float", "compressed"):
             figures = tree[side]
             tree[side] = ModelMetrics(**{**figures, "accuracy": _number(figures["accuracy"])})
-        rows, layers = _rows(folder / "history.csv"), _rows(folder / "layers.csv")
+        rows, layers = _read_rows(folder / "history.csv"), _read_rows(folder / "layers.csv")
         return Result(
             **{**tree, "folder": folder, "notes": tuple(tree.get("notes", ()))},
             layers=tuple(LayerRecord(**row) for row in layers),
@@ -127,16 +127,16 @@ def read_run(folder: Path) -> Result:
             ),
         )
     except (JpqError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = " ".join(str(error).split())[:120]
-        raise JpqError(f"{folder} does not hold the result of a run ({type(error).__name__}: {why}).") from error
+        reason = " ".join(str(error).split())[:120]
+        raise JpqError(f"{folder} does not hold the result of a run ({type(error).__name__}: {reason}).") from error
 
 
 def _number(value: Any) -> Any:
-    """JSON and CSV leave numbers empty that are not finite."""
+    """A number of a JSON or CSV file, where an empty cell stands for one that is not finite."""
     return math.nan if value is None else value
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     """A CSV's rows; empty cells are None."""
     untrusted.check_file(path, "table")
     table = pd.read_csv(path, dtype={"name": str, "budget": str}).astype(object)
@@ -150,26 +150,26 @@ def write_front(points: Sequence[BudgetRecord], folder: Path) -> None:
 
 
 def result_record(result: Result) -> dict[str, Any]:
-    """What result.json holds: everything but the tables, which have files of their own."""
+    """The content of result.json: all of a result but its tables, which have files of their own."""
     tree = asdict(result)
     return {key: value for key, value in tree.items() if key not in ("folder", "layers", "history", "front")}
 
 
-def _plain(value: Any) -> Any:
-    """The value in JSON's types; numbers that are not finite become null."""
+def _to_json(value: Any) -> Any:
+    """A value in JSON's types; numbers that are not finite become null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): _to_json(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
+        return [_to_json(inner) for inner in value]
     if hasattr(value, "item"):  # numpy and torch scalars
-        return _plain(value.item())
+        return _to_json(value.item())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
-def sizes(result: Result) -> list[dict[str, Any]]:
-    """A row for each file, and for the whole model in fp32 and int8 (weights, biases, scales; nothing around them)."""
+def size_rows(result: Result) -> list[dict[str, Any]]:
+    """Bytes of each exported file, and of the unpruned model in fp32 and int8, a row of sizes.csv each."""
     float_bytes = result.float.size_bytes
     int8_bytes = result.uniform.get("W8A8", {}).get("size")
     rows: list[dict[str, Any]] = [{"what": "unpruned, fp32, as counted", "bytes": float_bytes}]
@@ -185,12 +185,12 @@ def sizes(result: Result) -> list[dict[str, Any]]:
 
 
 def write_sizes(result: Result) -> None:
-    """sizes.csv, in the run's folder."""
+    """Write sizes.csv into the run's folder."""
 
     def fill(path: Path) -> None:
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, ["what", "bytes", "share_of_fp32", "share_of_int8"])
             writer.writeheader()
-            writer.writerows(sizes(result))
+            writer.writerows(size_rows(result))
 
     replace_file(result.folder / SIZES_NAME, fill)

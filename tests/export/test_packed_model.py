@@ -19,7 +19,7 @@ from jpq.export.packed.file import load_packed
 from jpq.export.packed.model import pack, unpack
 from jpq.export.rebuild import rebuild
 from jpq.methods.quantizers import Fixed, weight_quantizer
-from jpq.results.finish import branched_or_same
+from jpq.results.finish import with_branches
 from jpq.tracing.forward import call_model
 from jpq.tracing.sites import masks
 from jpq.tracing.trace import trace
@@ -191,6 +191,6 @@ def test_filter_groups_are_exported_as_branches(tmp_path):
     assert result.verified["rebuilt_vs_onnxruntime"]["argmax_differs"] <= 2
     nodes = onnx.load(result.folder / "model.onnx").graph.node
     small, plan = jpq.load(result.folder)
-    cut = branched_or_same(small, plan, torch.rand(4, 1, 8, 8))
+    cut = with_branches(small, plan, torch.rand(4, 1, 8, 8))
     branches = [m for m in cut.modules() if isinstance(m, Branches)]
     assert bool(branches) == ("Gather" in {node.op_type for node in nodes})

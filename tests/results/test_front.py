@@ -14,10 +14,10 @@ import pytest
 from made_runs import FULL, SPREAD, folder, spread
 
 import jpq
-from jpq.results.front.front import by_method, make, missing_cost_messages, write
+from jpq.results.front.front import build_front, hypervolume_by_method, missing_cost_messages, write_table
 from jpq.results.front.pareto import hypervolume_of
-from jpq.results.front.points import point_of, read
-from jpq.results.front.select import limits, pick
+from jpq.results.front.points import read_point, read_points
+from jpq.results.front.select import parse_limits, pick_point
 from jpq.types import JpqError
 
 
@@ -48,8 +48,8 @@ def test_the_front_comes_first_from_the_cheapest_on(tmp_path: Path) -> None:
     assert list(table.accuracy) == [0.80, 0.95, 0.96, 0.97, 0.955]
     assert table.attrs["knee"] == table.name[1]
     assert table.attrs["float"]["bops"] == FULL
-    assert table.attrs["hypervolume"] == hypervolume_of(*zip(*SPREAD, strict=True)) == made.covered
-    write(made, tmp_path)
+    assert table.attrs["hypervolume"] == hypervolume_of(*zip(*SPREAD, strict=True)) == made.hypervolume
+    write_table(made, tmp_path)
     again = pd.read_csv(tmp_path / "pareto.csv", dtype={"name": str})
     assert list(again.name) == list(table.name)
     assert list(again.front) == list(table.front)
@@ -65,34 +65,34 @@ def test_another_cost_and_two_of_them(tmp_path: Path) -> None:
     points = spread(tmp_path).points
     cheap = min(points, key=lambda p: p.accuracy)
     odd = replace(cheap, name="odd", accuracy=0.81, costs={**cheap.costs, "size": 10.0, "bops": 9e7})
-    assert odd not in make([*points, odd]).line
-    assert odd in make([*points, odd], ["size"]).line
-    assert odd in make([*points, odd], ["bops", "size"]).line
+    assert odd not in build_front([*points, odd]).front_points
+    assert odd in build_front([*points, odd], ["size"]).front_points
+    assert odd in build_front([*points, odd], ["bops", "size"]).front_points
     with pytest.raises(JpqError, match="Did you mean bops"):
-        make(points, ["bop"])
+        build_front(points, ["bop"])
     with pytest.raises(JpqError, match="one or two costs"):
-        make(points, ["bops", "size", "macs"])
+        build_front(points, ["bops", "size", "macs"])
     with pytest.raises(JpqError, match="--latency-table"):
-        make(points, ["latency"])
+        build_front(points, ["latency"])
 
 
 def test_bops_are_counted_alike_whatever_cost_a_run_was_steered_by(tmp_path: Path) -> None:
     made = folder(tmp_path, 0.9, 0.05, cost="bops-structured")
     layers = pd.read_csv(made / "layers.csv")
-    assert point_of(made).costs["bops"] == int((layers.macs * layers.w_bits * layers.a_bits).sum())
-    assert point_of(made).costs["bops-structured"] == 0.05 * FULL
+    assert read_point(made).costs["bops"] == int((layers.macs * layers.w_bits * layers.a_bits).sum())
+    assert read_point(made).costs["bops-structured"] == 0.05 * FULL
 
 
 def test_runs_count_once_wherever_they_are_found(tmp_path: Path) -> None:
     first, other = folder(tmp_path / "a", 0.9, 0.01), folder(tmp_path / "b" / "trials", 0.8, 0.005)
     shutil.copytree(first, tmp_path / "copy")
-    found = read([tmp_path, first, tmp_path / "a", tmp_path / "b"])
+    found = read_points([tmp_path, first, tmp_path / "a", tmp_path / "b"])
     assert sorted(p.accuracy for p in found.points) == [0.8, 0.9]
     tree = json.loads((other / "result.json").read_text())
     tree["compressed"]["accuracy"], tree["final"] = 0.79, True
     exported = shutil.copytree(other, tmp_path / "c" / "final")
     (exported / "result.json").write_text(json.dumps(tree))
-    (kept,) = (p for p in read(tmp_path).points if p.accuracy == 0.8)
+    (kept,) = (p for p in read_points(tmp_path).points if p.accuracy == 0.8)
     assert kept.test_accuracy == 0.79  # of a trial and its export the export counts
 
 
@@ -101,7 +101,7 @@ def test_runs_of_several_budgets_have_names_that_tell_them_apart(tmp_path: Path)
     for accuracy, share in ((0.9, 0.01), (0.8, 0.005)):
         folder(top, accuracy, share).rename(top / f"bops-{100 * share:g}pct")
     shutil.copyfile(top / "bops-1pct" / "config.toml", top / "config.toml")
-    found = read(tmp_path)
+    found = read_points(tmp_path)
     assert {p.name for p in found.points} == {"0123456789ab/bops-1pct", "0123456789ab/bops-0.5pct"}
     assert found.skipped == ()
 
@@ -109,17 +109,17 @@ def test_runs_of_several_budgets_have_names_that_tell_them_apart(tmp_path: Path)
 def test_hypervolumes_of_each_method_alone(tmp_path: Path) -> None:
     made = spread(tmp_path)
     folder(tmp_path, 0.9, 0.01, method="uniform")
-    both = make(read(tmp_path).points)
-    alone = by_method(both)
-    assert list(alone.items()) == [("djpq", (made.covered, 5)), ("uniform", (pytest.approx(1.8), 1))]
-    assert both.covered == made.covered  # it is dominated
+    both = build_front(read_points(tmp_path).points)
+    alone = hypervolume_by_method(both)
+    assert list(alone.items()) == [("djpq", (made.hypervolume, 5)), ("uniform", (pytest.approx(1.8), 1))]
+    assert both.hypervolume == made.hypervolume  # it is dominated
 
 
 def test_the_knee_is_on_the_front_of_two_costs(tmp_path: Path) -> None:
     points = spread(tmp_path).points
     bend = next(p for p in points if p.accuracy == 0.95)
     twin = replace(bend, name="larger", costs={**bend.costs, "size": 2 * bend.costs["size"]})
-    made = make([twin, *points], ["bops", "size"])
+    made = build_front([twin, *points], ["bops", "size"])
     assert made.knee is not None
     assert made.number(made.knee) == 2
     assert made.points[made.knee] is bend
@@ -128,14 +128,14 @@ def test_the_knee_is_on_the_front_of_two_costs(tmp_path: Path) -> None:
 def test_latencies_of_several_tables_are_not_compared(tmp_path: Path) -> None:
     one, two, *_ = spread(tmp_path).points
     timed = [
-        replace(p, costs={**p.costs, "latency": 1e6}, full={**p.full, "latency": ms})
+        replace(p, costs={**p.costs, "latency": 1e6}, full_costs={**p.full_costs, "latency": ms})
         for p, ms in ((one, 3e6), (two, 4e6))
     ]
     with pytest.raises(JpqError, match=r"different tables of latencies .* 3.00 and 4.00 ms"):
-        make(timed, ["latency"])
+        build_front(timed, ["latency"])
     with pytest.raises(JpqError, match="different tables"):
-        pick(make(timed), limits({"max_latency": "2ms"}, timed[0].full))
-    assert len(make([timed[0], two], ["latency"]).points) == 1
+        pick_point(build_front(timed), parse_limits({"max_latency": "2ms"}, timed[0].full_costs))
+    assert len(build_front([timed[0], two], ["latency"]).points) == 1
     assert missing_cost_messages([timed[0], two], ["latency"]) == [
         f"{two.name}: it does not say what it costs in latency."
     ]
@@ -198,7 +198,7 @@ def test_damaged_folders_are_named_and_left_out(how: str, words: str, tmp_path: 
     assert str(broken) in str(warned[0].message)
     assert words in str(warned[0].message)
     with pytest.raises(JpqError, match="No finished run") as error:
-        read(tmp_path / "broken")
+        read_points(tmp_path / "broken")
     assert words in str(error.value)
 
 
@@ -308,7 +308,7 @@ def test_costs_that_trials_did_not_note_need_their_folders(tmp_path: Path) -> No
 )
 def test_picking_by_limits(asked: dict[str, str], accuracy: float, words: list[str], tmp_path: Path) -> None:
     front = spread(tmp_path)
-    choice = pick(front, limits(asked, front.points[0].full))
+    choice = pick_point(front, parse_limits(asked, front.points[0].full_costs))
     assert choice.point.accuracy == accuracy
     assert front.points[choice.index] is choice.point
     for word in words:
@@ -317,28 +317,28 @@ def test_picking_by_limits(asked: dict[str, str], accuracy: float, words: list[s
 
 def test_picking_the_knee(tmp_path: Path) -> None:
     front = spread(tmp_path)
-    assert pick(front, (), knee=True).point.accuracy == 0.95
+    assert pick_point(front, (), knee=True).point.accuracy == 0.95
     with pytest.raises(JpqError, match="no knee"):
-        pick(front, limits({"max_bops": "0.2%"}, front.points[0].full), knee=True)
+        pick_point(front, parse_limits({"max_bops": "0.2%"}, front.points[0].full_costs), knee=True)
 
 
 def test_the_float_model_costs_what_any_run_knows(tmp_path: Path) -> None:
     first, *others = spread(tmp_path).points
-    timed = [replace(p, full={**p.full, "latency": 8e6}, costs={**p.costs, "latency": 1e6}) for p in others]
-    front = make([first, *timed])
-    assert "latency" not in front.points[0].full
-    assert front.full == {**first.full, "latency": 8e6}
-    assert limits({"max_latency": "50%"}, front.full)[0].value == 4e6
+    timed = [replace(p, full_costs={**p.full_costs, "latency": 8e6}, costs={**p.costs, "latency": 1e6}) for p in others]
+    front = build_front([first, *timed])
+    assert "latency" not in front.points[0].full_costs
+    assert front.full_costs == {**first.full_costs, "latency": 8e6}
+    assert parse_limits({"max_latency": "50%"}, front.full_costs)[0].value == 4e6
 
 
 def test_picking_latency_where_runs_know_it(tmp_path: Path) -> None:
     front = spread(tmp_path)
-    timed = make([replace(p, costs={**p.costs, "latency": 1e6 * (i + 1)}) for i, p in enumerate(front.points)])
-    choice = pick(timed, limits({"max_latency": "2ms"}, {}))
+    timed = build_front([replace(p, costs={**p.costs, "latency": 1e6 * (i + 1)}) for i, p in enumerate(front.points)])
+    choice = pick_point(timed, parse_limits({"max_latency": "2ms"}, {}))
     assert choice.point.costs["latency"] <= 2e6
     assert all(p.accuracy <= choice.point.accuracy for p in timed.points if p.costs["latency"] <= 2e6)
     with pytest.raises(JpqError, match="Give an amount, such as 3ms"):
-        limits({"max_latency": "50%"}, {})
+        parse_limits({"max_latency": "50%"}, {})
 
 
 @pytest.mark.parametrize(
@@ -362,4 +362,4 @@ def test_picking_latency_where_runs_know_it(tmp_path: Path) -> None:
 def test_what_nothing_meets_is_one_sentence_with_the_nearest(asked: dict[str, str], words: str, tmp_path: Path) -> None:
     front = spread(tmp_path)
     with pytest.raises(JpqError, match=words):
-        pick(front, limits(asked, front.points[0].full))
+        pick_point(front, parse_limits(asked, front.points[0].full_costs))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from jpq.results.front.pareto import frame, hypervolume, hypervolume_of, knee, non_dominated
+from jpq.results.front.pareto import hypervolume, hypervolume_of, knee, non_dominated, objectives
 from jpq.types import JpqError
 
 SIDE = 6  # of the grid that whole-numbered points lie on
@@ -53,7 +53,7 @@ def test_hypervolume_grows_with_points_and_needs_only_the_front(points: np.ndarr
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(1e-4, 1), st.floats(1e-4, 1)), min_size=1, max_size=7))
 def test_hypervolume_by_inclusion_and_exclusion(rows: list[tuple[float, float, float]]) -> None:
-    points = frame(*zip(*rows, strict=True))
+    points = objectives(*zip(*rows, strict=True))
     edge = np.array([-0.1, 0.0, 0.0])
     total = 0.0
     for chosen in range(1, 2 ** len(points)):
@@ -136,6 +136,6 @@ def test_points_must_be_numbers_in_rows(bad: list[object]) -> None:
 
 def test_costs_must_be_above_zero_and_references_fit() -> None:
     with pytest.raises(JpqError, match="above 0"):
-        frame([0.5], [0.0])
+        objectives([0.5], [0.0])
     with pytest.raises(JpqError, match="reference"):
         hypervolume([[1.0, 2.0]], [1.0])

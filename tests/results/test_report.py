@@ -193,12 +193,12 @@ def test_pictures_show_something_at_any_depth(tmp_path: Path, n: int) -> None:
 
 
 def test_pictures_grow_with_the_number_of_layers(tmp_path: Path) -> None:
-    few, many = (plots.layer_chart(result(tmp_path, n), Config()).get_size_inches()[1] for n in (4, 60))
+    few, many = (plots.draw_layers(result(tmp_path, n), Config()).get_size_inches()[1] for n in (4, 60))
     assert many > 2 * few
 
 
 def test_curves_put_both_phases_on_one_axis_with_budget_and_float_model(tmp_path: Path) -> None:
-    cost, quality = plots.curves(result(tmp_path), Config()).axes
+    cost, quality = plots.draw_curves(result(tmp_path), Config()).axes
     now = next(line for line in cost.lines if line.get_label() == "BOPs now")
     assert list(now.get_xdata()) == list(range(1, 15))
     assert {line.get_label() for line in cost.lines} >= {"budget 1.00 %", "aim of the controller"}

@@ -25,9 +25,9 @@ from jpq.cli.main import main
 from jpq.cli.pareto import front_table
 from jpq.config import Config, Task
 from jpq.results.front import plots
-from jpq.results.front.front import make
-from jpq.results.front.points import LayerDecision, read
-from jpq.results.front.select import limits, pick
+from jpq.results.front.front import build_front
+from jpq.results.front.points import LayerDecision, read_points
+from jpq.results.front.select import parse_limits, pick_point
 from jpq.results.plots import save_picture
 from jpq.tasks.data import load
 
@@ -52,9 +52,9 @@ def test_the_plane_shows_every_run_and_what_it_is_compared_with(tmp_path: Path) 
         table.assign(w_bits=bits, a_bits=[8] + [bits] * (len(table) - 1), macs_all=table.macs).to_csv(
             made / "layers.csv"
         )
-    front = make(read(tmp_path).points)
-    choice = pick(front, limits({"max_bops": "1%"}, front.points[0].full))
-    figure = plots.plane(front, choice)
+    front = build_front(read_points(tmp_path).points)
+    choice = pick_point(front, parse_limits({"max_bops": "1%"}, front.points[0].full_costs))
+    figure = plots.draw_front(front, choice)
     once = {"dominated": 1, "knee": 1, "chosen": 1, "staircase": 1, "fp32": 1}
     assert drawn(figure) == {**once, "front": 4, "uniform": 2, "tick": 4, "float": 2}
     axes = figure.axes[0]
@@ -73,30 +73,30 @@ def test_uniform_bits_that_cost_the_same_share_a_line(tmp_path: Path) -> None:
         replace(
             p,
             costs={**p.costs, "latency": 2e6 + i},
-            full={**p.full, "latency": 4e6},
+            full_costs={**p.full_costs, "latency": 4e6},
             uniform={"W2A2": {"latency": 3e6}, "W3A3": {"latency": 3e6}, "W8A8": {"latency": 5e6}},
         )
         for i, p in enumerate(points)
     ]
-    figure = plots.plane(make(timed, ["latency"]))
+    figure = plots.draw_front(build_front(timed, ["latency"]))
     assert drawn(figure)["tick"] == 2
     assert {"W2A2 to W3A3", "W8A8"} <= {text.get_text() for text in figure.axes[0].texts}
 
 
 def test_two_costs_have_no_staircase(tmp_path: Path) -> None:
-    front = make(spread(tmp_path).points, ["size", "bops"])
-    figure = plots.plane(front)
+    front = build_front(spread(tmp_path).points, ["size", "bops"])
+    figure = plots.draw_front(front)
     assert "staircase" not in drawn(figure)
     assert figure.axes[0].get_xlabel() == "size, % of the fp32 model"
 
 
 def test_the_heat_map_has_a_cell_for_every_layer_and_point(tmp_path: Path) -> None:
     front = spread(tmp_path)
-    figure = plots.heat_map(front)
+    figure = plots.draw_decisions(front)
     assert figure is not None
     assert [axes.images[0].get_gid() for axes in figure.axes] == ["w_bits", "a_bits", "density"]
     for axes, what in zip(figure.axes, ("w_bits", "a_bits", "density"), strict=True):
-        cells = np.array([[getattr(layer, what) for layer in p.layers] for p in front.line]).T
+        cells = np.array([[getattr(layer, what) for layer in p.layers] for p in front.front_points]).T
         assert np.allclose(axes.images[0].get_array(), cells)
         assert len(axes.texts) == cells.size
 
@@ -109,7 +109,7 @@ def test_long_fronts_are_thinned_and_runs_without_layers_have_no_heat_map(tmp_pa
         replace(point, accuracy=0.5 + i / 100, costs={**point.costs, "bops": 1e5 * 1.1**i}, layers=layers)
         for i in range(40)
     ]
-    figure = plots.heat_map(make(many))
+    figure = plots.draw_decisions(build_front(many))
     assert figure is not None
     rows, columns = figure.axes[0].images[0].get_array().shape
     assert (rows, columns) == (60, plots.COLUMNS)
@@ -117,8 +117,8 @@ def test_long_fronts_are_thinned_and_runs_without_layers_have_no_heat_map(tmp_pa
     assert figure.get_size_inches()[0] < 30
     save_picture(figure, tmp_path / "wide.png")
     assert imread(tmp_path / "wide.png").std() > 0
-    assert plots.heat_map(make([replace(point, layers=())])) is None
-    written = plots.write_front_files(make([replace(point, layers=())]), tmp_path)
+    assert plots.draw_decisions(build_front([replace(point, layers=())])) is None
+    written = plots.write_front_files(build_front([replace(point, layers=())]), tmp_path)
     assert [path.name for path in written] == ["pareto.csv", "pareto.png"]
 
 
@@ -216,7 +216,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_real_runs_say_what_uniform_bits_cost(trained: Path) -> None:
-    found = read(trained / "runs").points
+    found = read_points(trained / "runs").points
     assert len(found) == 3
     assert {json.dumps(p.uniform) for p in found} == {json.dumps(found[0].uniform)}
     first = found[0].uniform
@@ -230,7 +230,7 @@ def test_real_runs_say_what_uniform_bits_cost(trained: Path) -> None:
 
 
 def by_target(place: Path, target: str) -> Path:
-    (found,) = (p.folder for p in read(place).points if target in p.decisions["target"])
+    (found,) = (p.folder for p in read_points(place).points if target in p.decisions["target"])
     assert found is not None
     return found
 
@@ -280,7 +280,7 @@ def test_export_equals_a_run_that_was_final_from_the_start(trained: Path, capsys
         assert (Path("again") / name).read_bytes() == (whole / name).read_bytes(), name
     one, two = (json.loads((place / "result.json").read_text()) for place in (whole, Path("again")))
     assert one == two
-    assert len(read([whole, "again"]).points) == 1
+    assert len(read_points([whole, "again"]).points) == 1
 
 
 def test_a_trial_is_left_as_it_was_where_the_final_run_goes_elsewhere(trained: Path, capsys: Captured) -> None:

@@ -10,8 +10,8 @@ from test_report import result
 from jpq.config import Budget, Config, Decide, Run, Task
 from jpq.config import write_toml as write_config
 from jpq.results import run_folder
-from jpq.results.front.front import Front, make
-from jpq.results.front.points import read
+from jpq.results.front.front import Front, build_front
+from jpq.results.front.points import read_points
 from jpq.results.record import UNREAD, ModelMetrics
 
 FULL = 100_000_000  # BOPs of the fp32 model
@@ -53,4 +53,4 @@ def spread(place: Path) -> Front:
     """Five runs, four of them on the front; the second is its knee."""
     for accuracy, share in SPREAD:
         folder(place, accuracy, share)
-    return make(read(place).points)
+    return build_front(read_points(place).points)

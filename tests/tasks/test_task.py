@@ -13,8 +13,8 @@ from torch import nn
 import jpq
 from jpq.cli.main import main
 from jpq.config import Train
-from jpq.results.front.front import make
-from jpq.results.front.points import read
+from jpq.results.front.front import build_front
+from jpq.results.front.points import read_points
 from jpq.tasks import CLASSIFICATION, TASKS, pick_task, recorded_task, task_record
 from jpq.types import JpqError
 
@@ -129,7 +129,7 @@ def test_a_second_task_runs_through_training_verification_reports_and_fronts(tmp
     assert f"R^2 {result.compressed.accuracy:.4g} on 200 test images of table" in printed
     assert "The same number for 200 of 200 as the PyTorch model." in printed
 
-    front = make(read(tmp_path).points)
+    front = build_front(read_points(tmp_path).points)
     assert front.task is TASKS["regression"]
     assert front.points[0].accuracy == result.held_out["compressed"]
     assert front.points[0].chance == 0.0

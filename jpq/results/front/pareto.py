@@ -1,4 +1,4 @@
-"""Fronts: which points nothing beats, how much of the plane they cover, and where a front bends.
+"""Pareto dominance, hypervolume and knee of a set of points.
 
 Points are `[n, d]`, smaller is better in every column: callers negate accuracy and take logarithms of costs.
 """
@@ -16,10 +16,10 @@ from jpq.types import JpqError
 Points = npt.NDArray[np.float64]  # [n, d]
 
 
-def frame(accuracy: Sequence[float], *shares: Sequence[float]) -> Points:
-    """`[n, 1 + costs]`: negated accuracy, and the decimal logarithm of each cost (given as shares of the fp32 model).
+def objectives(accuracy: Sequence[float], *shares: Sequence[float]) -> Points:
+    """Points `[n, 1 + costs]` to minimise: negated accuracy, and the decimal logarithm of each cost.
 
-    Budgets are shares and differ by factors, so that a decade counts the same wherever it lies.
+    Costs are shares of the fp32 model's. Budgets differ by factors, so a decade counts the same wherever it lies.
     Raises JpqError where a cost is not above 0.
     """
     costs = np.array(shares, float).reshape(len(shares), len(accuracy))
@@ -29,7 +29,9 @@ def frame(accuracy: Sequence[float], *shares: Sequence[float]) -> Points:
 
 
 def non_dominated(points: Any) -> npt.NDArray[np.bool_]:
-    """`[n]`: whether no other point is at least as good in every column and better in one. Equal points stay together.
+    """Mask `[n]` of the points that no other dominates: as good in every column and better in one.
+
+    Of equal points all or none are dominated.
 
     Source: Pareto dominance as in Zitzler et al., "Performance assessment of multiobjective optimizers", IEEE TEC 2003.
     """
@@ -70,18 +72,18 @@ def hypervolume_of(accuracy: Sequence[float], *shares: Sequence[float], chance: 
     fronts of the same model and data may be compared; what is no better than chance, or dearer than the fp32 model,
     counts nothing. Neither corner is any run's own result.
     """
-    return hypervolume(frame(accuracy, *shares), [-chance, *(0.0,) * len(shares)])
+    return hypervolume(objectives(accuracy, *shares), [-chance, *(0.0,) * len(shares)])
 
 
 def knee(accuracy: Sequence[float], share: Sequence[float]) -> int | None:
-    """Where the front bends: the point farthest above the chord from the cheapest to the most accurate one.
+    """Index of the knee: the point farthest above the chord from the cheapest to the most accurate one.
 
     Cost is taken in logs, and both axes are scaled to [0, 1] over the front, so the distance is to the line y = x. None
     where fewer than three points are non-dominated, or none lies above the chord.
     Source: Das, "On characterizing the 'knee' of the Pareto curve", Structural Optimization 1999; Satopää et al.,
     "Finding a 'kneedle' in a haystack", ICDCSW 2011 (the largest difference of the normalised curve and the diagonal).
     """
-    p = frame(accuracy, share)
+    p = objectives(accuracy, share)
     index = np.flatnonzero(non_dominated(p))
     front = p[index]
     low, high = front.min(0), front.max(0)

@@ -1,4 +1,4 @@
-"""A front as pictures: pareto.png, and layers.png with what each of its points decided."""
+"""Pictures of a front: pareto.png (metric over cost), and layers.png (bits and densities of every point)."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from jpq.results.formatting import format_metric, format_percent, metric_label, metric_scale, short
-from jpq.results.front.front import Front, float_accuracy, write
+from jpq.results.formatting import format_metric, format_percent, metric_label, metric_scale, shorten
+from jpq.results.front.front import Front, float_accuracy, write_table
 from jpq.results.front.points import RunPoint
-from jpq.results.front.select import WORDS, Choice
-from jpq.results.plots import BLUE, GREEN, INK, ORANGE, log_ticks, quiet, save_picture
+from jpq.results.front.select import COST_NAMES, Choice
+from jpq.results.plots import BLUE, GREEN, INK, ORANGE, save_picture, set_log_ticks, style_axes
 from jpq.tasks import pick_task
 
 RED, PALE = "#D55E00", "#9AA5B1"  # Okabe and Ito's vermillion; grey for what is dominated
 
-COLUMNS = 24  # of a heat map; longer fronts are thinned out evenly
+COLUMNS = 24  # of a heat map; longer fronts are thinned evenly
 
 CELLS = 14  # columns, and three times as many rows, up to which every cell has its number
 
 PLACES = ((-1, -4.5), (-1, 5), (1, -14), (1, 5), (-1, -14))  # of a point's name: side of it, and points above it
 
-APART = 8  # points between the two
+APART = 8  # points between a point and its name
 
 WIDE, HIGH = 590.0, 385.0  # of the plane's axes, in points
 
@@ -35,16 +35,16 @@ WIDE, HIGH = 590.0, 385.0  # of the plane's axes, in points
 def write_front_files(front: Front, folder: Path, choice: Choice | None = None) -> list[Path]:
     """Write pareto.csv, pareto.png and, where runs know their layers, layers.png."""
     table, picture, layers = (folder / name for name in ("pareto.csv", "pareto.png", "layers.png"))
-    write(front, folder)
-    save_picture(plane(front, choice), picture)
-    drawn = heat_map(front, choice)
+    write_table(front, folder)
+    save_picture(draw_front(front, choice), picture)
+    drawn = draw_decisions(front, choice)
     if drawn is None:
         return [table, picture]
     save_picture(drawn, layers)
     return [table, picture, layers]
 
 
-def plane(front: Front, choice: Choice | None = None) -> Figure:
+def draw_front(front: Front, choice: Choice | None = None) -> Figure:
     """Held-out accuracy over the (first) cost, in logs: the front as a staircase, and what it is compared with."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
@@ -72,14 +72,14 @@ def plane(front: Front, choice: Choice | None = None) -> Figure:
             textcoords="offset points",
         )
 
-    line = front.line
-    x, y = _at(line, cost)
+    line = front.front_points
+    x, y = _coordinates(line, cost)
     if len(front.costs) == 1:
         axes.step(x, y, where="post", color=BLUE, lw=1.6, zorder=2, gid="staircase")
-    dominated = [p for i, p in enumerate(front.points) if i not in front.best]
-    even = [p for p in front.points if p.even]
+    dominated = [p for i, p in enumerate(front.points) if i not in front.front_indices]
+    even = [p for p in front.points if p.is_uniform]
     axes.scatter(
-        *_at([p for p in dominated if p not in even], cost),
+        *_coordinates([p for p in dominated if p not in even], cost),
         s=26,
         facecolor="white",
         edgecolor=PALE,
@@ -87,11 +87,13 @@ def plane(front: Front, choice: Choice | None = None) -> Figure:
         label="dominated",
         gid="dominated",
     )
-    axes.scatter(*_at([p for p in line if p not in even], cost), s=40, color=BLUE, zorder=4, label="front", gid="front")
+    axes.scatter(
+        *_coordinates([p for p in line if p not in even], cost), s=40, color=BLUE, zorder=4, label="front", gid="front"
+    )
     if even:
         filled = [ORANGE if p in line else "white" for p in even]
         axes.scatter(
-            *_at(even, cost),
+            *_coordinates(even, cost),
             s=44,
             marker="s",
             c=filled,
@@ -103,7 +105,7 @@ def plane(front: Front, choice: Choice | None = None) -> Figure:
         )
     if front.knee is not None:
         axes.scatter(
-            *_at([front.points[front.knee]], cost),
+            *_coordinates([front.points[front.knee]], cost),
             s=190,
             facecolor="none",
             edgecolor=GREEN,
@@ -114,21 +116,21 @@ def plane(front: Front, choice: Choice | None = None) -> Figure:
         )
     if choice is not None:
         axes.scatter(
-            *_at([choice.point], cost),
+            *_coordinates([choice.point], cost),
             s=260,
             marker="*",
             color=RED,
             edgecolor="white",
             zorder=6,
-            label=plain(f"chosen: {choice.point.name}"),
+            label=escape_math(f"chosen: {choice.point.name}"),
             gid="chosen",
         )
-    log_ticks(axes.xaxis)
-    axes.set_xlabel(f"{WORDS[cost]}, % of the fp32 model")
+    set_log_ticks(axes.xaxis)
+    axes.set_xlabel(f"{COST_NAMES[cost]}, % of the fp32 model")
     axes.set_ylabel(f"held-out {metric_label(front.task)}")
     axes.margins(x=0.06, y=0.1)
     _name_points(axes, front, cost)
-    quiet(axes)
+    style_axes(axes)
     axes.grid(True, color="#E3E3E3", lw=0.6)
     axes.legend(loc="lower right", fontsize=9, framealpha=0.95, edgecolor="none")
     return figure
@@ -142,13 +144,13 @@ def _name_points(axes: Axes, front: Front, cost: str) -> None:
     at = [(100 * p.share(cost), scale * p.accuracy) for p in front.points]
     spots = [(WIDE * math.log(x / low) / math.log(high / low), HIGH * (y - bottom) / (top - bottom)) for x, y in at]
     taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in spots]
-    for i in (front.best[-1], *front.best[:-1]):
+    for i in (front.front_indices[-1], *front.front_indices[:-1]):
         number = str(front.number(i))
         named = f"{number} {_method(front.points[i])}".strip()
-        texts = (named, number) if len(front.best) <= COLUMNS else (number,)
+        texts = (named, number) if len(front.front_indices) <= COLUMNS else (number,)
         for text, (side, rise) in itertools.product(texts, PLACES):
             box = _box(text, spots[i], side, rise)
-            if box[0] > 0 and box[2] < WIDE and not any(_overlap(box, other) for other in taken):
+            if box[0] > 0 and box[2] < WIDE and not any(_overlap(box, label) for label in taken):
                 taken.append(box)
                 label = axes.annotate(
                     text,
@@ -172,20 +174,20 @@ def _box(text: str, spot: tuple[float, float], side: int, rise: float) -> tuple[
     return left, y + rise, left + long, y + rise + 9
 
 
-def _overlap(one: tuple[float, ...], two: tuple[float, ...]) -> bool:
-    return one[0] < two[2] and two[0] < one[2] and one[1] < two[3] and two[1] < one[3]
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _at(points: list[RunPoint] | tuple[RunPoint, ...], cost: str) -> tuple[list[float], list[float]]:
+def _coordinates(points: list[RunPoint] | tuple[RunPoint, ...], cost: str) -> tuple[list[float], list[float]]:
     scale = metric_scale(pick_task(points[0].task)) if points else 1.0
     return [100 * p.share(cost) for p in points], [scale * p.accuracy for p in points]
 
 
 def _method(point: RunPoint) -> str:
     """What chose its bits; for uniform ones, how many."""
-    if point.even:
+    if point.is_uniform:
         return f"W{point.layers[-1].w_bits}A{point.layers[-1].a_bits}"
-    return plain(str(point.decisions.get("method", "")))
+    return escape_math(str(point.decisions.get("method", "")))
 
 
 def _uniform(front: Front, cost: str) -> dict[float, str]:
@@ -194,12 +196,12 @@ def _uniform(front: Front, cost: str) -> dict[float, str]:
     found: dict[float, list[str]] = {}
     for name, costs in counted.items():
         if cost in costs:
-            found.setdefault(round(100 * costs[cost] / front.points[0].full[cost], 9), []).append(name)
+            found.setdefault(round(100 * costs[cost] / front.points[0].full_costs[cost], 9), []).append(name)
     return {at: names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}" for at, names in found.items()}
 
 
-def plain(text: str) -> str:
-    """The text as it stands: matplotlib takes what is between dollar signs for mathematics."""
+def escape_math(text: str) -> str:
+    """A text without mathematics, which matplotlib reads between dollar signs."""
     return text.replace("$", r"\$")
 
 
@@ -207,7 +209,7 @@ def _title(front: Front) -> str:
     first = front.points[0]
     n = len(front.points)
     return (
-        f"{first.model} on {first.data}: {n} run{'s' * (n > 1)}, {len(front.best)} on the front"
+        f"{first.model} on {first.data}: {n} run{'s' * (n > 1)}, {len(front.front_indices)} on the front"
         if n > 1
         else f"{first.model}: one run"
     )
@@ -218,13 +220,13 @@ def _thinned(n: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(1, n, min(n, COLUMNS))})
 
 
-def heat_map(front: Front, choice: Choice | None = None) -> Figure | None:
+def draw_decisions(front: Front, choice: Choice | None = None) -> Figure | None:
     """Bits of weights and activations, and kept MACs, of every layer (rows) at every point of the front (columns).
 
     None where no point of the front knows its layers.
     """
-    numbers = [i for i in _thinned(len(front.line)) if front.line[i - 1].layers]
-    line = [front.line[i - 1] for i in numbers]
+    numbers = [i for i in _thinned(len(front.front_points)) if front.front_points[i - 1].layers]
+    line = [front.front_points[i - 1] for i in numbers]
     if not line:
         return None
     names = [layer.name for layer in line[0].layers]
@@ -253,7 +255,7 @@ def heat_map(front: Front, choice: Choice | None = None) -> Figure | None:
             fontsize=8,
             rotation=0 if columns <= CELLS else 90,
         )
-        axes.set_yticks(range(rows), [plain(short(name)) for name in names], fontsize=9 if rows <= CELLS else 7)
+        axes.set_yticks(range(rows), [escape_math(shorten(name)) for name in names], fontsize=9 if rows <= CELLS else 7)
         axes.tick_params(length=0, colors=INK)
         axes.spines[:].set_visible(False)
         axes.set_xticks(np.arange(0.5, columns - 1), minor=True)
@@ -262,7 +264,7 @@ def heat_map(front: Front, choice: Choice | None = None) -> Figure | None:
         axes.tick_params(which="minor", length=0)
         if columns <= COLUMNS and rows <= 3 * CELLS:
             _numbers(axes, table, what)
-    words = f"point of the front: number, held-out {front.task.metric_name}, {WORDS[front.costs[0]]} over fp32's"
+    words = f"point of the front: number, held-out {front.task.metric_name}, {COST_NAMES[front.costs[0]]} over fp32's"
     panels[0].set_xlabel(words, fontsize=9, loc="left", color=INK)
     return figure
 
@@ -284,7 +286,7 @@ def _numbers(axes: Axes, table: np.ndarray, what: str) -> None:
 def _column(point: RunPoint, number: int, front: Front, choice: Choice | None) -> str:
     star = " ★" if choice is not None and choice.point is point else ""
     parts = (f"{number}{star}", format_metric(front.task, point.accuracy), format_percent(point.share(front.costs[0])))
-    return ("\n" if len(front.best) <= CELLS else "  ").join(parts)
+    return ("\n" if len(front.front_indices) <= CELLS else "  ").join(parts)
 
 
 def _ramp(colour: str, n: int) -> Colormap:

@@ -1,4 +1,4 @@
-"""Finished runs as points: from their folders, from studies' folders, and from an Optuna study."""
+"""Finished runs as points of a front, read from folders of runs and studies or from an Optuna study."""
 
 from __future__ import annotations
 
@@ -19,54 +19,59 @@ from jpq.tasks import CLASSIFICATION, recorded_task
 from jpq.tasks.base import Task
 from jpq.types import JpqError
 
-FILE = "result.json"
-BYTES = 2**26  # of a result.json; ours have some thousand
+RESULT_FILE = "result.json"
+
+MAX_BYTES = 2**26  # of a result.json; ours have some thousand
 
 
 @dataclass(frozen=True)
-class Runs:
-    """Points of one task, and what was passed over."""
+class RunCollection:
+    """Runs of one task, and messages about those that cannot be read."""
 
     points: tuple[RunPoint, ...]
     skipped: tuple[str, ...]  # a sentence each
 
 
-def read(source: Any, folder: Path | str | None = None) -> Runs:
-    """The runs in a folder (of a run, of a study, or of several), in several of them, or in an Optuna study.
+def read_points(source: Any, folder: Path | str | None = None) -> RunCollection:
+    """The runs in one or several folders (of a run, of a study, or of several), or in an Optuna study.
 
-    `folder` is where the trials of an Optuna study lie; without it they are what they noted in the study.
-    A run that lies in two of them, or was copied, is counted once. Raises JpqError where a folder is not there, nothing
+    Args:
+        source: a folder, several folders, or an Optuna study.
+        folder: of an Optuna study; without it the trials have what they recorded in the study.
+
+    A run that is found twice, or was copied, is counted once. Raises JpqError where a folder is not there, nothing
     can be read, or runs are not of the same model and data.
     """
     points: list[RunPoint] = []
     skipped: list[str] = []
-    for one in _several(source):
-        for point in _trials(one, folder) if hasattr(one, "trials") else _folders(Path(one)):
+    for part in _as_list(source):
+        for point in _read_trials(part, folder) if hasattr(part, "trials") else _read_folders(Path(part)):
             if isinstance(point, RunPoint):
                 points.append(point)
             else:
                 skipped.append(point)
     if not points:
-        why = f" {skipped[0]}" if skipped else ""
+        reason = f" {skipped[0]}" if skipped else ""
         more = f" ({len(skipped) - 1} more were passed over.)" if len(skipped) > 1 else ""
-        raise JpqError(f"No finished run was found in {_named(source)}.{why}{more}")
-    require_one_task(points)
-    return Runs(_once(points), tuple(dict.fromkeys(skipped)))
+        raise JpqError(f"No finished run was found in {_source_name(source)}.{reason}{more}")
+    check_one_task(points)
+    return RunCollection(_without_copies(points), tuple(dict.fromkeys(skipped)))
 
 
-def _several(source: Any) -> list[Any]:
-    one = isinstance(source, (str, os.PathLike)) or hasattr(source, "trials")
-    if not one and not isinstance(source, Iterable):
+def _as_list(source: Any) -> list[Any]:
+    """The folders or studies of a source."""
+    is_single = isinstance(source, (str, os.PathLike)) or hasattr(source, "trials")
+    if not is_single and not isinstance(source, Iterable):
         raise JpqError(f"A front is made of folders of runs or of an Optuna study, not of a {type(source).__name__}.")
-    return [source] if one else list(source)
+    return [source] if is_single else list(source)
 
 
-def _named(source: Any) -> str:
-    return ", ".join(str(getattr(one, "study_name", one)) for one in _several(source)) or "nothing"
+def _source_name(source: Any) -> str:
+    return ", ".join(str(getattr(part, "study_name", part)) for part in _as_list(source)) or "nothing"
 
 
-def require_one_task(points: Sequence[RunPoint]) -> None:
-    """Raises JpqError where points are not of one model and data: their accuracies and shares say different things."""
+def check_one_task(points: Sequence[RunPoint]) -> None:
+    """Raises JpqError where runs are of several models or data sets, so that they cannot be compared."""
     first = points[0]
     for other in points[1:]:
         for what in ("model", "data"):
@@ -76,15 +81,15 @@ def require_one_task(points: Sequence[RunPoint]) -> None:
                     f"Runs of one front share model and data: {first.name} has {what} {one}, {other.name} has {two}. "
                     "Name the folders of one task."
                 )
-        if not math.isclose(first.full["bops"], other.full["bops"], rel_tol=1e-6):
+        if not math.isclose(first.full_costs["bops"], other.full_costs["bops"], rel_tol=1e-6):
             raise JpqError(
                 f"Runs of one front share model and data: the fp32 model of {first.name} costs "
-                f"{first.full['bops']:,.0f} BOPs, that of {other.name} {other.full['bops']:,.0f}."
+                f"{first.full_costs['bops']:,.0f} BOPs, that of {other.name} {other.full_costs['bops']:,.0f}."
             )
 
 
-def _once(points: Sequence[RunPoint]) -> tuple[RunPoint, ...]:
-    """Without runs that were met before; of a trial and its export, the export."""
+def _without_copies(points: Sequence[RunPoint]) -> tuple[RunPoint, ...]:
+    """Each run once; of a trial and its export, the export."""
     kept: dict[Any, RunPoint] = {}
     for point in points:
         mark = point.decisions.get("settings") or (point.folder or point.name)
@@ -95,8 +100,8 @@ def _once(points: Sequence[RunPoint]) -> tuple[RunPoint, ...]:
     return tuple(kept.values())
 
 
-def _folders(path: Path) -> Iterator[RunPoint | str]:
-    """Every run in and below a folder, and a sentence for each that cannot be read."""
+def _read_folders(path: Path) -> Iterator[RunPoint | str]:
+    """Every run in and below a folder; a sentence in place of one that cannot be read."""
     if not path.is_dir():
         what = "is a file" if path.exists() else "is not there"
         raise JpqError(f"{path} {what}: give the folder of a run, of a study, or one that holds several.")
@@ -105,26 +110,26 @@ def _folders(path: Path) -> Iterator[RunPoint | str]:
     for place, below, files in os.walk(path):
         below[:] = sorted(name for name in below if not name.startswith("."))
         here = Path(place)
-        if FILE in files:
+        if RESULT_FILE in files:
             ended.append(here)
         elif "config.toml" in files:
             begun.append(here)
     for here in ended:
         try:
-            yield point_of(here)
+            yield read_point(here)
         except JpqError as error:
             yield f"{here}: {error}"
     for here in begun:
         if not any(here in end.parents for end in ended):
-            yield f"{here}: the run has not ended, there is no {FILE}."
+            yield f"{here}: the run has not ended, there is no {RESULT_FILE}."
 
 
-def _trials(study: Any, folder: Path | str | None = None) -> Iterator[RunPoint | str]:
-    """The finished trials of an Optuna study of `jpq study`: `trials` and `user_attrs` are all that is asked of it."""
+def _read_trials(study: Any, folder: Path | str | None = None) -> Iterator[RunPoint | str]:
+    """The finished trials of an Optuna study that `jpq study` made; a sentence in place of one that cannot be read."""
     about = dict(getattr(study, "user_attrs", {}))
     title = str(getattr(study, "study_name", "the study"))
-    alone: list[RunPoint] = []
-    known: RunPoint | None = None
+    without_folder: list[RunPoint] = []
+    known: RunPoint | None = None  # by its folder
     for trial in study.trials:
         if getattr(getattr(trial, "state", None), "name", "COMPLETE") != "COMPLETE":
             continue
@@ -132,27 +137,30 @@ def _trials(study: Any, folder: Path | str | None = None) -> Iterator[RunPoint |
         params = {f"params_{key}": value for key, value in trial.params.items()}
         place = Path(folder or ".") / str(trial.user_attrs.get("run_folder", ""))
         try:
-            if (place / FILE).is_file():
-                known = point_of(place)
+            if (place / RESULT_FILE).is_file():
+                known = read_point(place)
                 yield replace(known, name=name, decisions={**known.decisions, **params})
             else:
-                alone.append(from_attributes(name, about, trial.user_attrs, params))
+                without_folder.append(from_attributes(name, about, trial.user_attrs, params))
         except JpqError as error:
             yield f"{name} of {title}: {error}"
-    for point in alone:  # what the study does not say, another trial's folder may
+    for point in without_folder:  # what the study does not record, another trial's folder may
         yield (
             point
             if known is None
             else replace(
                 point,
-                **{field: getattr(known, field) for field in ("full", "model", "data", "chance", "task", "uniform")},
+                **{
+                    field: getattr(known, field)
+                    for field in ("full_costs", "model", "data", "chance", "task", "uniform")
+                },
             )
         )
 
 
 @dataclass(frozen=True)
 class LayerDecision:
-    """What was decided for one layer."""
+    """Bits and density of one layer."""
 
     name: str
     w_bits: int
@@ -162,19 +170,19 @@ class LayerDecision:
 
 @dataclass(frozen=True)
 class RunPoint:
-    """One run: how good and how dear its model is, and what was decided.
+    """One run as a point of a front: metrics, costs and decisions.
 
-    `costs` and `full` (of the fp32 model) go by the names in `jpq.costs.COSTS`, in bit-operations, MACs, bytes and
-    nanoseconds. Accuracies lie in [0, 1].
+    `costs` and `full_costs` (of the fp32 model) go by the names in `jpq.costs.COSTS`, in bit-operations, MACs, bytes
+    and nanoseconds. Metrics are in the task's unit; accuracies lie in [0, 1].
     """
 
     name: str
     folder: Path | None
     accuracy: float  # held-out
     test_accuracy: float | None  # where the run read its test split
-    float_accuracy: float | None  # of the model that it began with, held-out
+    float_accuracy: float | None  # of the float model, held-out
     costs: Mapping[str, float]
-    full: Mapping[str, float]
+    full_costs: Mapping[str, float]
     model: str
     data: str
     chance: float = 0.0  # metric of guessing (1 / classes for accuracy), where the number of classes is known
@@ -186,22 +194,22 @@ class RunPoint:
     task: str = CLASSIFICATION.name  # in TASKS; the accuracies are its metric
 
     def share(self, cost: str) -> float:
-        """Its cost over the fp32 model's."""
-        return self.costs[cost] / self.full[cost]
+        """Cost of the model over that of the fp32 model."""
+        return self.costs[cost] / self.full_costs[cost]
 
     @property
-    def even(self) -> bool:
-        """Whether it has the same bits everywhere and nothing dropped; what reads the image keeps its own width."""
+    def is_uniform(self) -> bool:
+        """Whether all layers have the same bits and nothing is dropped; the image keeps its own bits."""
         bits = {(layer.w_bits, layer.a_bits) for layer in self.layers[1:]}
         whole = all(layer.density == 1 for layer in self.layers)
         return whole and len(bits) == 1 and {layer.w_bits for layer in self.layers} == {w for w, _ in bits}
 
 
-def point_of(folder: Path) -> RunPoint:
-    """The run in a folder. Raises JpqError where its files are missing, damaged or of something else."""
+def read_point(folder: Path) -> RunPoint:
+    """The run in a folder. Raises JpqError where its files are missing, damaged or foreign."""
     config = read_config(folder / "config.toml")
     try:
-        tree = untrusted.parse_json(untrusted.read_text(folder / FILE, "result", BYTES), FILE)
+        tree = untrusted.parse_json(untrusted.read_text(folder / RESULT_FILE, "result", MAX_BYTES), RESULT_FILE)
         now, full, held = tree["compressed"], tree["float"], tree["held_out"]
         layers = tuple(_layers(folder / "layers.csv"))
         data = tree.get("data") or {}
@@ -213,7 +221,7 @@ def point_of(folder: Path) -> RunPoint:
             test_accuracy=_maybe(task, now["accuracy"]),
             float_accuracy=_maybe(task, held.get("float")),
             costs=_costs(now, config.budget.cost, layers),
-            full=_costs(full),
+            full_costs=_costs(full),
             model=config.task.model,
             data=str(data.get("name", config.task.data)),
             chance=_chance(task, folder / "plan.json"),
@@ -300,7 +308,7 @@ def _layers(path: Path) -> Iterator[tuple[LayerDecision, float]]:
 def _chance(task: Task, path: Path) -> float:
     """Metric of guessing, from the plan's number of classes; 0 where there is no plan."""
     try:
-        return task.chance(int(untrusted.parse_json(untrusted.read_text(path), FILE)["model"]["classes"]))
+        return task.chance(int(untrusted.parse_json(untrusted.read_text(path), RESULT_FILE)["model"]["classes"]))
     except (JpqError, ValueError, KeyError, TypeError):
         return 0.0
 
@@ -362,7 +370,7 @@ def from_attributes(
             test_accuracy=None,
             float_accuracy=None,
             costs={"bops": bops, "macs": float(found["macs"]), "size": float(found["size_bytes"]), **latency},
-            full={"bops": float(round(bops / share))},
+            full_costs={"bops": float(round(bops / share))},
             model=str(settings.get("model", "")),
             data=str(settings.get("data", "")),
             chance=_metric(task, about.get("accuracy of guessing", 0.0), f"{task.metric_name} of guessing"),

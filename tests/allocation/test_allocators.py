@@ -39,7 +39,7 @@ from jpq.allocation.reinforce import (
 )
 from jpq.compression import discretize
 from jpq.costs.target import Target, all_met, parse_targets, used_share
-from jpq.methods.quantizers.uniform_integer import fit_threshold, quantized
+from jpq.methods.quantizers.uniform_integer import fit_threshold, quantize_tensor
 from jpq.methods.scores import SCORES
 from jpq.tasks import load
 from jpq.types import JpqError
@@ -268,11 +268,13 @@ def test_noise_is_the_fisher_sum():
         handle.remove()
     n = len(EXAMPLE)
     x, out = read["a"]
-    error = quantized(x, fit_threshold(shared_net().calibration_samples[name], 3, a.signed, False), 3, a.signed) - x
+    error = (
+        quantize_tensor(x, fit_threshold(shared_net().calibration_samples[name], 3, a.signed, False), 3, a.signed) - x
+    )
     by_hand = sum(float((out.grad[i] * error[i]).square().sum()) for i in range(n)) / n / 2
     assert found[name, "a"] == pytest.approx(by_hand * 4**3, rel=1e-4)
     x, out = read["w"]
-    error = quantized(x, fit_threshold(x, 3, True, True), 3, True) - x
+    error = quantize_tensor(x, fit_threshold(x, 3, True, True), 3, True) - x
     by_hand = float((out.grad / n * error).square().sum()) * n / 2
     assert found[name, "w"] == pytest.approx(by_hand * 4**3, rel=1e-4)
     assert (shared_net().network.layers[0].name, "a") not in found  # the image's width is given

@@ -1,6 +1,7 @@
 """Channels that close by a score while the network trains: schedules, thresholds, landing, resuming, bad input."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -20,9 +21,18 @@ from jpq.tasks.data import load
 from jpq.training import phases
 from jpq.types import JpqError
 
-DATA = load("digits", batch_size=64)
-BATCHES = list(DATA.train.epoch(0))[:8]
 RANKED = [name for name, m in METHODS.items() if m.schedule]
+
+
+@cache
+def digits():
+    return load("digits", batch_size=64)
+
+
+@cache
+def batches():
+    """The first eight training batches."""
+    return list(digits().train.epoch(0))[:8]
 
 
 def network():
@@ -31,8 +41,8 @@ def network():
 
 
 def compressed(method="ranked", steps=40, **asked):
-    asked = {"bops": "1%", "density": 0.4, "evidence": BATCHES, **asked}
-    return jpq.compress(network(), BATCHES[0][0], method, steps=steps, **asked)
+    asked = {"bops": "1%", "density": 0.4, "evidence": batches(), **asked}
+    return jpq.compress(network(), batches()[0][0], method, steps=steps, **asked)
 
 
 def share(net):
@@ -46,7 +56,7 @@ def trained(net, steps):
     optimizer = torch.optim.Adam(net.groups())
     found = []
     for i in range(steps):
-        x, y = BATCHES[i % len(BATCHES)]
+        x, y = batches()[i % len(batches())]
         optimizer.zero_grad()
         (F.cross_entropy(net(x), y) + net.pressure()).backward()
         optimizer.step()
@@ -87,7 +97,7 @@ def test_the_density_is_reached_and_what_is_closed_stays_so(schedule, width):
     optimizer = torch.optim.Adam(net.groups())
     net.train()
     for i in range(40):
-        x, y = BATCHES[i % 8]
+        x, y = batches()[i % 8]
         optimizer.zero_grad()
         (F.cross_entropy(net(x), y) + net.pressure()).backward()
         optimizer.step()
@@ -108,7 +118,7 @@ def test_the_density_is_reached_and_what_is_closed_stays_so(schedule, width):
 
 def test_of_several_decisions_that_are_due_only_the_last_is_taken():
     net, asked = compressed(schedule="iterative"), []
-    net.net.scheduled_pruning.supply = lambda decision: asked.append(decision) or BATCHES
+    net.net.scheduled_pruning.supply = lambda decision: asked.append(decision) or batches()
     net.net.scheduled_pruning(0.5)
     assert asked == [SCHEDULES["iterative"].due(0.5)]
     net.net.scheduled_pruning(0.5)
@@ -151,9 +161,9 @@ def test_methods_train_land_and_rebuild(method):
     plan = net.discretize()
     small = net.finalize()
     limit = 0.01 * costs.baseline(net.net.exact_usage())["bops"]
-    assert 0.97 * limit <= jpq.measure(small, BATCHES[0][0])["bops"] <= limit
+    assert 0.97 * limit <= jpq.measure(small, batches()[0][0])["bops"] <= limit
     assert not all(all(units) for units in plan.kept.values())
-    assert jpq.export.verify.difference(net.net, small, BATCHES[0][0]) < 1e-9
+    assert jpq.export.verify.difference(net.net, small, batches()[0][0]) < 1e-9
 
 
 def test_landing_follows_the_ranking():
@@ -247,7 +257,7 @@ def test_what_cannot_be_ends_before_training(method, decide, says, tmp_path):
 def test_a_network_without_norms_has_no_scales_to_rank_by():
     """It is found out where the targets are tried, before anything trains."""
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10))
-    net = jpq.compress(model, BATCHES[0][0], "ranked", bops="5%", evidence=BATCHES)
+    net = jpq.compress(model, batches()[0][0], "ranked", bops="5%", evidence=batches())
     decide, check_feasible = Decide(method="ranked"), procedure_of("ranked").check_feasible
     check_feasible(net.net, net.controller.targets, decide)
     with pytest.raises(JpqError, match=r"pass no normalisation with a scale\. Choose another --score"):

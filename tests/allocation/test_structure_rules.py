@@ -24,7 +24,7 @@ from jpq.export.packed.model import unpack
 from jpq.export.verify import EXACT, difference
 from jpq.methods.compatibility import compose, is_allowed
 from jpq.methods.gates import Reweighted
-from jpq.methods.structures import by_layer, parse
+from jpq.methods.structures import parse, parse_layers
 from jpq.plan import from_json
 from jpq.tasks.data import load
 from jpq.tracing.sites import masks, weight_layout
@@ -281,7 +281,7 @@ def test_what_the_proxy_trains_stays_masked():
     model = jpq.tasks.models.build("convnet", 10, 1).eval()
     network = trace(model, data.example)
     proxy = structure_search.MappingEvaluator(network, model, data, 0.5, trained=True, lr=1e-2)
-    asked = by_layer(MIXED)
+    asked = parse_layers(MIXED)
     proxy(asked)
     for name, structure in asked.items():
         zero = proxy.projected(name, structure) == 0 if structure != DENSE else torch.zeros(())
@@ -326,7 +326,7 @@ def config(out, **decide):
 def test_several_structures_in_one_run(method, tmp_path):
     result = jpq.optimize(config(tmp_path, method=method, structure=MIXED))
     small, plan = jpq.load(result.folder)
-    asked = by_layer(MIXED)
+    asked = parse_layers(MIXED)
     assert plan.structures == {k: v for k, v in asked.items() if v != DENSE}
     table = pd.read_csv(result.folder / "layers.csv", dtype={"name": str})
     assert dict(zip(table.name, table.structure, strict=True)) == asked
@@ -426,8 +426,8 @@ def test_mappings_that_make_no_sense(method, structure, words):
     )
 )
 def test_mappings_are_read_as_they_are_written(asked):
-    assert by_layer(", ".join(f"{name}={structure}" for name, structure in asked.items())) == asked
-    assert by_layer("block:8x1") == {}
+    assert parse_layers(", ".join(f"{name}={structure}" for name, structure in asked.items())) == asked
+    assert parse_layers("block:8x1") == {}
 
 
 def test_a_table_of_latencies_says_how_long_layers_take():

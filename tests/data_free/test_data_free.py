@@ -257,9 +257,9 @@ def test_no_loader_is_touched(trained, tmp_path, monkeypatch, capsys):
     from jpq.tasks import data, datasets
 
     for module, names in (
-        (data, ("load", "Batches", "_read", "_split")),
+        (data, ("load", "Batches", "_read_source", "_split_source")),
         (datasets, ("digits", "torchvision", "folder", "convert_user_data", "_open_torchvision")),
-        (recipe, ("load_data", "read_data")),
+        (recipe, ("load_task", "read_data")),
         (sklearn.datasets, ("load_digits",)),
         (torchvision.datasets, ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "ImageFolder", "DatasetFolder")),
         (torch.utils.data, ("DataLoader",)),
@@ -461,7 +461,7 @@ def test_inside_a_loop_of_ones_own(trained, handed):
     net.eval()
     small = net.finalize()
     assert torch.allclose(small(x), net(x), atol=1e-5)
-    with pytest.raises(JpqError, match="leave structure and skip out"):
+    with pytest.raises(JpqError, match="Leave --structure out"):
         jpq.compress(model, x, mask=handed[0], bops="1%", structure="2:4")
     with pytest.raises(JpqError, match="no mask to hold"):
         jpq.compress(model, x, method="masked", bops="1%")

@@ -98,6 +98,62 @@ MUTATIONS: tuple[Mutation, ...] = (
         "phase.rate(position)",
         "tests/training/test_loop.py -k rate",
     ),
+    Mutation(
+        "RL-Pruner's reward pays for cost",
+        "jpq/allocation/reinforce.py",
+        "reward = accuracy + policy.alpha * (1 - cost_share)",
+        "reward = accuracy - policy.alpha * (1 - cost_share)",
+        "tests/allocation/test_allocators.py -k cheaper_draw",
+    ),
+    Mutation(
+        "ramp of the budget linear",
+        "jpq/costs/target.py",
+        "return target.limit * self.start[target.cost] ** left",
+        "return target.limit * (1 + (self.start[target.cost] - 1) * left)",
+        "tests/costs/test_costs.py",
+    ),
+    Mutation(
+        "discretization opens the worst closed unit first",
+        "jpq/compression/discretize.py",
+        "closed = [u for u in self.order[site] if not plan.kept[site][u]][",
+        "closed = [u for u in reversed(self.order[site]) if not plan.kept[site][u]][",
+        "tests/compression/test_discretize.py -k unit_opens",
+    ),
+    Mutation(
+        "discretization fills masks with the worst weights first",
+        "jpq/compression/discretize.py",
+        "closed.argsort(descending=True)",
+        "closed.masked_fill(kept, math.inf).argsort()",
+        "tests/compression/test_discretize.py -k of_a_mask",
+    ),
+    Mutation(
+        "discretization spends no slack",
+        "jpq/compression/discretize.py",
+        "        for step in decisions.steps(plan):\n            if step.name in too_dear:",
+        "        for step in decisions.steps(plan)[:1]:\n            if step.name in too_dear:",
+        "tests/compression/test_discretize.py -k lands_under",
+    ),
+    Mutation(
+        "BatchNorm averages by momentum",
+        "jpq/compression/calibration.py",
+        "norm.momentum = None  # cumulative average",
+        "norm.momentum = 0.1",
+        "tests/compression/test_calibration.py",
+    ),
+    Mutation(
+        "BatchNorm keeps its old statistics",
+        "jpq/compression/calibration.py",
+        "        norm.reset_running_stats()\n",
+        "",
+        "tests/compression/test_calibration.py",
+    ),
+    Mutation(
+        "smoothed count of the dead zone too narrow",
+        "jpq/methods/gates/dead_zone.py",
+        "torch.sigmoid(self.margin() / SOFT)",
+        "torch.sigmoid(self.margin() / (0.8 * SOFT))",
+        "tests/compression/test_codeq.py -k smoothed",
+    ),
 )
 
 

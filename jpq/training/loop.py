@@ -75,13 +75,13 @@ def fit(
             for i, (side, x, y) in enumerate(_batches_with_sides(parts, phase.before + epoch)):
                 if i < len(phase.losses):
                     continue  # an earlier part of this run did it
-                with stop.whole():
+                with stop.uninterrupted():
                     phase.losses.append(_step(net, (x, y), phase, epoch + i / steps, objective, optim, side))
                 watch.step(phase.losses[-1], *recorder.bops_shares(objective))
                 save_within_epoch(x)
             check_finite(net, x, phase.name, phase.done)  # before it can replace a good checkpoint
             metric = data.task.evaluate(net, data.held_out)
-            with stop.whole():
+            with stop.uninterrupted():
                 mean_loss = sum(phase.losses) / max(1, len(phase.losses))
                 row = recorder.record(phase, epoch + 1, mean_loss, metric, net, objective, optim.param_groups[0]["lr"])
                 phase.done, phase.losses = epoch + 1, []

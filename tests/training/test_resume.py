@@ -192,7 +192,7 @@ def test_requests_to_stop() -> None:
     stop, done = Interruption(), []
 
     def work(*numbers: int) -> None:
-        with stop, stop.whole():
+        with stop, stop.uninterrupted():
             for number in numbers:
                 os.kill(os.getpid(), number)
                 done.append(number)
@@ -231,7 +231,7 @@ def test_threads_hear_no_signals() -> None:
     said = []
 
     def work() -> None:
-        with Interruption() as stop, stop.whole():
+        with Interruption() as stop, stop.uninterrupted():
             said.append(signal.getsignal(signal.SIGINT))
 
     before = signal.getsignal(signal.SIGINT)

@@ -1,0 +1,101 @@
+"""Comparison of two models: decisions by the task, rounding boundaries, and the limits beyond which it raises."""
+
+import pytest
+import torch
+from regression import Regression
+from torch import nn
+
+import jpq
+from jpq.export import verify
+from jpq.export.onnx.export import export_onnx
+from jpq.types import JpqError
+
+
+def constant(*rows):
+    """A model that gives these rows, whatever the input."""
+    return lambda x: torch.tensor(rows)
+
+
+BATCH = [(torch.zeros(2, 1), None)]
+A = constant([1.0, 0.0], [0.0, 2.0])
+
+
+def test_decisions_gaps_and_boundaries_are_counted():
+    found = verify.compare(A, constant([1.0, 0.001], [1.0, 0.5]), BATCH)
+    assert found == {
+        "images": 2,
+        "decisions": 2,
+        "argmax_agreement": 0.5,
+        "argmax_differs": 1,
+        "at_a_rounding_boundary": 1,  # 0.001 of 2 is below the threshold
+        "largest_relative_difference": pytest.approx(0.75),
+        "largest_gap_where_argmax_differs": pytest.approx(1.0),
+    }
+
+
+def test_agreement_is_the_tasks():
+    """Another class in the first sample, though every number is within a tenth of the largest."""
+    a, b = constant([1.0, 0.9], [0.0, 2.0]), constant([0.85, 0.9], [0.0, 2.1])
+    assert verify.compare(a, b, BATCH)["argmax_differs"] == 1
+    assert verify.compare(a, b, BATCH, Regression())["argmax_differs"] == 0
+
+
+def test_every_output_tensor_is_compared():
+    def both(x):
+        return torch.tensor([[1.0, 0.0]] * 2), torch.tensor([[0.0, 1.0]] * 2)
+
+    def swapped(x):
+        return tuple(reversed(both(x)))
+
+    found = verify.compare(both, swapped, BATCH)
+    assert (found["images"], found["decisions"], found["argmax_differs"]) == (2, 4, 4)
+
+
+def test_difference_is_taken_in_float64_and_leaves_the_models_as_they_are():
+    torch.manual_seed(0)
+    one, x = nn.Linear(4, 3), torch.rand(5, 4)
+    other = nn.Linear(4, 3)
+    other.load_state_dict({name: value * (1 + 1e-6) for name, value in one.state_dict().items()})
+    assert verify.difference(one, one, x) == 0
+    assert 1e-7 < verify.difference(one, other, x) < 1e-5
+    assert one.weight.dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(session, rebuilt model, its ONNX file, example)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10))
+    example = torch.rand(32, 1, 8, 8)
+    session = jpq.compress(model, example, "djpq", bops="3%", steps=1)
+    session.discretize()
+    small, path = session.finalize(), tmp_path_factory.mktemp("verify") / "model.onnx"
+    export_onnx(small, example, path)
+    return session, small, path, example
+
+
+def test_equal_models_pass_and_report_every_comparison(exported):
+    session, small, path, example = exported
+    found = verify.verify(session.net, small, path, [(example, None)], example)
+    assert found["masked_vs_rebuilt_float64"] <= verify.EXACT
+    assert found["rebuilt_vs_onnxruntime"]["argmax_differs"] == 0
+    assert found["rebuilt_vs_onnxruntime_optimised"]["images"] == 32
+
+
+@torch.no_grad()
+def test_another_rebuilt_model_or_file_is_refused(exported, tmp_path):
+    session, small, path, example = exported
+    bias = small.get_parameter("4.bias")
+    before = bias.clone()
+    try:
+        bias[0] += 1e-4
+        with pytest.raises(JpqError, match="The rebuilt model is not the masked one"):
+            verify.verify(session.net, small, path, [(example, None)], example)
+        bias.copy_(before + torch.linspace(0, 30, 10))
+        with pytest.raises(JpqError, match="decisions come out differently"):
+            verify.exported(small, path, [(example, None)])
+        bias.copy_(before * 1.001 + 0.01 * before.abs().max())  # the same classes, but every output is off
+        with pytest.raises(JpqError, match="this is more than rounding"):
+            verify.exported(small, path, [(example, None)])
+    finally:
+        bias.copy_(before)

@@ -22,7 +22,7 @@ import claims_channels as channels
 import claims_masks as masks
 import pandas as pd
 import torch
-from support.result_rows import RESULTS, provenance
+from support.result_rows import RESULTS, provenance, read_rows
 from support.trial import ADAM, SGD, Measurement
 
 import jpq
@@ -94,7 +94,7 @@ def main() -> None:
     only = parser.parse_args().only
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    rows = {(r["method"], r["claim"]): r for r in (pd.read_csv(PATH).to_dict("records") if PATH.exists() else [])}
+    rows = {(r["method"], r["claim"]): r for r in read_rows(PATH, COLUMNS, dtype=str).to_dict("records")}
     for claim in CLAIMS:
         if only is None or claim.method in only:
             rows[claim.method, claim.text] = row = claim.row()

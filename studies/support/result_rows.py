@@ -71,9 +71,9 @@ def append_row(path: Path, row: dict[str, object]) -> None:
         writer.writerow(row)
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+def read_rows(path: Path, columns: Sequence[str], dtype: type[str] | None = None) -> pd.DataFrame:
     """The rows of a CSV file, or an empty table with these columns where the file does not exist yet."""
-    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(columns))
+    return pd.read_csv(path, dtype=dtype) if path.exists() else pd.DataFrame(columns=list(columns))
 
 
 def _git(*arguments: str) -> str:

@@ -205,14 +205,14 @@ def section(name: str) -> str:
 
 def commit_line(files: Sequence[str]) -> str:
     """The commits that the rows of some CSV files were measured at."""
-    texts = []
+    by_text: dict[str, list[str]] = {}
     for name in files:
         table = pd.read_csv(RESULTS / f"{name}.csv")
         commits = table.commit.fillna(NO_COMMIT) if "commit" in table else pd.Series([NO_COMMIT] * len(table))
         counts = commits.value_counts()
-        rows = ", ".join(f"{commit} ({n} of {len(table)} rows)" for commit, n in counts.items())
-        texts.append(f"`{name}.csv`: {counts.index[0] if len(counts) == 1 else rows}")
-    return f"Commit: {'; '.join(texts)}."
+        rows = ", ".join(f"{commit} for {n} of {len(table)} rows" for commit, n in counts.items())
+        by_text.setdefault(counts.index[0] if len(counts) == 1 else rows, []).append(f"`{name}.csv`")
+    return "Commit: " + "; ".join(f"{text} ({', '.join(names)})" for text, names in by_text.items()) + "."
 
 
 def main() -> None:

@@ -1,5 +1,46 @@
-"""Many runs by Optuna (`jpq study`)."""
+"""Many runs by Optuna (`jpq study`): settings, search space, trials, status."""
+
+from typing import TYPE_CHECKING
 
 from jpq.lazy import lazy_names
 
-__getattr__, __dir__ = lazy_names(__name__, {})
+if TYPE_CHECKING:
+    from jpq.trials.attributes import is_counted
+    from jpq.trials.preview import Preview, float_weights
+    from jpq.trials.samplers import build_sampler
+    from jpq.trials.settings import Study, read_study, write_study
+    from jpq.trials.space import Space
+    from jpq.trials.status import StudyStatus
+    from jpq.trials.storage import open_storage
+    from jpq.trials.trial import NullStudyObserver, StudyObserver
+
+__all__ = [
+    "NullStudyObserver",
+    "Preview",
+    "Space",
+    "Study",
+    "StudyObserver",
+    "StudyStatus",
+    "build_sampler",
+    "float_weights",
+    "is_counted",
+    "open_storage",
+    "read_study",
+    "write_study",
+]
+
+_HOMES = {
+    "NullStudyObserver": "trial",
+    "Preview": "preview",
+    "Space": "space",
+    "Study": "settings",
+    "StudyObserver": "trial",
+    "StudyStatus": "status",
+    "build_sampler": "samplers",
+    "float_weights": "preview",
+    "is_counted": "attributes",
+    "open_storage": "storage",
+    "read_study": "settings",
+    "write_study": "settings",
+}
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

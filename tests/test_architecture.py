@@ -109,7 +109,7 @@ def gate_classes() -> set[str]:
 
 def test_no_module_asks_for_the_class_of_a_gate():
     """Gates are asked by the members of their contract, so that a new gate touches its own file and two rows."""
-    wrong = []
+    wrong, classes = [], gate_classes()
     for path, tree in modules().items():
         if path.startswith("methods/gates/"):
             continue
@@ -118,7 +118,7 @@ def test_no_module_asks_for_the_class_of_a_gate():
             compared = isinstance(node, ast.Compare)
             operands = node.args[1:] if asks else [node.left, *node.comparators] if compared else []
             names = {name.id for operand in operands for name in ast.walk(operand) if isinstance(name, ast.Name)}
-            if names & gate_classes():
+            if names & classes:
                 wrong.append(f"{path}, line {node.lineno}")
     assert not wrong
 
@@ -143,3 +143,67 @@ def test_public_names_are_not_hidden_by_modules():
     assert all(not hasattr(getattr(jpq, name), "__path__") for name in jpq.__all__)
     for name in jpq.__all__:
         assert not isinstance(getattr(jpq, name), type(ast)), name
+
+
+def public_names(package: str) -> set[str]:
+    """The names that a package offers: its `__all__`, or what its `__init__` binds and imports."""
+    tree = ast.parse((ROOT / package / "__init__.py").read_text("utf-8"))
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            targets = {t.id for t in node.targets if isinstance(t, ast.Name)}
+            names |= set(ast.literal_eval(node.value)) if "__all__" in targets else targets
+        elif isinstance(node, ast.AnnAssign | ast.FunctionDef | ast.ClassDef):
+            names.add(node.target.id if isinstance(node, ast.AnnAssign) else node.name)  # type: ignore[union-attr]
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_public_names_of_packages_resolve_and_hide_no_module():
+    import importlib
+
+    for init in sorted(ROOT.glob("*/**/__init__.py")):
+        package = init.parent.relative_to(ROOT).as_posix()
+        if "_HOMES" not in init.read_text("utf-8"):
+            continue
+        module = importlib.import_module("jpq." + package.replace("/", "."))
+        assert set(module._HOMES) <= set(module.__all__), package
+        for name in module.__all__:
+            assert getattr(module, name) is not None
+            assert not (init.parent / f"{name}.py").exists(), f"jpq.{package}.{name} is a module too"
+            assert not (init.parent / name).is_dir(), f"jpq.{package}.{name} is a package too"
+
+
+PUBLIC_MODULES = {"tasks": {"data", "models", "zoo"}}  # documents read their functions as `models.build`
+MODULES_OF_THE_ROOT = {"config", "plan", "recipe", "session", "types"}  # which a reader opens first
+
+
+def imported_names(tree: ast.AST) -> list[tuple[str, str]]:
+    """(module, name) of every import of jpq; the name is "" for `import module`."""
+    pairs = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            pairs += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            pairs += [(node.module or "", alias.name) for alias in node.names]
+    return [(module, name) for module, name in pairs if module.split(".")[0] == "jpq"]
+
+
+def is_public(module: str, name: str) -> bool:
+    """Whether a user may import this: from jpq, a module at the root, or what a package's `__init__` offers."""
+    place = "/".join(parts(module))
+    if place in MODULES_OF_THE_ROOT or module == "jpq":
+        return not name or place != "" or name in {*jpq.__all__, *FLOOR}
+    is_package = (ROOT / place / "__init__.py").is_file()
+    return is_package and (not name or name in public_names(place) | PUBLIC_MODULES.get(place, set()))
+
+
+def test_studies_import_public_names_only():
+    wrong = [
+        f"{path.name}: from {module} import {name}"
+        for path in sorted((ROOT.parent / "studies").rglob("*.py"))
+        for module, name in imported_names(ast.parse(path.read_text("utf-8")))
+        if not is_public(module, name)
+    ]
+    assert not wrong

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from jpq.compression.model import CompressedModel
 from jpq.methods.quantizers import BitWidth, IntegerQuantizer, Learned, fit_threshold
-from jpq.methods.quantizers.uniform_integer import quantized
+from jpq.methods.quantizers.uniform_integer import quantize_tensor
 from jpq.plan import Plan
 from jpq.tracing.forward import call_model, eval_mode, hook_modules
 from jpq.types import JpqError
@@ -78,7 +78,7 @@ def sensitivities(
             if "/".join(key) in calls:
                 x, out = calls["/".join(key)]
                 assert out.grad is not None
-                error = quantized(x, ranges[key], bits, module.signed) - x
+                error = quantize_tensor(x, ranges[key], bits, module.signed) - x
                 rises[key] += 0.5 * len(logits) * float((out.grad * error).square().sum())
         count += 1
     net.zero_grad()

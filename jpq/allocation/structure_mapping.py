@@ -13,7 +13,7 @@ from jpq.config import RULES, SEARCH
 from jpq.files import untrusted
 from jpq.files.atomic import replace_file
 from jpq.methods.compatibility import is_allowed
-from jpq.methods.structures import by_layer
+from jpq.methods.structures import parse_layers
 from jpq.methods.table import Method
 from jpq.tracing.network import Network
 from jpq.types import DENSE, JpqError, unknown
@@ -40,7 +40,7 @@ def map_structures(
         return apply_rules(network, density, hard_task, is_allowed=allowed, skip=skip, latency=latency)
     if method.structure == SEARCH:
         return cheapest_mapping(network, density, is_allowed=allowed, skip=skip)
-    structures = by_layer(method.structure)
+    structures = parse_layers(method.structure)
     names = [layer.name for layer in network.layers]
     for name in structures:
         if name not in names:

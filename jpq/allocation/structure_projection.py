@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Size, Tensor
 
-from jpq.methods.gates.fixed_count import kept_of_rows, topk_rows
+from jpq.methods.gates.fixed_count import kept_counts, topk_rows
 from jpq.methods.structures import Structure, parse
 from jpq.tracing.network import Layer
 from jpq.tracing.sites import weight_layout
@@ -42,4 +42,4 @@ def kept_share(layer: Layer, structure: str, density: float) -> float:
 def _kept_counts(structure: Structure, sizes: Units, density: float) -> Tensor:
     """`[rows]`: number of units that stay in each row."""
     quota, units = structure.quota(), (sizes > 0).sum(1)
-    return kept_of_rows(density, units).clamp_min(1) if quota is None else units.clamp_max(quota)
+    return kept_counts(density, units).clamp_min(1) if quota is None else units.clamp_max(quota)

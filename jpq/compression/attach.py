@@ -142,7 +142,7 @@ def _mask_layer(net: CompressedModel, layer: Layer, taps: Sequence[tuple[GateSam
     quantizers = net.quantizers(layer.name)
     if quantizers:
         noisy = [(draw, structure) for draw, structure in taps if isinstance(structure, Axis)]  # masks have no noise
-        quantizers[1].jitter = InputNoise(noisy, layer.kind.channel_dim, layer.groups) if noisy else None
+        quantizers[1].noise = InputNoise(noisy, layer.kind.channel_dim, layer.groups) if noisy else None
 
 
 def _quantize_outputs(net: CompressedModel, outputs: Mapping[str, Tensor], bits: int) -> None:

@@ -1,4 +1,4 @@
-"""The grid: any gate on any structure with any kind of width, and the reason where they do not go together."""
+"""Rules for which gate, structure and width go together, with the reason where they do not."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from dataclasses import replace
 
 from jpq.config import CHANNELS, MANUAL, MASKED, RULES, SEARCH, STRUCTURE_CHOICES
 from jpq.methods.gates import Gate
-from jpq.methods.quantizers import WIDTHS, BitWidth, Fixed, Learned
+from jpq.methods.quantizers import WIDTHS, BitWidth, Learned
 from jpq.methods.schedules import pick_schedule
 from jpq.methods.scores import pick_score
-from jpq.methods.structures import STRUCTURES, Structure, by_layer, parse
+from jpq.methods.structures import STRUCTURES, Structure, parse, parse_layers
 from jpq.methods.table import MANUAL_ROW, MASKED_ROW, METHODS, Method
 from jpq.types import DENSE, JpqError, unknown
 
-SHOWN = 6  # alternatives that a refusal lists
+SHOWN = 6  # most alternatives that an error message lists
 
 
 def compose(
     method: str, structure: str = "", width: str = "", score: str = "", schedule: str = "", classes: str = ""
 ) -> Method:
-    """A row of METHODS, with another structure, kind of width, score or schedule where they are named.
+    """Row of METHODS with another structure, kind of width, score or schedule where they are named.
 
     Raises JpqError for unknown names, and for what does not go together, with what to choose instead.
     """
     if method == MASKED:
-        given = {"--score": score, "--schedule": schedule, "--classes": classes}
-        for flag, value in given.items():
+        flags = {"--score": score, "--schedule": schedule, "--classes": classes}
+        for flag, value in flags.items():
             if value:
                 raise JpqError(f"{flag} {value}: --mask says which weights are dropped. Leave {flag} out.")
         return replace(MASKED_ROW, width=_learns(width)) if width else MASKED_ROW
@@ -38,31 +38,33 @@ def compose(
     if width and width not in WIDTHS:
         raise unknown("width", width, WIDTHS)
     row = METHODS[method]
-    made = replace(
+    method_row = replace(
         row,
         structure=structure or row.structure,
         width=WIDTHS[width] if width else row.width,
         score=score or row.score,
         schedule=schedule or row.schedule,
     )
-    others = [name for name, m in METHODS.items() if m.procedure == "search"]
+    searching = [name for name, m in METHODS.items() if m.procedure == "search"]
     if row.gate is None and structure:
-        raise JpqError(f"--structure {structure}: method {method} prunes nothing. Choose --method {any_of(others)}.")
-    if row.procedure != "search" and made.width is not row.width:
+        raise JpqError(f"--structure {structure}: method {method} prunes nothing. Choose --method {any_of(searching)}.")
+    if row.procedure != "search" and method_row.width is not row.width:
         raise JpqError(
             f"--width {width}: method {method} does not search, so its bits are fixed. "
-            f"Choose --method {any_of(others)}."
+            f"Choose --method {any_of(searching)}."
         )
     _check_ranking(method, row, score, schedule, classes)
-    reason = incompatibility(row.gate, made.structure, made.width) if row.gate else None
+    reason = incompatibility(row.gate, method_row.structure, method_row.width) if row.gate else None
     if reason:
-        raise JpqError(f"--method {method}, --structure {made.structure}, --width {_name(made.width)}: {reason}")
-    return made
+        raise JpqError(
+            f"--method {method}, --structure {method_row.structure}, --width {_name(method_row.width)}: {reason}"
+        )
+    return method_row
 
 
 def _learns(width: str) -> type[BitWidth]:
-    """A kind of width that can move towards the budget where nothing else can."""
-    learn = [name for name, w in WIDTHS.items() if not issubclass(w, Fixed)]
+    """Kind of width of that name that learns, and so can move towards the budget where nothing else can."""
+    learn = [name for name, w in WIDTHS.items() if w.learns]
     if width not in WIDTHS:
         raise unknown("width", width, learn)
     if width not in learn:
@@ -74,19 +76,19 @@ def _learns(width: str) -> type[BitWidth]:
 
 
 def _check_ranking(method: str, row: Method, score: str, schedule: str, classes: str) -> None:
-    """Raises JpqError for a score or a schedule of an unknown name, or with a method that does not take one."""
+    """Check the score and the schedule; JpqError for unknown names or a method that does not take them."""
     flags = {"--score": (score, "score"), "--schedule": (schedule, "schedule"), "--classes": (classes, "score")}
-    for flag, (given, needs) in flags.items():
-        if given and not getattr(row, needs):
+    for flag, (value, needs) in flags.items():
+        if value and not getattr(row, needs):
             takes = [name for name, m in METHODS.items() if getattr(m, needs)]
             why = "ranks no channels" if not row.score else "closes channels at once, before it trains"
-            raise JpqError(f"{flag} {given}: method {method} {why}. Choose --method {any_of(takes)}.")
+            raise JpqError(f"{flag} {value}: method {method} {why}. Choose --method {any_of(takes)}.")
     pick_score(score or row.score or "l1", classes)
     pick_schedule(schedule or row.schedule or "one-shot")
 
 
 def incompatibility(gate: type[Gate], structure: str, width: type[BitWidth]) -> str | None:
-    """Why these three do not go together and what to choose instead; None where they do.
+    """Reason why these three do not go together and what to choose instead; None where they do.
 
     Raises JpqError for a structure that cannot be read.
     """
@@ -101,24 +103,24 @@ def incompatibility(gate: type[Gate], structure: str, width: type[BitWidth]) -> 
 
 
 def is_allowed(method: Method) -> Callable[[str], bool]:
-    """Whether one layer of this method may have a structure."""
+    """Predicate: whether one layer of this method may have a structure."""
     return lambda structure: method.gate is not None and _clash(method.gate, structure, method.width) is None
 
 
 def _clash(gate: type[Gate], structure: str, width: type[BitWidth]) -> str | None:
-    """The first reason against it: against every scheme to choose from, or against one that is asked for."""
+    """First reason against it: against every scheme to choose from, or against one that is named."""
     if structure in (RULES, SEARCH):
         reasons = [_clash_of_one(gate, scheme, width) for scheme in STRUCTURE_CHOICES]
         return reasons[-1] if all(reasons) else None
-    given = by_layer(structure)
-    asked = [s for s in given.values() if s != DENSE] if given else [structure]
-    return next(filter(None, (_clash_of_one(gate, s, width) for s in asked)), None)
+    layers = parse_layers(structure)
+    structures = [s for s in layers.values() if s != DENSE] if layers else [structure]
+    return next(filter(None, (_clash_of_one(gate, s, width) for s in structures)), None)
 
 
 def _clash_of_one(gate: type[Gate], structure: str, width: type[BitWidth]) -> str | None:
-    """The first reason against one structure."""
+    """First reason against one structure, without alternatives; None where there is none."""
     units = None if structure == CHANNELS else _parsed(structure)
-    if gate.fixed_count and issubclass(width, Fixed):
+    if gate.fixed_count and not width.learns:
         return "how much stays (--density) and the bits are both given, so nothing could move towards the budget"
     if gate.elementwise_only and width.own_grid:
         return f"{_name(width)} widths and a dead zone each bring a grid of their own to train on"
@@ -143,7 +145,7 @@ def _parsed(structure: str) -> Structure:
 
 
 def _instead(gate: type[Gate], structure: str, width: type[BitWidth]) -> str:
-    """What fits if only one of the three changes; empty where nothing does."""
+    """Alternatives where only one of the three changes, as flags; empty where nothing fits."""
     examples = [CHANNELS, *(named.example for named in STRUCTURES.values()), RULES]
     rows: dict[type[Gate], str] = {}  # the first method of each gate
     for name, method in METHODS.items():
@@ -158,7 +160,7 @@ def _instead(gate: type[Gate], structure: str, width: type[BitWidth]) -> str:
 
 
 def any_of(names: list[str]) -> str:
-    """The first few names as a choice in a sentence: `a, b or c`."""
+    """Choice of the first few names in a sentence: `a, b or c`."""
     shown = names[:SHOWN]
     more = ["..."] if len(names) > SHOWN else []
     return " or ".join([", ".join([*shown, *more][:-1]), [*shown, *more][-1]]) if len(shown) > 1 else shown[0]

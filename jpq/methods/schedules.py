@@ -1,4 +1,4 @@
-"""When a ranking closes units during a search: at given places, down to a density that falls over them.
+"""SCHEDULES: when a ranking closes units during a search, and down to which density.
 
 Densities are shares of the MACs that stay. All schedules end at END of the search, so that the weights and the bits
 have the rest of it for the network that is left.
@@ -11,24 +11,24 @@ from dataclasses import dataclass
 
 from jpq.types import unknown
 
-END = 0.75  # of the search
+END = 0.75  # position in the search of the last decision
 
-STEPS = {"one-shot": 1, "iterative": 10, "cubic": 20}
+STEPS = {"one-shot": 1, "iterative": 10, "cubic": 20}  # decisions of each schedule
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Decisions at `times`, the last of which reaches the density that was asked for."""
+    """Pruning schedule: decisions at `times`, the last of which reaches the final density."""
 
     times: tuple[float, ...]  # positions in the search, ascending
-    left: Callable[[float], float]  # share of the decisions taken, in [0, 1] -> part of the way that is still to go
+    left: Callable[[float], float]  # share of the decisions taken, in [0, 1] -> share of the pruning still to do
 
     def due(self, progress: float) -> int:
-        """How many decisions lie at or before this position in the search."""
+        """Number of decisions at or before this position in the search."""
         return sum(time <= progress for time in self.times)
 
     def density(self, taken: int, final: float) -> float:
-        """What stays after so many decisions."""
+        """Density after so many decisions."""
         return final + (1 - final) * self.left(taken / len(self.times))
 
 
@@ -45,7 +45,7 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def pick_schedule(name: str) -> Schedule:
-    """The schedule of that name. Raises JpqError with the closest names."""
+    """Schedule of that name. Raises JpqError with the closest names."""
     if name not in SCHEDULES:
         raise unknown("schedule", name, SCHEDULES)
     return SCHEDULES[name]

@@ -1,4 +1,4 @@
-"""METHODS: a method is a row that composes a gate, a kind of width, and where they act."""
+"""METHODS: the table of named methods, each a row that combines a gate, a kind of width and where they act."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ ProcedureName = Literal["search", "one-shot", "two-stage", "manual"]
 
 @dataclass(frozen=True)
 class Method:
-    """One named way to decide what stays and how many bits it gets."""
+    """A named method: what it combines, and when to choose it."""
 
-    decides: str  # what it decides, in a few words
-    gate: type[Gate] | None  # on the sites; None: nothing is pruned
+    decides: str  # the decisions that it takes, in a few words
+    gate: type[Gate] | None  # gate of each site; None: nothing is pruned
     width: type[BitWidth]
     procedure: ProcedureName  # when and how its decisions are taken (`jpq.allocation.procedures.PROCEDURES`)
-    choose: str  # when to choose it
+    choose: str  # advice: when to choose it
     paper: str
     sites: str = "coupled"  # channels that are kept or removed together; "per-consumer": each consumer has its own
-    structure: str = "channels"  # where zeros may lie: on those sites, or as a mask inside each layer
-    score: str = ""  # what ranks its channels, a name in jpq.methods.scores.SCORES; none: they are learned
-    schedule: str = ""  # when they close during the search, a name in jpq.methods.schedules.SCHEDULES
+    structure: str = "channels"  # whole channels, or the name of a mask inside each layer
+    score: str = ""  # ranking of its channels, a name in jpq.methods.scores.SCORES; "": channels are learned
+    schedule: str = ""  # times at which channels close in the search, a name in jpq.methods.schedules.SCHEDULES
 
 
 METHODS: Mapping[str, Method] = {
@@ -285,5 +285,5 @@ MANUAL_ROW = Method(
 
 
 def row(name: str) -> Method:
-    """The method that a plan names: a row of METHODS, or what stands behind a given mask or decisions by hand."""
+    """Row of the method that a plan names: of METHODS, of a given mask, or of decisions by hand."""
     return {MASKED: MASKED_ROW, MANUAL: MANUAL_ROW}.get(name) or METHODS[name]

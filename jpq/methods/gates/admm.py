@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from jpq.methods.gates.base import Holds
-from jpq.methods.gates.fixed_count import FixedCount, kept_of, strongest_rows
+from jpq.methods.gates.fixed_count import FixedCount, kept_count, strongest_rows
 from jpq.methods.structures.base import Structure
 from jpq.types import Units, Weight
 
@@ -77,7 +77,7 @@ class Admm(FixedCount):
         norms = torch.stack([structure.pool(total.square()) for total, structure in sums]).sum(0)
         self.kept.copy_(self.top(norms / self.sizes.clamp_min(1), self.density))
         if self.connected < 1:
-            self.kept.copy_(strongest_rows(self.kept, norms, max(1, kept_of(self.connected, self.rows))))
+            self.kept.copy_(strongest_rows(self.kept, norms, max(1, kept_count(self.connected, self.rows))))
         for i, (total, structure) in enumerate(sums):
             self.near(i).copy_(total * structure.expand(self.kept.to(total), total.shape))
 

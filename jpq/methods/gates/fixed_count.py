@@ -59,7 +59,7 @@ class FixedCount(Gate):
         real = (self.sizes > 0).sum(1)
         if self.quota is not None:
             return real.minimum(torch.full_like(real, self.quota))
-        return kept_of_rows(density, real).clamp_min(1)
+        return kept_counts(density, real).clamp_min(1)
 
     def least(self) -> Units:
         """A mask with as many units as stay in the end, before it is known which: here the largest of each row."""
@@ -154,12 +154,12 @@ def strongest_rows(kept: Units, weights: Units, k: int) -> Units:
     return kept * topk_rows((kept * weights).sum(1)[None], k)[0][:, None]
 
 
-def kept_of(density: float, n: int) -> int:
+def kept_count(density: float, n: int) -> int:
     """Number of units that stay of n at a density in [0, 1], rounded half up. Raises JpqError for a density outside."""
-    return int(kept_of_rows(density, torch.tensor([n]))[0])
+    return int(kept_counts(density, torch.tensor([n]))[0])
 
 
-def kept_of_rows(density: float, n: Tensor) -> Tensor:
+def kept_counts(density: float, n: Tensor) -> Tensor:
     """Number of units that stay in rows of different length, `[rows]`, from their numbers of real units, `[rows]`."""
     if not 0 <= density <= 1:
         raise JpqError(f"A density is a share from 0 to 1, not {density}.")

@@ -68,7 +68,7 @@ class GumbelTopK(FixedCount):
         uniform = torch.rand_like(self.logits).clamp(1e-10, 1 - 1e-7)
         scores = self._real(self.logits + self.noise * -(-uniform.log()).log())
         hard = self.top(scores, self.density)
-        soft = drawn(scores / self.temperature, self.count(self.density))
+        soft = draw_mass(scores / self.temperature, self.count(self.density))
         return hard + (soft - soft.detach())
 
     def keep(self) -> Units:
@@ -107,7 +107,7 @@ def _entropy(p: Tensor) -> Tensor:
     return -(p * p.clamp_min(1e-300).log()).sum(-1)
 
 
-def drawn(scores: Tensor, k: Tensor) -> Units:
+def draw_mass(scores: Tensor, k: Tensor) -> Units:
     """Probability mass that k draws without replacement put on each unit, `[rows, n]`; rows sum to k.
 
     Args:

@@ -176,7 +176,7 @@ class Lasso(FixedCount):
 
     def _decide(self) -> None:
         chosen = [g for g in self.pool if g.n >= LEAST]
-        sums = [running(g._energies().double()) for g in chosen]
+        sums = [running_sums(g._energies().double()) for g in chosen]
         total_weights = sum(float(g.sizes.sum()) for g in chosen)
         low, high = 0.0, 1.0
         for _ in range(50):
@@ -209,7 +209,7 @@ def coefficients(squares: Units, p: Tensor, kernel: float) -> Units:
     return _kappa(p, kernel) * torch.where(squares > 0, share, torch.zeros_like(share))
 
 
-def running(shares: Units) -> Units:
+def running_sums(shares: Units) -> Units:
     """Sum of each unit's share and of all smaller ones of its row, `[rows, n]`; equal rows get equal sums."""
     ordered, index = shares.sort(dim=1, stable=True)
     return torch.zeros_like(shares).scatter(1, index, ordered.cumsum(1))

@@ -7,7 +7,7 @@ BMVC 2018, arXiv:1709.06994.
 |---|---|---|
 | p, pruning probability | `p` | [rows, n], starts at 0 |
 | Bernoulli(1 - p) once per group and iteration | `relaxed()`, kept in `z` until the step is over | [rows, n] |
-| A, u; Delta(r) | `RISE`, `TURN`; `change` | 0.05, 0.25; [rows, n] |
+| A, u; Delta(r) | `RISE`, `TURN`; `probability_change` | 0.05, 0.25; [rows, n] |
 | rank r, by L1 norm, averaged over the updates | `rank`, `importance` | [rows, n] |
 | K, groups still to be pruned, anew at each update | `left` | [rows] |
 | an update every t iterations | UPDATES of them in the first SPAN of the search | |
@@ -125,15 +125,13 @@ class Stochastic(FixedCount):
             return
         self.rank += (self._ranks(self.importance()) - self.rank) / self.updates
         left = self.left[:, None]
-        moved = (self.p + change(self._order(), left)).clamp(0, 1)
+        moved = (self.p + probability_change(self._order(), left)).clamp(0, 1)
         moved[moved >= ALMOST] = 1.0
         self.p.copy_(torch.where(self.out | (left <= 0), self.p, moved))
         self._finish()
 
     def _ranks(self, scores: Units) -> Units:
-        """Rank of each unit, `[rows, n]`: 0 for the least of those still in; ties go by number, dropped units come
-        last.
-        """
+        """Rank of each unit, `[rows, n]`: 0 for the least still in; ties go by number, dropped units come last."""
         return scores.masked_fill(self.out, math.inf).argsort(dim=1, stable=True).argsort(dim=1).to(self.p)
 
     def _order(self) -> Units:
@@ -157,7 +155,7 @@ class Stochastic(FixedCount):
             weight.copy_(torch.where(masked, before, weight))
 
 
-def change(rank: Tensor, left: Tensor) -> Tensor:
+def probability_change(rank: Tensor, left: Tensor) -> Tensor:
     """Increment Delta(r) of a unit's pruning probability at rank r, with `left` (K) units still to be dropped.
 
     A at r = 0, u A at N = -ln u / a, 0 at K, point-symmetric about (N, u A) and falling; a = (ln 2 - ln u) / K.

@@ -1,4 +1,4 @@
-"""How many bits."""
+"""WIDTHS: kinds of bit-width; and the quantizer, its grids and the brevitas layers that hold it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Float layers into brevitas layers, with our quantizer in brevitas's proxies.
+"""Conversion of float layers to brevitas layers that hold our quantizers.
 
 The injectors name only what brevitas needs to run and export a proxy; the quantizer itself is handed over as an
 instance, so there is one owner of ranges and bits.
@@ -47,7 +47,7 @@ def can_quantize(layer: nn.Module) -> bool:
 
 
 def quantize_layer(layer: nn.Module, weight: IntegerQuantizer, act: IntegerQuantizer) -> nn.Module:
-    """A brevitas layer that computes `layer` on quantized input and weight; it takes over the layer's parameters.
+    """Brevitas layer that computes `layer` on quantized input and weight; it takes over the layer's parameters.
 
     Raises JpqError for a layer of another class.
     """
@@ -84,7 +84,7 @@ def quantize_layer(layer: nn.Module, weight: IntegerQuantizer, act: IntegerQuant
 
 
 def plain_layer(layer: Any) -> nn.Module:
-    """The torch layer that a brevitas layer is without its quantizers, of the same sizes; its weights hold nothing."""
+    """Float layer of the same sizes as a brevitas layer, without its quantizers and weights."""
     if isinstance(layer, nn.Linear):
         return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     kind: Any = next(plain for plain, quantized in _CONVS.items() if type(layer) is quantized)
@@ -106,7 +106,7 @@ def plain_layer(layer: Any) -> nn.Module:
 
 
 def quantize_results(module: nn.Module, grid: IntegerQuantizer) -> None:
-    """Let a module hand on its result rounded to `grid`, which becomes part of it as its child `results`."""
+    """Round a module's result to `grid`, which becomes its child `results`."""
     act = _ActGrid.let(tensor_quant=grid, signed=grid.signed, narrow_range=grid.signed)
     results: Any = qnn.QuantIdentity(act_quant=act)
     results.act_quant.skip_create_quant_tensor = True
@@ -119,7 +119,7 @@ def _rounded(module: Any, _: Any, out: Any) -> Any:
 
 
 def result_quantizer(module: Any) -> IntegerQuantizer | None:
-    """What a module's result is rounded with, if it is."""
+    """Quantizer of a module's result; None where it has none."""
     results: Any = getattr(module, "results", None)
     return results.act_quant.fused_activation_quant_proxy.tensor_quant if type(results) is qnn.QuantIdentity else None
 
@@ -132,10 +132,10 @@ def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None
 
 
 def weight_quantizer(layer: Any) -> IntegerQuantizer:
-    """The weight quantizer inside a brevitas layer."""
+    """Weight quantizer of a brevitas layer."""
     return layer.weight_quant.tensor_quant
 
 
 def act_quantizer(layer: Any) -> IntegerQuantizer:
-    """The input quantizer inside a brevitas layer."""
+    """Input quantizer of a brevitas layer."""
     return layer.input_quant.fused_activation_quant_proxy.tensor_quant

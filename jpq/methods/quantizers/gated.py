@@ -1,4 +1,4 @@
-"""Bit doubling by gates: every width is the one below it plus a residual that a hard concrete gate lets through.
+"""Bayesian Bits width: each doubling of the bits is a residual that a hard concrete gate lets through.
 
 A tensor is rounded on a coarse grid, its error on a grid 2^b + 1 times as fine, and so on; gate by gate the sum doubles
 its width. A gate that closes takes all finer ones with it, and what is left is plain uniform rounding.
@@ -12,7 +12,7 @@ Quantization and Pruning", NeurIPS 2020, arXiv:2005.07093.
 
 | paper | here | shape |
 |---|---|---|
-| x_max | `exp(log_threshold)` of the `Integer` | [], or [C, 1, ...] for weights |
+| x_max | `exp(log_threshold)` of the `IntegerQuantizer` | [], or [C, 1, ...] for weights |
 | phi of z_4, z_8, ... | `Gated.phi` | [gates] |
 | z_b in training | `draw()`: one sample for the whole nested sum | [gates] |
 | q_b = P(z_b > 0) | `open()` | [gates] |
@@ -23,12 +23,11 @@ Quantization and Pruning", NeurIPS 2020, arXiv:2005.07093.
 Gradients, straight-through on round: dx_q/dx = 1 inside the range, dx_q/d ln x_max = x_q - x inside and x_q outside,
 dx_q/dz_4 = e_4 + z_8 e_8, dx_q/dz_8 = z_4 e_8 (the range's gradient needs no residual: all steps grow with x_max).
 
-We differ: the budget's pressure on expected bit-operations takes the place of mu * R.
-The range is learned in the log domain, so it stays positive, per output channel for weights, and starts at the least
-squared error instead of the extremes. phi starts where the search starts (2 or below, not 6: a search of a few hundred
-steps must be able to close a gate) and stays within ln 100. BatchNorm is not folded beforehand. Evaluation is the plain
-grid of the reached width, and landing keeps exactly that. Granted US patents appear to cover the scheme: check before
-commercial use.
+We differ: the budget's pressure on expected bit-operations takes the place of mu * R. The range is learned in the log
+domain, so it stays positive, per output channel for weights, and starts at the least squared error instead of the
+extremes. phi starts where the search starts (2 or below, not 6: a search of a few hundred steps must be able to close a
+gate) and stays within ln 100. BatchNorm is not folded beforehand. Evaluation is the plain grid of the reached width,
+and discretization keeps exactly that. Granted US patents appear to cover the scheme: check before commercial use.
 """
 
 from __future__ import annotations
@@ -49,15 +48,15 @@ BETA, LOW, HIGH = 2 / 3, -0.1, 1.1  # hard concrete: temperature and the stretch
 
 EDGE = BETA * math.log(-HIGH / LOW)  # P(z > 0) = sigmoid(phi + EDGE)
 
-CLOSED = math.log(0.66 / 0.34) - EDGE  # -0.935: a gate at or below is closed in evaluation
+CLOSED = math.log(0.66 / 0.34) - EDGE  # -0.935: a gate with phi at or below is closed in evaluation
 
 START, BOUND = 2.0, math.log(100.0)  # largest phi at the start; outside the bound a gate would never return
 
-NATS = 2.0  # nats of a gate's margin that landing takes for one bit, as it does for units
+NATS = 2.0  # nats of a gate's margin that discretization counts as one bit, as it does for units
 
 
 class Gated(BitWidth):
-    """2, 4, 8, ... bits within [low, high]: each wider choice stands behind a gate and all gates below it."""
+    """Width of 2, 4, 8, ... bits within [low, high]; a wider choice needs its own gate and all gates below it open."""
 
     own_grid: ClassVar[bool] = True
 
@@ -72,34 +71,34 @@ class Gated(BitWidth):
         self.phi = nn.Parameter(torch.tensor([min(max(p, -START), START) for p in phi]))
 
     def grid(self) -> Grid:
-        """The nested sum."""
+        """Nested grid of this width."""
         return Nested(self)
 
     def draw(self) -> Tensor:
-        """One sample of every gate in [0, 1], `[gates]`."""
+        """Random value of every gate in [0, 1], `[gates]`."""
         u = torch.rand_like(self.phi).clamp(1e-6, 1 - 1e-6)
         s = torch.sigmoid((u.logit() + self.phi) / BETA)
         return (s * (HIGH - LOW) + LOW).clamp(0.0, 1.0)
 
     def open(self) -> Tensor:
-        """P(z > 0) of every gate, `[gates]`."""
+        """Probability P(z > 0) of every gate, `[gates]`."""
         return torch.sigmoid(self.phi + EDGE)
 
     def reached(self) -> Tensor:
-        """P(this choice or a wider one), `[choices]`: products of gates, from the bottom up."""
+        """Probability of this choice or a wider one, `[choices]`: products of gates, from the bottom up."""
         return torch.cat([self.phi.new_ones(1), self.open().cumprod(0)])
 
     def margins(self) -> list[float]:
-        """Of each wider choice: how far its gates are open, in nats, the least of them; > 0 where it is reached."""
+        """Nats by which the gates of each wider choice are open, the least of them; above 0 where it is reached."""
         return [float(m) for m in (self.phi.detach() - CLOSED).cummin(0).values] if len(self.phi) else []
 
     def forward(self) -> Tensor:
-        """The width that evaluation uses, with the gradient of the expected one."""
+        """Width of evaluation, with the gradient of the expected width."""
         expected = self.reached() @ self._steps()
         return self.whole() + (expected - expected.detach())
 
     def whole(self) -> Tensor:
-        """The widest choice whose gates are all open, a scalar: what evaluation uses."""
+        """Widest choice whose gates are all open, a scalar: the width of evaluation."""
         reached = (self.phi.detach() > CLOSED).to(self.phi.dtype).cumprod(0)
         return torch.cat([reached.new_ones(1), reached]) @ self._steps()
 
@@ -108,42 +107,42 @@ class Gated(BitWidth):
         return float(self.reached().detach() @ self._steps())
 
     def nearest(self, value: float) -> int:
-        """The widest choice whose gates are all open once everything is moved by `value - soft()` bits."""
+        """Widest choice whose gates are all open once everything moves by `value - soft()` bits."""
         shift = value - self.soft()
         return self.choices[sum(m + NATS * shift > 0 for m in self.margins())]
 
     def switch(self, small: int, large: int) -> float:
-        """`soft()` moved by what the gates of `large` lack."""
+        """Expected bits, moved by what the gates of `large` lack."""
         return self.soft() - self.margins()[self.choices.index(large) - 1] / NATS
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Stay where gates can still return."""
+        """Bound phi, so that closed gates still get a gradient."""
         self.phi.clamp_(-BOUND, BOUND)
 
     def _steps(self) -> Tensor:
-        """The bits that each choice adds to the one below it, `[choices]`."""
+        """Bits that each choice adds to the one below it, `[choices]`."""
         return self.phi.new_tensor([float(b - a) for a, b in zip((0, *self.choices), self.choices, strict=False)])
 
 
 class Nested(Grid):
-    """The nested sum while training, the plain grid of the reached width otherwise."""
+    """Grid of the nested sum while training, the uniform grid of the reached width otherwise."""
 
     def __init__(self, width: Gated):
         self.width = width
 
     def range(self, threshold: Tensor, signed: bool) -> Tensor:
-        """The top of the plain grid: x_max, or half a step below it where the grid is symmetric."""
+        """Top of the uniform grid: x_max, or half a step below it where the grid is symmetric."""
         n = torch.exp2(self.width.whole())
         return threshold * ((n - 2) / (n - 1)) if signed else threshold
 
     def quantize(self, x: Tensor, threshold: Tensor, bits: Tensor, signed: bool) -> Tensor:
-        """x_q with one draw of the gates."""
+        """Quantized x_q with one draw of the gates."""
         return _Nest.apply(x, threshold, self.width.draw(), self.width.choices, signed)
 
 
 class _Nest(torch.autograd.Function):
-    """The formulas above. `top` is x_max, a scalar or one that broadcasts to x; `z` is `[gates]`."""
+    """Nested sum of the formulas above; `top` is x_max, a scalar or one that broadcasts to x; `z` is `[gates]`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, top: Tensor, z: Tensor, choices: Sequence[int], signed: bool) -> Tensor:
@@ -157,7 +156,7 @@ class _Nest(torch.autograd.Function):
             part = torch.div(rest, step).round_().mul_(step)
             rest = rest - part
             parts.append(part)
-        tails = [torch.zeros(())] * len(z)  # what each gate lets through
+        tails = [torch.zeros(())] * len(z)  # the residual behind each gate
         tail = None
         for i in reversed(range(len(z))):
             tails[i] = parts[i + 1] if tail is None else parts[i + 1] + z[i + 1] * tail

@@ -1,9 +1,9 @@
-"""One uniform symmetric integer quantizer, fused forward and backward, that sits inside brevitas's proxies.
+"""Uniform symmetric integer quantizer with fused forward and backward, for brevitas's proxies.
 
     x_q = s * clamp(round(x / s), -N or 0, N)      s = r / N      N = 2^(b - signed) - 1
 
 with the range r (`threshold`, learned in the log domain, per output channel for weights) and the bit-width b
-(a `Width`, see base.py). 2-bit signed has 3 levels, 4-bit unsigned 16: weights use the narrow range, so zero is
+(a `BitWidth`, see base.py). 2-bit signed has 3 levels, 4-bit unsigned 16: weights use the narrow range, so zero is
 exact and the grid symmetric. brevitas takes the module as its injectors' `tensor_quant`, as an instance: assigning
 `layer.weight` then re-creates nothing, and learned bits survive.
 
@@ -33,15 +33,15 @@ from jpq.types import JpqError
 
 
 def levels(bits: Tensor, signed: bool) -> Tensor:
-    """N: the largest integer of the grid, `2^(bits - signed) - 1`."""
+    """Largest integer N of the grid, `2^(bits - signed) - 1`."""
     return torch.exp2(bits - float(signed)) - 1.0
 
 
 class _Quantize(torch.autograd.Function):
-    """The formulas above. `threshold` is a scalar or broadcasts to x; `bits` is a scalar; `jitter` broadcasts to x."""
+    """Quantizer of the formulas above; `threshold` and `noise` broadcast to x, `bits` is a scalar."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, threshold: Tensor, bits: Tensor, signed: bool, jitter: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, threshold: Tensor, bits: Tensor, signed: bool, noise: Tensor | None) -> Tensor:
         n = levels(bits, signed)
         scale = threshold / n
         if x.is_cpu and threshold.numel() == 1:  # plain numbers take torch's fastest loops; on a GPU they would wait
@@ -49,20 +49,20 @@ class _Quantize(torch.autograd.Function):
             q = torch.div(x, step).round_().clamp_(-top if signed else 0.0, top).mul_(step)
         else:
             q = torch.div(x, scale).round_().clamp_(-n if signed else torch.zeros_like(n), n).mul_(scale)
-        out = q if jitter is None else q * jitter
-        ctx.save_for_backward(x, q, threshold, bits, jitter)
+        out = q if noise is None else q * noise
+        ctx.save_for_backward(x, q, threshold, bits, noise)
         ctx.signed = signed
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grads
-        x, q, threshold, bits, jitter = ctx.saved_tensors
-        d_jitter = None
-        if jitter is not None:
+        x, q, threshold, bits, noise = ctx.saved_tensors
+        d_noise = None
+        if noise is not None:
             if ctx.needs_input_grad[4]:
-                d_jitter = (g * q).sum_to_size(jitter.shape)
-            g = g * jitter
+                d_noise = (g * q).sum_to_size(noise.shape)
+            g = g * noise
         if x.is_cpu and threshold.numel() == 1:
             top = float(threshold)
             # one fused pass: g where low < x < high; nudged so that the ends, and 0 itself, count as inside
@@ -81,18 +81,18 @@ class _Quantize(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             n = levels(bits, ctx.signed)
             d_bits = (inner.sum() * (-math.log(2.0)) * (n + 1.0) / n).reshape(bits.shape)
-        return dx, d_threshold, d_bits, None, d_jitter
+        return dx, d_threshold, d_bits, None, d_noise
 
 
 @torch.no_grad()
-def quantized(x: Tensor, threshold: Tensor, bits: float, signed: bool) -> Tensor:
-    """x on the plain grid with the range `threshold`, a scalar or one that broadcasts to x; no gradient."""
+def quantize_tensor(x: Tensor, threshold: Tensor, bits: float, signed: bool) -> Tensor:
+    """Tensor x on the uniform grid of range `threshold`, a scalar or one that broadcasts to x; no gradient."""
     out: Tensor = _Quantize.apply(x, threshold, torch.tensor(float(bits), device=x.device), signed, None)
     return out
 
 
 class IntegerQuantizer(nn.Module):
-    """brevitas `tensor_quant`: x -> (x_q, scale, zero point, bit-width).
+    """Quantizer module, brevitas's `tensor_quant`: x -> (x_q, scale, zero point, bit-width).
 
     Args:
         threshold: start of the range r; a scalar for activations, `[C, 1, ...]` for weights. Positive.
@@ -104,7 +104,7 @@ class IntegerQuantizer(nn.Module):
 
     def __init__(self, threshold: Tensor, width: BitWidth, signed: bool):
         super().__init__()
-        self.grid: Grid | None = width.grid()  # what training rounds on, until `fix`
+        self.grid: Grid | None = width.grid()  # grid of training, until `fix`; None: the uniform grid
         start = threshold.detach().clamp_min(1e-8)
         if self.grid is not None:
             start = start / self.grid.range(torch.ones_like(start), signed).detach()
@@ -112,32 +112,32 @@ class IntegerQuantizer(nn.Module):
         self.width = width
         self.signed = signed
         self.register_buffer("zero_point", torch.zeros(()), persistent=False)
-        self.jitter: Any = None  # Callable[[Tensor], Tensor | None]: noise that multiplies what the layer reads
+        self.noise: Any = None  # Callable[[Tensor], Tensor | None]: noise that multiplies what the layer reads
 
     @property
     def threshold(self) -> Tensor:
-        """The range r of the plain grid."""
+        """Range r of the uniform grid."""
         learned = self.log_threshold.exp()
         return learned if self.grid is None else self.grid.range(learned, self.signed)
 
     def scale(self) -> Tensor:
-        """The step s of the grid."""
+        """Step s of the grid."""
         return self.threshold / levels(self.width(), self.signed)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Quantized x, and the grid it lies on."""
+        """Quantized x, and the scale, zero point and bits of its grid."""
         bits, threshold = self.width(), self.threshold
-        jitter = self.jitter(x) if self.jitter is not None and self.training else None
+        noise = self.noise(x) if self.noise is not None and self.training else None
         q: Tensor
         if self.grid is not None and self.training:
             q = self.grid.quantize(x, self.log_threshold.exp(), bits, self.signed)
-            q = q if jitter is None else q * jitter
+            q = q if noise is None else q * noise
         else:
-            q = _Quantize.apply(x, threshold, bits, self.signed, jitter)
+            q = _Quantize.apply(x, threshold, bits, self.signed, noise)
         return q, threshold / levels(bits, self.signed), self.zero_point, bits
 
     def use_dead_zone(self, ends: LevelRange) -> None:
-        """Round on a grid with a zero bin of its own while training; `ends` gives its largest level and its zero bin.
+        """Round on a dead-zone grid while training; `ends` gives its largest level and its zero bin's width.
 
         Raises JpqError where the width brings a grid of its own.
         """
@@ -150,7 +150,7 @@ class IntegerQuantizer(nn.Module):
 
     @torch.no_grad()
     def fix(self, bits: int) -> None:
-        """The plain grid at `bits` from here on; evaluation stays as it is where that is the width now."""
+        """Switch to the uniform grid at fixed `bits`; evaluation is unchanged where that is the width already."""
         if self.grid is not None:
             self.log_threshold.copy_(self.threshold.log())
             self.grid = None
@@ -159,7 +159,7 @@ class IntegerQuantizer(nn.Module):
 
 @torch.no_grad()
 def fit_threshold(x: Tensor, bits: float, signed: bool, per_channel: bool, grid: int = 40) -> Tensor:
-    """The range that quantizes x with the least squared error: `[C, 1, ...]` per channel (dim 0), else a scalar.
+    """Range that quantizes x with the least squared error: `[C, 1, ...]` per channel (dim 0), else a scalar.
 
     A plain search over `grid` fractions of the largest magnitude; a range of zeros gets the mean range, or 1.
     """

@@ -1,13 +1,14 @@
-"""A bit-width learned by gradient: a real number, rounded in the forward pass, straight-through backward.
+"""Bit-widths by one real number: fixed, or learned and rounded in the forward pass (straight-through gradient).
 
 Source: Y. Wang, Y. Lu, T. Blankevoort, "Differentiable Joint Pruning and Quantization for Hardware Efficiency",
 ECCV 2020, arXiv:2007.10463. We differ: DJPQ trains with real-valued b and rounds at the end; here the forward pass
-always sees whole bits, so the cost that the optimiser pays is the cost that the report prints.
+always sees whole bits, so that the cost in the loss is the cost in the report.
 """
 
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from jpq.methods.quantizers.base import BitWidth
 from jpq.types import JpqError
 
-FLOOR, CEILING = 0.02, 3.0  # bits, and multiples of w
+FLOOR, CEILING = 0.02, 3.0  # bounds of |theta|: in bits, and in multiples of high - low
 
 
 class Learned(BitWidth):
-    """Any whole width in [low, high]."""
+    """Learned width: any whole number of bits in [low, high]."""
 
     def __init__(self, start: float, low: int, high: int):
         super().__init__()
@@ -28,11 +29,11 @@ class Learned(BitWidth):
         self.bits = nn.Parameter(torch.tensor(float(start)))
 
     def forward(self) -> Tensor:
-        """`round(bits)`, with the gradient of `bits`."""
+        """Rounded bits, with the gradient of the real ones."""
         return self.bits + (self.bits.round() - self.bits).detach()
 
     def soft(self) -> float:
-        """The real-valued bits."""
+        """Real-valued bits."""
         return float(self.bits.detach())
 
     @torch.no_grad()
@@ -42,8 +43,9 @@ class Learned(BitWidth):
 
 
 class Fixed(BitWidth):
-    """`bits`, unchanged by training."""
+    """Width that training does not change."""
 
+    learns: ClassVar[bool] = False
     bits: Tensor
 
     def __init__(self, bits: int, choices: tuple[int, ...] = ()):
@@ -52,16 +54,16 @@ class Fixed(BitWidth):
         self.register_buffer("bits", torch.tensor(float(bits)))
 
     def forward(self) -> Tensor:
-        """The bit-width."""
+        """Number of bits, a scalar."""
         return self.bits
 
     def soft(self) -> float:
-        """The bit-width."""
+        """Number of bits."""
         return float(self.bits)
 
 
 class PowerOfTwo(BitWidth):
-    """2, 4, 8 or 16 bits within [low, high]."""
+    """Learned width of 2, 4, 8 or 16 bits within [low, high]."""
 
     def __init__(self, start: float, low: int, high: int):
         super().__init__()
@@ -71,21 +73,21 @@ class PowerOfTwo(BitWidth):
         self.bits = nn.Parameter(torch.tensor(float(min(max(start, self.choices[0]), self.choices[-1]))))
 
     def forward(self) -> Tensor:
-        """The nearest power of two, with the gradient of `bits`."""
+        """Nearest power of two, with the gradient of the real bits."""
         whole = torch.exp2(self.bits.clamp(self.choices[0], self.choices[-1]).log2().round())
         return self.bits + (whole - self.bits).detach()
 
     def soft(self) -> float:
-        """The real-valued bits."""
+        """Real-valued bits."""
         return float(self.bits.detach())
 
     def nearest(self, value: float) -> int:
-        """The power of two that is nearest in logarithms, as in training."""
+        """Power of two that is nearest in logarithms, as in training."""
         at = math.log2(max(value, 1e-3))
         return min(self.choices, key=lambda c: (abs(math.log2(c) - at), -c))
 
     def switch(self, small: int, large: int) -> float:
-        """The geometric mean: 2.83, 5.66, 11.3."""
+        """Geometric mean: 2.83, 5.66, 11.3."""
         return math.sqrt(small * large)
 
     @torch.no_grad()
@@ -95,7 +97,7 @@ class PowerOfTwo(BitWidth):
 
 
 class SigmoidWidth(BitWidth):
-    """Any whole width in [low, high]."""
+    """Learned width, any whole number of bits in [low, high], from a squashed real parameter."""
 
     def __init__(self, start: float, low: int, high: int):
         super().__init__()
@@ -106,17 +108,17 @@ class SigmoidWidth(BitWidth):
         self.after_step()
 
     def forward(self) -> Tensor:
-        """The whole bits, with the gradient of the real ones."""
+        """Rounded bits, with the gradient of the real ones."""
         real = self._real()
         return real + (real.round() - real).detach()
 
     def soft(self) -> float:
-        """The real-valued bits."""
+        """Real-valued bits."""
         return float(self._real().detach())
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Keep |theta| where it has a slope."""
+        """Keep |theta| where tanh has a slope."""
         wide = self.high - self.low
         self.theta.copy_(self.theta.abs().clamp(min(FLOOR, wide), max(CEILING * wide, FLOOR)))
 

@@ -1,4 +1,4 @@
-"""What ranks units."""
+"""SCORES: how the channels of a site are ranked, one family of papers a file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
     "pick_score",
 ]
 
-# what ranks any network; saliency needs a detector's scores (jpq.detection.detector)
+# scores for any network; saliency needs a detector's outputs (jpq.detection.detector)
 SCORES: dict[str, Score] = {
     "l1": L1(),
     "l2": L2(),
@@ -59,7 +59,7 @@ SCORES: dict[str, Score] = {
 
 
 def pick_score(name: str, classes: str = "") -> Score:
-    """The score of that name; `classes`, such as "0,3,5": the only ones that it has to tell apart.
+    """Score of that name; `classes`, such as "0,3,5", are the only ones that it has to tell apart.
 
     Raises JpqError for an unknown name, for classes that are no list of numbers, and where the score knows no classes.
     """
@@ -68,7 +68,7 @@ def pick_score(name: str, classes: str = "") -> Score:
     score = SCORES[name]
     if not classes:
         return score
-    takes = [other for other, s in SCORES.items() if "labels" in s.needs]
+    takes = [taker for taker, s in SCORES.items() if "labels" in s.needs]
     if name not in takes:
         raise JpqError(
             f"--classes {classes}: score {name} does not look at classes. Choose --score {' or '.join(takes)}."

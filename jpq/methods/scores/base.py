@@ -1,4 +1,4 @@
-"""What ranks units: the larger its score, the longer a unit stays."""
+"""The contract of a score: a number for each channel of a site, larger is more important."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ from jpq.types import Units
 
 @dataclass(frozen=True, eq=False)
 class SiteView:
-    """What a score may know of the n units that compete with each other."""
+    """Weights and counts of the n units that a score ranks, which compete with each other."""
 
     name: str
     weights: Tensor  # [n, rest]: all weights that read a unit, of every layer that the units' gate masks, as used
-    uses: int = 1  # layers that read the units through one gate
-    stay: int | None = None  # how many of them are about to stay, where that is known
+    uses: int = 1  # number of layers that read the units through one gate
+    stay: int | None = None  # number of units that are about to stay, where that is known
 
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """Squared norms along the layers on both sides of each unit; a link is one layer that makes it.
+    """Squared norms of the layers before and after each unit; a link is one layer that produces the unit.
 
-    Sums over the weights of what the network really connects; see `network/chains.py`.
+    Sums over the weights of connected channels only; see `allocation/ranking/neighbour_norms.py`.
     """
 
-    own: Tensor  # [links, n]: of the unit's filter
-    reached: Tensor  # [links, n]: the same, each weight times the squared norm of what makes its input
-    after: Tensor  # [links, n]: of what reads the unit, times the squared scale of the filter's normalisation
+    own: Tensor  # [links, n]: squared norm of the unit's filter
+    reached: Tensor  # [links, n]: the same with each weight times the squared norm of its input's producer
+    after: Tensor  # [links, n]: squared norm of the unit's consumers, times the squared scale of the filter's norm
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What was seen when the model ran; a score names what it needs in `needs`."""
+    """Measurements of the running model; a score names the ones that it needs in `needs`."""
 
     activations: Tensor | None = None  # [batch, n, height, width]: the units as the first layer reads them
     means: Tensor | None = None  # [readers, samples, n]: their mean over all places, as each layer reads them
     labels: Tensor | None = None  # [samples]: class of each sample of `means`
-    gradients: tuple[Tensor, ...] = ()  # a batch: [samples, n], z * dL/dz of each sample's own gate z = 1 and own loss
+    gradients: tuple[Tensor, ...] = ()  # a batch: [samples, n], z * dL/dz of each sample's gate z = 1 and loss
     curvature: tuple[Tensor, ...] = ()  # a batch: [n], z * z * d2L/dz2 of the batch's shared gate and mean loss
     scales: Tensor | None = None  # [n]: |gamma| of the normalisations that the units pass
     chain: Chain | None = None
     generator: torch.Generator | None = None
-    activation_gradients: Tensor | None = None  # like activations: of what is to be kept, a sum over the batch
+    activation_gradients: Tensor | None = None  # like activations: gradient of a sum over the batch
 
 
 class Score(ABC):
-    """Ranks the units of one site."""
+    """Ranking of the units of one site."""
 
     needs: ClassVar[frozenset[str]] = frozenset()  # names of Evidence's fields
-    everywhere: ClassVar[bool] = False  # whether units of different layers may be compared by it
-    batches: ClassVar[int] = 1  # how many batches of evidence it wants
-    order: ClassVar[Literal["together", "forward", "backward"]] = "together"  # whether sites see what others lose
+    everywhere: ClassVar[bool] = False  # whether scores of units in different layers are comparable
+    batches: ClassVar[int] = 1  # number of batches of evidence
+    order: ClassVar[Literal["together", "forward", "backward"]] = "together"  # in which order sites lose units
 
     @abstractmethod
     def __call__(self, site: SiteView, evidence: Evidence) -> Units:
-        """`[1, n]`, larger is more important."""
+        """Importance of each unit, `[1, n]`; larger is more important."""

@@ -1,4 +1,4 @@
-"""CATRO: the set of units that separates the classes best.
+"""CATRO score: the set of channels that separates the classes best (trace ratio).
 
 W. Hu, Z. Che, N. Liu, M. Li, J. Tang, C. Zhang, J. Wang, "CATRO: Channel Pruning via Class-Aware Trace Ratio
 Optimization", IEEE TNNLS 2023, arXiv:2110.10921. With X the mean of each unit's map, per sample,
@@ -12,8 +12,8 @@ r never falls and the end is the global optimum (Nie et al., Trace Ratio Criteri
 The score is b - r w at the optimum of as many units as are about to stay (`SiteView.stay`): its d best are I. b and w
 of units that several layers read are summed over the readers.
 
-The paper's own formulas were not to be had: the ratio is the classical one that it is named after. Units without any
-scatter go first: with eps alone they would beat every unit with b < r w, live ones included.
+The paper's own formulas were not available; the ratio is the classical one of the same name. Units without any scatter
+are removed before all others: with eps alone they would beat every unit with b < r w, live ones included.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from torch import Tensor
 from jpq.methods.scores.base import Evidence, Score, SiteView
 from jpq.types import JpqError, Units
 
-EPS, DEAD = 1e-8, 1e-6  # of the mean scatter
+EPS, DEAD = 1e-8, 1e-6  # shares of the mean scatter: added to w, and below which a unit is dead
 
-ROUNDS = 100
+ROUNDS = 100  # at most, until the set is unchanged
 
 
 def scatters(means: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(between, within) `[n]` of `[samples, n]`, with the formulas above, eps left out."""
+    """Scatter of each unit between and within classes, two `[n]` tensors from `[samples, n]`, eps left out."""
     x = means.double()
     middle = x.mean(0)
     between, within = torch.zeros_like(middle), torch.zeros_like(middle)
     for k in labels.unique():
-        own = x[labels == k]
-        between += len(own) * (own.mean(0) - middle).square()
-        within += (own - own.mean(0)).square().sum(0)
+        members = x[labels == k]
+        between += len(members) * (members.mean(0) - middle).square()
+        within += (members - members.mean(0)).square().sum(0)
     return between, within
 
 
 def best_set(between: Tensor, within: Tensor, d: int) -> tuple[Tensor, list[float]]:
-    """(b - r w at the optimum of d units, every r on the way there); ties go to the lower index.
+    """Gain b - r w at the best set of d units, `[n]`, and all ratios r on the way there; ties go to the lower index.
 
     Args:
         between, within: b and w, `[n]`; w > 0.
@@ -66,20 +66,20 @@ def best_set(between: Tensor, within: Tensor, d: int) -> tuple[Tensor, list[floa
 
 @dataclass(frozen=True)
 class Catro(Score):
-    """b - r w. `classes`: those that the network must tell apart; none: all."""
+    """Gain b - r w of each unit; `classes` are those that the network must tell apart (all if empty)."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"means", "labels"})
     batches: ClassVar[int] = 8
     classes: Sequence[int] = ()
 
     def __call__(self, site: SiteView, evidence: Evidence) -> Units:
-        """`[1, n]`. Raises JpqError where there are fewer than two classes of two samples."""
+        """Importance, `[1, n]`. Raises JpqError where there are fewer than two classes of two samples."""
         if evidence.means is None or evidence.labels is None:
             raise JpqError(f"CATRO needs labelled batches; give it the means of the units of '{site.name}'.")
         means, labels = evidence.means, evidence.labels
         if self.classes:
-            wanted = torch.isin(labels, torch.tensor(list(self.classes), device=labels.device))
-            means, labels = means[:, wanted], labels[wanted]
+            named = torch.isin(labels, torch.tensor(list(self.classes), device=labels.device))
+            means, labels = means[:, named], labels[named]
         if int((labels.unique(return_counts=True)[1] > 1).sum()) < 2:
             raise JpqError(
                 f"CATRO found {len(labels)} samples of {len(labels.unique())} classes in its batches and needs two of "
@@ -93,6 +93,6 @@ class Catro(Score):
         if not bool(alive.any()):
             return score[None]
         b, w = between[alive], within[alive] + EPS * total.mean()
-        wanted_units = min(site.stay or len(total), int(alive.sum()))
-        score[alive] = best_set(b, w, max(1, wanted_units))[0]
+        staying = min(site.stay or len(total), int(alive.sum()))
+        score[alive] = best_set(b, w, max(1, staying))[0]
         return score[None]

@@ -1,4 +1,4 @@
-"""Lookahead (LAP): what a filter weighs in the product with the layers before and after it.
+"""Lookahead scores (LAP): the weight of a filter in the product with the layers before and after it.
 
 S. Park, J. Lee, S. Mo, J. Shin, "Lookahead: A Far-Sighted Alternative of Magnitude-based Pruning", ICLR 2020,
 arXiv:2002.04809. For one weight of layer i between output k and input j, with a the scale of the norm behind a layer:
@@ -13,11 +13,11 @@ over the filters of all layers that make it.
 |---|---|---|
 | W_i[k, :]^2, the same times A, B | `Chain.own`, `.reached`, `.after` | [links, n] |
 | LAP | `Lookahead` | all sites on the weights as they stand |
-| LAP-forward, LAP-backward | `Forward`, `Backward` | site by site, what earlier ones lose counts as gone |
+| LAP-forward, LAP-backward | `Forward`, `Backward` | site by site, on what the sites before leave |
 | LFP (following layer only), LBP (layer before only) | `Next`, `Previous` | |
 
-We differ: whole filters instead of single weights; neighbours come from the real graph (`network/chains.py`). Squares
-are summed in double precision.
+We differ: whole filters instead of single weights; neighbours come from the traced graph
+(`allocation/ranking/neighbour_norms.py`). Squares are summed in double precision.
 """
 
 from __future__ import annotations
@@ -35,44 +35,44 @@ def _chain(site: SiteView, evidence: Evidence) -> Chain:
 
 
 class Lookahead(Score):
-    """Sum of S over the unit's filters."""
+    """LAP: sum of S over the unit's filters."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"chain"})
 
     def __call__(self, site: SiteView, evidence: Evidence) -> Units:
-        """`[1, n]`."""
+        """Sum of S, `[1, n]`."""
         chain = _chain(site, evidence)
         return (chain.reached * chain.after).sum(0)[None]
 
 
 class Forward(Lookahead):
-    """The same from the input on: A is of what is left of the layer before."""
+    """LAP-forward: sites from the input on, with A of what is left of the layer before."""
 
     order: ClassVar[Literal["together", "forward", "backward"]] = "forward"
 
 
 class Backward(Lookahead):
-    """The same from the output on: B is of what is left of the layer behind."""
+    """LAP-backward: sites from the output on, with B of what is left of the layer behind."""
 
     order: ClassVar[Literal["together", "forward", "backward"]] = "backward"
 
 
 class Next(Score):
-    """LFP: B alone."""
+    """LFP: the factor B of the following layer alone."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"chain"})
 
     def __call__(self, site: SiteView, evidence: Evidence) -> Units:
-        """`[1, n]`: exactly the squared Frobenius change of W_{i+1} W_i when a unit of linear layers goes."""
+        """Squared Frobenius change of W_{i+1} W_i when a unit of linear layers is removed, `[1, n]`."""
         chain = _chain(site, evidence)
         return (chain.own * chain.after).sum(0)[None]
 
 
 class Previous(Score):
-    """LBP: A alone."""
+    """LBP: the factor A of the layer before alone."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"chain"})
 
     def __call__(self, site: SiteView, evidence: Evidence) -> Units:
-        """`[1, n]`."""
+        """Sum over the unit's filters, `[1, n]`."""
         return _chain(site, evidence).reached.sum(0)[None]

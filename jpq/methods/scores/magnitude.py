@@ -1,4 +1,4 @@
-"""Scores that look at weights alone. x_i: the weights that read unit i, as one row."""
+"""Scores that need no data: from the weights x_i that read unit i (a row each), norm scales, or random numbers."""
 
 from __future__ import annotations
 
@@ -11,43 +11,46 @@ from jpq.types import JpqError, Units
 
 
 class L1(Score):
-    """sum |x_i|. Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, arXiv:1608.08710."""
+    """L1 norm sum |x_i|.
+
+    Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, arXiv:1608.08710.
+    """
 
     def __call__(self, site: SiteView, evidence: Evidence) -> Units:
-        """`[1, n]`."""
+        """L1 norms, `[1, n]`."""
         return site.weights.abs().sum(1)[None]
 
 
 class L2(Score):
-    """||x_i||."""
+    """L2 norm ||x_i||."""
 
     def __call__(self, site: SiteView, evidence: Evidence) -> Units:
-        """`[1, n]`."""
+        """L2 norms, `[1, n]`."""
         return site.weights.norm(dim=1)[None]
 
 
 class FPGM(Score):
-    """sum_j ||x_i - x_j||: what lies near all others can be spared.
+    """Distance from the geometric median: sum_j ||x_i - x_j||, small for units that lie near all others.
 
     He et al., Filter Pruning via Geometric Median, CVPR 2019, arXiv:1811.00250.
     """
 
     def __call__(self, site: SiteView, evidence: Evidence) -> Units:
-        """`[1, n]`."""
+        """Sums of distances, `[1, n]`."""
         return torch.cdist(site.weights, site.weights, compute_mode="donot_use_mm_for_euclid_dist").sum(1)[None]
 
 
 class LAMP(Score):
-    """n_i / sum of n_j over the units that are not smaller than i, with n = ||x||; comparable between layers.
+    """LAMP score: n_i / sum of n_j over the units not smaller than i, with n = ||x||; comparable between layers.
 
-    Of equal units the first counts as the smallest. Lee et al., Layer-adaptive sparsity for the magnitude-based
+    The first of equal units counts as the smallest. Lee et al., Layer-adaptive sparsity for the magnitude-based
     pruning, ICLR 2021, arXiv:2010.07611; for channels as UPSCALE (arXiv:2307.08771) uses it, on norms.
     """
 
     everywhere: ClassVar[bool] = True
 
     def __call__(self, site: SiteView, evidence: Evidence) -> Units:
-        """`[1, n]`, the largest unit of a site has 1."""
+        """Shares, `[1, n]`; the largest unit of a site has 1."""
         norms, order = site.weights.norm(dim=1).sort(stable=True)
         rest = norms.flip(0).cumsum(0).flip(0)
         scores = torch.empty_like(norms)
@@ -56,27 +59,27 @@ class LAMP(Score):
 
 
 class Random(Score):
-    """Uniform in [0, 1), from the evidence's generator."""
+    """Uniform random numbers in [0, 1), from the evidence's generator: a baseline."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"generator"})
 
     def __call__(self, site: SiteView, evidence: Evidence) -> Units:
-        """`[1, n]`."""
+        """Random numbers, `[1, n]`."""
         return torch.rand(1, len(site.weights), generator=evidence.generator).to(site.weights.device)
 
 
 class NormScale(Score):
-    """|gamma|, summed over the normalisations that a unit passes; comparable between layers.
+    """Scale |gamma| of a unit's normalisations, summed over all that it passes; comparable between layers.
 
-    Liu et al., Learning Efficient Convolutional Networks through Network Slimming, ICCV 2017, arXiv:1708.06519. We do
-    not press on gamma while training.
+    Liu et al., Learning Efficient Convolutional Networks through Network Slimming, ICCV 2017, arXiv:1708.06519. We add
+    no penalty on gamma while training.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"scales"})
     everywhere: ClassVar[bool] = True
 
     def __call__(self, site: SiteView, evidence: Evidence) -> Units:
-        """`[1, n]`. Raises JpqError where no normalisation has a scale for these units."""
+        """Scales, `[1, n]`. Raises JpqError where no normalisation has a scale for these units."""
         if evidence.scales is None:
             raise JpqError(
                 f"The channels of '{site.name}' pass no normalisation with a scale. Choose another --score, or exclude "

@@ -1,4 +1,4 @@
-"""Where zeros may lie: the linear map between the units of a gate and the weights they stand for."""
+"""The contract of a structure: the linear map between the units of a gate and the weights of a layer."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from jpq.types import JpqError, Units, Weight
 
 
 class Structure(ABC):
-    """Linear (affine, where some weights always stay) map between a mask over units and a mask over weights.
+    """Linear map from a mask over units to a mask over weights (affine, where some weights always stay).
 
     Units are laid out `[rows, n]`: the n units of a row compete with each other, rows do not.
     `pool` is the adjoint of `expand`: `<expand(z) - expand(0), x> == <z, pool(x)>` for every z and x.
 
     Rows all have n units. Where a row stands for fewer (the last window of 3 inputs cut into fours), the rest are
-    padding: they stand for no weight, `expand` ignores them, `pool` gives 0 there, and `valid` is False. Whoever
+    padding: they stand for no weight, `expand` ignores them, `pool` gives 0 there, and `valid` is False. Code that
     ranks or counts units must leave them out.
     """
 
     partition: ClassVar[bool] = True  # each weight belongs to at most one unit, and expand(1) is 1 everywhere
     # False: units of a row overlap, and at most one of them may be kept
 
-    regular: ClassVar[bool] = True  # whether devices are known that skip what it drops
+    regular: ClassVar[bool] = True  # whether some devices skip the weights that it drops
     single_weights: ClassVar[bool] = False  # a unit is one weight
 
-    layout: WeightLayout = PLAIN  # what the weight's size does not tell of its layer
+    layout: WeightLayout = PLAIN  # whether the layer is transposed, and its groups
 
     @abstractmethod
     def shape(self, weight: Size) -> tuple[int, int]:
-        """(rows, n) for a weight of this size. Raises JpqError where the structure makes no sense, with the reason."""
+        """Rows and units per row for a weight of this size. Raises JpqError, with the reason, where it does not fit."""
 
     @abstractmethod
     def expand(self, z: Units, weight: Size) -> Weight:
@@ -41,20 +41,20 @@ class Structure(ABC):
 
     @abstractmethod
     def pool(self, x: Weight) -> Units:
-        """Weight-shaped x, summed over the weights of each unit: `[rows, n]`."""
+        """Sum of a weight-shaped x over the weights of each unit, `[rows, n]`."""
 
     def valid(self, weight: Size) -> Tensor | None:
-        """Bool `[rows, n]`, False for padding; None where no unit is padding. The same as `sizes(weight) > 0`."""
+        """Bool `[rows, n]`, False for padding, which is where `sizes(weight)` is 0; None where no unit is padding."""
         return None
 
     def sizes(self, weight: Size) -> Units:
-        """How many weights each unit stands for, `[rows, n]`: `pool(1)`. Ragged edges have smaller units."""
+        """Number of weights in each unit, `[rows, n]`: `pool(1)`. Ragged edges have smaller units."""
         return self.pool(torch.ones(weight))
 
     def quota(self) -> int | None:
-        """How many units of each row stay, where the structure itself says so (2 of 2:4); None where it is free."""
+        """Number of units of each row that stay, where the structure prescribes it (2 of 2:4); else None."""
         return None
 
     def spec(self) -> str:
-        """The text that `jpq.methods.structures.parse` turns into this structure again, layout aside."""
+        """Text that `parse` turns into this structure again, its layout aside."""
         raise JpqError(f"{type(self).__name__} is made from a traced network and cannot be written as text.")

@@ -1,4 +1,4 @@
-"""Rectangles of a layer's weight matrix, and the same positions punched out of a block of filters and channels.
+"""Structures of rectangles: blocks of the weight matrix, and positions punched out of blocks of kernels.
 
 Y. Gong et al., "Automatic Mapping of the Best-Suited DNN Pruning Schemes for Real-Time Mobile Acceleration", ACM TODAES
 2022, arXiv:2111.11581 (both); G. Ding et al., SMART pruner, arXiv:2403.19969 (blocks). Sizes need not divide: blocks at
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from torch import Size
 
 from jpq.methods.structures.base import Structure
-from jpq.methods.structures.layout import PLAIN, WeightLayout, collect, grid, refuse_flat, spread
+from jpq.methods.structures.layout import PLAIN, WeightLayout, check_has_kernel, collect, grid, spread
 from jpq.types import JpqError, Units, Weight
 
 
-def _check(what: str, a: int | None, b: int | None) -> None:
+def _check_sides(kind: str, a: int | None, b: int | None) -> None:
     if any(side is not None and side < 1 for side in (a, b)):
-        raise JpqError(f"{what} {a} x {b} has no area: both sides are at least 1.")
+        raise JpqError(f"{kind} {a} x {b} has no area: both sides are at least 1.")
 
 
-def _text(a: int | None, b: int | None) -> str:
+def _sides_text(a: int | None, b: int | None) -> str:
     return "x".join("*" if side is None else str(side) for side in (a, b))
 
 
@@ -39,28 +39,28 @@ class Block(Structure):
     layout: WeightLayout = PLAIN
 
     def __post_init__(self) -> None:
-        _check("A block", self.a, self.b)
+        _check_sides("A block", self.a, self.b)
 
     def shape(self, weight: Size) -> tuple[int, int]:
-        """(1, blocks), row by row of blocks."""
+        """One row of blocks, counted row by row of the matrix."""
         size, tile = self._tiles(weight)
         groups, down, across = grid(size, tile)
         return 1, groups * down * across
 
     def expand(self, z: Units, weight: Size) -> Weight:
-        """A mask of the weight's shape."""
+        """Mask of the weight's shape."""
         size, tile = self._tiles(weight)
         mask = spread(z.reshape(grid(size, tile)), size, tile).expand(size)
         return self.layout.close(mask.reshape(self.layout.sides(weight)), weight)
 
     def pool(self, x: Weight) -> Units:
-        """Sums over blocks."""
+        """Sums over each block, `[1, blocks]`."""
         size, tile = self._tiles(x.shape)
         return collect(self.layout.open(x).reshape(size), tile).reshape(1, -1)
 
     def spec(self) -> str:
-        """`block:AxB`, with `*` for a side that spans the matrix."""
-        return f"block:{_text(self.a, self.b)}"
+        """The text `block:AxB`, with `*` for a side that spans the matrix."""
+        return f"block:{_sides_text(self.a, self.b)}"
 
     def _tiles(self, weight: Size) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         groups, outputs, inputs, taps = self.layout.sides(weight)
@@ -70,7 +70,7 @@ class Block(Structure):
 
 @dataclass(frozen=True)
 class BlockPunched(Structure):
-    """One row with a unit for each (block of `filters` x `channels`, kernel position): punched for the whole block.
+    """One row with a unit for each kernel position of each block of `filters` x `channels` kernels.
 
     Units run over blocks of filters, blocks of channels, kernel positions, the last fastest. None spans all. A block
     never holds filters of two groups.
@@ -81,27 +81,27 @@ class BlockPunched(Structure):
     layout: WeightLayout = PLAIN
 
     def __post_init__(self) -> None:
-        _check("A punched block", self.filters, self.channels)
+        _check_sides("A punched block", self.filters, self.channels)
 
     def shape(self, weight: Size) -> tuple[int, int]:
-        """(1, blocks * taps). Raises JpqError for a linear weight."""
-        refuse_flat(weight, "Punched blocks", "block:AxB")
+        """One row of blocks times taps. Raises JpqError for a linear weight."""
+        check_has_kernel(weight, "Punched blocks", "block:AxB")
         size, tile = self._tiles(weight)
         groups, down, across, taps = grid(size, tile)
         return 1, groups * down * across * taps
 
     def expand(self, z: Units, weight: Size) -> Weight:
-        """A mask of the weight's shape, or one that broadcasts over a side that is spanned."""
+        """Mask of the weight's shape, or one that broadcasts over a side that is spanned."""
         size, tile = self._tiles(weight)
         return self.layout.close(spread(z.reshape(grid(size, tile)), size, tile), weight)
 
     def pool(self, x: Weight) -> Units:
-        """Sums over the block, position by position."""
+        """Sums over each position of each block, `[1, n]`."""
         return collect(self.layout.open(x), self._tiles(x.shape)[1]).reshape(1, -1)
 
     def spec(self) -> str:
-        """`punched:FILTERSxCHANNELS`."""
-        return f"punched:{_text(self.filters, self.channels)}"
+        """The text `punched:FILTERSxCHANNELS`."""
+        return f"punched:{_sides_text(self.filters, self.channels)}"
 
     def _tiles(self, weight: Size) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
         groups, outputs, inputs, taps = self.layout.sides(weight)

@@ -1,4 +1,4 @@
-"""Single weights."""
+"""Structures whose unit is a single weight: of the whole layer, or k of n for each output neuron."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jpq.types import JpqError, Units, Weight
 
 @dataclass(frozen=True)
 class Elementwise(Structure):
-    """One row of all the weights of a layer, in the order of `weight.flatten()`: they compete with each other."""
+    """One row of all weights of a layer, in the order of `weight.flatten()`: they compete with each other."""
 
     single_weights: ClassVar[bool] = True
     regular: ClassVar[bool] = False
@@ -22,26 +22,26 @@ class Elementwise(Structure):
     layout: WeightLayout = PLAIN  # makes no difference
 
     def shape(self, weight: Size) -> tuple[int, int]:
-        """(1, number of weights)."""
+        """One row of all weights."""
         self.layout.sides(weight)
         return 1, weight.numel()
 
     def expand(self, z: Units, weight: Size) -> Weight:
-        """The units themselves."""
+        """Units in the weight's shape."""
         return z.reshape(weight)
 
     def pool(self, x: Weight) -> Units:
-        """The weights themselves."""
+        """Weights as one row."""
         return x.reshape(1, -1)
 
     def spec(self) -> str:
-        """`elementwise`."""
+        """The text `elementwise`."""
         return "elementwise"
 
 
 @dataclass(frozen=True)
 class PerOutput(Structure):
-    """A row for each output neuron, a unit for each weight that it reads: k of n inputs of every neuron.
+    """A row for each output neuron and a unit for each weight that it reads: k of n inputs of every neuron.
 
     A row may be cut into equal `tiles` of consecutive weights (input channel, then kernel position), each a row of
     its own, as hardware with several memories wants. Source: dynamic probabilistic pruning, arXiv:2105.12686. Engines
@@ -54,7 +54,7 @@ class PerOutput(Structure):
     layout: WeightLayout = PLAIN
 
     def shape(self, weight: Size) -> tuple[int, int]:
-        """(outputs * tiles, weights of one neuron / tiles). Raises JpqError where the tiles do not divide."""
+        """Rows for outputs times tiles, units for the weights of a tile. Raises JpqError where tiles do not divide."""
         groups, outputs, inputs, taps = self.layout.sides(weight)
         if self.tiles < 1 or inputs * taps % self.tiles:
             raise JpqError(
@@ -64,13 +64,13 @@ class PerOutput(Structure):
         return groups * outputs * self.tiles, inputs * taps // self.tiles
 
     def expand(self, z: Units, weight: Size) -> Weight:
-        """The units themselves, of the weight's shape."""
+        """Units in the weight's shape."""
         return self.layout.close(z.reshape(self.layout.sides(weight)), weight)
 
     def pool(self, x: Weight) -> Units:
-        """The weights themselves, a row for each output neuron and tile."""
+        """Weights, a row for each output neuron and tile."""
         return self.layout.open(x).reshape(self.shape(x.shape))
 
     def spec(self) -> str:
-        """`per-output`, or `per-output:TILES`."""
+        """The text `per-output` or `per-output:TILES`."""
         return "per-output" if self.tiles == 1 else f"per-output:{self.tiles}"

@@ -1,4 +1,4 @@
-"""One view of every kind of weight, [groups, outputs, inputs, taps], and tiles on it.
+"""One view of every layer's weight, [groups, outputs, inputs, taps], and sums over tiles of it.
 
 | layer | weight | outputs, inputs (of one group) | taps |
 |---|---|---|---|
@@ -23,32 +23,32 @@ from jpq.types import JpqError, Weight
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """What a weight's size does not tell: whether its layer is a transposed convolution, and its groups."""
+    """Facts about a layer that its weight's size does not tell: transposed or not, and the number of groups."""
 
     transposed: bool = False
     groups: int = 1
 
     def sides(self, weight: Size) -> tuple[int, int, int, int]:
-        """(groups, outputs of one, inputs of one, taps). Raises JpqError for a weight that cannot be split so."""
+        """Groups, outputs and inputs of one group, and taps. Raises JpqError for a weight that cannot be split so."""
         if not 2 <= len(weight) <= 5 or 0 in weight:
             raise JpqError(
                 f"Masks need a linear or convolution layer's weight, 2 to 5 dims, none empty; this is {tuple(weight)}."
             )
         if self.groups < 1 or weight[0] % self.groups:
             raise JpqError(f"A weight of size {tuple(weight)} cannot be split into {self.groups} groups.")
-        first, second = weight[0] // self.groups, weight[1]
-        outputs, inputs = (second, first) if self.transposed else (first, second)
+        dim0, dim1 = weight[0] // self.groups, weight[1]
+        outputs, inputs = (dim1, dim0) if self.transposed else (dim0, dim1)
         return self.groups, outputs, inputs, prod(weight[2:])
 
     def open(self, x: Weight) -> Tensor:
-        """A weight as `[groups, outputs, inputs, taps]`."""
+        """Weight as `[groups, outputs, inputs, taps]`."""
         groups, outputs, inputs, taps = self.sides(x.shape)
         if self.transposed:
             return x.reshape(groups, inputs, outputs, taps).transpose(1, 2)
         return x.reshape(groups, outputs, inputs, taps)
 
     def close(self, x: Tensor, weight: Size) -> Weight:
-        """The inverse of `open`; dims of size 1 in `x` may stand for all, and the result broadcasts then."""
+        """Inverse of `open`; dims of size 1 in `x` may stand for all, and then the result broadcasts."""
         groups, *_ = self.sides(weight)
         if self.transposed:
             x = x.transpose(1, 2)
@@ -61,21 +61,21 @@ class WeightLayout:
 PLAIN = WeightLayout()
 
 
-def refuse_flat(weight: Size, what: str, instead: str) -> None:
-    """Raise JpqError for a weight without a kernel: `what` is said to need one, `instead` what to use."""
+def check_has_kernel(weight: Size, masks: str, instead: str) -> None:
+    """Raise JpqError for a weight without a kernel; `masks` names those that need one, `instead` an alternative."""
     if len(weight) < 3:
         raise JpqError(
-            f"{what} need a convolution's kernels, and a linear weight {tuple(weight)} has none: use {instead}."
+            f"{masks} need a convolution's kernels, and a linear weight {tuple(weight)} has none: use {instead}."
         )
 
 
 def grid(size: Sequence[int], tile: Sequence[int]) -> list[int]:
-    """How many tiles lie along each dim: the last one may be smaller."""
+    """Number of tiles along each dim; the last tile may be smaller."""
     return [-(-s // t) for s, t in zip(size, tile, strict=True)]
 
 
 def spread(z: Tensor, size: Sequence[int], tile: Sequence[int]) -> Tensor:
-    """One number per tile, `grid(size, tile)`, repeated over its tile; where a tile spans the dim, size 1 stays."""
+    """One number per tile, `grid(size, tile)`, repeated over its tile; size 1 stays where a tile spans the dim."""
     for d, (s, t) in enumerate(zip(size, tile, strict=True)):
         if 1 < t < s:
             z = z.unsqueeze(d + 1).expand(*z.shape[: d + 1], t, *z.shape[d + 1 :]).flatten(d, d + 1).narrow(d, 0, s)
@@ -83,7 +83,7 @@ def spread(z: Tensor, size: Sequence[int], tile: Sequence[int]) -> Tensor:
 
 
 def collect(x: Tensor, tile: Sequence[int]) -> Tensor:
-    """The sum over each tile, `grid(x.shape, tile)`: the adjoint of `spread`."""
+    """Sum over each tile, `grid(x.shape, tile)`: the adjoint of `spread`."""
     whole = [d for d, t in enumerate(tile) if t >= x.shape[d] > 1]
     x = x.sum(whole, keepdim=True) if whole else x
     for d, t in enumerate(tile):
@@ -93,6 +93,6 @@ def collect(x: Tensor, tile: Sequence[int]) -> Tensor:
 
 
 def pad(x: Tensor, dim: int, multiple: int) -> Tensor:
-    """Zeros at the end of `dim`, up to the next multiple."""
+    """Append zeros to `dim`, up to the next multiple."""
     missing = -x.shape[dim] % multiple
     return F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing)) if missing else x

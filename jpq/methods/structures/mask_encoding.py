@@ -1,4 +1,4 @@
-"""The kept units of one structure in as few bits as the cheapest of five encodings needs.
+"""Encoding of a mask's kept units in the cheapest of five forms.
 
 R rows of n units, v_r of them real and k_r kept. Rows are "even" where k_r = min(q, v_r) with one q for all of them, as
 in N:M and k-of-n masks and wherever there is a single row; q then stands in the header.
@@ -8,7 +8,7 @@ in N:M and k-of-n masks and wherever there is a single row; q then stands in the
 | `all` | 0 | nothing: everything is kept |
 | `bitmap` | sum v_r | one bit for each real unit |
 | `rank` | R * ceil(log2 C(n, q)) | which choice of q units: sum of C(p_i, i), p_i the i-th kept place; even, n <= 62 |
-| `kept` | sum k_r * ceil(log2 n) | the place of each kept unit in its row, rising; not even: first the k_r, in bytes |
+| `kept` | sum k_r * ceil(log2 n) | the place of each kept unit in its row, rising; not even: the k_r before, in bytes |
 | `dropped` | sum (v_r - k_r) * ceil(log2 n) | the same of those that are dropped |
 
 The smallest is taken, the earliest in this table where several are: 2:4 takes 3 bits for 4 weights (`rank`), 1:4 takes
@@ -30,7 +30,7 @@ Flags = npt.NDArray[np.bool_]  # [rows, n]
 
 ENCODINGS = ("all", "bitmap", "rank", "kept", "dropped")
 
-LONGEST = 62  # longest row whose ranks fit 63 bits
+LONGEST = 62  # units in the longest row whose ranks fit 63 bits
 
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
@@ -39,16 +39,16 @@ CHUNK = 2**17  # numbers at a time, a multiple of 8 so that every chunk begins a
 
 @dataclass(frozen=True)
 class Form:
-    """How a mask is written, what a reader has to know beside its bytes, and what it costs."""
+    """Form of an encoded mask: its encoding, the numbers that a reader needs beside the bytes, and its size."""
 
     encoding: str
-    even: int | None  # q, None where rows differ
-    most: int  # largest count of a row that differs: of kept units, or of dropped ones
-    bits: int
+    even: int | None  # q, the count of every row; None where rows differ
+    most: int  # largest count of kept (or dropped) units in a row, where rows differ
+    bits: int  # size of the encoded mask
 
 
 def choose(n: int, valid: Ints, kept: Ints) -> Form:
-    """The cheapest form for rows of n units, `valid[r]` of them real and `kept[r]` of them kept."""
+    """Cheapest form for rows of n units, `valid[r]` of them real and `kept[r]` of them kept."""
     rows, q = len(kept), int(kept.max(initial=0))
     even = q if bool((kept == np.minimum(q, valid)).all()) else None
     forms = [Form("bitmap", even, 0, int(valid.sum()))]
@@ -64,7 +64,7 @@ def choose(n: int, valid: Ints, kept: Ints) -> Form:
 
 
 def encode(kept: Flags, valid: Flags, form: Form) -> Bytes:
-    """The bytes of a mask, `length = ceil(form.bits / 8)`."""
+    """Bytes of a mask, as many as `form.bits` need."""
     if form.encoding == "all":
         return np.zeros(0, np.uint8)
     if form.encoding == "bitmap":
@@ -83,7 +83,7 @@ def encode(kept: Flags, valid: Flags, form: Form) -> Bytes:
 
 
 def decode(data: Bytes, valid: Flags, form: Form) -> Flags:
-    """The kept units. Raises JpqError where the bytes are not what `encode` writes for such rows."""
+    """Kept units, bool `[rows, n]`. Raises JpqError where the bytes are not what `encode` writes for such rows."""
     real = valid.sum(1)
     if form.encoding == "all":
         _count(data, 0)
@@ -154,17 +154,17 @@ def _width(choices: int) -> int:
 
 
 def _binomials(n: int) -> Ints:
-    """C(i, j) for i below n and j up to n."""
+    """Binomial coefficients C(i, j) for i below n and j up to n."""
     return np.array([[comb(i, j) for j in range(n + 1)] for i in range(n)], np.int64).reshape(n, n + 1)
 
 
 def length(count: int, width: int) -> int:
-    """Bytes of `count` numbers of `width` bits."""
+    """Number of bytes that `count` numbers of `width` bits take."""
     return -(-count * width // 8)
 
 
 def pack(numbers: npt.NDArray[Any], width: int) -> Bytes:
-    """`[n]` numbers in [0, 2^width) as bytes; width 0 to 62."""
+    """Bytes of the `[n]` numbers in [0, 2^width); width 0 to 62."""
     out = np.zeros(length(len(numbers), width), np.uint8)
     if not width:
         return out
@@ -180,7 +180,7 @@ def pack(numbers: npt.NDArray[Any], width: int) -> Bytes:
 
 
 def unpack(data: Bytes, width: int, count: int) -> Ints:
-    """The `[count]` numbers that `pack` wrote. Raises JpqError where the bytes are not exactly those of so many."""
+    """Numbers, `[count]`, that `pack` wrote. Raises JpqError where the bytes are not exactly those of so many."""
     if len(data) != length(count, width):
         raise JpqError(f"{count} numbers of {width} bits take {length(count, width)} bytes, not {len(data)}.")
     spare = 8 * len(data) - count * width

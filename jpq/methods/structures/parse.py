@@ -1,4 +1,4 @@
-"""Structures by name."""
+"""STRUCTURES: structures by their names in text, such as `2:4` or `block:8x4`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from jpq.methods.structures.pattern import KernelPattern
 from jpq.methods.structures.window import Window
 from jpq.types import JpqError, unknown
 
-WHOLE = (CHANNELS, RULES, SEARCH)  # what no single layer can be given
+WHOLE = (CHANNELS, RULES, SEARCH)  # settings for the whole network, not for one layer
 
 
 @dataclass(frozen=True)
 class Named:
-    """A structure that text can ask for."""
+    """A structure that a text can name, and how it is written."""
 
-    make: Callable[..., Structure]  # numbers, layout=Layout -> structure
-    form: str  # how it is written
-    example: str  # one that fits most layers
-    numbers: tuple[int, ...] = (0,)  # how many it may take
+    make: Callable[..., Structure]  # numbers, layout=WeightLayout -> structure
+    form: str  # forms of its text, for error messages
+    example: str  # text of a structure that fits most layers
+    numbers: tuple[int, ...] = (0,)  # allowed counts of numbers in the text
     spans: bool = False  # whether * may stand for "all"
 
 
@@ -44,7 +44,7 @@ STRUCTURES: dict[str, Named] = {
 
 
 def parse(text: str, layout: WeightLayout = PLAIN) -> Structure:
-    """The structure that a text names, for a layer of this layout. Raises JpqError with what it may be."""
+    """Structure that a text names, for a layer of this layout. Raises JpqError with the forms that exist."""
     name, _, rest = text.strip().partition(":")
     if re.fullmatch(r"\d{1,9}:\d{1,9}", text.strip()):
         name, rest = "window", text.strip()
@@ -60,7 +60,7 @@ def parse(text: str, layout: WeightLayout = PLAIN) -> Structure:
     return named.make(*(None if n == "*" else int(n) for n in numbers), layout=layout)
 
 
-def by_layer(text: str) -> dict[str, str]:
+def parse_layers(text: str) -> dict[str, str]:
     """{layer: structure} of a text such as `conv1=pattern,fc=block:8x1`; empty where it names one structure for all.
 
     Layers that it leaves out are dense, so are those that it calls `dense`. Raises JpqError for text that is neither,
@@ -68,16 +68,16 @@ def by_layer(text: str) -> dict[str, str]:
     """
     if "=" not in text:
         return {}
-    found: dict[str, str] = {}
+    structures: dict[str, str] = {}
     for part in text.split(","):
         name, _, structure = (side.strip() for side in part.partition("="))
-        if not name or not structure or name in found:
-            why = f"'{name}' stands there twice" if name in found else f"'{part.strip()}' is no LAYER=STRUCTURE"
+        if not name or not structure or name in structures:
+            why = f"'{name}' stands there twice" if name in structures else f"'{part.strip()}' is no LAYER=STRUCTURE"
             raise JpqError(f"Cannot read structure '{text}': {why}. Write it like conv1=pattern,fc=block:8x1.")
         if structure in WHOLE:
             raise JpqError(
                 f"Structure '{text}': {structure} is for the whole network, not for layer '{name}'. Give "
                 "the layer a mask such as pattern or block:8x1, or call it dense."
             )
-        found[name] = structure
-    return found
+        structures[name] = structure
+    return structures

@@ -1,4 +1,4 @@
-"""One small pattern of kept positions per kernel, chosen from a library.
+"""Kernel patterns: each kernel keeps the positions of one pattern from a library.
 
 X. Ma et al., "PCONV", AAAI 2020, arXiv:1909.05073 (the four crosses); W. Niu et al., "PatDNN", ASPLOS 2020,
 arXiv:2001.00138 (libraries made from the weights); Y. Gong et al., arXiv:2003.06513 (ADMM on them).
@@ -9,7 +9,7 @@ arXiv:2001.00138 (libraries made from the weights); Y. Gong et al., arXiv:2003.0
 | P* = argmax norm(K * P) | the largest unit of a row of `pool(weight ** 2)` | [kernels, n] |
 | connectivity: kernels dropped whole | a row of zeros, or `Kernels` on top | |
 
-Pattern first, then connectivity on the norms that are left, is the nearest point of both together.
+The best patterns first, then connectivity on the remaining norms, give the nearest point of both together.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ import torch
 from torch import Size, Tensor
 
 from jpq.methods.structures.base import Structure
-from jpq.methods.structures.layout import PLAIN, WeightLayout, refuse_flat
+from jpq.methods.structures.layout import PLAIN, WeightLayout, check_has_kernel
 from jpq.types import JpqError, Units, Weight
 
 CROSSES = ((1, 3, 4, 5), (1, 3, 4, 7), (1, 4, 5, 7), (3, 4, 5, 7))  # the centre and three of its four neighbours
 
-MOST = 512
+MOST = 512  # patterns in a library, and positions in a kernel
 
 
 @dataclass(frozen=True)
 class KernelPattern(Structure):
-    """A row for each kernel, a unit for each pattern; a mask is the combination of patterns that a row weighs.
+    """A row for each kernel and a unit for each pattern; a mask is the combination of a row's patterns.
 
     Units overlap, so this is no partition: a decision keeps one unit of a row, or none, and then the kernel is gone.
     Soft rows that sum to at most 1 give masks in [0, 1]; a row of ones does not mean dense.
@@ -57,16 +57,16 @@ class KernelPattern(Structure):
 
     @cached_property
     def library(self) -> Tensor:
-        """0 or 1, `[n, taps]`."""
+        """Masks of all patterns, `[n, taps]` of 0 and 1."""
         masks = torch.zeros(len(self.patterns), prod(self.kernel))
         for row, positions in zip(masks, self.patterns, strict=True):
             row[list(positions)] = 1
         return masks
 
     def shape(self, weight: Size) -> tuple[int, int]:
-        """(kernels, patterns). Raises JpqError for kernels of another size."""
+        """Rows for kernels, units for patterns. Raises JpqError for kernels of another size."""
         groups, outputs, inputs, _ = self.layout.sides(weight)
-        refuse_flat(weight, "Kernel patterns", "per-output or block:AxB")
+        check_has_kernel(weight, "Kernel patterns", "per-output or block:AxB")
         if tuple(weight[2:]) != self.kernel:
             raise JpqError(
                 f"These patterns are for kernels of {' x '.join(map(str, self.kernel))}; the weight is "
@@ -75,34 +75,34 @@ class KernelPattern(Structure):
         return groups * outputs * inputs, len(self.patterns)
 
     def expand(self, z: Units, weight: Size) -> Weight:
-        """z times the library."""
+        """Combination of the patterns, weighed by z."""
         return self.layout.close((z @ self.library.to(z)).reshape(self.layout.sides(weight)), weight)
 
     def pool(self, x: Weight) -> Units:
-        """What each pattern would keep of each kernel's sum."""
+        """Sum of each kernel over the positions of each pattern, `[kernels, n]`."""
         return self.layout.open(x).reshape(-1, prod(self.kernel)) @ self.library.to(x).T
 
     def quota(self) -> int | None:
-        """1."""
+        """One pattern of each kernel."""
         return 1
 
     def spec(self) -> str:
-        """`pattern:3x3:1.3.4.5/...`, the whole library; `pattern` alone are the four crosses."""
+        """Text `pattern` for the four crosses, else `pattern:3x3:1.3.4.5/...` with the whole library."""
         if self.patterns == CROSSES and self.kernel == (3, 3):
             return "pattern"
         return f"pattern:{'x'.join(map(str, self.kernel))}:{'/'.join('.'.join(map(str, p)) for p in self.patterns)}"
 
     @classmethod
     def centred(cls, k: int, layout: WeightLayout = PLAIN) -> KernelPattern:
-        """Every pattern of k positions of a 3 x 3 kernel that holds the centre (56 for k = 4)."""
+        """Library of every pattern of k positions of a 3 x 3 kernel that holds the centre (56 for k = 4)."""
         if not 1 <= k <= 8:
             raise JpqError(f"A pattern of a 3 x 3 kernel keeps 1 to 8 positions, not {k}.")
-        others = combinations((0, 1, 2, 3, 5, 6, 7, 8), k - 1)
-        return cls(tuple(tuple(sorted((4, *rest))) for rest in others), layout=layout)
+        surroundings = combinations((0, 1, 2, 3, 5, 6, 7, 8), k - 1)
+        return cls(tuple(tuple(sorted((4, *rest))) for rest in surroundings), layout=layout)
 
     @classmethod
     def frequent(cls, weights: Sequence[Weight], k: int = 4, n: int = 8, layout: WeightLayout = PLAIN) -> KernelPattern:
-        """The n commonest best patterns of the 3 x 3 kernels in `weights`: the centre and the k - 1 largest others.
+        """Library of the n commonest best patterns of the 3 x 3 kernels in `weights`, each with the centre.
 
         Fewer than n where fewer occur; equally common ones in order of their positions.
         """
@@ -120,7 +120,7 @@ class KernelPattern(Structure):
 
     @classmethod
     def read(cls, text: str, layout: WeightLayout = PLAIN) -> KernelPattern:
-        """What follows `pattern:` : nothing, a number of positions, or a library as `spec` writes it."""
+        """Structure from the text behind `pattern:`: nothing, a number of positions, or the library of `spec`."""
         if not text:
             return cls(layout=layout)
         if re.fullmatch(r"\d", text):

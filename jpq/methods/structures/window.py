@@ -1,4 +1,4 @@
-"""N of M consecutive weights: 2:4, 1:4, any.
+"""N:M masks: N of M consecutive weights stay, such as 2:4 and 1:4.
 
 Consecutive means input channels at one kernel position of one output: weight[o, c .. c + M - 1, y, x]. That is the
 reduction dimension of an implicit matrix product in channels-last order, [out, kernel..., in], the order in which
@@ -21,7 +21,7 @@ from jpq.types import JpqError, Units, Weight
 
 @dataclass(frozen=True)
 class Window(Structure):
-    """A row for each window of `of` input channels, a unit for each weight in it; `keep` of them stay.
+    """A row for each window of `of` input channels and a unit for each weight in it; `keep` of them stay.
 
     Rows run over outputs, kernel positions, windows, the last fastest. Where `of` does not divide the inputs, the
     last window of every kernel position is shorter, as if the missing channels were zeros that the hardware pads: it
@@ -40,7 +40,7 @@ class Window(Structure):
             raise JpqError(f"{self.keep}:{self.of} is not a window: keep at least 1, and fewer than all (2:4).")
 
     def shape(self, weight: Size) -> tuple[int, int]:
-        """(outputs * taps * windows, of). Raises JpqError where a neuron reads too few inputs to drop one."""
+        """Rows for outputs, taps and windows, units for weights. Raises JpqError where nothing could be dropped."""
         groups, outputs, inputs, taps = self.layout.sides(weight)
         if inputs <= self.keep:
             raise JpqError(
@@ -51,13 +51,13 @@ class Window(Structure):
         return groups * outputs * taps * -(-inputs // width), width
 
     def expand(self, z: Units, weight: Size) -> Weight:
-        """A mask of the weight's shape."""
+        """Mask of the weight's shape."""
         groups, outputs, inputs, taps = self.layout.sides(weight)
         windows = z.reshape(groups, outputs, taps, -1).narrow(3, 0, inputs)
         return self.layout.close(windows.transpose(2, 3), weight)
 
     def pool(self, x: Weight) -> Units:
-        """The weights themselves, cut into windows; 0 in the padding."""
+        """Weights, cut into windows; 0 in the padding."""
         last = self.layout.open(x).transpose(2, 3)
         width = self._width(last.shape[3])
         return pad(last, 3, width).reshape(-1, width)
@@ -73,11 +73,11 @@ class Window(Structure):
         return row.repeat(rows // windows, 1)
 
     def quota(self) -> int | None:
-        """`keep`."""
+        """Number of units that stay in a window: `keep`."""
         return self.keep
 
     def spec(self) -> str:
-        """`N:M`."""
+        """The text `N:M`."""
         return f"{self.keep}:{self.of}"
 
     def _width(self, inputs: int) -> int:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from jpq.methods.gates.fixed_count import SMALL, kept_of, kept_of_rows, topk_rows
+from jpq.methods.gates.fixed_count import SMALL, kept_count, kept_counts, topk_rows
 from jpq.methods.structures import Window
 from jpq.types import JpqError
 
@@ -80,9 +80,9 @@ def test_windows_keep_their_quota_and_short_ones_what_they_have():
 
 
 def test_densities_round_half_up():
-    assert [kept_of(d, 5) for d in (0, 0.09, 0.1, 0.5, 0.89, 0.9, 1)] == [0, 0, 1, 3, 4, 5, 5]
-    assert kept_of(0.29, 50) == 15  # 14.5, though 0.29 * 50 is 14.499999999999998 in floating point
-    assert kept_of_rows(0.5, torch.tensor([1, 2, 3, 0])).tolist() == [1, 1, 2, 0]
+    assert [kept_count(d, 5) for d in (0, 0.09, 0.1, 0.5, 0.89, 0.9, 1)] == [0, 0, 1, 3, 4, 5, 5]
+    assert kept_count(0.29, 50) == 15  # 14.5, though 0.29 * 50 is 14.499999999999998 in floating point
+    assert kept_counts(0.5, torch.tensor([1, 2, 3, 0])).tolist() == [1, 1, 2, 0]
     for bad in (-0.1, 1.1, math.nan):
         with pytest.raises(JpqError, match="share"):
-            kept_of(bad, 5)
+            kept_count(bad, 5)

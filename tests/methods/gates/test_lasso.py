@@ -13,7 +13,7 @@ from jpq.export.branches import Branches, split_into_branches
 from jpq.export.rebuild import rebuild
 from jpq.export.verify import difference, measure
 from jpq.methods.gates import Lasso
-from jpq.methods.gates.lasso import LEAST, SPAN, STRENGTH, TAU, coefficients, regulariser, running
+from jpq.methods.gates.lasso import LEAST, SPAN, STRENGTH, TAU, coefficients, regulariser, running_sums
 from jpq.methods.structures import Inputs, Kernels
 from jpq.tracing.sites import masks
 
@@ -51,14 +51,14 @@ def test_the_worked_examples(p, want):
     [((0.05, 0.10, 0.25, 0.60), 0.2, (0, 0, 1, 1)), ((0.25, 0.60, 0.05, 0.10), 0.2, (1, 1, 0, 0))],
 )
 def test_channels_go_while_the_running_sum_stays_below_beta(shares, beta, kept):
-    assert (running(torch.tensor([shares])) >= beta).int().tolist() == [list(kept)]
+    assert (running_sums(torch.tensor([shares])) >= beta).int().tolist() == [list(kept)]
 
 
 def test_a_larger_beta_drops_a_superset():
     torch.manual_seed(0)
     gate = gate_on(nn.Parameter(torch.randn(12, 9, 3, 3)))
     gate.alpha.copy_(torch.randn(2, 12))
-    sums = running(gate._energies())
+    sums = running_sums(gate._energies())
     dropped = [sums < beta for beta in (0.05, 0.2, 0.5, 0.9)]
     assert all(bool((b | ~a).all()) for a, b in pairwise(dropped))
     assert bool((dropped[3].sum() > dropped[0].sum()).item())

@@ -12,7 +12,7 @@ from jpq.compression.masking import GateSample, MaskParametrization
 from jpq.methods.gates import Admm, Feedback, GumbelTopK, LearnedTopK, SoftThreshold
 from jpq.methods.gates.feedback import EVERY, FREEZE
 from jpq.methods.gates.fixed_count import best_of_all
-from jpq.methods.gates.gumbel_topk import drawn
+from jpq.methods.gates.gumbel_topk import draw_mass
 from jpq.methods.gates.learned_topk import soft_topk
 from jpq.methods.gates.soft_threshold import RAMP
 from jpq.methods.quantizers import Fixed
@@ -76,7 +76,7 @@ def slow_drawn(scores, k):
 def test_the_closed_form_of_k_draws(k, temperature):
     torch.manual_seed(k)
     scores = (torch.randn(4, 7, dtype=torch.double) / temperature).requires_grad_()
-    fast = drawn(scores, torch.full((4,), k))
+    fast = draw_mass(scores, torch.full((4,), k))
     slow = torch.stack([slow_drawn(row, k) for row in scores])
     assert torch.allclose(fast, slow, atol=1e-10)
     weight = torch.randn(4, 7, dtype=torch.double)
@@ -86,7 +86,7 @@ def test_the_closed_form_of_k_draws(k, temperature):
 
 def test_draws_tend_to_the_mask_in_score_order():
     scores = torch.randn(3, 12, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    soft = drawn(scores / 1e-3, torch.full((3,), 4))
+    soft = draw_mass(scores / 1e-3, torch.full((3,), 4))
     hard = torch.zeros_like(scores).scatter(1, scores.topk(4, 1).indices, 1.0)
     assert (soft - hard).abs().sum() < 0.05  # by position instead of score it misses by whole units
 
@@ -121,7 +121,7 @@ def test_gumbel_temperature_falls_in_a_line_from_5_to_a_half():
 
 
 def test_gumbel_draws_follow_the_temperature():
-    """The relaxed draws behind the mask sharpen as T falls: the gradient is that of `drawn` at the gate's own T."""
+    """The relaxed draws behind the mask sharpen as T falls: the gradient is that of `draw_mass` at the gate's own T."""
     torch.manual_seed(0)
     gate = GumbelTopK(1, 6, density=0.5, noise=0.0, start="random")
     weight = torch.randn(1, 6)
@@ -129,7 +129,7 @@ def test_gumbel_draws_follow_the_temperature():
         gate.after_step(progress)
         (found,) = torch.autograd.grad((gate.relaxed() * weight).sum(), gate.logits)
         (expected,) = torch.autograd.grad(
-            (drawn(gate.logits / temperature, torch.tensor([3])) * weight).sum(), gate.logits
+            (draw_mass(gate.logits / temperature, torch.tensor([3])) * weight).sum(), gate.logits
         )
         assert torch.allclose(found, expected, atol=1e-6)
 

@@ -13,7 +13,7 @@ from jpq.compression.masking import GateSample, MaskParametrization
 from jpq.export.rebuild import rebuild
 from jpq.export.verify import difference
 from jpq.methods.gates import Stochastic
-from jpq.methods.gates.stochastic import RISE, SPAN, TURN, UPDATES, change
+from jpq.methods.gates.stochastic import RISE, SPAN, TURN, UPDATES, probability_change
 from jpq.methods.structures import Axis
 
 
@@ -37,7 +37,7 @@ def steps(gate, count, start=0):
 
 
 def test_the_worked_example():
-    found = change(torch.arange(8.0), torch.tensor(4))
+    found = probability_change(torch.arange(8.0), torch.tensor(4))
     want = [0.05, 0.02973, 0.01768, 0.01013, 0.0, -0.01704, -0.04571, -0.09392]
     assert found.tolist() == pytest.approx(want, abs=6e-6)
 
@@ -46,7 +46,7 @@ def test_the_worked_example():
 def test_identities_of_the_change(left):
     a = (math.log(2) - math.log(TURN)) / left
     turn = -math.log(TURN) / a
-    at = lambda r: change(torch.as_tensor(r, dtype=torch.float64), torch.tensor(left))  # noqa: E731
+    at = lambda r: probability_change(torch.as_tensor(r, dtype=torch.float64), torch.tensor(left))  # noqa: E731
     assert float(at(0.0)) == pytest.approx(RISE)
     assert float(at(turn)) == pytest.approx(TURN * RISE)
     assert float(at(float(left))) == pytest.approx(0, abs=1e-9)
@@ -112,7 +112,7 @@ def test_a_stale_count_would_overshoot():
     p, out = torch.zeros(512), torch.zeros(512, dtype=torch.bool)
     for _ in range(400):
         order = ranks.masked_fill(out, math.inf).argsort().argsort().float()
-        p = torch.where(out, p, (p + change(order, torch.tensor(384))).clamp(0, 1))
+        p = torch.where(out, p, (p + probability_change(order, torch.tensor(384))).clamp(0, 1))
         out = p >= 1 - 1e-6
         if int(out.sum()) >= 384:
             break
@@ -213,7 +213,7 @@ def test_survivors_take_the_mean_of_their_masks_into_their_weights():
     assert gate.p.tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]]
     after = (weight * gate.multiplier()).detach()
     change_at = (after - before)[:, 4:]
-    rates = change(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor(1))  # what this one update took off p
+    rates = probability_change(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor(1))  # what this one update took off p
     assert bool((rates < 1e-6).all())
     moved = (left[0, 4:] - (left[0, 4:] + rates).clamp(0, 1)) * torch.arange(5.0, 9.0)
     assert torch.allclose(change_at, moved.expand(5, 4), atol=1e-6)

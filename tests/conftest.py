@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest_plugins = ("finished",)  # session fixtures finished_run, finished_budgets, finished_study
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():

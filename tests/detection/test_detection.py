@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -443,7 +442,9 @@ def test_coupled_members_lose_the_same_channels(pruned):
     kept = sum(net.plan().kept[site.name])
     assert kept < site.n
     assert {small.get_submodule(name).weight.shape[1] for name in readers} == {kept}
-    assert {small.get_submodule(name).weight.shape[0] for name in site.producers} == {kept}, "depthwise in the heads too"
+    assert {small.get_submodule(name).weight.shape[0] for name in site.producers} == {kept}, (
+        "depthwise in the heads too"
+    )
 
 
 def test_confidence():
@@ -575,11 +576,3 @@ def test_shapes_come_from_the_seed_alone_and_their_boxes_fit():
         assert set(target["labels"].tolist()) <= {1, 2, 3}
     twice = shapes.mirrored(shapes.mirrored(one.targets[0]))
     assert torch.allclose(twice["boxes"], one.targets[0]["boxes"], atol=1e-4)
-
-
-def test_figures_in_the_manual_are_those_of_the_csv():
-    import detection_figures as study
-
-    manual = (Path(__file__).parents[2] / "README.md").read_text()
-    assert study.summary() in manual
-    assert study.summary().count("\n| ") > 3

@@ -123,7 +123,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "discretization fills masks with the worst weights first",
         "jpq/compression/discretize.py",
         "closed.argsort(descending=True)",
-        "closed.masked_fill(kept, math.inf).argsort()",
+        "closed.masked_fill(kept.flatten(), math.inf).argsort()",
         "tests/compression/test_discretize.py -k of_a_mask",
     ),
     Mutation(

@@ -1,12 +1,37 @@
 """Data, models, and the tasks that say how good a model is: TASKS holds one instance per task, by name."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jpq.lazy import lazy_names
 from jpq.tasks.base import Task
 from jpq.tasks.classification import Classification
 from jpq.types import unknown
+
+if TYPE_CHECKING:
+    from jpq.tasks.data import PREPROCESSING, Batches, Data
+    from jpq.tasks.data import load as load_data
+    from jpq.tasks.load import dense_model, read_data
+    from jpq.tasks.models import build as build_model
+    from jpq.tasks.models import load_weights
+
+__all__ = [
+    "CLASSIFICATION",
+    "PREPROCESSING",
+    "TASKS",
+    "Batches",
+    "Classification",
+    "Data",
+    "Task",
+    "build_model",
+    "dense_model",
+    "load_data",
+    "load_weights",
+    "pick_task",
+    "read_data",
+    "recorded_task",
+    "task_record",
+]
 
 CLASSIFICATION = Classification()
 
@@ -14,7 +39,17 @@ TASKS: dict[str, Task] = {
     "classification": CLASSIFICATION,
 }
 
-__getattr__, __dir__ = lazy_names(__name__, {})
+_HOMES = {
+    "PREPROCESSING": "data",
+    "Batches": "data",
+    "Data": "data",
+    "build_model": "models:build",
+    "dense_model": "load",
+    "load_data": "data:load",
+    "load_weights": "models",
+    "read_data": "load",
+}
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)
 
 
 def pick_task(name: str) -> Task:

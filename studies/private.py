@@ -47,8 +47,7 @@ from jpq.data_free import (
     prune_model,
     random_images,
 )
-from jpq.tasks import CLASSIFICATION, load
-from jpq.tasks.data import RECIPES, Data
+from jpq.tasks import CLASSIFICATION, PREPROCESSING, Data, dense_model, read_data
 
 WAYS = ("one-shot", "noise", "matched", "real")
 DENSITY = 0.75  # of the kernels
@@ -73,11 +72,11 @@ class Setting:
         base = replace(methods.BASE, task=replace(methods.BASE.task, data_root=root))
         task = replace(base.task, model=self.model, data=self.data, limit=self.limit)
         config = replace(base, task=task, train=replace(base.train, batch_size=64), run=replace(base.run, seed=seed))
-        data = load.read_data(config, torch.device("cpu"))
+        data = read_data(config, torch.device("cpu"))
         if self.data == "digits":
             return float_model(seed), data
         shared = methods.with_shared_weights(base).task.weights
-        return load.dense_model(replace(config, task=replace(task, weights=shared)), data, torch.device("cpu")), data
+        return dense_model(replace(config, task=replace(task, weights=shared)), data, torch.device("cpu")), data
 
 
 SETTINGS = {
@@ -97,7 +96,7 @@ def prune(way: str, model: nn.Module, data: Data, seed: int) -> tuple[DataFreeRe
         def draw(n: int) -> torch.Tensor:
             return train.normalise(train.images[torch.randint(train.size, (n,), generator=generator)])
     else:
-        recipe = RECIPES[data.name]
+        recipe = PREPROCESSING[data.name]
         draw = random_images(data.shape, (recipe.mean, recipe.std), seed, torch.device("cpu"))
     result = prune_model(model, draw, "pattern", DENSITY, settings=settings, threads=1)
     return result, result.model

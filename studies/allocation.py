@@ -88,7 +88,7 @@ def run_at_equal_latency(seeds: Sequence[int]) -> None:
     print(table.groupby("method", sort=False)[["accuracy", "predicted_ms", "measured_ms", "target_used"]].mean())
 
 
-def _latency_row(name: str, seed: int, result: jpq.results.record.Result) -> dict[str, object]:
+def _latency_row(name: str, seed: int, result: jpq.results.Result) -> dict[str, object]:
     """One run under a latency target as a row."""
     return {
         "model": "convnet",

@@ -58,7 +58,7 @@ import jpq
 from jpq import costs
 from jpq.allocation import rank_units
 from jpq.compression import reestimate_batchnorm
-from jpq.costs.target import parse_targets
+from jpq.costs import parse_targets
 from jpq.detection import (
     DetectorCore,
     channel_saliency,

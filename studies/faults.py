@@ -37,7 +37,7 @@ from support.kills import CHECKPOINT, MOMENTS, resumed, tiny_config
 from support.result_rows import RESULTS, provenance
 
 from jpq.config import Config
-from jpq.tasks import models
+from jpq.tasks import build_model
 
 PATH = RESULTS / "faults.csv"
 PARTS = ("files", "trainings", "system", "signals", "kills")
@@ -202,7 +202,7 @@ def write_bomb(path: Path) -> None:
 
 def write_nan(path: Path) -> None:
     """A weights file with NaN in one filter."""
-    state = models.build("convnet", 10, 1).state_dict()
+    state = build_model("convnet", 10, 1).state_dict()
     state["0.weight"][0] = float("nan")
     torch.save(state, path)
 

@@ -45,11 +45,8 @@ from support.grid import EpochPrinter, with_float_weights
 from support.result_rows import RESULTS, append_row, provenance, read_rows
 
 import jpq
-from jpq.results.front import pareto
-from jpq.results.front.points import RunPoint, read_point
-from jpq.tasks import CLASSIFICATION
-from jpq.tasks.data import Batches
-from jpq.tasks.load import read_data
+from jpq.results.front import RunPoint, hypervolume_of, non_dominated, objectives, read_point
+from jpq.tasks import CLASSIFICATION, Batches, read_data
 from jpq.training import all_phases
 
 STYLES = {
@@ -179,7 +176,7 @@ def front_rows(way: str, config: jpq.Config, plan: EpochPlan, command: str) -> l
     labelled = [(label, read_point(folder)) for label, folder in WAYS[way](config, plan)]
     seconds = time.perf_counter() - start
     points = [point for _, point in labelled]
-    on_front = pareto.non_dominated(pareto.objectives([p.accuracy for p in points], [p.share("bops") for p in points]))
+    on_front = non_dominated(objectives([p.accuracy for p in points], [p.share("bops") for p in points]))
     test = read_data(config, torch.device("cpu")).test
     return [
         {
@@ -215,7 +212,7 @@ def hypervolumes(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (epochs, way, seed), front in table.groupby(["epochs", "way", "seed"]):
         volumes = {
-            split: pareto.hypervolume_of(
+            split: hypervolume_of(
                 list(accuracies),
                 list(front.bops_share[accuracies.index].clip(lower=front.least.iloc[0])),
                 chance=front.chance.iloc[0],

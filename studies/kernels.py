@@ -26,7 +26,7 @@ from support.result_rows import RESULTS, append_row, provenance
 import jpq
 from jpq.config import Budget, Decide, Run
 from jpq.export.timing import INT8, model_files, time_in_turns
-from jpq.results.record import Result
+from jpq.results import Result
 
 PATH = RESULTS / "kernels.csv"
 BASE = replace(methods.BASE, decide=Decide(w_bits=(8, 8), a_bits=(8, 8)))

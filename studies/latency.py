@@ -26,10 +26,9 @@ from support.result_rows import RESULTS, provenance
 
 import jpq
 from jpq.config import Budget, Decide
-from jpq.costs import latency_ns
-from jpq.costs.latency_table import LatencyTable
+from jpq.costs import LatencyTable, latency_ns
 from jpq.export.timing import Runner, empty_model, measure_layers, take_turns
-from jpq.tasks.models import build
+from jpq.tasks import build_model
 
 PATH = RESULTS / "latency.csv"
 COLOURS = {"resnet8": "#E69F00", "resnet20": "#0072B2"}  # of the models
@@ -64,7 +63,7 @@ def random_plan(plan: jpq.Plan, seed: int) -> jpq.Plan:
 def export_plan(name: str, table: LatencyTable, seed: int, path: Path) -> tuple[float, float, float]:
     """Export one random plan; (predicted ms, share of the channels kept, mean bits)."""
     torch.manual_seed(0)
-    model = build(name, 10, 3).eval()
+    model = build_model(name, 10, 3).eval()
     budget = Budget(target_latency="100%")
     net = jpq.compress(model, SAMPLE, decide=Decide(method="djpq"), budget=budget, table=table).net
     net.freeze(random_plan(net.plan(), seed))
@@ -80,7 +79,7 @@ def measure_plans(plans: int, repeats: int, command: str) -> pd.DataFrame:
     rows, runners = [], [Runner(empty_model())]
     with tempfile.TemporaryDirectory() as folder:
         for name in COLOURS:
-            network = jpq.trace(build(name, 10, 3), SAMPLE)
+            network = jpq.trace(build_model(name, 10, 3), SAMPLE)
             table = LatencyTable(name, tuple(measure_layers(network, name, 1, repeats)))
             for seed in range(plans):
                 path = Path(folder) / f"{name}_{seed}.onnx"

@@ -7,7 +7,7 @@ Every search has the same number of trials and epochs, the same float weights, o
 layer, neither anchors nor early stops. `uniform` is W2A2 to W8A8 with every channel, `djpq` a run for each budget, both
 with as many epochs for each model as a trial has. Accuracies are held-out: a search looks at nothing else, and the
 test split stays unread. A row per model in results/search_NAME.csv; the hypervolume is accuracy above chance x decades
-of BOPs (`jpq.results.front.pareto.hypervolume_of`), where models below the smallest of djpq's budgets count as if
+of BOPs (`jpq.results.front.hypervolume_of`), where models below the smallest of djpq's budgets count as if
 they cost that much, and `of_djpq` its share of djpq's with the same seed. Digits, two seeds, two shared x86-64 cores,
 November 2026: searches of 40 trials of 4 epochs 2.34, djpq 2.33 in an eighth of the epochs, uniform 2.14.
 """
@@ -30,8 +30,8 @@ from support.result_rows import RESULTS, append_row, provenance, read_rows
 
 import jpq
 from jpq.config import Budget, Decide, Run, Task, Train
-from jpq.results.front import pareto
-from jpq.results.record import Result
+from jpq.results import Result
+from jpq.results.front import hypervolume_of, non_dominated, objectives
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
 BUDGETS = ("4%", "2%", "1%", "0.5%", "0.25%")
@@ -155,13 +155,13 @@ def _run_way(path: Path, name: str, args: argparse.Namespace, way: str, seed: in
         config = with_float_weights(config, Path("runs") / name / f"float-{seed}.safetensors")
         models = models_of(way, config, args.trials)
     accuracies, shares = [m.held_out for m in models], [m.bops_share for m in models]
-    volume = pareto.hypervolume_of(accuracies, [max(s, LEAST) for s in shares], chance=0.1)
+    volume = hypervolume_of(accuracies, [max(s, LEAST) for s in shares], chance=0.1)
     known = read_rows(path, ["way", "seed", "hypervolume"])
     djpq_volume = known[(known.way == "djpq") & (known.seed == seed)].hypervolume
     flags = ["--model", args.model, "--data", args.data, "--trials", str(args.trials), "--epochs", str(args.epochs)]
     flags += ["--limit", str(args.limit)] if args.limit else []
     command = shlex.join(["python", "studies/samplers.py", *flags, "--ways", way, "--seeds", str(seed)])
-    on_front = pareto.non_dominated(pareto.objectives(accuracies, shares))
+    on_front = non_dominated(objectives(accuracies, shares))
     for model, is_on_front in zip(models, on_front, strict=True):
         row = {
             "model": args.model,

@@ -35,9 +35,8 @@ from jpq.allocation import MappingEvaluator, allowed_structures, mapping_ms
 from jpq.config import Budget, Decide, Task, Train
 from jpq.costs import DENSE
 from jpq.methods import compose, is_allowed
-from jpq.results.record import Result
-from jpq.tasks.load import read_data
-from jpq.tasks.models import build, load_weights
+from jpq.results import Result
+from jpq.tasks import build_model, load_weights, read_data
 from jpq.tracing import Network
 
 WEIGHTS = Path("runs/schemes/resnet8-digits.safetensors")
@@ -69,7 +68,7 @@ CASES = [
 
 def trace_network() -> Network:
     """The network of the model that all runs have."""
-    return jpq.trace(build("resnet8", 10, 1).eval(), torch.randn(2, 1, 8, 8))
+    return jpq.trace(build_model("resnet8", 10, 1).eval(), torch.randn(2, 1, 8, 8))
 
 
 def run_case(base: jpq.Config, case: Case, seed: int, command: str) -> tuple[Result, jpq.Config]:
@@ -141,7 +140,7 @@ def measure_proxies(base: jpq.Config) -> None:
     network = trace_network()
     assert base.task.weights is not None
     data = read_data(base, torch.device("cpu"))
-    model = build("resnet8", data.classes, data.shape[0]).eval()
+    model = build_model("resnet8", data.classes, data.shape[0]).eval()
     load_weights(model, base.task.weights)
     proxies = {
         kind: MappingEvaluator(network, model, data, BASE.decide.density, trained=kind == "trained", lr=BASE.train.lr)

@@ -38,8 +38,7 @@ from jpq.allocation import site_scores
 from jpq.compression import reestimate_batchnorm
 from jpq.config import Budget, Decide
 from jpq.methods.scores import SCORES
-from jpq.tasks import CLASSIFICATION, models
-from jpq.tasks.data import Batches, Data, load
+from jpq.tasks import CLASSIFICATION, Batches, Data, build_model, load_data, load_weights
 
 MODEL = "resnet20"
 PATH, REMOVAL_PATH = RESULTS / "scores.csv", RESULTS / "scores_removal.csv"
@@ -71,8 +70,8 @@ TEXTS = {
 
 def float_model(name: str, weights: Path) -> nn.Module:
     """The network with its public weights."""
-    model = models.build(name, 10, 3)
-    models.load_weights(model, weights)
+    model = build_model(name, 10, 3)
+    load_weights(model, weights)
     return model.eval()
 
 
@@ -301,7 +300,7 @@ def main() -> None:
     args = parser.parse_args()
     if {*args.parts} - {"plot"}:
         torch.set_num_threads(1)
-        data = load("cifar10", args.data_root, batch_size=BATCH, held_out=0.04)
+        data = load_data("cifar10", args.data_root, batch_size=BATCH, held_out=0.04)
         model = float_model(args.model, args.weights)
     for part in args.parts:
         if part == "removal":

@@ -33,7 +33,7 @@ import jpq
 from jpq.config import Budget, Decide
 from jpq.export.packed import pack
 from jpq.export.timing import FULL, INT8, Timing, reference_models, time_in_turns
-from jpq.tasks import models
+from jpq.tasks import build_model
 
 PATH = RESULTS / "speed.csv"
 SHAPES = {"resnet20": (3, 32, 32), "torchvision:resnet18": (3, 224, 224), "torchvision:mobilenet_v2": (3, 224, 224)}
@@ -163,7 +163,7 @@ def dense_macs(dense: nn.Module, example: Tensor) -> int:
 def measure_rows(name: str, threads: list[int], rounds: int, command: str) -> Iterator[dict[str, object]]:
     """A row for each model of one architecture, clock and number of threads."""
     torch.manual_seed(0)
-    dense = models.build(name, 10 if SHAPES[name][-1] == 32 else 1000, 3).eval()
+    dense = build_model(name, 10 if SHAPES[name][-1] == 32 else 1000, 3).eval()
     example = torch.randn(1, *SHAPES[name], generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
         paths, columns = export_variants(name, dense, example, Path(folder))

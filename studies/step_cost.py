@@ -25,10 +25,10 @@ from support.result_rows import RESULTS, provenance
 from torch import nn
 
 import jpq
-from jpq.costs.target import Controller, parse_targets
+from jpq.costs import Controller, parse_targets
 from jpq.methods.gates import VIB, Frozen
 from jpq.methods.quantizers import Fixed, Learned
-from jpq.tasks import models
+from jpq.tasks import build_model
 from jpq.tracing import Layer
 from jpq.training import Objective, optimizer
 
@@ -92,7 +92,7 @@ def steps_to_time(batch: int) -> dict[str, Step]:
     """The training steps that are compared, on one random batch."""
     torch.manual_seed(0)
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
-    model = models.build("resnet20", 10, 3)
+    model = build_model("resnet20", 10, 3)
     net, objective = search_model(model, x)
     return {
         "float": training_step(copy.deepcopy(model), Objective(), x, y),

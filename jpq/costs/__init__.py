@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from jpq.costs.base import Cost, LatencyModel, LayerUse, Number
 from jpq.costs.counts import baseline, bops, bops_structured, dense, layer_bops, macs, size, structured
 from jpq.costs.latency import latency_ns, layer_latency
+from jpq.costs.latency_table import LatencyTable
+from jpq.lazy import lazy_names
 from jpq.types import DENSE
+
+if TYPE_CHECKING:
+    from jpq.costs.target import Controller, Target, parse_targets
 
 __all__ = [
     "COSTS",
     "DENSE",
+    "Controller",
     "Cost",
     "LatencyModel",
+    "LatencyTable",
     "LayerUse",
     "Number",
+    "Target",
     "baseline",
     "bops",
     "bops_structured",
@@ -22,6 +32,7 @@ __all__ = [
     "layer_bops",
     "layer_latency",
     "macs",
+    "parse_targets",
     "size",
     "structured",
 ]
@@ -33,3 +44,6 @@ COSTS: dict[str, Cost] = {
     "size": size,
     "latency": latency_ns,
 }
+
+_HOMES = {"Controller": "target", "Target": "target", "parse_targets": "target"}  # which itself needs COSTS
+__getattr__, _ = lazy_names(__name__, _HOMES)

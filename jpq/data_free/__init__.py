@@ -6,7 +6,15 @@ from jpq.lazy import lazy_names
 
 if TYPE_CHECKING:
     from jpq.data_free.layerwise_admm import AdmmSettings, LayerReport
-    from jpq.data_free.prune import DataFreeResult, prune_model, prune_private
+    from jpq.data_free.prune import (
+        DataFreeResult,
+        layer_gate,
+        mask_sites,
+        project_once,
+        prune_model,
+        prune_private,
+        random_images,
+    )
     from jpq.data_free.settings import DataFreeSettings
 
 __all__ = [
@@ -14,8 +22,12 @@ __all__ = [
     "DataFreeResult",
     "DataFreeSettings",
     "LayerReport",
+    "layer_gate",
+    "mask_sites",
+    "project_once",
     "prune_model",
     "prune_private",
+    "random_images",
 ]
 
 _HOMES = {
@@ -23,7 +35,11 @@ _HOMES = {
     "DataFreeResult": "prune",
     "DataFreeSettings": "settings",
     "LayerReport": "layerwise_admm",
+    "layer_gate": "prune",
+    "mask_sites": "prune",
+    "project_once": "prune",
     "prune_model": "prune",
     "prune_private": "prune",
+    "random_images": "prune",
 }
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 import jpq
 from jpq.config import Budget, Decide
-from jpq.results.record import Result
+from jpq.results import Result
 from jpq.training import EpochRecord, NullObserver, split_epochs
 from support.figures import plain_log_ticks, save_figure
 from support.result_rows import RESULTS, append_row, provenance

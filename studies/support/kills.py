@@ -20,7 +20,7 @@ from jpq.compression import reestimate_batchnorm
 from jpq.config import Budget, Config, Run, Task, Train
 from jpq.export.packed import pack
 from jpq.files import save_tensors
-from jpq.results.run_folder import write_run
+from jpq.results import write_run
 from jpq.training import NullObserver
 from support.wrapping import wrap_function
 

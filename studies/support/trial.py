@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import jpq
 from jpq.methods.gates import Gate
-from jpq.tasks import CLASSIFICATION, models
-from jpq.tasks.data import Batches, Data, load
+from jpq.tasks import CLASSIFICATION, Batches, Data, build_model, load_data
 
 EIGHT_BITS = {"bops": "6.3%", "w_bits": (8, 8), "a_bits": (8, 8)}  # only pruning is decided, and no budget presses
 FLOAT_EPOCHS = 8
@@ -63,14 +62,14 @@ def join_numbers(values: Sequence[float], form: str = ".2f") -> str:
 @cache
 def digits() -> Data:
     """1,797 images of 8 x 8 pixels in three splits."""
-    return load("digits", batch_size=64)
+    return load_data("digits", batch_size=64)
 
 
 @cache
 def float_model(seed: int) -> nn.Module:
     """A convnet, trained on the digits."""
     torch.manual_seed(seed)
-    model = models.build("convnet", 10, 1)
+    model = build_model("convnet", 10, 1)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for epoch in range(FLOAT_EPOCHS):
         for x, y in digits().train.epoch(1000 * seed + epoch):

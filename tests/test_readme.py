@@ -1,153 +1,164 @@
-"""README is the manual: its code blocks run as they stand, its flags exist, and its figures are in the CSVs."""
+"""README and docs: their code blocks run as they stand, each on its own; flags, links and dotted names exist."""
 
 import dataclasses
+import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-import pandas as pd
+import pytest
 
-from jpq.cli.bench import Bench
-from jpq.cli.evaluate import Evaluate
-from jpq.cli.export import Export
-from jpq.cli.pareto import Pareto
-from jpq.config import Config
-from jpq.data_free.settings import DataFreeSettings
-from jpq.trials.settings import Study
+from jpq.cli.main import main
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.M | re.S)
+SHORTER = {"jpq optimize --target-bops 1%": ["--epochs", "2", "--float-epochs", "2"]}  # appended, to take seconds
 
 
-def test_python_blocks_run_one_after_the_other(capsys):
-    names = {}
-    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-    assert len(blocks) >= 2
-    for block in blocks:
-        exec(block, names)
-    lines = capsys.readouterr().out.strip().splitlines()
-    assert float(lines[0].split()[-1]) <= 0.01
-    assert float(lines[-1]) <= 1e-9
+def blocks():
+    """A parameter set for every block that is run: language and code; `console` and `text` blocks are not run."""
+    for path in DOCUMENTS:
+        name = path.relative_to(ROOT).as_posix()
+        for i, (language, code) in enumerate(BLOCK.findall(path.read_text())):
+            yield pytest.param(language, code, id=f"{name}-{i}-{language}")
+
+
+@pytest.fixture
+def tables_restored(tmp_path):
+    """Put back what a block adds to the tables of jpq (METHODS, GATES, TASKS ...); forget modules of its folder."""
+    modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "jpq"]
+    tables = [v for module in modules for name, v in vars(module).items() if name.isupper() and type(v) is dict]
+    copies, path = [dict(table) for table in tables], list(sys.path)
+    yield
+    for table, copy in zip(tables, copies, strict=True):
+        table.clear()
+        table.update(copy)
+    sys.path[:] = path
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.mark.usefixtures("tables_restored")
+@pytest.mark.parametrize(("language", "code"), blocks())
+def test_block_runs_on_its_own(language, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if language == "python":
+        exec(compile(code, "block", "exec"), {"__name__": "__main__"})
+    else:
+        run_shell(code, tmp_path)
+
+
+def run_shell(code, folder):
+    """Run a shell block: `jpq` and `python -c` in this process, everything else, and all expansion, by bash."""
+    assignments = ""
+    for statement in statements(code):
+        if re.match(r"[A-Z_]+=", statement):
+            assignments += statement + "\n"
+        elif statement.startswith(("jpq ", "python -c ")):
+            command, *args = expand(assignments, statement, folder)
+            if command == "python":
+                exec(args[1], {"__name__": "__main__"})
+            else:
+                assert main([*args, *SHORTER.get(statement.strip(), [])]) == 0, statement
+        else:
+            subprocess.run(["bash", "-ec", assignments + statement], check=True, cwd=folder)
+
+
+def statements(code):
+    """The statements of a shell block: here documents in one piece, lines that end in a backslash joined."""
+    code = code.replace("\\\n", " ")
+    while code.strip():
+        match = re.match(r"\s*([^\n]*<<'(\w+)'\n.*?^\2\n)", code, re.M | re.S) or re.match(r"\s*([^\n]+)\n?", code)
+        yield match[1]
+        code = code[match.end() :]
+
+
+def expand(assignments, statement, folder):
+    """The words of a command, after bash has set variables, expanded globs and dropped comments."""
+    script = f"{assignments}show() {{ printf '%s\\0' \"$@\"; }}\nshow {statement}"
+    done = subprocess.run(["bash", "-ec", script], check=True, cwd=folder, capture_output=True, text=True)
+    return done.stdout.split("\0")[:-1]
+
+
+def test_there_are_blocks_of_both_kinds():
+    languages = [parameters.values[0] for parameters in blocks()]
+    assert languages.count("python") >= 15
+    assert languages.count("sh") >= 8
 
 
 def test_flags_exist():
+    from jpq.cli.bench import Bench
+    from jpq.cli.evaluate import Evaluate
+    from jpq.cli.export import Export
+    from jpq.cli.pareto import Pareto
+    from jpq.config import Config
+    from jpq.data_free import DataFreeSettings
+    from jpq.trials import Study
+
     parts = [*vars(Config()).values(), DataFreeSettings, Pareto, Export, Study, Bench, Evaluate]
     fields = [f for part in parts for f in dataclasses.fields(part)]
     known = {f"--{f.name.replace('_', '-')}" for f in fields}
     known |= {f"--no-{f.name.replace('_', '-')}" for f in fields if f.type == "bool"}
-    others = {"--config", "--help", "--input-shape", "--all", "--table"}
+    known |= {"--config", "--help", "--input-shape", "--all", "--table", "--index-url", "--extra-index-url"}
     foreign = (
-        r"`python studies/[^`]*`|torchrun .* -m(?= jpq)|optuna-dashboard .*|sbatch .* \"(?=jpq)|kubectl .* --(?= jpq)"
+        r"`?python studies/[^`\n]*|torchrun .* -m(?= jpq)|optuna-dashboard .*|sbatch .* \"(?=jpq)|kubectl .* --(?= jpq)"
+        r"|^\s*(?:ruff|git|pytest|mypy|python -m (?:pip|pytest)) .*$"
     )
-    of_jpq = re.sub(foreign, "", TEXT)  # which have flags of their own
-    used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", of_jpq)) - others
-    assert used <= known, used - known
+    for path in DOCUMENTS:
+        text = re.sub(foreign, "", path.read_text(), flags=re.M)  # commands with flags of their own
+        used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+        assert used <= known, (path.name, used - known)
 
 
-def test_links_and_commands_name_files_that_are_there():
-    for path in re.findall(r"\b((?:studies|tests|jpq)/[\w./]+\.(?:py|csv|png))", TEXT):
-        assert (ROOT / path).exists(), path
+def anchor(heading):
+    """The anchor of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-def test_figures_are_those_of_the_csvs(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "studies"))
-    import summary
-
-    assert summary.figures() in TEXT
-    assert summary.figures().count("\n| ") > 10
-
-
-def test_coverage_names_every_network_once(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "studies"))
-    import coverage
-    import summary
-
-    assert summary.coverage() in TEXT
-    table = pd.read_csv(ROOT / "studies" / "results" / "coverage.csv")
-    assert table.model.is_unique
-    assert set(table.model) <= set(coverage.names())
-    assert len(coverage.names()) == 80 + 6 + 12 + 9
-    rows = [line for line in summary.coverage().splitlines() if line.startswith("| ")][1:]
-    counts = [[int(n) for n in re.findall(r"(\d+) of (\d+)", row.split("|")[2])[0]] for row in rows]
-    assert sum(total for _, total in counts) == len(table)
-    assert sum(exact for exact, _ in counts) == int((table.difference <= 1e-9).sum())
+def test_links_and_paths_resolve():
+    for path in [*DOCUMENTS, ROOT / "studies" / "README.md"]:
+        text = path.read_text()
+        prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+            if re.match(r"[a-z]+:", target):
+                continue
+            file, _, fragment = target.partition("#")
+            place = (path.parent / file).resolve() if file else path
+            assert place.exists(), (path.name, target)
+            headings = re.findall(r"^#+ (.*)$", place.read_text(), re.M) if fragment else []
+            assert not fragment or fragment in map(anchor, headings), (path.name, target)
+        if path.parent.name == "studies":
+            continue  # its paths: tests/test_studies.py
+        for name in re.findall(r"\b((?:studies|tests|jpq|docs)/[\w./]+\.(?:py|csv|png|md))", text):
+            assert (ROOT / name).exists(), (path.name, name)
 
 
-def test_allocators_are_those_of_the_csv(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "studies"))
-    import summary
+def resolves(dotted):
+    """Whether a dotted name leads to a module, an attribute, or a field of a dataclass."""
+    names = dotted.split(".")
+    thing = importlib.import_module(names[0])
+    for i, name in enumerate(names[1:], 1):
+        fields = getattr(thing, "__dataclass_fields__", {})
+        if hasattr(thing, name):
+            thing = getattr(thing, name)
+        elif name in fields:
+            return i == len(names) - 1
+        else:
+            try:
+                thing = importlib.import_module(".".join(names[: i + 1]))
+            except ImportError:
+                return False
+    return True
 
-    from jpq.allocation.allocators import ALLOCATORS
 
-    assert summary.allocation() in TEXT
-    table = pd.read_csv(ROOT / "studies" / "results" / "allocation.csv")
-    assert set(table.method) == {*ALLOCATORS, "djpq"}
-    assert (table.target_used <= 1).all()
-    assert {tuple(sorted(runs.method)) for _, runs in table.groupby(["target", "seed"])} == {
-        tuple(sorted([*ALLOCATORS, "djpq"]))
+def test_dotted_names_resolve():
+    wrong = {
+        (path.name, name)
+        for path in DOCUMENTS
+        for name in re.findall(r"(?<![\w./-])jpq(?:\.[A-Za-z_]\w*)+", path.read_text())
+        if not resolves(name)
     }
-
-
-def test_scores_are_those_of_the_csv(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "studies"))
-    import summary
-
-    from jpq.methods.scores import SCORES
-
-    assert summary.scores() in TEXT
-    assert set(summary.SCORES) == set(SCORES)
-
-
-def test_one_run_is_that_of_the_csv(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "studies"))
-    import one_run
-
-    assert one_run.summary() in TEXT
-    table = pd.read_csv(ROOT / "studies" / "results" / "one_run.csv")
-    kinds = table.groupby(["data", "target", "seed"]).kind.agg(set)
-    assert all({"one run", "separate runs"} <= found for found in kinds)  # like beside like
-
-
-def test_speed_is_that_of_the_csv(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "studies"))
-    import speed
-    import speed_table
-
-    assert speed_table.speed() in TEXT
-    table = pd.read_csv(ROOT / "studies" / "results" / "speed.csv")
-    assert set(table.model) == set(speed.SHAPES)
-    assert (table.n >= 20).all()
-    rounded = table[(table.output_bits == 8) | (table.what == "int8")]
-    assert (rounded.float_layers == 0).all()
-
-
-def test_kernels_are_those_of_the_csv(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "studies"))
-    import kernels
-
-    assert kernels.summary() in TEXT
-    table = pd.read_csv(ROOT / "studies" / "results" / "kernels.csv")
-    assert (table.groupby(["target", "seed"]).size() == len(kernels.VARIANTS)).all()  # like beside like
-    assert (table.target_used <= 1).all()
-    assert (table.n >= 20).all()
-
-
-def test_faults_are_those_of_the_csv(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "studies"))
-    import summary
-
-    assert summary.SECTIONS["faults"]() in TEXT
-    table = pd.read_csv(ROOT / "studies" / "results" / "faults.csv")
-    after = table.same_bits_afterwards.dropna().str.extract(r"(\d+) of (\d+)")
-    assert (after[0] == after[1]).all(), "every run that was gone on with gave the same bits"
-    assert set(table.exit_code) <= {0, 2, -9, 130, 143}
-
-
-def test_fronts_are_those_of_the_csvs(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "studies"))
-    import fronts
-
-    assert fronts.summary() in TEXT
-    for path in (ROOT / "studies" / "results").glob("front_*.csv"):
-        table = pd.read_csv(path)
-        assert table.epochs.nunique() == 1, "all ways have the same number of epochs"
-        assert (table.accuracy.notna() == table.front).all(), "only what held-out accuracy chose was measured on test"
+    assert not wrong

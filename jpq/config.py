@@ -371,7 +371,7 @@ def _check_budget(config: Config) -> None:
 
 
 def _check_lists(lists: Mapping[str, list[str]], flags: Mapping[str, str]) -> None:
-    """Raises JpqError unless all targets with several values list as many, none missing, none of the first twice."""
+    """Raise JpqError unless all lists of targets have equal length, none missing, and no value of the first twice."""
     for name, listed in lists.items():
         if not all(listed):
             raise JpqError(f"{flags[name]}: a value is missing beside a comma. Write it like 4%,2%,1%.")
@@ -431,7 +431,7 @@ def from_tree(tree: Mapping[str, Any], source: str) -> Config:
 
 
 def fill_section(part: T, section: str, table: Mapping[str, Any], source: str) -> T:
-    """The settings `part`, a frozen dataclass, with the values that one table of a file gives."""
+    """A copy of the settings `part` (a frozen dataclass) with the values in one table of a file."""
     settings: Any = part
     types = {f.name: str(f.type) for f in fields(settings)}
     values = {}

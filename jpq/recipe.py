@@ -86,7 +86,7 @@ def optimize(config: Config, watch: TrainingObserver | None = None, command: str
 
 @dataclass(frozen=True)
 class RunSetup:
-    """Everything that the budgets of one run share."""
+    """The set-up that all budgets of one run share: model, data, method and targets."""
 
     config: Config
     data: Data
@@ -303,7 +303,7 @@ def copy_with_state(net: CompressedModel, fresh: CompressedModel) -> CompressedM
 
 @torch.no_grad()
 def with_trained_weights(model: nn.Module, tuned: CompressedModel) -> nn.Module:
-    """A copy of the float model with the weights of a landed and fine-tuned network, masked ones included."""
+    """A copy of the float model with the weights of a discretized and fine-tuned network, masked ones included."""
     model = copy.deepcopy(model)
     state, own = model.state_dict(), tuned.model.state_dict()
     for name, tensor in state.items():
@@ -316,7 +316,7 @@ def with_trained_weights(model: nn.Module, tuned: CompressedModel) -> nn.Module:
 
 
 def resumed_weights(weights: nn.Module, run: RunState) -> nn.Module:
-    """The weights that a budget begins with: those at hand, or those of the checkpoint of an interrupted budget."""
+    """The weights that a budget begins with: the current ones, or those of an interrupted budget's checkpoint."""
     if run.saved and (run.is_within("search") or run.is_within("fine-tune")) and "first" in run.saved:
         weights = copy.deepcopy(weights)
         tensors.restore(weights, run.saved["first"], run.top / checkpoint.NAME)

@@ -177,7 +177,7 @@ def compress(
     table: LatencyTable | None = None,
     **shortcuts: Unpack[Shortcuts],
 ) -> CompressionSession:
-    """A trainable copy of a trained `model`, with gates and quantizers, that will end within its budget.
+    """Make a trainable copy of a trained `model`, with gates and quantizers, that will meet its budget.
 
     Args:
         model: trained, in floating point; it is not changed.

@@ -1,4 +1,4 @@
-"""ALLOCATORS by name, and the way from an allocator to channels and bits for methods that decide before they train."""
+"""ALLOCATORS by name, and channels and bits by an allocator for methods that decide before they train."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MEASURING = ("reinforce", "sampled")  # allocators that measure plans on held-ou
 
 
 def reinforced(problem: AllocationProblem) -> Margins:
-    """Units in the order in which a learned distribution over layers removes them; the rest follow by share."""
+    """Allocate by a learned distribution over layers: units in the order of removal; the rest follow by share."""
     ranks = [group.scores.argsort(descending=True, stable=True) for group in problem.groups]
     full_macs = problem.macs([torch.ones(len(r)) for r in ranks])
 
@@ -72,7 +72,7 @@ def reinforced(problem: AllocationProblem) -> Margins:
 
 
 def sampled(problem: AllocationProblem) -> Margins:
-    """Units by their rank in their group plus an offset of the group, chosen by a search over held-out accuracy."""
+    """Allocate by search: units by rank in their group plus an offset per group, chosen by held-out accuracy."""
     ranks = [quantiles(group.scores) for group in problem.groups]
 
     def margins(offsets: Mapping[str, float]) -> Margins:

@@ -87,7 +87,7 @@ def parse_density(text: str) -> float:
 
 
 def kept_count(density: float, counts: Sequence[int]) -> int:
-    """The number of kept units nearest to a density; counts: the numbers that a site may keep, ascending."""
+    """The allowed number of kept units nearest to a density; counts: the numbers that a site may keep, ascending."""
     return nearest_count(counts, round(density * counts[-1]))
 
 

@@ -53,12 +53,12 @@ class Procedure(ABC):
 
 
 class Search(Procedure):
-    """Decisions relaxed by gates and widths, learned in one loss with the weights, then discretized."""
+    """Procedure by search: decisions relaxed by gates and widths, learned with the weights, then discretized."""
 
     searches = has_search_phase = True
 
     def check_feasible(self, net: CompressedModel, targets: Sequence[Target], decide: Decide) -> None:
-        """Raise JpqError where even the cheapest plan, or the asked density, is more than a target."""
+        """Raise JpqError where even the cheapest plan, or the given density, exceeds a target."""
         _rank_without_data(net, decide)
         check_reachable(net, targets)
         if row(net.method).score:  # a ranking closes channels down to the asked density
@@ -72,7 +72,7 @@ class Search(Procedure):
 
 
 class OneShot(Procedure):
-    """Uniform bits, or the channels that a score and an allocator put first at given bits; trained afterwards."""
+    """Procedure before training: uniform bits, or channels chosen by a score and an allocator at given bits."""
 
     def check_feasible(self, net: CompressedModel, targets: Sequence[Target], decide: Decide) -> None:
         """Raise JpqError where no plan of this kind meets the targets."""
@@ -96,7 +96,7 @@ class OneShot(Procedure):
 
 
 class TwoStage(Procedure):
-    """Channels by a score first, trained in float; then uniform bits or the allocator's."""
+    """Procedure in two stages: channels by a score, trained in float, then uniform bits or the allocator's."""
 
     has_search_phase = True
 
@@ -129,12 +129,12 @@ class TwoStage(Procedure):
 
 
 class Manual(Procedure):
-    """Bits and densities given by name; the channels of each site by a score."""
+    """Procedure without search: bits and densities given by name, the channels of each site by a score."""
 
     fills_budget = False
 
     def check_feasible(self, net: CompressedModel, targets: Sequence[Target], decide: Decide) -> None:
-        """Raise JpqError where a target is given beside the decisions, and they cost more."""
+        """Raise JpqError where the given decisions exceed a target that stands beside them."""
         _rank_without_data(net, decide)
         manual.check_targets(net, manual.manual_plan(net, decide), targets)
 

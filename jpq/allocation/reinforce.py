@@ -43,7 +43,7 @@ Draw = tuple[float, float, Counts]  # (reward, accuracy, units that are removed)
 
 @dataclass(frozen=True)
 class Policy:
-    """Hyper-parameters; the defaults are the authors' for small budgets, with larger steps."""
+    """Hyper-parameters of RL-Pruner; the defaults are the authors' for small budgets, with larger steps."""
 
     rate: float = 0.05  # share of all units that is removed in one step
     epochs: int = 5  # updates of the distribution in one step

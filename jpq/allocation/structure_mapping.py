@@ -1,4 +1,4 @@
-"""A run's mapping of layers to mask structures: as the method's setting says, and its record, `schemes.json`."""
+"""The mapping of a run's layers to mask structures (by name, rules or search), and its record, `schemes.json`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def map_structures(
     skip: Collection[str] = (),
     latency: Latency = layer_ms,
 ) -> dict[str, str] | None:
-    """{layer: structure} where the method has a structure for each layer; None where all layers have the same.
+    """Choose the mapping {layer: structure} of a method with a structure per layer; None where all have the same.
 
     Before a search the mapping is the cheapest there is, which tells whether a target is possible.
     Raises JpqError for a layer that the model does not have.
@@ -69,7 +69,7 @@ def mapping_record(
 
 
 def save_mapping(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record, for the reader and for a run that is resumed."""
+    """Write a mapping's record as JSON, for the reader and for a run that is resumed."""
     replace_file(path, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
 
 

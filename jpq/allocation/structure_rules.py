@@ -81,7 +81,7 @@ def _rule(
 
 
 def smallest_fast_block(blocks: Collection[str], ms: Collection[float], tolerance: float) -> str:
-    """The smallest block that is at most `1 + tolerance` times as slow as the largest; blocks: ascending by size."""
+    """The smallest block at most `1 + tolerance` times as slow as the largest; blocks: ascending by size."""
     *_, coarsest = ms
     return next(b for b, t in zip(blocks, ms, strict=True) if t <= (1 + tolerance) * coarsest)
 

@@ -115,6 +115,6 @@ def first_stage_plan(net: CompressedModel, plan: Plan) -> Plan:
 
 
 def start_second_stage(net: CompressedModel, plan: Plan, batches: Iterable[Any]) -> None:
-    """Begin stage two: recalibrate on batches of inputs, and freeze the plan with its bits."""
+    """Begin the second stage: recalibrate on batches of inputs, and freeze the plan with its bits."""
     recalibrate(net, batches)
     net.freeze(plan)

@@ -29,7 +29,7 @@ MAX_FLOAT_LAYERS = 6  # that are printed
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What bench measures, with onnxruntime on this machine's CPU, one sample at a time."""
+    """Flags of `jpq bench`, which measures one sample at a time in onnxruntime on this machine's CPU."""
 
     what: tuple[Path, ...] = ()
     """Runs or ONNX files to time; with --table, what it predicts for a run stands beside what the run's model takes."""

@@ -16,7 +16,7 @@ from jpq.types import JpqError
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Which saved model, on which images."""
+    """Flags of `jpq evaluate`: the saved model, and the images."""
 
     saved: Path
     """Folder of an earlier run, such as runs/0123456789ab, or an exported file, such as its model.onnx."""
@@ -81,7 +81,7 @@ def run_evaluate(flags: Evaluate, console: Console) -> None:
 
 
 def _agreement(task: Any, outputs: list[Any], others: list[Any]) -> str:
-    """How many decisions of two models' outputs, a tensor per batch, are the same."""
+    """Number of equal decisions in two models' outputs (a tensor per batch), as text."""
     import torch
 
     same = torch.cat([task.same_decision(a, b).flatten() for a, b in zip(outputs, others, strict=True)])

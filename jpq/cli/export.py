@@ -18,7 +18,7 @@ from jpq.types import JpqError
 
 @dataclasses.dataclass(frozen=True)
 class Export(RunSelection):
-    """The run to export, or the runs to pick it from."""
+    """Flags of `jpq export`: the run to export, or the runs to pick it from."""
 
     data_root: Path | None = None
     """Where the data lie now. Default: where the run read them."""

@@ -125,7 +125,7 @@ def parse_study_flags(args: Sequence[str]) -> tuple[Config, Study]:
 
 
 def _config_file(args: Sequence[str]) -> Path | None:
-    """The file after --config."""
+    """The path behind --config in the arguments."""
     files = [value for flag, value in zip(args, [*args[1:], ""], strict=False) if flag == "--config" and value]
     files += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
     return Path(files[-1]) if files else None

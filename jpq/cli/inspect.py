@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Inspect:
-    """What inspect looks at."""
+    """Flags of `jpq inspect`: the model, its input, and how much is shown."""
 
     model: str = "convnet"
     """convnet, lenet5, vgg7, resnet8/20/32/44/56, torchvision:NAME (classification, segmentation, video; a detector's
@@ -168,7 +168,7 @@ def _layer_table(network: Network, sites: Sequence[Site], parts: Mapping[str, st
 
 @dataclasses.dataclass(frozen=True)
 class _Counts:
-    """Sums over layers."""
+    """Sums of channels, weights and costs over layers."""
 
     outputs: int  # channels
     free: int  # output channels that pruning may remove

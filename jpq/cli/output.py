@@ -1,4 +1,4 @@
-"""Tables and lines in the one look that all commands share."""
+"""Tables and lines in the style that all commands share."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Pareto(RunSelection):
-    """Runs as a front, and perhaps a point of it."""
+    """Flags of `jpq pareto`: finished runs as a front, and optionally one point of it."""
 
     all: bool = False
     """Show dominated runs too."""

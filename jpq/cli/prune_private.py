@@ -1,4 +1,4 @@
-"""`jpq prune-private`: prune a trained model without any data, and print what became of each layer."""
+"""`jpq prune-private`: prune a trained model without any data, and print the density and error of each layer."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # --help shows without torch
 
 @dataclasses.dataclass(frozen=True)
 class RunSelection:
-    """Which runs, and which point of them."""
+    """Flags that name finished runs, and limits that choose a point of their front."""
 
     runs: tuple[Path, ...] = ()
     """Folders of runs, of studies, or that hold several; they are merged."""

@@ -76,7 +76,7 @@ class StudyScreen:
         """One optimisation step is done; the screen does not show it."""
 
     def epoch(self, row: EpochRecord) -> None:
-        """One epoch is done."""
+        """Show the numbers of a finished epoch."""
         self.record = row
 
     def trial(self, number: int) -> None:

@@ -1,4 +1,4 @@
-"""The screen after a run: the table of its layers, and the panel that sums the run up."""
+"""The summary printed after a run: the table of its layers, and a panel of metrics, costs, checks and files."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _metrics_grid(result: Result) -> Table:
 
 
 def _factor(before: float, after: float) -> str:
-    """How many times less."""
+    """The reduction factor of a cost as text, such as "12x less"."""
     if after <= 0 or after == before:
         return "the same" if after == before else ""
     times = before / after

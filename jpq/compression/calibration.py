@@ -1,4 +1,4 @@
-"""Statistics taken from data: samples of activations to which ranges are fitted, and BatchNorm's running averages."""
+"""Calibration on data: samples of activations to which ranges are fitted, and BatchNorm's running averages."""
 
 from __future__ import annotations
 

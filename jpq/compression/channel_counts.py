@@ -63,7 +63,7 @@ def nearest_count(counts: Sequence[int], units: int) -> int:
 
 
 def rounding_point(small: int, large: int) -> int:
-    """The smallest number of units that rounds to the larger of two neighbouring counts."""
+    """The smallest number of units that is rounded to the larger of two neighbouring counts."""
     return (small + large + 1) // 2
 
 

@@ -68,7 +68,7 @@ class SoftDecisions:
         return replace(self.plan, layers=layers, kept=kept, masks={**self.plan.masks, **masks})
 
     def steps(self, plan: Plan) -> list[Step]:
-        """All steps that keep more, one decision each, by rising shift."""
+        """All single steps that keep more channels or bits, one decision each, by rising shift."""
         steps: list[Step] = []
         for (name, side), width in self.widths.items():
             bits = _bits(plan.layers[name], side)
@@ -86,7 +86,7 @@ class SoftDecisions:
         return sorted(steps, key=lambda step: step.shift)
 
     def steps_back(self, plan: Plan) -> list[Step]:
-        """All steps that keep less, one decision each, by falling shift."""
+        """All single steps that keep fewer channels or bits, one decision each, by falling shift."""
         steps: list[Step] = []
         for (name, side), width in self.widths.items():
             bits = _bits(plan.layers[name], side)
@@ -105,7 +105,7 @@ class SoftDecisions:
 
 
 class Step(NamedTuple):
-    """A change of one decision by one step: the shift at which rounding makes it, its name, and the plan with it."""
+    """A change of one decision by one step: the shift at which rounding changes it, its name, and the new plan."""
 
     shift: float
     name: str

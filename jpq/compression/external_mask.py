@@ -101,7 +101,7 @@ class ExternalMask:
         return model
 
     def put(self, net: CompressedModel) -> CompressedModel:
-        """The same model, its gates holding this mask."""
+        """The model `net` with this mask in its gates."""
         for gate, draw, keep in zip(net.gates, net.draws, self.units(net.sites), strict=True):
             gate.take(keep)
             draw.resample()

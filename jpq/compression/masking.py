@@ -28,7 +28,7 @@ class GateSample:
         self.resample()
 
     def show_weights(self) -> None:
-        """Show the present float weights to the gate."""
+        """Pass the present float weights to the gate (`Gate.observe_weights`)."""
         if self.gate.needs_weights and self.reach:
             self.gate.observe_weights([(original(module, name), structure) for module, name, structure in self.reach])
 

@@ -1,4 +1,4 @@
-"""`CompressedModel`: a model with gates and quantizers on its layers, all that the trainer sees of compression."""
+"""`CompressedModel`: a model with gates and quantizers on its layers, the trainer's only view of compression."""
 
 from __future__ import annotations
 

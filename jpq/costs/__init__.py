@@ -1,4 +1,4 @@
-"""Costs of a model (bit-operations, MACs, bytes, latency), its budget, and the controller that holds it."""
+"""Costs of a model (bit-operations, MACs, bytes, latency), its budget, and the controller that meets it."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def _measured_grid(
 
 
 def _of_form(entries: Sequence[Entry], form: str) -> list[Entry]:
-    """For each width and scheme, the lines measured in this form; else the lines of no form; else all lines."""
+    """Lines of each width and scheme measured in this number format; else those without a format; else all."""
     groups: dict[tuple[int, str], list[Entry]] = defaultdict(list)
     for e in entries:
         groups[e.bits, e.scheme].append(e)
@@ -240,7 +240,7 @@ def _masked_ratios(
 
 
 def _plain(x: Number) -> float:
-    """The value as a Python number, without its gradient."""
+    """A number or tensor as a Python number, without gradient."""
     return float(x.detach() if isinstance(x, Tensor) else x)
 
 

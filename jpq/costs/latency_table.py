@@ -89,7 +89,7 @@ class LatencyTable:
 
 
 def sides(lengths: Iterable[int]) -> str:
-    """Sizes as a cell has them, such as `3x3`."""
+    """Sizes as text in a cell, such as `3x3`."""
     return "x".join(map(str, lengths))
 
 

@@ -172,7 +172,7 @@ class Controller:
         return max(self.pressure.values(), default=0.0)
 
     def state(self) -> dict[str, dict[str, float]]:
-        """The state that a checkpoint keeps."""
+        """The controller's state for a checkpoint."""
         return {"start": dict(self.start), "pressure": dict(self.pressure)}
 
     def restore(self, state: Mapping[str, Mapping[str, float]]) -> None:

@@ -1,4 +1,4 @@
-"""Layer-by-layer ADMM: each layer is pulled to a structure while its output stays close to the dense model's.
+"""Layer-by-layer ADMM: each layer's weight is drawn to a structure while its output stays close to the dense model's.
 
     min  mean (A_n - Ahat_n)^2 + rho/2 ||W_n - Z_n + U_n||^2     Z_n = Pi(W_n + U_n)     U_n <- U_n + W_n - Z_n
 
@@ -200,7 +200,7 @@ def _prune_layer(
 
 
 class _LayerReached(Exception):
-    """Ends a forward pass: the layer was reached, and the rest of the network need not run."""
+    """Exception that ends a forward pass at a layer, so that the rest of the network does not run."""
 
 
 @torch.no_grad()
@@ -228,7 +228,7 @@ def _run_admm(
     draw_pool: Callable[[], Pool | None],
     settings: AdmmSettings,
 ) -> list[float]:
-    """Pull `weight`, in place, to the gate's structure; the residual at the end of each rho."""
+    """Draw `weight`, in place, to the gate's structure by ADMM; the residual at the end of each rho."""
     steps_per_rho = settings.steps // len(settings.rhos) // UPDATES_PER_RHO * UPDATES_PER_RHO
     order = torch.Generator().manual_seed(settings.seed)
     residuals = []
@@ -260,7 +260,7 @@ def _output_error(forward: LayerForward, pool: Pool, weight: Tensor) -> float:
 
 
 def _dead_share(outputs: Tensor) -> float:
-    """Share of channels that are constant; outputs: [channels, values]."""
+    """Share of channels whose output is constant; outputs: `[channels, values]`."""
     spread = outputs.amax(1) - outputs.amin(1)
     return float((spread <= 1e-6 * outputs.abs().amax().clamp_min(1e-30)).float().mean())
 

@@ -64,7 +64,7 @@ class DataFreeSettings:
     """Folder for mask.json, weights.safetensors, layers.csv and report.json."""
 
     def check(self) -> DataFreeSettings:
-        """These settings, once every value makes sense. Raises JpqError with the flag to change."""
+        """The validated settings. Raises JpqError with the flag to change."""
         self._check_model_and_images()
         if self.density is not None and not 0 < self.density <= 1:
             raise JpqError(f"--density {self.density} must lie above 0 and be at most 1: it is the share that stays.")
@@ -103,6 +103,6 @@ class DataFreeSettings:
             raise JpqError(f"--lr {self.lr} must be a positive number.")
 
     def share(self) -> float:
-        """The density that was chosen, or the structure's default."""
+        """The density of the settings, or the structure's default."""
         default = KERNEL_DENSITY if self.structure.startswith("pattern") else WEIGHT_DENSITY
         return default if self.density is None else self.density

@@ -1,4 +1,4 @@
-"""The small model: physically smaller, with fixed brevitas quantizers, built from a plan and filled with weights.
+"""Rebuilding: the physically smaller model with fixed brevitas quantizers, built from a plan and filled with weights.
 
 It is built from the float model's code, never cut out of the trained one: a quantizer whose shape belongs to the wide
 layer cannot survive in the narrow one.

@@ -1,4 +1,4 @@
-"""Safe reading and writing of files: whole or not at all, and bounded where a file comes from elsewhere."""
+"""Safe reading and writing of files: atomic writes, and bounded reads of files from elsewhere."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Interpreter of pickles on stand-ins: it imports and calls nothing, and notes the tensors that a pickle declares.
+"""Interpreter of pickles on stand-ins, which imports and calls nothing and records the tensors that a pickle declares.
 
 It refuses what would take long or much memory: torch's own reader hashes, and makes bytes of, whatever a file names.
 """
@@ -67,7 +67,7 @@ class BoundedFile:
 
 
 class _Closed:
-    """Stand-in whose state a pickle may not set: torch would see something else than was checked."""
+    """Stand-in whose state a pickle may not set, since torch would then see other content than was checked."""
 
     def __setstate__(self, state: Any) -> None:
         raise ValueError("it sets what is inside a storage, or inside what it names")

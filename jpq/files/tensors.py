@@ -167,7 +167,7 @@ def read_torch(path: Path) -> Any:
 
 
 def _loaded(path: Path) -> Any:
-    """The file as torch.load reads it; of a refusal only the reason is kept, not the advice to trust the file."""
+    """The content of a file by torch.load; its error keeps only the reason, not torch's advice to trust the file."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

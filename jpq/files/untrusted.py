@@ -75,7 +75,7 @@ def _finite(text: str) -> float:
 
 
 def names_code(name: str) -> bool:
-    """Whether the name of a model or data set is module:callable, which imports and runs that code."""
+    """Whether the name of a model or data set is `module:callable`, which imports and runs code."""
     kind, colon, _ = name.partition(":")
     return bool(colon) and kind not in ("torchvision", "folder")
 

@@ -63,7 +63,7 @@ def compose(
 
 
 def _learns(width: str) -> type[BitWidth]:
-    """Kind of width of that name that learns, and so can move towards the budget where nothing else can."""
+    """Check that the kind of width of that name learns, so that it can move towards the budget."""
     learn = [name for name, w in WIDTHS.items() if w.learns]
     if width not in WIDTHS:
         raise unknown("width", width, learn)
@@ -88,7 +88,7 @@ def _check_ranking(method: str, row: Method, score: str, schedule: str, classes:
 
 
 def incompatibility(gate: type[Gate], structure: str, width: type[BitWidth]) -> str | None:
-    """Reason why these three do not go together and what to choose instead; None where they do.
+    """Reason why gate, structure and width do not go together, with alternatives; None where they do.
 
     Raises JpqError for a structure that cannot be read.
     """
@@ -108,7 +108,7 @@ def is_allowed(method: Method) -> Callable[[str], bool]:
 
 
 def _clash(gate: type[Gate], structure: str, width: type[BitWidth]) -> str | None:
-    """First reason against it: against every scheme to choose from, or against one that is named."""
+    """First reason against the combination: against every scheme to choose from, or against a named one."""
     if structure in (RULES, SEARCH):
         reasons = [_clash_of_one(gate, scheme, width) for scheme in STRUCTURE_CHOICES]
         return reasons[-1] if all(reasons) else None

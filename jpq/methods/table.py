@@ -1,4 +1,4 @@
-"""METHODS: the table of named methods, each a row that combines a gate, a kind of width and where they act."""
+"""METHODS: the table of named methods, each a row that combines a gate, a kind of width, sites and a procedure."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ProcedureName = Literal["search", "one-shot", "two-stage", "manual"]
 
 @dataclass(frozen=True)
 class Method:
-    """A named method: what it combines, and when to choose it."""
+    """A named method: its gate, widths, sites and procedure, and advice on when to choose it."""
 
     decides: str  # the decisions that it takes, in a few words
     gate: type[Gate] | None  # gate of each site; None: nothing is pruned

@@ -1,4 +1,4 @@
-"""`Result`, the record of a run as plain data, from which files, plots and screens are made."""
+"""`Result`, the record of a run as plain data, from which files, plots and screens are drawn."""
 
 from __future__ import annotations
 

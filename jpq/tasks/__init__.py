@@ -1,4 +1,4 @@
-"""Data, models, and the tasks that say how good a model is: TASKS holds one instance per task, by name."""
+"""Data, models, and tasks (loss and metric): TASKS holds one instance per task, by name."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any

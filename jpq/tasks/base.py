@@ -21,7 +21,7 @@ SAME_RANGE = 0.1  # share of the batch's largest output within which two outputs
 
 
 class Task(ABC):
-    """The purpose of a network, as far as training, comparing and reporting depend on it.
+    """A task of a network: its loss, its metric, and the form of its outputs.
 
     Outputs and targets have one sample per index of dim 0, B samples in a batch. Larger metrics are better: a task
     that is judged by an error reports its negative.
@@ -47,7 +47,7 @@ class Task(ABC):
 
     @abstractmethod
     def metric(self, output: Tensor, target: Tensor) -> Tensor:
-        """Quality of each sample's output, [B]; the metric of a split is the mean over its samples."""
+        """Metric of each sample's output, `[B]`; the metric of a split is the mean over its samples."""
 
     @abstractmethod
     def chance(self, classes: int) -> float:
@@ -58,7 +58,7 @@ class Task(ABC):
         return sample_difference(a, b) <= SAME_RANGE
 
     def decision_gap(self, a: Tensor, b: Tensor) -> Tensor:
-        """Clearness of each decision of `a` that `b` may change, as a share of the output range."""
+        """Margin of each decision of `a` against a change by `b`, as a share of the output range."""
         return sample_difference(a, b)
 
     def fits(self, output: object, samples: int, classes: int | None) -> bool:

@@ -246,7 +246,7 @@ def _read_source(name: str, root: Path) -> Source | Data:
 
 
 def _preprocessing(name: str, images: Tensor) -> Preprocessing:
-    """That of a known data set; a folder's images count as photographs, and the user's own are left as they are."""
+    """The preprocessing of a data set: published for known ones, photographs' for folders, none for user data."""
     channels, height, width = images.shape[1:]
     if name in PREPROCESSING:
         return PREPROCESSING[name]
@@ -257,7 +257,7 @@ def _preprocessing(name: str, images: Tensor) -> Preprocessing:
 
 
 def _split_source(source: Source, held_out: float, seed: int, limit: int | None) -> tuple[Pair, Pair, Pair]:
-    """Train, held-out, test: a missing test split is the same quarter whatever the seed."""
+    """(train, held-out, test) parts of a source; a missing test split is a quarter that does not depend on the seed."""
     train, held_out_part, test = source.train, source.held_out, source.test
     if test is None:
         mask = stratified(train[1], round(len(train[1]) / 4), seed=0)

@@ -1,4 +1,4 @@
-"""Laws that every gate, score and structure obeys, as checks that a test of your own part can call."""
+"""Conformance checks of the laws that every gate, score and structure obeys, for tests of user-defined parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one assertion of the laws: a condition, and the sentence that AssertionError carries where it does not hold."""
+"""Assertions of the conformance checks: a condition, and the message of its AssertionError."""
 
 from __future__ import annotations
 

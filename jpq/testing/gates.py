@@ -352,7 +352,7 @@ def _a_density_is_kept_when_the_search_ends(cls: type[Gate]) -> None:
 
 
 def _units_due(placed: Placed, sizes: Units) -> Units:
-    """How many units each row keeps: the quota, or the density rounded half up; as many as there are at most."""
+    """Number of units that each row keeps: the quota, or the density rounded half up."""
     quota, real = placed.structure.quota(), (sizes > 0).sum(1).float()
     return real.clamp_max(quota) if quota is not None else (DENSITY * real + 0.5).floor().clamp_min(1)
 

@@ -135,7 +135,7 @@ def _every_channel_of_a_network_gets_a_number(score: Score, name: str) -> None:
 
 
 def _network() -> nn.Module:
-    """A small classifier whose every channel passes a norm."""
+    """A small classifier in which every channel passes a BatchNorm."""
     features = [nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
     for norm in (features[1], features[4]):
         nn.init.uniform_(norm.weight, 0.5, 1.5)  # type: ignore[arg-type]

@@ -170,7 +170,7 @@ def _additive_mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, 
 
 
 def _as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask of truth values (true: hidden) as numbers to add, 0 or -inf; one of numbers unchanged."""
+    """A boolean mask (true: hidden) as numbers to add, 0 or -inf; a numeric mask is unchanged."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))

@@ -17,7 +17,7 @@ def unique_labels(labels: Labels) -> list[int]:
 
 
 class ChannelClasses:
-    """The classes of channels that are kept or removed together, and which of them must stay.
+    """The classes of channels that are kept or removed together, and which of those classes must stay.
 
     `fresh` hands out labels, `union` ties them index by index, `freeze` notes a reason, `find` gives the class of
     each label: the smallest label in it.

@@ -1,4 +1,4 @@
-"""How much of a network pruning can reach: shares of its MACs, and why the other channels are frozen."""
+"""Coverage of a network by pruning: the prunable share of its MACs, and why the other channels are frozen."""
 
 from __future__ import annotations
 

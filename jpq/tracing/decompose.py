@@ -34,7 +34,7 @@ DECOMPOSITIONS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
 
 
 def decompose(model: nn.Module) -> nn.Module:
-    """A copy of `model` with equal outputs in evaluation, made of layers that jpq can prune and quantize.
+    """Copy `model` into plain layers that jpq can prune and quantize; outputs in evaluation are equal.
 
     - nn.MultiheadAttention and torchvision's attention of Swin and MaxViT become modules whose projections are
       nn.Linear layers and whose heads can go; nn.TransformerEncoder does without nested tensors (see `Encoder`).

@@ -124,7 +124,7 @@ def locate_failure(model: nn.Module, inputs: Mapping[str, Any], error: Exception
 
 
 def _describe_mismatch(module: Any, x: Tensor) -> str:
-    """What a torch layer expects and `x` does not give it: device, indices, channels or type; empty if all fit."""
+    """Mismatch between a torch layer and its input `x` in words (device, indices, channels or type); empty if none."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.device != x.device:
         return f"a tensor on {weight.device}, got one on {x.device}"
@@ -137,7 +137,7 @@ def _describe_mismatch(module: Any, x: Tensor) -> str:
 
 
 def _describe_bad_indices(module: nn.Embedding, x: Tensor) -> str:
-    """What is wrong with the indices of an embedding; empty if nothing is."""
+    """Error in the indices of an embedding, in words; empty if there is none."""
     if x.is_floating_point():
         return f"integer indices, got {x.dtype}"
     low, high, last = int(x.min()), int(x.max()), module.num_embeddings - 1
@@ -145,7 +145,7 @@ def _describe_bad_indices(module: nn.Embedding, x: Tensor) -> str:
 
 
 def _describe_size_mismatch(module: Any, x: Tensor) -> str:
-    """What is wrong with the rank or channels of a layer's input; empty if nothing is."""
+    """Error in the rank or channels of a layer's input, in words; empty if there is none."""
     dim, channels, rank = 1, getattr(module, "num_features", None), None
     if isinstance(module, nn.modules.conv._ConvNd):
         rank = len(module.kernel_size) + 2

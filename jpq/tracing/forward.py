@@ -16,7 +16,7 @@ CallObserver = Callable[[str, Any, Any, Any], None]  # (module's name, module, i
 
 
 def split_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(positional, keyword) arguments: a tensor is the only one, a tuple or list all of them, a dict goes by name."""
+    """Split an example (a tensor, a tuple or list, or a dict of keywords) into (positional, keyword) arguments."""
     if isinstance(example, Mapping):
         return (), dict(example)
     return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}

@@ -101,7 +101,7 @@ def latency_shape(layer: Layer) -> Shape:
 
 
 def equivalent_calls(layer: Layer) -> Fraction:
-    """The layer's MACs of one sample in units of its first call's MACs."""
+    """Number of calls of the layer for one sample, in units of its first call's MACs."""
     return Fraction(layer.macs, prod(layer.size) * prod(layer.weight_shape))
 
 

@@ -176,7 +176,7 @@ class OpCall:
             self.state.suspects.append(labels)
 
     def for_each_output(self, dims: Dims) -> Dims | list[Dims]:
-        """These labels once for every output of the op."""
+        """A list that repeats these labels for every output of the op."""
         value = self.node.meta["val"]
         return [dims] * len(value) if isinstance(value, (tuple, list)) else dims
 

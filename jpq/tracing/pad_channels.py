@@ -22,5 +22,5 @@ class PadChannels(nn.Module):
         return F.pad(x, [0, 0] * (x.dim() - 2) + [self.before, self.after])
 
     def extra_repr(self) -> str:
-        """The two counts, for `print(model)`."""
+        """Numbers of zero channels before and after, for `print(model)`."""
         return f"before={self.before}, after={self.after}"

@@ -121,7 +121,7 @@ def build_network(state: TraceState, unknown_ops: list[str], batch: int, idle: C
 
 @contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Evaluation mode, or training mode of all but torch's own layers; then every module's former mode again."""
+    """Context of evaluation mode, or of training mode of all but torch's own layers; it restores all modes."""
     modes = {m: m.training for m in model.modules()}
     try:
         model.eval()

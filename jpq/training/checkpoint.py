@@ -57,7 +57,7 @@ def load(folder: Path) -> dict[str, Any] | None:
 
 
 def _checked(state: dict[str, Any]) -> dict[str, Any]:
-    """The state as it is. Raises ValueError where it is of another kind or phase, incomplete, or without networks."""
+    """Return the state. Raises ValueError where it is of another kind or phase, incomplete, or without networks."""
     if type(state.get("kind")) is not str or state["kind"] != KIND:
         raise ValueError("it does not say so")
     if state.get("phase") not in PHASES:

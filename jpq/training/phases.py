@@ -1,4 +1,4 @@
-"""The phases of one budget, search and fine-tuning, each from where the run stands."""
+"""The phases of one budget (float training, search, fine-tuning), each from the run's current state."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class SearchState:
         return {"net": self.net.state_dict(), "optimizer": self.optim.state_dict(), "pressure": dict(self.pressure)}
 
     def restore(self, state: Mapping[str, Any], config: Config, run: RunState) -> None:
-        """Take up `state()` again."""
+        """Restore the search from a `state()`."""
         tensors.restore(self.net, state["net"], run.top / checkpoint.NAME)
         self.optim = search_optimizer(self.net, config)
         checkpoint.restore_optimizer(self.optim, state["optimizer"], run.top / checkpoint.NAME)
         self.pressure = dict(state["pressure"])
 
     def moments(self, landed: CompressedModel) -> dict[Tensor, Any]:
-        """A copy of Adam's moving averages for the parameters of `landed`, this network or a copy of it."""
+        """A copy of Adam's moving averages for the parameters of `discretized`, this network or a copy of it."""
         if self.optim is None:
             return {}
         own, state = dict(self.net.model.named_parameters()), self.optim.state
@@ -75,7 +75,7 @@ def train(
     run: RunState,
     extra: CheckpointExtra = dict,
 ) -> None:
-    """Train one phase from where the run stands; a checkpoint after every epoch holds `extra` too."""
+    """Train one phase from the run's current state; a checkpoint after every epoch holds `extra` too."""
 
     def save(at: Phase) -> None:
         run.save_checkpoint(at, net, optim, **extra())
@@ -189,7 +189,7 @@ def train_first_stage(
 
 
 def rebuild_opened(net: CompressedModel, model: nn.Module, data: Data, run: RunState) -> nn.Module:
-    """The small model, to be fine-tuned in place of `net` where averages were opened: only there their change shows."""
+    """The rebuilt model, fine-tuned instead of `net` where norms were opened: only it has the changed averages."""
     small, _ = rebuild(net, model)
     resumed = run.saved if run.is_past("search") else None  # which never trained this `net`
     run.opened = float(resumed["opened"]) if resumed else verify.difference(net, small, data.example)

@@ -168,7 +168,7 @@ class RunState:
 
 
 def _finite_losses(losses: Sequence[float]) -> list[float]:
-    """The losses as they are. Raises ValueError where one is not finite."""
+    """The losses unchanged. Raises ValueError where one is not finite."""
     if not all(math.isfinite(loss) for loss in losses):
         raise ValueError("a loss is no finite number")
     return list(losses)

@@ -57,7 +57,7 @@ def should_stop(trial: Curve, finished: Sequence[Curve], margin: float, patience
 
 
 def _behind(trial: Curve, epoch: int, rivals: Sequence[Curve], margin: float) -> bool:
-    """Whether some rival was better by more than the margin at the same share of its epochs."""
+    """Whether another trial was better by more than the margin at the same share of its epochs."""
     theirs = [peer.at(epoch / trial.epochs) for peer in rivals]
     known = [accuracy for accuracy in theirs if accuracy is not None]
     return bool(known) and max(known) - trial.accuracy[epoch - 1] > margin
@@ -92,7 +92,7 @@ class EarlyStoppingObserver:
         self.watch.step(loss, bops_share, aim_share)
 
     def epoch(self, row: EpochRecord) -> None:
-        """Record the metric. Raises TrialPruned for a dominated trial."""
+        """Record the metric of a finished epoch. Raises TrialPruned for a dominated trial."""
         self.watch.epoch(row)
         if row.phase != "fine-tune":
             return

@@ -1,4 +1,4 @@
-"""What is known before a trial trains: the network, and what decisions by hand will cost, exactly."""
+"""Preview of a trial before it trains: the network, and the exact costs of decisions by hand."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Costs = dict[str, float]  # by cost: shares of the fp32 model for bops and macs,
 
 @dataclass(frozen=True)
 class PreviewedCosts:
-    """Costs of decisions, and a digest that equal decisions share."""
+    """Exact costs of a trial's decisions, and a digest that is equal for equal decisions."""
 
     costs: Costs
     name: str  # the digest

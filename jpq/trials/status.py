@@ -84,7 +84,7 @@ class StudyStatus:
         return "" if self.hypervolume is None else f"hypervolume {self.hypervolume:.3f}"
 
     def outcome(self, number: int) -> str:
-        """Values of a trial, or why it has none."""
+        """Values of a trial as text, or the reason why it has none."""
         trial = next((t for t in self.trials if t.number == number), None)
         if trial is None:
             return ""

@@ -202,7 +202,7 @@ def _missing_driver(shown: str, error: BaseException) -> str:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Context that one worker of a study is in at a time; the lock of a killed process is released at once."""
+    """Lock as a context: one worker of a study at a time; a killed process releases it at once."""
     with (folder / "lock").open("w") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)

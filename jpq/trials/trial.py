@@ -47,7 +47,7 @@ class StudyObserver(TrainingObserver, Protocol):
 
 
 class NullStudyObserver(NullObserver):
-    """Observer that ignores everything."""
+    """A `StudyObserver` that does nothing."""
 
     def trial(self, number: int) -> None:
         """Ignore it."""

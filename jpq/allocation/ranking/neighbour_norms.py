@@ -1,4 +1,4 @@
-"""Squared norms of the weights before and behind each unit, of the layers that are really connected to it.
+"""Squared norms of the weights that produce and consume each unit, over the layers connected to it.
 
 Along the execution order every channel class has stretches: layers produce it, then layers consume it, until others
 produce it again. Producers with no consumer between them add up in one place (parallel branches); where a later

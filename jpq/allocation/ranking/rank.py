@@ -212,7 +212,7 @@ def _select_units(evidence: Evidence, units: Tensor) -> Evidence:
 
 
 def _consumer_rows(net: CompressedModel, site: Site) -> Tensor:
-    """[n, rest]: the weights that consume each unit, over all taps, masked and quantized."""
+    """`[n, rest]`: the weights that consume each unit, over all taps, masked and quantized."""
     parts = []
     for tap in site.taps:
         axis: Any = tap.structure

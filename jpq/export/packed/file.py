@@ -272,7 +272,7 @@ def _kept_weights(structure: Structure, flags: Flags, weight: Size) -> Flags:
 
 
 def _describe(tensor: Tensor) -> list[Any]:
-    """Dtype, size, checksum."""
+    """Dtype, size and checksum of a stream."""
     return [str(tensor.dtype), list(tensor.shape), _checksum(tensor.reshape(-1).view(torch.uint8).numpy())]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from jpq.costs.latency_table import Shape
+from jpq.export.onnx.integer_kernels import UINT8_MIDDLE
 from jpq.tracing.network import LayerKind
 
 OPSET = 17
@@ -53,13 +54,13 @@ def layer_model(shape: Shape, inputs: int, outputs: int, copies: int, form: str 
 
 
 def empty_model() -> ModelProto:
-    """An ONNX model that does next to nothing: its time is the cost of a call."""
+    """An ONNX model with almost no work, whose time is the overhead of a call."""
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1]) for name in "xy")
     return _model(helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "call", [x], [y]))
 
 
 def _model(graph: Any) -> ModelProto:
-    """A model of one graph."""
+    """An ONNX model of these nodes and constants."""
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
 
 
@@ -68,9 +69,9 @@ def _grids(outputs: int) -> dict[str, np.ndarray]:
     return {
         "scale": np.array(SCALE, np.float32),
         "zero": np.array(0, np.uint8),
-        "zero8": np.array(0, np.int8),
+        "middle": np.array(UINT8_MIDDLE, np.uint8),
         "scales": np.full(outputs, SCALE, np.float32),
-        "zeros": np.zeros(outputs, np.int8),
+        "middles": np.full(outputs, UINT8_MIDDLE, np.uint8),
     }
 
 
@@ -79,8 +80,8 @@ def _copy_of_layer(
 ) -> tuple[Mapping[str, np.ndarray], list[NodeProto]]:
     """(constants, nodes) of the layer number `i`, from "x" to "r{i}" or "out{i}"."""
     size = _weight_size(shape, inputs, outputs)
-    random = rng.integers(-127, 128, size).astype(np.int8) if form else rng.normal(0, 0.1, size).astype(np.float32)
-    constants: dict[str, np.ndarray] = {f"w{i}": random, f"b{i}": np.zeros(outputs, np.float32)}
+    values = rng.integers(1, 256, size).astype(np.uint8) if form else rng.normal(0, 0.1, size).astype(np.float32)
+    constants: dict[str, np.ndarray] = {f"w{i}": values, f"b{i}": np.zeros(outputs, np.float32)}
     nodes, x, weight = list[NodeProto](), "x", f"w{i}"
     if form:
         weight = f"dw{i}"
@@ -103,7 +104,7 @@ def _dequantized_weight(shape: Shape, size: tuple[int, ...], outputs: int, i: in
     """The DequantizeLinear of a weight, per output channel where it has a dim of them."""
     axis = 0 if shape.kind == "depthwise" else LayerKind(shape.kind).output_dim
     per_channel = size[axis] == outputs
-    grid = ["scales", "zeros"] if per_channel else ["scale", "zero8"]
+    grid = ["scales", "middles"] if per_channel else ["scale", "middle"]
     options: dict[str, Any] = {"axis": axis} if per_channel else {}
     return helper.make_node("DequantizeLinear", [f"w{i}", *grid], [f"dw{i}"], **options)
 

@@ -61,7 +61,7 @@ class LayerBenchmark:
 
     @property
     def copies(self) -> int:
-        """Number of copies that are timed together."""
+        """Number of copies in one timed model."""
         return COPIES if self.macs < SMALL_LAYER_MACS else 1
 
     @property

@@ -1,4 +1,4 @@
-"""Timed calls of ONNX models in onnxruntime and OpenVINO, in one process and in turns, so that noise hits all alike."""
+"""Timed calls of ONNX models in onnxruntime and OpenVINO, interleaved in one process so that noise affects all."""
 
 from __future__ import annotations
 

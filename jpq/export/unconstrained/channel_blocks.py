@@ -44,7 +44,7 @@ class Blocks:
         return rank
 
     def places(self, labels: Labels, rank: Labels) -> Labels:
-        """Old positions in their new order; `rank[c]` is the new place of class c within its block."""
+        """Old positions of a sequence's classes in their new order; `rank[c]`: new place of class c in its block."""
         positions = np.arange(len(labels))
         for start, n, block in self.runs(labels):
             if block != NONE and n > 1:

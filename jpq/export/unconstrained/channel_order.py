@@ -22,7 +22,7 @@ MAX_SEARCH_STEPS = 5_000  # for one path; a graph that needs more gets a path th
 
 
 def order_channels(sets: Sequence[Collection[int]], channels: Sequence[int]) -> list[int]:
-    """`channels` in an order that lets consumers of `sets` (subsets of them) copy little; never worse than as given.
+    """Order `channels` so that consumers of `sets` (subsets of them) copy few; never worse than the given order.
 
     Channels that no consumer keeps come last. Ties go to the consumer with the lowest number.
     """

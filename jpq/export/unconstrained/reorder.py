@@ -45,7 +45,7 @@ class ChannelLayout:
 def export_unconstrained(
     model: nn.Module, network: Network, sites: Sequence[Site], kept: Kept, *, reorder: bool = True, gather: bool = False
 ) -> nn.Module:
-    """A smaller deep copy of a float model; it computes what `model` does with zeros in place of dropped channels.
+    """Build a smaller deep copy of a float model that computes the same as `model` with dropped channels at zero.
 
     Args:
         model: the float model.
@@ -115,7 +115,7 @@ class _Consumer:
         return 0 if positions[-1] - positions[0] + 1 == len(positions) else len(positions)
 
     def demands(self, blocks: Blocks) -> dict[int, Demand]:
-        """What each block must do for this consumer to read a view: hold its classes side by side, first or last.
+        """Demands on each block so that this consumer reads a view: its classes side by side, at the start or the end.
 
         Empty where no order can: a block between the first and the last that it reads from is not read whole, or one
         block would have to end in two ways.

@@ -73,7 +73,7 @@ class Gate(nn.Module, ABC):
         """Receive all gates of the network once at the start, for methods that rank units of all sites together."""
 
     def take(self, keep: Units) -> None:
-        """Hold a decision made elsewhere, `[rows, n]` of 0 and 1; JpqError unless `decided_outside`."""
+        """Take over a decision from outside, `[rows, n]` of 0 and 1; JpqError unless `decided_outside`."""
         raise JpqError(f"A {type(self).__name__} gate learns its decision and cannot take one from a mask.")
 
     def latent(self) -> Units:

@@ -48,7 +48,7 @@ class FixedMask(Gate):
         self.register_buffer("kept", torch.ones(rows, n))
 
     def take(self, keep: Units) -> None:
-        """Hold these units, `[rows, n]` of 0 and 1."""
+        """Take over a mask from outside, `[rows, n]` of 0 and 1."""
         self.kept.copy_(keep)
 
     def relaxed(self) -> Units:

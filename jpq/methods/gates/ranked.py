@@ -1,4 +1,4 @@
-"""Gate driven by a ranking: a score says which units go first, and a schedule or discretization says how many."""
+"""Ranked gate: the units' order comes from a score, the number that stays from a schedule or from discretization."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def scatters(means: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def best_set(between: Tensor, within: Tensor, d: int) -> tuple[Tensor, list[float]]:
-    """Gain b - r w at the best set of d units, `[n]`, and all ratios r on the way there; ties go to the lower index.
+    """Gain b - r w of each unit at the best set of d units, `[n]`, and the ratios r of all iterations.
 
     Args:
         between, within: b and w, `[n]`; w > 0.

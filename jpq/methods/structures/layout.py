@@ -23,7 +23,7 @@ from jpq.types import JpqError, Weight
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """Facts about a layer that its weight's size does not tell: transposed or not, and the number of groups."""
+    """Layout of a layer's weight beside its size: transposed or not, and the number of groups."""
 
     transposed: bool = False
     groups: int = 1

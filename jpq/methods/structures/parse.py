@@ -21,7 +21,7 @@ WHOLE = (CHANNELS, RULES, SEARCH)  # settings for the whole network, not for one
 
 @dataclass(frozen=True)
 class Named:
-    """A structure that a text can name, and how it is written."""
+    """A kind of structure with a name in text, and its syntax."""
 
     make: Callable[..., Structure]  # numbers, layout=WeightLayout -> structure
     form: str  # forms of its text, for error messages

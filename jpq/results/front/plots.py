@@ -137,7 +137,7 @@ def draw_front(front: Front, choice: Choice | None = None) -> Figure:
 
 
 def _name_points(axes: Axes, front: Front, cost: str) -> None:
-    """Number and method beside each point of the front where they cover nothing else; else the number, or nothing."""
+    """Label each point of the front by number and method where there is room, else by number, else not at all."""
     low, high = axes.get_xlim()
     bottom, top = axes.get_ylim()
     scale = metric_scale(front.task)
@@ -168,7 +168,7 @@ def _name_points(axes: Axes, front: Front, cost: str) -> None:
 
 
 def _box(text: str, spot: tuple[float, float], side: int, rise: float) -> tuple[float, float, float, float]:
-    """Left, bottom, right and top of a text beside a spot, about, in points."""
+    """Approximate bounding box (left, bottom, right, top) of a text beside a spot, in points."""
     (x, y), long = spot, 4.9 * len(text)
     left = x + APART if side > 0 else x - APART - long
     return left, y + rise, left + long, y + rise + 9
@@ -184,14 +184,14 @@ def _coordinates(points: list[RunPoint] | tuple[RunPoint, ...], cost: str) -> tu
 
 
 def _method(point: RunPoint) -> str:
-    """What chose its bits; for uniform ones, how many."""
+    """The method of a point, for its label; for uniform bits their widths."""
     if point.is_uniform:
         return f"W{point.layers[-1].w_bits}A{point.layers[-1].a_bits}"
     return escape_math(str(point.decisions.get("method", "")))
 
 
 def _uniform(front: Front, cost: str) -> dict[float, str]:
-    """What uniform bits cost, in per cent of fp32, and which: by latency several widths may take the same time."""
+    """Cost of uniform bits in per cent of fp32 -> their names; by latency several widths may take the same time."""
     counted = next((p.uniform for p in front.points if p.uniform), {})  # the same for all runs of one model
     found: dict[float, list[str]] = {}
     for name, costs in counted.items():
@@ -216,7 +216,7 @@ def _title(front: Front) -> str:
 
 
 def _thinned(n: int) -> list[int]:
-    """At most COLUMNS numbers from 1 to n, the first and the last among them."""
+    """At most COLUMNS numbers from 1 to n, evenly spaced, including the first and the last."""
     return sorted({round(i) for i in np.linspace(1, n, min(n, COLUMNS))})
 
 
@@ -274,7 +274,7 @@ def _layer(point: RunPoint, name: str) -> object:
 
 
 def _numbers(axes: Axes, table: np.ndarray, what: str) -> None:
-    """Every cell's number, white on dark cells."""
+    """Write each cell's number into a heat map, white on dark cells."""
     shades = axes.images[0].to_rgba(table)[..., :3] @ (0.299, 0.587, 0.114)
     for (row, column), value in np.ndenumerate(table):
         if np.isfinite(value):
@@ -290,7 +290,7 @@ def _column(point: RunPoint, number: int, front: Front, choice: Choice | None) -
 
 
 def _ramp(colour: str, n: int) -> Colormap:
-    """From nearly white to a dark shade of one hue: order stays visible without colour vision."""
+    """A colour map from nearly white to a dark shade of one hue, readable without colour vision."""
     base = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     stops = np.array([0.93 + 0.07 * base, base, 0.55 * base])
     steps = np.linspace(0, 2, n)

@@ -89,7 +89,7 @@ def check_one_task(points: Sequence[RunPoint]) -> None:
 
 
 def _without_copies(points: Sequence[RunPoint]) -> tuple[RunPoint, ...]:
-    """Each run once; of a trial and its export, the export."""
+    """The points without duplicates: of a trial and its export only the export."""
     kept: dict[Any, RunPoint] = {}
     for point in points:
         mark = point.decisions.get("settings") or (point.folder or point.name)
@@ -243,7 +243,7 @@ def read_point(folder: Path) -> RunPoint:
 
 
 def _name(folder: Path) -> str:
-    """The folder's; with that of the run around it, where that followed several budgets down."""
+    """Name of a run: its folder's, with the parent run's name where that had several budgets."""
     return f"{folder.parent.name}/{folder.name}" if (folder.parent / "config.toml").is_file() else folder.name
 
 
@@ -254,7 +254,7 @@ def _short(error: Exception) -> str:
 def _costs(
     now: Mapping[str, Any], cost: str = "bops", layers: Sequence[tuple[LayerDecision, float]] = ()
 ) -> dict[str, float]:
-    """By name in COSTS. A run with --cost bops-structured reports those as its BOPs: its own are in its layers."""
+    """Costs of a recorded model by name in COSTS; plain BOPs come from the layers under --cost bops-structured."""
     bops = sum(b for _, b in layers) if cost != "bops" and layers else now["bops"]
     found = {
         "bops": _above(bops, "BOPs"),
@@ -292,7 +292,7 @@ def _maybe(task: Task, value: Any) -> float | None:
 
 
 def _layers(path: Path) -> Iterator[tuple[LayerDecision, float]]:
-    """Each layer with its bit-operations, where zeros of every kind cost nothing."""
+    """The decision of each layer, with its bit-operations where zeros of every kind cost nothing."""
     untrusted.check_file(path, "table")
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -314,7 +314,7 @@ def _chance(task: Task, path: Path) -> float:
 
 
 def decisions(config: Config) -> dict[str, Any]:
-    """What a person chose: method, structure, targets, learning rates, seed, epochs ..."""
+    """The settings of a run that a front shows: method, structure, targets, learning rates, seed, epochs ..."""
     d, t, b = config.decide, config.train, config.budget
     asked = {"bops": b.target_bops, "macs": b.target_macs, "size": b.target_size, "latency": b.target_latency}
     return {
@@ -351,7 +351,7 @@ def _own_structure(method: str) -> str:
 def from_attributes(
     name: str, about: Mapping[str, Any], found: Mapping[str, Any], params: Mapping[str, Any]
 ) -> RunPoint:
-    """A trial without its folder, by what it noted beside its values. Raises JpqError where that is not enough.
+    """The point of a trial without its folder, from its user attributes. Raises JpqError where that is not enough.
 
     Args:
         name: what to call it; about: the study's own attributes, which hold the task's settings.
@@ -386,7 +386,7 @@ def from_attributes(
 
 
 def _told(name: str, text: str) -> LayerDecision:
-    """A layer as `jpq study` notes it, such as "W4 A3, 24/32 channels, density 0.50 (2:4)"."""
+    """Parse a layer's decision from `jpq study`'s text, such as "W4 A3, 24/32 channels, density 0.50 (2:4)"."""
     bits = re.match(r"W(\d+) A(\d+)", text)
     if bits is None:
         raise ValueError(f"layer {name}: {text}")

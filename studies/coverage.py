@@ -239,7 +239,7 @@ def main() -> None:
 
 def _with_row(table: pd.DataFrame, row: dict[str, Any]) -> pd.DataFrame:
     """The table with a network's row added or replaced, in the order of `names`, provenance last."""
-    table = pd.concat([table[table.model != row["model"]], pd.DataFrame([row])], ignore_index=True)
+    table = pd.concat([table[table.model != row["model"]], pd.DataFrame([row], dtype=object)], ignore_index=True)
     order = {known: i for i, known in enumerate(names())}
     table = table.sort_values("model", key=lambda column: column.map(order), ignore_index=True)
     measured = [column for column in table.columns if column not in (*LAST_COLUMNS, *PROVENANCE)]

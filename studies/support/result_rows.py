@@ -61,7 +61,7 @@ def append_row(path: Path, row: dict[str, object]) -> None:
     if path.exists() and path.stat().st_size:
         table = pd.read_csv(path, dtype=str)
         if list(table) != list(row):
-            table = pd.concat([table, pd.DataFrame([row])])
+            table = pd.concat([table, pd.DataFrame([row], dtype=object)])
             table[[*row, *(c for c in table if c not in row)]].to_csv(path, index=False)
             return
     with path.open("a", newline="") as file:

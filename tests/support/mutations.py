@@ -10,6 +10,7 @@ is caught when they fail. The exit code is 1 if any was missed, or no longer fit
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -154,6 +155,69 @@ MUTATIONS: tuple[Mutation, ...] = (
         "torch.sigmoid(self.margin() / (0.8 * SOFT))",
         "tests/compression/test_codeq.py -k smoothed",
     ),
+    Mutation(
+        "packed weights clipped one integer too low",
+        "jpq/export/packed/model.py",
+        ".clamp(-highest, highest)",
+        ".clamp(-highest - 1, highest)",
+        "tests/export/test_packed_model.py -k beyond_its_range",
+    ),
+    Mutation(
+        "DSP without the mixed second derivative",
+        "jpq/methods/gates/lasso.py",
+        "torch.autograd.grad(direct + mixed, p)",
+        "torch.autograd.grad(direct, p)",
+        "tests/methods/gates/test_lasso.py -k 'mixed or task_reaches'",
+    ),
+    Mutation(
+        "DPP never cools",
+        "jpq/methods/gates/gumbel_topk.py",
+        "self.temperature.fill_(HOT * (1 - (1 - COLD / HOT) * min(1.0, progress)))",
+        "self.temperature.fill_(HOT)",
+        "tests/methods/gates/test_mask_gates.py -k temperature",
+    ),
+    Mutation(
+        "size counts scales of pruned channels",
+        "jpq/costs/counts.py",
+        "u.mask_bits + u.outputs_all * u.outputs * 64",
+        "u.mask_bits + u.outputs_all * 64",
+        "tests/costs/test_costs.py",
+    ),
+    Mutation(
+        "Taylor scores of shared gates not divided by uses",
+        "jpq/methods/scores/taylor.py",
+        "(torch.stack(parts).mean(0) / site.uses)",
+        "torch.stack(parts).mean(0)",
+        "tests/methods/test_scores.py tests/allocation/test_taylor.py",
+    ),
+    Mutation(
+        "DPF masks the gradient",
+        "jpq/methods/gates/feedback.py",
+        "straight_through: ClassVar[bool] = True",
+        "straight_through: ClassVar[bool] = False",
+        "tests/methods/gates",
+    ),
+    Mutation(
+        "ADMM's dual not rescaled when rho rises",
+        "jpq/methods/gates/admm.py",
+        "            self.dual(i).mul_(previous_rho / self.rho)\n",
+        "            self.dual(i).mul_(1.0)\n",
+        "tests/methods/gates/test_mask_gates.py",
+    ),
+    Mutation(
+        "VIB's KL with sigma for sigma^2",
+        "jpq/methods/gates/vib.py",
+        "self.mu.square() / (self.log_var.exp() + EPS)",
+        "self.mu.square() / ((0.5 * self.log_var).exp() + EPS)",
+        "tests/methods/test_gates.py",
+    ),
+    Mutation(
+        "P(kept) of hard concrete without beta",
+        "jpq/methods/gates/hard_concrete.py",
+        "torch.sigmoid(self.log_alpha + BETA * EDGE)",
+        "torch.sigmoid(self.log_alpha + EDGE)",
+        "tests/methods/test_gates.py",
+    ),
 )
 
 
@@ -170,7 +234,8 @@ def applied(mutation: Mutation, copy: Path) -> bool:
 def passes(tests: str, copy: Path) -> bool:
     """Whether these tests pass on the copy."""
     environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests.split()]
+    options = ["-q", "-x", "-o", "addopts=", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", *options, *shlex.split(tests)]
     run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS)
     if run.returncode not in (0, 1):
         raise SystemExit(f"pytest could not run {tests}:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")

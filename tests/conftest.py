@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest_plugins = ("finished",)  # session fixtures finished_run, finished_budgets, finished_study
+pytest_plugins = ("finished", "commands")  # fixtures finished_run, finished_budgets, finished_study, empty_folder
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,10 +8,10 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from convnet import EXAMPLE, ranked
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from runs import QUICK, config
-from test_two_stage import EXAMPLE, ranked
+from runs import config, shortened
 
 import jpq
 from jpq import costs, recipe
@@ -342,7 +342,7 @@ def test_two_stages_with_every_allocator_use_the_budget(allocator):
 
 @pytest.mark.parametrize("allocator", ["greedy", pytest.param("reinforce", marks=pytest.mark.slow)])
 def test_an_allocator_runs_from_the_command_line_to_its_budget(allocator, tmp_path):
-    asked = config(tmp_path, "two-stage")
+    asked = shortened(config(tmp_path, "two-stage"))
     result = jpq.optimize(replace(asked, decide=replace(asked.decide, allocator=allocator)))
     assert 0.97 <= result.targets["bops"]["used"] <= 1
     assert result.verified["masked_vs_rebuilt_float64"] <= 1e-10
@@ -352,7 +352,7 @@ def test_an_allocator_runs_from_the_command_line_to_its_budget(allocator, tmp_pa
 @pytest.mark.parametrize("allocator", ["greedy", "sampled", pytest.param("reinforce", marks=pytest.mark.slow)])
 def test_allocators_never_see_the_test_split(allocator, tmp_path, monkeypatch):
     """Until the end, where it is read for the figures."""
-    settings = config(tmp_path, "two-stage", train=replace(QUICK, float_epochs=1))
+    settings = shortened(config(tmp_path, "two-stage"))
     data = load.read_data(settings, torch.device("cpu"))
 
     class Closed:

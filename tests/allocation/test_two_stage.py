@@ -4,33 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import QUICK, Stop, config, outcome, resumed
+from convnet import EXAMPLE, ranked
+from runs import QUICK, Stop, config, outcome, resumed, shortened
 
 import jpq
 from jpq import costs
 from jpq.allocation import two_stage
-from jpq.allocation.ranking.rank import rank_units
-from jpq.compression.attach import attach
 from jpq.costs.target import FULL_USE, parse_targets, used_share
-from jpq.methods.gates import Ranked
-from jpq.methods.quantizers import Fixed
-from jpq.methods.scores import SCORES
 from jpq.tasks.models import build
-from jpq.tracing.sites import channels
-from jpq.tracing.trace import trace
 from jpq.training import epochs
 from jpq.types import JpqError
-
-EXAMPLE = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def ranked(seed=0):
-    torch.manual_seed(seed)
-    model = build("convnet", 10, 1)
-    network = trace(model, EXAMPLE)
-    net = attach(model, network, channels(network), Ranked, lambda _: (Fixed(8), Fixed(8)), [EXAMPLE], "two-stage")
-    rank_units(net, SCORES["l1"])
-    return net
 
 
 def pair(net, plan):
@@ -44,7 +27,7 @@ def pair(net, plan):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    asked = config(tmp_path_factory.mktemp("runs"), "two-stage")
+    asked = shortened(config(tmp_path_factory.mktemp("runs"), "two-stage"), epochs=4, float_epochs=3)
     return asked, jpq.optimize(asked)
 
 
@@ -67,7 +50,7 @@ def test_two_phases_and_a_budget_that_is_used_up(finished):
     assert jpq.measure(small, torch.rand(1, 1, 8, 8))["bops"] == result.compressed.bops
 
 
-@pytest.mark.parametrize("phase", ["search", "fine-tune"])
+@pytest.mark.parametrize("phase", ["search", pytest.param("fine-tune", marks=pytest.mark.slow)])  # test_resume.py
 def test_resuming_gives_the_same_bits_as_never_stopping(phase, finished, tmp_path):
     asked, whole = finished
     assert outcome(resumed(asked, tmp_path, phase)) == outcome(whole)

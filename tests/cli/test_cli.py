@@ -8,8 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from commands import refused
+from made_runs import result
 from rich.console import Console, RenderableType
-from test_report import result
 
 from jpq import recipe
 from jpq.cli.flags import COMMANDS, parse_optimize_flags
@@ -25,11 +26,7 @@ from jpq.types import JpqError
 Captured = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command works in an empty folder, on a screen of 100 columns."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def flags() -> list[str]:
@@ -41,17 +38,6 @@ def shown(renderable: RenderableType, width: int = 100) -> str:
     console = Console(file=io.StringIO(), width=width)
     console.print(renderable)
     return console.file.getvalue()  # type: ignore[attr-defined]
-
-
-def refused(args: list[str], capsys: Captured) -> str:
-    """The one sentence on stderr of a command that must end with exit code 2."""
-    assert main(args) == 2
-    out, err = capsys.readouterr()
-    assert "Traceback" not in out + err
-    lines = [line for line in err.splitlines() if "Warning" not in line and "warn" not in line]
-    assert len(lines) == 1, err
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
@@ -79,10 +65,11 @@ def test_every_command_has_help(command: str, capsys: Captured) -> None:
     assert COMMANDS[command][:40] in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("args", [["--help"], *([command, "--help"] for command in sorted(COMMANDS))], ids=" ".join)
-def test_help_does_not_import_torch(args: list[str]) -> None:
-    program = f"import sys, jpq.cli.main\njpq.cli.main.main({args})\nassert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+def test_help_does_not_import_torch() -> None:
+    lines = ["import sys, jpq.cli.main"]
+    for args in (["--help"], *([command, "--help"] for command in sorted(COMMANDS))):
+        lines += [f"jpq.cli.main.main({args})", f"assert 'torch' not in sys.modules, {args}"]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_version(capsys: Captured) -> None:

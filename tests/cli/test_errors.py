@@ -11,7 +11,7 @@ from typing import Any
 import brevitas.nn as qnn
 import pytest
 import torch
-from test_cli import refused
+from commands import refused
 from torch import Tensor, nn
 from zoo import IMAGE, TOKENS, ZOO, Head, Plain, Residual, conv
 
@@ -300,6 +300,7 @@ def test_half_precision_is_read_and_not_trained(name: str, dtype: torch.dtype) -
 
 USERS = """
 import torch
+from commands import refused
 from torch import nn
 class Net(nn.Sequential):
     def __init__(self, last=10):

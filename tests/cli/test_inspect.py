@@ -7,8 +7,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from commands import refused
 from cuts import cut
-from test_cli import refused
+from traces import traced_network
 from zoo import ZOO
 
 from jpq.cli.inspect import MAX_PARTS, MAX_ROWS, assign_parts
@@ -31,7 +32,7 @@ def test_reach_is_what_rebuilding_gives(name: str) -> None:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_every_channel_can_go_or_has_a_reason(name: str) -> None:
-    network = trace(ZOO[name][0](), ZOO[name][1])
+    network = traced_network(f"zoo_{name}")
     sites = channels(network)
     made = np.concatenate([*(layer.outputs for layer in network.layers), *network.embeddings.values()])
     rows = frozen_channels(network, sites)
@@ -67,17 +68,41 @@ def shown(args: list[str], capsys: Captured, monkeypatch: pytest.MonkeyPatch) ->
     return capsys.readouterr().out
 
 
-def test_a_long_model_is_summed_up(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = ["--model", "torchvision:densenet121", "--input-shape", "3", "64", "64"]
+DENSE = "torchvision:densenet121 --input-shape 3 64 64"
+
+
+@pytest.mark.parametrize(
+    ("model", "part", "inner", "layers", "words"),
+    [
+        (
+            "resnet56",
+            r"layer2 +18 layers",
+            r"layer\d\.\d\.conv\d",
+            30,
+            "1072 units (channels, heads or groups) in 30 sites",
+        ),
+        pytest.param(
+            DENSE,
+            r"features\.denseblock1 +12 layers",
+            r"denselayer\d+\.conv2",
+            58,
+            "10240 units (channels, heads or groups) in 120 sites",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["resnet56", "densenet121"],
+)
+def test_a_long_model_is_summed_up(
+    model: str, part: str, inner: str, layers: int, words: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["--model", *model.split()]
     short = shown(args, capsys, monkeypatch)
-    assert re.search(r"features\.denseblock1 +12 layers", short)
-    assert "denselayer" not in short
-    assert re.search(r"1000 +reaches the model's output +classifier", short)
-    assert "10240 units (channels, heads or groups) in 120 sites" in " ".join(short.replace("│", " ").split())
-    every = shown(
-        ["--model", "torchvision:densenet121", "--input-shape", "3", "64", "64", "--all"], capsys, monkeypatch
-    )
-    assert len(re.findall(r"denselayer\d+\.conv2 +conv", every)) == 58
+    assert re.search(part, short)
+    assert not re.search(inner, short)
+    assert re.search(r"\d+ +reaches the model's output +(classifier|linear)", short)
+    assert words in " ".join(short.replace("│", " ").split())
+    every = shown([*args, "--all"], capsys, monkeypatch)
+    assert len(re.findall(rf"{inner} +conv", every)) == layers
     totals = [re.findall(r"total .*", out)[0].split() for out in (short, every)]
     assert totals[0] == totals[1]
 
@@ -87,14 +112,21 @@ def test_a_long_model_is_summed_up(capsys: Captured, monkeypatch: pytest.MonkeyP
     [
         ([], ["convnet, 1 x 8 x 8", "4 layers"]),
         (["--data", "digits", "--classes", "7"], ["convnet, 1 x 8 x 8", "7 reaches the model's output"]),
-        (["--model", "torchvision:convnext_tiny"], ["3 x 224 x 224", "--open-norms lets the 1440 channels inside a"]),
+        (["--model", "torchvision:alexnet"], ["3 x 224 x 224", "1000 reaches the model's output"]),
         (
-            ["--model", "torchvision:convnext_tiny", "--open-norms"],
+            ["--model", "torchvision:convnext_tiny", "--input-shape", "3", "32", "32"],
+            ["3 x 32 x 32", "--open-norms lets the 1440 channels inside a"],
+        ),
+        (
+            ["--model", "torchvision:convnext_tiny", "--open-norms", "--input-shape", "3", "32", "32"],
             ["1440 of the units lie inside averages", "is not the masked one, and fine-tuning must repair it"],
         ),
         (["--model", "lenet5", "--open-norms"], ["0 of the units lie inside averages"]),
-        (["--model", "torchvision:r3d_18", "--input-shape", "3", "4", "32", "32"], ["3 x 4 x 32 x 32", "400 reaches"]),
-        (["--model", "torchvision:lraspp_mobilenet_v3_large"], ["3 x 224 x 224", "21 reaches the model's output"]),
+        (["--model", "torchvision:r3d_18", "--input-shape", "3", "2", "16", "16"], ["3 x 2 x 16 x 16", "400 reaches"]),
+        (
+            ["--model", "torchvision:lraspp_mobilenet_v3_large", "--input-shape", "3", "64", "64"],
+            ["3 x 64 x 64", "21 reaches the model's output"],
+        ),
     ],
     ids=lambda value: " ".join(value[:4]),
 )

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from gated import attached, rebuilt
+from gated import compressed, learned_widths, rebuilt
+from outputs import flat, gap
 from torch import nn
-from torch.utils._pytree import tree_flatten
 from zoo import ZOO
 
 from jpq import costs
@@ -16,45 +16,12 @@ from jpq.export import runtimes
 from jpq.export.onnx.export import export_onnx
 from jpq.export.rebuild import rebuild
 from jpq.export.verify import compare, measure, verify
-from jpq.methods.gates import GATES, VIB, Ranked
-from jpq.methods.quantizers import Fixed, Learned
+from jpq.methods.gates import GATES, VIB
+from jpq.methods.quantizers import Fixed
 from jpq.tracing.forward import call_model
 from jpq.tracing.sites import channels
 from jpq.tracing.trace import trace
 from jpq.types import JpqError
-
-
-def widths(layer):
-    return Learned(6, 2, 8), Fixed(8) if layer.reads_input else Learned(5, 2, 8)
-
-
-def compressed(name, gate=VIB, seed=0, dtype=torch.float64, fewer=4):
-    """A zoo net with gates and quantizers, its decisions drawn at random; each width loses up to `fewer` bits."""
-    model, net, example = attached(name, gate, widths, seed=seed, dtype=dtype)
-    for p in net.gates.parameters():
-        p.data.add_(torch.randn_like(p) * 5)
-    for p in net.decisions()["bits"]:
-        p.data.sub_(torch.rand_like(p) * fewer)
-    net.after_step(0.5)
-    for gate in net.gates:  # no site may lose everything
-        if isinstance(gate, Ranked):  # a ranking decides, no parameter
-            gate.margins.copy_(torch.linspace(1, -1, gate.n))
-        for p in gate.parameters():
-            p.data[0, -1] = 4.0 if p is getattr(gate, "log_var", None) else -4.0  # dropped
-            p.data[0, 0] = -9.0 if p is getattr(gate, "log_var", None) else 1.0  # kept
-        getattr(gate, "last", torch.zeros(1)).fill_(1.0)  # -4 is a step beyond 0
-        gate.after_step(0.5)
-    return model, net.eval(), example
-
-
-def flat(out):
-    return torch.cat([t.flatten() for t in tree_flatten(out)[0]])
-
-
-def gap(a, b):
-    a, b = flat(a), flat(b)
-    return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
-
 
 FREE = [
     gate for _, gate in sorted(GATES.items()) if not (gate.fixed_count or gate.self_updating or gate.elementwise_only)
@@ -170,7 +137,7 @@ def test_parametrized_models_are_refused():
     network = trace(model, torch.randn(1, 3))
     nn.utils.parametrizations.weight_norm(model[0])
     with pytest.raises(JpqError, match="parametrizations"):
-        attach(model, network, (), VIB, widths, [torch.randn(1, 3)], "djpq")
+        attach(model, network, (), VIB, learned_widths, [torch.randn(1, 3)], "djpq")
 
 
 def test_layers_whose_module_is_never_called_stay_in_floating_point():
@@ -199,7 +166,7 @@ class Grouped(nn.Sequential):
 def test_grouped_layers_train_with_noise_on_every_group():
     model, x = Grouped(), torch.randn(5, 3, 6, 6)
     network = trace(model, x)
-    net = attach(model, network, channels(network), VIB, widths, [x], "djpq")
+    net = attach(model, network, channels(network), VIB, learned_widths, [x], "djpq")
     net.train()
     assert net(x).shape == (5, 4, 6, 6)
     assert any(tap.layer == "2" for site in net.sites for tap in site.taps)

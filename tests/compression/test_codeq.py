@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from gated import attached, compare_exported, rebuilt
-from test_attach import gap
+from outputs import gap
 from torch import nn
 
 from jpq import costs

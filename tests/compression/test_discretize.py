@@ -2,14 +2,13 @@
 
 from fractions import Fraction
 from functools import cache
-from typing import NamedTuple
 
 import pytest
 import torch
+from convnet import convnet
 from gated import check_no_step_fits, scatter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from jpq import costs
 from jpq.allocation.uniform_bits import decide_uniform_bits, start_bits
@@ -19,27 +18,8 @@ from jpq.costs.target import FULL_USE, parse_targets, used_share
 from jpq.methods.gates import VIB, DeadZone, Feedback, Frozen
 from jpq.methods.quantizers import Fixed, Learned, PowerOfTwo
 from jpq.tasks.models import build
-from jpq.tracing.network import Network
 from jpq.tracing.sites import channels, masks
-from jpq.tracing.trace import trace
 from jpq.types import JpqError
-
-
-class Traced(NamedTuple):
-    """A float model, an example of its input, and its network."""
-
-    model: nn.Module
-    example: torch.Tensor
-    network: Network
-
-
-@cache
-def convnet():
-    """The convnet on images of 8 x 8, built and traced once: tests must not change it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model, example = build("convnet", 10, 1), torch.randn(4, 1, 8, 8)
-        return Traced(model, example, trace(model, example))
 
 
 def net(width=Learned, gate=VIB, high=8):

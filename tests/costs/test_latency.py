@@ -5,15 +5,14 @@ from fractions import Fraction
 from functools import cache
 from itertools import product
 from math import prod
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from convnet import convnet
 from gated import check_no_step_fits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from jpq.compression import discretize
 from jpq.compression.attach import attach
@@ -24,10 +23,8 @@ from jpq.costs.target import FULL_USE, Controller, parse_targets, used_share
 from jpq.methods.gates import VIB, Frozen
 from jpq.methods.quantizers import Fixed, Learned
 from jpq.session import compress
-from jpq.tasks.models import build
-from jpq.tracing.network import Network, equivalent_calls, latency_shape, with_layer_times
+from jpq.tracing.network import equivalent_calls, latency_shape, with_layer_times
 from jpq.tracing.sites import channels, masks
-from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 CONV = Shape("conv", 1, (3, 3), (1, 1), (8, 8))
@@ -48,23 +45,6 @@ def made(network, bits=(8, 32), seed=0, noise=0.0):
             ms = (0.002 + work * 1e-7 * b / 32) * (1 + noise * rng.uniform(-1, 1))
             entries.append(Entry(key, i, o, b, round(ms, 6)))
     return LatencyTable("made", tuple(entries))
-
-
-class Traced(NamedTuple):
-    """A float model, an example of its input, and its network."""
-
-    model: nn.Module
-    example: torch.Tensor
-    network: Network
-
-
-@cache
-def convnet():
-    """The convnet on images of 8 x 8, built and traced once: tests must not change it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model, example = build("convnet", 10, 1), torch.randn(4, 1, 8, 8)
-        return Traced(model, example, trace(model, example))
 
 
 @cache

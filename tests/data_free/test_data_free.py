@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from commands import refused
 from runs import QUICK, Stop
 from safetensors.torch import load_file, save_file
-from test_cli import refused
 from torch import nn
 
 import jpq

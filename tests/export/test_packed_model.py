@@ -6,8 +6,9 @@ import onnx
 import pandas as pd
 import pytest
 import torch
+from gated import compressed
+from outputs import flat, gap
 from runs import config
-from test_attach import compressed, flat, gap
 from torch import nn
 
 import jpq

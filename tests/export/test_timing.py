@@ -9,8 +9,8 @@ import onnx
 import pandas as pd
 import pytest
 import torch
+from commands import refused
 from runs import QUICK, Stop
-from test_cli import refused
 from torch import nn
 
 import jpq

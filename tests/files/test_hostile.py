@@ -22,8 +22,8 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from commands import refused
 from support import kills
-from test_cli import refused
 from torch import nn
 
 import jpq
@@ -86,7 +86,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Stop(kills.NullObserver):
-    def step(self, loss: float, bops_share: float, aim_share: float) -> None:
+    def step(self, loss: float, bops_share: float, limit_share: float) -> None:
         if bops_share == bops_share:  # in the search
             raise KeyboardInterrupt
 

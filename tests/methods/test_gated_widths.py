@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision
 from gated import attached, compare_exported, rebuilt
-from test_attach import gap
+from outputs import gap
 from torch import nn
 
 from jpq import costs

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import runs
-import test_cli
+from commands import refused
 from made_runs import SPREAD, folder, spread
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -32,7 +32,7 @@ from jpq.results.plots import save_picture
 from jpq.tasks.data import load
 
 Captured = pytest.CaptureFixture[str]
-_elsewhere = test_cli._elsewhere  # every command works in an empty folder
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def drawn(figure: Figure) -> Counter[str]:
@@ -198,7 +198,7 @@ def test_bad_input_is_one_sentence(args: list[str], words: str, tmp_path: Path, 
     folder(tmp_path / "other", 0.9, 0.01, model="resnet20")
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
-    assert words in test_cli.refused(args, capsys)
+    assert words in refused(args, capsys)
     assert not (tmp_path / "runs" / "pareto.csv").exists() or "--out" in args
 
 
@@ -292,7 +292,7 @@ def test_a_trial_is_left_as_it_was_where_the_final_run_goes_elsewhere(trained: P
     assert main(["evaluate", "final"]) == 0
     accuracy = json.loads(Path("final/result.json").read_text())["compressed"]["accuracy"]
     assert f"{100 * accuracy:.2f} %" in capsys.readouterr().out
-    assert "holds a run already" in test_cli.refused(["export", str(least), "--out", "final"], capsys)
+    assert "holds a run already" in refused(["export", str(least), "--out", "final"], capsys)
 
 
 def test_without_the_float_weights_only_their_accuracy_is_missing(trained: Path, capsys: Captured) -> None:
@@ -321,7 +321,7 @@ def test_export_refuses_a_folder_whose_files_do_not_belong_together(how: str, tr
         tree["held_out"]["compressed"] = 0.1
         (made / "result.json").write_text(json.dumps(tree))
     words = {"another model": "not of the same run", "no model": "Cannot read", "other weights": "not those of the run"}
-    assert words[how] in test_cli.refused(["export", "mixed"], capsys)
+    assert words[how] in refused(["export", "mixed"], capsys)
     assert not (made / "model.onnx").exists()
 
 

@@ -21,11 +21,11 @@ from jpq.export import runtimes
 from jpq.export.onnx.export import export_onnx
 from jpq.export.rebuild import rebuild
 from jpq.export.verify import compare
-from jpq.methods.gates import Gate
-from jpq.methods.quantizers import Fixed
+from jpq.methods.gates import VIB, Gate, Ranked
+from jpq.methods.quantizers import BitWidth, Fixed, Learned
 from jpq.plan import Plan
 from jpq.tracing.forward import call_model
-from jpq.tracing.network import Network
+from jpq.tracing.network import Layer, Network
 from jpq.tracing.sites import channels
 
 Sites = Callable[[Network], Any]
@@ -57,6 +57,32 @@ def attached(
     example = tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, example)
     network = traced_network(f"zoo_{name}")
     return model, attach(model, network, sites(network), gate, widths, [example], "test").to(dtype), example
+
+
+def learned_widths(layer: Layer) -> tuple[BitWidth, BitWidth]:
+    """Learned widths of 6 bits for the weights and 5 for the activations; the image keeps 8."""
+    return Learned(6, 2, 8), Fixed(8) if layer.reads_input else Learned(5, 2, 8)
+
+
+def compressed(
+    name: str, gate: Callable[..., Gate] = VIB, seed: int = 0, dtype: torch.dtype = torch.float64, fewer: float = 4
+) -> Net:
+    """A zoo net with gates and quantizers, its decisions drawn at random; each width loses up to `fewer` bits."""
+    model, net, example = attached(name, gate, learned_widths, seed=seed, dtype=dtype)
+    for p in net.gates.parameters():
+        p.data.add_(torch.randn_like(p) * 5)
+    for p in net.decisions()["bits"]:
+        p.data.sub_(torch.rand_like(p) * fewer)
+    net.after_step(0.5)
+    for gate in net.gates:  # no site may lose everything
+        if isinstance(gate, Ranked):  # a ranking decides, no parameter
+            gate.margins.copy_(torch.linspace(1, -1, gate.n))
+        for p in gate.parameters():
+            p.data[0, -1] = 4.0 if p is getattr(gate, "log_var", None) else -4.0  # dropped
+            p.data[0, 0] = -9.0 if p is getattr(gate, "log_var", None) else 1.0  # kept
+        getattr(gate, "last", torch.zeros(1)).fill_(1.0)  # -4 is a step beyond 0
+        gate.after_step(0.5)
+    return model, net.eval(), example
 
 
 def scatter(net: CompressedModel, seed: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from test_attach import gap
+from outputs import gap
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from traces import traced_network

@@ -9,8 +9,7 @@ anew. A method that decides at once decides again, on the weights that the budge
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -38,7 +37,7 @@ from jpq.results.record import Result
 from jpq.tasks.data import Data
 from jpq.tasks.load import dense_model, read_data
 from jpq.training import checkpoint, distributed
-from jpq.training.environment import pick_device, set_threads
+from jpq.training.environment import full_precision, pick_device, set_threads
 from jpq.training.epochs import BudgetEpochs, Phase, budget_epochs
 from jpq.training.history import NullObserver, TensorBoardObserver, TrainingObserver
 from jpq.training.loop import Objective, optimizer
@@ -66,19 +65,19 @@ def optimize(config: Config, watch: TrainingObserver | None = None, command: str
     config = config.check()
     check_decide(config.decide)
     run = open_run(config, watch)
-    data, model = load_task(config, run)  # 1
+    data, model = load_task(config, run)  # 1 model and data
     table = load_table(config, run)
-    prepared, targets = prepare_run(model, data, config, table)  # 2
+    prepared, targets = prepare_run(model, data, config, table)  # 2 trace, sites, targets
     epochs = budget_epochs(config, prepared.method)
-    check_all_budgets(prepared, targets, model, data, config)  # 3
-    train_float(model, data, config, run)  # 4
+    check_all_budgets(prepared, targets, model, data, config)  # 3 can each budget be met?
+    train_float(model, data, config, run)  # 4 float training, without --weights
     check_mask(prepared, model, run)
     if prepared.method.structure == SEARCH:
-        prepared = search_structures(prepared, model, data, config, run)  # 5
+        prepared = search_structures(prepared, model, data, config, run)  # 5 mask structures, with --structure search
         check_all_budgets(prepared, targets, model, data, config)
     if prepared.structures is not None:
         run.schemes = prepared.method.structure if prepared.method.structure in (RULES, SEARCH) else "hand"
-    net = attach_model(prepared, model, calibration_batches(data), config)  # 6
+    net = attach_model(prepared, model, calibration_batches(data), config)  # 6 gates and quantizers
     run.recorder.full_bops, run.recorder.cost = costs.baseline(net.exact_usage())["bops"], config.budget.cost
     setup = RunSetup(config, data, model, prepared, targets, epochs, table, command, final)
     return run_budgets(setup, net, run)  # 7 to 10, for each budget
@@ -116,13 +115,13 @@ def run_budgets(setup: RunSetup, net: CompressedModel, run: RunState) -> Result:
     searches = procedure_of(net.method).searches
     folders = {name: budget_folders.budget_folder(run.folder, name, each) for name, each in configs.items()}
     for place, (name, config) in enumerate(configs.items()):
-        at = run.for_budget(place, name, folders[name])
+        budget_run = run.for_budget(place, name, folders[name])
         if run.saved and int(run.saved.get("budget", 0)) > place:
             continue  # an earlier part of this run finished it
         if place and not searches:
-            weights = resumed_weights(weights, at)
+            weights = resumed_weights(weights, budget_run)
             state = SearchState(setup.reattach(weights))
-        result, tuned = run_budget(setup, config, state, weights, at, last=place == len(configs) - 1)
+        result, tuned = run_budget(setup, config, state, weights, budget_run, last=place == len(configs) - 1)
         if tuned is not None and not searches:
             weights = with_trained_weights(setup.model, tuned)
     if len(configs) == 1:
@@ -143,22 +142,22 @@ def run_budget(
     def with_weights() -> dict[str, Any]:
         return {} if searches or not run.budget else {"first": weights.state_dict()}
 
-    plan = search(state, model, data, targets, config, run, searching, with_weights)  # 7
+    plan = search(state, model, data, targets, config, run, searching, with_weights)  # 7 search and discretize
     if searches and run.is_past("search") and run.saved and run.saved.get("soft"):
         state.restore(run.saved["soft"], config, run)
     net = state.net if last or not searches else copy_with_state(state.net, setup.reattach(weights))
     if searches and not run.is_past("search"):
         recalibrate(net, calibration_batches(data))  # the search has changed what layers read
-    net.freeze(plan)  # 8
+    net.freeze(plan)  # 8 take the plan's decisions
 
     def with_search() -> dict[str, Any]:
         return with_weights() if last or not searches else {"soft": state.state()}
 
     tuned = rebuild_opened(net, model, data, run) if net.opened else net
-    fine_tune(tuned, model, data, config, run, plan, state.moments(net), tuning, with_search)  # 9
+    fine_tune(tuned, model, data, config, run, plan, state.moments(net), tuning, with_search)  # 9 weights alone
     last_step = partial(finish, net, tuned, model, data, targets, config, run, setup.command, setup.table, setup.final)
     with full_precision():
-        result = distributed.run_on_first(last_step)  # 10
+        result = distributed.run_on_first(last_step)  # 10 rebuild, export, verify, report
     return result, net if tuned is net else None
 
 
@@ -204,8 +203,8 @@ def prepare_run(
     model: nn.Module, data: Data, config: Config, table: LatencyTable | None
 ) -> tuple[Prepared, dict[str, tuple[Target, ...]]]:
     """The method set up on the model, and the targets of each budget."""
-    first = next(iter(config.each().values()))
-    prepared = prepare(model, data.example, config.decide, first.budget, table=table)
+    first_config = next(iter(config.each().values()))
+    prepared = prepare(model, data.example, config.decide, first_config.budget, table=table)
     macs = sum(layer.macs for layer in prepared.network.layers)
     set_threads(config.run.threads, macs * config.train.batch_size)
     return prepared, budget_targets(prepared.network, config)
@@ -263,7 +262,7 @@ def search_structures(prepared: Prepared, model: nn.Module, data: Data, config: 
             data,
             d.density,
             d.skip,
-            trained=d.proxy == "trained",
+            pretrain=d.proxy == "trained",
             lr=config.train.lr,
             seed=config.run.seed,
         )
@@ -280,18 +279,6 @@ def search_structures(prepared: Prepared, model: nn.Module, data: Data, config: 
     return prepared.with_structures(distributed.run_on_first(search_or_read))
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """A context that restores TF32: the last step compares at full precision, the next budget trains as before."""
-    parts: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [part.allow_tf32 for part in parts]
-    try:
-        yield
-    finally:
-        for part, allowed in zip(parts, before, strict=True):
-            part.allow_tf32 = allowed
-
-
 def copy_with_state(net: CompressedModel, fresh: CompressedModel) -> CompressedModel:
     """A freshly attached network in the state of `net`, which was attached the same way."""
     fresh.load_state_dict(net.state_dict())
@@ -305,10 +292,10 @@ def copy_with_state(net: CompressedModel, fresh: CompressedModel) -> CompressedM
 def with_trained_weights(model: nn.Module, tuned: CompressedModel) -> nn.Module:
     """A copy of the float model with the weights of a discretized and fine-tuned network, masked ones included."""
     model = copy.deepcopy(model)
-    state, own = model.state_dict(), tuned.model.state_dict()
+    state, tuned_state = model.state_dict(), tuned.model.state_dict()
     for name, tensor in state.items():
-        if name in own and own[name].shape == tensor.shape:
-            tensor.copy_(own[name])
+        if name in tuned_state and tuned_state[name].shape == tensor.shape:
+            tensor.copy_(tuned_state[name])
     for layer in tuned.network.layers:
         owner, _, name = layer.weight.rpartition(".")
         state[layer.weight].copy_(original(tuned.model.get_submodule(owner), name))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -39,6 +41,18 @@ def set_threads(threads: int, macs: int) -> None:
         torch.set_num_threads(threads)
     elif macs < SMALL_BATCH_MACS:  # more threads would wait longer than they work
         torch.set_num_threads(1)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """A context that restores TF32: the last step compares at full precision, the next budget trains as before."""
+    parts: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [part.allow_tf32 for part in parts]
+    try:
+        yield
+    finally:
+        for part, allowed in zip(parts, before, strict=True):
+            part.allow_tf32 = allowed
 
 
 def versions() -> dict[str, str]:

@@ -12,8 +12,8 @@ import jpq
 from jpq.cli.main import main
 from jpq.config import Budget, Config, Decide, Train
 from jpq.methods.compatibility import compose
-from jpq.recipe import full_precision
 from jpq.tasks import CLASSIFICATION, load
+from jpq.training.environment import full_precision
 from jpq.training.epochs import all_phases, budget_epochs
 from jpq.types import JpqError
 

@@ -210,9 +210,9 @@ def compress(
     if prepared.procedure.searches:
         return _start_search(prepared, net, model, batches, max(1, steps), partial(recalibrate, net, [example_inputs]))
     plan = prepared.procedure.decide(net, prepared.targets, decide, PlanEvaluator(lambda: batches))
-    first = prepared.procedure.first_stage(net, plan)
-    net.freeze(plan if first is None else first)
-    second_stage = None if first is None else partial(two_stage.start_second_stage, net, plan, [example_inputs])
+    stage_plan = prepared.procedure.first_stage(net, plan)
+    net.freeze(plan if stage_plan is None else stage_plan)
+    second_stage = None if stage_plan is None else partial(two_stage.start_second_stage, net, plan, [example_inputs])
     return CompressionSession(net, model, None, steps, 0.0, second_stage)
 
 
@@ -240,11 +240,11 @@ def _sections(
     method: str | None, decide: Decide, budget: Budget, shortcuts: dict[str, Any], table: LatencyTable | None
 ) -> tuple[Decide, Budget]:
     """The settings with the shortcuts in their places, checked as those of a run are."""
-    own = {f.name for f in fields(Decide)}
+    decide_fields = {f.name for f in fields(Decide)}
     for name, value in shortcuts.items():
         if name in TARGETS or name == "cost":
             budget = replace(budget, **{TARGETS.get(name, name): value})
-        elif name in own:
+        elif name in decide_fields:
             if name == "skip":
                 value = tuple(value)
             elif name == "mask" and value is not None:
@@ -252,7 +252,7 @@ def _sections(
             changes: dict[str, Any] = {name: value}
             decide = replace(decide, **changes)
         else:
-            raise unknown("setting of compress", name, [*TARGETS, "cost", *sorted(own)])
+            raise unknown("setting of compress", name, [*TARGETS, "cost", *sorted(decide_fields)])
     if method is not None:
         decide = replace(decide, method=method)
     if not any(getattr(budget, field) for field in TARGETS.values()) and not (decide.bits or decide.densities):

@@ -17,7 +17,6 @@ else:
 
 Units = Tensor  # [rows, n]: one number per unit of a site; the units of a row compete
 Weight = Tensor  # shaped like the layer's weight
-Share = Tensor | float  # in [0, 1]
 
 DENSE = "dense"  # the structure of a layer without a mask
 NONE = -1  # label of a channel without a class: a constant, or an op without a rule

@@ -97,8 +97,8 @@ def pdp_boundary() -> Measurement:
         session = start_compression("pdp", seed, SEARCH_STEPS, density=0.2, **EIGHT_BITS)
         for sample in train(session, seed, SEARCH_STEPS // 2).net.draws:
             sample.show_weights()
-            weight = sample.gate.seen.detach().sqrt().requires_grad_(True)
-            sample.gate.seen = weight.square()
+            weight = sample.gate.squares.detach().sqrt().requires_grad_(True)
+            sample.gate.squares = weight.square()
             (slope,) = torch.autograd.grad(sample.gate.relaxed().sum(), weight)
             place = float((weight.detach() / sample.gate.threshold().sqrt()).flatten()[slope.abs().argmax()])
             places += [place] if place == place else []  # a layer that drops nothing has no threshold

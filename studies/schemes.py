@@ -143,7 +143,7 @@ def measure_proxies(base: jpq.Config) -> None:
     model = build_model("resnet8", data.classes, data.shape[0]).eval()
     load_weights(model, base.task.weights)
     proxies = {
-        kind: MappingEvaluator(network, model, data, BASE.decide.density, trained=kind == "trained", lr=BASE.train.lr)
+        kind: MappingEvaluator(network, model, data, BASE.decide.density, pretrain=kind == "trained", lr=BASE.train.lr)
         for kind in ("projected", "trained")
     }
     known = len(pd.read_csv(PROXIES_PATH)) if PROXIES_PATH.exists() else 0

@@ -45,12 +45,12 @@ MEASURING = ("reinforce", "sampled")  # allocators that measure plans on held-ou
 
 def reinforced(problem: AllocationProblem) -> Margins:
     """Allocate by a learned distribution over layers: units in the order of removal; the rest follow by share."""
-    ranks = [group.scores.argsort(descending=True, stable=True) for group in problem.groups]
-    full_macs = problem.macs([torch.ones(len(r)) for r in ranks])
+    orders = [group.scores.argsort(descending=True, stable=True) for group in problem.groups]
+    full_macs = problem.macs([torch.ones(len(r)) for r in orders])
 
     def kept(removed: Counts) -> list[Tensor]:
         return [
-            torch.zeros(len(r)).index_fill(0, r[: len(r) - int(n)], 1.0) for r, n in zip(ranks, removed, strict=True)
+            torch.zeros(len(r)).index_fill(0, r[: len(r) - int(n)], 1.0) for r, n in zip(orders, removed, strict=True)
         ]
 
     def quality(removed: Counts) -> tuple[float, float]:
@@ -58,15 +58,15 @@ def reinforced(problem: AllocationProblem) -> Margins:
         return problem.measure(units), problem.macs(units) / full_macs
 
     path = learn_allocation(
-        [len(r) for r in ranks], quality, lambda removed: problem.meets_target(kept(removed)), Policy(), problem.seed
+        [len(r) for r in orders], quality, lambda removed: problem.meets_target(kept(removed)), Policy(), problem.seed
     )
     removals: list[tuple[int, int]] = []  # (group, unit), first removed first
-    removed = np.zeros(len(ranks), np.int64)
+    removed = np.zeros(len(orders), np.int64)
     for after in path:
-        for g, r in enumerate(ranks):
+        for g, r in enumerate(orders):
             removals += [(g, int(u)) for u in r[len(r) - int(after[g]) : len(r) - int(removed[g])].flip(0)]
         removed = after
-    rest = [(g, int(u), i / len(r)) for g, r in enumerate(ranks) for i, u in enumerate(r[: len(r) - int(removed[g])])]
+    rest = [(g, int(u), i / len(r)) for g, r in enumerate(orders) for i, u in enumerate(r[: len(r) - int(removed[g])])]
     rest.sort(key=lambda entry: entry[2])  # the best of each group first
     return margins_of_sequence(problem, [(g, u) for g, u, _ in rest] + removals[::-1])
 

@@ -98,25 +98,25 @@ def greedy(problem: AllocationProblem) -> Margins:
     The gain of a step per MAC only falls while others are added (f is concave, MACs grow faster in wider networks), so
     a step is measured again only when it is the best. Units with scores below 0 add nothing.
     """
-    ranks = [group.scores.argsort(descending=True, stable=True) for group in problem.groups]
+    orders = [group.scores.argsort(descending=True, stable=True) for group in problem.groups]
     gains = [_gains(group) for group in problem.groups]
-    count = [max(1, math.ceil(ALWAYS_KEPT * len(r))) for r in ranks]
-    step = [max(1, len(r) // STEPS_PER_LAYER) for r in ranks]
-    kept = [torch.zeros(len(r), dtype=torch.bool) for r in ranks]
-    for keep, ranked_units, n in zip(kept, ranks, count, strict=True):
+    count = [max(1, math.ceil(ALWAYS_KEPT * len(r))) for r in orders]
+    step = [max(1, len(r) // STEPS_PER_LAYER) for r in orders]
+    kept = [torch.zeros(len(r), dtype=torch.bool) for r in orders]
+    for keep, ranked_units, n in zip(kept, orders, count, strict=True):
         keep[ranked_units[:n]] = True
-    sequence = [(g, int(u)) for g, (r, n) in enumerate(zip(ranks, count, strict=True)) for u in r[:n]]
+    sequence = [(g, int(u)) for g, (r, n) in enumerate(zip(orders, count, strict=True)) for u in r[:n]]
     macs = problem.macs(kept)
 
     def gain_per_mac(g: int) -> float:
-        units = ranks[g][count[g] : count[g] + step[g]]
+        units = orders[g][count[g] : count[g] + step[g]]
         kept[g][units] = True
         added = problem.macs(kept) - macs
         kept[g][units] = False
         gain = float(gains[g][count[g] : count[g] + step[g]].sum())
-        return gain / max(added, 1.0) if gain > 0 else len(units) / len(ranks[g]) * 1e-12 / max(added, 1.0)
+        return gain / max(added, 1.0) if gain > 0 else len(units) / len(orders[g]) * 1e-12 / max(added, 1.0)
 
-    heap = [(-gain_per_mac(g), g) for g in range(len(ranks)) if count[g] < len(ranks[g])]
+    heap = [(-gain_per_mac(g), g) for g in range(len(orders)) if count[g] < len(orders[g])]
     heapq.heapify(heap)
     while heap:
         _, g = heapq.heappop(heap)
@@ -124,12 +124,12 @@ def greedy(problem: AllocationProblem) -> Margins:
         if heap and current > heap[0][0]:
             heapq.heappush(heap, (current, g))
             continue
-        units = ranks[g][count[g] : count[g] + step[g]]
+        units = orders[g][count[g] : count[g] + step[g]]
         kept[g][units] = True
         count[g] += len(units)
         sequence += [(g, int(u)) for u in units]
         macs = problem.macs(kept)
-        if count[g] < len(ranks[g]):
+        if count[g] < len(orders[g]):
             heapq.heappush(heap, (-gain_per_mac(g), g))
     return margins_of_sequence(problem, sequence)
 

@@ -113,8 +113,8 @@ class TwoStage(Procedure):
         if data is None:
             return two_stage.decide_two_stage(net, targets, *bounds, decide.density)
         share = uniform_keep_share(net, macs_limit(net, decide.density))
-        goal = density_target(net, decide.density)
-        allocate_channels(net, score_of(net.method, decide), decide.allocator, data, share, goal)
+        density_limit = density_target(net, decide.density)
+        allocate_channels(net, score_of(net.method, decide), decide.allocator, data, share, density_limit)
         return two_stage.decide_two_stage(
             net,
             targets,

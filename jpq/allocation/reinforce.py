@@ -38,7 +38,7 @@ Counts = npt.NDArray[np.int64]  # units of each layer
 
 Quality = Callable[[Counts], tuple[float, float]]  # units removed -> (accuracy, share of the full cost that is left)
 
-Draw = tuple[float, float, Counts]  # (reward, accuracy, units that are removed)
+AllocationDraw = tuple[float, float, Counts]  # (reward, accuracy, units that are removed)
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ def spread_units(a: Vector, n: int, left: Counts) -> Counts:
     where no more units are left.
     """
     most = np.maximum(left - 1, 0)
-    exact = a * n
-    k = np.minimum(np.round(exact).astype(np.int64), most)
+    real_counts = a * n
+    k = np.minimum(np.round(real_counts).astype(np.int64), most)
     while k.sum() != n:
         short = k.sum() < n
         free = np.flatnonzero(k < most) if short else np.flatnonzero(k > 0)
         if not len(free):
             break
-        rest = (exact - k)[free]
+        rest = (real_counts - k)[free]
         order = free[np.argsort(-rest if short else rest, kind="stable")]
         change = order[: abs(n - int(k.sum()))]
         k[change] += 1 if short else -1
@@ -137,7 +137,7 @@ def try_draws(
     quality: Quality,
     policy: Policy,
     rng: np.random.Generator,
-) -> tuple[Vector, list[Draw]]:
+) -> tuple[Vector, list[AllocationDraw]]:
     """Try noisy draws of one step: (the distribution after its updates, the draws of the best rewards, best first).
 
     Args:
@@ -147,7 +147,7 @@ def try_draws(
     """
     left = full - removed
     known: dict[tuple[int, ...], tuple[float, float]] = {}
-    draws: list[Draw] = []
+    draws: list[AllocationDraw] = []
     best_reward = -math.inf
     for _ in range(policy.epochs):
         leader: tuple[float, Vector] | None = None

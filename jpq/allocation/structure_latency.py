@@ -86,12 +86,12 @@ def mapping_ms(
 
     density: the density to prune to, or, by layer, the share of the weights that stayed.
     """
-    ms = {}
+    latencies = {}
     for layer in network.layers:
         structure = mapping.get(layer.name, DENSE)
         share = density[layer.name] if isinstance(density, Mapping) else kept_share(layer, structure, density)
-        ms[layer.name] = latency(layer, structure, share)
-    return ms
+        latencies[layer.name] = latency(layer, structure, share)
+    return latencies
 
 
 def latency_source(network: Network, mapping: Mapping[str, str]) -> str:

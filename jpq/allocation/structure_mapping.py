@@ -57,14 +57,14 @@ def mapping_record(
         density: the density to prune to, or, by layer, the share of the weights that stayed.
         chosen_by: "rules", "search" or the setting that gave the mapping.
     """
-    ms = mapping_ms(network, mapping, density)
+    latencies = mapping_ms(network, mapping, density)
     dense = mapping_ms(network, {}, 1.0)
     return {
         "by": chosen_by,
         "latency": latency_source(network, mapping),
-        "ms": sum(ms.values()),
+        "ms": sum(latencies.values()),
         "dense_ms": sum(dense.values()),
-        "layers": {name: {"structure": mapping.get(name, DENSE), "ms": ms[name]} for name in ms},
+        "layers": {name: {"structure": mapping.get(name, DENSE), "ms": latencies[name]} for name in latencies},
     }
 
 

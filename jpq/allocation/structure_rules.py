@@ -80,10 +80,10 @@ def _rule(
     return smallest_fast_block(blocks, [latency(layer, b, density) for b in blocks], tolerance) if blocks else DENSE
 
 
-def smallest_fast_block(blocks: Collection[str], ms: Collection[float], tolerance: float) -> str:
+def smallest_fast_block(blocks: Collection[str], latencies: Collection[float], tolerance: float) -> str:
     """The smallest block at most `1 + tolerance` times as slow as the largest; blocks: ascending by size."""
-    *_, coarsest = ms
-    return next(b for b, t in zip(blocks, ms, strict=True) if t <= (1 + tolerance) * coarsest)
+    *_, coarsest = latencies
+    return next(b for b, t in zip(blocks, latencies, strict=True) if t <= (1 + tolerance) * coarsest)
 
 
 def is_hard_task(network: Network, example: Any) -> bool:

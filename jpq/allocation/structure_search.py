@@ -59,7 +59,7 @@ def search_mapping(
     density: float,
     skip: Collection[str],
     *,
-    trained: bool = False,
+    pretrain: bool = False,
     lr: float = 1e-3,
     seed: int = 0,
     samples: int = SAMPLES,
@@ -72,7 +72,7 @@ def search_mapping(
         data: mappings are evaluated on the held-out split; the test split is not read.
         density: share of the weights that stays.
         skip: layers that stay dense.
-        trained: whether each mapping is trained for an epoch of a tenth of the data before it is evaluated.
+        pretrain: whether each mapping is trained for an epoch of a tenth of the data before it is evaluated.
         lr: learning rate of that training.
         seed, samples: of the search.
     """
@@ -80,13 +80,13 @@ def search_mapping(
     hard_task = is_hard_task(network, data.example)
     start = apply_rules(network, density, hard_task, is_allowed=allowed, skip=skip, latency=latency)
     limit_ms = sum(mapping_ms(network, start, density, latency).values())
-    ms: dict[str, dict[str, float]] = {}
+    latencies: dict[str, dict[str, float]] = {}
     for layer in network.layers:
         schemes = {DENSE: (DENSE,)} if layer.name in skip else allowed_structures(layer, allowed)
         structures = [structure for scheme in schemes.values() for structure in scheme]
-        ms[layer.name] = {s: latency(layer, s, kept_share(layer, s, density)) for s in structures}
-    evaluator = MappingEvaluator(network, model, data, density, trained=trained, lr=lr)
-    return search_structures(ms, evaluator, limit_ms, start=start, seed=seed, samples=samples), limit_ms
+        latencies[layer.name] = {s: latency(layer, s, kept_share(layer, s, density)) for s in structures}
+    evaluator = MappingEvaluator(network, model, data, density, pretrain=pretrain, lr=lr)
+    return search_structures(latencies, evaluator, limit_ms, start=start, seed=seed, samples=samples), limit_ms
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,13 @@ class StructureSearchResult:
     judged: int  # number of different mappings evaluated
 
 
-def reward(accuracy: float, ms: float, limit_ms: float, mu: float = LATENCY_PENALTY) -> float:
+def reward(accuracy: float, latency_ms: float, limit_ms: float, mu: float = LATENCY_PENALTY) -> float:
     """R: accuracy, less mu times the relative latency above the limit."""
-    return accuracy - mu * max(0.0, ms / limit_ms - 1)
+    return accuracy - mu * max(0.0, latency_ms / limit_ms - 1)
 
 
 def search_structures(
-    ms: Mapping[str, Mapping[str, float]],
+    latencies: Mapping[str, Mapping[str, float]],
     accuracy: Callable[[Mapping[str, str]], float],
     limit_ms: float,
     *,
@@ -120,7 +120,7 @@ def search_structures(
     """Search the mapping of the best reward by policy gradient.
 
     Args:
-        ms: layer -> its choices -> milliseconds.
+        latencies: layer -> its choices -> milliseconds.
         accuracy: mapping -> held-out accuracy in [0, 1]; called once for each mapping.
         limit_ms: latency of the whole network above which the reward falls.
         start: a mapping that is evaluated before the samples.
@@ -133,17 +133,17 @@ def search_structures(
     if not samples >= 1 or not lr >= 0 or not mu >= 0 or not limit_ms > 0:
         numbers = f"samples {samples}, lr {lr}, mu {mu}, limit {limit_ms} ms"
         raise JpqError(f"A search needs samples >= 1, lr >= 0, mu >= 0 and a limit above 0 ms, not {numbers}.")
-    if not ms or not all(ms.values()):
+    if not latencies or not all(latencies.values()):
         raise JpqError("A search over schemes needs at least one choice for every layer.")
     generator = torch.Generator().manual_seed(seed)
-    names = {layer: tuple(choices) for layer, choices in ms.items()}
+    names = {layer: tuple(choices) for layer, choices in latencies.items()}
     logits = {layer: torch.zeros(len(choices), dtype=torch.float64) for layer, choices in names.items()}
     known: dict[tuple[str, ...], tuple[float, float, float]] = {}  # mapping -> reward, accuracy, ms
 
     def evaluate(mapping: Mapping[str, str]) -> float:
         key = tuple(mapping[layer] for layer in names)
         if key not in known:
-            total_ms = sum(ms[layer][mapping[layer]] for layer in names)
+            total_ms = sum(latencies[layer][mapping[layer]] for layer in names)
             held_out = accuracy(mapping)
             known[key] = reward(held_out, total_ms, limit_ms, mu), held_out, total_ms
         return known[key][0]
@@ -181,14 +181,21 @@ class MappingEvaluator:
     """
 
     def __init__(
-        self, network: Network, model: nn.Module, data: Data, density: float, *, trained: bool = False, lr: float = 1e-3
+        self,
+        network: Network,
+        model: nn.Module,
+        data: Data,
+        density: float,
+        *,
+        pretrain: bool = False,
+        lr: float = 1e-3,
     ):
-        self.network, self.density, self.trained, self.lr = network, density, trained, lr
+        self.network, self.density, self.pretrain, self.lr = network, density, pretrain, lr
         self.task = data.task
         self.model = copy.deepcopy(model).eval()
         self.before = {name: t.clone() for name, t in self.model.state_dict().items()}
         self.train = [batch for _, batch in zip(range(BATCHNORM_BATCHES), data.train.epoch(0), strict=False)]
-        self.lesson = list(fixed_part(data.train, TRAINED_SHARE).epoch(0)) if trained else []
+        self.lesson = list(fixed_part(data.train, TRAINED_SHARE).epoch(0)) if pretrain else []
         self.held_out = fixed_part(data.held_out, EVALUATED_SAMPLES / data.held_out.size)
         self.known: dict[tuple[str, str], Tensor] = {}  # (layer, structure) -> projected weight
 
@@ -198,7 +205,7 @@ class MappingEvaluator:
         masked = {name: s for name, s in mapping.items() if s != DENSE}
         for name, structure in masked.items():
             self.weight(name).data.copy_(self.projected(name, structure))
-        if self.trained:
+        if self.pretrain:
             self._train(masked)
         reestimate_batchnorm(self.model, self.train)
         return self.task.evaluate(self.model, self.held_out)

@@ -81,9 +81,9 @@ def decide_two_stage(
             return plan
         bits = replace(bits, layers=free.layers)
         plan = discretize(net, targets, with_plan_bits(ranking, bits))
-    wider = next_wider_bits(net, bits, w_bits[1], a_bits[1])
-    if underuse_note(targets, net, plan) and wider:  # every channel is open: wider bits close some again
-        return discretize(net, targets, with_plan_bits(ranking, wider))
+    wider_bits = next_wider_bits(net, bits, w_bits[1], a_bits[1])
+    if underuse_note(targets, net, plan) and wider_bits:  # every channel is open: wider bits close some again
+        return discretize(net, targets, with_plan_bits(ranking, wider_bits))
     return plan
 
 

@@ -62,10 +62,10 @@ def _check_smallest(targets: Sequence[Target], uses: Sequence[LayerUse], w: int,
     """Raise JpqError where the smallest widths exceed a target; uses: the layers at these widths."""
     tightest = max(targets, key=lambda target: used_share(target, uses), default=None)
     if tightest is not None and used_share(tightest, uses) > 1:
-        smallest = tightest.format_cost(used_share(tightest, uses) * tightest.limit)
+        smallest_cost = tightest.format_cost(used_share(tightest, uses) * tightest.limit)
         raise JpqError(
             f"{tightest.flag} {tightest.text} ({tightest.format_cost(tightest.limit)}) cannot be met by uniform bits; "
-            f"smallest possible: {smallest}, at {w} and {a} bits. Choose a method that prunes too."
+            f"smallest possible: {smallest_cost}, at {w} and {a} bits. Choose a method that prunes too."
         )
 
 

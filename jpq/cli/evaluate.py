@@ -74,17 +74,20 @@ def run_evaluate(flags: Evaluate, console: Console) -> None:
         computed = [session(x) for x, _ in batches]
         replayed = iter(computed)
         metric = format_metric(task, task.evaluate(lambda _, replayed=replayed: next(replayed), batches))
-        agreement = ", ".join(f"{_agreement(task, computed, others)} as {model}" for model, others in outputs.items())
+        agreement = ", ".join(
+            f"{_agreement(task, computed, reference_outputs)} as {model}"
+            for model, reference_outputs in outputs.items()
+        )
         agrees = f" The same {task.decision_name} for {agreement}." if agreement else ""
         print_line(console, escape(f"{task.report(metric, samples)} ({file} in {name}).{agrees}"))
         outputs[name] = computed
 
 
-def _agreement(task: Any, outputs: list[Any], others: list[Any]) -> str:
+def _agreement(task: Any, outputs: list[Any], reference_outputs: list[Any]) -> str:
     """Number of equal decisions in two models' outputs (a tensor per batch), as text."""
     import torch
 
-    same = torch.cat([task.same_decision(a, b).flatten() for a, b in zip(outputs, others, strict=True)])
+    same = torch.cat([task.same_decision(a, b).flatten() for a, b in zip(outputs, reference_outputs, strict=True)])
     return f"{int(same.sum())} of {len(same)}"
 
 

@@ -149,12 +149,12 @@ def _layer_table(network: Network, sites: Sequence[Site], parts: Mapping[str, st
     rows = []
     for name, layers in _group(network.layers, lambda layer: parts[layer.name]):
         counts = _count(layers, free)
-        one = len(layers) == 1
+        single = len(layers) == 1
         rows.append(
             (
                 escape(name),
-                _kind(layers[0]) if one else f"{len(layers)} layers",
-                str(len(layers[0].inputs)) if one else "",
+                _kind(layers[0]) if single else f"{len(layers)} layers",
+                str(len(layers[0].inputs)) if single else "",
                 str(counts.outputs),
                 str(counts.free),
                 format_number(counts.weights),

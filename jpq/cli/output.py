@@ -32,7 +32,7 @@ def table(columns: Sequence[str | Column], rows: Sequence[Sequence[str]], title:
     Cells may hold rich markup. A line of totals is shown where a column has a footer.
     """
     full = [Column(column) if isinstance(column, str) else column for column in columns]
-    made = Table(
+    rich_table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1),
         show_footer=any(column.footer for column in full),
@@ -41,7 +41,7 @@ def table(columns: Sequence[str | Column], rows: Sequence[Sequence[str]], title:
         title_justify="left",
     )
     for column in full:
-        made.add_column(
+        rich_table.add_column(
             column.name,
             column.footer,
             justify=column.align,
@@ -49,8 +49,8 @@ def table(columns: Sequence[str | Column], rows: Sequence[Sequence[str]], title:
             overflow="fold" if column.wrap else "ellipsis",
         )
     for row in rows:
-        made.add_row(*row)
-    return made
+        rich_table.add_row(*row)
+    return rich_table
 
 
 def label_grid(rows: Sequence[tuple[str, str]] = ()) -> Table:

@@ -92,15 +92,17 @@ def front_table(front: Front, choice: Choice | None = None, dominated: bool = Fa
         order += sorted(set(range(len(front.points))) - set(order), key=lambda i: front.points[i].costs[front.costs[0]])
     rows = [(i, _point_cells(front, i)) for i in order]
     names = _visible_columns(front, [cells for _, cells in rows], width)
-    shown = table([COLUMNS.get(name, Column(name)) for name in names], ())
+    rows_table = table([COLUMNS.get(name, Column(name)) for name in names], ())
     for i, cells in rows:
         chosen = choice is not None and i == choice.index
         cells[""] = ("★ " if chosen else "") + str(front.number(i) or "")
-        shown.add_row(*(cells[n] for n in names), style="bold" if chosen else "" if i in front.front_indices else "dim")
-    shown.add_section()
+        rows_table.add_row(
+            *(cells[n] for n in names), style="bold" if chosen else "" if i in front.front_indices else "dim"
+        )
+    rows_table.add_section()
     float_cells = _float_cells(front)
-    shown.add_row(*(float_cells.get(n, "") for n in names))
-    return shown
+    rows_table.add_row(*(float_cells.get(n, "") for n in names))
+    return rows_table
 
 
 def _visible_columns(front: Front, rows: Sequence[Mapping[str, str]], width: int) -> list[str]:

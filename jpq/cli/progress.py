@@ -40,7 +40,7 @@ class ProgressDisplay:
         self.done = 0  # steps of this phase, those of an earlier run included
         self.timed = 0  # steps of this phase that this run did
         self.began = time.monotonic()
-        self.loss = self.bops_share = self.aim_share = math.nan
+        self.loss = self.bops_share = self.limit_share = math.nan
         self.record: EpochRecord | None = None  # of the last epoch of this phase
         self.task: Task | None = None
         self.live: Progress | None = None
@@ -82,7 +82,7 @@ class ProgressDisplay:
         self.done = self.timed = 0
         self.began = time.monotonic()
         self.record = None
-        self.loss = self.bops_share = self.aim_share = math.nan
+        self.loss = self.bops_share = self.limit_share = math.nan
         if self.live is not None:
             total = epochs * steps or None
             self.live.add_task(name, total=total, position="" if epochs else "...", left="", numbers="")
@@ -90,11 +90,11 @@ class ProgressDisplay:
         elif not epochs:
             print_line(self.console, f"{name} ...")
 
-    def step(self, loss: float, bops_share: float, aim_share: float) -> None:
+    def step(self, loss: float, bops_share: float, limit_share: float) -> None:
         """One optimisation step is done."""
         self.done += 1
         self.timed += 1
-        self.loss, self.bops_share, self.aim_share = loss, bops_share, aim_share
+        self.loss, self.bops_share, self.limit_share = loss, bops_share, limit_share
         self._update_bar()
 
     def epoch(self, row: EpochRecord) -> None:
@@ -122,7 +122,7 @@ class ProgressDisplay:
         left = self.seconds_left()
         return [] if left is None else [f"{format_duration(left)} left"]
 
-    def _numbers(self, loss: float, bops: float, aim: float) -> list[str]:
+    def _numbers(self, loss: float, bops: float, limit: float) -> list[str]:
         """Loss, held-out metric and BOPs, as far as they are known."""
         texts = [f"loss {loss:.3f}"] if math.isfinite(loss) else []
         if self.record is not None:
@@ -131,7 +131,7 @@ class ProgressDisplay:
             bops = bops if math.isfinite(bops) else self.record.bops_share
         if math.isfinite(bops):
             texts.append(
-                f"BOPs {format_percent(bops)}" + (f" (aim {format_percent(aim)})" if math.isfinite(aim) else "")
+                f"BOPs {format_percent(bops)}" + (f" (aim {format_percent(limit)})" if math.isfinite(limit) else "")
             )
         return texts
 
@@ -146,7 +146,7 @@ class ProgressDisplay:
             completed=min(self.done, total),
             position=f"epoch {epoch}/{self.epochs}",
             left="  ".join(self._left_text()),
-            numbers="   ".join(self._numbers(self.loss, self.bops_share, self.aim_share)),
+            numbers="   ".join(self._numbers(self.loss, self.bops_share, self.limit_share)),
         )
 
     def _remove_bar(self, live: Progress) -> None:

@@ -72,7 +72,7 @@ class StudyScreen:
         if name == "float" and self.live is None:
             self.console.print("The float model that all trials start from is trained ...", highlight=False)
 
-    def step(self, loss: float, bops_share: float, aim_share: float) -> None:
+    def step(self, loss: float, bops_share: float, limit_share: float) -> None:
         """One optimisation step is done; the screen does not show it."""
 
     def epoch(self, row: EpochRecord) -> None:

@@ -131,9 +131,9 @@ def _time_line(seconds: Mapping[str, float]) -> str:
 
 def _files_line(result: Result) -> str:
     """The run's folder and the files in it."""
-    exported = ", ".join(form["file"] for form in result.export.get("forms", {}).values()) or "model.onnx"
+    exported_files = ", ".join(form["file"] for form in result.export.get("forms", {}).values()) or "model.onnx"
     return (
-        f"[bold]{escape(os.path.relpath(result.folder))}[/]: model.safetensors with plan.json, {exported}, "
+        f"[bold]{escape(os.path.relpath(result.folder))}[/]: model.safetensors with plan.json, {exported_files}, "
         "model.packed, result.json, layers.csv, history.csv, sizes.csv, curves.png, layers.png"
     )
 
@@ -147,9 +147,9 @@ def target_line(name: str, target: Mapping[str, Any]) -> str:
         "size": ("B", "size"),
         "latency": ("", "latency"),
     }.get(name, ("", name))
-    asked, limit, reached = str(target["asked"]), target["limit"], target["reached"]
-    amount = format_ms(limit / 1e6) if name == "latency" else format_number(limit, unit)
-    allowed = f"{label} {escape(asked)}" + (f" = {amount}" if "%" in asked else "")
+    amount, limit, reached = str(target["asked"]), target["limit"], target["reached"]
+    limit_text = format_ms(limit / 1e6) if name == "latency" else format_number(limit, unit)
+    allowed = f"{label} {escape(amount)}" + (f" = {limit_text}" if "%" in amount else "")
     verdict = "[green]met[/]" if reached <= limit else "[red]not met[/]"
     return f"{allowed}: {verdict}, {100 * target['used']:.1f} % of it used"
 

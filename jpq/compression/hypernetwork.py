@@ -107,8 +107,10 @@ class Hypernetworks:
 
         def place(labels: Labels, behind: int) -> Labels:
             places = [self.places.get(int(label)) for label in labels]
-            own = iter(range(behind, behind + len(places)))
-            return np.array([starts[at[0]] + at[1] if at else next(own) for at in places], np.int64)
+            unshared = iter(range(behind, behind + len(places)))
+            return np.array(
+                [starts[position[0]] + position[1] if position else next(unshared) for position in places], np.int64
+            )
 
         reads = place(inputs, behind)
         makes = place(layer.outputs, max(behind, int(reads.max()) + 1))

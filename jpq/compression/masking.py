@@ -41,9 +41,9 @@ class GateSample:
     def noise(self, batch: int) -> Tensor | None:
         """Noise of the units, `[batch, n]`, the same for every consumer in one forward pass; None for none."""
         if batch not in self._noise:
-            whole, start, stop = self.part or (batch, 0, batch)
+            total, start, stop = self.part or (batch, 0, batch)
             each = batch // (stop - start)  # rows per sample, where a layer splits samples into several rows
-            noise = self.gate.input_noise(whole * each)
+            noise = self.gate.input_noise(total * each)
             self._noise[batch] = None if noise is None else noise[start * each : stop * each]
         return self._noise[batch]
 

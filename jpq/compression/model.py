@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from jpq.compression.channel_counts import allowed_counts
 from jpq.compression.hypernetwork import bake_hypernetwork
 from jpq.compression.masking import GateSample, original
-from jpq.compression.usage import FLOAT_BITS, NO_MASK, Densities, exact_usage, hard_bits, layer_use
+from jpq.compression.usage import FLOAT_BITS, NO_MASK, Densities, exact_usage, layer_use, straight_through
 from jpq.costs import LayerUse
 from jpq.methods.gates import Frozen, Gate
 from jpq.methods.quantizers import (
@@ -95,9 +95,13 @@ class CompressedModel(nn.Module):
 
     def soft_usage(self) -> list[LayerUse]:
         """The present use of each layer: values of hard decisions, gradients of soft ones."""
-        alive = [g.keep() if g.fixed_count else hard_bits(g.keep(), g.keep_probability()) for g in self.gates]
-        inputs, outputs = self.shares.soft([a for a, s in zip(alive, self.sites, strict=True) if not s.is_mask])
-        density = self.densities.soft(alive)
+        keep_probabilities = [
+            g.keep() if g.fixed_count else straight_through(g.keep(), g.keep_probability()) for g in self.gates
+        ]
+        inputs, outputs = self.shares.soft_shares(
+            [a for a, s in zip(keep_probabilities, self.sites, strict=True) if not s.is_mask]
+        )
+        density = self.densities.soft_densities(keep_probabilities)
         return [
             layer_use(layer, inputs[i], outputs[i], density.get(layer.name, NO_MASK), *self._widths(layer.name))
             for i, layer in enumerate(self.network.layers)

@@ -26,8 +26,8 @@ def exact_usage(
     network: Network, shares: ChannelShares, plan: Plan, densities: Densities | None = None
 ) -> list[LayerUse]:
     """The use of each layer under a plan, in whole numbers and fractions."""
-    inputs, outputs = shares.exact(plan.kept)
-    masked = densities.exact(plan.masks) if densities else {}
+    inputs, outputs = shares.exact_shares(plan.kept)
+    masked = densities.exact_densities(plan.masks) if densities else {}
     uses = []
     for i, layer in enumerate(network.layers):
         bits = plan.layers.get(layer.name)
@@ -56,9 +56,9 @@ def layer_use(layer: Layer, inputs: Any, outputs: Any, density: Density, w_bits:
     )
 
 
-def hard_bits(keep: Tensor, alive: Tensor) -> Tensor:
-    """The hard decisions `keep` with the gradient of their probabilities `alive` (straight-through)."""
-    return keep + (alive - alive.detach())
+def straight_through(keep: Tensor, keep_probability: Tensor) -> Tensor:
+    """The hard decisions `keep` with the gradient of their probabilities `keep_probability` (straight-through)."""
+    return keep + (keep_probability - keep_probability.detach())
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,15 @@ class Densities:
             if not structure.partition:  # at most one of its overlapping units stays; weights outside it are dropped
                 self.overlapping.add(name)
 
-    def soft(self, alive: Sequence[Tensor]) -> dict[str, Density]:
-        """Layer -> density whose share is a differentiable scalar; `alive`: `[rows, n]` units of every site."""
+    def soft_densities(self, keep_probabilities: Sequence[Tensor]) -> dict[str, Density]:
+        """Layer -> density whose share is a differentiable scalar.
+
+        Args:
+            keep_probabilities: of the units of every site, `[rows, n]` each.
+        """
         densities = {}
         for name, i in self.places.items():
-            units = alive[i]
+            units = keep_probabilities[i]
             if self.sizes[name].device != units.device:
                 self.sizes[name] = self.sizes[name].to(units.device)
             sizes = self.sizes[name].to(units)
@@ -111,7 +115,7 @@ class Densities:
             densities[name] = Density(share, bits, self.regular[name], self.schemes[name])
         return densities
 
-    def exact(self, masks: Mapping[str, MaskPlan]) -> dict[str, Density]:
+    def exact_densities(self, masks: Mapping[str, MaskPlan]) -> dict[str, Density]:
         """Layer -> density under the masks of a plan, as a fraction."""
         return {name: self._exact_density(name, mask) for name, mask in masks.items()}
 

@@ -198,8 +198,8 @@ def _of_form(entries: Sequence[Entry], form: str) -> list[Entry]:
         groups[e.bits, e.scheme].append(e)
     picked = []
     for lines in groups.values():
-        exact = [e for e in lines if e.form == form]
-        picked += exact or [e for e in lines if not e.form] or lines
+        same_form = [e for e in lines if e.form == form]
+        picked += same_form or [e for e in lines if not e.form] or lines
     return picked
 
 
@@ -247,8 +247,8 @@ def _plain(x: Number) -> float:
 def _larger(w: Number, a: Number) -> Number:
     """The larger of two widths; a tensor where either is one."""
     if isinstance(w, Tensor) or isinstance(a, Tensor):
-        like = w if isinstance(w, Tensor) else a
-        pair = [x if isinstance(x, Tensor) else torch.as_tensor(float(x)).to(like) for x in (w, a)]
+        reference = w if isinstance(w, Tensor) else a
+        pair = [x if isinstance(x, Tensor) else torch.as_tensor(float(x)).to(reference) for x in (w, a)]
         return torch.maximum(*pair)
     return max(w, a)
 

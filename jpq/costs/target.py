@@ -137,7 +137,9 @@ class Controller:
     high: float = 1e2  # largest multiplier
     start: dict[str, float] = field(default_factory=dict)  # cost -> cost over limit at the start of the search
     pressure: dict[str, float] = field(default_factory=dict)  # cost -> multiplier
-    seen: dict[str, tuple[float, float]] = field(default_factory=dict)  # cost -> (cost, ramped limit) at the last loss
+    last_costs: dict[str, tuple[float, float]] = field(
+        default_factory=dict
+    )  # cost -> (cost, ramped limit) at the last loss
 
     def begin(self, uses: Sequence[LayerUse], multiplier: float = 0.1) -> None:
         """Start the ramp at the present costs, with the same multiplier for every target."""
@@ -159,7 +161,7 @@ class Controller:
             # a cost without a gradient is a number: no decision of this method changes it
             excess = torch.log(cost / limit) if isinstance(cost, Tensor) else torch.tensor(math.log(cost / limit))
             over = float(excess.detach())
-            self.seen[target.cost] = (limit * math.exp(over), limit)
+            self.last_costs[target.cost] = (limit * math.exp(over), limit)
             multiplier = self.pressure[target.cost]
             growth = math.exp(self.rate * max(-self.clip, min(self.clip, over)))
             self.pressure[target.cost] = min(max(multiplier * growth, self.low), self.high)

@@ -139,13 +139,13 @@ def following_layers(model: nn.Module, x: Tensor) -> dict[str, FollowingLayers]:
 
     def followers_of(call: int) -> Iterator[nn.Module]:
         output = calls[call][3]
-        readers = [i for i in range(call + 1, len(calls)) if calls[i][2] is output]
-        if readers and isinstance(calls[readers[0]][1], (_BatchNorm, *ACTIVATIONS)):
-            module = calls[readers[0]][1]
-            if len(readers) == 1 or calls[readers[0]][3] is output:  # in place: the others read its output
+        consumers = [i for i in range(call + 1, len(calls)) if calls[i][2] is output]
+        if consumers and isinstance(calls[consumers[0]][1], (_BatchNorm, *ACTIVATIONS)):
+            module = calls[consumers[0]][1]
+            if len(consumers) == 1 or calls[consumers[0]][3] is output:  # in place: the others read its output
                 yield module
                 if isinstance(module, _BatchNorm):
-                    yield from (m for m in followers_of(readers[0]) if isinstance(m, ACTIVATIONS))
+                    yield from (m for m in followers_of(consumers[0]) if isinstance(m, ACTIVATIONS))
 
     followers: dict[str, FollowingLayers] = {}
     for i, (name, *_) in enumerate(calls):

@@ -104,18 +104,18 @@ def _make_folder(folder: Path) -> None:
         raise JpqError(f"Cannot write to {folder}: {error.strerror}. Choose another folder with --out.") from error
 
 
-def input_moments(like: str, shape: Sequence[int]) -> ChannelMoments:
+def input_moments(data_set: str, shape: Sequence[int]) -> ChannelMoments:
     """Mean and deviation of each input channel, published for a data set, or its default for this shape.
 
     Raises JpqError for an unknown name, and for another number of channels.
     """
     known: dict[str, ChannelMoments] = {"imagenet": IMAGENET, **{n: (r.mean, r.std) for n, r in PREPROCESSING.items()}}
-    if like and like not in known:
-        raise unknown("data set in --like", like, known)
+    if data_set and data_set not in known:
+        raise unknown("data set in --like", data_set, known)
     plain = ((0.0,) * shape[0], (1.0,) * shape[0])
-    moments = known[like] if like else IMAGENET if shape[0] == 3 else plain
+    moments = known[data_set] if data_set else IMAGENET if shape[0] == 3 else plain
     if len(moments[0]) != shape[0]:
-        raise JpqError(f"--like {like} has {len(moments[0])} channels, and the model's input has {shape[0]}.")
+        raise JpqError(f"--like {data_set} has {len(moments[0])} channels, and the model's input has {shape[0]}.")
     return moments
 
 

@@ -92,10 +92,10 @@ def channel_saliency(
     for batch in batches:
         reads = _differentiate(model, hooked, batch)
         _check_consumers(consumers, reads)
-        readers: dict[tuple[TensorKey, ...], str] = {}  # tensors -> the first layer that reads them
+        first_consumers: dict[tuple[TensorKey, ...], str] = {}  # tensors -> the first layer that reads them
         for name in hooked:
-            first_reader[name] = readers.setdefault(tuple(reads.keys[name]), name)
-        for name in readers.values():
+            first_reader[name] = first_consumers.setdefault(tuple(reads.keys[name]), name)
+        for name in first_consumers.values():
             values = _layer_scores(name, modules[name], reads, batch, score or Saliency())
             if values is not None:
                 sums[name] = sums.get(name, 0) + values * len(batch.images)
@@ -112,7 +112,7 @@ class _LayerReads:
     keys: dict[str, list[TensorKey]] = field(default_factory=dict)  # layer -> the tensor of each of its calls
     maps: dict[TensorKey, Tensor] = field(default_factory=dict)
     gradients: dict[TensorKey, Tensor] = field(default_factory=dict)
-    held: list[Tensor] = field(default_factory=list)  # keeps the tensors alive, so that their ids stay theirs
+    tensors: list[Tensor] = field(default_factory=list)  # keeps the tensors alive, so that their ids stay theirs
 
     def record(self, name: str, _: nn.Module, x: Tensor | None, __: Any) -> None:
         """Copy the tensor that a layer reads, and store its gradient when the backward pass reaches it."""
@@ -121,7 +121,7 @@ class _LayerReads:
         key = (id(x), x._version)
         self.keys.setdefault(name, []).append(key)
         if key not in self.maps:
-            self.held.append(x)
+            self.tensors.append(x)
             self.maps[key] = x.detach().clone()
             gradients = self.gradients  # not self: it holds x, and a cycle would keep every batch in memory
             x.register_hook(lambda g: gradients.__setitem__(key, g.detach()))

@@ -134,8 +134,8 @@ def masked_weights(model: nn.Module, network: Network, sites: Sequence[Site], ke
 @torch.no_grad()
 def float64_outputs(model: nn.Module, example: Any) -> list[Tensor]:
     """All output tensors of a model for an example (a tensor, a tuple, or a dict of keywords) made float64."""
-    wide = tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, example)
-    return [v for v in tree_flatten(call_model(model, wide))[0] if isinstance(v, Tensor)]
+    double_example = tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, example)
+    return [v for v in tree_flatten(call_model(model, double_example))[0] if isinstance(v, Tensor)]
 
 
 def relative_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:

@@ -46,8 +46,8 @@ def rebuild(net: CompressedModel, model: nn.Module) -> tuple[nn.Module, Plan]:
     """
     plan = complete_plan(net)
     dense = copy.deepcopy(unwrap_model(model)).to(next(net.model.parameters()))
-    trained = {_PARAMETRIZED.sub(r"\1", name): t for name, t in net.model.state_dict().items()}
-    dense.load_state_dict({name: trained[name] for name in dense.state_dict()})
+    trained_state = {_PARAMETRIZED.sub(r"\1", name): t for name, t in net.model.state_dict().items()}
+    dense.load_state_dict({name: trained_state[name] for name in dense.state_dict()})
     small = build_from_plan(plan, dense)
     _copy_ranges(net, small, plan)
     _apply_masks(net, small, plan)
@@ -83,8 +83,10 @@ def build_from_plan(plan: Plan, model: nn.Module) -> nn.Module:
     for name, end in plan.ends.items():
         if name not in modules:
             raise JpqError(f"The plan rounds what '{name}' gives, which the model does not have: is it the same model?")
-        like = next(small.parameters())
-        quantize_results(modules[name], IntegerQuantizer(torch.ones(()).to(like), Fixed(end.bits), end.signed).to(like))
+        reference = next(small.parameters())
+        quantize_results(
+            modules[name], IntegerQuantizer(torch.ones(()).to(reference), Fixed(end.bits), end.signed).to(reference)
+        )
     return insert_selects(small, plan.selects)
 
 

@@ -60,11 +60,11 @@ def load_json(text: str) -> Any:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) < len(pairs):
-        seen: set[str] = set()
+        keys: set[str] = set()
         for name, _ in pairs:
-            if name in seen:
+            if name in keys:
                 raise ValueError(f"key {name[:40]!r} twice")
-            seen.add(name)
+            keys.add(name)
     return tree
 
 

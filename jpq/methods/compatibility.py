@@ -64,13 +64,13 @@ def compose(
 
 def _learns(width: str) -> type[BitWidth]:
     """Check that the kind of width of that name learns, so that it can move towards the budget."""
-    learn = [name for name, w in WIDTHS.items() if w.learns]
+    learned_widths = [name for name, w in WIDTHS.items() if w.learns]
     if width not in WIDTHS:
-        raise unknown("width", width, learn)
-    if width not in learn:
+        raise unknown("width", width, learned_widths)
+    if width not in learned_widths:
         raise JpqError(
             f"--width {width}: the mask is given and so are the bits, so nothing could move towards the budget. "
-            f"Choose --width {any_of(learn)}."
+            f"Choose --width {any_of(learned_widths)}."
         )
     return WIDTHS[width]
 
@@ -124,7 +124,7 @@ def _clash_of_one(gate: type[Gate], structure: str, width: type[BitWidth]) -> st
         return "how much stays (--density) and the bits are both given, so nothing could move towards the budget"
     if gate.elementwise_only and width.own_grid:
         return f"{_name(width)} widths and a dead zone each bring a grid of their own to train on"
-    if gate.elementwise_only and not (units and units.single_weights):
+    if gate.elementwise_only and not (units and units.unit_is_weight):
         return "a dead zone drops single weights, and these units are more than one"
     if units is None:
         return None
@@ -161,9 +161,9 @@ def _instead(gate: type[Gate], structure: str, width: type[BitWidth]) -> str:
 
 def any_of(names: list[str]) -> str:
     """Choice of the first few names in a sentence: `a, b or c`."""
-    shown = names[:SHOWN]
+    listed = names[:SHOWN]
     more = ["..."] if len(names) > SHOWN else []
-    return " or ".join([", ".join([*shown, *more][:-1]), [*shown, *more][-1]]) if len(shown) > 1 else shown[0]
+    return " or ".join([", ".join([*listed, *more][:-1]), [*listed, *more][-1]]) if len(listed) > 1 else listed[0]
 
 
 def _name(width: type[BitWidth]) -> str:

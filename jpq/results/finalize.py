@@ -74,7 +74,7 @@ def finalize(
     target = out or folder
     if out is not None:
         copy_run(folder, config, out)
-    path, exported = export_model(small, plan, data, target, config)
+    path, export_record = export_model(small, plan, data, target, config)
     compressed, float_metric = before.compressed.accuracy, before.float.accuracy
     if not before.final:
         compressed = data.task.evaluate(small, data.test)
@@ -86,7 +86,7 @@ def finalize(
         final=True,
         verified={**before.verified, **verify.exported(small, path, data.test, data.task)},
         latency=measure_latency(folder, path, before),
-        **exported,
+        **export_record,
         notes=tuple(notes),
         compressed=replace(before.compressed, accuracy=compressed),
         float=replace(before.float, accuracy=float_metric),
@@ -111,12 +111,12 @@ def read_final_config(folder: Path, data_root: Path | None, formats: str, onnx_w
 
 def check_costs(small: nn.Module, plan: Plan, before: Result, data: Data) -> None:
     """Raises JpqError where the saved model costs more or less than its result says."""
-    counted = verify.measure(small, data.example)
+    measured = verify.measure(small, data.example)
     macs = sum(row.macs for row in before.layers if row.name in plan.layers)
     bops = sum(row.macs * row.w_bits * row.a_bits for row in before.layers if row.name in plan.layers)
-    if (counted["macs"], counted["bops"]) != (macs, bops):
+    if (measured["macs"], measured["bops"]) != (macs, bops):
         raise JpqError(
-            f"{before.folder}: the saved model costs {counted['bops']:,} BOPs, its layers.csv says {bops:,}. They are "
+            f"{before.folder}: the saved model costs {measured['bops']:,} BOPs, its layers.csv says {bops:,}. They are "
             "not of the same run; run it again."
         )
 

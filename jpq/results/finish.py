@@ -76,12 +76,12 @@ def finish(
     note_float_layers(plan, uses, run)
     save_model(small, plan, run.folder)
     predicted_ms = _to_ms(costs.latency_ns(uses)) if table is not None else None
-    exported: dict[str, Any] = {}
+    export_record: dict[str, Any] = {}
     if final:
-        path, exported = export_model(small, plan, data, run.folder, config)
-        exported["verified"] = run.timed("verify", lambda: verify_models(net, tuned, small, path, data, run))
+        path, export_record = export_model(small, plan, data, run.folder, config)
+        export_record["verified"] = run.timed("verify", lambda: verify_models(net, tuned, small, path, data, run))
         if table is not None and predicted_ms is not None:
-            exported["latency"] = run.timed(
+            export_record["latency"] = run.timed(
                 "bench", lambda: layer_table.compare_with_prediction(path, predicted_ms, table)
             )
     result = Result(
@@ -109,7 +109,7 @@ def finish(
         uniform=uniform_costs(net, uses),
         machine=environment.record_environment(data.example.device),
         final=final,
-        **exported,
+        **export_record,
     )
     run_folder.write_run(result, config)
     (run.folder / checkpoint.NAME).unlink(missing_ok=True)
@@ -128,11 +128,11 @@ def check_counts(
     small: nn.Module, plan: Plan, uses: Sequence[costs.LayerUse], targets: tuple[Target, ...], data: Data
 ) -> None:
     """Count the rebuilt model by running it. Raises JpqError where it costs more than its plan, or than a target."""
-    counted = verify.measure(small, data.example)
+    measured = verify.measure(small, data.example)
     planned = [u for u in uses if u.name in plan.layers]
-    if counted["bops"] != costs.bops(planned) or counted["macs"] != costs.macs(planned):
+    if measured["bops"] != costs.bops(planned) or measured["macs"] != costs.macs(planned):
         raise JpqError(
-            f"The rebuilt model counts {counted}, the plan {costs.bops(planned)} BOPs. This is a bug in jpq."
+            f"The rebuilt model counts {measured}, the plan {costs.bops(planned)} BOPs. This is a bug in jpq."
         )
     over = [target for target in targets if not all_met([target], uses)]
     if over:
@@ -160,9 +160,9 @@ def export_model(small: nn.Module, plan: Plan, data: Data, folder: Path, config:
     stored = pack(small, plan, data.example, folder / "model.packed")
     path, weights = folder / formats.FORMATS["onnx"].file_name, config.run.onnx_weights
     export_onnx(with_branches(small, plan, data.example), data.example, path, weights)
-    others = [form for form in parse_formats(config.run.formats) if form != "onnx"]
+    other_formats = [form for form in parse_formats(config.run.formats) if form != "onnx"]
     forms = {"onnx": {"file": path.name, "bytes": path.stat().st_size}}
-    forms |= formats.write(small, data.example, folder, others, data.test)
+    forms |= formats.write(small, data.example, folder, other_formats, data.test)
     integer, in_float = float_layers(path)
     about = {"opset": WEIGHTS[weights][0], "weights": weights, "integer_layers": integer, "float_layers": in_float}
     return path, {"packed": asdict(stored), "export": {**about, "forms": forms}}
@@ -188,9 +188,11 @@ def with_branches(small: nn.Module, plan: Plan, example: torch.Tensor) -> nn.Mod
         cut = split_into_branches(small)
     except JpqError:  # filters share nothing
         return small
-    apart = verify.difference(small, cut, example)
-    if apart > verify.EXACT:
-        raise JpqError(f"The branches are not the masked layers: {apart:.2e} apart in float64. This is a bug in jpq.")
+    difference = verify.difference(small, cut, example)
+    if difference > verify.EXACT:
+        raise JpqError(
+            f"The branches are not the masked layers: {difference:.2e} apart in float64. This is a bug in jpq."
+        )
     return cut
 
 
@@ -244,13 +246,13 @@ def data_record(data: Data) -> dict[str, Any]:
 
 def layer_records(net: CompressedModel, plan: Plan, cost: str = "bops") -> tuple[LayerRecord, ...]:
     """A record per layer of the compressed model; bit-operations as `cost` ("bops", "bops-structured") counts."""
-    densities = net.densities.exact(plan.masks)
+    densities = net.densities.exact_densities(plan.masks)
     uses = net.exact_usage(plan)
-    counted = uses if cost == "bops" else costs.structured(uses)
-    total = costs.bops(counted)
-    inputs, outputs = net.shares.exact(plan.kept)
+    counted_uses = uses if cost == "bops" else costs.structured(uses)
+    total = costs.bops(counted_uses)
+    inputs, outputs = net.shares.exact_shares(plan.kept)
     rows = []
-    every = zip(net.network.layers, uses, counted, inputs, outputs, strict=True)
+    every = zip(net.network.layers, uses, counted_uses, inputs, outputs, strict=True)
     for layer, use, count, (i, i_all), (o, o_all) in every:
         bops = int(costs.layer_bops(count))
         kept = (i, i_all) if i_all == len(layer.inputs) else (o, o_all)  # depthwise reads what it writes
@@ -268,7 +270,7 @@ def layer_records(net: CompressedModel, plan: Plan, cost: str = "bops") -> tuple
 
 def uniform_costs(net: CompressedModel, uses: Sequence[costs.LayerUse]) -> dict[str, dict[str, float]]:
     """ "W4A4" -> cost -> amount of the unpruned model at these bits everywhere; the image keeps its own."""
-    table = {}
+    costs_by_name = {}
     for bits in UNIFORM_BITS:
         dense = [
             costs.dense(u)
@@ -276,7 +278,7 @@ def uniform_costs(net: CompressedModel, uses: Sequence[costs.LayerUse]) -> dict[
             else replace(costs.dense(u, bits), a_bits=u.a_bits if layer.reads_input else bits)
             for u, layer in zip(uses, net.network.layers, strict=True)
         ]
-        spent = {"bops": float(costs.bops(dense)), "macs": float(costs.macs(dense)), "size": float(costs.size(dense))}
+        amounts = {"bops": float(costs.bops(dense)), "macs": float(costs.macs(dense)), "size": float(costs.size(dense))}
         clocks = {"latency": float(costs.latency_ns(dense))} if all(u.clock for u in uses) else {}
-        table[f"W{bits}A{bits}"] = {**spent, "bops-structured": spent["bops"], **clocks}
-    return table
+        costs_by_name[f"W{bits}A{bits}"] = {**amounts, "bops-structured": amounts["bops"], **clocks}
+    return costs_by_name

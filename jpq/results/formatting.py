@@ -11,12 +11,12 @@ if TYPE_CHECKING:  # the screens import this module, and start without torch
 
 def format_duration(seconds: float) -> str:
     """Seconds as text: 2.4 s, 42 s, 3 min 20 s, 2 h 05 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    whole_seconds = round(seconds)
+    if whole_seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole_seconds} s"
+    if whole_seconds < 3600:
+        return f"{whole_seconds // 60} min {whole_seconds % 60:02} s"
+    return f"{whole_seconds // 3600} h {whole_seconds % 3600 // 60:02} min"
 
 
 def format_ms(milliseconds: float) -> str:

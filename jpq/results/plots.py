@@ -109,7 +109,7 @@ def draw_layers(result: Result, config: Config) -> Figure:
     n = max(len(layers), 1)
     figure = Figure(figsize=(10, 1.5 + max(1.4, n * (0.42 if n <= 12 else 0.24))), layout="constrained")
     figure.suptitle(_title(result, config), fontsize=12, color=INK)
-    bits, kept, spent = figure.subplots(1, 3, sharey=True, width_ratios=(1.1, 1, 1))
+    bits, kept, work = figure.subplots(1, 3, sharey=True, width_ratios=(1.1, 1, 1))
     y = range(len(layers))
     small = 9 if n <= 12 else 7.5
 
@@ -144,16 +144,16 @@ def draw_layers(result: Result, config: Config) -> Figure:
     kept.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"])
     kept.set_title("weights kept" if masked else "output channels kept", fontsize=10, color=INK, loc="left")
 
-    spent.barh(y, [row.share for row in layers], height=0.72, color=INK)
+    work.barh(y, [row.share for row in layers], height=0.72, color=INK)
     top = max([row.share for row in layers], default=1.0) or 1.0
     for i, row in enumerate(layers):
         text = f"{100 * row.share:.1f} %  ({format_number(row.bops)})"
-        spent.text(row.share + 0.02 * top, i, text, va="center", fontsize=small, color=INK)
-    spent.set_xlim(0, 1.75 * top)
-    spent.set_xticks([])  # each bar has its number beside it
-    spent.spines["bottom"].set_visible(False)
-    spent.set_title("share of the BOPs", fontsize=10, color=INK, loc="left")
-    for axes in (bits, kept, spent):
+        work.text(row.share + 0.02 * top, i, text, va="center", fontsize=small, color=INK)
+    work.set_xlim(0, 1.75 * top)
+    work.set_xticks([])  # each bar has its number beside it
+    work.spines["bottom"].set_visible(False)
+    work.set_title("share of the BOPs", fontsize=10, color=INK, loc="left")
+    for axes in (bits, kept, work):
         style_axes(axes)
         axes.tick_params(axis="y", length=0)
     bits.grid(True, axis="x", color="#D8D8D8", lw=0.6)

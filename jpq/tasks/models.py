@@ -195,9 +195,9 @@ def check_fits(model: nn.Module, example: Tensor, classes: int | None = None, ta
     out = check_runs(model, example)
     if not task.fits(out, len(example), classes):
         form = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        wanted = [len(example), classes if classes is not None else "classes"]
+        expected = [len(example), classes if classes is not None else "classes"]
         raise JpqError(
-            f"The model gives {form} for a batch of shape {list(example.shape)}; it must give {wanted}: jpq optimize "
+            f"The model gives {form} for a batch of shape {list(example.shape)}; it must give {expected}: jpq optimize "
             f"trains on {task.output_name}. For other outputs use jpq.compress in your own loop."
         )
 

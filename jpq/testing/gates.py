@@ -192,8 +192,11 @@ def _evaluation_is_zero_exactly_where_a_unit_is_dropped(cls: type[Gate]) -> None
     expect(torch.equal(multiplier == 0, gate.keep() == 0), f"{name}: evaluation is not zero exactly where dropped.")
     frozen = Frozen(gate.keep())
     for training in (True, False):
-        held = frozen.train(training).multiplier()
-        expect(held is not None and torch.equal(held, gate.keep()), f"{name}: freezing the decision changes it.")
+        frozen_multiplier = frozen.train(training).multiplier()
+        expect(
+            frozen_multiplier is not None and torch.equal(frozen_multiplier, gate.keep()),
+            f"{name}: freezing the decision changes it.",
+        )
 
 
 def _keep_probability_rises_with_the_margin(cls: type[Gate]) -> None:
@@ -232,8 +235,8 @@ def _keep_probability_is_that_of_the_draws(cls: type[Gate]) -> None:
     with torch.no_grad():
         often = torch.stack([gate.relaxed() != 0 for _ in range(DRAWS)]).double().mean(0)
         p = gate.keep_probability().double()
-    within = SIGMAS * (p * (1 - p) / DRAWS).sqrt() + 10 / DRAWS
-    expect((often - p).abs() <= within, f"{name}: keep_probability() is not P(z != 0) of what relaxed() draws.")
+    bound = SIGMAS * (p * (1 - p) / DRAWS).sqrt() + 10 / DRAWS
+    expect((often - p).abs() <= bound, f"{name}: keep_probability() is not P(z != 0) of what relaxed() draws.")
 
 
 def _gradients_are_those_of_finite_differences(cls: type[Gate]) -> None:
@@ -251,9 +254,11 @@ def _gradients_are_those_of_finite_differences(cls: type[Gate]) -> None:
     for member, values in members.items():
         slope = _slopes(values, parameters)
         if slope is not None:
-            exact, measured = slope
-            message = f"{name}: the gradient of {member}() is {exact:.6g} where finite differences give {measured:.6g}."
-            expect(abs(exact - measured) <= 1e-5 * (abs(exact) + abs(measured)) + 1e-7, message)
+            by_autograd, measured = slope
+            message = (
+                f"{name}: the gradient of {member}() is {by_autograd:.6g} where finite differences give {measured:.6g}."
+            )
+            expect(abs(by_autograd - measured) <= 1e-5 * (abs(by_autograd) + abs(measured)) + 1e-7, message)
 
 
 def _slopes(values: Callable[[], Tensor | None], parameters: list[nn.Parameter]) -> tuple[float, float] | None:
@@ -282,10 +287,10 @@ def _slopes(values: Callable[[], Tensor | None], parameters: list[nn.Parameter])
     if out is None or not out.requires_grad:
         return None
     grads = torch.autograd.grad(out, parameters, allow_unused=True)
-    exact = sum(float((g * d).sum()) for g, d in zip(grads, directions, strict=True) if g is not None)
+    by_autograd = sum(float((g * d).sum()) for g, d in zip(grads, directions, strict=True) if g is not None)
     above, below = moved(H), moved(-2 * H)
     moved(H)
-    return exact, (above - below) / (2 * H)
+    return by_autograd, (above - below) / (2 * H)
 
 
 def _noise_has_mean_one(cls: type[Gate]) -> None:

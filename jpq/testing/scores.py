@@ -99,8 +99,8 @@ def _the_order_of_samples_does_not_matter(score: Score, name: str) -> None:
 def _equal_evidence_gives_equal_scores(score: Score, name: str) -> None:
     site = example_site()
     before = site.weights.clone()
-    values, again = score(site, example_evidence()), score(site, example_evidence())
-    expect(torch.equal(values, again), f"{name}: equal evidence (and generator) gives other scores.")
+    values, repeated = score(site, example_evidence()), score(site, example_evidence())
+    expect(torch.equal(values, repeated), f"{name}: equal evidence (and generator) gives other scores.")
     expect(torch.equal(site.weights, before), f"{name}: the weights were changed.")
 
 
@@ -124,14 +124,17 @@ def _every_channel_of_a_network_gets_a_number(score: Score, name: str) -> None:
         net = attach(model, network, channels(network), Ranked, lambda _: (Fixed(8), Fixed(8)), [images], "ranked")
         values = site_scores(net, score, [(images, labels)] * score.batches)
     for site in net.sites:
-        found: Tensor = values[site.name]
+        scores: Tensor = values[site.name]
         expect(
-            found.shape == (site.n,), f"{name}: site '{site.name}' of a small network gets {tuple(found.shape)} scores."
+            scores.shape == (site.n,),
+            f"{name}: site '{site.name}' of a small network gets {tuple(scores.shape)} scores.",
         )
         expect(
-            found.isfinite(), f"{name}: a channel of '{site.name}' in a small network gets a score that is not finite."
+            scores.isfinite(), f"{name}: a channel of '{site.name}' in a small network gets a score that is not finite."
         )
-        expect(len(found.unique()) > 1, f"{name}: all channels of '{site.name}' in a small network get the same score.")
+        expect(
+            len(scores.unique()) > 1, f"{name}: all channels of '{site.name}' in a small network get the same score."
+        )
 
 
 def _network() -> nn.Module:

@@ -26,7 +26,7 @@ def check_structure(structure: Structure, sizes: Iterable[tuple[int, ...]] = ())
     Raises AssertionError with the law that is broken, or where no size fits.
     """
     groups = structure.layout.groups
-    candidates = [Size(size) for size in sizes] or [Size((groups * first, *rest)) for first, *rest in SIZES]
+    candidates = [Size(size) for size in sizes] or [Size((groups * outputs, *rest)) for outputs, *rest in SIZES]
     fitting = [size for size in candidates if _fits(structure, size)]
     expect(fitting, f"{structure} fits none of the weights {[tuple(size) for size in candidates]}: give its `sizes`.")
     for size in fitting:
@@ -73,9 +73,9 @@ def _nothing_kept_is_zero_and_all_kept_is_one(structure: Structure, size: Size, 
     expect(not structure.pool(always).any(), f"{name}: weights of a unit stay where no unit is kept.")
     if structure.partition:
         expect(structure.expand(torch.ones(shape), size) == 1, f"{name}: all units kept do not give a mask of ones.")
-        held = size.numel() - always.sum()
-        expect(sizes.sum() == held, f"{name}: units do not hold every weight once, though it is a partition.")
-    expect(not structure.single_weights or sizes.max() == 1, f"{name}: a unit is not one weight (single_weights).")
+        free = size.numel() - always.sum()
+        expect(sizes.sum() == free, f"{name}: units do not hold every weight once, though it is a partition.")
+    expect(not structure.unit_is_weight or sizes.max() == 1, f"{name}: a unit is not one weight (unit_is_weight).")
 
 
 def _binary_units_give_a_binary_mask(structure: Structure, size: Size, name: str) -> None:

@@ -66,8 +66,8 @@ class ChannelClasses:
             a = np.concatenate([pair[0] for pair in self._pending])
             b = np.concatenate([pair[1] for pair in self._pending])
             self._pending = []
-            while (apart := parent[a] != parent[b]).any():
-                a, b = parent[a[apart]], parent[b[apart]]
+            while (unequal := parent[a] != parent[b]).any():
+                a, b = parent[a[unequal]], parent[b[unequal]]
                 np.minimum.at(parent, np.maximum(a, b), np.minimum(a, b))
                 while (grandparent := parent[parent]).tobytes() != parent.tobytes():
                     parent = grandparent

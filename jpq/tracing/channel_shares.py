@@ -47,10 +47,10 @@ class ChannelShares:
         self._joint = np.array(padded, np.int64).reshape(len(joint), widest)
         self._tensors: dict[torch.device, tuple[Tensor, ...]] = {}
 
-    def soft(self, alive: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def soft_shares(self, keep_probabilities: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(input shares, output shares) of every layer from `[1, n]` keep probabilities per site, differentiable."""
-        device = alive[0].device if alive else torch.device("cpu")
-        flat = torch.cat([a.flatten() for a in alive]) if alive else torch.zeros(0)
+        device = keep_probabilities[0].device if keep_probabilities else torch.device("cpu")
+        flat = torch.cat([a.flatten() for a in keep_probabilities]) if keep_probabilities else torch.zeros(0)
         rows, units, counts, fixed, sizes, joint = self._tensors_on(device)
         if len(joint):
             padded = torch.cat([flat, flat.new_zeros(1)])  # the last entry fills short rows: it never keeps
@@ -59,7 +59,7 @@ class ChannelShares:
         shares = (kept / sizes.to(flat)).unbind()
         return shares[0::2], shares[1::2]
 
-    def exact(self, kept: Mapping[str, Sequence[bool]]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    def exact_shares(self, kept: Mapping[str, Sequence[bool]]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """(kept, all) channel counts of every layer, for inputs and for outputs."""
         flat = np.array([keeps for name in self.names for keeps in kept[name]], bool)
         if len(self._joint):

@@ -38,7 +38,7 @@ def prunable_share(network: Network, sites: Sequence[Site]) -> Fraction:
 def halved_share(network: Network, sites: Sequence[Site]) -> Fraction:
     """Share of the dense MACs that is saved when every second unit of every site goes (the first always stays)."""
     kept = {site.name: [unit % 2 == 0 for unit in range(site.n)] for site in sites}
-    inputs, outputs = ChannelShares(network, sites).exact(kept)
+    inputs, outputs = ChannelShares(network, sites).exact_shares(kept)
     left = sum(
         layer.macs * Fraction(*i) * Fraction(*o) for layer, i, o in zip(network.layers, inputs, outputs, strict=True)
     )

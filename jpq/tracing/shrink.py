@@ -193,8 +193,8 @@ def compute_slices(
     is_dropped = np.zeros(above + 2, bool)  # the last two entries stand for larger classes and for NONE
     is_dropped[list(dropped)] = True
     slices: dict[str, dict[int, list[int]]] = {}
-    counted = {name: {0: labels} for name, labels in network.attributes.items()}
-    for name, axes in [*network.axes.items(), *counted.items()]:
+    attributes = {name: {0: labels} for name, labels in network.attributes.items()}
+    for name, axes in [*network.axes.items(), *attributes.items()]:
         for dim, labels in axes.items():
             lost = is_dropped[np.minimum(labels, above)]
             if lost.all() and name in network.axes:

@@ -129,7 +129,7 @@ def _check_layer_names(network: Network, names: Collection[str]) -> None:
 
 def _masks_where_they_fit(network: Network, structure: str, skip: Collection[str]) -> tuple[Site, ...]:
     """A mask site with this structure for every layer that it fits."""
-    sites, refusal = [], ""
+    sites, misfit = [], ""
     for layer in network.layers:
         if layer.name in skip or not can_mask(layer):
             continue
@@ -137,9 +137,9 @@ def _masks_where_they_fit(network: Network, structure: str, skip: Collection[str
         try:
             sites.append(_mask_site(layer, parsed))
         except JpqError as reason:
-            refusal = str(reason)
+            misfit = str(reason)
     if not sites:
-        raise JpqError(f"--structure {structure} fits no layer of this model. {refusal}")
+        raise JpqError(f"--structure {structure} fits no layer of this model. {misfit}")
     return tuple(sites)
 
 
@@ -201,6 +201,6 @@ def _weight_inputs(network: Network) -> list[tuple[str, int, Labels]]:
 
 def _channel_tap(layer: str, dim: int, labels: Labels, units: Labels) -> Tap:
     """The tap of a site with these sorted unit classes on a layer whose weight has these labels along `dim`."""
-    at = np.minimum(np.searchsorted(units, labels), len(units) - 1)
-    index = np.where(units[at] == labels, at, NONE)  # NONE: the position belongs to another site
+    nearest = np.minimum(np.searchsorted(units, labels), len(units) - 1)
+    index = np.where(units[nearest] == labels, nearest, NONE)  # NONE: the position belongs to another site
     return Tap(layer, Axis(dim, index, len(units)))

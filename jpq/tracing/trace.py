@@ -253,21 +253,21 @@ def _build_layer(
     output_quant_point: OutputQuantPoint | None,
 ) -> Layer:
     """The layer of one weight from all of its calls; it bears its module's name where that has no other weight."""
-    owner, first = weight.rpartition(".")[0], calls[0]
+    owner, first_call = weight.rpartition(".")[0], calls[0]
     return Layer(
         name=owner if owner and owners.count(owner) == 1 else weight,
         weight=weight,
-        kind=first.kind,
-        weight_shape=first.shape,
-        groups=first.groups,
+        kind=first_call.kind,
+        weight_shape=first_call.shape,
+        groups=first_call.groups,
         macs=sum(call.macs for call in calls) // batch,
-        inputs=state.classes.find(first.inputs),
-        outputs=state.classes.find(first.outputs),
+        inputs=state.classes.find(first_call.inputs),
+        outputs=state.classes.find(first_call.outputs),
         reads_input=any(state.origins[call.node.all_input_nodes[0]] == "input" for call in calls),
         calls=len(calls),
         wrappable=all(_is_torch_layer_call(call.node, owner, state.model) for call in calls),
-        stride=first.stride,
-        size=first.size,
+        stride=first_call.stride,
+        size=first_call.size,
         form=form,
         output_quant_point=output_quant_point,
     )

@@ -144,11 +144,11 @@ def _join_windows(x: Tensor, window: Sequence[int], counts: Sequence[int]) -> Te
     return x
 
 
-def _shift_mask(space: Sequence[int], window: Sequence[int], shift: Sequence[int], like: Tensor) -> Tensor:
+def _shift_mask(space: Sequence[int], window: Sequence[int], shift: Sequence[int], reference: Tensor) -> Tensor:
     """[windows, 1, n, n]: HIDDEN_SCORE where two tokens share a window only because the shift wrapped one around."""
-    region = torch.zeros([1] * len(space), dtype=torch.long, device=like.device)
+    region = torch.zeros([1] * len(space), dtype=torch.long, device=reference.device)
     for d, (n, s) in enumerate(zip(space, shift, strict=True)):
-        wrapped = torch.arange(n, device=like.device) >= n - s
+        wrapped = torch.arange(n, device=reference.device) >= n - s
         region = 2 * region + wrapped.reshape([-1 if k == d else 1 for k in range(len(space))])
     tokens = _split_windows(region[None, ..., None], window)[0, :, :, 0]
-    return ((tokens[:, :, None] != tokens[:, None, :]) * HIDDEN_SCORE).to(like.dtype)[:, None]
+    return ((tokens[:, :, None] != tokens[:, None, :]) * HIDDEN_SCORE).to(reference.dtype)[:, None]

@@ -139,7 +139,7 @@ def check_same(value: str, what: str) -> None:
     with _lost_process_as_error():
         dist.all_gather_object(values, value)
     if len(set(values)) > 1:
-        rank = next(rank for rank, other in enumerate(values) if other != values[0])
+        rank = next(rank for rank, process_value in enumerate(values) if process_value != values[0])
         raise JpqError(
             f"Process {rank} has {what} that differs from the first one's. All need the same code, versions, "
             "data and settings."

@@ -23,12 +23,12 @@ class BudgetEpochs:
     before: int  # epochs of the run's learning-rate curve that lie before this search
     total: int  # epochs of the whole curve
 
-    def phases(self, budget: str, first: bool) -> tuple[Phase, Phase]:
+    def phases(self, budget: str, is_first: bool) -> tuple[Phase, Phase]:
         """(search phase, fine-tuning phase); the rate of fine-tuning begins where the search ended, and ends at 0."""
         after = self.before + self.search
         stretch = (self.total - after) / self.tune
         return (
-            Phase("search", self.search, self.before, self.total, budget=budget, anneals=first),
+            Phase("search", self.search, self.before, self.total, budget=budget, anneals=is_first),
             Phase("fine-tune", self.tune, after, self.total, stretch=stretch, budget=budget),
         )
 
@@ -92,5 +92,5 @@ class Phase:
 
     def rate(self, epoch: float) -> float:
         """Learning rate over its peak at a fractional epoch of this phase: linear warm-up, then cosine to 0."""
-        at = (self.before + epoch * self.stretch) / (self.total or self.epochs)
-        return min(1.0, at / WARM_UP + 0.01) * 0.5 * (1 + math.cos(math.pi * min(1.0, at)))
+        position = (self.before + epoch * self.stretch) / (self.total or self.epochs)
+        return min(1.0, position / WARM_UP + 0.01) * 0.5 * (1 + math.cos(math.pi * min(1.0, position)))

@@ -72,7 +72,7 @@ class TrainingObserver(Protocol):
     def phase(self, name: str, epochs: int, steps: int) -> None:
         """A phase of so many epochs of so many steps begins (epochs 0: a phase without epochs, such as verify)."""
 
-    def step(self, loss: float, bops_share: float, aim_share: float) -> None:
+    def step(self, loss: float, bops_share: float, limit_share: float) -> None:
         """One optimizer step is done: its loss, BOPs and their ramped limit as shares of the fp32 model."""
 
     def epoch(self, row: EpochRecord) -> None:
@@ -88,7 +88,7 @@ class NullObserver:
     def phase(self, name: str, epochs: int, steps: int) -> None:
         """Ignore it."""
 
-    def step(self, loss: float, bops_share: float, aim_share: float) -> None:
+    def step(self, loss: float, bops_share: float, limit_share: float) -> None:
         """Ignore it."""
 
     def epoch(self, row: EpochRecord) -> None:
@@ -129,13 +129,13 @@ class TensorBoardObserver:
         self.writer.add_text("phase", name, self.epochs)
         self.watch.phase(name, epochs, steps)
 
-    def step(self, loss: float, bops_share: float, aim_share: float) -> None:
+    def step(self, loss: float, bops_share: float, limit_share: float) -> None:
         """One optimizer step is done."""
         self.steps_done += 1
-        for tag, value in (("loss", loss), ("bops_share", bops_share), ("aim_share", aim_share)):
+        for tag, value in (("loss", loss), ("bops_share", bops_share), ("aim_share", limit_share)):
             if math.isfinite(value):
                 self.writer.add_scalar(f"step/{self.name}/{tag}", value, self.steps_done)
-        self.watch.step(loss, bops_share, aim_share)
+        self.watch.step(loss, bops_share, limit_share)
 
     def epoch(self, row: EpochRecord) -> None:
         """One epoch is done; its numbers are on disk afterwards."""

@@ -190,10 +190,10 @@ def optimizer(
             groups += [(decisions["gates"], gate_lr, 0.0), (decisions["bits"], bit_lr, 0.0)]
     else:
         ranges = {id(m.log_threshold) for m in net.modules() if isinstance(m, IntegerQuantizer)}
-        wide = {id(p) for p in net.parameters() if p.dim() > 1 and id(p) not in ranges}
+        decayed = {id(p) for p in net.parameters() if p.dim() > 1 and id(p) not in ranges}
         groups = [
-            ([p for p in net.parameters() if id(p) in wide], lr, weight_decay),
-            ([p for p in net.parameters() if id(p) not in wide], lr, 0.0),
+            ([p for p in net.parameters() if id(p) in decayed], lr, weight_decay),
+            ([p for p in net.parameters() if id(p) not in decayed], lr, 0.0),
         ]
     # decisions keep their rate: they must still move when the weights' rate has fallen
     tables: list[dict[str, Any]] = [
@@ -217,7 +217,7 @@ class Recorder:
         """(BOPs now, limit now) as shares of the fp32 model; nan outside a search for BOPs."""
         if objective.controller is None:
             return math.nan, math.nan
-        bops, limit = objective.controller.seen.get(self.cost, (math.nan, math.nan))
+        bops, limit = objective.controller.last_costs.get(self.cost, (math.nan, math.nan))
         return bops / self.full_bops, limit / self.full_bops
 
     def record(

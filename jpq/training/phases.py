@@ -57,12 +57,16 @@ class SearchState:
         checkpoint.restore_optimizer(self.optim, state["optimizer"], run.top / checkpoint.NAME)
         self.pressure = dict(state["pressure"])
 
-    def moments(self, landed: CompressedModel) -> dict[Tensor, Any]:
+    def moments(self, discretized: CompressedModel) -> dict[Tensor, Any]:
         """A copy of Adam's moving averages for the parameters of `discretized`, this network or a copy of it."""
         if self.optim is None:
             return {}
-        own, state = dict(self.net.model.named_parameters()), self.optim.state
-        pairs = [(p, own[n]) for n, p in landed.model.named_parameters() if n in own and own[n].shape == p.shape]
+        parameters, state = dict(self.net.model.named_parameters()), self.optim.state
+        pairs = [
+            (p, parameters[n])
+            for n, p in discretized.model.named_parameters()
+            if n in parameters and parameters[n].shape == p.shape
+        ]
         return {p: copy.deepcopy(state[mine]) for p, mine in pairs if mine in state}
 
 
@@ -77,8 +81,8 @@ def train(
 ) -> None:
     """Train one phase from the run's current state; a checkpoint after every epoch holds `extra` too."""
 
-    def save(at: Phase) -> None:
-        run.save_checkpoint(at, net, optim, **extra())
+    def save(position: Phase) -> None:
+        run.save_checkpoint(position, net, optim, **extra())
 
     run.resume_phase(phase, net, optim)
     every = run.config.run.checkpoint_every
@@ -121,9 +125,9 @@ def search(
         if procedure.searches:
             learn_decisions(state, model, data, targets, config, run, phase)
         plan = procedure.decide(net, targets, config.decide, plan_evaluator(net, data, config.run.seed))
-        first = procedure.first_stage(net, plan)
-        if first is not None:
-            train_first_stage(state, first, model, data, config, run, phase, extra)
+        stage_plan = procedure.first_stage(net, plan)
+        if stage_plan is not None:
+            train_first_stage(state, stage_plan, model, data, config, run, phase, extra)
     if config.decide.classes:
         run.notes.append(
             f"Channels were ranked for classes {config.decide.classes} alone; every accuracy is on all classes."

@@ -27,20 +27,22 @@ from jpq.trials.settings import Study
 
 
 @dataclass(frozen=True)
-class Curve:
+class MetricCurve:
     """Held-out metric after each finished epoch of a trial's fine-tuning, and the costs of its model."""
 
     accuracy: tuple[float, ...]
     epochs: int  # of the whole fine-tuning
     cost: tuple[float, ...]  # by every cost objective, in one order
 
-    def at(self, share: float) -> float | None:
+    def metric_at(self, share: float) -> float | None:
         """The last metric that was known at this share of the epochs; None before the first."""
         done = min(int(share * self.epochs + 1e-9), len(self.accuracy))
         return self.accuracy[done - 1] if done else None
 
 
-def should_stop(trial: Curve, finished: Sequence[Curve], margin: float, patience: int, warm_up: int) -> bool:
+def should_stop(
+    trial: MetricCurve, finished: Sequence[MetricCurve], margin: float, patience: int, warm_up: int
+) -> bool:
     """Whether the rule stops a trial after its last finished epoch.
 
     Args:
@@ -56,9 +58,9 @@ def should_stop(trial: Curve, finished: Sequence[Curve], margin: float, patience
     return all(_behind(trial, epoch, rivals, margin) for epoch in range(done - patience + 1, done + 1))
 
 
-def _behind(trial: Curve, epoch: int, rivals: Sequence[Curve], margin: float) -> bool:
+def _behind(trial: MetricCurve, epoch: int, rivals: Sequence[MetricCurve], margin: float) -> bool:
     """Whether another trial was better by more than the margin at the same share of its epochs."""
-    theirs = [peer.at(epoch / trial.epochs) for peer in rivals]
+    theirs = [peer.metric_at(epoch / trial.epochs) for peer in rivals]
     known = [accuracy for accuracy in theirs if accuracy is not None]
     return bool(known) and max(known) - trial.accuracy[epoch - 1] > margin
 
@@ -87,9 +89,9 @@ class EarlyStoppingObserver:
         """Pass it on."""
         self.watch.phase(name, epochs, steps)
 
-    def step(self, loss: float, bops_share: float, aim_share: float) -> None:
+    def step(self, loss: float, bops_share: float, limit_share: float) -> None:
         """Pass it on."""
-        self.watch.step(loss, bops_share, aim_share)
+        self.watch.step(loss, bops_share, limit_share)
 
     def epoch(self, row: EpochRecord) -> None:
         """Record the metric of a finished epoch. Raises TrialPruned for a dominated trial."""
@@ -106,17 +108,19 @@ class EarlyStoppingObserver:
         costs = self.costs or ({"bops": row.bops_share} if self.cost_names == ["bops"] else None)
         if not self.study.early_stop or costs is None or row.epoch == row.epochs or len(self.accuracy) < row.epoch:
             return
-        curve = Curve(tuple(self.accuracy), row.epochs, tuple(costs[name] * UNITS[name][1] for name in self.cost_names))
+        curve = MetricCurve(
+            tuple(self.accuracy), row.epochs, tuple(costs[name] * UNITS[name][1] for name in self.cost_names)
+        )
         if should_stop(curve, self._finished(), self.study.margin, self.study.patience, self.study.warm_up):
             text = f"after {row.epoch} of {row.epochs} epochs, at {format_metric(self.task, row.accuracy)}"
             self.trial.set_user_attr(STOPPED, text)
             raise optuna.TrialPruned(text)
 
-    def _finished(self) -> list[Curve]:
+    def _finished(self) -> list[MetricCurve]:
         """Complete curves of finished trials; the beginning of others was lost with a worker."""
         done = self.trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         return [
-            Curve(tuple(t.user_attrs[CURVE]), len(t.user_attrs[CURVE]), tuple(t.values[1:]))
+            MetricCurve(tuple(t.user_attrs[CURVE]), len(t.user_attrs[CURVE]), tuple(t.values[1:]))
             for t in done
             if len(t.user_attrs.get(CURVE, [])) == t.user_attrs.get(EPOCHS) and SAME not in t.user_attrs
         ]

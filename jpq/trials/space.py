@@ -102,7 +102,7 @@ class Space:
             anchors.append(values)
         return anchors
 
-    def smallest(self) -> Config:
+    def smallest_config(self) -> Config:
         """The config of the smallest decisions, in a study of decisions by hand."""
         varied, d = self.study.varied_names(), self.config.decide
         if "bits" in varied:

@@ -40,10 +40,12 @@ class StudyStatus:
     def of(cls, study: optuna.Study, settings: Study) -> StudyStatus:
         """The status of a study that these settings describe."""
         trials = study.get_trials(deepcopy=False)
-        own = [t for t in trials if t.state == TrialState.COMPLETE and SAME not in t.user_attrs and meets_limits(t)]
+        completed = [
+            t for t in trials if t.state == TrialState.COMPLETE and SAME not in t.user_attrs and meets_limits(t)
+        ]
         signs = [-1.0 if name == "accuracy" else 1.0 for name in settings.objective_names()]
-        points = [[s * v for s, v in zip(signs, t.values, strict=True)] for t in own]
-        front = [t for t, on in zip(own, pareto.non_dominated(points), strict=True) if on] if own else []
+        points = [[s * v for s, v in zip(signs, t.values, strict=True)] for t in completed]
+        front = [t for t, on in zip(completed, pareto.non_dominated(points), strict=True) if on] if completed else []
         task = recorded_task(study.user_attrs)
         names = tuple(objective_unit(name, task)[0] for name in settings.objective_names())
         best = {n: s * min(p[i] for p in points) for i, (n, s) in enumerate(zip(names, signs, strict=True)) if points}
@@ -51,9 +53,9 @@ class StudyStatus:
         states = [t.state for t in trials]
         open_ = states.count(TrialState.RUNNING) + states.count(TrialState.WAITING)
         full, chance = (study.user_attrs.get(key) for key in (FULL, CHANCE))
-        covered = (
-            study_hypervolume(own, settings.objective_names(), full, chance or 0.0, task)
-            if own and full and len(names) <= 3
+        hypervolume = (
+            study_hypervolume(completed, settings.objective_names(), full, chance or 0.0, task)
+            if completed and full and len(names) <= 3
             else None
         )
         return cls(
@@ -66,7 +68,7 @@ class StudyStatus:
             len(trials) - done - open_,
             best,
             tuple(sorted(front, key=lambda t: t.values[1])),
-            covered,
+            hypervolume,
         )
 
     def counts_text(self, total: int) -> str:

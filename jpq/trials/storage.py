@@ -134,7 +134,7 @@ def open_storage(url: str, folder: Path, dead_after: int) -> BaseStorage:
         return HeartbeatJournalStorage(folder / "journal.log", folder / "heartbeats", interval, dead_after, requeue)
     import sqlalchemy
 
-    shown = without_password(url)
+    shown_url = without_password(url)
     new = hasattr(optuna.storages, "RetryHeartbeatStaleTrialCallback")  # since Optuna 4.9
     callback = "heartbeat_stale_trial_callback" if new else "failed_trial_callback"
     settings: dict[str, Any] = {"heartbeat_interval": interval, "grace_period": dead_after, callback: requeue}
@@ -144,16 +144,16 @@ def open_storage(url: str, folder: Path, dead_after: int) -> BaseStorage:
                 warnings.simplefilter("ignore")
                 return HeartbeatDatabaseStorage(url, **settings)
         except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
-            raise JpqError(_missing_driver(shown, error)) from error
+            raise JpqError(_missing_driver(shown_url, error)) from error
         except sqlalchemy.exc.ArgumentError as error:
             raise JpqError(
-                f"--storage {shown} is not the address of a database. Write it like sqlite:///study.db or "
+                f"--storage {shown_url} is not the address of a database. Write it like sqlite:///study.db or "
                 "postgresql+psycopg://user@host/database, or leave it out for a journal file."
             ) from error
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
             if attempt == 2:
                 cause = " ".join(str(getattr(error, "orig", None) or error.__cause__ or error).split())
-                raise JpqError(f"--storage {shown} does not answer: {cause[:200]}") from error
+                raise JpqError(f"--storage {shown_url} does not answer: {cause[:200]}") from error
             time.sleep(0.3 * (attempt + 1))
     raise AssertionError("unreachable")
 
@@ -187,9 +187,9 @@ def stored_url(url: str) -> str:
     return bare.render_as_string(hide_password=False)
 
 
-def _missing_driver(shown: str, error: BaseException) -> str:
+def _missing_driver(shown_url: str, error: BaseException) -> str:
     """Error message for a database driver that is not installed."""
-    if shown.startswith(("postgresql", "postgres")):
+    if shown_url.startswith(("postgresql", "postgres")):
         remedy = (
             "Install it with: python -m pip install 'jpq[postgres]', and write postgresql+psycopg://user@host/database"
         )
@@ -197,7 +197,7 @@ def _missing_driver(shown: str, error: BaseException) -> str:
         remedy = (
             "Use sqlite:///FILE, postgresql+psycopg://user@host/database, or leave --storage out for a journal file"
         )
-    return f"--storage {shown}: its driver is not installed ({' '.join(str(error).split())[:120]}). {remedy}."
+    return f"--storage {shown_url}: its driver is not installed ({' '.join(str(error).split())[:120]}). {remedy}."
 
 
 @contextmanager

@@ -132,8 +132,8 @@ def _open_study(
     settings: Study, space: Space, config: Config, digest: str, preview: Preview, storage: optuna.storages.BaseStorage
 ) -> optuna.Study:
     """The study in its storage; the first worker creates it and queues its anchors."""
-    asked = settings.objective_names()
-    directions = [StudyDirection.MAXIMIZE if n == "accuracy" else StudyDirection.MINIMIZE for n in asked]
+    objective_names = settings.objective_names()
+    directions = [StudyDirection.MAXIMIZE if n == "accuracy" else StudyDirection.MINIMIZE for n in objective_names]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         shared = optuna.create_study(
@@ -150,7 +150,7 @@ def _open_study(
                 shared.set_user_attr(key, value)
             shared.set_user_attr(CHANCE, preview.task.chance(preview.classes))
             shared.set_user_attr(FULL, preview.full)
-            shared.set_metric_names([objective_unit(name, preview.task)[0] for name in asked])
+            shared.set_metric_names([objective_unit(name, preview.task)[0] for name in objective_names])
             for values in space.anchors():
                 shared.enqueue_trial(values, skip_if_exists=True)
             if not is_recorded(shared):

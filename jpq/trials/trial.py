@@ -75,7 +75,7 @@ class TrialRunner:
         """Raises JpqError for a limit that even the smallest decisions break."""
         if not (self.limits and self.study.is_manual()):
             return
-        least = self.preview.preview_costs(self.space.smallest()).costs
+        least = self.preview.preview_costs(self.space.smallest_config()).costs
         for cost, limit in self.limits.items():
             if least[cost] > limit:
                 name, unit = UNITS[cost]
@@ -92,8 +92,8 @@ class TrialRunner:
         """
         record_worker(trial)
         self.watch.trial(trial.number)
-        others = [t for t in trial.study.get_trials(deepcopy=False) if t.number != trial.number]
-        ahead = sum(is_counted(t) or (t.state == TrialState.RUNNING and t.number < trial.number) for t in others)
+        other_trials = [t for t in trial.study.get_trials(deepcopy=False) if t.number != trial.number]
+        ahead = sum(is_counted(t) or (t.state == TrialState.RUNNING and t.number < trial.number) for t in other_trials)
         if ahead >= self.study.trials:  # two workers saw one place left
             if decisions_of(trial):
                 queue_again(trial)
@@ -101,7 +101,7 @@ class TrialRunner:
         try:
             config = self.space.suggest(trial)
             config = replace(config, run=replace(config.run, out=self.folder / "trials", resume=False)).check()
-            return self._values(trial, config, others)
+            return self._values(trial, config, other_trials)
         except (KeyboardInterrupt, OSError):
             queue_again(trial)
             raise
@@ -112,7 +112,7 @@ class TrialRunner:
             trial.set_user_attr(REASON, " ".join(str(error).split())[:500])
             raise TrialFailed(str(error)) from error
 
-    def _values(self, trial: Trial, config: Config, others: Sequence[FrozenTrial]) -> list[float]:
+    def _values(self, trial: Trial, config: Config, other_trials: Sequence[FrozenTrial]) -> list[float]:
         """Values of a trial with these decisions: those of an equal trial, or of a run."""
         d = config.decide
         costs: Costs | None = None
@@ -124,7 +124,7 @@ class TrialRunner:
             compose(d.method, d.structure, d.width, d.score, d.schedule, d.classes)
             check_allocator(d.method, d.allocator)
         trial.set_user_attr(DECISIONS, name)
-        equal = self._equal_trial(name, trial, others)
+        equal = self._equal_trial(name, trial, other_trials)
         if equal is not None:
             return self._repeat_values(trial, equal)
         if costs is not None:
@@ -147,9 +147,9 @@ class TrialRunner:
             upload_pictures(trial, result.folder, self.folder / "artifacts")
         return self._record_result(trial, result)
 
-    def _equal_trial(self, name: str, trial: Trial, others: Sequence[FrozenTrial]) -> FrozenTrial | None:
+    def _equal_trial(self, name: str, trial: Trial, other_trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
         """An earlier trial of the same decisions that has ended, or is still running."""
-        same = [t for t in others if t.user_attrs.get(DECISIONS) == name and SAME not in t.user_attrs]
+        same = [t for t in other_trials if t.user_attrs.get(DECISIONS) == name and SAME not in t.user_attrs]
         ended = [t for t in same if is_counted(t) or RULED_OUT in t.user_attrs]
         running = [t for t in same if t.state == TrialState.RUNNING and t.number < trial.number]
         return next(iter([*ended, *running]), None)

@@ -68,7 +68,7 @@ class StepReporter(NullObserver):
     def phase(self, name: str, epochs: int, steps: int) -> None:
         self.phase_name = name
 
-    def step(self, loss: float, bops_share: float, aim_share: float) -> None:
+    def step(self, loss: float, bops_share: float, limit_share: float) -> None:
         self.killer(f"{self.phase_name} step")
 
 
@@ -129,7 +129,7 @@ class FolderRemover(NullObserver):
     def phase(self, name: str, epochs: int, steps: int) -> None:
         self.phase_name, self.steps = name, 0
 
-    def step(self, loss: float, bops_share: float, aim_share: float) -> None:
+    def step(self, loss: float, bops_share: float, limit_share: float) -> None:
         self.steps += 1
         if (self.phase_name, self.steps) == ("search", 11):
             shutil.rmtree(self.folder)

@@ -65,7 +65,7 @@ def planted(seed=0):
 
 
 def score(x, labels, stay, classes=()):
-    site = SiteView("site", torch.ones(x.shape[1], 1), stay=stay)
+    site = SiteView("site", torch.ones(x.shape[1], 1), kept_count=stay)
     return Catro(classes)(site, Evidence(means=x[None], labels=labels))[0]
 
 
@@ -108,7 +108,7 @@ def test_only_the_classes_that_are_named_count():
 
 def test_readers_of_one_unit_add_up():
     x, labels = planted()
-    site = SiteView("site", torch.ones(4, 1), stay=2)
+    site = SiteView("site", torch.ones(4, 1), kept_count=2)
     both = Catro()(site, Evidence(means=torch.stack([x, 2 * x]), labels=labels))[0]
     b, w = scatters(x, labels)
     live = torch.tensor([0, 1, 2])

@@ -246,7 +246,7 @@ def test_search_never_does_worse_than_where_it_started():
 @pytest.mark.parametrize("bad", [{"samples": 0}, {"lr": -1.0}, {"lr": float("nan")}, {"mu": -1.0}, {"limit_ms": 0.0}])
 def test_searches_that_make_no_sense(bad):
     with pytest.raises(JpqError, match="A search"):
-        search_structures(**{"ms": LAYERS, "accuracy": planted, "limit_ms": 1.0, **bad})
+        search_structures(**{"latencies": LAYERS, "accuracy": planted, "limit_ms": 1.0, **bad})
     with pytest.raises(JpqError, match="at least one choice"):
         search_structures({"l0": {}}, planted, 1.0)
 
@@ -268,11 +268,13 @@ def test_the_search_reads_held_out_data_only_and_leaves_the_model(trained):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     network = trace(model, data.example)
     method = compose("admm", "search")
-    found, limit = structure_search.search_mapping(method, network, model, data, 0.5, ["3"], trained=trained, samples=3)
+    found, limit = structure_search.search_mapping(
+        method, network, model, data, 0.5, ["3"], pretrain=trained, samples=3
+    )
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert found.mapping["3"] == DENSE
     assert limit > 0
-    again, _ = structure_search.search_mapping(method, network, model, data, 0.5, ["3"], trained=trained, samples=3)
+    again, _ = structure_search.search_mapping(method, network, model, data, 0.5, ["3"], pretrain=trained, samples=3)
     assert (again.mapping, again.accuracy) == (found.mapping, found.accuracy)
 
 
@@ -280,7 +282,7 @@ def test_what_the_proxy_trains_stays_masked():
     data = load("digits", limit=300)
     model = jpq.tasks.models.build("convnet", 10, 1).eval()
     network = trace(model, data.example)
-    proxy = structure_search.MappingEvaluator(network, model, data, 0.5, trained=True, lr=1e-2)
+    proxy = structure_search.MappingEvaluator(network, model, data, 0.5, pretrain=True, lr=1e-2)
     asked = parse_layers(MIXED)
     proxy(asked)
     for name, structure in asked.items():
@@ -314,7 +316,7 @@ def test_reweighted_presses_each_unit_by_what_it_was():
 
 def config(out, **decide):
     return Config(
-        task=Task(limit=600),
+        task=Task(limit=300),
         budget=Budget(target_bops="1.5%"),
         decide=Decide(**{"method": "dpf", **decide}),
         train=Train(epochs=3, float_epochs=2, lr=3e-3),
@@ -332,7 +334,7 @@ def test_several_structures_in_one_run(method, tmp_path):
     assert dict(zip(table.name, table.structure, strict=True)) == asked
     assert result.verified["masked_vs_rebuilt_float64"] <= EXACT
     assert result.verified["rebuilt_vs_onnxruntime"]["argmax_agreement"] > 0.98
-    x = load("digits", limit=600).example
+    x = load("digits", limit=300).example
     assert difference(small, unpack(small, result.folder / "model.packed"), x) < 1e-5
     assert 0 <= result.packed["layers"] - result.compressed.size_bytes < 2 * len(result.layers)
     network = trace(jpq.tasks.models.build("convnet", 10, 1).eval(), x)
@@ -357,7 +359,7 @@ def test_several_structures_in_one_run(method, tmp_path):
 def test_a_search_is_part_of_the_run_and_is_not_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr(structure_search, "search_mapping", partial(structure_search.search_mapping, samples=5))
     asked = config(tmp_path / "whole", structure="search")
-    whole = jpq.optimize(asked)
+    whole = jpq.optimize(asked, final=False)
     said = json.loads((whole.folder / structure_mapping.MAPPING_FILE).read_text())
     assert whole.schemes["by"] == said["by"] == "search"
     assert said["latency"] == "modelled"
@@ -367,9 +369,9 @@ def test_a_search_is_part_of_the_run_and_is_not_repeated(tmp_path, monkeypatch):
     )
     stopped = replace(asked, run=replace(asked.run, out=tmp_path / "stopped"))
     with pytest.raises(KeyboardInterrupt):
-        jpq.optimize(stopped, Stop("fine-tune", 1))
+        jpq.optimize(stopped, Stop("fine-tune", 1), final=False)
     monkeypatch.setattr(structure_search, "search_mapping", None)
-    resumed = jpq.optimize(replace(stopped, run=replace(stopped.run, resume=True)))
+    resumed = jpq.optimize(replace(stopped, run=replace(stopped.run, resume=True)), final=False)
     ours, theirs = (jpq.load(r.folder)[0].state_dict() for r in (resumed, whole))
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 

@@ -82,12 +82,12 @@ def test_soft_shares_are_exact_at_the_corners_and_have_gradients():
     shares = ChannelShares(network, sites)
     generator = torch.Generator().manual_seed(0)
     hard = [(torch.rand(1, s.n, generator=generator) < 0.5).double() for s in sites]
-    soft = shares.soft(hard)
-    exact = shares.exact({s.name: h[0].bool().tolist() for s, h in zip(sites, hard, strict=True)})
+    soft = shares.soft_shares(hard)
+    exact = shares.exact_shares({s.name: h[0].bool().tolist() for s, h in zip(sites, hard, strict=True)})
     for ours, (kept, whole) in zip([*soft[0], *soft[1]], [*exact[0], *exact[1]], strict=True):
         assert float(ours) == pytest.approx(kept / whole)
     half = [torch.full((1, s.n), 0.5, dtype=torch.double, requires_grad=True) for s in sites]
-    _, outputs = shares.soft(half)
+    _, outputs = shares.soft_shares(half)
     at = [layer.name for layer in network.layers].index("a.0")
     readers = sum(s.name.startswith("a.0 for") for s in sites)
     assert float(outputs[at]) == pytest.approx(1 - 0.5**readers), "P(any of the readers keeps it)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,13 +32,19 @@ def config(out: Path, method: str = "djpq", train: Train = QUICK, **budget: str)
     )
 
 
+def shortened(config: Config, limit: int = 200, epochs: int = 2, float_epochs: int = 1) -> Config:
+    """The same run on fewer digits, for fewer epochs: where only its settings matter."""
+    train = replace(config.train, epochs=epochs, float_epochs=float_epochs)
+    return replace(config, task=replace(config.task, limit=limit), train=train)
+
+
 class Stop(NullObserver):
     """Interrupts a run after some epoch of some phase, as Ctrl-C would."""
 
     def __init__(self, phase: str, epoch: int) -> None:
         self.at = (phase, epoch)
 
-    def step(self, loss: float, bops_share: float, aim_share: float) -> None:
+    def step(self, loss: float, bops_share: float, limit_share: float) -> None:
         if self.next == self.at:
             raise KeyboardInterrupt
 
@@ -48,12 +55,12 @@ class Stop(NullObserver):
         self.next = (row.title, row.epoch + 1)
 
 
-def resumed(asked: Config, out: Path, phase: str) -> Result:
-    """The result of a run into `out` that is stopped in the second epoch of a phase and then resumed."""
+def resumed(asked: Config, out: Path, phase: str, final: bool = True) -> Result:
+    """The result of a run (a trial, unless `final`) into `out`, stopped in the second epoch of a phase and resumed."""
     asked = replace(asked, run=replace(asked.run, out=out))
     with pytest.raises(KeyboardInterrupt):
-        jpq.optimize(asked, Stop(phase, 2))
-    return jpq.optimize(replace(asked, run=replace(asked.run, resume=True)))
+        jpq.optimize(asked, Stop(phase, 2), final=final)
+    return jpq.optimize(replace(asked, run=replace(asked.run, resume=True)), final=final)
 
 
 class Outcome(NamedTuple):
@@ -66,9 +73,12 @@ class Outcome(NamedTuple):
 
 def outcome(result: Result) -> Outcome:
     model, _ = jpq.load(result.folder, run_code=True)
+    compressed = result.compressed
+    if math.isnan(compressed.accuracy):  # of a trial, which reads no test split; NaN equals nothing
+        compressed = replace(compressed, accuracy=-1.0)
     return Outcome(
         [repr(replace(row, seconds=0.0)) for row in result.history],
-        result.compressed,
+        compressed,
         {
             name: (t.dtype, *t.shape, hashlib.sha256(t.numpy().tobytes()).hexdigest())
             for name, t in model.state_dict().items()

@@ -235,7 +235,7 @@ class KeepsTheFirst(Inputs):
 
 
 class ClaimsSingleWeights(Inputs):
-    single_weights = True
+    unit_is_weight = True
 
 
 class NoPadding(Window):

@@ -143,7 +143,7 @@ class Rates(NullObserver):
     def __init__(self, optim):
         self.optim, self.rates = optim, []
 
-    def step(self, loss, bops_share, aim_share):
+    def step(self, loss, bops_share, limit_share):
         self.rates.append([group["lr"] for group in self.optim.param_groups])
 
 

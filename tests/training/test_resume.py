@@ -55,7 +55,7 @@ class After(NullObserver):
     def phase(self, name: str, epochs: int, steps: int) -> None:
         self.name, self.done, self.steps = name, 0, steps
 
-    def step(self, loss: float, bops_share: float, aim_share: float) -> None:
+    def step(self, loss: float, bops_share: float, limit_share: float) -> None:
         self.done += 1
         if (self.name, self.done) == self.at:
             if self.number:
@@ -356,8 +356,8 @@ class Does(After):
         super().__init__(phase, steps)
         self.act = act
 
-    def step(self, loss: float, bops_share: float, aim_share: float) -> None:
-        super().step(loss, bops_share, aim_share)
+    def step(self, loss: float, bops_share: float, limit_share: float) -> None:
+        super().step(loss, bops_share, limit_share)
         if (self.name, self.done) == self.at:
             self.act()
 

@@ -32,7 +32,7 @@ from jpq.training.history import EpochRecord
 from jpq.trials import early_stopping, samplers, status
 from jpq.trials import study as trials_study
 from jpq.trials import trial as one_trial
-from jpq.trials.early_stopping import Curve
+from jpq.trials.early_stopping import MetricCurve
 from jpq.trials.preview import Preview, float_weights
 from jpq.trials.settings import PARTS, SAMPLERS, Study
 from jpq.trials.space import Space, block_of, group_names
@@ -131,7 +131,7 @@ def test_every_suggestion_is_a_plan_within_the_space(tmp_path, model, per):
     preview = Preview(config)
     space = Space.of(Study(per=per), config, preview.network, preview.prepared.sites)
     low, high = (
-        preview.preview_costs(space.smallest()),
+        preview.preview_costs(space.smallest_config()),
         preview.preview_costs(replace(config, decide=replace(config.decide, bits="7/8"))),
     )
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=1))
@@ -287,8 +287,8 @@ curves = st.tuples(
 
 @given(curves, st.lists(curves, max_size=6), st.integers(1, 4), st.integers(0, 4), st.integers(1, 3), st.integers(1, 5))
 def test_the_rule_against_brute_force(mine, others, done, margin, patience, warm_up):
-    tenth = [Curve(tuple(a / 10 for a in accuracy), 4, cost) for accuracy, cost in others]
-    trial = Curve(tuple(a / 10 for a in mine[0][:done]), 4, mine[1])
+    tenth = [MetricCurve(tuple(a / 10 for a in accuracy), 4, cost) for accuracy, cost in others]
+    trial = MetricCurve(tuple(a / 10 for a in mine[0][:done]), 4, mine[1])
     run = 0  # epochs in a row that it was behind
     for epoch in range(done):
         behind = False
@@ -301,11 +301,11 @@ def test_the_rule_against_brute_force(mine, others, done, margin, patience, warm
 
 
 def test_trials_of_other_lengths_are_compared_at_the_same_share():
-    short, long = Curve((0.9, 0.91), 2, (1.0,)), Curve((0.5, 0.6, 0.7), 10, (1.0,))
-    assert short.at(0.3) is None
-    assert short.at(0.5) == 0.9
+    short, long = MetricCurve((0.9, 0.91), 2, (1.0,)), MetricCurve((0.5, 0.6, 0.7), 10, (1.0,))
+    assert short.metric_at(0.3) is None
+    assert short.metric_at(0.5) == 0.9
     assert not early_stopping.should_stop(long, [short], 0.02, 1, 1), "at 3 of 10 epochs the short one had none"
-    assert early_stopping.should_stop(Curve((0.5,) * 5, 10, (1.0,)), [short], 0.02, 1, 1)
+    assert early_stopping.should_stop(MetricCurve((0.5,) * 5, 10, (1.0,)), [short], 0.02, 1, 1)
 
 
 def test_hypervolume_against_optunas():
@@ -462,7 +462,7 @@ def test_curves_without_their_beginning_judge_nobody(tmp_path):
         attrs = {"held_out_by_epoch": curve, "fine_tuning_epochs": epochs}
         study.add_trial(optuna.create_trial(values=[90.0, 1.0], user_attrs=attrs))
     stopper = early_stopping.EarlyStoppingObserver(study.ask(), Study(), one_trial.NullStudyObserver(), None)
-    assert stopper._finished() == [Curve((0.5, 0.9), 2, (1.0,))]
+    assert stopper._finished() == [MetricCurve((0.5, 0.9), 2, (1.0,))]
 
 
 def test_the_screen_shows_reasons_as_they_are():

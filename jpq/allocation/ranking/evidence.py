@@ -105,9 +105,9 @@ def gate_gradients(
     """
     if labels is None:
         raise JpqError("Gradients of gates need labels.")
-    like = next(net.parameters())
+    reference = next(net.parameters())
     samples = len(labels)
-    gates = [like.new_ones(samples, site.n).requires_grad_() for site in net.sites]
+    gates = [reference.new_ones(samples, site.n).requires_grad_() for site in net.sites]
     kernels = sdpa_kernel(SDPBackend.MATH) if curvature else nullcontext()  # other kernels have no second derivative
     with torch.enable_grad(), eval_mode(net), frozen_parameters(net), multiply_units(net, gates), kernels:
         output = call_model(net.model, x)

@@ -51,7 +51,7 @@ class NeighbourNorms:
 
     def __init__(self, net: CompressedModel, scales: dict[str, Tensor], closed: Collection[int] = ()):
         self.layers = net.network.layers
-        self.at = {layer.name: i for i, layer in enumerate(self.layers)}
+        self.positions = {layer.name: i for i, layer in enumerate(self.layers)}
         self.squares = [_weight_squares(layer, net.used_weight(layer), closed) for layer in self.layers]
         self.scales = [scales.get(x.name, torch.ones(len(x.outputs))).cpu().numpy() ** 2 for x in self.layers]
         rows = [s.sum(2).reshape(-1) * a for s, a in zip(self.squares, self.scales, strict=True)]
@@ -62,15 +62,15 @@ class NeighbourNorms:
         self.stretches = _stretches(self.layers)
 
     def of(self, site: Site) -> tuple[Tensor, Tensor, Tensor]:
-        """(own, reached, after) of one site, each `[links, n]` float64; a link is one producer of the units."""
-        taps = {self.at[tap.layer] for tap in site.taps}
-        own: list[list[float]] = []
-        reached: list[list[float]] = []
-        after: list[list[float]] = []
+        """The fields of `Chain` for one site, each `[links, n]` float64; a link is one producer of the units."""
+        taps = {self.positions[tap.layer] for tap in site.taps}
+        filter_norms: list[list[float]] = []
+        producer_norms: list[list[float]] = []
+        consumer_norms: list[list[float]] = []
         for producer in site.producers:
-            if producer not in self.at:  # an embedding
+            if producer not in self.positions:  # an embedding
                 continue
-            i = self.at[producer]
+            i = self.positions[producer]
             layer, squares = self.layers[i], self.squares[i]
             groups, _, inputs = squares.shape
             before = np.array([self._before(int(c), i) for c in layer.inputs]).reshape(groups, 1, inputs)
@@ -79,10 +79,12 @@ class NeighbourNorms:
             own_of, far_of = _by_class(layer.outputs, rows), _by_class(layer.outputs, far)
             # positions of one unit in one layer have the same consumers, and nearly always there is one position
             behind_of = {int(c): float(b) for c, b in zip(layer.outputs, behind, strict=True)}
-            for links, by_class in ((own, own_of), (reached, far_of), (after, behind_of)):
+            for links, by_class in ((filter_norms, own_of), (producer_norms, far_of), (consumer_norms, behind_of)):
                 links.append([by_class.get(int(c), 0.0) for c in site.labels])
-        shape = (len(own), site.n)
-        return tuple(torch.tensor(x, dtype=torch.float64).reshape(shape) for x in (own, reached, after))  # type: ignore[return-value]
+        shape = (len(filter_norms), site.n)
+        return tuple(
+            torch.tensor(x, dtype=torch.float64).reshape(shape) for x in (filter_norms, producer_norms, consumer_norms)
+        )  # type: ignore[return-value]
 
     def _before(self, c: int, consumer: int) -> float:
         """A: squared norm of the producers of a class that a layer consumes."""

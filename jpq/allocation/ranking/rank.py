@@ -162,8 +162,8 @@ def _score_group(
     """`[n]`: scores of one group's units; minus infinity for closed ones, which no longer compete."""
     open_ = _current_margins(members) > 0
     rows = _concatenate([_consumer_rows(net, site) for _, site, _ in members], 0, 1)
-    stay = max(1, min(round(share * len(open_)), int(open_.sum())))
-    view = SiteView(name, rows[open_.to(rows.device)], max(len(site.taps) for _, site, _ in members), stay)
+    kept_count = max(1, min(round(share * len(open_)), int(open_.sum())))
+    view = SiteView(name, rows[open_.to(rows.device)], max(len(site.taps) for _, site, _ in members), kept_count)
     values = score(view, _select_units(_join_evidence([evidence[i] for i, _, _ in members]), open_))[0].double().cpu()
     if bool(values.isnan().any()):
         raise JpqError(f"The score of '{name}' is not a number: the network's weights or outputs are not finite.")
@@ -183,7 +183,7 @@ def _join_evidence(parts: Sequence[Evidence]) -> Evidence:
     means = [p.means for p in parts if p.means is not None]
     scales = [p.scales for p in parts if p.scales is not None]
     chains = [p.chain for p in parts if p.chain is not None]
-    fields = ("own", "reached", "after")
+    fields = ("filter_norms", "producer_norms", "consumer_norms")
     return replace(
         parts[0],
         activations=_concatenate(maps, 1, 2) if maps else None,
@@ -199,15 +199,17 @@ def _select_units(evidence: Evidence, units: Tensor) -> Evidence:
     """The evidence of some units; units: [n], whether each is selected."""
     if bool(units.all()):
         return evidence
-    e, c, at = evidence, evidence.chain, units
+    e, c, mask = evidence, evidence.chain, units
     return replace(
         e,
-        activations=None if e.activations is None else e.activations[:, at.to(e.activations.device)],
-        means=None if e.means is None else e.means[:, :, at.to(e.means.device)],
-        gradients=tuple(g[:, at.to(g.device)] for g in e.gradients),
-        curvature=tuple(h[at.to(h.device)] for h in e.curvature),
-        scales=None if e.scales is None else e.scales[at],
-        chain=None if c is None else Chain(c.own[:, at], c.reached[:, at], c.after[:, at]),
+        activations=None if e.activations is None else e.activations[:, mask.to(e.activations.device)],
+        means=None if e.means is None else e.means[:, :, mask.to(e.means.device)],
+        gradients=tuple(g[:, mask.to(g.device)] for g in e.gradients),
+        curvature=tuple(h[mask.to(h.device)] for h in e.curvature),
+        scales=None if e.scales is None else e.scales[mask],
+        chain=None
+        if c is None
+        else Chain(c.filter_norms[:, mask], c.producer_norms[:, mask], c.consumer_norms[:, mask]),
     )
 
 

@@ -50,20 +50,22 @@ def pack(small: nn.Module, plan: Plan, example: Any, path: Path) -> PackedSize:
     """
     folded = fold_batchnorms(small, example).cpu()
     layers: dict[str, PackedLayer] = {}
-    counted: dict[str, Tensor] = {}  # scales and biases
+    scales_and_biases: dict[str, Tensor] = {}  # scales and biases
     unshared = {name for name, _ in (*folded.named_parameters(), *folded.named_buffers())}
-    others = {name: tensor for name, tensor in folded.state_dict().items() if name in unshared}
+    other_tensors = {name: tensor for name, tensor in folded.state_dict().items() if name in unshared}
     for name, layer in _quantized_layers(folded).items():
         layers[name] = _packed_layer(name, layer, plan)
         transposed = bool(getattr(layer, "transposed", False))
         outputs = layer.weight.shape[1] * layer.groups if transposed else len(layer.weight)
-        counted[f"{name}.scale"] = weight_quantizer(layer).scale().detach().flatten().expand(outputs).float()
-        counted[f"{name}.bias"] = torch.zeros(outputs) if layer.bias is None else layer.bias.float()
-        for key in [k for k in others if k.startswith(f"{name}.") and k[len(name) + 1 :].split(".")[0] in _LAYER_STATE]:
-            del others[key]
-        others[f"{name}.range"] = act_quantizer(layer).threshold.float()
-    save_packed(path, layers, {**counted, **others})
-    total, header, promised = path.stat().st_size, header_bytes(path), packed_bytes(layers, counted)
+        scales_and_biases[f"{name}.scale"] = weight_quantizer(layer).scale().detach().flatten().expand(outputs).float()
+        scales_and_biases[f"{name}.bias"] = torch.zeros(outputs) if layer.bias is None else layer.bias.float()
+        for key in [
+            k for k in other_tensors if k.startswith(f"{name}.") and k[len(name) + 1 :].split(".")[0] in _LAYER_STATE
+        ]:
+            del other_tensors[key]
+        other_tensors[f"{name}.range"] = act_quantizer(layer).threshold.float()
+    save_packed(path, layers, {**scales_and_biases, **other_tensors})
+    total, header, promised = path.stat().st_size, header_bytes(path), packed_bytes(layers, scales_and_biases)
     return PackedSize(total, header, promised, total - header - promised)
 
 

@@ -76,9 +76,9 @@ def reference_models(dense: nn.Module, plan: Plan, shape: Sequence[int], folder:
     """Write the float, the pruned float and the int8 model that a compressed one is compared with; returns paths."""
     example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     pruned = insert_selects(apply_slices(copy.deepcopy(dense), plan.slices), plan.selects)
-    wide = {name: LayerPlan(8, 8, layer.signed) for name, layer in plan.layers.items()}
+    int8_layers = {name: LayerPlan(8, 8, layer.signed) for name, layer in plan.layers.items()}
     ends = {name: EndPlan(8, end.signed) for name, end in plan.ends.items()}
-    int8 = build_from_plan(Plan("int8", wide, {}, ends=ends), dense)
+    int8 = build_from_plan(Plan("int8", int8_layers, {}, ends=ends), dense)
     grids = [m for m in int8.modules() if isinstance(m, IntegerQuantizer)]
     for i, grid in enumerate(grids):  # no two alike: a runtime would merge them
         grid.log_threshold.data.fill_(i / len(grids))

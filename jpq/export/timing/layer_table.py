@@ -40,7 +40,7 @@ SMALL_LAYER_MACS = 5 * 10**6  # below this, copies of a layer are timed together
 
 COPIES = 4  # of a small layer
 
-Progress = Callable[[int, int], None]  # (calls done, of all)
+ReportProgress = Callable[[int, int], None]  # (calls done, of all)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LayerBenchmark:
     inputs: int
     outputs: int
     form: str | None  # None: in floating point
-    whole: bool  # with all of its channels
+    all_channels: bool  # with all of its channels
 
     @property
     def macs(self) -> int:
@@ -72,7 +72,7 @@ class LayerBenchmark:
 
 
 def measure_layers(
-    network: Network, name: str, threads: int = 1, repeats: int = 60, report: Progress = lambda done, of: None
+    network: Network, name: str, threads: int = 1, repeats: int = 60, report: ReportProgress = lambda done, of: None
 ) -> list[Entry]:
     """Measure a network's layers: the median of `repeats` calls each, less the cost of an empty call.
 
@@ -102,7 +102,7 @@ def measure_layers(
         runners = [Runner(empty_model(), threads), *(Runner(m, threads) for m in layer_models)]
         seconds = take_turns(runners, repeats, count)
         for benchmark, model, times in zip(part, layer_models, seconds[1:], strict=True):
-            kernel_counts = sorted(count_kernels(model).items()) if benchmark.whole else []
+            kernel_counts = sorted(count_kernels(model).items()) if benchmark.all_channels else []
             kernels = " ".join(f"{kind}:{n}" for kind, n in kernel_counts)
             own_notes = {"n": str(repeats), "kernels": kernels, "model": name, **notes}
             entries[benchmark] = _table_entry(benchmark, times, float(np.median(seconds[0])), own_notes)
@@ -122,9 +122,9 @@ def layer_benchmarks(network: Network) -> list[LayerBenchmark]:
         if key.kind != "depthwise":
             pairs = [(i, o) for i in sides[0] for o in sides[1]]
         for i, o in pairs:
-            whole = (i, o) == (len(layer.inputs), len(layer.outputs))
+            all_channels = (i, o) == (len(layer.inputs), len(layer.outputs))
             for form in (None, layer.form):
-                benchmarks[LayerBenchmark(key, max(1, i), o, form, whole)] = None
+                benchmarks[LayerBenchmark(key, max(1, i), o, form, all_channels)] = None
     return list(benchmarks)
 
 

@@ -23,7 +23,7 @@ class Blocks:
     """Blocks of label classes; a class that is in none keeps its place."""
 
     members: tuple[Chain, ...]  # block -> its classes in natural order, at least two
-    at: Mapping[int, tuple[int, int]]  # class -> (block, place in it)
+    place_of: Mapping[int, tuple[int, int]]  # class -> (block, place in it)
 
     def runs(self, labels: Labels) -> Iterator[tuple[int, int, int]]:
         """(first position, length, block or NONE) of every whole block in a sequence, and of the positions between."""
@@ -31,15 +31,15 @@ class Blocks:
         starts = np.concatenate([[0], np.cumsum(sizes)])
         k = 0
         while k < len(heads):
-            block, place = self.at.get(int(heads[k]), (NONE, 0))
+            block, place = self.place_of.get(int(heads[k]), (NONE, 0))
             n = len(self.members[block]) if block != NONE and place in (0, len(self.members[block]) - 1) else 1
             yield int(starts[k]), int(starts[min(k + n, len(heads))] - starts[k]), block
             k += n
 
     def natural_rank(self) -> Labels:
         """Class -> its place within its block, in the network's own order."""
-        rank = np.zeros(1 + max(self.at, default=0), np.int64)
-        for c, (_, place) in self.at.items():
+        rank = np.zeros(1 + max(self.place_of, default=0), np.int64)
+        for c, (_, place) in self.place_of.items():
             rank[c] = place
         return rank
 
@@ -49,7 +49,7 @@ class Blocks:
         for start, n, block in self.runs(labels):
             if block != NONE and n > 1:
                 keys = rank[labels[start : start + n]]
-                backward = self.at[int(labels[start])][1] != 0
+                backward = self.place_of[int(labels[start])][1] != 0
                 positions[start : start + n] = start + np.argsort(-keys if backward else keys, kind="stable")
         return positions
 
@@ -86,16 +86,16 @@ def _run_lengths(labels: Labels) -> tuple[Labels, Labels]:
 def _chains(sequences: Sequence[Labels], free: Collection[int]) -> list[Chain]:
     """Chains of free classes whose every occurrence has the same neighbours."""
     order, neighbours = _constant_neighbours(sequences, free)
-    chains, seen = [], set[int]()
+    chains, visited = [], set[int]()
     for c in order:
-        if len(neighbours[c]) == 1 and c not in seen:  # an end of a chain: rings have none and stay as they are
+        if len(neighbours[c]) == 1 and c not in visited:  # an end of a chain: rings have none and stay as they are
             chain = [c]
             while (following := [d for d in neighbours[chain[-1]] if d not in chain[-2:-1]]) and (
-                following[0] not in seen
+                following[0] not in visited
             ):
-                seen.add(chain[-1])
+                visited.add(chain[-1])
                 chain.append(following[0])
-            seen.update(chain)
+            visited.update(chain)
             chains.append(tuple(chain))
     return chains
 
@@ -126,7 +126,7 @@ def _broken_blocks(blocks: Blocks, labels: Labels) -> Iterator[int]:
     heads, sizes = _run_lengths(labels)
     k = 0
     while k < len(heads):
-        block, _ = blocks.at.get(int(heads[k]), (NONE, 0))
+        block, _ = blocks.place_of.get(int(heads[k]), (NONE, 0))
         chain = blocks.members[block] if block != NONE else (int(heads[k]),)
         part = tuple(heads[k : k + len(chain)].tolist())
         in_order = part in (chain, chain[::-1])

@@ -28,8 +28,8 @@ def order_channels(sets: Sequence[Collection[int]], channels: Sequence[int]) -> 
     """
     place = {c: k for k, c in enumerate(channels)}
     laid_out = [channels[k] for k in _lay_out([Set(place[c] for c in s) for s in sets if len(s)])]
-    seen = set(laid_out)
-    order = laid_out + [c for c in channels if c not in seen]
+    placed = set(laid_out)
+    order = laid_out + [c for c in channels if c not in placed]
     return order if count_copied(sets, order) <= count_copied(sets, channels) else list(channels)
 
 

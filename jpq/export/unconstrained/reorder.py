@@ -68,7 +68,7 @@ def choose_layout(network: Network, sites: Sequence[Site], kept: Kept, reorder: 
     dropped, axes = _dropped_inputs(sites, kept)
     blocks = find_blocks(network)
     consumers = [_consumer(layer, dropped[layer.name], removed) for layer in network.layers]
-    consumers = [consumer for consumer in consumers if (consumer.alive != consumer.kept).any()]
+    consumers = [consumer for consumer in consumers if (consumer.surviving != consumer.kept).any()]
     for consumer in consumers:
         if not consumer.kept.any():
             raise JpqError(f"Layer '{consumer.layer.name}' would read nothing. Keep at least one of its inputs.")
@@ -101,13 +101,13 @@ class _Consumer:
     """A layer that reads only a part of the channels that are left of its input."""
 
     layer: Layer
-    alive: np.ndarray = field(repr=False)  # positions of its dense input that the network keeps
+    surviving: np.ndarray = field(repr=False)  # positions of its dense input that the network keeps
     kept: np.ndarray = field(repr=False)  # positions that this layer keeps
 
     def positions(self, blocks: Blocks, rank: Labels) -> Labels:
         """Positions, in its new input, of the channels that it reads."""
         places = blocks.places(self.layer.inputs, rank)
-        return np.flatnonzero(self.kept[places][self.alive[places]])
+        return np.flatnonzero(self.kept[places][self.surviving[places]])
 
     def copied(self, blocks: Blocks, rank: Labels) -> int:
         """Number of channels that it must copy."""
@@ -120,18 +120,18 @@ class _Consumer:
         Empty where no order can: a block between the first and the last that it reads from is not read whole, or one
         block would have to end in two ways.
         """
-        runs = [(b, slice(s, s + n)) for s, n, b in blocks.runs(self.layer.inputs) if self.alive[s : s + n].any()]
-        read = [k for k, (_, at) in enumerate(runs) if self.kept[at].any()]
+        runs = [(b, slice(s, s + n)) for s, n, b in blocks.runs(self.layer.inputs) if self.surviving[s : s + n].any()]
+        read = [k for k, (_, span) in enumerate(runs) if self.kept[span].any()]
         runs = runs[read[0] : read[-1] + 1]
         demands: dict[int, Demand] = {}
-        for k, (block, at) in enumerate(runs):
-            if (self.alive[at] == self.kept[at]).all():
+        for k, (block, span) in enumerate(runs):
+            if (self.surviving[span] == self.kept[span]).all():
                 continue
             if block == NONE or 0 < k < len(runs) - 1:
                 return {}
-            backward = blocks.at[int(self.layer.inputs[at][0])][1] != 0
+            backward = blocks.place_of[int(self.layer.inputs[span][0])][1] != 0
             side = "side by side" if len(runs) == 1 else "last" if (k == 0) != backward else "first"
-            demand = side, frozenset(self.layer.inputs[at][self.kept[at]].tolist())
+            demand = side, frozenset(self.layer.inputs[span][self.kept[span]].tolist())
             if demands.setdefault(block, demand) != demand:
                 return {}
         return demands
@@ -139,8 +139,8 @@ class _Consumer:
 
 def _consumer(layer: Layer, dropped: Sequence[int], removed: Labels) -> _Consumer:
     """A layer as a consumer, from the classes that it does not read and those that the network removes."""
-    alive = ~np.isin(layer.inputs, removed)
-    return _Consumer(layer, alive, alive & ~np.isin(layer.inputs, np.array(dropped, np.int64)))
+    surviving = ~np.isin(layer.inputs, removed)
+    return _Consumer(layer, surviving, surviving & ~np.isin(layer.inputs, np.array(dropped, np.int64)))
 
 
 def _choose_rank(blocks: Blocks, consumers: Sequence[_Consumer], removed: Labels) -> Labels:
@@ -151,8 +151,8 @@ def _choose_rank(blocks: Blocks, consumers: Sequence[_Consumer], removed: Labels
         for block, demand in consumer.demands(blocks).items():
             demands_on[block].append((consumer, demand))
     for block, demands in demands_on.items():
-        best, alive = None, [c for c in blocks.members[block] if c not in removed_classes]
-        for candidate in _candidate_orders(alive, [demand for _, demand in demands]):
+        best, surviving = None, [c for c in blocks.members[block] if c not in removed_classes]
+        for candidate in _candidate_orders(surviving, [demand for _, demand in demands]):
             trial = rank.copy()
             trial[candidate] = np.arange(len(candidate))
             place = {c: k for k, c in enumerate(candidate)}

@@ -50,13 +50,13 @@ class Admm(FixedCount):
         self.rhos, self.updates, self.connected = tuple(rhos), UPDATES_PER_RHO * len(rhos), connected
         self.register_buffer("kept", torch.ones(rows, n))
         self.register_buffer("done", torch.zeros((), dtype=torch.long))  # updates so far
-        self.seen: list[tuple[Weight, Structure]] = []
+        self.observed: list[tuple[Weight, Structure]] = []
 
     def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
         """Remember the weights; at the first call Z becomes their projection and U zero."""
-        self.seen = list(weights)
+        self.observed = list(weights)
         if not hasattr(self, "z0"):
-            for i, (weight, _) in enumerate(self.seen):
+            for i, (weight, _) in enumerate(self.observed):
                 self.register_buffer(f"u{i}", torch.zeros_like(weight))
                 self.register_buffer(f"z{i}", torch.zeros_like(weight))
             self.project()
@@ -73,7 +73,7 @@ class Admm(FixedCount):
         Units at ragged edges rank by their mean square: by their norm the full ones would all come first, and more
         weights than `density` would stay.
         """
-        sums = [(weight + self.dual(i), structure) for i, (weight, structure) in enumerate(self.seen)]
+        sums = [(weight + self.dual(i), structure) for i, (weight, structure) in enumerate(self.observed)]
         norms = torch.stack([structure.pool(total.square()) for total, structure in sums]).sum(0)
         self.kept.copy_(self.top(norms / self.sizes.clamp_min(1), self.density))
         if self.connected < 1:
@@ -103,7 +103,7 @@ class Admm(FixedCount):
 
     def own_loss(self) -> Tensor:
         """Augmented Lagrangian rho/2 ||W - Z + U||^2, summed over all taps."""
-        parts = [(w - self.near(i) + self.dual(i)).square().sum() for i, (w, _) in enumerate(self.seen)]
+        parts = [(w - self.near(i) + self.dual(i)).square().sum() for i, (w, _) in enumerate(self.observed)]
         return self.rho / 2 * torch.stack(parts).sum()
 
     @torch.no_grad()
@@ -113,14 +113,16 @@ class Admm(FixedCount):
             return
         previous_rho = self.rho
         self.project()
-        for i, (weight, _) in enumerate(self.seen):
+        for i, (weight, _) in enumerate(self.observed):
             self.dual(i).add_(weight - self.near(i))
         self.done.fill_(int(progress * self.updates))
-        for i in range(len(self.seen)):
+        for i in range(len(self.observed)):
             self.dual(i).mul_(previous_rho / self.rho)
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
         """Relative distance of the weights from the structure: `residual` = ||W - Z|| / ||W||."""
-        squared_distance = sum(float((w - self.near(i)).square().sum()) for i, (w, _) in enumerate(self.seen))
-        return {"residual": (squared_distance / max(1e-30, sum(float(w.square().sum()) for w, _ in self.seen))) ** 0.5}
+        squared_distance = sum(float((w - self.near(i)).square().sum()) for i, (w, _) in enumerate(self.observed))
+        return {
+            "residual": (squared_distance / max(1e-30, sum(float(w.square().sum()) for w, _ in self.observed))) ** 0.5
+        }

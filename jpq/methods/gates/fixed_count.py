@@ -163,5 +163,5 @@ def kept_counts(density: float, n: Tensor) -> Tensor:
     """Number of units that stay in rows of different length, `[rows]`, from their numbers of real units, `[rows]`."""
     if not 0 <= density <= 1:
         raise JpqError(f"A density is a share from 0 to 1, not {density}.")
-    exact = (density * n.double()).mul(1e9).round().div(1e9)  # 0.29 * 50 is 14.5, whatever the last bit says
-    return (exact + 0.5).floor().long()
+    product = (density * n.double()).mul(1e9).round().div(1e9)  # 0.29 * 50 is 14.5, whatever the last bit says
+    return (product + 0.5).floor().long()

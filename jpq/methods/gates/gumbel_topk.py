@@ -67,9 +67,9 @@ class GumbelTopK(FixedCount):
         """k-hot draw in each row; its gradient is that of the sum of k softmaxes drawn without replacement."""
         uniform = torch.rand_like(self.logits).clamp(1e-10, 1 - 1e-7)
         scores = self._real(self.logits + self.noise * -(-uniform.log()).log())
-        hard = self.top(scores, self.density)
+        k_hot = self.top(scores, self.density)
         soft = draw_mass(scores / self.temperature, self.count(self.density))
-        return hard + (soft - soft.detach())
+        return k_hot + (soft - soft.detach())
 
     def keep(self) -> Units:
         """Mask of the k largest logits of each row, without noise."""

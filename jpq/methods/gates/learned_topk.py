@@ -51,8 +51,8 @@ class _SoftTopK(torch.autograd.Function):
             if bool((high - low).abs().amax() < 1e-12):
                 break
         f = torch.sigmoid(x + (low + high) / 2)
-        whole = k[:, None] >= s.sum(1, keepdim=True)  # all stay: there is no lambda
-        f = torch.where(whole, torch.ones_like(f), f)
+        keeps_all = k[:, None] >= s.sum(1, keepdim=True)  # all stay: there is no lambda
+        f = torch.where(keeps_all, torch.ones_like(f), f)
         ctx.save_for_backward(f, s, tau)
         ctx.scaled = scaled
         return f.to(m.dtype)
@@ -62,8 +62,8 @@ class _SoftTopK(torch.autograd.Function):
         (g,) = grads
         f, s, tau = ctx.saved_tensors
         v = f * (1 - f)
-        held = (v * g.double()).sum(1, keepdim=True) / (s * v).sum(1, keepdim=True).clamp_min(1e-300)
-        d = v * (g.double() - s * held)
+        mean_gradient = (v * g.double()).sum(1, keepdim=True) / (s * v).sum(1, keepdim=True).clamp_min(1e-300)
+        d = v * (g.double() - s * mean_gradient)
         return (d if ctx.scaled else d / tau.double()).to(g.dtype), None, None, None, None
 
 
@@ -96,7 +96,10 @@ class LearnedTopK(FixedCount):
         self.pool: list[LearnedTopK] = [self]
         self.place = 0  # in the pool
         self.drawn: dict[int, Units] = {}  # what is left of the pool's last common solution, by place
-        self.hard: tuple[list[Any], list[Units]] = ([], [])  # versions of the scores, and the pool's masks at them
+        self.hard_masks: tuple[list[Any], list[Units]] = (
+            [],
+            [],
+        )  # versions of the scores, and the pool's masks at them
         self.start_sizes: Units | None = None  # root mean square of each unit's first weights
 
     @torch.no_grad()
@@ -147,10 +150,10 @@ class LearnedTopK(FixedCount):
         if not self.pooled:
             return self.top(self.scores, self.density)
         leader, versions = self.pool[0], [(g.scores._version, g.scores.device, g.scores.dtype) for g in self.pool]
-        if leader.hard[0] != versions:
+        if leader.hard_masks[0] != versions:
             scores, sizes = [g.scores for g in self.pool], [g.sizes for g in self.pool]
-            leader.hard = versions, best_of_all(scores, sizes, self.density)
-        return leader.hard[1][self.place]
+            leader.hard_masks = versions, best_of_all(scores, sizes, self.density)
+        return leader.hard_masks[1][self.place]
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:

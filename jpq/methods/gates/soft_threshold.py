@@ -45,18 +45,18 @@ class SoftThreshold(FixedCount):
         self.tau, self.final = tau, density
         self.now: Tensor
         self.register_buffer("now", torch.tensor(1.0))  # share that is kept at this point of the search
-        self.seen: Units = torch.ones(rows, n)
+        self.squares: Units = torch.ones(rows, n)
 
     def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
         """Take the squared norm of each unit, with its gradient."""
-        self.seen = squared_norms(weights)
+        self.squares = squared_norms(weights)
 
     def link(self, gates: Sequence[Gate]) -> None:
         """Set the final density of each layer from one global quantile of the magnitudes."""
         pool = [g for g in gates if isinstance(g, SoftThreshold) and g.pooled]
         if pool and pool[0] is self:
             sizes = [g.sizes for g in pool]
-            scores = [g.seen / g.sizes.clamp_min(1) for g in pool]
+            scores = [g.squares / g.sizes.clamp_min(1) for g in pool]
             for gate, keep in zip(pool, best_of_all(scores, sizes, self.density), strict=True):
                 gate.final = float((keep * gate.sizes).sum() / gate.sizes.sum())
 
@@ -66,7 +66,7 @@ class SoftThreshold(FixedCount):
 
     def threshold(self) -> Units:
         """Squared threshold t^2 of each row, `[rows, 1]`; -1 where all units stay."""
-        size = self.seen.detach().clamp_min(0).sqrt()
+        size = self.squares.detach().clamp_min(0).sqrt()
         if self.valid is not None:
             size = size.masked_fill(~self.valid, -1.0)
         k = self.count(float(self.now))[:, None]
@@ -81,14 +81,14 @@ class SoftThreshold(FixedCount):
         """Soft mask sigmoid((w^2 - t^2) / tau); 1 where nothing is dropped."""
         t = self.threshold()
         tau = (t / SOFT).clamp_min(1e-12) if self.tau is None else self.tau
-        return torch.where(t < 0, torch.ones_like(self.seen), torch.sigmoid((self.seen - t) / tau))
+        return torch.where(t < 0, torch.ones_like(self.squares), torch.sigmoid((self.squares - t) / tau))
 
     def keep(self) -> Units:
         """Mask of the largest units of each row, where the soft mask is at least 1/2."""
-        return self.top(self.seen, float(self.now))
+        return self.top(self.squares, float(self.now))
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """Lower the present density; it reaches the final one at `RAMP` of the search."""
         self.now.fill_(1 - (1 - self.final) * min(1.0, progress / RAMP))
-        self.seen = self.seen.detach()
+        self.squares = self.squares.detach()

@@ -53,5 +53,5 @@ class DeadZoneGrid(Grid):
         sign = x.detach().sign()
         over = x * sign - delta
         u = sign * (over + (over.relu() - over).detach()) / s
-        whole = u.detach().round().clamp(-n.detach(), n.detach())
-        return s * (u + (whole - u).detach()) + whole.sign() * delta
+        rounded = u.detach().round().clamp(-n.detach(), n.detach())
+        return s * (u + (rounded - u).detach()) + rounded.sign() * delta

@@ -95,9 +95,9 @@ class Gated(BitWidth):
     def forward(self) -> Tensor:
         """Width of evaluation, with the gradient of the expected width."""
         expected = self.reached() @ self._steps()
-        return self.whole() + (expected - expected.detach())
+        return self.open_width() + (expected - expected.detach())
 
-    def whole(self) -> Tensor:
+    def open_width(self) -> Tensor:
         """Widest choice whose gates are all open, a scalar: the width of evaluation."""
         reached = (self.phi.detach() > CLOSED).to(self.phi.dtype).cumprod(0)
         return torch.cat([reached.new_ones(1), reached]) @ self._steps()
@@ -133,7 +133,7 @@ class Nested(Grid):
 
     def range(self, threshold: Tensor, signed: bool) -> Tensor:
         """Top of the uniform grid: x_max, or half a step below it where the grid is symmetric."""
-        n = torch.exp2(self.width.whole())
+        n = torch.exp2(self.width.open_width())
         return threshold * ((n - 2) / (n - 1)) if signed else threshold
 
     def quantize(self, x: Tensor, threshold: Tensor, bits: Tensor, signed: bool) -> Tensor:

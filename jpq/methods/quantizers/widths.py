@@ -74,8 +74,8 @@ class PowerOfTwo(BitWidth):
 
     def forward(self) -> Tensor:
         """Nearest power of two, with the gradient of the real bits."""
-        whole = torch.exp2(self.bits.clamp(self.choices[0], self.choices[-1]).log2().round())
-        return self.bits + (whole - self.bits).detach()
+        rounded = torch.exp2(self.bits.clamp(self.choices[0], self.choices[-1]).log2().round())
+        return self.bits + (rounded - self.bits).detach()
 
     def soft(self) -> float:
         """Real-valued bits."""
@@ -83,8 +83,8 @@ class PowerOfTwo(BitWidth):
 
     def nearest(self, value: float) -> int:
         """Power of two that is nearest in logarithms, as in training."""
-        at = math.log2(max(value, 1e-3))
-        return min(self.choices, key=lambda c: (abs(math.log2(c) - at), -c))
+        log2_bits = math.log2(max(value, 1e-3))
+        return min(self.choices, key=lambda c: (abs(math.log2(c) - log2_bits), -c))
 
     def switch(self, small: int, large: int) -> float:
         """Geometric mean: 2.83, 5.66, 11.3."""
@@ -119,8 +119,8 @@ class SigmoidWidth(BitWidth):
     @torch.no_grad()
     def after_step(self) -> None:
         """Keep |theta| where tanh has a slope."""
-        wide = self.high - self.low
-        self.theta.copy_(self.theta.abs().clamp(min(FLOOR, wide), max(CEILING * wide, FLOOR)))
+        span = self.high - self.low
+        self.theta.copy_(self.theta.abs().clamp(min(FLOOR, span), max(CEILING * span, FLOOR)))
 
     def _real(self) -> Tensor:
         wide = self.high - self.low

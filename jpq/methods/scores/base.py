@@ -19,7 +19,7 @@ class SiteView:
     name: str
     weights: Tensor  # [n, rest]: all weights that read a unit, of every layer that the units' gate masks, as used
     uses: int = 1  # number of layers that read the units through one gate
-    stay: int | None = None  # number of units that are about to stay, where that is known
+    kept_count: int | None = None  # number of units that are about to stay, where that is known
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +29,9 @@ class Chain:
     Sums over the weights of connected channels only; see `allocation/ranking/neighbour_norms.py`.
     """
 
-    own: Tensor  # [links, n]: squared norm of the unit's filter
-    reached: Tensor  # [links, n]: the same with each weight times the squared norm of its input's producer
-    after: Tensor  # [links, n]: squared norm of the unit's consumers, times the squared scale of the filter's norm
+    filter_norms: Tensor  # [links, n]: squared norm of the unit's filter
+    producer_norms: Tensor  # [links, n]: squared norm of the filter, each weight times its producer's norm
+    consumer_norms: Tensor  # [links, n]: squared norm of the unit's consumers, times the filter's squared norm scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Evidence:
     """Measurements of the running model; a score names the ones that it needs in `needs`."""
 
     activations: Tensor | None = None  # [batch, n, height, width]: the units as the first layer reads them
-    means: Tensor | None = None  # [readers, samples, n]: their mean over all places, as each layer reads them
+    means: Tensor | None = None  # [consumers, samples, n]: their mean over all places, as each layer reads them
     labels: Tensor | None = None  # [samples]: class of each sample of `means`
     gradients: tuple[Tensor, ...] = ()  # a batch: [samples, n], z * dL/dz of each sample's gate z = 1 and loss
     curvature: tuple[Tensor, ...] = ()  # a batch: [n], z * z * d2L/dz2 of the batch's shared gate and mean loss

@@ -9,8 +9,8 @@ Optimization", IEEE TNNLS 2023, arXiv:2110.10921. With X the mean of each unit's
     solve: r = 0; repeat I = the d largest of b - r w, r = sum_I b / sum_I w, until I is unchanged
 
 r never falls and the end is the global optimum (Nie et al., Trace Ratio Criterion for Feature Selection, AAAI 2008).
-The score is b - r w at the optimum of as many units as are about to stay (`SiteView.stay`): its d best are I. b and w
-of units that several layers read are summed over the readers.
+The score is b - r w at the optimum of as many units as are about to stay (`SiteView.kept_count`): its d best are I.
+b and w of units that several layers read are summed over these layers.
 
 The paper's own formulas were not available; the ratio is the classical one of the same name. Units without any scatter
 are removed before all others: with eps alone they would beat every unit with b < r w, live ones included.
@@ -88,11 +88,11 @@ class Catro(Score):
         pairs = [scatters(x, labels) for x in means]
         between, within = (torch.stack(parts).sum(0) for parts in zip(*pairs, strict=True))
         total = between + within
-        alive = total > DEAD * total.mean()
+        active = total > DEAD * total.mean()
         score = torch.full_like(total, -torch.inf)
-        if not bool(alive.any()):
+        if not bool(active.any()):
             return score[None]
-        b, w = between[alive], within[alive] + EPS * total.mean()
-        staying = min(site.stay or len(total), int(alive.sum()))
-        score[alive] = best_set(b, w, max(1, staying))[0]
+        b, w = between[active], within[active] + EPS * total.mean()
+        staying = min(site.kept_count or len(total), int(active.sum()))
+        score[active] = best_set(b, w, max(1, staying))[0]
         return score[None]

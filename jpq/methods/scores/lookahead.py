@@ -11,7 +11,7 @@ over the filters of all layers that make it.
 
 | paper | here | |
 |---|---|---|
-| W_i[k, :]^2, the same times A, B | `Chain.own`, `.reached`, `.after` | [links, n] |
+| W_i[k, :]^2, the same times A, B | `Chain.filter_norms`, `.producer_norms`, `.consumer_norms` | [links, n] |
 | LAP | `Lookahead` | all sites on the weights as they stand |
 | LAP-forward, LAP-backward | `Forward`, `Backward` | site by site, on what the sites before leave |
 | LFP (following layer only), LBP (layer before only) | `Next`, `Previous` | |
@@ -42,7 +42,7 @@ class Lookahead(Score):
     def __call__(self, site: SiteView, evidence: Evidence) -> Units:
         """Sum of S, `[1, n]`."""
         chain = _chain(site, evidence)
-        return (chain.reached * chain.after).sum(0)[None]
+        return (chain.producer_norms * chain.consumer_norms).sum(0)[None]
 
 
 class Forward(Lookahead):
@@ -65,7 +65,7 @@ class Next(Score):
     def __call__(self, site: SiteView, evidence: Evidence) -> Units:
         """Squared Frobenius change of W_{i+1} W_i when a unit of linear layers is removed, `[1, n]`."""
         chain = _chain(site, evidence)
-        return (chain.own * chain.after).sum(0)[None]
+        return (chain.filter_norms * chain.consumer_norms).sum(0)[None]
 
 
 class Previous(Score):
@@ -75,4 +75,4 @@ class Previous(Score):
 
     def __call__(self, site: SiteView, evidence: Evidence) -> Units:
         """Sum over the unit's filters, `[1, n]`."""
-        return _chain(site, evidence).reached.sum(0)[None]
+        return _chain(site, evidence).producer_norms.sum(0)[None]

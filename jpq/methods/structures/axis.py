@@ -50,8 +50,8 @@ class Axis(Structure):
         """Sums over the positions of each unit, `[1, n]`."""
         sums = x.movedim(self.dim, 0).flatten(1).sum(1)
         index = self._positions.to(x.device)
-        held = index != NONE
-        return x.new_zeros(self.n).index_add(0, index[held], sums[held])[None]
+        labelled = index != NONE
+        return x.new_zeros(self.n).index_add(0, index[labelled], sums[labelled])[None]
 
 
 @dataclass(frozen=True)

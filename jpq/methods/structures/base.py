@@ -27,7 +27,7 @@ class Structure(ABC):
     # False: units of a row overlap, and at most one of them may be kept
 
     regular: ClassVar[bool] = True  # whether some devices skip the weights that it drops
-    single_weights: ClassVar[bool] = False  # a unit is one weight
+    unit_is_weight: ClassVar[bool] = False  # a unit is one weight
 
     layout: WeightLayout = PLAIN  # whether the layer is transposed, and its groups
 

@@ -16,7 +16,7 @@ from jpq.types import JpqError, Units, Weight
 class Elementwise(Structure):
     """One row of all weights of a layer, in the order of `weight.flatten()`: they compete with each other."""
 
-    single_weights: ClassVar[bool] = True
+    unit_is_weight: ClassVar[bool] = True
     regular: ClassVar[bool] = False
 
     layout: WeightLayout = PLAIN  # makes no difference
@@ -48,7 +48,7 @@ class PerOutput(Structure):
     of fixed fan-in (LUT networks on FPGAs, one index memory per neuron) skip what it drops; GPUs and CPUs do not.
     """
 
-    single_weights: ClassVar[bool] = True
+    unit_is_weight: ClassVar[bool] = True
 
     tiles: int = 1
     layout: WeightLayout = PLAIN

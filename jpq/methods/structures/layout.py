@@ -84,8 +84,8 @@ def spread(z: Tensor, size: Sequence[int], tile: Sequence[int]) -> Tensor:
 
 def collect(x: Tensor, tile: Sequence[int]) -> Tensor:
     """Sum over each tile, `grid(x.shape, tile)`: the adjoint of `spread`."""
-    whole = [d for d, t in enumerate(tile) if t >= x.shape[d] > 1]
-    x = x.sum(whole, keepdim=True) if whole else x
+    spanned = [d for d, t in enumerate(tile) if t >= x.shape[d] > 1]
+    x = x.sum(spanned, keepdim=True) if spanned else x
     for d, t in enumerate(tile):
         if t > 1 and x.shape[d] > 1:
             x = pad(x, d, t).unflatten(d, (-1, t)).sum(d + 1)

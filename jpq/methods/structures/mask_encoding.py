@@ -173,9 +173,9 @@ def pack(numbers: npt.NDArray[Any], width: int) -> Bytes:
         bits = np.empty((len(part), width), np.uint8)
         for j in range(width):
             bits[:, j] = (part >> j) & 1
-        at = start * width // 8
+        byte = start * width // 8
         packed = np.packbits(bits, bitorder="little")
-        out[at : at + len(packed)] = packed
+        out[byte : byte + len(packed)] = packed
     return out
 
 
@@ -189,8 +189,8 @@ def unpack(data: Bytes, width: int, count: int) -> Ints:
     out = np.zeros(count, np.int64)
     for start in range(0, count if width else 0, CHUNK):
         n = min(CHUNK, count - start)
-        at = start * width // 8
-        bits = np.unpackbits(data[at : at + length(n, width)], count=n * width, bitorder="little").reshape(n, width)
+        byte = start * width // 8
+        bits = np.unpackbits(data[byte : byte + length(n, width)], count=n * width, bitorder="little").reshape(n, width)
         for j in range(width):
             out[start : start + n] |= bits[:, j].astype(np.int64) << j
     return out

@@ -54,8 +54,8 @@ def parse(text: str, layout: WeightLayout = PLAIN) -> Structure:
         return KernelPattern.read(rest, layout)
     named = STRUCTURES[name]
     numbers = re.split("[:x]", rest) if rest else []
-    legal = r"\d{1,9}|\*" if named.spans else r"\d{1,9}"
-    if len(numbers) not in named.numbers or not all(re.fullmatch(legal, n) for n in numbers):
+    number = r"\d{1,9}|\*" if named.spans else r"\d{1,9}"
+    if len(numbers) not in named.numbers or not all(re.fullmatch(number, n) for n in numbers):
         raise JpqError(f"Cannot read structure '{text}': write {named.form}.")
     return named.make(*(None if n == "*" else int(n) for n in numbers), layout=layout)
 

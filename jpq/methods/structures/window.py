@@ -29,7 +29,7 @@ class Window(Structure):
     kernel positions nor groups.
     """
 
-    single_weights: ClassVar[bool] = True
+    unit_is_weight: ClassVar[bool] = True
 
     keep: int
     of: int

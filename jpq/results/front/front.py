@@ -141,16 +141,16 @@ def front(source: Any, costs: Sequence[str] = ("bops",), folder: Path | str | No
 def to_dataframe(front: Front) -> pd.DataFrame:
     """A row per run: the front from the cheapest on, then the dominated runs by cost."""
     dominated = set(range(len(front.points))) - set(front.front_indices)
-    others = sorted(dominated, key=lambda i: front.points[i].costs[front.costs[0]])
-    table = pd.DataFrame([_row(front, i) for i in (*front.front_indices, *others)])
-    table["number"] = table["number"].astype("Int64")
-    table = table.drop(columns=[c for c in table if c not in KEPT_COLUMNS and table[c].isna().all()])
-    table.attrs = {
+    dominated_indices = sorted(dominated, key=lambda i: front.points[i].costs[front.costs[0]])
+    frame = pd.DataFrame([_row(front, i) for i in (*front.front_indices, *dominated_indices)])
+    frame["number"] = frame["number"].astype("Int64")
+    frame = frame.drop(columns=[c for c in frame if c not in KEPT_COLUMNS and frame[c].isna().all()])
+    frame.attrs = {
         "hypervolume": front.hypervolume,
         "knee": None if front.knee is None else front.points[front.knee].name,
         "float": {"accuracy": float_accuracy(front), **front.full_costs},
     }
-    return table
+    return frame
 
 
 def float_accuracy(front: Front) -> float | None:

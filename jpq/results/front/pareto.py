@@ -91,8 +91,8 @@ def knee(accuracy: Sequence[float], share: Sequence[float]) -> int | None:
         return None
     quality, cost = ((front - low) / (high - low)).T
     above = (1 - quality) - cost
-    at = int(above.argmax())
-    return int(index[at]) if above[at] > 1e-12 else None
+    farthest = int(above.argmax())
+    return int(index[farthest]) if above[farthest] > 1e-12 else None
 
 
 def _points(points: Any) -> Points:

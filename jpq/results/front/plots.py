@@ -58,11 +58,11 @@ def draw_front(front: Front, choice: Choice | None = None) -> Figure:
         height = metric_scale(front.task) * reference
         axes.axhline(height, color=INK, lw=0.8, ls=":", gid="float")
         axes.scatter([100], [height], marker="D", s=46, color=INK, zorder=4, label="float model", gid="float")
-    for at, names in _uniform(front, cost).items():
-        axes.axvline(at, color=ORANGE, lw=1, ls=(0, (4, 3)), alpha=0.8, gid="tick", zorder=1)
+    for percent, names in _uniform(front, cost).items():
+        axes.axvline(percent, color=ORANGE, lw=1, ls=(0, (4, 3)), alpha=0.8, gid="tick", zorder=1)
         axes.annotate(
             names,
-            (at, 1),
+            (percent, 1),
             xycoords=axes.get_xaxis_transform(),
             ha="center",
             va="bottom",
@@ -72,14 +72,14 @@ def draw_front(front: Front, choice: Choice | None = None) -> Figure:
             textcoords="offset points",
         )
 
-    line = front.front_points
-    x, y = _coordinates(line, cost)
+    front_points = front.front_points
+    x, y = _coordinates(front_points, cost)
     if len(front.costs) == 1:
         axes.step(x, y, where="post", color=BLUE, lw=1.6, zorder=2, gid="staircase")
     dominated = [p for i, p in enumerate(front.points) if i not in front.front_indices]
-    even = [p for p in front.points if p.is_uniform]
+    uniform_points = [p for p in front.points if p.is_uniform]
     axes.scatter(
-        *_coordinates([p for p in dominated if p not in even], cost),
+        *_coordinates([p for p in dominated if p not in uniform_points], cost),
         s=26,
         facecolor="white",
         edgecolor=PALE,
@@ -88,12 +88,17 @@ def draw_front(front: Front, choice: Choice | None = None) -> Figure:
         gid="dominated",
     )
     axes.scatter(
-        *_coordinates([p for p in line if p not in even], cost), s=40, color=BLUE, zorder=4, label="front", gid="front"
+        *_coordinates([p for p in front_points if p not in uniform_points], cost),
+        s=40,
+        color=BLUE,
+        zorder=4,
+        label="front",
+        gid="front",
     )
-    if even:
-        filled = [ORANGE if p in line else "white" for p in even]
+    if uniform_points:
+        filled = [ORANGE if p in front_points else "white" for p in uniform_points]
         axes.scatter(
-            *_coordinates(even, cost),
+            *_coordinates(uniform_points, cost),
             s=44,
             marker="s",
             c=filled,
@@ -141,8 +146,10 @@ def _name_points(axes: Axes, front: Front, cost: str) -> None:
     low, high = axes.get_xlim()
     bottom, top = axes.get_ylim()
     scale = metric_scale(front.task)
-    at = [(100 * p.share(cost), scale * p.accuracy) for p in front.points]
-    spots = [(WIDE * math.log(x / low) / math.log(high / low), HIGH * (y - bottom) / (top - bottom)) for x, y in at]
+    positions = [(100 * p.share(cost), scale * p.accuracy) for p in front.points]
+    spots = [
+        (WIDE * math.log(x / low) / math.log(high / low), HIGH * (y - bottom) / (top - bottom)) for x, y in positions
+    ]
     taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in spots]
     for i in (front.front_indices[-1], *front.front_indices[:-1]):
         number = str(front.number(i))
@@ -154,7 +161,7 @@ def _name_points(axes: Axes, front: Front, cost: str) -> None:
                 taken.append(box)
                 label = axes.annotate(
                     text,
-                    at[i],
+                    positions[i],
                     xytext=(APART * side, rise),
                     textcoords="offset points",
                     fontsize=8.5,
@@ -192,12 +199,15 @@ def _method(point: RunPoint) -> str:
 
 def _uniform(front: Front, cost: str) -> dict[float, str]:
     """Cost of uniform bits in per cent of fp32 -> their names; by latency several widths may take the same time."""
-    counted = next((p.uniform for p in front.points if p.uniform), {})  # the same for all runs of one model
-    found: dict[float, list[str]] = {}
-    for name, costs in counted.items():
+    uniform_costs = next((p.uniform for p in front.points if p.uniform), {})  # the same for all runs of one model
+    names_by_percent: dict[float, list[str]] = {}
+    for name, costs in uniform_costs.items():
         if cost in costs:
-            found.setdefault(round(100 * costs[cost] / front.points[0].full_costs[cost], 9), []).append(name)
-    return {at: names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}" for at, names in found.items()}
+            names_by_percent.setdefault(round(100 * costs[cost] / front.points[0].full_costs[cost], 9), []).append(name)
+    return {
+        percent: names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+        for percent, names in names_by_percent.items()
+    }
 
 
 def escape_math(text: str) -> str:

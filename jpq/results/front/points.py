@@ -72,19 +72,19 @@ def _source_name(source: Any) -> str:
 
 def check_one_task(points: Sequence[RunPoint]) -> None:
     """Raises JpqError where runs are of several models or data sets, so that they cannot be compared."""
-    first = points[0]
-    for other in points[1:]:
-        for what in ("model", "data"):
-            one, two = getattr(first, what), getattr(other, what)
-            if one != two:
+    reference = points[0]
+    for point in points[1:]:
+        for name in ("model", "data"):
+            value, other_value = getattr(reference, name), getattr(point, name)
+            if value != other_value:
                 raise JpqError(
-                    f"Runs of one front share model and data: {first.name} has {what} {one}, {other.name} has {two}. "
-                    "Name the folders of one task."
+                    f"Runs of one front share model and data: {reference.name} has {name} {value}, {point.name} has "
+                    f"{other_value}. Name the folders of one task."
                 )
-        if not math.isclose(first.full_costs["bops"], other.full_costs["bops"], rel_tol=1e-6):
+        if not math.isclose(reference.full_costs["bops"], point.full_costs["bops"], rel_tol=1e-6):
             raise JpqError(
-                f"Runs of one front share model and data: the fp32 model of {first.name} costs "
-                f"{first.full_costs['bops']:,.0f} BOPs, that of {other.name} {other.full_costs['bops']:,.0f}."
+                f"Runs of one front share model and data: the fp32 model of {reference.name} costs "
+                f"{reference.full_costs['bops']:,.0f} BOPs, that of {point.name} {point.full_costs['bops']:,.0f}."
             )
 
 
@@ -201,8 +201,8 @@ class RunPoint:
     def is_uniform(self) -> bool:
         """Whether all layers have the same bits and nothing is dropped; the image keeps its own bits."""
         bits = {(layer.w_bits, layer.a_bits) for layer in self.layers[1:]}
-        whole = all(layer.density == 1 for layer in self.layers)
-        return whole and len(bits) == 1 and {layer.w_bits for layer in self.layers} == {w for w, _ in bits}
+        unpruned = all(layer.density == 1 for layer in self.layers)
+        return unpruned and len(bits) == 1 and {layer.w_bits for layer in self.layers} == {w for w, _ in bits}
 
 
 def read_point(folder: Path) -> RunPoint:
@@ -210,18 +210,18 @@ def read_point(folder: Path) -> RunPoint:
     config = read_config(folder / "config.toml")
     try:
         tree = untrusted.parse_json(untrusted.read_text(folder / RESULT_FILE, "result", MAX_BYTES), RESULT_FILE)
-        now, full, held = tree["compressed"], tree["float"], tree["held_out"]
+        compressed, float_model, held_out = tree["compressed"], tree["float"], tree["held_out"]
         layers = tuple(_layers(folder / "layers.csv"))
         data = tree.get("data") or {}
         task = recorded_task(data)
         point = RunPoint(
             name=_name(folder.resolve()),
             folder=folder,
-            accuracy=_metric(task, held["compressed"], f"held-out {task.metric_name}"),
-            test_accuracy=_maybe(task, now["accuracy"]),
-            float_accuracy=_maybe(task, held.get("float")),
-            costs=_costs(now, config.budget.cost, layers),
-            full_costs=_costs(full),
+            accuracy=_metric(task, held_out["compressed"], f"held-out {task.metric_name}"),
+            test_accuracy=_maybe(task, compressed["accuracy"]),
+            float_accuracy=_maybe(task, held_out.get("float")),
+            costs=_costs(compressed, config.budget.cost, layers),
+            full_costs=_costs(float_model),
             model=config.task.model,
             data=str(data.get("name", config.task.data)),
             chance=_chance(task, folder / "plan.json"),
@@ -252,18 +252,18 @@ def _short(error: Exception) -> str:
 
 
 def _costs(
-    now: Mapping[str, Any], cost: str = "bops", layers: Sequence[tuple[LayerDecision, float]] = ()
+    model: Mapping[str, Any], cost: str = "bops", layers: Sequence[tuple[LayerDecision, float]] = ()
 ) -> dict[str, float]:
     """Costs of a recorded model by name in COSTS; plain BOPs come from the layers under --cost bops-structured."""
-    bops = sum(b for _, b in layers) if cost != "bops" and layers else now["bops"]
-    found = {
+    bops = sum(b for _, b in layers) if cost != "bops" and layers else model["bops"]
+    costs = {
         "bops": _above(bops, "BOPs"),
-        "bops-structured": _above(now.get("bops_structured") or now["bops"], "BOPs"),
-        "macs": _above(now["macs"], "MACs"),
-        "size": _above(now["size_bytes"], "bytes"),
+        "bops-structured": _above(model.get("bops_structured") or model["bops"], "BOPs"),
+        "macs": _above(model["macs"], "MACs"),
+        "size": _above(model["size_bytes"], "bytes"),
     }
-    ms = now.get("latency_ms")
-    return found if ms is None else {**found, "latency": NS * _above(ms, "latency")}
+    latency_ms = model.get("latency_ms")
+    return costs if latency_ms is None else {**costs, "latency": NS * _above(latency_ms, "latency")}
 
 
 def _above(value: Any, what: str) -> float:
@@ -316,11 +316,11 @@ def _chance(task: Task, path: Path) -> float:
 def decisions(config: Config) -> dict[str, Any]:
     """The settings of a run that a front shows: method, structure, targets, learning rates, seed, epochs ..."""
     d, t, b = config.decide, config.train, config.budget
-    asked = {"bops": b.target_bops, "macs": b.target_macs, "size": b.target_size, "latency": b.target_latency}
+    targets = {"bops": b.target_bops, "macs": b.target_macs, "size": b.target_size, "latency": b.target_latency}
     return {
         "method": d.method,
         "structure": d.structure or _own_structure(d.method) or None,
-        "target": ", ".join(f"{name} {text}" for name, text in asked.items() if text is not None),
+        "target": ", ".join(f"{name} {text}" for name, text in targets.items() if text is not None),
         "cost": b.cost,
         "width": d.width or None,
         "w_bits": "{} to {}".format(*d.w_bits),
@@ -349,35 +349,35 @@ def _own_structure(method: str) -> str:
 
 
 def from_attributes(
-    name: str, about: Mapping[str, Any], found: Mapping[str, Any], params: Mapping[str, Any]
+    name: str, about: Mapping[str, Any], attributes: Mapping[str, Any], params: Mapping[str, Any]
 ) -> RunPoint:
     """The point of a trial without its folder, from its user attributes. Raises JpqError where that is not enough.
 
     Args:
-        name: what to call it; about: the study's own attributes, which hold the task's settings.
-        found: the trial's attributes (`held_out`, `bops`, `bops_share`, `macs`, `size_bytes`, `latency_ms`, `layers`).
-        params: what the sampler chose.
+        name: of the point; about: the study's own attributes, which hold the task's settings.
+        attributes: of the trial (`held_out`, `bops`, `bops_share`, `macs`, `size_bytes`, `latency_ms`, `layers`).
+        params: the sampler's choices.
     """
     try:
         task, settings = recorded_task(about), about.get("settings", {}).get("task", {})
-        bops, share = _above(found["bops"], "BOPs"), _above(found["bops_share"], "share of BOPs")
-        latency = {"latency": NS * _above(found["latency_ms"], "latency")} if found.get("latency_ms") else {}
-        place = str(found.get("run_folder", ""))
+        bops, share = _above(attributes["bops"], "BOPs"), _above(attributes["bops_share"], "share of BOPs")
+        latency = {"latency": NS * _above(attributes["latency_ms"], "latency")} if attributes.get("latency_ms") else {}
+        place = str(attributes.get("run_folder", ""))
         return RunPoint(
             name=name,
             folder=None,
-            accuracy=_metric(task, found["held_out"], f"held-out {task.metric_name}"),
+            accuracy=_metric(task, attributes["held_out"], f"held-out {task.metric_name}"),
             test_accuracy=None,
             float_accuracy=None,
-            costs={"bops": bops, "macs": float(found["macs"]), "size": float(found["size_bytes"]), **latency},
+            costs={"bops": bops, "macs": float(attributes["macs"]), "size": float(attributes["size_bytes"]), **latency},
             full_costs={"bops": float(round(bops / share))},
             model=str(settings.get("model", "")),
             data=str(settings.get("data", "")),
             chance=_metric(task, about.get("accuracy of guessing", 0.0), f"{task.metric_name} of guessing"),
             task=task.name,
             final=False,
-            decisions={"method": found.get("method"), "settings": place.rpartition("/")[2] or None, **params},
-            layers=tuple(_told(layer, str(text)) for layer, text in found.get("layers", {}).items()),
+            decisions={"method": attributes.get("method"), "settings": place.rpartition("/")[2] or None, **params},
+            layers=tuple(_parse_layer(layer, str(text)) for layer, text in attributes.get("layers", {}).items()),
         )
     except KeyError as error:
         raise JpqError(f"neither its folder nor its attribute {error} is at hand.") from error
@@ -385,7 +385,7 @@ def from_attributes(
         raise JpqError(f"its attributes are not those of a trial of jpq study ({_short(error)}).") from error
 
 
-def _told(name: str, text: str) -> LayerDecision:
+def _parse_layer(name: str, text: str) -> LayerDecision:
     """Parse a layer's decision from `jpq study`'s text, such as "W4 A3, 24/32 channels, density 0.50 (2:4)"."""
     bits = re.match(r"W(\d+) A(\d+)", text)
     if bits is None:

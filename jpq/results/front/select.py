@@ -120,8 +120,8 @@ def pick_point(front: Front, limits: Sequence[Limit], knee: bool = False) -> Cho
     else:
         best = max(fit, key=lambda p: (p.accuracy, -p.costs[cost]))
         why.append(_extreme_text(f"the highest held-out {front.task.metric_name}", len(fit)))
-    at = next(i for i, p in enumerate(front.points) if p is best)
-    return Choice(at, best, (*why, *_neighbour_texts(front, best, limits)))
+    index = next(i for i, p in enumerate(front.points) if p is best)
+    return Choice(index, best, (*why, *_neighbour_texts(front, best, limits)))
 
 
 def _extreme_text(what: str, n: int) -> str:
@@ -177,9 +177,9 @@ def _nearest_text(front: Front, limits: Sequence[Limit]) -> str:
     return f"No run meets {' and '.join(limit.text for limit in limits)}: {'; '.join(near)}."
 
 
-def _best_text(points: Sequence[RunPoint], limit: Limit, whole: str = "") -> str:
+def _best_text(points: Sequence[RunPoint], limit: Limit, scope: str = "") -> str:
     if limit.cost == ACCURACY:
         best = max(points, key=lambda p: p.accuracy)
-        return f"the most accurate{whole} is {best.name} with {format_metric(pick_task(best.task), best.accuracy)}"
+        return f"the most accurate{scope} is {best.name} with {format_metric(pick_task(best.task), best.accuracy)}"
     best = min(points, key=lambda p: p.costs[limit.cost])
-    return f"the least{whole} is {best.name} with {format_point_cost(best, limit.cost)}"
+    return f"the least{scope} is {best.name} with {format_point_cost(best, limit.cost)}"

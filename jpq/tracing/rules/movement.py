@@ -22,8 +22,8 @@ def transpose(call: OpCall) -> Dims:
     """Transpose and its relatives: two dims change places, or one moves."""
     dims = call.x
     if call.op == "aten.movedim":
-        counted = np.moveaxis(np.empty(range(1, len(dims) + 1)), call["source"], call["destination"]).shape
-        return [dims[n - 1] for n in counted]
+        order = np.moveaxis(np.empty(range(1, len(dims) + 1)), call["source"], call["destination"]).shape
+        return [dims[n - 1] for n in order]
     if call.op == "aten.mT":
         return [*dims[:-2], dims[-1], dims[-2]]
     if call.op in ("aten.t", "aten.numpy_T"):
@@ -58,8 +58,8 @@ def select(call: OpCall) -> Dims | list[Dims]:
     """Select: single indices of a dim, whose places are fixed in the code."""
     dims, d = call.x, call.dim(call["dim"])
     call.freeze(dims[d], f"picked by its index in {call.op}")
-    others = [*dims[:d], *dims[d + 1 :]]
-    return others if call.op == "aten.select" else [others] * len(call.node.meta["val"])
+    other_dims = [*dims[:d], *dims[d + 1 :]]
+    return other_dims if call.op == "aten.select" else [other_dims] * len(call.node.meta["val"])
 
 
 @rule("aten.slice", "aten.narrow")

@@ -80,17 +80,17 @@ def _regroup(
 ) -> tuple[int | None, Labels | None]:
     """(target dim, labels there) of the labels of source dim `d`; (None, None) where they are frozen."""
     sizes = [shape_of(call.tensors[0])[k] for k in source_dims]
-    wide = [k for k in target_dims if call.shape[k] != 1]
+    long_dims = [k for k in target_dims if call.shape[k] != 1]
     spread = np.broadcast_to(labels.reshape([-1 if k == d else 1 for k in source_dims]), sizes).reshape(-1)
-    if not wide:
+    if not long_dims:
         if len(labels) == 1 and target_dims:
             return target_dims[0], labels
         call.freeze(labels, "a single channel whose dim is squeezed away")
         return None, None
-    if len(wide) == 1:
-        return wide[0], spread
-    blocks = spread.reshape([call.shape[k] for k in wide])
-    for axis, k in enumerate(wide):  # the inverse of an earlier merge
+    if len(long_dims) == 1:
+        return long_dims[0], spread
+    blocks = spread.reshape([call.shape[k] for k in long_dims])
+    for axis, k in enumerate(long_dims):  # the inverse of an earlier merge
         rows = np.moveaxis(blocks, axis, -1).reshape(-1, blocks.shape[axis])
         if (rows == rows[0]).all():
             return k, rows[0].copy()
@@ -98,7 +98,7 @@ def _regroup(
     tied = call.tie(np.moveaxis(blocks, axis, -1).reshape(-1, blocks.shape[axis])).copy()
     if _feeds_attention(call.node):
         _record_heads(call, tied)
-    return wide[axis], tied
+    return long_dims[axis], tied
 
 
 def _shrinkable_axis(call: OpCall, shape: tuple[int, ...]) -> int:

@@ -140,7 +140,7 @@ class Each(NullObserver):
     def __init__(self, net):
         self.net, self.copies = net, []
 
-    def step(self, loss, bops_share, aim_share):
+    def step(self, loss, bops_share, limit_share):
         self.copies.append({k: p.detach().clone() for k, p in self.net.named_parameters()})
 
 

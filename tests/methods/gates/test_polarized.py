@@ -155,7 +155,7 @@ def test_bilinear_cost_is_the_counted_one_for_every_binary_gate(name):
             on = torch.rand_like(gate.x) > 0.5
             on[0, seed % gate.n] = True
             gate.x.data = torch.where(on, 1e9, 0.0)
-        inputs, outputs = shares.soft([g.relaxed().detach().double() for g in net.gates])
+        inputs, outputs = shares.soft_shares([g.relaxed().detach().double() for g in net.gates])
         soft = sum(
             layer.macs * float(i) * float(o) for layer, i, o in zip(net.network.layers, inputs, outputs, strict=True)
         )

@@ -9,7 +9,7 @@ import onnx
 import pandas as pd
 import pytest
 import torch
-from runs import QUICK, Stop, config, outcome, resumed
+from runs import QUICK, Stop, config, outcome, resumed, shortened
 
 import jpq
 from jpq import recipe
@@ -25,10 +25,9 @@ from jpq.types import JpqError
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs")
-    asked = config(out)
-    return asked, jpq.optimize(asked, command="jpq optimize --target-bops 1%")
+def finished(finished_run):
+    """(settings, result) of the run that the session shares."""
+    return config(finished_run.folder.parent), finished_run
 
 
 class Closed:
@@ -76,17 +75,20 @@ def test_folder_holds_everything(finished):
 def test_layers_are_observed_again_where_a_search_has_trained_them(method, times, tmp_path, monkeypatch):
     original, seen = calibration.recalibrate, []
     monkeypatch.setattr(recipe, "recalibrate", lambda net, batches: seen.append(original(net, batches)))
-    asked = config(tmp_path)
-    jpq.optimize(replace(asked, decide=replace(asked.decide, method=method)))
+    jpq.optimize(shortened(config(tmp_path, method)), final=False)
     assert len(seen) == times
 
 
 def test_a_trial_computes_the_same_and_leaves_the_test_split_unread(finished, tmp_path, monkeypatch):
     asked, whole = finished
-    original = load
-    monkeypatch.setattr(task_loading, "load_data", lambda *a, **k: replace(data := original(*a, **k), test=Closed(data.test)))
+
+    def closed(*args, **kwargs):
+        data = load(*args, **kwargs)
+        return replace(data, test=Closed(data.test))
+
+    monkeypatch.setattr(task_loading, "load_data", closed)
     with pytest.raises(AssertionError, match="the split was read"):
-        jpq.optimize(replace(asked, run=replace(asked.run, out=tmp_path / "final")))
+        jpq.optimize(shortened(config(tmp_path / "final")))
     trial = jpq.optimize(replace(asked, run=replace(asked.run, out=tmp_path / "trial")), final=False)
     assert not {p.name for p in trial.folder.iterdir()} & {"model.onnx", "model.packed", "curves.png", checkpoint.NAME}
     tree = json.loads((trial.folder / "result.json").read_text())
@@ -122,7 +124,10 @@ def test_saved_model_is_the_reported_one(finished):
     assert plan.method == "djpq"
 
 
-@pytest.mark.parametrize("phase", ["float", "search", "fine-tune"])
+LATER = [pytest.param(phase, marks=pytest.mark.slow) for phase in ("search", "fine-tune")]  # fast in test_resume.py
+
+
+@pytest.mark.parametrize("phase", ["float", *LATER])
 def test_resuming_gives_the_same_bits_as_never_stopping(phase, finished, tmp_path):
     asked, whole = finished
     assert outcome(resumed(asked, tmp_path, phase)) == outcome(whole)
@@ -130,9 +135,9 @@ def test_resuming_gives_the_same_bits_as_never_stopping(phase, finished, tmp_pat
 
 @pytest.mark.parametrize("method", ["gdp", "dais", "spp", "dhp", "dsp"])
 def test_everything_that_a_gate_remembers_is_in_the_checkpoint(method, tmp_path):
-    asked = config(tmp_path / "whole", method)
-    whole = jpq.optimize(asked)
-    assert outcome(resumed(asked, tmp_path / "stopped", "search")) == outcome(whole)
+    asked = shortened(config(tmp_path / "whole", method), epochs=4)
+    whole = jpq.optimize(asked, final=False)
+    assert outcome(resumed(asked, tmp_path / "stopped", "search", final=False)) == outcome(whole)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +151,7 @@ def test_everything_that_a_gate_remembers_is_in_the_checkpoint(method, tmp_path)
     ],
 )
 def test_methods_and_targets(method, budget, tmp_path):
-    result = jpq.optimize(config(tmp_path, method, replace(QUICK, epochs=3), **budget))
+    result = jpq.optimize(shortened(config(tmp_path, method, **budget)))
     assert all(t["reached"] <= t["limit"] for t in result.targets.values())
     used = max(t["used"] for t in result.targets.values())
     assert used >= 0.97 or result.notes
@@ -160,7 +165,7 @@ def test_methods_and_targets(method, budget, tmp_path):
 
 
 def test_a_composed_method_runs_like_a_named_one(tmp_path):
-    asked = config(tmp_path, train=replace(QUICK, epochs=3))
+    asked = shortened(config(tmp_path))
     composed = replace(asked.decide, method="dpf", structure="channels", width="power-of-two")
     result = jpq.optimize(replace(asked, decide=composed))
     assert result.targets["bops"]["reached"] <= result.targets["bops"]["limit"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import config
+from runs import config, shortened
 
 import jpq
 from jpq.allocation import manual
@@ -99,7 +99,7 @@ def test_what_nothing_says_is_as_wide_as_allowed(net):
 
 
 def test_a_run_costs_what_was_said_and_is_verified(tmp_path):
-    asked = config(tmp_path)
+    asked = shortened(config(tmp_path))
     said = Decide(bits="4/3,0=8/8,6=2/2", densities="0.5,3=25%")
     result = jpq.optimize(replace(asked, budget=jpq.Budget(), decide=said))
     rows = {row.name: row for row in result.layers}

@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import QUICK, Stop, config
+from runs import QUICK, Stop, config, shortened
 
 import jpq
 from jpq import costs
@@ -26,7 +26,7 @@ RANKED = [name for name, m in METHODS.items() if m.schedule]
 
 @cache
 def digits():
-    return load("digits", batch_size=64)
+    return load("digits", batch_size=16)
 
 
 @cache
@@ -180,7 +180,7 @@ def test_evidence_is_training_data_and_none_other(tmp_path, monkeypatch):
     seen = []
     original = decision_data.score_batches
     monkeypatch.setattr(phases, "score_batches", lambda data, n=0: seen.append((data, n)) or original(data, n))
-    jpq.optimize(config(tmp_path, "taylor"))
+    jpq.optimize(shortened(config(tmp_path, "taylor"), epochs=4), final=False)
     assert [n for _, n in seen] == sorted({n for _, n in seen})
     assert seen
     data = seen[0][0]
@@ -198,7 +198,7 @@ def plain(batches):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    asked = config(tmp_path_factory.mktemp("runs"), "taylor", replace(QUICK, epochs=6, search=0.67))
+    asked = shortened(config(tmp_path_factory.mktemp("runs"), "taylor", replace(QUICK, search=0.67)), epochs=6)
     return asked, jpq.optimize(asked)
 
 
@@ -211,13 +211,16 @@ def test_a_run_reports_what_it_closed(finished):
     assert result.verified["masked_vs_rebuilt_float64"] <= 1e-9
 
 
-@pytest.mark.parametrize(("phase", "epoch"), [("search", 2), ("search", 4), ("fine-tune", 2)])
+LATER = [pytest.param(*at, marks=pytest.mark.slow) for at in (("search", 4), ("fine-tune", 2))]  # as test_resume.py
+
+
+@pytest.mark.parametrize(("phase", "epoch"), [("search", 2), *LATER])
 def test_resuming_gives_the_same_bits_as_never_stopping(phase, epoch, finished, tmp_path):
     asked, whole = finished
     again = replace(asked, run=replace(asked.run, out=tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        jpq.optimize(again, Stop(phase, epoch))
-    result = jpq.optimize(replace(again, run=replace(again.run, resume=True)))
+        jpq.optimize(again, Stop(phase, epoch), final=False)
+    result = jpq.optimize(replace(again, run=replace(again.run, resume=True)), final=False)
     assert [repr(replace(r, seconds=0.0)) for r in result.history] == [
         repr(replace(r, seconds=0.0)) for r in whole.history
     ]
@@ -226,8 +229,8 @@ def test_resuming_gives_the_same_bits_as_never_stopping(phase, epoch, finished, 
 
 
 def test_classes_rank_and_the_report_says_what_its_accuracy_is_of(tmp_path):
-    asked = config(tmp_path, "catro")
-    result = jpq.optimize(replace(asked, decide=replace(asked.decide, classes="0,3")))
+    asked = shortened(config(tmp_path, "catro"))
+    result = jpq.optimize(replace(asked, decide=replace(asked.decide, classes="0,3")), final=False)
     assert [n for n in result.notes if "ranked for classes 0,3 alone; every accuracy is on all classes" in n]
 
 

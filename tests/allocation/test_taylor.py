@@ -216,27 +216,30 @@ def test_collecting_changes_nothing():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
-@pytest.mark.parametrize(("epochs", "first"), [(2, 0.9), pytest.param(5, 0.7, marks=pytest.mark.slow)])
-def test_ranks_go_with_the_removal_oracle(epochs, first):
-    """Spearman over all units, first and second order above L1.
+@pytest.mark.parametrize(
+    ("epochs", "images", "every", "first"),
+    [(2, 150, 4, 0.9), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 500, 1, 0.9), (5, 500, 1, 0.7)))],
+)
+def test_ranks_go_with_the_removal_oracle(epochs, images, every, first):
+    """Spearman over all units, or every fourth one, first and second order above L1.
 
     The first order is above 0.9, as the sheet asks, only while the gradient is not yet small against the curvature.
     """
     data = load("digits", batch_size=128)
     model = trained(data, epochs)
-    x, y = data.train.normalise(data.train.images[:500]), data.train.labels[:500]
+    x, y = data.train.normalise(data.train.images[:images]), data.train.labels[:images]
     net = ranked(model, x)
     oracle = []
     with torch.no_grad(), eval_mode(net):
         start = F.cross_entropy(net(x), y)
         for gate in net.gates:
-            for unit in range(gate.n):
+            for unit in range(0, gate.n, every):
                 gate.margins[0, unit] = -1
                 oracle.append(float((F.cross_entropy(net(x), y) - start) ** 2))
                 gate.margins[0, unit] = 1
 
     def agreement(name):
-        found = torch.cat(list(site_scores(net, SCORES[name], [(x, y)]).values()))
+        found = torch.cat([values[::every] for values in site_scores(net, SCORES[name], [(x, y)]).values()])
         ranks = [t.argsort().argsort().double() for t in (found, torch.tensor(oracle))]
         return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 

@@ -78,7 +78,7 @@ DENSE = "torchvision:densenet121 --input-shape 3 64 64"
             "resnet56",
             r"layer2 +18 layers",
             r"layer\d\.\d\.conv\d",
-            30,
+            54,
             "1072 units (channels, heads or groups) in 30 sites",
         ),
         pytest.param(

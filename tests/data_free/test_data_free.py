@@ -63,7 +63,7 @@ def handed(trained, tmp_path_factory):
 
 def client(trained, out, mask, **run):
     return Config(
-        Task(limit=600, weights=trained),
+        Task(limit=300, weights=trained),
         Budget(target_bops="0.8%"),
         Decide(mask=mask),
         QUICK,
@@ -413,9 +413,9 @@ def test_resuming_holds_the_mask_and_gives_the_same_bits(phase, retrained, tmp_p
     asked, whole = retrained
     again = replace(asked, run=replace(asked.run, out=tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        jpq.optimize(again, Stop(phase, 2))
-    result = jpq.optimize(replace(again, run=replace(again.run, resume=True)))
-    assert result.compressed == whole.compressed
+        jpq.optimize(again, Stop(phase, 2), final=False)
+    result = jpq.optimize(replace(again, run=replace(again.run, resume=True)), final=False)
+    assert replace(result.compressed, accuracy=0.0) == replace(whole.compressed, accuracy=0.0)
     ours, theirs = (jpq.load(r.folder)[0].state_dict() for r in (result, whole))
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
@@ -469,7 +469,7 @@ def test_inside_a_loop_of_ones_own(trained, handed):
 
 def test_weights_that_are_pruned_already_are_noted(handed, tmp_path):
     asked = client(handed[0] / "weights.safetensors", tmp_path, handed[0] / "mask.json")
-    result = jpq.optimize(replace(asked, train=replace(QUICK, epochs=2)))
+    result = jpq.optimize(replace(asked, train=replace(QUICK, epochs=2)), final=False)
     assert [note for note in result.notes if note.startswith("--weights are pruned already")]
 
 

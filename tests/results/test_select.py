@@ -32,6 +32,7 @@ from jpq.results.plots import save_picture
 from jpq.tasks.data import load
 
 Captured = pytest.CaptureFixture[str]
+LIMIT = 200  # digits that the real runs see
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
@@ -206,10 +207,10 @@ def test_bad_input_is_one_sentence(args: list[str], words: str, tmp_path: Path, 
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two trials and a final run on the digits, all from one float model."""
     place = tmp_path_factory.mktemp("trained")
-    asked = runs.config(place / "runs")
+    asked = runs.shortened(runs.config(place / "runs"), LIMIT, epochs=4, float_epochs=3)
     jpq.optimize(asked, final=False)
     (weights,) = place.glob("runs/*/float.safetensors")
-    task = Task(limit=600, weights=Path(shutil.copyfile(weights, place / "float.safetensors")))
+    task = Task(limit=LIMIT, weights=Path(shutil.copyfile(weights, place / "float.safetensors")))
     jpq.optimize(replace(runs.config(place / "runs", target_bops="0.5%"), task=task), final=False)
     jpq.optimize(replace(runs.config(place / "runs", method="uniform", target_bops="1.6%"), task=task))
     return place
@@ -236,7 +237,7 @@ def by_target(place: Path, target: str) -> Path:
 
 
 def split_of(config: Config) -> jpq.tasks.data.Data:
-    return load("digits", limit=600, seed=config.run.seed)
+    return load("digits", limit=LIMIT, seed=config.run.seed)
 
 
 def test_export_makes_the_picked_trial_final(trained: Path, tmp_path: Path, capsys: Captured) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,14 @@ SHORT = Train(epochs=2, float_epochs=1, lr=3e-3)
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Result:
     """A final djpq run at 1 % of the BOPs: 600 digits, 3 float epochs, 4 epochs."""
-    return jpq.optimize(runs.config(tmp_path_factory.mktemp("finished_run")))
+    return jpq.optimize(runs.config(tmp_path_factory.mktemp("finished_run")), command="jpq optimize --target-bops 1%")
 
 
 @pytest.fixture(scope="session")
 def finished_budgets(tmp_path_factory: pytest.TempPathFactory) -> Result:
     """A final run with the budgets 4 % and 2 %: 200 digits, 4 epochs; its folders lie in `result.folder.parent`."""
     config = runs.config(tmp_path_factory.mktemp("finished_budgets"), target_bops="4%,2%")
-    return jpq.optimize(replace(config, task=Task(limit=200)))
+    return jpq.optimize(runs.shortened(config, epochs=4))
 
 
 @pytest.fixture(scope="session")

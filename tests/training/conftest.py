@@ -8,10 +8,9 @@ import jpq
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory):
-    """(config, result) of a short run of djpq on digits at 1 % of the fp32 model's BOPs."""
-    asked = config(tmp_path_factory.mktemp("finished"))
-    return asked, jpq.optimize(asked)
+def finished_run(finished_run):
+    """(config, result) of the finished run that all tests share."""
+    return config(finished_run.folder.parent), finished_run
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from runs import QUICK, config, outcome, resumed
 
 import jpq
 from jpq.cli.main import main
-from jpq.config import Budget, Config, Decide, Train
+from jpq.config import Budget, Config, Decide, Task, Train
 from jpq.methods.compatibility import compose
 from jpq.tasks import CLASSIFICATION, load
 from jpq.training.environment import full_precision
@@ -35,7 +35,8 @@ def test_precision_is_as_before_where_the_last_step_fails():
 
 
 def down(out, method="djpq", train=TRAIN, **budget):
-    return config(out, method, train, **(budget or {"target_bops": LISTED}))
+    asked = config(out, method, train, **(budget or {"target_bops": LISTED}))
+    return replace(asked, task=Task(limit=200))
 
 
 @pytest.fixture(scope="module")

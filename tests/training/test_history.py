@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import pandas as pd
 import pytest
-from runs import QUICK, Stop, config
+from runs import Stop, config, shortened
 
 import jpq
 from jpq.cli.main import main
@@ -64,9 +64,9 @@ def test_a_resumed_run_counts_on(tmp_path):
 
 def test_a_run_writes_what_its_history_holds(tmp_path):
     pytest.importorskip("tensorboard")
-    asked = config(tmp_path, train=replace(QUICK, epochs=2, float_epochs=2))
+    asked = shortened(config(tmp_path), float_epochs=2)
     assert replace(asked, run=replace(asked.run, tensorboard=True)).hash() == asked.hash()  # it changes no result
-    result = jpq.optimize(replace(asked, run=replace(asked.run, tensorboard=True)))
+    result = jpq.optimize(replace(asked, run=replace(asked.run, tensorboard=True)), final=False)
     history, found = pd.read_csv(result.folder / "history.csv"), read(result.folder)
     assert [value for _, value in found["epoch/accuracy"]] == pytest.approx(list(history.accuracy), rel=1e-6)
     assert [value for _, value in found["epoch/loss"]] == pytest.approx(list(history.loss), rel=1e-6)

@@ -203,7 +203,7 @@ def test_every_gate_is_within_reach_of_the_command_line() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_named_methods_are_legal(name: str) -> None:
-    assert compatibility.compose(name) == METHODS[name]
+    assert compatibility.compose_method(name) == METHODS[name]
 
 
 @pytest.mark.parametrize(
@@ -226,4 +226,4 @@ def test_named_methods_are_legal(name: str) -> None:
 )
 def test_what_does_not_go_together(asked: tuple[str, str, str], says: str) -> None:
     with pytest.raises(jpq.JpqError, match=says):
-        compatibility.compose(*asked)
+        compatibility.compose_method(*asked)

@@ -95,10 +95,7 @@ def test_a_trial_computes_the_same_and_leaves_the_test_split_unread(finished, tm
     assert tree["final"] is False
     assert tree["compressed"]["accuracy"] is tree["float"]["accuracy"] is None
     assert tree["held_out"] == whole.held_out
-    ours, theirs = outcome(trial), outcome(whole)
-    assert ours.weights == theirs.weights
-    assert ours.history == theirs.history
-    assert replace(ours.compressed, accuracy=0.0) == replace(theirs.compressed, accuracy=0.0)
+    assert outcome(trial) == outcome(whole, tested=False)
 
 
 def test_budget_is_a_promise_counted_on_the_rebuilt_model(finished):
@@ -135,7 +132,7 @@ def test_resuming_gives_the_same_bits_as_never_stopping(phase, finished, tmp_pat
 
 @pytest.mark.parametrize("method", ["gdp", "dais", "spp", "dhp", "dsp"])
 def test_everything_that_a_gate_remembers_is_in_the_checkpoint(method, tmp_path):
-    asked = shortened(config(tmp_path / "whole", method), epochs=4)
+    asked = shortened(config(tmp_path / "whole", method), limit=100, epochs=3)
     whole = jpq.optimize(asked, final=False)
     assert outcome(resumed(asked, tmp_path / "stopped", "search", final=False)) == outcome(whole)
 
@@ -151,10 +148,11 @@ def test_everything_that_a_gate_remembers_is_in_the_checkpoint(method, tmp_path)
     ],
 )
 def test_methods_and_targets(method, budget, tmp_path):
-    result = jpq.optimize(shortened(config(tmp_path, method, **budget)))
+    result = jpq.optimize(shortened(config(tmp_path, method, **budget)), final=method != "djpq")
     assert all(t["reached"] <= t["limit"] for t in result.targets.values())
     used = max(t["used"] for t in result.targets.values())
-    assert used >= 0.97 or result.notes
+    coarse = method in ("uniform", "djpq-pow2")  # steps between their widths leave a rest
+    assert used >= (0.7 if coarse else 0.97)
     if method == "djpq-pow2":
         assert {x.w_bits for x in result.layers} | {x.a_bits for x in result.layers} <= {2, 4, 8}
     if method == "uniform":

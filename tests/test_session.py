@@ -22,7 +22,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def float_model(digits):
-    return trained(digits)
+    return trained(digits, 4)
 
 
 def accuracy(model, batches):
@@ -83,7 +83,7 @@ def test_every_method_lands_on_its_budget_in_a_users_own_loop(method, small_task
     "method", ["djpq", *(pytest.param(method, marks=pytest.mark.slow) for method in ("pdp", "admm"))]
 )
 def test_methods_keep_the_accuracy_in_a_users_own_loop(method, digits, float_model):
-    search, tuning = (epochs(digits, n) for n in (5, 3))
+    search, tuning = (epochs(digits, n) for n in (4, 2))
     small, used = land(float_model, search, method, search, tuning)
     assert used <= 1
     assert accuracy(small, digits.held_out) > 0.9
@@ -184,4 +184,4 @@ def test_landing_fits_ranges_to_what_layers_read_when_the_search_has_ended(digit
         net.discretize()
         assert net.net.plan().layers["3"].a_bits < before
         found[growth] = float(net.net.quantizers("3")[1].threshold)
-    assert found[10] == pytest.approx(10 * found[1], rel=0.2)
+    assert found[10] == pytest.approx(10 * found[1], rel=1e-5)

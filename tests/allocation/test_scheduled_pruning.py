@@ -14,7 +14,7 @@ from jpq.allocation import decision_data
 from jpq.allocation.procedures import procedure_of
 from jpq.allocation.ranking.scheduled_pruning import ScheduledPruning, find_threshold, macs_limit, uniform_keep_share
 from jpq.config import Config, Decide
-from jpq.methods.compatibility import compose
+from jpq.methods.compatibility import compose_method
 from jpq.methods.schedules import END, SCHEDULES, pick_schedule
 from jpq.methods.table import METHODS
 from jpq.tasks.data import load
@@ -35,12 +35,15 @@ def batches():
     return list(digits().train.epoch(0))[:8]
 
 
+STEPS = 24  # of a search
+
+
 def network():
     torch.manual_seed(0)
     return jpq.tasks.models.build("convnet", 10, 1).eval()
 
 
-def compressed(method="ranked", steps=40, **asked):
+def compressed(method="ranked", steps=STEPS, **asked):
     asked = {"bops": "1%", "density": 0.4, "evidence": batches(), **asked}
     return jpq.compress(network(), batches()[0][0], method, steps=steps, **asked)
 
@@ -96,7 +99,7 @@ def test_the_density_is_reached_and_what_is_closed_stays_so(schedule, width):
     closed, shares = [set()], []
     optimizer = torch.optim.Adam(net.groups())
     net.train()
-    for i in range(40):
+    for i in range(STEPS):
         x, y = batches()[i % 8]
         optimizer.zero_grad()
         (F.cross_entropy(net(x), y) + net.pressure()).backward()
@@ -110,7 +113,7 @@ def test_the_density_is_reached_and_what_is_closed_stays_so(schedule, width):
     assert 0.3 < shares[-1] <= 0.4
     if schedule == "cubic":
         assert len(set(shares)) > 5
-        assert shares[5] > SCHEDULES["cubic"].density(SCHEDULES["cubic"].due(5 / 40), 0.4) - 0.1
+        assert shares[5] > SCHEDULES["cubic"].density(SCHEDULES["cubic"].due(5 / STEPS), 0.4) - 0.1
     goal = net.controller.targets[0]
     plan = net.discretize()
     assert costs.bops(net.net.exact_usage(plan)) <= goal.limit
@@ -268,8 +271,10 @@ def test_a_network_without_norms_has_no_scales_to_rank_by():
 
 
 def test_rows_carry_their_score_and_schedule():
-    assert compose("taylor").score == "taylor"
-    assert compose("taylor", score="l1", schedule="cubic") == replace(METHODS["taylor"], score="l1", schedule="cubic")
+    assert compose_method("taylor").score == "taylor"
+    assert compose_method("taylor", score="l1", schedule="cubic") == replace(
+        METHODS["taylor"], score="l1", schedule="cubic"
+    )
     assert Config().decide == Decide(score="", schedule="", classes="")
     assert pick_schedule("cubic") is SCHEDULES["cubic"]
     assert isinstance(compressed().net.scheduled_pruning, ScheduledPruning)

@@ -71,10 +71,11 @@ class Outcome(NamedTuple):
     weights: dict[str, tuple[Any, ...]]  # name -> dtype, size and digest of the saved model's tensor
 
 
-def outcome(result: Result) -> Outcome:
+def outcome(result: Result, tested: bool = True) -> Outcome:
+    """What two runs share; without the accuracy on the test split where not `tested`, as in a trial."""
     model, _ = jpq.load(result.folder, run_code=True)
     compressed = result.compressed
-    if math.isnan(compressed.accuracy):  # of a trial, which reads no test split; NaN equals nothing
+    if not tested or math.isnan(compressed.accuracy):  # NaN equals nothing
         compressed = replace(compressed, accuracy=-1.0)
     return Outcome(
         [repr(replace(row, seconds=0.0)) for row in result.history],

@@ -58,7 +58,7 @@ def at_rates(weights: Path, out: Path, method: str, lr: float, gate_lr: float, b
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
 
 
-@pytest.mark.parametrize("examples", [3, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [1, pytest.param(25, marks=pytest.mark.slow)])
 def test_any_learning_rate(examples: int, float_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     @settings(max_examples=examples, **QUIET)
     @example(method="djpq", lr=10.0, gate_lr=10.0, bit_lr=10.0)

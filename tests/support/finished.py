@@ -29,8 +29,8 @@ def finished_budgets(tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 @pytest.fixture(scope="session")
 def finished_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a study of four uniform trials: 200 digits, 2 epochs."""
+    """The folder of a study of two uniform trials: 200 digits, 2 epochs."""
     out = tmp_path_factory.mktemp("finished_study")
     config = jpq.Config(task=Task(limit=200), train=SHORT, run=Run(out=out, device="cpu"))
-    jpq.study(config, jpq.Study(trials=4, per="network"))
+    jpq.study(config, jpq.Study(trials=2, per="network"))
     return out / "study"

@@ -1,16 +1,9 @@
 """Finished runs that the tests of training share, one a session."""
 
 import pytest
-from runs import config
 from support import kills
 
 import jpq
-
-
-@pytest.fixture(scope="session")
-def finished_run(finished_run):
-    """(config, result) of the finished run that all tests share."""
-    return config(finished_run.folder.parent), finished_run
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from support import kills
 from torch import nn
 
 import jpq
@@ -13,7 +14,7 @@ from jpq.methods.quantizers import IntegerQuantizer
 from jpq.tasks import data, load
 from jpq.training.epochs import Phase
 from jpq.training.history import NullObserver
-from jpq.training.loop import Objective, Recorder, fit, optimizer, pressure
+from jpq.training.loop import Objective, Recorder, build_optimizer, fit, pressure
 
 X, Y = torch.zeros(1, 2), torch.tensor([0])
 
@@ -95,7 +96,7 @@ def names_of(net, group):
 @pytest.mark.parametrize("method", ["djpq", "gdp", "uniform"])
 def test_weights_of_layers_decay_and_nothing_else(method):
     net = session(method).net
-    optim = optimizer(net, 1e-3, 0.1, gate_lr=0.05, bit_lr=0.02)
+    optim = build_optimizer(net, 1e-3, 0.1, gate_lr=0.05, bit_lr=0.02)
     decayed = {name for group in optim.param_groups if group["weight_decay"] for name in names_of(net, group)}
     layers = {f"model.{i}.parametrizations.weight.original" for i in (0, 3, 8)}
     assert decayed <= layers | {f"model.{i}.weight" for i in (0, 3, 8)}
@@ -108,7 +109,7 @@ def test_weights_of_layers_decay_and_nothing_else(method):
 
 def test_decisions_have_their_own_rates_and_no_decay():
     net = session("djpq").net
-    groups = optimizer(net, 1e-3, 0.1, gate_lr=0.05, bit_lr=0.02).param_groups
+    groups = build_optimizer(net, 1e-3, 0.1, gate_lr=0.05, bit_lr=0.02).param_groups
     assert [(g["peak"], g["weight_decay"], g["curve"]) for g in groups] == [
         (1e-3, 0.1, True),
         (1e-3, 0.0, True),
@@ -117,14 +118,14 @@ def test_decisions_have_their_own_rates_and_no_decay():
     ]
     decisions = net.decisions()
     assert [len(g["params"]) for g in groups[2:]] == [len(decisions["gates"]), len(decisions["bits"])]
-    assert len(optimizer(net, 1e-3, 0.1).param_groups) == 2  # decisions that are fixed are not trained
+    assert len(build_optimizer(net, 1e-3, 0.1).param_groups) == 2  # decisions that are fixed are not trained
 
 
 def test_a_rebuilt_models_norms_and_ranges_do_not_decay():
     joint = session("djpq")
     joint.discretize()
     small = joint.finalize()
-    optim = optimizer(small, 1e-3, 0.1)
+    optim = build_optimizer(small, 1e-3, 0.1)
     decayed, plain = (names_of(small, group) for group in optim.param_groups)
     assert decayed == {"0.weight", "3.weight", "8.weight"}
     assert {"1.weight", "1.bias", "4.weight", "8.bias"} <= plain
@@ -149,7 +150,7 @@ class Rates(NullObserver):
 
 def test_the_rate_of_weights_rises_then_falls_to_nothing_and_that_of_decisions_stays(digits):
     joint = session("djpq")
-    optim = optimizer(joint.net, 1e-3, 0.0, gate_lr=0.05, bit_lr=0.02)
+    optim = build_optimizer(joint.net, 1e-3, 0.0, gate_lr=0.05, bit_lr=0.02)
     watch, phase = Rates(optim), Phase("search", 12)
     recorder = Recorder(lambda: 0.0, full_bops=1.0)
     fit(joint.net, digits, phase, Objective(controller=joint.controller), optim, recorder, watch)
@@ -172,10 +173,10 @@ def test_the_rate_of_weights_rises_then_falls_to_nothing_and_that_of_decisions_s
 # after training
 
 
-def test_batchnorm_is_measured_anew_after_fine_tuning(finished_run):
+def test_batchnorm_is_measured_anew_after_fine_tuning(tiny_trial):
     """The saved model has plain averages over training batches, not the moving average of the training."""
-    config, result = finished_run
-    small, _ = jpq.load(result.folder)
+    config = kills.tiny_config(tiny_trial.parent)
+    small, _ = jpq.load(tiny_trial)
     before = {n: b.clone() for n, b in small.named_buffers() if "running" in n}
     assert before
     splits = load.read_data(config, torch.device("cpu"))

@@ -18,6 +18,7 @@ import tomli_w
 
 from jpq.files import untrusted
 from jpq.files.atomic import replace_file
+from jpq.files.formats import FORMATS
 from jpq.types import JpqError, unknown
 
 if sys.version_info >= (3, 11):
@@ -36,7 +37,6 @@ STRUCTURE_CHOICES = ("pattern", "punched:8x8", "block:8x1")  # kinds that RULES 
 PROXIES = ("projected", "trained")  # --proxy
 BOPS = ("bops", "bops-structured")  # --cost, names in jpq.costs.COSTS
 TARGETS = ("target_bops", "target_macs", "target_size", "target_latency")  # fields of Budget
-FORMS = ("onnx", "qonnx", "pt2")  # --formats
 ONNX_WEIGHTS = ("int8", "int4", "int2")  # --onnx-weights
 
 LARGEST_FILE = 2**20  # bytes of a file of settings
@@ -348,9 +348,9 @@ def parse_formats(text: str) -> tuple[str, ...]:
     """The export formats in a list such as "onnx,pt2"; onnx is always among them. Raises JpqError for unknown ones."""
     named = [name.strip() for name in text.split(",") if name.strip()]
     for name in named:
-        if name not in FORMS:
-            raise unknown("form", name, FORMS)
-    return ("onnx", *(name for name in FORMS[1:] if name in named))
+        if name not in FORMATS:
+            raise unknown("form", name, FORMATS)
+    return ("onnx", *(name for name in FORMATS if name in named and name != "onnx"))
 
 
 def _check_budget(config: Config) -> None:

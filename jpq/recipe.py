@@ -35,12 +35,12 @@ from jpq.results import budget_folders, run_folder
 from jpq.results.finish import finish
 from jpq.results.record import Result
 from jpq.tasks.data import Data
-from jpq.tasks.load import dense_model, read_data
+from jpq.tasks.load import load_dense_model, read_data
 from jpq.training import checkpoint, distributed
 from jpq.training.environment import full_precision, pick_device, set_threads
 from jpq.training.epochs import BudgetEpochs, Phase, budget_epochs
 from jpq.training.history import NullObserver, TensorBoardObserver, TrainingObserver
-from jpq.training.loop import Objective, optimizer
+from jpq.training.loop import Objective, build_optimizer
 from jpq.training.phases import SearchState, fine_tune, rebuild_opened, search, train
 from jpq.training.run_state import RunState, open_folder
 from jpq.types import JpqError
@@ -178,7 +178,7 @@ def load_task(config: Config, run: RunState) -> tuple[Data, nn.Module]:
     distributed.check_same(data.checksum, "a data set")
     run.check_data(data.checksum)
     check_classes(config.decide.classes, data)
-    return data, dense_model(config, data, device)
+    return data, load_dense_model(config, data, device)
 
 
 def load_table(config: Config, run: RunState) -> LatencyTable | None:
@@ -233,7 +233,7 @@ def train_float(model: nn.Module, data: Data, config: Config, run: RunState) -> 
             distributed.run_on_first(lambda: tensors.load_tensors(model, kept))
         else:
             phase = Phase("float", config.train.float_epochs)
-            optim = optimizer(model, config.train.lr, config.train.weight_decay)
+            optim = build_optimizer(model, config.train.lr, config.train.weight_decay)
             train(model, data, phase, Objective(), optim, run)
             distributed.run_on_first(lambda: tensors.save_tensors(model, kept))
         model.eval()

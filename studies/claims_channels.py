@@ -29,7 +29,7 @@ from support.trial import (
 from torch import Tensor
 
 import jpq
-from jpq.compression import Generated, generate
+from jpq.compression import Generated, generate_weight
 from jpq.methods.gates import Annealed, Gate, Lasso
 from jpq.methods.quantizers import Gated
 
@@ -189,8 +189,8 @@ def _slicing_difference(hyper: Generated, random: torch.Generator) -> float:
     def cut(t: Tensor) -> Tensor:
         return t[ins][:, outs]
 
-    whole: Tensor = generate(z_in, z_out, b0, hyper.w1, b1, hyper.w2)[outs][:, ins]
-    sliced = generate(z_in[ins], z_out[outs], cut(b0), cut(hyper.w1), cut(b1), cut(hyper.w2))
+    whole: Tensor = generate_weight(z_in, z_out, b0, hyper.w1, b1, hyper.w2)[outs][:, ins]
+    sliced = generate_weight(z_in[ins], z_out[outs], cut(b0), cut(hyper.w1), cut(b1), cut(hyper.w2))
     return float(((whole - sliced).abs().max() / whole.abs().max()).detach())
 
 

@@ -62,12 +62,12 @@ from jpq.costs import parse_targets
 from jpq.detection import (
     DetectorCore,
     channel_saliency,
-    detector_core,
+    extract_core,
     prepare_images,
+    prepare_saliency_batches,
     rank_network,
     rankable_sites,
-    reassemble,
-    saliency_batches,
+    reassemble_detector,
 )
 from jpq.export import Session, compare, difference
 from jpq.methods.gates import Ranked
@@ -106,7 +106,7 @@ def training_batches(n: int, size: int = 8) -> list[tuple[list[torch.Tensor], li
 @cache
 def attach_ranked(model: nn.Module) -> tuple[DetectorCore, jpq.CompressedModel]:
     """The detector's core, and its copy with 8 bits everywhere and a `Ranked` gate at each site."""
-    core = detector_core(model)
+    core = extract_core(model)
     batches = [prepare_images(model, images) for images, _ in training_batches(RANKING_IMAGES)]
     network = jpq.trace(core, batches[0][:2])
     sites, boxes_only = rankable_sites(model, core, network, jpq.channels(network), batches[0])
@@ -118,7 +118,7 @@ def attach_ranked(model: nn.Module) -> tuple[DetectorCore, jpq.CompressedModel]:
 def saliency_values(model: nn.Module) -> dict[str, torch.Tensor]:
     """Saliency of every site's channels in the network that runs: with 8 bits."""
     net = attach_ranked(model)[1]
-    batches = saliency_batches(model, training_batches(RANKING_IMAGES))
+    batches = prepare_saliency_batches(model, training_batches(RANKING_IMAGES))
     values = channel_saliency(net, net.network, net.sites, batches)
     return {name: saliency for name, saliency in values.items() if saliency is not None}
 
@@ -165,7 +165,7 @@ def measure_run(model: nn.Module, run: Run) -> tuple[nn.Module, dict[str, object
     x = prepare_images(model, training_batches(2)[0][0])
     gap = difference(net, small_core, x)
     del net
-    small = reassemble(model, small_core)
+    small = reassemble_detector(model, small_core)
     if run.tune:
         train(small, data("tune"), run.tune, 1e-3, run.seed, batch=16)
         tune_batches = ((prepare_images(model, images), None) for images, _ in data("tune").batches(BATCH))
@@ -220,7 +220,7 @@ def measure_onnx(model: nn.Module, small_core: nn.Module, images: shapes.Shapes)
         jpq.export_onnx(small_core, x[:2], path)
         session = Session(path, threads=1, optimised=False)
         gap = compare(small_core, session, [(x, None)])["largest_relative_difference"]
-        ap50, _ = average_precisions(detect(reassemble(model, session), images), images.targets)
+        ap50, _ = average_precisions(detect(reassemble_detector(model, session), images), images.targets)
     return float(f"{gap:.2g}"), round(ap50, 4)
 
 
@@ -228,7 +228,7 @@ def float_row(model: nn.Module, split: str, command: str) -> dict[str, object]:
     """The row of the float detector."""
     images = data(split)
     ap50, ap = average_precisions(detect(model, images), images.targets)
-    core = detector_core(model)
+    core = extract_core(model)
     macs = sum(layer.macs for layer in jpq.trace(core, prepare_images(model, training_batches(2)[0][0])).layers)
     return {
         "model": MODEL,

@@ -45,7 +45,7 @@ from support.grid import EpochPrinter, with_float_weights
 from support.result_rows import RESULTS, append_row, provenance, read_rows
 
 import jpq
-from jpq.results.front import RunPoint, hypervolume_of, non_dominated, objectives, read_point
+from jpq.results.front import RunPoint, hypervolume_of, non_dominated, read_point, to_objectives
 from jpq.tasks import CLASSIFICATION, Batches, read_data
 from jpq.training import all_phases
 
@@ -176,7 +176,7 @@ def front_rows(way: str, config: jpq.Config, plan: EpochPlan, command: str) -> l
     labelled = [(label, read_point(folder)) for label, folder in WAYS[way](config, plan)]
     seconds = time.perf_counter() - start
     points = [point for _, point in labelled]
-    on_front = non_dominated(objectives([p.accuracy for p in points], [p.share("bops") for p in points]))
+    on_front = non_dominated(to_objectives([p.accuracy for p in points], [p.share("bops") for p in points]))
     test = read_data(config, torch.device("cpu")).test
     return [
         {

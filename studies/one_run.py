@@ -26,7 +26,7 @@ from support.result_rows import RESULTS, append_row, provenance, read_rows
 
 import jpq
 from jpq.config import Budget, Run, Task, Train
-from jpq.methods import compose
+from jpq.methods import compose_method
 from jpq.training import all_phases
 
 PATH = RESULTS / "one_run.csv"
@@ -86,7 +86,7 @@ def front_rows(base: jpq.Config, kind: str, command: str) -> list[dict[str, obje
 def count_epochs(base: jpq.Config, kind: str) -> int:
     """Epochs of search and fine-tuning for the whole front."""
     runs, text = (len(BUDGETS), BUDGETS[0]) if kind == SEPARATE else (1, ",".join(BUDGETS))
-    phases = all_phases(replace(base, budget=Budget(target_bops=text)), compose(base.decide.method))
+    phases = all_phases(replace(base, budget=Budget(target_bops=text)), compose_method(base.decide.method))
     return runs * sum(p.epochs for p in phases if p.name != "float")
 
 

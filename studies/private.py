@@ -41,13 +41,13 @@ from jpq.costs import COSTS, baseline
 from jpq.data_free import (
     AdmmSettings,
     DataFreeResult,
-    layer_gate,
+    build_layer_gate,
     mask_sites,
-    project_once,
+    project_weights_once,
     prune_model,
     random_images,
 )
-from jpq.tasks import CLASSIFICATION, PREPROCESSING, Data, dense_model, read_data
+from jpq.tasks import CLASSIFICATION, PREPROCESSING, Data, load_dense_model, read_data
 
 WAYS = ("one-shot", "noise", "matched", "real")
 DENSITY = 0.75  # of the kernels
@@ -76,7 +76,7 @@ class Setting:
         if self.data == "digits":
             return float_model(seed), data
         shared = methods.with_shared_weights(base).task.weights
-        return dense_model(replace(config, task=replace(task, weights=shared)), data, torch.device("cpu")), data
+        return load_dense_model(replace(config, task=replace(task, weights=shared)), data, torch.device("cpu")), data
 
 
 SETTINGS = {
@@ -106,8 +106,8 @@ def _project(model: nn.Module, data: Data, settings: AdmmSettings) -> tuple[Data
     """The dense weights projected onto the structure at once."""
     network = jpq.trace(model, data.example)
     sites = mask_sites(network, "pattern", ())
-    gates = [layer_gate(network, site, DENSITY, settings) for site in sites]
-    projected = project_once(model, sites, gates)
+    gates = [build_layer_gate(network, site, DENSITY, settings) for site in sites]
+    projected = project_weights_once(model, sites, gates)
     kept = tuple(gate.keep() for gate in gates)
     return DataFreeResult(projected, sites, kept, (), float("nan"), float("nan")), projected
 

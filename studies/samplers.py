@@ -31,7 +31,7 @@ from support.result_rows import RESULTS, append_row, provenance, read_rows
 import jpq
 from jpq.config import Budget, Decide, Run, Task, Train
 from jpq.results import Result
-from jpq.results.front import hypervolume_of, non_dominated, objectives
+from jpq.results.front import hypervolume_of, non_dominated, to_objectives
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
 BUDGETS = ("4%", "2%", "1%", "0.5%", "0.25%")
@@ -161,7 +161,7 @@ def _run_way(path: Path, name: str, args: argparse.Namespace, way: str, seed: in
     flags = ["--model", args.model, "--data", args.data, "--trials", str(args.trials), "--epochs", str(args.epochs)]
     flags += ["--limit", str(args.limit)] if args.limit else []
     command = shlex.join(["python", "studies/samplers.py", *flags, "--ways", way, "--seeds", str(seed)])
-    on_front = non_dominated(objectives(accuracies, shares))
+    on_front = non_dominated(to_objectives(accuracies, shares))
     for model, is_on_front in zip(models, on_front, strict=True):
         row = {
             "model": args.model,

@@ -34,7 +34,7 @@ import jpq
 from jpq.allocation import MappingEvaluator, allowed_structures, mapping_ms
 from jpq.config import Budget, Decide, Task, Train
 from jpq.costs import DENSE
-from jpq.methods import compose, is_allowed
+from jpq.methods import compose_method, is_allowed
 from jpq.results import Result
 from jpq.tasks import build_model, load_weights, read_data
 from jpq.tracing import Network
@@ -123,7 +123,7 @@ def measure_runs(base: jpq.Config, seeds: list[int]) -> None:
 
 def random_mappings(network: Network) -> list[dict[str, str]]:
     """One structure for each layer, drawn from those that ADMM may have there."""
-    draw, allowed = random.Random(0), is_allowed(compose("admm", "rules"))
+    draw, allowed = random.Random(0), is_allowed(compose_method("admm", "rules"))
     mappings = []
     for _ in range(RANDOM_MAPPINGS):
         mapping = {}

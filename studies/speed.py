@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import jpq
 from jpq.config import Budget, Decide
-from jpq.export.packed import pack
+from jpq.export.packed import pack_model
 from jpq.export.timing import FULL, INT8, Timing, reference_models, time_in_turns
 from jpq.tasks import build_model
 
@@ -146,7 +146,7 @@ def export_variants(
             "macs_share": round(jpq.measure(small, example)["macs"] / macs, 4),
             "w_bits_mean": round(sum(w for w, _ in widths) / len(widths), 2),
             "a_bits_mean": round(sum(a for _, a in widths) / len(widths), 2),
-            "packed_bytes": pack(small, plan, example[..., :64, :64], folder / "packed").total,
+            "packed_bytes": pack_model(small, plan, example[..., :64, :64], folder / "packed").total,
         }
         paths[variant.label] = path
         print(name, variant.label, columns[variant.label], flush=True)

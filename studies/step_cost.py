@@ -30,7 +30,7 @@ from jpq.methods.gates import VIB, Frozen
 from jpq.methods.quantizers import Fixed, Learned
 from jpq.tasks import build_model
 from jpq.tracing import Layer
-from jpq.training import Objective, optimizer
+from jpq.training import Objective, build_optimizer
 
 PATH = RESULTS / "step_cost.csv"
 Step = Callable[[], None]
@@ -74,7 +74,7 @@ def bare_quantizers(model: nn.Module, x: torch.Tensor) -> jpq.CompressedModel:
 def training_step(net: nn.Module, objective: Objective, x: torch.Tensor, y: torch.Tensor) -> Step:
     """One whole training step on a batch."""
     is_compressed = isinstance(net, jpq.CompressedModel)
-    optim = optimizer(net, 1e-3, 1e-4, 0.02, 0.02) if is_compressed else torch.optim.AdamW(net.parameters())
+    optim = build_optimizer(net, 1e-3, 1e-4, 0.02, 0.02) if is_compressed else torch.optim.AdamW(net.parameters())
 
     def step() -> None:
         net.train()

@@ -40,7 +40,7 @@ from jpq.compression import exact_usage
 from jpq.export import Session, randomize
 from jpq.export.unconstrained import count_copies, export_unconstrained
 from jpq.tasks import zoo
-from jpq.tracing import ChannelShares, Network, Site, per_consumer
+from jpq.tracing import ChannelShares, Network, Site, channels_per_consumer
 
 PATH = RESULTS / "unconstrained.csv"
 MODELS = ("densenet121", "googlenet", "efficientnet_v2_s", "resnet50")
@@ -70,7 +70,7 @@ def decide(model: nn.Module, network: Network, amount: float, agreement: float) 
     """(units that coupled sites keep, units that every consumer keeps)."""
     coupled: Kept = {}
     uncoupled: Kept = {}
-    names = {(s.taps[0].layer, s.labels.tobytes()): s.name for s in per_consumer(network) if len(s.taps) == 1}
+    names = {(s.taps[0].layer, s.labels.tobytes()): s.name for s in channels_per_consumer(network) if len(s.taps) == 1}
     for site in jpq.channels(network):
         ranks = consumer_ranks(model, network, site)
         mean = ranks.mean(0)
@@ -128,7 +128,7 @@ def _export_rows(
 ) -> list[dict[str, Any]]:
     """A row for each of the three exports; timed where consumers agree by chance only."""
     coupled, uncoupled = decide(model, network, amount, agreement)
-    coupled_sites, uncoupled_sites = jpq.channels(network), per_consumer(network)
+    coupled_sites, uncoupled_sites = jpq.channels(network), channels_per_consumer(network)
     export = partial(export_unconstrained, model, network)
     exports = {
         "naive": export(uncoupled_sites, uncoupled, reorder=False, gather=True).eval(),

@@ -21,7 +21,7 @@ from jpq.compression.model import CompressedModel
 from jpq.config import Budget, Decide
 from jpq.costs.latency_table import LatencyTable
 from jpq.costs.target import Target
-from jpq.methods.compatibility import compose
+from jpq.methods.compatibility import compose_method
 from jpq.methods.scores import Score
 from jpq.methods.table import Method
 from jpq.tracing.network import Network, with_layer_times
@@ -86,7 +86,9 @@ def check_decide(decide: Decide) -> Method:
 
     Raises JpqError with what to choose instead.
     """
-    method = compose(decide.method, decide.structure, decide.width, decide.score, decide.schedule, decide.classes)
+    method = compose_method(
+        decide.method, decide.structure, decide.width, decide.score, decide.schedule, decide.classes
+    )
     check_allocator(decide.method, decide.allocator)
     channel_multiple(decide.method, method, decide.channel_multiple)
     if decide.mask:

@@ -16,7 +16,7 @@ from jpq.compression.model import CompressedModel
 from jpq.config import Decide
 from jpq.costs.target import Target, all_met
 from jpq.methods.scores import Score, pick_score
-from jpq.methods.table import row
+from jpq.methods.table import method_row
 from jpq.plan import Plan
 
 
@@ -61,7 +61,7 @@ class Search(Procedure):
         """Raise JpqError where even the cheapest plan, or the given density, exceeds a target."""
         _rank_without_data(net, decide)
         check_reachable(net, targets)
-        if row(net.method).score:  # a ranking closes channels down to the asked density
+        if method_row(net.method).score:  # a ranking closes channels down to the asked density
             density_target(net, decide.density)
 
     def decide(
@@ -77,7 +77,7 @@ class OneShot(Procedure):
     def check_feasible(self, net: CompressedModel, targets: Sequence[Target], decide: Decide) -> None:
         """Raise JpqError where no plan of this kind meets the targets."""
         _rank_without_data(net, decide)
-        if row(net.method).gate is not None:
+        if method_row(net.method).gate is not None:
             check_reachable(net, targets)
         else:
             self.decide(net, targets, decide)
@@ -87,7 +87,7 @@ class OneShot(Procedure):
     ) -> Plan:
         """The widest uniform bits, or the best-ranked channels, that meet every target."""
         (w_low, w_high), (a_low, a_high) = decide.w_bits, decide.a_bits
-        if row(net.method).gate is None:
+        if method_row(net.method).gate is None:
             return decide_uniform_bits(net, targets, range(w_low, w_high + 1), range(a_low, a_high + 1))
         if data is not None:
             share = uniform_keep_share(net, lambda uses: all_met(targets, uses))
@@ -157,15 +157,15 @@ PROCEDURES: Mapping[str, Procedure] = {
 
 def procedure_of(method: str) -> Procedure:
     """The procedure of the method that a plan or a config names."""
-    return PROCEDURES[row(method).procedure]
+    return PROCEDURES[method_row(method).procedure]
 
 
 def score_of(method: str, decide: Decide) -> Score:
     """The score that ranks channels: `--score`, or the method's own."""
-    return pick_score(decide.score or row(method).score or "l1", decide.classes)
+    return pick_score(decide.score or method_row(method).score or "l1", decide.classes)
 
 
 def _rank_without_data(net: CompressedModel, decide: Decide) -> None:
     """Rank by a score that needs no data but may find nothing to rank by (BatchNorm's scales), to raise early."""
-    if row(net.method).score and score_of(net.method, decide).needs == {"scales"}:
+    if method_row(net.method).score and score_of(net.method, decide).needs == {"scales"}:
         rank_units(net, score_of(net.method, decide))

@@ -20,7 +20,7 @@ from torch import Size
 from jpq.allocation.structure_projection import kept_share
 from jpq.costs.latency import NS
 from jpq.costs.latency_table import MODELLED
-from jpq.methods.structures import KernelPattern, Structure, parse
+from jpq.methods.structures import KernelPattern, Structure, parse_structure
 from jpq.tracing.network import Layer, Network
 from jpq.tracing.sites import weight_layout
 from jpq.types import DENSE
@@ -50,7 +50,7 @@ def layer_ms(layer: Layer, structure: str, share: float) -> float:
 
 def modelled_ms(layer: Layer, structure: str, share: float) -> float:
     """Modelled latency of a layer by the roofline, in ms of one sample; share: of the weights that stays."""
-    mask_structure = None if structure == DENSE else parse(structure, weight_layout(layer))
+    mask_structure = None if structure == DENSE else parse_structure(structure, weight_layout(layer))
     return roofline_ms(layer.macs, Size(layer.weight_shape), mask_structure, share)
 
 

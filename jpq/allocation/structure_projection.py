@@ -6,7 +6,7 @@ import torch
 from torch import Size, Tensor
 
 from jpq.methods.gates.fixed_count import kept_counts, topk_rows
-from jpq.methods.structures import Structure, parse
+from jpq.methods.structures import Structure, parse_structure
 from jpq.tracing.network import Layer
 from jpq.tracing.sites import weight_layout
 from jpq.types import DENSE, Units, Weight
@@ -33,7 +33,7 @@ def kept_share(layer: Layer, structure: str, density: float) -> float:
     """Share of a layer's weights that stays at a density, after rounding to whole units or to a structure's quota."""
     if structure == DENSE:
         return 1.0
-    mask_structure, size = parse(structure, weight_layout(layer)), Size(layer.weight_shape)
+    mask_structure, size = parse_structure(structure, weight_layout(layer)), Size(layer.weight_shape)
     sizes = mask_structure.sizes(size)
     share = (_kept_counts(mask_structure, sizes, density) / (sizes > 0).sum(1)).mean()
     return float(share * sizes.sum() / size.numel())

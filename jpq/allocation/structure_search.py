@@ -29,7 +29,7 @@ from jpq.allocation.structure_projection import kept_share, project
 from jpq.allocation.structure_rules import allowed_structures, apply_rules, is_hard_task
 from jpq.compression.calibration import reestimate_batchnorm
 from jpq.methods.compatibility import is_allowed
-from jpq.methods.structures import parse
+from jpq.methods.structures import parse_structure
 from jpq.methods.table import Method
 from jpq.tasks.data import Batches, Data
 from jpq.tracing.network import Network
@@ -218,7 +218,7 @@ class MappingEvaluator:
         """The float model's weight with the weakest units zeroed."""
         if (name, structure) not in self.known:
             layer = self.network.layer(name)
-            mask_structure = parse(structure, weight_layout(layer))
+            mask_structure = parse_structure(structure, weight_layout(layer))
             self.known[name, structure] = project(self.before[layer.weight], mask_structure, self.density)
         return self.known[name, structure]
 

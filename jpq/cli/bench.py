@@ -167,7 +167,7 @@ def _time_file(file: Path, flags: Bench, runtimes: Sequence[str], console: Conso
 def _compare_models(folder: Path, flags: Bench, runtimes: Sequence[str], console: Console) -> None:
     """Print the times of a run's compressed model beside its float models, and its layers in floating point."""
     from jpq.export.timing import compare
-    from jpq.export.timing.kernels import float_layers
+    from jpq.export.timing.kernels import find_float_layers
     from jpq.export.timing.runner import Runner
 
     compressed = folder / "model.onnx"
@@ -185,7 +185,7 @@ def _compare_models(folder: Path, flags: Bench, runtimes: Sequence[str], console
             times = compare.time_in_turns(paths, runtimes, threads, flags.batch, flags.repeats, report)
     for start in range(0, len(times), len(paths)):
         console.print(_timing_table(times[start : start + len(paths)]))
-    left = float_layers(compressed)[1]
+    left = find_float_layers(compressed)[1]
     for name, reason in list(left.items())[:MAX_FLOAT_LAYERS]:
         print_line(console, f"in floating point: {escape(name)}: {escape(reason)}")
     if len(left) > MAX_FLOAT_LAYERS:

@@ -20,7 +20,7 @@ def optimize_command(args: list[str], console: Console) -> None:
     config = parse_optimize_flags(args).check()
     from jpq.cli.progress import ProgressDisplay
     from jpq.cli.summary import layer_table, summary
-    from jpq.methods.compatibility import compose
+    from jpq.methods.compatibility import compose_method
     from jpq.recipe import optimize
     from jpq.training import distributed
     from jpq.training.epochs import all_phases
@@ -28,7 +28,9 @@ def optimize_command(args: list[str], console: Console) -> None:
     distributed.begin(config.run.device)
     console.quiet = not distributed.is_first()
     d = config.decide
-    planned = {phase.title: phase.epochs for phase in all_phases(config, compose(d.method, d.structure, d.width))}
+    planned = {
+        phase.title: phase.epochs for phase in all_phases(config, compose_method(d.method, d.structure, d.width))
+    }
     with ProgressDisplay(console, planned) as watch:
         result = optimize(config, watch, shlex.join(["jpq", "optimize", *args]))
     distributed.end()

@@ -191,6 +191,11 @@ def verified_lines(verified: Mapping[str, Any]) -> list[str]:
         elif name == "rebuilt_vs_onnxruntime_optimised":
             same = value["images"] - value["argmax_differs"]
             lines.append(f"with onnxruntime's integer kernels, which round biases too: {same} of {value['images']}")
+        elif name == "rebuilt_float32_vs_float64":
+            lines.append(
+                f"the model itself in float64 instead of float32: {value['at_a_rounding_boundary']} of "
+                f"{value['images']} test images with a value at a rounding boundary"
+            )
         else:
             lines.append(f"{escape(name.replace('_', ' '))}: {escape(str(value))}")
     return lines

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from jpq.compression.external_mask import ExternalMask
     from jpq.compression.external_mask import read as read_mask
     from jpq.compression.external_mask import write as write_mask
-    from jpq.compression.hypernetwork import Generated, generate
+    from jpq.compression.hypernetwork import Generated, generate_weight
     from jpq.compression.model import CompressedModel
     from jpq.compression.usage import exact_usage
 
@@ -18,7 +18,7 @@ __all__ = [
     "ExternalMask",
     "Generated",
     "exact_usage",
-    "generate",
+    "generate_weight",
     "read_mask",
     "recalibrate",
     "reestimate_batchnorm",
@@ -30,7 +30,7 @@ _HOMES = {
     "ExternalMask": "external_mask",
     "Generated": "hypernetwork",
     "exact_usage": "usage",
-    "generate": "hypernetwork",
+    "generate_weight": "hypernetwork",
     "read_mask": "external_mask:read",
     "recalibrate": "calibration",
     "reestimate_batchnorm": "calibration",

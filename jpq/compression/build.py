@@ -15,7 +15,7 @@ from jpq.methods.table import Method
 from jpq.plan import Plan
 from jpq.tracing.channel_shares import ChannelShares
 from jpq.tracing.network import Layer, Network
-from jpq.tracing.sites import Site, channels, masks, per_consumer
+from jpq.tracing.sites import Site, channels, channels_per_consumer, masks
 from jpq.types import JpqError
 
 Bounds = tuple[int, int]
@@ -73,7 +73,7 @@ def method_sites(
     if method.gate is None:
         return ()
     if method.structure == CHANNELS:
-        return per_consumer(network, skip) if method.sites == "per-consumer" else channels(network, skip)
+        return channels_per_consumer(network, skip) if method.sites == "per-consumer" else channels(network, skip)
     return masks(network, method.structure if mapping is None else mapping, skip)
 
 

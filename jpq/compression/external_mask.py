@@ -19,7 +19,7 @@ from jpq import plan as plans
 from jpq.compression.model import CompressedModel
 from jpq.files import tensors
 from jpq.files.atomic import replace_file
-from jpq.methods.structures import parse
+from jpq.methods.structures import parse_structure
 from jpq.plan import MaskPlan, Plan
 from jpq.tracing.network import Network
 from jpq.tracing.sites import Site, masks
@@ -55,7 +55,7 @@ class ExternalMask:
         sites: dict[str, Site] = {}
         unfit = []
         for name, text in plan.structures.items():
-            parse(text)
+            parse_structure(text)
             try:
                 (sites[name],) = masks(network, {name: text})
             except JpqError:

@@ -37,7 +37,7 @@ from jpq.types import Labels, Weight
 EMBEDDING = 8  # m
 
 
-def generate(z_in: Tensor, z_out: Tensor, b0: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
+def generate_weight(z_in: Tensor, z_out: Tensor, b0: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
     """The generated weight O without b2, `[n, c, k*k]`, from latents `[c]` and `[n]`."""
     z = z_in[:, None] * z_out[None] + b0
     embedded = z[:, :, None] * w1 + b1
@@ -79,7 +79,7 @@ class Generated(nn.Module):
     def forward(self, b2: Weight) -> Weight:
         """The weight, shaped like b2."""
         z = torch.cat([gate.latent()[0] for gate in self._gates] + [self.own])
-        weight = generate(z[self.inputs], z[self.outputs], self.b0, self.w1, self.b1, self.w2)
+        weight = generate_weight(z[self.inputs], z[self.outputs], self.b0, self.w1, self.b1, self.w2)
         return weight.reshape(b2.shape) + b2
 
 

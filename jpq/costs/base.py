@@ -41,7 +41,7 @@ class LayerUse:
     a_bits: Number  # of the layer's input
     mask_bits: Number = 0  # bits that store the mask
     regular: bool = True  # whether known devices skip the weights that the mask drops
-    scheme: str = DENSE  # structure of the mask, as `jpq.methods.structures.parse` reads it
+    scheme: str = DENSE  # structure of the mask, as `jpq.methods.structures.parse_structure` reads it
     clock: LatencyModel | None = None  # where a latency table was given
 
 

@@ -93,7 +93,7 @@ def sides(lengths: Iterable[int]) -> str:
     return "x".join(map(str, lengths))
 
 
-def parse(text: str, source: str) -> LatencyTable:
+def parse_table(text: str, source: str) -> LatencyTable:
     """The table in the text of a CSV file. Raises JpqError, naming the line, for missing and for senseless cells."""
     lines = csv.DictReader(io.StringIO(text))
     columns = [c.strip() for c in lines.fieldnames or []]
@@ -119,8 +119,8 @@ def parse(text: str, source: str) -> LatencyTable:
     return LatencyTable(source, tuple(entries))
 
 
-def write(entries: Iterable[Entry]) -> str:
-    """The CSV text that `parse` reads as these entries."""
+def format_table(entries: Iterable[Entry]) -> str:
+    """The CSV text that `parse_table` reads as these entries."""
     entries = list(entries)
     notes = list(dict.fromkeys(k for e in entries for k in e.notes))
     out = io.StringIO()

@@ -159,7 +159,7 @@ def prune_model(
         check_untied(model, network.layer(site.taps[0].layer))
     device = next(model.parameters()).device
     gates, one_shot_gates = (
-        [layer_gate(network, site, density, settings).to(device) for site in sites] for _ in range(2)
+        [build_layer_gate(network, site, density, settings).to(device) for site in sites] for _ in range(2)
     )
     reports: list[LayerReport] = []
 
@@ -168,7 +168,7 @@ def prune_model(
         report_layer(report)
 
     pruned = prune_layerwise(model, sites, gates, draw_images, settings, collect)
-    one_shot = project_once(model, sites, one_shot_gates)
+    one_shot = project_weights_once(model, sites, one_shot_gates)
     dense, x = dense_teacher(model, draw_images, settings), draw_images(settings.batch_size)
     errors = [_output_error(dense, _with_weights(dense, m, sites), x) for m in (pruned, one_shot)]
     return DataFreeResult(pruned, sites, tuple(gate.keep() for gate in gates), tuple(reports), *errors)
@@ -180,7 +180,7 @@ def mask_sites(network: Network, structure: str, skip: Sequence[str]) -> tuple[S
     return masks(network, structure, [*skip, *(depthwise if structure.startswith("pattern") else [])])
 
 
-def layer_gate(network: Network, site: Site, density: float, settings: AdmmSettings) -> Admm:
+def build_layer_gate(network: Network, site: Site, density: float, settings: AdmmSettings) -> Admm:
     """An ADMM gate that keeps `density` of one layer; with patterns, of its kernels (all, if it reads the image)."""
     layer, structure = network.layer(site.taps[0].layer), site.taps[0].structure
     connected = 1.0 if structure.partition or layer.reads_input else density
@@ -190,7 +190,7 @@ def layer_gate(network: Network, site: Site, density: float, settings: AdmmSetti
 
 
 @torch.no_grad()
-def project_once(model: nn.Module, sites: Sequence[Site], gates: Sequence[Admm]) -> nn.Module:
+def project_weights_once(model: nn.Module, sites: Sequence[Site], gates: Sequence[Admm]) -> nn.Module:
     """Project the dense weights of a copy of `model` at once: magnitude pruning on the same structure."""
     model = copy.deepcopy(model)
     for site, gate in zip(sites, gates, strict=True):

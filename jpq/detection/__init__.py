@@ -7,12 +7,12 @@ from jpq.lazy import lazy_names
 if TYPE_CHECKING:
     from jpq.detection.detector import (
         DetectorCore,
-        detector_core,
+        extract_core,
         prepare_images,
+        prepare_saliency_batches,
         rank_channels,
         rankable_sites,
-        reassemble,
-        saliency_batches,
+        reassemble_detector,
     )
     from jpq.detection.saliency import CamSaliency, Saliency, SaliencyBatch, channel_saliency, rank_network
 
@@ -22,13 +22,13 @@ __all__ = [
     "Saliency",
     "SaliencyBatch",
     "channel_saliency",
-    "detector_core",
+    "extract_core",
     "prepare_images",
+    "prepare_saliency_batches",
     "rank_channels",
     "rank_network",
     "rankable_sites",
-    "reassemble",
-    "saliency_batches",
+    "reassemble_detector",
 ]
 
 _HOMES = {
@@ -37,12 +37,12 @@ _HOMES = {
     "Saliency": "saliency",
     "SaliencyBatch": "saliency",
     "channel_saliency": "saliency",
-    "detector_core": "detector",
+    "extract_core": "detector",
     "prepare_images": "detector",
+    "prepare_saliency_batches": "detector",
     "rank_channels": "detector",
     "rank_network": "saliency",
     "rankable_sites": "detector",
-    "reassemble": "detector",
-    "saliency_batches": "detector",
+    "reassemble_detector": "detector",
 }
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

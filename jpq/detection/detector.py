@@ -2,9 +2,10 @@
 
 A torchvision detector resizes images, runs a backbone and a head, and then chooses boxes by their values, which no
 exported graph can hold. The core (backbone and head) is a network like any other: it can be traced, pruned, quantized,
-rebuilt and exported. `reassemble` puts the smaller core back into the detector, which trains and detects as before.
+rebuilt and exported. `reassemble_detector` puts the smaller core back into the detector, which trains and detects as
+before.
 
-    core = jpq.detection.detector_core(detector)
+    core = jpq.detection.extract_core(detector)
     x = jpq.detection.prepare_images(detector, images)
     network = jpq.trace(core, x)
     sites, boxes_only = jpq.detection.rankable_sites(detector, core, network, jpq.channels(network), x)
@@ -12,7 +13,7 @@ rebuilt and exported. `reassemble` puts the smaller core back into the detector,
     jpq.detection.rank_channels(net, detector, batches)
     net.freeze(jpq.discretize(net, targets))
     small, plan = jpq.rebuild(net, core)
-    detector = jpq.detection.reassemble(detector, small)
+    detector = jpq.detection.reassemble_detector(detector, small)
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def _feature_maps(backbone: Callable[[Tensor], Any], images: Tensor) -> list[Ten
     return [maps] if isinstance(maps, Tensor) else list(maps.values())
 
 
-def detector_core(detector: nn.Module) -> DetectorCore:
+def extract_core(detector: nn.Module) -> DetectorCore:
     """Take the core out of a one-stage torchvision detector (SSD, SSDlite, RetinaNet, FCOS); weights are shared.
 
     Raises JpqError for others.
@@ -131,11 +132,11 @@ def rank_channels(
 
     Raises JpqError for batches without targets where they are needed, and for sites that only feed box outputs.
     """
-    samples = saliency_batches(detector, batches, counts, boxes, location)
+    samples = prepare_saliency_batches(detector, batches, counts, boxes, location)
     rank_network(net, channel_saliency(net, net.network, net.sites, samples, score))
 
 
-def saliency_batches(
+def prepare_saliency_batches(
     detector: nn.Module, batches: Iterable[Batch], counts: Counts = "topk", boxes: int = BOXES, location: bool = False
 ) -> Iterator[SaliencyBatch]:
     """Prepared images with the utility that their saliency is measured by; arguments as `rank_channels` has them."""
@@ -199,7 +200,7 @@ def assigned_labels(detector: nn.Module, images: Sequence[Tensor], targets: Sequ
     return torch.stack(rows)
 
 
-def reassemble(detector: nn.Module, core: Callable[..., Any]) -> nn.Module:
+def reassemble_detector(detector: nn.Module, core: Callable[..., Any]) -> nn.Module:
     """Build a detector with another core in the place of its own; all else is shared, and `detector` is not changed.
 
     Args:
@@ -225,7 +226,7 @@ class _CoreAsBackbone(nn.Module):
     def __init__(self, part: Callable[..., Any], detector: Any):
         super().__init__()
         self.part = part
-        self._dense = [detector_core(detector)]  # in a list: no submodule, so it is neither trained nor saved
+        self._dense = [extract_core(detector)]  # in a list: no submodule, so it is neither trained nor saved
         self._known: dict[tuple[int, int], tuple[list[tuple[int, int]], list[str]]] = {}
         self.outputs: dict[str, Tensor] = {}
 

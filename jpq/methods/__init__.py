@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 from jpq.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from jpq.methods.compatibility import compose, incompatibility, is_allowed
+    from jpq.methods.compatibility import compose_method, incompatibility, is_allowed
     from jpq.methods.table import METHODS, Method
 
 __all__ = [
     "METHODS",
     "Method",
-    "compose",
+    "compose_method",
     "incompatibility",
     "is_allowed",
 ]
@@ -19,7 +19,7 @@ __all__ = [
 _HOMES = {
     "METHODS": "table",
     "Method": "table",
-    "compose": "compatibility",
+    "compose_method": "compatibility",
     "incompatibility": "compatibility",
     "is_allowed": "compatibility",
 }

@@ -10,14 +10,14 @@ from jpq.methods.gates import Gate
 from jpq.methods.quantizers import WIDTHS, BitWidth, Learned
 from jpq.methods.schedules import pick_schedule
 from jpq.methods.scores import pick_score
-from jpq.methods.structures import STRUCTURES, Structure, parse, parse_layers
+from jpq.methods.structures import STRUCTURES, Structure, parse_layers, parse_structure
 from jpq.methods.table import MANUAL_ROW, MASKED_ROW, METHODS, Method
 from jpq.types import DENSE, JpqError, unknown
 
 SHOWN = 6  # most alternatives that an error message lists
 
 
-def compose(
+def compose_method(
     method: str, structure: str = "", width: str = "", score: str = "", schedule: str = "", classes: str = ""
 ) -> Method:
     """Row of METHODS with another structure, kind of width, score or schedule where they are named.
@@ -141,7 +141,7 @@ def _parsed(structure: str) -> Structure:
     name = structure.partition(":")[0].strip()
     if name not in STRUCTURES and not name.isdigit():
         raise unknown("structure", name, [CHANNELS, RULES, SEARCH, *STRUCTURES, "2:4"])
-    return parse(structure)
+    return parse_structure(structure)
 
 
 def _instead(gate: type[Gate], structure: str, width: type[BitWidth]) -> str:

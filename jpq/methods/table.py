@@ -284,6 +284,6 @@ MANUAL_ROW = Method(
 )
 
 
-def row(name: str) -> Method:
+def method_row(name: str) -> Method:
     """Row of the method that a plan names: of METHODS, of a given mask, or of decisions by hand."""
     return {MASKED: MASKED_ROW, MANUAL: MANUAL_ROW}.get(name) or METHODS[name]

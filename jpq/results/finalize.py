@@ -26,7 +26,7 @@ from jpq.results.record import UNREAD, Result
 from jpq.results.run_folder import load
 from jpq.tasks.base import Task
 from jpq.tasks.data import Data
-from jpq.tasks.load import dense_model, read_data
+from jpq.tasks.load import load_dense_model, read_data
 from jpq.types import JpqError
 
 FINAL_FILES = ("model.onnx", "model.packed")  # of final runs only
@@ -180,11 +180,11 @@ def read_float_model(folder: Path, config: Config, data: Data) -> nn.Module | No
     """The model that the run began with, from --weights or beside the run; None where its weights are gone."""
     weights, cpu = config.task.weights, torch.device("cpu")
     if weights is not None and weights.is_file():
-        return dense_model(config, data, cpu)
+        return load_dense_model(config, data, cpu)
     folders = (folder, *folder.resolve().parents[:2])  # of the budget or run, of the run, of the study
     file = next((place / FLOAT_WEIGHTS for place in folders if (place / FLOAT_WEIGHTS).is_file()), None)
     if file is None:
         return None
-    model = dense_model(replace(config, task=replace(config.task, weights=None)), data, cpu)
+    model = load_dense_model(replace(config, task=replace(config.task, weights=None)), data, cpu)
     tensors.load_tensors(model, file)
     return model.eval()

@@ -23,10 +23,10 @@ from jpq.export import formats, verify
 from jpq.export.branches import split_into_branches
 from jpq.export.onnx.export import export_onnx
 from jpq.export.onnx.narrow_weights import WEIGHTS
-from jpq.export.packed.model import pack
+from jpq.export.packed.model import pack_model
 from jpq.export.rebuild import complete_plan, rebuild
 from jpq.export.timing import layer_table
-from jpq.export.timing.kernels import float_layers
+from jpq.export.timing.kernels import find_float_layers
 from jpq.files import tensors
 from jpq.files.atomic import replace_file
 from jpq.plan import Plan
@@ -157,13 +157,13 @@ def export_model(small: nn.Module, plan: Plan, data: Data, folder: Path, config:
 
     Returns the ONNX file, and the fields "packed" and "export" of a Result.
     """
-    stored = pack(small, plan, data.example, folder / "model.packed")
+    stored = pack_model(small, plan, data.example, folder / "model.packed")
     path, weights = folder / formats.FORMATS["onnx"].file_name, config.run.onnx_weights
     export_onnx(with_branches(small, plan, data.example), data.example, path, weights)
     other_formats = [form for form in parse_formats(config.run.formats) if form != "onnx"]
     forms = {"onnx": {"file": path.name, "bytes": path.stat().st_size}}
-    forms |= formats.write(small, data.example, folder, other_formats, data.test)
-    integer, in_float = float_layers(path)
+    forms |= formats.write(small, data.example, folder, other_formats, data.test, task=data.task)
+    integer, in_float = find_float_layers(path)
     about = {"opset": WEIGHTS[weights][0], "weights": weights, "integer_layers": integer, "float_layers": in_float}
     return path, {"packed": asdict(stored), "export": {**about, "forms": forms}}
 

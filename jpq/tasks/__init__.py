@@ -11,7 +11,7 @@ from jpq.types import unknown
 if TYPE_CHECKING:
     from jpq.tasks.data import PREPROCESSING, Batches, Data
     from jpq.tasks.data import load as load_data
-    from jpq.tasks.load import dense_model, read_data
+    from jpq.tasks.load import load_dense_model, read_data
     from jpq.tasks.models import build as build_model
     from jpq.tasks.models import load_weights
 
@@ -24,8 +24,8 @@ __all__ = [
     "Data",
     "Task",
     "build_model",
-    "dense_model",
     "load_data",
+    "load_dense_model",
     "load_weights",
     "pick_task",
     "read_data",
@@ -40,12 +40,12 @@ TASKS: dict[str, Task] = {
 }
 
 _HOMES = {
-    "PREPROCESSING": "data",
     "Batches": "data",
     "Data": "data",
+    "PREPROCESSING": "data",
     "build_model": "models:build",
-    "dense_model": "load",
     "load_data": "data:load",
+    "load_dense_model": "load",
     "load_weights": "models",
     "read_data": "load",
 }

@@ -26,7 +26,7 @@ def read_data(config: Config, device: torch.device) -> Data:
     )
 
 
-def dense_model(config: Config, data: Data, device: torch.device) -> nn.Module:
+def load_dense_model(config: Config, data: Data, device: torch.device) -> nn.Module:
     """The float model that a config names, decomposed into plain layers, with its weights, checked against the data."""
     model = models.build(config.task.model, data.classes, data.shape[0]).to(device)
     if config.task.weights is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Size, Tensor
 
-from jpq.methods.structures import Structure, parse
+from jpq.methods.structures import Structure, parse_structure
 from jpq.testing.expectation import close, expect
 from jpq.types import JpqError, Units, Weight
 
@@ -20,8 +20,8 @@ def check_structure(structure: Structure, sizes: Iterable[tuple[int, ...]] = ())
 
     `pool` is the adjoint of `expand`, values and gradients; nothing kept leaves no weight of a unit, everything kept
     leaves all; 0/1 units give a 0/1 mask of as many weights as `sizes` says; padding stands for no weight; a quota
-    leaves a choice; masks follow the dtype; `spec` is read back by `parse`. Sizes that the structure refuses are passed
-    over.
+    leaves a choice; masks follow the dtype; `parse_structure` reads `spec` back. Sizes that the structure refuses are
+    passed over.
 
     Raises AssertionError with the law that is broken, or where no size fits.
     """
@@ -137,7 +137,7 @@ def _spec_is_read_back(structure: Structure, size: Size, name: str) -> None:
     except JpqError:  # made from a traced network: no text names it
         return
     try:
-        read = parse(text, structure.layout)
+        read = parse_structure(text, structure.layout)
     except JpqError as error:
         raise AssertionError(f"{name}: spec() writes '{text}', which parse does not read: {error}") from error
     expect(read == structure, f"{name}: spec() writes '{text}', which parse reads as {read}.")

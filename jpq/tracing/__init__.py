@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jpq.tracing.op_call import OpCall, TraceState, rule
     from jpq.tracing.pad_channels import PadChannels
     from jpq.tracing.shrink import freeze_unshrinkable, remove_channels
-    from jpq.tracing.sites import Site, Tap, channels, masks, per_consumer
+    from jpq.tracing.sites import Site, Tap, channels, channels_per_consumer, masks
 
 __all__ = [
     "ChannelShares",
@@ -25,11 +25,11 @@ __all__ = [
     "Tap",
     "TraceState",
     "channels",
+    "channels_per_consumer",
     "freeze_unshrinkable",
     "frozen_channels",
     "halved_share",
     "masks",
-    "per_consumer",
     "prunable_share",
     "remove_channels",
     "rule",
@@ -47,11 +47,11 @@ _HOMES = {
     "Tap": "sites",
     "TraceState": "op_call",
     "channels": "sites",
+    "channels_per_consumer": "sites",
     "freeze_unshrinkable": "shrink",
     "frozen_channels": "coverage",
     "halved_share": "coverage",
     "masks": "sites",
-    "per_consumer": "sites",
     "prunable_share": "coverage",
     "remove_channels": "shrink",
     "rule": "op_call",

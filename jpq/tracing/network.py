@@ -11,7 +11,7 @@ from math import prod
 from jpq.costs import LatencyModel
 from jpq.costs.latency import interpolate
 from jpq.costs.latency_table import Entry, LatencyTable, Shape
-from jpq.methods.structures import parse
+from jpq.methods.structures import parse_structure
 from jpq.tracing.integer_io import OutputQuantPoint
 from jpq.types import DENSE, JpqError, Labels, unknown
 
@@ -132,6 +132,6 @@ def _with_parsed_scheme(entry: Entry, source: str) -> Entry:
     if entry.scheme == DENSE:
         return entry
     try:
-        return replace(entry, scheme=parse(entry.scheme).spec())
+        return replace(entry, scheme=parse_structure(entry.scheme).spec())
     except JpqError as error:
         raise JpqError(f"{source}: scheme '{entry.scheme}' is no structure. {error}") from error

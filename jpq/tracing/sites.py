@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Size
 
-from jpq.methods.structures import Axis, Structure, WeightLayout, parse
+from jpq.methods.structures import Axis, Structure, WeightLayout, parse_structure
 from jpq.tracing.channel_labels import unique_labels
 from jpq.tracing.network import Layer, LayerKind, Network
 from jpq.types import DENSE, NONE, JpqError, Labels, unknown
@@ -68,7 +68,7 @@ def channels(network: Network, skip: Collection[str] = ()) -> tuple[Site, ...]:
     return tuple(sites)
 
 
-def per_consumer(network: Network, skip: Collection[str] = ()) -> tuple[Site, ...]:
+def channels_per_consumer(network: Network, skip: Collection[str] = ()) -> tuple[Site, ...]:
     """Uncoupled channel sites: each coupled site of `channels` once for every layer that reads it.
 
     A site stays coupled where one of its consumers is not `wrappable`: nothing can select that consumer's channels.
@@ -133,7 +133,7 @@ def _masks_where_they_fit(network: Network, structure: str, skip: Collection[str
     for layer in network.layers:
         if layer.name in skip or not can_mask(layer):
             continue
-        parsed = parse(structure, weight_layout(layer))
+        parsed = parse_structure(structure, weight_layout(layer))
         try:
             sites.append(_mask_site(layer, parsed))
         except JpqError as reason:
@@ -150,7 +150,7 @@ def _masks_by_layer(network: Network, structures: Mapping[str, str], skip: Colle
         text = structures.get(layer.name, DENSE)
         if layer.name in skip or text == DENSE:
             continue
-        parsed = parse(text, weight_layout(layer))
+        parsed = parse_structure(text, weight_layout(layer))
         try:
             site = _mask_site(layer, parsed)
             if not can_mask(layer):

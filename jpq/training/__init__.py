@@ -7,7 +7,7 @@ from jpq.lazy import lazy_names
 if TYPE_CHECKING:
     from jpq.training.epochs import Phase, all_phases, split_epochs
     from jpq.training.history import EpochRecord, NullObserver, TensorBoardObserver, TrainingObserver
-    from jpq.training.loop import Objective, fit, optimizer
+    from jpq.training.loop import Objective, build_optimizer, fit
 
 __all__ = [
     "EpochRecord",
@@ -17,8 +17,8 @@ __all__ = [
     "TensorBoardObserver",
     "TrainingObserver",
     "all_phases",
+    "build_optimizer",
     "fit",
-    "optimizer",
     "split_epochs",
 ]
 
@@ -30,8 +30,8 @@ _HOMES = {
     "TensorBoardObserver": "history",
     "TrainingObserver": "history",
     "all_phases": "epochs",
+    "build_optimizer": "loop",
     "fit": "loop",
-    "optimizer": "loop",
     "split_epochs": "epochs",
 }
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -1,6 +1,6 @@
 """The training loop: `fit` trains for one phase of float training, search or fine-tuning; they differ in its arguments.
 
-`Objective` is the loss, `optimizer` the parameter groups, `Recorder` turns epochs into rows of history.csv.
+`Objective` is the loss, `build_optimizer` the parameter groups, `Recorder` turns epochs into rows of history.csv.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def pressure(net: CompressedModel, controller: Controller, progress: float, gate
     return loss + gate_weight * controller.multiplier() * net.penalty() if gate_weight else loss
 
 
-def optimizer(
+def build_optimizer(
     net: nn.Module, lr: float, weight_decay: float, gate_lr: float = 0.0, bit_lr: float = 0.0
 ) -> torch.optim.Optimizer:
     """AdamW over weights, and over decisions where their rates are above 0; each group remembers its peak rate.

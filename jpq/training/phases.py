@@ -23,12 +23,12 @@ from jpq.export import verify
 from jpq.export.rebuild import rebuild
 from jpq.files import tensors
 from jpq.methods.schedules import pick_schedule
-from jpq.methods.table import row
+from jpq.methods.table import method_row
 from jpq.plan import Plan, from_json
 from jpq.tasks.data import Data
 from jpq.training import checkpoint, distributed
 from jpq.training.epochs import Phase
-from jpq.training.loop import Objective, fit, optimizer
+from jpq.training.loop import Objective, build_optimizer, fit
 from jpq.training.nonfinite import check_buffers
 from jpq.training.run_state import RunState
 
@@ -96,7 +96,7 @@ def train(
 def search_optimizer(net: CompressedModel, config: Config) -> torch.optim.Optimizer:
     """AdamW over weights and decisions, at the rates of the config."""
     d, t = config.decide, config.train
-    return optimizer(net, t.lr, t.weight_decay, d.gate_lr, d.bit_lr)
+    return build_optimizer(net, t.lr, t.weight_decay, d.gate_lr, d.bit_lr)
 
 
 def search(
@@ -150,7 +150,7 @@ def learn_decisions(
 ) -> None:
     """Train weights and decisions in one loss; gates anneal and rankings close units on the way to the first budget."""
     d, t, net = config.decide, config.train, state.net
-    method = row(net.method)
+    method = method_row(net.method)
     if method.score and phase.anneals:
         schedule = pick_schedule(d.schedule or method.schedule)
         score = score_of(net.method, d)
@@ -187,7 +187,7 @@ def train_first_stage(
     """Train the pruned network of a two-stage method before it is quantized."""
     t, net = config.train, state.net
     net.freeze(plan)
-    state.optim = optimizer(net, t.lr, t.weight_decay)
+    state.optim = build_optimizer(net, t.lr, t.weight_decay)
     train(net, data, phase, Objective(model, t.distill, t.temperature), state.optim, run, extra)
     recalibrate(net, calibration_batches(data))
 
@@ -216,7 +216,7 @@ def fine_tune(
     The learning rate is high where the search ends, so parameters that trained in it keep their Adam `moments`.
     """
     t = config.train
-    optim = optimizer(net, t.lr, t.weight_decay)
+    optim = build_optimizer(net, t.lr, t.weight_decay)
     optim.state.update({p: moments[p] for group in optim.param_groups for p in group["params"] if p in moments})
     objective = Objective(model, t.distill, t.temperature)
 

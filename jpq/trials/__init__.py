@@ -6,7 +6,7 @@ from jpq.lazy import lazy_names
 
 if TYPE_CHECKING:
     from jpq.trials.attributes import is_counted
-    from jpq.trials.preview import Preview, float_weights
+    from jpq.trials.preview import Preview, prepare_float_weights
     from jpq.trials.samplers import build_sampler
     from jpq.trials.settings import Study, read_study, write_study
     from jpq.trials.space import Space
@@ -22,9 +22,9 @@ __all__ = [
     "StudyObserver",
     "StudyStatus",
     "build_sampler",
-    "float_weights",
     "is_counted",
     "open_storage",
+    "prepare_float_weights",
     "read_study",
     "write_study",
 ]
@@ -37,9 +37,9 @@ _HOMES = {
     "StudyObserver": "trial",
     "StudyStatus": "status",
     "build_sampler": "samplers",
-    "float_weights": "preview",
     "is_counted": "attributes",
     "open_storage": "storage",
+    "prepare_float_weights": "preview",
     "read_study": "settings",
     "write_study": "settings",
 }

@@ -24,12 +24,12 @@ from jpq.files.tensors import save_tensors
 from jpq.plan import Plan
 from jpq.tasks import models
 from jpq.tasks.data import Data
-from jpq.tasks.load import dense_model, read_data
+from jpq.tasks.load import load_dense_model, read_data
 from jpq.tracing.channel_shares import ChannelShares
 from jpq.training.environment import pick_device, set_threads
 from jpq.training.epochs import Phase
 from jpq.training.history import TrainingObserver
-from jpq.training.loop import Objective, Recorder, fit, optimizer
+from jpq.training.loop import Objective, Recorder, build_optimizer, fit
 from jpq.types import JpqError
 
 Costs = dict[str, float]  # by cost: shares of the fp32 model for bops and macs, bytes for size, ms for latency
@@ -55,7 +55,7 @@ class Preview:
         device = pick_device(config.run.device)
         torch.manual_seed(config.run.seed)
         data = read_data(config, device)
-        model = dense_model(config, data, device)
+        model = load_dense_model(config, data, device)
         path, decide = config.budget.latency_table, replace(config.decide, method=MANUAL)
         table = None if path is None else layer_table.read_table(path)
         self.prepared = prepare(model, data.example, decide, Budget(), table=table)
@@ -110,7 +110,7 @@ class Preview:
         return self._net
 
 
-def float_weights(config: Config, file: Path, watch: TrainingObserver) -> tuple[Path, str]:
+def prepare_float_weights(config: Config, file: Path, watch: TrainingObserver) -> tuple[Path, str]:
     """(file, digest) of the float weights that all trials start from; trained into `file` where none are named."""
     device = pick_device(config.run.device)
     torch.manual_seed(config.run.seed)
@@ -132,5 +132,5 @@ def float_weights(config: Config, file: Path, watch: TrainingObserver) -> tuple[
 def _train(model: nn.Module, data: Data, config: Config, watch: TrainingObserver) -> None:
     t = config.train
     phase = Phase("float", t.float_epochs)
-    fit(model, data, phase, Objective(), optimizer(model, t.lr, t.weight_decay), Recorder(lambda: 0.0), watch)
+    fit(model, data, phase, Objective(), build_optimizer(model, t.lr, t.weight_decay), Recorder(lambda: 0.0), watch)
     model.eval()

@@ -20,7 +20,7 @@ from jpq.results.front.points import read_points
 from jpq.tasks import task_record
 from jpq.trials.attributes import REASON, RULED_OUT, SAME, is_counted
 from jpq.trials.objectives import objective_unit
-from jpq.trials.preview import Preview, float_weights
+from jpq.trials.preview import Preview, prepare_float_weights
 from jpq.trials.samplers import build_sampler
 from jpq.trials.settings import (
     CHANCE,
@@ -98,7 +98,7 @@ def study(
     logging.getLogger("optuna").setLevel(logging.CRITICAL)  # failed trials: their reasons are kept in the study
     with exclusive(folder):
         storage = open_storage(settings.storage, folder, settings.dead_after)
-        weights, digest = float_weights(config, folder / "float.safetensors", watch)
+        weights, digest = prepare_float_weights(config, folder / "float.safetensors", watch)
     started = replace(config, task=replace(config.task, weights=weights.resolve()))  # --out may be spelled otherwise
     preview = Preview(started)
     space = Space.of(settings, started, preview.network, preview.prepared.sites)

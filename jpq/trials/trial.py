@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from jpq.allocation.allocators import check_allocator
 from jpq.config import Config
-from jpq.methods.compatibility import compose
+from jpq.methods.compatibility import compose_method
 from jpq.recipe import optimize
 from jpq.results import run_folder
 from jpq.results.record import LayerRecord, Result
@@ -121,7 +121,7 @@ class TrialRunner:
             preview = self.preview.preview_costs(config)
             costs, name = preview.costs, preview.name
         else:
-            compose(d.method, d.structure, d.width, d.score, d.schedule, d.classes)
+            compose_method(d.method, d.structure, d.width, d.score, d.schedule, d.classes)
             check_allocator(d.method, d.allocator)
         trial.set_user_attr(DECISIONS, name)
         equal = self._equal_trial(name, trial, other_trials)

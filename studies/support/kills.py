@@ -18,7 +18,7 @@ from pathlib import Path
 import jpq
 from jpq.compression import reestimate_batchnorm
 from jpq.config import Budget, Config, Run, Task, Train
-from jpq.export.packed import pack
+from jpq.export.packed import pack_model
 from jpq.files import save_tensors
 from jpq.results import write_run
 from jpq.training import NullObserver
@@ -113,7 +113,7 @@ def run(config: Config, moment: str = "", n: int = 0) -> None:
     killer.before(jpq.discretize, "landing")
     killer.before(reestimate_batchnorm, "BatchNorm's statistics")
     killer.before(save_tensors, "weights to be written")
-    killer.before(pack, "packing")
+    killer.before(pack_model, "packing")
     killer.before(jpq.export_onnx, "export")
     killer.before(jpq.verify, "verification")
     wrap_function(write_run, before=partial(killer, "report"), after=partial(killer, "all written"))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from jpq.export.timing import hardware as cpu_name
+from jpq.export.timing import describe_hardware as cpu_name
 
 STUDIES = Path(__file__).parents[1]
 RESULTS = STUDIES / "results"

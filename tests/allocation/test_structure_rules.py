@@ -20,11 +20,11 @@ from jpq.allocation.structure_projection import kept_share, project, strongest_u
 from jpq.allocation.structure_rules import allowed_structures, apply_rules, is_hard_task, smallest_fast_block
 from jpq.allocation.structure_search import reward, search_structures
 from jpq.config import Budget, Config, Decide, Run, Task, Train
-from jpq.export.packed.model import unpack
+from jpq.export.packed.model import unpack_model
 from jpq.export.verify import EXACT, difference
-from jpq.methods.compatibility import compose, is_allowed
+from jpq.methods.compatibility import compose_method, is_allowed
 from jpq.methods.gates import Reweighted
-from jpq.methods.structures import parse, parse_layers
+from jpq.methods.structures import parse_layers, parse_structure
 from jpq.plan import from_json
 from jpq.tasks.data import load
 from jpq.tracing.sites import masks, weight_layout
@@ -56,14 +56,14 @@ def seen():
 
 
 def error(weight, structure, density):
-    return float((weight - project(weight, parse(structure), density)).square().sum())
+    return float((weight - project(weight, parse_structure(structure), density)).square().sum())
 
 
 @pytest.mark.parametrize("structure", ["block:2x1", "punched:2x2", "block:1x1", "pattern"])
 def test_projection_is_the_nearest_point_and_stays_put(structure):
     torch.manual_seed(0)
     weight = torch.randn((1, 1, 3, 3) if structure == "pattern" else (4, 2, 1, 2), dtype=torch.float64)
-    own = parse(structure)
+    own = parse_structure(structure)
     near = project(weight, own, 0.5)
     rows, n = own.shape(weight.shape)
     k = 1 if structure == "pattern" else (n + 1) // 2
@@ -114,17 +114,17 @@ def test_a_coarser_block_is_never_modelled_slower(size, density, positions):
     weight = Size((outputs, inputs, k, k))
     form = "block:{0}x1" if k == 1 else "punched:{0}x{0}"
     macs = weight.numel() * positions
-    each = [roofline_ms(macs, weight, parse(form.format(b)), density) for b in (1, 2, 4, 8, 16, 32, "*")]
+    each = [roofline_ms(macs, weight, parse_structure(form.format(b)), density) for b in (1, 2, 4, 8, 16, 32, "*")]
     assert all(b <= a * (1 + 1e-12) for a, b in pairwise(each))
     assert each[-1] >= density * roofline_ms(macs, weight, None, 1.0) * (1 - 1e-12)
 
 
 def test_what_one_look_up_serves():
-    assert weights_per_lookup(parse("block:8x1"), Size((16, 10))) == 8
-    assert weights_per_lookup(parse("punched:8x4"), Size((16, 8, 3, 3))) == 32
-    assert weights_per_lookup(parse("block:8x1"), Size((12, 10))) == 6  # blocks of 8 and of 4
+    assert weights_per_lookup(parse_structure("block:8x1"), Size((16, 10))) == 8
+    assert weights_per_lookup(parse_structure("punched:8x4"), Size((16, 8, 3, 3))) == 32
+    assert weights_per_lookup(parse_structure("block:8x1"), Size((12, 10))) == 6  # blocks of 8 and of 4
     assert (
-        weights_per_lookup(parse("pattern"), Size((64, 8, 3, 3))) == 4 * 16
+        weights_per_lookup(parse_structure("pattern"), Size((64, 8, 3, 3))) == 4 * 16
     )  # a quarter of 64 filters has the same pattern
 
 
@@ -170,7 +170,7 @@ def test_choices_fit_their_layers(seen):
         kinds = allowed_structures(layer)
         assert ("pattern" in kinds) == (layer.name in ("stem", "plain"))
         for structure in {s for kind in kinds.values() for s in kind} - {DENSE}:
-            own, size = parse(structure, weight_layout(layer)), Size(layer.weight_shape)
+            own, size = parse_structure(structure, weight_layout(layer)), Size(layer.weight_shape)
             rows, n = own.shape(size)
             assert rows * n > 0
             weight = torch.randn(size)
@@ -196,11 +196,15 @@ def test_rules_take_what_the_method_can():
         mapping = structure_mapping.map_structures(method, net, example, 0.5)
         return {structure.partition(":")[0] for structure in mapping.values()}
 
-    assert kinds(compose("admm", "rules"), difficult) == {DENSE, "pattern", "block", "punched"}
-    assert kinds(compose("scheme-mapping"), difficult) == {DENSE, "block", "punched"}  # its units may not overlap
-    assert kinds(compose("admm", "rules"), easy) == {DENSE, "block", "punched"}
-    assert not is_allowed(compose("scheme-mapping"))("pattern")
-    assert structure_mapping.map_structures(compose("admm"), easy, example, 0.5) is None
+    assert kinds(compose_method("admm", "rules"), difficult) == {DENSE, "pattern", "block", "punched"}
+    assert kinds(compose_method("scheme-mapping"), difficult) == {
+        DENSE,
+        "block",
+        "punched",
+    }  # its units may not overlap
+    assert kinds(compose_method("admm", "rules"), easy) == {DENSE, "block", "punched"}
+    assert not is_allowed(compose_method("scheme-mapping"))("pattern")
+    assert structure_mapping.map_structures(compose_method("admm"), easy, example, 0.5) is None
 
 
 LAYERS = {f"l{i}": {f"c{j}": 1.0 + j for j in range(4)} for i in range(5)}
@@ -267,7 +271,7 @@ def test_the_search_reads_held_out_data_only_and_leaves_the_model(trained):
     model = jpq.tasks.models.build("convnet", 10, 1).eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     network = trace(model, data.example)
-    method = compose("admm", "search")
+    method = compose_method("admm", "search")
     found, limit = structure_search.search_mapping(
         method, network, model, data, 0.5, ["3"], pretrain=trained, samples=3
     )
@@ -295,7 +299,7 @@ def test_what_the_proxy_trains_stays_masked():
 def test_reweighted_presses_each_unit_by_what_it_was():
     torch.manual_seed(0)
     weight = torch.randn(8, 6, 3, 3, dtype=torch.float64, requires_grad=True)
-    own = parse("punched:4x2")
+    own = parse_structure("punched:4x2")
     gate = Reweighted(*own.shape(weight.shape), density=0.5, lam=0.03).double()
     gate.set_site(own.sizes(weight.shape), own.quota())
     gate.observe_weights([(weight, own)])
@@ -335,14 +339,14 @@ def test_several_structures_in_one_run(method, tmp_path):
     assert result.verified["masked_vs_rebuilt_float64"] <= EXACT
     assert result.verified["rebuilt_vs_onnxruntime"]["argmax_agreement"] > 0.98
     x = load("digits", limit=300).example
-    assert difference(small, unpack(small, result.folder / "model.packed"), x) < 1e-5
+    assert difference(small, unpack_model(small, result.folder / "model.packed"), x) < 1e-5
     assert 0 <= result.packed["layers"] - result.compressed.size_bytes < 2 * len(result.layers)
     network = trace(jpq.tasks.models.build("convnet", 10, 1).eval(), x)
     for row in result.layers:
         weight = small.get_submodule(row.name).weight
         mask = torch.ones_like(weight)
         if row.structure != DENSE:
-            own = parse(row.structure)
+            own = parse_structure(row.structure)
             mask = own.expand(plan.masks[row.name].units().to(weight), weight.shape).expand_as(weight)
         assert not (weight[mask == 0]).any()
         assert float(mask.mean()) == pytest.approx(row.density)

@@ -18,7 +18,7 @@ from jpq.config import Budget, Config, Decide, Run, Task, Train
 from jpq.costs.target import FULL_USE, all_met, parse_targets, used_share
 from jpq.methods.gates import VIB
 from jpq.methods.quantizers import Fixed, Learned
-from jpq.methods.table import METHODS, row
+from jpq.methods.table import METHODS, method_row
 from jpq.tasks.models import build
 from jpq.tracing.decompose import decompose
 from jpq.tracing.network import Network
@@ -195,7 +195,7 @@ def test_a_run_lands_on_multiples(tmp_path):
         train=Train(epochs=2, float_epochs=1),
         run=Run(out=tmp_path, threads=1),
     )
-    result = jpq.optimize(config)
+    result = jpq.optimize(config, final=False)
     assert result.targets["bops"]["used"] <= 1
     assert [x.outputs for x in result.layers][:-1] != [x.outputs_all for x in result.layers][:-1]
     assert all(x.outputs % 16 == 0 for x in result.layers[:-1])
@@ -209,7 +209,12 @@ def test_decisions_by_hand_are_rounded_too(tmp_path):
         train=Train(epochs=2, float_epochs=1),
         run=Run(out=tmp_path, threads=1),
     )
-    assert [x.outputs for x in jpq.optimize(config).layers] == [8, 16, 16, 10]  # 0.3 x 32 = 9.6, 0.3 x 64 = 19.2
+    assert [x.outputs for x in jpq.optimize(config, final=False).layers] == [
+        8,
+        16,
+        16,
+        10,
+    ]  # 0.3 x 32 = 9.6, 0.3 x 64 = 19.2
 
 
 @pytest.mark.parametrize(
@@ -224,12 +229,12 @@ def test_decisions_by_hand_are_rounded_too(tmp_path):
 )
 def test_bad_input_gets_one_sentence(method, asked, words):
     with pytest.raises(JpqError) as error:
-        channel_multiple(method, row(method), asked)
+        channel_multiple(method, method_row(method), asked)
     assert words in str(error.value)
 
 
 def test_methods_that_are_told_how_many_channels_stay_refuse():
-    told = jpq.methods.compatibility.compose("spp", "channels")
+    told = jpq.methods.compatibility.compose_method("spp", "channels")
     with pytest.raises(JpqError, match="is told how many channels stay"):
         channel_multiple("spp", told, 8)
     fine = [name for name, m in METHODS.items() if m.gate and m.structure == "channels" and name != "upscale"]

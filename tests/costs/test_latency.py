@@ -18,7 +18,7 @@ from jpq.compression import discretize
 from jpq.compression.attach import attach
 from jpq.costs import baseline, latency_ns, layer_latency
 from jpq.costs.latency import NS, interpolate, isotonic
-from jpq.costs.latency_table import MOST_ROWS, Entry, LatencyTable, Shape, parse, write
+from jpq.costs.latency_table import MOST_ROWS, Entry, LatencyTable, Shape, format_table, parse_table
 from jpq.costs.target import FULL_USE, Controller, parse_targets, used_share
 from jpq.methods.gates import VIB, Frozen
 from jpq.methods.quantizers import Fixed, Learned
@@ -346,7 +346,7 @@ def test_a_layer_that_nobody_measured_is_refused_by_name():
 def test_a_table_survives_its_file():
     noted = replace(measured().entries[0], notes={"hardware": "x, y", "n": "3"}, form="float>int8")
     entries = (noted, *measured().entries[1:])
-    again = parse(write(entries), "again.csv")
+    again = parse_table(format_table(entries), "again.csv")
     assert again.entries == entries
     assert again.note("hardware") == "x, y"
 
@@ -378,11 +378,11 @@ def test_a_table_survives_its_file():
 )
 def test_bad_tables_name_the_line_and_the_cell(text, why):
     with pytest.raises(JpqError) as error:
-        parse(text, "bad.csv")
+        parse_table(text, "bad.csv")
     assert why in str(error.value)
     assert "bad.csv" in str(error.value)
 
 
 def test_a_table_without_end_is_refused():
     with pytest.raises(JpqError, match="more than 100,000 lines"):
-        parse(f"{HEADER}\n" + "linear,,,,1,1,8,1\n" * (MOST_ROWS + 1), "huge.csv")
+        parse_table(f"{HEADER}\n" + "linear,,,,1,1,8,1\n" * (MOST_ROWS + 1), "huge.csv")

@@ -24,13 +24,13 @@ from jpq.data_free.settings import DataFreeSettings
 from jpq.files.tensors import save_tensors
 from jpq.methods.gates import Admm
 from jpq.methods.gates.fixed_count import strongest_rows
-from jpq.methods.structures import KernelPattern, parse
+from jpq.methods.structures import KernelPattern, parse_structure
 from jpq.plan import MaskPlan, Plan
 from jpq.tasks import models
 from jpq.tasks.data import load
 from jpq.tracing.trace import trace
 from jpq.training.epochs import Phase
-from jpq.training.loop import Objective, Recorder, fit, optimizer
+from jpq.training.loop import Objective, Recorder, build_optimizer, fit
 from jpq.types import JpqError
 
 SHORT = ("--steps", "60", "--images", "32", "--batch-size", "16")
@@ -46,7 +46,7 @@ def trained(tmp_path_factory):
         load("digits", limit=600),
         Phase("float", 3),
         Objective(),
-        optimizer(model, 3e-3, 0.0),
+        build_optimizer(model, 3e-3, 0.0),
         Recorder(lambda: 0.0),
     )
     path = tmp_path_factory.mktemp("float") / "w.safetensors"
@@ -323,7 +323,7 @@ def test_other_structures(structure, trained, tmp_path):
     )
     done = prune.prune_private(settings)
     given = external_mask.read(tmp_path)
-    assert {parse(text) for text in given.plan.structures.values()} == {parse(structure)}
+    assert {parse_structure(text) for text in given.plan.structures.values()} == {parse_structure(structure)}
     expected = {"2:4": 0.5, "pattern:4": 0.75 * 4 / 9}.get(structure, 0.5)
     assert done.layers[1].density == pytest.approx(expected, abs=0.02)
     x = torch.randn(4, 1, 8, 8)
@@ -381,7 +381,12 @@ def masked_weights(folder, given):
     small, decided = jpq.load(folder)
     for name, mask in given.plan.masks.items():
         weight = small.get_submodule(name).weight.detach()
-        yield name, weight, parse(given.plan.structures[name]).expand(mask.units().float(), weight.shape), decided
+        yield (
+            name,
+            weight,
+            parse_structure(given.plan.structures[name]).expand(mask.units().float(), weight.shape),
+            decided,
+        )
 
 
 def test_the_mask_is_held_and_the_budget_met(retrained, handed):

@@ -24,13 +24,13 @@ from jpq.detection import (
     Saliency,
     SaliencyBatch,
     channel_saliency,
-    detector_core,
+    extract_core,
     prepare_images,
+    prepare_saliency_batches,
     rank_channels,
     rank_network,
     rankable_sites,
-    reassemble,
-    saliency_batches,
+    reassemble_detector,
 )
 from jpq.detection.detector import assigned_labels, confidence
 from jpq.detection.saliency import LAST_CHANNELS, object_mask, utility
@@ -291,7 +291,7 @@ def ssdlite():
 
 def scrambled(model):
     """With weights that hand the image on: fresh ones drown it."""
-    float_equivalence.randomize(detector_core(model), torch.randn(2, 3, SIDE, SIDE).double())
+    float_equivalence.randomize(extract_core(model), torch.randn(2, 3, SIDE, SIDE).double())
     return model.float().eval()
 
 
@@ -306,7 +306,7 @@ def pruned(request):
     """A ranked and landed detector: (detector, core, masked, small, images)."""
     detector = request.param()
     images, wanted = photographs()
-    part, x = detector_core(detector), prepare_images(detector, images)
+    part, x = extract_core(detector), prepare_images(detector, images)
     network = jpq.trace(part, x)
     sites, boxes_only = rankable_sites(detector, part, network, jpq.channels(network), x)
     assert boxes_only == ()
@@ -341,11 +341,11 @@ def apart(one, other):
 def test_the_core_gives_the_detectors_own_detections():
     detector = small_ssd()
     images, _ = photographs()
-    part = detector_core(detector)
+    part = extract_core(detector)
     with torch.no_grad():
         dense = detector(images)
         for own in (part, lambda x: part(x)):
-            found = apart(reassemble(detector, own)(images), dense)
+            found = apart(reassemble_detector(detector, own)(images), dense)
             assert found.fewest > 0
             assert not found.labels
             assert found.scores == found.boxes == 0
@@ -373,8 +373,8 @@ def test_masked_rebuilt_and_exported_core_detect_the_same(pruned, tmp_path):
     assert found["rebuilt_vs_onnxruntime"]["argmax_differs"] == 0
     assert jpq.measure(small, x)["bops"] == jpq.costs.bops(net.exact_usage())
     with torch.no_grad():
-        rebuilt = reassemble(detector, small)
-        outside = reassemble(detector, Session(path, optimised=False))
+        rebuilt = reassemble_detector(detector, small)
+        outside = reassemble_detector(detector, Session(path, optimised=False))
         found = apart(outside(images), rebuilt(images))
     assert found.fewest > 0
     assert not found.labels
@@ -386,7 +386,7 @@ def test_masked_rebuilt_and_exported_core_detect_the_same(pruned, tmp_path):
 def test_masked_and_rebuilt_detector_in_float64(pruned):
     detector, _, net, small, images = pruned
     wide = [x.double() for x in images]
-    models = [reassemble(detector, copy.deepcopy(part)).double() for part in (net, small)]
+    models = [reassemble_detector(detector, copy.deepcopy(part)).double() for part in (net, small)]
     found = apart(*(model(wide) for model in models))
     assert found.fewest > 0
     assert not found.labels
@@ -400,7 +400,7 @@ def test_the_smaller_detector_trains_and_the_first_stays_as_it_was(pruned):
     _, wanted = photographs()
     assert verify.difference(detector.backbone, part.backbone, prepare_images(detector, images)) == 0
     own = copy.deepcopy(small)  # training moves batch statistics
-    smaller = reassemble(detector, own).train()
+    smaller = reassemble_detector(detector, own).train()
     sum(smaller(images, wanted).values()).backward()
     assert all(p.grad is not None for p in own.head.parameters())
     assert all(torch.equal(t, before[name]) for name, t in detector.state_dict().items())
@@ -411,7 +411,7 @@ def test_a_core_under_compression_trains_inside_the_detector(pruned):
     _, wanted = photographs()
     losses = []
     for part in (net, small):
-        model = reassemble(detector, part).train()
+        model = reassemble_detector(detector, part).train()
         part.eval()  # fixed batch statistics, so that both compute the same; part of `model`, which stays in training
         losses.append({k: float(v.detach()) for k, v in model(images, wanted).items()})
     assert losses[0].keys() == {"bbox_regression", "classification"}
@@ -481,7 +481,7 @@ def test_variants_rank_differently(pruned, kwargs):
     network = jpq.trace(part, prepare_images(detector, images))
     sites = jpq.channels(network)
     plain, other = (
-        channel_saliency(part, network, sites, saliency_batches(detector, [(images, wanted)], **k), score)
+        channel_saliency(part, network, sites, prepare_saliency_batches(detector, [(images, wanted)], **k), score)
         for k, score in [({}, None), ({k: v for k, v in kwargs.items() if k != "score"}, kwargs.get("score"))]
     )
     assert all((other[s.name] >= 0).all() for s in sites)
@@ -497,7 +497,7 @@ def test_towers_that_feed_only_boxes_are_named_and_stay(name):
     detector = build(weights=None, weights_backbone=None, num_classes=4, min_size=SIDE, max_size=SIDE).eval()
     detector.score_thresh = 0.0  # fresh weights are sure of nothing
     images, _ = photographs(1)
-    part, x = detector_core(detector), prepare_images(detector, images)
+    part, x = extract_core(detector), prepare_images(detector, images)
     network = jpq.trace(part, x)
     every = jpq.channels(network)
     sites, boxes_only = rankable_sites(detector, part, network, every, x)
@@ -516,7 +516,7 @@ def test_towers_that_feed_only_boxes_are_named_and_stay(name):
     small, _ = jpq.rebuild(net.eval(), part)
     assert verify.difference(net, small, x) <= 1e-9
     with torch.no_grad():
-        smaller, through = reassemble(detector, small).double(), reassemble(detector, net).double()
+        smaller, through = reassemble_detector(detector, small).double(), reassemble_detector(detector, net).double()
         found = apart(smaller([images[0].double()]), through([images[0].double()]))
     assert found.fewest > 0
     assert not found.labels
@@ -529,9 +529,9 @@ def test_towers_that_feed_only_boxes_are_named_and_stay(name):
 
 def test_other_networks_are_refused():
     with pytest.raises(JpqError, match=r"Linear is not a one-stage detector.*prune .backbone"):
-        detector_core(nn.Linear(2, 2))
+        extract_core(nn.Linear(2, 2))
     with pytest.raises(JpqError, match="is not a one-stage detector"):
-        reassemble(nn.Linear(2, 2), nn.Linear(2, 2))
+        reassemble_detector(nn.Linear(2, 2), nn.Linear(2, 2))
 
 
 def test_a_part_of_something_else_is_refused():
@@ -542,17 +542,17 @@ def test_a_part_of_something_else_is_refused():
         (lambda x: {"out": x}, "gives out; the detector"),
     ):
         with pytest.raises(JpqError, match=says):
-            reassemble(detector, other)(images)
+            reassemble_detector(detector, other)(images)
 
 
 def test_ways_to_count_and_targets_that_are_missing():
     detector = small_ssd()
     images, _ = photographs(1)
     with pytest.raises(JpqError, match="no way 'best' to count"):
-        list(saliency_batches(detector, [(images, None)], counts="best"))
+        list(prepare_saliency_batches(detector, [(images, None)], counts="best"))
     for kwargs in ({"counts": "assigned"}, {"location": True}):
         with pytest.raises(JpqError, match=r"give batches of \(images, targets\)"):
-            list(saliency_batches(detector, [(images, None)], **kwargs))
+            list(prepare_saliency_batches(detector, [(images, None)], **kwargs))
 
 
 def test_a_site_without_a_value():

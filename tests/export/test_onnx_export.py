@@ -14,10 +14,10 @@ from jpq.export.onnx.export import export_onnx, export_qonnx
 from jpq.export.onnx.graph import fold_constants
 from jpq.export.onnx.integer_kernels import prepare_integer_kernels
 from jpq.export.onnx.quant_nodes import expand_quant_nodes
-from jpq.export.packed.model import pack, unpack
+from jpq.export.packed.model import pack_model, unpack_model
 from jpq.export.rebuild import build_from_plan
 from jpq.export.runtimes import Session
-from jpq.export.timing.kernels import count_kernels, float_layers
+from jpq.export.timing.kernels import count_kernels, find_float_layers
 from jpq.export.verify import compare, difference
 from jpq.plan import from_json
 from jpq.tasks.models import build as make
@@ -35,7 +35,7 @@ def test_the_file_computes_the_model_and_integer_kernels_run_it(kind, bits, tmp_
         found = compare(model, Session(path, optimised=False), IMAGES)
         assert found["argmax_agreement"] >= 1 - 1 / 32
         assert found["at_a_rounding_boundary"] <= 1
-        integer, left = float_layers(path)
+        integer, left = find_float_layers(path)
         expected = {Residual: {0: 3, 8: 0}, Small: {0: 0, 8: 0}}[kind][output_bits]
         assert (integer, len(left)) == ((4 if kind is Residual else 6) - expected, expected)
         assert all("floating point" in why for why in left.values())
@@ -168,8 +168,8 @@ def test_rounded_results_are_part_of_the_model(method, tmp_path):
     again = build_from_plan(from_json(plan.to_json(), "a plan"), model)
     again.load_state_dict(small.state_dict())
     assert torch.equal(again.eval()(EXAMPLE), small(EXAMPLE))
-    pack(small, plan, EXAMPLE, tmp_path / "m.packed")
-    unpacked = unpack(build_from_plan(plan, model), tmp_path / "m.packed")
+    pack_model(small, plan, EXAMPLE, tmp_path / "m.packed")
+    unpacked = unpack_model(build_from_plan(plan, model), tmp_path / "m.packed")
     assert compare(small, unpacked, IMAGES)["at_a_rounding_boundary"] <= 1
     export_onnx(small, EXAMPLE, tmp_path / "m.onnx")
     assert compare(small, Session(tmp_path / "m.onnx", optimised=False), IMAGES)["at_a_rounding_boundary"] <= 1

@@ -14,7 +14,7 @@ from torch import Size
 
 from jpq.export.packed.file import PackedLayer, header_bytes, load_packed, packed_bits, packed_bytes, save_packed
 from jpq.methods.gates.fixed_count import topk_rows
-from jpq.methods.structures import Axis, KernelPattern, WeightLayout, mask_encoding, parse
+from jpq.methods.structures import Axis, KernelPattern, WeightLayout, mask_encoding, parse_structure
 from jpq.types import JpqError
 
 CASES = list(cases())
@@ -66,10 +66,19 @@ def round_trip(tmp_path, layers, tensors=None):
     return path, found
 
 
-@pytest.mark.parametrize("width", range(1, 9))
-def test_every_structure_on_every_weight_at_every_width(width, tmp_path):
+@pytest.mark.parametrize(
+    ("width", "every"), [*((w, 3) for w in range(1, 9)), pytest.param(None, 1, marks=pytest.mark.slow)]
+)
+def test_every_structure_on_every_weight_at_every_width(width, every, tmp_path):
+    """All of them in the slow suite; the fast one has two or three widths of each structure on each weight."""
+    for w in range(1, 9) if width is None else [width]:
+        chosen = [(i, *case) for i, case in enumerate(CASES) if (i // 3 + w) % every == 0]
+        check_round_trip(w, chosen, tmp_path)
+
+
+def check_round_trip(width, chosen, tmp_path):
     layers = {}
-    for i, (spec, name, structure, size) in enumerate(CASES):
+    for i, spec, name, structure, size in chosen:
         even, signed = (i + width) % 2 == 0, (i + width) % 3 > 0
         layers[f"{spec} {name}"] = layer(structure, size, width, signed, (0.1, 0.5, 0.9)[i % 3], even, i)
     _, found = round_trip(tmp_path, layers)
@@ -86,7 +95,7 @@ def test_dense_layers_and_other_tensors_lie_beside(tmp_path):
     layers = {
         "stem.conv": PackedLayer(torch.randint(-4, 4, (8, 3, 3, 3), dtype=torch.int8), 3),
         "": PackedLayer(torch.randint(0, 2**16, (7, 5), dtype=torch.int32), 16, False),
-        "ein/Größe": layer(parse("kernels"), Size((4, 6, 3, 3)), dtype=torch.int64),
+        "ein/Größe": layer(parse_structure("kernels"), Size((4, 6, 3, 3)), dtype=torch.int64),
     }
     tensors = {"scale": torch.randn(8, 1), "zero": torch.tensor(0.5, dtype=torch.float16), "none": torch.zeros(0, 3)}
     _, found = round_trip(tmp_path, layers, tensors)
@@ -98,7 +107,7 @@ def test_dense_layers_and_other_tensors_lie_beside(tmp_path):
     ("spec", "size", "density"), [(*p, d) for p in PLAIN for d in (0, 1) if (p[0], d) != ("2:4", 1)]
 )
 def test_nothing_and_everything_kept_cost_no_mask(spec, size, density, tmp_path):
-    structure = parse(spec)
+    structure = parse_structure(spec)
     kept = torch.full(structure.shape(Size(size)), float(density))
     packed = PackedLayer(torch.full(size, 3 * density), 3, True, structure, kept)
     _, found = round_trip(tmp_path, {"a": packed})
@@ -110,7 +119,7 @@ class TestSizes:
     """What each mask takes, counted by hand."""
 
     def mask(self, spec, size, k, even=True):
-        structure = parse(spec)
+        structure = parse_structure(spec)
         torch.manual_seed(0)
         rows, n = structure.shape(Size(size))
         kept = topk_rows(torch.rand(rows, n), k)
@@ -192,12 +201,12 @@ def test_every_encoding_says_the_same(name):
         ({"kept": None}, "units"),
         ({"kept": torch.ones(8, 16)}, "units"),
         ({"kept": torch.full((16, 8), 0.5)}, "take the decision"),
-        ({"structure": parse("kernels")}, "use per-output"),
+        ({"structure": parse_structure("kernels")}, "use per-output"),
         ({"structure": Axis(1, np.arange(8), 8), "kept": torch.ones(1, 8)}, "traced network"),
     ],
 )
 def test_what_is_no_masked_integer_layer_is_refused(change, match, tmp_path):
-    good = layer(parse("per-output"), Size((16, 8)))
+    good = layer(parse_structure("per-output"), Size((16, 8)))
     fields = {"weight": good.weight, "bits": 4, "signed": True, "structure": good.structure, "kept": good.kept}
     with pytest.raises(JpqError, match=match) as caught:
         save_packed(tmp_path / "x", {"conv": PackedLayer(**{**fields, **change})})
@@ -205,7 +214,7 @@ def test_what_is_no_masked_integer_layer_is_refused(change, match, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize(("structure", "quota"), [(KernelPattern(), 1), (parse("2:4"), 2)])
+@pytest.mark.parametrize(("structure", "quota"), [(KernelPattern(), 1), (parse_structure("2:4"), 2)])
 def test_a_row_that_keeps_more_than_its_structure_promises_is_refused(structure, quota, tmp_path):
     size = Size((4, 8, 3, 3))
     kept = topk_rows(torch.rand(structure.shape(size)), quota)
@@ -216,7 +225,10 @@ def test_a_row_that_keeps_more_than_its_structure_promises_is_refused(structure,
 
 @pytest.fixture
 def small(tmp_path):
-    layers = {"a": layer(parse("2:4"), Size((2, 4, 1, 3))), "b": layer(parse("per-output"), Size((3, 9)), even=False)}
+    layers = {
+        "a": layer(parse_structure("2:4"), Size((2, 4, 1, 3))),
+        "b": layer(parse_structure("per-output"), Size((3, 9)), even=False),
+    }
     path, found = round_trip(tmp_path, layers, {"scale": torch.randn(2)})
     assert not found
     return path, layers
@@ -347,7 +359,7 @@ def test_foreign_files_are_refused(name, tmp_path):
 
 
 def test_a_transposed_grouped_layer_comes_back_with_its_layout(tmp_path):
-    structure = parse("2:4", WeightLayout(transposed=True, groups=2))
+    structure = parse_structure("2:4", WeightLayout(transposed=True, groups=2))
     path, found = round_trip(tmp_path, {"up": layer(structure, Size((16, 3, 3, 3)))})
     assert not found
     assert load_packed(path)[0]["up"].structure.layout == WeightLayout(True, 2)

@@ -1,6 +1,7 @@
 """A rebuilt model in one packed file: as large as `size` promised, and the same model when it is read again."""
 
 import json
+from itertools import product
 
 import onnx
 import pandas as pd
@@ -8,8 +9,9 @@ import pytest
 import torch
 from gated import compressed
 from outputs import flat, gap
-from runs import config
+from runs import config, shortened
 from torch import nn
+from traces import traced_network
 
 import jpq
 from jpq import costs
@@ -17,7 +19,7 @@ from jpq.compression.attach import attach
 from jpq.export.branches import Branches
 from jpq.export.packed.batchnorm_folding import fold_batchnorms
 from jpq.export.packed.file import load_packed
-from jpq.export.packed.model import pack, unpack
+from jpq.export.packed.model import pack_model, unpack_model
 from jpq.export.rebuild import rebuild
 from jpq.methods.quantizers import Fixed, weight_quantizer
 from jpq.results.finish import with_branches
@@ -37,7 +39,7 @@ def small_one(name, structure=None):
     """(rebuilt model in float32, plan, uses, example) with decisions at random."""
     model, net, example = compressed(name, dtype=torch.float32)
     if structure:
-        network = trace(model, example)
+        network = traced_network(f"zoo_{name}")
         gate = lambda rows, n: jpq.methods.gates.SoftThreshold(rows, n, density=0.4)  # noqa: E731
         bits = lambda layer: (Fixed(3), Fixed(8))  # noqa: E731
         net = attach(model, network, masks(network, structure), gate, bits, [example], "test")
@@ -109,20 +111,27 @@ def test_norms_over_other_dims_or_without_statistics_stay(norm, tmp_path):
     net = attach(model, trace(model, x), (), None, lambda layer: (Fixed(4), Fixed(8)), [x], "test")
     net.freeze(net.plan())
     small, plan = rebuild(net, model)
-    pack(small, plan, x, tmp_path / "one")
-    assert gap(unpack(small, tmp_path / "one")(x), small(x)) < 1e-5
+    pack_model(small, plan, x, tmp_path / "one")
+    assert gap(unpack_model(small, tmp_path / "one")(x), small(x)) < 1e-5
 
 
-@pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("structure", [None, "2:4", "per-output", "block:2x2"])
+def pairs_of_net_and_structure():
+    """All pairs; fast are every net without masks and with one structure."""
+    structures = ["2:4", "per-output", "block:2x2"]
+    for i, (name, structure) in enumerate(product(NETS, [None, *structures])):
+        fast = structure in (None, structures[i // 4 % 3])
+        yield pytest.param(name, structure, marks=() if fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "structure"), pairs_of_net_and_structure())
 def test_size_on_disk_is_what_size_promised_and_the_model_comes_back(name, structure, tmp_path):
     small, plan, uses, example = small_one(name, structure)
     path = tmp_path / "model.packed"
-    stored = pack(small, plan, example, path)
+    stored = pack_model(small, plan, example, path)
     assert stored.total == path.stat().st_size == stored.header + stored.layers + stored.others
     promised = costs.size([u for u in uses if u.name in plan.layers])
     assert 0 <= stored.layers - promised < 2 * len(plan.layers)  # two streams a layer, each in whole bytes
-    again = unpack(small, path)
+    again = unpack_model(small, path)
     out, back = flat(call_model(small, example)), flat(call_model(again, example))
     assert float((out - back).abs().median() / out.abs().max()) < 1e-5  # an input at a rounding boundary may cross it
     grids = [(weight_quantizer(m), m) for m in fold_batchnorms(small, example).modules() if hasattr(m, "weight_quant")]
@@ -140,26 +149,26 @@ def test_a_weight_beyond_its_range_is_stored_as_the_largest_integer(tmp_path):
     with torch.no_grad():
         layer.weight[:, 0] = 1.5 * grid.threshold.expand_as(layer.weight)[:, 0]
         layer.weight[:, 0, 0] *= -1
-    pack(small, plan, example, tmp_path / "m.packed")
+    pack_model(small, plan, example, tmp_path / "m.packed")
     stored = load_packed(tmp_path / "m.packed")[0][name].weight
     assert (int(stored.min()), int(stored.max())) == (-highest, highest)
     folded = fold_batchnorms(small, example).get_submodule(name)
     grid = weight_quantizer(folded)
     assert torch.equal(stored.float(), (grid(folded.weight)[0] / grid.scale()).round())
-    again = unpack(small, tmp_path / "m.packed").get_submodule(name)
+    again = unpack_model(small, tmp_path / "m.packed").get_submodule(name)
     assert torch.equal(stored.float(), (again.weight / weight_quantizer(again).scale()).round())
 
 
 def test_a_file_of_another_model_is_refused(tmp_path):
     small, plan, _, example = small_one("plain")
-    pack(small, plan, example, tmp_path / "one")
+    pack_model(small, plan, example, tmp_path / "one")
     other, _, _, _ = small_one("residual")
     with pytest.raises(JpqError, match="another model"):
-        unpack(other, tmp_path / "one")
+        unpack_model(other, tmp_path / "one")
 
 
 def test_a_run_packs_its_model_and_counts_densities(tmp_path):
-    asked = config(tmp_path, method="dpf")
+    asked = shortened(config(tmp_path, method="dpf"))
     result = jpq.optimize(asked)
     tree = json.loads((result.folder / "result.json").read_text())
     assert tree["packed"]["total"] == (result.folder / "model.packed").stat().st_size
@@ -172,7 +181,7 @@ def test_a_run_packs_its_model_and_counts_densities(tmp_path):
 
 
 def test_zeros_that_no_device_skips_may_be_counted_as_work(tmp_path):
-    result = jpq.optimize(config(tmp_path, method="dpf", target_bops="1%", cost="bops-structured"))
+    result = jpq.optimize(shortened(config(tmp_path, method="dpf", target_bops="1%", cost="bops-structured")))
     assert result.compressed.bops == result.compressed.bops_structured <= result.targets["bops-structured"]["limit"]
     assert result.targets["bops-structured"]["used"] >= 0.97
     assert sum(row.bops for row in result.layers) == result.compressed.bops
@@ -182,13 +191,13 @@ def test_zeros_that_no_device_skips_may_be_counted_as_work(tmp_path):
 
 def test_other_targets_count_masks_whatever_the_cost_of_bops(tmp_path):
     asked = {"target_bops": "2%", "target_macs": "75%", "cost": "bops-structured"}
-    result = jpq.optimize(config(tmp_path, method="dpf", **asked))
+    result = jpq.optimize(shortened(config(tmp_path, method="dpf", **asked)))
     assert result.targets["macs"]["reached"] == result.compressed.macs <= result.targets["macs"]["limit"]
     assert result.targets["bops-structured"]["reached"] == result.compressed.bops_structured
 
 
 def test_filter_groups_are_exported_as_branches(tmp_path):
-    result = jpq.optimize(config(tmp_path, method="dsp"))
+    result = jpq.optimize(shortened(config(tmp_path, method="dsp")))
     assert result.verified["rebuilt_vs_onnxruntime"]["argmax_differs"] <= 2
     nodes = onnx.load(result.folder / "model.onnx").graph.node
     small, plan = jpq.load(result.folder)

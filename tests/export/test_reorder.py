@@ -24,7 +24,7 @@ from jpq.export.unconstrained.reorder import choose_layout, export_unconstrained
 from jpq.export.unconstrained.select import Select, count_copies, insert_selects
 from jpq.tasks import zoo
 from jpq.tracing.shrink import apply_slices, compute_slices
-from jpq.tracing.sites import channels, dropped_classes, per_consumer
+from jpq.tracing.sites import channels, channels_per_consumer, dropped_classes
 from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
@@ -46,7 +46,7 @@ def spent(model, example):
 @pytest.mark.parametrize("name", NETS)
 def test_masked_is_exported(name):
     model, example, network = prepared(name)
-    sites = per_consumer(network)
+    sites = channels_per_consumer(network)
     for seed, share in enumerate((0.2, 0.5, 0.6, 0.7, 0.9)):
         keep, kept = decisions(sites, seed, share)
         with masked_weights(model, network, sites, keep):
@@ -122,7 +122,7 @@ def test_blocks_are_whole_wherever_they_appear():
 @pytest.mark.parametrize("name", ["two", "zoo_pre_activation", "zoo_two_outputs", "zoo_tokens"])
 def test_two_readers_take_views(name):
     model, example, network = prepared(name)
-    sites = per_consumer(network)
+    sites = channels_per_consumer(network)
     views = 0
     for seed in range(20):
         _, kept = decisions(sites, seed, 0.5)
@@ -135,7 +135,7 @@ def test_two_readers_take_views(name):
 def test_readers_of_a_concat_that_take_its_ends():
     """One reads the end of the first block with the whole second; another the start of the first block alone."""
     model, example, network = prepared("joined")
-    sites = {s.name: s for s in per_consumer(network)}
+    sites = {s.name: s for s in channels_per_consumer(network)}
     kept = {name: [True] * s.n for name, s in sites.items()}
     kept["a.0 for readers.0"] = [True, False, True, False, False, True]
     kept["a.0 for b.0"] = [False, True, False, True, False, False]
@@ -160,7 +160,7 @@ def test_coupled_sites_need_no_selection(name):
 @pytest.mark.parametrize("name", ["chain", "added", "joined", "flipped"])
 def test_no_channel_goes_that_somebody_keeps(name):
     _, _, network = prepared(name)
-    sites = per_consumer(network)
+    sites = channels_per_consumer(network)
     for seed in range(5):
         _, kept = decisions(sites, seed, 0.3)
         gone = dropped_classes(sites, kept)
@@ -171,7 +171,7 @@ def test_no_channel_goes_that_somebody_keeps(name):
 
 def test_the_layout_is_plain_data_and_stable():
     model, example, network = prepared("added")
-    sites = per_consumer(network)
+    sites = channels_per_consumer(network)
     _, kept = decisions(sites, 3, 0.5)
     found = choose_layout(network, sites, kept)
     assert choose_layout(network, sites, kept) == found
@@ -192,7 +192,7 @@ def test_a_reader_that_no_selection_can_precede_stays_coupled():
 
     network = trace(ByFunction(conv(3, 8), 8), IMAGE)
     assert [layer.name for layer in network.layers if not layer.wrappable] == ["readers.0"]
-    assert [(s.name, len(s.taps)) for s in per_consumer(network)] == [("body.0", 2)]
+    assert [(s.name, len(s.taps)) for s in channels_per_consumer(network)] == [("body.0", 2)]
 
 
 def test_selections():
@@ -209,7 +209,7 @@ def test_selections():
 
 def test_nothing_left_is_refused():
     _, _, network = prepared("two")
-    sites = per_consumer(network)
+    sites = channels_per_consumer(network)
     kept = {s.name: [s is sites[0]] * s.n for s in sites}
     with pytest.raises(JpqError, match=r"Layer 'readers\.1' would read nothing"):
         choose_layout(network, sites, kept)
@@ -221,7 +221,7 @@ def test_torchvision(name):
     model, example = zoo.build_torchvision(name, 10), torch.randn(2, 3, 64, 64)
     network = trace(model, example)
     randomize(model, example)
-    sites = per_consumer(network)
+    sites = channels_per_consumer(network)
     keep, kept = decisions(sites, 0, 0.6)
     small = export_unconstrained(model, network, sites, kept)
     with masked_weights(model, network, sites, keep):

@@ -22,7 +22,7 @@ from jpq.costs.latency_table import Shape
 from jpq.export.onnx.export import export_float
 from jpq.export.timing import layer_table
 from jpq.export.timing.compare import FULL, INT8, PRUNED, model_files, reference_models
-from jpq.export.timing.kernels import count_kernels, float_layers
+from jpq.export.timing.kernels import count_kernels, find_float_layers
 from jpq.export.timing.layer_model import layer_model
 from jpq.export.timing.runner import Runner, take_turns
 from jpq.recipe import optimize
@@ -301,7 +301,7 @@ def test_the_pruned_float_model_has_the_channels_of_the_plan(tmp_path):
     weights = lambda m: sum(p.numel() for p in m.parameters() if p.dim() > 1 and p.shape[1:].numel() > 1)  # noqa: E731
     assert sizes[FULL] == sizes[INT8] == weights(dense)
     assert sizes[PRUNED] == sum(layer.weight.numel() for n, layer in small.named_modules() if n in plan.layers)
-    assert float_layers(paths[INT8])[1] == {}
+    assert find_float_layers(paths[INT8])[1] == {}
     (tmp_path / "plan.json").write_text(plan.to_json())
     with pytest.raises(JpqError, match="does not say which model"):
         model_files(tmp_path, (1, 8, 8), tmp_path)

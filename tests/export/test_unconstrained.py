@@ -24,7 +24,7 @@ from jpq.methods.gates import VIB, Ranked
 from jpq.methods.quantizers import Fixed
 from jpq.plan import from_json
 from jpq.tracing.channel_shares import ChannelShares
-from jpq.tracing.sites import dropped_classes, per_consumer
+from jpq.tracing.sites import channels_per_consumer, dropped_classes
 
 
 def widths(layer):
@@ -37,7 +37,7 @@ def settled(name, seed=0):
     torch.manual_seed(seed)
     randomize(model, example, seed)
     example = tree_map(lambda t: t.double() if t.is_floating_point() else t, example)
-    net = attach(model, network, per_consumer(network), Ranked, widths, [example], "upscale").double()
+    net = attach(model, network, channels_per_consumer(network), Ranked, widths, [example], "upscale").double()
     for gate in net.gates:
         gate.margins.copy_(torch.rand_like(gate.margins) - 0.5)
         gate.margins[0, torch.randint(gate.n, ())] = 1.0
@@ -78,7 +78,7 @@ def test_a_reader_is_charged_for_what_it_keeps_and_a_producer_for_what_anybody_k
 
 def test_soft_shares_are_exact_at_the_corners_and_have_gradients():
     _, _, network = traced("joined")
-    sites = per_consumer(network)
+    sites = channels_per_consumer(network)
     shares = ChannelShares(network, sites)
     generator = torch.Generator().manual_seed(0)
     hard = [(torch.rand(1, s.n, generator=generator) < 0.5).double() for s in sites]
@@ -99,7 +99,7 @@ def test_gates_that_learn_work_on_every_reader():
     torch.manual_seed(0)
     model, _, network = traced("added")
     randomize(model, IMAGE).float()
-    net = attach(model, network, per_consumer(network), VIB, widths, [IMAGE], "djpq")
+    net = attach(model, network, channels_per_consumer(network), VIB, widths, [IMAGE], "djpq")
     sum(out.square().mean() for out in net(IMAGE)).add(costs.bops(net.soft_usage()).log()).add(net.penalty()).backward()
     assert all(bool(p.grad.abs().sum() > 0) for p in net.gates.parameters() if p.requires_grad and p.grad is not None)
     for gate in net.gates:

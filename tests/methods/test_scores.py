@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from zoo import ZOO
+from traces import traced
 from zoo.readers import IMAGE, READERS
 
 import jpq
@@ -15,7 +15,7 @@ from jpq.methods.scores import FPGM, L1, L2, LAMP, SCORES, Evidence, HRank, Rand
 from jpq.testing import check_score
 from jpq.testing.scores import example_evidence, example_site
 from jpq.tracing.forward import batch_size, collect_tensors
-from jpq.tracing.sites import per_consumer
+from jpq.tracing.sites import channels_per_consumer
 from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
@@ -64,11 +64,13 @@ def test_every_score(name):
     assert len(SCORES[name](example_site(), example_evidence()).unique()) == 6
 
 
-def ranked(make, example, score):
+def ranked(model, example, score, network=None):
     torch.manual_seed(0)
-    model = make().eval()
-    network = trace(model, example)
-    net = attach(model, network, per_consumer(network), Ranked, lambda _: (Fixed(8), Fixed(8)), [example], "upscale")
+    model = model.eval()
+    network = network or trace(model, example)
+    net = attach(
+        model, network, channels_per_consumer(network), Ranked, lambda _: (Fixed(8), Fixed(8)), [example], "upscale"
+    )
     labels = torch.arange(batch_size(example)) % 2
     rank_units(net, SCORES[score], [(example, labels)] * SCORES[score].batches, loss=spread)
     return net
@@ -85,12 +87,12 @@ NORMED = ("joined", "padded", "rows", "zoo_volume")  # networks whose every chan
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("name", ["joined", "padded", "rows", "zoo_flat", "zoo_attention", "zoo_signal", "zoo_volume"])
 def test_ranks_every_kind_of_layer(name, score):
-    make, example = ZOO[name[4:]] if name.startswith("zoo_") else (READERS[name], IMAGE)
+    model, example, network = traced(name)
     if "scales" in SCORES[score].needs and name not in NORMED:
         with pytest.raises(JpqError, match="pass no normalisation"):
-            ranked(make, example, score)
+            ranked(model, example, score, network)
         return
-    net = ranked(make, example, score)
+    net = ranked(model, example, score, network)
     everywhere = [gate.margins.flatten() for gate in net.gates]
     groups = {}
     for site, margins in zip(net.sites, everywhere, strict=True):
@@ -101,7 +103,8 @@ def test_ranks_every_kind_of_layer(name, score):
 
 
 def test_a_reader_ranks_its_own_inputs():
-    net = ranked(READERS["chain"], IMAGE, "l1")
+    model, example, network = traced("chain")
+    net = ranked(model, example, "l1", network)
     for site, gate in zip(net.sites, net.gates, strict=True):
         (tap,) = site.taps
         weight = net.used_weight(net.network.layer(tap.layer)).detach()
@@ -120,7 +123,7 @@ def test_a_layer_without_a_module_of_its_own_has_no_activations():
             return nn.functional.linear(self.a(x).relu(), self.b.weight)
 
     with pytest.raises(JpqError, match="layer 'b' reads"):
-        ranked(ByFunction, torch.randn(2, 4), "hrank")
+        ranked(ByFunction(), torch.randn(2, 4), "hrank")
 
 
 def test_random_is_the_generators_and_nothing_else():
@@ -161,7 +164,7 @@ def test_scores_see_the_weights_that_the_forward_pass_uses():
     network = trace(model, x)
     with torch.no_grad():
         model[2].weight[:, 2] = torch.tensor([1e-3, -1e-3, 1e-3])
-    net = attach(model, network, per_consumer(network), Ranked, lambda _: (Fixed(2), Fixed(8)), [x], "ranked")
+    net = attach(model, network, channels_per_consumer(network), Ranked, lambda _: (Fixed(2), Fixed(8)), [x], "ranked")
     evidence = [(x, torch.arange(8) % 3)]
     (site,) = net.sites
     for name in ("l1", "l2", "taylor", "lookahead"):

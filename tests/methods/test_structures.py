@@ -18,7 +18,7 @@ from jpq.methods.structures import (
     Kernels,
     WeightLayout,
     Window,
-    parse,
+    parse_structure,
 )
 from jpq.testing import check_structure
 from jpq.types import NONE, JpqError
@@ -49,7 +49,7 @@ def test_every_structure_on_every_weight_it_takes(spec, structure, size):
     """The laws of `jpq.testing`, and the oracle of plain loops."""
     check_structure(structure, [tuple(size)])
     check_against_plain_loops(spec, structure, size)
-    assert parse(structure.spec(), structure.layout) == structure
+    assert parse_structure(structure.spec(), structure.layout) == structure
 
 
 def test_every_name_of_the_table_is_tested_on_every_kind_of_weight_it_takes():
@@ -102,13 +102,13 @@ def test_a_transposed_layer_is_masked_like_the_convolution_that_it_undoes(groups
     for o in range(6):
         z = torch.zeros(1, 6)
         z[0, o] = 1
-        mask = parse("filters", layout).expand(z, layer.weight.shape)
+        mask = parse_structure("filters", layout).expand(z, layer.weight.shape)
         out = nn.functional.conv_transpose2d(torch.randn(1, 4, 5, 5), layer.weight * mask, groups=groups)
         assert out.abs().sum((0, 2, 3)).nonzero().flatten().tolist() == [o]
     for i in range(4):
         z = torch.ones(1, 4)
         z[0, i] = 0
-        mask = parse("inputs", layout).expand(z, layer.weight.shape)
+        mask = parse_structure("inputs", layout).expand(z, layer.weight.shape)
         x = torch.zeros(1, 4, 5, 5)
         x[0, i] = 1.0
         assert not nn.functional.conv_transpose2d(x, layer.weight * mask, groups=groups).any()
@@ -200,7 +200,7 @@ def test_axis_keeps_the_contract():
 )
 def test_what_cannot_be_read_is_refused_with_what_to_write(text, match):
     with pytest.raises(JpqError, match=match):
-        parse(text)
+        parse_structure(text)
 
 
 @pytest.mark.parametrize(
@@ -218,14 +218,14 @@ def test_what_cannot_be_read_is_refused_with_what_to_write(text, match):
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(spec, size, layout, match):
     with pytest.raises(JpqError, match=match):
-        parse(spec, layout).shape(Size(size))
+        parse_structure(spec, layout).shape(Size(size))
 
 
 @pytest.mark.parametrize("spec", [s for s in SPECS if s != "per-output:2"])
 def test_cheap_on_a_large_layer(spec):
     """512 x 512 x 3 x 3: a tenth of a second, where a loop over units takes minutes (processor time)."""
     weight = torch.randn(512, 512, 3, 3)
-    structure = parse(spec)
+    structure = parse_structure(spec)
     z = torch.rand(structure.shape(weight.shape), requires_grad=True)
     start = time.process_time()
     (structure.expand(z, weight.shape) * weight).sum().backward()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from jpq.results.front.pareto import hypervolume, hypervolume_of, knee, non_dominated, objectives
+from jpq.results.front.pareto import find_knee, hypervolume, hypervolume_of, non_dominated, to_objectives
 from jpq.types import JpqError
 
 SIDE = 6  # of the grid that whole-numbered points lie on
@@ -53,7 +53,7 @@ def test_hypervolume_grows_with_points_and_needs_only_the_front(points: np.ndarr
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(1e-4, 1), st.floats(1e-4, 1)), min_size=1, max_size=7))
 def test_hypervolume_by_inclusion_and_exclusion(rows: list[tuple[float, float, float]]) -> None:
-    points = objectives(*zip(*rows, strict=True))
+    points = to_objectives(*zip(*rows, strict=True))
     edge = np.array([-0.1, 0.0, 0.0])
     total = 0.0
     for chosen in range(1, 2 ** len(points)):
@@ -96,7 +96,7 @@ def distances(accuracy: np.ndarray, share: np.ndarray) -> dict[int, float]:
 @given(fronts)
 def test_the_knee_is_the_point_farthest_above_the_chord(rows: list[tuple[float, float]]) -> None:
     accuracy, share = np.array(rows).T
-    found, by_hand = knee(accuracy, share), distances(accuracy, share)
+    found, by_hand = find_knee(accuracy, share), distances(accuracy, share)
     if found is None:
         assert len(by_hand) < 3 or max(by_hand.values()) <= 1e-9
     else:
@@ -113,19 +113,19 @@ def test_the_knee_does_not_move_when_axes_are_rescaled(
 ) -> None:
     """Accuracy by a*x + b, cost by a power and a factor (affine in its logarithm)."""
     right, wide = np.array(rows, float).T
-    first = knee(right, 2.0**wide)
-    again = knee(stretch * right + shift, 2.0 ** (decades * wide + apart))
+    first = find_knee(right, 2.0**wide)
+    again = find_knee(stretch * right + shift, 2.0 ** (decades * wide + apart))
     by_hand = distances(right, 2.0**wide)
     assert (first is None) == (again is None)
     assert first is None or by_hand[again] == pytest.approx(by_hand[first], abs=1e-9)
 
 
 def test_fronts_without_a_knee() -> None:
-    assert knee([0.9, 0.8], [0.1, 0.01]) is None
-    assert knee([0.9, 0.5, 0.1], [1, 0.1, 0.01]) is None  # a straight line
-    assert knee([0.9, 0.2, 0.1], [1, 0.1, 0.01]) is None  # bends the other way
-    assert knee([0.9, 0.85, 0.1], [1, 0.1, 0.01]) == 1
-    assert knee([0.9, 0.85, 0.85, 0.1], [1, 0.1, 0.5, 0.01]) == 1  # the dominated point is not part of it
+    assert find_knee([0.9, 0.8], [0.1, 0.01]) is None
+    assert find_knee([0.9, 0.5, 0.1], [1, 0.1, 0.01]) is None  # a straight line
+    assert find_knee([0.9, 0.2, 0.1], [1, 0.1, 0.01]) is None  # bends the other way
+    assert find_knee([0.9, 0.85, 0.1], [1, 0.1, 0.01]) == 1
+    assert find_knee([0.9, 0.85, 0.85, 0.1], [1, 0.1, 0.5, 0.01]) == 1  # the dominated point is not part of it
 
 
 @pytest.mark.parametrize("bad", [[1.0, 2.0], [[]], [[float("nan"), 1.0]]])
@@ -136,6 +136,6 @@ def test_points_must_be_numbers_in_rows(bad: list[object]) -> None:
 
 def test_costs_must_be_above_zero_and_references_fit() -> None:
     with pytest.raises(JpqError, match="above 0"):
-        objectives([0.5], [0.0])
+        to_objectives([0.5], [0.0])
     with pytest.raises(JpqError, match="reference"):
         hypervolume([[1.0, 2.0]], [1.0])

@@ -5,7 +5,7 @@ from math import ceil, prod
 
 from torch import Size
 
-from jpq.methods.structures import WeightLayout, parse
+from jpq.methods.structures import WeightLayout, parse_structure
 from jpq.types import JpqError
 
 WEIGHTS = {  # name: (size, layout)
@@ -55,7 +55,7 @@ SPECS = [
 def cases():
     """(spec, name of a weight, structure, size) of all that is legal."""
     for spec, (name, (size, layout)) in product(SPECS, WEIGHTS.items()):
-        structure = parse(spec, layout)
+        structure = parse_structure(spec, layout)
         try:
             structure.shape(Size(size))
         except JpqError:

@@ -33,7 +33,7 @@ from jpq.trials import early_stopping, samplers, status
 from jpq.trials import study as trials_study
 from jpq.trials import trial as one_trial
 from jpq.trials.early_stopping import MetricCurve
-from jpq.trials.preview import Preview, float_weights
+from jpq.trials.preview import Preview, prepare_float_weights
 from jpq.trials.settings import PARTS, SAMPLERS, Study
 from jpq.trials.space import Space, block_of, group_names
 from jpq.trials.storage import open_storage, record_worker, requeue, stored_url, without_password
@@ -48,7 +48,7 @@ NAN = float("nan")
 def weights(tmp_path_factory):
     """Float weights, trained once for all tests here."""
     file = tmp_path_factory.mktemp("weights") / "float.safetensors"
-    float_weights(task(file.parent), file, one_trial.NullStudyObserver())
+    prepare_float_weights(task(file.parent), file, one_trial.NullStudyObserver())
     return file
 
 
@@ -493,7 +493,7 @@ def test_other_settings_under_the_same_name_are_refused(tmp_path, weights, formu
     with pytest.raises(JpqError, match="was begun with --sampler tpe, and here it is gp"):
         jpq.study(config, Study(trials=2, sampler="gp"))
     other = tmp_path / "other.safetensors"
-    float_weights(
+    prepare_float_weights(
         replace(config, task=Task(limit=300), train=replace(QUICK, float_epochs=2)),
         other,
         one_trial.NullStudyObserver(),

@@ -7,7 +7,7 @@ from jpq.lazy import lazy_names
 if TYPE_CHECKING:
     from jpq.export.packed.batchnorm_folding import fold_batchnorms
     from jpq.export.packed.file import PackedLayer, header_bytes, load_packed, packed_bits, packed_bytes, save_packed
-    from jpq.export.packed.model import PackedSize, pack, unpack
+    from jpq.export.packed.model import PackedSize, pack_model, unpack_model
 
 __all__ = [
     "PackedLayer",
@@ -15,11 +15,11 @@ __all__ = [
     "fold_batchnorms",
     "header_bytes",
     "load_packed",
-    "pack",
+    "pack_model",
     "packed_bits",
     "packed_bytes",
     "save_packed",
-    "unpack",
+    "unpack_model",
 ]
 
 _HOMES = {
@@ -28,10 +28,10 @@ _HOMES = {
     "fold_batchnorms": "batchnorm_folding",
     "header_bytes": "file",
     "load_packed": "file",
-    "pack": "model",
+    "pack_model": "model",
     "packed_bits": "file",
     "packed_bytes": "file",
     "save_packed": "file",
-    "unpack": "model",
+    "unpack_model": "model",
 }
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

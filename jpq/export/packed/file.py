@@ -26,7 +26,7 @@ from torch import Size, Tensor
 
 from jpq.files.atomic import replace_file
 from jpq.files.untrusted import as_bool, as_int, check_file, parse_json
-from jpq.methods.structures import Structure, WeightLayout, mask_encoding, parse
+from jpq.methods.structures import Structure, WeightLayout, mask_encoding, parse_structure
 from jpq.methods.structures.mask_encoding import Bytes, Flags
 from jpq.types import JpqError
 
@@ -223,7 +223,7 @@ def _decode_mask(
 ) -> tuple[Structure, Tensor, Flags]:
     """(structure, kept units, which weights are kept) of a layer with a mask."""
     layout = WeightLayout(as_bool(entry["transposed"]), as_int(entry["groups"], 1, room))
-    structure = parse(entry["structure"], layout)
+    structure = parse_structure(entry["structure"], layout)
     rows, n = structure.shape(size)
     as_int(rows * n, 0, max_units)
     even = None if entry["even"] is None else as_int(entry["even"], 0, n)

@@ -1,4 +1,4 @@
-"""`pack` and `unpack`: a rebuilt model as one bit-packed file, and back.
+"""`pack_model` and `unpack_model`: a rebuilt model as one bit-packed file, and back.
 
 Integers are stored at their widths, masks in their smallest form, with one scale and one bias for each output channel.
 BatchNorm is folded into these scales and biases first. What is left (norms with no layer to fold into, layers that stay
@@ -19,7 +19,7 @@ from jpq.export.packed.batchnorm_folding import fold_batchnorms, remove_norm
 from jpq.export.packed.file import PackedLayer, header_bytes, load_packed, packed_bytes, save_packed
 from jpq.methods.quantizers import act_quantizer, weight_quantizer
 from jpq.methods.quantizers.uniform_integer import levels
-from jpq.methods.structures import WeightLayout, parse
+from jpq.methods.structures import WeightLayout, parse_structure
 from jpq.plan import Plan
 from jpq.types import JpqError
 
@@ -37,7 +37,7 @@ class PackedSize:
 
 
 @torch.no_grad()
-def pack(small: nn.Module, plan: Plan, example: Any, path: Path) -> PackedSize:
+def pack_model(small: nn.Module, plan: Plan, example: Any, path: Path) -> PackedSize:
     """Write a rebuilt model as one packed file.
 
     Args:
@@ -70,7 +70,7 @@ def pack(small: nn.Module, plan: Plan, example: Any, path: Path) -> PackedSize:
 
 
 @torch.no_grad()
-def unpack(small: nn.Module, path: Path) -> nn.Module:
+def unpack_model(small: nn.Module, path: Path) -> nn.Module:
     """A copy of a rebuilt model with the numbers packed in `path`: the same integers, folded norms removed.
 
     Args:
@@ -112,7 +112,7 @@ def _packed_layer(name: str, layer: Any, plan: Plan) -> PackedLayer:
     structure, kept = None, None
     if name in plan.masks:
         layout = WeightLayout(bool(getattr(layer, "transposed", False)), getattr(layer, "groups", 1))
-        structure, kept = parse(plan.structures[name], layout), plan.masks[name].units()
+        structure, kept = parse_structure(plan.structures[name], layout), plan.masks[name].units()
     return PackedLayer(integers, round(float(grid.width())), True, structure, kept)
 
 

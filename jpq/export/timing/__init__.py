@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         reference_models,
         time_in_turns,
     )
-    from jpq.export.timing.kernels import count_kernels, float_layers
+    from jpq.export.timing.kernels import count_kernels, find_float_layers
     from jpq.export.timing.layer_model import empty_model
     from jpq.export.timing.layer_table import (
         compare_with_prediction,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         time_model,
         write_table,
     )
-    from jpq.export.timing.runner import OpenVinoRunner, Runner, hardware, take_turns
+    from jpq.export.timing.runner import OpenVinoRunner, Runner, describe_hardware, take_turns
 
 __all__ = [
     "FULL",
@@ -38,9 +38,9 @@ __all__ = [
     "compare_with_prediction",
     "count_kernels",
     "dense_latency_ms",
+    "describe_hardware",
     "empty_model",
-    "float_layers",
-    "hardware",
+    "find_float_layers",
     "measure_layers",
     "model_files",
     "read_table",
@@ -54,17 +54,17 @@ __all__ = [
 _HOMES = {
     "FULL": "compare",
     "INT8": "compare",
-    "PRUNED": "compare",
-    "SMALL": "compare",
     "OpenVinoRunner": "runner",
+    "PRUNED": "compare",
     "Runner": "runner",
+    "SMALL": "compare",
     "Timing": "compare",
     "compare_with_prediction": "layer_table",
     "count_kernels": "kernels",
     "dense_latency_ms": "layer_table",
+    "describe_hardware": "runner",
     "empty_model": "layer_model",
-    "float_layers": "kernels",
-    "hardware": "runner",
+    "find_float_layers": "kernels",
     "measure_layers": "layer_table",
     "model_files": "compare",
     "read_table": "layer_table",

@@ -25,7 +25,7 @@ from torch import nn
 
 from jpq.export.onnx.export import export_float, export_onnx
 from jpq.export.rebuild import build_from_plan
-from jpq.export.timing.kernels import float_layers
+from jpq.export.timing.kernels import find_float_layers
 from jpq.export.timing.runner import OpenVinoRunner, Runner, take_turns
 from jpq.export.unconstrained.select import insert_selects
 from jpq.methods.quantizers import IntegerQuantizer
@@ -99,7 +99,7 @@ def time_in_turns(
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Timing]:
     """Time every model with every runtime, thread count and batch size; within a round each model has one turn."""
-    layer_counts = {name: float_layers(path) for name, path in paths.items()}
+    layer_counts = {name: find_float_layers(path) for name, path in paths.items()}
     timings = []
     for runtime, thread_count, batch in product(runtimes, threads, batches):
         runner = Runner if runtime == "onnxruntime" else OpenVinoRunner

@@ -36,7 +36,7 @@ def count_kernels(model: Path | onnx.ModelProto) -> Counter[str]:
     return Counter(node.op_type for node in _optimized_graph(model).node)
 
 
-def float_layers(model: Path | onnx.ModelProto) -> tuple[int, dict[str, str]]:
+def find_float_layers(model: Path | onnx.ModelProto) -> tuple[int, dict[str, str]]:
     """(number of layers that onnxruntime computes in integers, output of each layer in floating point -> reason)."""
     graph = _optimized_graph(model)
     producers = {out: node for node in graph.node for out in node.output}

@@ -15,10 +15,10 @@ import numpy as np
 from jpq import costs
 from jpq.compression.usage import exact_usage
 from jpq.costs.latency import NS
-from jpq.costs.latency_table import Entry, LatencyTable, Shape, parse, write
+from jpq.costs.latency_table import Entry, LatencyTable, Shape, format_table, parse_table
 from jpq.export.timing.kernels import count_kernels
 from jpq.export.timing.layer_model import empty_model, layer_model
-from jpq.export.timing.runner import Runner, hardware, take_turns
+from jpq.export.timing.runner import Runner, describe_hardware, take_turns
 from jpq.files import untrusted
 from jpq.files.atomic import replace_file
 from jpq.plan import Plan
@@ -88,7 +88,7 @@ def measure_layers(
     benchmarks = layer_benchmarks(network)
     order = {benchmark: i for i, benchmark in enumerate(benchmarks)}
     random.Random(0).shuffle(benchmarks)
-    notes = {"hardware": hardware(), "onnxruntime": version("onnxruntime"), "threads": str(threads)}
+    notes = {"hardware": describe_hardware(), "onnxruntime": version("onnxruntime"), "threads": str(threads)}
     done, total = 0, len(benchmarks) * repeats
 
     def count(calls: int) -> None:
@@ -161,17 +161,17 @@ def _table_entry(benchmark: LayerBenchmark, seconds: np.ndarray, call_s: float, 
 
 def table_text(table: LatencyTable) -> str:
     """The table as CSV, as `write_table` writes it."""
-    return write(table.entries)
+    return format_table(table.entries)
 
 
 def write_table(entries: list[Entry], path: Path) -> None:
     """Write a table as CSV; a file that is there already is replaced in one step."""
-    replace_file(path, lambda part: part.write_text(write(entries)))
+    replace_file(path, lambda part: part.write_text(format_table(entries)))
 
 
 def read_table(path: Path) -> LatencyTable:
     """Read a latency table from a CSV file. Raises JpqError for a file that cannot be read or is no table."""
-    return parse(untrusted.read_text(path, "latency table", MAX_TABLE_BYTES), str(path))
+    return parse_table(untrusted.read_text(path, "latency table", MAX_TABLE_BYTES), str(path))
 
 
 def table_threads(table: LatencyTable) -> int:
@@ -192,7 +192,7 @@ def compare_with_prediction(path: Path, predicted_ms: float, table: LatencyTable
         "n": repeats,
         "table": table.source,
     }
-    there, here = table.note("hardware", hardware()), hardware()
+    there, here = table.note("hardware", describe_hardware()), describe_hardware()
     return (
         record if there == here else {**record, "elsewhere": f"the table was measured on {there}, the model on {here}"}
     )

@@ -119,7 +119,7 @@ def check_input_size(shape: Sequence[int], what: str) -> None:
         )
 
 
-def hardware() -> str:
+def describe_hardware() -> str:
     """This machine's processor and number of cores."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")

@@ -50,7 +50,7 @@ def export_unconstrained(
     Args:
         model: the float model.
         network: traced from it.
-        sites: coupled (`channels`) or not (`per_consumer`).
+        sites: coupled (`channels`) or not (`channels_per_consumer`).
         kept: the decision of each site's units.
         reorder: choose the order of stored channels; otherwise it is the natural one.
         gather: copy at every selection, contiguous or not.

@@ -7,7 +7,7 @@ from jpq.methods.structures.base import Structure
 from jpq.methods.structures.block import Block, BlockPunched
 from jpq.methods.structures.elementwise import Elementwise, PerOutput
 from jpq.methods.structures.layout import WeightLayout
-from jpq.methods.structures.parse import STRUCTURES, parse, parse_layers
+from jpq.methods.structures.parse import STRUCTURES, parse_layers, parse_structure
 from jpq.methods.structures.pattern import KernelPattern
 from jpq.methods.structures.window import Window
 
@@ -25,6 +25,6 @@ __all__ = [
     "Structure",
     "WeightLayout",
     "Window",
-    "parse",
     "parse_layers",
+    "parse_structure",
 ]

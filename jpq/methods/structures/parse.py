@@ -43,7 +43,7 @@ STRUCTURES: dict[str, Named] = {
 }
 
 
-def parse(text: str, layout: WeightLayout = PLAIN) -> Structure:
+def parse_structure(text: str, layout: WeightLayout = PLAIN) -> Structure:
     """Structure that a text names, for a layer of this layout. Raises JpqError with the forms that exist."""
     name, _, rest = text.strip().partition(":")
     if re.fullmatch(r"\d{1,9}:\d{1,9}", text.strip()):
@@ -64,7 +64,7 @@ def parse_layers(text: str) -> dict[str, str]:
     """{layer: structure} of a text such as `conv1=pattern,fc=block:8x1`; empty where it names one structure for all.
 
     Layers that it leaves out are dense, so are those that it calls `dense`. Raises JpqError for text that is neither,
-    with the form; what the structures say is for `parse` to read.
+    with the form; what the structures say is for `parse_structure` to read.
     """
     if "=" not in text:
         return {}

@@ -72,9 +72,9 @@ def build_front(points: Sequence[RunPoint], costs: Sequence[str] = ("bops",)) ->
         check_one_table(points)
     metric = [p.accuracy for p in points]
     shares = [[p.share(cost) for p in points] for cost in costs]
-    indices = np.flatnonzero(pareto.non_dominated(pareto.objectives(metric, *shares))).tolist()
+    indices = np.flatnonzero(pareto.non_dominated(pareto.to_objectives(metric, *shares))).tolist()
     indices.sort(key=lambda i: (*(share[i] for share in shares), metric[i]))
-    bend = pareto.knee([metric[i] for i in indices], [shares[0][i] for i in indices])
+    bend = pareto.find_knee([metric[i] for i in indices], [shares[0][i] for i in indices])
     knee = None if bend is None else indices[bend]
     return Front(points, costs, tuple(indices), front_hypervolume(points, costs), knee)
 

@@ -16,7 +16,7 @@ from jpq.types import JpqError
 Points = npt.NDArray[np.float64]  # [n, d]
 
 
-def objectives(accuracy: Sequence[float], *shares: Sequence[float]) -> Points:
+def to_objectives(accuracy: Sequence[float], *shares: Sequence[float]) -> Points:
     """Points `[n, 1 + costs]` to minimise: negated accuracy, and the decimal logarithm of each cost.
 
     Costs are shares of the fp32 model's. Budgets differ by factors, so a decade counts the same wherever it lies.
@@ -72,10 +72,10 @@ def hypervolume_of(accuracy: Sequence[float], *shares: Sequence[float], chance: 
     fronts of the same model and data may be compared; what is no better than chance, or dearer than the fp32 model,
     counts nothing. Neither corner is any run's own result.
     """
-    return hypervolume(objectives(accuracy, *shares), [-chance, *(0.0,) * len(shares)])
+    return hypervolume(to_objectives(accuracy, *shares), [-chance, *(0.0,) * len(shares)])
 
 
-def knee(accuracy: Sequence[float], share: Sequence[float]) -> int | None:
+def find_knee(accuracy: Sequence[float], share: Sequence[float]) -> int | None:
     """Index of the knee: the point farthest above the chord from the cheapest to the most accurate one.
 
     Cost is taken in logs, and both axes are scaled to [0, 1] over the front, so the distance is to the line y = x. None
@@ -83,7 +83,7 @@ def knee(accuracy: Sequence[float], share: Sequence[float]) -> int | None:
     Source: Das, "On characterizing the 'knee' of the Pareto curve", Structural Optimization 1999; Satopää et al.,
     "Finding a 'kneedle' in a haystack", ICDCSW 2011 (the largest difference of the normalised curve and the diagonal).
     """
-    p = objectives(accuracy, share)
+    p = to_objectives(accuracy, share)
     index = np.flatnonzero(non_dominated(p))
     front = p[index]
     low, high = front.min(0), front.max(0)

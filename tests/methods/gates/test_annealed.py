@@ -16,7 +16,7 @@ from jpq.methods.gates.annealed import COLD
 from jpq.tasks.data import load
 from jpq.training.epochs import Phase
 from jpq.training.history import NullObserver
-from jpq.training.loop import Objective, Recorder, fit, optimizer
+from jpq.training.loop import Objective, Recorder, build_optimizer, fit
 from jpq.types import JpqError
 
 
@@ -152,7 +152,7 @@ def test_a_step_of_one_side_leaves_the_other_bit_for_bit(digits):
     assert {k for k in side if "alpha" in k or k.endswith("bits")} == {k for k in side if side[k] == "decisions"}
     each, read = Each(net), []
     net.register_forward_pre_hook(lambda m, args: read.append(args[0]) if m.training else None)
-    optim = optimizer(net, 1e-2, 0.1, 0.05, 0.02)
+    optim = build_optimizer(net, 1e-2, 0.1, 0.05, 0.02)
     phase = Phase("search", 2)
     start = {k: p.detach().clone() for k, p in net.named_parameters()}
     fit(net, digits, phase, Objective(controller=joint.controller, gate_weight=0.1), optim, Recorder(lambda: 0.0), each)

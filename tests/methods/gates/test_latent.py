@@ -11,14 +11,14 @@ from torch import nn
 
 import jpq
 from jpq import costs
-from jpq.compression.hypernetwork import EMBEDDING, Generated, generate
+from jpq.compression.hypernetwork import EMBEDDING, Generated, generate_weight
 from jpq.compression.masking import original
 from jpq.export.rebuild import rebuild
 from jpq.export.verify import difference, measure
 from jpq.methods.gates import Latent
 from jpq.methods.gates.latent import LEAST, RATE, THRESHOLD
 from jpq.tracing.network import LayerKind
-from jpq.training.loop import optimizer
+from jpq.training.loop import build_optimizer
 
 
 def hypers(net):
@@ -41,7 +41,7 @@ def test_formula_kernel_by_kernel():
     c, n, m, k = 3, 4, EMBEDDING, 9
     z_in, z_out, b0 = torch.randn(c), torch.randn(n), torch.randn(c, n)
     w1, b1, w2 = torch.randn(c, n, m), torch.randn(c, n, m), torch.randn(c, n, k, m)
-    made = generate(z_in, z_out, b0, w1, b1, w2)
+    made = generate_weight(z_in, z_out, b0, w1, b1, w2)
     assert made.shape == (n, c, k)
     for i in range(c):
         for j in range(n):
@@ -55,9 +55,9 @@ def test_slice_then_generate_equals_generate_then_slice():
     rows, columns = torch.tensor([0, 2, 4]), torch.tensor([1, 2, 5])
     z_in, z_out, b0 = torch.randn(c), torch.randn(n), torch.randn(c, n)
     w1, b1, w2 = torch.randn(c, n, m), torch.randn(c, n, m), torch.randn(c, n, k, m)
-    whole = generate(z_in, z_out, b0, w1, b1, w2)[rows][:, columns]
+    whole = generate_weight(z_in, z_out, b0, w1, b1, w2)[rows][:, columns]
     cut = lambda t: t[columns][:, rows]  # noqa: E731
-    sliced = generate(z_in[columns], z_out[rows], cut(b0), cut(w1), cut(b1), cut(w2))
+    sliced = generate_weight(z_in[columns], z_out[rows], cut(b0), cut(w1), cut(b1), cut(w2))
     assert torch.allclose(sliced, whole, atol=1e-6)
 
 
@@ -170,7 +170,7 @@ def test_a_step_is_plain_gradient_then_prox():
 
 def test_latents_belong_to_no_optimiser_and_are_not_decayed():
     _, net, _ = gated("plain", Latent)
-    optim = optimizer(net, 1e-3, 0.5, 0.1, 0.1)
+    optim = build_optimizer(net, 1e-3, 0.5, 0.1, 0.1)
     held = {id(p) for group in optim.param_groups for p in group["params"]}
     assert not held & {id(p) for p in net.gates.parameters()}
     assert held >= {id(p) for h in hypers(net).values() for p in h.parameters()}

@@ -1,23 +1,67 @@
-"""The table of file formats: every row is written and compared, and the settings know its name."""
+"""The table of file formats: every row is written and compared, wrong files are refused, and the settings know it."""
 
 import pytest
+import torch
 from quantized_nets import EXAMPLE, IMAGES, Residual, quantized
 from torch import nn
 
-from jpq.config import FORMS, ONNX_WEIGHTS
-from jpq.export import formats, torch_export
+from jpq.config import ONNX_WEIGHTS, parse_formats
+from jpq.export import formats
 from jpq.export.onnx.narrow_weights import WEIGHTS
+from jpq.export.verify import compare
+from jpq.files.formats import FORMATS, Format
+from jpq.tasks import Classification
 from jpq.types import JpqError
 
 
+class ChangesTheModel:
+    """Batches whose first reading, after the file was written, gives the model other weights than the file has."""
+
+    def __init__(self, batches, model):
+        self.batches, self.model, self.is_changed = batches, model, False
+
+    def __iter__(self):
+        if not self.is_changed:
+            nn.init.normal_(self.model.linear.weight)
+            self.is_changed = True
+        return iter(self.batches)
+
+
+class Indifferent(Classification):
+    """Takes any two outputs for the same decision."""
+
+    def same_decision(self, a, b):
+        return torch.ones(len(a), dtype=torch.bool)
+
+
+class Strict(Classification):
+    """Takes no two outputs for the same decision."""
+
+    def same_decision(self, a, b):
+        return torch.zeros(len(a), dtype=torch.bool)
+
+
+def write_state(small, example, path, batches, weights, task):
+    torch.save(small.state_dict(), path)
+    return compare(small, small, batches, task)
+
+
 def test_settings_and_tables_list_the_same_names():
-    assert tuple(formats.FORMATS) == FORMS
     assert tuple(WEIGHTS) == ONNX_WEIGHTS
-    names = [entry.file_name for entry in formats.FORMATS.values()]
+    names = [entry.file_name for entry in FORMATS.values()]
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("form", list(formats.FORMATS))
+def test_a_new_row_is_a_form_of_the_settings(monkeypatch, tmp_path):
+    with pytest.raises(JpqError, match="Unknown form 'state'"):
+        parse_formats("state")
+    monkeypatch.setitem(FORMATS, "state", Format("model.pth", write_state))
+    assert parse_formats("state,pt2") == ("onnx", "pt2", "state")
+    record = formats.write(quantized(Residual, 3, 8).finalize(), EXAMPLE, tmp_path, ["state"], IMAGES)["state"]
+    assert record["file"] == "model.pth"
+
+
+@pytest.mark.parametrize("form", list(FORMATS))
 def test_every_form_computes_the_model(form, tmp_path):
     model = quantized(Residual, 3, 8).finalize()
     made = formats.write(model, EXAMPLE, tmp_path, [form], IMAGES)[form]
@@ -27,10 +71,18 @@ def test_every_form_computes_the_model(form, tmp_path):
     assert found["argmax_agreement"] >= 1 - 1 / 32
 
 
-def test_a_form_that_computes_something_else_is_refused(tmp_path, monkeypatch):
-    model, other = quantized(Residual, 3).finalize(), quantized(Residual, 3).finalize()
-    nn.init.normal_(other.linear.weight)
-    write = torch_export.export_pt2
-    monkeypatch.setattr(formats, "export_pt2", lambda small, *rest: write(other, *rest))
-    with pytest.raises(JpqError, match="differ on"):
-        formats.write(model, EXAMPLE, tmp_path, ["pt2"], IMAGES)
+@pytest.mark.parametrize("form", list(FORMATS))
+def test_a_form_that_computes_something_else_is_refused(form, tmp_path):
+    torch.manual_seed(0)
+    model = quantized(Residual, 3).finalize()
+    with pytest.raises(JpqError, match="differ"):
+        formats.write(model, EXAMPLE, tmp_path, [form], ChangesTheModel(IMAGES, model))
+
+
+@pytest.mark.parametrize("form", list(FORMATS))
+def test_the_task_says_which_outputs_agree(form, tmp_path):
+    model = quantized(Residual, 3, 8).finalize()
+    record = formats.write(model, EXAMPLE, tmp_path, [form], IMAGES, task=Indifferent())[form]["verified"]
+    assert record.get("rebuilt_vs_onnxruntime", record)["argmax_differs"] == 0
+    with pytest.raises(JpqError, match="differ"):
+        formats.write(model, EXAMPLE, tmp_path, [form], IMAGES, task=Strict())

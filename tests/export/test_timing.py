@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from commands import refused
-from runs import QUICK, Stop
+from runs import QUICK, Stop, shortened
 from torch import nn
 
 import jpq
@@ -202,10 +202,9 @@ def test_a_run_with_a_structure_for_each_layer_is_timed(entries, tmp_path):
     asked = Config(
         budget=Budget(target_bops="1%", latency_table=path),
         decide=Decide(method="dpf", structure="3=block:8x1"),
-        train=QUICK,
         run=Run(out=tmp_path / "runs"),
     )
-    result = optimize(asked)
+    result = optimize(shortened(asked))
     assert predicted_ms(result.folder, layer_table.read_table(path)) == pytest.approx(result.compressed.latency_ms)
 
 

@@ -28,6 +28,7 @@ from jpq.methods.quantizers import BitWidth, IntegerQuantizer, Learned, fit_thre
 from jpq.methods.quantizers.uniform_integer import quantize_tensor
 from jpq.plan import Plan
 from jpq.tracing.forward import call_model, eval_mode, hook_modules
+from jpq.tracing.missing_gradients import name_missing_gradient
 from jpq.types import JpqError
 
 Bounds = tuple[int, int]  # smallest and largest width, in bits
@@ -73,7 +74,8 @@ def sensitivities(
             )
         labels = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
         net.zero_grad()
-        F.cross_entropy(logits, labels).backward()
+        with name_missing_gradient():
+            F.cross_entropy(logits, labels).backward()
         for key, module in modules.items():
             if "/".join(key) in calls:
                 x, out = calls["/".join(key)]

@@ -20,6 +20,7 @@ from jpq.methods.quantizers import IntegerQuantizer
 from jpq.tasks import CLASSIFICATION
 from jpq.tasks.base import Task
 from jpq.tasks.data import Batches, Data
+from jpq.tracing.missing_gradients import name_missing_gradient
 from jpq.training import distributed
 from jpq.training.distributed import Split
 from jpq.training.epochs import Phase
@@ -28,7 +29,7 @@ from jpq.training.nonfinite import check_finite, divergence_error, nonfinite_nam
 from jpq.training.signals import Interruption
 from jpq.types import JpqError
 
-MAX_GRADIENT_NORM = 5.0  # of the weights' gradient, to which it is clipped
+MAX_GRADIENT_NORM = 5.0  # norm to which the weights' gradient is clipped
 
 
 def fit(
@@ -38,33 +39,33 @@ def fit(
     objective: Objective,
     optim: torch.optim.Optimizer,
     recorder: Recorder,
-    watch: TrainingObserver | None = None,
+    observer: TrainingObserver | None = None,
     save: Callable[[Phase], None] = lambda phase: None,
-    every: int = 0,
+    save_every: int = 0,
     stop: Interruption | None = None,
 ) -> None:
     """Train for one phase; after each epoch measure the held-out metric, record a row and `save`.
 
-    Saves within an epoch too: after `every` steps (0: never), and where the run is asked to `stop`, or the
-    watch ends it by a KeyboardInterrupt, which then passes through. A phase goes on where its `done` and `losses` say.
+    Saves within an epoch too: after `save_every` steps (0: never), and where the run is asked to `stop`, or the
+    observer ends it by a KeyboardInterrupt, which then passes through. A phase goes on where its `done` and `losses` say.
 
     In a search with bi-level gates, batches alternate: weights learn on the task alone from one half
     of the training samples, decisions on everything from the other (`Batches.halves`); an epoch is still one pass.
 
     Raises JpqError when the loss is no longer a number; the last checkpoint stays as it is.
     """
-    watch, stop = watch or NullObserver(), stop or Interruption()
+    observer, stop = observer or NullObserver(), stop or Interruption()
     objective.task = data.task
     parts = data.train.halves() if _is_bilevel(net, objective) else (data.train,)
     steps = len(parts) * min(len(part) for part in parts)
     if len(phase.losses) > steps:
         raise JpqError(f"The checkpoint is of {len(phase.losses)} steps in an epoch of {steps}. Run without --resume.")
-    watch.begin(data.task)
-    watch.phase(phase.title, phase.epochs, steps)
+    observer.begin(data.task)
+    observer.phase(phase.title, phase.epochs, steps)
 
     def save_within_epoch(x: Tensor) -> None:
         done = len(phase.losses)
-        if every and done % every == 0 and done < steps:
+        if save_every and done % save_every == 0 and done < steps:
             check_finite(net, x, phase.name, phase.done)
             save(phase)
 
@@ -77,7 +78,7 @@ def fit(
                     continue  # an earlier part of this run did it
                 with stop.uninterrupted():
                     phase.losses.append(_step(net, (x, y), phase, epoch + i / steps, objective, optim, side))
-                watch.step(phase.losses[-1], *recorder.bops_shares(objective))
+                observer.step(phase.losses[-1], *recorder.bops_shares(objective))
                 save_within_epoch(x)
             check_finite(net, x, phase.name, phase.done)  # before it can replace a good checkpoint
             metric = data.task.evaluate(net, data.held_out)
@@ -85,7 +86,7 @@ def fit(
                 mean_loss = sum(phase.losses) / max(1, len(phase.losses))
                 row = recorder.record(phase, epoch + 1, mean_loss, metric, net, objective, optim.param_groups[0]["lr"])
                 phase.done, phase.losses = epoch + 1, []
-            watch.epoch(row)
+            observer.epoch(row)
             save(phase)
     except KeyboardInterrupt:
         if not stop.cut and not nonfinite_names(net):
@@ -125,7 +126,8 @@ def _step(
     if not math.isfinite(value):
         raise JpqError(divergence_error(net, batch[0], phase.name, phase.done))
     optim.zero_grad()
-    loss.backward()
+    with name_missing_gradient():
+        loss.backward()
     distributed.average_gradients(net)
     nn.utils.clip_grad_norm_(optim.param_groups[0]["params"], MAX_GRADIENT_NORM)
     optim.step()
@@ -144,7 +146,7 @@ class Objective:
     gate_weight: float = 0.0
     controller: Controller | None = None  # None outside the search: decisions are fixed
     split: Split | None = None  # this process's rows, where several share a batch
-    task: Task = CLASSIFICATION  # `fit` sets that of its data
+    task: Task = CLASSIFICATION  # `fit` sets the task of its data
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, side: Trainable = "both") -> Tensor:
         """The loss of one batch, a scalar; progress of the phase in [0, 1]. Weights alone learn without the budget."""

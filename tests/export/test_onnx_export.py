@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from quantized_nets import EXAMPLE, IMAGES, Residual, Small, quantized
+from torch import Tensor, nn
 
 import jpq
-from jpq.export.onnx.export import export_onnx, export_qonnx
+from jpq.export.onnx.export import export_float, export_onnx, export_qonnx
 from jpq.export.onnx.graph import fold_constants
 from jpq.export.onnx.integer_kernels import prepare_integer_kernels
 from jpq.export.onnx.quant_nodes import expand_quant_nodes
@@ -23,6 +24,32 @@ from jpq.plan import from_json
 from jpq.tasks.models import build as make
 from jpq.tracing.trace import trace
 from jpq.types import JpqError
+
+
+@torch.library.custom_op("onnx_test::half", mutates_args=())
+def half(x: Tensor) -> Tensor:
+    return x / 2
+
+
+@half.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+class Half(nn.Module):
+    """An operator that ONNX does not know."""
+
+    def forward(self, x):
+        return torch.ops.onnx_test.half(x)
+
+
+def test_an_operator_that_onnx_does_not_know_is_named(tmp_path):
+    with pytest.raises(JpqError, match="cannot export the operator onnx_test::half: translate it"):
+        export_float(Half(), torch.rand(2, 3), tmp_path / "m.onnx")
+    assert not any(tmp_path.iterdir())
+    model = jpq.compress(nn.Sequential(nn.Linear(3, 4), Half(), nn.Linear(4, 2)), torch.rand(8, 3), bops="50%", steps=1)
+    with pytest.raises(JpqError, match="the operator onnx_test::half"):
+        export_onnx(model.finalize(), torch.rand(8, 3), tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])

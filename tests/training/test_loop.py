@@ -6,15 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import kills
-from torch import nn
+from torch import Tensor, nn
 
 import jpq
 from jpq.compression.calibration import reestimate_batchnorm
 from jpq.methods.quantizers import IntegerQuantizer
 from jpq.tasks import data, load
+from jpq.tracing.missing_gradients import name_missing_gradient
 from jpq.training.epochs import Phase
 from jpq.training.history import NullObserver
 from jpq.training.loop import Objective, Recorder, build_optimizer, fit, pressure
+from jpq.types import JpqError
 
 X, Y = torch.zeros(1, 2), torch.tensor([0])
 
@@ -168,6 +170,37 @@ def test_the_rate_of_weights_rises_then_falls_to_nothing_and_that_of_decisions_s
     assert set(gates) == {0.05}
     assert set(bits) == {0.02}
     assert [row.lr for row in recorder.rows] == [weights[i] for i in range(int(steps) - 1, len(weights), int(steps))]
+
+
+# operators without a gradient
+
+
+@torch.library.custom_op("loop_test::half", mutates_args=())
+def half(x: Tensor) -> Tensor:
+    return x / 2
+
+
+class Half(nn.Module):
+    """An operator without register_autograd."""
+
+    def forward(self, x):
+        return torch.ops.loop_test.half(x)
+
+
+def test_an_operator_without_a_gradient_is_named(digits):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), Half())
+    optim = build_optimizer(net, 1e-3, 0.0)
+    with pytest.raises(JpqError, match=r"The operator loop_test\.half has no gradient, which training needs: give it"):
+        fit(net, digits, Phase("float", 1), Objective(), optim, Recorder(lambda: 0.0))
+
+
+@pytest.mark.parametrize(
+    ("message", "name"),
+    [("the derivative for 'aten::nextafter' is not implemented.", "aten::nextafter"), ("out of memory", None)],
+)
+def test_only_missing_gradients_are_renamed(message, name):
+    with pytest.raises(JpqError if name else RuntimeError, match=name or message), name_missing_gradient():
+        raise RuntimeError(message)
 
 
 # after training

@@ -20,6 +20,7 @@ from jpq.allocation.ranking.neighbour_norms import NeighbourNorms, batchnorm_sca
 from jpq.compression.model import CompressedModel
 from jpq.methods.scores import Chain, Evidence
 from jpq.tracing.forward import call_model, eval_mode, hook_modules
+from jpq.tracing.missing_gradients import name_missing_gradient
 from jpq.tracing.sites import Site, Tap, dropped_classes
 from jpq.types import NONE, JpqError
 
@@ -119,7 +120,8 @@ def gate_gradients(
                 f"This score cannot have its loss from what the model gives and these labels ({reason}). It needs one "
                 "tensor of class scores, and classes as whole numbers from 0."
             ) from error
-        gradients = torch.autograd.grad(mean_loss, gates, create_graph=curvature)
+        with name_missing_gradient():
+            gradients = torch.autograd.grad(mean_loss, gates, create_graph=curvature)
         second = [_diagonal(g, z) for g, z in zip(gradients, gates, strict=True)] if curvature else []
     return [g.detach() * samples for g in gradients], second
 

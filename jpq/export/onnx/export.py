@@ -25,6 +25,7 @@ from jpq.export.onnx.fold_norms import fold_norms
 from jpq.export.onnx.graph import fold_constants, unlist_initializers
 from jpq.export.onnx.integer_kernels import prepare_integer_kernels
 from jpq.export.onnx.narrow_weights import store_narrow_weights
+from jpq.export.onnx.unsupported_ops import name_unsupported_op
 from jpq.files.atomic import replace_file
 from jpq.methods.quantizers import act_quantizer, result_quantizer, weight_quantizer
 from jpq.tracing.forward import batch_size, collect_tensors, name_inputs, split_arguments
@@ -107,7 +108,7 @@ def _write(
     path_argument = "f" if exporter is torch.onnx.export else "export_path"
 
     def write(part: Path) -> None:
-        with _quiet_exporters():
+        with name_unsupported_op(), _quiet_exporters():
             exporter(
                 model if plain else _TensorsOnly(model, args, kwargs),
                 args=tuple(inputs),

@@ -162,7 +162,7 @@ def test_a_unit_of_several_channels_counts_as_so_many():
 @pytest.mark.parametrize("method", ["djpq", "l0", "ranked", "two-stage"])
 def test_rebuilt_layers_are_as_wide_as_asked_and_compute_the_same(method):
     torch.manual_seed(1)
-    model = build("resnet20", 10, 3).eval()
+    model = build("resnet8", 10, 3).eval()
     joint = jpq.compress(
         model,
         resnet8().example,

@@ -215,7 +215,10 @@ def test_nothing_left_is_refused():
         choose_layout(network, sites, kept)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "densenet121", "googlenet", "mobilenet_v2", "shufflenet_v2_x0_5"])
+LATER = [pytest.param(name, marks=pytest.mark.slow) for name in ("densenet121", "googlenet", "mobilenet_v2")]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5", *LATER])  # zoo and readers have every topology
 def test_torchvision(name):
     torch.manual_seed(0)
     model, example = zoo.build_torchvision(name, 10), torch.randn(2, 3, 64, 64)

@@ -45,7 +45,13 @@ def settled(name, seed=0):
     return model, net, example
 
 
-@pytest.mark.parametrize("name", sorted(NETS))
+ZOO_NETS = sorted(name for name in NETS if name.startswith("zoo_"))  # all in test_reorder, and in test_attach
+SLOW = {name for i, name in enumerate(ZOO_NETS) if i % 4}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in sorted(NETS)]
+)
 def test_settled_rebuilt_and_loaded_agree(name):
     model, net, example = settled(name)
     small, plan = rebuild(net, model)

@@ -91,35 +91,43 @@ def units(spec, size, layout):
     outs, ins, taps = (1 + max(c[d] for c in where.values()) for d in (1, 2, 3))
     name, _, rest = spec.partition(":")
     if name.isdigit():
-        name, rest = "window", rest
+        name = "window"
     sides = [None if s == "*" else int(s) for s in rest.split("x")] if rest else []
-    found = {}
-    for flat, (index, (g, o, i, t)) in enumerate(where.items()):
-        neuron = g * outs + o
-        if name == "elementwise":
-            unit = 0, flat
-        elif name == "per-output":
-            n = ins * taps // (sides[0] if sides else 1)
-            row, column = divmod(neuron * ins * taps + i * taps + t, n)
-            unit = row, column
-        elif name == "kernels":
-            unit = neuron, i
-        elif name == "filters":
-            unit = 0, neuron
-        elif name == "inputs":
-            unit = 0, g * ins + i
-        elif name == "window":
-            m = min(sides[0], ins)
-            windows = ceil(ins / m)
-            unit = (neuron * taps + t) * windows + i // m, i % m
-        elif name == "block":
-            a, b = sides[0] or outs, sides[1] or ins * taps
-            down, across = ceil(outs / a), ceil(ins * taps / b)
-            unit = 0, (g * down + o // a) * across + (i * taps + t) // b
-        elif name == "punched":
-            a, b = sides[0] or outs, sides[1] or ins
-            down, across = ceil(outs / a), ceil(ins / b)
-            unit = 0, ((g * down + o // a) * across + i // b) * taps + t
-        found[index] = unit
+    unit_of = (_tile_of if name in ("block", "punched") else _line_of)(name, sides, outs, ins, taps)
+    found = {index: unit_of(flat, *at) for flat, (index, at) in enumerate(where.items())}
     assert len(found) == prod(size)
     return found
+
+
+def _line_of(name, sides, outs, ins, taps):
+    """(row, column) of a weight, from its place in memory and its (group, output, input, tap): units along dims."""
+
+    def unit(flat, group, out, inn, tap):
+        neuron = group * outs + out
+        if name == "elementwise":
+            return 0, flat
+        if name == "per-output":
+            return divmod(neuron * ins * taps + inn * taps + tap, ins * taps // (sides[0] if sides else 1))
+        if name == "kernels":
+            return neuron, inn
+        if name == "filters":
+            return 0, neuron
+        if name == "inputs":
+            return 0, group * ins + inn
+        assert name == "window"
+        width = min(sides[0], ins)
+        return (neuron * taps + tap) * ceil(ins / width) + inn // width, inn % width
+
+    return unit
+
+
+def _tile_of(name, sides, outs, ins, taps):
+    """The same for tiles of so many outputs and inputs: over all taps (block) or at each tap (punched)."""
+
+    def unit(flat, group, out, inn, tap):
+        column, columns = (inn * taps + tap, ins * taps) if name == "block" else (inn, ins)
+        height, width = sides[0] or outs, sides[1] or columns
+        tile = (group * ceil(outs / height) + out // height) * ceil(columns / width) + column // width
+        return 0, tile if name == "block" else tile * taps + tap
+
+    return unit

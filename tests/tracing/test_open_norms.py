@@ -165,7 +165,7 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
         task=Task(model=f"{name}:make", limit=600),
         budget=Budget(target_bops="0.8%"),
         decide=Decide(open_norms=True),
-        train=QUICK,
+        train=replace(QUICK, float_epochs=1),
         run=Run(out=tmp_path, device="cpu"),
     )
 

@@ -39,7 +39,7 @@ BOPS = ("bops", "bops-structured")  # --cost, names in jpq.costs.COSTS
 TARGETS = ("target_bops", "target_macs", "target_size", "target_latency")  # fields of Budget
 ONNX_WEIGHTS = ("int8", "int4", "int2")  # --onnx-weights
 
-LARGEST_FILE = 2**20  # bytes of a file of settings
+LARGEST_FILE = 2**20  # largest size of a settings file in bytes
 
 
 @dataclass(frozen=True)
@@ -375,8 +375,8 @@ def _check_lists(lists: Mapping[str, list[str]], flags: Mapping[str, str]) -> No
     for name, listed in lists.items():
         if not all(listed):
             raise JpqError(f"{flags[name]}: a value is missing beside a comma. Write it like 4%,2%,1%.")
-    (leading, values), *others = lists.items()
-    for name, listed in others:
+    (leading, values), *remaining = lists.items()
+    for name, listed in remaining:
         if len(listed) != len(values):
             raise JpqError(
                 f"{flags[leading]} lists {len(values)} budgets, {flags[name]} {len(listed)}. List as many, "

@@ -18,9 +18,9 @@ from jpq.types import JpqError, Units
 
 FORMAT = 1  # version of the JSON file
 
-MOST_UNITS = 2**32  # of all masks together
+MOST_UNITS = 2**32  # largest number of units of all masks together
 
-MOST_CHANNELS = 2**24  # of one layer
+MOST_CHANNELS = 2**24  # largest number of channels of one layer
 
 
 @dataclass(frozen=True)

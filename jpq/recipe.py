@@ -51,12 +51,12 @@ ALREADY_PRUNED = (
 )
 
 
-def optimize(config: Config, watch: TrainingObserver | None = None, command: str = "", final: bool = True) -> Result:
+def optimize(config: Config, observer: TrainingObserver | None = None, command: str = "", final: bool = True) -> Result:
     """Prune and quantize the configured model onto its budget; everything is written to the run's folder.
 
     Args:
         config: the settings of the run.
-        watch: is told of phases, steps and epochs.
+        observer: receives phases, steps and epochs.
         command: the command line that the report names.
         final: False for a trial among others: neither exported nor verified, and its test split stays unread.
 
@@ -64,7 +64,7 @@ def optimize(config: Config, watch: TrainingObserver | None = None, command: str
     """
     config = config.check()
     check_decide(config.decide)
-    run = open_run(config, watch)
+    run = open_run(config, observer)
     data, model = load_task(config, run)  # 1 model and data
     table = load_table(config, run)
     prepared, targets = prepare_run(model, data, config, table)  # 2 trace, sites, targets
@@ -161,12 +161,12 @@ def run_budget(
     return result, net if tuned is net else None
 
 
-def open_run(config: Config, watch: TrainingObserver | None) -> RunState:
+def open_run(config: Config, observer: TrainingObserver | None) -> RunState:
     """The folder and state of a run, new or resumed; the seed of all draws is set."""
     distributed.check_rows(config.train.batch_size)
-    run = RunState(config, watch or NullObserver(), distributed.run_on_first(lambda: open_folder(config)))
+    run = RunState(config, observer or NullObserver(), distributed.run_on_first(lambda: open_folder(config)))
     if config.run.tensorboard and distributed.is_first():
-        run.watch = TensorBoardObserver(run.watch, run.folder, run.recorder.rows)
+        run.observer = TensorBoardObserver(run.observer, run.folder, run.recorder.rows)
     torch.manual_seed(config.run.seed)
     return run
 
@@ -270,11 +270,15 @@ def search_structures(prepared: Prepared, model: nn.Module, data: Data, config: 
     def search_or_read() -> dict[str, str]:
         if config.run.resume and path.exists():
             return structure_mapping.read_mapping(path)
-        found, limit_ms = run.timed("schemes", find)
-        record = structure_mapping.mapping_record(prepared.network, found.mapping, d.density, SEARCH)
-        scores = {"reward": found.reward, "proxy_accuracy": found.accuracy, "judged": found.judged}
+        search_result, limit_ms = run.timed("schemes", find)
+        record = structure_mapping.mapping_record(prepared.network, search_result.mapping, d.density, SEARCH)
+        scores = {
+            "reward": search_result.reward,
+            "proxy_accuracy": search_result.accuracy,
+            "judged": search_result.judged,
+        }
         structure_mapping.save_mapping(path, {**record, "limit_ms": limit_ms, **scores})
-        return dict(found.mapping)
+        return dict(search_result.mapping)
 
     return prepared.with_structures(distributed.run_on_first(search_or_read))
 

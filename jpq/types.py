@@ -21,7 +21,7 @@ Weight = Tensor  # shaped like the layer's weight
 DENSE = "dense"  # the structure of a layer without a mask
 NONE = -1  # label of a channel without a class: a constant, or an op without a rule
 
-LONGEST_WORD = 400  # characters of one word in an error; the content of a file may be a single word
+LONGEST_WORD = 400  # largest number of characters of one word in an error message
 
 
 class JpqError(Exception):

@@ -18,7 +18,7 @@ from jpq.types import JpqError
 
 CALIBRATION_BATCHES = 8  # training batches that fit the quantizers' ranges
 EVALUATED_IMAGES = 1000  # held-out images on which allocators measure plans
-SCORE_EPOCH = 10**6  # the first epoch of batches that scores look at: no training comes to it
+SCORE_EPOCH = 10**6  # number of the epoch whose batches scores read, beyond those of training
 
 
 def calibration_batches(data: Data) -> list[Tensor]:

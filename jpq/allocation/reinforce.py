@@ -48,9 +48,9 @@ class Policy:
     rate: float = 0.05  # share of all units that is removed in one step
     epochs: int = 5  # updates of the distribution in one step
     samples: int = 5  # draws between two updates
-    noise: float = 0.04  # v
-    pull: float = 0.1  # lambda
-    clip: float = 0.25  # delta
+    noise: float = 0.04  # v: standard deviation of the noise on the distribution
+    pull: float = 0.1  # lambda: step towards the best draw
+    clip: float = 0.25  # delta: largest relative change of a probability in one update
     explore: float = 0.4  # chance of taking a random draw rather than the best, falling to 0 over the first tenth
     alpha: float = 0.25  # weight of the saved cost in the reward
     fall: float = 0.1  # relative loss of accuracy that makes a step be tried again

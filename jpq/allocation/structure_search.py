@@ -38,9 +38,9 @@ from jpq.types import DENSE, JpqError
 
 SAMPLES = 200  # mappings drawn in a search
 
-LR = 0.1  # step of the logits
+LR = 0.1  # learning rate of the logits
 
-LATENCY_PENALTY = 1.0  # mu
+LATENCY_PENALTY = 1.0  # mu: weight of the relative latency above the limit in the reward
 
 BASELINE_DECAY = 0.9  # of the moving averages of reward and squared advantage
 

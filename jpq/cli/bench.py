@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULT_RUNTIMES = ("onnxruntime",)
 
-MAX_FLOAT_LAYERS = 6  # that are printed
+MAX_FLOAT_LAYERS = 6  # largest number of float layers that are printed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,9 +27,9 @@ if TYPE_CHECKING:  # --help shows without torch
     from jpq.tracing.network import Layer, Network
     from jpq.tracing.sites import Site
 
-MAX_ROWS = 26  # of a table; longer models are summed up by parts
-MAX_PARTS = 16  # of a model that is summed up
-MAX_NAMES = 3  # layers that a cell names
+MAX_ROWS = 26  # largest number of rows of a table; longer models are summed up by parts
+MAX_PARTS = 16  # largest number of parts of a model that is summed up
+MAX_NAMES = 3  # largest number of layers that a cell names
 
 T = TypeVar("T")
 

@@ -31,8 +31,8 @@ def optimize_command(args: list[str], console: Console) -> None:
     planned = {
         phase.title: phase.epochs for phase in all_phases(config, compose_method(d.method, d.structure, d.width))
     }
-    with ProgressDisplay(console, planned) as watch:
-        result = optimize(config, watch, shlex.join(["jpq", "optimize", *args]))
+    with ProgressDisplay(console, planned) as observer:
+        result = optimize(config, observer, shlex.join(["jpq", "optimize", *args]))
     distributed.end()
     if result.front:
         console.print(front_table(result))

@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from jpq.results.front.front import Front
     from jpq.results.front.select import Choice
 
-MIN_WIDTHS = {"target": 92, "bits w, a": 100, "MACs kept": 110, "BOPs": 84, "test": 78, "size": 66}  # of the screen
+MIN_WIDTHS = {  # column -> smallest screen width, in characters, that shows it
+    "target": 92,
+    "bits w, a": 100,
+    "MACs kept": 110,
+    "BOPs": 84,
+    "test": 78,
+    "size": 66,
+}
 
 COLUMNS = {
     "run": Column("run", align="left"),

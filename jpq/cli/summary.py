@@ -81,10 +81,13 @@ def _metrics_grid(result: Result) -> Table:
     before, after = (format_metric(task, metrics.accuracy) for metrics in (full, now))
     grid.add_row(task.metric_name, before, f"[bold]{after}[/]", text)
     for label, field, unit in (("BOPs", "bops", ""), ("MACs", "macs", ""), ("size", "size_bytes", "B")):
-        spent, left = getattr(full, field), getattr(now, field)
+        float_cost, cost = getattr(full, field), getattr(now, field)
         share = f"{format_percent(now.bops_share)} of fp32, " if field == "bops" else ""
         grid.add_row(
-            label, format_number(spent, unit), f"[bold]{format_number(left, unit)}[/]", share + _factor(spent, left)
+            label,
+            format_number(float_cost, unit),
+            f"[bold]{format_number(cost, unit)}[/]",
+            share + _factor(float_cost, cost),
         )
     if now.bops_structured > now.bops:
         share = format_percent(now.bops_structured / full.bops)

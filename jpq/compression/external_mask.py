@@ -27,7 +27,7 @@ from jpq.types import JpqError, Units
 
 MASK, WEIGHTS = "mask.json", "weights.safetensors"  # files of a folder
 
-SHOWN_LAYERS = 3  # in an error
+SHOWN_LAYERS = 3  # number of layers that an error lists
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,13 @@ def _read_plan(path: Path) -> Plan:
     return plan
 
 
-def write(folder: Path, sites: Sequence[Site], kept: Sequence[Units], model: nn.Module, about: dict[str, Any]) -> None:
-    """Write mask and weights into an existing folder; `about`: how to build the dense model."""
+def write(
+    folder: Path, sites: Sequence[Site], kept: Sequence[Units], model: nn.Module, model_info: dict[str, Any]
+) -> None:
+    """Write mask and weights into an existing folder; `model_info`: how to build the dense model."""
     masks_by_layer = {site.taps[0].layer: MaskPlan.of(keep) for site, keep in zip(sites, kept, strict=True)}
     structures = {site.taps[0].layer: site.taps[0].structure.spec() for site in sites}
-    plan = Plan("prune-private", {}, {}, masks_by_layer, structures, model=about)
+    plan = Plan("prune-private", {}, {}, masks_by_layer, structures, model=model_info)
     replace_file(folder / MASK, lambda path: path.write_text(plan.to_json()))
     tensors.save_tensors(model, folder / WEIGHTS)
 

@@ -34,7 +34,7 @@ from jpq.tracing.network import Layer, LayerKind
 from jpq.tracing.sites import Site
 from jpq.types import Labels, Weight
 
-EMBEDDING = 8  # m
+EMBEDDING = 8  # size m of the hypernetwork's embedding
 
 
 def generate_weight(z_in: Tensor, z_out: Tensor, b0: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:

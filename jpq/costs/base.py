@@ -42,7 +42,7 @@ class LayerUse:
     mask_bits: Number = 0  # bits that store the mask
     regular: bool = True  # whether known devices skip the weights that the mask drops
     scheme: str = DENSE  # structure of the mask, as `jpq.methods.structures.parse_structure` reads it
-    clock: LatencyModel | None = None  # where a latency table was given
+    clock: LatencyModel | None = None  # the layer's latency model, where a latency table was given
 
 
 Cost = Callable[[Sequence[LayerUse]], Number]

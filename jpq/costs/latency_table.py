@@ -39,9 +39,9 @@ MOST_ROWS = 100_000
 
 MODELLED = "modelled"  # value of the column source in lines that were computed, not measured
 
-LONGEST = 1e7  # ms; nearly three hours
+LONGEST = 1e7  # longest time in ms (nearly three hours)
 
-WIDEST = 2**24  # channels, and positions along one side
+WIDEST = 2**24  # most channels, and most positions along one side
 
 
 @dataclass(frozen=True)

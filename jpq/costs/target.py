@@ -16,7 +16,7 @@ from jpq.types import JpqError
 
 FULL_USE = Fraction(97, 100)  # a discretized model uses at least this share of its tightest target
 
-_NUMBER = r"[0-9]{0,20}\.?[0-9]{1,20}(?:[eE][-+]?[0-9]{1,2})?"  # short enough for exact arithmetic
+_NUMBER = r"[0-9]{0,20}\.?[0-9]{1,20}(?:[eE][-+]?[0-9]{1,2})?"  # a number short enough for exact arithmetic
 _SHARE = re.compile(rf"\s*({_NUMBER})\s*(%?)\s*")
 _AMOUNT = re.compile(rf"\s*({_NUMBER})\s*(%|[kKMGT]?)(B?)\s*")
 _TIME = re.compile(rf"\s*({_NUMBER})\s*(%|ns|us|ms|s)\s*")

@@ -21,7 +21,7 @@ from jpq.tracing.shrink import remove_channels
 from jpq.tracing.sites import Site
 from jpq.types import JpqError
 
-WEIGHT_GAIN = 1.4  # of a randomized weight matrix: about what a rectifier takes away
+WEIGHT_GAIN = 1.4  # gain of a randomized weight matrix, which makes up for the loss at a ReLU
 
 Keep = Mapping[str, Tensor]  # site -> [1, n], 1 where the unit is kept
 
@@ -31,9 +31,9 @@ class EquivalenceResult:
     """Difference of a masked and a shrunk model for one random decision."""
 
     difference: float  # relative, the largest over the outputs
-    sensitivity: float  # relative change of the output when the example is mirrored: what a wrong channel would show
+    sensitivity: float  # relative change of the output for a mirrored example: the effect of a wrong channel
     dropped: int  # number of label classes
-    seconds: float  # of the processor, for building the small model
+    seconds: float  # processor time for building the small model
 
 
 def check_equivalence(

@@ -25,7 +25,7 @@ from jpq.types import JpqError
 
 __all__ = ["FORMATS", "Format", "check_agreement", "write", "write_onnx", "write_pt2", "write_qonnx"]
 
-QONNX_SAMPLES = 64  # that a QONNX file is compared on, one by one
+QONNX_SAMPLES = 64  # number of samples that a QONNX file is compared on
 
 
 def write(

@@ -11,7 +11,7 @@ from typing import IO, Any, ClassVar
 
 from jpq.files.untrusted import as_int, as_list
 
-DEEP = 64  # most dims of a tensor
+DEEP = 64  # largest number of dims of a tensor
 
 STORAGES = {
     "ByteStorage": 1,

@@ -14,7 +14,7 @@ from typing import Any
 
 from jpq.types import JpqError
 
-LARGEST = 2**28  # bytes of a text file unless a reader says otherwise; enough for masks of 10^9 weights
+LARGEST = 2**28  # default limit of a text file in bytes; enough for masks of 10^9 weights
 
 
 def check_file(path: Path, what: str = "file") -> int:

@@ -14,7 +14,7 @@ from jpq.methods.structures import STRUCTURES, Structure, parse_layers, parse_st
 from jpq.methods.table import MANUAL_ROW, MASKED_ROW, METHODS, Method
 from jpq.types import DENSE, JpqError, unknown
 
-SHOWN = 6  # most alternatives that an error message lists
+SHOWN = 6  # largest number of alternatives that an error message lists
 
 
 def compose_method(

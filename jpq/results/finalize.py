@@ -29,11 +29,11 @@ from jpq.tasks.data import Data
 from jpq.tasks.load import load_dense_model, read_data
 from jpq.types import JpqError
 
-FINAL_FILES = ("model.onnx", "model.packed")  # of final runs only
+FINAL_FILES = ("model.onnx", "model.packed")  # files that only final runs have
 
 FLOAT_WEIGHTS = "float.safetensors"
 
-TOLERANCE = 0.005  # by which a metric may differ on another machine
+TOLERANCE = 0.005  # largest difference of a metric between machines
 
 
 def is_final(folder: Path) -> bool:

@@ -40,7 +40,7 @@ from jpq.types import DENSE, JpqError
 
 SPLITS = ("train", "held_out", "test")
 
-UNIFORM_BITS = (2, 3, 4, 8)  # of the baselines that are drawn beside a front
+UNIFORM_BITS = (2, 3, 4, 8)  # bit-widths of the uniform baselines drawn beside a front
 
 
 def finish(
@@ -69,7 +69,7 @@ def finish(
         final: export, verify and measure on the test split; trials of a study do so later (`finalize`).
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # compare at full precision
-    run.watch.phase("verify", 0, 0)
+    run.observer.phase("verify", 0, 0)
     small, plan = rebuild_model(net, tuned, model, data, config)
     uses = net.exact_usage(plan)
     check_counts(small, plan, uses, targets, data)

@@ -35,11 +35,11 @@ class LayerRecord:
     a_bits: int
     macs: int
     bops: int
-    share: float  # of the compressed model's BOPs
+    share: float  # share of the compressed model's BOPs, in [0, 1]
     density: float = 1.0  # share of the layer's weights that its mask keeps
-    structure: str = DENSE  # of its mask
+    structure: str = DENSE  # structure of the layer's mask
     latency_ms: float | None = None  # predicted, where a table of measured layers was given
-    macs_all: int | None = None  # with nothing dropped
+    macs_all: int | None = None  # MACs of one sample with nothing dropped
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ModelMetrics:
 class BudgetRecord:
     """Metrics and costs of one of several budgets of a run, a line of front.csv."""
 
-    budget: str  # as its flag has it
+    budget: str  # the amount as its flag was given
     accuracy: float  # on the test split, in [0, 1]; UNREAD where the run is not final
     held_out: float
     bops: int
@@ -67,7 +67,7 @@ class BudgetRecord:
     macs: int
     size_bytes: int
     seconds: float  # since the run began
-    folder: str  # relative to the run's
+    folder: str  # folder of the budget, relative to the run's
 
 
 @dataclass(frozen=True)

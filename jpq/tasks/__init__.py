@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from jpq.lazy import lazy_names
 from jpq.tasks.base import Task
 from jpq.tasks.classification import Classification
-from jpq.types import unknown
+from jpq.types import JpqError, unknown
 
 if TYPE_CHECKING:
     from jpq.tasks.data import PREPROCESSING, Batches, Data
@@ -60,8 +60,17 @@ def pick_task(name: str) -> Task:
 
 
 def recorded_task(data: Mapping[str, Any]) -> Task:
-    """The task that a run's record of its data names; classification where it names none."""
-    return pick_task(str(data.get("task", CLASSIFICATION.name)))
+    """The task that a run's record of its data names; classification where it names none.
+
+    Raises JpqError for a task that is not in TASKS, which says how to make it known.
+    """
+    name = str(data.get("task", CLASSIFICATION.name))
+    if name not in TASKS:
+        raise JpqError(
+            f"Unknown task '{name}': first import the module that adds it to jpq.tasks.TASKS, as in "
+            "python -c \"import MODULE; from jpq.cli.main import main; main(['pareto', 'runs'])\"."
+        )
+    return TASKS[name]
 
 
 def task_record(task: Task) -> dict[str, str]:

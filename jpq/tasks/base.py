@@ -65,6 +65,14 @@ class Task(ABC):
         """Whether a network's answer to a batch has the right form; `classes` is None where the number is unknown."""
         return isinstance(output, Tensor) and output.dim() > 0 and len(output) == samples
 
+    def example_batch(self, samples: int, classes: int) -> tuple[Tensor, Tensor]:
+        """Outputs that are right for their samples, and the targets, on which `jpq.testing.check_task` tries the task.
+
+        By default real numbers `[samples, classes]` that are their own targets; override it for targets of other kinds.
+        """
+        output = torch.randn(samples, classes, generator=torch.Generator().manual_seed(0))
+        return output, output.clone()
+
     def row_text(self, classes: int) -> str:
         """Form of one sample's output, in words."""
         return f"{classes} {self.output_name}"

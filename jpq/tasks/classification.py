@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,7 +25,7 @@ class Classification(Task):
 
     def distill(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """T^2 KL(softmax(teacher / T) || softmax(student / T)), in nats (Hinton et al. 2015, arXiv:1503.02531)."""
-        log_q, log_p = (F.log_softmax(logits / temperature, 1) for logits in (student, teacher))
+        log_q, log_p = (F.log_softmax(logits / temperature, 1) for logits in (student, teacher.detach()))
         return temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
     def metric(self, output: Tensor, target: Tensor) -> Tensor:
@@ -54,6 +55,11 @@ class Classification(Task):
         if not isinstance(output, Tensor) or output.dim() != 2:
             return False
         return classes is None or list(output.shape) == [samples, classes]
+
+    def example_batch(self, samples: int, classes: int) -> tuple[Tensor, Tensor]:
+        """Scores whose largest is that of the target, and the classes in turn as targets."""
+        target = torch.arange(samples) % classes
+        return 4.0 * F.one_hot(target, classes), target
 
     def row_text(self, classes: int) -> str:
         """Form of one sample's output, in words."""

@@ -21,7 +21,7 @@ from jpq.tasks.base import Task
 from jpq.tasks.datasets import Pair, Source
 from jpq.types import JpqError, unknown
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of its channels
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of ImageNet's channels
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ CLASSES = {"classification": 1000, "segmentation": 21, "detection": 91, "video":
 
 CLIP_SHAPES = {"mvit": (3, 16, 224, 224), "s3d": (3, 16, 224, 224), "swin3d": (3, 16, 224, 224)}  # else 112 x 112
 
-IMAGE_SIDES = {"inception_v3": 299, "ssd300": 300, "ssdlite320": 320}  # pixels; else 224, detectors 320
+IMAGE_SIDES = {"inception_v3": 299, "ssd300": 300, "ssdlite320": 320}  # image side in pixels; others 224, detectors 320
 
 
 @cache

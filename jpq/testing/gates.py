@@ -22,13 +22,13 @@ from jpq.methods.structures import (
 from jpq.testing.expectation import expect
 from jpq.types import JpqError, Units
 
-DENSITY = 0.4  # of gates that take one
+DENSITY = 0.4  # density of gates that take one
 
-DRAWS = 4000  # of gates that draw
+DRAWS = 4000  # number of draws of a stochastic gate
 
-SIGMAS = 5.0  # that a mean over draws may lie off
+SIGMAS = 5.0  # largest deviation of a mean over draws, in standard deviations
 
-STEPS = 100  # of a whole search
+STEPS = 100  # number of steps of a search
 
 H = 1e-6  # step of finite differences, in float64
 

@@ -19,11 +19,11 @@ from torch.fx import Node
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
 
-_IDENTITIES = {"alias", "clone", "detach", "dropout", "dropout_"}  # in evaluation
+_IDENTITIES = {"alias", "clone", "detach", "dropout", "dropout_"}  # ops that change nothing in evaluation
 
 _MOVES = {"view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", *_IDENTITIES}
 
-_FUSED = {"batch_norm", "relu", "relu_", "hardtanh", "hardtanh_", *_IDENTITIES}  # what runtimes fold into a layer
+_FUSED = {"batch_norm", "relu", "relu_", "hardtanh", "hardtanh_", *_IDENTITIES}  # ops that runtimes fold into a layer
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ PHASES = ("float", "search", "fine-tune")
 
 FIELDS = ("settings", "budget", "done", "losses", "history", "net", "optimizer", "random", "random_cuda")
 
-FIELDS_OF_DECISIONS = ("plan", "metrics", "opened")  # in a checkpoint of the fine-tuning
+FIELDS_OF_DECISIONS = ("plan", "metrics", "opened")  # entries of a checkpoint of the fine-tuning
 
 GROUP_SETTINGS = ("peak", "curve", "weight_decay", "betas", "eps")  # of an optimizer's group of parameters
 

@@ -36,7 +36,7 @@ from jpq.types import JpqError
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=30)  # of a wait for the first process, which verifies and exports
+TIMEOUT = timedelta(minutes=30)  # longest wait for the first process, which verifies and exports
 
 LOST_PROCESS = "Another process of this run ended or cannot be reached. See its message, then go on with --resume."
 

@@ -14,7 +14,7 @@ import torch
 
 from jpq.types import JpqError
 
-SMALL_BATCH_MACS = 5 * 10**8  # below this many MACs per batch one CPU thread is fastest
+SMALL_BATCH_MACS = 5 * 10**8  # MACs per batch, below which one CPU thread is fastest
 
 LIBRARIES = ("jpq", "torch", "torchvision", "brevitas", "numpy", "onnx", "onnxruntime")
 

@@ -80,10 +80,10 @@ class Phase:
     before: int = 0  # epochs of the same curve that lie before this phase
     total: int = 0  # epochs of the whole curve; 0: this phase alone
     done: int = 0  # epochs already done (resumed)
-    losses: list[float] = field(default_factory=list)  # of the steps already done in the epoch after those
-    stretch: float = 1.0  # epochs of the curve that one of this phase covers
-    budget: str = ""  # which of several budgets it is for
-    anneals: bool = True  # False: gates stay as cold as an earlier search left them
+    losses: list[float] = field(default_factory=list)  # of the steps already done in the current epoch
+    stretch: float = 1.0  # epochs of the curve per epoch of this phase
+    budget: str = ""  # name of the budget, where the run has several
+    anneals: bool = True  # False: the gates' temperature stays where an earlier search ended
 
     @property
     def title(self) -> str:

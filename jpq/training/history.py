@@ -99,7 +99,7 @@ class TensorBoardObserver:
     """A `TrainingObserver` that writes TensorBoard event files and passes everything on to another observer.
 
     Args:
-        watch: the other observer.
+        observer: the other observer.
         folder: where the event file goes.
         earlier: epochs of an interrupted run that this one continues; their events are there already.
 
@@ -108,12 +108,12 @@ class TensorBoardObserver:
     Raises JpqError where tensorboard is not installed.
     """
 
-    def __init__(self, watch: TrainingObserver, folder: Path, earlier: Sequence[EpochRecord] = ()) -> None:
+    def __init__(self, observer: TrainingObserver, folder: Path, earlier: Sequence[EpochRecord] = ()) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise JpqError('--tensorboard needs a package that is missing: pip install "jpq[tensorboard]".') from error
-        self.watch = watch
+        self.observer = observer
         self.writer: Any = SummaryWriter(str(folder))
         self.epochs = len(earlier)
         self.finished_epochs = Counter(row.title for row in earlier)  # of each phase
@@ -121,13 +121,13 @@ class TensorBoardObserver:
 
     def begin(self, task: Task) -> None:
         """Pass it on."""
-        self.watch.begin(task)
+        self.observer.begin(task)
 
     def phase(self, name: str, epochs: int, steps: int) -> None:
         """A phase begins."""
         self.name, self.steps, self.steps_done = name, steps, self.finished_epochs[name] * steps
         self.writer.add_text("phase", name, self.epochs)
-        self.watch.phase(name, epochs, steps)
+        self.observer.phase(name, epochs, steps)
 
     def step(self, loss: float, bops_share: float, limit_share: float) -> None:
         """One optimizer step is done."""
@@ -135,7 +135,7 @@ class TensorBoardObserver:
         for tag, value in (("loss", loss), ("bops_share", bops_share), ("aim_share", limit_share)):
             if math.isfinite(value):
                 self.writer.add_scalar(f"step/{self.name}/{tag}", value, self.steps_done)
-        self.watch.step(loss, bops_share, limit_share)
+        self.observer.step(loss, bops_share, limit_share)
 
     def epoch(self, row: EpochRecord) -> None:
         """One epoch is done; its numbers are on disk afterwards."""
@@ -145,4 +145,4 @@ class TensorBoardObserver:
             if tag not in LABEL_COLUMNS and math.isfinite(value):
                 self.writer.add_scalar(f"epoch/{tag}", value, self.epochs)
         self.writer.flush()
-        self.watch.epoch(row)
+        self.observer.epoch(row)

@@ -47,7 +47,7 @@ def fit(
     """Train for one phase; after each epoch measure the held-out metric, record a row and `save`.
 
     Saves within an epoch too: after `save_every` steps (0: never), and where the run is asked to `stop`, or the
-    observer ends it by a KeyboardInterrupt, which then passes through. A phase goes on where its `done` and `losses` say.
+    observer ends it by a KeyboardInterrupt, which then passes through. A phase goes on at its `done` and `losses`.
 
     In a search with bi-level gates, batches alternate: weights learn on the task alone from one half
     of the training samples, decisions on everything from the other (`Batches.halves`); an epoch is still one pass.

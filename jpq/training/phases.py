@@ -89,7 +89,7 @@ def train(
     with run.stop, distributed.Split(net, net.draws if isinstance(net, CompressedModel) else ()) as objective.split:
         run.timed(
             phase.name,
-            lambda: fit(net, data, phase, objective, optim, run.recorder, run.watch, save, every, run.stop),
+            lambda: fit(net, data, phase, objective, optim, run.recorder, run.observer, save, every, run.stop),
         )
 
 

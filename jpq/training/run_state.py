@@ -45,7 +45,7 @@ class RunState:
     """
 
     config: Config
-    watch: TrainingObserver
+    observer: TrainingObserver
     folder: Path
     recorder: Recorder = field(default_factory=lambda: Recorder(_clock()))
     seconds: dict[str, float] = field(default_factory=dict)  # by phase

@@ -31,7 +31,7 @@ class MetricCurve:
     """Held-out metric after each finished epoch of a trial's fine-tuning, and the costs of its model."""
 
     accuracy: tuple[float, ...]
-    epochs: int  # of the whole fine-tuning
+    epochs: int  # number of epochs of the whole fine-tuning
     cost: tuple[float, ...]  # by every cost objective, in one order
 
     def metric_at(self, share: float) -> float | None:
@@ -70,12 +70,12 @@ class EarlyStoppingObserver:
 
     Args:
         trial: of Optuna; study: the settings.
-        watch: the observer that everything is passed on to.
+        observer: receives everything that this one receives.
         costs: of the trial's model, where they are known before it trains.
     """
 
-    def __init__(self, trial: Trial, study: Study, watch: TrainingObserver, costs: Costs | None) -> None:
-        self.trial, self.study, self.watch, self.costs = trial, study, watch, costs
+    def __init__(self, trial: Trial, study: Study, observer: TrainingObserver, costs: Costs | None) -> None:
+        self.trial, self.study, self.observer, self.costs = trial, study, observer, costs
         self.cost_names = [name for name in study.objective_names() if name != "accuracy"]
         self.accuracy: list[float] = []
         self.task: Task = CLASSIFICATION
@@ -83,19 +83,19 @@ class EarlyStoppingObserver:
     def begin(self, task: Task) -> None:
         """Pass it on."""
         self.task = task
-        self.watch.begin(task)
+        self.observer.begin(task)
 
     def phase(self, name: str, epochs: int, steps: int) -> None:
         """Pass it on."""
-        self.watch.phase(name, epochs, steps)
+        self.observer.phase(name, epochs, steps)
 
     def step(self, loss: float, bops_share: float, limit_share: float) -> None:
         """Pass it on."""
-        self.watch.step(loss, bops_share, limit_share)
+        self.observer.step(loss, bops_share, limit_share)
 
     def epoch(self, row: EpochRecord) -> None:
         """Record the metric of a finished epoch. Raises TrialPruned for a dominated trial."""
-        self.watch.epoch(row)
+        self.observer.epoch(row)
         if row.phase != "fine-tune":
             return
         so_far = (

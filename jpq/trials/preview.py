@@ -110,7 +110,7 @@ class Preview:
         return self._net
 
 
-def prepare_float_weights(config: Config, file: Path, watch: TrainingObserver) -> tuple[Path, str]:
+def prepare_float_weights(config: Config, file: Path, observer: TrainingObserver) -> tuple[Path, str]:
     """(file, digest) of the float weights that all trials start from; trained into `file` where none are named."""
     device = pick_device(config.run.device)
     torch.manual_seed(config.run.seed)
@@ -119,7 +119,7 @@ def prepare_float_weights(config: Config, file: Path, watch: TrainingObserver) -
     model = models.build(config.task.model, data.classes, data.shape[0]).to(device)
     if not path.exists() and config.task.weights is None:
         models.check_fits(model, data.example, data.classes, data.task)
-        _train(model, data, config, watch)
+        _train(model, data, config, observer)
         save_tensors(model, path)
     models.load_weights(model, path)
     digest = hashlib.sha256()
@@ -129,8 +129,8 @@ def prepare_float_weights(config: Config, file: Path, watch: TrainingObserver) -
     return path, digest.hexdigest()[:12]
 
 
-def _train(model: nn.Module, data: Data, config: Config, watch: TrainingObserver) -> None:
+def _train(model: nn.Module, data: Data, config: Config, observer: TrainingObserver) -> None:
     t = config.train
     phase = Phase("float", t.float_epochs)
-    fit(model, data, phase, Objective(), build_optimizer(model, t.lr, t.weight_decay), Recorder(lambda: 0.0), watch)
+    fit(model, data, phase, Objective(), build_optimizer(model, t.lr, t.weight_decay), Recorder(lambda: 0.0), observer)
     model.eval()

@@ -23,11 +23,11 @@ OBJECTIVES = ("accuracy", "bops", "size", "latency", "macs")
 
 VARIED = ("density", "bits", "structure", "method", "lr", "target")  # kinds of decisions
 
-PARTS = ("layer", "block", "network")  # of the network that share a decision
+PARTS = ("layer", "block", "network")  # parts of the network that share a decision
 
 SAMPLERS = ("tpe", "nsga2", "gp", "random")
 
-STEP = 0.05  # of the densities that trials choose from
+STEP = 0.05  # step between the densities that trials choose from
 
 STUDY_FILE = "study.toml"
 SETTINGS, WEIGHTS, CHANCE = "settings", "float weights", "accuracy of guessing"  # user attributes of the study

@@ -18,7 +18,7 @@ from jpq.types import JpqError, unknown
 
 EVERYWHERE = "all layers"  # name of the one group of --per network
 
-UNIFORM = (8, 4, 3, 2)  # widths of the anchors
+UNIFORM = (8, 4, 3, 2)  # bit-widths of the anchors (uniform trials)
 
 RATES = {"lr": "learning rate of weights", "gate_lr": "learning rate of gates", "bit_lr": "learning rate of bits"}
 

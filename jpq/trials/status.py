@@ -29,7 +29,7 @@ class StudyStatus:
     names: tuple[str, ...]  # of the objectives
     done: int  # trained, or failed by themselves
     running: int
-    stopped: int  # early
+    stopped: int  # stopped early
     failed: int
     spare: int  # repeated, ruled out, or of dead workers
     best: dict[str, float]  # objective -> its best value

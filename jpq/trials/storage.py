@@ -34,7 +34,7 @@ except ImportError:  # not on Windows: workers then must not begin at the same m
 
 WORKER = "worker"  # user attribute of a trial: host and process
 
-RETRIES = 3  # of a trial whose workers died
+RETRIES = 3  # how often a trial is queued again after its worker died
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # full, over quota, read-only, broken
 

@@ -41,11 +41,11 @@ from jpq.types import JpqError
 
 DRAWN = "drawn"  # user attribute of the study: counted trials that its pictures show
 
-POLL = 1.0  # seconds between looks at the trials of other workers
+POLL = 1.0  # seconds between two polls of the other workers' trials
 
 MAX_REPEATS = 25  # repeated trials in a row, after which the space is used up
 
-MAX_RULED_OUT = 250  # in a row, after which hardly any decisions keep the limits
+MAX_RULED_OUT = 250  # ruled-out trials in a row, after which hardly any decisions keep the limits
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,19 @@ class TrialCounts:
 
 
 def study(
-    config: Config | None = None, settings: Study | None = None, watch: StudyObserver | None = None
+    config: Config | None = None, settings: Study | None = None, observer: StudyObserver | None = None
 ) -> optuna.Study:
     """Run trials until the study has `settings.trials`, and return it; call it again to go on.
 
     Args:
         config: the task and how each trial trains; its decisions are the trials'. The study's folder is OUT/NAME.
         settings: what trials vary, objectives and limits.
-        watch: observer of trials and epochs.
+        observer: receives trials and epochs.
 
     Raises JpqError for settings that cannot work, for a study of other settings under the same name, and where every
     trial failed.
     """
-    settings, config, watch = settings or Study(), config or Config(), watch or NullStudyObserver()
+    settings, config, observer = settings or Study(), config or Config(), observer or NullStudyObserver()
     check_names(settings.check(config))
     folder = config.run.out / settings.name
     try:
@@ -98,18 +98,18 @@ def study(
     logging.getLogger("optuna").setLevel(logging.CRITICAL)  # failed trials: their reasons are kept in the study
     with exclusive(folder):
         storage = open_storage(settings.storage, folder, settings.dead_after)
-        weights, digest = prepare_float_weights(config, folder / "float.safetensors", watch)
+        weights, digest = prepare_float_weights(config, folder / "float.safetensors", observer)
     started = replace(config, task=replace(config.task, weights=weights.resolve()))  # --out may be spelled otherwise
     preview = Preview(started)
     space = Space.of(settings, started, preview.network, preview.prepared.sites)
-    runner = TrialRunner(settings, started, space, preview, folder, watch)
+    runner = TrialRunner(settings, started, space, preview, folder, observer)
     runner.check_limits_reachable()
     with exclusive(folder):
         shared = _open_study(settings, space, config, digest, preview, storage)
         if not (folder / STUDY_FILE).exists():
             write_study(config, settings, folder / STUDY_FILE)
     try:
-        _run_trials(shared, runner, settings, watch)
+        _run_trials(shared, runner, settings, observer)
     except StorageInternalError as error:
         where = without_password(settings.storage) or "the study's journal"
         cause = " ".join(str(error.__cause__ or error).split())[:200]
@@ -159,14 +159,14 @@ def _open_study(
     return shared
 
 
-def _run_trials(shared: optuna.Study, runner: TrialRunner, settings: Study, watch: StudyObserver) -> None:
+def _run_trials(shared: optuna.Study, runner: TrialRunner, settings: Study, observer: StudyObserver) -> None:
     """Run trials until enough have ended, over all workers."""
     while True:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fail_stale_trials(shared)
         now = TrialCounts.of(shared)
-        watch.tally(shared)
+        observer.tally(shared)
         if now.done >= settings.trials or now.repeats >= MAX_REPEATS or now.ruled_out >= MAX_RULED_OUT:
             return
         if now.done + now.running >= settings.trials:

@@ -65,7 +65,7 @@ class TrialRunner:
     space: Space
     preview: Preview
     folder: Path
-    watch: StudyObserver
+    observer: StudyObserver
     limits: Costs = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class TrialRunner:
         A trial that was interrupted, or that this machine has no disk space for, is queued again.
         """
         record_worker(trial)
-        self.watch.trial(trial.number)
+        self.observer.trial(trial.number)
         other_trials = [t for t in trial.study.get_trials(deepcopy=False) if t.number != trial.number]
         ahead = sum(is_counted(t) or (t.state == TrialState.RUNNING and t.number < trial.number) for t in other_trials)
         if ahead >= self.study.trials:  # two workers saw one place left
@@ -135,9 +135,9 @@ class TrialRunner:
         """Run `optimize`, from its checkpoint where there is one, and record the result."""
         run = config.run.out / config.hash()
         resumed = replace(config, run=replace(config.run, resume=(run / checkpoint.NAME).is_file()))
-        watch = EarlyStoppingObserver(trial, self.study, self.watch, costs)
+        observer = EarlyStoppingObserver(trial, self.study, self.observer, costs)
         try:
-            result = optimize(resumed, watch, final=False)
+            result = optimize(resumed, observer, final=False)
         except optuna.TrialPruned:
             if not (run / "result.json").exists():
                 shutil.rmtree(run, ignore_errors=True)

@@ -121,7 +121,7 @@ def test_the_density_is_reached_and_what_is_closed_stays_so(schedule, width):
 
 def test_of_several_decisions_that_are_due_only_the_last_is_taken():
     net, asked = compressed(schedule="iterative"), []
-    net.net.scheduled_pruning.supply = lambda decision: asked.append(decision) or batches()
+    net.net.scheduled_pruning.draw_batches = lambda decision: asked.append(decision) or batches()
     net.net.scheduled_pruning(0.5)
     assert asked == [SCHEDULES["iterative"].due(0.5)]
     net.net.scheduled_pruning(0.5)

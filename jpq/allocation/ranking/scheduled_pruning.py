@@ -35,7 +35,7 @@ class ScheduledPruning:
         score: larger is more important.
         schedule: when decisions are taken, and how the density falls.
         density: share of the dense network's MACs that stays after the last decision.
-        supply: training batches for the score, never held-out or test data.
+        draw_batches: training batches for the score, never held-out or test data.
         loss: for scores that need gradients.
 
     Raises JpqError for a density that even one channel at each site exceeds.
@@ -47,12 +47,12 @@ class ScheduledPruning:
         score: Score,
         schedule: Schedule,
         density: float,
-        supply: BatchSupply,
+        draw_batches: BatchSupply,
         loss: Loss = F.cross_entropy,
     ):
         density_target(net, density)
         self.net, self.score, self.schedule, self.density = net, score, schedule, density
-        self.supply, self.loss = supply, loss
+        self.draw_batches, self.loss = draw_batches, loss
 
     def __call__(self, progress: float) -> None:
         """Take the decision that is due, if any; of several only the last."""
@@ -61,7 +61,7 @@ class ScheduledPruning:
             return
         fits = macs_limit(self.net, self.schedule.density(due, self.density))
         margins = [gate.margins.clone() for gate in self.net.gates]
-        rank_units(self.net, self.score, self.supply(due), uniform_keep_share(self.net, fits), self.loss)
+        rank_units(self.net, self.score, self.draw_batches(due), uniform_keep_share(self.net, fits), self.loss)
         level = find_threshold(self.net, [gate.margins for gate in self.net.gates], fits)
         for gate, before in zip(self.net.gates, margins, strict=True):
             gate.margins.sub_(level)

@@ -32,9 +32,9 @@ from jpq.types import JpqError
 
 FORMAT = "jpq packed 1"
 
-MAX_WEIGHTS = 2**28  # or units of one mask, that a reader makes room for unless it is told otherwise
+MAX_WEIGHTS = 2**28  # default limit of a reader for weights, or units of one mask
 
-MAX_BITS = 16  # of a value
+MAX_BITS = 16  # largest width of a value
 
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)}
 

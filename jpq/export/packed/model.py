@@ -31,9 +31,9 @@ class PackedSize:
     """Bytes of a packed file."""
 
     total: int
-    header: int  # names, shapes, checksums
-    layers: int  # as `costs.size` counts: integers, masks, scales, biases; each stream in whole bytes
-    others: int  # norms that could not be folded, layers in floating point, ranges of activations
+    header: int  # bytes of names, shapes and checksums
+    layers: int  # bytes as `costs.size` counts them: integers, masks, scales, biases; each stream in whole bytes
+    others: int  # bytes of norms that could not be folded, layers in floating point, ranges of activations
 
 
 @torch.no_grad()

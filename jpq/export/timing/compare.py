@@ -51,7 +51,7 @@ class Timing:
     over_full: float  # speed relative to fp32: median over the rounds of their ratios
     float_layers: int  # number of layers that onnxruntime computes in floating point
     layers: int  # number of all layers
-    bytes: int  # of the file
+    bytes: int  # size of the ONNX file
     n: int  # number of rounds
 
 

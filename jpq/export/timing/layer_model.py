@@ -21,7 +21,7 @@ OPSET = 17
 
 IR_VERSION = 9
 
-SCALE = 0.05  # of every grid: the numbers do not matter for time
+SCALE = 0.05  # scale of every grid; its value does not change the time
 
 _TYPES = {"int8": TensorProto.UINT8, "float": TensorProto.FLOAT}  # of activations, by the words of a form
 

@@ -32,13 +32,13 @@ CHANNEL_SHARES = (0.0, 0.25, 0.5, 0.75)  # measured besides all channels; 0: one
 
 TABLE_NAME = "latency.csv"  # the table of a run, in its folder
 
-MAX_LOADED_BYTES = 2**29  # of the layers that are loaded at a time
+MAX_LOADED_BYTES = 2**29  # bytes of the layers that are loaded at a time
 
-MAX_TABLE_BYTES = 2**26  # of a table's file
+MAX_TABLE_BYTES = 2**26  # largest size of a table's file
 
-SMALL_LAYER_MACS = 5 * 10**6  # below this, copies of a layer are timed together
+SMALL_LAYER_MACS = 5 * 10**6  # MACs, below which copies of a layer are timed together
 
-COPIES = 4  # of a small layer
+COPIES = 4  # number of copies of a small layer in one model
 
 ReportProgress = Callable[[int, int], None]  # (calls done, of all)
 

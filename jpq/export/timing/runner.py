@@ -16,7 +16,7 @@ import onnxruntime
 from jpq.export.runtimes import OpenVinoSession
 from jpq.types import JpqError
 
-MAX_INPUT_NUMBERS = 2**28  # of one input
+MAX_INPUT_NUMBERS = 2**28  # largest number of elements of one input
 
 # onnxruntime's name of a type -> the type of random samples
 SAMPLE_TYPES = {

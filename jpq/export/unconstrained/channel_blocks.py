@@ -110,8 +110,8 @@ def _constant_neighbours(sequences: Sequence[Labels], free: Collection[int]) -> 
         for c in heads.tolist():
             class_counts[c] += 1
         order.update(dict.fromkeys(heads.tolist()))
-        even = sizes[1:] == sizes[:-1]
-        for a, b in zip(heads[:-1][even].tolist(), heads[1:][even].tolist(), strict=True):
+        same_size = sizes[1:] == sizes[:-1]
+        for a, b in zip(heads[:-1][same_size].tolist(), heads[1:][same_size].tolist(), strict=True):
             pair_counts[min(a, b), max(a, b)] += 1
     neighbours: dict[int, list[int]] = defaultdict(list)
     for (a, b), n in pair_counts.items():

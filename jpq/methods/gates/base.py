@@ -32,10 +32,10 @@ class Gate(nn.Module, ABC):
     """Relaxed keep-or-drop decision over the `[rows, n]` units of one site; `keep` is the exact decision."""
 
     # how it fits into a method
-    fixed_count: ClassVar[bool] = False  # how many units stay is set in advance: no pressure, and discretization obeys
+    fixed_count: ClassVar[bool] = False  # the number of kept units is set in advance: no budget pressure
     takes_density: ClassVar[bool] = False  # the constructor takes `density=`, the share of the weights that stays
-    ranks_units: ClassVar[bool] = False  # a score writes its buffer `margins`, and a schedule closes units by it
-    decided_outside: ClassVar[bool] = False  # the decision is handed over by `take` (--mask): nothing here learns it
+    ranks_units: ClassVar[bool] = False  # a score writes the buffer `margins`, by which a schedule closes units
+    decided_outside: ClassVar[bool] = False  # the decision comes from outside by `take` (--mask) and is not learned
     least_text: ClassVar[str] = ""  # fewest units that can stay, for error messages; "": a unit (or more) of each site
     bilevel: ClassVar[bool] = False  # decisions learn on other batches than the weights
     self_updating: ClassVar[bool] = False  # `after_step` moves its parameters; no optimizer does

@@ -29,7 +29,7 @@ BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
 
 EDGE = math.log(-HIGH / LOW)  # ln 11: evaluation gives exactly 0 at log alpha <= -EDGE, exactly 1 from +EDGE
 
-BOUND = math.log(100.0)  # outside it the gradient is gone and a gate would never return
+BOUND = math.log(100.0)  # bound of |log alpha|, beyond which the gradient vanishes
 
 
 class HardConcrete(Gate):

@@ -42,7 +42,7 @@ GROUPS = 4
 
 TAU = 0.5  # temperature of the soft membership
 
-STRENGTH = 0.1  # of the regulariser, summed over the whole search
+STRENGTH = 0.1  # weight of the regulariser, summed over the whole search
 
 RATE = 0.02  # Adam's step size for alpha
 

@@ -94,8 +94,8 @@ class LearnedTopK(FixedCount):
         self.register_buffer("spread", torch.ones(()))  # standard deviation of the scores at the start
         self.register_buffer("progress", torch.zeros(()))
         self.pool: list[LearnedTopK] = [self]
-        self.place = 0  # in the pool
-        self.drawn: dict[int, Units] = {}  # what is left of the pool's last common solution, by place
+        self.place = 0  # index in the pool
+        self.drawn: dict[int, Units] = {}  # place in the pool -> unused part of its last common solution
         self.hard_masks: tuple[list[Any], list[Units]] = (
             [],
             [],

@@ -39,7 +39,7 @@ RISE, TURN = 0.05, 0.25  # A and u of the paper
 
 UPDATES, SPAN = 250, 0.9  # updates of p, and the share of the search that holds them
 
-ALMOST = 1 - 1e-6  # a p from here on counts as 1
+ALMOST = 1 - 1e-6  # pruning probability from which p counts as 1
 
 STEEP = 50.0  # largest exponent
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from jpq.methods.gates.base import Gate
 from jpq.types import Units
 
-EPS = 1e-8  # VIBNet's
+EPS = 1e-8  # added to variances, as in VIBNet's code
 
 FLOOR = 1e-3  # smallest mu: below it a unit is long since dropped, and z / mu stays finite
 

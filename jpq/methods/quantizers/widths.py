@@ -123,5 +123,5 @@ class SigmoidWidth(BitWidth):
         self.theta.copy_(self.theta.abs().clamp(min(FLOOR, span), max(CEILING * span, FLOOR)))
 
     def _real(self) -> Tensor:
-        wide = self.high - self.low
-        return self.low + wide * (self.theta.abs() / max(wide, 1)).tanh()
+        span = self.high - self.low
+        return self.low + span * (self.theta.abs() / max(span, 1)).tanh()

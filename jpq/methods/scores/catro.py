@@ -30,7 +30,7 @@ from jpq.types import JpqError, Units
 
 EPS, DEAD = 1e-8, 1e-6  # shares of the mean scatter: added to w, and below which a unit is dead
 
-ROUNDS = 100  # at most, until the set is unchanged
+ROUNDS = 100  # largest number of iterations
 
 
 def scatters(means: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

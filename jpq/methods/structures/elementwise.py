@@ -19,7 +19,7 @@ class Elementwise(Structure):
     unit_is_weight: ClassVar[bool] = True
     regular: ClassVar[bool] = False
 
-    layout: WeightLayout = PLAIN  # makes no difference
+    layout: WeightLayout = PLAIN  # not used: single weights lie the same in every layout
 
     def shape(self, weight: Size) -> tuple[int, int]:
         """One row of all weights."""

@@ -30,7 +30,7 @@ Flags = npt.NDArray[np.bool_]  # [rows, n]
 
 ENCODINGS = ("all", "bitmap", "rank", "kept", "dropped")
 
-LONGEST = 62  # units in the longest row whose ranks fit 63 bits
+LONGEST = 62  # largest number of units in a row whose combinatorial rank fits 63 bits
 
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]

@@ -30,7 +30,7 @@ from jpq.types import JpqError, Units, Weight
 
 CROSSES = ((1, 3, 4, 5), (1, 3, 4, 7), (1, 4, 5, 7), (3, 4, 5, 7))  # the centre and three of its four neighbours
 
-MOST = 512  # patterns in a library, and positions in a kernel
+MOST = 512  # largest number of patterns in a library, and of positions in a kernel
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from jpq.tasks import pick_task
 from jpq.tasks.base import Task
 from jpq.types import JpqError, unknown
 
-MAX_COSTS = 2  # of a front, beside the metric
+MAX_COSTS = 2  # largest number of costs of a front, beside the metric
 
-KEPT_COLUMNS = ("number", "test_accuracy", "packed_bytes", "latency_ms", "folder")  # even where they are empty
+KEPT_COLUMNS = ("number", "test_accuracy", "packed_bytes", "latency_ms", "folder")  # kept even where empty
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from jpq.tasks import pick_task
 
 RED, PALE = "#D55E00", "#9AA5B1"  # Okabe and Ito's vermillion; grey for what is dominated
 
-COLUMNS = 24  # of a heat map; longer fronts are thinned evenly
+COLUMNS = 24  # largest number of columns of a heat map; longer fronts are thinned evenly
 
-CELLS = 14  # columns, and three times as many rows, up to which every cell has its number
+CELLS = 14  # most columns (and a third of the rows) of a heat map whose cells show their numbers
 
-PLACES = ((-1, -4.5), (-1, 5), (1, -14), (1, 5), (-1, -14))  # of a point's name: side of it, and points above it
+PLACES = ((-1, -4.5), (-1, 5), (1, -14), (1, 5), (-1, -14))  # of a name: side, points above
 
 APART = 8  # points between a point and its name
 
@@ -205,8 +205,8 @@ def _uniform(front: Front, cost: str) -> dict[float, str]:
         if cost in costs:
             names_by_percent.setdefault(round(100 * costs[cost] / front.points[0].full_costs[cost], 9), []).append(name)
     return {
-        percent: names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-        for percent, names in names_by_percent.items()
+        cost_percent: names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+        for cost_percent, names in names_by_percent.items()
     }
 
 
@@ -216,12 +216,12 @@ def escape_math(text: str) -> str:
 
 
 def _title(front: Front) -> str:
-    first = front.points[0]
+    first_point = front.points[0]
     n = len(front.points)
     return (
-        f"{first.model} on {first.data}: {n} run{'s' * (n > 1)}, {len(front.front_indices)} on the front"
+        f"{first_point.model} on {first_point.data}: {n} run{'s' * (n > 1)}, {len(front.front_indices)} on the front"
         if n > 1
-        else f"{first.model}: one run"
+        else f"{first_point.model}: one run"
     )
 
 

@@ -21,7 +21,7 @@ from jpq.types import JpqError
 
 RESULT_FILE = "result.json"
 
-MAX_BYTES = 2**26  # of a result.json; ours have some thousand
+MAX_BYTES = 2**26  # largest size of a result.json; usual ones have some thousand bytes
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class RunCollection:
     """Runs of one task, and messages about those that cannot be read."""
 
     points: tuple[RunPoint, ...]
-    skipped: tuple[str, ...]  # a sentence each
+    skipped: tuple[str, ...]  # messages about runs that cannot be read, a sentence each
 
 
 def read_points(source: Any, folder: Path | str | None = None) -> RunCollection:
@@ -349,7 +349,7 @@ def _own_structure(method: str) -> str:
 
 
 def from_attributes(
-    name: str, about: Mapping[str, Any], attributes: Mapping[str, Any], params: Mapping[str, Any]
+    name: str, study_attributes: Mapping[str, Any], attributes: Mapping[str, Any], params: Mapping[str, Any]
 ) -> RunPoint:
     """The point of a trial without its folder, from its user attributes. Raises JpqError where that is not enough.
 
@@ -359,7 +359,7 @@ def from_attributes(
         params: the sampler's choices.
     """
     try:
-        task, settings = recorded_task(about), about.get("settings", {}).get("task", {})
+        task, settings = recorded_task(study_attributes), study_attributes.get("settings", {}).get("task", {})
         bops, share = _above(attributes["bops"], "BOPs"), _above(attributes["bops_share"], "share of BOPs")
         latency = {"latency": NS * _above(attributes["latency_ms"], "latency")} if attributes.get("latency_ms") else {}
         place = str(attributes.get("run_folder", ""))
@@ -373,7 +373,7 @@ def from_attributes(
             full_costs={"bops": float(round(bops / share))},
             model=str(settings.get("model", "")),
             data=str(settings.get("data", "")),
-            chance=_metric(task, about.get("accuracy of guessing", 0.0), f"{task.metric_name} of guessing"),
+            chance=_metric(task, study_attributes.get("accuracy of guessing", 0.0), f"{task.metric_name} of guessing"),
             task=task.name,
             final=False,
             decisions={"method": attributes.get("method"), "settings": place.rpartition("/")[2] or None, **params},

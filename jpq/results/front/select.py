@@ -38,7 +38,7 @@ class Limit:
     """The smallest held-out metric or the largest cost of a point."""
 
     cost: str  # a name in COSTS, or ACCURACY
-    text: str  # with its flag
+    text: str  # the limit with its flag, such as "--max-bops 1%"
     value: float  # in [0, 1], or in the cost's unit
 
     def met(self, point: RunPoint) -> bool:

@@ -118,14 +118,14 @@ def _record_heads(call: OpCall, labels: Labels) -> None:
 
 def _feeds_attention(node: Node) -> bool:
     """Whether the value reaches a product of two tensors through nothing but moves and scaling."""
-    seen, todo, passing = {node}, [node], _PASSING.split()
+    visited, todo, passing = {node}, [node], _PASSING.split()
     while todo:
         for user in todo.pop().users:
             base = "getitem" if user.target is operator.getitem else str(user.target).split(".")[1:2]
             name = base if isinstance(base, str) else (base[0].rstrip("_") if base else "")
             if name in _PRODUCTS:
                 return True
-            if name in passing and user not in seen:
-                seen.add(user)
+            if name in passing and user not in visited:
+                visited.add(user)
                 todo.append(user)
     return False

@@ -22,7 +22,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def float_model(digits):
-    return trained(digits, 4)
+    return trained(digits)
 
 
 def accuracy(model, batches):
@@ -83,7 +83,7 @@ def test_every_method_lands_on_its_budget_in_a_users_own_loop(method, small_task
     "method", ["djpq", *(pytest.param(method, marks=pytest.mark.slow) for method in ("pdp", "admm"))]
 )
 def test_methods_keep_the_accuracy_in_a_users_own_loop(method, digits, float_model):
-    search, tuning = (epochs(digits, n) for n in (4, 2))
+    search, tuning = (epochs(digits, n) for n in (5, 3))
     small, used = land(float_model, search, method, search, tuning)
     assert used <= 1
     assert accuracy(small, digits.held_out) > 0.9

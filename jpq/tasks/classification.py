@@ -10,7 +10,7 @@ from jpq.tasks.base import Task
 
 
 class Classification(Task):
-    """One class per sample: outputs are class scores (logits), [B, classes]; targets are class numbers, int64 [B]."""
+    """Task of one class per sample: outputs are logits `[B, classes]`, targets class numbers, int64 `[B]`."""
 
     name = "classification"
     metric_name = "accuracy"

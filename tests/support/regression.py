@@ -30,7 +30,7 @@ class Regression(Task):
 
     def distill(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Mean squared distance from the float model's output."""
-        return F.mse_loss(student, teacher)
+        return F.mse_loss(student, teacher.detach())
 
     def metric(self, output: Tensor, target: Tensor) -> Tensor:
         """1 - squared error, whose mean is R^2 for targets of variance 1."""

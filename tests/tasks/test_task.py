@@ -16,43 +16,21 @@ from jpq.config import Train
 from jpq.results.front.front import build_front
 from jpq.results.front.points import read_points
 from jpq.tasks import CLASSIFICATION, TASKS, pick_task, recorded_task, task_record
+from jpq.testing import check_task
 from jpq.types import JpqError
 
-BATCH = {  # task -> outputs, targets, outputs that decide differently in each sample
-    "classification": (
-        torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 0.5]]),
-        torch.tensor([0, 2]),
-        torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.5]]),
-    ),
-    "regression": (torch.tensor([[0.5], [-1.0]]), torch.tensor([[0.4], [1.0]]), torch.tensor([[-0.5], [1.0]])),
-}
+SCORES = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 0.5]])
+CLASSES = torch.tensor([0, 2])
 
 
-@pytest.fixture(params=BATCH)
-def task(request):
-    return {**TASKS, "regression": Regression()}[request.param]
-
-
-def test_laws_of_every_task(task):
-    output, target, others = BATCH[task.name]
-    student = output.clone().requires_grad_()
-    for loss in (task.loss(student, target), task.distill(student, others, 2.0)):
-        assert loss.dim() == 0
-        (gradient,) = torch.autograd.grad(loss, student)
-        assert gradient.abs().sum() > 0
-    assert float(task.distill(output, output, 2.0)) == pytest.approx(0, abs=1e-7)
-    assert task.metric(output, target).shape == (len(output),)
-    low, high = task.metric_bounds
-    assert low <= task.chance(10) <= high
-    assert task.same_decision(output, output).all()
-    assert not task.same_decision(output, others).any()
-    assert (task.decision_gap(output, others) > 0).all()
-    assert task.fits(output, len(output), output.shape[1])
-    assert not task.fits((output, output), len(output), output.shape[1])
+@pytest.mark.parametrize("name", {Regression.name: None, **TASKS})
+def test_laws_of_every_task(name):
+    """The laws of `jpq.testing`; a new row of TASKS is taken up by itself."""
+    check_task(TASKS[name] if name in TASKS else Regression())
 
 
 def test_classification_is_cross_entropy_accuracy_and_the_largest_score():
-    output, target, _ = BATCH["classification"]
+    output, target = SCORES, CLASSES
     expected = [
         math.log(sum(math.exp(v) for v in row)) - row[k] for row, k in zip(output.tolist(), target, strict=True)
     ]
@@ -102,6 +80,8 @@ def test_records_name_tasks_but_classification(monkeypatch):
     assert recorded_task({"name": "digits"}) is CLASSIFICATION
     with pytest.raises(JpqError, match="Unknown task 'regresion'"):
         pick_task("regresion")
+    with pytest.raises(JpqError, match="Unknown task 'regression': first import the module that adds it"):
+        recorded_task(task_record(Regression()))
     monkeypatch.setitem(TASKS, "regression", Regression())
     assert recorded_task(task_record(Regression())) is TASKS["regression"]
 
@@ -135,3 +115,8 @@ def test_a_second_task_runs_through_training_verification_reports_and_fronts(tmp
     assert front.points[0].chance == 0.0
     assert main(["pareto", str(tmp_path), "--out", str(tmp_path / "front")]) == 0
     assert "on the front of held-out R^2 and BOPs" in " ".join(capsys.readouterr().out.split())
+
+    monkeypatch.delitem(TASKS, "regression")
+    assert main(["pareto", str(tmp_path), "--out", str(tmp_path / "front")]) == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "Unknown task 'regression': first import the module that adds it to jpq.tasks.TASKS" in printed

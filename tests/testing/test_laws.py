@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from jpq.methods.gates import VIB, Annealed, Feedback, FixedMask, Gate, GumbelTopK, HardConcrete, Ranked
 from jpq.methods.scores import L1, HRank, Random, Score
 from jpq.methods.structures import Axis, Block, Inputs, KernelPattern, Window
-from jpq.testing import check_gate, check_score, check_structure
+from jpq.tasks import Classification
+from jpq.testing import check_gate, check_score, check_structure, check_task
 from jpq.types import NONE, JpqError
 
 
@@ -222,6 +224,110 @@ class Meddling(L1):
 def test_a_broken_score_is_noticed(score, law):
     with pytest.raises(AssertionError, match=law):
         check_score(score)
+
+
+class Nameless(Classification):
+    metric_name = " "
+
+
+class LossPerSample(Classification):
+    def loss(self, output, target):
+        return F.cross_entropy(output, target, reduction="none")
+
+
+class LossWithoutGradient(Classification):
+    def loss(self, output, target):
+        return super().loss(output.detach(), target)
+
+
+class RisingLoss(Classification):
+    def loss(self, output, target):
+        return -super().loss(output, target)
+
+
+class MetricOfTheBatch(Classification):
+    def metric(self, output, target):
+        return super().metric(output, target).float().mean()
+
+
+class ErrorRate(Classification):
+    def metric(self, output, target):
+        return ~super().metric(output, target)
+
+
+class Percent(Classification):
+    def metric(self, output, target):
+        return 100.0 * super().metric(output, target)
+
+
+class CertainChance(Classification):
+    def chance(self, classes):
+        return 1.0
+
+
+class DistillsToNothing(Classification):
+    def distill(self, student, teacher, temperature):
+        return student.square().mean()
+
+
+class TeachesTheTeacher(Classification):
+    def distill(self, student, teacher, temperature):
+        return F.mse_loss(student, teacher)
+
+
+class OneDecision(Classification):
+    def same_decision(self, a, b):
+        return super().same_decision(a, b).all()
+
+
+class NeverSame(Classification):
+    def same_decision(self, a, b):
+        return torch.zeros(len(a), dtype=torch.bool)
+
+
+class AlwaysSame(Classification):
+    def same_decision(self, a, b):
+        return torch.ones(len(a), dtype=torch.bool)
+
+
+class NegativeGap(Classification):
+    def decision_gap(self, a, b):
+        return -1 - super().decision_gap(a, b)
+
+
+class FitsAnything(Classification):
+    def fits(self, output, samples, classes):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("task", "law"),
+    [
+        (Nameless, "metric_name is empty"),
+        (LossPerSample, "not a scalar"),
+        (LossWithoutGradient, "loss has no gradient"),
+        (RisingLoss, "loss of right outputs is not below"),
+        (MetricOfTheBatch, "the metric of 8 samples is of"),
+        (ErrorRate, "not larger than that of random"),
+        (Percent, "outside of metric_bounds"),
+        (CertainChance, "not larger than chance"),
+        (DistillsToNothing, "not smallest where the student is the teacher"),
+        (TeachesTheTeacher, r"use teacher\.detach"),
+        (OneDecision, "no boolean per sample"),
+        (NeverSame, "not the same decision as itself"),
+        (AlwaysSame, "random outputs are the same decisions"),
+        (NegativeGap, "decision_gap is negative"),
+        (FitsAnything, "accepts a pair"),
+    ],
+)
+def test_a_broken_task_is_noticed(task, law):
+    with pytest.raises(AssertionError, match=law):
+        check_task(task())
+
+
+def test_a_task_is_checked_on_a_batch_of_its_own():
+    target = torch.tensor([0, 2, 1, 0])
+    check_task(Classification(), 5.0 * F.one_hot(target, 3), target)
 
 
 class ShiftedPool(Inputs):

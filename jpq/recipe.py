@@ -132,7 +132,7 @@ def run_budgets(setup: RunSetup, net: CompressedModel, run: RunState) -> Result:
 def run_budget(
     setup: RunSetup, config: Config, state: SearchState, weights: nn.Module, run: RunState, last: bool
 ) -> tuple[Result, CompressedModel | None]:
-    """One budget: its result, and the network that it fine-tuned (None where only a rebuilt one was)."""
+    """Run one budget: its result, and the fine-tuned network (None where the rebuilt one was fine-tuned instead)."""
     data, model, targets = setup.data, setup.model, setup.targets[run.label]
     searches = procedure_of(state.net.method).searches
     searching, tuning = setup.epochs[run.label].phases(run.label, run.budget == 0)
@@ -251,7 +251,7 @@ def check_mask(prepared: Prepared, model: nn.Module, run: RunState) -> None:
 
 
 def search_structures(prepared: Prepared, model: nn.Module, data: Data, config: Config, run: RunState) -> Prepared:
-    """The same set-up with the mask structure of each layer found by search on held-out data, once in a run."""
+    """A copy of the set-up with each layer's mask structure from a search on held-out data, once in a run."""
     path, d = run.folder / structure_mapping.MAPPING_FILE, config.decide
 
     def find() -> tuple[structure_search.StructureSearchResult, float]:

@@ -76,7 +76,7 @@ class Prepared:
         return mask.put(net) if mask else net
 
     def with_structures(self, structures: Mapping[str, str]) -> Prepared:
-        """The same set-up with another mask structure for each layer."""
+        """A copy of the set-up with other mask structures of the layers."""
         sites = method_sites(self.method, self.network, self.decide.skip, structures)
         return replace(self, structures=structures, sites=sites)
 

@@ -72,11 +72,11 @@ class ProgressDisplay:
             self.live.stop()
 
     def begin(self, task: Task) -> None:
-        """Training for this task begins."""
+        """Keep the task, whose metric is shown."""
         self.task = task
 
     def phase(self, name: str, epochs: int, steps: int) -> None:
-        """A phase of so many epochs of so many steps begins."""
+        """Show the start of a phase of so many epochs of so many steps."""
         self._close_phase()
         self.name, self.epochs, self.steps = name, epochs, steps
         self.done = self.timed = 0
@@ -91,14 +91,14 @@ class ProgressDisplay:
             print_line(self.console, f"{name} ...")
 
     def step(self, loss: float, bops_share: float, limit_share: float) -> None:
-        """One optimisation step is done."""
+        """Show a finished optimizer step."""
         self.done += 1
         self.timed += 1
         self.loss, self.bops_share, self.limit_share = loss, bops_share, limit_share
         self._update_bar()
 
     def epoch(self, row: EpochRecord) -> None:
-        """One epoch is done."""
+        """Show a finished epoch."""
         self.record = row
         self.done = row.epoch * self.steps
         self._update_bar()

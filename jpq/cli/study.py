@@ -63,28 +63,28 @@ class StudyScreen:
             self.live.stop()
 
     def begin(self, task: Task) -> None:
-        """Training for this task begins."""
+        """Keep the task, whose metric is shown."""
         self.task = task
 
     def phase(self, name: str, epochs: int, steps: int) -> None:
-        """A phase of the trial begins."""
+        """Show the start of a phase of the trial."""
         self.phase_name, self.record = name, None
         if name == "float" and self.live is None:
             self.console.print("The float model that all trials start from is trained ...", highlight=False)
 
     def step(self, loss: float, bops_share: float, limit_share: float) -> None:
-        """One optimisation step is done; the screen does not show it."""
+        """Ignore an optimizer step: the screen does not show it."""
 
     def epoch(self, row: EpochRecord) -> None:
         """Show the numbers of a finished epoch."""
         self.record = row
 
     def trial(self, number: int) -> None:
-        """A trial begins."""
+        """Show the start of a trial."""
         self.number, self.record, self.phase_name = number, None, ""
 
     def tally(self, study: OptunaStudy) -> None:
-        """Trials have ended."""
+        """Show the counts after trials have ended."""
         from jpq.trials.status import StudyStatus
 
         now = StudyStatus.of(study, self.study)

@@ -142,7 +142,7 @@ def _files_line(result: Result) -> str:
 
 
 def target_line(name: str, target: Mapping[str, Any]) -> str:
-    """One target in a line: its amount, whether it is met, and the share that is used."""
+    """Describe one target in a line: its amount, whether it is met, and the share that is used."""
     unit, label = {
         "bops": ("", "BOPs"),
         "bops-structured": ("", "structured BOPs"),

@@ -63,7 +63,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the table: a layer and its measured time."""
+    """A line of the table: a layer and its measured time."""
 
     shape: Shape
     inputs: int

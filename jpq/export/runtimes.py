@@ -113,6 +113,6 @@ def _to_array(value: Tensor) -> np.ndarray:
 
 
 def _as_output(arrays: Sequence[np.ndarray]) -> Tensor | tuple[Tensor, ...]:
-    """One tensor, or a tuple of several."""
+    """A runtime's outputs as one tensor, or as a tuple of several."""
     output = tuple(torch.from_numpy(array) for array in arrays)
     return output[0] if len(output) == 1 else output

@@ -32,7 +32,7 @@ class Augment:
     flip: bool = False
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """One random move per image, [count, 3] on the CPU: row and column where the crop begins, flipped or not."""
+        """Draw a random move per image, [count, 3] on the CPU: row and column of the crop's start, flipped or not."""
         corners = torch.randint(2 * self.pad + 1, (count, 2), generator=generator)
         return torch.cat([corners, torch.randint(1 + self.flip, (count, 1), generator=generator)], 1)
 
@@ -48,7 +48,7 @@ class Augment:
 
 
 class Batches:
-    """One split in memory, an iterable of batches (normalised float32 [B, C, H, W], targets [B, ...]) on their device.
+    """A split in memory, an iterable of batches (normalised float32 [B, C, H, W], targets [B, ...]) on their device.
 
     `epoch(e)` depends on (seed, e) alone, so a run can be resumed. Shuffled batches are training batches: a remainder
     of one sample is dropped, as BatchNorm cannot use it.
@@ -119,7 +119,7 @@ class Batches:
         return self._part(mask, self.seed), self._part(~mask, self.seed + 1)
 
     def _part(self, samples: slice | Tensor, seed: int) -> Batches:
-        """These samples, batched and augmented like the whole."""
+        """The batches of some samples, with the same batch size and augmentation."""
         return Batches(
             self.images[samples],
             self.labels[samples],

@@ -53,7 +53,7 @@ def digits() -> Source:
 
 
 def torchvision(name: str, root: Path) -> Source:
-    """One of torchvision's data sets from its files under `root`, which are downloaded there when they are absent."""
+    """Read one of torchvision's data sets from its files under `root`, downloaded there when absent."""
     train, test = (_open_torchvision(TORCHVISION[name], name, root, part) for part in (True, False))
     pairs = []
     for part in (train, test):
@@ -64,7 +64,7 @@ def torchvision(name: str, root: Path) -> Source:
 
 
 def _open_torchvision(reader: Callable[..., Any], name: str, root: Path, train: bool) -> Any:
-    """One part of a torchvision data set, from its files, its archives (`root` may be read-only) or a download."""
+    """Open one part of a torchvision data set, from its files, its archives (`root` may be read-only) or a download."""
     try:
         return reader(root, train=train, download=False)
     except RuntimeError:  # the files are not there, or are not the published ones

@@ -115,7 +115,7 @@ def can_mask(layer: Layer) -> bool:
 
 
 def weight_layout(layer: Layer) -> WeightLayout:
-    """How the dims of the layer's weight stand for inputs, outputs and groups."""
+    """Layout of a layer's weight: which dims stand for inputs, outputs and groups."""
     return WeightLayout(layer.kind is LayerKind.CONV_TRANSPOSE, layer.groups)
 
 

@@ -201,7 +201,7 @@ def average_gradients(module: nn.Module) -> None:
 
 
 class Split:
-    """One process's rows of the training batches, as a context for training.
+    """Split of the training batches among processes, as a context: this process's rows.
 
     Args:
         net: its batch normalisations use the statistics of whole batches meanwhile, in training mode.
@@ -233,7 +233,7 @@ class Split:
         return self.share * count()
 
     def take(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """These rows of one batch; of a batch with fewer samples than processes each process takes all."""
+        """This process's rows of a batch; of a batch with fewer samples than processes, all rows."""
         if count() == 1:
             return x, y
         n, rank = len(y), dist.get_rank()

@@ -67,16 +67,16 @@ class TrainingObserver(Protocol):
     """The receiver of a run's progress: a display, a log, an early stop."""
 
     def begin(self, task: Task) -> None:
-        """Training for this task begins; its metric stands in `EpochRecord.accuracy`. May come several times."""
+        """Receive the start of training; the task's metric stands in `EpochRecord.accuracy`. May come several times."""
 
     def phase(self, name: str, epochs: int, steps: int) -> None:
-        """A phase of so many epochs of so many steps begins (epochs 0: a phase without epochs, such as verify)."""
+        """Receive the start of a phase and its numbers of epochs (0: none, such as verify) and of steps per epoch."""
 
     def step(self, loss: float, bops_share: float, limit_share: float) -> None:
-        """One optimizer step is done: its loss, BOPs and their ramped limit as shares of the fp32 model."""
+        """Receive a finished optimizer step: loss, BOPs and their ramped limit as shares of the fp32 model."""
 
     def epoch(self, row: EpochRecord) -> None:
-        """One epoch is done."""
+        """Receive the record of a finished epoch."""
 
 
 class NullObserver:
@@ -124,13 +124,13 @@ class TensorBoardObserver:
         self.observer.begin(task)
 
     def phase(self, name: str, epochs: int, steps: int) -> None:
-        """A phase begins."""
+        """Write the start of a phase, and pass it on."""
         self.name, self.steps, self.steps_done = name, steps, self.finished_epochs[name] * steps
         self.writer.add_text("phase", name, self.epochs)
         self.observer.phase(name, epochs, steps)
 
     def step(self, loss: float, bops_share: float, limit_share: float) -> None:
-        """One optimizer step is done."""
+        """Write the numbers of an optimizer step, and pass it on."""
         self.steps_done += 1
         for tag, value in (("loss", loss), ("bops_share", bops_share), ("aim_share", limit_share)):
             if math.isfinite(value):
@@ -138,7 +138,7 @@ class TensorBoardObserver:
         self.observer.step(loss, bops_share, limit_share)
 
     def epoch(self, row: EpochRecord) -> None:
-        """One epoch is done; its numbers are on disk afterwards."""
+        """Write the numbers of a finished epoch to disk."""
         self.epochs += 1
         self.steps_done = row.epoch * self.steps
         for tag, value in asdict(row).items():

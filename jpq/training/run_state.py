@@ -39,7 +39,7 @@ def open_folder(config: Config) -> Path:
 
 @dataclass
 class RunState:
-    """One run's settings, folder, clock, history, notes and checkpoint; with `run.resume` it begins at the checkpoint.
+    """State of a run: settings, folder, clock, history, notes and checkpoint, where `run.resume` begins.
 
     Raises JpqError for a checkpoint of other settings or weights, or one that is damaged.
     """
@@ -92,7 +92,7 @@ class RunState:
             raise JpqError(_changed_error(f"--data {self.config.task.data}"))
 
     def for_budget(self, budget: int, label: str, folder: Path) -> RunState:
-        """The same run at one of several budgets: its own folder and notes, everything else shared."""
+        """A view of the run at one of several budgets, with a folder and notes of its own; all else is shared."""
         state = copy.copy(self)
         state.budget, state.label, state.folder, state.top = budget, label, folder, self.top
         state.notes, state.metrics = list(self.notes), {}

@@ -40,10 +40,10 @@ class StudyObserver(TrainingObserver, Protocol):
     """Observer of a study: of every trial, and of the training inside it."""
 
     def trial(self, number: int) -> None:
-        """A trial begins."""
+        """Receive the start of a trial."""
 
     def tally(self, study: optuna.Study) -> None:
-        """A trial has ended, here or elsewhere."""
+        """Receive the end of a trial of this or another worker."""
 
 
 class NullStudyObserver(NullObserver):

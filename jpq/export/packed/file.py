@@ -255,7 +255,7 @@ def _checked_units(structure: Structure, kept: Tensor | None, weight: Size) -> t
 
 
 def _valid_units(structure: Structure, weight: Size) -> Flags:
-    """Which units are no padding, [rows, n]."""
+    """Mask of the units that are no padding, `[rows, n]`."""
     valid = structure.valid(weight)
     return np.ones(structure.shape(weight), np.bool_) if valid is None else valid.numpy()
 
@@ -266,7 +266,7 @@ def _smallest_form(flags: Flags, valid: Flags) -> mask_encoding.Form:
 
 
 def _kept_weights(structure: Structure, flags: Flags, weight: Size) -> Flags:
-    """Which weights are kept, [weights]."""
+    """Mask of the kept weights, `[weights]`."""
     mask = structure.expand(torch.from_numpy(flags).to(torch.uint8), weight)
     return mask.expand(weight).flatten().numpy().astype(np.bool_)
 

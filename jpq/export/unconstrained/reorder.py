@@ -35,7 +35,7 @@ Demand = tuple[str, frozenset[int]]  # ("first", "last" or "side by side" in a b
 
 @dataclass(frozen=True)
 class ChannelLayout:
-    """How the small model stores and reads its channels, as plain data."""
+    """Order of stored channels and selections of each consumer in the small model, as plain data."""
 
     slices: Slices  # parameter, buffer or counting attribute -> dim -> kept indices, in their new order
     selects: Mapping[str, list[int]]  # layer -> positions of its input that it reads, where these are not all

@@ -56,7 +56,7 @@ class Axis(Structure):
 
 @dataclass(frozen=True)
 class Kernels(Structure):
-    """A row for each output map and a unit for each of its kernels: k of n kernels per map."""
+    """Structure of kernels: a row per output map and a unit per kernel, k of n kernels per map."""
 
     layout: WeightLayout = PLAIN
 
@@ -82,7 +82,7 @@ class Kernels(Structure):
 
 @dataclass(frozen=True)
 class Filters(Structure):
-    """One row with a unit for each output: all weights of one neuron or output map."""
+    """Structure of filters: one row with a unit per output, all weights of one neuron or output map."""
 
     layout: WeightLayout = PLAIN
 
@@ -107,7 +107,7 @@ class Filters(Structure):
 
 @dataclass(frozen=True)
 class Inputs(Structure):
-    """One row with a unit for each input channel of all groups: all weights that read it."""
+    """Structure of inputs: one row with a unit per input channel of all groups, all weights that read it."""
 
     layout: WeightLayout = PLAIN
 

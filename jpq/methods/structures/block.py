@@ -27,7 +27,7 @@ def _sides_text(a: int | None, b: int | None) -> str:
 
 @dataclass(frozen=True)
 class Block(Structure):
-    """One row with a unit for each `a` x `b` block of the matrix [outputs, inputs * taps], `weight.flatten(1)`.
+    """Structure of blocks: one row with a unit per `a` x `b` block of the matrix `weight.flatten(1)`.
 
     The column is `input channel * taps + tap`, as in torch's im2col. None spans the matrix: `Block(None, 1)` is one
     column of it over all filters (structured probabilistic pruning's unit, arXiv:1709.06994), `Block(1, b)` a row of a
@@ -70,7 +70,7 @@ class Block(Structure):
 
 @dataclass(frozen=True)
 class BlockPunched(Structure):
-    """One row with a unit for each kernel position of each block of `filters` x `channels` kernels.
+    """Block-punched structure: one row with a unit per kernel position of each `filters` x `channels` block.
 
     Units run over blocks of filters, blocks of channels, kernel positions, the last fastest. None spans all. A block
     never holds filters of two groups.

@@ -14,7 +14,7 @@ from jpq.types import JpqError, Units, Weight
 
 @dataclass(frozen=True)
 class Elementwise(Structure):
-    """One row of all weights of a layer, in the order of `weight.flatten()`: they compete with each other."""
+    """Structure of single weights: one row of all weights of a layer, in the order of `weight.flatten()`."""
 
     unit_is_weight: ClassVar[bool] = True
     regular: ClassVar[bool] = False
@@ -41,7 +41,7 @@ class Elementwise(Structure):
 
 @dataclass(frozen=True)
 class PerOutput(Structure):
-    """A row for each output neuron and a unit for each weight that it reads: k of n inputs of every neuron.
+    """Structure of single weights per output: a row per output neuron, k of n weights of every neuron.
 
     A row may be cut into equal `tiles` of consecutive weights (input channel, then kernel position), each a row of
     its own, as hardware with several memories wants. Source: dynamic probabilistic pruning, arXiv:2105.12686. Engines

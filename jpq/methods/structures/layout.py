@@ -1,4 +1,4 @@
-"""One view of every layer's weight, [groups, outputs, inputs, taps], and sums over tiles of it.
+"""A common view of every layer's weight, [groups, outputs, inputs, taps], and sums over its tiles.
 
 | layer | weight | outputs, inputs (of one group) | taps |
 |---|---|---|---|
@@ -75,7 +75,7 @@ def grid(size: Sequence[int], tile: Sequence[int]) -> list[int]:
 
 
 def spread(z: Tensor, size: Sequence[int], tile: Sequence[int]) -> Tensor:
-    """One number per tile, `grid(size, tile)`, repeated over its tile; size 1 stays where a tile spans the dim."""
+    """Spread one number per tile, `grid(size, tile)`, repeated over its tile; size 1 stays where it spans the dim."""
     for d, (s, t) in enumerate(zip(size, tile, strict=True)):
         if 1 < t < s:
             z = z.unsqueeze(d + 1).expand(*z.shape[: d + 1], t, *z.shape[d + 1 :]).flatten(d, d + 1).narrow(d, 0, s)

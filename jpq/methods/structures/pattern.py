@@ -35,7 +35,7 @@ MOST = 512  # largest number of patterns in a library, and of positions in a ker
 
 @dataclass(frozen=True)
 class KernelPattern(Structure):
-    """A row for each kernel and a unit for each pattern; a mask is the combination of a row's patterns.
+    """Structure of kernel patterns: a row per kernel and a unit per pattern; a mask combines a row's patterns.
 
     Units overlap, so this is no partition: a decision keeps one unit of a row, or none, and then the kernel is gone.
     Soft rows that sum to at most 1 give masks in [0, 1]; a row of ones does not mean dense.

@@ -21,7 +21,7 @@ from jpq.types import JpqError, Units, Weight
 
 @dataclass(frozen=True)
 class Window(Structure):
-    """A row for each window of `of` input channels and a unit for each weight in it; `keep` of them stay.
+    """N:M structure: a row per window of `of` input channels and a unit per weight, of which `keep` stay.
 
     Rows run over outputs, kernel positions, windows, the last fastest. Where `of` does not divide the inputs, the
     last window of every kernel position is shorter, as if the missing channels were zeros that the hardware pads: it

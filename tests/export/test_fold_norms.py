@@ -8,6 +8,7 @@ from torch import nn
 
 import jpq
 from jpq.export.onnx.export import export_onnx
+from jpq.export.onnx.integer_kernels import UINT8_MIDDLE
 from jpq.export.runtimes import Session
 from jpq.export.timing.kernels import count_kernels
 from jpq.export.verify import compare
@@ -43,8 +44,9 @@ def test_folded_normalisations_change_nothing_but_the_kernels(bits, tmp_path):
     found = compare(model, Session(path, optimised=False), [(EXAMPLE, None)])
     assert found["argmax_agreement"] == 1
     assert found["at_a_rounding_boundary"] <= 1
-    stored = [onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer if t.name.endswith(".integers")]
-    assert len(stored) == 3
+    tensors = [t for t in onnx.load(path).graph.initializer if t.name.endswith(".integers.uint8")]
+    assert len(tensors) == 3
+    stored = [onnx.numpy_helper.to_array(t).astype(np.int16) - UINT8_MIDDLE for t in tensors]
     shift = 2 ** int(np.log2(127 / (2 ** (bits - 1) - 1)))  # as far as 8 bits allow
     assert all((w % shift == 0).all() and abs(w // shift).max() <= 2 ** (bits - 1) - 1 for w in stored)
     whole = compare(model, Session(path), [(EXAMPLE, None)])

@@ -162,7 +162,7 @@ def test_narrow_weights_are_stored_narrow_and_read_the_same(bits, weights, kind,
 def test_weights_that_need_8_bits_keep_them(tmp_path):
     export_onnx(quantized(Residual, 8).finalize(), EXAMPLE, tmp_path / "m.onnx", "int4")
     kinds = {t.data_type for t in onnx.load(tmp_path / "m.onnx").graph.initializer}
-    assert TensorProto.INT8 in kinds
+    assert TensorProto.UINT8 in kinds
     assert TensorProto.INT4 not in kinds
     with pytest.raises(JpqError, match="Did you mean int4"):
         export_onnx(quantized(Residual, 8).finalize(), EXAMPLE, tmp_path / "m.onnx", "int44")

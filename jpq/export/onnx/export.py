@@ -25,6 +25,7 @@ from jpq.export.onnx.fold_norms import fold_norms
 from jpq.export.onnx.graph import fold_constants, unlist_initializers
 from jpq.export.onnx.integer_kernels import prepare_integer_kernels
 from jpq.export.onnx.narrow_weights import store_narrow_weights
+from jpq.export.onnx.transposed_weights import write_out_transposed_weights
 from jpq.export.onnx.unsupported_ops import name_unsupported_op
 from jpq.files.atomic import replace_file
 from jpq.methods.quantizers import act_quantizer, result_quantizer, weight_quantizer
@@ -43,8 +44,8 @@ def export_onnx(small: nn.Module, example: Any, path: Path, weights: str = "int8
         small: the rebuilt model.
         example: a batch: a tensor, a tuple of positional arguments, or a dict of keywords.
         path: the file.
-        weights: type of stored weights: "int8", or "int4" or "int2" for the narrowest of those that holds a layer's
-            integers (opset 21 or 25; see narrow_weights.py).
+        weights: type of stored weights: "int8" (as uint8 around 128, see integer_kernels.py), or "int4" or "int2" for
+            the narrowest of those that holds a layer's integers (opset 21 or 25; see narrow_weights.py).
 
     A single input is called "input", a single output "output". Several inputs have the names that `forward` gives
     them, several outputs the keys of their dict, or output_0, output_1, ...
@@ -56,7 +57,9 @@ def export_onnx(small: nn.Module, example: Any, path: Path, weights: str = "int8
         fold_norms(model)
         fold_constants(model)
         prepare_integer_kernels(model)
-        return store_narrow_weights(model, weights)
+        model = store_narrow_weights(model, weights)
+        write_out_transposed_weights(model)
+        return model
 
     for layer in [m for m in small.modules() if hasattr(m, "weight_quant")]:
         bits = max(float(grid.width()) for grid in (weight_quantizer(layer), act_quantizer(layer)))

@@ -32,7 +32,10 @@ _FOLDED_OPS = {
 
 
 class Graph:
-    """A model's graph: its constants, the node that produces each tensor, the nodes that consume it."""
+    """A model's graph: its constants, the node that produces each tensor, the nodes that consume it.
+
+    `outputs` are the tensors that the graph returns, and those that graphs inside its nodes (If, Loop) read.
+    """
 
     def __init__(self, model: onnx.ModelProto):
         self.model, self.proto = model, model.graph
@@ -45,7 +48,7 @@ class Graph:
         for node in self.proto.node:
             for name in node.input:
                 self.consumers[name].append(node)
-        self.outputs = {o.name for o in self.proto.output}
+        self.outputs = {o.name for o in self.proto.output} | _names_read_inside(self.proto)
 
     def array(self, name: str) -> np.ndarray:
         """The value of a constant."""
@@ -88,13 +91,23 @@ def unlist_initializers(graph: Any) -> None:
 
 def remove_unused_constants(graph: Any) -> None:
     """Remove initializers (with their entries among the inputs) and Constant nodes that no node reads."""
-    read = {i for n in graph.node for i in n.input} | {o.name for o in graph.output}
+    read = {i for n in graph.node for i in n.input} | {o.name for o in graph.output} | _names_read_inside(graph)
     unused = {t.name for t in graph.initializer if t.name not in read}
     for group in (graph.initializer, graph.input):
         for item in [x for x in group if x.name in unused]:
             group.remove(item)
     for node in [n for n in graph.node if n.op_type == "Constant" and n.output[0] not in read]:
         graph.node.remove(node)
+
+
+def _names_read_inside(graph: Any) -> set[str]:
+    """Names of the tensors that the graphs inside a graph's nodes (If, Loop) read or return."""
+    names: set[str] = set()
+    for attribute in [a for n in graph.node for a in n.attribute if a.type in _SUBGRAPH_TYPES]:
+        for inner in [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs:
+            names |= {i for n in inner.node for i in n.input} | {o.name for o in inner.output}
+            names |= _names_read_inside(inner)
+    return names
 
 
 def fold_constants(model: onnx.ModelProto) -> None:

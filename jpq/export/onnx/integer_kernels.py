@@ -2,6 +2,10 @@
 
 - A signed grid of activations, int8 around 0, becomes uint8 around 128: kernels expect one type on both sides.
 - A Clip of stored weights is computed here, once.
+- Weights stored as int8 around 0 become uint8 around 128. On x86 processors without VNNI, integer kernels for uint8
+  times int8 add pairs of products in 16 bits (the instruction vpmaddubsw), which saturates: 2 * 255 * 127 is twice the
+  largest number there. Those for uint8 times uint8 widen both to 16 bits and add in 32: they are exact on every
+  processor.
 - Rounding to a grid is monotone, so it changes places with MaxPool and with operators that only move numbers: the
   convolution before them is then read by a QuantizeLinear and computes in integers. The pooling stays in floating
   point, held there by a Relu that changes nothing (onnxruntime's integer pooling takes longer than the convolution).
@@ -26,18 +30,11 @@ _MOVES = ("Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose")  # operator
 
 
 def prepare_integer_kernels(model: onnx.ModelProto) -> None:
-    """Apply every rewrite, in place. A file whose nodes hold graphs of their own is left as it is."""
-    if has_subgraphs(model):
-        return
+    """Apply every rewrite, in place; where nodes hold graphs of their own, only those of stored weights."""
     graph = Graph(model)
-    rewrites = (
-        _make_grid_unsigned,
-        _clip_stored_weights,
-        _round_before_moves,
-        _move_clip_behind_rounding,
-        _add_bias_behind,
-    )
-    for rewrite in rewrites:
+    weight_rewrites = (_clip_stored_weights, _store_weights_unsigned)
+    grid_rewrites = (_make_grid_unsigned, _round_before_moves, _move_clip_behind_rounding, _add_bias_behind)
+    for rewrite in weight_rewrites if has_subgraphs(model) else weight_rewrites + grid_rewrites:
         for node in list(graph.proto.node):
             rewrite(graph, node)
         graph = Graph(model)
@@ -91,6 +88,8 @@ def _clip_stored_weights(graph: Graph, clip: NodeProto) -> None:
     """Clip with constant inputs: its result is stored instead."""
     if clip.op_type != "Clip" or not graph.all_constant(clip.input) or len(clip.input) != 3:
         return
+    if clip.output[0] in graph.outputs:
+        return
     low, high = (graph.array(name) for name in clip.input[1:])
     result = clip.output[0]
     stored = graph.add_constant(f"{result}.stored", np.clip(graph.array(clip.input[0]), low, high))
@@ -98,6 +97,18 @@ def _clip_stored_weights(graph: Graph, clip: NodeProto) -> None:
         for i, name in enumerate(node.input):
             node.input[i] = stored if name == result else name
     graph.proto.node.remove(clip)
+
+
+def _store_weights_unsigned(graph: Graph, dequantize: NodeProto) -> None:
+    """DequantizeLinear of a stored int8 tensor: integers and zero points are stored in uint8, 128 larger."""
+    if dequantize.op_type != "DequantizeLinear" or len(dequantize.input) != 3:
+        return
+    if not graph.all_constant(dequantize.input) or graph.array(dequantize.input[0]).dtype != np.int8:
+        return
+    for i in (0, 2):
+        name = dequantize.input[i]
+        integers = graph.array(name).astype(np.int16) + UINT8_MIDDLE
+        dequantize.input[i] = graph.add_constant(f"{name}.uint8", integers.astype(np.uint8))
 
 
 def _round_before_moves(graph: Graph, quantize: NodeProto) -> None:

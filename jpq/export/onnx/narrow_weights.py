@@ -1,7 +1,8 @@
 """INT4 and INT2 storage of weights in an ONNX file (opset 21 and 25): `--onnx-weights`.
 
-The stored integers go through Cast, Mul by a power of two, and Cast to the 8-bit integers that kernels read. All of
-that is constant: onnxruntime and OpenVINO compute it once, when they load the file. Nothing is rounded.
+The stored integers go through Cast, Mul by a power of two, Add of 128, and Cast to the uint8 that kernels read (see
+integer_kernels.py). All of that is constant: onnxruntime and OpenVINO compute it once, when they load the file.
+Nothing is rounded.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import onnx
 from onnx import TensorProto, helper, version_converter
 
 from jpq.export.onnx.graph import Graph, remove_unused_constants
+from jpq.export.onnx.integer_kernels import UINT8_MIDDLE
 from jpq.types import JpqError, unknown
 
 # narrowest type of stored weights -> (opset, version of the file format) that knows it
@@ -23,7 +25,9 @@ _RANGES = {"int2": (-2, 1, TensorProto.INT2), "int4": (-8, 7, TensorProto.INT4)}
 
 
 def store_narrow_weights(model: onnx.ModelProto, weights: str) -> onnx.ModelProto:
-    """Store weights in "int8" (no change), "int4" or "int2"; a layer that needs more bits takes the next wider type.
+    """Store weights in 8 bits (no change), "int4" or "int2"; a layer that needs more bits takes the next wider type.
+
+    The model's weights are uint8 around 128, as `prepare_integer_kernels` leaves them.
 
     Raises JpqError for another name, and where onnx cannot bring the file to the opset that knows the type.
     """
@@ -51,10 +55,9 @@ def store_narrow_weights(model: onnx.ModelProto, weights: str) -> onnx.ModelProt
 def _store_narrow(graph: Graph, dequantize: onnx.NodeProto, weights: str) -> None:
     """Store the integers that one DequantizeLinear reads in fewer bits, where they fit."""
     name = dequantize.input[0]
-    integers = graph.array(name)
-    if integers.dtype != np.int8 or not integers.size or graph.only_consumer(name) is None:
+    if not _is_symmetric_uint8(graph, dequantize) or graph.only_consumer(name) is None:
         return
-    wide = integers.astype(np.int32)
+    wide = graph.array(name).astype(np.int32) - UINT8_MIDDLE
     divisor = int(np.gcd.reduce(np.abs(wide), axis=None))
     factor = divisor & -divisor if divisor else 1  # the largest power of two that divides every integer
     values = wide // factor
@@ -66,15 +69,24 @@ def _store_narrow(graph: Graph, dequantize: onnx.NodeProto, weights: str) -> Non
     steps: list[tuple[str, str, dict[str, Any]]] = [("Cast", "", {"to": TensorProto.FLOAT})]
     if factor > 1:
         steps.append(("Mul", graph.add_constant(f"times.{factor}", np.array(factor, np.float32)), {}))
+    steps.append(("Add", graph.add_constant("plus.128", np.array(UINT8_MIDDLE, np.float32)), {}))
     nodes: list[onnx.NodeProto] = []
     source = graph.add_constant(tensor.name, _as_raw_bytes(tensor))
-    for op, operand, options in [*steps, ("Cast", "", {"to": TensorProto.INT8})]:
+    for op, operand, options in [*steps, ("Cast", "", {"to": TensorProto.UINT8})]:
         result = f"{name}.wide_{len(nodes)}"
         inputs = [source, operand] if operand else [source]
         nodes.append(helper.make_node(op, inputs, [result], name=result, **options))
         source = result
     graph.insert(dequantize, nodes)
     dequantize.input[0] = source
+
+
+def _is_symmetric_uint8(graph: Graph, dequantize: onnx.NodeProto) -> bool:
+    """Whether a DequantizeLinear reads constant uint8 integers, at least one, around zero points of 128."""
+    if len(dequantize.input) != 3 or not graph.all_constant(dequantize.input):
+        return False
+    integers, _, zero_points = (graph.array(name) for name in dequantize.input)
+    return bool(integers.dtype == np.uint8 and integers.size and (zero_points == UINT8_MIDDLE).all())
 
 
 def _as_raw_bytes(tensor: TensorProto) -> TensorProto:

@@ -25,7 +25,14 @@ OPENED = "masked_vs_rebuilt_at_landing_with_open_norms"  # key of the difference
 
 EXACT = 1e-9  # largest relative difference in float64 of two models that compute the same
 
-RARE = 0.005  # share of decisions that may change at a rounding boundary
+# What may differ between the rebuilt model and its file run as written: limits that are fixed for every network. Of 140
+# runs in studies/results 138 differ in at most 0.06 % of the decisions, and 139 at a boundary in at most 17.3 % of the
+# samples.
+RARE = 0.005  # share of decisions that may come out differently: it bounds what the metric can lose in the file
+
+CROSSED = 0.2  # share of samples that may have a value at a rounding boundary: a wrong scale or bias changes nearly all
+
+FEW = 2  # samples or decisions that may differ however few there are
 
 CLOSE = 1e-3  # relative difference in float32 below which no rounding boundary was crossed
 
@@ -60,34 +67,36 @@ def verify(
 def exported(small: nn.Module, path: Path, batches: Iterable[Pair], task: Task = CLASSIFICATION) -> dict[str, Any]:
     """Differences between the rebuilt model and its ONNX file in onnxruntime. Raises JpqError beyond rounding.
 
-    The file is run as written, without onnxruntime's optimisations. How often a value then sits at a rounding boundary
-    depends on the network (at 2 bits one crossing can change a class): the yardstick is the rebuilt model itself, in
-    float32 against float64. onnxruntime's default optimisations replace layers by integer kernels and round biases to
-    32-bit integers for them, which crosses more boundaries; their effect is measured beside it.
+    The file is run as written, without onnxruntime's optimisations. At most the share `RARE` of the decisions may come
+    out differently, and at most the share `CROSSED` of the samples may have a value at a rounding boundary: limits that
+    are the same for every network. How often the rebuilt model crosses boundaries by itself, in float64 instead of
+    float32 on the first batch, is reported beside them and decides nothing. onnxruntime's default optimisations replace
+    layers by integer kernels and round biases to 32-bit integers for them; their effect is reported as well.
     `batches` are read three times.
     """
-    written = Session(path, optimised=False)
-    outside = compare(small, written, batches, task)
+    outside = compare(small, Session(path, optimised=False), batches, task)
     precise = copy.deepcopy(small).double()
     first_batch = [next(iter(batches))]
     rounding = compare(small, lambda *args, **kwargs: precise(*_widen(args), **_widen(kwargs)), first_batch, task)
-    inside = compare(small, written, first_batch, task)
-    flips = RARE + 4 * rounding["argmax_differs"] / rounding["decisions"]
-    if outside["argmax_differs"] > max(2, flips * outside["decisions"]):
+    itself = (
+        f"The rebuilt model itself, in float64 instead of float32, changes {rounding['argmax_differs']} of "
+        f"{rounding['decisions']} decisions and the numbers of {rounding['at_a_rounding_boundary']} of "
+        f"{rounding['images']} samples."
+    )
+    if outside["argmax_differs"] > max(FEW, RARE * outside["decisions"]):
         raise JpqError(
             f"onnxruntime and the rebuilt model differ: {outside['argmax_differs']} of {outside['decisions']} "
-            "decisions come out differently. This is a bug in jpq or in onnxruntime."
+            f"decisions come out differently, more than {RARE:.1%}. {itself}"
         )
-    crossed = 2.5 * rounding["at_a_rounding_boundary"] + 0.05 * rounding["images"] + 1
-    if inside["at_a_rounding_boundary"] > crossed:
+    if outside["at_a_rounding_boundary"] > max(FEW, CROSSED * outside["images"]):
         raise JpqError(
-            f"onnxruntime and the rebuilt model differ on {inside['at_a_rounding_boundary']} of {inside['images']} "
-            f"images, float32 and float64 of the rebuilt model on {rounding['at_a_rounding_boundary']}: this is more "
-            "than rounding."
+            f"onnxruntime and the rebuilt model differ on {outside['at_a_rounding_boundary']} of {outside['images']} "
+            f"samples, more than {CROSSED:.0%}: this is more than rounding. {itself}"
         )
     return {
         "rebuilt_vs_onnxruntime": outside,
         "rebuilt_vs_onnxruntime_optimised": compare(small, Session(path), batches, task),
+        "rebuilt_float32_vs_float64": rounding,
     }
 
 

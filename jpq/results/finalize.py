@@ -75,6 +75,9 @@ def finalize(
     if out is not None:
         copy_run(folder, config, out)
     path, export_record = export_model(small, plan, data, target, config)
+    checked = verify.exported(small, path, data.test, data.task)
+    if "warning" in checked:
+        notes.insert(0, f"warning: {checked['warning']}")
     compressed, float_metric = before.compressed.accuracy, before.float.accuracy
     if not before.final:
         compressed = data.task.evaluate(small, data.test)
@@ -84,7 +87,7 @@ def finalize(
         before,
         folder=target,
         final=True,
-        verified={**before.verified, **verify.exported(small, path, data.test, data.task)},
+        verified={**before.verified, **checked},
         latency=measure_latency(folder, path, before),
         **export_record,
         notes=tuple(notes),

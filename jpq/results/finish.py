@@ -171,10 +171,14 @@ def export_model(small: nn.Module, plan: Plan, data: Data, folder: Path, config:
 def verify_models(
     net: CompressedModel, tuned: nn.Module, small: nn.Module, path: Path, data: Data, run: RunState
 ) -> dict[str, Any]:
-    """Check that masked, rebuilt and exported model agree; with opened norms the masked one cannot."""
+    """Check that masked, rebuilt and exported model agree (with opened norms the masked one cannot); note a warning."""
     if tuned is net:
-        return verify.verify(net, small, path, data.test, data.example, data.task)
-    return {verify.OPENED: run.opened, **verify.exported(small, path, data.test, data.task)}
+        record = verify.verify(net, small, path, data.test, data.example, data.task)
+    else:
+        record = {verify.OPENED: run.opened, **verify.exported(small, path, data.test, data.task)}
+    if "warning" in record:
+        run.notes.insert(0, f"warning: {record['warning']}")
+    return record
 
 
 def with_branches(small: nn.Module, plan: Plan, example: torch.Tensor) -> nn.Module:

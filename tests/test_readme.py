@@ -1,4 +1,7 @@
-"""README and docs: their code blocks run as they stand, each on its own; flags, links and dotted names exist."""
+"""README and docs: their code blocks run as they stand, each on its own; flags, links and dotted names exist.
+
+The blocks of README.md run with the fast tests, those of docs with the slow ones.
+"""
 
 import dataclasses
 import importlib
@@ -22,7 +25,8 @@ def blocks():
     for path in DOCUMENTS:
         name = path.relative_to(ROOT).as_posix()
         for i, (language, code) in enumerate(BLOCK.findall(path.read_text())):
-            yield pytest.param(language, code, id=f"{name}-{i}-{language}")
+            marks = () if path.parent == ROOT else pytest.mark.slow
+            yield pytest.param(language, code, id=f"{name}-{i}-{language}", marks=marks)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from runs import QUICK, Stop, config, outcome, resumed, shortened
+from thinned import thinned
 
 import jpq
 from jpq import recipe
@@ -130,7 +131,8 @@ def test_resuming_gives_the_same_bits_as_never_stopping(phase, finished, tmp_pat
     assert outcome(resumed(asked, tmp_path, phase)) == outcome(whole)
 
 
-@pytest.mark.parametrize("method", ["gdp", "dais", "spp", "dhp", "dsp"])
+# in test_resume.py every method, slowly
+@pytest.mark.parametrize("method", thinned(["gdp", "dais", "spp", "dhp", "dsp"], lambda _, m: m in ("dais", "spp")))
 def test_everything_that_a_gate_remembers_is_in_the_checkpoint(method, tmp_path):
     asked = shortened(config(tmp_path / "whole", method), limit=100, epochs=3)
     whole = jpq.optimize(asked, final=False)
@@ -140,8 +142,8 @@ def test_everything_that_a_gate_remembers_is_in_the_checkpoint(method, tmp_path)
 @pytest.mark.parametrize(
     ("method", "budget"),
     [
-        ("djpq-pow2", {"target_bops": "1.5%"}),
-        ("l0", {"target_bops": "0.5%"}),
+        pytest.param("djpq-pow2", {"target_bops": "1.5%"}, marks=pytest.mark.slow),
+        pytest.param("l0", {"target_bops": "0.5%"}, marks=pytest.mark.slow),
         ("uniform", {"target_bops": "1%"}),
         ("djpq", {"target_bops": "2%", "target_size": "12KB"}),
         ("djpq", {"target_macs": "40%"}),

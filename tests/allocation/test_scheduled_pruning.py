@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 from runs import QUICK, Stop, config, shortened
+from thinned import thinned
 
 import jpq
 from jpq import costs
@@ -88,8 +90,14 @@ def test_the_shapes_are_those_of_the_papers():
     assert SCHEDULES["one-shot"].times == (0.0,)
 
 
-@pytest.mark.parametrize("width", ["learned", "power-of-two", "fixed"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+BITS = ["learned", "power-of-two", "fixed"]
+PAIRS = list(product(SCHEDULES, BITS))
+
+
+# fast: each schedule and each width once
+@pytest.mark.parametrize(
+    ("schedule", "width"), thinned(PAIRS, lambda i, pair: i // len(BITS) % len(BITS) == BITS.index(pair[1]))
+)
 def test_the_density_is_reached_and_what_is_closed_stays_so(schedule, width):
     net = compressed(schedule=schedule, width=width, bops="1%" if width != "fixed" else "2%")
     if schedule == "one-shot":
@@ -157,7 +165,7 @@ def test_threshold_is_the_lowest_that_fits():
     assert uniform_keep_share(net, macs_limit(net, 1e-9)) <= 1 / 2
 
 
-@pytest.mark.parametrize("method", RANKED)
+@pytest.mark.parametrize("method", thinned(RANKED, lambda _, m: m in ("taylor", "catro")))  # all land in test_session
 def test_methods_train_land_and_rebuild(method):
     net = compressed(method, steps=12)
     trained(net, 12)
@@ -214,10 +222,8 @@ def test_a_run_reports_what_it_closed(finished):
     assert result.verified["masked_vs_rebuilt_float64"] <= 1e-9
 
 
-LATER = [pytest.param(*at, marks=pytest.mark.slow) for at in (("search", 4), ("fine-tune", 2))]  # as test_resume.py
-
-
-@pytest.mark.parametrize(("phase", "epoch"), [("search", 2), *LATER])
+@pytest.mark.slow  # as test_resume.py, which resumes another method in the fast suite
+@pytest.mark.parametrize(("phase", "epoch"), [("search", 2), ("search", 4), ("fine-tune", 2)])
 def test_resuming_gives_the_same_bits_as_never_stopping(phase, epoch, finished, tmp_path):
     asked, whole = finished
     again = replace(asked, run=replace(asked.run, out=tmp_path))

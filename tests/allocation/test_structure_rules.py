@@ -59,7 +59,9 @@ def error(weight, structure, density):
     return float((weight - project(weight, parse_structure(structure), density)).square().sum())
 
 
-@pytest.mark.parametrize("structure", ["block:2x1", "punched:2x2", "block:1x1", "pattern"])
+@pytest.mark.parametrize(
+    "structure", ["block:2x1", "punched:2x2", pytest.param("block:1x1", marks=pytest.mark.slow), "pattern"]
+)
 def test_projection_is_the_nearest_point_and_stays_put(structure):
     torch.manual_seed(0)
     weight = torch.randn((1, 1, 3, 3) if structure == "pattern" else (4, 2, 1, 2), dtype=torch.float64)
@@ -328,7 +330,7 @@ def config(out, **decide):
     )
 
 
-@pytest.mark.parametrize("method", ["dpf", "admm"])
+@pytest.mark.parametrize("method", [pytest.param("dpf", marks=pytest.mark.slow), "admm"])
 def test_several_structures_in_one_run(method, tmp_path):
     result = jpq.optimize(config(tmp_path, method=method, structure=MIXED))
     small, plan = jpq.load(result.folder)

@@ -1,11 +1,13 @@
 """Prune first, then quantize: everything planned at the start, two phases of training, a budget that is used up."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from convnet import EXAMPLE, ranked
 from runs import QUICK, Stop, config, outcome, resumed, shortened
+from thinned import thinned
 
 import jpq
 from jpq import costs
@@ -50,14 +52,18 @@ def test_two_phases_and_a_budget_that_is_used_up(finished):
     assert jpq.measure(small, torch.rand(1, 1, 8, 8))["bops"] == result.compressed.bops
 
 
-@pytest.mark.parametrize("phase", ["search", pytest.param("fine-tune", marks=pytest.mark.slow)])  # test_resume.py
+@pytest.mark.slow  # as test_resume.py, which resumes another method in the fast suite
+@pytest.mark.parametrize("phase", ["search", "fine-tune"])
 def test_resuming_gives_the_same_bits_as_never_stopping(phase, finished, tmp_path):
     asked, whole = finished
     assert outcome(resumed(asked, tmp_path, phase, final=False)) == outcome(whole, tested=False)
 
 
-@pytest.mark.parametrize("density", [0.1, 0.3, 0.5, 0.8, 1.0])
-@pytest.mark.parametrize("share", ["0.3%", "1%", "2.5%"])
+SHARES, DENSITIES = ["0.3%", "1%", "2.5%"], [0.1, 0.3, 0.5, 0.8, 1.0]
+
+
+# fast: each density, and each share about twice
+@pytest.mark.parametrize(("share", "density"), thinned(product(SHARES, DENSITIES), lambda i, _: i % 3 == 0))
 def test_the_plan_meets_the_budget_at_the_widest_bits_that_the_density_allows(density, share):
     net = ranked()
     targets = parse_targets({"bops": share}, net.exact_usage())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from commands import refused
 from cuts import cut
+from thinned import thinned
 from traces import traced_network
 from zoo import ZOO
 
@@ -22,7 +23,7 @@ from jpq.types import NONE
 Captured = pytest.CaptureFixture[str]
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", thinned(ZOO, lambda i, _: i % 2 == 0))  # the others are cut in test_rebuild
 def test_reach_is_what_rebuilding_gives(name: str) -> None:
     network, sites, _, again = cut(name, lambda sites: {int(c) for site in sites for c in site.labels[1::2]})
     left = Fraction(sum(layer.macs for layer in again.layers), sum(layer.macs for layer in network.layers))
@@ -113,19 +114,25 @@ def test_a_long_model_is_summed_up(
         ([], ["convnet, 1 x 8 x 8", "4 layers"]),
         (["--data", "digits", "--classes", "7"], ["convnet, 1 x 8 x 8", "7 reaches the model's output"]),
         (["--model", "torchvision:alexnet"], ["3 x 224 x 224", "1000 reaches the model's output"]),
-        (
+        pytest.param(
             ["--model", "torchvision:convnext_tiny", "--input-shape", "3", "32", "32"],
             ["3 x 32 x 32", "--open-norms lets the 1440 channels inside a"],
+            marks=pytest.mark.slow,
         ),
         (
             ["--model", "torchvision:convnext_tiny", "--open-norms", "--input-shape", "3", "32", "32"],
             ["1440 of the units lie inside averages", "is not the masked one, and fine-tuning must repair it"],
         ),
         (["--model", "lenet5", "--open-norms"], ["0 of the units lie inside averages"]),
-        (["--model", "torchvision:r3d_18", "--input-shape", "3", "2", "16", "16"], ["3 x 2 x 16 x 16", "400 reaches"]),
-        (
+        pytest.param(
+            ["--model", "torchvision:r3d_18", "--input-shape", "3", "2", "16", "16"],
+            ["3 x 2 x 16 x 16", "400 reaches"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             ["--model", "torchvision:lraspp_mobilenet_v3_large", "--input-shape", "3", "64", "64"],
             ["3 x 64 x 64", "21 reaches the model's output"],
+            marks=pytest.mark.slow,
         ),
     ],
     ids=lambda value: " ".join(value[:4]),

@@ -11,6 +11,7 @@ import torch
 from commands import refused
 from runs import QUICK, Stop
 from safetensors.torch import load_file, save_file
+from thinned import thinned
 from torch import nn
 
 import jpq
@@ -316,7 +317,10 @@ def test_the_same_seed_gives_the_same_mask(trained, tmp_path):
     assert not all(torch.equal(ours[k], others[k]) for k in ours)
 
 
-@pytest.mark.parametrize("structure", ["2:4", "elementwise", "kernels", "block:4x4", "pattern:4"])
+STRUCTURES = ["2:4", "elementwise", "kernels", "block:4x4", "pattern:4"]
+
+
+@pytest.mark.parametrize("structure", thinned(STRUCTURES, lambda _, s: s in ("2:4", "block:4x4")))
 def test_other_structures(structure, trained, tmp_path):
     settings = DataFreeSettings(
         weights=trained, structure=structure, steps=20, images=8, batch_size=4, out=tmp_path, inputs="noise"
@@ -413,7 +417,7 @@ def test_masked_is_rebuilt_is_exported(retrained):
     assert result.packed["layers"] <= result.compressed.size_bytes + 8 * len(result.layers)
 
 
-@pytest.mark.parametrize("phase", ["search", "fine-tune"])
+@pytest.mark.parametrize("phase", ["search", pytest.param("fine-tune", marks=pytest.mark.slow)])
 def test_resuming_holds_the_mask_and_gives_the_same_bits(phase, retrained, tmp_path):
     asked, whole = retrained
     again = replace(asked, run=replace(asked.run, out=tmp_path))

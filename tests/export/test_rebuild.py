@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from cuts import cut
+from thinned import thinned
 from traces import traced
 from zoo import ZOO, PaddedShortcut, Plain
 
@@ -62,7 +63,7 @@ def test_the_check_sees_one_wrong_channel() -> None:
     assert relative_difference(wanted, wrong) > 1e-3
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", thinned(ZOO, lambda i, _: i % 2 == 1))  # the others are cut in test_inspect
 def test_the_shrunk_model_traces_to_the_kept_macs(name: str) -> None:
     network, _, gone, again = cut(name, lambda sites: dropped_labels(sites, draw_decisions(sites, seed=1, share=0.5)))
     assert [layer.name for layer in again.layers] == [layer.name for layer in network.layers]

@@ -45,7 +45,9 @@ def settled(name, seed=0):
     return model, net, example
 
 
-ZOO_NETS = sorted(name for name in NETS if name.startswith("zoo_"))  # all in test_reorder, and in test_attach
+ZOO_NETS = sorted(
+    name for name in NETS if name.startswith("zoo_")
+)  # the others in test_reorder, and all in test_attach
 SLOW = {name for i, name in enumerate(ZOO_NETS) if i % 4}
 
 
@@ -156,7 +158,7 @@ def test_impossible_targets_are_refused():
 
 def test_a_run_from_the_command_can_be_loaded(tmp_path):
     asked = Config(
-        task=Task(model="resnet20", limit=120),
+        task=Task(model="resnet8", limit=120),
         budget=Budget(target_bops="0.8%"),
         decide=Decide(method="upscale", w_bits=(4, 4), a_bits=(4, 4), score="l2"),
         train=Train(epochs=2, float_epochs=1),

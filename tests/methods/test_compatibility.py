@@ -1,8 +1,9 @@
 """Any gate on any structure with any width, in one loss: the grid comes from the tables.
 
 A legal cell runs on the digits to its budget through the same pieces as everything else, a few optimiser steps long;
-an illegal one is refused with the reason. All cells run in the slow suite; the fast one has each gate on each of its
-structures and with each of its widths.
+an illegal one is refused with the reason. All cells run in the slow suite; the fast one has each gate on channels and
+on something else, each gate and each structure with bits fixed, learned and learned in steps, where it can, and each
+width.
 """
 
 from __future__ import annotations
@@ -61,19 +62,20 @@ CELLS = [Cell(*names) for names in product(GATES, PLACES, WIDTHS)]
 LEGAL = [cell for cell in CELLS if not cell.refusal]
 
 
-def pairs(cell: Cell) -> set[tuple[str, str]]:
-    """The gate with the structure, and the gate with the width."""
-    return {(cell.gate, cell.structure), (cell.gate, cell.width)}
+def traits(cell: Cell) -> set[tuple[str, str | bool]]:
+    """What some fast cell must have."""
+    channels, bits = cell.structure == config.CHANNELS, cell.width if cell.width in ("fixed", "learned") else "steps"
+    return {(cell.gate, channels), (cell.gate, bits), (cell.structure, bits), ("width", cell.width)}
 
 
 def cover(cells: list[Cell], seed: int = 0) -> list[Cell]:
-    """Few cells that hold every pair that occurs in any: greedily, ties in a drawn order."""
-    left, chosen = set().union(*map(pairs, cells)), []
+    """Few cells that hold every trait that occurs in any: greedily, ties in a drawn order."""
+    left, chosen = set().union(*map(traits, cells)), []
     order = random.Random(seed).sample(cells, len(cells))
     while left:
-        best = max(order, key=lambda cell: len(pairs(cell) & left))
+        best = max(order, key=lambda cell: len(traits(cell) & left))
         chosen.append(best)
-        left -= pairs(best)
+        left -= traits(best)
     return sorted(chosen)
 
 

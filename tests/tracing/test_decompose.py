@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from outputs import gap
+from thinned import thinned
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from traces import traced_network
@@ -66,8 +67,10 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("kind", MASKS)
+# fast: every mask and every option, half of their pairs
+@pytest.mark.parametrize(
+    ("kind", "options"), thinned(itertools.product(MASKS, OPTIONS), lambda i, _: i % 2 == 0), ids=str
+)
 def test_attention_computes_what_torch_computes(kind: str, options: dict[str, Any]) -> None:
     for heads, batch_first, weights, average in itertools.product((1, 4), (True, False), (True, False), (True, False)):
         theirs = attention(heads, batch_first=batch_first, **options)
@@ -259,6 +262,7 @@ def images(n: int) -> tuple[Tensor, Tensor]:
     return F.one_hot(y, 4).float().repeat_interleave(2, 1)[:, None, :, None] + torch.rand(n, 1, 8, 8, generator=g), y
 
 
+@pytest.mark.slow  # the next test exports one as well
 def test_compress_a_vision_transformer_and_export_it(tmp_path: Any) -> None:
     torch.manual_seed(0)
     model, (x, y) = Vision(4, 1, depth=1), images(512)

@@ -125,7 +125,8 @@ def test_sites_that_must_stay_equally_large_are_found_out() -> None:
     assert "fixed sizes" in network.frozen[int(network.layer("b").outputs[0])]
 
 
-@pytest.mark.parametrize("name", ["convnext_tiny", pytest.param("swin_t", marks=pytest.mark.slow)])
+@pytest.mark.slow  # the fast ones are nets of a few layers
+@pytest.mark.parametrize("name", ["convnext_tiny", "swin_t"])
 def test_torchvisions_trunks(name: str) -> None:
     torch.manual_seed(0)
     model, x = jpq.decompose(jpq.tasks.models.build(f"torchvision:{name}", 10).eval()), torch.randn(1, 3, 64, 64)

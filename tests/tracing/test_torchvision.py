@@ -12,7 +12,7 @@ IMAGES = [name for name in coverage.names() if zoo.kind_of(name) == "classificat
 OTHERS = [name for name in coverage.names() if name not in IMAGES]
 
 
-FAST = ["resnet18", "mobilenet_v2", "shufflenet_v2_x0_5"]
+FAST = ["resnet18"]  # a shufflenet in test_reorder
 CASES = [
     *(pytest.param(name, 1, id=name) for name in FAST),
     *(pytest.param(name, 2, id=f"{name}-2", marks=pytest.mark.slow) for name in IMAGES),

@@ -112,10 +112,10 @@ def test_the_saved_models_are_found_by_the_command_line(finished, capsys):
     assert f"{100 * point.accuracy:.2f} %" in capsys.readouterr().out.replace("\n", " ")
 
 
-SLOW = [pytest.param(phase, marks=pytest.mark.slow) for phase in ("float", "search 2%", "fine-tune 1%")]
+SLOW = [pytest.param(phase, marks=pytest.mark.slow) for phase in ("float", "search 2%", "search 1%", "fine-tune 1%")]
 
 
-@pytest.mark.parametrize("phase", ["fine-tune 2%", "search 1%", *SLOW])
+@pytest.mark.parametrize("phase", ["fine-tune 2%", *SLOW])
 def test_resuming_anywhere_gives_the_same_bits(phase, finished, tmp_path):
     asked, whole = finished
     result = resumed(asked, tmp_path, phase, final=False)

@@ -340,7 +340,7 @@ def test_a_heartbeat_file_keeps_a_trial_alive(tmp_path):
     assert study.trials[2].params == study.trials[1].params
 
 
-@pytest.mark.parametrize("url", ["", "sqlite:///{}/study.db"])
+@pytest.mark.parametrize("url", ["", pytest.param("sqlite:///{}/study.db", marks=pytest.mark.slow)])
 def test_a_worker_that_died_before_its_first_heartbeat_is_found(tmp_path, url):
     storage = open_storage(url.format(tmp_path), tmp_path, dead_after=2)
     study = optuna.create_study(storage=storage, directions=["maximize", "minimize"])
@@ -532,7 +532,9 @@ def test_other_settings_under_the_same_name_are_refused(tmp_path, weights, formu
         ("--storage nowhere", "is not the address of a database"),
         ("--storage sqlite:////nowhere/at/all.db", "does not answer: unable to open database file"),
         ("--storage postgresql+psycopg2://me:secret@host/db", "python -m pip install 'jpq[postgres]'"),
-        ("--storage postgresql+psycopg://me:secret@127.0.0.1:1/db", "does not answer"),
+        pytest.param(
+            "--storage postgresql+psycopg://me:secret@127.0.0.1:1/db", "does not answer", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_bad_input_ends_in_one_sentence(tmp_path, weights, capsys, flags, sentence):
@@ -560,7 +562,7 @@ def test_a_study_goes_on_from_its_file(tmp_path, weights, formula, capsys):
     assert "Did you mean sampler" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("storage", ["", "sqlite:///study.db"])
+@pytest.mark.parametrize("storage", [pytest.param("", marks=pytest.mark.slow), "sqlite:///study.db"])
 def test_a_study_goes_on_from_another_folder(tmp_path, weights, formula, monkeypatch, storage):
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()

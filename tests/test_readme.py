@@ -49,10 +49,15 @@ def tables_restored(tmp_path):
 @pytest.mark.parametrize(("language", "code"), blocks())
 def test_block_runs_on_its_own(language, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    check_runs(language, code, tmp_path)
+
+
+def check_runs(language, code, folder):
+    """Run a block in an empty folder; what it raises, or a command that fails in it, fails the test."""
     if language == "python":
         exec(compile(code, "block", "exec"), {"__name__": "__main__"})
     else:
-        run_shell(code, tmp_path)
+        run_shell(code, folder)
 
 
 def run_shell(code, folder):

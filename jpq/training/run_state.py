@@ -37,6 +37,9 @@ def open_folder(config: Config) -> Path:
     return folder
 
 
+BLOCK_BYTES = 2**20  # of a file that are read at a time for its checksum
+
+
 @dataclass
 class RunState:
     """State of a run: settings, folder, clock, history, notes and checkpoint, where `run.resume` begins.
@@ -178,8 +181,11 @@ def _checksum(path: Path | None) -> str:
     """sha256 of a file; "" where none is given or it is missing, which its reader reports."""
     if path is None or not path.is_file():
         return ""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _changed_error(what: str) -> str:

@@ -24,6 +24,7 @@ from jpq.training.signals import Interruption
 from jpq.types import JpqError
 
 TEXTS = ("phase", "budget")  # fields of an EpochRecord that are no numbers
+BLOCK_BYTES = 2**20  # of a file that are read at a time for its checksum
 
 
 def open_folder(config: Config) -> Path:
@@ -35,9 +36,6 @@ def open_folder(config: Config) -> Path:
         raise JpqError(f"Cannot write to {folder}: {error.strerror}. Choose another folder with --out.") from error
     write_toml(config, folder / "config.toml")
     return folder
-
-
-BLOCK_BYTES = 2**20  # of a file that are read at a time for its checksum
 
 
 @dataclass

@@ -45,10 +45,10 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "distillation trains the teacher",
-        "jpq/training/loop.py",
-        "            with torch.no_grad():\n                target = self.teacher(x)",
-        "            if True:\n                target = self.teacher(x)",
-        "tests/training/test_loop.py -k distillation",
+        "jpq/tasks/classification.py",
+        "for logits in (student, teacher.detach())",
+        "for logits in (student, teacher)",
+        "tests/tasks/test_task.py",
     ),
     Mutation(
         "regulariser without the budget's multiplier",

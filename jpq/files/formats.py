@@ -2,7 +2,7 @@
 
 | format | file             | reader                                                                     |
 |--------|------------------|----------------------------------------------------------------------------|
-| onnx   | model.onnx       | any ONNX runtime; integers in 8 bits or fewer (narrow_weights.py)            |
+| onnx   | model.onnx       | any ONNX runtime; integers in 8 bits or fewer (narrow_weights.py)          |
 | qonnx  | model.qonnx.onnx | netron, qonnx, FINN and hls4ml: Quant nodes of any width, one sample       |
 | pt2    | model.pt2        | torch.export.load, without jpq or brevitas: ATen operators, int8 weights   |
 

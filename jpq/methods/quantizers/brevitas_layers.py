@@ -59,22 +59,7 @@ def quantize_layer(layer: nn.Module, weight: IntegerQuantizer, act: IntegerQuant
             layer.in_features, layer.out_features, layer.bias is not None, weight_quant=w, input_quant=a, device="meta"
         )
     elif type(layer) in _CONVS:
-        transposed = {"output_padding": layer.output_padding} if layer.transposed else {}
-        new = _CONVS[type(layer)](
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            dilation=layer.dilation,
-            groups=layer.groups,
-            bias=layer.bias is not None,
-            padding_mode=layer.padding_mode,
-            weight_quant=w,
-            input_quant=a,
-            device="meta",
-            **transposed,
-        )
+        new = _CONVS[type(layer)](**_conv_arguments(layer), weight_quant=w, input_quant=a, device="meta")
     else:
         raise JpqError(f"A {type(layer).__name__} cannot be quantized; exclude its layer or use Conv or Linear layers.")
     new.weight, new.bias = layer.weight, layer.bias
@@ -88,21 +73,24 @@ def plain_layer(layer: Any) -> nn.Module:
     if isinstance(layer, nn.Linear):
         return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     kind: Any = next(plain for plain, quantized in _CONVS.items() if type(layer) is quantized)
-    transposed = {"output_padding": layer.output_padding} if layer.transposed else {}
-    new: nn.Module = kind(
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        dilation=layer.dilation,
-        groups=layer.groups,
-        bias=layer.bias is not None,
-        padding_mode=layer.padding_mode,
-        device="meta",
-        **transposed,
-    )
+    new: nn.Module = kind(**_conv_arguments(layer), device="meta")
     return new
+
+
+def _conv_arguments(layer: Any) -> dict[str, Any]:
+    """Constructor arguments of a convolution like `layer`, quantized or not, without device and quantizers."""
+    arguments = {
+        "in_channels": layer.in_channels,
+        "out_channels": layer.out_channels,
+        "kernel_size": layer.kernel_size,
+        "stride": layer.stride,
+        "padding": layer.padding,
+        "dilation": layer.dilation,
+        "groups": layer.groups,
+        "bias": layer.bias is not None,
+        "padding_mode": layer.padding_mode,
+    }
+    return {**arguments, "output_padding": layer.output_padding} if layer.transposed else arguments
 
 
 def quantize_results(module: nn.Module, grid: IntegerQuantizer) -> None:

@@ -81,7 +81,9 @@ def main() -> None:
             optimizer.step()
             step += 1
         spent += time.perf_counter() - begin
-        print(f"epoch {epoch + 1}/{args.epochs} held-out {accuracy(net, source.held_out):.2%} {spent:.0f} s", flush=True)
+        print(
+            f"epoch {epoch + 1}/{args.epochs} held-out {accuracy(net, source.held_out):.2%} {spent:.0f} s", flush=True
+        )
         args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         state = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"epoch": epoch + 1, "seconds": spent, "step": step}

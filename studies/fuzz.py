@@ -1,0 +1,183 @@
+"""Random small networks through the whole of jpq: counted, pruned, rebuilt and exported as they compute.
+
+    python studies/fuzz.py [--seeds 0:2000] [--threads 1] [--out FILE.csv]
+
+A row per seed (`support.random_networks`: groups, dilation, transposed, 1-d to 3-d, reshapes, branches, shared and
+computed weights, norms of all kinds, recurrent layers, attention). Seeds that have a row are left as they are, so an
+interrupted run goes on, and two processes can share the work. Columns:
+
+    kind, parts          dims of the example; kinds of modules in the network
+    macs, counted        multiply-accumulates of one sample by torch's FlopCounterMode, and by `jpq.trace`
+    decomposed           relative difference of `jpq.decompose`'s model in float64
+    shrunk               the same of a model without a random half of the units of every site, and the masked one
+    method               drawn by the seed; one training step, then it is discretized and rebuilt
+    rebuilt              relative difference of masked and rebuilt model in float64
+    planned, measured    bit-operations by the plan, and by running the rebuilt model
+    exported             largest relative difference of the rebuilt model and its ONNX file in a default session of
+                         onnxruntime, float32, 8 samples
+    crossed              samples of these beyond 1e-3: a value fell on the other side of a rounding boundary
+    failed               what did not hold: "macs", "decomposed", "shrunk", "rebuilt", "measured", "exported", or the
+                         step that raised; "" where everything holds
+    why                  the message, where there was one
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shlex
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from support.random_networks import random_network
+from support.result_rows import RESULTS, append_row, provenance, read_rows
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import jpq
+from jpq.export import check_equivalence, randomize
+
+PATH = RESULTS / "fuzz.csv"
+EXACT = 1e-9  # relative difference in float64
+CLOSE = 1e-3  # relative difference in float32 below which no rounding boundary was crossed
+METHODS = ("djpq", "djpq", "djpq-pow2", "l0", "uniform", "two-stage", "dpf", "gdp", "taylor", "upscale")
+TARGETS = ("15%", "40%", "98%")  # the first that can be met
+SAMPLES = 8
+
+
+def independent_macs(model: nn.Module, x: Tensor) -> int:
+    """Multiply-accumulates of one sample, counted by torch while the model runs."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops() // 2 // len(x)
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """The largest difference over the largest value."""
+    return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
+
+
+@torch.no_grad()
+def check_float(row: dict[str, Any], model: nn.Module, x: Tensor, seed: int) -> nn.Module:
+    """Count the model, decompose it, and drop half of its units; gives the decomposed model."""
+    row["step"] = "decompose"
+    row["macs"] = independent_macs(model, x)
+    plain = jpq.decompose(model, x).eval()
+    row["decomposed"] = relative_difference(model.double()(x.double()), plain.double()(x.double()))
+    model.float()
+    plain.float()
+    row["step"] = "trace"
+    network = jpq.trace(plain, x)
+    sites = jpq.channels(network)
+    row["counted"] = sum(layer.macs for layer in network.layers) + sum(product.macs for product in network.products)
+    row |= {"layers": len(network.layers), "products": len(network.products), "units": sum(s.n for s in sites)}
+    row["step"] = "shrink"
+    twin = jpq.decompose(model, x).eval().double()
+    randomize(twin, x.double())
+    row["shrunk"] = check_equivalence(twin, network, sites, x.double(), seed).difference if sites else 0.0
+    return plain
+
+
+def compress(model: nn.Module, x: Tensor, method: str) -> jpq.CompressionSession:
+    """A session at the first target that the network can meet."""
+    for target in TARGETS[:-1]:
+        try:
+            return jpq.compress(model, x, method, bops=target, steps=2)
+        except jpq.JpqError:
+            continue
+    return jpq.compress(model, x, method, bops=TARGETS[-1], steps=2)
+
+
+def check_compressed(row: dict[str, Any], model: nn.Module, x: Tensor, folder: Path) -> None:
+    """One step of a search, then rebuild, count by running, export and run."""
+    row["step"] = "compress"
+    session = compress(model, x, row["method"]).train()
+    optimizer = torch.optim.Adam(session.groups())
+    row["step"] = "train"
+    (session(x).square().mean() + session.pressure()).backward()
+    optimizer.step()
+    session.step()
+    row["step"] = "finalize"
+    small = session.finalize().eval()
+    session.eval()
+    row["step"] = "compare"
+    row["planned"] = int(jpq.costs.bops(session.net.exact_usage()))
+    row["measured"] = jpq.measure(small, x)["bops"]
+    with torch.no_grad():
+        wide = [net.double()(x.double()) for net in (session, small)]
+    row["rebuilt"] = relative_difference(*wide)
+    small.float()
+    row["step"] = "export"
+    path = folder / "model.onnx"
+    jpq.export_onnx(small, x, path)
+    row["step"] = "run"
+    samples = torch.randn(SAMPLES, *x.shape[1:])
+    runner = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        inside = small(samples)
+    outside = torch.from_numpy(runner.run(None, {runner.get_inputs()[0].name: samples.numpy()})[0])
+    apart = (inside - outside).abs().flatten(1).amax(1) / inside.abs().max().clamp_min(1e-30)
+    row |= {"exported": float(apart.max()), "crossed": int((apart > CLOSE).sum())}
+
+
+def failures(row: dict[str, Any]) -> str:
+    """The laws that a finished row breaks."""
+    broken = [law for law in ("decomposed", "shrunk", "rebuilt") if not row[law] <= EXACT]
+    broken += ["macs"] * (row["macs"] != row["counted"]) + ["measured"] * (row["planned"] != row["measured"])
+    return " ".join(broken + ["exported"] * (row["crossed"] > 0))
+
+
+def examine(seed: int) -> dict[str, Any]:
+    """The row of one seed."""
+    model, x = random_network(seed)
+    parts = sorted({type(m).__name__ for m in model.modules()} - {"Sequential", "ModuleList"})
+    row: dict[str, Any] = {"seed": seed, "kind": x.dim() - 2, "parts": " ".join(parts)}
+    row["method"] = random.Random(seed).choice(METHODS)
+    try:
+        plain = check_float(row, model, x, seed)
+        with tempfile.TemporaryDirectory() as folder:
+            check_compressed(row, model if seed % 2 else plain, x, Path(folder))
+        row["failed"] = failures(row)
+    except Exception as error:  # whatever it is, it is a finding
+        row["failed"] = row.pop("step")
+        row["why"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    return row
+
+
+COLUMNS = (
+    *("seed", "kind", "method", "layers", "products", "units", "macs", "counted", "decomposed", "shrunk", "rebuilt"),
+    *("planned", "measured", "exported", "crossed", "failed", "why", "seconds", "parts"),
+)
+
+
+def main() -> None:
+    """Examine the seeds that have no row yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0:2000", metavar="FROM:TO")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=PATH)
+    args = parser.parse_args()
+    first, last = map(int, args.seeds.split(":"))
+    torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore")
+    command = shlex.join(["python", "studies/fuzz.py", *sys.argv[1:]])
+    done = set(read_rows(args.out, ["seed"]).seed) if args.out.exists() else set()
+    for seed in range(first, last):
+        if seed in done:
+            continue
+        start = time.process_time()
+        row = examine(seed)
+        row["seconds"] = round(time.process_time() - start, 1)
+        if row["failed"]:
+            print(f"{seed}: {row['failed']}: {row.get('why', '')}"[:200], flush=True)
+        append_row(args.out, {c: row.get(c, "") for c in COLUMNS} | provenance(command, 1, ("torch", "onnxruntime")))
+
+
+if __name__ == "__main__":
+    main()

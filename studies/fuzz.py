@@ -24,6 +24,7 @@ interrupted run goes on, and two processes can share the work. Columns:
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import shlex
 import sys
@@ -41,12 +42,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import jpq
+from jpq.costs import bops
 from jpq.export import check_equivalence, randomize
 
 PATH = RESULTS / "fuzz.csv"
 EXACT = 1e-9  # relative difference in float64
 CLOSE = 1e-3  # relative difference in float32 below which no rounding boundary was crossed
-METHODS = ("djpq", "djpq", "djpq-pow2", "l0", "uniform", "two-stage", "dpf", "gdp", "taylor", "upscale")
+METHODS = ("djpq", "djpq", "djpq-pow2", "l0", "uniform", "two-stage", "bayesian-bits", "dhp", "upscale")
 TARGETS = ("15%", "40%", "98%")  # the first that can be met
 SAMPLES = 8
 
@@ -68,19 +70,18 @@ def check_float(row: dict[str, Any], model: nn.Module, x: Tensor, seed: int) -> 
     """Count the model, decompose it, and drop half of its units; gives the decomposed model."""
     row["step"] = "decompose"
     row["macs"] = independent_macs(model, x)
+    wide = copy.deepcopy(model).double()
+    decomposed = jpq.decompose(wide, x.double()).eval()
+    row["decomposed"] = relative_difference(wide(x.double()), decomposed(x.double()))
     plain = jpq.decompose(model, x).eval()
-    row["decomposed"] = relative_difference(model.double()(x.double()), plain.double()(x.double()))
-    model.float()
-    plain.float()
     row["step"] = "trace"
     network = jpq.trace(plain, x)
     sites = jpq.channels(network)
     row["counted"] = sum(layer.macs for layer in network.layers) + sum(product.macs for product in network.products)
     row |= {"layers": len(network.layers), "products": len(network.products), "units": sum(s.n for s in sites)}
     row["step"] = "shrink"
-    twin = jpq.decompose(model, x).eval().double()
-    randomize(twin, x.double())
-    row["shrunk"] = check_equivalence(twin, network, sites, x.double(), seed).difference if sites else 0.0
+    randomize(decomposed, x.double())
+    row["shrunk"] = check_equivalence(decomposed, network, sites, x.double(), seed).difference if sites else 0.0
     return plain
 
 
@@ -107,7 +108,7 @@ def check_compressed(row: dict[str, Any], model: nn.Module, x: Tensor, folder: P
     small = session.finalize().eval()
     session.eval()
     row["step"] = "compare"
-    row["planned"] = int(jpq.costs.bops(session.net.exact_usage()))
+    row["planned"] = int(bops(session.net.exact_usage()))
     row["measured"] = jpq.measure(small, x)["bops"]
     with torch.no_grad():
         wide = [net.double()(x.double()) for net in (session, small)]

@@ -1,0 +1,87 @@
+"""Channels that the model's code cannot lose: the search for culprits finds what trying each site alone finds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zoo import IMAGE, Head, conv
+
+from jpq.tracing import shrink
+from jpq.tracing.shrink import FIXED_SIZE_REASON
+from jpq.tracing.sites import Site, channels
+from jpq.tracing.trace import trace
+
+
+def numbered_sites(n: int) -> list[Site]:
+    return [Site(str(k), 1, 4, (), np.arange(4), ()) for k in range(n)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 64])
+@pytest.mark.parametrize("culprits", [0, 1, 2, 5, 64])
+def test_culprits_are_found_by_halving(n: int, culprits: int) -> None:
+    sites = numbered_sites(n)
+    guilty = set(np.random.default_rng(n * 100 + culprits).permutation(n)[:culprits].tolist())
+    runs = 0
+
+    def passes(tried: Sequence[Site]) -> bool:
+        nonlocal runs
+        runs += 1
+        return not guilty & {int(site.name) for site in tried}
+
+    assert [int(s.name) for s in shrink._passing(passes, sites)] == [k for k in range(n) if k not in guilty]
+    k = len(guilty)
+    assert runs <= 2 + 2 * k * (1 + np.log2(max(n / max(k, 1), 1))) + k, "about 2 k log(n / k)"
+
+
+def test_sites_that_pass_alone_but_not_together_all_stay() -> None:
+    assert shrink._passing(lambda tried: len(tried) < 3, numbered_sites(8)) == []
+
+
+class Culprits(nn.Module):
+    """A chain of convolutions, of which some have widths that the code asserts."""
+
+    def __init__(self, n: int, fixed: Sequence[int]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(conv(3 if k == 0 else 6, 6) for k in range(n))
+        self.fixed, self.head = set(fixed), Head(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for k, block in enumerate(self.blocks):
+            x = block(x)
+            if k in self.fixed:
+                x = F.pad(x, (0, 0)).view(-1, 6, 16).view(-1, 6, 4, 4)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("fixed", [(0,), (3,), (0, 1, 6), (1, 2, 4, 5)])
+def test_frozen_sites_are_those_of_the_exhaustive_search(
+    fixed: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Culprits(7, fixed)
+    network = trace(model, IMAGE)
+    monkeypatch.setattr(shrink, "_passing_alone", lambda test, sites: [site for site in sites if test([site])])
+    exhaustive = trace(model, IMAGE)
+    assert [s.name for s in channels(network)] == [s.name for s in channels(exhaustive)]
+    assert len(channels(network)) == 7 - len(fixed)
+    for k in fixed:
+        labels = network.layer(f"blocks.{k}.0").outputs.tolist()
+        assert {network.frozen[c] for c in labels} == {FIXED_SIZE_REASON}
+
+
+def test_the_check_counts_runs_of_a_deep_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    fit = shrink._Trial.shapes_fit
+
+    def counted(self: shrink._Trial, sites: Sequence[Site]) -> bool:
+        runs.append(len(sites))
+        return fit(self, sites)
+
+    monkeypatch.setattr(shrink._Trial, "shapes_fit", counted)
+    network = trace(Culprits(32, [17]), torch.zeros(1, 3, 4, 4))
+    assert len(channels(network)) == 31
+    assert len(runs) <= 20, "not one run for each of 32 sites"

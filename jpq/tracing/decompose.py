@@ -19,6 +19,7 @@ from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
 from jpq.methods.quantizers import replace_everywhere
 from jpq.tracing.attention import Attention, Decoder, Encoder
+from jpq.tracing.recurrent import PlainGRUCell, PlainLSTMCell, PlainRNNCell, Recurrent
 from jpq.tracing.window_attention import ShiftedWindows, decompose_maxvit_attention
 
 # exact class (a subclass may compute something else) -> the plain module, made from the original
@@ -30,6 +31,12 @@ DECOMPOSITIONS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     ShiftedWindowAttentionV2: ShiftedWindows,
     ShiftedWindowAttention3d: ShiftedWindows,
     RelativePositionalMultiHeadAttention: decompose_maxvit_attention,
+    nn.RNN: Recurrent,
+    nn.LSTM: Recurrent,
+    nn.GRU: Recurrent,
+    nn.RNNCell: PlainRNNCell,
+    nn.LSTMCell: PlainLSTMCell,
+    nn.GRUCell: PlainGRUCell,
 }
 
 
@@ -38,6 +45,7 @@ def decompose(model: nn.Module) -> nn.Module:
 
     - nn.MultiheadAttention and torchvision's attention of Swin and MaxViT become modules whose projections are
       nn.Linear layers and whose heads can go; nn.TransformerEncoder does without nested tensors (see `Encoder`).
+    - nn.RNN, nn.LSTM, nn.GRU and their cells become steps of nn.Linear layers, whose hidden units can go.
     - weight_norm and spectral_norm, as hooks or as parametrizations, are folded: the weight is what they compute in
       evaluation, and training goes on without the norm.
 

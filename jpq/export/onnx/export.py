@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from jpq.export.onnx.fold_norms import fold_norms
-from jpq.export.onnx.graph import fold_constants, unlist_initializers
+from jpq.export.onnx.graph import fold_constants, share_equal_weights, unlist_initializers
 from jpq.export.onnx.integer_kernels import prepare_integer_kernels
 from jpq.export.onnx.narrow_weights import store_narrow_weights
 from jpq.export.onnx.transposed_weights import write_out_transposed_weights
@@ -124,7 +124,9 @@ def _write(
             )
         exported = onnx.load(str(part))
         unlist_initializers(exported.graph)
-        onnx.save(rewrite(exported), str(part))
+        rewritten = rewrite(exported)
+        share_equal_weights(rewritten.graph)
+        onnx.save(rewritten, str(part))
         onnx.checker.check_model(str(part))
 
     replace_file(path, write)

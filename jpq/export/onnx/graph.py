@@ -100,6 +100,26 @@ def remove_unused_constants(graph: Any) -> None:
         graph.node.remove(node)
 
 
+def share_equal_weights(graph: Any) -> None:
+    """Store weights once that several nodes read, such as the steps of a recurrent layer: equal initializers of 2+ dims.
+
+    Fewer dims are left alone: rewrites know them by name, and they hold little.
+    """
+    first: dict[tuple[int, tuple[int, ...], bytes], str] = {}
+    renamed: dict[str, str] = {}
+    for tensor in graph.initializer:
+        if len(tensor.dims) > 1:
+            key = (tensor.data_type, tuple(tensor.dims), numpy_helper.to_array(tensor).tobytes())
+            if (name := first.setdefault(key, tensor.name)) != tensor.name:
+                renamed[tensor.name] = name
+    read_inside = _names_read_inside(graph) | {o.name for o in graph.output}
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            if name in renamed and name not in read_inside:
+                node.input[i] = renamed[name]
+    remove_unused_constants(graph)
+
+
 def _names_read_inside(graph: Any) -> set[str]:
     """Names of the tensors that the graphs inside a graph's nodes (If, Loop) read or return."""
     names: set[str] = set()

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ import tomli_w
 from jpq.files import untrusted
 from jpq.files.atomic import replace_file
 from jpq.files.formats import FORMATS
+from jpq.files.paths import check_name, expand_home
 from jpq.types import JpqError, unknown
 
 if sys.version_info >= (3, 11):
@@ -39,7 +41,11 @@ BOPS = ("bops", "bops-structured")  # --cost, names in jpq.costs.COSTS
 TARGETS = ("target_bops", "target_macs", "target_size", "target_latency")  # fields of Budget
 ONNX_WEIGHTS = ("int8", "int4", "int2")  # --onnx-weights
 
+# settings that version 0.1 did not have: left out of files and hashes at their defaults, so that those stay the same
+ADDED = {"task": ("image_size", "mean", "std", "skip_bad"), "run": ("name",)}
+
 LARGEST_FILE = 2**20  # largest size of a settings file in bytes
+LARGEST_SIDE = 2**14  # --image-size
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,16 @@ class Task:
     """Share of the training data that steers the search; the test split is read once, at the end."""
     limit: int | None = None
     """Use only this many training samples (for a quick try)."""
+    image_size: tuple[int, ...] = ()
+    """Bring the images of folder:PATH to this size, as 224 (a square) or 192 256 (height, width): scaled until they
+    just cover it, then cropped to the centre. Without it all must have one size."""
+    mean: tuple[float, ...] = ()
+    """Mean of each channel of the images, where bytes count as 0 to 1. Default: that of a known data set, ImageNet's
+    for colour folders, 0.5 for grey ones, 0 for your own data. Three values turn grey images into colour ones."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of each channel, by which images are divided after --mean is subtracted."""
+    skip_bad: bool = False
+    """Leave out images of folder:PATH that cannot be read, with a note, in place of an error that lists them."""
 
 
 @dataclass(frozen=True)
@@ -188,13 +204,17 @@ class Run:
     threads: int = 0
     """CPU threads; 0: one for small nets, torch's choice for larger ones."""
     out: Path = Path("runs")
-    """Folder for runs; this one goes to OUT/<hash of its settings>."""
+    """Folder for runs; this one goes to OUT/NAME."""
+    name: str = ""
+    """Name of this run's folder. Default: the hash of its settings."""
     formats: str = "onnx"
     """What to export: onnx (always), qonnx (for FPGA flows), pt2 (torch.export), such as onnx,pt2."""
     onnx_weights: str = "int8"
     """Type of the weights in model.onnx: int8, or where they fit int4 or int2 (not in OpenVINO) for a smaller file."""
     resume: bool = False
-    """Go on from the last checkpoint of the same settings."""
+    """Go on from the last checkpoint of the same settings; of a finished run show the result again."""
+    overwrite: bool = False
+    """Run anew in a folder that holds a run already, whose files are removed first."""
     tensorboard: bool = False
     """Also write the history as TensorBoard events into the run's folder (pip install "jpq[tensorboard]")."""
     checkpoint_every: int = 0
@@ -214,16 +234,18 @@ class Config:
     def check(self) -> Config:
         """The validated config; its method is `by-hand` or `masked` where decisions or a mask are given.
 
-        Raises JpqError with the flag to change.
+        Raises JpqError that names the setting to change.
         """
-        d = self.decide
+        expanded = expand_homes(self)
+        d = expanded.decide
         if d.bits or d.densities or d.method == MANUAL:
             d = _with_manual_method(d)
         elif d.mask is not None or d.method == MASKED:
-            d = _with_masked_method(d, self.task.weights)
-        config = self if d is self.decide else replace(self, decide=d)
+            d = _with_masked_method(d, expanded.task.weights)
+        config = expanded if d is expanded.decide else replace(expanded, decide=d)
         _check_decide(d)
         _check_train(config.train, config.task)
+        _check_images(config.task)
         _check_rates(config.train, d)
         _check_run(config.run)
         _check_budget(config)
@@ -244,12 +266,30 @@ class Config:
             for i, value in enumerate(next(iter(lists.values())))
         }
 
+    def folder(self) -> Path:
+        """The run's folder: its name, or the hash of its settings, in the folder for runs."""
+        return self.run.out / (self.run.name or self.hash())
+
     def hash(self) -> str:
-        """The name of the run's folder: twelve hex digits of all settings that change the result."""
+        """Twelve hex digits of all settings that change the result; the default name of the run's folder."""
         tree = to_tree(self)
         tree["run"] = {"seed": self.run.seed}
         tree["task"].pop("data_root", None)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def expand_homes(config: Config) -> Config:
+    """The config with `~` expanded in every path; the same object where there is none."""
+    for section in fields(config):
+        part = getattr(config, section.name)
+        paths = {f.name: getattr(part, f.name) for f in fields(part) if isinstance(getattr(part, f.name), Path)}
+        expanded = {name: expand_home(path) for name, path in paths.items()}
+        if expanded != paths:
+            config = replace(config, **{section.name: replace(part, **expanded)})
+    kind, _, path = config.task.data.partition(":")
+    if kind == "folder" and path.startswith("~"):
+        config = replace(config, task=replace(config.task, data=f"folder:{expand_home(path)}"))
+    return config
 
 
 def _with_manual_method(d: Decide) -> Decide:
@@ -320,6 +360,20 @@ def _check_train(t: Train, task: Task) -> None:
         raise JpqError(f"--limit {task.limit}: at least 20 samples are needed to split off a held-out part.")
 
 
+def _check_images(task: Task) -> None:
+    if len(task.image_size) > 2 or any(not 0 < side <= LARGEST_SIDE for side in task.image_size):
+        sides = " ".join(map(str, task.image_size))
+        raise JpqError(
+            f"--image-size {sides}: give one number of pixels for a square, as 224, or height and width, as 192 256."
+        )
+    if len(task.mean) != len(task.std):
+        raise JpqError(
+            f"--mean has {len(task.mean)} values and --std {len(task.std)}: give both, with a value for each channel."
+        )
+    if not all(isfinite(value) for value in task.mean) or not all(0 < value < float("inf") for value in task.std):
+        raise JpqError("--mean and --std: give finite numbers, and --std above 0.")
+
+
 def _check_rates(t: Train, d: Decide) -> None:
     rates = {"--lr": t.lr, "--gate-lr": d.gate_lr, "--bit-lr": d.bit_lr, "--temperature": t.temperature}
     for flag, rate in rates.items():
@@ -332,6 +386,10 @@ def _check_rates(t: Train, d: Decide) -> None:
 
 
 def _check_run(run: Run) -> None:
+    if run.name:
+        check_name(run.name)
+    if run.resume and run.overwrite:
+        raise JpqError("--resume and --overwrite: the one goes on with what is there, the other removes it. Give one.")
     check_formats(run.formats, run.onnx_weights)
     if run.checkpoint_every < 0:
         raise JpqError(f"--checkpoint-every {run.checkpoint_every}: give a number of steps, or 0 for none.")
@@ -365,8 +423,8 @@ def _check_budget(config: Config) -> None:
         )
     if b.target_latency and b.latency_table is None:
         raise JpqError(
-            f"--target-latency {b.target_latency} needs measured layers: run jpq bench --table FILE.csv "
-            f"--model {config.task.model}, then add --latency-table FILE.csv."
+            f"--target-latency {b.target_latency} needs measured layers: run `jpq bench --table FILE.csv "
+            f"--model {config.task.model}`, then add --latency-table FILE.csv."
         )
 
 
@@ -390,15 +448,22 @@ def _check_lists(lists: Mapping[str, list[str]], flags: Mapping[str, str]) -> No
 def write_toml(config: Config, path: Path) -> None:
     """Save the config as TOML."""
     text = tomli_w.dumps(to_tree(config))
-    replace_file(path, lambda part: part.write_text(text))
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def to_tree(config: Config) -> dict[str, dict[str, Any]]:
-    """The config as nested tables of plain values; unset values are left out, as TOML has no null."""
+    """The config as nested tables of plain values.
+
+    Left out are unset values, as TOML has no null, later settings at their defaults (`ADDED`), and `overwrite`, which
+    is meant for one command alone.
+    """
     tree = {}
+    defaults = asdict(Config())
     for section, table in asdict(config).items():
         plain = {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in table.items()}
-        tree[section] = {k: v for k, v in plain.items() if v is not None}
+        omitted = {k for k in ADDED.get(section, ()) if table[k] == defaults[section][k]}
+        tree[section] = {k: v for k, v in plain.items() if v is not None and k not in omitted}
+    tree["run"].pop("overwrite")
     return tree
 
 

@@ -26,6 +26,7 @@ from jpq.compression.build import budget_targets
 from jpq.compression.calibration import recalibrate
 from jpq.compression.masking import original
 from jpq.compression.model import CompressedModel
+from jpq.compression.power_of_two_steps import round_activation_steps
 from jpq.config import RULES, SEARCH, Config
 from jpq.costs.latency_table import LatencyTable
 from jpq.costs.target import Target
@@ -149,6 +150,7 @@ def run_budget(
     if searches and not run.is_past("search"):
         recalibrate(net, calibration_batches(data))  # the search has changed what layers read
     net.freeze(plan)  # 8 take the plan's decisions
+    round_activation_steps(net)
 
     def with_search() -> dict[str, Any]:
         return with_weights() if last or not searches else {"soft": state.state()}
@@ -177,6 +179,7 @@ def load_task(config: Config, run: RunState) -> tuple[Data, nn.Module]:
     data = distributed.first_then_others(lambda: read_data(config, device))
     distributed.check_same(data.checksum, "a data set")
     run.check_data(data.checksum)
+    run.notes.extend(data.notes)
     check_classes(config.decide.classes, data)
     return data, load_dense_model(config, data, device)
 

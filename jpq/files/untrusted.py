@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from jpq.files.paths import is_windows_path
 from jpq.types import JpqError
 
 LARGEST = 2**28  # default limit of a text file in bytes; enough for masks of 10^9 weights
@@ -77,7 +78,7 @@ def _finite(text: str) -> float:
 def names_code(name: str) -> bool:
     """Whether the name of a model or data set is `module:callable`, which imports and runs code."""
     kind, colon, _ = name.partition(":")
-    return bool(colon) and kind not in ("torchvision", "folder")
+    return bool(colon) and kind not in ("torchvision", "folder") and not is_windows_path(name)
 
 
 def check_no_code(what: str, name: str, source: Path | str, way_out: str) -> None:

@@ -243,9 +243,10 @@ def structure_record(net: CompressedModel, plan: Plan, uses: Sequence[costs.Laye
 
 
 def data_record(data: Data) -> dict[str, Any]:
-    """Name, checksum and split sizes of the data, and their task."""
+    """Name, checksum and split sizes of the data, their preprocessing, and their task."""
     sizes = {split: getattr(data, split).size for split in SPLITS}
-    return {"name": data.name, "checksum": data.checksum, **sizes, **task_record(data.task)}
+    images = {"shape": list(data.shape), "mean": list(data.test.mean), "std": list(data.test.std)}
+    return {"name": data.name, "checksum": data.checksum, **sizes, **images, **task_record(data.task)}
 
 
 def layer_records(net: CompressedModel, plan: Plan, cost: str = "bops") -> tuple[LayerRecord, ...]:

@@ -1,22 +1,24 @@
 """Data sets in memory as three splits: train, held-out (steers a run) and test (read once, for the final metric).
 
 `digits` comes with scikit-learn; `mnist`, `fashion-mnist`, `cifar10`, `cifar100` are torchvision's; `folder:PATH` reads
-PATH/train/CLASS/*.png; `module:callable` imports and RUNS the user's own code. Images keep their stored type (bytes or
-float32) and are augmented and normalised per batch on their device, by whole-batch tensor operations.
+PATH/train/CLASS/*.png or PATH/CLASS/*.png; `module:callable` imports and RUNS the user's own code. Images keep their
+stored type (bytes or float32) and are augmented and normalised per batch on their device, by whole-batch tensor
+operations.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jpq.tasks import CLASSIFICATION, datasets
+from jpq.files.paths import expand_home, is_windows_path
+from jpq.tasks import CLASSIFICATION, datasets, folders
 from jpq.tasks.base import Task
 from jpq.tasks.datasets import Pair, Source
 from jpq.types import JpqError, unknown
@@ -149,6 +151,8 @@ class Data:
     shape: tuple[int, int, int]  # channels, height, width of an image
     checksum: str  # sha256 over images and labels of the three splits as they are used
     task: Task = CLASSIFICATION
+    class_names: tuple[str, ...] = ()  # by class number, where they are known
+    notes: tuple[str, ...] = ()  # sentences on what was left out or looks wrong
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,10 @@ def load(
     seed: int = 0,
     device: str | torch.device = "cpu",
     limit: int | None = None,
+    image_size: Sequence[int] = (),
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    skip_bad: bool = False,
 ) -> Data:
     """Read, split and normalise a data set.
 
@@ -188,6 +196,12 @@ def load(
         held_out: share of the training samples that steers a run; stratified, drawn by `seed`.
         augment: whether training images are augmented.
         limit: largest number of training samples (held-out ones included), for quick tries.
+        image_size: (height, width), or one number for squares, that the images of a folder, and pictures of the user's
+            Dataset, are scaled and cropped to.
+        mean: of each channel, where bytes count as 0 to 1; three values turn grey images into colour ones. Default: as
+            is usual for the data set.
+        std: standard deviation of each channel.
+        skip_bad: leave out images of a folder that cannot be read.
 
     Raises JpqError for unknown names, files that cannot be read, and data that are too small.
     """
@@ -195,10 +209,14 @@ def load(
         raise JpqError(f"The held-out share is {held_out}; it must lie between 0 and 1 (--held-out 0.1).")
     if limit is not None and limit < 3:
         raise JpqError(f"The limit is {limit}; at least 3 training samples are needed (--limit 1000).")
-    source = _read_source(name, Path(root))
+    source = _read_source(name, expand_home(root), image_size, skip_bad)
     if isinstance(source, Data):
+        if mean or std:
+            raise JpqError(f"--mean and --std: '{name}' returns a jpq.tasks.data.Data, which is normalised by itself.")
         return source
-    preprocessing = _preprocessing(name, source.train[0])
+    if len(mean) == 3:
+        source = _with_colour(source)
+    preprocessing = _preprocessing(name, source.train[0], mean, std)
     train, held_out_part, test = _split_source(source, held_out, seed, limit)
     if min(len(train[1]) - 1, len(held_out_part[1]), len(test[1])) < 1:
         raise JpqError(
@@ -228,24 +246,60 @@ def load(
         classes=source.classes,
         shape=(channels, height, width),
         checksum=_checksum([train, held_out_part, test]),
+        class_names=source.class_names,
+        notes=source.notes,
     )
 
 
-def _read_source(name: str, root: Path) -> Source | Data:
+def _read_source(name: str, root: Path, size: Sequence[int], skip_bad: bool) -> Source | Data:
+    kind, colon, path = name.partition(":")
+    if kind == "folder" and path:
+        return folders.read_folder(Path(path), size, skip_bad)
+    if skip_bad:
+        raise JpqError(f"--skip-bad is for image files, folder:PATH, and the data are '{name}'. Leave it out.")
+    if size and (not colon or name in datasets.TORCHVISION):
+        raise JpqError(
+            f"--image-size is for folder:PATH and pictures of your own, and the data are '{name}'. Leave it out."
+        )
+    if is_windows_path(name) or (name not in PREPROCESSING and expand_home(name).is_dir()):
+        raise JpqError(f"Unknown data set '{name}'. For a folder of images give folder:{name}.")
     if name == "digits":
         return datasets.digits()
     if name in datasets.TORCHVISION:
         return datasets.torchvision(name, root)
-    kind, colon, path = name.partition(":")
-    if kind == "folder" and path:
-        return datasets.folder(Path(path))
     if not colon or kind == "folder":
         raise unknown("data set", name, [*PREPROCESSING, "folder:PATH", "module:callable"])
     value = datasets.call_user_code("data", name, datasets.import_callable("data", name))
-    return value if isinstance(value, Data) else datasets.convert_user_data(name, value)
+    return value if isinstance(value, Data) else datasets.convert_user_data(name, value, size)
 
 
-def _preprocessing(name: str, images: Tensor) -> Preprocessing:
+def _with_colour(source: Source) -> Source:
+    """The source with grey images repeated to three channels."""
+
+    def colour(pair: Pair | None) -> Pair | None:
+        return pair and (pair[0].expand(-1, 3, -1, -1).contiguous(), pair[1])
+
+    if source.train[0].shape[1] != 1:
+        return source
+    train = source.train[0].expand(-1, 3, -1, -1).contiguous(), source.train[1]
+    return replace(source, train=train, held_out=colour(source.held_out), test=colour(source.test))
+
+
+def _preprocessing(name: str, images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
+    """The preprocessing of a data set, with the mean and standard deviation that were given, if any."""
+    usual = _usual_preprocessing(name, images)
+    if not mean and not std:
+        return usual
+    channels = images.shape[1]
+    if {len(mean), len(std)} != {channels}:
+        raise JpqError(
+            f"--mean has {len(mean)} values and --std {len(std)}; the images of '{name}' have {channels} channels. "
+            "Give a value of each for every channel."
+        )
+    return replace(usual, mean=tuple(mean), std=tuple(std))
+
+
+def _usual_preprocessing(name: str, images: Tensor) -> Preprocessing:
     """The preprocessing of a data set: published for known ones, photographs' for folders, none for user data."""
     channels, height, width = images.shape[1:]
     if name in PREPROCESSING:

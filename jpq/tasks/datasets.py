@@ -1,4 +1,4 @@
-"""Readers of data sets: scikit-learn, torchvision's files, folders of images, the user's code; all end in memory."""
+"""Readers of data sets: scikit-learn, torchvision's files, the user's code; all end in memory."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity, extract_archive
-from torchvision.transforms.functional import pil_to_tensor
 
+from jpq.files.paths import is_windows_path
+from jpq.tasks.images import GREY, image_bytes
+from jpq.tasks.labels import class_numbers, count_classes, gap_note
 from jpq.types import JpqError, unknown
 
 Pair: TypeAlias = tuple[Tensor, Tensor]  # images [N, C, H, W], uint8 or float32; labels [N], int64 for classes
@@ -41,6 +42,8 @@ class Source:
     held_out: Pair | None
     test: Pair | None
     classes: int
+    class_names: tuple[str, ...] = ()  # by class number, where they are known
+    notes: tuple[str, ...] = ()  # sentences on what was left out or looks wrong
 
 
 def digits() -> Source:
@@ -60,7 +63,7 @@ def torchvision(name: str, root: Path) -> Source:
         images = torch.as_tensor(part.data)
         images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
         pairs.append((images, torch.as_tensor(part.targets, dtype=torch.int64)))
-    return Source(pairs[0], None, pairs[1], len(train.classes))
+    return Source(pairs[0], None, pairs[1], len(train.classes), tuple(map(str, train.classes)))
 
 
 def _open_torchvision(reader: Callable[..., Any], name: str, root: Path, train: bool) -> Any:
@@ -91,68 +94,11 @@ def _open_torchvision(reader: Callable[..., Any], name: str, root: Path, train: 
         ) from error
 
 
-def folder(path: Path) -> Source:
-    """A folder of images: PATH/train/CLASS/*.png, likewise PATH/test; PATH/val is held out, or a missing test."""
-    if not (path / "train").is_dir():
-        raise JpqError(f"There is no folder '{path / 'train'}'; images are read from PATH/train/CLASS/*.png.")
-    classes = sorted(p.name for p in (path / "train").iterdir() if p.is_dir() and not p.name.startswith("."))
-    parts = [path / part for part in ("train", "val", "test") if (path / part).is_dir()]
-    files = {part: _labelled_files(part, classes) for part in parts}
-    all_images = _read_images([file for part in parts for file, _ in files[part]])
-    pairs = {}
-    for part, images in zip(parts, all_images.split([len(files[part]) for part in parts]), strict=True):
-        pairs[part.name] = images, torch.tensor([label for _, label in files[part]])
-    val, test = pairs.get("val"), pairs.get("test")
-    held_out, test = (val, test) if test else (None, val)
-    return Source(pairs["train"], held_out, test, len(classes))
+def convert_user_data(name: str, parts: Any, size: Sequence[int] = ()) -> Source:
+    """The value of a user's callable, (train, test) or (train, held out, test), each a Dataset or a pair (x, y).
 
-
-def _labelled_files(part: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    """(image file, class number) of every image in a part's class folders."""
-    labelled = []
-    for entry in sorted(p for p in part.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        if entry.name not in classes:
-            raise JpqError(
-                f"Class '{entry.name}' of '{part}' has no folder under '{part.parent / 'train'}'. Add it there."
-            )
-        images = sorted(p for p in entry.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-        if not images:
-            raise JpqError(
-                f"The class folder '{entry}' holds no image ({', '.join(IMG_EXTENSIONS)}). Fill or remove it."
-            )
-        labelled += [(image, classes.index(entry.name)) for image in images]
-    if not labelled:
-        raise JpqError(f"The folder '{part}' holds no class folders with images; they are read from CLASS/*.png.")
-    return labelled
-
-
-def _read_images(files: list[Path]) -> Tensor:
-    """All images as bytes, [N, 3, H, W], or [N, 1, H, W] when all are grey. Raises JpqError for unequal sizes."""
-    images: list[Tensor] = []
-    grey = True
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                mode = image.mode
-                pixels = pil_to_tensor(image.convert("RGB"))
-        except Exception as error:  # Pillow raises nearly anything on a damaged file
-            raise JpqError(f"The image '{file}' cannot be read: {error}. Repair or remove it.") from error
-        if mode[0] in "IF":  # I, I;16, F: converting these to bytes would clip, not scale
-            raise JpqError(f"The image '{file}' has more than 8 bits a channel (mode {mode}). Convert it to 8 bits.")
-        if images and pixels.shape != images[0].shape:
-            (h, w), (first_h, first_w) = pixels.shape[1:], images[0].shape[1:]
-            raise JpqError(
-                f"The image '{file}' is {w}x{h} but '{files[0]}' is {first_w}x{first_h}. "
-                "All images must have one size: resize them first."
-            )
-        grey = grey and mode in ("1", "L", "LA")
-        images.append(pixels)
-    stacked = torch.stack(images)
-    return stacked[:, :1].contiguous() if grey else stacked
-
-
-def convert_user_data(name: str, parts: Any) -> Source:
-    """The value of a user's callable, (train, test) or (train, held out, test), each a Dataset or a pair (x, y)."""
+    `size` is what pictures (PIL images) of a Dataset are scaled and cropped to; () leaves them.
+    """
     if not isinstance(parts, tuple | list) or len(parts) not in (2, 3) or any(isinstance(p, Tensor) for p in parts):
         raise JpqError(
             f"Data '{name}' returned {_type_text(parts)}; it must return a jpq.tasks.data.Data, or (train, test), or "
@@ -160,10 +106,10 @@ def convert_user_data(name: str, parts: Any) -> Source:
         )
     named = dict(zip(("train", "test") if len(parts) == 2 else ("train", "held-out", "test"), parts, strict=True))
     pairs = {
-        part: _checked_pair(f"The {part} part of '{name}'", _as_pair(name, part, samples))
+        part: _checked_pair(f"The {part} part of '{name}'", _as_pair(name, part, samples, size))
         for part, samples in named.items()
     }
-    classes = int(pairs["train"][1].max()) + 1
+    classes = count_classes(pairs["train"][1], f"The train part of '{name}'")
     for part, (images, labels) in pairs.items():
         if images.shape[1:] != pairs["train"][0].shape[1:] or images.dtype != pairs["train"][0].dtype:
             raise JpqError(f"The {part} part of '{name}' has images of another shape or type than its train part.")
@@ -171,7 +117,9 @@ def convert_user_data(name: str, parts: Any) -> Source:
             raise JpqError(
                 f"The {part} part of '{name}' has label {labels.max()}; training labels end at {classes - 1}."
             )
-    return Source(pairs["train"], pairs.get("held-out"), pairs["test"], classes)
+    note = gap_note(pairs["train"][1], classes)
+    notes = (note,) if note else ()
+    return Source(pairs["train"], pairs.get("held-out"), pairs["test"], classes, notes=notes)
 
 
 def _type_text(value: Any) -> str:
@@ -181,7 +129,7 @@ def _type_text(value: Any) -> str:
     return type(value).__name__
 
 
-def _as_pair(name: str, part: str, data: Any) -> tuple[Any, Any]:
+def _as_pair(name: str, part: str, data: Any, size: Sequence[int]) -> tuple[Any, Any]:
     """(images, labels) of a pair or of a Dataset, which is read whole."""
     if isinstance(data, tuple | list) and len(data) == 2:
         return data[0], data[1]
@@ -193,39 +141,78 @@ def _as_pair(name: str, part: str, data: Any) -> tuple[Any, Any]:
     samples = [data[i] for i in range(len(data))]
     if not samples or any(not isinstance(sample, Sequence) or len(sample) != 2 for sample in samples):
         raise JpqError(f"The {part} part of '{name}' is empty, or its samples are not pairs (image, label).")
-    images = [pil_to_tensor(x) if isinstance(x, Image.Image) else torch.as_tensor(x) for x, _ in samples]
-    if len({image.shape for image in images}) > 1:
-        raise JpqError(f"The images of the {part} part of '{name}' differ in size. Resize them to one size.")
-    return torch.stack(images), torch.tensor([int(label) for _, label in samples])
+    what = f"The {part} part of '{name}'"
+    return _stack_images([x for x, _ in samples], what, size), [label for _, label in samples]
+
+
+def _stack_images(images: Sequence[Any], what: str, size: Sequence[int]) -> Tensor:
+    """The images of a Dataset, tensors, arrays or pictures, as one tensor. Raises JpqError where sizes differ."""
+    tensors: list[Tensor] = []
+    for place, image in enumerate(images):
+        try:
+            tensors.append(_picture_bytes(image, size) if isinstance(image, Image.Image) else torch.as_tensor(image))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise JpqError(
+                f"{what} has an image, sample {place}, that is no tensor, array or picture ({type(image).__name__}: "
+                f"{error}). Give one [C, H, W]."
+            ) from error
+    shapes = {tensor.shape for tensor in tensors}
+    if len(shapes) > 1:
+        pictures = all(isinstance(image, Image.Image) for image in images)
+        advice = "with --image-size 224 (or another number of pixels)" if pictures else "in the Dataset"
+        shown = " and ".join(str(list(shape)) for shape in sorted(shapes)[:2])
+        raise JpqError(f"{what} has images that differ in size, such as {shown}. Resize them to one size {advice}.")
+    return torch.stack(tensors)
+
+
+def _picture_bytes(picture: Image.Image, size: Sequence[int]) -> Tensor:
+    """A picture of a Dataset as bytes, [3, H, W], or [1, H, W] where it is stored as grey."""
+    pixels = image_bytes(picture, size)
+    return pixels[:1] if picture.mode in GREY else pixels
 
 
 def _checked_pair(what: str, pair: tuple[Any, Any]) -> Pair:
-    """(images, labels) as tensors on the CPU. Raises JpqError for other shapes or types, NaN, or negative labels."""
+    """(images, labels) as tensors on the CPU. Raises JpqError for other shapes or types, NaN, or wrong labels."""
     try:
-        images, labels = torch.as_tensor(pair[0]), torch.as_tensor(pair[1])
+        images = torch.as_tensor(pair[0])
     except (TypeError, ValueError, RuntimeError) as error:
         raise JpqError(f"{what} cannot be turned into tensors: {error}. Give tensors or arrays (x, y).") from error
-    integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    if images.dim() != 4 or labels.dim() != 1 or len(images) != len(labels) or not len(labels) or not integer:
+    labels = class_numbers(pair[1], what)
+    if images.dim() != 4 or len(images) != len(labels) or not len(labels):
+        grey = " Grey images without channels need x[:, None]." if images.dim() == 3 else ""
         raise JpqError(
-            f"{what} has x {list(images.shape)} and y {list(labels.shape)} of {labels.dtype}; "
-            "x must be [N, C, H, W] and y [N] integers, N at least 1."
+            f"{what} has x {list(images.shape)} and y {list(labels.shape)}; x must be [N, C, H, W] and y [N] class "
+            f"numbers, N at least 1.{grey}"
         )
+    _check_channels_first(what, images)
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise JpqError(f"{what} has x of {images.dtype}; give uint8 (0..255, divided by 255 here) or floats.")
     images = images.detach().cpu().contiguous()
     images = images if images.dtype == torch.uint8 else images.float()
     if images.is_floating_point() and not images.isfinite().all():
         raise JpqError(f"{what} has NaN or infinity in x. Clean it.")
-    if labels.min() < 0:
-        raise JpqError(f"{what} has label {int(labels.min())}; labels count from 0.")
-    return images, labels.detach().cpu().long()
+    return images, labels
+
+
+def _check_channels_first(what: str, images: Tensor) -> None:
+    """Raise JpqError for images that have their channels last, [N, H, W, C], as files and arrays usually do.
+
+    Signals of many channels and width 1, [N, C, length, 1], pass unless they are bytes or square.
+    """
+    _, channels, height, width = images.shape
+    last = width in (3, 4) or (width == 1 and (images.dtype == torch.uint8 or channels == height))
+    if last and min(channels, height) > max(4, width):
+        order = "x.permute(0, 3, 1, 2) of a tensor, x.transpose(0, 3, 1, 2) of an array"
+        raise JpqError(
+            f"{what} has x {list(images.shape)}, which looks like [N, H, W, C]; x must be [N, C, H, W]: give {order}. "
+            f"If it really has {channels} channels, return a jpq.tasks.data.Data."
+        )
 
 
 def import_callable(what: str, spec: str) -> Callable[..., Any]:
     """The callable that `module:callable` names. Importing RUNS the module; the current folder is searched first."""
     module, _, attribute = spec.partition(":")
-    if not module or not attribute:
+    if is_windows_path(spec) or not module or not attribute:
         raise JpqError(f"The {what} '{spec}' must be written as module:callable, for example mycode:make.")
     try:
         with _current_folder_on_path():

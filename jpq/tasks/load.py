@@ -23,6 +23,10 @@ def read_data(config: Config, device: torch.device) -> Data:
         seed=config.run.seed,
         device=device,
         limit=config.task.limit,
+        image_size=config.task.image_size,
+        mean=config.task.mean,
+        std=config.task.std,
+        skip_bad=config.task.skip_bad,
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `jpq --help` needs only the error
@@ -24,12 +25,52 @@ NONE = -1  # label of a channel without a class: a constant, or an op without a 
 LONGEST_WORD = 400  # largest number of characters of one word in an error message
 
 
+VALUE = r"-?\d(?:[^\s;()]*[^\s;:(),.])?|nan|-?inf(?!\w)"  # behind a flag: an amount
+FLAG = re.compile(rf"(?<![\w/-])--(no-)?([a-z][a-z0-9-]*)((?: (?:{VALUE}))*)")
+COMMAND = re.compile(r"`(jpq [a-z-]+)( [^`]*)?`")
+PLAIN = re.compile(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?|nan|-?inf")  # values that Python writes without quotes
+
+
 class JpqError(Exception):
-    """An error that the user can act on: cause, place and remedy in one sentence; exit code 2 on the command line."""
+    """An error that the user can act on: cause, place and remedy in one sentence; exit code 2 on the command line.
+
+    The sentence names settings as flags (`--lr 0.1`) and puts commands between backticks. The command line prints that
+    sentence (`command_line`); in Python the same settings are parameters (`lr=0.1`), and `str` gives it so.
+
+    Args:
+        text: the sentence.
+    """
 
     def __init__(self, text: object = "") -> None:
         words = str(text).split(" ")
-        super().__init__(" ".join(w if len(w) <= LONGEST_WORD else f"{w[:40]}...{w[-10:]}" for w in words))
+        self.command_line = " ".join(w if len(w) <= LONGEST_WORD else f"{w[:40]}...{w[-10:]}" for w in words)
+        self.parameters: Mapping[str, str] = {}  # settings that have another name where the error was raised
+        super().__init__(self.command_line)
+
+    def __str__(self) -> str:
+        return name_parameters(self.command_line, self.parameters)
+
+
+def name_parameters(text: str, names: Mapping[str, str] | None = None) -> str:
+    """A sentence that names flags, such as `--lr 0.1`, with parameters in their place, such as `lr=0.1`.
+
+    Args:
+        text: the sentence; of commands between backticks only the name is kept, since their flags are no parameters.
+        names: parameters that are called otherwise, such as {"target_bops": "bops"}.
+    """
+
+    def write_parameter(match: re.Match[str]) -> str:
+        negated, flag, behind = match.groups()
+        name = flag.replace("-", "_")
+        name = (names or {}).get(name, name)
+        if negated:
+            return f"{name}=False"
+        values = [v if PLAIN.fullmatch(v) else repr(v) for v in re.findall(VALUE, behind)]
+        if not values:
+            return name
+        return f"{name}={values[0] if len(values) == 1 else '(' + ', '.join(values) + ')'}"
+
+    return FLAG.sub(write_parameter, COMMAND.sub(r"`\1`", text))
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> JpqError:

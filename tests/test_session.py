@@ -112,11 +112,11 @@ def test_pressure_is_zero_once_landed(digits, float_model):
     ("given", "says"),
     [
         ({}, "No target"),
-        ({"bops": "0"}, "--target-bops"),
+        ({"bops": "0"}, "bops=0 "),
         ({"bops": "1%", "method": "djqp"}, "djpq"),
         ({"bops": "1%", "cost": "bops-structure"}, "bops-structured"),
         ({"bops": "0.00001%"}, "smallest possible"),
-        ({"size": "1KB2"}, "--target-size"),
+        ({"size": "1KB2"}, "^size '1KB2' is not an amount"),
     ],
 )
 def test_bad_requests(given, says, float_model):

@@ -144,7 +144,9 @@ class Manual(Procedure):
         """The plan that `--bits` and `--densities` describe."""
         if data is None:
             return manual.manual_plan(net, decide)
-        return manual.rank_and_plan(net, decide, score_of(net.method, decide), data.batches())
+        plan = manual.rank_and_plan(net, decide, score_of(net.method, decide), data.batches())
+        manual.check_targets(net, plan, targets)
+        return plan
 
 
 PROCEDURES: Mapping[str, Procedure] = {

@@ -22,6 +22,7 @@ from rich.markup import escape
 from jpq.cli.flags import COMMANDS, parse_flags
 from jpq.cli.output import label_grid, print_line
 from jpq.training.signals import Interruption
+from jpq.types import JpqError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,10 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         _print_error(errors, f"{error.filename or 'A file'}: {error.strerror or error}.")
         return 2
-    except Exception as error:
-        if type(error).__name__ != "JpqError":
-            raise
-        _print_error(errors, str(error))
+    except JpqError as error:
+        _print_error(errors, error.command_line)
         return 2
 
 

@@ -45,15 +45,15 @@ QUANTIZED = 8  # largest bit-width of a quantized layer; more bits are floating 
 
 
 def latency_ns(uses: Sequence[LayerUse]) -> Number:
-    """Predicted nanoseconds of one sample. Raises JpqError where no table was given."""
-    return sum(layer_latency(u) for u in uses)
+    """Predicted nanoseconds of one sample: its layers, without products and tables. Raises JpqError without a table."""
+    return sum(layer_latency(u) for u in uses if u.part == "layer")
 
 
 def layer_latency(u: LayerUse) -> Number:
     """Predicted nanoseconds of one layer. Raises JpqError where no table was given."""
     if u.clock is None:
         raise JpqError(
-            "A latency needs a table of measured layers: run jpq bench --table FILE.csv --model NAME, then "
+            "A latency needs a table of measured layers: run `jpq bench --table FILE.csv --model NAME`, then "
             "give --latency-table FILE.csv."
         )
     return u.clock(u.inputs, u.outputs, u.density, u.w_bits, u.a_bits, u.scheme)

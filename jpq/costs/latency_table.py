@@ -102,7 +102,7 @@ def parse_table(text: str, source: str) -> LatencyTable:
     if missing:
         raise JpqError(
             f"{source} is no table of latencies: column{'s' * (len(missing) > 1)} {', '.join(missing)} missing. "
-            f"It needs {', '.join(NEEDED)}; jpq bench --table writes one."
+            f"It needs {', '.join(NEEDED)}; `jpq bench --table FILE.csv` writes one."
         )
     entries: list[Entry] = []
     try:

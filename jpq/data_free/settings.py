@@ -79,7 +79,7 @@ class DataFreeSettings:
         """Check the weights and the kind of random images. Raises JpqError."""
         if not self.synthetic:
             raise JpqError(
-                "--no-synthetic: prune-private never sees data. To prune with data: jpq optimize --method admm."
+                "--no-synthetic: prune-private never sees data. To prune with data: `jpq optimize --method admm`."
             )
         if not -(2**63) <= self.seed < 2**63:
             raise JpqError(f"--seed {self.seed} is too large: at most 63 bits.")

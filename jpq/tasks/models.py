@@ -82,7 +82,7 @@ def of_plan(plan: Plan, source: Path, weights: Path, run_code: bool = False) -> 
         raise JpqError(f"{source} does not say which model it belongs to ({', '.join(missing)} missing).")
     name, classes, channels = plan.model["name"], plan.model["classes"], plan.model["channels"]
     if not run_code:
-        check_no_code("model", name, source, "load it with run_code=True (on the command line: --run-code)")
+        check_no_code("model", name, source, "add --run-code")
     most = check_file(weights) // 4  # each class and channel has at least one number of 32 bits
     if max(classes, channels) > most:
         raise JpqError(

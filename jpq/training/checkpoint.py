@@ -49,7 +49,7 @@ def load(folder: Path) -> dict[str, Any] | None:
     try:
         state = read_torch(path)
     except JpqError as error:
-        raise JpqError(f"{error} {START_OVER}") from error
+        raise JpqError(f"{error.command_line} {START_OVER}") from error
     try:
         return _checked(untrusted.as_dict(state))
     except ValueError as error:

@@ -67,8 +67,8 @@ def begin(device: str) -> None:
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), 0 if device == "cpu" else torch.cuda.device_count()
     if gpus and local_rank >= gpus:
         raise JpqError(
-            f"This machine has {gpus} GPUs, fewer than torchrun's --nproc-per-node. Start as many processes "
-            "as GPUs, or give --device cpu."
+            f"This machine has {gpus} GPUs, fewer than the processes that torchrun started. Start as many "
+            "processes as GPUs, or give --device cpu."
         )
     if gpus:
         torch.cuda.set_device(local_rank)

@@ -79,7 +79,7 @@ class Preview:
             try:
                 limit = parse_target(cost, text, self.full[cost]).limit
             except JpqError as error:
-                raise JpqError(str(error).replace("--target-", "--max-")) from error
+                raise JpqError(error.command_line.replace("--target-", "--max-")) from error
             limits[cost] = self.to_units(cost, limit)
         return limits
 

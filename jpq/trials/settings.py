@@ -139,8 +139,8 @@ class Study:
                 raise unknown(flag, name, known)
         if "latency" in {*objectives, *self.limits()} and config.budget.latency_table is None:
             raise JpqError(
-                "Latency as an objective or limit needs measured layers: run jpq bench --table FILE.csv "
-                f"--model {config.task.model}, then add --latency-table FILE.csv."
+                "Latency as an objective or limit needs measured layers: run `jpq bench --table FILE.csv "
+                f"--model {config.task.model}`, then add --latency-table FILE.csv."
             )
 
     def _check_numbers(self) -> None:

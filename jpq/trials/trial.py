@@ -109,8 +109,9 @@ class TrialRunner:
             if isinstance(error, JpqError) and is_disk_error(error):
                 queue_again(trial)
                 raise
-            trial.set_user_attr(REASON, " ".join(str(error).split())[:500])
-            raise TrialFailed(str(error)) from error
+            reason = error.command_line if isinstance(error, JpqError) else str(error)
+            trial.set_user_attr(REASON, " ".join(reason.split())[:500])
+            raise TrialFailed(reason) from error
 
     def _values(self, trial: Trial, config: Config, other_trials: Sequence[FrozenTrial]) -> list[float]:
         """Values of a trial with these decisions: those of an equal trial, or of a run."""

@@ -41,12 +41,12 @@ def test_the_longest_name_counts(entries, random):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("4/4,conv=8/8", "Unknown name in --bits 'conv'. Did you mean conv1"),
-        ("layer1.1=4/4", "Unknown name in --bits 'layer1.1'. Did you mean layer1"),
-        ("4/9", "--bits 4/9: give weight bits / activation bits, each from 2 to 8"),
-        ("fc=4", "--bits fc=4: give weight bits / activation bits"),
-        ("fc=4/4,fc=5/5", "--bits says fc twice"),
-        ("4/4,5/5", "--bits says the value for all the rest twice"),
+        ("4/4,conv=8/8", "Unknown name in bits 'conv'. Did you mean conv1"),
+        ("layer1.1=4/4", "Unknown name in bits 'layer1.1'. Did you mean layer1"),
+        ("4/9", "bits='4/9': give weight bits / activation bits, each from 2 to 8"),
+        ("fc=4", "bits fc=4: give weight bits / activation bits"),
+        ("fc=4/4,fc=5/5", "bits says fc twice"),
+        ("4/4,5/5", "bits says the value for all the rest twice"),
     ],
 )
 def test_bits_that_make_no_sense(text, reason):
@@ -119,7 +119,7 @@ def test_a_run_costs_what_was_said_and_is_verified(tmp_path):
 def test_a_target_beside_them_must_hold(tmp_path):
     asked = replace(config(tmp_path, target_bops="0.5%"), decide=Decide(bits="8/8"))
     macs = 9 * (64 * 1 * 32 + 16 * 32 * 64 + 16 * 64 * 64) + 640
-    with pytest.raises(JpqError, match=f"the decisions of --bits and --densities cost {64 * macs:,}"):
+    with pytest.raises(JpqError, match=f"the decisions of bits and densities cost {64 * macs:,}"):
         jpq.optimize(asked)
     assert not list(tmp_path.glob("*/float.safetensors")), "no training before the refusal"
 
@@ -127,10 +127,10 @@ def test_a_target_beside_them_must_hold(tmp_path):
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        ({"method": "l0"}, "--method l0 would too"),
-        ({"structure": "2:4"}, "--structure 2:4: --bits says the decisions"),
-        ({"width": "power-of-two"}, "--width power-of-two: --bits says the decisions"),
-        ({"bits": None, "method": MANUAL}, "--method by-hand: say the decisions with --bits and --densities"),
+        ({"method": "l0"}, "method l0 would too"),
+        ({"structure": "2:4"}, "structure='2:4': bits says the decisions"),
+        ({"width": "power-of-two"}, "width power-of-two: bits says the decisions"),
+        ({"bits": None, "method": MANUAL}, "method by-hand: say the decisions with bits and densities"),
     ],
 )
 def test_what_does_not_go_with_them(tmp_path, other, reason):

@@ -246,15 +246,15 @@ def test_classes_rank_and_the_report_says_what_its_accuracy_is_of(tmp_path):
 @pytest.mark.parametrize(
     ("method", "decide", "says"),
     [
-        ("djpq", {"score": "l2"}, "--score l2: method djpq ranks no channels. Choose --method ranked, taylor"),
-        ("two-stage", {"schedule": "cubic"}, "--schedule cubic: method two-stage closes channels at once"),
+        ("djpq", {"score": "l2"}, "score l2: method djpq ranks no channels. Choose method ranked, taylor"),
+        ("two-stage", {"schedule": "cubic"}, "schedule cubic: method two-stage closes channels at once"),
         ("ranked", {"schedule": "cubik"}, "Unknown schedule 'cubik'. Did you mean cubic"),
         ("ranked", {"score": "tailor"}, "Did you mean taylor"),
-        ("taylor", {"classes": "0,1"}, "score taylor does not look at classes. Choose --score catro"),
+        ("taylor", {"classes": "0,1"}, "score taylor does not look at classes. Choose score catro"),
         ("uniform", {"classes": "0,1"}, "method uniform ranks no channels"),
-        ("catro", {"classes": "0;1"}, "by their numbers: --classes 0,3,5"),
-        ("catro", {"classes": "3,50"}, "--classes 3,50: data 'digits' has classes 0 to 9 only"),
-        ("taylor", {"density": 1e-6}, "--density 1e-06 cannot be met.*of the MACs stay"),
+        ("catro", {"classes": "0;1"}, "by their numbers: classes='0,3,5'"),
+        ("catro", {"classes": "3,50"}, "classes='3,50': data 'digits' has classes 0 to 9 only"),
+        ("taylor", {"density": 1e-6}, "density=1e-06 cannot be met.*of the MACs stay"),
         ("taylor", {"structure": "elementwise"}, "decides about whole channels"),
     ],
 )
@@ -272,7 +272,7 @@ def test_a_network_without_norms_has_no_scales_to_rank_by():
     net = jpq.compress(model, batches()[0][0], "ranked", bops="5%", evidence=batches())
     decide, check_feasible = Decide(method="ranked"), procedure_of("ranked").check_feasible
     check_feasible(net.net, net.controller.targets, decide)
-    with pytest.raises(JpqError, match=r"pass no normalisation with a scale\. Choose another --score"):
+    with pytest.raises(JpqError, match=r"pass no normalisation with a scale\. Choose another score"):
         check_feasible(net.net, net.controller.targets, replace(decide, score="bn-scale"))
 
 

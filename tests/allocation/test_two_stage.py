@@ -118,10 +118,10 @@ def test_several_targets_hold_together():
     ("bops", "decide", "says"),
     [
         ("0.0001%", {}, "smallest possible"),
-        ("1%", {"density": 1e-6}, r"--density 1e-06 cannot be met.*of the MACs stay"),
-        ("1%", {"density": 0.0}, "--density"),
+        ("1%", {"density": 1e-6}, r"density=1e-06 cannot be met.*of the MACs stay"),
+        ("1%", {"density": 0.0}, "density=0"),
         ("1%", {"score": "l3"}, "l1"),
-        ("1%", {"structure": "elementwise"}, "--structure"),
+        ("1%", {"structure": "elementwise"}, "structure"),
     ],
 )
 def test_what_cannot_be_ends_before_training(bops, decide, says, tmp_path):

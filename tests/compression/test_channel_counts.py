@@ -220,9 +220,9 @@ def test_decisions_by_hand_are_rounded_too(tmp_path):
 @pytest.mark.parametrize(
     ("method", "asked", "words"),
     [
-        ("djpq", 0, "--channel-multiple 0 is outside 1 to 256"),
-        ("djpq", 257, "--channel-multiple 257 is outside 1 to 256"),
-        ("uniform", 8, "method uniform prunes nothing. Choose --method djpq"),
+        ("djpq", 0, "channel_multiple=0 is outside 1 to 256"),
+        ("djpq", 257, "channel_multiple=257 is outside 1 to 256"),
+        ("uniform", 8, "method uniform prunes nothing. Choose method djpq"),
         ("upscale", 8, "method upscale keeps channels for each reader on its own"),
         ("pdp", 8, "masks weights inside layers (elementwise)"),
     ],
@@ -245,6 +245,6 @@ def test_methods_that_are_told_how_many_channels_stay_refuse():
 def test_impossible_targets_name_the_fewest_channels():
     targets = parse_targets({"bops": "0.05%"}, net(8).exact_usage())
     discretize.check_reachable(net(1), targets)
-    with pytest.raises(JpqError, match=r"8 channels, or all, at each site.*lower --channel-multiple"):
+    with pytest.raises(JpqError, match=r"8 channels, or all, at each site.*lower channel_multiple"):
         discretize.check_reachable(net(8), targets)
     assert not masks(resnet8().network, "elementwise")[0].labels.size

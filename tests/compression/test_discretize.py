@@ -141,7 +141,7 @@ def test_gates_that_count_are_judged_by_what_will_stay():
     for step in range(20):
         network.after_step(step / 19)
     assert FULL_USE <= used_share(targets[0], network.exact_usage(discretize.discretize(network, targets))) <= 1
-    with pytest.raises(JpqError, match=r"units that --density leaves. Keep less, allow fewer bits"):
+    with pytest.raises(JpqError, match=r"units that density leaves. Keep less, allow fewer bits"):
         discretize.check_reachable(network, parse_targets({"bops": "0.001%"}, network.exact_usage()))
 
 

@@ -105,7 +105,7 @@ def test_amounts(text, limit):
 
 @pytest.mark.parametrize("text", ["0", "0%", "101%", "2M", "-1%", "much", "", "1 percent", "50KB", "nan", "inf"])
 def test_bad_amounts_are_refused(text):
-    with pytest.raises(JpqError, match="--target-bops"):
+    with pytest.raises(JpqError, match="target_bops"):
         parse_target("bops", text, 10**6)
 
 

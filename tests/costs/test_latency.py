@@ -323,9 +323,9 @@ def test_an_impossible_target_names_the_smallest_possible_in_milliseconds():
 
 
 def test_without_a_table_one_sentence_says_what_to_run():
-    with pytest.raises(JpqError, match="jpq bench --table"):
+    with pytest.raises(JpqError, match="`jpq bench`"):
         compress(convnet().model, convnet().example, latency="50%")
-    with pytest.raises(JpqError, match="jpq bench --table"):
+    with pytest.raises(JpqError, match="`jpq bench`"):
         latency_ns(net(convnet().network).exact_usage())
 
 

@@ -440,7 +440,7 @@ def test_a_mask_that_changed_since_the_run_began_is_refused(trained, handed, tmp
     given = external_mask.read(folder)
     other = MaskPlan.of(given.plan.masks["3"].units().flip(0).float())
     (folder / "mask.json").write_text(altered(given, **{"3": other}).to_json())
-    with pytest.raises(JpqError, match=r"layer 3 keeps other units\. Run without --resume"):
+    with pytest.raises(JpqError, match=r"layer 3 keeps other units\. Run without resume"):
         jpq.optimize(replace(asked, run=replace(asked.run, resume=True)))
 
 
@@ -470,7 +470,7 @@ def test_inside_a_loop_of_ones_own(trained, handed):
     net.eval()
     small = net.finalize()
     assert torch.allclose(small(x), net(x), atol=1e-5)
-    with pytest.raises(JpqError, match="Leave --structure out"):
+    with pytest.raises(JpqError, match="Leave structure out"):
         jpq.compress(model, x, mask=handed[0], bops="1%", structure="2:4")
     with pytest.raises(JpqError, match="no mask to hold"):
         jpq.compress(model, x, method="masked", bops="1%")
@@ -560,7 +560,7 @@ def test_damaged_handovers_are_refused(damage, words, trained, handed, tmp_path,
         (["--mask", "nowhere"], "there is no such file or folder"),
         (["--mask", "HANDED"], "give the dense model that they come from with --weights"),
         (["--mask", "HANDED", "--weights", "W", "--method", "dpf"], "--method dpf would too"),
-        (["--mask", "HANDED", "--weights", "W", "--structure", "2:4"], "Leave --structure out"),
+        (["--mask", "HANDED", "--weights", "W", "--structure", "2:4"], "Leave structure out"),
         (["--mask", "HANDED", "--weights", "W", "--skip", "3"], "Leave --skip out"),
         (["--mask", "HANDED", "--weights", "W", "--width", "fixed"], "Choose --width learned"),
         (["--mask", "HANDED", "--weights", "W", "--width", "learnt"], "Did you mean learned"),
@@ -588,5 +588,5 @@ def test_a_run_with_a_mask_can_be_repeated_from_its_settings(retrained, tmp_path
 @pytest.mark.parametrize("flag", ["score", "schedule", "classes", "allocator"])
 def test_what_ranks_channels_does_not_go_with_a_mask(flag, handed, tmp_path, trained):
     asked = client(trained, tmp_path, handed[0])
-    with pytest.raises(JpqError, match=f"--{flag} l1: --mask says"):
+    with pytest.raises(JpqError, match=f"{flag} l1: mask says"):
         jpq.optimize(replace(asked, decide=replace(asked.decide, **{flag: "l1"})))

@@ -187,9 +187,9 @@ def test_scores_see_the_weights_that_the_forward_pass_uses():
     [
         (("l3", ""), "Unknown score 'l3'. Did you mean"),
         (("taylr", ""), "Did you mean taylor"),
-        (("l1", "0,1"), "score l1 does not look at classes. Choose --score catro"),
+        (("l1", "0,1"), "score l1 does not look at classes. Choose score catro"),
         (("catro", "3"), "two classes at least"),
-        (("catro", "0,dog"), "by their numbers: --classes 0,3,5"),
+        (("catro", "0,dog"), "by their numbers: classes='0,3,5'"),
         (("catro", "1,1"), "two classes at least"),
     ],
 )

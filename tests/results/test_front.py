@@ -72,7 +72,7 @@ def test_another_cost_and_two_of_them(tmp_path: Path) -> None:
         build_front(points, ["bop"])
     with pytest.raises(JpqError, match="one or two costs"):
         build_front(points, ["bops", "size", "macs"])
-    with pytest.raises(JpqError, match="--latency-table"):
+    with pytest.raises(JpqError, match="latency_table"):
         build_front(points, ["latency"])
 
 
@@ -348,15 +348,15 @@ def test_picking_latency_where_runs_know_it(tmp_path: Path) -> None:
         ({"max_bops": "10k"}, r"the least is .* with 100 K BOPs \(0.10 % of fp32\)"),
         (
             {"min_accuracy": "97%", "max_bops": "1%"},
-            "with --max-bops 1% the most accurate is .* with 96.00 %; with "
-            "--min-accuracy 97% the least is .* with 4.00 M BOPs",
+            "with max_bops='1%' the most accurate is .* with 96.00 %; with "
+            "min_accuracy='97%' the least is .* with 4.00 M BOPs",
         ),
         ({"min_accuracy": "99%", "max_size": "1KB"}, "the most accurate of all is .* the least of all is"),
         ({"max_latency": "3ms"}, "no run knows its predicted latency"),
         ({"min_accuracy": "91"}, "Write it like 91% or 0.91"),
         ({"min_accuracy": "good"}, "Write it like 91% or 0.91"),
-        ({"max_size": "60%B"}, "--max-size '60%B' is not an amount. Write it like 50KB"),
-        ({"max_bops": "0"}, "--max-bops 0 allows nothing"),
+        ({"max_size": "60%B"}, "max_size '60%B' is not an amount. Write it like 50KB"),
+        ({"max_bops": "0"}, "max_bops=0 allows nothing"),
     ],
 )
 def test_what_nothing_meets_is_one_sentence_with_the_nearest(asked: dict[str, str], words: str, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def refuse(*_, **__):
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100"])
 def test_no_files_and_no_network_is_one_sentence(name, tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", refuse)
-    with pytest.raises(JpqError, match=f"'{name}' is not in the folder '{tmp_path}'.*--data-root"):
+    with pytest.raises(JpqError, match=f"'{name}' is not in the folder '{tmp_path}'.*data_root"):
         load(name, tmp_path)
 
 
@@ -38,7 +38,7 @@ def test_damaged_files_are_one_sentence(tmp_path, monkeypatch):
     packed = raw / "train-images-idx3-ubyte.gz"
     packed.chmod(0o644)
     packed.write_bytes(packed.read_bytes()[:1000])
-    with pytest.raises(JpqError, match="--data-root"):
+    with pytest.raises(JpqError, match="data_root"):
         load("fashion-mnist", tmp_path)
     for file in list(raw.iterdir()):
         (raw / file.name.removesuffix(".gz")).write_bytes(b"nothing")

@@ -155,12 +155,12 @@ def test_targets_that_list_as_many_or_hold_throughout(tmp_path):
 @pytest.mark.parametrize(
     ("budget", "says"),
     [
-        ({"target_bops": "1%,2%"}, "--target-bops lists 2% after 1%"),
-        ({"target_bops": "2%,2.0%"}, "--target-bops lists 2.0% after 2%"),
+        ({"target_bops": "1%,2%"}, "target_bops lists 2% after 1%"),
+        ({"target_bops": "2%,2.0%"}, "target_bops lists 2.0% after 2%"),
         ({"target_bops": "2%,1%,2%"}, "2% is there twice"),
         ({"target_bops": "2%,,1%"}, "missing beside a comma"),
-        ({"target_bops": "2%,1%", "target_size": "30KB,20KB,10KB"}, "2 budgets, --target-size .* 3"),
-        ({"target_bops": "2%,1%", "target_size": "20KB,30KB"}, "--target-size lists 30KB after 20KB"),
+        ({"target_bops": "2%,1%", "target_size": "30KB,20KB,10KB"}, "2 budgets, target_size .* 3"),
+        ({"target_bops": "2%,1%", "target_size": "20KB,30KB"}, "target_size lists 30KB after 20KB"),
         ({"target_bops": "2%,0.0001%"}, "smallest possible"),
         ({"target_bops": "2%,x"}, "'x' is not an amount"),
     ],
@@ -174,7 +174,7 @@ def test_lists_that_make_no_sense_end_before_training(budget, says, tmp_path):
 def test_too_few_epochs_for_so_many_budgets(tmp_path):
     with pytest.raises(JpqError, match="1 epochs of search are too few for 2 budgets"):
         jpq.optimize(down(tmp_path, train=replace(QUICK, epochs=2)))
-    with pytest.raises(JpqError, match="--tune-epochs 0"):
+    with pytest.raises(JpqError, match="tune_epochs=0"):
         jpq.optimize(down(tmp_path, train=replace(QUICK, tune_epochs=0)))
 
 

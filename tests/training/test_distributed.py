@@ -76,7 +76,7 @@ def test_one_process_alone_is_left_as_it_is():
 
 def test_batches_smaller_than_the_processes_are_refused(monkeypatch):
     monkeypatch.setattr(distributed, "count", lambda: 4)
-    with pytest.raises(JpqError, match="--batch-size 3 is shared by 4 processes"):
+    with pytest.raises(JpqError, match="batch_size=3 is shared by 4 processes"):
         distributed.check_rows(3)
 
 

@@ -297,7 +297,7 @@ def test_a_checkpoint_with_a_wrong_field_is_one_sentence(what: str, stopped: Con
     WRONG[what](saved)
     torch.save(saved, path)
     try:
-        with pytest.raises(JpqError, match=r"(?i)run without --resume\.$"):
+        with pytest.raises(JpqError, match=r"(?i)run without resume\.$"):
             jpq.optimize(resumed(stopped), final=False)
     finally:
         path.write_bytes(good)
@@ -312,10 +312,10 @@ def test_other_weights_behind_the_same_name_are_noticed(tiny_trial: Path, tmp_pa
         jpq.optimize(asked, After("search", 3, KeyboardInterrupt), final=False)
     saved = torch.load(folder_of(asked) / checkpoint.NAME)
     torch.save({**saved, "data": "0" * 64}, folder_of(asked) / checkpoint.NAME)
-    with pytest.raises(JpqError, match=r"--data digits is no longer the one that this run began with"):
+    with pytest.raises(JpqError, match=r"data digits is no longer the one that this run began with"):
         jpq.optimize(resumed(asked), final=False)
     save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)
-    with pytest.raises(JpqError, match=r"--weights .* is no longer the one that this run began with"):
+    with pytest.raises(JpqError, match=r"weights .* is no longer the one that this run began with"):
         jpq.optimize(resumed(asked), final=False)
 
 
@@ -393,7 +393,7 @@ def test_a_read_only_disk(tmp_path: Path) -> None:
     place = disk(tmp_path, 16)
     try:
         subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
-        with pytest.raises(JpqError, match=r"Read-only file system.*--out"):
+        with pytest.raises(JpqError, match=r"Read-only file system.*with out"):
             jpq.optimize(kills.tiny_config(place))
     finally:
         subprocess.run(["umount", str(place)], check=True)

@@ -382,7 +382,7 @@ def test_a_study_of_somebody_else_is_left_alone(tmp_path, weights, formula, dire
     url = f"sqlite:///{tmp_path}/study.db"
     theirs = optuna.create_study(storage=url, study_name="study", directions=directions)
     theirs.add_trial(optuna.create_trial(values=[1.0] * len(directions)))
-    with pytest.raises(JpqError, match=r"holds a study 'study' that is not of jpq study. Choose another --name"):
+    with pytest.raises(JpqError, match=r"holds a study 'study' that is not of jpq study. Choose another name"):
         jpq.study(task(tmp_path, weights), Study(trials=1, storage=url))
     assert not formula
     assert len(theirs.trials) == 1
@@ -488,9 +488,9 @@ def test_pictures_show_what_keeps_to_the_limits(tmp_path):
 def test_other_settings_under_the_same_name_are_refused(tmp_path, weights, formula):
     config = task(tmp_path, weights)
     jpq.study(config, Study(trials=1))
-    with pytest.raises(JpqError, match="Study 'study' was begun with --epochs 2, and here it is 3"):
+    with pytest.raises(JpqError, match="Study 'study' was begun with epochs=2, and here it is 3"):
         jpq.study(replace(config, train=replace(QUICK, epochs=3)), Study(trials=2))
-    with pytest.raises(JpqError, match="was begun with --sampler tpe, and here it is gp"):
+    with pytest.raises(JpqError, match="was begun with sampler tpe, and here it is gp"):
         jpq.study(config, Study(trials=2, sampler="gp"))
     other = tmp_path / "other.safetensors"
     prepare_float_weights(

@@ -118,7 +118,7 @@ def _read_folders(path: Path) -> Iterator[RunPoint | str]:
         try:
             yield read_point(here)
         except JpqError as error:
-            yield f"{here}: {error}"
+            yield f"{here}: {error.command_line}"
     for here in begun:
         if not any(here in end.parents for end in ended):
             yield f"{here}: the run has not ended, there is no {RESULT_FILE}."
@@ -143,7 +143,7 @@ def _read_trials(study: Any, folder: Path | str | None = None) -> Iterator[RunPo
             else:
                 without_folder.append(from_attributes(name, about, trial.user_attrs, params))
         except JpqError as error:
-            yield f"{name} of {title}: {error}"
+            yield f"{name} of {title}: {error.command_line}"
     for point in without_folder:  # what the study does not record, another trial's folder may
         yield (
             point

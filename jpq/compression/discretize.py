@@ -17,16 +17,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import NamedTuple
 
 from torch import Tensor
 
 from jpq import costs
-from jpq.compression.channel_counts import nearest_count, rounding_point
+from jpq.compression import ladders
+from jpq.compression.channel_counts import nearest_count
+from jpq.compression.ladders import Ladders
 from jpq.compression.model import CompressedModel
 from jpq.costs.target import FULL_USE, Target, all_met, used_share
 from jpq.methods.quantizers import BitWidth
-from jpq.plan import LayerPlan, MaskPlan, Plan
+from jpq.plan import MaskPlan, Plan
 from jpq.types import JpqError
 
 NATS = 2.0  # margin of a unit, in nats, that a shift of one bit moves
@@ -34,8 +35,6 @@ NATS = 2.0  # margin of a unit, in nats, that a shift of one bit moves
 BOTTOM = 1e6  # minus this shift, every decision is at its smallest
 
 REACH = 24.0  # shift that moves every width from one end of its range to the other
-
-LARGEST_GAP = 2.0  # bits between the shifts of a step forward and of a step back that pays for it
 
 
 @dataclass(frozen=True)
@@ -66,68 +65,6 @@ class SoftDecisions:
             kept[site] = tuple(u in best for u in range(len(margins)))
         masks = {name: MaskPlan.of(_above(margins, -NATS * shift)) for name, margins in self.masks.items()}
         return replace(self.plan, layers=layers, kept=kept, masks={**self.plan.masks, **masks})
-
-    def steps(self, plan: Plan) -> list[Step]:
-        """All single steps that keep more channels or bits, one decision each, by rising shift."""
-        steps: list[Step] = []
-        for (name, side), width in self.widths.items():
-            bits = _bits(plan.layers[name], side)
-            more = [c for c in width.choices if c > bits]
-            if more:
-                shift = width.switch(bits, more[0]) - width.soft()
-                steps.append(Step(shift, f"{name} {side}", _with_bits(plan, name, side, more[0])))
-        for site, margins in self.margins.items():
-            now = sum(plan.kept[site])
-            larger = [c for c in self.counts[site] if c > now]
-            if larger:  # units of a site open by falling margin
-                closed = [u for u in self.order[site] if not plan.kept[site][u]][: larger[0] - now]
-                last = closed[rounding_point(now, larger[0]) - now - 1]  # where rounding takes the larger count
-                steps.append(Step(-margins[last] / NATS, site, _with_units(plan, site, closed, True)))
-        return sorted(steps, key=lambda step: step.shift)
-
-    def steps_back(self, plan: Plan) -> list[Step]:
-        """All single steps that keep fewer channels or bits, one decision each, by falling shift."""
-        steps: list[Step] = []
-        for (name, side), width in self.widths.items():
-            bits = _bits(plan.layers[name], side)
-            less = [c for c in width.choices if c < bits]
-            if less:
-                shift = width.switch(less[-1], bits) - width.soft()
-                steps.append(Step(shift, f"{name} {side}", _with_bits(plan, name, side, less[-1])))
-        for site, margins in self.margins.items():
-            now = sum(plan.kept[site])
-            smaller = [c for c in self.counts[site] if c < now]
-            if smaller:
-                open_ = [u for u in self.order[site] if plan.kept[site][u]]
-                last = open_[rounding_point(smaller[-1], now) - 1]  # below it rounding takes the smaller count
-                steps.append(Step(-margins[last] / NATS, site, _with_units(plan, site, open_[smaller[-1] :], False)))
-        return sorted(steps, key=lambda step: -step.shift)
-
-
-class Step(NamedTuple):
-    """A change of one decision by one step: the shift at which rounding changes it, its name, and the new plan."""
-
-    shift: float
-    name: str
-    plan: Plan
-
-
-def _bits(layer: LayerPlan, side: str) -> int:
-    return layer.w_bits if side == "w" else layer.a_bits
-
-
-def _with_bits(plan: Plan, name: str, side: str, bits: int) -> Plan:
-    """The plan with another width of one layer's weight ("w") or input ("a")."""
-    before = plan.layers[name]
-    layer = replace(before, w_bits=bits) if side == "w" else replace(before, a_bits=bits)
-    return replace(plan, layers={**plan.layers, name: layer})
-
-
-def _with_units(plan: Plan, site: str, units: Sequence[int], open_: bool) -> Plan:
-    """The plan with units of one site opened or closed."""
-    changed = set(units)
-    kept = tuple(open_ if u in changed else k for u, k in enumerate(plan.kept[site]))
-    return replace(plan, kept={**plan.kept, site: kept})
 
 
 def _above(margins: Tensor, threshold: float) -> Tensor:
@@ -175,35 +112,17 @@ def discretize(net: CompressedModel, targets: Sequence[Target], decisions: SoftD
 
 def spend_slack(net: CompressedModel, decisions: SoftDecisions, plan: Plan, targets: Sequence[Target]) -> Plan:
     """The plan after steps that keep more, nearest first, until no single step fits into the targets."""
-    too_dear: set[str] = set()  # names of steps; costs only grow, so they never fit later
-    while True:
-        for step in decisions.steps(plan):
-            if step.name in too_dear:
-                continue
-            if all_met(targets, net.exact_usage(step.plan)):
-                plan = step.plan
-                break
-            too_dear.add(step.name)
-        else:
-            return plan
+    return ladders.spend(Ladders(decisions, NATS), plan, lambda p: all_met(targets, net.exact_usage(p)))
 
 
 def trade_steps(net: CompressedModel, decisions: SoftDecisions, plan: Plan, targets: Sequence[Target]) -> Plan:
-    """The plan after one step forward and the steps back that pay for it, where 97 % of a target are then used.
-
-    The step forward is the nearest one that can be paid for. No step back lies more than `LARGEST_GAP` bits behind it:
-    a width that falls from 8 bits to 4 is not worth a few percent of the budget.
-    """
-    for more in decisions.steps(plan):
-        candidate: Plan | None = more.plan
-        while candidate is not None and not all_met(targets, net.exact_usage(candidate)):
-            back = (s for s in decisions.steps_back(candidate) if s.name != more.name)
-            candidate = next((s.plan for s in back if more.shift - s.shift <= LARGEST_GAP), None)
-        if candidate is not None:
-            candidate = spend_slack(net, decisions, candidate, targets)
-            if _used(targets, net, candidate) >= FULL_USE:
-                return candidate
-    return plan
+    """The plan after one step forward and the steps back that pay for it, where 97 % of a target are then used."""
+    return ladders.trade(
+        Ladders(decisions, NATS),
+        plan,
+        lambda p: all_met(targets, net.exact_usage(p)),
+        lambda p: _used(targets, net, p) >= FULL_USE,
+    )
 
 
 def fill_masks(net: CompressedModel, decisions: SoftDecisions, plan: Plan, targets: Sequence[Target]) -> Plan:

@@ -15,6 +15,7 @@ from zoo import ZOO, randomised
 from jpq import costs
 from jpq.compression import discretize
 from jpq.compression.attach import attach
+from jpq.compression.ladders import Ladders
 from jpq.compression.model import CompressedModel
 from jpq.costs.target import Target, all_met
 from jpq.export import runtimes
@@ -98,8 +99,11 @@ def scatter(net: CompressedModel, seed: int) -> None:
 
 def check_no_step_fits(net: CompressedModel, targets: Sequence[Target], plan: Plan) -> None:
     """What a plan leaves of the targets pays for no single step: one more bit, or the next units of a site."""
-    steps = discretize.soft_decisions(net).steps(plan)
-    assert not any(all_met(targets, net.exact_usage(step.plan)) for step in steps)
+    ladders = Ladders(discretize.soft_decisions(net), discretize.NATS)
+    positions = ladders.positions(plan)
+    for i in set(ladders.steps(positions, forward=True)[1].tolist()):
+        one_more = [p + (k == i) for k, p in enumerate(positions)]
+        assert not all_met(targets, net.exact_usage(ladders.plan(plan, one_more, [i])))
 
 
 class Rebuilt(NamedTuple):

@@ -1,4 +1,4 @@
-"""Recurrent modules as steps of plain layers: torch's outputs, prunable hidden units, counted MACs, a file that runs."""
+"""Recurrent modules as steps of plain layers: the same outputs, prunable units, counted MACs, files that run."""
 
 from __future__ import annotations
 

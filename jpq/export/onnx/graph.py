@@ -101,7 +101,7 @@ def remove_unused_constants(graph: Any) -> None:
 
 
 def share_equal_weights(graph: Any) -> None:
-    """Store weights once that several nodes read, such as the steps of a recurrent layer: equal initializers of 2+ dims.
+    """Store weights once that several nodes read, as the steps of a recurrent layer do: equal initializers of 2+ dims.
 
     Fewer dims are left alone: rewrites know them by name, and they hold little.
     """

@@ -28,7 +28,7 @@ ANNEXES = {"detection", "data_free"}  # imported by the command line alone
 FACES = {"__init__", "__main__"}
 
 THIRD_PARTIES = {
-    "brevitas": ("methods/quantizers/brevitas_layers", "export/onnx/"),
+    "brevitas": ("methods/quantizers/brevitas_layers", "methods/quantizers/proxies", "export/onnx/"),
     "optuna": ("trials/", "allocation/allocators"),
     "pandas": ("results/",),
     "matplotlib": ("results/",),

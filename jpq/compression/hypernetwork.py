@@ -29,6 +29,7 @@ import torch
 import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
+from jpq.compression.masking import parametrize_weight
 from jpq.methods.gates import Gate
 from jpq.tracing.network import Layer, LayerKind
 from jpq.tracing.sites import Site
@@ -117,7 +118,7 @@ class Hypernetworks:
         module = model.get_submodule(layer.name)
         weight: Tensor = module.weight  # type: ignore[assignment]
         hyper = Generated(weight, [self.gates[g] for g in used], reads, makes)
-        parametrize.register_parametrization(module, "weight", hyper, unsafe=True)
+        parametrize_weight(module, "weight", hyper)
         with torch.no_grad():
             module.parametrizations.weight.original.zero_()  # type: ignore[union-attr,operator]
 

@@ -27,6 +27,11 @@ class GateSample:
         self.part: tuple[int, int, int] | None = None  # size of the whole batch, and this process's part of it
         self.resample()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the noise of a forward pass, and without the graph behind the sample."""
+        z = None if self.z is None else self.z.detach()
+        return {**vars(self), "z": z, "_noise": {}}
+
     def show_weights(self) -> None:
         """Pass the present float weights to the gate (`Gate.observe_weights`)."""
         if self.gate.needs_weights and self.reach:
@@ -46,6 +51,31 @@ class GateSample:
             noise = self.gate.input_noise(total * each)
             self._noise[batch] = None if noise is None else noise[start * each : stop * each]
         return self._noise[batch]
+
+
+def parametrize_weight(module: nn.Module, name: str, parametrization: nn.Module) -> None:
+    """Let a module's parameter be computed by a parametrization, in a module that can be pickled.
+
+    torch gives the module a class made while the program runs, and refuses to pickle it.
+    """
+    parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+    type(module).__reduce__ = _reduce_parametrized  # type: ignore[assignment]
+
+
+def _reduce_parametrized(module: nn.Module) -> tuple[Any, ...]:
+    """How a parametrized module is pickled: the class behind its own, the names of its parameters, its attributes."""
+    names = tuple(module.parametrizations.keys())  # type: ignore[operator,union-attr]
+    return _empty_parametrized, (parametrize.type_before_parametrizations(module), names), dict(vars(module))
+
+
+def _empty_parametrized(kind: type[nn.Module], names: Sequence[str]) -> nn.Module:
+    """A module of a class with parametrized parameters, whose attributes are still to be set."""
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    for name in names:
+        module.register_parameter(name, nn.Parameter(torch.zeros(())))
+        parametrize_weight(module, name, nn.Identity())
+    return module
 
 
 def original(module: nn.Module, name: str) -> Tensor:

@@ -32,15 +32,23 @@ class Schedule:
         return final + (1 - final) * self.left(taken / len(self.times))
 
 
+def _linear(done: float) -> float:
+    return 1 - done
+
+
+def _cubic(done: float) -> float:
+    return (1 - done) ** 3
+
+
 def _even(steps: int) -> tuple[float, ...]:
     return tuple(END * (k + 1) / steps for k in range(steps))
 
 
 SCHEDULES: dict[str, Schedule] = {
-    "one-shot": Schedule((0.0,), lambda done: 1 - done),  # all at the start
-    "iterative": Schedule(_even(STEPS["iterative"]), lambda done: 1 - done),  # the same share at every step
+    "one-shot": Schedule((0.0,), _linear),  # all at the start
+    "iterative": Schedule(_even(STEPS["iterative"]), _linear),  # the same share at every step
     # Zhu and Gupta, To prune, or not to prune, ICLR workshop 2018, arXiv:1710.01878: s = s_f (1 - (1 - t)^3)
-    "cubic": Schedule(_even(STEPS["cubic"]), lambda done: (1 - done) ** 3),
+    "cubic": Schedule(_even(STEPS["cubic"]), _cubic),
 }
 
 

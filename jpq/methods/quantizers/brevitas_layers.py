@@ -9,11 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import brevitas.nn as qnn
-from brevitas.inject import ExtendedInjector
-from brevitas.inject.enum import FloatToIntImplType, QuantType
-from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
 from torch import nn
 
+from jpq.methods.quantizers.proxies import NoActGrid, NoBiasGrid, act_injector, no_grid_proxy, weight_injector
 from jpq.methods.quantizers.uniform_integer import IntegerQuantizer
 from jpq.types import JpqError
 
@@ -27,20 +25,6 @@ _CONVS: dict[type[nn.Module], Any] = {
 }
 
 
-class _WeightGrid(ExtendedInjector):
-    proxy_class = WeightQuantProxyFromInjector
-    quant_type = QuantType.INT
-    float_to_int_impl_type = FloatToIntImplType.ROUND
-    narrow_range = True
-    signed = True
-
-
-class _ActGrid(ExtendedInjector):
-    proxy_class = ActQuantProxyFromInjector
-    quant_type = QuantType.INT
-    float_to_int_impl_type = FloatToIntImplType.ROUND
-
-
 def can_quantize(layer: nn.Module) -> bool:
     """Whether `quantize_layer` knows this kind of layer (the exact class: subclasses may compute something else)."""
     return type(layer) is nn.Linear or type(layer) in _CONVS
@@ -51,15 +35,18 @@ def quantize_layer(layer: nn.Module, weight: IntegerQuantizer, act: IntegerQuant
 
     Raises JpqError for a layer of another class.
     """
-    w = _WeightGrid.let(tensor_quant=weight)
-    # an unsigned grid is 0..N, a signed one -N..N: narrow only where there is a sign
-    a = _ActGrid.let(tensor_quant=act, signed=act.signed, narrow_range=act.signed)
+    grids = {
+        "weight_quant": weight_injector(weight),
+        "input_quant": act_injector(act, act.signed),
+        "output_quant": NoActGrid,
+        "bias_quant": NoBiasGrid,
+    }
     if type(layer) is nn.Linear:
         new: Any = qnn.QuantLinear(
-            layer.in_features, layer.out_features, layer.bias is not None, weight_quant=w, input_quant=a, device="meta"
+            layer.in_features, layer.out_features, layer.bias is not None, **grids, device="meta"
         )
     elif type(layer) in _CONVS:
-        new = _CONVS[type(layer)](**_conv_arguments(layer), weight_quant=w, input_quant=a, device="meta")
+        new = _CONVS[type(layer)](**_conv_arguments(layer), **grids, device="meta")
     else:
         raise JpqError(f"A {type(layer).__name__} cannot be quantized; exclude its layer or use Conv or Linear layers.")
     new.weight, new.bias = layer.weight, layer.bias
@@ -95,8 +82,8 @@ def _conv_arguments(layer: Any) -> dict[str, Any]:
 
 def quantize_results(module: nn.Module, grid: IntegerQuantizer) -> None:
     """Round a module's result to `grid`, which becomes its child `results`."""
-    act = _ActGrid.let(tensor_quant=grid, signed=grid.signed, narrow_range=grid.signed)
-    results: Any = qnn.QuantIdentity(act_quant=act)
+    results: Any = qnn.QuantIdentity(act_quant=act_injector(grid, grid.signed))
+    results.input_quant = no_grid_proxy(results)
     results.act_quant.skip_create_quant_tensor = True
     module.results = results.train(module.training)
     module.register_forward_hook(_rounded)

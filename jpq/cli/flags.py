@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
+
+from jpq.cli.parse_errors import explain_parse_error
+from jpq.types import JpqError
 
 if TYPE_CHECKING:
     from jpq.config import Config
     from jpq.trials.settings import Study
 
 T = TypeVar("T")
+
+POSITIONAL = get_args(tyro.conf.Positional[int])[1]  # tyro's mark of a setting that needs no flag
 
 COMMANDS = {
     "optimize": "Prune and quantize a model together, onto a budget.",
@@ -105,7 +112,6 @@ METAVARS = {
 def parse_optimize_flags(args: Sequence[str]) -> Config:
     """The config that flags of `jpq optimize` describe, on top of the file that --config names."""
     from jpq.config import Config, from_tree, read_tables
-    from jpq.types import JpqError
 
     file = _config_file(args)
     tree = read_tables(file) if file else {}
@@ -148,8 +154,9 @@ def _parse_config(
     sections: dict[str, Any] = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}
     sections |= {"study": study} if study is not None else {}
     parts: list[Any] = []
+    own = {field.name for field in dataclasses.fields(study)} if dataclasses.is_dataclass(study) else set()
     for name, section in sections.items():
-        table = with_help(type(section))
+        table = with_help(type(section), hidden=own if section is not study else ())
         parts.append((name, table, dataclasses.field(default=table(**vars(section)))))
     note = "Take settings from this TOML file, such as a run's config.toml; flags given here win."
     file = Annotated[Path | None, describe_setting("config", note)]
@@ -165,22 +172,41 @@ def _parse_config(
 
 
 def parse_flags(flags: type[T], command: str, args: Sequence[str]) -> T:
-    """The flags of one command. Ends the program on --help (0) and on flags that make no sense (2)."""
+    """The flags of one command. Ends the program on --help. Raises JpqError for flags that cannot be parsed."""
     about = "\n".join([COMMANDS[command], "", "examples:", *(f"  {line}" for line in EXAMPLES[command])])
     flat = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(flags, prog=f"jpq {command}", description=about, args=list(args), config=flat)
+    try:
+        with redirect_stderr(StringIO()):  # tyro's own page about an error
+            return tyro.cli(flags, prog=f"jpq {command}", description=about, args=list(args), config=flat)
+    except SystemExit as end:
+        if not end.code:
+            raise
+    raise JpqError(explain_parse_error(flags, command, args, _without_flag(flags)))
 
 
-def with_help(settings: type[T], positional: str = "") -> type[T]:
+def _without_flag(flags: type[Any]) -> str:
+    """Metavar of the setting that needs no flag; empty where there is none."""
+    hints = get_type_hints(flags, include_extras=True)
+    for field in dataclasses.fields(flags):
+        if POSITIONAL in getattr(hints[field.name], "__metadata__", ()):
+            return METAVARS[field.name]
+    return ""
+
+
+def with_help(settings: type[T], positional: str = "", hidden: Collection[str] = ()) -> type[T]:
     """A subclass of a settings dataclass that tells tyro how its help page shows each value.
 
     Args:
         settings: the dataclass.
         positional: the one setting that needs no flag.
+        hidden: settings that get no flag and keep their defaults.
     """
     hints = get_type_hints(settings)
     without_flag: Any = tyro.conf.Positional
     hints |= {positional: without_flag[hints[positional]]} if positional else {}
+    without_any: Any = tyro.conf.Suppress
+    fixed: Any = tyro.conf.Fixed
+    hints |= {name: without_any[fixed[hints[name]]] for name in hidden if name in hints}
     described: Any = settings
     columns: list[Any] = [
         (f.name, Annotated[hints[f.name], describe_setting(f.name)], dataclasses.field(default=f.default))

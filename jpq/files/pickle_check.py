@@ -44,6 +44,18 @@ HARMLESS = (
 )
 
 
+NAMESPACE = "argparse.Namespace"  # holds the settings of a training script
+
+NUMPY_TYPE = "numpy.dtype"
+
+NUMPY_SCALARS = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")  # since and before version 2
+
+NUMPY_BYTES = {
+    **{"b1": 1, "i1": 1, "u1": 1, "i2": 2, "u2": 2, "f2": 2},
+    **{"i4": 4, "u4": 4, "f4": 4, "i8": 8, "u8": 8, "f8": 8},
+}
+
+
 class BoundedFile:
     """A file that refuses reads beyond its end: memory would be allocated for the whole read."""
 
@@ -80,6 +92,10 @@ class _Named(_Closed):
         self.name, self.reader = name, reader
 
     def __call__(self, *args: Any) -> Any:
+        if self.reader.plain_objects and self.name == NUMPY_TYPE:
+            return _NumpyType(*args)
+        if self.reader.plain_objects and self.name in NUMPY_SCALARS:
+            return _checked_scalar(*args)
         if self.name not in HARMLESS:
             raise ValueError(f"it wants to run {self.name[:60]}, and jpq runs nothing in a file")
         if self.name in TENSORS:
@@ -101,6 +117,28 @@ class _Made:
             raise ValueError("an object's state is no dict")
 
 
+class _NumpyType(_Closed):
+    """Stand-in for the type of a number of numpy. Raises ValueError for types that are no plain numbers."""
+
+    def __init__(self, code: Any = None, align: Any = False, copy: Any = False) -> None:
+        if type(code) is not str or code not in NUMPY_BYTES or {type(align), type(copy)} - {bool, int}:
+            raise ValueError("a type of numpy that is no number's")
+        self.size = NUMPY_BYTES[code]
+
+    def __setstate__(self, state: Any) -> None:
+        if type(state) is not tuple or len(state) != 8 or state[0] != 3 or state[1] not in ("<", "|"):
+            raise ValueError("a type of numpy that is no number's")
+        if any(type(part) not in (int, str, type(None)) for part in state) or state[2:] != (
+            None,
+            None,
+            None,
+            -1,
+            -1,
+            0,
+        ):
+            raise ValueError("a type of numpy that is no number's")
+
+
 class _Storage(_Closed):
     """Stand-in for a storage: its bytes, and its bytes per element (1 where it is untyped)."""
 
@@ -109,10 +147,14 @@ class _Storage(_Closed):
 
 
 class PickleChecker(pickle._Unpickler):
-    """Interpreter of a pickle on stand-ins; Python's implementation, as the one in C allocates any declared length."""
+    """Interpreter of a pickle on stand-ins; Python's implementation, as the one in C allocates any declared length.
 
-    def __init__(self, file: BoundedFile) -> None:
+    With `plain_objects` it lets through what training scripts put beside weights: argparse.Namespace, numpy's numbers.
+    """
+
+    def __init__(self, file: BoundedFile, plain_objects: bool = False) -> None:
         super().__init__(file)
+        self.plain_objects = plain_objects
         self.declared: dict[str, int] = {}  # key of a storage -> its bytes
         self.room = file.size  # bytes left that text may be encoded to: each text stands in the file once
 
@@ -128,6 +170,13 @@ class PickleChecker(pickle._Unpickler):
     def _refused(self) -> None:
         raise ValueError("it holds objects, not tensors alone, and jpq runs no code of a file")
 
+    def _new_object(self) -> None:
+        arguments, kind = self.stack.pop(), self.stack.pop()  # type: ignore[attr-defined]
+        is_plain = isinstance(kind, _Named) and kind.name == NAMESPACE and type(arguments) is tuple and not arguments
+        if not (self.plain_objects and is_plain):
+            self._refused()
+        self.append(_Made())  # type: ignore[attr-defined]
+
     def _put(self) -> None:
         _check_key(self.stack[-2])  # type: ignore[attr-defined]
         super().load_setitem()  # type: ignore[misc]
@@ -139,7 +188,8 @@ class PickleChecker(pickle._Unpickler):
 
     dispatch: ClassVar[dict[int, Any]] = {
         **pickle._Unpickler.dispatch,
-        **dict.fromkeys(b"".join((pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.OBJ, pickle.INST)), _refused),
+        pickle.NEWOBJ[0]: _new_object,
+        **dict.fromkeys(b"".join((pickle.NEWOBJ_EX, pickle.OBJ, pickle.INST)), _refused),
         # opcodes that torch refuses too, and that hash any object
         **dict.fromkeys(b"".join((pickle.DICT, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET)), _refused),
         pickle.BYTEARRAY8[0]: _refused,  # allocates any declared length
@@ -181,6 +231,13 @@ def _check_items(name: str, args: tuple[Any, ...]) -> None:
         if type(pair) not in (list, tuple) or len(pair) != 2:
             raise ValueError("a dict is made of something else than pairs")
         _check_key(pair[0])
+
+
+def _checked_scalar(kind: Any = None, content: Any = None, *others: Any) -> _Made:
+    """Stand-in for a number of numpy. Raises ValueError where its bytes are not those of one of its type."""
+    if not isinstance(kind, _NumpyType) or type(content) is not bytes or len(content) != kind.size or others:
+        raise ValueError("a number of numpy whose bytes are not its own")
+    return _Made()
 
 
 def _check_tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> None:

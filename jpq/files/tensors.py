@@ -7,6 +7,7 @@ They must lie within the bytes of the file, because torch allocates whatever is 
 
 from __future__ import annotations
 
+import argparse
 import io
 import pickle
 import struct
@@ -17,6 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -24,7 +26,7 @@ from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
 from jpq.files.atomic import replace_file
-from jpq.files.pickle_check import DEEP, BoundedFile, PickleChecker
+from jpq.files.pickle_check import DEEP, NUMPY_BYTES, NUMPY_SCALARS, BoundedFile, PickleChecker
 from jpq.files.untrusted import as_dict, as_int, as_list, check_file, parse_json
 from jpq.types import JpqError
 
@@ -148,18 +150,22 @@ def _check_header(header: Any, room: int) -> None:
             raise ValueError(f"tensor {name[:40]!r} is not of the size that its bytes have")
 
 
-def read_torch(path: Path) -> Any:
-    """The content of a torch.save file: tensors, numbers and text in dicts and lists. Raises JpqError for all else."""
+def read_torch(path: Path, plain_objects: bool = False) -> Any:
+    """The content of a torch.save file: tensors, numbers and text in dicts and lists. Raises JpqError for all else.
+
+    With `plain_objects` also argparse.Namespace and numpy's numbers, which training scripts put beside weights.
+    """
     size = check_file(path)
     try:
         with path.open("rb") as file:
             zipped = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC  # the test that torch itself makes
             file.seek(0)
             if zipped:
-                _check_zip(file, size)
+                _check_zip(file, size, plain_objects)
             else:
-                _check_legacy(BoundedFile(file, size))
-        return _loaded(path)
+                _check_legacy(BoundedFile(file, size), plain_objects)
+        with torch.serialization.safe_globals(_plain_globals() if plain_objects else []):
+            return _loaded(path)
     except RecursionError as error:
         raise JpqError(f"{path} nests deeper than any weights do.") from error
     except DAMAGE as error:
@@ -175,7 +181,14 @@ def _loaded(path: Path) -> Any:
         raise ValueError(reason or "torch refuses it") from error
 
 
-def _check_zip(file: IO[bytes], size: int) -> None:
+def _plain_globals() -> list[Any]:
+    """Classes and functions that torch may call for `plain_objects`, the last under names of both numpy 1 and 2."""
+    scalar = np.float64(0).__reduce__()[0]
+    types = [type(np.dtype(code)) for code in NUMPY_BYTES]
+    return [argparse.Namespace, np.dtype, *types, *((scalar, name) for name in NUMPY_SCALARS)]
+
+
+def _check_zip(file: IO[bytes], size: int, plain_objects: bool) -> None:
     """Raises ValueError where the archive is compressed, or declares more than it has, and for damage."""
     end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
     if end is None or end[9] - end[5] - end[6] != (76 if end[0] == b"PK\6\6" else 0):
@@ -195,28 +208,28 @@ def _check_zip(file: IO[bytes], size: int) -> None:
             raise ValueError(f"record {broken[:40]!r} does not match its checksum")
         program = archive.read(f"{top}data.pkl")
         stored = {e.filename.removeprefix(f"{top}data/"): e.file_size for e in entries}
-        for key, declared in _declared_bytes(BoundedFile(io.BytesIO(program), len(program))).items():
+        for key, declared in _declared_bytes(BoundedFile(io.BytesIO(program), len(program)), plain_objects).items():
             if declared > stored.get(key, 0):
                 raise ValueError(f"it declares {declared:,} bytes where it has {stored.get(key, 0):,}")
 
 
-def _check_legacy(file: BoundedFile) -> None:
+def _check_legacy(file: BoundedFile, plain_objects: bool) -> None:
     """Raises ValueError where a file of torch before 1.6 declares more than it has.
 
     Such a file is four pickles, a fifth with the keys of its storages, then their bytes.
     """
     for _ in range(3):
         PickleChecker(file).load()
-    declared = sum(_declared_bytes(file).values())
+    declared = sum(_declared_bytes(file, plain_objects).values())
     if not all(type(key) is str for key in as_list(PickleChecker(file).load())):
         raise ValueError("a storage's key is no text")
     if declared > file.left:
         raise ValueError(f"it declares {declared:,} bytes of tensors where {file.left:,} are left")
 
 
-def _declared_bytes(file: BoundedFile) -> dict[str, int]:
+def _declared_bytes(file: BoundedFile, plain_objects: bool) -> dict[str, int]:
     """Key of each storage that a pickle refers to -> the size that it declares."""
-    checker = PickleChecker(file)
+    checker = PickleChecker(file, plain_objects)
     checker.load()
     return checker.declared
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from jpq.tasks.data import load as load_data
     from jpq.tasks.load import load_dense_model, read_data
     from jpq.tasks.models import build as build_model
-    from jpq.tasks.models import load_weights
+    from jpq.tasks.weights import load_weights
 
 __all__ = [
     "CLASSIFICATION",
@@ -46,7 +46,7 @@ _HOMES = {
     "build_model": "models:build",
     "load_data": "data:load",
     "load_dense_model": "load",
-    "load_weights": "models",
+    "load_weights": "weights",
     "read_data": "load",
 }
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

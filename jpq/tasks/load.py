@@ -9,6 +9,7 @@ from jpq.config import Config
 from jpq.tasks import models
 from jpq.tasks.data import Data
 from jpq.tasks.data import load as load_data
+from jpq.tasks.weights import load_weights
 from jpq.tracing.decompose import decompose
 
 
@@ -30,10 +31,15 @@ def read_data(config: Config, device: torch.device) -> Data:
     )
 
 
-def load_dense_model(config: Config, data: Data, device: torch.device) -> nn.Module:
-    """The float model that a config names, decomposed into plain layers, with its weights, checked against the data."""
+def load_dense_model(config: Config, data: Data, device: torch.device, notes: list[str] | None = None) -> nn.Module:
+    """The float model that a config names, decomposed into plain layers, with its weights, checked against the data.
+
+    Sentences on the weights, such as that they were cast, are added to `notes`.
+    """
     model = models.build(config.task.model, data.classes, data.shape[0]).to(device)
     if config.task.weights is not None:
-        models.load_weights(model, config.task.weights)
+        about = load_weights(model, config.task.weights)
+        if notes is not None:
+            notes.extend(about)
     models.check_fits(model, data.example, data.classes, data.task)
-    return decompose(model).eval()
+    return decompose(model, data.example).eval()

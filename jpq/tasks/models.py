@@ -1,4 +1,4 @@
-"""Models by name, weights from a file, and the check that a model fits the data.
+"""Models by name, and the check that a model fits the data.
 
 `lenet5`, `vgg7`, `convnet`, `resnet8` .. `resnet56` are in `jpq.tasks.zoo`; `torchvision:NAME` is torchvision's;
 `module:callable` imports and runs the user's own code.
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq.files.tensors import one_line, read_safetensors, read_torch
 from jpq.files.untrusted import check_file, check_no_code
 from jpq.plan import Plan
 from jpq.tasks import CLASSIFICATION, zoo
 from jpq.tasks.base import Task
 from jpq.tasks.datasets import call_user_code, import_callable
+from jpq.tasks.weights import load_weights as load_weights
 from jpq.tasks.zoo import cifar_resnet, convnet, lenet5, vgg7
 from jpq.tracing.export_graph import locate_failure
 from jpq.tracing.forward import name_inputs
@@ -120,71 +120,6 @@ def _parameter_names(function: Callable[..., Any]) -> frozenset[str]:
     except ValueError:  # some built-in callables have no signature
         return frozenset()
     return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Copy weights from .pth, .pt, .th or .safetensors into `model`; every key and shape must fit, all be finite.
-
-    Takes a plain dict of tensors, or one under `state_dict` or `model`; a `module.` prefix (DataParallel) is dropped.
-    Nothing in the file is executed. Raises JpqError for a file that cannot be read or does not fit.
-    """
-    path = Path(path)
-    weights = _state_dict(_read_file(path), path)
-    state = model.state_dict()
-    if not any(key.startswith("module.") for key in state):
-        weights = {key.removeprefix("module."): value for key, value in weights.items()}
-    # weights from before PyTorch 0.4.1 lack this counter, which no forward pass with a momentum reads
-    missing = [key for key in state if key not in weights and not key.endswith("num_batches_tracked")]
-    shapes = [k for k in state if k in weights and state[k].shape != weights[k].shape]
-    misfits = [
-        _count_text("missing", missing),
-        _count_text("unexpected", [key for key in weights if key not in state]),
-        _count_text("differently shaped", [f"{k} {list(weights[k].shape)} for {list(state[k].shape)}" for k in shapes]),
-    ]
-    if any(misfits):
-        raise JpqError(
-            f"Weights '{path}' do not fit the model: {'; '.join(filter(None, misfits))}. "
-            "Choose the model, and the number of classes, that they were trained for."
-        )
-    bad = [key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
-    if bad:
-        raise JpqError(
-            f"Weights '{path}' hold NaN or infinity: {_count_text('in', bad)}. Use a checkpoint from before that."
-        )
-    model.load_state_dict(weights, strict=False)
-
-
-def _read_file(path: Path) -> Any:
-    if not path.is_file():
-        raise JpqError(f"There is no weights file '{path}'. Check --weights.")
-    if path.suffix not in (".pth", ".pt", ".th", ".safetensors"):
-        raise JpqError(f"Weights '{path}' end in '{path.suffix}'; jpq reads .pth, .pt, .th and .safetensors.")
-    try:
-        return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
-    except JpqError as error:
-        reason = one_line(error.__cause__ or error)
-        raise JpqError(
-            f"Weights '{path}' cannot be read: {reason}. Save them anew as torch.save(model.state_dict(), path)."
-        ) from error
-
-
-def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
-    """The dict of tensors in a file's content, plain or under `state_dict` or `model`."""
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise JpqError(
-            f"Weights '{path}' hold no dict of tensors, plain or under 'state_dict' or 'model'. "
-            "Save them as torch.save(model.state_dict(), path)."
-        )
-    return {str(key): value for key, value in content.items()}
-
-
-def _count_text(what: str, keys: list[str]) -> str:
-    """The number of keys and the first three: `5 missing (a, b, c, ...)`; "" where there is none."""
-    return f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else ""
 
 
 def check_fits(model: nn.Module, example: Tensor, classes: int | None = None, task: Task = CLASSIFICATION) -> None:

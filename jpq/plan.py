@@ -22,6 +22,8 @@ MOST_UNITS = 2**32  # largest number of units of all masks together
 
 MOST_CHANNELS = 2**24  # largest number of channels of one layer
 
+MOST_DIMS = 25  # largest number of dims of a tensor
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -79,6 +81,44 @@ class EndPlan:
 
 
 @dataclass(frozen=True)
+class RoutedCall:
+    """How a product in a module's own code follows from the layer that computes it (`jpq.tracing.products`)."""
+
+    operand: int = 0  # which of the two operands is the layer's input
+    summed: tuple[int, ...] = ()  # dims of the input that are summed over, from the last (-1); (): as the layer does
+    sizes: tuple[int, ...] = ()  # sizes of the dims that the outputs stand for, where several
+    order: tuple[int, ...] = ()  # of the dims of the result, where outputs do not come last
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """The parameters of a module from which a tensor of a routed layer comes, and how.
+
+    With one parameter and sizes it is a view of that parameter, by strides; else code computes it.
+    """
+
+    parameters: tuple[str, ...]
+    size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class LayerRoute:
+    """Products in a module's own code that a plain layer computes, which becomes a child of the module."""
+
+    module: str  # dotted path of the module
+    child: str  # name of the layer in it
+    kind: str  # its class in torch.nn
+    shape: tuple[int, ...]  # of its weight
+    weight: WeightSource
+    bias: WeightSource | None
+    calls: Mapping[str, RoutedCall]  # own call of the module, such as "matmul:0" -> how the layer computes it
+    options: Mapping[str, Any] = field(default_factory=dict)  # of a convolution: stride, padding, dilation, groups ...
+    skipped: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # call that made the weight -> its shape
+
+
+@dataclass(frozen=True)
 class Plan:
     """All decisions of a compressed model."""
 
@@ -91,10 +131,14 @@ class Plan:
     selects: Mapping[str, list[int]] = field(default_factory=dict)  # layer -> input channels it reads, where not all
     ends: Mapping[str, EndPlan] = field(default_factory=dict)  # module -> grid of its output
     model: Mapping[str, Any] = field(default_factory=dict)  # how to build the dense model: name, classes, channels
+    routes: tuple[LayerRoute, ...] = ()  # layers that the model's own code was given before it was sliced
 
     def to_json(self) -> str:
         """The JSON text that `from_json` reads."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        tree = asdict(self)
+        if not self.routes:
+            del tree["routes"]
+        return json.dumps({"format": FORMAT, **tree}, indent=1)
 
 
 def from_json(text: str, source: str) -> Plan:
@@ -119,6 +163,7 @@ def from_json(text: str, source: str) -> Plan:
             selects={name: _indices(index) for name, index in untrusted.as_dict(tree.get("selects", {})).items()},
             ends={name: _end(value) for name, value in untrusted.as_dict(tree.get("ends", {})).items()},
             model=_model(untrusted.as_dict(tree["model"])),
+            routes=tuple(_route(value) for value in untrusted.as_list(tree.get("routes", []))),
         )
     except (ValueError, KeyError) as error:
         raise JpqError(f"{source} is not a plan that jpq wrote ({type(error).__name__}: {error}).") from error
@@ -171,6 +216,49 @@ def _model(tree: dict[str, Any]) -> dict[str, Any]:
         elif name == "name":
             untrusted.as_str(value)
     return tree
+
+
+def _route(value: Any) -> LayerRoute:
+    route = untrusted.as_dict(value)
+    module, child, kind = (untrusted.as_str(route[name]) for name in ("module", "child", "kind"))
+    return LayerRoute(
+        module=module,
+        child=child,
+        kind=kind,
+        shape=_sizes(route["shape"]),
+        weight=_source(route["weight"]),
+        bias=None if route["bias"] is None else _source(route["bias"]),
+        calls={untrusted.as_str(key): _routed_call(call) for key, call in untrusted.as_dict(route["calls"]).items()},
+        options={untrusted.as_str(key): _option(v) for key, v in untrusted.as_dict(route["options"]).items()},
+        skipped={untrusted.as_str(key): _sizes(shape) for key, shape in untrusted.as_dict(route["skipped"]).items()},
+    )
+
+
+def _routed_call(value: Any) -> RoutedCall:
+    call = untrusted.as_dict(value)
+    summed = tuple(untrusted.as_int(dim, -MOST_DIMS, -1) for dim in untrusted.as_list(call["summed"]))
+    return RoutedCall(untrusted.as_int(call["operand"], 0, 1), summed, _sizes(call["sizes"]), _sizes(call["order"]))
+
+
+def _source(value: Any) -> WeightSource:
+    source = untrusted.as_dict(value)
+    names = tuple(untrusted.as_str(name) for name in untrusted.as_list(source["parameters"]))
+    offset = untrusted.as_int(source["offset"], 0, MOST_UNITS)
+    return WeightSource(names, _sizes(source["size"]), _sizes(source["stride"]), offset)
+
+
+def _option(value: Any) -> Any:
+    """An option of a convolution: a size, a size per dim, or "same"."""
+    if isinstance(value, list):
+        return _sizes(value)
+    return untrusted.as_str(value) if isinstance(value, str) else untrusted.as_int(value, 0, MOST_CHANNELS)
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    sizes = tuple(untrusted.as_int(size, 0, MOST_UNITS) for size in untrusted.as_list(value))
+    if len(sizes) > MOST_DIMS:
+        raise ValueError(f"{len(sizes)} dims")
+    return sizes
 
 
 def _structures(tree: Mapping[str, Any]) -> dict[str, str]:

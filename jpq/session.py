@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -16,16 +17,18 @@ from jpq.allocation.allocators import PlanEvaluator
 from jpq.allocation.prepare import Prepared, check_decide, prepare
 from jpq.allocation.ranking.evidence import Batches
 from jpq.allocation.ranking.scheduled_pruning import ScheduledPruning
-from jpq.compression import discretize
+from jpq.compression import discretize, session_state
 from jpq.compression.calibration import recalibrate
 from jpq.compression.model import CompressedModel, Trainable
+from jpq.compression.power_of_two_steps import round_activation_steps
 from jpq.config import SEARCH, Budget, Config, Decide, Task
 from jpq.costs import COSTS, baseline
 from jpq.costs.latency_table import LatencyTable
 from jpq.costs.target import Controller
+from jpq.export.exact_steps import round_weight_steps
 from jpq.export.rebuild import rebuild
 from jpq.methods.schedules import pick_schedule
-from jpq.plan import Plan
+from jpq.plan import Plan, from_json
 from jpq.tracing.decompose import decompose
 from jpq.training.loop import pressure
 from jpq.types import JpqError, unknown
@@ -34,6 +37,27 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 TARGETS = {"bops": "target_bops", "macs": "target_macs", "size": "target_size", "latency": "target_latency"}
+
+
+@contextmanager
+def _shortcut_names() -> Iterator[None]:
+    """Errors name targets as `compress` takes them: `bops="1%"`, where a config has `target_bops`."""
+    try:
+        yield
+    except JpqError as error:
+        error.parameters = {field: name for name, field in TARGETS.items()}
+        raise
+
+
+class SecondStage:
+    """The second stage of a two-stage method, still to begin: the network, its plan, batches of inputs."""
+
+    def __init__(self, net: CompressedModel, plan: Plan, batches: list[Any]):
+        self.net, self.plan, self.batches = net, plan, batches
+
+    def __call__(self) -> None:
+        """Begin the stage: freeze the plan with its bits."""
+        two_stage.start_second_stage(self.net, self.plan, self.batches)
 
 
 class CompressionSession(nn.Module):
@@ -54,8 +78,9 @@ class CompressionSession(nn.Module):
         controller: Controller | None,
         steps: int,
         gate_weight: float,
-        second_stage: Callable[[], None] | None = None,
+        second_stage: SecondStage | None = None,
         recalibrate: Callable[[], None] | None = None,
+        example: Any = None,
     ):
         super().__init__()
         self.net = net
@@ -64,6 +89,8 @@ class CompressionSession(nn.Module):
         self.recalibrate = recalibrate  # fits ranges anew when the search has ended
         self.second_stage = second_stage  # quantizes the pruned network of a two-stage method
         self.done = 0
+        self._example = example
+        self._settings: Mapping[str, Any] = {"settings": {}, "layers": {}}  # which a state that is loaded must have
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Output of the model under the decisions as they stand."""
@@ -107,12 +134,53 @@ class CompressionSession(nn.Module):
         self.net.after_step(self.progress)
         self.done += 1
 
+    def get_extra_state(self) -> Tensor:
+        """What `state_dict` holds beside the tensors: settings, progress, multipliers, decisions; bytes, uint8."""
+        searching = self.controller is not None
+        return session_state.encode(
+            {
+                "done": self.done,
+                "searching": searching,
+                "controller": None if self.controller is None else self.controller.state(),
+                "plan": None if searching else self.net.plan().to_json(),
+                "second_plan": None if self.second_stage is None else self.second_stage.plan.to_json(),
+                **self._settings,
+            }
+        )
+
+    def set_extra_state(self, state: Any) -> None:
+        """Continue from a state of `get_extra_state`; `load_state_dict` calls this before it loads the tensors.
+
+        A state that was saved after `discretize` discretizes this session too. Raises JpqError for a state of other
+        settings or of another network, and for one from before `discretize` where this session is past it.
+        """
+        record = session_state.decode(state)
+        session_state.check_same_settings(record, self._settings)
+        searching, pending = record["searching"], record["second_plan"] is not None
+        if (searching and self.controller is None) or (pending and self.second_stage is None):
+            raise JpqError(
+                "The state dict was saved before discretize(), and this session has been discretized: load it into a "
+                "new session of the same settings."
+            )
+        if searching and self.controller is not None:
+            try:
+                self.controller.restore(record["controller"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise JpqError(f"The state dict is of a session with other targets ({error}).") from error
+        elif self.controller is not None or (self.second_stage is not None and not pending):
+            self.net.freeze(from_json(record["plan"], "the state dict"))
+            self.controller = self.recalibrate = self.second_stage = None
+        if self.second_stage is not None:
+            self.second_stage.plan = from_json(record["second_plan"], "the state dict")
+        self.done = record["done"]
+
     def share(self, cost: str = "bops") -> float:
         """Cost of the decisions as they stand over the fp32 model's."""
 
         uses = self.net.exact_usage()
         return float(COSTS[cost](uses)) / baseline(uses)[cost]
 
+    @_shortcut_names()
     def discretize(self) -> Plan:
         """Discretize the decisions within the budget, for good; go on training with a new optimiser to fine-tune."""
         if self.controller is not None:
@@ -121,19 +189,25 @@ class CompressionSession(nn.Module):
             if self.recalibrate is not None:
                 self.recalibrate()
             self.net.freeze(plan)
+            round_activation_steps(self.net)
             self.controller, self.recalibrate = None, None
         if self.second_stage is not None:
             self.second_stage()
+            round_activation_steps(self.net)
             self.second_stage = None
         return self.net.plan()
 
     def finalize(self) -> nn.Module:
         """The small model: an ordinary module in eval mode, physically smaller, with brevitas layers.
 
-        It computes what this one does, unless averages were opened (`open_norms`): then go on training it.
+        It computes what this one does, unless averages were opened (`open_norms`): then go on training it. Otherwise
+        training ends here: norms are folded, and steps and biases rounded so that files compute the same numbers
+        (jpq/export/exact_steps.py), in this model too.
         """
         self.discretize()
         self.net.eval()
+        if not self.net.opened and self._example is not None:
+            round_weight_steps(self.net.model, self._example)
         return rebuild(self.net, self._dense[0])[0]
 
 
@@ -165,6 +239,7 @@ class Shortcuts(TypedDict, total=False):
     gate_weight: float
 
 
+@_shortcut_names()
 def compress(
     model: nn.Module,
     example_inputs: Any,
@@ -203,17 +278,26 @@ def compress(
         raise JpqError("table must be a LatencyTable: read one with jpq.export.timing.read_table(Path(...)).")
     decide, budget = _sections(method, decide or Decide(), budget or Budget(), dict(shortcuts), table)
     example = example_inputs if isinstance(example_inputs, (tuple, dict)) else (example_inputs,)
-    model = decompose(model)
+    model = decompose(model, example)
     prepared = prepare(model, example, decide, budget, table=table)
     net = prepared.attach(model, [example_inputs])
+    steps = max(1, steps)
+    settings = session_state.describe_settings(net, decide, budget, steps)
     batches = [(example_inputs, None)] if evidence is None else evidence
     if prepared.procedure.searches:
-        return _start_search(prepared, net, model, batches, max(1, steps), partial(recalibrate, net, [example_inputs]))
+        fit_ranges = partial(recalibrate, net, [example_inputs])
+        session = _start_search(prepared, net, model, batches, steps, fit_ranges, example_inputs)
+        session._settings = settings
+        return session
     plan = prepared.procedure.decide(net, prepared.targets, decide, PlanEvaluator(lambda: batches))
     stage_plan = prepared.procedure.first_stage(net, plan)
     net.freeze(plan if stage_plan is None else stage_plan)
-    second_stage = None if stage_plan is None else partial(two_stage.start_second_stage, net, plan, [example_inputs])
-    return CompressionSession(net, model, None, steps, 0.0, second_stage)
+    second_stage = None if stage_plan is None else SecondStage(net, plan, [example_inputs])
+    if stage_plan is None:
+        round_activation_steps(net)
+    session = CompressionSession(net, model, None, steps, 0.0, second_stage, example=example_inputs)
+    session._settings = settings
+    return session
 
 
 def _start_search(
@@ -223,17 +307,28 @@ def _start_search(
     batches: Batches,
     steps: int,
     fit_ranges: Callable[[], None],
+    example: Any,
 ) -> CompressionSession:
     """A session whose decisions are learned, with its controller, and its schedule where a ranking closes channels."""
     decide = prepared.decide
     discretize.check_reachable(net, prepared.targets)
     if prepared.method.score:
         schedule = pick_schedule(prepared.method.schedule)
-        net.scheduled_pruning = ScheduledPruning(net, prepared.score, schedule, decide.density, lambda _: batches)
+        net.scheduled_pruning = ScheduledPruning(net, prepared.score, schedule, decide.density, _SameBatches(batches))
         net.scheduled_pruning(0.0)
     controller = Controller(prepared.targets)
     controller.begin(net.exact_usage())
-    return CompressionSession(net, model, controller, steps, decide.gate_weight, recalibrate=fit_ranges)
+    return CompressionSession(net, model, controller, steps, decide.gate_weight, recalibrate=fit_ranges, example=example)
+
+
+class _SameBatches:
+    """Training batches for a score: the same at every decision."""
+
+    def __init__(self, batches: Batches):
+        self.batches = batches
+
+    def __call__(self, decision: int) -> Batches:
+        return self.batches
 
 
 def _sections(

@@ -95,7 +95,7 @@ def measure_layers(flags: Bench, console: Console) -> None:
         raise JpqError(f"A table is for one number of threads, not for {' and '.join(map(str, flags.threads))}.")
     threads = flags.threads[0] if flags.threads else 1
     model, example = model_and_example(flags)
-    network = trace(decompose(model), example)
+    network = trace(decompose(model, example), example)
     start = time.perf_counter()
     with Bar(console=console, transient=True) as bar:
         task = bar.add_task("measuring", total=None)

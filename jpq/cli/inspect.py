@@ -63,7 +63,7 @@ def inspect_command(args: list[str], console: Console) -> None:
     from jpq.tracing.trace import trace
 
     model, example = model_and_example(flags)
-    model = decompose(model)
+    model = decompose(model, example)
     start = time.perf_counter()
     network = trace(model, example, open_norms=flags.open_norms)
     sites = channels(network)

@@ -76,8 +76,9 @@ def prune_private(
     assert settings.weights is not None
     models.load_weights(model, settings.weights)
     draw_images = random_images(shape, moments, settings.seed, device)
-    models.check_runs(model, draw_images(2))
-    model = decompose(model).eval()
+    example = draw_images(2)
+    models.check_runs(model, example)
+    model = decompose(model, example).eval()
     admm = AdmmSettings(
         settings.steps,
         settings.rho,
@@ -153,7 +154,7 @@ def prune_model(
     settings = settings or AdmmSettings()
     check_full_precision(model)
     network = trace(model, draw_images(2))
-    set_threads(threads, sum(layer.macs for layer in network.layers) * settings.batch_size)
+    set_threads(threads, network.macs * settings.batch_size)
     sites = mask_sites(network, structure, skip)
     for site in sites:
         check_untied(model, network.layer(site.taps[0].layer))

@@ -30,6 +30,7 @@ from jpq.methods.quantizers import (
 )
 from jpq.plan import LayerPlan, Plan
 from jpq.tracing.model_checks import unwrap_model
+from jpq.tracing.routes import applied_routes, apply_routes
 from jpq.tracing.shrink import apply_slices
 from jpq.types import JpqError
 
@@ -58,7 +59,7 @@ def complete_plan(net: CompressedModel) -> Plan:
     """The plan of a network with final decisions, with the slices and selections that make it physical."""
     plan = net.plan()
     layout = choose_layout(net.network, [site for site in net.sites if not site.is_mask], plan.kept)
-    return replace(plan, slices=layout.slices, selects=layout.selects)
+    return replace(plan, slices=layout.slices, selects=layout.selects, routes=applied_routes(net.model))
 
 
 def build_from_plan(plan: Plan, model: nn.Module) -> nn.Module:
@@ -67,7 +68,7 @@ def build_from_plan(plan: Plan, model: nn.Module) -> nn.Module:
     Weights are those of `model`, sliced; the quantizers' ranges are still 1. Raises JpqError where the plan names a
     layer that the model does not have.
     """
-    small = apply_slices(copy.deepcopy(unwrap_model(model)), plan.slices)
+    small = apply_slices(apply_routes(copy.deepcopy(unwrap_model(model)), plan.routes), plan.slices)
     modules = dict(small.named_modules())
     for name, layer in plan.layers.items():
         module = modules.get(name)
@@ -107,14 +108,19 @@ def _copy_ranges(net: CompressedModel, small: nn.Module, plan: Plan) -> None:
         assert trained_grids is not None
         layer = small.get_submodule(name)
         rows = plan.slices.get(f"{name}.weight", {}).get(0)
-        ranges = trained_grids[0].log_threshold
-        weight_quantizer(layer).log_threshold.copy_(ranges[rows] if rows is not None and ranges.dim() else ranges)
-        act_quantizer(layer).log_threshold.copy_(trained_grids[1].log_threshold)
+        _copy_range(trained_grids[0], weight_quantizer(layer), rows)
+        _copy_range(trained_grids[1], act_quantizer(layer))
     for name in plan.ends:
         small_grid, trained_grid = (result_quantizer(m.get_submodule(name)) for m in (small, net.model))
         assert small_grid is not None
         assert trained_grid is not None
-        small_grid.log_threshold.copy_(trained_grid.log_threshold)
+        _copy_range(trained_grid, small_grid)
+
+
+def _copy_range(trained: IntegerQuantizer, small: IntegerQuantizer, rows: Any = None) -> None:
+    """Copy a quantizer's range and step, of a weight those of the kept `rows`."""
+    for old, new in ((trained.log_threshold, small.log_threshold), (trained.step, small.step)):
+        new.copy_(old[rows] if rows is not None and old.dim() else old)
 
 
 def _apply_masks(net: CompressedModel, small: nn.Module, plan: Plan) -> None:

@@ -18,6 +18,7 @@ from jpq.plan import read
 from jpq.tasks import models
 from jpq.tracing.channel_shares import ChannelShares
 from jpq.tracing.decompose import decompose
+from jpq.tracing.routes import apply_routes
 
 
 def predicted_ms(folder: Path, table: LatencyTable, run_code: bool = False) -> float:
@@ -29,7 +30,8 @@ def predicted_ms(folder: Path, table: LatencyTable, run_code: bool = False) -> f
         run_code: whether code that the folder names as its model may be run.
     """
     plan = read(folder / "plan.json")
-    model = decompose(models.of_plan(plan, folder / "plan.json", folder / "model.safetensors", run_code))
+    dense = models.of_plan(plan, folder / "plan.json", folder / "model.safetensors", run_code)
+    model = apply_routes(decompose(dense), plan.routes)
     example = torch.zeros(2, *Runner(folder / "model.onnx").shapes[0][1:])
     decide = replace(read_toml(folder / "config.toml").decide, mask=None)  # the plan holds the mask
     prepared = prepare(model, example, decide, Budget(), table=table, structures=plan.structures or None)

@@ -19,6 +19,9 @@ from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
 from jpq.methods.quantizers import replace_everywhere
 from jpq.tracing.attention import Attention, Decoder, Encoder
+from jpq.tracing.find_routes import route_products
+from jpq.tracing.forward import Example
+from jpq.tracing.pruning_masks import fold_pruning_masks
 from jpq.tracing.recurrent import PlainGRUCell, PlainLSTMCell, PlainRNNCell, Recurrent
 from jpq.tracing.window_attention import ShiftedWindows, decompose_maxvit_attention
 
@@ -40,14 +43,17 @@ DECOMPOSITIONS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
 }
 
 
-def decompose(model: nn.Module) -> nn.Module:
+def decompose(model: nn.Module, example: Example | None = None) -> nn.Module:
     """Copy `model` into plain layers that jpq can prune and quantize; outputs in evaluation are equal.
 
     - nn.MultiheadAttention and torchvision's attention of Swin and MaxViT become modules whose projections are
       nn.Linear layers and whose heads can go; nn.TransformerEncoder does without nested tensors (see `Encoder`).
     - nn.RNN, nn.LSTM, nn.GRU and their cells become steps of nn.Linear layers, whose hidden units can go.
     - weight_norm and spectral_norm, as hooks or as parametrizations, are folded: the weight is what they compute in
-      evaluation, and training goes on without the norm.
+      evaluation, and training goes on without the norm. So are the masks of torch.nn.utils.prune.
+    - Where an example of the inputs is given, products that modules' own code makes of their parameters, such as
+      `x @ self.w` or the standardised weight of a subclass of nn.Conv2d, are computed by new plain layers inside
+      these modules (`jpq.tracing.find_routes`). A weight that is computed from parameters is folded to its value.
 
     Load weights first: names of parameters change. A module with hooks, or one that shares a parameter with another
     module, stays as it is, and so does every other parametrization; what is not affected is copied.
@@ -59,6 +65,7 @@ def decompose(model: nn.Module) -> nn.Module:
         if (_norm_hooks(module) or parametrize.is_parametrized(module)) and not _shares_parameters(module, owners):
             _fold_norm_hooks(module)
             _fold_norm_parametrizations(module)
+        fold_pruning_masks(module)
     owners = _parameter_owners(model)
     for module in list(model.modules()):
         make_plain = DECOMPOSITIONS.get(type(module))
@@ -69,7 +76,7 @@ def decompose(model: nn.Module) -> nn.Module:
             replace_everywhere(model, module, plain)
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
-    return model
+    return model if example is None else route_products(model, example)
 
 
 def _norm_hooks(module: nn.Module) -> list[WeightNorm | SpectralNorm]:

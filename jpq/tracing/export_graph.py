@@ -31,7 +31,7 @@ def export_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     try:
         if _dtypes_differ(model, args, kwargs):  # torch.export does not notice
             _check_example(model, args, kwargs)
-        with warnings.catch_warnings(), torch.no_grad(), _restore_attributes(model), redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings(), torch.no_grad(), restore_attributes(model), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             logging.disable(logging.WARNING)
             return torch.export.export(model, args, kwargs, strict=False)  # some errors print the graph to stderr
@@ -45,7 +45,7 @@ def export_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 @contextmanager
-def _restore_attributes(model: nn.Module) -> Iterator[None]:
+def restore_attributes(model: nn.Module) -> Iterator[None]:
     """A context after which the modules' attributes are as before, whatever forward wrote (export: fake tensors)."""
     before = {module: dict(vars(module)) for module in model.modules()}
     containers = [
@@ -78,7 +78,7 @@ def _check_example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """Run the model on a copy of the example. Raises JpqError if the example, rather than the model, is wrong."""
     args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
     try:
-        with torch.no_grad(), _restore_attributes(model):
+        with torch.no_grad(), restore_attributes(model):
             model(*args, **kwargs)
     except Exception as error:
         raise forward_error(model, args, kwargs, error) from error

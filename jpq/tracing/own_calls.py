@@ -34,6 +34,7 @@ _MODULE_FILE = nn.Module.__call__.__code__.co_filename  # of `_call_impl`, which
 _CHECKPOINT = ("torch/utils/checkpoint.py", "torch\\utils\\checkpoint.py")
 _ANNOTATION = "jpq_own_call"
 _TABLE = "_own_call_actions"  # attribute: key of a call -> action
+_PROVIDED = "_provided_attributes"  # attribute: name of another attribute -> what is read for it
 
 
 class OwnCall(NamedTuple):
@@ -83,6 +84,13 @@ def _replaced(old: Any, path: list[Any], value: Any) -> Any:
     return items if isinstance(old, list) else tuple(items)
 
 
+class Attribute(Protocol):
+    """What is read for an attribute that a module no longer has."""
+
+    def read(self, module: nn.Module) -> Any:
+        """The value of the attribute of `module`."""
+
+
 def replace_calls(module: nn.Module, actions: Mapping[str, Action]) -> None:
     """Perform these actions in place of the module's own calls of those keys, from now on.
 
@@ -91,8 +99,17 @@ def replace_calls(module: nn.Module, actions: Mapping[str, Action]) -> None:
     """
     table = {**own_call_actions(module), **actions}
     if not isinstance(module, InterceptedModule):
-        module.__class__ = _intercepted_class(type(module))
+        kind: Any = type(module)
+        module.__class__ = _intercepted_class(kind)
     vars(module)[_TABLE] = table
+
+
+def provide_attributes(module: nn.Module, attributes: Mapping[str, Attribute]) -> None:
+    """Let code read these attributes, which the module no longer has; its calls were replaced (`replace_calls`).
+
+    What is read is no own call of the module, whatever torch functions it takes.
+    """
+    vars(module)[_PROVIDED] = {**vars(module).get(_PROVIDED, {}), **attributes}
 
 
 def own_call_actions(module: nn.Module) -> dict[str, Action]:
@@ -110,12 +127,9 @@ class InterceptedModule(nn.Module):
     """The first base of every class that performs actions in place of its own calls."""
 
     def __getattr__(self, name: str) -> Any:
-        """An attribute that an action provides (`attributes` of its class), else as in every module."""
-        for action in vars(self).get(_TABLE, {}).values():
-            provided = getattr(action, "attributes", None)
-            if provided is not None and name in provided:
-                return action.attribute(self, name)
-        return super().__getattr__(name)
+        """An attribute that is provided (`provide_attributes`), else as in every module."""
+        provided = vars(self).get(_PROVIDED, {}).get(name)
+        return super().__getattr__(name) if provided is None else provided.read(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled as its original class: the class of this object is made anew when it is read."""
@@ -125,17 +139,17 @@ class InterceptedModule(nn.Module):
         return (_new_intercepted, (original_class(self),), *reduced[2:])
 
 
-def _new_intercepted(base: type[nn.Module]) -> nn.Module:
+def _new_intercepted(base: Any) -> nn.Module:
     """An empty module of the intercepted subclass, whose state is set afterwards."""
     kind = _intercepted_class(base)
-    return kind.__new__(kind)
+    module: nn.Module = kind.__new__(kind)
+    return module
 
 
 @functools.cache
-def _intercepted_class(base: type[nn.Module]) -> type[nn.Module]:
+def _intercepted_class(base: Any) -> type[nn.Module]:
     """The subclass of `base` whose forward looks up each of its own calls in the module's table of actions."""
 
-    @torch.compiler.disable
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         mode = _Intercept(self, sys._getframe())
@@ -145,8 +159,11 @@ def _intercepted_class(base: type[nn.Module]) -> type[nn.Module]:
         finally:
             mode.frame = None  # a frame that refers to itself would keep all activations
 
-    names = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base)(base.__name__, (InterceptedModule, base), {**names, "__doc__": base.__doc__})
+    names = {"forward": torch.compiler.disable(forward), "__doc__": base.__doc__}
+    names |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    metaclass: Any = type(base)
+    kind: type[nn.Module] = metaclass(base.__name__, (InterceptedModule, base), names)
+    return kind
 
 
 class _Intercept(TorchFunctionMode):
@@ -154,7 +171,8 @@ class _Intercept(TorchFunctionMode):
 
     def __init__(self, module: nn.Module, frame: FrameType):
         super().__init__()
-        self.module, self.frame = module, frame
+        self.module = module
+        self.frame: FrameType | None = frame
         self.actions: Mapping[str, Action] = vars(module)[_TABLE]
         self.counts: Counter[str] = Counter()
         self.key = ""  # of the call that runs
@@ -261,13 +279,13 @@ def _number(counts: Counter[str], name: str) -> str:
 def _find_forward(frame: FrameType | None) -> tuple[nn.Module, FrameType] | None:
     """The module whose forward makes the call in `frame`, with the outermost frame of that forward.
 
-    None where no forward does, and where a part of it is checkpointed: that part runs again in the backward pass,
-    when nothing is intercepted.
+    None where no forward does, where a provided attribute is read, and where a part of the forward is checkpointed:
+    that part runs again in the backward pass, when nothing is intercepted.
     """
     owner: nn.Module | None = None
     forward: FrameType | None = None
     while frame is not None and frame.f_code.co_filename != _MODULE_FILE:
-        if frame.f_code.co_filename.endswith(_CHECKPOINT):
+        if frame.f_code.co_filename.endswith(_CHECKPOINT) or frame.f_code is InterceptedModule.__getattr__.__code__:
             return None
         module = _first_argument(frame)
         if module is not None:

@@ -32,6 +32,7 @@ from jpq.methods.quantizers import IntegerQuantizer
 from jpq.plan import EndPlan, LayerPlan, Plan, read
 from jpq.tasks import models
 from jpq.tracing.decompose import decompose
+from jpq.tracing.routes import apply_routes
 from jpq.tracing.shrink import apply_slices
 
 FULL, PRUNED, INT8, SMALL = "fp32", "fp32, pruned", "int8", "compressed"
@@ -69,7 +70,8 @@ def model_files(run: Path, shape: Sequence[int], folder: Path, run_code: bool = 
     source = run / "plan.json"
     plan = read(source)
     dense = models.of_plan(plan, source, run / "model.safetensors", run_code)
-    return {**reference_models(decompose(dense).eval(), plan, shape, folder), SMALL: run / "model.onnx"}
+    dense = apply_routes(decompose(dense).eval(), plan.routes)
+    return {**reference_models(dense, plan, shape, folder), SMALL: run / "model.onnx"}
 
 
 def reference_models(dense: nn.Module, plan: Plan, shape: Sequence[int], folder: Path) -> dict[str, Path]:

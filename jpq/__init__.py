@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from jpq.compression.discretize import discretize
     from jpq.compression.model import CompressedModel
     from jpq.config import Budget, Config, Decide
+    from jpq.export.count import measure
     from jpq.export.onnx.export import export_onnx
     from jpq.export.rebuild import rebuild
-    from jpq.export.verify import measure, verify
+    from jpq.export.verify import verify
     from jpq.methods.table import METHODS
     from jpq.plan import Plan
     from jpq.recipe import optimize
@@ -75,7 +76,7 @@ _HOMES = {
     "fit": "training.loop",
     "front": "results.front.front",
     "load": "results.run_folder",
-    "measure": "export.verify",
+    "measure": "export.count",
     "optimize": "recipe",
     "rebuild": "export.rebuild",
     "study": "trials.study",

@@ -111,5 +111,6 @@ def start_bits(
 
 def _cost(network: Network, shares: ChannelShares, bits: float, image_bits: int, target: Target) -> float:
     """A target's cost of the network at one real-valued width."""
-    layers = {x.name: LayerPlan(bits, image_bits if x.reads_input else bits, False) for x in network.layers}  # type: ignore[arg-type]
-    return float(COSTS[target.cost](exact_usage(network, shares, Plan("", layers, {}))))
+    layers = [x for x in network.layers if not x.float_reason]
+    plans = {x.name: LayerPlan(bits, image_bits if x.reads_input else bits, False) for x in layers}  # type: ignore[arg-type]
+    return float(COSTS[target.cost](exact_usage(network, shares, Plan("", plans, {}))))

@@ -23,6 +23,7 @@ from torch import Tensor
 from jpq import costs
 from jpq.compression import ladders
 from jpq.compression.channel_counts import nearest_count
+from jpq.compression.float_work import describe_float_work, find_float_work
 from jpq.compression.ladders import Ladders
 from jpq.compression.model import CompressedModel
 from jpq.costs.target import FULL_USE, Target, all_met, used_share
@@ -177,14 +178,26 @@ def check_reachable(net: CompressedModel, targets: Sequence[Target], cheapest: P
             raise JpqError(
                 f"{target.flag} {target.text} ({target.format_cost(target.limit)}) cannot be met: the smallest "
                 f"possible is {target.format_cost(share * target.limit)}, with fewest bits and {units}. "
-                f"{_either(_remedies(net, target, remedy))}.{_float_layers_text(net, plan)}"
+                f"{_either(_remedies(net, target, remedy))}.{_float_work_text(net, plan, target)}"
             )
 
 
-def _float_layers_text(net: CompressedModel, plan: Plan) -> str:
-    """A sentence about the layers that a plan leaves in floating point; empty where there are none."""
-    names = [layer.name for layer in net.network.layers if layer.name not in plan.layers]
-    return f" {len(names)} layers cannot be quantized and stay at 32 bits, such as '{names[0]}'." if names else ""
+def _float_work_text(net: CompressedModel, plan: Plan, target: Target) -> str:
+    """A sentence about what a plan leaves at 32 bits, with its cost; empty where there is nothing."""
+    uses = net.exact_usage(plan)
+    work = find_float_work(net.network, uses, plan.layers)
+    tables = [u for u in uses if u.part == "table"]
+    in_float = {part.name for part in work.parts}
+    parts = [u for u in uses if u.name in in_float] + tables
+    if not parts or (target.cost == "size" and not costs.size(parts)) or target.cost == "latency":
+        return ""
+    cost = target.format_cost(costs.COSTS[target.cost](parts))
+    names = describe_float_work(work)
+    if target.cost == "size" and tables:
+        largest = max(tables, key=lambda u: u.weights)
+        words = f"{len(tables)} parameters that are no layer's, such as '{largest.name}'"
+        names = f"{names}; {words}" if names else words
+    return f" Of that {cost} are at 32 bits, which jpq cannot lower: {names}."
 
 
 def _remedies(net: CompressedModel, target: Target, keep_less: str) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from jpq.compression.channel_counts import allowed_counts
 from jpq.compression.hypernetwork import bake_hypernetwork
 from jpq.compression.masking import GateSample, original
-from jpq.compression.usage import FLOAT_BITS, NO_MASK, Densities, exact_usage, layer_use, straight_through
+from jpq.compression.usage import FLOAT_BITS, NO_MASK, Densities, exact_usage, layer_use, other_uses, straight_through
 from jpq.costs import LayerUse
 from jpq.methods.gates import Frozen, Gate
 from jpq.methods.quantizers import (
@@ -94,22 +94,30 @@ class CompressedModel(nn.Module):
         return pair[0](weight)[0] if pair else weight
 
     def soft_usage(self) -> list[LayerUse]:
-        """The present use of each layer: values of hard decisions, gradients of soft ones."""
+        """The present use of each layer, product and table: values of hard decisions, gradients of soft ones."""
         keep_probabilities = [
             g.keep() if g.fixed_count else straight_through(g.keep(), g.keep_probability()) for g in self.gates
         ]
-        inputs, outputs = self.shares.soft_shares(
-            [a for a, s in zip(keep_probabilities, self.sites, strict=True) if not s.is_mask]
-        )
+        channels = [a for a, s in zip(keep_probabilities, self.sites, strict=True) if not s.is_mask]
+        inputs, outputs = self.shares.soft_shares(channels)
+        work = self.shares.soft_work(channels)
         density = self.densities.soft_densities(keep_probabilities)
-        return [
-            layer_use(layer, inputs[i], outputs[i], density.get(layer.name, NO_MASK), *self._widths(layer.name))
+        layers = [
+            layer_use(
+                layer,
+                inputs[i],
+                outputs[i],
+                density.get(layer.name, NO_MASK),
+                *self._widths(layer.name),
+                positions=work.positions[i],
+            )
             for i, layer in enumerate(self.network.layers)
         ]
+        return layers + other_uses(self.network, work)
 
     @torch.no_grad()
     def exact_usage(self, plan: Plan | None = None) -> list[LayerUse]:
-        """The use of each layer under a plan (default: the present decisions), in whole numbers and fractions."""
+        """The use of each layer, product and table under a plan (default: the present decisions), in exact numbers."""
         return exact_usage(self.network, self.shares, plan or self.plan(), self.densities)
 
     def _widths(self, name: str) -> tuple[Any, Any]:

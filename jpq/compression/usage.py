@@ -1,11 +1,13 @@
-"""`LayerUse` of every layer of a network: differentiable during the search, exact under a plan; densities of masks."""
+"""`LayerUse` of all that a network computes: differentiable during the search, exact under a plan; densities of masks.
+
+Layers come first, in order; products of computed tensors and tables of parameters, which stay at 32 bits, follow.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import prod
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Size, Tensor
 from jpq.costs import LayerUse
 from jpq.methods.structures import mask_encoding
 from jpq.plan import MaskPlan, Plan
-from jpq.tracing.channel_shares import ChannelShares
+from jpq.tracing.channel_shares import ChannelShares, Shares
 from jpq.tracing.network import Layer, Network
 from jpq.tracing.sites import Site
 from jpq.types import DENSE, Units
@@ -25,24 +27,28 @@ FLOAT_BITS = 32  # width of layers that stay in floating point
 def exact_usage(
     network: Network, shares: ChannelShares, plan: Plan, densities: Densities | None = None
 ) -> list[LayerUse]:
-    """The use of each layer under a plan, in whole numbers and fractions."""
+    """The use of each layer, product and table under a plan, in whole numbers and fractions."""
     inputs, outputs = shares.exact_shares(plan.kept)
     masked = densities.exact_densities(plan.masks) if densities else {}
+    work = shares.exact_work(plan.kept)
     uses = []
     for i, layer in enumerate(network.layers):
         bits = plan.layers.get(layer.name)
         w_bits, a_bits = (bits.w_bits, bits.a_bits) if bits else (FLOAT_BITS, FLOAT_BITS)
         density = masked.get(layer.name, NO_MASK)
-        uses.append(layer_use(layer, Fraction(*inputs[i]), Fraction(*outputs[i]), density, w_bits, a_bits))
-    return uses
+        sides = Fraction(*inputs[i]), Fraction(*outputs[i])
+        uses.append(layer_use(layer, *sides, density, w_bits, a_bits, work.positions[i]))
+    return uses + other_uses(network, work)
 
 
-def layer_use(layer: Layer, inputs: Any, outputs: Any, density: Density, w_bits: Any, a_bits: Any) -> LayerUse:
-    """The use of one layer at these shares of channels, this density and these widths."""
+def layer_use(
+    layer: Layer, inputs: Any, outputs: Any, density: Density, w_bits: Any, a_bits: Any, positions: Any = 1
+) -> LayerUse:
+    """The use of one layer at these shares of channels and positions, this density and these widths."""
     return LayerUse(
         layer.name,
         layer.macs,
-        prod(layer.weight_shape),
+        layer.weights,
         len(layer.outputs),
         inputs,
         outputs,
@@ -53,7 +59,21 @@ def layer_use(layer: Layer, inputs: Any, outputs: Any, density: Density, w_bits:
         density.regular,
         density.scheme,
         layer.clock,
+        positions,
     )
+
+
+def other_uses(network: Network, work: Shares) -> list[LayerUse]:
+    """The uses of products of computed tensors and of tables, all of them at 32 bits."""
+    products = [
+        LayerUse(p.name, p.macs, 0, 0, share, 1, 1, FLOAT_BITS, FLOAT_BITS, part="product")
+        for p, share in zip(network.products, work.products, strict=True)
+    ]
+    tables = [
+        LayerUse(t.name, 0, t.numbers, 0, share, 1, 1, FLOAT_BITS, FLOAT_BITS, part="table")
+        for t, share in zip(network.tables, work.tables, strict=True)
+    ]
+    return products + tables
 
 
 def straight_through(keep: Tensor, keep_probability: Tensor) -> Tensor:

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jpq.costs.base import Cost, LatencyModel, LayerUse, Number
-from jpq.costs.counts import baseline, bops, bops_structured, dense, layer_bops, macs, size, structured
+from jpq.costs.base import Cost, LatencyModel, LayerUse, Number, Part
+from jpq.costs.counts import (
+    are_timed,
+    baseline,
+    bops,
+    bops_structured,
+    dense,
+    layer_bops,
+    layer_macs,
+    macs,
+    size,
+    structured,
+)
 from jpq.costs.latency import latency_ns, layer_latency
 from jpq.costs.latency_table import LatencyTable
 from jpq.lazy import lazy_names
@@ -23,7 +34,9 @@ __all__ = [
     "LatencyTable",
     "LayerUse",
     "Number",
+    "Part",
     "Target",
+    "are_timed",
     "baseline",
     "bops",
     "bops_structured",
@@ -31,6 +44,7 @@ __all__ = [
     "latency_ns",
     "layer_bops",
     "layer_latency",
+    "layer_macs",
     "macs",
     "parse_targets",
     "size",

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from jpq.types import DENSE
 
 Number = Any  # Tensor while training; int or Fraction in a report
+
+
+Part = Literal["layer", "product", "table"]  # products of computed tensors have no weights, tables make no products
 
 
 class LatencyModel(Protocol):
@@ -28,7 +31,7 @@ class LatencyModel(Protocol):
 
 @dataclass(frozen=True)
 class LayerUse:
-    """The resources that one layer uses under the present decisions."""
+    """The resources that one layer, product or table uses under the present decisions."""
 
     name: str
     macs: int  # multiply-accumulates of one sample, nothing pruned
@@ -43,6 +46,8 @@ class LayerUse:
     regular: bool = True  # whether known devices skip the weights that the mask drops
     scheme: str = DENSE  # structure of the mask, as `jpq.methods.structures.parse_structure` reads it
     clock: LatencyModel | None = None  # the layer's latency model, where a latency table was given
+    positions: Number = 1  # share of positions kept, in [0, 1]: they cost work and no weights (heads, if dims)
+    part: Part = "layer"
 
 
 Cost = Callable[[Sequence[LayerUse]], Number]

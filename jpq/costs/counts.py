@@ -1,15 +1,19 @@
 """Counted costs: MACs, bit-operations and bytes.
 
-    MACs  = sum_l macs_l * inputs_l * outputs_l * density_l
-    BOPs  = sum_l macs_l * inputs_l * outputs_l * density_l * w_bits_l * a_bits_l        (a_bits: of the layer's input)
+    MACs  = sum_l macs_l * inputs_l * outputs_l * density_l * positions_l
+    BOPs  = sum_l macs_l * inputs_l * outputs_l * density_l * positions_l * w_bits_l * a_bits_l    (a_bits: its input's)
     bytes = sum_l (weights_l * inputs_l * outputs_l * density_l * w_bits_l + mask_l + channels_l * outputs_l * 64) / 8
+                                                                                    (layers at 32 bits: 32, not 64)
 
 Structured BOPs count the density only where known devices skip the dropped weights (`Structure.regular`): zeros that
 lie anywhere in a layer cost as much as other weights there.
 
-Bias, normalisation (folded), activations, pooling and adds count no operations. The 64 bits are the two fp32 numbers
-that each output channel keeps beside its weights: a scale, and a bias (its own, or that of a folded normalisation).
-mask_l are the bits of the mask in the smallest encoding of `jpq.methods.structures.mask_encoding`.
+l runs over all that multiplies: layers; products of two computed tensors (attention), which have no weights and whose
+operands both count 32 bits; and over tables (embeddings, positions), which are 32-bit weights and multiply nothing.
+Bias, normalisation (folded), elementwise products, activations, pooling and adds count no operations. The 64 bits are
+the two fp32 numbers that each output channel keeps beside its weights: a scale, and a bias (its own, or that of a
+folded normalisation). mask_l are the bits of the mask in the smallest encoding of
+`jpq.methods.structures.mask_encoding`.
 Source: the conventions of DJPQ (arXiv:2007.10463) and Bayesian Bits (arXiv:2005.07093); kept channels count on both
 sides of a layer.
 """
@@ -26,7 +30,12 @@ from jpq.types import DENSE
 
 def macs(uses: Sequence[LayerUse]) -> Number:
     """Multiply-accumulates of one sample."""
-    return sum(u.macs * u.inputs * u.outputs * u.density for u in uses)
+    return sum(layer_macs(u) for u in uses)
+
+
+def layer_macs(u: LayerUse) -> Number:
+    """Multiply-accumulates of one layer, or product, for one sample."""
+    return u.macs * u.inputs * u.outputs * u.density * u.positions
 
 
 def bops(uses: Sequence[LayerUse]) -> Number:
@@ -36,7 +45,7 @@ def bops(uses: Sequence[LayerUse]) -> Number:
 
 def layer_bops(u: LayerUse) -> Number:
     """Bit-operations of one layer for one sample."""
-    return u.macs * u.inputs * u.outputs * u.density * u.w_bits * u.a_bits
+    return layer_macs(u) * u.w_bits * u.a_bits
 
 
 def bops_structured(uses: Sequence[LayerUse]) -> Number:
@@ -52,17 +61,29 @@ def structured(uses: Sequence[LayerUse]) -> list[LayerUse]:
 def size(uses: Sequence[LayerUse]) -> Number:
     """Bytes of the weights at their bit-widths, of masks, and of scales and biases at 32 bits."""
     weight_bits = sum(u.weights * u.inputs * u.outputs * u.density * u.w_bits for u in uses)
-    return (weight_bits + sum(u.mask_bits + u.outputs_all * u.outputs * 64 for u in uses)) / 8
+    return (weight_bits + sum(u.mask_bits + u.outputs_all * u.outputs * _channel_bits(u) for u in uses)) / 8
+
+
+def _channel_bits(u: LayerUse) -> int:
+    """Bits that each output channel keeps beside its weights: a scale and a bias; a float layer has no scale."""
+    return 32 if isinstance(u.w_bits, int) and u.w_bits == 32 else 64
 
 
 def dense(u: LayerUse, bits: int = 32) -> LayerUse:
     """Use of the layer with everything kept, at `bits` bits; 32 is the fp32 baseline of percentages."""
-    return replace(u, inputs=1, outputs=1, density=1, w_bits=bits, a_bits=bits, mask_bits=0, scheme=DENSE)
+    bits = bits if u.part == "layer" else 32
+    return replace(u, inputs=1, outputs=1, density=1, w_bits=bits, a_bits=bits, mask_bits=0, scheme=DENSE, positions=1)
 
 
 def baseline(uses: Sequence[LayerUse]) -> dict[str, float]:
-    """Costs of the fp32 model by name; latency only where every layer has measured times."""
+    """Costs of the fp32 model by name; latency (of the layers) only where every layer has measured times."""
     full = [dense(u) for u in uses]
     parameter_bytes = sum(u.weights + u.outputs_all for u in full) * 4
     costs = {"bops": bops(full), "bops-structured": bops(full), "macs": macs(full), "size": parameter_bytes}
-    return {**costs, "latency": latency_ns(full)} if full and all(u.clock for u in full) else costs
+    return {**costs, "latency": latency_ns(full)} if are_timed(full) else costs
+
+
+def are_timed(uses: Sequence[LayerUse]) -> bool:
+    """Whether there are layers and all of them have measured times; products and tables never have."""
+    layers = [u for u in uses if u.part == "layer"]
+    return bool(layers) and all(u.clock for u in layers)

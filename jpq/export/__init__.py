@@ -9,6 +9,7 @@ from jpq.lazy import lazy_names
 
 if TYPE_CHECKING:
     from jpq.export.branches import Branches, split_into_branches
+    from jpq.export.count import measure
     from jpq.export.float_equivalence import (
         EquivalenceResult,
         check_equivalence,
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from jpq.export.rebuild import build_from_plan, complete_plan
     from jpq.export.runtimes import RUNTIMES, OpenVinoSession, Session, open_session, parse_runtimes
     from jpq.export.torch_export import export_pt2
-    from jpq.export.verify import compare, difference, measure
+    from jpq.export.verify import compare, difference
 
 __all__ = [
     "FORMATS",
@@ -62,7 +63,7 @@ _HOMES = {
     "difference": "verify",
     "export_pt2": "torch_export",
     "float64_outputs": "float_equivalence",
-    "measure": "verify",
+    "measure": "count",
     "open_session": "runtimes",
     "parse_runtimes": "runtimes",
     "randomize": "float_equivalence",

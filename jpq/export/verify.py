@@ -1,10 +1,9 @@
-"""Checks that masked, rebuilt and exported model compute the same, and the cost of a model counted by running it."""
+"""Checks that masked, rebuilt and exported model compute the same."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from jpq.compression.model import CompressedModel
-from jpq.costs import LayerUse, bops, macs
 from jpq.export.runtimes import Session
-from jpq.methods.quantizers import act_quantizer, weight_quantizer
 from jpq.tasks import CLASSIFICATION
 from jpq.tasks.base import Task, sample_difference
-from jpq.tracing.forward import batch_size, call_model, collect_tensors, eval_mode, hook_modules
+from jpq.tracing.forward import call_model, collect_tensors
 from jpq.types import JpqError
 
 OPENED = "masked_vs_rebuilt_at_landing_with_open_norms"  # key of the difference where the models cannot be equal
@@ -170,29 +167,3 @@ def compare(
         "largest_relative_difference": largest,
         "largest_gap_where_argmax_differs": widest_gap,
     }
-
-
-@torch.no_grad()
-def measure(small: nn.Module, example: Any) -> dict[str, int]:
-    """Cost of a rebuilt model's quantized layers, counted by running it: their own shapes, their quantizers' bits.
-
-    The example is a tensor, a tuple of positional arguments, or a dict of keywords; costs are those of one sample.
-    """
-    uses: list[LayerUse] = []
-    samples = batch_size(example)
-
-    def count(name: str, layer: Any, x: Any, out: Tensor) -> None:
-        weight = layer.weight
-        at = x if getattr(layer, "transposed", False) else out  # where the kernel is applied
-        dim = at.dim() - weight.dim() + 1 if weight.dim() > 2 else at.dim() - 1
-        batch = 1 if dim == 0 else samples  # one sample without a batch dim
-        work = weight.numel() * (at.numel() // at.shape[dim]) // batch
-        w, a = (round(float(q.width())) for q in (weight_quantizer(layer), act_quantizer(layer)))
-        mask = getattr(layer, "mask", None)
-        density = 1 if mask is None else Fraction(int(mask.sum()), mask.numel())
-        uses.append(LayerUse(name, work, weight.numel(), out.shape[dim], 1, 1, density, w, a))
-
-    layers = {n: m for n, m in small.named_modules() if hasattr(m, "weight_quant")}
-    with eval_mode(small), hook_modules(layers, count):
-        call_model(small, example)
-    return {"bops": int(bops(uses)), "macs": int(macs(uses)), "layers": len(uses)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ from torch import nn
 
 from jpq import costs
 from jpq.allocation import structure_mapping
+from jpq.compression.float_work import NOTEWORTHY, describe_float_work, find_float_work
 from jpq.compression.model import CompressedModel
 from jpq.compression.usage import FLOAT_BITS
 from jpq.config import Config, parse_formats
@@ -21,6 +23,8 @@ from jpq.costs.latency_table import LatencyTable
 from jpq.costs.target import Target, all_met, used_share
 from jpq.export import formats, verify
 from jpq.export.branches import split_into_branches
+from jpq.export.count import measure
+from jpq.export.exact_steps import round_weight_steps
 from jpq.export.onnx.export import export_onnx
 from jpq.export.onnx.narrow_weights import WEIGHTS
 from jpq.export.packed.model import pack_model
@@ -70,10 +74,12 @@ def finish(
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # compare at full precision
     run.observer.phase("verify", 0, 0)
+    trained_state = copy.deepcopy(tuned.state_dict())  # the next budget goes on with norms that are not folded
+    round_weight_steps(tuned.model if tuned is net else tuned, data.example)
     small, plan = rebuild_model(net, tuned, model, data, config)
     uses = net.exact_usage(plan)
     check_counts(small, plan, uses, targets, data)
-    note_float_layers(plan, uses, run)
+    note_float_layers(net, plan, uses, run)
     save_model(small, plan, run.folder)
     predicted_ms = _to_ms(costs.latency_ns(uses)) if table is not None else None
     export_record: dict[str, Any] = {}
@@ -97,6 +103,7 @@ def finish(
         },
         targets={target.cost: target_record(target, uses) for target in targets},
         layers=layer_records(net, plan, config.budget.cost),
+        float_work=asdict(find_float_work(net.network, uses, plan.layers)),
         history=run.lineage(),
         seconds={**run.seconds, "total": run.recorder.clock()},
         command=command or shlex.join(["jpq", "optimize"]),
@@ -113,6 +120,7 @@ def finish(
     )
     run_folder.write_run(result, config)
     (run.folder / checkpoint.NAME).unlink(missing_ok=True)
+    tuned.load_state_dict(trained_state)
     return result
 
 
@@ -128,22 +136,22 @@ def check_counts(
     small: nn.Module, plan: Plan, uses: Sequence[costs.LayerUse], targets: tuple[Target, ...], data: Data
 ) -> None:
     """Count the rebuilt model by running it. Raises JpqError where it costs more than its plan, or than a target."""
-    measured = verify.measure(small, data.example)
-    planned = [u for u in uses if u.name in plan.layers]
-    if measured["bops"] != costs.bops(planned) or measured["macs"] != costs.macs(planned):
+    measured = measure(small, data.example)
+    if measured["bops"] != costs.bops(uses) or measured["macs"] != costs.macs(uses):
         raise JpqError(
-            f"The rebuilt model counts {measured}, the plan {costs.bops(planned)} BOPs. This is a bug in jpq."
+            f"The rebuilt model counts {measured}, the plan {costs.bops(uses)} BOPs and {costs.macs(uses)} MACs. "
+            "This is a bug in jpq."
         )
     over = [target for target in targets if not all_met([target], uses)]
     if over:
         raise JpqError(f"The landed model misses {over[0].flag} {over[0].text}. This is a bug in jpq.")
 
 
-def note_float_layers(plan: Plan, uses: Sequence[costs.LayerUse], run: RunState) -> None:
-    """Add a note to the run where layers stay at 32 bits."""
-    names = [u.name for u in uses if u.name not in plan.layers]
-    if names:
-        run.notes.append(f"{len(names)} layers cannot be quantized and stay at 32 bits: {', '.join(names[:5])} ...")
+def note_float_layers(net: CompressedModel, plan: Plan, uses: Sequence[costs.LayerUse], run: RunState) -> None:
+    """Add a note to the run where layers stay at 32 bits, or much of the work does."""
+    work = find_float_work(net.network, uses, plan.layers)
+    if work.share > NOTEWORTHY or any(part.part == "layer" for part in work.parts):
+        run.notes.append(f"At 32 bits stay {describe_float_work(work)}.")
 
 
 def save_model(small: nn.Module, plan: Plan, folder: Path) -> None:
@@ -257,11 +265,12 @@ def layer_records(net: CompressedModel, plan: Plan, cost: str = "bops") -> tuple
     total = costs.bops(counted_uses)
     inputs, outputs = net.shares.exact_shares(plan.kept)
     rows = []
-    every = zip(net.network.layers, uses, counted_uses, inputs, outputs, strict=True)
+    layers = net.network.layers  # products and tables follow behind them
+    every = zip(layers, uses[: len(layers)], counted_uses[: len(layers)], inputs, outputs, strict=True)
     for layer, use, count, (i, i_all), (o, o_all) in every:
         bops = int(costs.layer_bops(count))
         kept = (i, i_all) if i_all == len(layer.inputs) else (o, o_all)  # depthwise reads what it writes
-        macs = int(use.macs * use.inputs * use.outputs * use.density)
+        macs = int(costs.layer_macs(use))
         density = float(densities[layer.name].share) if layer.name in densities else 1.0
         bits = int(use.w_bits), int(use.a_bits)
         ms = None if use.clock is None else float(costs.layer_latency(use)) / NS
@@ -276,14 +285,16 @@ def layer_records(net: CompressedModel, plan: Plan, cost: str = "bops") -> tuple
 def uniform_costs(net: CompressedModel, uses: Sequence[costs.LayerUse]) -> dict[str, dict[str, float]]:
     """ "W4A4" -> cost -> amount of the unpruned model at these bits everywhere; the image keeps its own."""
     costs_by_name = {}
+    layers = net.network.layers
+    others = [costs.dense(u) for u in uses[len(layers) :]]
     for bits in UNIFORM_BITS:
         dense = [
             costs.dense(u)
             if u.w_bits == FLOAT_BITS
             else replace(costs.dense(u, bits), a_bits=u.a_bits if layer.reads_input else bits)
-            for u, layer in zip(uses, net.network.layers, strict=True)
-        ]
+            for u, layer in zip(uses[: len(layers)], layers, strict=True)
+        ] + others
         amounts = {"bops": float(costs.bops(dense)), "macs": float(costs.macs(dense)), "size": float(costs.size(dense))}
-        clocks = {"latency": float(costs.latency_ns(dense))} if all(u.clock for u in uses) else {}
+        clocks = {"latency": float(costs.latency_ns(dense))} if costs.are_timed(uses) else {}
         costs_by_name[f"W{bits}A{bits}"] = {**amounts, "bops-structured": amounts["bops"], **clocks}
     return costs_by_name

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jpq.results.intervals import LEVEL, is_within_noise, metric_interval
 from jpq.training.history import EpochRecord
 from jpq.types import DENSE
 
@@ -95,9 +96,23 @@ class Result:
     schemes: dict[str, Any] = field(default_factory=dict)  # structures per layer: how chosen, modelled ms
     data: dict[str, Any] = field(default_factory=dict)  # name, checksum, sizes of the splits
     machine: dict[str, Any] = field(default_factory=dict)  # platform, device, threads, peak memory
+    float_work: dict[str, Any] = field(default_factory=dict)  # what is computed at 32 bits: MACs, shares, parts
     uniform: Numbers = field(default_factory=dict)  # "W4A4" -> cost -> amount of the unpruned model
     final: bool = True  # exported, verified and measured on the test split; trials of a study are not
     front: tuple[BudgetRecord, ...] = ()  # every budget of a run with several; this result is the last one's
+
+    @property
+    def intervals(self) -> dict[str, Any]:
+        """95 % intervals of both models' test metric, by "float" and "compressed"; empty where there is none."""
+        samples, found = int(self.data.get("test", 0)), {}
+        for side, figures in (("float", self.float), ("compressed", self.compressed)):
+            interval = metric_interval(self.task, figures.accuracy, samples)
+            if interval is not None:
+                found[side] = interval
+        if not found:
+            return {}
+        noise = is_within_noise(self.task, self.float.accuracy, self.compressed.accuracy, samples)
+        return {**found, "level": LEVEL, "samples": samples, "within_noise": noise}
 
     @property
     def task(self) -> Task:

@@ -1,4 +1,4 @@
-"""A traced network: layers with weights, and which of their channels are kept or removed together."""
+"""A traced network: layers with weights, products without, and which channels are kept or removed together."""
 
 from __future__ import annotations
 
@@ -62,11 +62,39 @@ class Layer:
     form: str = ""  # number formats read and handed on if all layers are quantized, such as "float>int8"
     output_quant_point: OutputQuantPoint | None = None  # where rounding the result makes an integer kernel possible
     clock: LatencyModel | None = None  # the layer's latency by its kept channels and bits, from a latency table
+    positions: tuple[Labels, ...] = ()  # other dims with classes by which the work shrinks, such as heads
+    float_reason: str = ""  # why it stays at 32 bits, where its weight is computed or its op is no layer's
+    stored: int | None = None  # numbers of the parameter that this layer counts as its own, where not the whole weight
 
     @property
     def depthwise(self) -> bool:
         """Whether every output channel reads a single input channel."""
         return self.groups > 1 and self.groups == len(self.inputs)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights that are stored for it."""
+        return prod(self.weight_shape) if self.stored is None else self.stored
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A product of two computed tensors, as attention has two: work at 32 bits without weights."""
+
+    name: str  # dotted path of the module whose code computes it, and the op: "attn.q@k", "attn.matmul"
+    op: str  # such as "aten.matmul"
+    module: str  # dotted path of that module
+    macs: int  # multiply-accumulates of one sample, summed over calls
+    dims: tuple[Labels, ...]  # of every dim with classes (heads, rows, columns, a summed one): class of each index
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A parameter of two or more dims that is no layer's weight: an embedding, positions, the weights of a cell."""
+
+    name: str
+    numbers: int
+    dims: tuple[Labels, ...]  # of every dim with classes: class of each index
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +112,13 @@ class Network:
     unknown_ops: tuple[str, ...]  # ops without a rule that touched labels, or that hide a graph of their own
     opened: Mapping[int, str] = field(default_factory=dict)  # class that only `open_norms` frees -> why it was frozen
     idle: tuple[str, ...] = ()  # modules with parameters that evaluation never reads
+    products: tuple[Product, ...] = ()  # in execution order
+    tables: tuple[Table, ...] = ()
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one sample: of layers and of products of computed tensors."""
+        return sum(layer.macs for layer in self.layers) + sum(product.macs for product in self.products)
 
     def layer(self, name: str) -> Layer:
         """The layer of that name. Raises JpqError for an unknown one."""
@@ -122,7 +157,7 @@ def with_layer_times(network: Network, table: LatencyTable) -> Network:
     if missing:
         raise JpqError(
             f"{table.source} has no line for {len(missing)} of {len(layers)} layers, such as '{missing[0].name}' "
-            f"({latency_shape(missing[0])}). Measure this model: jpq bench --table FILE.csv --model NAME."
+            f"({latency_shape(missing[0])}). Measure this model: `jpq bench --table FILE.csv --model NAME`."
         )
     return replace(network, layers=tuple(layers))
 
@@ -134,4 +169,4 @@ def _with_parsed_scheme(entry: Entry, source: str) -> Entry:
     try:
         return replace(entry, scheme=parse_structure(entry.scheme).spec())
     except JpqError as error:
-        raise JpqError(f"{source}: scheme '{entry.scheme}' is no structure. {error}") from error
+        raise JpqError(f"{source}: scheme '{entry.scheme}' is no structure. {error.command_line}") from error

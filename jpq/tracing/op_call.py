@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.fx import Node
+from torch.fx.node import map_arg
 
+from jpq.tracing.call_sizes import Pattern, can_resize, name_size
 from jpq.tracing.channel_labels import ChannelClasses
 from jpq.tracing.network import LayerKind
+from jpq.tracing.own_calls import call_of_node
 from jpq.types import NONE, Labels
 
 Dims = list[Labels | None]  # per dim of a tensor: a label per index, or None where the dim has no labels
@@ -46,6 +51,21 @@ class LayerCall:
     outputs: Labels
     stride: tuple[int, ...]
     size: tuple[int, ...]  # positions where the kernel is applied
+    positions: tuple[Labels, ...] = ()  # other dims with labels by which the work shrinks
+    float_reason: str = ""  # why it stays at 32 bits: its weight is computed, or its op is no layer's
+    key: str = ""  # tells the call from others that compute with the same parameter in another way
+
+
+@dataclass(frozen=True, eq=False)
+class ProductCall:
+    """One product of two computed tensors in the graph, or of two constant ones."""
+
+    name: str  # that tells it from other products of its op, or ""
+    op: str
+    module: str  # path of the module whose code computes it, with "@1" at its second call
+    macs: int  # multiply-accumulates of the whole example batch
+    constant: bool  # it depends on no input, so that its work does not grow with the batch
+    dims: tuple[Labels, ...]
 
 
 @dataclass(eq=False)
@@ -61,7 +81,11 @@ class TraceState:
     attributes: dict[str, Labels] = field(default_factory=dict)  # integer attribute of a module -> labels it counts
     embeddings: dict[str, Labels] = field(default_factory=dict)  # module -> labels of its columns
     calls: list[LayerCall] = field(default_factory=list)
+    products: list[ProductCall] = field(default_factory=list)
+    expressions: dict[Node, str] = field(default_factory=dict)  # as `expression` gives them
     suspects: list[Labels] = field(default_factory=list)  # channels whose number the model's code may hold fixed
+    sizes: dict[str, list[Labels]] = field(default_factory=dict)  # size in a call of the code -> labels it counts
+    conditional: list[tuple[Labels, str]] = field(default_factory=list)  # frozen, for a reason, unless sizes follow
     open_norms: bool = False  # channels inside a norm's average may be removed, though the others then change
     opened: list[tuple[Labels, str]] = field(default_factory=list)  # labels that only `open_norms` frees, and the norm
 
@@ -78,6 +102,33 @@ class TraceState:
             name, shape = self.parameters[node], node.meta["val"].shape
             return ([self.axis(name, d, n) if n > 1 else None for d, n in enumerate(shape)],)
         return self.values[node]
+
+    def weight_source(self, node: Node) -> str | None:
+        """The largest parameter (or else buffer) that a constant tensor is computed from; None where there is none."""
+        if self.origins.get(node) != "constant":
+            return None
+        found: dict[str, Node] = {}
+        pending, seen = [node], set[Node]()
+        while pending:
+            source = pending.pop()
+            if source in seen:
+                continue
+            seen.add(source)
+            if source in self.parameters:
+                found[self.parameters[source]] = source
+            pending += source.all_input_nodes
+        trained = {name for name, _ in self.model.named_parameters()}
+        return max(sorted(found), key=lambda n: (n in trained, prod(shape_of(found[n]))), default=None)
+
+    def expression(self, node: Node) -> str:
+        """A text that is equal for tensors which the same ops compute from the same parameters."""
+        if node in self.parameters:
+            return self.parameters[node]
+        if node not in self.expressions:
+            parts = map_arg((node.args, dict(node.kwargs)), self.expression)
+            text = node.name if node.op == "placeholder" else f"{node.target} {parts}"
+            self.expressions[node] = sha256(text.encode()).hexdigest()[:16]
+        return self.expressions[node]
 
     def add_attribute(self, name: str, labels: Labels) -> None:
         """Record that an integer attribute of a module is the number of these channels."""
@@ -169,6 +220,25 @@ class OpCall:
         else:
             fixed = np.full(shape_of(node)[dim], NONE, np.int64)
             self.state.axes[name][dim] = fixed if labels is None else labels
+
+    def add_size(self, pattern: Pattern, labels: Labels | None) -> bool:
+        """Record that the model's code names the number of these channels in this call; whether that can be rewritten.
+
+        `pattern` has an entry per number of the call (see `jpq.tracing.call_sizes`), COUNT where the channels count.
+        """
+        own = call_of_node(self.node)
+        if labels is None or own is None or not can_resize(own):
+            return False
+        self.state.sizes.setdefault(name_size(own, pattern), []).append(labels)
+        return True
+
+    def freeze_unless_followed(self, labels: Labels | None, reason: str, followed: bool) -> None:
+        """Keep these channels, unless sizes in the code, which were recorded (`followed`), can follow their number."""
+        if labels is None or not followed:
+            self.freeze(labels, reason)
+        else:
+            self.state.conditional.append((labels[labels != NONE], reason))
+            self.suspect(labels[labels != NONE])
 
     def suspect(self, labels: Labels | None) -> None:
         """Record that the model's code may hold the number of these channels fixed, to be tried by running it."""

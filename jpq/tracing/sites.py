@@ -47,7 +47,8 @@ def channels(network: Network, skip: Collection[str] = ()) -> tuple[Site, ...]:
     are grouped by (producers, consumers); one unit kept per site leaves no layer without input.
     """
     _check_layer_names(network, skip)
-    sources = [(layer.name, layer.outputs) for layer in network.layers] + list(network.embeddings.items())
+    sources = [(layer.name, layer.outputs) for layer in network.layers if not layer.float_reason]
+    sources += network.embeddings.items()
     readings = _weight_inputs(network)
     producers = _occurrences([labels for _, labels in sources])
     consumers = _occurrences([labels for _, _, labels in readings])
@@ -110,8 +111,8 @@ def masks(network: Network, structure: str | Mapping[str, str], skip: Collection
 
 
 def can_mask(layer: Layer) -> bool:
-    """Whether a mask inside this layer is possible: its weight belongs to the module of its name."""
-    return layer.weight == f"{layer.name}.weight"
+    """Whether a mask inside this layer is possible: its weight belongs to the module of its name, which applies it."""
+    return layer.weight == f"{layer.name}.weight" and not layer.float_reason
 
 
 def weight_layout(layer: Layer) -> WeightLayout:
@@ -137,7 +138,7 @@ def _masks_where_they_fit(network: Network, structure: str, skip: Collection[str
         try:
             sites.append(_mask_site(layer, parsed))
         except JpqError as reason:
-            misfit = str(reason)
+            misfit = reason.command_line
     if not sites:
         raise JpqError(f"--structure {structure} fits no layer of this model. {misfit}")
     return tuple(sites)
@@ -156,7 +157,7 @@ def _masks_by_layer(network: Network, structures: Mapping[str, str], skip: Colle
             if not can_mask(layer):
                 raise JpqError("its weight belongs to no module of its own; leave it dense.")
         except JpqError as reason:
-            raise JpqError(f"--structure {layer.name}={text}: {reason}") from reason
+            raise JpqError(f"--structure {layer.name}={text}: {reason.command_line}") from reason
         sites.append(site)
     if not sites:
         raise JpqError(
@@ -192,8 +193,8 @@ def _weight_inputs(network: Network) -> list[tuple[str, int, Labels]]:
     """(layer, input dim of its weight, labels along that dim) of every layer that mixes channels."""
     readings = []
     for layer in network.layers:
-        if layer.depthwise:
-            continue  # it hands its channels on, and their consumers are masked
+        if layer.depthwise or layer.float_reason:
+            continue  # it hands its channels on, and their consumers are masked; or its inputs are frozen
         dim = layer.kind.input_dim
         readings.append((layer.name, dim, layer.inputs[: layer.weight_shape[dim]]))
     return readings

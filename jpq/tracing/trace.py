@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -14,13 +16,17 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from jpq.tracing.call_sizes import CallSizes
 from jpq.tracing.channel_labels import unique_labels
 from jpq.tracing.export_graph import export_graph
+from jpq.tracing.float_work import build_products, count_stored_numbers, freeze_unmaskable, layer_names
 from jpq.tracing.forward import Example, batch_size, split_arguments
 from jpq.tracing.integer_io import OutputQuantPoint, find_output_quant_points, integer_forms
 from jpq.tracing.model_checks import accept_model
-from jpq.tracing.network import Layer, Network
+from jpq.tracing.network import Layer, LayerKind, Network
 from jpq.tracing.op_call import Dims, LayerCall, OpCall, TraceState, as_outputs, shape_of
+from jpq.tracing.own_calls import annotate_own_calls
+from jpq.tracing.remaining_work import record_remaining_work
 from jpq.tracing.rules import RULES
 from jpq.tracing.shrink import freeze_unshrinkable
 from jpq.types import JpqError, Labels
@@ -51,14 +57,16 @@ def trace(model: nn.Module, example: Example, *, open_norms: bool = False) -> Ne
     """
     model, (args, kwargs) = accept_model(model), split_arguments(example)
     with _mode(model, training=False):
-        program = export_graph(model, args, kwargs)
+        with annotate_own_calls(model):
+            program = export_graph(model, args, kwargs)
         state, unknown_ops = propagate_labels(TraceState(model, open_norms=open_norms), program)
         idle = _idle_parameters(state, program)
         if idle:
             _freeze_idle(state, idle, args, kwargs)
         network = build_network(state, unknown_ops, batch_size((args, kwargs)), idle)
         suspects = {c for labels in state.suspects for c in unique_labels(state.classes.find(labels))}
-        network = freeze_unshrinkable(model, network, args, kwargs, suspects)
+        sizes = CallSizes.resolve(state.classes.find, state.sizes, state.conditional)
+        network = freeze_unshrinkable(model, network, args, kwargs, suspects, sizes)
         return replace(network, opened={c: why for c, why in network.opened.items() if c not in network.frozen})
 
 
@@ -80,28 +88,33 @@ def propagate_labels(state: TraceState, program: ExportedProgram) -> tuple[Trace
             state.values[node] = (source[index] if index < len(source) else [None] * len(shape_of(node)),)
         else:
             state.values[node] = _apply_rule(state, node, missing)
+    record_remaining_work(state, program)
     return state, list(missing)
 
 
 def build_network(state: TraceState, unknown_ops: list[str], batch: int, idle: Collection[str] = ()) -> Network:
     """The network of a traced graph, with every label resolved to its class."""
-    by_weight: dict[str, list[LayerCall]] = {}
+    by_key: dict[str, list[LayerCall]] = {}
     for call in state.calls:
-        by_weight.setdefault(call.weight, []).append(call)
-    owners = [weight.rpartition(".")[0] for weight in by_weight]
-    for weight, calls in by_weight.items():
-        if owners.count(weight.rpartition(".")[0]) > 1:
+        by_key.setdefault(call.key or call.weight, []).append(call)
+    names = layer_names([calls[0] for calls in by_key.values()])
+    owners = Counter(weight.rpartition(".")[0] for weight in dict.fromkeys(call.weight for call in state.calls))
+    for calls in by_key.values():
+        if owners[calls[0].weight.rpartition(".")[0]] > 1:
             for labels in (labels for call in calls for labels in (call.inputs, call.outputs)):
                 state.classes.freeze(labels, "its module owns several weights; give each a module of its own")
-    if any(len(shape_of(call.node.all_input_nodes[0])) < len(call.shape) for call in state.calls):
+        _unify_positions(state, calls)
+    if any(_is_unbatched(call) for call in state.calls):
         batch = 1  # the example is one sample without a batch dim
     find = state.classes.find
-    forms = integer_forms([call.node for call in state.calls])
-    called_once = {calls[0].node: w.rpartition(".")[0] for w, calls in by_weight.items() if len(calls) == 1}
-    points = find_output_quant_points(called_once, forms, state.model)
+    plain = [call for call in state.calls if not call.float_reason]
+    forms = integer_forms([call.node for call in plain])
+    once = [calls[0] for calls in by_key.values() if len(calls) == 1 and not calls[0].float_reason]
+    points = find_output_quant_points({c.node: c.weight.rpartition(".")[0] for c in once}, forms, state.model)
+    stored, tables = count_stored_numbers(state, by_key)
     layers = tuple(
-        _build_layer(weight, calls, batch, owners, state, forms[calls[0].node], points.get(calls[0].node))
-        for weight, calls in by_weight.items()
+        _build_layer(name, calls, batch, state, forms, points.get(calls[0].node), stored.get(key))
+        for (key, calls), name in zip(by_key.items(), names, strict=True)
     )
     axes: dict[str, dict[int, Labels]] = {
         name: {d: find(labels) for d, labels in dims.items() if (labels >= 0).any()}
@@ -110,12 +123,14 @@ def build_network(state: TraceState, unknown_ops: list[str], batch: int, idle: C
     return Network(
         layers=layers,
         axes={name: dims for name, dims in axes.items() if dims},
-        frozen=state.classes.frozen(),
+        frozen=freeze_unmaskable(state, layers),
         attributes={name: find(labels) for name, labels in state.attributes.items()},
         embeddings={name: find(labels) for name, labels in state.embeddings.items()},
         unknown_ops=tuple(unknown_ops),
         opened={int(c): why for labels, why in reversed(state.opened) for c in unique_labels(find(labels))},
         idle=tuple(dict.fromkeys(name.rpartition(".")[0] for name in idle)),
+        products=build_products(state, batch),
+        tables=tuple(table for table in tables if table.name not in idle),
     )
 
 
@@ -147,13 +162,15 @@ def _idle_parameters(state: TraceState, program: ExportedProgram) -> list[str]:
 
 def _freeze_idle(state: TraceState, idle: Collection[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Freeze the channels that these parameters touch in training mode, so that the smaller model still trains."""
-    calls = len(state.calls)
+    calls, products = len(state.calls), len(state.products)
     with _mode(state.model, training=True):
         try:
-            propagate_labels(state, export_graph(state.model, args, kwargs))
+            with annotate_own_calls(state.model):
+                program = export_graph(state.model, args, kwargs)
+            propagate_labels(state, program)
         except JpqError:
             return  # it is the evaluation that must agree; `Network.idle` names these parameters
-    del state.calls[calls:]
+    del state.calls[calls:], state.products[products:]
     for name in idle:
         for labels in state.axes.get(name, {}).values():
             state.classes.freeze(labels, f"read or made by '{name.rpartition('.')[0]}', which only runs in training")
@@ -243,20 +260,38 @@ def _origins(program: ExportedProgram) -> dict[Node, str]:
     return origins
 
 
+def _is_unbatched(call: LayerCall) -> bool:
+    """Whether a call of a layer reads one sample without a batch dim."""
+    plain = not call.float_reason or call.kind is not LayerKind.LINEAR
+    return plain and len(shape_of(call.node.all_input_nodes[0])) < len(call.shape)
+
+
+def _unify_positions(state: TraceState, calls: list[LayerCall]) -> None:
+    """Freeze the positions of a layer where its calls have different ones: one share cannot be right for all."""
+    found = [[state.classes.find(labels).tolist() for labels in call.positions] for call in calls]
+    if any(positions != found[0] for positions in found):
+        for labels in (labels for call in calls for labels in call.positions):
+            state.classes.freeze(labels, f"'{calls[0].weight}' is applied along it in only some of its calls")
+
+
 def _build_layer(
-    weight: str,
+    name: str,
     calls: list[LayerCall],
     batch: int,
-    owners: list[str],
     state: TraceState,
-    form: str,
+    forms: Mapping[Node, str],
     output_quant_point: OutputQuantPoint | None,
+    stored: int | None,
 ) -> Layer:
-    """The layer of one weight from all of its calls; it bears its module's name where that has no other weight."""
-    owner, first_call = weight.rpartition(".")[0], calls[0]
+    """The layer of one weight from all of its calls."""
+    owner, first_call = calls[0].weight.rpartition(".")[0], calls[0]
+    size = first_call.size
+    if first_call.float_reason and first_call.kind is LayerKind.LINEAR:
+        positions = first_call.macs // batch // max(prod(first_call.shape), 1)
+        size = (positions,) if positions > 1 else ()
     return Layer(
-        name=owner if owner and owners.count(owner) == 1 else weight,
-        weight=weight,
+        name=name,
+        weight=first_call.weight,
         kind=first_call.kind,
         weight_shape=first_call.shape,
         groups=first_call.groups,
@@ -265,11 +300,15 @@ def _build_layer(
         outputs=state.classes.find(first_call.outputs),
         reads_input=any(state.origins[call.node.all_input_nodes[0]] == "input" for call in calls),
         calls=len(calls),
-        wrappable=all(_is_torch_layer_call(call.node, owner, state.model) for call in calls),
+        wrappable=not first_call.float_reason
+        and all(_is_torch_layer_call(call.node, owner, state.model) for call in calls),
         stride=first_call.stride,
-        size=first_call.size,
-        form=form,
+        size=size,
+        form=forms.get(first_call.node, "float>float"),
         output_quant_point=output_quant_point,
+        positions=tuple(state.classes.find(labels) for labels in first_call.positions),
+        float_reason=first_call.float_reason,
+        stored=stored,
     )
 
 

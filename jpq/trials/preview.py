@@ -60,7 +60,7 @@ class Preview:
         table = None if path is None else layer_table.read_table(path)
         self.prepared = prepare(model, data.example, decide, Budget(), table=table)
         self.network = self.prepared.network
-        set_threads(config.run.threads, sum(x.macs for x in self.network.layers) * config.train.batch_size)
+        set_threads(config.run.threads, self.network.macs * config.train.batch_size)
         self.full = {name: float(cost) for name, cost in self._dense().items()}
         self._net: CompressedModel | None = None
         self._start, self.classes, self.task = (model, data), data.classes, data.task

@@ -71,7 +71,8 @@ class Space:
     @classmethod
     def of(cls, study: Study, config: Config, network: Network, sites: Sequence[Site]) -> Space:
         """The search space over a network. Raises JpqError where there is nothing to vary."""
-        space = cls(study, config, {x.name: x.reads_input for x in network.layers}, [site.name for site in sites])
+        layers = {x.name: x.reads_input for x in network.layers if not x.float_reason}
+        space = cls(study, config, layers, [site.name for site in sites])
         if study.is_manual() and study.varied_names() == ("density",) and not sites:
             raise JpqError("No channel of this model can be dropped (see jpq inspect): vary bits instead of density.")
         return space

@@ -17,7 +17,8 @@ from jpq.compression.calibration import observe_activations
 from jpq.export import runtimes
 from jpq.export.onnx.export import export_onnx
 from jpq.export.rebuild import rebuild
-from jpq.export.verify import compare, measure, verify
+from jpq.export.count import measure
+from jpq.export.verify import compare, verify
 from jpq.methods.gates import GATES, VIB
 from jpq.methods.quantizers import Fixed
 from jpq.tracing.forward import call_model

@@ -14,7 +14,7 @@ from jpq import costs
 from jpq.compression import discretize
 from jpq.compression.attach import attach
 from jpq.costs.target import FULL_USE, parse_targets, used_share
-from jpq.export.verify import measure
+from jpq.export.count import measure
 from jpq.methods.gates import DeadZone
 from jpq.methods.gates.dead_zone import SOFT
 from jpq.methods.quantizers import DeadZoneGrid, Fixed, Gated, IntegerQuantizer, Learned, SigmoidWidth

@@ -19,7 +19,8 @@ from jpq.export.float_equivalence import float64_outputs, randomize, relative_di
 from jpq.export.onnx.export import export_onnx
 from jpq.export.rebuild import build_from_plan, rebuild
 from jpq.export.unconstrained.select import Select, count_copies
-from jpq.export.verify import difference, measure
+from jpq.export.count import measure
+from jpq.export.verify import difference
 from jpq.methods.gates import VIB, Ranked
 from jpq.methods.quantizers import Fixed
 from jpq.plan import from_json

@@ -14,7 +14,7 @@ from jpq import costs
 from jpq.compression import discretize
 from jpq.compression.attach import attach
 from jpq.costs.target import FULL_USE, parse_targets, used_share
-from jpq.export.verify import measure
+from jpq.export.count import measure
 from jpq.methods.gates import Frozen, HardConcrete
 from jpq.methods.quantizers import Fixed, Gated, IntegerQuantizer
 from jpq.methods.quantizers.gated import CLOSED, LADDER, NATS, _Nest

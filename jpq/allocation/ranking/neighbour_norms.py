@@ -50,7 +50,7 @@ class NeighbourNorms:
     """
 
     def __init__(self, net: CompressedModel, scales: dict[str, Tensor], closed: Collection[int] = ()):
-        self.layers = net.network.layers
+        self.layers = [layer for layer in net.network.layers if not layer.float_reason]
         self.positions = {layer.name: i for i, layer in enumerate(self.layers)}
         self.squares = [_weight_squares(layer, net.used_weight(layer), closed) for layer in self.layers]
         self.scales = [scales.get(x.name, torch.ones(len(x.outputs))).cpu().numpy() ** 2 for x in self.layers]

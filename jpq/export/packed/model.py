@@ -1,8 +1,8 @@
 """`pack_model` and `unpack_model`: a rebuilt model as one bit-packed file, and back.
 
 Integers are stored at their widths, masks in their smallest form, with one scale and one bias for each output channel.
-BatchNorm is folded into these scales and biases first. What is left (norms with no layer to fold into, layers that stay
-in floating point, ranges of activations) is stored as it is: `costs.size` does not count it.
+BatchNorm is folded into these scales and biases first. What is left is stored as it is: layers and tables at 32 bits,
+which `costs.size` counts; norms with no layer to fold into and ranges of activations, which it does not.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class PackedSize:
 
     total: int
     header: int  # bytes of names, shapes and checksums
-    layers: int  # bytes as `costs.size` counts them: integers, masks, scales, biases; each stream in whole bytes
-    others: int  # bytes of norms that could not be folded, layers in floating point, ranges of activations
+    layers: int  # bytes as `costs.size` counts them: integers, masks, scales, biases, layers and tables at 32 bits
+    others: int  # bytes of norms that could not be folded, buffers, ranges of activations
 
 
 @torch.no_grad()
@@ -65,8 +65,18 @@ def pack_model(small: nn.Module, plan: Plan, example: Any, path: Path) -> Packed
             del other_tensors[key]
         other_tensors[f"{name}.range"] = act_quantizer(layer).threshold.float()
     save_packed(path, layers, {**scales_and_biases, **other_tensors})
-    total, header, promised = path.stat().st_size, header_bytes(path), packed_bytes(layers, scales_and_biases)
+    counted = {**scales_and_biases, **_counted_tensors(folded, other_tensors)}
+    total, header, promised = path.stat().st_size, header_bytes(path), packed_bytes(layers, counted)
     return PackedSize(total, header, promised, total - header - promised)
+
+
+def _counted_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters among these tensors that `costs.size` counts: of two or more dims, and biases beside them."""
+    parameters = {name for name, _ in model.named_parameters()} & tensors.keys()
+    wide = {name for name in parameters if tensors[name].dim() > 1}
+    owners = {name.rpartition(".")[0] for name in wide}
+    biases = {name for name in parameters if name.endswith("bias") and name.rpartition(".")[0] in owners}
+    return {name: tensors[name] for name in sorted(wide | biases)}
 
 
 @torch.no_grad()
@@ -125,6 +135,7 @@ def _fill_layer(name: str, layer: Any, integers: Tensor, tensors: dict[str, Tens
     scale = tensors.pop(f"{name}.scale")
     scale = scale[0] if grid.log_threshold.dim() == 0 else scale.reshape(grid.log_threshold.shape)
     layer.weight.copy_(integers * scale)
-    grid.log_threshold.copy_((scale.double() * levels(grid.width(), True)).log())
-    act_quantizer(layer).log_threshold.copy_(tensors.pop(f"{name}.range").double().log())
+    grid.fix_step(scale)
+    inputs = act_quantizer(layer)
+    inputs.fix_step(tensors.pop(f"{name}.range") / levels(inputs.width(), inputs.signed))
     layer.bias = nn.Parameter(tensors.pop(f"{name}.bias").to(layer.weight))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import numpy as np
+from torch import nn
 from torch.fx import Node
 
+from jpq.tracing.call_sizes import COUNT
 from jpq.tracing.network import LayerKind
 from jpq.tracing.op_call import Dims, LayerCall, OpCall, rule, shape_of
 from jpq.types import NONE, Labels
@@ -15,6 +18,25 @@ from jpq.types import NONE, Labels
 def _or_none(labels: Labels | None, size: int) -> Labels:
     """The labels, or `[size]` times NONE where there are none."""
     return np.full(size, NONE, np.int64) if labels is None else labels
+
+
+def _unlabelled(*sizes: int) -> list[Labels]:
+    """NONE for every channel of each side."""
+    return [np.full(size, NONE, np.int64) for size in sizes]
+
+
+def _labelled(dims: Dims) -> tuple[Labels, ...]:
+    """The labels of the dims that have any."""
+    return tuple(labels for labels in dims if labels is not None)
+
+
+def _record_computed(call: OpCall, weight: Node, layer: LayerCall) -> None:
+    """Record a layer whose weight is computed from parameters; one computed from the input makes a product."""
+    source = call.state.weight_source(weight)
+    if source is not None:
+        reason = f"its weight is computed from '{source}'"
+        key = call.state.expression(weight)
+        call.state.calls.append(replace(layer, weight=source, float_reason=reason, key=key))
 
 
 @rule(*(f"aten.conv{n}d" for n in (1, 2, 3)), *(f"aten.conv_transpose{n}d" for n in (1, 2, 3)))
@@ -28,24 +50,31 @@ def conv(call: OpCall) -> Dims:
     inputs, name = dims[channel_dim], call.state.parameters.get(weight)
     for labels in dims[channel_dim + 1 :]:
         call.freeze(labels, f"{call.op} mixes neighbouring channels")
-    if name is None:
-        call.freeze(inputs, f"read by {call.op} with a weight that is computed")
-        return [*dims[:channel_dim], *([None] * (len(dims) - channel_dim))]
     n_in = shape_of(x)[channel_dim]
-    if groups > 1 and n_in == groups:
-        multiplier = shape[1] if transposed else shape[0] // groups
-        outputs = _depthwise_outputs(call, weight, inputs, n_in, multiplier, transposed)
-    else:
-        outputs = _dense_outputs(call, weight, name, inputs, groups, transposed)
-    call.bind(call["bias"], 0, outputs)
     applied = shape_of(x) if transposed else call.shape
-    positions = prod(applied) // applied[channel_dim]
-    macs = positions * n_in * len(outputs) * prod(shape[2:]) // groups
+    macs = prod(applied) // max(applied[channel_dim], 1) * prod(shape)
     kind = LayerKind.CONV_TRANSPOSE if transposed else LayerKind.CONV
     stride = tuple(call["stride"])
     stride = stride * (len(shape) - 2) if len(stride) == 1 else stride
-    known, size = _or_none(inputs, n_in), applied[channel_dim + 1 :]
-    call.state.calls.append(LayerCall(call.node, name, kind, shape, groups, macs, known, outputs, stride, size))
+    size = applied[channel_dim + 1 :]
+    if name is None:
+        for labels in (inputs, *call.dims(weight)):
+            call.freeze(labels, f"read by {call.op} with a weight that is computed")
+        made = shape[1] * groups if transposed else shape[0]
+        sides, rest = _unlabelled(n_in, made), _labelled(dims[:channel_dim])
+        computed = LayerCall(call.node, "", kind, shape, groups, macs, *sides, stride, size, rest)
+        _record_computed(call, weight, computed)
+        return [*dims[:channel_dim], *([None] * (len(dims) - channel_dim))]
+    if groups > 1 and n_in == groups:
+        multiplier = shape[1] if transposed else shape[0] // groups
+        outputs = _depthwise_outputs(call, weight, inputs, n_in, multiplier, transposed)
+        if not isinstance(call.module()[1], nn.modules.conv._ConvNd):  # whose attribute `groups` follows
+            call.add_size([COUNT], inputs)
+    else:
+        outputs = _dense_outputs(call, weight, name, inputs, groups, transposed)
+    call.bind(call["bias"], 0, outputs)
+    known, rest = _or_none(inputs, n_in), _labelled(dims[:channel_dim])
+    call.state.calls.append(LayerCall(call.node, name, kind, shape, groups, macs, known, outputs, stride, size, rest))
     return [*dims[:channel_dim], outputs, *([None] * (len(dims) - channel_dim - 1))]
 
 
@@ -86,6 +115,11 @@ def linear(call: OpCall) -> Dims:
     if name is None:
         for labels in (dims[-1], *call.dims(weight)):
             call.freeze(labels, "read by aten.linear with a weight that is computed")
+        if len(shape) == 2:
+            sides = _unlabelled(shape[1], shape[0])
+            work, rest = prod(call.shape[:-1]) * prod(shape), _labelled(dims[:-1])
+            computed = LayerCall(call.node, "", LayerKind.LINEAR, shape, 1, work, *sides, (), call.shape[1:-1], rest)
+            _record_computed(call, weight, computed)
         return [*dims[:-1], None]
     call.bind(weight, 1, dims[-1])
     outputs = call.state.axis(name, 0, shape[0])
@@ -94,8 +128,9 @@ def linear(call: OpCall) -> Dims:
         for labels in (dims[-1], outputs):
             call.freeze(labels, "inside nn.MultiheadAttention, whose code has fixed sizes; jpq.decompose frees it")
     macs = prod(call.shape[:-1]) * prod(shape)
-    inputs, size = _or_none(dims[-1], shape[1]), call.shape[1:-1]
-    call.state.calls.append(LayerCall(call.node, name, LayerKind.LINEAR, shape, 1, macs, inputs, outputs, (), size))
+    inputs, size, rest = _or_none(dims[-1], shape[1]), call.shape[1:-1], _labelled(dims[:-1])
+    layer = LayerCall(call.node, name, LayerKind.LINEAR, shape, 1, macs, inputs, outputs, (), size, rest)
+    call.state.calls.append(layer)
     return [*dims[:-1], outputs]
 
 
@@ -140,6 +175,23 @@ def _join_batch_dims(call: OpCall, operands: list[Node]) -> Dims:
                 joined = labels if joined is None else call.join(joined, labels)
         batch.append(call.join(joined, None) if has_unlabelled and joined is not None else joined)
     return batch
+
+
+@rule("aten.addmm", "aten.baddbmm")
+def add_product(call: OpCall) -> Dims:
+    """A matrix product and a tensor added to it: as matmul; what is added shrinks with the result."""
+    added, a, b = call.tensors[0], call.tensors[-2], call.tensors[-1]
+    left, right = call.dims(a), call.dims(b)
+    for labels in (left[-1], right[-2]):
+        call.freeze(labels, f"summed over by {call.op}")
+    out = [*_join_batch_dims(call, [a, b]), left[-2], right[-1]]
+    shape, dims = shape_of(added), call.dims(added)
+    for d, labels in enumerate(out[len(out) - len(dims) :]):
+        if shape[d] > 1 or shape[d] == len(labels if labels is not None else ()):
+            call.bind(added, d, labels)
+        else:
+            call.freeze(dims[d], f"{call.op} spreads this one channel over many")
+    return out
 
 
 @rule("aten.scaled_dot_product_attention")

@@ -10,7 +10,8 @@ from zoo import ZOO
 
 from jpq import costs
 from jpq.export.rebuild import rebuild
-from jpq.export.verify import difference, measure
+from jpq.export.count import measure
+from jpq.export.verify import difference
 from jpq.methods.gates import Polarized
 from jpq.methods.gates.polarized import COLD, CUT, HOT, RATE, START
 from jpq.tracing.channel_shares import ChannelShares

@@ -1,0 +1,125 @@
+"""Names, products and tables of a network: what belongs to it beside layers that are modules of their own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from math import prod
+
+from torch.fx import Node
+
+from jpq.tracing.channel_labels import unique_labels
+from jpq.tracing.network import Layer, Product, Table
+from jpq.tracing.op_call import LayerCall, ProductCall, TraceState, shape_of
+from jpq.types import NONE
+
+UNMASKABLE = "made with a weight that is computed in the model's code, or applied by no layer of torch"
+
+_MOVES = ("t", "transpose", "permute", "view", "reshape", "contiguous", "unsqueeze", "squeeze", "mT", "numpy_T")
+
+_PARTS = ("split", "chunk", "split_with_sizes", "unbind", "tensor_split")
+
+
+def layer_names(calls: Sequence[LayerCall]) -> list[str]:
+    """A name for each layer, given its first call: its module's, where that has no other weight; else its parameter's.
+
+    Parts of one parameter have its name and their index ("attn.in_proj_weight[0]"), other uses of one a number.
+    """
+    owners = Counter(weight.rpartition(".")[0] for weight in dict.fromkeys(call.weight for call in calls))
+    names: dict[int, str] = {}
+    for i, call in sorted(enumerate(calls), key=lambda pair: bool(pair[1].float_reason)):  # modules keep their names
+        owner, part = call.weight.rpartition(".")[0], _part(call)
+        name = owner if owner and owners[owner] == 1 and not part else call.weight + part
+        taken, n = set(names.values()), 2
+        if name == owner and name in taken:
+            name = call.weight
+        base = name
+        while name in taken:
+            name, n = f"{base}#{n}", n + 1
+        names[i] = name
+    return [names[i] for i in range(len(calls))]
+
+
+def _part(call: LayerCall) -> str:
+    """`[1]` where the layer's weight is this part of a parameter, merely cut and moved; else empty."""
+    if not call.float_reason:
+        return ""
+    for node in call.node.all_input_nodes:
+        while isinstance(node, Node) and node.all_input_nodes:
+            op = "getitem" if "getitem" in str(node.target) else str(node.target).split(".")[1:2][0]
+            source = node.all_input_nodes[0]
+            if op == "getitem" and str(source.target).split(".")[1:2][0] in _PARTS:
+                return f"[{node.args[1]}]" if source.all_input_nodes[0].op == "placeholder" else ""
+            if op == "select" and source.op == "placeholder":
+                return f"[{node.args[2]}]"
+            if op == "slice" and source.op == "placeholder":
+                return f"[{':'.join(str(n) for n in node.args[2:4])}]"
+            if op not in _MOVES:
+                break
+            node = source
+    return ""
+
+
+def build_products(state: TraceState, batch: int) -> tuple[Product, ...]:
+    """The products of a graph; those that one place in a module's code makes in several calls are one.
+
+    Args:
+        state: after all ops were recorded; batch: samples of the example.
+    """
+    places = Counter[tuple[str, str]]()
+    groups: dict[tuple[str, str, int, str], list[ProductCall]] = {}
+    for call in state.products:
+        what = call.name or call.op.rpartition(".")[2].rstrip("_")
+        places[call.module, what] += 1  # the n-th of this kind in this call of the module
+        dims = str([state.classes.find(labels).tolist() for labels in call.dims])
+        groups.setdefault((call.module.split("@")[0], what, places[call.module, what], dims), []).append(call)
+    products, used = [], set[str]()
+    for (module, what, place, _), calls in groups.items():
+        base = f"{module}.{what}".lstrip(".") + (f"_{place}" if place > 1 else "")
+        name, n = base, 2
+        while name in used:
+            name, n = f"{base}#{n}", n + 1
+        used.add(name)
+        macs = sum(call.macs for call in calls if call.constant)
+        macs += sum(call.macs for call in calls if not call.constant) // batch
+        dims_of_first = tuple(state.classes.find(labels) for labels in calls[0].dims)
+        products.append(Product(name, calls[0].op, module, macs, dims_of_first))
+    return tuple(products)
+
+
+def count_stored_numbers(
+    state: TraceState, by_key: Mapping[str, Sequence[LayerCall]]
+) -> tuple[dict[str, int], list[Table]]:
+    """How many numbers of its parameter each layer with a computed weight has for its own, and parameters left over.
+
+    Returns (key of the layer -> numbers, tables). A parameter that several layers read belongs to the first, layers
+    that read it as it is before others. What belongs to no layer and has two or more dims is a table.
+    """
+    left = {name: node for node, name in state.parameters.items() if node.users}
+    numbers = {name: prod(shape_of(node)) for name, node in left.items()}
+    stored: dict[str, int] = {}
+    for key, calls in sorted(by_key.items(), key=lambda item: bool(item[1][0].float_reason)):
+        call = calls[0]
+        own = min(prod(call.shape), numbers.get(call.weight, 0))
+        numbers[call.weight] = numbers.get(call.weight, 0) - own
+        if own != prod(call.shape):
+            stored[key] = own
+    trained = {name for name, _ in state.model.named_parameters()}
+    tables = []
+    for name, node in left.items():
+        if name in trained and len(shape_of(node)) > 1 and numbers[name] > 0:
+            dims = tuple(labels for labels in state.axes.get(name, {}).values() if (labels != NONE).any())
+            tables.append(Table(name, numbers[name], tuple(state.classes.find(labels) for labels in dims)))
+    return stored, tables
+
+
+def freeze_unmaskable(state: TraceState, layers: Sequence[Layer]) -> dict[int, str]:
+    """The frozen classes, with those that only layers at 32 bits make: no site is named after such a layer."""
+    frozen = state.classes.frozen()
+    sources = [layer.outputs for layer in layers if not layer.float_reason]
+    sources += [state.classes.find(labels) for labels in state.embeddings.values()]
+    made = {int(c) for labels in sources for c in unique_labels(labels)}
+    for layer in layers:
+        if layer.float_reason:
+            frozen |= {int(c): UNMASKABLE for c in unique_labels(layer.outputs) if c not in made and c not in frozen}
+    return frozen

@@ -27,12 +27,13 @@ from jpq.compression.calibration import recalibrate
 from jpq.compression.masking import original
 from jpq.compression.model import CompressedModel
 from jpq.compression.power_of_two_steps import round_activation_steps
-from jpq.config import RULES, SEARCH, Config
+from jpq.config import RULES, SEARCH, Config, Run
 from jpq.costs.latency_table import LatencyTable
 from jpq.costs.target import Target
 from jpq.export.timing import layer_table
 from jpq.files import tensors
-from jpq.results import budget_folders, run_folder
+from jpq.files.paths import mark_latest
+from jpq.results import budget_folders, run_folder, run_status
 from jpq.results.finish import finish
 from jpq.results.record import Result
 from jpq.tasks.data import Data
@@ -40,10 +41,10 @@ from jpq.tasks.load import load_dense_model, read_data
 from jpq.training import checkpoint, distributed
 from jpq.training.environment import full_precision, pick_device, set_threads
 from jpq.training.epochs import BudgetEpochs, Phase, budget_epochs
-from jpq.training.history import NullObserver, TensorBoardObserver, TrainingObserver
+from jpq.training.history import NullObserver, TensorBoardObserver, TrainingObserver, import_writer
 from jpq.training.loop import Objective, build_optimizer
 from jpq.training.phases import SearchState, fine_tune, rebuild_opened, search, train
-from jpq.training.run_state import RunState, open_folder
+from jpq.training.run_state import RunState, create_folder
 from jpq.types import JpqError
 
 ALREADY_PRUNED = (
@@ -71,6 +72,7 @@ def optimize(config: Config, observer: TrainingObserver | None = None, command: 
     prepared, targets = prepare_run(model, data, config, table)  # 2 trace, sites, targets
     epochs = budget_epochs(config, prepared.method)
     check_all_budgets(prepared, targets, model, data, config)  # 3 can each budget be met?
+    begin_folder(config, table, run)  # nothing is written before all checks have passed
     train_float(model, data, config, run)  # 4 float training, without --weights
     check_mask(prepared, model, run)
     if prepared.method.structure == SEARCH:
@@ -164,13 +166,32 @@ def run_budget(
 
 
 def open_run(config: Config, observer: TrainingObserver | None) -> RunState:
-    """The folder and state of a run, new or resumed; the seed of all draws is set."""
+    """The state of a run, new or resumed; the seed of all draws is set. Nothing is written yet."""
     distributed.check_rows(config.train.batch_size)
-    run = RunState(config, observer or NullObserver(), distributed.run_on_first(lambda: open_folder(config)))
-    if config.run.tensorboard and distributed.is_first():
-        run.observer = TensorBoardObserver(run.observer, run.folder, run.recorder.rows)
+    distributed.run_on_first(lambda: run_status.check_other_settings(config))
+    if config.run.tensorboard:
+        import_writer()
+    run = RunState(config, observer or NullObserver(), config.folder())
     torch.manual_seed(config.run.seed)
     return run
+
+
+def begin_folder(config: Config, table: LatencyTable | None, run: RunState) -> None:
+    """Make the run's folder, with its settings and the table of measured layers."""
+
+    def begin() -> None:
+        if config.run.overwrite:
+            inputs = (config.task.weights, config.decide.mask, config.budget.latency_table)
+            run_status.clear_folder(run.folder, keep=[path for path in inputs if path is not None])
+        create_folder(config)
+        if config.run.out == Run.out:
+            mark_latest(run.folder)
+        if table is not None:
+            layer_table.write_table(list(table.entries), run.folder / layer_table.TABLE_NAME)
+
+    distributed.run_on_first(begin)
+    if config.run.tensorboard and distributed.is_first():
+        run.observer = TensorBoardObserver(run.observer, run.folder, run.recorder.rows)
 
 
 def load_task(config: Config, run: RunState) -> tuple[Data, nn.Module]:
@@ -181,11 +202,11 @@ def load_task(config: Config, run: RunState) -> tuple[Data, nn.Module]:
     run.check_data(data.checksum)
     run.notes.extend(data.notes)
     check_classes(config.decide.classes, data)
-    return data, load_dense_model(config, data, device)
+    return data, load_dense_model(config, data, device, run.notes)
 
 
 def load_table(config: Config, run: RunState) -> LatencyTable | None:
-    """The table of measured layers, where one is given; a copy is kept in the run's folder."""
+    """The table of measured layers, where one is given. Raises JpqError where a resumed run began with another."""
     if config.budget.latency_table is None:
         return None
     path = config.budget.latency_table
@@ -193,10 +214,8 @@ def load_table(config: Config, run: RunState) -> LatencyTable | None:
     def load() -> LatencyTable:
         table = layer_table.read_table(path)
         kept = run.folder / layer_table.TABLE_NAME
-        if run.saved and kept.is_file() and kept.read_text() != layer_table.table_text(table):
+        if run.saved and kept.is_file() and kept.read_text(encoding="utf-8") != layer_table.table_text(table):
             raise JpqError(f"{table.source} is no longer the table that this run began with. Run without --resume.")
-        if distributed.is_first():
-            layer_table.write_table(list(table.entries), kept)
         return table
 
     return distributed.first_then_others(load)
@@ -208,8 +227,7 @@ def prepare_run(
     """The method set up on the model, and the targets of each budget."""
     first_config = next(iter(config.each().values()))
     prepared = prepare(model, data.example, config.decide, first_config.budget, table=table)
-    macs = sum(layer.macs for layer in prepared.network.layers)
-    set_threads(config.run.threads, macs * config.train.batch_size)
+    set_threads(config.run.threads, prepared.network.macs * config.train.batch_size)
     return prepared, budget_targets(prepared.network, config)
 
 

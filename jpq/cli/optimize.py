@@ -9,8 +9,8 @@ from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.text import Text
 
-from jpq.cli.flags import parse_optimize_flags
-from jpq.cli.output import table, text_column
+from jpq.cli.flags import parse_optimize_flags, wants_all_layers
+from jpq.cli.output import Column, print_line, table, text_column
 from jpq.results.formatting import format_duration, format_metric, format_number, format_percent
 from jpq.results.record import Result
 
@@ -19,14 +19,21 @@ def optimize_command(args: list[str], console: Console) -> None:
     """Run `jpq optimize`."""
     config = parse_optimize_flags(args).check()
     from jpq.cli.progress import ProgressDisplay
-    from jpq.cli.summary import layer_table, summary
     from jpq.methods.compatibility import compose_method
     from jpq.recipe import optimize
+    from jpq.results.run_folder import read_finished
+    from jpq.results.run_status import FINISHED, TRIAL, check_rerun
     from jpq.training import distributed
     from jpq.training.epochs import all_phases
 
     distributed.begin(config.run.device)
     console.quiet = not distributed.is_first()
+    status = distributed.run_on_first(lambda: check_rerun(config))
+    if config.run.resume and status.state in (FINISHED, TRIAL):
+        distributed.end()
+        print_line(console, f"{escape(os.path.relpath(status.folder))} is finished; its result is shown again.")
+        print_result(read_finished(config), console, wants_all_layers(args))
+        return
     d = config.decide
     planned = {
         phase.title: phase.epochs for phase in all_phases(config, compose_method(d.method, d.structure, d.width))
@@ -34,17 +41,34 @@ def optimize_command(args: list[str], console: Console) -> None:
     with ProgressDisplay(console, planned) as observer:
         result = optimize(config, observer, shlex.join(["jpq", "optimize", *args]))
     distributed.end()
+    print_result(result, console, wants_all_layers(args))
+
+
+def print_result(result: Result, console: Console, all_rows: bool = False) -> None:
+    """Print a run's layers (the dearest, or all) and summary, or the table of its budgets where it has several."""
+    from jpq.cli.summary import layer_table, summary
+
     if result.front:
         console.print(front_table(result))
         return
-    console.print(layer_table(result))
+    console.print(layer_table(result, all_rows))
     console.print(summary(result))
 
 
 def front_table(result: Result) -> RenderableType:
     """A row per budget: metrics and costs of its model, seconds until it was finished, and its folder."""
     metric = result.task.metric_name
-    columns = ("target", metric, "held-out", "BOPs", "of fp32", "MACs", "size", "after", text_column("folder"))
+    columns = (
+        "target",
+        metric,
+        Column("held-out", optional=2),
+        Column("BOPs", optional=3),
+        "of fp32",
+        Column("MACs", optional=4),
+        "size",
+        Column("after", optional=1),
+        text_column("folder"),
+    )
     rows = [
         (
             escape(record.budget),

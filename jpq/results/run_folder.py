@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import nn
 
 from jpq.config import TARGETS, Config, write_toml
 from jpq.costs.latency_table import LatencyTable
+from jpq.export.origin import note_origin
 from jpq.export.rebuild import build_from_plan
+from jpq.export.saved_model import is_saved_model, load_into, load_program
 from jpq.export.timing import layer_table
 from jpq.files import tensors, untrusted
 from jpq.files.atomic import replace_file
@@ -34,17 +36,29 @@ FRONT_PICTURE = "front.png"
 SIZES_NAME = "sizes.csv"
 
 
-def load(folder: str | Path, run_code: bool = False) -> tuple[nn.Module, Plan]:
-    """(small model in eval mode, its plan) from a run's folder, without pickle or data.
+def load(folder: str | Path, run_code: bool = False, model: nn.Module | None = None) -> tuple[nn.Module, Plan]:
+    """(small model in eval mode, its plan) from a run's folder or one of `jpq.save`, without pickle or data.
 
-    A model that is code (module:callable) is built only with `run_code`, since the folder chooses that code.
+    What `jpq.save` wrote is loaded without the model's code, as its stored graph, which is for evaluation.
+
+    Args:
+        folder: of a run, or of `jpq.save`.
+        run_code: a run's model that is code (module:callable) is built only with this, since the folder chooses it.
+        model: the large model that the small one was compressed from, with any weights: the small one is made of its
+            code, and can be trained.
+
     Raises JpqError where files are missing, foreign or do not fit together.
     """
     folder = Path(folder)
+    if model is not None:
+        return load_into(folder, model)
+    if is_saved_model(folder):
+        return load_program(folder)
     plan = read_plan(folder / "plan.json")
     dense = models.of_plan(plan, folder / "plan.json", folder / "model.safetensors", run_code)
     small = build_from_plan(plan, decompose(dense))
     tensors.load_tensors(small, folder / "model.safetensors")
+    note_origin(small, plan)
     return small.eval(), plan
 
 
@@ -143,6 +157,16 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     return [{str(k): v for k, v in row.items()} for row in table.where(table.notna(), None).to_dict("records")]
 
 
+def read_finished(config: Config) -> Result:
+    """The result of a finished run of these settings; of several budgets that of the last, with all in its `front`."""
+    top = config.folder()
+    folders = {name: top / budget_folder_name(name, each) if name else top for name, each in config.each().items()}
+    result = read_run(folders[next(reversed(folders))])
+    if len(folders) == 1:
+        return result
+    return replace(result, front=tuple(read_budget(name, folder) for name, folder in folders.items()))
+
+
 def write_front(points: Sequence[BudgetRecord], folder: Path) -> None:
     """Write front.csv, one line a budget."""
     frame = pd.DataFrame([asdict(point) for point in points], columns=[f.name for f in fields(BudgetRecord)])
@@ -151,7 +175,7 @@ def write_front(points: Sequence[BudgetRecord], folder: Path) -> None:
 
 def result_record(result: Result) -> dict[str, Any]:
     """The content of result.json: all of a result but its tables, which have files of their own."""
-    tree = asdict(result)
+    tree = {**asdict(result), "intervals": result.intervals}
     return {key: value for key, value in tree.items() if key not in ("folder", "layers", "history", "front")}
 
 

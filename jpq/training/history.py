@@ -95,6 +95,15 @@ class NullObserver:
         """Ignore it."""
 
 
+def import_writer() -> Any:
+    """The class that writes TensorBoard event files. Raises JpqError where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise JpqError('--tensorboard needs a package that is missing: pip install "jpq[tensorboard]".') from error
+    return SummaryWriter
+
+
 class TensorBoardObserver:
     """A `TrainingObserver` that writes TensorBoard event files and passes everything on to another observer.
 
@@ -109,12 +118,8 @@ class TensorBoardObserver:
     """
 
     def __init__(self, observer: TrainingObserver, folder: Path, earlier: Sequence[EpochRecord] = ()) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise JpqError('--tensorboard needs a package that is missing: pip install "jpq[tensorboard]".') from error
         self.observer = observer
-        self.writer: Any = SummaryWriter(str(folder))
+        self.writer: Any = import_writer()(str(folder))
         self.epochs = len(earlier)
         self.finished_epochs = Counter(row.title for row in earlier)  # of each phase
         self.name, self.steps, self.steps_done = "", 0, 0  # of the phase at hand

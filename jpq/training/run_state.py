@@ -27,9 +27,9 @@ TEXTS = ("phase", "budget")  # fields of an EpochRecord that are no numbers
 BLOCK_BYTES = 2**20  # of a file that are read at a time for its checksum
 
 
-def open_folder(config: Config) -> Path:
+def create_folder(config: Config) -> Path:
     """Make the run's folder with its config.toml. Raises JpqError where it cannot be written."""
-    folder = config.run.out / config.hash()
+    folder = config.folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

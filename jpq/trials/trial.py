@@ -100,7 +100,7 @@ class TrialRunner:
             self._prune(trial, SURPLUS, True)
         try:
             config = self.space.suggest(trial)
-            config = replace(config, run=replace(config.run, out=self.folder / "trials", resume=False)).check()
+            config = replace(config, run=replace(config.run, out=self.folder / "trials", name="", resume=False)).check()
             return self._values(trial, config, other_trials)
         except (KeyboardInterrupt, OSError):
             queue_again(trial)
@@ -134,7 +134,7 @@ class TrialRunner:
 
     def _run(self, trial: Trial, config: Config, costs: Costs | None) -> list[float]:
         """Run `optimize`, from its checkpoint where there is one, and record the result."""
-        run = config.run.out / config.hash()
+        run = config.folder()
         resumed = replace(config, run=replace(config.run, resume=(run / checkpoint.NAME).is_file()))
         observer = EarlyStoppingObserver(trial, self.study, self.observer, costs)
         try:

@@ -28,6 +28,8 @@ class Export(RunSelection):
     """Forms to export, such as onnx,qonnx,pt2 (see jpq optimize --help). Default: as the run was told."""
     onnx_weights: str = ""
     """Type of the weights in model.onnx: int8, int4 or int2. Default: as the run was told."""
+    all: bool = False
+    """Show every layer, where a long model's table is of the dearest 20."""
     run_code: bool = False
     """Run the code that the folder names as its model or data (module:callable): only for folders that you trust."""
 
@@ -68,5 +70,5 @@ def export_run(flags: Export, console: Console) -> None:
             return
         print_line(console, f"{here} is final already; it is exported once more.")
     result = finalize(folder, flags.out, flags.data_root, flags.formats, flags.onnx_weights, flags.run_code)
-    console.print(layer_table(result))
+    console.print(layer_table(result, flags.all))
     console.print(summary(result))

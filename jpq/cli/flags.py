@@ -120,6 +120,12 @@ def parse_optimize_flags(args: Sequence[str]) -> Config:
     return _parse_config(from_tree(tree, str(file)) if file else Config(), "optimize", args, file)[0]
 
 
+def wants_all_layers(args: Sequence[str]) -> bool:
+    """Whether arguments that `parse_optimize_flags` has read ask for a table of all layers."""
+    given = [arg for arg in args if arg in ("--all", "--no-all")]
+    return given[-1:] == ["--all"]
+
+
 def parse_study_flags(args: Sequence[str]) -> tuple[Config, Study]:
     """The task and the study that flags of `jpq study` describe, on top of the file that --config names."""
     from jpq.config import Config, Run
@@ -160,7 +166,11 @@ def _parse_config(
         parts.append((name, table, dataclasses.field(default=table(**vars(section)))))
     note = "Take settings from this TOML file, such as a run's config.toml; flags given here win."
     file = Annotated[Path | None, describe_setting("config", note)]
-    flags = dataclasses.make_dataclass("Flags", [*parts, ("config", file, None)], frozen=True)
+    parts.append(("config", file, None))
+    if command == "optimize":
+        note = "Show every layer at the end, where a long model's table is of the dearest 20."
+        parts.append(("all", Annotated[bool, describe_setting("all", note)], False))
+    flags = dataclasses.make_dataclass("Flags", parts, frozen=True)
     parsed: Any = parse_flags(flags, command, args)
     for what in ("model", "data") if source else ():
         if not any(arg.partition("=")[0] == f"--{what}" for arg in args):

@@ -122,4 +122,4 @@ def _print_methods(args: list[str], console: Console) -> None:
         grid.add_row("", f"[dim]{escape(method.paper)}[/]")
         grid.add_row("", "")
     console.print(grid)
-    console.print("Every method takes another --structure and --width where they go together.", soft_wrap=True)
+    console.print("Every method takes another --structure and --width where they go together.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,25 +18,19 @@ from jpq.cli.flags import parse_flags, with_help
 from jpq.cli.output import Column, print_line, table, text_column
 from jpq.cli.run_selection import RunSelection, choose_point, print_choice, print_skipped, read_front
 from jpq.results.formatting import format_metric, format_number, format_percent
+from jpq.results.intervals import format_interval, is_within_noise, metric_interval
 from jpq.types import JpqError
 
 if TYPE_CHECKING:
     from jpq.results.front.front import Front
     from jpq.results.front.select import Choice
 
-MIN_WIDTHS = {  # column -> smallest screen width, in characters, that shows it
-    "target": 92,
-    "bits w, a": 100,
-    "MACs kept": 110,
-    "BOPs": 84,
-    "test": 78,
-    "size": 66,
-}
+OPTIONAL = ("size", "method", "test", "BOPs", "target", "95 %", "bits w, a", "MACs kept")  # left out from the last on
 
 COLUMNS = {
     "run": Column("run", align="left"),
-    "method": Column("method", align="left"),
-    "target": text_column("target"),
+    "method": Column("method", align="left", optional=1 + OPTIONAL.index("method")),
+    "target": text_column("target", optional=1 + OPTIONAL.index("target")),
 }
 
 
@@ -62,8 +57,8 @@ def show_front(flags: Pareto, console: Console) -> None:
     front, skipped = read_front(flags)
     choice = choose_point(flags, front)
     print_skipped(skipped, console)
-    console.print(front_table(front, choice, flags.all, console.width))
-    for line in describe_front(front):
+    console.print(front_table(front, choice, flags.all))
+    for line in (*describe_front(front), *describe_noise(front)):
         print_line(console, line)
     if choice is not None:
         print_line(console, "")
@@ -85,38 +80,42 @@ def _default_folder(runs: tuple[Path, ...]) -> Path:
     return runs[0] if holds_several else Path()
 
 
-def front_table(front: Front, choice: Choice | None = None, dominated: bool = False, width: int = 100) -> Table:
+def front_table(front: Front, choice: Choice | None = None, dominated: bool = False) -> Table:
     """A row per point of the front, the cheapest first, and the float model last.
 
     Args:
         front: of the runs.
         choice: the point that is marked.
         dominated: show runs that others beat, too.
-        width: characters of the screen; narrow ones leave out columns.
     """
     order = [*front.front_indices]
     if dominated:
         order += sorted(set(range(len(front.points))) - set(order), key=lambda i: front.points[i].costs[front.costs[0]])
     rows = [(i, _point_cells(front, i)) for i in order]
-    names = _visible_columns(front, [cells for _, cells in rows], width)
-    rows_table = table([COLUMNS.get(name, Column(name)) for name in names], ())
+    names = _filled_columns(front, [cells for _, cells in rows])
+    rows_table = table([_column(name) for name in names], ())
     for i, cells in rows:
         chosen = choice is not None and i == choice.index
         cells[""] = ("★ " if chosen else "") + str(front.number(i) or "")
-        rows_table.add_row(
-            *(cells[n] for n in names), style="bold" if chosen else "" if i in front.front_indices else "dim"
+        rows_table.add_line(
+            [cells[n] for n in names], style="bold" if chosen else "" if i in front.front_indices else "dim"
         )
-    rows_table.add_section()
+    rows_table.end_section()
     float_cells = _float_cells(front)
-    rows_table.add_row(*(float_cells.get(n, "") for n in names))
+    rows_table.add_line([float_cells.get(n, "") for n in names])
     return rows_table
 
 
-def _visible_columns(front: Front, rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
-    """Columns that fit a screen of so many characters and are not empty."""
+def _filled_columns(front: Front, rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Columns that are not empty."""
     timed = any("latency" in p.costs for p in front.points)
-    names = [n for n in rows[0] if MIN_WIDTHS.get(n, 0) <= width and (timed or n != "latency")]
+    names = [n for n in rows[0] if timed or n != "latency"]
     return [n for n in names if n in ("", "test") or any(cells[n] for cells in rows)]
+
+
+def _column(name: str) -> Column:
+    """A column by its name; on a narrow screen the last of OPTIONAL are left out first."""
+    return COLUMNS.get(name) or Column(name, optional=1 + OPTIONAL.index(name) if name in OPTIONAL else 0)
 
 
 def _point_cells(front: Front, i: int) -> dict[str, str]:
@@ -124,6 +123,7 @@ def _point_cells(front: Front, i: int) -> dict[str, str]:
     from jpq.results.front.select import format_point_cost
 
     p = front.points[i]
+    interval = metric_interval(front.task, p.accuracy, p.held_out_samples)
     bits = [statistics.mean(getattr(layer, what) for layer in p.layers) for what in ("w_bits", "a_bits") if p.layers]
     return {
         "": "",
@@ -131,6 +131,7 @@ def _point_cells(front: Front, i: int) -> dict[str, str]:
         "method": escape(str(p.decisions.get("method", ""))),
         "target": escape(str(p.decisions.get("target", "")).removeprefix("bops ")),
         "held-out": format_metric(front.task, p.accuracy),
+        "95 %": "" if interval is None else format_interval(interval),
         "test": "-" if p.test_accuracy is None else format_metric(front.task, p.test_accuracy),
         "BOPs share": format_percent(p.share("bops")),
         "BOPs": format_number(p.costs["bops"]),
@@ -157,6 +158,20 @@ def _float_cells(front: Front) -> dict[str, str]:
         "MACs kept": format_percent(1.0),
         **latency,
     }
+
+
+def describe_noise(front: Front) -> list[str]:
+    """A sentence where neighbours on the front differ by less than the noise of so few held-out samples."""
+    points = front.front_points
+    samples = min((p.held_out_samples for p in points), default=0)
+    pairs = list(itertools.pairwise(points))
+    alike = sum(is_within_noise(front.task, a.accuracy, b.accuracy, samples) for a, b in pairs)
+    if not alike:
+        return []
+    return [
+        f"{alike} of {len(pairs)} steps along the front are within the noise of {samples} held-out samples "
+        "(95 % intervals)."
+    ]
 
 
 def describe_front(front: Front) -> list[str]:

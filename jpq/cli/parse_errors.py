@@ -70,9 +70,10 @@ def _is_flag(word: str) -> bool:
 def _unknown_flag(word: str, hints: Mapping[str, Any]) -> str:
     """The sentence about a flag that a command does not have, with the nearest that it has."""
     name = word.lstrip("-").replace("_", "-")
-    begin = [f"--{known}" for known in hints if known.startswith(name)]
-    near = [f"--{known}" for known in difflib.get_close_matches(name, hints, n=2, cutoff=0.6)]
-    likely = list(dict.fromkeys((*near, *begin)))[:4]
+    known = [flag for flag in hints if name.startswith("no-") or not flag.startswith("no-")]
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    begin = [flag for flag in known if flag.startswith(name)]
+    likely = [f"--{flag}" for flag in dict.fromkeys((*begin, *near))][:4]
     return f"Unknown flag {word}." + (f" Did you mean {' or '.join(likely)}?" if likely else "")
 
 

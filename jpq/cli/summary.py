@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from jpq.cli.output import Column, label_grid, table, text_column
+from jpq.cli.output import Column, label_grid, name_column, table
 from jpq.results.formatting import (
     format_change,
     format_duration,
@@ -23,39 +23,72 @@ from jpq.results.formatting import (
     format_number,
     format_percent,
 )
-from jpq.results.record import Result
+from jpq.results.intervals import format_interval
+from jpq.results.record import LayerRecord, Result
 from jpq.results.run_folder import size_rows
 from jpq.types import DENSE
 
 OPENED = "masked_vs_rebuilt_at_landing_with_open_norms"  # as verify has it, without importing torch for --help
 
 
-def layer_table(result: Result) -> Table:
-    """A row per layer: channels or structure, density, bits and costs, with totals."""
+MAX_ROWS = 20  # largest number of layers that are shown unless all are asked for
+
+OPTIONAL = {"in": 3, "MACs": 2, "out": 1}  # columns that a narrow screen leaves out, the largest number first
+
+
+def layer_table(result: Result, all_rows: bool = False) -> RenderableType:
+    """A row per layer: channels or structure, density, bits and costs, with totals; of a long model the dearest.
+
+    Args:
+        result: of the run.
+        all_rows: show every layer, where a long model has more than MAX_ROWS.
+    """
     rows = result.layers
-    kept, every = sum(r.outputs for r in rows), sum(r.outputs_all for r in rows)
+    dearest = sorted(range(len(rows)), key=lambda i: rows[i].bops, reverse=True)[:MAX_ROWS]
+    shown = [rows[i] for i in sorted(dearest)] if not all_rows else list(rows)
     masked = any(r.density < 1 for r in rows)
     mixed = len({r.structure for r in rows} - {DENSE}) > 1
+    hidden = {"out"} if mixed else set() if masked else {"density"}  # masks remove no channel
+    cells_table = _cells_table(result, shown, mixed, hidden)
+    if len(shown) == len(rows):
+        return cells_table
+    left = len(rows) - len(shown)
+    rest = sum(r.share for i, r in enumerate(rows) if i not in dearest)
+    line = f"  {left} more layer{'s' * (left > 1)} with {format_percent(rest)} of the BOPs: --all, or layers.csv"
+    return Group(cells_table, Text(line, style="dim"))
+
+
+def _cells_table(result: Result, shown: Sequence[LayerRecord], mixed: bool, hidden: Collection[str]) -> Table:
+    """The table of these layers, with the totals of all.
+
+    Args:
+        result: of the run.
+        shown: its layers that get a row.
+        mixed: whether the layers have structures of several kinds.
+        hidden: columns that say nothing here.
+    """
+    rows = result.layers
+    kept, every = sum(r.outputs for r in rows), sum(r.outputs_all for r in rows)
     macs, bops = (format_number(sum(getattr(r, field) for r in rows)) for field in ("macs", "bops"))
     names = ["structure" if mixed else "in", "out", "density", "w bits", "a bits", "MACs", "BOPs", "share"]
     footers = ["", f"{kept}/{every}", "", "", "", macs, bops, "100 %"]
-    hidden = {"out"} if mixed else set() if masked else {"density"}  # masks remove no channel
-    columns = [Column(name, footer) for name, footer in zip(names, footers, strict=True) if name not in hidden]
+    places = [i for i, name in enumerate(names) if name not in hidden]
+    columns = [Column(names[i], footers[i], optional=OPTIONAL.get(names[i], 0)) for i in places]
     lines = []
-    for r in rows:
-        channels = (f"{r.inputs}/{r.inputs_all}", f"{r.outputs}/{r.outputs_all}")
-        where = (escape(r.structure),) if mixed else channels
-        density = (format_percent(r.density),) if masked else ()
+    for r in shown:
+        where = escape(r.structure) if mixed else f"{r.inputs}/{r.inputs_all}"
         cells = (
-            *density,
+            where,
+            f"{r.outputs}/{r.outputs_all}",
+            format_percent(r.density),
             str(r.w_bits),
             str(r.a_bits),
             format_number(r.macs),
             format_number(r.bops),
             f"{100 * r.share:.1f} %",
         )
-        lines.append((escape(r.name), *where, *cells))
-    return table((text_column("layer", "total"), *columns), lines)
+        lines.append((escape(r.name), *(cells[i] for i in places)))
+    return table((name_column("layer", "total"), *columns), lines)
 
 
 def summary(result: Result) -> Panel:
@@ -80,6 +113,9 @@ def _metrics_grid(result: Result) -> Table:
     text = f"{format_change(task, change)}, test split" if math.isfinite(change) else "test split"
     before, after = (format_metric(task, metrics.accuracy) for metrics in (full, now))
     grid.add_row(task.metric_name, before, f"[bold]{after}[/]", text)
+    if intervals := result.intervals:
+        ends = [format_interval(intervals[side]) if side in intervals else "-" for side in ("float", "compressed")]
+        grid.add_row("", *(f"[dim]{end}[/]" for end in ends), f"[dim]{_interval_words(intervals)}[/]")
     for label, field, unit in (("BOPs", "bops", ""), ("MACs", "macs", ""), ("size", "size_bytes", "B")):
         float_cost, cost = getattr(full, field), getattr(now, field)
         share = f"{format_percent(now.bops_share)} of fp32, " if field == "bops" else ""
@@ -97,6 +133,12 @@ def _metrics_grid(result: Result) -> Table:
         share = f"predicted; {format_percent(now.latency_ms / full.latency_ms)} of fp32"
         grid.add_row("latency", format_ms(full.latency_ms), f"[bold]{format_ms(now.latency_ms)}[/]", share)
     return grid
+
+
+def _interval_words(intervals: Mapping[str, Any]) -> str:
+    """Meaning of the intervals in a line, and whether the difference lies within them."""
+    words = f"{100 * intervals['level']:.0f} % interval of {intervals['samples']} samples"
+    return f"{words}: the difference is within the noise" if intervals["within_noise"] else words
 
 
 def _factor(before: float, after: float) -> str:

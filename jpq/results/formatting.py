@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the screens import this module, and start without torch
@@ -27,6 +28,48 @@ def format_ms(milliseconds: float) -> str:
 def shorten(name: str, length: int = 34) -> str:
     """The last characters of a long name, after an ellipsis."""
     return name if len(name) <= length else "…" + name[1 - length :]
+
+
+def shorten_middle(name: str, length: int) -> str:
+    """First and last part of a long dotted name around an ellipsis, or its first and last characters."""
+    if len(name) <= length:
+        return name
+    head, _, rest = name.partition(".")
+    tails = [rest[i + 1 :] for i, letter in enumerate(rest) if letter == "."]
+    tail = next((t for t in tails if len(head) + 1 + len(t) <= length), "")
+    if tail:
+        return f"{head}…{tail}"
+    front = (length - 1) // 2
+    return f"{name[:front]}…{name[len(name) - (length - 1 - front) :]}"
+
+
+def shorten_names(names: Sequence[str], length: int) -> list[str]:
+    """Names of at most `length` characters that stay distinct: without their middle, or with the parts that differ.
+
+    Names that neither way tells apart are left as they are.
+    """
+    short = [shorten_middle(name, length) for name in names]
+    for way_out in (_differing_parts, lambda name, others, length: name):
+        owners: dict[str, set[str]] = {}
+        for name, text in zip(names, short, strict=True):
+            owners.setdefault(text, set()).add(name)
+        short = [
+            way_out(name, owners[text], length) if len(owners[text]) > 1 else text
+            for name, text in zip(names, short, strict=True)
+        ]
+    return short
+
+
+def _differing_parts(name: str, others: Collection[str], length: int) -> str:
+    """The dotted parts of a name in which others differ from it, with its last part, or its end; else all of it."""
+    parts = name.split(".")
+    tables = [other.split(".") for other in others]
+    places = [i for i, part in enumerate(parts) if any(other[i : i + 1] != [part] for other in tables)]
+    before = max(0, places[0] - (parts[places[0]].isdigit())) if places else 0
+    middle = ".".join(parts[before : places[-1] + 1]) if places else name
+    last = "" if not places or places[-1] == len(parts) - 1 else f"…{parts[-1]}"
+    text = f"…{middle}{last}" if before else f"{middle}{last}"
+    return text if len(text) <= length else name
 
 
 def format_number(number: float, unit: str = "") -> str:

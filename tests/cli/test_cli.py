@@ -170,7 +170,6 @@ def test_unknown_command_names_the_closest(capsys: Captured) -> None:
         (["study", "--trials", "many"], "--trials many: 'many' is not a whole number."),
         (["bench", "runs", "--threads", "1", "two"], "--threads 1 two: 'two' is not a whole number."),
         (["pareto", "runs", "--kne"], "Unknown flag --kne. Did you mean --knee?"),
-        (["inspect", "--input-shape"], "--input-shape"),
         (["evaluate"], "Name RUN_FOLDER|FILE.onnx. See jpq evaluate --help."),
         (["methods", "djpq"], "'djpq' belongs to no flag."),
     ],

@@ -44,6 +44,8 @@ def test_result_json_holds_what_it_promises(tmp_path: Path) -> None:
         "uniform",
         "final",
         "machine",
+        "intervals",
+        "float_work",
     }
     assert tree["compressed"] == {
         "accuracy": 0.9778,

@@ -192,6 +192,7 @@ class RunPoint:
     layers: tuple[LayerDecision, ...] = ()
     uniform: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # "W4A4" -> costs of the whole model
     task: str = CLASSIFICATION.name  # in TASKS; the accuracies are its metric
+    held_out_samples: int = 0  # that the held-out metric was measured on; 0: not known
 
     def share(self, cost: str) -> float:
         """Cost of the model over that of the fp32 model."""
@@ -226,6 +227,7 @@ def read_point(folder: Path) -> RunPoint:
             data=str(data.get("name", config.task.data)),
             chance=_chance(task, folder / "plan.json"),
             task=task.name,
+            held_out_samples=untrusted.as_int(data.get("held_out", 0), 0, 2**63),
             packed_bytes=untrusted.as_int(tree["packed"]["total"], 0, 2**63) if tree.get("packed") else None,
             final=bool(tree.get("final", True)),
             decisions=decisions(config),

@@ -83,7 +83,7 @@ def run_folder(config: Config) -> Path:
 
 def comparable_bits(folder: Path) -> list[Any]:
     """The contents that two runs must have in common."""
-    table = list(csv.DictReader(io.StringIO((folder / "history.csv").read_text())))
+    table = list(csv.DictReader(io.StringIO((folder / "history.csv").read_text(encoding="utf-8"))))
     history = [{k: v for k, v in row.items() if k != "seconds"} for row in table]
     names = ("plan.json", "model.safetensors", "model.packed", "model.onnx", "layers.csv")
     return [history, *((folder / name).read_bytes() for name in names)]
@@ -173,7 +173,7 @@ def try_disks(reference: list[Any], work: Path) -> Iterator[Fault]:
     process.start()
     process.join()
     message = work / "said"
-    sentence = without_folders(message.read_text()) if message.is_file() else ""
+    sentence = without_folders(message.read_text(encoding="utf-8")) if message.is_file() else ""
     yield Fault("folder removed", "in the second epoch of the search", process.exitcode, sentence)
 
 
@@ -211,7 +211,7 @@ def try_files(run: Path, work: Path) -> Iterator[Fault]:
     """Damaged and hostile files; nothing in them may run."""
     yield from try_weights(work)
     yield from try_plans(run, work)
-    (work / "c.toml").write_text('[task]\nmodel = "os:abort"\n[budget]\ntarget_bops = "5%"\n')
+    (work / "c.toml").write_text('[task]\nmodel = "os:abort"\n[budget]\ntarget_bops = "5%"\n', encoding="utf-8")
     outcome = run_jpq(["optimize", "--config", str(work / "c.toml")])
     yield Fault("settings that name code to run", "--config FILE", *outcome)
     shutil.copytree(run, work / "r" / run.name)
@@ -254,8 +254,8 @@ def try_plans(run: Path, work: Path) -> Iterator[Fault]:
         copy = work / "plan"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(run, copy)
-        plan = json.loads((copy / "plan.json").read_text())
-        (copy / "plan.json").write_text(json.dumps({**plan, "model": {**plan["model"], **change}}))
+        plan = json.loads((copy / "plan.json").read_text(encoding="utf-8"))
+        (copy / "plan.json").write_text(json.dumps({**plan, "model": {**plan["model"], **change}}), encoding="utf-8")
         yield Fault(fault, json.dumps(change), *run_jpq(["evaluate", str(copy)]))
 
 
@@ -273,7 +273,7 @@ def try_trainings(work: Path) -> Iterator[Fault]:
 
 def faults_table() -> str:
     """README's table: each fault, exit code, error message, and whether the resumed run gave the same bits."""
-    with PATH.open(newline="") as file:
+    with PATH.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     lines = ["| what happens | exit code | what jpq says | after `--resume`, the same bits |", "|---|---|---|---|"]
     killed = [row for row in rows if row["fault"].startswith("kill -9")]
@@ -292,7 +292,7 @@ def faults_table() -> str:
 
 def write_rows(rows: list[dict[str, Any]]) -> None:
     """Write the CSV anew."""
-    with PATH.open("w", newline="") as file:
+    with PATH.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
@@ -307,7 +307,7 @@ def main() -> None:
         parser.error(f"parts are {', '.join(PARTS)}")
     start, rows = time.perf_counter(), []
     if set(parts) != set(PARTS) and PATH.is_file():
-        with PATH.open(newline="") as file:
+        with PATH.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["part"] not in parts]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -243,9 +243,9 @@ def main() -> None:
         rows = list(measure_rows(name, args.threads, args.rounds, command))
         earlier = []
         if args.out.exists():
-            with args.out.open(newline="") as file:
+            with args.out.open(newline="", encoding="utf-8") as file:
                 earlier = [r for r in csv.DictReader(file) if r["model"] != name]
-        with args.out.open("w", newline="") as file:
+        with args.out.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows([*earlier, *rows])

@@ -70,7 +70,7 @@ def mapping_record(
 
 def save_mapping(path: Path, record: Mapping[str, Any]) -> None:
     """Write a mapping's record as JSON, for the reader and for a run that is resumed."""
-    replace_file(path, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
+    replace_file(path, lambda part: part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8"))
 
 
 def read_mapping(path: Path) -> dict[str, str]:

@@ -175,7 +175,7 @@ def write(
     masks_by_layer = {site.taps[0].layer: MaskPlan.of(keep) for site, keep in zip(sites, kept, strict=True)}
     structures = {site.taps[0].layer: site.taps[0].structure.spec() for site in sites}
     plan = Plan("prune-private", {}, {}, masks_by_layer, structures, model=model_info)
-    replace_file(folder / MASK, lambda path: path.write_text(plan.to_json()))
+    replace_file(folder / MASK, lambda path: path.write_text(plan.to_json(), encoding="utf-8"))
     tensors.save_tensors(model, folder / WEIGHTS)
 
 

@@ -223,7 +223,7 @@ def _write_reports(folder: Path, result: DataFreeResult, settings: DataFreeSetti
     """Write layers.csv and report.json."""
 
     def write_layers(path: Path) -> None:
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, [f.name for f in fields(LayerReport)])
             table.writeheader()
             table.writerows(asdict(row) for row in result.layers)
@@ -236,4 +236,4 @@ def _write_reports(folder: Path, result: DataFreeResult, settings: DataFreeSetti
         "error_one_shot": result.error_one_shot,
         "versions": versions(),
     }
-    replace_file(folder / "report.json", lambda path: path.write_text(json.dumps(report, indent=1)))
+    replace_file(folder / "report.json", lambda path: path.write_text(json.dumps(report, indent=1), encoding="utf-8"))

@@ -156,7 +156,7 @@ def note_float_layers(net: CompressedModel, plan: Plan, uses: Sequence[costs.Lay
 
 def save_model(small: nn.Module, plan: Plan, folder: Path) -> None:
     """Write plan.json and model.safetensors."""
-    replace_file(folder / "plan.json", lambda path: path.write_text(plan.to_json()))
+    replace_file(folder / "plan.json", lambda path: path.write_text(plan.to_json(), encoding="utf-8"))
     tensors.save_tensors(small, folder / "model.safetensors")
 
 

@@ -107,7 +107,7 @@ def write_run(result: Result, config: Config) -> None:
     layers = pd.DataFrame([asdict(row) for row in result.layers], columns=[f.name for f in fields(LayerRecord)])
     replace_file(folder / "layers.csv", lambda path: layers.to_csv(path, index=False))
     text = json.dumps(_to_json(result_record(result)), indent=2, allow_nan=False) + "\n"
-    replace_file(folder / "result.json", lambda path: path.write_text(text))
+    replace_file(folder / "result.json", lambda path: path.write_text(text, encoding="utf-8"))
     if result.export:
         write_sizes(result)
     if result.final:
@@ -212,7 +212,7 @@ def write_sizes(result: Result) -> None:
     """Write sizes.csv into the run's folder."""
 
     def fill(path: Path) -> None:
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["what", "bytes", "share_of_fp32", "share_of_int8"])
             writer.writeheader()
             writer.writerows(size_rows(result))

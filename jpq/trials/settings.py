@@ -236,7 +236,8 @@ def write_study(config: Config, study: Study, path: Path) -> None:
     config = replace(config, task=task, budget=replace(config.budget, latency_table=table and table.resolve()))
     values = asdict(replace(study, storage=stored_url(study.storage)))
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
-    replace_file(path, lambda part: part.write_text(tomli_w.dumps({**to_tree(config), "study": plain})))
+    text = tomli_w.dumps({**to_tree(config), "study": plain})
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def read_study(path: Path) -> tuple[Config, Study]:

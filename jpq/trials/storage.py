@@ -203,7 +203,7 @@ def _missing_driver(shown_url: str, error: BaseException) -> str:
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Lock as a context: one worker of a study at a time; a killed process releases it at once."""
-    with (folder / "lock").open("w") as file:
+    with (folder / "lock").open("w", encoding="utf-8") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

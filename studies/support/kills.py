@@ -140,7 +140,7 @@ def run_and_remove_folder(config: Config) -> None:
     try:
         jpq.optimize(config, FolderRemover(config))
     except jpq.JpqError as error:
-        (config.run.out.parent / "said").write_text(str(error))
+        (config.run.out.parent / "said").write_text(str(error), encoding="utf-8")
         sys.exit(2)
 
 

@@ -64,7 +64,7 @@ def append_row(path: Path, row: dict[str, object]) -> None:
             table = pd.concat([table, pd.DataFrame([row], dtype=object)])
             table[[*row, *(c for c in table if c not in row)]].to_csv(path, index=False)
             return
-    with path.open("a", newline="") as file:
+    with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(row))
         if path.stat().st_size == 0:
             writer.writeheader()

@@ -217,12 +217,12 @@ def commit_line(files: Sequence[str]) -> str:
 
 def main() -> None:
     """Write the sections that are named, or all of them, into README.md."""
-    text = README.read_text()
+    text = README.read_text(encoding="utf-8")
     for name in sys.argv[1:] or SECTIONS:
         before, rest = text.split(f"<!-- {name} -->")
         after = rest.split(f"<!-- end of {name} -->")[1]
         text = f"{before}{section(name)}{after}"
-    README.write_text(text)
+    README.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def table_text(table: LatencyTable) -> str:
 
 def write_table(entries: list[Entry], path: Path) -> None:
     """Write a table as CSV; a file that is there already is replaced in one step."""
-    replace_file(path, lambda part: part.write_text(format_table(entries)))
+    replace_file(path, lambda part: part.write_text(format_table(entries), encoding="utf-8"))
 
 
 def read_table(path: Path) -> LatencyTable:

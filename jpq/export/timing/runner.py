@@ -124,7 +124,7 @@ def describe_hardware() -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        lines = [line.partition(":") for line in info.read_text().splitlines()]
+        lines = [line.partition(":") for line in info.read_text(encoding="utf-8").splitlines()]
         name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
     return f"{name} ({platform.machine()}), {os.cpu_count()} cores"
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from jpq.compression.calibration import Batches, observe_activations, observe_outputs
 from jpq.compression.hypernetwork import Hypernetworks
-from jpq.compression.masking import GateSample, InputNoise, MaskParametrization
+from jpq.compression.masking import GateSample, InputNoise, MaskParametrization, parametrize_weight
 from jpq.compression.model import CompressedModel
 from jpq.methods.gates import Gate
 from jpq.methods.quantizers import (
@@ -138,11 +138,11 @@ def _taps_by_layer(net: CompressedModel) -> dict[str, list[tuple[GateSample, Str
 def _mask_layer(net: CompressedModel, layer: Layer, taps: Sequence[tuple[GateSample, Structure]]) -> None:
     """Multiply a layer's weight by the masks of its taps, and its input by the noise of its channel gates."""
     owner, _, name = layer.weight.rpartition(".")
-    parametrize.register_parametrization(net.model.get_submodule(owner), name, MaskParametrization(taps), unsafe=True)
+    parametrize_weight(net.model.get_submodule(owner), name, MaskParametrization(taps))
     quantizers = net.quantizers(layer.name)
     if quantizers:
         noisy = [(draw, structure) for draw, structure in taps if isinstance(structure, Axis)]  # masks have no noise
-        quantizers[1].noise = InputNoise(noisy, layer.kind.channel_dim, layer.groups) if noisy else None
+        quantizers[1].noise = InputNoise(noisy, len(layer.weight_shape)) if noisy else None
 
 
 def _quantize_outputs(net: CompressedModel, outputs: Mapping[str, Tensor], bits: int) -> None:

@@ -47,6 +47,8 @@ class GateSample:
         """Noise of the units, `[batch, n]`, the same for every consumer in one forward pass; None for none."""
         if batch not in self._noise:
             total, start, stop = self.part or (batch, 0, batch)
+            if batch < stop - start:  # one sample without a batch dim
+                total, start, stop = batch, 0, batch
             each = batch // (stop - start)  # rows per sample, where a layer splits samples into several rows
             noise = self.gate.input_noise(total * each)
             self._noise[batch] = None if noise is None else noise[start * each : stop * each]
@@ -103,24 +105,35 @@ class MaskParametrization(nn.Module):
 
 
 class InputNoise:
-    """Noise per sample that multiplies the input of one layer, gathered from the gates of its input channels."""
+    """Noise per sample that multiplies the input of one layer, gathered from the gates of its input channels.
 
-    def __init__(self, taps: Sequence[tuple[GateSample, Any]], channel_dim: int, groups: int = 1):
-        self.taps, self.channel_dim, self.groups = list(taps), channel_dim, groups
+    Args:
+        taps: samples of gates, each with the places of its units along the weight's input dim.
+        rank: dims of the layer's weight, which are as many as those of its input with a batch dim (2 for an nn.Linear,
+            whose channels lie last, behind any number of other dims).
+    """
+
+    def __init__(self, taps: Sequence[tuple[GateSample, Any]], rank: int):
+        self.taps, self.rank = list(taps), rank
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        """The noise, a tensor that broadcasts to x; None for none."""
+        """The noise, a tensor that broadcasts to x; None for none. An x without a batch dim is one sample."""
+        samples = x.shape[0] if x.dim() >= self.rank else 1
+        channel_dim = x.dim() - 1 if self.rank == 2 else x.dim() - self.rank + 1
         total = None
         for draw, axis in self.taps:
-            noise = draw.noise(x.shape[0])
+            noise = draw.noise(samples)
             if noise is None:
                 continue
-            index = torch.as_tensor(axis.index, device=x.device).repeat(self.groups)  # the same channels of each group
+            index = torch.as_tensor(axis.index, device=x.device)
+            index = index.repeat(x.shape[channel_dim] // len(index))  # a weight may hold the channels of one group only
             padded = torch.cat([noise, noise.new_ones(len(noise), 1)], 1)
             part = padded[:, torch.where(index == NONE, axis.n, index)]
             total = part if total is None else total * part
         if total is None:
             return None
         shape = [1] * x.dim()
-        shape[0], shape[self.channel_dim] = x.shape[0], -1
+        shape[channel_dim] = -1
+        if x.dim() >= self.rank:
+            shape[0] = samples
         return total.reshape(shape)

@@ -11,6 +11,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from jpq.export.onnx.transposed_weights import write_out_transposed_weights
 from jpq.export.onnx.unsupported_ops import name_unsupported_op
 from jpq.files.atomic import replace_file
 from jpq.methods.quantizers import act_quantizer, result_quantizer, weight_quantizer
-from jpq.tracing.forward import batch_size, collect_tensors, name_inputs, split_arguments
+from jpq.tracing.forward import batch_size, collect_tensors, hook_modules, name_inputs, split_arguments
 from jpq.types import JpqError
 
 OPSET = 17
@@ -102,7 +103,8 @@ def _write(
     model = _with_quant_tensors(source)
     args, kwargs = split_arguments(tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, example))
     inputs = collect_tensors((args, kwargs))
-    with torch.no_grad():
+    unbatched: set[str] = set()
+    with torch.no_grad(), hook_modules(_layers(model), partial(_note_unbatched, unbatched), before=True):
         output = model(*args, **kwargs)
     plain = len(inputs) == len(args) and isinstance(output, Tensor)
     input_names, output_names = _input_names(model, args, kwargs), _output_names(output)
@@ -120,7 +122,7 @@ def _write(
                 input_names=input_names,
                 output_names=output_names,
                 **{path_argument: str(part)},
-                dynamic_axes=axes if dynamic else None,
+                dynamic_axes=axes if dynamic and not unbatched else None,
             )
         exported = onnx.load(str(part))
         unlist_initializers(exported.graph)
@@ -130,6 +132,22 @@ def _write(
         onnx.checker.check_model(str(part))
 
     replace_file(path, write)
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The convolutions and Linear layers of a model, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
+
+
+def _note_unbatched(names: set[str], name: str, layer: Any, x: Any, _: Any) -> None:
+    """Add the name of a layer that reads one sample without a batch dim. Raises JpqError for a vector."""
+    if isinstance(x, Tensor) and x.dim() < layer.weight.dim():
+        names.add(name)
+        if isinstance(layer, nn.Linear) and hasattr(layer, "weight_quant"):
+            raise JpqError(
+                f"Layer '{name}' reads a vector, a sample without a batch dim, which brevitas cannot export. Give an "
+                "example with a batch dim (x[None])."
+            )
 
 
 def _with_quant_tensors(source: nn.Module) -> nn.Module:

@@ -26,6 +26,7 @@ from jpq.costs import COSTS, baseline
 from jpq.costs.latency_table import LatencyTable
 from jpq.costs.target import Controller
 from jpq.export.exact_steps import round_weight_steps
+from jpq.export.origin import note_origin
 from jpq.export.rebuild import rebuild
 from jpq.methods.schedules import pick_schedule
 from jpq.plan import Plan, from_json
@@ -208,7 +209,9 @@ class CompressionSession(nn.Module):
         self.net.eval()
         if not self.net.opened and self._example is not None:
             round_weight_steps(self.net.model, self._example)
-        return rebuild(self.net, self._dense[0])[0]
+        small, plan = rebuild(self.net, self._dense[0])
+        note_origin(small, plan, self._example)
+        return small
 
 
 class Shortcuts(TypedDict, total=False):

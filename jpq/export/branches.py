@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,26 @@ def split_into_branches(small: nn.Module) -> nn.Module:
     if not split_count:
         raise JpqError("No layer can be cut into branches: train with --method dsp, or another on whole kernels.")
     return small
+
+
+def restore_branches(small: nn.Module, name: str, state: Mapping[str, Tensor]) -> None:
+    """Replace a layer of a rebuilt model by branches of the form that a state dict holds, in place.
+
+    Raises ValueError, KeyError or IndexError where the state dict holds no branches of that layer.
+    """
+    layer, order = small.get_submodule(name), state[f"{name}.order"].tolist()
+    if sorted(order) != list(range(len(order))):
+        raise ValueError(f"branches of '{name}' without an order")
+    filters = sorted(range(len(order)), key=order.__getitem__)
+    parts: list[tuple[nn.Module, list[int], list[int]]] = []
+    start = 0
+    while f"{name}.reads{len(parts)}" in state:
+        reads = state[f"{name}.reads{len(parts)}"].tolist()
+        computed = filters[start : start + len(state[f"{name}.convs.{len(parts)}.weight"])]
+        parts.append((_branch(layer, reads, computed), reads, computed))
+        start += len(computed)
+    bias = torch.zeros(len(order)).to(layer.weight) if f"{name}.constant" in state else None  # type: ignore[arg-type]
+    replace_everywhere(small, layer, Branches(parts, bias, len(order)))
 
 
 def _branches(layer: Any, reads: Tensor) -> Branches | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jpq.compression.model import CompressedModel
+from jpq.export.origin import note_origin
 from jpq.export.unconstrained.reorder import choose_layout
 from jpq.export.unconstrained.select import insert_selects
 from jpq.methods.quantizers import (
@@ -52,6 +53,7 @@ def rebuild(net: CompressedModel, model: nn.Module) -> tuple[nn.Module, Plan]:
     small = build_from_plan(plan, dense)
     _copy_ranges(net, small, plan)
     _apply_masks(net, small, plan)
+    note_origin(small, plan)
     return small.eval(), plan
 
 

@@ -82,11 +82,16 @@ def save_tensors(module: nn.Module, path: Path) -> None:
 
 def load_tensors(module: nn.Module, path: Path) -> None:
     """Load a file of `save_tensors`. Raises JpqError for a missing, foreign or ill-fitting file, NaN and infinity."""
+    restore(module, read_finite(path), path)
+
+
+def read_finite(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file. Raises JpqError where it is damaged, or holds NaN or infinity."""
     state = read_safetensors(path)
     name = _nonfinite(state)
     if name is not None:
         raise JpqError(f"{path} holds NaN or infinity in '{name}': it is damaged.")
-    restore(module, state, path)
+    return state
 
 
 def restore(module: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:

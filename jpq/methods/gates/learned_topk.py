@@ -102,6 +102,10 @@ class LearnedTopK(FixedCount):
         )  # versions of the scores, and the pool's masks at them
         self.start_sizes: Units | None = None  # root mean square of each unit's first weights
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without what was computed from the present scores, whose versions start anew."""
+        return {**vars(self), "drawn": {}, "hard_masks": ([], [])}
+
     @torch.no_grad()
     def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
         """Remember the first weights, from which the scores start."""

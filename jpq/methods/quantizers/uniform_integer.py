@@ -4,7 +4,8 @@
 
 with the range r (`threshold`, learned in the log domain, per output channel for weights) and the bit-width b
 (a `BitWidth`, see base.py). 2-bit signed has 3 levels, 4-bit unsigned 16: weights use the narrow range, so zero is
-exact and the grid symmetric. brevitas takes the module as its injectors' `tensor_quant`, as an instance: assigning
+exact and the grid symmetric. At the end the step s itself is fixed to a number of few binary digits (`fix_step`), so
+that floating point and integers give the same numbers. brevitas takes the module as its injectors' `tensor_quant`, as an instance: assigning
 `layer.weight` then re-creates nothing, and learned bits survive.
 
 Gradients (straight-through on round only), e = x_q - x, "in" where |x| <= r (0 <= x <= r when unsigned):
@@ -84,6 +85,13 @@ class _Quantize(torch.autograd.Function):
         return dx, d_threshold, d_bits, None, d_noise
 
 
+def round_to_grid(x: Tensor, threshold: Tensor, bits: Tensor, signed: bool) -> Tensor:
+    """Tensor x on the grid in plain operators, which torch.export can follow; bit for bit what `_Quantize` gives."""
+    n = levels(bits, signed)
+    scale = threshold / n
+    return torch.div(x, scale).round().clamp(-n if signed else torch.zeros_like(n), n) * scale
+
+
 @torch.no_grad()
 def quantize_tensor(x: Tensor, threshold: Tensor, bits: float, signed: bool) -> Tensor:
     """Tensor x on the uniform grid of range `threshold`, a scalar or one that broadcasts to x; no gradient."""
@@ -101,6 +109,7 @@ class IntegerQuantizer(nn.Module):
     """
 
     zero_point: Tensor
+    step: Tensor  # shaped like the range: the grid's step once it is fixed (`fix_step`), before that 0
 
     def __init__(self, threshold: Tensor, width: BitWidth, signed: bool):
         super().__init__()
@@ -112,13 +121,16 @@ class IntegerQuantizer(nn.Module):
         self.width = width
         self.signed = signed
         self.register_buffer("zero_point", torch.zeros(()), persistent=False)
+        self.register_buffer("step", torch.zeros_like(start))
         self.noise: Any = None  # Callable[[Tensor], Tensor | None]: noise that multiplies what the layer reads
 
     @property
     def threshold(self) -> Tensor:
         """Range r of the uniform grid."""
         learned = self.log_threshold.exp()
-        return learned if self.grid is None else self.grid.range(learned, self.signed)
+        if self.grid is not None:
+            return self.grid.range(learned, self.signed)
+        return torch.where(self.step > 0, self.step * levels(self.width(), self.signed), learned)
 
     def scale(self) -> Tensor:
         """Step s of the grid."""
@@ -132,6 +144,8 @@ class IntegerQuantizer(nn.Module):
         if self.grid is not None and self.training:
             q = self.grid.quantize(x, self.log_threshold.exp(), bits, self.signed)
             q = q if noise is None else q * noise
+        elif torch.compiler.is_exporting():
+            q = round_to_grid(x, threshold, bits, self.signed)
         else:
             q = _Quantize.apply(x, threshold, bits, self.signed, noise)
         return q, threshold / levels(bits, self.signed), self.zero_point, bits
@@ -155,6 +169,18 @@ class IntegerQuantizer(nn.Module):
             self.log_threshold.copy_(self.threshold.log())
             self.grid = None
         self.width = Fixed(bits, self.width.choices).to(self.log_threshold.device)
+        self.step.zero_()
+
+    @torch.no_grad()
+    def fix_step(self, step: Tensor) -> None:
+        """Round to multiples of `step` (positive, shaped like the range) from now on: the range learns no more."""
+        self.step.copy_(step)
+        self.log_threshold.copy_((self.step.double() * levels(self.width(), self.signed)).log())
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Load as usual; states from before steps were kept have none."""
+        state_dict.setdefault(f"{prefix}step", self.step)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 @torch.no_grad()

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
+from jpq.tracing import own_calls
 from jpq.tracing.forward import collect_tensors, name_inputs
 from jpq.types import JpqError
 
-_LIBRARY_PATHS = (str(Path(torch.__file__).parent), sysconfig.get_paths()["stdlib"], __file__)
+_LIBRARY_PATHS = (str(Path(torch.__file__).parent), sysconfig.get_paths()["stdlib"], __file__, own_calls.__file__)
 
 
 def export_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:

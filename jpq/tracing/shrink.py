@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from jpq.tracing.call_sizes import CallSizes, is_call_size, parse_size, resize_calls
 from jpq.tracing.model_checks import unwrap_model
 from jpq.tracing.network import Network
 from jpq.tracing.open_norms import NormsWithoutStatistics
@@ -46,29 +47,94 @@ def remove_channels(model: nn.Module, network: Network, dropped: Collection[int]
 
 
 def freeze_unshrinkable(
-    model: nn.Module, network: Network, args: tuple[Any, ...], kwargs: dict[str, Any], suspects: Collection[int]
+    model: nn.Module,
+    network: Network,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    suspects: Collection[int],
+    sizes: CallSizes | None = None,
 ) -> Network:
     """The network with those sites frozen whose units the model's code cannot lose.
 
     Shapes are tried for every site, on the meta device. Sites with suspect classes (whose sizes a reshape or split
     names) are also computed, on random weights: masked and shrunk must agree, apart from norms that were opened; so
     are all sites of a model whose code asks for values, which the meta device has not.
+
+    Where that fails, sizes that the code's calls name are rewritten to follow the kept channels; those with which
+    more sites pass become `Network.attributes`.
     """
     sites = [site for site in channels(network) if site.n > 1]
-    uncertain = [site for site in sites if set(site.labels.tolist()) & set(suspects)]
+    sizes = sizes or CallSizes()
     trial = _Trial(model, network, args, kwargs)
-    passed = _passing(trial.outputs_agree, _passing(trial.shapes_fit, uncertain))
-    passed = _passing(trial.shapes_fit, [site for site in sites if site in passed or site not in uncertain])
-    reason = FIXED_SIZE_REASON
-    if len(passed) < len(sites) and not trial.shapes_fit(()):  # the meta device says nothing about this model
-        passed = _passing(trial.outputs_agree, sites)
-        if len(passed) < len(sites) and not trial.outputs_agree(()):
-            reason = UNTRIED_REASON
+    conditional = [site for site in sites if _classes([site]) & set(sizes.needed)]
+    if not conditional and trial.accepts(sites, suspects):
+        return network
+    if sizes.labels:
+        network, passed, reason = _follow_sizes(trial, sites, conditional, suspects, sizes)
+    else:
+        passed, reason = _shrinkable(trial, [site for site in sites if site not in conditional], suspects)
     frozen = dict(network.frozen)
     for site in sites:
         if site not in passed:
-            frozen |= dict.fromkeys(site.labels.tolist(), reason)
+            frozen |= {c: sizes.needed.get(c, reason) for c in site.labels.tolist()}
     return replace(network, frozen=frozen)
+
+
+def _follow_sizes(
+    trial: _Trial, sites: list[Site], conditional: list[Site], suspects: Collection[int], sizes: CallSizes
+) -> tuple[Network, list[Site], str]:
+    """(network with the sizes that are needed, sites that pass with them, reason why the others do not)."""
+    counted = {c for labels in sizes.labels.values() for c in labels.tolist()}
+    uncertain = {*suspects, *counted}
+    everything = trial.with_sizes(sizes.labels)
+    passed, reason = _shrinkable(everything, sites, uncertain)
+    left = [site for site in sites if site not in passed]
+    kept = {n: labels for n, labels in sizes.touching(_classes(passed)).items() if not _classes(left) & {*labels}}
+    if left:  # a size that is wrong for a site may be right as the code has it
+        some = trial.with_sizes(kept)
+        passed = _passing(lambda tried: some.accepts(tried, uncertain), passed)
+        plain = [site for site in left if site not in conditional]
+        passed += _passing(lambda tried: some.accepts([*passed, *tried], uncertain), plain)
+    optional = {name: labels for name, labels in kept.items() if not set(sizes.needed) & set(labels.tolist())}
+    needed = _needed_sizes(trial, kept, optional, passed, uncertain)
+    return trial.with_sizes(needed).network, passed, reason
+
+
+def _needed_sizes(
+    trial: _Trial,
+    sizes: Mapping[str, Labels],
+    optional: Collection[str],
+    sites: list[Site],
+    uncertain: Collection[int],
+) -> Mapping[str, Labels]:
+    """The sizes but for optional ones without which sites pass, too; by call, alike in all modules of a class."""
+    groups: dict[tuple[type, str], list[str]] = {}
+    for name in optional:
+        call, _ = parse_size(name)
+        groups.setdefault((type(trial.model.get_submodule(call.module)), call.key), []).append(name)
+    needed = dict(sizes)
+    for names in groups.values():
+        fewer = {name: labels for name, labels in needed.items() if name not in names}
+        if trial.with_sizes(fewer).shapes_fit(sites):
+            needed = fewer
+    return needed if trial.with_sizes(needed).accepts(sites, uncertain) else sizes
+
+
+def _classes(sites: Sequence[Site]) -> set[int]:
+    """All label classes of some sites."""
+    return {c for site in sites for c in site.labels.tolist()}
+
+
+def _shrinkable(trial: _Trial, sites: list[Site], suspects: Collection[int]) -> tuple[list[Site], str]:
+    """The sites whose units the model's code can lose, and the reason why it cannot lose the others."""
+    uncertain = [site for site in sites if _classes([site]) & set(suspects)]
+    passed = _passing(trial.outputs_agree, _passing(trial.shapes_fit, uncertain))
+    passed = _passing(trial.shapes_fit, [site for site in sites if site in passed or site not in uncertain])
+    if len(passed) < len(sites) and not trial.shapes_fit(()):  # the meta device says nothing about this model
+        passed = _passing(trial.outputs_agree, sites)
+        if len(passed) < len(sites) and not trial.outputs_agree(()):
+            return passed, UNTRIED_REASON
+    return passed, FIXED_SIZE_REASON
 
 
 def _passing(test: Callable[[Sequence[Site]], bool], sites: list[Site]) -> list[Site]:
@@ -100,6 +166,17 @@ class _Trial:
     network: Network
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def with_sizes(self, sizes: Mapping[str, Labels]) -> _Trial:
+        """The same trial with sizes in calls that follow the channels that they count."""
+        return replace(self, network=replace(self.network, attributes={**self.network.attributes, **sizes}))
+
+    def accepts(self, sites: Sequence[Site], uncertain: Collection[int]) -> bool:
+        """Whether all these sites pass together: shapes, and outputs of those with uncertain classes."""
+        computed = [site for site in sites if _classes([site]) & set(uncertain)]
+        if self.shapes_fit(sites):
+            return not computed or self.outputs_agree(computed)
+        return not self.shapes_fit(()) and self.outputs_agree(sites)
 
     def shapes_fit(self, sites: Sequence[Site]) -> bool:
         """Whether the smaller copy runs on the meta device, which computes shapes only."""
@@ -141,11 +218,15 @@ class _Trial:
 
 
 def _drop_third(sites: Sequence[Site]) -> list[int]:
-    """A third of every site's units, and 0 to 3 more: sites that the code wants equally large must not stay so."""
+    """A third of every site's units, and 0 to 3 more: sites that the code wants equally large must not stay so.
+
+    They lie irregularly: parts that the code cuts at wrong places must not be right by chance.
+    """
     dropped: list[int] = []
     for k, site in enumerate(sites):
-        units = site.labels.tolist()
-        dropped += [*units[1::3], *units[2::3][: k % 4]]
+        n = len(site.labels)
+        count = min((n + 1) // 3 + k % 4, n - 1)
+        dropped += site.labels[np.random.default_rng(n).permutation(n)[:count]].tolist()
     return dropped
 
 
@@ -225,7 +306,11 @@ def apply_slices(model: nn.Module, slices: Slices) -> nn.Module:
     Raises JpqError for a plan that does not fit the model.
     """
     owners: dict[str, nn.Module] = {}
+    sizes = {name: len(next(iter(axes.values()))) for name, axes in slices.items() if is_call_size(name) and axes}
+    resize_calls(model, sizes)
     for name, axes in slices.items():
+        if name in sizes:
+            continue
         path, _, attribute = name.rpartition(".")
         try:
             module = model.get_submodule(path)

@@ -116,7 +116,8 @@ class Halves(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.a(x)
-        z = self.b(y).reshape(*x.shape[:-1], y.shape[-1])
+        z = self.b(y)
+        assert z.shape == y.shape
         return self.head(z.relu())
 
 

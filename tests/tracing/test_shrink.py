@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from zoo import IMAGE, Head, conv
 
 from jpq.tracing import shrink
@@ -54,7 +53,7 @@ class Culprits(nn.Module):
         for k, block in enumerate(self.blocks):
             x = block(x)
             if k in self.fixed:
-                x = F.pad(x, (0, 0)).view(-1, 6, 16).view(-1, 6, 4, 4)
+                assert x.shape[1] == 6
         return self.head(x)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 from torch.fx import Node
 
+from jpq.tracing.call_sizes import COUNT, KEEP
 from jpq.tracing.op_call import Dims, OpCall, rule, shape_of
+from jpq.tracing.own_calls import call_of_node
 from jpq.tracing.pad_channels import PadChannels
-from jpq.types import NONE
+from jpq.types import NONE, Labels
 
 
 @rule("aten.permute")
@@ -64,31 +66,49 @@ def select(call: OpCall) -> Dims | list[Dims]:
 
 @rule("aten.slice", "aten.narrow")
 def slice_dim(call: OpCall) -> Dims:
-    """Slice: a part of a dim; bounds within labelled channels are numbers in the model's code."""
+    """Slice: a part of a dim; bounds within labelled channels are numbers in the model's code, which may follow."""
     dims, d = call.x, call.dim(call["dim"])
     labels = dims[d]
     if labels is not None and call.shape[d] != len(labels):
-        call.freeze(labels, f"cut at a fixed place by {call.op}")
         start = call["start"] if isinstance(call["start"], int) else 0
-        start = max(start + len(labels), 0) if start < 0 else start
-        dims[d] = labels[start :: call["step"] or 1][: call.shape[d]]
+        start, step = max(start + len(labels), 0) if start < 0 else start, call["step"] or 1
+        followed = step == 1 and _record_bounds(call, d, labels, start, start + call.shape[d])
+        call.freeze_unless_followed(labels, f"cut at a fixed place by {call.op}", followed)
+        dims[d] = labels[start::step][: call.shape[d]]
     return dims
 
 
-@rule("aten.chunk", "aten.split", "aten.split_with_sizes", "aten.tensor_split")
+def _record_bounds(call: OpCall, d: int, labels: Labels, start: int, stop: int) -> bool:
+    """Record that start and stop (or length) of a slice follow the channels before them; whether they can."""
+    own = call_of_node(call.node)
+    if own is None:
+        return False
+    if own.key.startswith("narrow:"):
+        before = call.add_size([COUNT, stop - start], labels[:start])
+        return call.add_size([start, COUNT], labels[start:stop]) and before
+    if not own.key.startswith("__getitem__:"):
+        return False
+    free: list[int | str] = [KEEP] * (2 * d)
+    followed = call.add_size([*free, start, COUNT], labels[:stop])
+    return followed and (start == 0 or call.add_size([*free, COUNT, stop], labels[:start]))
+
+
+@rule("aten.chunk", "aten.split", "aten.split_with_sizes", "aten.tensor_split", "aten.unsafe_chunk")
+@rule("aten.unsafe_split", "aten.unsafe_split_with_sizes")
 def split(call: OpCall) -> list[Dims]:
-    """Split: several parts of a dim. Equal parts lose channels at the same places; unequal ones keep all of theirs."""
+    """Split: several parts of a dim. Equal parts lose channels at the same places; unequal ones need other sizes."""
     dims, d = call.x, call.dim(call["dim"])
     labels, sizes = dims[d], [int(v.shape[d]) for v in call.node.meta["val"]]
     if labels is None:
         return [dims] * len(sizes)
+    parts = np.split(labels, np.cumsum(sizes)[:-1])
+    followed = [call.add_size([COUNT if i == k else n for i, n in enumerate(sizes)], p) for k, p in enumerate(parts)]
     if len(set(sizes)) == 1:
         call.tie(labels.reshape(len(sizes), -1))
         if call.op != "aten.chunk":
             call.suspect(labels)
     else:
-        call.freeze(labels, f"cut into unequal parts by {call.op}")
-    parts = np.split(labels, np.cumsum(sizes)[:-1])
+        call.freeze_unless_followed(labels, f"cut into unequal parts by {call.op}", all(followed))
     return [[*dims[:d], part, *dims[d + 1 :]] for part in parts]
 
 
@@ -149,6 +169,7 @@ def expand(call: OpCall) -> Dims:
             dims[d] = None
         elif sizes[d + new] != -1:
             call.suspect(labels)
+            call.add_size([COUNT if k == d + new else KEEP for k in range(len(shape))], labels)
     return [None] * new + dims
 
 
@@ -222,7 +243,8 @@ def pad(call: OpCall) -> Dims:
             call.state.add_attribute(f"{path}.before", zeros[:before])
             call.state.add_attribute(f"{path}.after", zeros[before:])
         else:
-            call.freeze(zeros, "zero channels whose number is fixed in the code; use jpq.tracing.PadChannels")
+            reason = "zero channels whose number is fixed in the code; use jpq.tracing.PadChannels"
+            call.freeze_unless_followed(zeros, reason, _record_padding(call, 2 * k, zeros, before))
             call.suspect(labels)
         if min(before, after) < 0 or len(labels) != shape[d]:
             call.freeze(labels, "cropped by a negative padding")
@@ -230,6 +252,16 @@ def pad(call: OpCall) -> Dims:
         else:
             dims[d] = np.concatenate([zeros[:before], labels, zeros[before:]])
     return dims
+
+
+def _record_padding(call: OpCall, place: int, zeros: Labels, before: int) -> bool:
+    """Record that the numbers of zero channels before and after follow their labels; whether they can."""
+    own = call_of_node(call.node)
+    if own is None or not own.key.startswith("pad:") or before < 0 or before > len(zeros):
+        return False
+    free: list[int | str] = [KEEP] * place
+    first = call.add_size([*free, COUNT, len(zeros) - before], zeros[:before])
+    return call.add_size([*free, before, COUNT], zeros[before:]) and first
 
 
 @rule("aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.channel_shuffle")

@@ -8,7 +8,9 @@ from math import prod
 import numpy as np
 from torch.fx import Node
 
+from jpq.tracing.call_sizes import COUNT, KEEP
 from jpq.tracing.op_call import Dims, OpCall, rule, shape_of
+from jpq.tracing.own_calls import call_of_node
 from jpq.types import Labels
 
 _HEADS = ("heads", "num_heads", "n_heads", "nheads", "n_head", "num_attention_heads")
@@ -18,7 +20,8 @@ _WIDTH = "hidden_dim"  # attribute of torchvision's ViT: the number of channels 
 _PRODUCTS = ("matmul", "bmm", "scaled_dot_product_attention", "einsum")
 
 _PASSING = """view reshape permute transpose swapaxes select unbind getitem mul div contiguous chunk split unsqueeze
-squeeze expand clone softmax slice t numpy_T"""  # what may lie between a reshape and the product it prepares
+squeeze expand clone softmax slice t numpy_T cat neg add to _to_copy layer_norm rms_norm
+repeat_interleave"""  # what may lie between a reshape and the product it prepares
 
 
 @rule("aten.view", "aten.reshape", "aten.flatten", "aten.unflatten", "aten._unsafe_view", "aten.view_as")
@@ -40,7 +43,23 @@ def reshape(call: OpCall) -> Dims:
                 if target not in inferred:
                     call.suspect(labels)
                     call.add_attribute(_WIDTH, call.shape[target], moved)
+                    _record_size(call, source_dims, target_dims, target, moved)
     return out
+
+
+def _record_size(call: OpCall, source: list[int], target: list[int], counted: int, labels: Labels | None) -> None:
+    """Record that the size of dim `counted` follows its labels, and that other parts of the channels are held."""
+    named = call["size"] or call["shape"] or call["sizes"] or []
+    if 0 in source and len(source) > 1 and target == [counted] and -1 in named:
+        return  # the number would hold for this batch size only
+    pattern: list[int | str] = [KEEP] * len(call.shape)
+    for d in target:
+        pattern[d] = KEEP if 0 in source else call.shape[d]
+    pattern[counted] = COUNT
+    own = call_of_node(call.node)
+    if own is not None and own.key.startswith("unflatten:"):
+        pattern = [pattern[d] for d in target]
+    call.add_size(pattern, labels)
 
 
 def _inferred_dims(call: OpCall) -> set[int]:

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from jpq.export.onnx.fold_norms import fold_norms
 from jpq.export.onnx.graph import fold_constants, share_equal_weights, unlist_initializers
 from jpq.export.onnx.integer_kernels import prepare_integer_kernels
+from jpq.export.onnx.linear_weights import round_linear_weights_twice
 from jpq.export.onnx.narrow_weights import store_narrow_weights
 from jpq.export.onnx.transposed_weights import write_out_transposed_weights
 from jpq.export.onnx.unsupported_ops import name_unsupported_op
@@ -60,6 +61,7 @@ def export_onnx(small: nn.Module, example: Any, path: Path, weights: str = "int8
         prepare_integer_kernels(model)
         model = store_narrow_weights(model, weights)
         write_out_transposed_weights(model)
+        round_linear_weights_twice(model)
         return model
 
     for layer in [m for m in small.modules() if hasattr(m, "weight_quant")]:

@@ -2,6 +2,8 @@
 
 - A signed grid of activations, int8 around 0, becomes uint8 around 128: kernels expect one type on both sides.
 - A Clip of stored weights is computed here, once.
+- Stored weights of few bits are shifted to the left, and their scale to the right: integer kernels round biases to
+  whole products of the scales, which are then fine enough to hold every bias of jpq (exact_steps.py).
 - Weights stored as int8 around 0 become uint8 around 128. On x86 processors without VNNI, integer kernels for uint8
   times int8 add pairs of products in 16 bits (the instruction vpmaddubsw), which saturates: 2 * 255 * 127 is twice the
   largest number there. Those for uint8 times uint8 widen both to 16 bits and add in 32: they are exact on every
@@ -26,13 +28,15 @@ from jpq.export.onnx.graph import Graph, has_subgraphs, remove_unused_constants
 
 UINT8_MIDDLE = 128  # zero point of a symmetric grid in uint8
 
+LARGEST_INT8, LARGEST_UINT8, LARGEST_INT32 = 2**7 - 1, 2**8 - 1, 2**31 - 1
+
 _MOVES = ("Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose")  # operators that only move numbers
 
 
 def prepare_integer_kernels(model: onnx.ModelProto) -> None:
     """Apply every rewrite, in place; where nodes hold graphs of their own, only those of stored weights."""
     graph = Graph(model)
-    weight_rewrites = (_clip_stored_weights, _store_weights_unsigned)
+    weight_rewrites = (_clip_stored_weights, _shift_weights, _store_weights_unsigned)
     grid_rewrites = (_make_grid_unsigned, _round_before_moves, _move_clip_behind_rounding, _add_bias_behind)
     for rewrite in weight_rewrites if has_subgraphs(model) else weight_rewrites + grid_rewrites:
         for node in list(graph.proto.node):
@@ -97,6 +101,29 @@ def _clip_stored_weights(graph: Graph, clip: NodeProto) -> None:
         for i, name in enumerate(node.input):
             node.input[i] = stored if name == result else name
     graph.proto.node.remove(clip)
+
+
+def _shift_weights(graph: Graph, dequantize: NodeProto) -> None:
+    """DequantizeLinear of stored int8 integers around 0: as many places to the left as 8 bits allow, the same product.
+
+    Not so far that a sum of 32 bits could overflow.
+    """
+    if dequantize.op_type != "DequantizeLinear" or len(dequantize.input) != 3:
+        return
+    if not graph.all_constant(dequantize.input) or graph.array(dequantize.input[2]).any():
+        return
+    integers, scale = (graph.array(name) for name in dequantize.input[:2])
+    if integers.dtype != np.int8 or not integers.any():
+        return
+    wide = np.abs(integers.astype(np.int64))
+    largest_sum = float(wide.reshape(len(wide), -1).sum(1).max()) * LARGEST_UINT8
+    shift = int(np.log2(min(LARGEST_INT8 / wide.max(), LARGEST_INT32 / largest_sum)))
+    if shift < 1 or (scale * np.float32(2.0**-shift)).min() < np.finfo(np.float32).tiny:
+        return
+    name = dequantize.output[0]
+    shifted = (integers.astype(np.int16) << shift).astype(np.int8)
+    dequantize.input[0] = graph.add_constant(f"{name}.shifted", shifted)
+    dequantize.input[1] = graph.add_constant(f"{name}.finer", scale * np.float32(2.0**-shift))
 
 
 def _store_weights_unsigned(graph: Graph, dequantize: NodeProto) -> None:

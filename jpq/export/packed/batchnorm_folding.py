@@ -25,7 +25,7 @@ def fold_batchnorms(small: nn.Module, example: Any) -> nn.Module:
     `example` is a batch that the model runs on, to find which norm reads which layer.
     """
     small = copy.deepcopy(small).eval()
-    pairs = _find_pairs(small, example)
+    pairs = find_pairs(small, example)
     folded = _fold(small, pairs)
     if pairs and difference(small, folded, example) > EXACT:  # other modules read a layer too: find out which
         folded = _fold(small, [p for p in pairs if difference(small, _fold(small, [p]), example) <= EXACT])
@@ -41,7 +41,7 @@ def remove_norm(model: nn.Module, norm: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _find_pairs(model: nn.Module, example: Any) -> list[Pair]:
+def find_pairs(model: nn.Module, example: Any) -> list[Pair]:
     """Layers and the norms that read exactly their output, each called once."""
     layer_of: dict[int, str] = {}  # address of an output -> layer
     outputs: list[Tensor] = []  # kept alive, so that no address is used twice

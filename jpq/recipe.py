@@ -34,6 +34,8 @@ from jpq.export.timing import layer_table
 from jpq.files import tensors
 from jpq.files.paths import mark_latest
 from jpq.results import budget_folders, run_folder, run_status
+from jpq.results.announce import check_float_metric, describe_run
+from jpq.results.description import NullAnnouncer, RunAnnouncer
 from jpq.results.finish import finish
 from jpq.results.record import Result
 from jpq.tasks.data import Data
@@ -53,7 +55,13 @@ ALREADY_PRUNED = (
 )
 
 
-def optimize(config: Config, observer: TrainingObserver | None = None, command: str = "", final: bool = True) -> Result:
+def optimize(
+    config: Config,
+    observer: TrainingObserver | None = None,
+    command: str = "",
+    final: bool = True,
+    announcer: RunAnnouncer | None = None,
+) -> Result:
     """Prune and quantize the configured model onto its budget; everything is written to the run's folder.
 
     Args:
@@ -61,6 +69,7 @@ def optimize(config: Config, observer: TrainingObserver | None = None, command: 
         observer: receives phases, steps and epochs.
         command: the command line that the report names.
         final: False for a trial among others: neither exported nor verified, and its test split stays unread.
+        announcer: is told before training what the run works on, and before compression what is odd about it.
 
     Raises JpqError for settings, files or targets that cannot work, and when a check of the result fails.
     """
@@ -73,7 +82,11 @@ def optimize(config: Config, observer: TrainingObserver | None = None, command: 
     epochs = budget_epochs(config, prepared.method)
     check_all_budgets(prepared, targets, model, data, config)  # 3 can each budget be met?
     begin_folder(config, table, run)  # nothing is written before all checks have passed
+    announcer = announcer or NullAnnouncer()
+    announcer.describe(describe_run(model, data, prepared, targets, config, run))
     train_float(model, data, config, run)  # 4 float training, without --weights
+    if final:
+        check_float_metric(model, data, config, run, announcer)
     check_mask(prepared, model, run)
     if prepared.method.structure == SEARCH:
         prepared = search_structures(prepared, model, data, config, run)  # 5 mask structures, with --structure search

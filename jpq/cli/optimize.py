@@ -39,7 +39,7 @@ def optimize_command(args: list[str], console: Console) -> None:
         phase.title: phase.epochs for phase in all_phases(config, compose_method(d.method, d.structure, d.width))
     }
     with ProgressDisplay(console, planned) as observer:
-        result = optimize(config, observer, shlex.join(["jpq", "optimize", *args]))
+        result = optimize(config, observer, shlex.join(["jpq", "optimize", *args]), True, observer)
     distributed.end()
     print_result(result, console, wants_all_layers(args))
 

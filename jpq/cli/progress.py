@@ -13,7 +13,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column
 
+from jpq.cli.header import header
 from jpq.cli.output import print_line
+from jpq.results.description import RunDescription
 from jpq.results.formatting import format_duration, format_metric, format_percent
 from jpq.training.history import EpochRecord
 
@@ -24,7 +26,7 @@ SEARCH_STEP_FACTOR = 2.0  # time of a step with gates and quantizers over one of
 
 
 class ProgressDisplay:
-    """Observer of a run that shows its progress; use it as a context.
+    """Observer of a run that shows its header, its warnings and its progress; use it as a context.
 
     On a terminal a bar with two lines is kept up to date; elsewhere (a log, CI) every epoch writes one line.
 
@@ -74,6 +76,15 @@ class ProgressDisplay:
     def begin(self, task: Task) -> None:
         """Keep the task, whose metric is shown."""
         self.task = task
+
+    def describe(self, description: RunDescription) -> None:
+        """Print the header of the run."""
+        self.console.print(header(description))
+        self.console.print()
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        print_line(self.console, f"[yellow]warning[/] {escape(text)}")
 
     def phase(self, name: str, epochs: int, steps: int) -> None:
         """Show the start of a phase of so many epochs of so many steps."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -28,10 +29,12 @@ from jpq.costs.target import Controller
 from jpq.export.exact_steps import round_weight_steps
 from jpq.export.origin import note_origin
 from jpq.export.rebuild import rebuild
+from jpq.files.paths import find_run
 from jpq.methods.schedules import pick_schedule
 from jpq.plan import Plan, from_json
 from jpq.tracing.decompose import decompose
 from jpq.training.loop import pressure
+from jpq.training.loop_use import LoopUse
 from jpq.types import JpqError, unknown
 
 if TYPE_CHECKING:
@@ -90,6 +93,7 @@ class CompressionSession(nn.Module):
         self.recalibrate = recalibrate  # fits ranges anew when the search has ended
         self.second_stage = second_stage  # quantizes the pruned network of a two-stage method
         self.done = 0
+        self.use = LoopUse()
         self._example = example
         self._settings: Mapping[str, Any] = {"settings": {}, "layers": {}}  # which a state that is loaded must have
 
@@ -97,6 +101,7 @@ class CompressionSession(nn.Module):
         """Output of the model under the decisions as they stand."""
         if self.training:
             self.net.set_trainable(self.turn)
+            self.use.passes += torch.is_grad_enabled()
         return self.net(*args, **kwargs)
 
     @property
@@ -126,6 +131,7 @@ class CompressionSession(nn.Module):
 
     def pressure(self) -> Tensor:
         """The term of budget and gates in the loss, a scalar; 0 once discretized, and where only weights learn."""
+        self.use.pressures += 1
         if self.controller is None or self.turn == "weights":
             return torch.zeros((), device=next(self.parameters()).device)
         return pressure(self.net, self.controller, self.progress, self.gate_weight)
@@ -134,6 +140,7 @@ class CompressionSession(nn.Module):
         """Advance the search; call it after every `optimizer.step()`."""
         self.net.after_step(self.progress)
         self.done += 1
+        self.use.steps += 1
 
     def get_extra_state(self) -> Tensor:
         """What `state_dict` holds beside the tensors: settings, progress, multipliers, decisions; bytes, uint8."""
@@ -183,8 +190,13 @@ class CompressionSession(nn.Module):
 
     @_shortcut_names()
     def discretize(self) -> Plan:
-        """Discretize the decisions within the budget, for good; go on training with a new optimiser to fine-tune."""
+        """Discretize the decisions within the budget, for good; go on training with a new optimiser to fine-tune.
+
+        Warns where the loop has not called `step` or `pressure`, or ends before the search does.
+        """
         if self.controller is not None:
+            for text in self.use.describe_mistakes(self.done, self.steps):
+                warnings.warn(text, UserWarning, stacklevel=3)
             self.net.finish_search()
             plan = discretize.discretize(self.net, self.controller.targets)
             if self.recalibrate is not None:
@@ -321,7 +333,9 @@ def _start_search(
         net.scheduled_pruning(0.0)
     controller = Controller(prepared.targets)
     controller.begin(net.exact_usage())
-    return CompressionSession(net, model, controller, steps, decide.gate_weight, recalibrate=fit_ranges, example=example)
+    return CompressionSession(
+        net, model, controller, steps, decide.gate_weight, recalibrate=fit_ranges, example=example
+    )
 
 
 class _SameBatches:
@@ -346,7 +360,7 @@ def _sections(
             if name == "skip":
                 value = tuple(value)
             elif name == "mask" and value is not None:
-                value = Path(value)
+                value = find_run(value)
             changes: dict[str, Any] = {name: value}
             decide = replace(decide, **changes)
         else:

@@ -1,6 +1,7 @@
 """The three-line use, on real data, in somebody else's loop."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -185,3 +186,51 @@ def test_landing_fits_ranges_to_what_layers_read_when_the_search_has_ended(digit
         assert net.net.plan().layers["3"].a_bits < before
         found[growth] = float(net.net.quantizers("3")[1].threshold)
     assert found[10] == pytest.approx(10 * found[1], rel=1e-5)
+
+
+def trained_badly(model, images, batches, steps, calls):
+    """The warnings of `finalize` after a loop that only makes the given calls."""
+    net = jpq.compress(model, images, bops="5%", steps=steps)
+    optimizer = torch.optim.Adam(net.groups())
+    for _ in range(batches):
+        loss = net(images).square().mean() + (net.pressure() if "pressure" in calls else 0.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if "step" in calls:
+            net.step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        small = net.finalize()
+    assert float(jpq.measure(small, images)["bops"]) > 0
+    return [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize(
+    ("batches", "steps", "calls", "says"),
+    [
+        (3, 3, ("step", "pressure"), []),
+        (0, 1000, (), []),
+        (3, 3, ("pressure",), [r"step\(\) was never called in 3 training passes"]),
+        (3, 3, ("step",), [r"pressure\(\) was never called"]),
+        (3, 3, (), [r"step\(\) was never called in 3", r"pressure\(\) was never called"]),
+        (3, 1000, ("step", "pressure"), [r"ends at step 3 of 1000.*\(steps=3\)"]),
+    ],
+)
+def test_calls_that_a_loop_forgets_are_named(batches, steps, calls, says):
+    images = torch.rand(8, 1, 8, 8)
+    model = jpq.tasks.models.build("convnet", 10, 1)
+    said = [
+        text for text in trained_badly(model, images, batches, steps, calls) if "()" in text or "The search" in text
+    ]
+    assert len(said) == len(says), said
+    for text, pattern in zip(said, says, strict=True):
+        assert re.search(pattern, text), text
+
+
+def test_accumulated_gradients_are_no_mistake():
+    from jpq.training.loop_use import LoopUse
+
+    assert LoopUse(passes=64, pressures=64, steps=1).describe_mistakes(1, 1) == []
+    assert "1 times in 65 training passes" in LoopUse(passes=65, pressures=65, steps=1).describe_mistakes(1, 1)[0]
+    assert LoopUse(passes=2, pressures=2, steps=2).describe_mistakes(95, 100) == [], "a loaded state counts"

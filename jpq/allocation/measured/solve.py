@@ -1,0 +1,341 @@
+"""The plan of least predicted divergence that meets every target: bits exactly, units in turns with them.
+
+    min  sum_l S_w[l, w_l] + S_a[l, a_l] + sum_s S_c[s, k_s]      such that every cost is within its target
+
+Given the units, costs are sums over layers of a table of (w, a), a multiple-choice knapsack that is solved exactly
+(`choose`). Units enter bit-operations as a product with the bits, so they are decided in turns: for the prices of the
+targets in the last solution (multipliers of its linear relaxation), each site takes the number of units at which the
+divergence plus the priced cost of the layers that it touches, each at its best bits, is least. Several starts at
+smaller shares of the units, then single steps of units with the bits solved again; the best plan is kept. Where there
+are few combinations of units it is the best of all. Equal inputs give equal plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import combinations, product
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from jpq.allocation.measured.choose import Group, choose, prices
+from jpq.allocation.measured.table import Key, SensitivityTable
+from jpq.compression.model import CompressedModel
+from jpq.costs import COSTS, LayerUse
+from jpq.costs.target import Target, all_met
+from jpq.plan import LayerPlan, Plan
+from jpq.types import JpqError
+
+Floats = npt.NDArray[np.float64]
+
+Counts = dict[str, int]  # site -> units kept
+
+STARTS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)  # shares of the units of every site from which the turns begin
+ROUNDS = 8  # of units and bits in turns, from one start
+ENUMERATED = 2000  # up to so many combinations of units the best of all is found
+PAIRED_SITES = 12  # up to so many sites steps of two at a time are tried
+TIE = 1e-15  # divergences closer than this count as equal
+LOCAL_STEPS = 40  # exact solutions that the final search by single steps may take
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """The widths that one layer may take, all pairs of them."""
+
+    layer: str
+    w: npt.NDArray[np.int64]  # [pairs]
+    a: npt.NDArray[np.int64]
+    values: Floats  # [pairs]: S_w + S_a
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A plan and its predicted divergence."""
+
+    plan: Plan
+    divergence: float
+    counts: Mapping[str, int]
+
+
+class Solver:
+    """The decisions of one network, its table and its targets.
+
+    Args:
+        net: attached; its present plan gives what the table does not choose (widths of images, signs of grids).
+        table: divergences; sites that it lacks keep all units, tensors that it lacks their present width.
+        targets: all of them are met.
+        pinned: tensor -> width that it has whatever it costs.
+        free_units: whether units may go; False: bits alone.
+    """
+
+    def __init__(
+        self,
+        net: CompressedModel,
+        table: SensitivityTable,
+        targets: Sequence[Target],
+        pinned: Mapping[Key, int] | None = None,
+        free_units: bool = True,
+    ):
+        self.net, self.table, self.targets = net, table, tuple(targets)
+        self.limits = [float(target.limit) for target in targets]
+        self.present = net.plan()
+        self.choices = [_choices(name, layer, table, pinned or {}) for name, layer in self.present.layers.items()]
+        self._choice_index = {choices.layer: i for i, choices in enumerate(self.choices)}
+        sites = [site.name for site in net.sites if not site.is_mask and site.name in table.units]
+        self.grids = {name: _thinned(table.units[name], net, name) for name in sites} if free_units else {}
+
+    def solve(self) -> Solution:
+        """The best plan found. Raises JpqError where no plan meets the targets."""
+        best: tuple[float, Counts, list[int]] | None = None
+        seen: dict[tuple[int, ...], tuple[float, list[int]] | None] = {}
+        for share in STARTS if self.grids else STARTS[:1]:
+            counts = self._turns({name: _nearest(grid, share) for name, grid in self.grids.items()})
+            found = self._exact(counts, seen)
+            if found is not None and (best is None or found[0] < best[0] - TIE):
+                best = found[0], counts, found[1]
+        if best is None:
+            smallest = {name: min(grid) for name, grid in self.grids.items()}
+            found = self._exact(smallest, seen)
+            if found is None:
+                raise JpqError("The targets cannot be met by any bits and units that the sensitivity table knows.")
+            best = found[0], smallest, found[1]
+        value, counts, picks = self._single_steps(best, seen)
+        return Solution(self._plan(counts, picks), value, counts)
+
+    def _turns(self, counts: Counts) -> Counts:
+        """Units and prices in turns from one start, until the units stay as they are."""
+        for _ in range(ROUNDS if counts else 0):
+            price = self._prices(counts)
+            moved = self._best_counts(counts, price) if price is not None else self._smaller(counts)
+            if moved == counts:
+                break
+            counts = moved
+        return counts
+
+    def _smaller(self, counts: Counts) -> Counts:
+        """Every site one step down its grid."""
+        return {name: max([k for k in self.grids[name] if k < n], default=n) for name, n in counts.items()}
+
+    def _best_counts(self, counts: Counts, price: Floats) -> Counts:
+        """The units of each site in turn that are best at these prices, all else as it is."""
+        counts = dict(counts)
+        uses = self._uses(counts)
+        priced = {use.name: self._priced(use, price) for use in uses}
+        for name, grid in self.grids.items():
+            best, best_value, best_uses = counts[name], np.inf, uses
+            for k in grid:
+                trial = self._uses(counts | {name: k})
+                changed = [u for u, old in zip(trial, uses, strict=True) if _shares(u) != _shares(old)]
+                value = self.table.units[name][k] + sum(self._priced(u, price) - priced[u.name] for u in changed)
+                if value < best_value - TIE:
+                    best, best_value, best_uses = k, value, trial
+            if best != counts[name]:
+                counts[name], uses = best, best_uses
+                priced = {use.name: self._priced(use, price) for use in uses}
+        return counts
+
+    def _priced(self, use: LayerUse, price: Floats) -> float:
+        """Divergence plus priced cost of one layer at its best bits."""
+        index = self._choice_index.get(use.name)
+        if index is None:
+            return float(np.dot([float(COSTS[t.cost]([use])) for t in self.targets], price))
+        choices = self.choices[index]
+        return float((choices.values + self._costs(use, choices) @ price).min())
+
+    def _costs(self, use: LayerUse, choices: Choices) -> Floats:
+        """[pairs, targets]: the cost of one layer at each pair of widths."""
+        columns = []
+        for target in self.targets:
+            if use.clock is None:
+                cost = COSTS[target.cost](
+                    [replace(use, w_bits=choices.w.astype(float), a_bits=choices.a.astype(float))]
+                )
+                columns.append(np.broadcast_to(np.asarray(cost, float), choices.values.shape))
+            else:
+                pairs = zip(choices.w.tolist(), choices.a.tolist(), strict=True)
+                uses = [[replace(use, w_bits=w, a_bits=a)] for w, a in pairs]
+                columns.append(np.array([float(COSTS[target.cost](one)) for one in uses]))
+        return np.stack(columns, 1) if columns else np.zeros((len(choices.values), 0))
+
+    def _uses(self, counts: Counts) -> list[LayerUse]:
+        """The use of every layer at these units, shares as floats; bits are those of the present plan."""
+        return [_as_floats(use) for use in self.net.exact_usage(replace(self.present, kept=self._kept(counts)))]
+
+    def _kept(self, counts: Counts) -> dict[str, tuple[bool, ...]]:
+        kept = dict(self.present.kept)
+        for name, count in counts.items():
+            best = set(self.table.orders[name][:count])
+            kept[name] = tuple(unit in best for unit in range(len(self.table.orders[name])))
+        return kept
+
+    def _groups(self, counts: Counts) -> tuple[list[Group], list[float]]:
+        """The options of every layer at these units, and the costs that no choice changes."""
+        index = self._choice_index
+        groups: list[Group] = []
+        fixed = [0.0] * len(self.targets)
+        for use in self._uses(counts):
+            if use.name in index:
+                choices = self.choices[index[use.name]]
+                groups.append(Group(choices.values, self._costs(use, choices)))
+            else:
+                fixed = [f + float(COSTS[t.cost]([use])) for f, t in zip(fixed, self.targets, strict=True)]
+        return groups, fixed
+
+    def _exact(
+        self, counts: Counts, seen: dict[tuple[int, ...], tuple[float, list[int]] | None]
+    ) -> tuple[float, list[int]] | None:
+        """The least divergence at these units, with the option of each layer; None where no bits meet the targets."""
+        key = tuple(counts[name] for name in self.grids)
+        if key not in seen:
+            seen[key] = self._solve_bits(counts)
+        return seen[key]
+
+    def _solve_bits(self, counts: Counts) -> tuple[float, list[int]] | None:
+        groups, fixed = self._groups(counts)
+        limits = [limit - cost for limit, cost in zip(self.limits, fixed, strict=True)]
+        if any(limit <= 0 for limit in limits):
+            return None
+        picks = choose(groups, limits)
+        if picks is None:
+            return None
+        if not all_met(self.targets, self.net.exact_usage(self._plan(counts, picks))):
+            return None  # a sum that floats have rounded down
+        bits = sum(float(group.values[i]) for group, i in zip(groups, picks, strict=True))
+        return bits + sum(self.table.units[name][k] for name, k in counts.items()), picks
+
+    def _single_steps(
+        self, best: tuple[float, Counts, list[int]], seen: dict[tuple[int, ...], tuple[float, list[int]] | None]
+    ) -> tuple[float, Counts, list[int]]:
+        """Better plans one step of one or two sites away, with the bits solved again, until there are none.
+
+        A neighbour is solved exactly only where its lower bound, the Lagrangian at the prices of the best plan, is
+        below the best divergence.
+        """
+        left, improved = LOCAL_STEPS, bool(self.grids)
+        if self.grids and prod(map(len, self.grids.values())) <= ENUMERATED:
+            return self._enumerate(best, seen)
+        while improved and left > 0:
+            improved = False
+            price = self._prices(best[1])
+            bounded = [(self._bound(counts, price), counts) for counts in self._neighbours(best[1])]
+            for bound, counts in sorted(bounded, key=lambda pair: pair[0]):
+                if bound >= best[0] - TIE or left == 0:
+                    break
+                left -= 1
+                found = self._exact(counts, seen)
+                if found is not None and found[0] < best[0] - TIE:
+                    best, improved = (found[0], counts, found[1]), True
+                    break
+        return best
+
+    def _enumerate(
+        self, best: tuple[float, Counts, list[int]], seen: dict[tuple[int, ...], tuple[float, list[int]] | None]
+    ) -> tuple[float, Counts, list[int]]:
+        """The best of all combinations of units, those of the lowest bound first, until no bound is below the best."""
+        price = self._prices(best[1])
+        combinations_of_units = (dict(zip(self.grids, ks, strict=True)) for ks in product(*self.grids.values()))
+        bounded = [(self._bound(counts, price), counts) for counts in combinations_of_units]
+        for bound, counts in sorted(bounded, key=lambda pair: pair[0]):
+            if bound >= best[0] - TIE:
+                break
+            found = self._exact(counts, seen)
+            if found is not None and found[0] < best[0] - TIE:
+                best = found[0], counts, found[1]
+        return best
+
+    def _prices(self, counts: Counts) -> Floats | None:
+        """What one unit of each target is worth at these units; None where no bits meet the targets."""
+        groups, fixed = self._groups(counts)
+        limits = [limit - cost for limit, cost in zip(self.limits, fixed, strict=True)]
+        try:
+            return prices(groups, limits) if min(limits, default=1.0) > 0 else None
+        except JpqError:
+            return None
+
+    def _bound(self, counts: Counts, price: Floats | None) -> float:
+        """A lower bound of the divergence at these units."""
+        if price is None:
+            return 0.0
+        units = sum(self.table.units[name][k] for name, k in counts.items())
+        return units + sum(self._priced(use, price) for use in self._uses(counts)) - float(np.dot(self.limits, price))
+
+    def _neighbours(self, counts: Counts) -> Iterator[Counts]:
+        """One step of one site away; of two sites, where there are few."""
+        steps = [
+            (name, grid[j])
+            for name, grid in self.grids.items()
+            for j in (grid.index(counts[name]) - 1, grid.index(counts[name]) + 1)
+            if 0 <= j < len(grid)
+        ]
+        for name, k in steps:
+            yield counts | {name: k}
+        if len(self.grids) <= PAIRED_SITES:
+            for (one, k), (other, n) in combinations(steps, 2):
+                if one != other:
+                    yield counts | {one: k, other: n}
+
+    def _plan(self, counts: Counts, picks: Sequence[int]) -> Plan:
+        """The plan of these units and options."""
+        layers = dict(self.present.layers)
+        for choices, i in zip(self.choices, picks, strict=True):
+            old = layers[choices.layer]
+            layers[choices.layer] = LayerPlan(int(choices.w[i]), int(choices.a[i]), old.signed)
+        return replace(self.present, layers=layers, kept=self._kept(counts))
+
+
+def predicted_divergence(table: SensitivityTable, plan: Plan) -> float:
+    """The sum of a plan's single divergences; numbers of units between two measured ones are interpolated."""
+    total = 0.0
+    for name, layer in plan.layers.items():
+        total += table.bits.get((name, "w"), {}).get(layer.w_bits, 0.0)
+        total += table.bits.get((name, "a"), {}).get(layer.a_bits, 0.0)
+    for name, kept in plan.kept.items():
+        if name in table.units:
+            counts = sorted(table.units[name])
+            total += float(np.interp(sum(kept), counts, [table.units[name][k] for k in counts]))
+    return total
+
+
+def _choices(name: str, layer: LayerPlan, table: SensitivityTable, pinned: Mapping[Key, int]) -> Choices:
+    """The widths of one layer: those that the table knows, or the present one."""
+    weight: Key = (name, "w")
+    inputs: Key = (name, "a")
+    rows = []
+    for key, present in ((weight, layer.w_bits), (inputs, layer.a_bits)):
+        row = table.bits.get(key, {}) or {present: 0.0}
+        if key in pinned:
+            row = {pinned[key]: row.get(pinned[key], 0.0)}
+        rows.append(sorted(row.items()))
+    pairs = [(w, a, s + t) for w, s in rows[0] for a, t in rows[1]]
+    w, a, values = zip(*pairs, strict=True)
+    return Choices(name, np.array(w, np.int64), np.array(a, np.int64), np.array(values, float))
+
+
+def _thinned(row: Mapping[int, float], net: CompressedModel, name: str) -> list[int]:
+    """The numbers of units that were measured and may be kept, ascending."""
+    site = next(site for site in net.sites if site.name == name)
+    allowed = set(net.counts(site))
+    return [k for k in sorted(row) if k in allowed] or [max(row)]
+
+
+def _nearest(grid: Sequence[int], share: float) -> int:
+    """The entry of a grid nearest to a share of its largest."""
+    return min(grid, key=lambda k: (abs(k - share * grid[-1]), -k))
+
+
+def _shares(use: LayerUse) -> tuple[float, ...]:
+    return float(use.inputs), float(use.outputs), float(use.positions)
+
+
+def _as_floats(use: LayerUse) -> LayerUse:
+    """A use whose shares are floats, so that arrays of bits can be multiplied."""
+    return replace(
+        use,
+        inputs=float(use.inputs),
+        outputs=float(use.outputs),
+        positions=float(use.positions),
+        density=float(use.density) if isinstance(use.density, (int, Fraction)) else use.density,
+    )

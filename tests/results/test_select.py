@@ -68,6 +68,20 @@ def test_the_plane_shows_every_run_and_what_it_is_compared_with(tmp_path: Path) 
     assert {"W2A2", "W8A8", "1 djpq", "4 djpq"} <= {*words}
 
 
+def test_the_legend_hides_no_point(tmp_path: Path) -> None:
+    spread(tmp_path)
+    front = build_front(read_points(tmp_path).points)
+    figure = plots.draw_front(front, pick_point(front, parse_limits({"max_bops": "1%"}, front.points[0].full_costs)))
+    save_picture(figure, tmp_path / "front.png")  # lays it out
+    (legend,) = figure.legends
+    box, axes = legend.get_window_extent(), figure.axes[0]
+    assert {text.get_text() for text in legend.get_texts()} >= {"float model", "front", "dominated", "knee"}
+    assert not box.overlaps(axes.get_window_extent())
+    assert figure.bbox.y0 <= box.y0, "it lies outside the picture"
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert axes.get_legend() is None
+
+
 def test_uniform_bits_that_cost_the_same_share_a_line(tmp_path: Path) -> None:
     points = spread(tmp_path).points
     timed = [

@@ -137,7 +137,7 @@ def draw_front(front: Front, choice: Choice | None = None) -> Figure:
     _name_points(axes, front, cost)
     style_axes(axes)
     axes.grid(True, color="#E3E3E3", lw=0.6)
-    axes.legend(loc="lower right", fontsize=9, framealpha=0.95, edgecolor="none")
+    figure.legend(loc="outside lower center", ncols=6, fontsize=9, frameon=False)  # below: points lie everywhere
     return figure
 
 

@@ -286,6 +286,7 @@ def compute_slices(
     is_dropped = np.zeros(above + 2, bool)  # the last two entries stand for larger classes and for NONE
     is_dropped[list(dropped)] = True
     slices: dict[str, dict[int, list[int]]] = {}
+    untouched: dict[str, dict[int, list[int]]] = {}  # sizes in calls, which the code may compute from what is sliced
     attributes = {name: {0: labels} for name, labels in network.attributes.items()}
     for name, axes in [*network.axes.items(), *attributes.items()]:
         for dim, labels in axes.items():
@@ -296,7 +297,9 @@ def compute_slices(
             order = places(labels) if places else natural
             if lost.any() or (order != natural).any():
                 slices.setdefault(name, {})[int(dim)] = order[~lost[order]].tolist()
-    return slices
+            elif is_call_size(name):
+                untouched[name] = {int(dim): natural.tolist()}
+    return slices | untouched if slices else slices
 
 
 @torch.no_grad()

@@ -265,6 +265,19 @@ def test_a_plan_in_a_file_rebuilds_without_the_example(name: str) -> None:
     assert not twice, "nothing more is dropped"
 
 
+def test_a_size_is_held_where_only_the_code_s_source_of_it_shrinks() -> None:
+    torch.manual_seed(0)
+    model = randomize(Heads(), TOKENS)
+    network = trace(model.float(), TOKENS)
+    model.double()
+    first, heads = channels(network)
+    keep = {first.name: torch.tensor([[0.0] * 5 + [1.0] * 19]), heads.name: torch.ones(1, 4)}
+    small = jpq.tracing.remove_channels(model, network, first.labels[:5].tolist())
+    with masked_weights(model, network, [first, heads], keep) as masked:
+        assert relative_difference(float64_outputs(masked, TOKENS), float64_outputs(small, TOKENS)) < 1e-12
+    assert compute_slices(network, []) == {}
+
+
 def test_a_smaller_model_can_be_made_smaller() -> None:
     torch.manual_seed(0)
     model = randomize(Heads(), TOKENS)

@@ -203,7 +203,18 @@ def attention(call: OpCall) -> Dims:
     for node in (k, v):
         call.freeze(call.dims(node)[-2], "attention sums over tokens")
     mask = [call["attn_mask"]] if call["attn_mask"] is not None else []
+    if call["enable_gqa"]:
+        _join_grouped_heads(call, q, k, v)
     return [*_join_batch_dims(call, [q, k, v, *mask]), call.dims(q)[-2], call.dims(v)[-1]]
+
+
+def _join_grouped_heads(call: OpCall, q: Node, k: Node, v: Node) -> None:
+    """Tie each head of keys and values to the several heads of queries, side by side, that read it."""
+    heads = shape_of(q)[-3]
+    for node in (k, v):
+        labels, times = call.dims(node)[-3], heads // shape_of(node)[-3]
+        if times > 1:
+            call.join(call.dims(q)[-3], None if labels is None else np.repeat(labels, times))
 
 
 @rule("aten.einsum")

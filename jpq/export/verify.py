@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from jpq.compression.model import CompressedModel
 from jpq.export.runtimes import Session
 from jpq.tasks import CLASSIFICATION
 from jpq.tasks.base import Task, sample_difference
-from jpq.tracing.forward import call_model, collect_tensors
+from jpq.tracing.forward import batch_size, call_model, collect_tensors
 from jpq.types import JpqError
 
 OPENED = "masked_vs_rebuilt_at_landing_with_open_norms"  # key of the difference where the models cannot be equal
@@ -34,6 +35,8 @@ CROSSED = 0.2  # share of samples that may have a value at a rounding boundary
 NEARLY_ALL = 0.9  # share of samples beyond which a scale or a bias must be wrong: the file is refused
 
 FEW = 2  # samples or decisions that may differ however few there are
+
+METRIC_DIFFERS = 0.001  # share of the metric's range by which file and model may differ, or one sample's share
 
 CLOSE = 1e-3  # relative difference in float32 below which no rounding boundary was crossed
 
@@ -94,6 +97,30 @@ def exported(small: nn.Module, path: Path, batches: Iterable[Pair], task: Task =
     }
 
 
+def compare_metrics(small: nn.Module, path: Path, batches: Any, task: Task) -> dict[str, Any]:
+    """The task's metric of an ONNX file in a default session of onnxruntime, as users open it, and of its model.
+
+    "file" and "model"; and a "warning" where they differ by more than `METRIC_DIFFERS` of the metric's range (of the
+    model's metric, where the range has no ends) and by more than one of the samples.
+
+    Args:
+        small: the rebuilt model; path: its ONNX file.
+        batches: (inputs, targets) pairs with their number of samples as `size`.
+        task: gives the metric.
+    """
+    session = Session(path)
+    file, model = task.evaluate(lambda x: session(x).to(x.device), batches), task.evaluate(small, batches)
+    low, high = task.metric_bounds
+    span = high - low if math.isfinite(high - low) else max(1.0, abs(model))
+    record: dict[str, Any] = {"file": file, "model": model}
+    if not abs(file - model) <= span * max(METRIC_DIFFERS, 1 / batches.size) * (1 + 1e-6):
+        record["warning"] = (
+            f"{path.name} in a default onnxruntime session has a {task.metric_name} of {file:.4g}, the PyTorch model "
+            f"{model:.4g}."
+        )
+    return record
+
+
 def _beyond_limits(outside: dict[str, Any], itself: str) -> str:
     """The warning of a file that differs by more than the fixed limits, "" within them; JpqError for a wrong file."""
     decisions = (
@@ -133,6 +160,17 @@ def _widen(x: Any) -> Any:
     return tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, x)
 
 
+def _with_rows(output: Tensor) -> Tensor:
+    """An output with a first dim: a loss, which is a scalar, becomes the only entry of a vector."""
+    return output if output.dim() else output.reshape(1)
+
+
+def _per_sample(differences: Sequence[Tensor], samples: int) -> Tensor:
+    """Largest difference of each sample over all outputs; outputs without a row per sample count for every sample."""
+    rows = samples if any(len(d) == samples for d in differences) else len(differences[0])
+    return torch.stack([d if len(d) == rows else d.amax().expand(rows) for d in differences]).amax(0)
+
+
 @torch.no_grad()
 def compare(
     reference: Callable[..., Any], model: Callable[..., Any], batches: Iterable[Pair], task: Task = CLASSIFICATION
@@ -147,10 +185,11 @@ def compare(
     largest = widest_gap = 0.0
     for x, _ in batches:
         outputs = [
-            [t.detach().cpu().float() for t in collect_tensors(call_model(net, x))] for net in (reference, model)
+            [_with_rows(t.detach().cpu().float()) for t in collect_tensors(call_model(net, x))]
+            for net in (reference, model)
         ]
         pairs = list(zip(*outputs, strict=True))
-        apart = torch.stack([sample_difference(a, b) for a, b in pairs]).amax(0)
+        apart = _per_sample([sample_difference(a, b) for a, b in pairs], batch_size(x))
         images, boundary = images + len(apart), boundary + int((apart > CLOSE).sum())
         largest = max(largest, float(apart.max()))
         for a, b in pairs:

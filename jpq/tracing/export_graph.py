@@ -17,13 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind, TensorArgument
 from torch.utils._pytree import tree_leaves, tree_map
 
 from jpq.tracing import own_calls
-from jpq.tracing.forward import collect_tensors, name_inputs
+from jpq.tracing.forward import collect_tensors, name_inputs, plain_outputs
 from jpq.types import JpqError
 
 _LIBRARY_PATHS = (str(Path(torch.__file__).parent), sysconfig.get_paths()["stdlib"], __file__, own_calls.__file__)
+
+LONGEST_MESSAGE = 240  # characters of a foreign error that a sentence quotes
 
 
 def export_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
@@ -32,10 +35,16 @@ def export_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     try:
         if _dtypes_differ(model, args, kwargs):  # torch.export does not notice
             _check_example(model, args, kwargs)
-        with warnings.catch_warnings(), torch.no_grad(), restore_attributes(model), redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            restore_attributes(model),
+            plain_outputs(model),
+            redirect_stderr(io.StringIO()),  # some errors print the graph there
+        ):
             warnings.simplefilter("ignore")
             logging.disable(logging.WARNING)
-            return torch.export.export(model, args, kwargs, strict=False)  # some errors print the graph to stderr
+            program = torch.export.export(model, args, kwargs, strict=False)
     except JpqError:
         raise
     except Exception as error:
@@ -43,6 +52,15 @@ def export_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         raise _export_error(model, error) from error
     finally:
         logging.disable(level)
+    if not any(
+        spec.kind is OutputKind.USER_OUTPUT and isinstance(spec.arg, TensorArgument)
+        for spec in program.graph_signature.output_specs
+    ):
+        raise JpqError(
+            f"The output of {type(model).__name__} holds no tensor that jpq finds: return a tensor, or tuples, lists, "
+            "dicts or dataclasses of tensors."
+        )
+    return program
 
 
 @contextmanager
@@ -190,10 +208,17 @@ def _cause_chain(error: BaseException) -> list[BaseException]:
 
 def _export_error(model: nn.Module, error: Exception) -> JpqError:
     """The error for a model that runs but that torch.export cannot follow: the line, the submodule and the way out."""
+    if any(type(module).__name__ == "GeneralizedRCNNTransform" for module in model.modules()):
+        return JpqError(
+            f"{type(model).__name__} is a whole detector: how many boxes it returns depends on the image, which no "
+            "graph holds. Give the network from resized images to raw outputs: jpq.detection.extract_core makes it of "
+            "SSD, SSDlite, RetinaNet and FCOS (docs/detectors.md), for others take backbone and head."
+        )
     errors = _cause_chain(error)
     frames = [
         f for e in errors for f in traceback.extract_tb(e.__traceback__) if not f.filename.startswith(_LIBRARY_PATHS)
     ]
+    frames = [f for f in frames if not f.filename.startswith("<")]  # code that was made while the program runs
     place = f" at {frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else ""
     name, module, _ = _innermost_module(model, errors)
     submodule = f" (in submodule '{name}', {type(module).__name__})" if name else ""
@@ -216,6 +241,7 @@ def _suggest_fix(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of the error's message that is not empty, as a sentence."""
+    """The first line of the error's message that is not empty, as a sentence of at most LONGEST_MESSAGE characters."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    text = text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE].rstrip()} ..."
     return text if text.endswith((".", "!", "?")) else text + "."

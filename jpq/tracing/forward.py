@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import SUPPORTED_NODES, register_dataclass, tree_leaves
 
 Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -17,6 +18,7 @@ CallObserver = Callable[[str, Any, Any, Any], None]  # (module's name, module, i
 
 def split_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Split an example (a tensor, a tuple or list, or a dict of keywords) into (positional, keyword) arguments."""
+    register_dataclasses(example)
     if isinstance(example, Mapping):
         return (), dict(example)
     return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
@@ -67,8 +69,67 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def collect_tensors(value: Any) -> list[Tensor]:
-    """The tensors in any nest of tuples, lists, dicts, named tuples and registered classes, in order."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    """The tensors in any nest of tuples, lists, dicts, dataclasses and registered classes, in order.
+
+    Caches of past keys and values, as decoders of Hugging Face return them, are no results: they are left out.
+    """
+    return [leaf for leaf in tree_leaves(as_plain_nest(value)) if isinstance(leaf, Tensor)]
+
+
+def as_plain_nest(value: Any) -> Any:
+    """A model's output as torch.export takes it: dataclasses become dicts; objects that it does not know become None.
+
+    What is already such a nest is returned as it is.
+    """
+    if isinstance(value, Tensor) or value is None:
+        return value
+    if _is_cache(value):
+        return None
+    if isinstance(value, Mapping):
+        entries = {key: as_plain_nest(entry) for key, entry in value.items()}
+        same = all(entries[key] is entry for key, entry in value.items())
+        return value if same and type(value) in SUPPORTED_NODES else entries
+    if isinstance(value, (tuple, list)):
+        items = [as_plain_nest(item) for item in value]
+        same = all(a is b for a, b in zip(items, value, strict=True))
+        return value if same else tuple(items) if isinstance(value, tuple) else items
+    if type(value) in SUPPORTED_NODES or isinstance(value, (bool, int, float, complex, str)):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: as_plain_nest(getattr(value, f.name)) for f in fields(value) if hasattr(value, f.name)}
+    return None
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether a value is a decoder's cache of past keys and values."""
+    bases = type(value).__mro__
+    return any(base.__module__.startswith("transformers.") and base.__name__.endswith("Cache") for base in bases)
+
+
+@contextmanager
+def plain_outputs(model: nn.Module) -> Iterator[None]:
+    """A context in which the model returns what `as_plain_nest` makes of its output."""
+    handle = model.register_forward_hook(lambda _, __, output: as_plain_nest(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def register_dataclasses(value: Any) -> None:
+    """Let torch look for tensors inside the dataclasses of an example, as torch.export.register_dataclass does."""
+    if isinstance(value, Mapping):
+        for entry in value.values():
+            register_dataclasses(entry)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            register_dataclasses(item)
+    elif is_dataclass(value) and not isinstance(value, type) and type(value) not in SUPPORTED_NODES:
+        names = [f.name for f in fields(value)]
+        given = [f.name for f in fields(value) if f.init]
+        register_dataclass(type(value), field_names=given, drop_field_names=[n for n in names if n not in given])
+        for name in given:
+            register_dataclasses(getattr(value, name))
 
 
 def batch_size(example: Any) -> int:

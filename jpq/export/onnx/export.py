@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from jpq.export.onnx.fold_norms import fold_norms
 from jpq.export.onnx.graph import fold_constants, share_equal_weights, unlist_initializers
+from jpq.export.onnx.grouped_queries import RepeatedHeads
 from jpq.export.onnx.integer_kernels import prepare_integer_kernels
 from jpq.export.onnx.linear_weights import round_linear_weights_twice
 from jpq.export.onnx.narrow_weights import store_narrow_weights
@@ -31,7 +32,14 @@ from jpq.export.onnx.transposed_weights import write_out_transposed_weights
 from jpq.export.onnx.unsupported_ops import name_unsupported_op
 from jpq.files.atomic import replace_file
 from jpq.methods.quantizers import act_quantizer, result_quantizer, weight_quantizer
-from jpq.tracing.forward import batch_size, collect_tensors, hook_modules, name_inputs, split_arguments
+from jpq.tracing.forward import (
+    batch_size,
+    collect_tensors,
+    hook_modules,
+    name_inputs,
+    plain_outputs,
+    split_arguments,
+)
 from jpq.types import JpqError
 
 OPSET = 17
@@ -115,7 +123,7 @@ def _write(
     path_argument = "f" if exporter is torch.onnx.export else "export_path"
 
     def write(part: Path) -> None:
-        with name_unsupported_op(), _quiet_exporters():
+        with name_unsupported_op(), _quiet_exporters(), plain_outputs(model), RepeatedHeads():
             exporter(
                 model if plain else _TensorsOnly(model, args, kwargs),
                 args=tuple(inputs),

@@ -20,7 +20,7 @@ import tomli_w
 from jpq.files import untrusted
 from jpq.files.atomic import replace_file
 from jpq.files.formats import FORMATS
-from jpq.files.paths import check_name, expand_home
+from jpq.files.paths import check_name, expand_home, expand_paths
 from jpq.types import JpqError, unknown
 
 if sys.version_info >= (3, 11):
@@ -215,6 +215,8 @@ class Run:
     """Go on from the last checkpoint of the same settings; of a finished run show the result again."""
     overwrite: bool = False
     """Run anew in a folder that holds a run already, whose files are removed first."""
+    strict: bool = False
+    """Exit with code 1 where an exported file differs from its model by more than the fixed limits. The run stays."""
     tensorboard: bool = False
     """Also write the history as TensorBoard events into the run's folder (pip install "jpq[tensorboard]")."""
     checkpoint_every: int = 0
@@ -279,13 +281,8 @@ class Config:
 
 
 def expand_homes(config: Config) -> Config:
-    """The config with `~` expanded in every path; the same object where there is none."""
-    for section in fields(config):
-        part = getattr(config, section.name)
-        paths = {f.name: getattr(part, f.name) for f in fields(part) if isinstance(getattr(part, f.name), Path)}
-        expanded = {name: expand_home(path) for name, path in paths.items()}
-        if expanded != paths:
-            config = replace(config, **{section.name: replace(part, **expanded)})
+    """The config with `~` and `runs/latest` replaced in every path; the same object where there are none."""
+    config = expand_paths(config)
     kind, _, path = config.task.data.partition(":")
     if kind == "folder" and path.startswith("~"):
         config = replace(config, task=replace(config.task, data=f"folder:{expand_home(path)}"))

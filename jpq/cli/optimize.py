@@ -14,6 +14,8 @@ from jpq.cli.output import Column, print_line, table, text_column
 from jpq.results.formatting import format_duration, format_metric, format_number, format_percent
 from jpq.results.record import Result
 
+STRICT_EXIT = 1  # exit code of --strict where a file differs from its model
+
 
 def optimize_command(args: list[str], console: Console) -> None:
     """Run `jpq optimize`."""
@@ -42,17 +44,31 @@ def optimize_command(args: list[str], console: Console) -> None:
         result = optimize(config, observer, shlex.join(["jpq", "optimize", *args]), True, observer)
     distributed.end()
     print_result(result, console, wants_all_layers(args))
+    if config.run.strict and _file_warnings(result):
+        raise SystemExit(STRICT_EXIT)
 
 
 def print_result(result: Result, console: Console, all_rows: bool = False) -> None:
     """Print a run's layers (the dearest, or all) and summary, or the table of its budgets where it has several."""
     from jpq.cli.summary import layer_table, summary
 
+    for warning in _file_warnings(result):
+        print_line(console, f"[bold yellow]warning[/] {escape(warning)}")
     if result.front:
         console.print(front_table(result))
         return
     console.print(layer_table(result, all_rows))
     console.print(summary(result))
+
+
+def _file_warnings(result: Result) -> list[str]:
+    """Warnings on exported files of a run, of all budgets where it has several."""
+    if not result.front:
+        return list(result.file_warnings)
+    from jpq.results.run_folder import read_run
+
+    folders = [result.folder.parent / record.folder for record in result.front]
+    return [f"{folder.name}: {text}" for folder in folders for text in read_run(folder).file_warnings]
 
 
 def front_table(result: Result) -> RenderableType:

@@ -24,7 +24,7 @@ from jpq.plan import Plan
 from jpq.results import run_folder
 from jpq.results.finish import export_model
 from jpq.results.formatting import format_metric
-from jpq.results.record import UNREAD, Result
+from jpq.results.record import UNREAD, WARNING, Result
 from jpq.results.run_folder import load
 from jpq.tasks.base import Task
 from jpq.tasks.data import Data
@@ -78,11 +78,13 @@ def finalize(
         copy_run(folder, config, out)
     path, export_record = export_model(small, plan, data, target, config)
     checked = verify.exported(small, path, data.test, data.task)
-    if "warning" in checked:
-        notes.insert(0, f"warning: {checked['warning']}")
+    checked["metric"] = verify.compare_metrics(small, path, data.test, data.task)
+    for record in (checked, checked["metric"]):
+        if "warning" in record:
+            notes.insert(0, f"{WARNING}{record['warning']}")
     compressed, float_metric = before.compressed.accuracy, before.float.accuracy
     if not before.final:
-        compressed = data.task.evaluate(small, data.test)
+        compressed = checked["metric"]["file"]
         float_metric, missing = measure_float_model(folder, config, data, before)
         notes += missing
     result = replace(

@@ -35,7 +35,7 @@ from jpq.files import tensors
 from jpq.files.atomic import replace_file
 from jpq.plan import Plan
 from jpq.results import run_folder
-from jpq.results.record import UNREAD, LayerRecord, ModelMetrics, Result
+from jpq.results.record import UNREAD, WARNING, LayerRecord, ModelMetrics, Result
 from jpq.tasks import task_record
 from jpq.tasks.data import Data
 from jpq.training import checkpoint, environment
@@ -83,9 +83,11 @@ def finish(
     save_model(small, plan, run.folder)
     predicted_ms = _to_ms(costs.latency_ns(uses)) if table is not None else None
     export_record: dict[str, Any] = {}
+    metric = UNREAD
     if final:
         path, export_record = export_model(small, plan, data, run.folder, config)
         export_record["verified"] = run.timed("verify", lambda: verify_models(net, tuned, small, path, data, run))
+        metric = export_record["verified"]["metric"]["file"]
         if table is not None and predicted_ms is not None:
             export_record["latency"] = run.timed(
                 "bench", lambda: layer_table.compare_with_prediction(path, predicted_ms, table)
@@ -94,9 +96,7 @@ def finish(
         folder=run.folder,
         method=net.method,
         float=float_metrics(uses, data.task.evaluate(model, data.test) if final else UNREAD),
-        compressed=compressed_metrics(
-            uses, config.budget.cost, data.task.evaluate(small, data.test) if final else UNREAD, predicted_ms
-        ),
+        compressed=compressed_metrics(uses, config.budget.cost, metric, predicted_ms),
         held_out={
             "float": data.task.evaluate(model, data.held_out),
             "compressed": data.task.evaluate(small, data.held_out),
@@ -179,13 +179,18 @@ def export_model(small: nn.Module, plan: Plan, data: Data, folder: Path, config:
 def verify_models(
     net: CompressedModel, tuned: nn.Module, small: nn.Module, path: Path, data: Data, run: RunState
 ) -> dict[str, Any]:
-    """Check that masked, rebuilt and exported model agree (with opened norms the masked one cannot); note a warning."""
+    """Check that masked, rebuilt and exported model agree (with opened norms the masked one cannot); note warnings.
+
+    The record's "metric" holds the metric of the file in a default session and that of the model.
+    """
     if tuned is net:
         record = verify.verify(net, small, path, data.test, data.example, data.task)
     else:
         record = {verify.OPENED: run.opened, **verify.exported(small, path, data.test, data.task)}
-    if "warning" in record:
-        run.notes.insert(0, f"warning: {record['warning']}")
+    record["metric"] = verify.compare_metrics(small, path, data.test, data.task)
+    for checked in (record, record["metric"]):
+        if "warning" in checked:
+            run.notes.insert(0, f"{WARNING}{checked['warning']}")
     return record
 
 

@@ -19,6 +19,8 @@ Numbers = dict[str, dict[str, float]]  # subject -> name -> number
 
 UNREAD = math.nan  # accuracy on a test split that was not read
 
+WARNING = "warning: "  # begins a note that is shown before all else
+
 Say = Callable[[str], None]
 
 
@@ -100,6 +102,13 @@ class Result:
     uniform: Numbers = field(default_factory=dict)  # "W4A4" -> cost -> amount of the unpruned model
     final: bool = True  # exported, verified and measured on the test split; trials of a study are not
     front: tuple[BudgetRecord, ...] = ()  # every budget of a run with several; this result is the last one's
+
+    @property
+    def file_warnings(self) -> tuple[str, ...]:
+        """Warnings that an exported file differs from its model by more than the fixed limits."""
+        return tuple(
+            record["warning"] for record in (self.verified.get("metric", {}), self.verified) if "warning" in record
+        )
 
     @property
     def intervals(self) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from jpq.types import JpqError
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Flags of `jpq evaluate`: the saved model, and the images."""
+    """Flags of `jpq evaluate`: saved models, and the images."""
 
-    saved: Path
-    """Folder of an earlier run, such as runs/0123456789ab, or an exported file, such as its model.onnx."""
+    saved: tuple[Path, ...] = ()
+    """Folders of earlier runs, such as runs/0123456789ab or runs/latest, or exported files, such as its model.onnx."""
     split: Literal["test", "held-out"] = "test"
     """Which images: the test split, or the part of the training data that steered the run."""
     runtime: str = ""
@@ -39,7 +39,18 @@ def evaluate_command(args: list[str], console: Console) -> None:
 
 
 def run_evaluate(flags: Evaluate, console: Console) -> None:
-    """Print the metric of the named model or file. Raises JpqError for files and data that do not go together."""
+    """Print the metric of each named model or file. Raises JpqError for files and data that do not go together."""
+    if not flags.saved:
+        raise JpqError("Name RUN_FOLDER|FILE.onnx. See jpq evaluate --help.")
+    distinct: dict[Path, Path] = {}
+    for path in flags.saved:  # runs/* names a run twice, by runs/latest too
+        distinct.setdefault(path.resolve(), path)
+    for saved in distinct.values():
+        evaluate_saved(saved, flags, console)
+
+
+def evaluate_saved(saved: Path, flags: Evaluate, console: Console) -> None:
+    """Print the metric of one model or file."""
     import torch
 
     from jpq.export.runtimes import open_session, parse_runtimes
@@ -47,15 +58,17 @@ def run_evaluate(flags: Evaluate, console: Console) -> None:
     from jpq.results.run_folder import load
     from jpq.tasks import models
 
-    is_file = flags.saved.is_file()
-    if is_file and (flags.saved.suffix == ".pt2" or flags.saved.name.endswith(".qonnx.onnx")):
-        raise JpqError(f"{flags.saved} is for other tools than runtimes. Give the run's folder, or its model.onnx.")
-    folder = flags.saved.parent if is_file else flags.saved
+    is_file = saved.is_file()
+    if is_file and (saved.suffix == ".pt2" or saved.name.endswith(".qonnx.onnx")):
+        raise JpqError(f"{saved} is for other tools than runtimes. Give the run's folder, or its model.onnx.")
+    folder = saved.parent if is_file else saved
     is_run = (folder / "config.toml").is_file()
     if not is_run and not is_file:
         raise JpqError(f"{folder} is not the folder of a run: it has no config.toml. Give one like runs/0123456789ab.")
     runtimes = parse_runtimes(flags.runtime or "onnxruntime") if flags.runtime or is_file else ()
-    data = _data(flags, folder if is_run else None)
+    data = _data(saved, flags, folder if is_run else None)
+    for note in data.notes:
+        print_line(console, f"[yellow]note[/] {escape(note)}")
     batches = data.test if flags.split == "test" else data.held_out
     task, samples = data.task, f"{batches.size} {flags.split} images of {data.name}"
     outputs: dict[str, list[Any]] = {}  # model that was run -> a tensor per batch
@@ -66,8 +79,8 @@ def run_evaluate(flags: Evaluate, console: Console) -> None:
             outputs["the PyTorch model"] = [model(x) for x, _ in batches]
         if not is_file:
             metric = format_metric(task, task.evaluate(model, batches))
-            print_line(console, escape(f"{task.report(metric, samples)} ({flags.saved})."))
-    file = flags.saved if is_file else folder / "model.onnx"
+            print_line(console, escape(f"{task.report(metric, samples)} ({saved})."))
+    file = saved if is_file else folder / "model.onnx"
     for name in runtimes:
         session = open_session(name, file)
         _check_fits(file, session, data)
@@ -91,7 +104,7 @@ def _agreement(task: Any, outputs: list[Any], reference_outputs: list[Any]) -> s
     return f"{int(same.sum())} of {len(same)}"
 
 
-def _data(flags: Evaluate, folder: Path | None) -> Any:
+def _data(saved: Path, flags: Evaluate, folder: Path | None) -> Any:
     """The data set that --data names, or that of the run in `folder`."""
     from dataclasses import replace
 
@@ -105,9 +118,7 @@ def _data(flags: Evaluate, folder: Path | None) -> Any:
     if flags.data is not None:
         return load(flags.data, flags.data_root or Path("data"))
     if folder is None:
-        raise JpqError(
-            f"Say which images {flags.saved} is to be tried on: --data digits (or cifar10, folder:PATH ...)."
-        )
+        raise JpqError(f"Say which images {saved} is to be tried on: --data digits (or cifar10, folder:PATH ...).")
     config = read_toml(folder / "config.toml")
     if not flags.run_code:
         check_no_code("data", config.task.data, folder / "config.toml", "add --run-code")

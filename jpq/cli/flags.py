@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hi
 import tyro
 
 from jpq.cli.parse_errors import explain_parse_error
+from jpq.files.paths import expand_paths, find_run
 from jpq.types import JpqError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ COMMANDS = {
     "inspect": "What jpq sees in a model: layers, channels that can go, parts that must stay, and costs.",
     "pareto": "Runs and studies as one front, as table and picture; and a point of it, by what it may cost.",
     "export": "Make a point final: ONNX and packed files, verified, and its accuracy on the test split.",
+    "list": "A table of runs: when, model, data, method, target, accuracy and status.",
     "evaluate": "Accuracy of a model that an earlier run saved, or of an exported file in a runtime.",
     "bench": "Measure a model's layers into a table of latencies, or exported models against one.",
     "methods": "The methods, what each decides, and when to choose it.",
@@ -39,6 +41,7 @@ EXAMPLES = {
         "jpq optimize --model resnet20 --weights w.th --data cifar10 --target-bops 0.9%",
         "jpq optimize --target-bops 12M --target-size 50KB --method djpq-pow2",
         "jpq optimize --config runs/0123456789ab/config.toml --seed 1",
+        "jpq optimize --model resnet20 --data folder:PHOTOS --image-size 64 --target-bops 2% --name photos",
     ),
     "study": (
         "jpq study --trials 40",
@@ -67,8 +70,14 @@ EXAMPLES = {
         "jpq export studies/digits --max-bops 0.5%",
         "jpq export runs --knee --out final",
     ),
+    "list": (
+        "jpq list",
+        "jpq list runs studies/digits --all",
+        "jpq list --csv > runs.csv",
+    ),
     "evaluate": (
         "jpq evaluate runs/0123456789ab",
+        "jpq evaluate runs/latest",
         "jpq evaluate runs/0123456789ab/model.onnx --runtime onnxruntime,openvino",
         "jpq evaluate model.onnx --data cifar10",
     ),
@@ -96,11 +105,13 @@ METAVARS = {
         "INT": "limit tune_epochs channel_multiple",
         "CLASSES": "classes",
         "C H W": "input_shape",
+        "PIXELS [PIXELS]": "image_size",
+        "VALUE [VALUE ...]": "mean std",
         "[LAYER ...]": "skip",
         "FILE": "weights config mask latency_table table",
         "FOLDER": "data_root out",
         "[RUN_FOLDER|FILE.onnx ...]": "what",
-        "RUN_FOLDER|FILE.onnx": "saved",
+        "RUN_FOLDER|FILE.onnx ...": "saved",
         "RUNS ...": "runs",
         "NAME": "method score schedule allocator structure width model data device cost like proxy inputs "
         "name sampler per",
@@ -140,7 +151,7 @@ def _config_file(args: Sequence[str]) -> Path | None:
     """The path behind --config in the arguments."""
     files = [value for flag, value in zip(args, [*args[1:], ""], strict=False) if flag == "--config" and value]
     files += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
-    return Path(files[-1]) if files else None
+    return find_run(files[-1]) if files else None
 
 
 def _parse_config(
@@ -160,7 +171,7 @@ def _parse_config(
     sections: dict[str, Any] = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}
     sections |= {"study": study} if study is not None else {}
     parts: list[Any] = []
-    own = {field.name for field in dataclasses.fields(study)} if dataclasses.is_dataclass(study) else set()
+    own = {f.name for f in dataclasses.fields(study)} | {"overwrite"} if dataclasses.is_dataclass(study) else set()
     for name, section in sections.items():
         table = with_help(type(section), hidden=own if section is not study else ())
         parts.append((name, table, dataclasses.field(default=table(**vars(section)))))
@@ -187,7 +198,8 @@ def parse_flags(flags: type[T], command: str, args: Sequence[str]) -> T:
     flat = (tyro.conf.OmitArgPrefixes,)
     try:
         with redirect_stderr(StringIO()):  # tyro's own page about an error
-            return tyro.cli(flags, prog=f"jpq {command}", description=about, args=list(args), config=flat)
+            parsed = tyro.cli(flags, prog=f"jpq {command}", description=about, args=list(args), config=flat)
+        return expand_paths(parsed)
     except SystemExit as end:
         if not end.code:
             raise

@@ -19,6 +19,7 @@ from jpq import plan as plans
 from jpq.compression.model import CompressedModel
 from jpq.files import tensors
 from jpq.files.atomic import replace_file
+from jpq.files.paths import find_run
 from jpq.methods.structures import parse_structure
 from jpq.plan import MaskPlan, Plan
 from jpq.tracing.network import Network
@@ -141,11 +142,12 @@ class ExternalMask:
         return all(not bool((m.weight * (1 - s.expand(k.to(m.weight), m.weight.shape))).any()) for m, s, k in masked)
 
 
-def read(path: Path) -> ExternalMask:
+def read(path: str | Path) -> ExternalMask:
     """The mask in a folder of `jpq prune-private`, or in a file (`mask.json`, the `plan.json` of a run).
 
     Raises JpqError for what cannot be read, holds no mask, or drops whole channels.
     """
+    path = find_run(path)
     if path.is_dir():
         missing = [name for name in (MASK, WEIGHTS) if not (path / name).is_file()]
         if missing:

@@ -24,6 +24,7 @@ from jpq.compression.attach import check_untied
 from jpq.data_free.layerwise_admm import AdmmSettings, DrawImages, LayerReport, dense_teacher, prune_layerwise
 from jpq.data_free.settings import DataFreeSettings
 from jpq.files.atomic import replace_file
+from jpq.files.paths import expand_paths
 from jpq.methods.gates.admm import Admm
 from jpq.tasks import models
 from jpq.tasks.data import IMAGENET, PREPROCESSING
@@ -64,7 +65,7 @@ def prune_private(
     report_layer: called with each layer's report as soon as it is done.
     Raises JpqError for settings and files that cannot work.
     """
-    settings = settings.check()
+    settings = expand_paths(settings.check())
     _make_folder(settings.out)
     device = pick_device(settings.device)
     usual_shape, usual_classes = models.usual_input(settings.model) or (None, 1000)

@@ -7,15 +7,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from jpq.files.paths import expand_home
 from jpq.types import JpqError
 
 
-def replace_file(path: Path, write_to: Callable[[Path], object]) -> None:
+def replace_file(path: str | Path, write_to: Callable[[Path], object]) -> None:
     """Replace the file at `path` in one step by a file that `write_to` writes beside it.
 
     The new file is on the disk before it gets its name, and the name is on the disk before this returns. Where writing
     fails, the old file stays and nothing is left beside it. Raises JpqError where the system refuses to write.
     """
+    path = expand_home(path)
     part = path.with_name(f".{path.name}.part")
     try:
         write_to(part)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 from jpq.types import JpqError
+
+T = TypeVar("T")
 
 LATEST = "latest"  # name, in a folder of runs, that stands for the run begun last
 SETTINGS_FILE = "config.toml"  # every run's folder has one
 LONGEST_NAME = 255  # characters of a folder's name
+
+WRITTEN = frozenset({"out", "table", "data_root"})  # names of settings that are not taken for runs
 
 DRIVE = re.compile(r"[A-Za-z]:[\\/]")  # the beginning of a path on Windows
 UNUSABLE = re.compile(r'[\x00-\x1f<>:"/\\|?*]')  # characters that some file system refuses in a name
@@ -25,6 +31,27 @@ def expand_home(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise JpqError(f"{path} begins with a home folder that is not known here. Write the path out.") from error
+
+
+def expand_paths(settings: T) -> T:
+    """A copy of a dataclass in which every path, also those of dataclasses within, has `~` and `latest` replaced.
+
+    In paths that are written to (`WRITTEN`) only `~` is.
+    """
+    plain: Any = settings
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(plain):
+        value = getattr(plain, field.name)
+        expand = expand_home if field.name in WRITTEN else find_run
+        if isinstance(value, Path):
+            changes[field.name] = expand(value)
+        elif isinstance(value, tuple) and value and all(isinstance(entry, Path) for entry in value):
+            changes[field.name] = tuple(expand(entry) for entry in value)
+        elif dataclasses.is_dataclass(value):
+            changes[field.name] = expand_paths(value)
+    changes = {name: value for name, value in changes.items() if value != getattr(plain, name)}
+    expanded: T = dataclasses.replace(plain, **changes) if changes else settings
+    return expanded
 
 
 def is_windows_path(text: str) -> bool:
@@ -69,7 +96,7 @@ def find_run(path: str | Path) -> Path:
     """
     path = expand_home(path)
     for place in (path, *path.parents):
-        if place.name == LATEST and not place.is_dir():
+        if place.name == LATEST and (place.is_symlink() or not place.is_dir()):
             run = _latest_of(place)
             return path if run is None else run / path.relative_to(place)
     return path
@@ -77,7 +104,7 @@ def find_run(path: str | Path) -> Path:
 
 def _latest_of(mark: Path) -> Path | None:
     """The folder that `latest` in its parent folder stands for; None where there is none."""
-    name = _pointed_name(mark)
+    name = os.readlink(mark) if mark.is_symlink() else _pointed_name(mark)
     if name is not None and (mark.parent / name).is_dir():
         return mark.parent / name
     begun = list(_begun(mark.parent)) if not mark.exists() else []

@@ -12,14 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jpq.files.paths import is_windows_path
+from jpq.files.paths import expand_home, is_windows_path
 from jpq.types import JpqError
 
 LARGEST = 2**28  # default limit of a text file in bytes; enough for masks of 10^9 weights
 
 
-def check_file(path: Path, what: str = "file") -> int:
+def check_file(path: str | Path, what: str = "file") -> int:
     """The size of a regular file in bytes. Raises JpqError for anything else: pipes and devices may never end."""
+    path = expand_home(path)
     try:
         exists, regular = path.exists(), path.is_file()
         size = path.stat().st_size if regular else 0
@@ -30,8 +31,9 @@ def check_file(path: Path, what: str = "file") -> int:
     return size
 
 
-def read_text(path: Path, what: str = "file", largest: int = LARGEST) -> str:
+def read_text(path: str | Path, what: str = "file", largest: int = LARGEST) -> str:
     """The content of a UTF-8 file. Raises JpqError for other content, and for more than `largest` bytes."""
+    path = expand_home(path)
     if check_file(path, what) > largest:
         raise JpqError(f"The {what} {path} is larger than {largest / 2**20:g} MB: jpq wrote none of that size.")
     try:

@@ -22,6 +22,7 @@ from jpq.export.saved_model import is_saved_model, load_into, load_program
 from jpq.export.timing import layer_table
 from jpq.files import tensors, untrusted
 from jpq.files.atomic import replace_file
+from jpq.files.paths import find_run
 from jpq.plan import Plan
 from jpq.plan import read as read_plan
 from jpq.results.plots import draw_curves, draw_layers, save_picture
@@ -49,7 +50,7 @@ def load(folder: str | Path, run_code: bool = False, model: nn.Module | None = N
 
     Raises JpqError where files are missing, foreign or do not fit together.
     """
-    folder = Path(folder)
+    folder = find_run(folder)
     if model is not None:
         return load_into(folder, model)
     if is_saved_model(folder):

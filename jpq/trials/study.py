@@ -14,7 +14,7 @@ from optuna.storages import fail_stale_trials
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from jpq.config import Config
+from jpq.config import Config, expand_homes
 from jpq.results.front import front, plots
 from jpq.results.front.points import read_points
 from jpq.tasks import task_record
@@ -87,7 +87,7 @@ def study(
     Raises JpqError for settings that cannot work, for a study of other settings under the same name, and where every
     trial failed.
     """
-    settings, config, observer = settings or Study(), config or Config(), observer or NullStudyObserver()
+    settings, config, observer = settings or Study(), expand_homes(config or Config()), observer or NullStudyObserver()
     check_names(settings.check(config))
     folder = config.run.out / settings.name
     try:

@@ -15,6 +15,7 @@ from jpq.config import Config
 from jpq.config import read_toml as read_config
 from jpq.costs.latency import NS
 from jpq.files import untrusted
+from jpq.files.paths import find_run
 from jpq.tasks import CLASSIFICATION, recorded_task
 from jpq.tasks.base import Task
 from jpq.types import JpqError
@@ -45,7 +46,7 @@ def read_points(source: Any, folder: Path | str | None = None) -> RunCollection:
     points: list[RunPoint] = []
     skipped: list[str] = []
     for part in _as_list(source):
-        for point in _read_trials(part, folder) if hasattr(part, "trials") else _read_folders(Path(part)):
+        for point in _read_trials(part, folder) if hasattr(part, "trials") else _read_folders(find_run(part)):
             if isinstance(point, RunPoint):
                 points.append(point)
             else:

@@ -120,7 +120,7 @@ def apply_routes(
         try:
             module = model.get_submodule(path)
             _route_module(module, members, values or {})
-        except (AttributeError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        except (AttributeError, RuntimeError, ValueError, TypeError, LookupError) as error:
             reason = " ".join(str(error).split())[:160]
             raise JpqError(
                 f"The plan turns products of '{path}' into layers, and the model does not fit ({reason}): "

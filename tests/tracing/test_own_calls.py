@@ -43,7 +43,7 @@ class Child(nn.Module):
 
 
 class Base(nn.Module):
-    def forward(me, x: Tensor) -> Tensor:  # noqa: N805 - the name of self does not matter
+    def forward(me, x: Tensor) -> Tensor:
         return doubled(x).reshape(-1, 8)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jpq.results.front.front import Front
     from jpq.results.front.select import Choice
 
-OPTIONAL = ("size", "method", "test", "BOPs", "target", "95 %", "bits w, a", "MACs kept")  # left out from the last on
+OPTIONAL = ("size", "95 %", "method", "test", "BOPs", "target", "bits w, a", "MACs kept")  # left out from the last on
 
 COLUMNS = {
     "run": Column("run", align="left"),
@@ -131,7 +131,7 @@ def _point_cells(front: Front, i: int) -> dict[str, str]:
         "method": escape(str(p.decisions.get("method", ""))),
         "target": escape(str(p.decisions.get("target", "")).removeprefix("bops ")),
         "held-out": format_metric(front.task, p.accuracy),
-        "95 %": "" if interval is None else format_interval(interval),
+        "95 %": "" if interval is None else format_interval(interval, "-"),
         "test": "-" if p.test_accuracy is None else format_metric(front.task, p.test_accuracy),
         "BOPs share": format_percent(p.share("bops")),
         "BOPs": format_number(p.costs["bops"]),
@@ -168,10 +168,8 @@ def describe_noise(front: Front) -> list[str]:
     alike = sum(is_within_noise(front.task, a.accuracy, b.accuracy, samples) for a, b in pairs)
     if not alike:
         return []
-    return [
-        f"{alike} of {len(pairs)} steps along the front are within the noise of {samples} held-out samples "
-        "(95 % intervals)."
-    ]
+    which = "The step" if len(pairs) == 1 else f"{alike} of {len(pairs)} steps"
+    return [f"{which} along the front: within the noise of {samples} held-out samples (95 % intervals)."]
 
 
 def describe_front(front: Front) -> list[str]:

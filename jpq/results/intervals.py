@@ -65,7 +65,7 @@ def is_near_chance(task: Task, value: float, samples: int, chance: float) -> boo
     return value < min(chance + 0.1 * (1 - chance), 3 * chance) or interval[0] <= chance
 
 
-def format_interval(interval: Interval) -> str:
+def format_interval(interval: Interval, between: str = " to ") -> str:
     """An interval of shares as text: "97.4 to 99.5 %"."""
     low, high = (f"{100 * end:.1f}" for end in interval)
-    return f"{low} to {high} %" if low != high else format_percent(interval[0])
+    return f"{low}{between}{high} %" if low != high else format_percent(interval[0])

@@ -37,7 +37,7 @@ COMMANDS = {
 }
 EXAMPLES = {
     "optimize": (
-        "jpq optimize --target-bops 1%",
+        "jpq optimize --target-bops 1% --target-macs 20% --channel-multiple 8",
         "jpq optimize --model resnet20 --weights w.th --data cifar10 --target-bops 0.9%",
         "jpq optimize --target-bops 12M --target-size 50KB --method djpq-pow2",
         "jpq optimize --config runs/0123456789ab/config.toml --seed 1",

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from rich.console import Console
 from rich.markup import escape
 
-from jpq.cli.flags import COMMANDS, parse_flags
+from jpq.cli.flags import COMMANDS, EXAMPLES, parse_flags
 from jpq.cli.output import label_grid, print_line
 from jpq.training.signals import Interruption
 from jpq.types import JpqError
@@ -101,7 +101,7 @@ def _print_help(console: Console) -> None:
     """Print the page of `jpq --help`."""
     commands = label_grid([(f"  [bold cyan]{name}[/]", text) for name, text in COMMANDS.items()])
     before = "[bold]jpq[/] makes a trained PyTorch model smaller: pruned and quantized together, onto a budget."
-    start = "Start here (built-in data, under two minutes on two cores):\n  jpq optimize --target-bops 1%"
+    start = f"Start here (built-in data, under a minute on two cores):\n  {EXAMPLES['optimize'][0]}"
     more = "[bold]jpq COMMAND --help[/] lists the flags of a command, [bold]jpq --version[/] the versions."
     for part in (before, "", "usage: [bold]jpq COMMAND[/] \\[flags]", "", commands, "", start, "", more):
         console.print(part, highlight=False)

@@ -27,7 +27,9 @@ from jpq.methods.quantizers import (
 from jpq.methods.structures import Axis, Structure
 from jpq.tracing.model_checks import check_full_precision, unwrap_model
 from jpq.tracing.network import Layer, Network
+from jpq.tracing.pruning_masks import has_pruning_masks
 from jpq.tracing.sites import Site
+from jpq.tracing.tied_weights import layers_sharing
 from jpq.types import JpqError
 
 MakeWidths = Callable[[Layer], tuple[BitWidth, BitWidth]]
@@ -57,7 +59,7 @@ def attach(
             so that integer kernels compute those (`jpq.tracing.integer_io`); 0: they stay in floating point.
         channel_multiple: discretization keeps multiples of so many channels at each site (`channel_counts`).
 
-    Raises JpqError for weights in half precision, parametrized or tied ones. DataParallel and torch.compile come off.
+    Raises JpqError for weights in half precision and parametrized ones. DataParallel and torch.compile come off.
     """
     model = _checked_copy(model, network)
     batches = list(calibration)
@@ -93,37 +95,34 @@ def _checked_copy(model: nn.Module, network: Network) -> nn.Module:
             "The model already carries parametrizations; remove them before compressing it. "
             "jpq.decompose folds weight_norm and spectral_norm."
         )
-    for layer in network.layers:
-        check_untied(model, layer)
-    return copy.deepcopy(model)
-
-
-def check_untied(model: nn.Module, layer: Layer) -> None:
-    """Raise JpqError where several modules share one weight: a mask or grid on one would not reach the others."""
-    weight = model.get_parameter(layer.weight)
-    owners = [n for n, m in model.named_modules() if any(p is weight for p in m.parameters(recurse=False))]
-    if len(owners) > 1:
+    if has_pruning_masks(model):
         raise JpqError(
-            f"Layers {' and '.join(owners)} share one weight, which jpq cannot compress yet. "
-            "Give each its own (copy the weight), or use one module twice."
+            "The model carries masks of torch.nn.utils.prune. jpq.decompose folds them; or do it yourself: "
+            "prune.remove(module, 'weight')."
         )
+    return copy.deepcopy(model)
 
 
 def quantize(model: nn.Module, layer: Layer, widths: tuple[BitWidth, BitWidth], inputs: Tensor | None) -> None:
     """Replace one layer of `model` by its quantized form, ranges fitted to its weight and to samples of its inputs.
 
-    Layers of other classes stay as they are, and so do layers whose module is never called (`inputs` is None): code
-    that passes a module's weight to a function, as Swin's attention does, would bypass the quantizers.
+    Layers that share the weight share its quantizers. Layers of other classes stay as they are, and so do layers whose
+    module is never called (`inputs` is None): code that passes a module's weight to a function, as Swin's attention
+    does, would bypass the quantizers.
     """
     module = dict(model.named_modules()).get(layer.name)
     if module is None or inputs is None or not can_quantize(module) or layer.weight != f"{layer.name}.weight":
+        return
+    tied = list(layers_sharing(model, module).values())
+    if any(type(other) is not type(module) for other in tied):
         return
     weight: Tensor = module.weight.detach()
     x = inputs if inputs.numel() else torch.ones(1, device=weight.device)
     signed = bool(x.min() < -1e-6 * x.abs().max())
     w = IntegerQuantizer(fit_threshold(weight, widths[0].soft(), True, layer.kind.output_dim == 0), widths[0], True)
     a = IntegerQuantizer(fit_threshold(x, widths[1].soft(), signed, False), widths[1], signed)
-    replace_everywhere(model, module, quantize_layer(module, w.to(weight), a.to(weight)))
+    for other in tied:
+        replace_everywhere(model, other, quantize_layer(other, w.to(weight), a.to(weight)))
 
 
 def _taps_by_layer(net: CompressedModel) -> dict[str, list[tuple[GateSample, Structure]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,9 @@ def has_pruning_masks(model: nn.Module) -> bool:
     return any(_masks(module) for module in model.modules())
 
 
-def without_pruning_masks(model: nn.Module) -> nn.Module:
-    """The model itself where nothing masks it; else a copy with ordinary weights, which are zero where masks were."""
-    if not has_pruning_masks(model):
+def without_pruning_masks(model: Any) -> Any:
+    """The model, or what is given for one, itself where nothing masks it; else a copy with the masked weights."""
+    if not isinstance(model, nn.Module) or not has_pruning_masks(model):
         return model
     computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
     model = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})  # copy refuses computed tensors

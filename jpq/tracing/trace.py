@@ -19,16 +19,19 @@ from torch.fx import Node
 from jpq.tracing.call_sizes import CallSizes
 from jpq.tracing.channel_labels import unique_labels
 from jpq.tracing.export_graph import export_graph
-from jpq.tracing.float_work import build_products, count_stored_numbers, freeze_unmaskable, layer_names
+from jpq.tracing.float_work import build_products, count_stored_numbers, freeze_unmaskable, layer_names, sample_macs
 from jpq.tracing.forward import Example, batch_size, split_arguments
+from jpq.tracing.inline_subgraphs import inline_subgraphs
 from jpq.tracing.integer_io import OutputQuantPoint, find_output_quant_points, integer_forms
 from jpq.tracing.model_checks import accept_model
 from jpq.tracing.network import Layer, LayerKind, Network
 from jpq.tracing.op_call import Dims, LayerCall, OpCall, TraceState, as_outputs, shape_of
 from jpq.tracing.own_calls import annotate_own_calls
+from jpq.tracing.pruning_masks import without_pruning_masks
 from jpq.tracing.remaining_work import record_remaining_work
 from jpq.tracing.rules import RULES
 from jpq.tracing.shrink import freeze_unshrinkable
+from jpq.tracing.tied_weights import freeze_tied, modules_sharing, parameter_names
 from jpq.types import JpqError, Labels
 
 __all__ = ["Layer", "Network", "trace"]
@@ -45,7 +48,7 @@ def trace(model: nn.Module, example: Example, *, open_norms: bool = False) -> Ne
 
     Args:
         model: read in evaluation mode and left as it was; DataParallel and torch.compile are looked through, and
-            `decompose` beforehand makes more of it prunable.
+            `decompose` beforehand makes more of it prunable. Masks of torch.nn.utils.prune count as folded.
         example: what its forward takes: a tensor, a tuple, or a dict of keywords.
         open_norms: let channels be removed that LayerNorm, RMSNorm or GroupNorm average over. They are frozen
             otherwise, since without one the others change (GroupNorm's groups stay equally large). The rebuilt model
@@ -55,7 +58,7 @@ def trace(model: nn.Module, example: Example, *, open_norms: bool = False) -> Ne
     so are those that parts which only train (auxiliary heads) read. Raises JpqError where the model cannot be read or
     run.
     """
-    model, (args, kwargs) = accept_model(model), split_arguments(example)
+    model, (args, kwargs) = accept_model(without_pruning_masks(model)), split_arguments(example)
     with _mode(model, training=False):
         with annotate_own_calls(model):
             program = export_graph(model, args, kwargs)
@@ -72,6 +75,7 @@ def trace(model: nn.Module, example: Example, *, open_norms: bool = False) -> Ne
 
 def propagate_labels(state: TraceState, program: ExportedProgram) -> tuple[TraceState, list[str]]:
     """Carry labels through the graph, node by node; gives the state and the ops without a rule."""
+    inline_subgraphs(program.graph_module)
     program.graph.eliminate_dead_code()  # such as attention weights that nobody asked for
     missing = dict[str, None]()
     state.parameters.update(_parameter_names(state.model, program))
@@ -104,6 +108,7 @@ def build_network(state: TraceState, unknown_ops: list[str], batch: int, idle: C
             for labels in (labels for call in calls for labels in (call.inputs, call.outputs)):
                 state.classes.freeze(labels, "its module owns several weights; give each a module of its own")
         _unify_positions(state, calls)
+    freeze_tied(state)
     if any(_is_unbatched(call) for call in state.calls):
         batch = 1  # the example is one sample without a batch dim
     find = state.classes.find
@@ -155,7 +160,7 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 def _idle_parameters(state: TraceState, program: ExportedProgram) -> list[str]:
     """Names of the parameters that evaluation never reads."""
-    names = {name for name, _ in state.model.named_parameters()}
+    names = set(parameter_names(state.model).values())
     used = {state.parameters[n] for n in program.graph.nodes if n in state.parameters and n.users}
     return sorted(names - used)
 
@@ -223,8 +228,8 @@ def _check_rule_output(outputs: tuple[Dims, ...], node: Node) -> tuple[Dims, ...
 
 
 def _parameter_names(model: nn.Module, program: ExportedProgram) -> dict[Node, str]:
-    """Placeholder of a parameter or buffer -> its first name in the model."""
-    first_name = {id(t): name for name, t in [*model.named_buffers(), *model.named_parameters()]}
+    """Placeholder of a parameter or buffer -> its name in the model, that in a layer where several modules share it."""
+    first_name = {id(t): name for name, t in model.named_buffers()} | parameter_names(model)
     targets = {
         s.arg.name: s.target
         for s in program.graph_signature.input_specs
@@ -295,7 +300,7 @@ def _build_layer(
         kind=first_call.kind,
         weight_shape=first_call.shape,
         groups=first_call.groups,
-        macs=sum(call.macs for call in calls) // batch,
+        macs=sample_macs(state, calls, batch),
         inputs=state.classes.find(first_call.inputs),
         outputs=state.classes.find(first_call.outputs),
         reads_input=any(state.origins[call.node.all_input_nodes[0]] == "input" for call in calls),
@@ -309,6 +314,7 @@ def _build_layer(
         positions=tuple(state.classes.find(labels) for labels in first_call.positions),
         float_reason=first_call.float_reason,
         stored=stored,
+        shared=len(modules_sharing(state.model, state.model.get_parameter(first_call.weight))) > 1,
     )
 
 

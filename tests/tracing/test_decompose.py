@@ -13,16 +13,19 @@ import torchvision
 from outputs import gap
 from thinned import thinned
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 from traces import traced_network
 from zoo import randomised
 from zoo.attention import PACKED, Vision
 
 import jpq
+from jpq.compression.attach import attach
 from jpq.config import Budget, Config, Run, Task, Train
 from jpq.export.float_equivalence import check_equivalence, float64_outputs, relative_difference
 from jpq.export.runtimes import Session
 from jpq.export.verify import compare
+from jpq.methods.gates import HardConcrete
+from jpq.methods.quantizers import Fixed
 from jpq.tracing.attention import Attention, Encoder
 from jpq.tracing.decompose import decompose
 from jpq.tracing.sites import channels
@@ -202,6 +205,33 @@ def test_norms_are_folded(norm: Any) -> None:
     assert torch.equal(new.eval()(x), expected)
     assert [s.n for s in channels(trace(new, x))] == [8]
     assert torch.equal(model(x), expected), "the model itself must stay as it is"
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_masks_of_torch_prune_are_folded(ran: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    prune.random_unstructured(model[0], "bias", 3)
+    prune.ln_structured(model[2], "weight", 0.25, n=2, dim=0)
+    prune.l1_unstructured(model[2], "weight", 0.5)  # two masks of one weight
+    x = torch.randn(2, 3, 8, 8)
+    if ran:
+        model(x).sum().backward()
+    expected = model(x)
+    new = decompose(model)
+    assert set(new.state_dict()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert (new[0].weight == 0).sum() == new[0].weight.numel() // 2
+    assert all(p.requires_grad and p.is_leaf for p in new.parameters())
+    assert torch.equal(new(x), expected)
+    assert torch.equal(model(x), expected), "the model itself must stay as it is"
+    assert prune.is_pruned(model)
+    read = [trace(m, x) for m in (model, new)]
+    assert [layer.macs for layer in read[0].layers] == [layer.macs for layer in read[1].layers]
+    net = jpq.compress(model, x, bops="20%", steps=1)
+    assert set(net.finalize().state_dict()) >= {"0.weight", "2.weight"}
+    with pytest.raises(JpqError, match=r"prune\.remove"):
+        attach(model, read[0], [], HardConcrete, lambda _: (Fixed(8), Fixed(8)), [x], "djpq")
 
 
 def test_other_parametrizations_stay_and_are_refused() -> None:

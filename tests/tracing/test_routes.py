@@ -326,6 +326,11 @@ def test_a_small_model_is_carried() -> None:
         carried = carry(small)
         assert gap(small(x), carried(x)) == 0.0
         assert set(carried.state_dict()) == set(small.state_dict())
+
+
+@pytest.mark.slow  # tests of own calls do the same with a smaller model
+def test_a_small_model_is_exported_and_compiled() -> None:
+    _, small, x = compressed("gain")
     assert gap(small(x), torch.export.export(small, (x,), strict=False).module()(x)) < 1e-6
     assert gap(small(x), torch.compile(small, backend="eager")(x)) < 1e-6
 

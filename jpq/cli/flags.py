@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import itertools
+import shutil
+import textwrap
 from collections.abc import Collection, Sequence
 from contextlib import redirect_stderr
 from io import StringIO
@@ -21,18 +26,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LONGEST_LINE = 100  # most characters of a line of text on a help page
 POSITIONAL = get_args(tyro.conf.Positional[int])[1]  # tyro's mark of a setting that needs no flag
 
 COMMANDS = {
     "optimize": "Prune and quantize a model together, onto a budget.",
-    "study": "Search a front of models, accuracy against cost, by many runs; any number of workers share it.",
+    "study": "Search a front, accuracy against cost, by many runs; many workers may share it.",
     "prune-private": "Prune a trained model without any data; the mask is for jpq optimize --mask.",
-    "inspect": "What jpq sees in a model: layers, channels that can go, parts that must stay, and costs.",
-    "pareto": "Runs and studies as one front, as table and picture; and a point of it, by what it may cost.",
-    "export": "Make a point final: ONNX and packed files, verified, and its accuracy on the test split.",
+    "inspect": "What jpq sees in a model: layers, channels that can go, why others stay, costs.",
+    "pareto": "Show runs and studies as one front, table and picture, and choose a point.",
+    "export": "Make a chosen run final: export, verify, and measure it on the test split.",
     "list": "A table of runs: when, model, data, method, target, accuracy and status.",
-    "evaluate": "Accuracy of a model that an earlier run saved, or of an exported file in a runtime.",
-    "bench": "Measure a model's layers into a table of latencies, or exported models against one.",
+    "evaluate": "Accuracy of a saved model, or of an exported file in a runtime.",
+    "bench": "Time exported models, or measure a model's layers into a table of latencies.",
     "methods": "The methods, what each decides, and when to choose it.",
 }
 EXAMPLES = {
@@ -41,7 +47,7 @@ EXAMPLES = {
         "jpq optimize --model resnet20 --weights w.th --data cifar10 --target-bops 0.9%",
         "jpq optimize --target-bops 12M --target-size 50KB --method djpq-pow2",
         "jpq optimize --config runs/0123456789ab/config.toml --seed 1",
-        "jpq optimize --model resnet20 --data folder:PHOTOS --image-size 64 --target-bops 2% --name photos",
+        "jpq optimize --data folder:PHOTOS --image-size 64 --target-bops 2% --name a",
     ),
     "study": (
         "jpq study --trials 40",
@@ -113,6 +119,9 @@ METAVARS = {
         "[RUN_FOLDER|FILE.onnx ...]": "what",
         "RUN_FOLDER|FILE.onnx ...": "saved",
         "RUNS ...": "runs",
+        "FORM[,FORM ...]": "formats",
+        "TYPE": "onnx_weights",
+        "RUNTIME[,RUNTIME]": "runtime",
         "NAME": "method score schedule allocator structure width model data device cost like proxy inputs "
         "name sampler per",
     }.items()
@@ -194,7 +203,9 @@ def _parse_config(
 
 def parse_flags(flags: type[T], command: str, args: Sequence[str]) -> T:
     """The flags of one command. Ends the program on --help. Raises JpqError for flags that cannot be parsed."""
-    about = "\n".join([COMMANDS[command], "", "examples:", *(f"  {line}" for line in EXAMPLES[command])])
+    width = min(LONGEST_LINE, shutil.get_terminal_size().columns)
+    examples = (line for example in EXAMPLES[command] for line in _wrap_command(example, width))
+    about = "\n".join([COMMANDS[command], "", "examples:", *examples])
     flat = (tyro.conf.OmitArgPrefixes,)
     try:
         with redirect_stderr(StringIO()):  # tyro's own page about an error
@@ -204,6 +215,12 @@ def parse_flags(flags: type[T], command: str, args: Sequence[str]) -> T:
         if not end.code:
             raise
     raise JpqError(explain_parse_error(flags, command, args, _without_flag(flags)))
+
+
+def _wrap_command(command: str, width: int) -> list[str]:
+    """Lines of an example, which a shell reads as one command."""
+    lines = textwrap.wrap(command, width - 4, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return [f"  {line} \\" for line in lines[:-1]] + [f"  {line}" for line in lines[-1:]]
 
 
 def _without_flag(flags: type[Any]) -> str:
@@ -230,13 +247,31 @@ def with_help(settings: type[T], positional: str = "", hidden: Collection[str] =
     fixed: Any = tyro.conf.Fixed
     hints |= {name: without_any[fixed[hints[name]]] for name in hidden if name in hints}
     described: Any = settings
+    texts = read_setting_texts(settings)
     columns: list[Any] = [
-        (f.name, Annotated[hints[f.name], describe_setting(f.name)], dataclasses.field(default=f.default))
+        (
+            f.name,
+            Annotated[hints[f.name], describe_setting(f.name, texts.get(f.name))],
+            dataclasses.field(default=f.default),
+        )
         for f in dataclasses.fields(described)
     ]
     subclass: Any = dataclasses.make_dataclass(settings.__name__, columns, bases=(settings,), frozen=True)
     subclass.__doc__ = settings.__doc__
     return subclass
+
+
+def read_setting_texts(settings: type[Any]) -> dict[str, str]:
+    """The text below each setting in a dataclass and its bases, in one line, however its source is broken."""
+    texts: dict[str, str] = {}
+    for base in reversed(settings.__mro__[:-1]):
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        for setting, below in itertools.pairwise(getattr(body, "body", ())):
+            if isinstance(setting, ast.AnnAssign) and isinstance(setting.target, ast.Name):
+                match below:
+                    case ast.Expr(value=ast.Constant(value=str() as text)):
+                        texts[setting.target.id] = " ".join(text.split())
+    return texts
 
 
 def describe_setting(name: str, text: str | None = None) -> Any:

@@ -94,10 +94,10 @@ class FittedTable(Table):
             fitted.add_column(column.name, column.footer, justify=column.align, overflow="fold", no_wrap=False)
         cells = [[row[i] for i in shown] for row, _ in self.lines]
         room = self._shorten_names(specs, cells, width)
-        for place, column in enumerate(fitted.columns):
+        for place, shown_column in enumerate(fitted.columns):
             if not specs[place].wrap:  # figures and names keep their width, texts share what is left
                 widest = specs[place].width([row[place] for row in cells])
-                column.min_width = min(widest, room) if specs[place].shorten else widest
+                shown_column.min_width = min(widest, room) if specs[place].shorten else widest
         for number, (row, (_, style)) in enumerate(zip(cells, self.lines, strict=True), 1):
             fitted.add_row(*row, style=style, end_section=number in self.sections)
         return fitted

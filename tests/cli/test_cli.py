@@ -60,9 +60,13 @@ def test_optimize_help_has_every_flag_and_fits(width: int, capsys: Captured, mon
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_every_command_has_help(command: str, capsys: Captured) -> None:
+def test_every_command_has_help(command: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert main([command, "--help"]) == 0
-    assert COMMANDS[command][:40] in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert COMMANDS[command] in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert not re.search(r"│ {3,}\w+ +│\n│ {3,}[a-z]", out), "a line breaks where its source does"
 
 
 def test_help_does_not_import_torch() -> None:

@@ -365,7 +365,7 @@ def _check_images(task: Task) -> None:
         )
     if len(task.mean) != len(task.std):
         raise JpqError(
-            f"--mean has {len(task.mean)} values and --std {len(task.std)}: give both, with a value for each channel."
+            f"--mean and --std have {len(task.mean)} and {len(task.std)} values: give both, one value for each channel."
         )
     if not all(isfinite(value) for value in task.mean) or not all(0 < value < float("inf") for value in task.std):
         raise JpqError("--mean and --std: give finite numbers, and --std above 0.")

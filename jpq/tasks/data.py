@@ -293,8 +293,8 @@ def _preprocessing(name: str, images: Tensor, mean: Sequence[float], std: Sequen
     channels = images.shape[1]
     if {len(mean), len(std)} != {channels}:
         raise JpqError(
-            f"--mean has {len(mean)} values and --std {len(std)}; the images of '{name}' have {channels} channels. "
-            "Give a value of each for every channel."
+            f"--mean and --std have {len(mean)} and {len(std)} values, and the images of '{name}' {channels} channels. "
+            "Give one value of each for every channel."
         )
     return replace(usual, mean=tuple(mean), std=tuple(std))
 

@@ -133,6 +133,7 @@ def _as_column(values: np.ndarray[Any, Any], what: str) -> np.ndarray[Any, Any]:
 
 def _whole_numbers(values: np.ndarray[Any, Any], what: str) -> np.ndarray[Any, Any]:
     """Whole numbers stored as floats, as int64. Raises JpqError for fractions, NaN and infinity."""
+    values = values.astype(np.float64)
     finite = np.isfinite(values)
     if not finite.all():
         place = int(np.flatnonzero(~finite)[0])

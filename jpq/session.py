@@ -20,6 +20,7 @@ from jpq.allocation.ranking.evidence import Batches
 from jpq.allocation.ranking.scheduled_pruning import ScheduledPruning
 from jpq.compression import discretize, session_state
 from jpq.compression.calibration import recalibrate
+from jpq.compression.float_work import float_work_warning
 from jpq.compression.model import CompressedModel, Trainable
 from jpq.compression.power_of_two_steps import round_activation_steps
 from jpq.config import SEARCH, Budget, Config, Decide, Task
@@ -222,7 +223,9 @@ class CompressionSession(nn.Module):
         if not self.net.opened and self._example is not None:
             round_weight_steps(self.net.model, self._example)
         small, plan = rebuild(self.net, self._dense[0])
-        note_origin(small, plan, self._example)
+        settings = self._settings["settings"]
+        budget = {name: settings[field] for name, field in TARGETS.items() if settings.get(field)}
+        note_origin(small, plan, self._example, {"budget": budget})
         return small
 
 
@@ -296,6 +299,8 @@ def compress(
     model = decompose(model, example)
     prepared = prepare(model, example, decide, budget, table=table)
     net = prepared.attach(model, [example_inputs])
+    if text := float_work_warning(net):
+        warnings.warn(text, stacklevel=2)
     steps = max(1, steps)
     settings = session_state.describe_settings(net, decide, budget, steps)
     batches = [(example_inputs, None)] if evidence is None else evidence

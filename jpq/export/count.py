@@ -41,7 +41,7 @@ def measure(small: nn.Module, example: Any) -> dict[str, int]:
     keywords.
     """
     samples = batch_size(example)
-    counter = _MultiplicationCounter(collect_tensors(example))
+    counter = _MultiplicationCounter(collect_tensors(example), samples)
     unbatched: list[str] = []
 
     def look(name: str, layer: Any, x: Tensor | None, _: Any) -> None:
@@ -69,13 +69,15 @@ def measure(small: nn.Module, example: Any) -> dict[str, int]:
 class _MultiplicationCounter(TorchDispatchMode):
     """Counts the multiply-accumulates of every op that torch runs, by the widths in force at that moment."""
 
-    def __init__(self, inputs: list[Tensor]) -> None:
+    def __init__(self, inputs: list[Tensor], batch: int) -> None:
         super().__init__()
         self.widths = _FLOAT
         self.layer_calls = 0
         self.macs: Counter[Widths] = Counter()  # of the whole batch
         self.constant_macs: Counter[Widths] = Counter()  # of what depends on no input, and so not on the batch
+        self._batch = batch
         self._varying = WeakTensorKeyDictionary()  # tensors that depend on the inputs
+        self._made = WeakTensorKeyDictionary()  # others with sizes that code names (zeros, expand): is one a batch's?
         for tensor in inputs:
             self._varying[tensor] = True
 
@@ -88,13 +90,19 @@ class _MultiplicationCounter(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         out = func(*args, **kwargs)
-        varying = any(isinstance(x, Tensor) and x in self._varying for x in tree_leaves((args, kwargs)))
-        if varying:
-            for tensor in collect_tensors(out):
-                self._varying[tensor] = True
         macs = _macs_of(packet, args, kwargs, out)
+        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        varying = any(x in self._varying for x in read)
+        made = not read or packet in _SPREADING or any(x in self._made for x in read)
+        for tensor in collect_tensors(out):
+            if varying:
+                self._varying[tensor] = True
+            elif made:
+                spread = self._batch in tensor.shape or any(self._made.get(x) for x in read)
+                self._made[tensor] = spread
         if macs:
-            (self.macs if varying else self.constant_macs)[self.widths] += macs
+            per_sample = varying or any(self._made.get(x) for x in read)
+            (self.macs if per_sample else self.constant_macs)[self.widths] += macs
         return out
 
 
@@ -142,6 +150,8 @@ def _cell_macs(args: Any, weights: Any) -> int:
 
 
 _aten = torch.ops.aten
+
+_SPREADING = (_aten.expand, _aten.repeat, _aten.new_zeros, _aten.new_ones, _aten.new_full, _aten.new_empty)
 
 _MACS: dict[Any, Callable[[Any, Any], int]] = {  # ops without a formula in torch.utils.flop_counter: (arguments, out)
     _aten.mv: lambda args, _: args[0].numel(),

@@ -11,11 +11,14 @@ from torch.fx import Node
 from jpq.tracing.channel_labels import unique_labels
 from jpq.tracing.network import Layer, Product, Table
 from jpq.tracing.op_call import LayerCall, ProductCall, TraceState, shape_of
+from jpq.tracing.tied_weights import is_read_by_others
 from jpq.types import NONE
 
 UNMASKABLE = "made with a weight that is computed in the model's code, or applied by no layer of torch"
 
 _MOVES = ("t", "transpose", "permute", "view", "reshape", "contiguous", "unsqueeze", "squeeze", "mT", "numpy_T")
+
+_SPREADING = [[op] for op in ("expand", "expand_as", "repeat", "tile", "new_zeros", "new_ones", "new_full")]
 
 _PARTS = ("split", "chunk", "split_with_sizes", "unbind", "tensor_split")
 
@@ -60,6 +63,36 @@ def _part(call: LayerCall) -> str:
     return ""
 
 
+def sample_macs(state: TraceState, calls: Sequence[LayerCall | ProductCall], batch: int) -> int:
+    """Multiply-accumulates of one sample, from calls on a batch; what depends on no input is done once for all."""
+    constant = [_is_constant(state, call.node, batch) for call in calls]
+    once = sum(call.macs for call, alone in zip(calls, constant, strict=True) if alone)
+    return once + sum(call.macs for call, alone in zip(calls, constant, strict=True) if not alone) // batch
+
+
+def _is_constant(state: TraceState, node: Node, batch: int) -> bool:
+    """Whether an op's work is the same for any number of samples: it reads parameters alone, not spread over a batch.
+
+    Tensors that the code makes or spreads (zeros, expand) count as a batch where one of their sizes is the batch's.
+    """
+    operands = node.all_input_nodes
+    if any(state.origins.get(operand) != "constant" for operand in operands):
+        return False
+    made: dict[Node, tuple[bool, bool]] = {}
+    return not any(_made_and_spread(operand, batch, made)[1] for operand in operands)
+
+
+def _made_and_spread(node: Node, batch: int, known: dict[Node, tuple[bool, bool]]) -> tuple[bool, bool]:
+    """Of a constant tensor: whether its sizes depend on numbers in the code, and whether one was the batch's."""
+    if node.op == "placeholder":
+        return False, False
+    if node not in known:
+        sources = [_made_and_spread(source, batch, known) for source in node.all_input_nodes]
+        made = not sources or str(node.target).split(".")[1:2] in _SPREADING or any(m for m, _ in sources)
+        known[node] = made, (made and batch in shape_of(node)) or any(spread for _, spread in sources)
+    return known[node]
+
+
 def build_products(state: TraceState, batch: int) -> tuple[Product, ...]:
     """The products of a graph; those that one place in a module's code makes in several calls are one.
 
@@ -80,8 +113,7 @@ def build_products(state: TraceState, batch: int) -> tuple[Product, ...]:
         while name in used:
             name, n = f"{base}#{n}", n + 1
         used.add(name)
-        macs = sum(call.macs for call in calls if call.constant)
-        macs += sum(call.macs for call in calls if not call.constant) // batch
+        macs = sample_macs(state, calls, batch)
         dims_of_first = tuple(state.classes.find(labels) for labels in calls[0].dims)
         products.append(Product(name, calls[0].op, module, macs, dims_of_first))
     return tuple(products)
@@ -93,7 +125,8 @@ def count_stored_numbers(
     """How many numbers of its parameter each layer with a computed weight has for its own, and parameters left over.
 
     Returns (key of the layer -> numbers, tables). A parameter that several layers read belongs to the first, layers
-    that read it as it is before others. What belongs to no layer and has two or more dims is a table.
+    that read it as it is before others. What belongs to no layer and has two or more dims is a table, and so is what an
+    embedding shares with a layer: a file holds it twice.
     """
     left = {name: node for node, name in state.parameters.items() if node.users}
     numbers = {name: prod(shape_of(node)) for name, node in left.items()}
@@ -104,7 +137,10 @@ def count_stored_numbers(
         numbers[call.weight] = numbers.get(call.weight, 0) - own
         if own != prod(call.shape):
             stored[key] = own
-    trained = {name for name, _ in state.model.named_parameters()}
+    for name in left.keys() & {call.weight for call in state.calls}:
+        if is_read_by_others(state.model, name):  # an embedding reads what a layer stores as integers
+            numbers[name] = prod(shape_of(left[name]))
+    trained = {name for name, _ in state.model.named_parameters(remove_duplicate=False)}
     tables = []
     for name, node in left.items():
         if name in trained and len(shape_of(node)) > 1 and numbers[name] > 0:

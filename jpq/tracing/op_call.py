@@ -60,11 +60,11 @@ class LayerCall:
 class ProductCall:
     """One product of two computed tensors in the graph, or of two constant ones."""
 
+    node: Node
     name: str  # that tells it from other products of its op, or ""
     op: str
     module: str  # path of the module whose code computes it, with "@1" at its second call
     macs: int  # multiply-accumulates of the whole example batch
-    constant: bool  # it depends on no input, so that its work does not grow with the batch
     dims: tuple[Labels, ...]
 
 
@@ -117,7 +117,7 @@ class TraceState:
             if source in self.parameters:
                 found[self.parameters[source]] = source
             pending += source.all_input_nodes
-        trained = {name for name, _ in self.model.named_parameters()}
+        trained = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         return max(sorted(found), key=lambda n: (n in trained, prod(shape_of(found[n]))), default=None)
 
     def expression(self, node: Node) -> str:
@@ -225,12 +225,21 @@ class OpCall:
         """Record that the model's code names the number of these channels in this call; whether that can be rewritten.
 
         `pattern` has an entry per number of the call (see `jpq.tracing.call_sizes`), COUNT where the channels count.
+        Where the call is not known, an attribute of the module may hold the number.
         """
         own = call_of_node(self.node)
-        if labels is None or own is None or not can_resize(own):
+        if labels is None or (own is not None and not can_resize(own)):
             return False
-        self.state.sizes.setdefault(name_size(own, pattern), []).append(labels)
-        return True
+        name = self._counting_attribute(len(labels)) if own is None else name_size(own, pattern)
+        if name:
+            self.state.sizes.setdefault(name, []).append(labels)
+        return bool(name)
+
+    def _counting_attribute(self, count: int) -> str:
+        """The only integer attribute of the calling module with this value; empty where there is not exactly one."""
+        path, module = self.module()
+        names = [name for name, value in vars(module).items() if type(value) is int and value == count]
+        return f"{path}.{names[0]}".lstrip(".") if len(names) == 1 else ""
 
     def freeze_unless_followed(self, labels: Labels | None, reason: str, followed: bool) -> None:
         """Keep these channels, unless sizes in the code, which were recorded (`followed`), can follow their number."""

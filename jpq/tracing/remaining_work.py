@@ -29,6 +29,8 @@ def record_remaining_work(state: TraceState, program: ExportedProgram) -> None:
                 _record_node(state, node)
             else:
                 _record_subgraphs(state, node, program.graph_module, 1)
+    order = {node: i for i, node in enumerate(program.graph.nodes)}
+    state.calls.sort(key=lambda call: order.get(call.node, -1))  # those of an earlier graph stay in front
 
 
 def _record_node(state: TraceState, node: Node) -> None:
@@ -53,9 +55,8 @@ def _product(call: OpCall, contraction: Contraction, times: int = 1) -> ProductC
     """The record of a product, with the classes of all its indices."""
     indices = dict.fromkeys("".join(contraction.indices))
     dims = tuple(contraction.labels[n] for n in indices if n in contraction.labels)
-    constant = call.state.origins.get(call.node) == "constant"
     path = _module_path(call.node)
-    return ProductCall(contraction.name, call.op, path, contraction.macs * times, constant, dims)
+    return ProductCall(call.node, contraction.name, call.op, path, contraction.macs * times, dims)
 
 
 def _layer(call: OpCall, contraction: Contraction, place: int) -> LayerCall:
@@ -110,7 +111,7 @@ def _record_subgraphs(state: TraceState, node: Node, owner: Any, times: int) -> 
     if "flex_attention" in name:
         q, k, v = (shape_of(n) for n in node.all_input_nodes[:3])
         macs = prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
-        state.products.append(ProductCall("q@k+weights@v", name, _module_path(node), macs * times, False, ()))
+        state.products.append(ProductCall(node, "q@k+weights@v", name, _module_path(node), macs * times, ()))
         return
     bodies = [getattr(owner, str(n.target)) for n in node.all_input_nodes if n.op == "get_attr"]
     bodies = [body for body in bodies if isinstance(body, GraphModule)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from math import prod
 from typing import Any
 
@@ -39,7 +40,7 @@ def counted_macs(model: nn.Module, example: Any) -> int:
     try:
         counter = FlopCounterMode(display=False, custom_mapping=EXTRA)
         with sdpa_kernel(SDPBackend.MATH), counter:
-            call_model(model.eval(), example)
+            call_model(copy.deepcopy(model).eval().requires_grad_(False), example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     flops = counter.get_total_flops()

@@ -111,11 +111,13 @@ def show_inspection(
         open_norms: whether averages of norms were to be opened.
     """
     parts = assign_parts([layer.name for layer in network.layers], all_rows)
-    tables = (
+    tables = [
         _layer_table(network, sites, parts),
         _site_table(sites, parts, all_rows),
         _frozen_table(network, sites, parts),
-    )
+    ]
+    if float_work := find_float_work(network, model):
+        tables.insert(1, _float_table(float_work, network))
     return Group(*tables, _summary(title, model, network, sites, seconds, open_norms))
 
 
@@ -134,7 +136,7 @@ def assign_parts(names: Sequence[str], all_rows: bool) -> dict[str, str]:
 def _layer_table(network: Network, sites: Sequence[Site], parts: Mapping[str, str]) -> Table:
     """Channels, weights and costs of each layer or part, with totals."""
     free = {int(c) for site in sites for c in site.labels}
-    total = _count(network.layers, free)
+    total = dataclasses.replace(_count(network.layers, free), macs=network.macs)
     columns = (
         text_column("layer", "total"),
         text_column("kind"),
@@ -163,7 +165,37 @@ def _layer_table(network: Network, sites: Sequence[Site], parts: Mapping[str, st
                 format_number(1024 * counts.macs),
             )
         )
+    if network.products:
+        macs, n = sum(product.macs for product in network.products), len(network.products)
+        name = f"{n} product{'s' * (n > 1)} of computed tensors"
+        share = f"{100 * macs / max(1, total.macs):.1f} %"
+        rows.append((name, "", "", "", "", "", format_number(macs), share, format_number(1024 * macs)))
     return table(columns, rows)
+
+
+def find_float_work(network: Network, model: nn.Module) -> list[tuple[str, str, int]]:
+    """(name, reason, MACs) of each product, and of each layer that cannot be quantized, in a float model."""
+    from jpq.compression.float_work import OTHER_CLASS, PRODUCT
+    from jpq.methods.quantizers import can_quantize
+
+    modules = dict(model.named_modules())
+    found = []
+    for layer in network.layers:
+        module = modules.get(layer.name)
+        own = module is not None and layer.weight == f"{layer.name}.weight" and can_quantize(module)
+        if layer.float_reason or not own:
+            found.append((layer.name, layer.float_reason or OTHER_CLASS, layer.macs))
+    return found + [(product.name, PRODUCT, product.macs) for product in network.products]
+
+
+def _float_table(float_work: Sequence[tuple[str, str, int]], network: Network) -> Table:
+    """What is computed and counted at 32 bits, by reason, with its share of the MACs."""
+    rows = []
+    for reason, parts in _group(float_work, lambda part: part[1]):
+        macs = sum(part[2] for part in parts)
+        names = escape(_join_names([part[0] for part in parts]))
+        rows.append((names, format_number(macs), f"{100 * macs / max(1, network.macs):.1f} %", escape(reason)))
+    return table((text_column("stays at 32 bits"), "MACs", "share", text_column("because")), rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +269,7 @@ def _summary(
     """Size of the model, share of it that pruning reaches, and notes."""
     from jpq.tracing.coverage import halved_share, prunable_share
 
-    macs, parameters = sum(layer.macs for layer in network.layers), sum(p.numel() for p in model.parameters())
+    macs, parameters = network.macs, sum(p.numel() for p in model.parameters())
     units = sum(site.n for site in sites)
     touched, half = (f"{100 * float(share(network, sites)):.1f} %" for share in (prunable_share, halved_share))
     rows = [
@@ -277,7 +309,7 @@ def _notes(network: Network, sites: Sequence[Site], open_norms: bool) -> list[tu
     if network.idle:
         more = " ..." if len(network.idle) > 6 else ""
         notes.append(("note", f"only training, or nobody, uses {', '.join(map(escape, network.idle[:6]))}{more}"))
-    closed = [row for row in frozen_channels(network, sites) if row.reason.endswith("Norm's average")]
+    closed = [row for row in frozen_channels(network, sites) if row.reason.lower().endswith("norm's average")]
     if open_norms:
         inside = opened_units(network, sites)
         text = f"{inside} of the units lie inside averages that --open-norms opened"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from jpq.tracing.network import Network
 from jpq.tracing.sites import Site
@@ -24,6 +25,9 @@ _PLACES = {  # function -> positions of weight and bias among its arguments
     F.group_norm: (2, 3),
     torch.group_norm: (2, 3),
 }
+
+
+_AVERAGES = (torch.mean, Tensor.mean, torch.var, Tensor.var, torch.std, Tensor.std, torch.var_mean, torch.std_mean)
 
 
 def opened_units(network: Network, sites: Sequence[Site]) -> int:
@@ -45,12 +49,16 @@ def check_open_norms(network: Network, prunes: bool) -> None:
 class NormsWithoutStatistics(TorchFunctionMode):
     """A mode in which LayerNorm, RMSNorm and GroupNorm scale and shift but do not normalise: x * weight + bias.
 
+    Averages over one dim that is kept, as norms written by hand have them, are 1.
+
     In this mode masked and rebuilt model agree for opened norms, too, which shows that weights are sliced at the right
     places. For checks only.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _AVERAGES:
+            return _without_numbers(func(*args, **kwargs), args, kwargs)
         if func not in _PLACES:
             return func(*args, **kwargs)
         x: Tensor = kwargs.get("input", args[0] if args else None)
@@ -63,6 +71,16 @@ class NormsWithoutStatistics(TorchFunctionMode):
             if isinstance(parameter, Tensor):
                 x = x * parameter.reshape(shape) if name == "weight" else x + parameter.reshape(shape)
         return x
+
+
+def _without_numbers(statistic: Any, args: Any, kwargs: Any) -> Any:
+    """Ones in place of the average over one dim that is kept at size 1; any other result as it is."""
+    dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    dims = dims if isinstance(dims, (list, tuple)) else [dims]
+    keeps = kwargs.get("keepdim") or any(value is True for value in args[2:])
+    if not keeps or len(dims) != 1 or dims[0] is None:
+        return statistic
+    return tree_map(torch.ones_like, statistic)
 
 
 def _affine_shape(x: Tensor, sizes: Any) -> list[int] | None:

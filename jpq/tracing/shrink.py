@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,8 +110,8 @@ def _needed_sizes(
     """The sizes but for optional ones without which sites pass, too; by call, alike in all modules of a class."""
     groups: dict[tuple[type, str], list[str]] = {}
     for name in optional:
-        call, _ = parse_size(name)
-        groups.setdefault((type(trial.model.get_submodule(call.module)), call.key), []).append(name)
+        path, key = parse_size(name)[0] if is_call_size(name) else (name.rpartition(".")[0], name.rpartition(".")[2])
+        groups.setdefault((type(trial.model.get_submodule(path)), key), []).append(name)
     needed = dict(sizes)
     for names in groups.values():
         fewer = {name: labels for name, labels in needed.items() if name not in names}
@@ -333,7 +333,20 @@ def apply_slices(model: nn.Module, slices: Slices) -> nn.Module:
         _slice_tensor(name, value, {int(dim): kept for dim, kept in axes.items()})
     for module in set(owners.values()):
         _update_sizes(module)
+    if slices:
+        _clear_caches(model)
     return model
+
+
+def _clear_caches(model: nn.Module) -> None:
+    """Let modules forget what they computed from their former weights (LeViT's biases), as training makes them."""
+    modes = {module: module.training for module in model.modules()}
+    for module in modes:
+        if type(module).train is not nn.Module.train:
+            with suppress(NotImplementedError):  # such as a graph of torch.export, which caches nothing
+                module.train()
+    for module, training in modes.items():
+        module.training = training
 
 
 def _slice_tensor(name: str, value: Tensor, axes: dict[int, list[int]]) -> None:

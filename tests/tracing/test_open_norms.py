@@ -100,11 +100,52 @@ class FixedNorm(nn.Module):
         return self.head(F.layer_norm(self.a(x), (8,), self.weight))
 
 
-def test_a_size_in_the_code_still_freezes() -> None:
+def test_a_size_in_the_code_follows() -> None:
     network = trace(FixedNorm(), TOKENS, open_norms=True)
-    assert channels(network) == ()
-    assert network.opened == {}
-    assert "fixed sizes" in network.frozen[int(network.layer("a").outputs[0])]
+    assert [site.n for site in channels(network)] == [8]
+    assert list(network.attributes) == ["@layer_norm:0[n]"]
+    assert opened_units(network, channels(network)) == 8
+
+
+class ByHand(nn.Module):
+    """RMSNorm as LLaMA writes it, LayerNorm in its definition, GRN of ConvNeXt V2, and what is no norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.a, self.b, self.c = nn.Linear(6, 9), nn.Linear(9, 7), nn.Linear(7, 8), nn.Linear(8, 10)
+        self.weights = nn.ParameterList(torch.rand(n) + 0.5 for n in (9, 7, 8))
+        self.gate, self.head = nn.Linear(1, 1), nn.Linear(10, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        y = x.to(torch.float32 if x.dtype == torch.half else x.dtype)
+        x = self.weights[0] * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        x = self.a(x)
+        centre = x.mean(-1, keepdim=True)
+        x = self.weights[1] * (x - centre) / torch.sqrt((x - centre).pow(2).mean(-1, keepdim=True) + 1e-6)
+        x = self.b(x)
+        g = x.norm(p=2, dim=1, keepdim=True)
+        x = x + torch.addcmul(x, self.weights[2], x * (g / (g.mean(dim=-1, keepdim=True) + 1e-6)))
+        x = self.c(x)
+        return self.head(x * self.gate(x.mean(-1, keepdim=True)).sigmoid())
+
+
+def test_norms_written_by_hand_are_opened() -> None:
+    torch.manual_seed(0)
+    closed, opened = (trace(ByHand(), TOKENS, open_norms=flag) for flag in (False, True))
+    assert channels(closed) == ()
+    for layer in ("embed", "a", "b"):
+        assert {closed.frozen[int(c)] for c in closed.layer(layer).outputs} == {"inside a hand-written norm's average"}
+    for network in (closed, opened):  # a layer reads this average: it is no statistic
+        why = {network.frozen[int(c)] for c in network.layer("c").outputs}
+        assert why == {"inside the average or extremum of aten.mean"}
+    sites = channels(opened)
+    assert [(s.name, s.n) for s in sites] == [("embed", 9), ("a", 7), ("b", 8)]
+    assert opened_units(opened, sites) == 24
+    model = randomize(ByHand(), TOKENS)
+    assert check_equivalence(model, opened, sites, TOKENS, 0).difference > 1e-4
+    with NormsWithoutStatistics():
+        assert check_equivalence(model, opened, sites, TOKENS, 0).difference < 1e-12
 
 
 class Halves(nn.Module):

@@ -147,6 +147,22 @@ def embedding(call: OpCall) -> Dims:
     return [*index, columns]
 
 
+@rule("aten.embedding_bag", "aten._embedding_bag", "aten._embedding_bag_forward_only")
+def embedding_bag(call: OpCall) -> list[Dims]:
+    """Embedding bag: means, sums or maxima of rows of a table, whose columns are the channels."""
+    weight: Node = call["weight"]
+    name, bag_dims = call.state.parameters.get(weight), [v.dim() for v in call.node.meta["val"]]
+    columns = call.dims(weight)[1]
+    if name is not None:
+        call.bind(weight, 0, None)
+        columns = call.state.axis(name, 1, shape_of(weight)[1])
+        call.state.embeddings[name.rpartition(".")[0]] = columns
+    rest: list[Dims] = [[None] * n for n in bag_dims[1:]]
+    if len(rest) and bag_dims[-1] == 2:  # places of maxima, one per bag and column
+        rest[-1] = [None, columns]
+    return [[None, columns], *rest]
+
+
 @rule("aten.matmul", "aten.bmm", "aten.mm", "aten.mv", "aten.dot")
 def matmul(call: OpCall) -> Dims:
     """Matrix products: one dim is summed over and therefore keeps all of its channels; batch dims (heads) are tied."""

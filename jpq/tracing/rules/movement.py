@@ -20,10 +20,11 @@ def permute(call: OpCall) -> Dims:
 
 
 @rule("aten.transpose", "aten.swapaxes", "aten.swapdims", "aten.t", "aten.numpy_T", "aten.mT", "aten.movedim")
+@rule("aten.moveaxis")
 def transpose(call: OpCall) -> Dims:
     """Transpose and its relatives: two dims change places, or one moves."""
     dims = call.x
-    if call.op == "aten.movedim":
+    if call.op in ("aten.movedim", "aten.moveaxis"):
         order = np.moveaxis(np.empty(range(1, len(dims) + 1)), call["source"], call["destination"]).shape
         return [dims[n - 1] for n in order]
     if call.op == "aten.mT":
@@ -81,15 +82,13 @@ def slice_dim(call: OpCall) -> Dims:
 def _record_bounds(call: OpCall, d: int, labels: Labels, start: int, stop: int) -> bool:
     """Record that start and stop (or length) of a slice follow the channels before them; whether they can."""
     own = call_of_node(call.node)
-    if own is None:
-        return False
-    if own.key.startswith("narrow:"):
+    if own is not None and own.key.startswith("narrow:"):
         before = call.add_size([COUNT, stop - start], labels[:start])
         return call.add_size([start, COUNT], labels[start:stop]) and before
-    if not own.key.startswith("__getitem__:"):
+    if own is not None and not own.key.startswith("__getitem__:"):
         return False
     free: list[int | str] = [KEEP] * (2 * d)
-    followed = call.add_size([*free, start, COUNT], labels[:stop])
+    followed = stop == len(labels) or call.add_size([*free, start, COUNT], labels[:stop])
     return followed and (start == 0 or call.add_size([*free, COUNT, stop], labels[:start]))
 
 
@@ -177,6 +176,7 @@ def expand(call: OpCall) -> Dims:
 def repeat(call: OpCall) -> Dims:
     """Repeat: copies side by side carry the same labels."""
     times = list(call["repeats"] or call["dims"])
+    times = [1] * (len(call.x) - len(times)) + times
     dims = [None] * (len(times) - len(call.x)) + call.x
     return [None if labels is None else np.tile(labels, n) for labels, n in zip(dims, times, strict=True)]
 
@@ -198,19 +198,101 @@ def repeat_interleave(call: OpCall) -> Dims:
     return dims
 
 
-@rule("aten.flip", "aten.roll")
+@rule("aten.flip")
 def flip(call: OpCall) -> Dims:
-    """Flip and roll: a reversed dim has reversed labels; channels that are rolled are frozen."""
+    """Flip: a reversed dim has reversed labels."""
     dims = call.x
-    for d in (call.dim(d) for d in call["dims"]):
-        labels = dims[d]
-        if labels is not None and call.op == "aten.roll":
-            call.freeze(labels, "rolled by a fixed number of places")
-            shift = call["shifts"][call["dims"].index(d)] if d in call["dims"] else 0
-            dims[d] = np.roll(labels, shift)
-        elif labels is not None:
-            dims[d] = labels[::-1].copy()
+    for d in {call.dim(d) for d in call["dims"]}:
+        dims[d] = _reversed(dims[d])
     return dims
+
+
+@rule("aten.rot90")
+def rotate(call: OpCall) -> Dims:
+    """Rotation by quarter turns in the plane of two dims."""
+    dims = call.x
+    a, b = (call.dim(d) for d in call["dims"])
+    for _ in range(call["k"] % 4):
+        dims[a], dims[b] = _reversed(dims[b]), dims[a]
+    return dims
+
+
+def _reversed(labels: Labels | None) -> Labels | None:
+    """The labels from last to first."""
+    return None if labels is None else labels[::-1].copy()
+
+
+@rule("aten.roll")
+def roll(call: OpCall) -> Dims:
+    """Roll: channels that are rolled keep all of theirs, other dims pass."""
+    dims, rolled = call.x, [call.dim(d) for d in call["dims"]]
+    shifts = call["shifts"] if isinstance(call["shifts"], (list, tuple)) else [call["shifts"]]
+    for d in rolled or range(len(dims)):  # without dims the whole tensor is rolled as one row
+        call.freeze(dims[d], "rolled by a fixed number of places")
+    if not rolled:
+        return [None] * len(dims)
+    for d, shift in zip(rolled, shifts, strict=True):
+        labels = dims[d]
+        dims[d] = None if labels is None else np.roll(labels, shift)
+    return dims
+
+
+@rule("aten.im2col")
+def unfold_windows(call: OpCall) -> Dims:
+    """F.unfold, [N, C, H, W] -> [N, C * window, positions]: a channel becomes one row per place of the window."""
+    dims = call.x
+    for labels in dims[-2:]:
+        call.freeze(labels, f"{call.op} mixes neighbouring channels")
+    channels = dims[-3]
+    return [*dims[:-3], None if channels is None else np.repeat(channels, np.prod(call["kernel_size"])), None]
+
+
+@rule("aten.col2im")
+def fold_windows(call: OpCall) -> Dims:
+    """F.fold, [N, C * window, positions] -> [N, C, H, W]: the rows of a channel are kept or removed together."""
+    dims = call.x
+    call.freeze(dims[-1], f"{call.op} adds up positions")
+    rows = dims[-2]
+    channels = None if rows is None else call.tie(rows.reshape(-1, int(np.prod(call["kernel_size"]))).T).copy()
+    return [*dims[:-2], channels, None, None]
+
+
+@rule("aten.unfold")
+def slide(call: OpCall) -> Dims:
+    """Tensor.unfold: windows along one dim, which become a last dim; other dims pass."""
+    dims, d = call.x, call.dim(call["dimension"])
+    call.freeze(dims[d], f"{call.op} mixes neighbouring channels")
+    return [*dims[:d], None, *dims[d + 1 :], None]
+
+
+@rule("aten.gather", "aten.take_along_dim")
+def gather(call: OpCall) -> Dims:
+    """Gather: entries of one dim picked by an index per place; other dims pass where the index goes along them."""
+    source, index = call["self"], call["index"] if call.op == "aten.gather" else call["indices"]
+    dims, places = call.dims(source), call.dims(index)
+    d = None if call["dim"] is None else call.dim(call["dim"])
+    out: Dims = []
+    for k, labels in enumerate(dims if d is not None else []):
+        if k == d or call.shape[k] != shape_of(source)[k] or (labels is None and places[k] is not None):
+            call.freeze(labels, "picked by index")
+            call.freeze(places[k], "an index that is fixed there")
+            out.append(None)
+            continue
+        if labels is not None and places[k] is not None:
+            call.join(labels, places[k])
+        call.suspect(labels)  # the index, too, must be as wide as the channels
+        out.append(labels)
+    for labels in dims if d is None else []:
+        call.freeze(labels, "picked by index")
+    return out if d is not None else [None] * len(call.shape)
+
+
+@rule("aten.index_select")
+def index_select(call: OpCall) -> Dims:
+    """Index-select: entries of one dim picked by an index tensor; other dims pass."""
+    dims, d = call.dims(call["self"]), call.dim(call["dim"])
+    call.freeze(dims[d], "picked by index")
+    return [None if k == d else labels for k, labels in enumerate(dims)]
 
 
 @rule("aten.index")
@@ -264,7 +346,7 @@ def _record_padding(call: OpCall, place: int, zeros: Labels, before: int) -> boo
     return call.add_size([*free, before, COUNT], zeros[before:]) and first
 
 
-@rule("aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.channel_shuffle")
+@rule("aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.channel_shuffle", "aten.native_channel_shuffle")
 def shuffle(call: OpCall) -> Dims:
     """Pixel and channel shuffles: blocks of channels that are interleaved lose channels at the same places."""
     dims = call.x

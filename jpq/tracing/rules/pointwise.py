@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from jpq.tracing.call_sizes import COUNT
+from jpq.tracing.handwritten_norms import REASON, is_norm_average
 from jpq.tracing.op_call import Dims, OpCall, rule, shape_of
 
-_POINTWISE = """_assert_tensor_metadata _to_copy abs add addcdiv addcmul alias alpha_dropout atan bernoulli
-bitwise_and bitwise_not bitwise_or ceil celu clamp clamp_max clamp_min clone contiguous copy cos detach div double
-dropout elu eq erf exp expm1 feature_dropout fill float floor fmod full_like ge gelu gt half hardshrink hardsigmoid
-hardswish hardtanh le leaky_relu lerp lift_fresh lift_fresh_copy log log1p log2 log_sigmoid logical_and logical_not
-logical_or lt masked_fill maximum minimum mish mul ne neg ones_like pow rad2deg reciprocal relu relu6 remainder
-round rsqrt rsub selu sigmoid sign silu sin softplus softshrink softsign sqrt square sub tan tanh tanhshrink
-threshold true_divide where zero zeros_like"""
+_POINTWISE = """abs acos acosh add addcdiv addcmul alias alpha_dropout __and__ asin asinh _assert_tensor_metadata atan
+atan2 atanh bernoulli bitwise_and bitwise_not bitwise_or ceil celu clamp clamp_max clamp_min clone contiguous copy cos
+detach div double dropout elu eq erf erfc erfinv exp exp2 expm1 feature_dropout fill float floor floor_divide fmax
+fmin fmod frac full_like ge gelu gt half hardshrink hardsigmoid hardswish hardtanh hypot isfinite isinf isnan le
+leaky_relu lerp lift_fresh lift_fresh_copy log log10 log1p log2 log_sigmoid logaddexp logical_and logical_not
+logical_or logical_xor logit lt masked_fill maximum minimum mish mul nan_to_num ne neg ones_like __or__ pow rad2deg
+reciprocal relu relu6 remainder round rrelu rsqrt rsub selu sgn sigmoid sign silu sin sinc sinh softplus softshrink
+softsign special_expit sqrt square sub tan tanh tanhshrink threshold _to_copy true_divide trunc where xlogy __xor__
+zero zeros_like"""
 
 _WINDOWED = """max_pool avg_pool adaptive_avg_pool adaptive_max_pool upsample_nearest upsample_bilinear upsample_linear
 upsample_trilinear upsample_bicubic reflection_pad replication_pad lp_pool"""
@@ -53,18 +57,31 @@ def reduce(call: OpCall) -> Dims | list[Dims]:
     dims, dim = call.x, call["dim"]
     over = range(len(dims)) if dim in (None, []) else [call.dim(d) for d in (dim if isinstance(dim, list) else [dim])]
     for d in over:
-        call.freeze(dims[d], f"inside the average or extremum of {call.op}")
+        if (labels := dims[d]) is not None and is_norm_average(call, labels):
+            call.freeze_averaged(labels, REASON)
+        else:
+            call.freeze(labels, f"inside the average or extremum of {call.op}")
     if call["keepdim"]:
         return call.for_each_output([None if d in over else labels for d, labels in enumerate(dims)])
     return call.for_each_output([labels for d, labels in enumerate(dims) if d not in over])
 
 
 @rule("aten.softmax", "aten.log_softmax", "aten._softmax", "aten._log_softmax", "aten.cumsum", "aten.sort")
+@rule("aten.topk", "aten.argsort", "aten.cumprod", "aten.cummax", "aten.cummin", "aten.logcumsumexp")
 def softmax(call: OpCall) -> Dims | list[Dims]:
-    """Softmax, cumulative sum and sort: one dim is mixed and keeps all of its channels, the others pass."""
+    """Softmax, cumulative sums, sort and top k: one dim is mixed and keeps all of its channels, the others pass."""
     dims, d = call.x, call.dim(call["dim"])
     call.freeze(dims[d], f"inside {call.op}, which mixes all channels")
     return call.for_each_output([None if k == d else labels for k, labels in enumerate(dims)])
+
+
+@rule("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d")
+def sample(call: OpCall) -> Dims:
+    """Values of every channel at the places of a grid: the channels pass, positions are mixed."""
+    dims = call.dims(call["input"])
+    for labels in (*dims[2:], *call.dims(call["grid"])):
+        call.freeze(labels, f"{call.op} mixes neighbouring channels")
+    return [*dims[:2], *([None] * (len(dims) - 2))]
 
 
 @rule("aten.ones", "aten.zeros", "aten.full", "aten.arange", "aten.empty", "aten.rand", "aten.randn", "aten.eye")
@@ -104,8 +121,8 @@ def layer_norm(call: OpCall) -> Dims:
         (call.freeze_averaged if len(shape) == 1 else call.freeze)(labels, "inside LayerNorm's average")
         for name in ("weight", "bias"):
             call.bind(call[name], k, labels)
-    if len(shape) == 1 and call.state.open_norms:
-        call.add_attribute("normalized_shape", shape, dims[-1])
+    if len(shape) == 1 and call.state.open_norms and not call.add_attribute("normalized_shape", shape, dims[-1]):
+        call.add_size([COUNT], dims[-1])
     return dims
 
 

@@ -20,11 +20,11 @@ _WIDTH = "hidden_dim"  # attribute of torchvision's ViT: the number of channels 
 _PRODUCTS = ("matmul", "bmm", "scaled_dot_product_attention", "einsum")
 
 _PASSING = """view reshape permute transpose swapaxes select unbind getitem mul div contiguous chunk split unsqueeze
-squeeze expand clone softmax slice t numpy_T cat neg add to _to_copy layer_norm rms_norm
-repeat_interleave"""  # what may lie between a reshape and the product it prepares
+squeeze expand clone softmax slice t numpy_T cat neg add to _to_copy layer_norm rms_norm repeat_interleave dropout
+split_with_sizes unsafe_split unsafe_chunk narrow"""  # what may lie between a reshape and the product it prepares
 
 
-@rule("aten.view", "aten.reshape", "aten.flatten", "aten.unflatten", "aten._unsafe_view", "aten.view_as")
+@rule("aten.view", "aten.reshape", "aten.flatten", "aten.unflatten", "aten._unsafe_view")
 def reshape(call: OpCall) -> Dims:
     """Reshape: dims merged, split or regrouped (see `_regroup`). Sizes written as numbers are tried out afterwards."""
     dims = call.x
@@ -47,6 +47,17 @@ def reshape(call: OpCall) -> Dims:
     return out
 
 
+@rule("aten.view_as", "aten.reshape_as")
+def reshape_as(call: OpCall) -> Dims:
+    """Reshape to another tensor's shape: every size follows that tensor, whose channels are tied to these."""
+    out = reshape(call)
+    assert not any(isinstance(labels, list) for labels in out)
+    joined: Dims = []
+    for labels, other in zip(out, call.dims(call["other"]), strict=True):
+        joined.append(labels if labels is None and other is None else call.join(labels, other))  # type: ignore[arg-type]
+    return joined
+
+
 def _record_size(call: OpCall, source: list[int], target: list[int], counted: int, labels: Labels | None) -> None:
     """Record that the size of dim `counted` follows its labels, and that other parts of the channels are held."""
     named = call["size"] or call["shape"] or call["sizes"] or []
@@ -65,7 +76,7 @@ def _record_size(call: OpCall, source: list[int], target: list[int], counted: in
 def _inferred_dims(call: OpCall) -> set[int]:
     """Dims of the output whose size follows from the input, rather than being written as a number."""
     every = set(range(len(call.shape)))
-    if call.op == "aten.flatten":
+    if call.op in ("aten.flatten", "aten.view_as", "aten.reshape_as"):
         return every
     if call.op in ("aten.view", "aten.reshape"):
         return {d for d, n in enumerate(call["size"] or call["shape"]) if n == -1}
@@ -123,7 +134,9 @@ def _regroup(
 def _shrinkable_axis(call: OpCall, shape: tuple[int, ...]) -> int:
     """The dim that can lose entries, of those that channels are split into: heads before attention, or the longest."""
     if len(shape) > 1 and _feeds_attention(call.node):
-        return len(shape) - 2
+        module = vars(call.module()[1])
+        heads = [k for k, n in enumerate(shape) if any(module.get(name) == n for name in _HEADS)]
+        return heads[0] if heads and len(shape) - 2 not in heads else len(shape) - 2
     return max(range(len(shape)), key=lambda k: (shape[k], k))
 
 

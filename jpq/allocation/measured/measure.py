@@ -185,6 +185,7 @@ def measure_table(
     a_bits: Bounds,
     model: str,
     around: Mapping[Key, int] | None = None,
+    counts: Mapping[str, int] | None = None,
     step: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SensitivityTable:
@@ -195,6 +196,7 @@ def measure_table(
         w_bits, a_bits: smallest and largest widths.
         model: checksum of the float weights.
         around: the widths of the plan around which single tensors change; None: the float model.
+        counts: with `around`, the units that the plan keeps of each site; default: all of them.
         step: with `around`, the widths tried are those at most so far from the plan's; None: all.
         progress: is told how many of the changes are measured.
 
@@ -202,7 +204,8 @@ def measure_table(
     """
     base_widths: dict[Key, int | None] = dict.fromkeys(probe.keys) | dict(around or {})
     bits: dict[Key, dict[int, float]] = {key: {} for key in probe.keys}
-    units: dict[str, dict[int, float]] = {name: {len(order): 0.0} for name, order in probe.orders.items()}
+    base_counts = {name: len(order) for name, order in probe.orders.items()} | dict(counts or {})
+    units: dict[str, dict[int, float]] = {name: {count: 0.0} for name, count in base_counts.items()}
     changes: list[tuple[Widths, dict[str, int], Callable[[float], None]]] = []
     for key in probe.keys:
         low, high = w_bits if key[1] == "w" else a_bits
@@ -211,9 +214,9 @@ def measure_table(
             if centre is None or step is None or abs(width - centre) <= step:
                 changes.append(({key: width}, {}, partial(bits[key].__setitem__, width)))
     for name, order in probe.orders.items():
-        for count in unit_counts(len(order)):
+        for count in sorted({*unit_counts(len(order)), len(order)} - {base_counts[name]}):
             changes.append(({}, {name: count}, partial(units[name].__setitem__, count)))
-    with probe.changed(base_widths):
+    with probe.changed(base_widths, base_counts):
         base = probe.measure() if around else 0.0
         probe.norms_anew = True  # what new statistics alone change is no price of a unit
         base_of_units = probe.measure()

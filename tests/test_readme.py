@@ -17,7 +17,11 @@ from jpq.cli.main import main
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.M | re.S)
-SHORTER = {"jpq optimize --target-bops 1%": ["--epochs", "2", "--float-epochs", "2"]}  # appended, to take seconds
+DEMO = "jpq optimize --target-bops 1% --target-macs 20% --channel-multiple 8"
+SHORTER = {  # appended, to take seconds
+    DEMO: ["--epochs", "2", "--float-epochs", "2"],
+    "jpq bench runs/latest --threads 1": ["--repeats", "3"],
+}
 
 
 def blocks():
@@ -90,6 +94,45 @@ def expand(assignments, statement, folder):
     script = f"{assignments}show() {{ printf '%s\\0' \"$@\"; }}\nshow {statement}"
     done = subprocess.run(["bash", "-ec", script], check=True, cwd=folder, capture_output=True, text=True)
     return done.stdout.split("\0")[:-1]
+
+
+def figures_of(pattern, text):
+    """The one match of a pattern, its groups as numbers."""
+    (found,) = re.findall(pattern, text)
+    return [float(number) for number in found]
+
+
+def test_the_demo_keeps_its_promises():
+    """What README printed prunes, meets both targets, and beats plain int8 by as much as it says."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert DEMO in text
+    kept, every = figures_of(r"total +(\d+)/(\d+)", text)
+    assert kept < every, "channels go"
+    bops, macs = figures_of(r"BOPs +\d+ M +\S+ M +(\S+) % of fp32.*\n│ MACs +904 K +(\d+) K", text)
+    assert bops <= 1
+    assert macs <= 0.2 * 904
+    rows = dict(re.findall(r"^  (fp32, pruned|fp32|int8|compressed) {2,}(\S+) ms", text, re.M))
+    sizes = dict(re.findall(r"^  (fp32, pruned|fp32|int8|compressed) {2,}.* (\S+) KB$", text, re.M))
+    assert len(rows) == len(sizes) == 4
+    assert float(rows["compressed"]) < 0.5 * float(rows["int8"]), "half the time"
+    assert float(sizes["compressed"]) < 64.5 / 3 + 0.1, "a third of the bytes"
+
+
+@pytest.mark.slow
+def test_the_demo_prunes_is_faster_than_int8_and_smaller(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(DEMO.split()[1:]) == 0
+    assert main(["bench", "runs/latest", "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    kept, every = figures_of(r"total +(\d+)/(\d+)", out)
+    assert kept <= 0.8 * every
+    (accuracy,) = re.findall(r"accuracy +\S+ % +(\S+) %", out)
+    assert float(accuracy) >= 97.0
+    times = {name: float(ms) for name, ms in re.findall(r"^  (int8|compressed) +(\S+) ms", out, re.M)}
+    sizes = {name: float(size) for name, size in re.findall(r"^  (int8|compressed) .* (\S+) KB *$", out, re.M)}
+    assert times["compressed"] < 0.75 * times["int8"]
+    assert sizes["compressed"] < 0.4 * sizes["int8"]
 
 
 def test_there_are_blocks_of_both_kinds():

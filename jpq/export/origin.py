@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -21,12 +21,11 @@ ATTRIBUTE = "jpq_origin"  # of a small model; it goes along into copies and pick
 LARGEST_INPUT = 2**28  # numbers of one input that is made from its form
 
 
-@dataclass(frozen=True)
 class TensorForm:
-    """The type and shape of a tensor."""
+    """The type and shape of a tensor. No dataclass: torch would look for tensors inside it."""
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]):
+        self.dtype, self.shape = dtype, shape
 
     def make(self, device: torch.device, seed: int = 0) -> Tensor:
         """A tensor of this form: random where it is of floating point, else 0."""
@@ -42,6 +41,7 @@ class Origin:
 
     plan: Plan
     example: Any = None  # a batch in which tensors are replaced by their forms; None: not known
+    about: Mapping[str, Any] = field(default_factory=dict)  # what a file of it says: see jpq/export/onnx/metadata.py
 
 
 def form_of(example: Any) -> Any:
@@ -54,13 +54,18 @@ def example_of(form: Any, device: torch.device) -> Any:
     return tree_map(lambda v: v.make(device) if isinstance(v, TensorForm) else v, form)
 
 
-def note_origin(model: nn.Module, plan: Plan | None = None, example: Any = None) -> None:
-    """Note the plan of a small model, or the form of its inputs; what is not given stays as it is."""
+def note_origin(
+    model: nn.Module, plan: Plan | None = None, example: Any = None, about: Mapping[str, Any] | None = None
+) -> None:
+    """Note the plan of a small model, the form of its inputs, or facts about it; what is not given stays as it is."""
     known = origin_of(model)
     if plan is not None:
         known = replace(known, plan=plan) if known else Origin(plan)
-    if known is not None:
-        vars(model)[ATTRIBUTE] = replace(known, example=form_of(example)) if example is not None else known
+    if known is None:
+        return
+    if example is not None:
+        known = replace(known, example=form_of(example))
+    vars(model)[ATTRIBUTE] = replace(known, about={**known.about, **(about or {})})
 
 
 def origin_of(model: nn.Module) -> Origin | None:

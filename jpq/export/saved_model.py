@@ -23,11 +23,13 @@ from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
 from jpq.export.branches import Branches, restore_branches
+from jpq.export.onnx.metadata import gather_metadata
 from jpq.export.origin import decode_form, encode_form, example_of, form_of, note_origin, origin_of
 from jpq.export.program import Program, capture_program, outputs_differ
 from jpq.export.rebuild import build_from_plan
 from jpq.files import untrusted
 from jpq.files.atomic import replace_file
+from jpq.files.paths import expand_home
 from jpq.files.tensors import one_line, read_finite, read_safetensors, save_tensors
 from jpq.plan import Plan
 from jpq.plan import read as read_plan
@@ -58,7 +60,7 @@ def save(small: nn.Module, folder: str | Path, example: Any = None, plan: Plan |
 
     Raises JpqError for other models, for the folder of a run, and where the folder cannot be written.
     """
-    folder, origin = Path(folder), origin_of(small)
+    folder, origin = expand_home(folder), origin_of(small)
     plan = plan or (origin.plan if origin else None)
     if plan is None:
         raise JpqError(
@@ -69,6 +71,7 @@ def save(small: nn.Module, folder: str | Path, example: Any = None, plan: Plan |
         raise JpqError(f"{folder} holds a run: save the model in another folder.")
     form = form_of(example) if example is not None else origin.example if origin else None
     record, constants = _program_record(small, example, form)
+    record["about"] = gather_metadata(small)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -159,7 +162,7 @@ def load_into(folder: Path, model: nn.Module) -> tuple[nn.Module, Plan]:
     Raises JpqError where files are missing or foreign, and where they are of another model.
     """
     plan = read_plan(folder / PLAN)
-    record = _read_record(folder) if is_saved_model(folder) else {"branches": [], "form": None}
+    record = _read_record(folder) if is_saved_model(folder) else {"branches": [], "form": None, "about": {}}
     state = read_finite(folder / WEIGHTS)
     form = None if record["form"] is None else decode_form(record["form"])
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
@@ -180,10 +183,9 @@ def load_into(folder: Path, model: nn.Module) -> tuple[nn.Module, Plan]:
 
 def _note(small: nn.Module, plan: Plan, record: Mapping[str, Any]) -> None:
     """Note where a loaded model comes from, so that it can be saved again."""
-    note_origin(small, plan)
-    origin = origin_of(small)
-    if origin is not None and record["form"] is not None:
-        note_origin(small, plan, decode_form(record["form"]))
+    about = {key: value for key, value in record["about"].items() if key not in ("jpq_version", "method")}
+    form = None if record["form"] is None else decode_form(record["form"])
+    note_origin(small, plan, form, about)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -195,6 +197,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
         if tree["format"] != FORMAT:
             raise ValueError(f"format {str(tree['format'])[:20]}, of another version of jpq")
         untrusted.as_str(tree["reason"])
+        for text in untrusted.as_dict(tree["about"]).values():
+            untrusted.as_str(text, untrusted.LARGEST)
         for name in untrusted.as_list(tree["branches"]):
             untrusted.as_str(name)
         if tree["form"] is not None:

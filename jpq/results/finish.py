@@ -17,7 +17,7 @@ from jpq.allocation import structure_mapping
 from jpq.compression.float_work import NOTEWORTHY, describe_float_work, find_float_work
 from jpq.compression.model import CompressedModel
 from jpq.compression.usage import FLOAT_BITS
-from jpq.config import Config, parse_formats
+from jpq.config import TARGETS, Config, parse_formats
 from jpq.costs.latency import NS
 from jpq.costs.latency_table import LatencyTable
 from jpq.costs.target import Target, all_met, used_share
@@ -27,6 +27,7 @@ from jpq.export.count import measure
 from jpq.export.exact_steps import round_weight_steps
 from jpq.export.onnx.export import export_onnx
 from jpq.export.onnx.narrow_weights import WEIGHTS
+from jpq.export.origin import note_origin
 from jpq.export.packed.model import pack_model
 from jpq.export.rebuild import complete_plan, rebuild
 from jpq.export.timing import layer_table
@@ -160,11 +161,26 @@ def save_model(small: nn.Module, plan: Plan, folder: Path) -> None:
     tensors.save_tensors(small, folder / "model.safetensors")
 
 
+def describe_inputs(data: Data, config: Config) -> dict[str, Any]:
+    """What exported files say of their inputs, outputs and budget (jpq/export/onnx/metadata.py)."""
+    targets = {name.removeprefix("target_"): getattr(config.budget, name) for name in TARGETS}
+    return {
+        "task": data.task.name,
+        "budget": {name: text for name, text in targets.items() if text},
+        "input_size": list(data.shape),
+        "mean": list(data.test.mean),
+        "std": list(data.test.std),
+        "colour_order": {1: "grey", 3: "RGB"}.get(data.shape[0], ""),
+        "class_names": list(data.class_names),
+    }
+
+
 def export_model(small: nn.Module, plan: Plan, data: Data, folder: Path, config: Config) -> tuple[Path, dict[str, Any]]:
     """Write model.packed, model.onnx and the other formats of the config, which are compared on test samples.
 
     Returns the ONNX file, and the fields "packed" and "export" of a Result.
     """
+    note_origin(small, plan, about=describe_inputs(data, config))
     stored = pack_model(small, plan, data.example, folder / "model.packed")
     path, weights = folder / formats.FORMATS["onnx"].file_name, config.run.onnx_weights
     export_onnx(with_branches(small, plan, data.example), data.example, path, weights)

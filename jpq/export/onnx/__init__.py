@@ -6,6 +6,7 @@ from jpq.lazy import lazy_names
 
 if TYPE_CHECKING:
     from jpq.export.onnx.export import export_float, export_onnx, export_qonnx
+    from jpq.export.onnx.metadata import read_metadata
     from jpq.export.onnx.narrow_weights import WEIGHTS
     from jpq.export.onnx.quant_nodes import expand_quant_nodes
 
@@ -15,6 +16,7 @@ __all__ = [
     "export_float",
     "export_onnx",
     "export_qonnx",
+    "read_metadata",
 ]
 
 _HOMES = {
@@ -23,5 +25,6 @@ _HOMES = {
     "export_float": "export",
     "export_onnx": "export",
     "export_qonnx": "export",
+    "read_metadata": "metadata",
 }
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -27,6 +27,8 @@ from jpq.export.onnx.graph import fold_constants, share_equal_weights, unlist_in
 from jpq.export.onnx.grouped_queries import RepeatedHeads
 from jpq.export.onnx.integer_kernels import prepare_integer_kernels
 from jpq.export.onnx.linear_weights import round_linear_weights_twice
+from jpq.export.onnx.metadata import Metadata, gather_metadata, store_metadata
+from jpq.export.onnx.naming import name_nodes
 from jpq.export.onnx.narrow_weights import store_narrow_weights
 from jpq.export.onnx.transposed_weights import write_out_transposed_weights
 from jpq.export.onnx.unsupported_ops import name_unsupported_op
@@ -47,7 +49,9 @@ OPSET = 17
 MAX_BITS = 8  # of QuantizeLinear's integers
 
 
-def export_onnx(small: nn.Module, example: Any, path: Path, weights: str = "int8") -> None:
+def export_onnx(
+    small: nn.Module, example: Any, path: str | Path, weights: str = "int8", metadata: Metadata | None = None
+) -> None:
     """Write a rebuilt model as QCDQ to `path`, with a dynamic batch dimension and norms folded into convolutions.
 
     Args:
@@ -56,6 +60,8 @@ def export_onnx(small: nn.Module, example: Any, path: Path, weights: str = "int8
         path: the file.
         weights: type of stored weights: "int8" (as uint8 around 128, see integer_kernels.py), or "int4" or "int2" for
             the narrowest of those that holds a layer's integers (opset 21 or 25; see narrow_weights.py).
+        metadata: text, numbers, lists and dicts that the file says of itself, beside what is known of the model, such
+            as `mean`, `std`, `class_names` (see metadata.py).
 
     A single input is called "input", a single output "output". Several inputs have the names that `forward` gives
     them, several outputs the keys of their dict, or output_0, output_1, ...
@@ -76,10 +82,10 @@ def export_onnx(small: nn.Module, example: Any, path: Path, weights: str = "int8
         bits = max(float(grid.width()) for grid in (weight_quantizer(layer), act_quantizer(layer)))
         if bits > MAX_BITS:
             raise JpqError(f"QCDQ export holds at most 8 bits; a layer has {bits:.0f}. Lower --w-bits or --a-bits.")
-    _write(small, example, path, export_onnx_qcdq, rewrite)
+    _write(small, example, Path(path), export_onnx_qcdq, rewrite, metadata=metadata)
 
 
-def export_qonnx(small: nn.Module, example: Any, path: Path) -> None:
+def export_qonnx(small: nn.Module, example: Any, path: str | Path) -> None:
     """Write a rebuilt model with QONNX's Quant nodes of any width, norms not folded: for FPGA flows and for netron.
 
     `qonnx.util.inference_cost` counts the same MACs and BOPs in it as jpq.measure, with `discount_sparsity=False`
@@ -93,12 +99,12 @@ def export_qonnx(small: nn.Module, example: Any, path: Path) -> None:
         fold_constants(model)
         return model
 
-    _write(small, sample, path, brevitas_qonnx, rewrite, dynamic=False)
+    _write(small, sample, Path(path), brevitas_qonnx, rewrite, dynamic=False)
 
 
-def export_float(model: nn.Module, example: Any, path: Path) -> None:
+def export_float(model: nn.Module, example: Any, path: str | Path) -> None:
     """Write a float model as ONNX, to compare a quantized one with."""
-    _write(model, example, path, torch.onnx.export, lambda exported: exported)
+    _write(model, example, Path(path), torch.onnx.export, lambda exported: exported)
 
 
 def _write(
@@ -108,8 +114,10 @@ def _write(
     exporter: Callable[..., Any],
     rewrite: Callable[[onnx.ModelProto], onnx.ModelProto],
     dynamic: bool = True,
+    metadata: Metadata | None = None,
 ) -> None:
     """Export a copy of a model with one of the exporters, rewrite its graph, check it, and put the file in place."""
+    texts = gather_metadata(source, metadata)
     model = _with_quant_tensors(source)
     args, kwargs = split_arguments(tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, example))
     inputs = collect_tensors((args, kwargs))
@@ -138,6 +146,8 @@ def _write(
         unlist_initializers(exported.graph)
         rewritten = rewrite(exported)
         share_equal_weights(rewritten.graph)
+        name_nodes(rewritten, model)
+        store_metadata(rewritten, texts)
         onnx.save(rewritten, str(part))
         onnx.checker.check_model(str(part))
 

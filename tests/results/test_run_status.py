@@ -1,4 +1,4 @@
-"""A refused run leaves no folder; a run that is there is not overwritten unasked; `--overwrite` spares foreign files."""
+"""A refused run leaves no folder; a run is not overwritten unasked; `--overwrite` spares foreign files."""
 
 from __future__ import annotations
 

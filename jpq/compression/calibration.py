@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from jpq.compression.model import CompressedModel
 from jpq.tracing.export_graph import forward_error
 from jpq.tracing.forward import call_model, eval_mode, hook_modules, split_arguments
 from jpq.tracing.network import Network
+from jpq.tracing.tied_weights import layers_sharing
 
 SAMPLES = 2**14  # activations per layer and batch
 
@@ -24,7 +25,12 @@ def observe_activations(model: nn.Module, network: Network, batches: Batches) ->
     Random, because a regular stride that shares a factor with the width of an image would see few of its columns.
     Raises JpqError for a batch that the model cannot take.
     """
-    return _observe(model, [layer.name for layer in network.layers], batches, before=True)
+    names = {layer.name: layer.name for layer in network.layers}
+    modules = dict(model.named_modules())
+    for name in list(names):
+        if isinstance(modules.get(name), (nn.Linear, nn.modules.conv._ConvNd)):
+            names |= dict.fromkeys(layers_sharing(model, modules[name]), name)  # they share a grid
+    return _observe(model, names, batches, before=True)
 
 
 def recalibrate(net: CompressedModel, batches: Batches) -> None:
@@ -41,22 +47,23 @@ def recalibrate(net: CompressedModel, batches: Batches) -> None:
 def observe_outputs(model: nn.Module, network: Network, batches: Batches) -> dict[str, Tensor]:
     """Module -> samples of its output, where that could be rounded (`Layer.output_quant_point`)."""
     points = [layer.output_quant_point for layer in network.layers if layer.output_quant_point]
-    return _observe(model, [point.module for point in points], batches, before=False)
+    return _observe(model, {point.module: point.module for point in points}, batches, before=False)
 
 
 @torch.no_grad()
-def _observe(model: nn.Module, names: Sequence[str], batches: Batches, before: bool) -> dict[str, Tensor]:
+def _observe(model: nn.Module, names: Mapping[str, str], batches: Batches, before: bool) -> dict[str, Tensor]:
+    """Samples under the names on the right of what the modules on the left read, or give."""
     draw = torch.Generator().manual_seed(0)
-    samples: dict[str, list[Tensor]] = {name: [] for name in names}
+    samples: dict[str, list[Tensor]] = {name: [] for name in names.values()}
 
     def sample(name: str, _: nn.Module, x: Tensor | None, out: Any) -> None:
         value = x if before else out
         if isinstance(value, Tensor):
             flat = value.detach().flatten().float()
             pick = torch.randint(flat.numel(), (min(SAMPLES, flat.numel()),), generator=draw).to(flat.device)
-            samples[name].append(torch.cat([flat[pick], flat.min()[None], flat.max()[None]]))
+            samples[names[name]].append(torch.cat([flat[pick], flat.min()[None], flat.max()[None]]))
 
-    modules = {n: m for n, m in model.named_modules() if n in samples}
+    modules = {n: m for n, m in model.named_modules() if n in names}
     with eval_mode(model), hook_modules(modules, sample, before=before):
         for batch in batches:
             try:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from jpq.compression import external_mask
-from jpq.compression.attach import check_untied
 from jpq.data_free.layerwise_admm import AdmmSettings, DrawImages, LayerReport, dense_teacher, prune_layerwise
 from jpq.data_free.settings import DataFreeSettings
 from jpq.files.atomic import replace_file
@@ -157,8 +156,6 @@ def prune_model(
     network = trace(model, draw_images(2))
     set_threads(threads, network.macs * settings.batch_size)
     sites = mask_sites(network, structure, skip)
-    for site in sites:
-        check_untied(model, network.layer(site.taps[0].layer))
     device = next(model.parameters()).device
     gates, one_shot_gates = (
         [build_layer_gate(network, site, density, settings).to(device) for site in sites] for _ in range(2)

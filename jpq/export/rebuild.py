@@ -33,6 +33,7 @@ from jpq.plan import LayerPlan, Plan
 from jpq.tracing.model_checks import unwrap_model
 from jpq.tracing.routes import applied_routes, apply_routes
 from jpq.tracing.shrink import apply_slices
+from jpq.tracing.tied_weights import layers_sharing
 from jpq.types import JpqError
 
 _PARAMETRIZED = re.compile(r"parametrizations\.(\w+)\.original$")  # the name of a parametrized parameter
@@ -76,7 +77,7 @@ def build_from_plan(plan: Plan, model: nn.Module) -> nn.Module:
         module = modules.get(name)
         if module is None or not can_quantize(module):
             raise JpqError(f"The plan quantizes layer '{name}', which the model does not have: is it the same model?")
-        replace_everywhere(small, module, _quantized_layer(module, layer))
+        _quantize(small, module, layer)
     modules = dict(small.named_modules())
     for name in plan.masks:
         if name not in modules:
@@ -93,14 +94,18 @@ def build_from_plan(plan: Plan, model: nn.Module) -> nn.Module:
     return insert_selects(small, plan.selects)
 
 
-def _quantized_layer(module: Any, layer: LayerPlan) -> nn.Module:
-    """The brevitas layer of a float layer, at the plan's bits, with ranges of 1."""
+def _quantize(small: nn.Module, module: Any, layer: LayerPlan) -> None:
+    """Put a brevitas layer in the place of a float layer, and of those that share its weight and then its quantizers.
+
+    They have the plan's bits, and ranges of 1.
+    """
     weight: Tensor = module.weight
     transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
     ranges = torch.ones(()) if transposed else torch.ones(len(weight), *[1] * (weight.dim() - 1))
     weight_grid = IntegerQuantizer(ranges.to(weight), Fixed(layer.w_bits), True).to(weight)
     act_grid = IntegerQuantizer(torch.ones(()).to(weight), Fixed(layer.a_bits), layer.signed).to(weight)
-    return quantize_layer(module, weight_grid, act_grid)
+    for other in layers_sharing(small, module).values():
+        replace_everywhere(small, other, quantize_layer(other, weight_grid, act_grid))
 
 
 def _copy_ranges(net: CompressedModel, small: nn.Module, plan: Plan) -> None:

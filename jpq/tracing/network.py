@@ -64,6 +64,7 @@ class Layer:
     clock: LatencyModel | None = None  # the layer's latency by its kept channels and bits, from a latency table
     positions: tuple[Labels, ...] = ()  # other dims with classes by which the work shrinks, such as heads
     float_reason: str = ""  # why it stays at 32 bits, where its weight is computed or its op is no layer's
+    shared: bool = False  # whether its weight is another module's too: its channels stay, and it has no mask
     stored: int | None = None  # numbers of the parameter that this layer counts as its own, where not the whole weight
 
     @property

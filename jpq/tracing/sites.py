@@ -111,8 +111,8 @@ def masks(network: Network, structure: str | Mapping[str, str], skip: Collection
 
 
 def can_mask(layer: Layer) -> bool:
-    """Whether a mask inside this layer is possible: its weight belongs to the module of its name, which applies it."""
-    return layer.weight == f"{layer.name}.weight" and not layer.float_reason
+    """Whether a mask inside this layer is possible: its module alone has its weight, and applies it."""
+    return layer.weight == f"{layer.name}.weight" and not layer.float_reason and not layer.shared
 
 
 def weight_layout(layer: Layer) -> WeightLayout:

@@ -31,7 +31,7 @@ from jpq.tracing.pruning_masks import without_pruning_masks
 from jpq.tracing.remaining_work import record_remaining_work
 from jpq.tracing.rules import RULES
 from jpq.tracing.shrink import freeze_unshrinkable
-from jpq.tracing.tied_weights import freeze_tied, modules_sharing, parameter_names
+from jpq.tracing.tied_weights import freeze_tied, owners_of, parameter_names
 from jpq.types import JpqError, Labels
 
 __all__ = ["Layer", "Network", "trace"]
@@ -314,7 +314,7 @@ def _build_layer(
         positions=tuple(state.classes.find(labels) for labels in first_call.positions),
         float_reason=first_call.float_reason,
         stored=stored,
-        shared=len(modules_sharing(state.model, state.model.get_parameter(first_call.weight))) > 1,
+        shared=len(owners_of(state.model, first_call.weight)) > 1,
     )
 
 

@@ -219,8 +219,11 @@ def test_modules_under_two_names_stay_one_and_tied_weights_are_refused():
     assert measure(small, x)["bops"] == costs.bops(net.exact_usage(plan))
     tied = Twice(tied=True)
     network = trace(tied, x)
-    with pytest.raises(JpqError, match="share one weight"):
-        attach(tied, network, (), VIB, lambda _: (Fixed(4), Fixed(4)), [x], "djpq")
+    net = attach(tied, network, channels(network), VIB, lambda _: (Fixed(4), Fixed(4)), [x], "djpq")
+    net.freeze(net.plan())
+    small, plan = rebuild(net.eval(), tied)
+    assert small.a.weight is small.b.weight
+    assert measure(small, x)["bops"] == costs.bops(net.exact_usage(plan))
 
 
 def test_calibration_sees_every_column_and_both_ends():

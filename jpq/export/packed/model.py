@@ -37,7 +37,7 @@ class PackedSize:
 
 
 @torch.no_grad()
-def pack_model(small: nn.Module, plan: Plan, example: Any, path: Path) -> PackedSize:
+def pack_model(small: nn.Module, plan: Plan, example: Any, path: str | Path) -> PackedSize:
     """Write a rebuilt model as one packed file.
 
     Args:
@@ -48,12 +48,14 @@ def pack_model(small: nn.Module, plan: Plan, example: Any, path: Path) -> Packed
 
     Raises JpqError where the file cannot be written.
     """
+    path = Path(path)
     folded = fold_batchnorms(small, example).cpu()
     layers: dict[str, PackedLayer] = {}
     scales_and_biases: dict[str, Tensor] = {}  # scales and biases
     unshared = {name for name, _ in (*folded.named_parameters(), *folded.named_buffers())}
     other_tensors = {name: tensor for name, tensor in folded.state_dict().items() if name in unshared}
-    for name, layer in _quantized_layers(folded).items():
+    quantized, again = _quantized_layers(folded)
+    for name, layer in quantized.items():
         layers[name] = _packed_layer(name, layer, plan)
         transposed = bool(getattr(layer, "transposed", False))
         outputs = layer.weight.shape[1] * layer.groups if transposed else len(layer.weight)
@@ -64,6 +66,11 @@ def pack_model(small: nn.Module, plan: Plan, example: Any, path: Path) -> Packed
         ]:
             del other_tensors[key]
         other_tensors[f"{name}.range"] = act_quantizer(layer).threshold.float()
+    for name, layer in again.items():
+        for key in [k for k in other_tensors if k.startswith(f"{name}.")]:
+            del other_tensors[key]
+        if layer.bias is not None:
+            other_tensors[f"{name}.bias"] = layer.bias.float()
     save_packed(path, layers, {**scales_and_biases, **other_tensors})
     counted = {**scales_and_biases, **_counted_tensors(folded, other_tensors)}
     total, header, promised = path.stat().st_size, header_bytes(path), packed_bytes(layers, counted)
@@ -80,7 +87,7 @@ def _counted_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, 
 
 
 @torch.no_grad()
-def unpack_model(small: nn.Module, path: Path) -> nn.Module:
+def unpack_model(small: nn.Module, path: str | Path) -> nn.Module:
     """A copy of a rebuilt model with the numbers packed in `path`: the same integers, folded norms removed.
 
     Args:
@@ -91,7 +98,7 @@ def unpack_model(small: nn.Module, path: Path) -> nn.Module:
     """
     small = copy.deepcopy(small)
     packed_layers, tensors = load_packed(path)
-    layers = _quantized_layers(small)
+    layers, _ = _quantized_layers(small)
     if packed_layers.keys() != layers.keys():
         odd = sorted(packed_layers.keys() ^ layers.keys())
         raise JpqError(f"{path} holds another model: layers {', '.join(odd[:3])} are not in both.")
@@ -109,9 +116,16 @@ def unpack_model(small: nn.Module, path: Path) -> nn.Module:
     return small.eval()
 
 
-def _quantized_layers(model: nn.Module) -> dict[str, Any]:
-    """Name -> quantized layer."""
-    return {name: m for name, m in model.named_modules() if hasattr(m, "weight_quant")}
+def _quantized_layers(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Name -> quantized layer; and apart those that have the weight and quantizers of an earlier one."""
+    first: dict[str, Any] = {}
+    again: dict[str, Any] = {}
+    weights = set[int]()
+    for name, module in model.named_modules():
+        if hasattr(module, "weight_quant"):
+            (again if id(module.weight) in weights else first)[name] = module
+            weights.add(id(module.weight))
+    return first, again
 
 
 def _packed_layer(name: str, layer: Any, plan: Plan) -> PackedLayer:

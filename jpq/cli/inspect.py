@@ -167,7 +167,7 @@ def _layer_table(network: Network, sites: Sequence[Site], parts: Mapping[str, st
         )
     if network.products:
         macs, n = sum(product.macs for product in network.products), len(network.products)
-        name = f"{n} product{'s' * (n > 1)} of computed tensors"
+        name = f"{n} product{'s' * (n > 1)}"
         share = f"{100 * macs / max(1, total.macs):.1f} %"
         rows.append((name, "", "", "", "", "", format_number(macs), share, format_number(1024 * macs)))
     return table(columns, rows)

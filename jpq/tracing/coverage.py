@@ -27,22 +27,26 @@ class FrozenChannels:
 
 
 def prunable_share(network: Network, sites: Sequence[Site]) -> Fraction:
-    """Share of the dense MACs in layers of whose inputs or outputs at least one channel belongs to a site."""
+    """Share of the dense MACs in layers and products of whose channels at least one belongs to a site."""
     free = np.unique(np.concatenate([np.empty(0, np.int64), *(site.labels for site in sites)]))
     reached = sum(
         layer.macs for layer in network.layers if np.isin(np.concatenate([layer.inputs, layer.outputs]), free).any()
     )
-    return Fraction(reached, max(1, sum(layer.macs for layer in network.layers)))
+    reached += sum(product.macs for product in network.products if any(np.isin(d, free).any() for d in product.dims))
+    return Fraction(reached, max(1, network.macs))
 
 
 def halved_share(network: Network, sites: Sequence[Site]) -> Fraction:
     """Share of the dense MACs that is saved when every second unit of every site goes (the first always stays)."""
     kept = {site.name: [unit % 2 == 0 for unit in range(site.n)] for site in sites}
-    inputs, outputs = ChannelShares(network, sites).exact_shares(kept)
+    shares = ChannelShares(network, sites)
+    work, every = shares.exact_work(kept), zip(network.layers, *shares.exact_shares(kept), strict=True)
     left = sum(
-        layer.macs * Fraction(*i) * Fraction(*o) for layer, i, o in zip(network.layers, inputs, outputs, strict=True)
+        layer.macs * Fraction(*i) * Fraction(*o) * positions
+        for (layer, i, o), positions in zip(every, work.positions, strict=True)
     )
-    return 1 - Fraction(left) / max(1, sum(layer.macs for layer in network.layers))
+    left += sum(product.macs * share for product, share in zip(network.products, work.products, strict=True))
+    return 1 - Fraction(left) / max(1, network.macs)
 
 
 def frozen_channels(network: Network, sites: Sequence[Site]) -> tuple[FrozenChannels, ...]:

@@ -28,6 +28,8 @@ from jpq.results.record import LayerRecord, Result
 from jpq.results.run_folder import size_rows
 from jpq.types import DENSE
 
+FLOAT_BITS = 32  # of products of computed tensors
+
 OPENED = "masked_vs_rebuilt_at_landing_with_open_norms"  # as verify has it, without importing torch for --help
 
 
@@ -68,8 +70,12 @@ def _cells_table(result: Result, shown: Sequence[LayerRecord], mixed: bool, hidd
         hidden: columns that say nothing here.
     """
     rows = result.layers
+    products = [part for part in result.float_work.get("parts", ()) if part["part"] == "product"]
+    product_macs = sum(part["macs"] for part in products)
+    product_bops = product_macs * FLOAT_BITS**2
     kept, every = sum(r.outputs for r in rows), sum(r.outputs_all for r in rows)
-    macs, bops = (format_number(sum(getattr(r, field) for r in rows)) for field in ("macs", "bops"))
+    macs = format_number(sum(r.macs for r in rows) + product_macs)
+    bops = format_number(sum(r.bops for r in rows) + product_bops)
     names = ["structure" if mixed else "in", "out", "density", "w bits", "a bits", "MACs", "BOPs", "share"]
     footers = ["", f"{kept}/{every}", "", "", "", macs, bops, "100 %"]
     places = [i for i, name in enumerate(names) if name not in hidden]
@@ -88,6 +94,12 @@ def _cells_table(result: Result, shown: Sequence[LayerRecord], mixed: bool, hidd
             f"{100 * r.share:.1f} %",
         )
         lines.append((escape(r.name), *(cells[i] for i in places)))
+    if products:
+        share = product_bops / max(1, product_bops + sum(r.bops for r in rows))
+        numbers = format_number(product_macs), format_number(product_bops), f"{100 * share:.1f} %"
+        cells = ("", "", "", str(FLOAT_BITS), str(FLOAT_BITS), *numbers)
+        name = f"{len(products)} product{'s' * (len(products) > 1)}"
+        lines.append((name, *(cells[i] for i in places)))
     return table((name_column("layer", "total"), *columns), lines)
 
 
@@ -156,6 +168,8 @@ def _facts_grid(result: Result) -> Table:
         s = result.schemes
         source = "modelled, not measured" if s["latency"] == "modelled" else s["latency"]
         rows.append(("schemes", f"by {s['by']}: {s['ms']:.3g} ms a sample, {s['dense_ms']:.3g} ms dense ({source})"))
+    if result.float_work.get("parts"):
+        rows.append(("32-bit work", escape(float_work_line(result.float_work))))
     rows += [("verified", line) for line in verified_lines(result.verified)]
     rows += [(label, escape(line)) for label, line in export_lines(result)]
     if result.latency:
@@ -197,6 +211,13 @@ def target_line(name: str, target: Mapping[str, Any]) -> str:
     allowed = f"{label} {escape(amount)}" + (f" = {limit_text}" if "%" in amount else "")
     verdict = "[green]met[/]" if reached <= limit else "[red]not met[/]"
     return f"{allowed}: {verdict}, {100 * target['used']:.1f} % of it used"
+
+
+def float_work_line(work: Mapping[str, Any]) -> str:
+    """What the compressed model computes at 32 bits, with its share of the MACs and BOPs: layers, products, names."""
+    from jpq.compression.float_work import describe_float_work
+
+    return f"{describe_float_work(work)}; {format_percent(work['bops_share'])} of the BOPs"
 
 
 def latency_line(timing: Mapping[str, Any]) -> str:

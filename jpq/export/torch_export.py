@@ -23,7 +23,7 @@ from jpq.tracing.forward import batch_size, split_arguments
 from jpq.types import JpqError
 
 
-def export_pt2(small: nn.Module, example: Any, path: Path) -> None:
+def export_pt2(small: nn.Module, example: Any, path: str | Path) -> None:
     """Write a rebuilt model as a torch.export archive with a dynamic batch dimension.
 
     Raises JpqError where torch.export cannot read the model.
@@ -105,9 +105,14 @@ class StoredIntegerLayer(nn.Module):
         self.grid = Rounding(act_quantizer(layer))
         self._layer = [plain_layer(layer)]  # in a list, so that its weights are not parameters of this module
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight, integers times steps."""
+        return self.integers.to(self.steps.dtype) * self.steps
+
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output."""
-        parameters = {"weight": self.integers.to(self.steps.dtype) * self.steps}
+        parameters = {"weight": self.weight}
         if self.bias is not None:
             parameters["bias"] = self.bias
         output: Tensor = functional_call(self._layer[0], parameters, (self.grid(x),))

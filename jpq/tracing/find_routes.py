@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from jpq.plan import LayerRoute, RoutedCall, WeightSource
 from jpq.tracing.export_graph import restore_attributes
 from jpq.tracing.forward import Example, call_model, collect_tensors
+from jpq.tracing.model_checks import unwrap_model
 from jpq.tracing.own_calls import OwnCall, observe_calls
 from jpq.tracing.products import Product, read_operands, read_product
 from jpq.tracing.routes import Tensors, apply_routes
@@ -134,8 +136,10 @@ def route_products(model: nn.Module, example: Example) -> nn.Module:
 
     The outputs in evaluation stay. A model that does not run on the example stays as it is.
     """
-    routes, values = _find(model, example)
-    return apply_routes(model, routes, values)
+    inner = unwrap_model(model)
+    routes, values = _find(inner, example)
+    apply_routes(inner, routes, values)
+    return model
 
 
 def find_routes(model: nn.Module, example: Example) -> tuple[LayerRoute, ...]:
@@ -148,15 +152,15 @@ def find_routes(model: nn.Module, example: Example) -> tuple[LayerRoute, ...]:
     Left out are products whose weight other code reads as well, such as tied weights, and modules that make other
     products in training than in evaluation. None is found where the model does not run on the example.
     """
-    return _find(model, example)[0]
+    return _find(unwrap_model(model), example)[0]
 
 
 def _find(model: nn.Module, example: Example) -> tuple[tuple[LayerRoute, ...], dict[tuple[str, str], Tensors]]:
     """The routes, and (module, child) -> weight and bias of the layers."""
     evaluation, training = Observations(), Observations()
     with _unchanged(model), torch.no_grad():
-        model.eval()
         try:
+            model.eval()
             _observe(model, example, evaluation)
         except Exception:  # whoever reads the model next says what is wrong with it or the example
             return (), {}
@@ -171,7 +175,7 @@ def _observe(model: nn.Module, example: Example, seen: Observations) -> None:
     """Note the calls of one forward pass."""
     observer = Observer(model, seen)
     with observe_calls(model, observer):
-        output = call_model(model, example)
+        output = call_model(model, tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, example))
     returned = [observer.constants[id(t)] for t in collect_tensors(output) if id(t) in observer.constants]
     observer.note_reader(returned, _OTHER)
 

@@ -81,7 +81,8 @@ class MovedParameter:
 
 def _zeros(module: nn.Module, child: str, shape: tuple[int, ...]) -> Tensor:
     """Zeros of a shape, one number in memory, like the weights of a child."""
-    like = next(getattr(module, child).parameters())
+    layer = getattr(module, child)
+    like = next((t for t in [*layer.parameters(), *layer.buffers()] if t.is_floating_point()), torch.empty(()))
     return torch.zeros((), dtype=like.dtype, device=like.device).expand(shape)
 
 

@@ -48,8 +48,18 @@ LARGEST_FILE = 2**20  # largest size of a settings file in bytes
 LARGEST_SIDE = 2**14  # --image-size
 
 
+class TextPaths:
+    """A section of settings that takes text for paths."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, entry.name)
+            if isinstance(value, str) and "Path" in str(entry.type):
+                object.__setattr__(self, entry.name, Path(value))
+
+
 @dataclass(frozen=True)
-class Task:
+class Task(TextPaths):
     """What is made smaller, and the data that say how good it is."""
 
     model: str = "convnet"
@@ -77,7 +87,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(TextPaths):
     """What the small model may cost. At least one target; all of them hold together."""
 
     target_bops: str | None = None
@@ -97,7 +107,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Decide:
+class Decide(TextPaths):
     """How keep-or-drop and bit-widths are decided."""
 
     method: str = "djpq"
@@ -194,7 +204,7 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(TextPaths):
     """Where and how this run works. None of these changes what it computes, except the seed and the device."""
 
     seed: int = 0
@@ -442,8 +452,9 @@ def _check_lists(lists: Mapping[str, list[str]], flags: Mapping[str, str]) -> No
         raise JpqError(f"{flags[leading]}: {twice} is there twice. List each budget once, from the largest down.")
 
 
-def write_toml(config: Config, path: Path) -> None:
+def write_toml(config: Config, path: str | Path) -> None:
     """Save the config as TOML."""
+    path = Path(path)
     text = tomli_w.dumps(to_tree(config))
     replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
 
@@ -464,13 +475,14 @@ def to_tree(config: Config) -> dict[str, dict[str, Any]]:
     return tree
 
 
-def read_toml(path: Path) -> Config:
+def read_toml(path: str | Path) -> Config:
     """The config in a TOML file."""
     return from_tree(read_tables(path), str(path))
 
 
-def read_tables(path: Path) -> dict[str, Any]:
+def read_tables(path: str | Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises JpqError where it cannot be read, or is not valid TOML."""
+    path = Path(path)
     try:
         return tomllib.loads(untrusted.read_text(path, "config file", LARGEST_FILE))
     except RecursionError as error:

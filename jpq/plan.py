@@ -272,6 +272,6 @@ def _structures(tree: Mapping[str, Any]) -> dict[str, str]:
     return structures
 
 
-def read(path: Path) -> Plan:
+def read(path: str | Path) -> Plan:
     """The plan in a file. Raises JpqError where it cannot be read, or is not a plan."""
     return from_json(untrusted.read_text(path, "plan"), str(path))

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from jpq.config import TextPaths
 from jpq.types import JpqError, unknown
 
 INPUT_KINDS = ("matched", "noise")
@@ -16,7 +17,7 @@ WEIGHT_DENSITY = 0.5  # default share of the weights that stay, with other struc
 
 
 @dataclass(frozen=True)
-class DataFreeSettings:
+class DataFreeSettings(TextPaths):
     """The model, the random images, the structure of the zeros, and ADMM's numbers."""
 
     model: str = "convnet"

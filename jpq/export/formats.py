@@ -31,7 +31,7 @@ QONNX_SAMPLES = 64  # number of samples that a QONNX file is compared on
 def write(
     small: nn.Module,
     example: Any,
-    folder: Path,
+    folder: str | Path,
     names: Sequence[str],
     batches: Iterable[Pair],
     weights: str = "int8",
@@ -43,6 +43,7 @@ def write(
     `batches` are read several times; `task` says when two outputs are the same decision. Raises JpqError where a file
     cannot be written or computes something else.
     """
+    folder = Path(folder)
     small.eval()
     records = {}
     for name in names:

@@ -25,7 +25,7 @@ class Session:
         optimised: apply onnxruntime's fusions, which round biases to integers; else run the graph as it is written.
     """
 
-    def __init__(self, path: Path | onnx.ModelProto, threads: int = 0, optimised: bool = True):
+    def __init__(self, path: str | Path | onnx.ModelProto, threads: int = 0, optimised: bool = True):
         options = onnxruntime.SessionOptions()
         if not optimised:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -49,7 +49,7 @@ class OpenVinoSession:
     What is not computed in integers is computed in single precision (some CPUs default to bfloat16).
     """
 
-    def __init__(self, path: Path, threads: int = 0):
+    def __init__(self, path: str | Path, threads: int = 0):
         openvino = _import_openvino()
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         options |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
@@ -83,8 +83,9 @@ def parse_runtimes(names: str) -> Sequence[str]:
     return runtimes
 
 
-def open_session(runtime: str, path: Path, threads: int = 0) -> Any:
+def open_session(runtime: str, path: str | Path, threads: int = 0) -> Any:
     """Open an ONNX file in the named runtime. Raises JpqError where it cannot be loaded."""
+    path = Path(path)
     if not path.is_file():
         raise JpqError(f"{path} is not there. Give an exported file, such as runs/0123456789ab/model.onnx.")
     try:

@@ -44,7 +44,12 @@ Pair = tuple[Any, Any]  # (a batch: a tensor, a tuple or a dict; its targets, wh
 
 
 def verify(
-    masked: nn.Module, small: nn.Module, path: Path, batches: Iterable[Pair], example: Any, task: Task = CLASSIFICATION
+    masked: nn.Module,
+    small: nn.Module,
+    path: str | Path,
+    batches: Iterable[Pair],
+    example: Any,
+    task: Task = CLASSIFICATION,
 ) -> dict[str, Any]:
     """Differences between masked, rebuilt and exported model. Raises JpqError where they are not equal.
 
@@ -68,7 +73,9 @@ def verify(
     return {OPENED if opened else "masked_vs_rebuilt_float64": exact} | exported(small, path, batches, task)
 
 
-def exported(small: nn.Module, path: Path, batches: Iterable[Pair], task: Task = CLASSIFICATION) -> dict[str, Any]:
+def exported(
+    small: nn.Module, path: str | Path, batches: Iterable[Pair], task: Task = CLASSIFICATION
+) -> dict[str, Any]:
     """Differences between the rebuilt model and its ONNX file in onnxruntime. Raises JpqError beyond rounding.
 
     The file is run as written, without onnxruntime's optimisations. At most the share `RARE` of the decisions may come
@@ -79,6 +86,7 @@ def exported(small: nn.Module, path: Path, batches: Iterable[Pair], task: Task =
     layers by integer kernels and round biases to 32-bit integers for them; their effect is reported as well.
     `batches` are read three times.
     """
+    path = Path(path)
     outside = compare(small, Session(path, optimised=False), batches, task)
     precise = copy.deepcopy(small).double()
     first_batch = [next(iter(batches))]

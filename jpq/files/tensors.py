@@ -74,18 +74,18 @@ DAMAGE = (  # errors that reading a damaged pickle or zip raises
 )
 
 
-def save_tensors(module: nn.Module, path: Path) -> None:
+def save_tensors(module: nn.Module, path: str | Path) -> None:
     """Write the module's state dict as a .safetensors file."""
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
     replace_file(path, lambda part: part.write_bytes(serialized(state)))  # its errors are those of the system
 
 
-def load_tensors(module: nn.Module, path: Path) -> None:
+def load_tensors(module: nn.Module, path: str | Path) -> None:
     """Load a file of `save_tensors`. Raises JpqError for a missing, foreign or ill-fitting file, NaN and infinity."""
     restore(module, read_finite(path), path)
 
 
-def read_finite(path: Path) -> dict[str, Tensor]:
+def read_finite(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file. Raises JpqError where it is damaged, or holds NaN or infinity."""
     state = read_safetensors(path)
     name = _nonfinite(state)
@@ -128,8 +128,9 @@ def _nonfinite(state: Mapping[str, Tensor]) -> str | None:
     return next((n for n, t in state.items() if t.is_floating_point() and not t.isfinite().all()), None)
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file. Raises JpqError where its header does not describe the bytes that follow."""
+    path = Path(path)
     size = check_file(path)
     try:
         with path.open("rb") as file:
@@ -155,11 +156,12 @@ def _check_header(header: Any, room: int) -> None:
             raise ValueError(f"tensor {name[:40]!r} is not of the size that its bytes have")
 
 
-def read_torch(path: Path, plain_objects: bool = False) -> Any:
+def read_torch(path: str | Path, plain_objects: bool = False) -> Any:
     """The content of a torch.save file: tensors, numbers and text in dicts and lists. Raises JpqError for all else.
 
     With `plain_objects` also argparse.Namespace and numpy's numbers, which training scripts put beside weights.
     """
+    path = Path(path)
     size = check_file(path)
     try:
         with path.open("rb") as file:

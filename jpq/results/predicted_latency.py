@@ -21,7 +21,7 @@ from jpq.tracing.decompose import decompose
 from jpq.tracing.routes import apply_routes
 
 
-def predicted_ms(folder: Path, table: LatencyTable, run_code: bool = False) -> float:
+def predicted_ms(folder: str | Path, table: LatencyTable, run_code: bool = False) -> float:
     """Milliseconds for one sample of the model in a run's folder, by a table of its layers.
 
     Args:
@@ -29,6 +29,7 @@ def predicted_ms(folder: Path, table: LatencyTable, run_code: bool = False) -> f
         table: measured layers of the same model.
         run_code: whether code that the folder names as its model may be run.
     """
+    folder = Path(folder)
     plan = read(folder / "plan.json")
     dense = models.of_plan(plan, folder / "plan.json", folder / "model.safetensors", run_code)
     model = apply_routes(decompose(dense), plan.routes)

@@ -121,8 +121,9 @@ def draw_run(result: Result, config: Config) -> None:
     save_picture(draw_layers(result, config), result.folder / "layers.png")
 
 
-def read_run(folder: Path) -> Result:
+def read_run(folder: str | Path) -> Result:
     """The result in a run's folder. Raises JpqError where its files are missing, damaged or foreign."""
+    folder = Path(folder)
     try:
         tree = untrusted.as_dict(
             untrusted.parse_json(untrusted.read_text(folder / "result.json", "result"), "result.json")

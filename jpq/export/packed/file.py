@@ -75,8 +75,9 @@ def packed_bytes(layers: Mapping[str, PackedLayer], tensors: Mapping[str, Tensor
     )
 
 
-def header_bytes(path: Path) -> int:
+def header_bytes(path: str | Path) -> int:
     """Bytes of a file's header, which stands before the streams."""
+    path = Path(path)
     try:
         with path.open("rb") as file:
             return 8 + int.from_bytes(file.read(8), "little")
@@ -84,7 +85,9 @@ def header_bytes(path: Path) -> int:
         raise JpqError(f"Cannot read {path}: {error.strerror or error}.") from error
 
 
-def save_packed(path: Path, layers: Mapping[str, PackedLayer], tensors: Mapping[str, Tensor] | None = None) -> None:
+def save_packed(
+    path: str | Path, layers: Mapping[str, PackedLayer], tensors: Mapping[str, Tensor] | None = None
+) -> None:
     """Write layers and other tensors in one step. Raises JpqError, naming the layer, where a layer is inconsistent."""
     streams: dict[str, Tensor] = {}
     description: dict[str, Any] = {"format": FORMAT, "layers": {}, "tensors": {}}
@@ -115,12 +118,13 @@ def _sort_metadata(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[end:]
 
 
-def load_packed(path: Path, max_weights: int = MAX_WEIGHTS) -> tuple[dict[str, PackedLayer], dict[str, Tensor]]:
+def load_packed(path: str | Path, max_weights: int = MAX_WEIGHTS) -> tuple[dict[str, PackedLayer], dict[str, Tensor]]:
     """Read (layers, other tensors), equal bit for bit to what `save_packed` was given.
 
     Raises JpqError for a file that is missing, damaged, foreign, or that declares more than `max_weights` weights (or
     units of a mask): no room is made for more, whatever the file says.
     """
+    path = Path(path)
     check_file(path)
     try:
         with safe_open(path, framework="pt") as file:

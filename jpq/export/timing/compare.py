@@ -56,7 +56,7 @@ class Timing:
     n: int  # number of rounds
 
 
-def model_files(run: Path, shape: Sequence[int], folder: Path, run_code: bool = False) -> dict[str, Path]:
+def model_files(run: str | Path, shape: Sequence[int], folder: str | Path, run_code: bool = False) -> dict[str, Path]:
     """Paths of a run's four models as ONNX files, three of them written into `folder`.
 
     Args:
@@ -67,6 +67,8 @@ def model_files(run: Path, shape: Sequence[int], folder: Path, run_code: bool = 
 
     Raises JpqError where the run's plan does not say which model it belongs to.
     """
+    run = Path(run)
+    folder = Path(folder)
     source = run / "plan.json"
     plan = read(source)
     dense = models.of_plan(plan, source, run / "model.safetensors", run_code)
@@ -74,8 +76,9 @@ def model_files(run: Path, shape: Sequence[int], folder: Path, run_code: bool = 
     return {**reference_models(dense, plan, shape, folder), SMALL: run / "model.onnx"}
 
 
-def reference_models(dense: nn.Module, plan: Plan, shape: Sequence[int], folder: Path) -> dict[str, Path]:
+def reference_models(dense: nn.Module, plan: Plan, shape: Sequence[int], folder: str | Path) -> dict[str, Path]:
     """Write the float, the pruned float and the int8 model that a compressed one is compared with; returns paths."""
+    folder = Path(folder)
     example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     pruned = insert_selects(apply_slices(copy.deepcopy(dense), plan.slices), plan.selects)
     int8_layers = {name: LayerPlan(8, 8, layer.signed) for name, layer in plan.layers.items()}

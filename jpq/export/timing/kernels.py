@@ -31,12 +31,12 @@ _FLOAT_OPS = {
 }
 
 
-def count_kernels(model: Path | onnx.ModelProto) -> Counter[str]:
+def count_kernels(model: str | Path | onnx.ModelProto) -> Counter[str]:
     """Number of nodes of each kind in the graph that onnxruntime runs, after its own optimization."""
     return Counter(node.op_type for node in _optimized_graph(model).node)
 
 
-def find_float_layers(model: Path | onnx.ModelProto) -> tuple[int, dict[str, str]]:
+def find_float_layers(model: str | Path | onnx.ModelProto) -> tuple[int, dict[str, str]]:
     """(number of layers that onnxruntime computes in integers, output of each layer in floating point -> reason)."""
     graph = _optimized_graph(model)
     producers = {out: node for node in graph.node for out in node.output}

@@ -164,12 +164,12 @@ def table_text(table: LatencyTable) -> str:
     return format_table(table.entries)
 
 
-def write_table(entries: list[Entry], path: Path) -> None:
+def write_table(entries: list[Entry], path: str | Path) -> None:
     """Write a table as CSV; a file that is there already is replaced in one step."""
     replace_file(path, lambda part: part.write_text(format_table(entries), encoding="utf-8"))
 
 
-def read_table(path: Path) -> LatencyTable:
+def read_table(path: str | Path) -> LatencyTable:
     """Read a latency table from a CSV file. Raises JpqError for a file that cannot be read or is no table."""
     return parse_table(untrusted.read_text(path, "latency table", MAX_TABLE_BYTES), str(path))
 

@@ -27,10 +27,11 @@ from jpq.compression.calibration import recalibrate
 from jpq.compression.masking import original
 from jpq.compression.model import CompressedModel
 from jpq.compression.power_of_two_steps import round_activation_steps
-from jpq.config import RULES, SEARCH, Config, Run
+from jpq.config import RULES, SEARCH, Config, Run, parse_formats
 from jpq.costs.latency_table import LatencyTable
 from jpq.costs.target import Target
 from jpq.export.timing import layer_table
+from jpq.export.trial_export import check_exportable
 from jpq.files import tensors
 from jpq.files.paths import mark_latest
 from jpq.results import budget_folders, run_folder, run_status
@@ -81,6 +82,8 @@ def optimize(
     prepared, targets = prepare_run(model, data, config, table)  # 2 trace, sites, targets
     epochs = budget_epochs(config, prepared.method)
     check_all_budgets(prepared, targets, model, data, config)  # 3 can each budget be met?
+    if final and not run.saved:
+        check_export(prepared, model, data, config)
     begin_folder(config, table, run)  # nothing is written before all checks have passed
     announcer = announcer or NullAnnouncer()
     announcer.describe(describe_run(model, data, prepared, targets, config, run))
@@ -257,6 +260,13 @@ def check_all_budgets(
     net = attach_model(prepared, model, [data.example], config)
     for each in targets.values():
         prepared.procedure.check_feasible(net, each, config.decide)
+
+
+def check_export(prepared: Prepared, model: nn.Module, data: Data, config: Config) -> None:
+    """Raise JpqError before training where the model's file could not be written or run."""
+    with torch.random.fork_rng():
+        net = attach_model(prepared, model, [data.example], config)
+        check_exportable(net, model, data.example, parse_formats(config.run.formats), config.run.onnx_weights)
 
 
 def train_float(model: nn.Module, data: Data, config: Config, run: RunState) -> None:

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from jpq.export.onnx.fold_norms import fold_norms
-from jpq.export.onnx.graph import fold_constants, share_equal_weights, unlist_initializers
+from jpq.export.onnx.graph import fold_constants, share_equal_weights, unlist_initializers, write_out_same_padding
 from jpq.export.onnx.grouped_queries import RepeatedHeads
 from jpq.export.onnx.integer_kernels import prepare_integer_kernels
-from jpq.export.onnx.linear_weights import round_linear_weights_twice
 from jpq.export.onnx.metadata import Metadata, gather_metadata, store_metadata
 from jpq.export.onnx.naming import name_nodes
 from jpq.export.onnx.narrow_weights import store_narrow_weights
-from jpq.export.onnx.transposed_weights import write_out_transposed_weights
+from jpq.export.onnx.plain_norms import replace_norms
+from jpq.export.onnx.twice_rounded_weights import round_weights_twice
 from jpq.export.onnx.unsupported_ops import name_unsupported_op
 from jpq.files.atomic import replace_file
 from jpq.methods.quantizers import act_quantizer, result_quantizer, weight_quantizer
@@ -74,8 +74,7 @@ def export_onnx(
         fold_constants(model)
         prepare_integer_kernels(model)
         model = store_narrow_weights(model, weights)
-        write_out_transposed_weights(model)
-        round_linear_weights_twice(model)
+        round_weights_twice(model)
         return model
 
     for layer in [m for m in small.modules() if hasattr(m, "weight_quant")]:
@@ -144,6 +143,7 @@ def _write(
             )
         exported = onnx.load(str(part))
         unlist_initializers(exported.graph)
+        write_out_same_padding(exported.graph)
         rewritten = rewrite(exported)
         share_equal_weights(rewritten.graph)
         name_nodes(rewritten, model)
@@ -173,6 +173,7 @@ def _note_unbatched(names: set[str], name: str, layer: Any, x: Any, _: Any) -> N
 def _with_quant_tensors(source: nn.Module) -> nn.Module:
     """A copy on the CPU, in evaluation mode, whose quantizers make the quantized tensors that brevitas exports."""
     model = copy.deepcopy(source).cpu().eval()
+    replace_norms(model)
     module: Any
     for module in model.modules():
         if hasattr(module, "weight_quant"):
@@ -224,8 +225,9 @@ def _numbered_names(counts: Mapping[str, int]) -> list[str]:
 @contextlib.contextmanager
 def _quiet_exporters() -> Iterator[None]:
     """Silence torch's exporter and onnxoptimizer, which write to logs, warnings and streams; errors still raise."""
-    level = logging.root.manager.disable
+    level, prints_graphs = logging.root.manager.disable, torch._C._jit_is_onnx_log_enabled()
     logging.disable(logging.WARNING)
+    torch._C._jit_set_onnx_log_enabled(False)  # of graphs that could not be exported
     try:
         with (
             warnings.catch_warnings(),
@@ -236,3 +238,4 @@ def _quiet_exporters() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+        torch._C._jit_set_onnx_log_enabled(prints_graphs)

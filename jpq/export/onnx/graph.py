@@ -89,6 +89,23 @@ def unlist_initializers(graph: Any) -> None:
         graph.input.remove(entry)
 
 
+def write_out_same_padding(graph: Any) -> None:
+    """Give convolutions padded to "the same size" their pads in numbers: onnxruntime has no other where they dilate.
+
+    Strides are 1, as torch demands; of an odd number the last pad is one larger, as in torch.
+    """
+    for node in [n for n in graph.node if n.op_type == "Conv"]:
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if attributes.get("auto_pad", b"NOTSET") not in (b"SAME_UPPER", b"SAME_LOWER"):
+            continue
+        kernel = attributes["kernel_shape"]
+        totals = [d * (k - 1) for k, d in zip(kernel, attributes.get("dilations", [1] * len(kernel)), strict=True)]
+        pads = [total // 2 for total in totals] + [total - total // 2 for total in totals]
+        kept = [a for a in node.attribute if a.name not in ("auto_pad", "pads")]
+        del node.attribute[:]
+        node.attribute.extend([*kept, helper.make_attribute("pads", pads)])
+
+
 def remove_unused_constants(graph: Any) -> None:
     """Remove initializers (with their entries among the inputs) and Constant nodes that no node reads."""
     read = {i for n in graph.node for i in n.input} | {o.name for o in graph.output} | _names_read_inside(graph)

@@ -1,4 +1,4 @@
-"""The error for an operator that ONNX does not know: one sentence that names the operator, instead of torch's own."""
+"""Errors of torch.onnx as one sentence, which names the operator where ONNX does not know one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from jpq.types import JpqError
 
 @contextmanager
 def name_unsupported_op() -> Iterator[None]:
-    """Raise JpqError that names the operator where torch.onnx has no translation for one."""
+    """Raise JpqError, which names the operator where it can, for whatever torch.onnx cannot export."""
     try:
         yield
+    except JpqError:
+        raise
     except UnsupportedOperatorError as error:
         match = re.search(r"\w+::\w+", str(error))
         raise JpqError(
             f"torch.onnx cannot export the operator {match[0] if match else error}: translate it to ONNX's operators "
             "with torch.onnx.register_custom_op_symbolic, or compute the same with torch's own operators."
+        ) from error
+    except Exception as error:  # torch.onnx and its symbolic functions raise classes of every kind
+        reason = " ".join(str(error).partition("[Caused by")[0].split())[:200] or type(error).__name__
+        raise JpqError(
+            f"torch.onnx cannot export this model ({reason}). Replace that part by other operators of torch."
         ) from error

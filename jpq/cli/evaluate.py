@@ -116,7 +116,11 @@ def _data(saved: Path, flags: Evaluate, folder: Path | None) -> Any:
     from jpq.tasks.load import read_data
 
     if flags.data is not None:
-        return load(flags.data, flags.data_root or Path("data"))
+        root = flags.data_root or Path("data")
+        try:
+            return load(flags.data, root, **_preparation(saved, flags.data))
+        except JpqError:  # images of other channels: the file is held to them as they are
+            return load(flags.data, root)
     if folder is None:
         raise JpqError(f"Say which images {saved} is to be tried on: --data digits (or cifar10, folder:PATH ...).")
     config = read_toml(folder / "config.toml")
@@ -125,6 +129,23 @@ def _data(saved: Path, flags: Evaluate, folder: Path | None) -> Any:
     if flags.data_root is not None:
         config = replace(config, task=replace(config.task, data_root=flags.data_root))
     return read_data(config, torch.device("cpu"))
+
+
+def _preparation(saved: Path, data: str) -> dict[str, Any]:
+    """How the metadata of an ONNX file say that its images are prepared, as arguments of `jpq.tasks.data.load`."""
+    from jpq.export.onnx.metadata import read_metadata
+    from jpq.files.untrusted import names_code
+
+    if not saved.is_file() or saved.suffix != ".onnx" or names_code(data):  # data of the user's are prepared already
+        return {}
+    stored = read_metadata(saved)
+    mean, std, size = (stored.get(key) for key in ("mean", "std", "input_size"))
+    found: dict[str, Any] = {}
+    if all(isinstance(part, list) and all(type(n) in (int, float) for n in part) for part in (mean, std)):
+        found |= {"mean": mean, "std": std}
+    if data.startswith("folder:") and isinstance(size, list) and len(size) == 3 and all(type(n) is int for n in size):
+        found["image_size"] = size[1:]
+    return found
 
 
 def _check_fits(file: Path, session: Any, data: Any) -> None:

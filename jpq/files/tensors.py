@@ -82,7 +82,7 @@ def save_tensors(module: nn.Module, path: str | Path) -> None:
 
 def load_tensors(module: nn.Module, path: str | Path) -> None:
     """Load a file of `save_tensors`. Raises JpqError for a missing, foreign or ill-fitting file, NaN and infinity."""
-    restore(module, read_finite(path), path)
+    restore(module, read_finite(path), Path(path))
 
 
 def read_finite(path: str | Path) -> dict[str, Tensor]:

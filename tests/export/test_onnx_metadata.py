@@ -112,3 +112,39 @@ def test_metadata_goes_along_with_a_saved_model(tmp_path):
     loaded, _ = jpq.load(tmp_path / "kept", model=Small())
     jpq.export_onnx(loaded, X, tmp_path / "again.onnx")
     assert json.dumps(read_metadata(tmp_path / "again.onnx")) == json.dumps(read_metadata(tmp_path / "small.onnx"))
+
+
+def test_evaluate_prepares_images_as_the_file_says(tmp_path, capsys):
+    from jpq.cli.main import main
+    from jpq.tasks import CLASSIFICATION, data
+
+    images = data.load("digits", mean=[0.9], std=[0.1])
+    example = next(iter(images.test))[0]
+    torch.manual_seed(0)
+    small = jpq.compress(Small().eval(), example, "djpq", bops="20%", steps=1).finalize()
+    about = {"mean": [0.9], "std": [0.1], "input_size": [1, 8, 8]}
+    jpq.export_onnx(small, example, tmp_path / "small.onnx", metadata=about)
+    right = CLASSIFICATION.evaluate(Session(tmp_path / "small.onnx"), images.test)
+    assert CLASSIFICATION.evaluate(Session(tmp_path / "small.onnx"), data.load("digits").test) != right
+    assert main(["evaluate", str(tmp_path / "small.onnx"), "--data", "digits"]) == 0
+    assert f"{100 * right:.2f} %" in capsys.readouterr().out.replace("\u00a0", " ")
+
+
+def test_runs_describe_their_images(tmp_path):
+    from jpq.config import Budget, Config, Run, Task, Train
+
+    config = Config(
+        task=Task(limit=150),
+        budget=Budget(target_bops="3%"),
+        train=Train(epochs=2, float_epochs=1),
+        run=Run(out=tmp_path),
+    )
+    result = jpq.optimize(config)
+    stored = read_metadata(result.folder / "model.onnx")
+    assert stored["task"] == "classification"
+    assert stored["budget"] == {"bops": "3%"}
+    assert stored["input_size"] == [1, 8, 8]
+    assert stored["mean"] == result.data["mean"]
+    assert stored["std"] == result.data["std"]
+    assert stored["colour_order"] == "grey"
+    assert stored["method"] == result.method

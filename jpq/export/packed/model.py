@@ -96,7 +96,7 @@ def unpack_model(small: nn.Module, path: str | Path) -> nn.Module:
 
     Raises JpqError for a file that is damaged, or that belongs to another model.
     """
-    small = copy.deepcopy(small)
+    small, path = copy.deepcopy(small), Path(path)
     packed_layers, tensors = load_packed(path)
     layers, _ = _quantized_layers(small)
     if packed_layers.keys() != layers.keys():

@@ -61,7 +61,7 @@ def _computes_integers(op: str) -> bool:
     return op.startswith("QLinearConv") or op in _INTEGER_OPS
 
 
-def _optimized_graph(model: Path | onnx.ModelProto) -> onnx.GraphProto:
+def _optimized_graph(model: str | Path | onnx.ModelProto) -> onnx.GraphProto:
     """The graph that onnxruntime runs."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -84,7 +84,8 @@ def _make_injector(kind: int, grid: Any, signed: bool) -> Any:
 
 def _reduce_proxy(proxy: Any) -> Any:
     """How a proxy is copied and pickled: as any object, but with a stand-in for an injector of ours."""
-    made, arguments, state, *rest = object.__reduce_ex__(proxy, 4)
+    reduced: Any = object.__reduce_ex__(proxy, 4)
+    made, arguments, state, *rest = reduced
     kinds = [i for i, kind in enumerate(_KINDS) if issubclass(proxy.quant_injector, kind)]
     if kinds:
         fused = getattr(proxy, "fused_activation_quant_proxy", None)

@@ -187,7 +187,7 @@ def test_a_composed_method_runs_like_a_named_one(tmp_path):
         ({"task": Task(data="digit")}, "digits"),
         ({"task": Task(weights=Path("nowhere.pth"))}, "nowhere.pth"),
         ({"task": Task(model="vgg7")}, "vgg7|image|channels|8x8|8"),
-        ({"run": Run(device="cuda:9")}, "--device"),
+        ({"run": Run(device="cuda:9")}, "device cuda:9 is not here"),
     ],
 )
 def test_bad_input_ends_before_training(change, says, tmp_path):

@@ -167,6 +167,18 @@ def flags_of_errors() -> list[tuple[str, str]]:
     return found
 
 
+def test_commands_in_texts_stand_between_backticks() -> None:
+    """Otherwise their flags would become parameters in Python."""
+    for path in sorted((ROOT / "jpq").rglob("*.py")):
+        if "cli" in path.relative_to(ROOT).parts:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in docs]
+        bare = [t for t in texts if isinstance(t, str) and re.search(r"(?<!`)jpq [a-z-]+ --", t)]
+        assert bare == [], path.name
+
+
 def test_flags_in_texts_are_settings() -> None:
     sections = [type(section) for section in vars(Config()).values()]
     from jpq.cli.bench import Bench

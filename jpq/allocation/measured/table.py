@@ -99,7 +99,7 @@ def read_table(path: str | Path) -> SensitivityTable:
     text = untrusted.read_text(path, "sensitivity table")
     first_line, _, rest = text.partition("\n")
     if not first_line.startswith(_MARK):
-        raise JpqError(f"{path} is no sensitivity table; write one with jpq sensitivity --out FILE.csv.")
+        raise JpqError(f"{path} is no sensitivity table; write one with `jpq sensitivity --out FILE.csv`.")
     try:
         head = json.loads(first_line.removeprefix(_MARK))
         if head["format"] != FORMAT:

@@ -8,6 +8,7 @@ them, and where training makes the same product of the same weight as evaluation
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,10 +26,13 @@ from jpq.tracing.model_checks import unwrap_model
 from jpq.tracing.own_calls import OwnCall, observe_calls
 from jpq.tracing.products import Product, read_operands, read_product
 from jpq.tracing.routes import Tensors, apply_routes
+from jpq.types import JpqError
 
 # methods that tell no values of a tensor
 _METADATA = """size dim ndimension numel nelement stride is_floating_point is_complex element_size is_contiguous
 get_device __len__ storage_offset type __get__ __hash__ __format__ __repr__"""
+
+SAME_OUTPUT = 1e-3  # largest difference of outputs that counts as rounding, of the largest value
 
 _OTHER = OwnCall("", "")  # a reader of a parameter that is no product of its own module
 
@@ -132,14 +136,43 @@ def _makes_tensors(name: str, result: Any) -> bool:
 
 
 def route_products(model: nn.Module, example: Example) -> nn.Module:
-    """Give `model`, in place, plain layers for the products of its modules' own code; returns the model.
+    """A copy of `model` with plain layers for the products of its modules' own code; else the model itself.
 
-    The outputs in evaluation stay. A model that does not run on the example stays as it is.
+    The outputs in evaluation are equal. Where they are not, code reads the weights in a way that cannot be observed,
+    and the model stays as it is; so does one that does not run on the example.
     """
-    inner = unwrap_model(model)
-    routes, values = _find(inner, example)
-    apply_routes(inner, routes, values)
-    return model
+    model = unwrap_model(model)
+    routes, values = _find(model, example)
+    if not routes:
+        return model
+    routed = apply_routes(copy.deepcopy(model), routes, values)
+    try:
+        same = all(map(_are_close, _outputs_of(model, example), _outputs_of(routed, example)))
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, JpqError):
+        same = False
+    return routed if same else model
+
+
+def _outputs_of(model: nn.Module, example: Example) -> list[Tensor]:
+    """The output tensors of a model in evaluation."""
+    with _unchanged(model), torch.no_grad():
+        model.eval()
+        return collect_tensors(call_model(model, _cloned(example)))
+
+
+def _cloned(example: Example) -> Any:
+    """The example with tensors that a model may write into."""
+    return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, example)
+
+
+def _are_close(a: Tensor, b: Tensor) -> bool:
+    """Whether two outputs are equal but for rounding, relative to the largest value."""
+    if a.shape != b.shape or a.numel() == 0 or not a.is_floating_point():
+        return a.shape == b.shape
+    finite = a.isfinite() & b.isfinite()
+    differences = (a - b)[finite].abs()
+    largest = max(float(a[finite].abs().max()) if finite.any() else 0.0, 1e-6)
+    return bool((a.isfinite() == b.isfinite()).all()) and bool((differences <= SAME_OUTPUT * largest).all())
 
 
 def find_routes(model: nn.Module, example: Example) -> tuple[LayerRoute, ...]:
@@ -175,7 +208,7 @@ def _observe(model: nn.Module, example: Example, seen: Observations) -> None:
     """Note the calls of one forward pass."""
     observer = Observer(model, seen)
     with observe_calls(model, observer):
-        output = call_model(model, tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, example))
+        output = call_model(model, _cloned(example))
     returned = [observer.constants[id(t)] for t in collect_tensors(output) if id(t) in observer.constants]
     observer.note_reader(returned, _OTHER)
 

@@ -145,12 +145,13 @@ def test_flags_exist():
     from jpq.cli.bench import Bench
     from jpq.cli.evaluate import Evaluate
     from jpq.cli.export import Export
+    from jpq.cli.list import ListFlags
     from jpq.cli.pareto import Pareto
     from jpq.config import Config
     from jpq.data_free import DataFreeSettings
     from jpq.trials import Study
 
-    parts = [*vars(Config()).values(), DataFreeSettings, Pareto, Export, Study, Bench, Evaluate]
+    parts = [*vars(Config()).values(), DataFreeSettings, Pareto, Export, Study, Bench, Evaluate, ListFlags]
     fields = [f for part in parts for f in dataclasses.fields(part)]
     known = {f"--{f.name.replace('_', '-')}" for f in fields}
     known |= {f"--no-{f.name.replace('_', '-')}" for f in fields if f.type == "bool"}

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
+from io import TextIOWrapper
 
 from rich.console import Console
 from rich.markup import escape
@@ -28,6 +29,7 @@ from jpq.types import JpqError
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code of one command: 0, 2 for bad input, 130 and 143 for Ctrl-C and SIGTERM."""
     args = list(sys.argv[1:] if argv is None else argv)
+    _print_any_character()
     console, errors = Console(), Console(stderr=True)
     try:
         with Interruption() as stop:
@@ -51,6 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except JpqError as error:
         _print_error(errors, error.command_line)
         return 2
+
+
+def _print_any_character() -> None:
+    """Let screens and logs that are not UTF-8 show `?` in place of characters that they do not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and "utf" not in (stream.encoding or "").lower():
+            stream.reconfigure(errors="replace")
 
 
 def _report_stop(args: Sequence[str], stopped: KeyboardInterrupt, errors: Console) -> int:

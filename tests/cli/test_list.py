@@ -6,6 +6,9 @@ import csv
 import io
 import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,3 +125,10 @@ def test_metrics_of_other_tasks(tmp_path):
     run(tmp_path / "unknown", 0, result(12.5, task="a task of somebody"))
     run(tmp_path / "odd", 1, {"final": True, "compressed": None, "data": 3})
     assert [row.metric for row in read_rows([tmp_path])[0]] == ["", "12.5"]
+
+
+def test_a_screen_that_is_not_utf_8_shows_what_it_can(runs, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    done = subprocess.run([sys.executable, "-m", "jpq", "list"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"a-r\S*\?\S*run ", done.stdout.decode("latin-1"))  # the ellipsis of a shortened name

@@ -28,6 +28,7 @@ from jpq.tracing.network import Network, with_layer_times
 from jpq.tracing.open_norms import check_open_norms
 from jpq.tracing.sites import Site
 from jpq.tracing.trace import trace
+from jpq.types import JpqError
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,11 @@ def prepare(
     method = check_decide(decide)
     mask = external_mask.read(decide.mask) if decide.mask else None
     network = trace(model, example, open_norms=decide.open_norms)
+    if not network.layers:
+        raise JpqError(
+            f"{type(model).__name__} has no convolution and no Linear layer, so there is nothing to compress. Give the "
+            "model that holds the layers."
+        )
     if decide.open_norms:
         check_open_norms(network, method.gate is not None)
     if table is not None:

@@ -73,7 +73,7 @@ def attach(
         shapes = [torch.Size(network.layer(t.layer).weight_shape) for t in site.taps]
         sizes = torch.stack([t.structure.sizes(s) for t, s in zip(site.taps, shapes, strict=True)]).sum(0)
         site_gate.set_site(sizes.to(device), site.taps[0].structure.quota())
-    net.draws = [GateSample(g) for g in net.gates]
+    net.draws = [GateSample(g, number=i) for i, g in enumerate(net.gates)]
     taps = _taps_by_layer(net)
     hypernetworks = Hypernetworks(sites, list(net.gates))
     for layer in network.layers:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from jpq.methods.gates import Gate
 from jpq.methods.structures import Structure
+from jpq.tracing.checkpointing import in_checkpoint, uncounted
 from jpq.types import NONE, Weight
 
 
@@ -20,10 +21,13 @@ class GateSample:
     Args:
         gate: the gate.
         reach: the weights that its taps mask, (module, name of its weight, structure), for gates that need weights.
+        number: of the gate among those of the model.
     """
 
-    def __init__(self, gate: Gate, reach: Sequence[tuple[nn.Module, str, Structure]] = ()):
+    def __init__(self, gate: Gate, reach: Sequence[tuple[nn.Module, str, Structure]] = (), number: int = 0):
         self.gate, self.reach = gate, list(reach)
+        seed = (torch.initial_seed() + number) % 2**63
+        self._seeds = torch.Generator().manual_seed(seed)  # of noise that is drawn inside checkpoints of activations
         self.part: tuple[int, int, int] | None = None  # size of the whole batch, and this process's part of it
         self.resample()
 
@@ -50,9 +54,17 @@ class GateSample:
             if batch < stop - start:  # one sample without a batch dim
                 total, start, stop = batch, 0, batch
             each = batch // (stop - start)  # rows per sample, where a layer splits samples into several rows
-            noise = self.gate.input_noise(total * each)
+            noise = self._draw(total * each)
             self._noise[batch] = None if noise is None else noise[start * each : stop * each]
         return self._noise[batch]
+
+    def _draw(self, rows: int) -> Tensor | None:
+        """New noise of this many rows; inside a checkpoint of activations it is no part of what that computes again."""
+        if not in_checkpoint():
+            return self.gate.input_noise(rows)
+        device = next(self.gate.parameters(), torch.empty(0)).device
+        with uncounted(int(torch.randint(2**62, (), generator=self._seeds)), device):
+            return self.gate.input_noise(rows)
 
 
 def parametrize_weight(module: nn.Module, name: str, parametrization: nn.Module) -> None:

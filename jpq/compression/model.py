@@ -24,6 +24,7 @@ from jpq.methods.quantizers import (
 )
 from jpq.plan import EndPlan, LayerPlan, MaskPlan, Plan
 from jpq.tracing.channel_shares import ChannelShares
+from jpq.tracing.checkpointing import without_reentrant_checkpoints
 from jpq.tracing.network import Layer, Network
 from jpq.tracing.open_norms import opened_units
 from jpq.tracing.sites import Site
@@ -71,7 +72,8 @@ class CompressedModel(nn.Module):
         """The model's output under the present decisions, with a new sample of every gate."""
         for draw in self.draws:
             draw.resample()
-        return self.model(*args, **kwargs)
+        with without_reentrant_checkpoints():
+            return self.model(*args, **kwargs)
 
     def layer(self, name: str) -> Any:
         """The module of a layer in the attached model; None where its weight belongs to no module of that name."""

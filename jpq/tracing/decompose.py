@@ -55,6 +55,8 @@ def decompose(model: nn.Module, example: Example | None = None) -> nn.Module:
       `x @ self.w` or the standardised weight of a subclass of nn.Conv2d, are computed by new plain layers inside
       these modules (`jpq.tracing.find_routes`). A weight that is computed from parameters is folded to its value.
 
+    A model that is a single convolution or Linear becomes an nn.Sequential of it.
+
     Load weights first: names of parameters change. A module with hooks, or one that shares a parameter with another
     module, stays as it is, and so does every other parametrization; what is not affected is copied.
     """
@@ -76,6 +78,8 @@ def decompose(model: nn.Module, example: Example | None = None) -> nn.Module:
             replace_everywhere(model, module, plain)
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
+    if isinstance(model, (nn.Linear, nn.modules.conv._ConvNd)):
+        model = nn.Sequential(model)  # a layer has a name only inside a model
     return model if example is None else route_products(model, example)
 
 

@@ -109,7 +109,12 @@ def _is_cache(value: Any) -> bool:
 @contextmanager
 def plain_outputs(model: nn.Module) -> Iterator[None]:
     """A context in which the model returns what `as_plain_nest` makes of its output."""
-    handle = model.register_forward_hook(lambda _, __, output: as_plain_nest(output))
+
+    def replace(_: nn.Module, __: Any, output: Any) -> Any:
+        plain = as_plain_nest(output)
+        return () if plain is None else plain  # torch takes None for "leave the output as it is"
+
+    handle = model.register_forward_hook(replace)
     try:
         yield
     finally:

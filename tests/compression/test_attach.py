@@ -15,9 +15,9 @@ from jpq import costs
 from jpq.compression.attach import attach
 from jpq.compression.calibration import observe_activations
 from jpq.export import runtimes
+from jpq.export.count import measure
 from jpq.export.onnx.export import export_onnx
 from jpq.export.rebuild import rebuild
-from jpq.export.count import measure
 from jpq.export.verify import compare, verify
 from jpq.methods.gates import GATES, VIB
 from jpq.methods.quantizers import Fixed

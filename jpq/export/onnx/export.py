@@ -34,6 +34,7 @@ from jpq.export.onnx.twice_rounded_weights import round_weights_twice
 from jpq.export.onnx.unsupported_ops import name_unsupported_op
 from jpq.files.atomic import replace_file
 from jpq.methods.quantizers import act_quantizer, result_quantizer, weight_quantizer
+from jpq.tracing.checkpointing import without_reentrant_checkpoints
 from jpq.tracing.forward import (
     batch_size,
     collect_tensors,
@@ -130,7 +131,13 @@ def _write(
     path_argument = "f" if exporter is torch.onnx.export else "export_path"
 
     def write(part: Path) -> None:
-        with name_unsupported_op(), _quiet_exporters(), plain_outputs(model), RepeatedHeads():
+        with (
+            name_unsupported_op(),
+            _quiet_exporters(),
+            plain_outputs(model),
+            RepeatedHeads(),
+            without_reentrant_checkpoints(),
+        ):
             exporter(
                 model if plain else _TensorsOnly(model, args, kwargs),
                 args=tuple(inputs),

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jpq.cli.flags import parse_flags, with_help
-from jpq.cli.output import Column, label_grid, table, text_column
+from jpq.cli.output import Column, label_grid, name_column, table, text_column
 from jpq.results.formatting import format_number
 from jpq.types import JpqError
 
@@ -138,15 +138,15 @@ def _layer_table(network: Network, sites: Sequence[Site], parts: Mapping[str, st
     free = {int(c) for site in sites for c in site.labels}
     total = dataclasses.replace(_count(network.layers, free), macs=network.macs)
     columns = (
-        text_column("layer", "total"),
+        name_column("layer", "total"),
         text_column("kind"),
         "in",
         Column("out", str(total.outputs)),
         Column("can go", str(total.free)),
-        Column("weights", format_number(total.weights)),
+        Column("weights", format_number(total.weights), optional=1),
         Column("MACs", format_number(total.macs)),
         Column("share", "100 %"),
-        Column("fp32 BOPs", format_number(1024 * total.macs)),
+        Column("fp32 BOPs", format_number(1024 * total.macs), optional=2),
     )
     rows = []
     for name, layers in _group(network.layers, lambda layer: parts[layer.name]):
@@ -242,7 +242,7 @@ def _site_table(sites: Sequence[Site], parts: Mapping[str, str], all_rows: bool)
         consumers = [parts.get(tap.layer, tap.layer) for site in group for tap in site.taps]
         label = name if len(group) == 1 else f"{name} ({len(group)} sites)"
         rows.append((escape(label), str(sum(site.n for site in group)), escape(_join_names(consumers))))
-    return table((text_column("can go together"), "units", text_column("read by")), rows)
+    return table((name_column("can go together"), "units", text_column("read by")), rows)
 
 
 def _frozen_table(network: Network, sites: Sequence[Site], parts: Mapping[str, str]) -> Table:

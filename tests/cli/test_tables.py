@@ -126,3 +126,12 @@ def test_screens_fit(
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= int(width)
     assert not re.search(r"\d(…|\.\.\.)", out), "a figure is cut"
+
+
+def test_inspection_of_a_deep_model_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["inspect", "--model", "torchvision:mobilenet_v2", "--all"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    layers = out[: out.index("can go together")]
+    assert len(re.findall(r" \d\S* [KMG]  +\d+\.\d % *$", layers, re.M)) == 53, "whole figures for each layer"

@@ -274,7 +274,7 @@ def structure_record(net: CompressedModel, plan: Plan, uses: Sequence[costs.Laye
 def data_record(data: Data) -> dict[str, Any]:
     """Name, checksum and split sizes of the data, their preprocessing, and their task."""
     sizes = {split: getattr(data, split).size for split in SPLITS}
-    images = {"shape": list(data.shape), "mean": list(data.test.mean), "std": list(data.test.std)}
+    images = {"shape": list(data.shape), "mean": list(data.train.mean), "std": list(data.train.std)}
     return {"name": data.name, "checksum": data.checksum, **sizes, **images, **task_record(data.task)}
 
 

@@ -191,7 +191,7 @@ class Recurrent(nn.Module):
         for k in range(0, len(cells), per_layer):
             if k:
                 x = F.dropout(x, self.dropout, self.training)
-            results = []
+            results: list[Tensor] = []
             for cell, state in zip(cells[k : k + per_layer], states[k : k + per_layer], strict=True):
                 result, final = cell.run(x, state, time_dim, reverse=bool(results))
                 results.append(result)

@@ -110,6 +110,8 @@ def _macs_of(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Multiply-accumulates of one call of an op."""
     if packet in _MACS:
         return _MACS[packet](args, out)
+    if str(packet) == "torchvision.deform_conv2d":
+        return out.numel() // out.shape[1] * args[1].numel()
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=out)) // 2
     return 0

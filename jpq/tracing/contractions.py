@@ -205,6 +205,47 @@ def _einsum_pairs(path: Sequence[int] | None, count: int) -> list[tuple[int, int
     return [(0, 1), *((count - 1 - done, 0) for done in range(1, count - 1))][: count - 1]
 
 
+@_counts("linalg_multi_dot", "chain_matmul")
+def _chain(call: OpCall) -> list[Contraction]:
+    """A chain of matrices, multiplied in the order of least work."""
+    nodes = list(call["tensors"] or call["matrices"])
+    first = len(shape_of(nodes[0])) > 1  # the ends may be vectors
+    letters = ascii_letters[: len(nodes) + 1]
+    operands: list[tuple[Node | None, str]] = [(n, letters[i : i + 2]) for i, n in enumerate(nodes)]
+    if not first:
+        operands[0] = (nodes[0], letters[1])
+    if len(shape_of(nodes[-1])) == 1:
+        operands[-1] = (nodes[-1], letters[-2])
+    whole = _contract(call, "", operands, "")
+    sizes = [whole.sizes.get(letter, 1) for letter in letters]
+    found: list[Contraction] = []
+
+    def multiply(start: int, stop: int) -> tuple[Node | None, str]:
+        if stop - start == 1:
+            return operands[start]
+        split = _cheapest_split(sizes, start, stop)
+        (a, left), (b, right) = multiply(start, split), multiply(split, stop)
+        result = "".join(n for n in left + right if n != letters[split])
+        found.append(Contraction("", (a, b), (left, right), result, whole.sizes, whole.labels))
+        return None, result
+
+    multiply(0, len(nodes))
+    return found
+
+
+def _cheapest_split(sizes: Sequence[int], start: int, stop: int) -> int:
+    """Where the chain of matrices start to stop - 1 is multiplied last; matrix i is sizes[i] x sizes[i + 1]."""
+    work = {(i, i + 1): 0 for i in range(start, stop)}
+    split = {}
+    for length in range(2, stop - start + 1):
+        for i in range(start, stop - length + 1):
+            j = i + length
+            costs = {k: work[i, k] + work[k, j] + sizes[i] * sizes[k] * sizes[j] for k in range(j - 1, i, -1)}
+            split[i, j] = min(costs, key=lambda k: costs[k])
+            work[i, j] = costs[split[i, j]]
+    return split[start, stop]
+
+
 @_counts("tensordot")
 def _tensordot(call: OpCall) -> list[Contraction]:
     a, b = call["self"], call["other"]

@@ -23,7 +23,7 @@ _SPREADING = [[op] for op in ("expand", "expand_as", "repeat", "tile", "new_zero
 _PARTS = ("split", "chunk", "split_with_sizes", "unbind", "tensor_split")
 
 
-def layer_names(calls: Sequence[LayerCall]) -> list[str]:
+def layer_names(state: TraceState, calls: Sequence[LayerCall]) -> list[str]:
     """A name for each layer, given its first call: its module's, where that has no other weight; else its parameter's.
 
     Parts of one parameter have its name and their index ("attn.in_proj_weight[0]"), other uses of one a number.
@@ -31,7 +31,7 @@ def layer_names(calls: Sequence[LayerCall]) -> list[str]:
     owners = Counter(weight.rpartition(".")[0] for weight in dict.fromkeys(call.weight for call in calls))
     names: dict[int, str] = {}
     for i, call in sorted(enumerate(calls), key=lambda pair: bool(pair[1].float_reason)):  # modules keep their names
-        owner, part = call.weight.rpartition(".")[0], _part(call)
+        owner, part = call.weight.rpartition(".")[0], _part(state, call)
         name = owner if owner and owners[owner] == 1 and not part else call.weight + part
         taken, n = set(names.values()), 2
         if name == owner and name in taken:
@@ -43,39 +43,46 @@ def layer_names(calls: Sequence[LayerCall]) -> list[str]:
     return [names[i] for i in range(len(calls))]
 
 
-def _part(call: LayerCall) -> str:
+def _part(state: TraceState, call: LayerCall) -> str:
     """`[1]` where the layer's weight is this part of a parameter, merely cut and moved; else empty."""
     if not call.float_reason:
         return ""
     for node in call.node.all_input_nodes:
-        while isinstance(node, Node) and node.all_input_nodes:
-            op = "getitem" if "getitem" in str(node.target) else str(node.target).split(".")[1:2][0]
-            source = node.all_input_nodes[0]
-            if op == "getitem" and str(source.target).split(".")[1:2][0] in _PARTS:
-                return f"[{node.args[1]}]" if source.all_input_nodes[0].op == "placeholder" else ""
-            if op == "select" and source.op == "placeholder":
-                return f"[{node.args[2]}]"
-            if op == "slice" and source.op == "placeholder":
-                return f"[{':'.join(str(n) for n in node.args[2:4])}]"
-            if op not in _MOVES:
+        text = ""
+        while node.all_input_nodes and not text:
+            source, op = node.all_input_nodes[0], _op_name(node)
+            if op == "getitem" and _op_name(source) in _PARTS:
+                source, text = source.all_input_nodes[0], f"[{node.args[1]}]"
+            elif op == "select":
+                text = f"[{node.args[2]}]"
+            elif op == "slice":
+                text = f"[{':'.join(str(n) for n in node.args[2:4])}]"
+            elif op not in _MOVES:
                 break
             node = source
+        if text and state.parameters.get(node) == call.weight:
+            return text
     return ""
+
+
+def _op_name(node: Node) -> str:
+    """The op without namespace and overload: aten.t.default -> t."""
+    return "getitem" if "getitem" in str(node.target) else (str(node.target).split(".")[1:2] or [""])[0]
 
 
 def sample_macs(state: TraceState, calls: Sequence[LayerCall | ProductCall], batch: int) -> int:
     """Multiply-accumulates of one sample, from calls on a batch; what depends on no input is done once for all."""
-    constant = [_is_constant(state, call.node, batch) for call in calls]
+    operands = [call.operands if isinstance(call, ProductCall) else call.node.all_input_nodes for call in calls]
+    constant = [_is_constant(state, nodes, batch) for nodes in operands]
     once = sum(call.macs for call, alone in zip(calls, constant, strict=True) if alone)
     return once + sum(call.macs for call, alone in zip(calls, constant, strict=True) if not alone) // batch
 
 
-def _is_constant(state: TraceState, node: Node, batch: int) -> bool:
-    """Whether an op's work is the same for any number of samples: it reads parameters alone, not spread over a batch.
+def _is_constant(state: TraceState, operands: Sequence[Node], batch: int) -> bool:
+    """Whether work on these tensors is the same for any number of samples: they depend on parameters alone.
 
     Tensors that the code makes or spreads (zeros, expand) count as a batch where one of their sizes is the batch's.
     """
-    operands = node.all_input_nodes
     if any(state.origins.get(operand) != "constant" for operand in operands):
         return False
     made: dict[Node, tuple[bool, bool]] = {}

@@ -60,7 +60,7 @@ class LayerCall:
 class ProductCall:
     """One product of two computed tensors in the graph, or of two constant ones."""
 
-    node: Node
+    operands: tuple[Node, ...]  # of the product, or of the op where it computes some of them
     name: str  # that tells it from other products of its op, or ""
     op: str
     module: str  # path of the module whose code computes it, with "@1" at its second call

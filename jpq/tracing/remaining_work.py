@@ -56,7 +56,9 @@ def _product(call: OpCall, contraction: Contraction, times: int = 1) -> ProductC
     indices = dict.fromkeys("".join(contraction.indices))
     dims = tuple(contraction.labels[n] for n in indices if n in contraction.labels)
     path = _module_path(call.node)
-    return ProductCall(call.node, contraction.name, call.op, path, contraction.macs * times, dims)
+    known = tuple(node for node in contraction.operands if node is not None)
+    operands = known if len(known) == 2 else tuple(call.node.all_input_nodes)
+    return ProductCall(operands, contraction.name, call.op, path, contraction.macs * times, dims)
 
 
 def _layer(call: OpCall, contraction: Contraction, place: int) -> LayerCall:
@@ -111,7 +113,9 @@ def _record_subgraphs(state: TraceState, node: Node, owner: Any, times: int) -> 
     if "flex_attention" in name:
         q, k, v = (shape_of(n) for n in node.all_input_nodes[:3])
         macs = prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
-        state.products.append(ProductCall(node, "q@k+weights@v", name, _module_path(node), macs * times, ()))
+        state.products.append(
+            ProductCall(tuple(node.all_input_nodes), "q@k+weights@v", name, _module_path(node), macs * times, ())
+        )
         return
     bodies = [getattr(owner, str(n.target)) for n in node.all_input_nodes if n.op == "get_attr"]
     bodies = [body for body in bodies if isinstance(body, GraphModule)]

@@ -101,7 +101,7 @@ def build_network(state: TraceState, unknown_ops: list[str], batch: int, idle: C
     by_key: dict[str, list[LayerCall]] = {}
     for call in state.calls:
         by_key.setdefault(call.key or call.weight, []).append(call)
-    names = layer_names([calls[0] for calls in by_key.values()])
+    names = layer_names(state, [calls[0] for calls in by_key.values()])
     owners = Counter(weight.rpartition(".")[0] for weight in dict.fromkeys(call.weight for call in state.calls))
     for calls in by_key.values():
         if owners[calls[0].weight.rpartition(".")[0]] > 1:

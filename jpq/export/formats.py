@@ -18,7 +18,6 @@ from jpq.export.runtimes import Session
 from jpq.export.torch_export import export_pt2
 from jpq.export.verify import Pair
 from jpq.files.formats import FORMATS, Format
-from jpq.tasks import CLASSIFICATION
 from jpq.tasks.base import Task
 from jpq.tracing.forward import batch_size, collect_tensors
 from jpq.types import JpqError
@@ -35,13 +34,13 @@ def write(
     names: Sequence[str],
     batches: Iterable[Pair],
     weights: str = "int8",
-    task: Task = CLASSIFICATION,
+    task: Task | None = None,
 ) -> dict[str, Any]:
     """Write a rebuilt model into `folder` in the named formats, and compare each file with it on `batches`.
 
     Returns, for each format, its "file", its "bytes", and the comparison ("verified"; see `verify.compare`).
-    `batches` are read several times; `task` says when two outputs are the same decision. Raises JpqError where a file
-    cannot be written or computes something else.
+    `batches` are read several times; `task` says when two outputs are the same decision (None: unknown, see
+    `verify.compare`). Raises JpqError where a file cannot be written or computes something else.
     """
     folder = Path(folder)
     small.eval()
@@ -54,7 +53,7 @@ def write(
 
 
 def write_onnx(
-    small: nn.Module, example: Any, path: Path, batches: Iterable[Pair], weights: str, task: Task
+    small: nn.Module, example: Any, path: Path, batches: Iterable[Pair], weights: str, task: Task | None
 ) -> dict[str, Any]:
     """Write a QCDQ file and compare it in onnxruntime."""
     export_onnx(small, example, path, weights)
@@ -62,7 +61,7 @@ def write_onnx(
 
 
 def write_qonnx(
-    small: nn.Module, example: Any, path: Path, batches: Iterable[Pair], _: str, task: Task
+    small: nn.Module, example: Any, path: Path, batches: Iterable[Pair], _: str, task: Task | None
 ) -> dict[str, Any]:
     """Write a QONNX file and compare it on the first samples, its Quant nodes written out for onnxruntime."""
     export_qonnx(small, example, path)
@@ -80,7 +79,7 @@ def write_qonnx(
 
 
 def write_pt2(
-    small: nn.Module, example: Any, path: Path, batches: Iterable[Pair], _: str, task: Task
+    small: nn.Module, example: Any, path: Path, batches: Iterable[Pair], _: str, task: Task | None
 ) -> dict[str, Any]:
     """Write a torch.export archive and compare it after loading."""
     export_pt2(small, example, path)

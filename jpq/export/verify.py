@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from jpq.compression.model import CompressedModel
 from jpq.export.runtimes import Session
-from jpq.tasks import CLASSIFICATION
+from jpq.tasks import CLASSIFICATION, Classification
 from jpq.tasks.base import Task, sample_difference
 from jpq.tracing.forward import batch_size, call_model, collect_tensors
 from jpq.types import JpqError
@@ -49,7 +49,7 @@ def verify(
     path: str | Path,
     batches: Iterable[Pair],
     example: Any,
-    task: Task = CLASSIFICATION,
+    task: Task | None = None,
 ) -> dict[str, Any]:
     """Differences between masked, rebuilt and exported model. Raises JpqError where they are not equal.
 
@@ -61,7 +61,7 @@ def verify(
     Args:
         masked: the network with its final plan; small: the rebuilt model; path: its ONNX file.
         batches: samples for the comparison in float32 and onnxruntime; example: a batch for float64.
-        task: says which outputs are the same decision.
+        task: says which outputs are the same decision; None where it is unknown (see `compare`).
     """
     small.eval()
     exact = difference(masked, small, example)
@@ -73,9 +73,7 @@ def verify(
     return {OPENED if opened else "masked_vs_rebuilt_float64": exact} | exported(small, path, batches, task)
 
 
-def exported(
-    small: nn.Module, path: str | Path, batches: Iterable[Pair], task: Task = CLASSIFICATION
-) -> dict[str, Any]:
+def exported(small: nn.Module, path: str | Path, batches: Iterable[Pair], task: Task | None = None) -> dict[str, Any]:
     """Differences between the rebuilt model and its ONNX file in onnxruntime. Raises JpqError beyond rounding.
 
     The file is run as written, without onnxruntime's optimisations. At most the share `RARE` of the decisions may come
@@ -179,15 +177,28 @@ def _per_sample(differences: Sequence[Tensor], samples: int) -> Tensor:
     return torch.stack([d if len(d) == rows else d.amax().expand(rows) for d in differences]).amax(0)
 
 
+class _Distance(Classification):
+    """Judge of outputs without classes: each sample is one decision, by the distance of its outputs."""
+
+    same_decision, decision_gap = Task.same_decision, Task.decision_gap
+
+
+def _guess_task(output: Tensor) -> Task:
+    """The judge of outputs of an unknown task, by their shape."""
+    return CLASSIFICATION if output.dim() == 2 and output.shape[1] > 1 else _Distance()
+
+
 @torch.no_grad()
 def compare(
-    reference: Callable[..., Any], model: Callable[..., Any], batches: Iterable[Pair], task: Task = CLASSIFICATION
+    reference: Callable[..., Any], model: Callable[..., Any], batches: Iterable[Pair], task: Task | None = None
 ) -> dict[str, Any]:
     """Difference of two models' outputs over batches of samples, in float32: numbers of samples and decisions.
 
     A sample differs "at a boundary" where its outputs are further apart than rounding of sums explains: somewhere a
     value sat so near to the middle of two quantization levels that the order of a sum decided between them. What is a
     decision, and when two agree, says the task (`Task.same_decision`); of several output tensors each is compared.
+    Without a task, rows of several scores are taken for classes, and outputs of other shapes (images, sequences, boxes)
+    agree where they lie within a tenth of their range.
     """
     images = decisions = agree = boundary = 0
     largest = widest_gap = 0.0
@@ -201,10 +212,11 @@ def compare(
         images, boundary = images + len(apart), boundary + int((apart > CLOSE).sum())
         largest = max(largest, float(apart.max()))
         for a, b in pairs:
-            same = task.same_decision(a, b)
+            judge = task or _guess_task(a)
+            same = judge.same_decision(a, b)
             decisions, agree = decisions + same.numel(), agree + int(same.sum())
             if not bool(same.all()):
-                widest_gap = max(widest_gap, float(task.decision_gap(a, b)[~same].max()))
+                widest_gap = max(widest_gap, float(judge.decision_gap(a, b)[~same].max()))
     return {
         "images": images,
         "decisions": decisions,

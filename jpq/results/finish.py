@@ -168,8 +168,8 @@ def describe_inputs(data: Data, config: Config) -> dict[str, Any]:
         "task": data.task.name,
         "budget": {name: text for name, text in targets.items() if text},
         "input_size": list(data.shape),
-        "mean": list(data.test.mean),
-        "std": list(data.test.std),
+        "mean": list(data.train.mean),
+        "std": list(data.train.std),
         "colour_order": {1: "grey", 3: "RGB"}.get(data.shape[0], ""),
         "class_names": list(data.class_names),
     }

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ FIXED_SIZE_REASON = "the model's code has fixed sizes there, or lets them follow
 UNTRIED_REASON = "a copy of the model could not be tried with fewer channels there"
 
 TOLERANCE = 1e-6  # relative difference in float64; a wrong head size or shuffle differs by far more
+
+FEW = 8  # sites of which each is tried once more without rewritten sizes; more are tried together only
 
 Slices = Mapping[str, Mapping[int, list[int]]]  # parameter, buffer or counting attribute -> dim -> kept indices
 
@@ -93,8 +96,9 @@ def _follow_sizes(
     if left:  # a size that is wrong for a site may be right as the code has it
         some = trial.with_sizes(kept)
         passed = _passing(lambda tried: some.accepts(tried, uncertain), passed)
-        plain = [site for site in left if site not in conditional]
-        passed += _passing(lambda tried: some.accepts([*passed, *tried], uncertain), plain)
+        plain = [site for site in left if site not in conditional and sizes.touching(_classes([site]))]
+        if plain and (len(plain) <= FEW or some.accepts([*passed, *plain], uncertain)):
+            passed += _passing(lambda tried: some.accepts([*passed, *tried], uncertain), plain)
     optional = {name: labels for name, labels in kept.items() if not set(sizes.needed) & set(labels.tolist())}
     needed = _needed_sizes(trial, kept, optional, passed, uncertain)
     return trial.with_sizes(needed).network, passed, reason
@@ -130,7 +134,7 @@ def _shrinkable(trial: _Trial, sites: list[Site], suspects: Collection[int]) -> 
     uncertain = [site for site in sites if _classes([site]) & set(suspects)]
     passed = _passing(trial.outputs_agree, _passing(trial.shapes_fit, uncertain))
     passed = _passing(trial.shapes_fit, [site for site in sites if site in passed or site not in uncertain])
-    if len(passed) < len(sites) and not trial.shapes_fit(()):  # the meta device says nothing about this model
+    if len(passed) < len(sites) and not trial.meta_works:  # the meta device says nothing about this model
         passed = _passing(trial.outputs_agree, sites)
         if len(passed) < len(sites) and not trial.outputs_agree(()):
             return passed, UNTRIED_REASON
@@ -176,7 +180,12 @@ class _Trial:
         computed = [site for site in sites if _classes([site]) & set(uncertain)]
         if self.shapes_fit(sites):
             return not computed or self.outputs_agree(computed)
-        return not self.shapes_fit(()) and self.outputs_agree(sites)
+        return not self.meta_works and self.outputs_agree(sites)
+
+    @cached_property
+    def meta_works(self) -> bool:
+        """Whether the meta device says anything about this model."""
+        return self.shapes_fit(())
 
     def shapes_fit(self, sites: Sequence[Site]) -> bool:
         """Whether the smaller copy runs on the meta device, which computes shapes only."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,7 +73,7 @@ def dense_float_work(net: CompressedModel) -> FloatWork:
     return find_float_work(net.network, uses, net.plan().layers)
 
 
-def describe_float_work(work: FloatWork | dict[str, Any]) -> str:
+def describe_float_work(work: FloatWork | Mapping[str, Any]) -> str:
     """`3 products and 1 layer, 12.9 % of the MACs: attn.q@k, attn.weights@v ...`; empty where there is none."""
     if isinstance(work, FloatWork):
         kinds, names = [part.part for part in work.parts], [part.name for part in work.parts]
@@ -83,7 +83,7 @@ def describe_float_work(work: FloatWork | dict[str, Any]) -> str:
         share = work["share"]
     if not names:
         return ""
-    counts = [(kinds.count(kind), word) for kind, word in (("product", "product"), ("layer", "layer"))]
+    counts = [(sum(kind == word for kind in kinds), word) for word in ("product", "layer")]
     what = " and ".join(f"{n} {word}{'s' * (n > 1)}" for n, word in counts if n)
     more = " ..." if len(names) > _NAMED else ""
     return f"{what}, {100 * share:.1f} % of the MACs: {', '.join(names[:_NAMED])}{more}"

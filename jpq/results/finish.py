@@ -153,6 +153,8 @@ def note_float_layers(net: CompressedModel, plan: Plan, uses: Sequence[costs.Lay
     work = find_float_work(net.network, uses, plan.layers)
     if work.share > NOTEWORTHY or any(part.part == "layer" for part in work.parts):
         run.notes.append(f"At 32 bits stay {describe_float_work(work)}.")
+    if any(use.clock for use in uses) and net.network.products:
+        run.notes.append(f"Latency is that of the layers: {len(net.network.products)} products are not in the table.")
 
 
 def save_model(small: nn.Module, plan: Plan, folder: Path) -> None:

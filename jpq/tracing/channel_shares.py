@@ -52,7 +52,7 @@ class ChannelShares:
             sides.append(_count_side(layer.outputs, made_units))
         self._layers = len(network.layers)
         others = [item.positions for item in network.layers]
-        others += [item.dims for item in (*network.products, *network.tables)]
+        others += [product.dims for product in network.products] + [table.dims for table in network.tables]
         sides += [_count_side(labels, made_units) for dims in others for labels in dims]
         self._dims = [len(dims) for dims in others]  # rows of each of these, behind the two of every layer
         self._products = len(network.products)

@@ -8,9 +8,10 @@ from fractions import Fraction
 import pytest
 import torch
 from multiplications import counted_macs
-from multiplying_nets import NETS
+from multiplying_nets import IMAGE, NETS, ROWS, TOKENS, Code
 from thinned import thinned
 from torch import Tensor, nn
+from torchvision.ops import DeformConv2d
 from traces import traced
 from zoo import ZOO
 
@@ -102,6 +103,21 @@ def test_products_shrink_with_heads(name: str) -> None:
     for seed in range(3):
         uses, small = landed(jpq.decompose(model), example, seed)
         assert measure(small, example)["bops"] == costs.bops(uses)
+
+
+@pytest.mark.parametrize(
+    ("net", "example", "macs"),
+    [  # torch's own counter leaves these out
+        (Code(lambda s, x: s.b(x, 2 * x), b=nn.Bilinear(12, 12, 5)), ROWS, 12 * 12 * 5 + 12 * 5),
+        (Code(lambda s, x: torch.cdist(x, s.book), book=(40, 12)), TOKENS, 6 * 40 * 14),
+        (Code(lambda s, x: torch.linalg.multi_dot([x, s.a, s.b]), a=(12, 9), b=(9, 3)), ROWS, 12 * 9 * 3 + 12 * 3),
+        (Code(lambda s, x: s.d(x, s.o(x)), d=DeformConv2d(3, 4, 1), o=nn.Conv2d(3, 2, 1)), IMAGE, 81 * (3 * 2 + 3 * 4)),
+        (Code(lambda s, x: x * s.g, g=(12,)), ROWS, 0),
+    ],
+    ids=["bilinear", "distances", "chain", "deformable", "elementwise"],
+)
+def test_other_ops_are_counted_alike_in_the_graph_and_while_running(net: nn.Module, example: Tensor, macs: int) -> None:
+    assert trace(net.eval(), example).macs == measure(net, example)["macs"] == macs
 
 
 def test_half_of_the_heads_make_half_of_the_products() -> None:

@@ -20,9 +20,9 @@ def _or_none(labels: Labels | None, size: int) -> Labels:
     return np.full(size, NONE, np.int64) if labels is None else labels
 
 
-def _unlabelled(*sizes: int) -> list[Labels]:
-    """NONE for every channel of each side."""
-    return [np.full(size, NONE, np.int64) for size in sizes]
+def _unlabelled(inputs: int, outputs: int) -> tuple[Labels, Labels]:
+    """NONE for every channel of both sides."""
+    return np.full(inputs, NONE, np.int64), np.full(outputs, NONE, np.int64)
 
 
 def _labelled(dims: Dims) -> tuple[Labels, ...]:

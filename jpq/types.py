@@ -28,6 +28,7 @@ LONGEST_WORD = 400  # largest number of characters of one word in an error messa
 VALUE = r"-?\d(?:[^\s;()]*[^\s;:(),.])?|nan|-?inf(?!\w)"  # behind a flag: an amount
 FLAG = re.compile(rf"(?<![\w/-])--(no-)?([a-z][a-z0-9-]*)((?: (?:{VALUE}))*)")
 COMMAND = re.compile(r"`(jpq [a-z-]+)( [^`]*)?`")
+SWITCHES = frozenset({"run_code", "open_norms", "overwrite", "resume", "skip_bad", "strict"})  # settings of yes or no
 PLAIN = re.compile(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?|nan|-?inf")  # values that Python writes without quotes
 
 
@@ -67,7 +68,7 @@ def name_parameters(text: str, names: Mapping[str, str] | None = None) -> str:
             return f"{name}=False"
         values = [v if PLAIN.fullmatch(v) else repr(v) for v in re.findall(VALUE, behind)]
         if not values:
-            return name
+            return f"{name}=True" if name in SWITCHES else name
         return f"{name}={values[0] if len(values) == 1 else '(' + ', '.join(values) + ')'}"
 
     return FLAG.sub(write_parameter, COMMAND.sub(r"`\1`", text))

@@ -53,7 +53,8 @@ def is_read_by_others(model: nn.Module, weight: str) -> bool:
     parameter = dict(model.named_parameters(remove_duplicate=False)).get(weight)
     if parameter is None:
         return False
-    return any(not _is_layer(module, parameter) for module in modules_sharing(model, parameter).values())
+    layers = [_is_layer(module, parameter) for module in modules_sharing(model, parameter).values()]
+    return any(layers) and not all(layers)  # a bare weight of the model's own code has no layer
 
 
 def _is_layer(module: nn.Module, weight: nn.Parameter) -> bool:

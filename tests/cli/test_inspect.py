@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import re
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from commands import refused
 from cuts import cut
+from rich.console import Console
 from thinned import thinned
+from torch import Tensor, nn
+from torch.nn import functional as F
 from traces import traced_network
 from zoo import ZOO
 
-from jpq.cli.inspect import MAX_PARTS, MAX_ROWS, assign_parts
+from jpq.cli.inspect import MAX_PARTS, MAX_ROWS, assign_parts, find_float_work, show_inspection
 from jpq.cli.main import main
 from jpq.tracing.coverage import frozen_channels, halved_share, prunable_share
 from jpq.tracing.sites import channels
@@ -61,6 +66,30 @@ def test_stages() -> None:
     assert (cut["stem"], cut["body.3.7"], cut["head.fc"]) == ("stem", "body.3", "head.fc")
     deep = assign_parts([f"m.{i}.{j}" for i in range(MAX_PARTS + 1) for j in range(2)], False)
     assert set(deep.values()) == {"m"}
+
+
+def test_what_stays_at_32_bits_is_listed_with_share_and_reason() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last, self.scale = nn.Linear(8, 8), nn.Linear(8, 2), nn.Parameter(torch.ones(2, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return F.linear((y @ y.mT) @ y, self.last.weight * self.scale)
+
+    model, example = Net().eval(), torch.randn(3, 5, 8)
+    network = trace(model, example)
+    found = find_float_work(network, model)
+    product = "a product of two computed tensors"
+    computed = ("last", "its weight is computed from 'last.weight'", 80)
+    assert found == [computed, ("matmul", product, 200), ("matmul_2", product, 200)]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(show_inspection("net", model, network, channels(network), 0.1, True, False))
+    lines = console.export_text()
+    assert re.search(r"matmul, matmul_2 +400 +50\.0 % +a product of two computed tensors", lines)
+    assert re.search(r"last +80 +10\.0 % +its weight is computed", lines)
+    assert re.search(r"2 products +400 +50\.0 %", lines)
 
 
 def shown(args: list[str], capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -68,6 +68,7 @@ def round_weight_steps(model: nn.Module, example: Any) -> list[str]:
     ]
 
 
+@torch.no_grad()
 def foldable_pairs(model: nn.Module, example: Any) -> list[Pair]:
     """(layer, norm) of each norm that alone reads a layer: folding it changes nothing but rounding."""
     pairs = [pair for pair in find_pairs(model, example) if _has_gains(model, *pair)]

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from jpq.files import untrusted
 from jpq.tracing.export_graph import restore_attributes
-from jpq.tracing.forward import batch_size, collect_tensors, name_inputs, split_arguments
+from jpq.tracing.forward import batch_size, collect_tensors, name_inputs, plain_outputs, split_arguments
 from jpq.types import JpqError
 
 FORMAT = 1  # version of the record
@@ -76,7 +76,7 @@ def capture_program(model: nn.Module, example: Any) -> tuple[dict[str, Any], dic
     if size == 1:  # torch.export takes a dim of size 1 for a constant
         args, kwargs = tree_map(lambda v: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() else v, (args, kwargs))
     names = list(name_inputs(model, args, kwargs))
-    with _quiet_export(model):
+    with _quiet_export(model), plain_outputs(model):
         try:
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # torch.export has no common class of errors

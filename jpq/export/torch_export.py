@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from jpq.files.atomic import replace_file
 from jpq.methods.quantizers import act_quantizer, plain_layer, replace_everywhere, result_quantizer, weight_quantizer
 from jpq.methods.quantizers.uniform_integer import IntegerQuantizer, levels
-from jpq.tracing.forward import batch_size, split_arguments
+from jpq.tracing.forward import batch_size, plain_outputs, split_arguments
 from jpq.types import JpqError
 
 
@@ -38,9 +38,10 @@ def export_pt2(small: nn.Module, example: Any, path: str | Path) -> None:
     if size == 1:  # torch.export takes a dim of size 1 for a constant
         args, kwargs = tree_map(lambda v: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() else v, (args, kwargs))
     try:
-        program = torch.export.export(
-            model, args, kwargs, dynamic_shapes=(*shapes[0], *shapes[1].values()), strict=False
-        )
+        with plain_outputs(model):
+            program = torch.export.export(
+                model, args, kwargs, dynamic_shapes=(*shapes[0], *shapes[1].values()), strict=False
+            )
         replace_file(path, lambda part: _save(program, part))
     except (RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:160]

@@ -121,7 +121,7 @@ def compare_metrics(small: nn.Module, path: Path, batches: Any, task: Task) -> d
     record: dict[str, Any] = {"file": file, "model": model}
     if not abs(file - model) <= span * max(METRIC_DIFFERS, 1 / batches.size) * (1 + 1e-6):
         record["warning"] = (
-            f"{path.name} in a default onnxruntime session has a {task.metric_name} of {file:.4g}, the PyTorch model "
+            f"{path.name} in a default onnxruntime session has {task.metric_name} {file:.4g}, the PyTorch model "
             f"{model:.4g}."
         )
     return record

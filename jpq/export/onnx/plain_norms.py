@@ -44,7 +44,7 @@ def replace_norms(model: nn.Module) -> None:
             replace_everywhere(model, norm, BatchStatisticsNorm(norm))
         elif type(norm) in _INSTANCE_NORMS and norm.running_mean is not None:
             kind = _BATCH_NORMS[_INSTANCE_NORMS.index(type(norm))]
-            new = kind(norm.num_features, norm.eps, affine=norm.affine).eval()
+            new = kind(norm.num_features, norm.eps, affine=norm.affine).to(norm.running_mean).eval()
             for name, tensor in [*norm.named_parameters(), *norm.named_buffers()]:
                 getattr(new, name).copy_(tensor)
             replace_everywhere(model, norm, new)

@@ -174,10 +174,10 @@ class _Room:
         positive, negative = (self._sum_products(part.clamp_min(0)) for part in (integers, -integers))
         sums = (positive + negative if self.signed else torch.maximum(positive, negative)) * self.largest_input
         if not step.dim():
-            bias = 0.0 if self.bias is None else float(self.bias.abs().max() / (step * self.input_step))
-            return sums.max() + bias
-        bias = 0.0 if self.bias is None else self.bias.abs() / (step.flatten() * self.input_step)
-        return (sums + bias).reshape(step.shape)
+            return sums.max() + (0.0 if self.bias is None else self.bias.abs().max() / (step * self.input_step))
+        if self.bias is not None:
+            sums = sums + self.bias.abs() / (step.flatten() * self.input_step)
+        return sums.reshape(step.shape)
 
     def _sum_products(self, integers: Tensor) -> Tensor:
         """Sums over all weights that one output reads, a number per output channel."""

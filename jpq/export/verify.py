@@ -114,7 +114,7 @@ def compare_metrics(small: nn.Module, path: Path, batches: Any, task: Task) -> d
         batches: (inputs, targets) pairs with their number of samples as `size`.
         task: gives the metric.
     """
-    session = Session(path)
+    session: Any = Session(path)
     file, model = task.evaluate(lambda x: session(x).to(x.device), batches), task.evaluate(small, batches)
     low, high = task.metric_bounds
     span = high - low if math.isfinite(high - low) else max(1.0, abs(model))

@@ -58,9 +58,12 @@ class OpenVinoSession:
         except Exception as error:  # openvino has one class for every kind of failure
             raise JpqError(f"openvino cannot load {path}: {' '.join(str(error).split())[-200:]}") from error
 
-    def __call__(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         """The output for one batch: a tensor, or a tuple of all output tensors."""
-        results = self.compiled([_to_array(value) for value in collect_tensors(args)])
+        names = [port.get_any_name() for port in self.compiled.inputs]
+        by_name = set(names) >= set(kwargs)
+        inputs = [*args, *(kwargs[name] for name in names if name in kwargs)] if by_name else [*args, kwargs]
+        results = self.compiled([_to_array(value) for value in collect_tensors(inputs)])
         return _as_output([np.array(results[port]) for port in self.compiled.outputs])
 
 

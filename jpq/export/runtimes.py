@@ -113,7 +113,7 @@ def _import_openvino() -> Any:
 def _to_array(value: Tensor) -> np.ndarray:
     """A tensor as a contiguous array on the CPU, floating-point numbers in single precision."""
     value = value.detach().cpu()
-    return np.asarray((value.float() if value.is_floating_point() else value).numpy(), order="C")  # scalars stay scalars
+    return np.asarray((value.float() if value.is_floating_point() else value).numpy(), order="C")  # scalars stay so
 
 
 def _as_output(arrays: Sequence[np.ndarray]) -> Tensor | tuple[Tensor, ...]:

@@ -147,12 +147,13 @@ def test_compressed_and_exported(name: str, tmp_path: Path) -> None:
 
 def test_decisions_of_a_dense_output_are_counted_place_by_place() -> None:
     from jpq.export.verify import compare
+    from jpq.tasks import CLASSIFICATION
 
     scores = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     other = scores.clone()
     other[0, :, 0, 0] = scores[0, :, 0, 0].flip(0) + torch.tensor([0.0, -9.0, 0.0])
     one: Callable[[Tensor], Any] = lambda x: (scores, x[:, 0, 0, 0])  # noqa: E731
-    found = compare(one, lambda x: (other, x[:, 0, 0, 0] * 1.5), [(torch.ones(2, 1, 1, 1), None)])
+    found = compare(one, lambda x: (other, x[:, 0, 0, 0] * 1.5), [(torch.ones(2, 1, 1, 1), None)], CLASSIFICATION)
     assert found["images"] == found["at_a_rounding_boundary"] == 2
     assert found["decisions"] == 2 * 16 + 2
     assert found["argmax_differs"] == 1 + 2, "one of 32 places, and two numbers that are off by half"

@@ -241,7 +241,7 @@ class Evil:
         {"a": np.dtype([("x", "f8")])},
         {"a": np.datetime64("2026-01-01")},
     ],
-    ids=str,
+    ids=["object", "array", "text", "bytes", "dtype", "date"],
 )
 def test_settings_beside_weights_open_no_door(tmp_path, content, capsys):
     torch.save({"state_dict": GIVEN, "args": content}, tmp_path / "w.pth")

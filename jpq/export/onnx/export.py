@@ -32,6 +32,7 @@ from jpq.export.onnx.narrow_weights import store_narrow_weights
 from jpq.export.onnx.plain_norms import replace_norms
 from jpq.export.onnx.twice_rounded_weights import round_weights_twice
 from jpq.export.onnx.unsupported_ops import name_unsupported_op
+from jpq.export.onnx.written_out_calls import WrittenOutCalls
 from jpq.files.atomic import replace_file
 from jpq.methods.quantizers import act_quantizer, result_quantizer, weight_quantizer
 from jpq.tracing.checkpointing import without_reentrant_checkpoints
@@ -136,6 +137,7 @@ def _write(
             _quiet_exporters(),
             plain_outputs(model),
             RepeatedHeads(),
+            WrittenOutCalls(),
             without_reentrant_checkpoints(),
         ):
             exporter(
@@ -232,9 +234,9 @@ def _numbered_names(counts: Mapping[str, int]) -> list[str]:
 @contextlib.contextmanager
 def _quiet_exporters() -> Iterator[None]:
     """Silence torch's exporter and onnxoptimizer, which write to logs, warnings and streams; errors still raise."""
-    level, prints_graphs = logging.root.manager.disable, torch._C._jit_is_onnx_log_enabled()
+    level, print_graph = logging.root.manager.disable, torch._C._jit_onnx_log
     logging.disable(logging.WARNING)
-    torch._C._jit_set_onnx_log_enabled(False)  # of graphs that could not be exported
+    torch._C._jit_onnx_log = lambda *_: None  # of graphs that could not be exported; torch turns its own switch on
     try:
         with (
             warnings.catch_warnings(),
@@ -245,4 +247,4 @@ def _quiet_exporters() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
-        torch._C._jit_set_onnx_log_enabled(prints_graphs)
+        torch._C._jit_onnx_log = print_graph

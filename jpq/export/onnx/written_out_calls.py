@@ -1,0 +1,117 @@
+"""Calls that torch's ONNX exporter does not know, or whose sizes it freezes, as other calls that compute the same.
+
+- `unflatten`: the exporter takes its result for one of fixed shape, so that what later reads a size of it, as
+  `torch.zeros_like` and the first state of a recurrent layer do, is a constant of the example's batch.
+- `rms_norm`, `channel_shuffle`, `rot90`, `threshold`, `bilinear` and `fold` have no translation up to opset 17.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+class WrittenOutCalls(TorchFunctionMode):
+    """A context in which such calls are made by other operators."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """The call itself, or the one in its place."""
+        return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
+
+
+def _unflatten(input: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """`input` with one dim split into `sizes`, of which one may be -1."""
+    dim = dim % input.dim()
+    return input.reshape(*input.shape[:dim], *sizes, *input.shape[dim + 1 :])
+
+
+def _rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """`input` over the root of its mean square over the last dims (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    dims = [-1 - i for i in range(len(normalized_shape))]
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    x = input * torch.rsqrt(input.square().mean(dims, keepdim=True) + eps)
+    return x if weight is None else x * weight
+
+
+def _channel_shuffle(input: Tensor, groups: int) -> Tensor:
+    """`input`, [batch, channels, ...], with the channels of all groups taken in turns."""
+    split = input.reshape(input.shape[0], groups, input.shape[1] // groups, *input.shape[2:])
+    return split.transpose(1, 2).reshape(input.shape)
+
+
+def _rot90(input: Tensor, k: int = 1, dims: Sequence[int] = (0, 1)) -> Tensor:
+    """`input` turned k times by 90 degrees, from the first towards the second of two dims."""
+    first, second = dims
+    if k % 4 == 2:
+        return input.flip((first, second))
+    if k % 2 == 0:
+        return input
+    return input.flip(second if k % 4 == 1 else first).transpose(first, second)
+
+
+def _threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
+    """`input` where it exceeds a threshold, and `value` elsewhere."""
+    return torch.where(input > threshold, input, torch.full_like(input, value))
+
+
+def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The bilinear form of each output: `weight` is [out, in1, in2]."""
+    rows = torch.tensordot(input1, weight, dims=([-1], [1]))  # [..., out, in2]
+    y = (rows @ input2.unsqueeze(-1)).squeeze(-1)
+    return y if bias is None else y + bias
+
+
+def _fold(
+    input: Tensor,
+    output_size: int | Sequence[int],
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    stride: int | Sequence[int] = 1,
+) -> Tensor:
+    """Sums of overlapping windows, [batch, channels * window, windows]: a transposed convolution with unit kernels."""
+    size, kernel, dilation, padding, stride = (
+        (v, v) if isinstance(v, int) else tuple(v) for v in (output_size, kernel_size, dilation, padding, stride)
+    )
+    reach = [s + 2 * p - d * (k - 1) - 1 for s, p, d, k in zip(size, padding, dilation, kernel, strict=True)]
+    windows = [r // step + 1 for r, step in zip(reach, stride, strict=True)]
+    window = kernel[0] * kernel[1]
+    batched = input if input.dim() == 3 else input.unsqueeze(0)
+    channels = int(batched.shape[1]) // window
+    unit = torch.from_numpy(np.tile(np.eye(window), (channels, 1)))  # a constant of the trace
+    y = F.conv_transpose2d(
+        batched.reshape(-1, batched.shape[1], *windows),
+        unit.to(input).reshape(-1, 1, *kernel),
+        None,
+        stride,
+        padding,
+        [r % step for r, step in zip(reach, stride, strict=True)],
+        channels,
+        dilation,
+    )
+    return y if input.dim() == 3 else y.squeeze(0)
+
+
+_REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
+    torch.unflatten: _unflatten,
+    Tensor.unflatten: _unflatten,
+    F.rms_norm: _rms_norm,
+    torch.rms_norm: _rms_norm,
+    F.channel_shuffle: _channel_shuffle,
+    torch.channel_shuffle: _channel_shuffle,
+    torch.rot90: _rot90,
+    Tensor.rot90: _rot90,
+    F.threshold: _threshold,
+    torch.threshold: _threshold,
+    F.bilinear: _bilinear,
+    torch.bilinear: _bilinear,
+    F.fold: _fold,
+}

@@ -416,8 +416,29 @@ class TakeMean(nn.Module):
         return x.mean(1)
 
 
+@torch.no_grad()
+def _keep_signals(model: nn.Module) -> None:
+    """Scale weights so that samples still differ at the output, and give batch norms statistics and signed gains."""
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.mul_(2.0)  # of torch's start, whose signals fade by sqrt(3) a layer
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.running_mean.normal_(0, 0.1)
+            norm.running_var.uniform_(0.2, 2.0)
+            norm.weight.uniform_(-1.5, 1.5)
+            norm.bias.normal_(0, 0.3)
+
+
 def random_network(seed: int) -> tuple[nn.Module, Tensor]:
     """A random network in evaluation mode, and an example of two samples; the same for the same seed."""
+    model, x = _draw_network(seed)
+    _keep_signals(model)
+    return model, x
+
+
+def _draw_network(seed: int) -> tuple[nn.Module, Tensor]:
+    """A network as torch initialises it, and an example."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     kind = rng.choice(("image",) * 5 + ("signal", "signal", "volume", "tokens", "tokens", "tokens", "vector"))

@@ -77,7 +77,10 @@ class CompressedModel(nn.Module):
 
     def layer(self, name: str) -> Any:
         """The module of a layer in the attached model; None where its weight belongs to no module of that name."""
-        return dict(self.model.named_modules()).get(name)
+        try:
+            return self.model.get_submodule(name)
+        except AttributeError:
+            return None
 
     def quantizers(self, name: str) -> tuple[IntegerQuantizer, IntegerQuantizer] | None:
         """The quantizers of a layer's weight and of its input; None where it stays in floating point."""

@@ -27,7 +27,7 @@ def modules_sharing(model: nn.Module, weight: nn.Parameter) -> dict[str, nn.Modu
     return {
         name: module
         for name, module in model.named_modules()
-        if any(p is weight for p in module.parameters(recurse=False))
+        if any(p is weight for p in module._parameters.values())
     }
 
 

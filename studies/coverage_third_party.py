@@ -1,14 +1,14 @@
 """129 models of timm, transformers and others through the whole of jpq: read, counted, pruned, rebuilt and exported.
 
     pip install jpq[coverage]
-    python studies/coverage_third_party.py [--models "hf:bert" ...] [--limit 240] [--again] [--out FILE.csv]
+    python studies/coverage_third_party.py [--models "hf:bert" ...] [--limit 240] [--read-only] [--again] [--out FILE.csv]
 
 A row per model (`support/foreign_models.py`: 88 families of timm, 25 architectures of transformers, 16 others), with
 random weights (`jpq.export.randomize`), batches of 2, processor seconds, small models first. Rows that the CSV has are
 left as they are (--again: measured anew), so an interrupted run goes on. Each model has a process of its own (forked:
 Linux, macOS) and `limit` processor seconds; what was measured before the limit stays. Models of more than 30 M
 parameters are read, counted and rebuilt, but not compressed and exported: a step in float32 and verification in float64
-would take minutes each.
+would take minutes each; --read-only stops there for all.
 Columns:
 
     traced, read_s       `jpq.decompose`, `jpq.trace` and `jpq.channels`, and their processor seconds
@@ -47,6 +47,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from math import ceil
 from pathlib import Path
@@ -96,8 +97,8 @@ class Subject:
     quantized: float  # share of `macs`
 
 
-def measure(foreign: ForeignModel) -> Iterator[tuple[str, Row]]:
-    """The stages of one model, with the columns measured before each."""
+def measure(foreign: ForeignModel, read_only: bool = False) -> Iterator[tuple[str, Row]]:
+    """The stages of one model, or the first ones, with the columns measured before each."""
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     model, example = foreign.build().eval(), foreign.batch(2)
@@ -129,8 +130,9 @@ def measure(foreign: ForeignModel) -> Iterator[tuple[str, Row]]:
     yield "rebuild", row
     subject = Subject(model, example, foreign.batch(3), macs, network, tuple(sites), quantized)
     row = _exactness_columns(plain, subject)
-    if parameters > LARGEST:
-        yield "", row | {"compressed": f"not tried: over {LARGEST // 1_000_000} M parameters"}
+    if read_only or parameters > LARGEST:
+        why = f"over {LARGEST // 1_000_000} M parameters" if parameters > LARGEST else "read only"
+        yield "", row | {"compressed": f"not tried: {why}"}
         return
     yield "compress", row
     yield from _compress(subject)
@@ -249,10 +251,6 @@ def _tried(table: pd.DataFrame) -> int:
     return int((_is_true(table.traced) & ~table.compressed.astype(str).str.startswith("not tried")).sum())
 
 
-def _share(column: pd.Series) -> str:
-    return f"{100 * column.median():.1f} (least {100 * column.min():.1f})" if column.notna().any() else "-"
-
-
 def _seconds(column: pd.Series) -> str:
     return f"{column.median():.1f} / {column.max():.0f}" if column.notna().any() else "-"
 
@@ -263,10 +261,17 @@ _CELLS = {
         f"{_is_true(t.exact).sum()} of {t.difference.notna().sum()}"
     ),
     "nothing can go (no site)": lambda t: f"{(t.exact == 'no site').sum()}",
-    "counted, % of all MACs by torch's counter, median": lambda t: _share(t.counted_share),
-    "in quantized layers, % of all MACs, median": lambda t: _share(t.quantized_share),
-    "in products of attention, % of all MACs, median": lambda t: f"{100 * t.products_share.median():.1f}",
-    "MACs touched by sites, %, median": lambda t: f"{100 * t.prunable_macs.median():.0f}",
+    "all MACs by torch's counter are counted": lambda t: f"{(t.counted_share == 1).sum()} of {t.macs.notna().sum()}",
+    "in quantized layers, % of all MACs, median (least)": lambda t: (
+        f"{100 * t.quantized_share.median():.1f} ({100 * t.quantized_share.min():.1f})"
+    ),
+    "in products of attention, % of all MACs, median (most)": lambda t: (
+        f"{100 * t.products_share.median():.1f} ({100 * t.products_share.max():.1f})"
+    ),
+    "layers that stay at 32 bits, number of models": lambda t: f"{t.float_layers.notna().sum()}",
+    "MACs touched by sites, %, median (least)": lambda t: (
+        f"{100 * t.prunable_macs.median():.0f} ({100 * t.prunable_macs.min():.0f})"
+    ),
     "compressed and trained one step, of those tried": lambda t: f"{_is_true(t.compressed).sum()} of {_tried(t)}",
     "landed": lambda t: f"{t.landing_s.notna().sum()}",
     "exported": lambda t: f"{_is_true(t.exported).sum()}",
@@ -283,6 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(models), metavar="NAME")
     parser.add_argument("--limit", type=int, default=240, metavar="PROCESSOR_SECONDS")
+    parser.add_argument("--read-only", action="store_true")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--out", type=Path, default=PATH)
     args = parser.parse_args()
@@ -295,7 +301,7 @@ def main() -> None:
             continue
         foreign = models[name]
         row: Row = {"model": name, "group": foreign.group}
-        row |= run_stages(lambda foreign=foreign: measure(foreign), args.limit)
+        row |= run_stages(partial(measure, foreign, args.read_only), args.limit)
         row |= torch_pruning_columns(name) | provenance(command, 1, PACKAGES)
         _write_row(args.out, row, list(models))
         shown = ("model", "read_s", "counted_share", "quantized_share", "difference", "landing_s", "verified")

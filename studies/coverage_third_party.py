@@ -1,7 +1,7 @@
 """129 models of timm, transformers and others through the whole of jpq: read, counted, pruned, rebuilt and exported.
 
     pip install jpq[coverage]
-    python studies/coverage_third_party.py [--models "hf:bert" ...] [--limit 240] [--read-only] [--again] [--out FILE.csv]
+    python studies/coverage_third_party.py [--models NAME ...] [--limit 240] [--read-only] [--again] [--out FILE.csv]
 
 A row per model (`support/foreign_models.py`: 88 families of timm, 25 architectures of transformers, 16 others), with
 random weights (`jpq.export.randomize`), batches of 2, processor seconds, small models first. Rows that the CSV has are

@@ -25,6 +25,16 @@ CALLS = {
     "nn.Threshold": nn.Threshold(0.3, -2.0),
     "nn.Bilinear": lambda x: F.bilinear(x, x * 2, torch.arange(72).to(x).reshape(2, 6, 6) / 36, torch.ones(2).to(x)),
     "fold": lambda x: F.fold(F.unfold(x, 3, padding=1, stride=2), (6, 6), 3, padding=1, stride=2),
+    **{
+        f"adaptive {kind} pool to {size}": lambda x, f=f, size=size: f(x, size)
+        for kind, f in (("mean", F.adaptive_avg_pool2d), ("max", F.adaptive_max_pool2d))
+        for size in (1, 2, 4, (None, 5), (1, 3))
+    },
+    "adaptive pool of a signal": lambda x: F.adaptive_avg_pool1d(x.flatten(2), 7),
+    "adaptive pool of a volume": lambda x: F.adaptive_max_pool3d(x.unsqueeze(1), (4, 3, 1)),
+    "adaptive pool of a reshape": lambda x: F.adaptive_avg_pool2d(
+        x.flatten(2).reshape(x.shape[0], -1, *x.shape[2:]), 2
+    ),
     "fold, not square": lambda x: F.fold(F.unfold(x, (2, 3), dilation=(1, 2)), (6, 6), (2, 3), dilation=(1, 2)),
 }
 

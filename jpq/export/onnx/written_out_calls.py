@@ -2,6 +2,8 @@
 
 - `unflatten`: the exporter takes its result for one of fixed shape, so that what later reads a size of it, as
   `torch.zeros_like` and the first state of a recurrent layer do, is a constant of the example's batch.
+- Adaptive pools, for which the exporter must know the input's size and it must be a multiple of the output's: fixed
+  pools, or a reduction of each window.
 - `rms_norm`, `channel_shuffle`, `rot90`, `threshold`, `bilinear` and `fold` have no translation up to opset 17.
 """
 
@@ -100,7 +102,51 @@ def _fold(
     return y if input.dim() == 3 else y.squeeze(0)
 
 
-_REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
+def _pool_to(
+    dims: int, pool: Callable[..., Tensor], reduce: Callable[..., Tensor], adaptive: Callable[..., Tensor]
+) -> Callable[..., Any]:
+    """A function for adaptive pools over the last `dims` dims.
+
+    Args:
+        dims: number of dims that are pooled.
+        pool: the pool of fixed windows.
+        reduce: the mean or maximum of one window along one dim.
+        adaptive: the call itself.
+    """
+
+    def write_out(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
+        sizes = [int(n) for n in input.shape[-dims:]]
+        given = [output_size] * dims if isinstance(output_size, int) else list(output_size)
+        wanted = [size if n is None else int(n) for n, size in zip(given, sizes, strict=True)]
+        if return_indices:
+            return adaptive(input, wanted, return_indices=True)
+        if all(n == 1 for n in wanted):
+            return adaptive(input, wanted)
+        if all(size % n == 0 for n, size in zip(wanted, sizes, strict=True)):
+            windows = [size // n for n, size in zip(wanted, sizes, strict=True)]
+            return pool(input, windows, windows)
+        for dim, n, size in zip(range(-dims, 0), wanted, sizes, strict=True):
+            bounds = [(i * size // n, -(-(i + 1) * size // n)) for i in range(n)]
+            parts = [reduce(input.narrow(dim, start, end - start), dim, keepdim=True) for start, end in bounds]
+            input = torch.cat(parts, dim)
+        return input
+
+    return write_out
+
+
+_ADAPTIVE_POOLS: dict[Any, Callable[..., Any]] = {
+    adaptive: _pool_to(dims, pool, reduce, adaptive)
+    for dims, pool, reduce, adaptive in (
+        (1, F.avg_pool1d, torch.mean, F.adaptive_avg_pool1d),
+        (2, F.avg_pool2d, torch.mean, F.adaptive_avg_pool2d),
+        (3, F.avg_pool3d, torch.mean, F.adaptive_avg_pool3d),
+        (1, F.max_pool1d, torch.amax, F.adaptive_max_pool1d),
+        (2, F.max_pool2d, torch.amax, F.adaptive_max_pool2d),
+        (3, F.max_pool3d, torch.amax, F.adaptive_max_pool3d),
+    )
+}
+
+_REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     torch.unflatten: _unflatten,
     Tensor.unflatten: _unflatten,
     F.rms_norm: _rms_norm,
@@ -114,4 +160,5 @@ _REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
     F.bilinear: _bilinear,
     torch.bilinear: _bilinear,
     F.fold: _fold,
+    **_ADAPTIVE_POOLS,
 }

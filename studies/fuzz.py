@@ -51,7 +51,23 @@ from jpq.export import check_equivalence, randomize
 PATH = RESULTS / "fuzz.csv"
 EXACT = 1e-9  # relative difference in float64
 CLOSE = 1e-3  # relative difference in float32 below which no rounding boundary was crossed
-METHODS = ("djpq", "djpq", "djpq-pow2", "l0", "uniform", "two-stage", "bayesian-bits", "dhp", "upscale")
+METHODS = (
+    *(
+        "djpq",
+        "djpq",
+        "djpq",
+        "djpq-pow2",
+        "l0",
+        "l0",
+        "gdp",
+        "uniform",
+        "two-stage",
+        "bayesian-bits",
+        "dhp",
+        "upscale",
+    ),
+    *("dais", "dpp", "pdp", "smart", "codeq", "spp"),
+)
 TARGETS = ("0.5%", "1%", "2%", "4%", "6%", "15%", "40%", "98%")  # bit-operations; 6.25 % is the whole network at 8 bits
 SAMPLES = 8
 
@@ -63,6 +79,7 @@ def independent_macs(model: nn.Module, x: Tensor) -> int:
     """
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    model.requires_grad_(False)  # the counter's hooks fail on parametrized weights that learn
     try:
         with (
             torch.no_grad(),
@@ -72,6 +89,7 @@ def independent_macs(model: nn.Module, x: Tensor) -> int:
         ):
             model(x)
     finally:
+        model.requires_grad_(True)
         torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops() // 2 // len(x)
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 CLASSES = 5
+TOKENS = 5
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -193,6 +194,162 @@ class Pixels(nn.Module):
         return self.down(self.shuffle(x))
 
 
+class Gated(nn.Module):
+    """A branch, times the sigmoid of another branch."""
+
+    def __init__(self, branch: nn.Module, gate: nn.Module):
+        super().__init__()
+        self.branch, self.gate = branch, gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branch(x) * torch.sigmoid(self.gate(x))
+
+
+class Summed(nn.Module):
+    """The sum of several branches (Inception, RepVGG)."""
+
+    def __init__(self, branches: list[nn.Module]):
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(branch(x) for branch in self.branches)  # type: ignore[return-value]
+
+
+class Called(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Sliced(nn.Module):
+    """Some channels go through a branch, the others around it, cut out by slices."""
+
+    def __init__(self, branch: nn.Module, kept: int, dim: int):
+        super().__init__()
+        self.branch, self.kept, self.dim = branch, kept, dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.dim == 1:
+            return torch.cat([x[:, : self.kept], self.branch(x[:, self.kept :])], 1)
+        return torch.cat([self.branch(x[..., self.kept :]), x[..., : self.kept]], -1)
+
+
+class ChannelsLast(nn.Module):
+    """Layers over the last dim of a permuted image, scaled by a learned vector (ConvNeXt)."""
+
+    def __init__(self, dims: int, width: int, inner: int):
+        super().__init__()
+        self.order, self.back = (0, *range(2, dims + 2), 1), (0, dims + 1, *range(1, dims + 1))
+        self.layers = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+        self.scale = nn.Parameter(torch.randn(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.scale * self.layers(x.permute(self.order))).permute(self.back)
+
+
+class UpAndDown(nn.Module):
+    """A branch at half the size, enlarged to the input's size and laid beside it (U-Net)."""
+
+    def __init__(self, dims: int, branch: nn.Module):
+        super().__init__()
+        self.pool, self.branch = MAX_POOLS[dims](2), branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([F.interpolate(self.branch(self.pool(x)), size=x.shape[2:]), x], 1)
+
+
+class LinearExcited(nn.Module):
+    """Squeeze and excitation by Linear layers and a view."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width), nn.Hardsigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels = x.shape[:2]
+        scale = self.layers(x.flatten(2).mean(-1)).view(batch, channels, *(1,) * (x.dim() - 2))
+        return x * scale.expand_as(x)
+
+
+class Maxout(nn.Module):
+    """The largest of every two channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], x.shape[1] // 2, 2, *x.shape[2:]).amax(2)
+
+
+class Scaled(nn.Module):
+    """Each channel times a learned number, plus another."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, x, self.scale)
+
+
+class TimeFirst(nn.Module):
+    """A recurrent layer that wants time first, read at its last states."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, state = self.layer(x.transpose(0, 1))
+        last = state[0] if isinstance(state, tuple) else state
+        return out.transpose(0, 1) + last[-1].unsqueeze(1)
+
+
+class TokenMixing(nn.Module):
+    """A layer over the tokens instead of the channels (MLP-Mixer)."""
+
+    def __init__(self, tokens: int, inner: int):
+        super().__init__()
+        self.up, self.down = nn.Linear(tokens, inner), nn.Linear(inner, tokens)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(x.mT))).mT
+
+
+class CrossAttention(nn.Module):
+    """Attention of learned queries to the tokens, whose number it leaves as it was."""
+
+    def __init__(self, width: int, heads: int, tokens: int):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, tokens, width))
+        self.heads, self.head = heads, width // heads
+        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        q = self.q(self.queries.expand(batch, -1, -1)).view(batch, -1, self.heads, self.head).transpose(1, 2)
+        k, v = self.kv(x).chunk(2, -1)
+        k, v = (t.view(batch, tokens, self.heads, self.head).transpose(1, 2) for t in (k, v))
+        weights = torch.softmax(torch.matmul(q, k.transpose(-1, -2)) / self.head**0.5, dim=-1)
+        return self.out(torch.matmul(weights, v).permute(0, 2, 1, 3).flatten(2))
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, the second transposed (an autoencoder)."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.encode = nn.Linear(width, inner)
+        self.shift = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.relu(self.encode(x)), self.encode.weight.t(), self.shift)
+
+
 @dataclass
 class Draw:
     """The random choices behind one network."""
@@ -357,6 +514,144 @@ def _pixels(draw: Draw, width: int) -> tuple[nn.Module, int]:
     return (Pixels(width, outputs), outputs) if width % 4 == 0 else _conv(draw, width)
 
 
+def _gated(draw: Draw, width: int) -> tuple[nn.Module, int]:
+    make, outputs = (CONVS[draw.dims] if draw.dims else nn.Linear), draw.channels()
+    extra = (1,) if draw.dims else ()
+    if draw.rng.random() < 0.5:
+        return nn.Sequential(make(width, 2 * outputs, *extra), nn.GLU(draw.dim)), outputs
+    return Gated(make(width, outputs, *extra), make(width, outputs, *extra)), outputs
+
+
+def _summed(draw: Draw, width: int) -> tuple[nn.Module, int]:
+    outputs = draw.channels()
+    if not draw.dims:
+        return Summed([nn.Linear(width, outputs), nn.Linear(width, outputs, bias=False)]), outputs
+    conv, norm = CONVS[draw.dims], BATCH_NORMS[draw.dims]
+    wide, narrow = (3,) * draw.dims, (3,) + (1,) * (draw.dims - 1)
+    branches = [
+        nn.Sequential(conv(width, outputs, wide, padding=1, bias=False), norm(outputs)),
+        conv(width, outputs, narrow, padding=tuple(k // 2 for k in narrow)),
+        nn.Sequential(conv(width, outputs, 1, bias=False), norm(outputs, affine=False)),
+    ]
+    return Summed(branches[: draw.rng.randint(2, 3)]), outputs
+
+
+def _sliced(draw: Draw, width: int) -> tuple[nn.Module, int]:
+    kept = draw.rng.randint(1, width - 1)
+    draw.depth += 1
+    branch, outputs = sequence(draw, width - kept, 1)
+    draw.depth -= 1
+    return Sliced(branch, kept, draw.dim), kept + outputs
+
+
+def _channels_last(draw: Draw, width: int) -> tuple[nn.Module, int]:
+    return ChannelsLast(draw.dims, width, draw.channels()), width
+
+
+def _up_and_down(draw: Draw, width: int) -> tuple[nn.Module, int]:
+    if draw.size < 4 or draw.depth:
+        return _conv(draw, width)
+    draw.depth += 1
+    branch, outputs = sequence(draw, width, draw.rng.randint(1, 2))
+    draw.depth -= 1
+    return UpAndDown(draw.dims, branch), width + outputs
+
+
+def _linear_excited(draw: Draw, width: int) -> tuple[nn.Module, int]:
+    return LinearExcited(width, draw.rng.choice((2, 4))), width
+
+
+def _maxout(draw: Draw, width: int) -> tuple[nn.Module, int]:
+    return (Maxout(), width // 2) if width % 2 == 0 and width > 4 else _activation(draw, width)
+
+
+def _scaled(draw: Draw, width: int) -> tuple[nn.Module, int]:
+    return Scaled((1, width, *(1,) * draw.dims) if draw.dims else (width,)), width
+
+
+def _shuffled(draw: Draw, width: int) -> tuple[nn.Module, int]:
+    groups = draw.rng.choice([g for g in (1, 2, 4) if width % g == 0])
+    return nn.Sequential(CONVS[draw.dims](width, width, 1, groups=groups), nn.ChannelShuffle(groups)), width
+
+
+def _padded(draw: Draw, width: int) -> tuple[nn.Module, int]:
+    outputs, dims = draw.channels(), draw.dims
+    pads = (1,) * (2 * dims)
+    mode = draw.rng.choice(("constant", "replicate", "circular"))
+    value = draw.rng.choice((0.0, 0.5)) if mode == "constant" else None
+    pad = Called(lambda x: F.pad(x, pads, mode, value))
+    return nn.Sequential(pad, CONVS[dims](width, outputs, 3)), outputs
+
+
+def _function(draw: Draw, width: int) -> tuple[nn.Module, int]:
+    dim = draw.dim
+    spatial = tuple(range(2, 2 + draw.dims))
+    functions: list[Callable[[Tensor], Tensor]] = [
+        lambda x: F.relu(x, inplace=False).mul(0.5),
+        lambda x: F.normalize(x, dim=dim) * 3,
+        lambda x: x.softmax(dim) * 4,
+        lambda x: x.clamp(-1.0, 1.5),
+        lambda x: torch.where(x > 0, x, 0.1 * x),
+        lambda x: x.flip(dim),
+        lambda x: x.roll(1, dim),
+        lambda x: torch.cat([F.relu(x), F.relu(-x)], dim).narrow(dim, 0, width),
+        lambda x: x * torch.tanh(F.softplus(x)),
+    ]
+    if draw.dims:
+        functions += [
+            lambda x: x - x.mean(spatial, keepdim=True),
+            lambda x: x * (x.amax(spatial, keepdim=True) > 0),
+            lambda x: x + x.flatten(2).max(-1)[0].reshape(*x.shape[:2], *(1,) * draw.dims),
+        ]
+    return Called(draw.rng.choice(functions)), width
+
+
+def _prelu(draw: Draw, width: int) -> tuple[nn.Module, int]:
+    return (nn.PReLU(width), width) if draw.dims else _activation(draw, width)
+
+
+def _odd_conv(draw: Draw, width: int) -> tuple[nn.Module, int]:
+    """Strides above the kernel, even kernels, unequal pads, transposed ones that dilate."""
+    outputs, conv = draw.channels(), CONVS[draw.dims]
+    if draw.depth or draw.size < 6:
+        choice = draw.rng.choice(("even", "dilated transposed"))
+    else:
+        choice = draw.rng.choice(("even", "dilated transposed", "stride above kernel", "transposed, larger"))
+    if choice == "even":
+        return conv(width, outputs, 2, padding="same"), outputs
+    if choice == "dilated transposed":
+        return TRANSPOSED[draw.dims](width, outputs, 3, padding=2, dilation=2), outputs
+    draw.size //= 2
+    if choice == "stride above kernel":
+        return conv(width, outputs, 1, stride=2), outputs
+    small, large = (
+        conv(width, outputs, 3, stride=2, padding=1),
+        TRANSPOSED[draw.dims](outputs, outputs, 3, 2, 1, output_padding=1),
+    )
+    draw.size *= 2
+    return nn.Sequential(small, large), outputs
+
+
+def _cross_attention(draw: Draw, width: int) -> tuple[nn.Module, int]:
+    heads = draw.rng.choice([h for h in (1, 2, 4) if width % h == 0])
+    return CrossAttention(width, heads, TOKENS), width
+
+
+def _token_mixing(draw: Draw, width: int) -> tuple[nn.Module, int]:
+    return TokenMixing(TOKENS, draw.channels()), width
+
+
+def _time_first(draw: Draw, width: int) -> tuple[nn.Module, int]:
+    hidden = draw.rng.choice((4, 6, 8))
+    return TimeFirst(
+        draw.rng.choice((nn.GRU, nn.LSTM, nn.RNN))(width, hidden, num_layers=draw.rng.choice((1, 2)))
+    ), hidden
+
+
+def _tied(draw: Draw, width: int) -> tuple[nn.Module, int]:
+    return Tied(width, draw.channels()), width
+
+
 SPATIAL: tuple[Block, ...] = (
     *(_conv,) * 5,
     _depthwise,
@@ -375,6 +670,19 @@ SPATIAL: tuple[Block, ...] = (
     _product,
     _attention,
     _recurrent,
+    _gated,
+    _summed,
+    _sliced,
+    _channels_last,
+    _up_and_down,
+    _linear_excited,
+    _maxout,
+    _scaled,
+    _shuffled,
+    _padded,
+    _function,
+    _prelu,
+    _odd_conv,
 )
 IMAGE: tuple[Block, ...] = (*SPATIAL, _standardized, _standardized, _pixels)
 TOKEN: tuple[Block, ...] = (
@@ -393,15 +701,26 @@ TOKEN: tuple[Block, ...] = (
     _halves,
     _shared,
     _normed_weight,
+    _gated,
+    _summed,
+    _sliced,
+    _scaled,
+    _function,
+    _cross_attention,
+    _token_mixing,
+    _time_first,
+    _tied,
 )
-VECTOR: tuple[Block, ...] = tuple(block for block in TOKEN if block not in (_attention, _recurrent))
+_SEQUENTIAL = (_attention, _recurrent, _cross_attention, _token_mixing, _time_first)  # of tokens only
+VECTOR: tuple[Block, ...] = tuple(block for block in TOKEN if block not in _SEQUENTIAL)
 
 
 def sequence(draw: Draw, width: int, length: int) -> tuple[nn.Sequential, int]:
     """A sequence of random blocks and its number of output channels."""
     blocks = (IMAGE if draw.dims == 2 else SPATIAL) if draw.dims else (TOKEN if draw.tokens else VECTOR)
     if draw.depth:  # branches are plain: no branches in branches, and sizes stay
-        blocks = tuple(b for b in blocks if b not in (_residual, _concatenated, _halves, _recurrent))
+        nested = (_residual, _concatenated, _halves, _sliced, _up_and_down, _recurrent, _time_first)
+        blocks = tuple(b for b in blocks if b not in nested)
     layers = []
     for _ in range(length):
         layer, width = draw.rng.choice(blocks)(draw, width)
@@ -426,8 +745,9 @@ def _keep_signals(model: nn.Module) -> None:
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             norm.running_mean.normal_(0, 0.1)
             norm.running_var.uniform_(0.2, 2.0)
-            norm.weight.uniform_(-1.5, 1.5)
-            norm.bias.normal_(0, 0.3)
+            if norm.affine:
+                norm.weight.uniform_(-1.5, 1.5)
+                norm.bias.normal_(0, 0.3)
 
 
 def random_network(seed: int) -> tuple[nn.Module, Tensor]:
@@ -446,7 +766,7 @@ def _draw_network(seed: int) -> tuple[nn.Module, Tensor]:
     if kind in ("tokens", "vector"):
         inputs = rng.choice((4, 8))
         draw = Draw(rng, 0, tokens=kind == "tokens")
-        x = torch.randn(2, 5, inputs) if draw.tokens else torch.randn(2, inputs)
+        x = torch.randn(2, TOKENS, inputs) if draw.tokens else torch.randn(2, inputs)
         body, width = sequence(draw, inputs, length)
         end: list[nn.Module] = [TakeMean()] if draw.tokens else []
         return nn.Sequential(body, *end, nn.Linear(width, CLASSES)).eval(), x
@@ -455,5 +775,6 @@ def _draw_network(seed: int) -> tuple[nn.Module, Tensor]:
     x = torch.randn(2, inputs, *(size,) * dims)
     stem = CONVS[dims](inputs, first := draw.channels(), 3, padding=1)
     body, width = sequence(draw, first, length)
-    head = [nn.Flatten(), nn.Linear(width, CLASSES)]
-    return nn.Sequential(stem, body, ADAPTIVE_POOLS[dims](1), *head).eval(), x
+    left = rng.choice((1, 1, 2))  # positions of each dim that the last layer reads
+    head = [ADAPTIVE_POOLS[dims](left), nn.Flatten(), nn.Linear(width * left**dims, CLASSES)]
+    return nn.Sequential(stem, body, *head).eval(), x

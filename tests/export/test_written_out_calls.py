@@ -21,6 +21,7 @@ CALLS = {
     "nn.ChannelShuffle": nn.ChannelShuffle(2),
     "channel_shuffle": lambda x: F.channel_shuffle(x, 4),
     **{f"rot90 by {k}": lambda x, k=k: torch.rot90(x, k, (2, 3)) for k in range(-1, 5)},
+    "mT": lambda x: x.mT,
     "rot90": lambda x: x.rot90(dims=(3, 1)),
     "nn.Threshold": nn.Threshold(0.3, -2.0),
     "nn.Bilinear": lambda x: F.bilinear(x, x * 2, torch.arange(72).to(x).reshape(2, 6, 6) / 36, torch.ones(2).to(x)),
@@ -35,6 +36,11 @@ CALLS = {
     "adaptive pool of a reshape": lambda x: F.adaptive_avg_pool2d(
         x.flatten(2).reshape(x.shape[0], -1, *x.shape[2:]), 2
     ),
+    "average by a divisor": nn.AvgPool2d(2, divisor_override=3),
+    "average by a divisor, padded": nn.AvgPool2d((3, 2), (2, 3), 1, divisor_override=5),
+    "average by a divisor, larger": nn.AvgPool2d(3, 2, 1, ceil_mode=True, divisor_override=4),
+    "average by a divisor, window behind the end": nn.AvgPool2d(1, 5, ceil_mode=True, divisor_override=4),
+    "average of a volume by a divisor": lambda x: F.avg_pool3d(x[:, None], 2, ceil_mode=True, divisor_override=3),
     "fold, not square": lambda x: F.fold(F.unfold(x, (2, 3), dilation=(1, 2)), (6, 6), (2, 3), dilation=(1, 2)),
 }
 

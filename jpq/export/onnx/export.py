@@ -30,6 +30,7 @@ from jpq.export.onnx.metadata import Metadata, gather_metadata, store_metadata
 from jpq.export.onnx.naming import name_nodes
 from jpq.export.onnx.narrow_weights import store_narrow_weights
 from jpq.export.onnx.plain_norms import replace_norms
+from jpq.export.onnx.separate_additions import separate_additions
 from jpq.export.onnx.twice_rounded_weights import round_weights_twice
 from jpq.export.onnx.unsupported_ops import name_unsupported_op
 from jpq.export.onnx.written_out_calls import WrittenOutCalls
@@ -77,6 +78,7 @@ def export_onnx(
         prepare_integer_kernels(model)
         model = store_narrow_weights(model, weights)
         round_weights_twice(model)
+        separate_additions(model)
         return model
 
     for layer in [m for m in small.modules() if hasattr(m, "weight_quant")]:

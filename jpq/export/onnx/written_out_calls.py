@@ -4,11 +4,13 @@
   `torch.zeros_like` and the first state of a recurrent layer do, is a constant of the example's batch.
 - Adaptive pools, for which the exporter must know the input's size and it must be a multiple of the output's: fixed
   pools, or a reduction of each window.
-- `rms_norm`, `channel_shuffle`, `rot90`, `threshold`, `bilinear` and `fold` have no translation up to opset 17.
+- Average pools with a divisor of their own, which the exporter leaves out.
+- `rms_norm`, `channel_shuffle`, `mT`, `rot90`, `threshold`, `bilinear` and `fold` have no translation up to opset 17.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,6 +49,11 @@ def _channel_shuffle(input: Tensor, groups: int) -> Tensor:
     """`input`, [batch, channels, ...], with the channels of all groups taken in turns."""
     split = input.reshape(input.shape[0], groups, input.shape[1] // groups, *input.shape[2:])
     return split.transpose(1, 2).reshape(input.shape)
+
+
+def _matrix_transpose(input: Tensor, *_: Any) -> Tensor:
+    """`input` with its last two dims exchanged."""
+    return input.transpose(-2, -1)
 
 
 def _rot90(input: Tensor, k: int = 1, dims: Sequence[int] = (0, 1)) -> Tensor:
@@ -102,6 +109,34 @@ def _fold(
     return y if input.dim() == 3 else y.squeeze(0)
 
 
+def _average_by(dims: int, average: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function for average pools over the last `dims` dims, which divides by `divisor_override` itself."""
+
+    def write_out(
+        input: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Tensor:
+        if divisor_override is None:
+            return average(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
+        kernel, strides, pads = (
+            (v,) * dims if isinstance(v, int) else tuple(v) for v in (kernel_size, stride or kernel_size, padding)
+        )
+        ends = []  # zeros that complete the last window
+        for size, k, step, pad in zip(input.shape[-dims:], kernel, strides, pads, strict=True):
+            rest = (int(size) + 2 * pad - k) % step
+            starts_inside = int(size) + pad > int(size) + 2 * pad - k - rest + step  # else torch drops that window
+            ends.append(pad + (step - rest if ceil_mode and rest and starts_inside else 0))
+        edges = [n for pad, end in zip(reversed(pads), reversed(ends), strict=True) for n in (pad, end)]
+        return average(F.pad(input, edges), kernel, strides) * (math.prod(kernel) / divisor_override)
+
+    return write_out
+
+
 def _pool_to(
     dims: int, pool: Callable[..., Tensor], reduce: Callable[..., Tensor], adaptive: Callable[..., Tensor]
 ) -> Callable[..., Any]:
@@ -153,6 +188,7 @@ _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     torch.rms_norm: _rms_norm,
     F.channel_shuffle: _channel_shuffle,
     torch.channel_shuffle: _channel_shuffle,
+    Tensor.mT.__get__: _matrix_transpose,  # type: ignore[attr-defined]
     torch.rot90: _rot90,
     Tensor.rot90: _rot90,
     F.threshold: _threshold,
@@ -160,5 +196,7 @@ _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     F.bilinear: _bilinear,
     torch.bilinear: _bilinear,
     F.fold: _fold,
+    F.avg_pool2d: _average_by(2, F.avg_pool2d),
+    F.avg_pool3d: _average_by(3, F.avg_pool3d),
     **_ADAPTIVE_POOLS,
 }

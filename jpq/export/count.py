@@ -93,12 +93,13 @@ class _MultiplicationCounter(TorchDispatchMode):
         macs = _macs_of(packet, args, kwargs, out)
         read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         varying = any(x in self._varying for x in read)
-        made = not read or packet in _SPREADING or any(x in self._made for x in read)
+        inherited = any(x in self._made for x in read)
+        named = not read or packet in _SPREADING or (inherited and packet in _RESHAPING)
         for tensor in collect_tensors(out):
             if varying:
                 self._varying[tensor] = True
-            elif made:
-                spread = self._batch in tensor.shape or any(self._made.get(x) for x in read)
+            elif named or inherited:
+                spread = (named and self._batch in tensor.shape) or any(self._made.get(x) for x in read)
                 self._made[tensor] = spread
         if macs:
             per_sample = varying or any(self._made.get(x) for x in read)
@@ -154,6 +155,8 @@ def _cell_macs(args: Any, weights: Any) -> int:
 _aten = torch.ops.aten
 
 _SPREADING = (_aten.expand, _aten.repeat, _aten.new_zeros, _aten.new_ones, _aten.new_full, _aten.new_empty)
+
+_RESHAPING = (_aten.view, _aten.reshape, _aten._unsafe_view)  # they name sizes too
 
 _MACS: dict[Any, Callable[[Any, Any], int]] = {  # ops without a formula in torch.utils.flop_counter: (arguments, out)
     _aten.mv: lambda args, _: args[0].numel(),

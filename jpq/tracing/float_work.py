@@ -20,6 +20,8 @@ _MOVES = ("t", "transpose", "permute", "view", "reshape", "contiguous", "unsquee
 
 _SPREADING = [[op] for op in ("expand", "expand_as", "repeat", "tile", "new_zeros", "new_ones", "new_full")]
 
+_RESHAPING = [[op] for op in ("view", "reshape", "_unsafe_view", "unflatten")]  # they name sizes too
+
 _PARTS = ("split", "chunk", "split_with_sizes", "unbind", "tensor_split")
 
 
@@ -81,7 +83,7 @@ def sample_macs(state: TraceState, calls: Sequence[LayerCall | ProductCall], bat
 def _is_constant(state: TraceState, operands: Sequence[Node], batch: int) -> bool:
     """Whether work on these tensors is the same for any number of samples: they depend on parameters alone.
 
-    Tensors that the code makes or spreads (zeros, expand) count as a batch where one of their sizes is the batch's.
+    Tensors that the code makes or spreads (zeros, expand) count as a batch where a size that it names is the batch's.
     """
     if any(state.origins.get(operand) != "constant" for operand in operands):
         return False
@@ -95,8 +97,10 @@ def _made_and_spread(node: Node, batch: int, known: dict[Node, tuple[bool, bool]
         return False, False
     if node not in known:
         sources = [_made_and_spread(source, batch, known) for source in node.all_input_nodes]
-        made = not sources or str(node.target).split(".")[1:2] in _SPREADING or any(m for m, _ in sources)
-        known[node] = made, (made and batch in shape_of(node)) or any(spread for _, spread in sources)
+        op, inherited = str(node.target).split(".")[1:2], any(m for m, _ in sources)
+        named = not sources or op in _SPREADING or (inherited and op in _RESHAPING)
+        spread = (named and batch in shape_of(node)) or any(spread for _, spread in sources)
+        known[node] = named or inherited, spread
     return known[node]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import onnx
 import pytest
 import torch
 from rich.console import Console
@@ -264,3 +265,25 @@ def test_two_outputs_of_the_zoo_export(tmp_path: Path) -> None:
     a, b = session(example)
     assert a.shape == (2, 5, 4, 4)
     assert torch.allclose(b, small(example)["class"], atol=1e-4)
+
+
+class Flagged(nn.Module):
+    """A flag and a number that the example does not give: torch.onnx takes defaults for inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False, scale: float = 0.5) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.o(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale))
+
+
+def test_flags_with_defaults_stay_flags_in_the_file(tmp_path):
+    x = torch.randn(4, 5, 8, generator=G)
+    net = jpq.compress(Flagged().eval(), x, bops="50%", steps=2)
+    small = net.finalize()
+    jpq.export_onnx(small, x, tmp_path / "model.onnx")
+    session = Session(tmp_path / "model.onnx")
+    assert [i.name for i in onnx.load(tmp_path / "model.onnx").graph.input] == ["input"]
+    torch.testing.assert_close(session(x), small(x).detach(), rtol=1e-5, atol=1e-5)

@@ -165,6 +165,27 @@ def test_work_on_constants_is_done_once_for_all_samples() -> None:
         assert trace(model, example).macs == of_one == measure(model, example)["macs"]
 
 
+def test_two_sines_are_no_batch_of_two() -> None:
+    class Fourier(nn.Module):
+        def __init__(self, of_batch: bool) -> None:
+            super().__init__()
+            self.of_batch, self.embed, self.read = of_batch, nn.Conv2d(8, 6, 1), nn.Conv2d(3, 6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = torch.zeros(len(x) if self.of_batch else 1, 4, 4) + torch.arange(4.0)
+            angles = rows[..., None] / torch.arange(1.0, 5.0)
+            waves = torch.stack([angles.sin(), angles.cos()], dim=4).flatten(3)  # [1, 4, 4, 8], by way of a size of 2
+            return self.read(x) + self.embed(waves.permute(0, 3, 1, 2))
+
+    for of_batch in (False, True):
+        model = Fourier(of_batch).eval()
+        of_one = counted_macs(model, torch.randn(1, 3, 4, 4))
+        assert of_one == 16 * 6 * (8 + 3)
+        for samples in (1, 2, 3):
+            example = torch.randn(samples, 3, 4, 4)
+            assert trace(model, example).macs == of_one == measure(model, example)["macs"]
+
+
 def test_layers_with_bare_and_computed_weights_have_names() -> None:
     def names(name: str) -> list[str]:
         return [layer.name for layer in trace(*built(name)).layers]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
 import logging
 import warnings
@@ -127,7 +128,7 @@ def _write(
     unbatched: set[str] = set()
     with torch.no_grad(), hook_modules(_layers(model), partial(_note_unbatched, unbatched), before=True):
         output = model(*args, **kwargs)
-    plain = len(inputs) == len(args) and isinstance(output, Tensor)
+    plain = len(inputs) == len(args) and isinstance(output, Tensor) and not _has_other_defaults(model, len(args))
     input_names, output_names = _input_names(model, args, kwargs), _output_names(output)
     values = zip([*input_names, *output_names], [*inputs, *collect_tensors(output)], strict=True)
     axes = {name: {0: "batch"} for name, t in values if t.dim() > 0 and len(t) == len(inputs[0])}
@@ -163,6 +164,12 @@ def _write(
         onnx.checker.check_model(str(part))
 
     replace_file(path, write)
+
+
+def _has_other_defaults(model: nn.Module, given: int) -> bool:
+    """Whether `forward` has defaults beyond the given arguments: torch.onnx would make tensors of flags and numbers."""
+    parameters = list(inspect.signature(model.forward).parameters.values())[given:]
+    return any(p.default is not None and p.default is not p.empty for p in parameters)
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:

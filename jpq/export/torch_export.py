@@ -106,6 +106,15 @@ class StoredIntegerLayer(nn.Module):
         self.grid = Rounding(act_quantizer(layer))
         self._layer = [plain_layer(layer)]  # in a list, so that its weights are not parameters of this module
 
+    def __getattr__(self, name: str) -> Any:
+        """Sizes and options of the layer, such as `out_features`, which models' code may read."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "_layer" not in self.__dict__:
+                raise
+            return getattr(self._layer[0], name)
+
     @property
     def weight(self) -> Tensor:
         """The weight, integers times steps."""

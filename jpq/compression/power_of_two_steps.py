@@ -4,7 +4,8 @@ A product with a power of two is exact. An activation on such a grid is rounded 
 the reciprocal, and by an integer kernel's combined factor: every runtime then makes the same integers of it. The
 weights' steps follow after fine-tuning (jpq/export/exact_steps.py).
 
-Of the two powers around a learned step, the one with the smaller squared error on samples of the activations is taken.
+Of the two powers around a learned step, the one with the smaller squared error on samples of the activations is taken
+at first; the range goes on learning, and the step follows it from power to power.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ WIDER = 0.25  # distance above a power of two, in octaves, from which the next o
 
 @torch.no_grad()
 def round_activation_steps(net: CompressedModel) -> None:
-    """Fix the steps of all inputs and rounded results of layers to powers of two; `net` is frozen."""
+    """Round the steps of all inputs and rounded results of layers to powers of two; `net` is frozen."""
     for layer in net.network.layers:
         pair = net.quantizers(layer.name)
         if pair is not None:
@@ -33,15 +34,15 @@ def round_activation_steps(net: CompressedModel) -> None:
 
 
 def _round_step(grid: IntegerQuantizer, samples: Tensor | None) -> None:
-    """Fix the step of one quantizer of a scalar range."""
+    """Round the step of one quantizer of a scalar range."""
     exponent = torch.log2(grid.scale().double())
     below, above = exponent.floor().exp2(), exponent.ceil().exp2()
     if samples is None or not samples.numel():
-        grid.fix_step(torch.where(exponent - exponent.floor() > WIDER, above, below))
+        grid.round_step(torch.where(exponent - exponent.floor() > WIDER, above, below))
         return
     samples = samples.to(grid.log_threshold)
     errors = [_squared_error(grid, samples, step) for step in (below, above)]
-    grid.fix_step(below if errors[0] <= errors[1] else above)
+    grid.round_step(below if errors[0] <= errors[1] else above)
 
 
 def _squared_error(grid: IntegerQuantizer, samples: Tensor, step: Tensor) -> float:

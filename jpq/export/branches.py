@@ -151,4 +151,5 @@ def _branch(layer: Any, channels: list[int], filters: list[int]) -> nn.Module:
     new_act_grid.log_threshold.copy_(act_grid.log_threshold)
     new_weight_grid.step.copy_(weight_grid.step[filters] if weight_grid.step.dim() else weight_grid.step)
     new_act_grid.step.copy_(act_grid.step)
+    new_act_grid.power_of_two.copy_(act_grid.power_of_two)
     return quantize_layer(conv, new_weight_grid, new_act_grid).train(layer.training)

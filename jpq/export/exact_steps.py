@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from jpq.compression.masking import original
 from jpq.export.packed.batchnorm_folding import Pair, find_pairs
 from jpq.export.verify import EXACT, difference
-from jpq.methods.quantizers import IntegerQuantizer, act_quantizer, weight_quantizer
+from jpq.methods.quantizers import IntegerQuantizer, act_quantizer, result_quantizer, weight_quantizer
 from jpq.methods.quantizers.uniform_integer import levels
 from jpq.tracing.forward import eval_mode
 
@@ -61,6 +61,9 @@ def round_weight_steps(model: nn.Module, example: Any) -> list[str]:
     with eval_mode(model):
         pairs = dict(foldable_pairs(model, example))
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "weight_quant")}
+    for grid in (*map(act_quantizer, layers.values()), *map(result_quantizer, model.modules())):
+        if grid is not None and bool(grid.power_of_two):
+            grid.fix_step(grid.scale())
     return [
         name
         for name, layer in layers.items()

@@ -128,6 +128,7 @@ def _copy_range(trained: IntegerQuantizer, small: IntegerQuantizer, rows: Any = 
     """Copy a quantizer's range and step, of a weight those of the kept `rows`."""
     for old, new in ((trained.log_threshold, small.log_threshold), (trained.step, small.step)):
         new.copy_(old[rows] if rows is not None and old.dim() else old)
+    small.power_of_two.copy_(trained.power_of_two)
 
 
 def _apply_masks(net: CompressedModel, small: nn.Module, plan: Plan) -> None:

@@ -206,3 +206,40 @@ def test_other_classes_are_refused():
 def test_levels():
     assert float(levels(torch.tensor(2.0), True)) == 1  # -1, 0, 1
     assert float(levels(torch.tensor(4.0), False)) == 15
+
+
+def test_a_step_that_is_a_power_of_two_goes_on_learning():
+    x = torch.linspace(0, 4, 200)
+    grid = IntegerQuantizer(torch.tensor(1.0), Fixed(3), False)
+    grid.round_step(torch.tensor(0.125))
+    optimizer = torch.optim.SGD([grid.log_threshold], lr=0.05)
+    steps = set()
+    for _ in range(300):
+        optimizer.zero_grad()
+        q = grid(x)[0]
+        (q - x).square().mean().backward()
+        optimizer.step()
+        steps.add(float(grid.scale()))
+    assert steps <= {0.125, 0.25, 0.5, 1.0}  # from power to power, to one of the two around the best, 4 / 7
+    final = float(grid.scale())
+    assert final in (0.5, 1.0)
+    q = grid(x)[0]
+    torch.testing.assert_close(q, (x / final).round().clamp(0, 7) * final, rtol=0, atol=0)
+    grid.fix_step(grid.scale())
+    torch.testing.assert_close(grid(x)[0], q.detach(), rtol=0, atol=0)
+    assert not grid.power_of_two
+
+
+def test_a_rounded_step_begins_near_the_learned_one_and_is_kept_in_states():
+    grid = IntegerQuantizer(torch.tensor(2.2), Fixed(3), False)
+    learned = float(grid.scale())
+    grid.round_step(torch.tensor(0.25))
+    assert float(grid.scale()) == 0.25
+    assert float(grid.log_threshold.exp() / 7) == pytest.approx(learned, rel=1e-6)
+    again = IntegerQuantizer(torch.tensor(1.0), Fixed(3), False)
+    again.load_state_dict(grid.state_dict())
+    assert float(again.scale()) == 0.25
+    old = {name: t for name, t in grid.state_dict().items() if name not in ("step", "power_of_two")}
+    fresh = IntegerQuantizer(torch.tensor(1.0), Fixed(3), False)
+    fresh.load_state_dict(old)  # of a version that knew neither
+    assert float(fresh.scale()) == pytest.approx(learned, rel=1e-6)

@@ -4,9 +4,11 @@
 
 with the range r (`threshold`, learned in the log domain, per output channel for weights) and the bit-width b
 (a `BitWidth`, see base.py). 2-bit signed has 3 levels, 4-bit unsigned 16: weights use the narrow range, so zero is
-exact and the grid symmetric. At the end the step s itself is fixed to a number of few binary digits (`fix_step`), so
-that floating point and integers give the same numbers. brevitas takes the module as its injectors' `tensor_quant`, as an instance: assigning
-`layer.weight` then re-creates nothing, and learned bits survive.
+exact and the grid symmetric. Once decisions are final, steps of activations are powers of two whose exponent goes on
+learning (`round_step`; straight-through on the rounding of log2 s, as S. Jain et al., "Trained Quantization
+Thresholds", MLSys 2020, arXiv:1903.08066). At the end all steps are fixed (`fix_step`) to numbers of few binary digits,
+so that floating point and integers give the same numbers. brevitas takes the module as its injectors' `tensor_quant`,
+as an instance: assigning `layer.weight` then re-creates nothing, and learned bits survive.
 
 Gradients (straight-through on round only), e = x_q - x, "in" where |x| <= r (0 <= x <= r when unsigned):
 
@@ -36,6 +38,9 @@ from jpq.types import JpqError
 def levels(bits: Tensor, signed: bool) -> Tensor:
     """Largest integer N of the grid, `2^(bits - signed) - 1`."""
     return torch.exp2(bits - float(signed)) - 1.0
+
+
+NEAR = 0.45  # octaves between a learned step and the power of two that it is rounded to, at most, at the start
 
 
 class _Quantize(torch.autograd.Function):
@@ -85,6 +90,11 @@ class _Quantize(torch.autograd.Function):
         return dx, d_threshold, d_bits, None, d_noise
 
 
+def _power_of_two(step: Tensor) -> Tensor:
+    """The powers of two nearest to steps, by their logarithms."""
+    return torch.log2(step.double()).round().exp2().to(step)
+
+
 def round_to_grid(x: Tensor, threshold: Tensor, bits: Tensor, signed: bool) -> Tensor:
     """Tensor x on the grid in plain operators, which torch.export can follow; bit for bit what `_Quantize` gives."""
     n = levels(bits, signed)
@@ -110,6 +120,7 @@ class IntegerQuantizer(nn.Module):
 
     zero_point: Tensor
     step: Tensor  # shaped like the range: the grid's step once it is fixed (`fix_step`), before that 0
+    power_of_two: Tensor  # bool: the step is rounded to a power of two, and its range learns (`round_step`)
 
     def __init__(self, threshold: Tensor, width: BitWidth, signed: bool):
         super().__init__()
@@ -122,6 +133,7 @@ class IntegerQuantizer(nn.Module):
         self.signed = signed
         self.register_buffer("zero_point", torch.zeros(()), persistent=False)
         self.register_buffer("step", torch.zeros_like(start))
+        self.register_buffer("power_of_two", torch.zeros((), dtype=torch.bool))
         self.noise: Any = None  # Callable[[Tensor], Tensor | None]: noise that multiplies what the layer reads
 
     @property
@@ -130,7 +142,10 @@ class IntegerQuantizer(nn.Module):
         learned = self.log_threshold.exp()
         if self.grid is not None:
             return self.grid.range(learned, self.signed)
-        return torch.where(self.step > 0, self.step * levels(self.width(), self.signed), learned)
+        n = levels(self.width(), self.signed)
+        rounded = _power_of_two(learned.detach() / n) * n + (learned - learned.detach())  # straight-through
+        learned = torch.where(self.power_of_two, rounded, learned)
+        return torch.where(self.step > 0, self.step * n, learned)
 
     def scale(self) -> Tensor:
         """Step s of the grid."""
@@ -170,16 +185,28 @@ class IntegerQuantizer(nn.Module):
             self.grid = None
         self.width = Fixed(bits, self.width.choices).to(self.log_threshold.device)
         self.step.zero_()
+        self.power_of_two.fill_(False)
+
+    @torch.no_grad()
+    def round_step(self, power: Tensor) -> None:
+        """Round the step to a power of two from now on, at first to `power`; the range goes on learning."""
+        n = levels(self.width(), self.signed)
+        distance = (torch.log2(self.scale().double()) - torch.log2(power.double())).clamp(-NEAR, NEAR)
+        self.step.zero_()
+        self.power_of_two.fill_(True)
+        self.log_threshold.copy_((power.double() * distance.exp2() * n).log())
 
     @torch.no_grad()
     def fix_step(self, step: Tensor) -> None:
         """Round to multiples of `step` (positive, shaped like the range) from now on: the range learns no more."""
         self.step.copy_(step)
+        self.power_of_two.fill_(False)
         self.log_threshold.copy_((self.step.double() * levels(self.width(), self.signed)).log())
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Load as usual; states from before steps were kept have none."""
         state_dict.setdefault(f"{prefix}step", self.step)
+        state_dict.setdefault(f"{prefix}power_of_two", self.power_of_two)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -214,7 +214,7 @@ def test_a_step_that_is_a_power_of_two_goes_on_learning():
     grid.round_step(torch.tensor(0.125))
     optimizer = torch.optim.SGD([grid.log_threshold], lr=0.05)
     steps = set()
-    for _ in range(300):
+    for _ in range(400):
         optimizer.zero_grad()
         q = grid(x)[0]
         (q - x).square().mean().backward()

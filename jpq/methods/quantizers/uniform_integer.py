@@ -40,7 +40,7 @@ def levels(bits: Tensor, signed: bool) -> Tensor:
     return torch.exp2(bits - float(signed)) - 1.0
 
 
-NEAR = 0.45  # octaves between a learned step and the power of two that it is rounded to, at most, at the start
+NEAR = 0.9  # octaves between a learned step and the power of two that it is rounded to, at most, at the start
 
 
 class _Quantize(torch.autograd.Function):
@@ -90,11 +90,6 @@ class _Quantize(torch.autograd.Function):
         return dx, d_threshold, d_bits, None, d_noise
 
 
-def _power_of_two(step: Tensor) -> Tensor:
-    """The powers of two nearest to steps, by their logarithms."""
-    return torch.log2(step.double()).round().exp2().to(step)
-
-
 def round_to_grid(x: Tensor, threshold: Tensor, bits: Tensor, signed: bool) -> Tensor:
     """Tensor x on the grid in plain operators, which torch.export can follow; bit for bit what `_Quantize` gives."""
     n = levels(bits, signed)
@@ -119,7 +114,7 @@ class IntegerQuantizer(nn.Module):
     """
 
     zero_point: Tensor
-    step: Tensor  # shaped like the range: the grid's step once it is fixed (`fix_step`), before that 0
+    step: Tensor  # shaped like the range: the grid's step once it is fixed or rounded, before that 0
     power_of_two: Tensor  # bool: the step is rounded to a power of two, and its range learns (`round_step`)
 
     def __init__(self, threshold: Tensor, width: BitWidth, signed: bool):
@@ -143,9 +138,8 @@ class IntegerQuantizer(nn.Module):
         if self.grid is not None:
             return self.grid.range(learned, self.signed)
         n = levels(self.width(), self.signed)
-        rounded = _power_of_two(learned.detach() / n) * n + (learned - learned.detach())  # straight-through
-        learned = torch.where(self.power_of_two, rounded, learned)
-        return torch.where(self.step > 0, self.step * n, learned)
+        straight_through = torch.where(self.power_of_two, learned - learned.detach(), 0.0)
+        return torch.where(self.step > 0, self.step * n + straight_through, learned)
 
     def scale(self) -> Tensor:
         """Step s of the grid."""
@@ -153,6 +147,8 @@ class IntegerQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Quantized x, and the scale, zero point and bits of its grid."""
+        if self.training:
+            self._move_step()
         bits, threshold = self.width(), self.threshold
         noise = self.noise(x) if self.noise is not None and self.training else None
         q: Tensor
@@ -189,12 +185,23 @@ class IntegerQuantizer(nn.Module):
 
     @torch.no_grad()
     def round_step(self, power: Tensor) -> None:
-        """Round the step to a power of two from now on, at first to `power`; the range goes on learning."""
+        """Round the step to a power of two from now on, at first to `power`; the range goes on learning.
+
+        The step moves on in training, to the power that the learned step reaches: not earlier, lest it swing between
+        the two powers around it.
+        """
         n = levels(self.width(), self.signed)
         distance = (torch.log2(self.scale().double()) - torch.log2(power.double())).clamp(-NEAR, NEAR)
-        self.step.zero_()
+        self.step.copy_(power)
         self.power_of_two.fill_(True)
         self.log_threshold.copy_((power.double() * distance.exp2() * n).log())
+
+    @torch.no_grad()
+    def _move_step(self) -> None:
+        """Let a step that is rounded to a power of two follow the learned one by whole powers."""
+        learned = self.log_threshold.double().exp() / levels(self.width(), self.signed)
+        powers = torch.log2(learned / self.step.double().clamp_min(1e-38)).trunc()
+        self.step.mul_(torch.where(self.power_of_two, powers.exp2(), 1.0))
 
     @torch.no_grad()
     def fix_step(self, step: Tensor) -> None:

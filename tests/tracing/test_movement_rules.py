@@ -62,6 +62,8 @@ FREE: dict[str, tuple[Callable[[Tensor], Tensor], int, int]] = {  # op, channels
     "pixel_shuffle": (lambda x: F.pixel_shuffle(x, 2), 2, 2),
     "pixel_unshuffle": (lambda x: F.pixel_unshuffle(x, 2), 32, 8),
     "channel_shuffle": (lambda x: torch.channel_shuffle(x, 4), 8, 2),
+    "channel_shuffle of a signal": (lambda x: torch.channel_shuffle(x.flatten(2), 4), 8, 2),
+    "channel_shuffle of a volume": (lambda x: torch.channel_shuffle(x.unflatten(2, (2, 3)), 2), 8, 4),
     "glu": (lambda x: F.glu(x, 1), 4, 4),
     "unflatten": (lambda x: x.unflatten(1, (2, 4)).flatten(1, 2), 8, 4),
     "moveaxis": (lambda x: x.moveaxis((1, 2), (3, 1)).moveaxis(3, 1), 8, 8),

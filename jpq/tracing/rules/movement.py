@@ -346,18 +346,26 @@ def _record_padding(call: OpCall, place: int, zeros: Labels, before: int) -> boo
     return call.add_size([*free, before, COUNT], zeros[before:]) and first
 
 
-@rule("aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.channel_shuffle", "aten.native_channel_shuffle")
-def shuffle(call: OpCall) -> Dims:
-    """Pixel and channel shuffles: blocks of channels that are interleaved lose channels at the same places."""
+@rule("aten.pixel_shuffle", "aten.pixel_unshuffle")
+def shuffle_pixels(call: OpCall) -> Dims:
+    """Pixel shuffles of [..., channels, height, width]: blocks of channels lose channels at the same places."""
     dims = call.x
     labels = dims[-3]
     if labels is not None:
         if call.op == "aten.pixel_shuffle":
             dims[-3] = call.tie(labels.reshape(-1, call["upscale_factor"] ** 2).T).copy()
-        elif call.op == "aten.pixel_unshuffle":
-            dims[-3] = np.repeat(labels, call["downscale_factor"] ** 2)
         else:
-            blocks = labels.reshape(call["groups"], -1)
-            call.tie(blocks)
-            dims[-3] = blocks.T.reshape(-1)
+            dims[-3] = np.repeat(labels, call["downscale_factor"] ** 2)
+    return dims
+
+
+@rule("aten.channel_shuffle", "aten.native_channel_shuffle")
+def shuffle_channels(call: OpCall) -> Dims:
+    """Channel shuffles of [batch, channels, ...]: groups that are interleaved lose channels at the same places."""
+    dims = call.x
+    labels = dims[1]
+    if labels is not None:
+        blocks = labels.reshape(call["groups"], -1)
+        call.tie(blocks)
+        dims[1] = blocks.T.reshape(-1)
     return dims

@@ -243,3 +243,16 @@ def test_a_rounded_step_begins_near_the_learned_one_and_is_kept_in_states():
     fresh = IntegerQuantizer(torch.tensor(1.0), Fixed(3), False)
     fresh.load_state_dict(old)  # of a version that knew neither
     assert float(fresh.scale()) == pytest.approx(learned, rel=1e-6)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_layer_that_is_called_twice_trains(rounded):
+    quantizer = IntegerQuantizer(torch.tensor(1.0), Learned(4, 2, 8), True).train()
+    if rounded:
+        quantizer.step.fill_(0.125)
+        quantizer.power_of_two.fill_(True)
+    x = torch.randn(8, 8)
+    y = quantizer(quantizer(x)[0] * 0.9)[0]
+    y.square().sum().backward()
+    assert quantizer.log_threshold.grad.abs() > 0
+    assert quantizer.width.bits.grad.abs() > 0

@@ -139,7 +139,8 @@ class IntegerQuantizer(nn.Module):
             return self.grid.range(learned, self.signed)
         n = levels(self.width(), self.signed)
         straight_through = torch.where(self.power_of_two, learned - learned.detach(), 0.0)
-        return torch.where(self.step > 0, self.step * n + straight_through, learned)
+        step = self.step.clone() if self.training else self.step  # a layer that is called twice moves it in between
+        return torch.where(step > 0, step * n + straight_through, learned)
 
     def scale(self) -> Tensor:
         """Step s of the grid."""
@@ -201,7 +202,9 @@ class IntegerQuantizer(nn.Module):
         """Let a step that is rounded to a power of two follow the learned one by whole powers."""
         learned = self.log_threshold.double().exp() / levels(self.width(), self.signed)
         powers = torch.log2(learned / self.step.double().clamp_min(1e-38)).trunc()
-        self.step.mul_(torch.where(self.power_of_two, powers.exp2(), 1.0))
+        self.step = self.step * torch.where(self.power_of_two, powers.exp2(), 1.0).to(
+            self.step
+        )  # not in place: a graph may hold it
 
     @torch.no_grad()
     def fix_step(self, step: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrizations, prune
 
 CLASSES = 5
 TOKENS = 5
+LONGEST = 25  # positions that a recurrent layer reads: its steps are written out
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -454,6 +455,8 @@ def _attention(draw: Draw, width: int) -> tuple[nn.Module, int]:
 
 
 def _recurrent(draw: Draw, width: int) -> tuple[nn.Module, int]:
+    if draw.dims and draw.size**draw.dims > LONGEST:
+        return _conv(draw, width)
     hidden, both = draw.rng.choice((4, 6, 8)), draw.rng.random() < 0.3
     kind = draw.rng.choice((nn.GRU, nn.LSTM, nn.RNN))
     inner = Recurrent(kind(width, hidden, batch_first=True, bidirectional=both, num_layers=draw.rng.choice((1, 1, 2))))

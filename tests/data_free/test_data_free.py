@@ -255,11 +255,12 @@ def test_no_loader_is_touched(trained, tmp_path, monkeypatch, capsys):
     import torchvision.datasets
 
     from jpq import recipe
-    from jpq.tasks import data, datasets
+    from jpq.tasks import data, datasets, folders
 
     for module, names in (
         (data, ("load", "Batches", "_read_source", "_split_source")),
-        (datasets, ("digits", "torchvision", "folder", "convert_user_data", "_open_torchvision")),
+        (datasets, ("digits", "torchvision", "convert_user_data", "_open_torchvision")),
+        (folders, ("read_folder",)),
         (recipe, ("load_task", "read_data")),
         (sklearn.datasets, ("load_digits",)),
         (torchvision.datasets, ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "ImageFolder", "DatasetFolder")),
@@ -560,7 +561,7 @@ def test_damaged_handovers_are_refused(damage, words, trained, handed, tmp_path,
         (["--mask", "nowhere"], "there is no such file or folder"),
         (["--mask", "HANDED"], "give the dense model that they come from with --weights"),
         (["--mask", "HANDED", "--weights", "W", "--method", "dpf"], "--method dpf would too"),
-        (["--mask", "HANDED", "--weights", "W", "--structure", "2:4"], "Leave structure out"),
+        (["--mask", "HANDED", "--weights", "W", "--structure", "2:4"], "Leave --structure out"),
         (["--mask", "HANDED", "--weights", "W", "--skip", "3"], "Leave --skip out"),
         (["--mask", "HANDED", "--weights", "W", "--width", "fixed"], "Choose --width learned"),
         (["--mask", "HANDED", "--weights", "W", "--width", "learnt"], "Did you mean learned"),

@@ -158,7 +158,7 @@ def test_a_run_from_the_table_to_the_measured_model(tmp_path, capsys, monkeypatc
         (["bench", "nothing.onnx"], "nothing.onnx is not there"),
         (["bench", "text.onnx"], "onnxruntime cannot load text.onnx"),
         (["bench", "empty", "--table", "text.onnx"], "text.onnx is no table of latencies"),
-        (["optimize", "--target-latency", "3ms"], "run jpq bench --table"),
+        (["optimize", "--target-latency", "3ms"], "run `jpq bench --table"),
         (
             ["optimize", "--target-latency", "3ms", "--latency-table", "none.csv"],
             "Cannot read the latency table none.csv",

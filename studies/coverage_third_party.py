@@ -8,7 +8,7 @@ random weights (`jpq.export.randomize`), batches of 2, processor seconds, small 
 left as they are (--again: measured anew), so an interrupted run goes on. Each model has a process of its own (forked:
 Linux, macOS) and `limit` processor seconds; what was measured before the limit stays. Models of more than 30 M
 parameters are read, counted and rebuilt, but not compressed and exported: a step in float32 and verification in float64
-would take minutes each; --read-only stops there for all.
+would take minutes each. --read-only stops there for all; a run without it goes on with them.
 Columns:
 
     traced, read_s       `jpq.decompose`, `jpq.trace` and `jpq.channels`, and their processor seconds
@@ -75,6 +75,7 @@ PATH = RESULTS / "coverage_third_party.csv"
 TORCH_PRUNING = RESULTS / "coverage_torch_pruning.csv"
 EXACT = 1e-9
 LARGEST = 30_000_000  # parameters of the largest models that are compressed and exported
+READ_ONLY = "not tried: read only"
 BOPS = 0.05  # share of the BOPs that what can be quantized may keep
 GONE = 0.6  # share of what goes without every second unit
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "segmentation-models-pytorch")
@@ -131,8 +132,8 @@ def measure(foreign: ForeignModel, read_only: bool = False) -> Iterator[tuple[st
     subject = Subject(model, example, foreign.batch(3), macs, network, tuple(sites), quantized)
     row = _exactness_columns(plain, subject)
     if read_only or parameters > LARGEST:
-        why = f"over {LARGEST // 1_000_000} M parameters" if parameters > LARGEST else "read only"
-        yield "", row | {"compressed": f"not tried: {why}"}
+        too_large = f"not tried: over {LARGEST // 1_000_000} M parameters"
+        yield "", row | {"compressed": too_large if parameters > LARGEST else READ_ONLY}
         return
     yield "compress", row
     yield from _compress(subject)
@@ -237,7 +238,7 @@ def coverage_third_party_table() -> str:
         "`studies/results/coverage_third_party.csv`.",
         "",
     ]
-    failed = [f"{row.model}: {row.why_not}" for row in table[table.why_not.notna()].itertuples()]
+    failed = [f"`{row.model}` ({row.why_not.rstrip('.')})" for row in table[table.why_not.notna()].itertuples()]
     return "\n".join([*lines, *(["What failed: " + "; ".join(failed) + ".", ""] if failed else [])])
 
 
@@ -273,6 +274,9 @@ _CELLS = {
         f"{100 * t.prunable_macs.median():.0f} ({100 * t.prunable_macs.min():.0f})"
     ),
     "compressed and trained one step, of those tried": lambda t: f"{_is_true(t.compressed).sum()} of {_tried(t)}",
+    "not compressed: over 30 M parameters / read only so far": lambda t: (
+        f"{t.compressed.astype(str).str.contains('over').sum()} / {(t.compressed == READ_ONLY).sum()}"
+    ),
     "landed": lambda t: f"{t.landing_s.notna().sum()}",
     "exported": lambda t: f"{_is_true(t.exported).sum()}",
     "verified at another batch size": lambda t: f"{_is_true(t.verified).sum()}",
@@ -295,7 +299,8 @@ def main() -> None:
     command = shlex.join(["python", "studies/coverage_third_party.py", *sys.argv[1:]])
     for package in ("segmentation_models_pytorch", "timm", "transformers"):
         import_module(package)  # once, before processes are forked
-    done = set(read_rows(args.out, ["model"]).model)
+    rows = read_rows(args.out, ["model", "compressed"], dtype=str)
+    done = set(rows.model if args.read_only else rows.model[rows.compressed != READ_ONLY])
     for name in args.models:
         if name in done and not args.again:
             continue

@@ -92,6 +92,21 @@ def test_coverage_names_every_network_once(tables):
     assert sum(exact for exact, _ in counts) == int((table.difference <= 1e-9).sum())
 
 
+def test_foreign_models_are_counted_whole_and_rebuilt_exactly(tables):
+    from support.foreign_models import foreign_models
+
+    table = pd.read_csv(RESULTS / "coverage_third_party.csv")
+    assert table.model.is_unique
+    assert set(table.model) == set(foreign_models())
+    assert len(table) == 129
+    read = table[table.traced.astype(str) == "True"]
+    assert set(table.model) - set(read.model) == {"other:torchvision ssdlite320 (whole detector)"}
+    assert (read.counted_share == 1).all()
+    assert (read.difference.dropna() <= 1e-9).all()
+    assert set(read.exact[read.difference.isna()]) <= {"no site"}
+    assert table.why_not.dropna().str.contains(": JpqError: ").all()  # a sentence, no foreign error, no end in time
+
+
 def test_allocators_are_all_compared_and_meet_their_targets():
     from jpq.allocation import ALLOCATORS
 

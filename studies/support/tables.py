@@ -16,6 +16,7 @@ import allocation
 import analysis_speed
 import claims
 import coverage
+import coverage_third_party
 import detection
 import faults
 import fronts
@@ -184,6 +185,7 @@ SECTIONS: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {  # name -> (t
         ("digits", "fashion_mnist", "resnet20_cifar10", "step_cost", "analysis_speed", "unconstrained"),
     ),
     "coverage": (coverage.coverage_table, ("coverage",)),
+    "coverage third party": (coverage_third_party.coverage_third_party_table, ("coverage_third_party",)),
     "methods": (methods_table, ("methods",)),
     "scores": (scores.scores_table, ("scores",)),
     "allocation": (allocation_table, ("allocation", "allocation_latency")),

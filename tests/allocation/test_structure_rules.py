@@ -409,7 +409,7 @@ def test_plans_of_one_structure_are_still_read():
         ("dpf", "3=pattern,3=dense", "stands there twice"),
         ("dpf", "3=", "Write it like conv1=pattern"),
         ("dpf", "3=block:0x1", "no area"),
-        ("dpf", "11=pattern", "11=pattern: .*convolution"),
+        ("dpf", "11=pattern", "11=pattern'?: .*convolution"),
         ("dpf", "3=dense", "nothing would be pruned"),
         ("djpq", "0=punched:2x2,3=pattern", "exactly 1 of each row must stay"),
         ("codeq", "rules", "single weights"),

@@ -95,8 +95,8 @@ def parse_targets(texts: Mapping[str, str | None], uses: Sequence[LayerUse]) -> 
     full = baseline(uses)
     if texts.get("latency") is not None and "latency" not in full:
         raise JpqError(
-            f"--target-latency {texts['latency']} needs measured layers: run `jpq bench --table FILE.csv --model NAME`, "
-            "then add --latency-table FILE.csv."
+            f"--target-latency {texts['latency']} needs measured layers: run "
+            "`jpq bench --table FILE.csv --model NAME`, then add --latency-table FILE.csv."
         )
     quantized = {"latency": float(latency_ns([dense(u, 8) for u in uses]))} if "latency" in full else {}
     return tuple(

@@ -25,9 +25,7 @@ def parameter_names(model: nn.Module) -> dict[int, str]:
 def modules_sharing(model: nn.Module, weight: nn.Parameter) -> dict[str, nn.Module]:
     """The modules that have this parameter as their own, by name; more than one where it is tied."""
     return {
-        name: module
-        for name, module in model.named_modules()
-        if any(p is weight for p in module._parameters.values())
+        name: module for name, module in model.named_modules() if any(p is weight for p in module._parameters.values())
     }
 
 

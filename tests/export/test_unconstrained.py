@@ -15,11 +15,11 @@ from jpq import costs
 from jpq.compression.attach import attach
 from jpq.config import Budget, Config, Decide, Run, Task, Train
 from jpq.export import runtimes
+from jpq.export.count import measure
 from jpq.export.float_equivalence import float64_outputs, randomize, relative_difference
 from jpq.export.onnx.export import export_onnx
 from jpq.export.rebuild import build_from_plan, rebuild
 from jpq.export.unconstrained.select import Select, count_copies
-from jpq.export.count import measure
 from jpq.export.verify import difference
 from jpq.methods.gates import VIB, Ranked
 from jpq.methods.quantizers import Fixed

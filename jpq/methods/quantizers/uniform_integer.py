@@ -202,9 +202,8 @@ class IntegerQuantizer(nn.Module):
         """Let a step that is rounded to a power of two follow the learned one by whole powers."""
         learned = self.log_threshold.double().exp() / levels(self.width(), self.signed)
         powers = torch.log2(learned / self.step.double().clamp_min(1e-38)).trunc()
-        self.step = self.step * torch.where(self.power_of_two, powers.exp2(), 1.0).to(
-            self.step
-        )  # not in place: a graph may hold it
+        factor = torch.where(self.power_of_two, powers.exp2(), 1.0).to(self.step)
+        self.step = self.step * factor  # not in place: a graph may hold it
 
     @torch.no_grad()
     def fix_step(self, step: Tensor) -> None:

@@ -10,8 +10,8 @@ from torch import nn
 
 import jpq
 from jpq.export.branches import Branches, split_into_branches
-from jpq.export.rebuild import rebuild
 from jpq.export.count import measure
+from jpq.export.rebuild import rebuild
 from jpq.export.verify import difference
 from jpq.methods.gates import Lasso
 from jpq.methods.gates.lasso import LEAST, SPAN, STRENGTH, TAU, coefficients, regulariser, running_sums

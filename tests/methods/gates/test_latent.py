@@ -13,8 +13,8 @@ import jpq
 from jpq import costs
 from jpq.compression.hypernetwork import EMBEDDING, Generated, generate_weight
 from jpq.compression.masking import original
-from jpq.export.rebuild import rebuild
 from jpq.export.count import measure
+from jpq.export.rebuild import rebuild
 from jpq.export.verify import difference
 from jpq.methods.gates import Latent
 from jpq.methods.gates.latent import LEAST, RATE, THRESHOLD

@@ -9,8 +9,8 @@ from gated import gated
 from zoo import ZOO
 
 from jpq import costs
-from jpq.export.rebuild import rebuild
 from jpq.export.count import measure
+from jpq.export.rebuild import rebuild
 from jpq.export.verify import difference
 from jpq.methods.gates import Polarized
 from jpq.methods.gates.polarized import COLD, CUT, HOT, RATE, START

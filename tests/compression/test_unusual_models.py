@@ -74,7 +74,8 @@ class Repeated(nn.Module):
 
 
 def test_several_calls_of_one_layer(tmp_path: Path) -> None:
-    run_through(Repeated().eval(), IMAGES, tmp_path)
+    small = run_through(Repeated().eval(), IMAGES, tmp_path)
+    assert jpq.measure(small, IMAGES)["layers"] == 5, "calls of three layers"
 
 
 @dataclass
@@ -231,7 +232,8 @@ SINGLE: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 @pytest.mark.parametrize("name", SINGLE)
 def test_a_model_may_be_one_layer(name: str, tmp_path: Path) -> None:
     make, x = SINGLE[name]
-    run_through(make().eval(), x, tmp_path)
+    small = run_through(make().eval(), x, tmp_path)
+    assert jpq.measure(small, x)["layers"] >= 1
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,13 @@ def try_export(middle, formats=()):
     model = net(middle)
     session = jpq.compress(model, EXAMPLE, bops="10%", steps=1)
     check_exportable(session.net, model, EXAMPLE, formats, "int8")
+    return session
 
 
 @pytest.mark.parametrize("formats", [(), ("qonnx", "pt2")])
 def test_an_ordinary_model_passes(formats):
-    try_export(nn.BatchNorm2d(16), formats)
+    session = try_export(nn.BatchNorm2d(16), formats)
+    assert session.share() > 0.0, "the session can still be trained"
 
 
 def test_what_onnx_lacks_is_one_sentence():

@@ -68,7 +68,8 @@ def name_parameters(text: str, names: Mapping[str, str] | None = None) -> str:
             return f"{name}=False"
         values = [v if PLAIN.fullmatch(v) else repr(v) for v in re.findall(VALUE, behind)]
         if not values:
-            return f"{name}=True" if name in SWITCHES else name
+            is_switched_on = name in SWITCHES and match.string[: match.start()].endswith("add ")
+            return f"{name}=True" if is_switched_on else name
         return f"{name}={values[0] if len(values) == 1 else '(' + ', '.join(values) + ')'}"
 
     return FLAG.sub(write_parameter, COMMAND.sub(r"`\1`", text))

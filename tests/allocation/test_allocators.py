@@ -356,6 +356,8 @@ def test_allocators_never_see_the_test_split(allocator, tmp_path, monkeypatch):
     data = load.read_data(settings, torch.device("cpu"))
 
     class Closed:
+        size = data.test.size  # which the header of a run shows
+
         def __getattr__(self, name):
             raise AssertionError("the test split was read")
 

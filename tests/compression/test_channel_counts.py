@@ -14,6 +14,7 @@ import jpq
 from jpq.compression import discretize
 from jpq.compression.attach import attach
 from jpq.compression.channel_counts import allowed_counts, channel_multiple, nearest_count
+from jpq.compression.ladders import Ladders
 from jpq.config import Budget, Config, Decide, Run, Task, Train
 from jpq.costs.target import FULL_USE, all_met, parse_targets, used_share
 from jpq.methods.gates import VIB
@@ -109,17 +110,11 @@ def test_single_steps_stand_where_rounding_takes_them(seed, multiple):
     network = net(multiple)
     scatter(network, seed)
     soft = discretize.soft_decisions(network)
-    now = soft.plan_at(0.0)
-    for step in soft.steps(now):
-        if step.name in soft.margins:
-            larger = sum(step.plan.kept[step.name])
-            assert sum(soft.plan_at(step.shift + 1e-6).kept[step.name]) >= larger
-            assert sum(soft.plan_at(step.shift - 1e-6).kept[step.name]) < larger
-    for step in soft.steps_back(now):
-        if step.name in soft.margins:
-            smaller = sum(step.plan.kept[step.name])
-            assert sum(soft.plan_at(step.shift - 1e-6).kept[step.name]) <= smaller
-            assert sum(soft.plan_at(step.shift + 1e-6).kept[step.name]) > smaller
+    for ladder in Ladders(soft, discretize.NATS).all:
+        if ladder.site:
+            for larger, shift in zip(ladder.values[1:], ladder.shifts, strict=True):
+                assert sum(soft.plan_at(shift + 1e-6).kept[ladder.site]) >= larger
+                assert sum(soft.plan_at(shift - 1e-6).kept[ladder.site]) < larger
 
 
 @given(counts=st.sets(st.integers(1, 60), min_size=1), above=st.integers(0, 80))

@@ -444,7 +444,7 @@ def _check_lists(lists: Mapping[str, list[str]], flags: Mapping[str, str]) -> No
     for name, listed in remaining:
         if len(listed) != len(values):
             raise JpqError(
-                f"{flags[leading]} lists {len(values)} budgets, {flags[name]} {len(listed)}. List as many, "
+                f"{flags[leading]} lists {len(values)} budgets, and {flags[name]} has {len(listed)}. List as many, "
                 "or one value that holds for all."
             )
     if len(set(values)) < len(values):

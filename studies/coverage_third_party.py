@@ -68,8 +68,7 @@ from torch.utils._pytree import tree_leaves
 import jpq
 from jpq.export import check_equivalence, randomize
 from jpq.methods.quantizers import can_quantize
-from jpq.tracing import Network, Site, frozen_channels, halved_share, prunable_share
-from jpq.tracing.forward import call_model, collect_tensors
+from jpq.tracing import Network, Site, call_model, collect_tensors, frozen_channels, halved_share, prunable_share
 
 PATH = RESULTS / "coverage_third_party.csv"
 TORCH_PRUNING = RESULTS / "coverage_torch_pruning.csv"

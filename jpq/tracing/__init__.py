@@ -7,6 +7,7 @@ from jpq.lazy import lazy_names
 if TYPE_CHECKING:
     from jpq.tracing.channel_shares import ChannelShares
     from jpq.tracing.coverage import FrozenChannels, frozen_channels, halved_share, prunable_share
+    from jpq.tracing.forward import call_model, collect_tensors
     from jpq.tracing.network import Layer, LayerKind, Network
     from jpq.tracing.op_call import OpCall, TraceState, rule
     from jpq.tracing.pad_channels import PadChannels
@@ -24,8 +25,10 @@ __all__ = [
     "Site",
     "Tap",
     "TraceState",
+    "call_model",
     "channels",
     "channels_per_consumer",
+    "collect_tensors",
     "freeze_unshrinkable",
     "frozen_channels",
     "halved_share",
@@ -46,8 +49,10 @@ _HOMES = {
     "Site": "sites",
     "Tap": "sites",
     "TraceState": "op_call",
+    "call_model": "forward",
     "channels": "sites",
     "channels_per_consumer": "sites",
+    "collect_tensors": "forward",
     "freeze_unshrinkable": "shrink",
     "frozen_channels": "coverage",
     "halved_share": "coverage",

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from jpq.tracing.forward import call_model
+from jpq.tracing import call_model
 
 
 def _vector(matrix: Any, *_: Any, **__: Any) -> int:

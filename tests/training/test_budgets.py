@@ -159,7 +159,7 @@ def test_targets_that_list_as_many_or_hold_throughout(tmp_path):
         ({"target_bops": "2%,2.0%"}, "target_bops lists 2.0% after 2%"),
         ({"target_bops": "2%,1%,2%"}, "2% is there twice"),
         ({"target_bops": "2%,,1%"}, "missing beside a comma"),
-        ({"target_bops": "2%,1%", "target_size": "30KB,20KB,10KB"}, "2 budgets, target_size .* 3"),
+        ({"target_bops": "2%,1%", "target_size": "30KB,20KB,10KB"}, "2 budgets, and target_size.* has 3"),
         ({"target_bops": "2%,1%", "target_size": "20KB,30KB"}, "target_size lists 30KB after 20KB"),
         ({"target_bops": "2%,0.0001%"}, "smallest possible"),
         ({"target_bops": "2%,x"}, "'x' is not an amount"),

@@ -29,6 +29,7 @@ FACES = {"__init__", "__main__"}
 
 THIRD_PARTIES = {
     "brevitas": ("methods/quantizers/brevitas_layers", "methods/quantizers/proxies", "export/onnx/"),
+    "scipy": ("allocation/measured/",),
     "optuna": ("trials/", "allocation/allocators"),
     "pandas": ("results/",),
     "matplotlib": ("results/",),

@@ -137,8 +137,9 @@ def compress(model: nn.Module, x: Tensor, method: str, start: int) -> tuple[jpq.
 def samples_at_a_boundary(small: nn.Module, samples: Tensor) -> Tensor:
     """Which samples have a value that no two programs need round alike, by PyTorch alone: bool [SAMPLES].
 
-    Such a value is read by a quantizer, is not the same number in single and in double precision (it comes from a
-    norm, a softmax, a sigmoid, an average), and lies within MARGIN steps of a rounding boundary.
+    Such a value is read by a quantizer, from a tensor that is not the same in single and in double precision (it comes
+    from a norm, a softmax, a sigmoid, an average), and lies within MARGIN steps of a rounding boundary, or on it, as
+    the sigmoid of 0 may.
     """
     seen: list[Tensor] = []
     layers = [m for m in small.modules() if hasattr(m, "weight_quant")]
@@ -155,7 +156,7 @@ def samples_at_a_boundary(small: nn.Module, samples: Tensor) -> Tensor:
     found = torch.zeros(len(samples), dtype=torch.bool)
     for single, double in zip(seen[: len(seen) // 2], seen[len(seen) // 2 :], strict=True):
         close = (double - double.floor() - 0.5).abs() < MARGIN
-        risky = close & (single.double() != double)
+        risky = close & bool((single.double() != double).any())
         if len(risky) % len(samples) == 0:
             found |= risky.reshape(len(samples), -1).any(1)
         else:  # the batch is not the first dim

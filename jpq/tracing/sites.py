@@ -10,6 +10,7 @@ import numpy as np
 from torch import Size
 
 from jpq.methods.structures import Axis, Structure, WeightLayout, parse_structure
+from jpq.tracing.call_sizes import is_call_size
 from jpq.tracing.channel_labels import unique_labels
 from jpq.tracing.network import Layer, LayerKind, Network
 from jpq.types import DENSE, NONE, JpqError, Labels, unknown
@@ -44,7 +45,8 @@ def channels(network: Network, skip: Collection[str] = ()) -> tuple[Site, ...]:
     """Coupled channel sites: dropping a unit removes one label class from every layer that reads it.
 
     Frozen classes are left out, so are classes made by a layer in `skip` and classes that no layer reads. Channels
-    are grouped by (producers, consumers); one unit kept per site leaves no layer without input.
+    are grouped by (producers, consumers), and by how often they stand in the sizes that the code's own calls name: one
+    unit kept per site leaves no layer without input, and no part of a cut without channels.
     """
     _check_layer_names(network, skip)
     sources = [(layer.name, layer.outputs) for layer in network.layers if not layer.float_reason]
@@ -52,12 +54,13 @@ def channels(network: Network, skip: Collection[str] = ()) -> tuple[Site, ...]:
     readings = _weight_inputs(network)
     producers = _occurrences([labels for _, labels in sources])
     consumers = _occurrences([labels for _, _, labels in readings])
-    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = defaultdict(list)
+    counted = _counts_in_calls(network)
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, int], ...]], list[int]] = defaultdict(list)
     for c, made_by in producers.items():
         if c not in network.frozen and c in consumers and not any(sources[i][0] in skip for i in made_by):
-            groups[made_by, consumers[c]].append(c)
+            groups[made_by, consumers[c], tuple(counted.get(c, ()))].append(c)
     sites, used = [], set[str]()
-    for (made_by, read_by), classes in groups.items():
+    for (made_by, read_by, _), classes in groups.items():
         names = tuple(sources[i][0] for i in made_by)
         units = np.array(sorted(classes), np.int64)
         taps = tuple(_channel_tap(*readings[i], units) for i in read_by)
@@ -67,6 +70,16 @@ def channels(network: Network, skip: Collection[str] = ()) -> tuple[Site, ...]:
         used.add(name)
         sites.append(Site(name, 1, len(units), taps, units, names))
     return tuple(sites)
+
+
+def _counts_in_calls(network: Network) -> dict[int, list[tuple[int, int]]]:
+    """Class -> (number of a size in the code's own calls, how many channels of the class that size counts)."""
+    counts: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for i, (name, labels) in enumerate(network.attributes.items()):
+        if is_call_size(name):
+            for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
+                counts[int(label)].append((i, int(count)))
+    return counts
 
 
 def channels_per_consumer(network: Network, skip: Collection[str] = ()) -> tuple[Site, ...]:

@@ -10,10 +10,12 @@ import numpy as np
 from torch import Size
 
 from jpq.methods.structures import Axis, Structure, WeightLayout, parse_structure
-from jpq.tracing.call_sizes import is_call_size
+from jpq.tracing.call_sizes import is_call_size, parse_size
 from jpq.tracing.channel_labels import unique_labels
 from jpq.tracing.network import Layer, LayerKind, Network
 from jpq.types import DENSE, NONE, JpqError, Labels, unknown
+
+CUTS = ("__getitem__", "narrow", "split", "tensor_split", "split_with_sizes")  # calls that cut a dim into parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +47,8 @@ def channels(network: Network, skip: Collection[str] = ()) -> tuple[Site, ...]:
     """Coupled channel sites: dropping a unit removes one label class from every layer that reads it.
 
     Frozen classes are left out, so are classes made by a layer in `skip` and classes that no layer reads. Channels
-    are grouped by (producers, consumers), and by how often they stand in the sizes that the code's own calls name: one
-    unit kept per site leaves no layer without input, and no part of a cut without channels.
+    are grouped by (producers, consumers), and by how often they stand in the parts into which the code's own calls cut
+    them: one unit kept per site leaves no layer without input, and no part of a cut without channels.
     """
     _check_layer_names(network, skip)
     sources = [(layer.name, layer.outputs) for layer in network.layers if not layer.float_reason]
@@ -73,10 +75,10 @@ def channels(network: Network, skip: Collection[str] = ()) -> tuple[Site, ...]:
 
 
 def _counts_in_calls(network: Network) -> dict[int, list[tuple[int, int]]]:
-    """Class -> (number of a size in the code's own calls, how many channels of the class that size counts)."""
+    """Class -> (number of a size at which the code's own calls cut, how many channels of the class it counts)."""
     counts: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for i, (name, labels) in enumerate(network.attributes.items()):
-        if is_call_size(name):
+        if is_call_size(name) and parse_size(name)[0][1].split(":")[0] in CUTS:
             for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
                 counts[int(label)].append((i, int(count)))
     return counts

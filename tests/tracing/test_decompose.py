@@ -297,7 +297,7 @@ def test_compress_a_vision_transformer_and_export_it(tmp_path: Any) -> None:
     torch.manual_seed(0)
     model, (x, y) = Vision(4, 1, depth=1), images(512)
     keys = set(model.state_dict())
-    net = jpq.compress(model.eval(), x[:64], method="djpq", bops="3%", steps=60)
+    net = jpq.compress(model.eval(), x[:64], method="djpq", bops="7%", steps=60)
     optimizer = torch.optim.Adam(net.groups(lr=3e-3))
     net.train()
     for step in range(60):
@@ -313,7 +313,7 @@ def test_compress_a_vision_transformer_and_export_it(tmp_path: Any) -> None:
     assert {s.n for s in net.net.sites} == {4, 32}
     counted = jpq.measure(small, x[:2])
     uses = net.net.exact_usage()
-    assert counted["bops"] == jpq.costs.bops(uses) <= 0.03 * jpq.costs.baseline(uses)["bops"]
+    assert counted["bops"] == jpq.costs.bops(uses) <= 0.07 * jpq.costs.baseline(uses)["bops"]
     assert type(small.blocks) is Encoder
     jpq.export_onnx(small, x[:2], tmp_path / "vit.onnx")
     comparison = compare(small, Session(tmp_path / "vit.onnx", optimised=False), [(x, y)])

@@ -161,7 +161,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number: int, tmp_path: Path) -> No
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
     ) as process:
         assert process.stdout is not None
-        while "search" not in process.stdout.readline():
+        while not process.stdout.readline().startswith("search"):
             assert process.poll() is None
         process.send_signal(number)
         _, err = process.communicate(timeout=120)

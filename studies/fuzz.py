@@ -130,7 +130,13 @@ def compress(model: nn.Module, x: Tensor, method: str, start: int) -> tuple[jpq.
     for target in TARGETS[start:-1]:
         with contextlib.suppress(jpq.JpqError):
             return jpq.compress(model, x, method, bops=target, steps=2), target
-    return jpq.compress(model, x, method, bops=TARGETS[-1], steps=2), TARGETS[-1]
+    try:
+        return jpq.compress(model, x, method, bops=TARGETS[-1], steps=2), TARGETS[-1]
+    except jpq.JpqError as error:
+        if "density" not in str(error):
+            raise
+        most = 0.95  # so few channels may go that half of the MACs cannot
+        return jpq.compress(model, x, method, bops=TARGETS[-1], steps=2, density=most), TARGETS[-1]
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import coverage_third_party
 import detection
 import faults
 import fronts
+import fuzz
 import kernels
 import methods
 import one_run
@@ -186,6 +187,7 @@ SECTIONS: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {  # name -> (t
     ),
     "coverage": (coverage.coverage_table, ("coverage",)),
     "coverage third party": (coverage_third_party.coverage_third_party_table, ("coverage_third_party",)),
+    "fuzz": (fuzz.fuzz_table, ("fuzz",)),
     "methods": (methods_table, ("methods",)),
     "scores": (scores.scores_table, ("scores",)),
     "allocation": (allocation_table, ("allocation", "allocation_latency")),

@@ -27,7 +27,7 @@ def test_masked_is_rebuilt(name: str, seeds: int) -> None:
     assert row["difference"] <= 1e-9
     assert row["sensitivity"] > 1e-5, "the check must be able to see a wrong channel"
     assert row["unknown_ops"] == ""
-    assert row["prunable_macs"] > 0.5
+    assert row["prunable_macs"] > 0.4  # of all MACs, products of attention (half of MViT's) among them
     assert row["units"] > 500
 
 

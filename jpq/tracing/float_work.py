@@ -11,7 +11,7 @@ from torch.fx import Node
 from jpq.tracing.channel_labels import unique_labels
 from jpq.tracing.network import Layer, Product, Table
 from jpq.tracing.op_call import LayerCall, ProductCall, TraceState, shape_of
-from jpq.tracing.tied_weights import is_read_by_others
+from jpq.tracing.tied_weights import WeightOwners
 from jpq.types import NONE
 
 UNMASKABLE = "made with a weight that is computed in the model's code, or applied by no layer of torch"
@@ -131,7 +131,7 @@ def build_products(state: TraceState, batch: int) -> tuple[Product, ...]:
 
 
 def count_stored_numbers(
-    state: TraceState, by_key: Mapping[str, Sequence[LayerCall]]
+    state: TraceState, by_key: Mapping[str, Sequence[LayerCall]], owners_of_weights: WeightOwners
 ) -> tuple[dict[str, int], list[Table]]:
     """How many numbers of its parameter each layer with a computed weight has for its own, and parameters left over.
 
@@ -149,7 +149,7 @@ def count_stored_numbers(
         if own != prod(call.shape):
             stored[key] = own
     for name in left.keys() & {call.weight for call in state.calls}:
-        if is_read_by_others(state.model, name):  # an embedding reads what a layer stores as integers
+        if owners_of_weights.is_read_by_others(name):  # an embedding reads what a layer stores as integers
             numbers[name] = prod(shape_of(left[name]))
     trained = {name for name, _ in state.model.named_parameters(remove_duplicate=False)}
     tables = []

@@ -29,14 +29,6 @@ def modules_sharing(model: nn.Module, weight: nn.Parameter) -> dict[str, nn.Modu
     }
 
 
-def owners_of(model: nn.Module, name: str) -> dict[str, nn.Module]:
-    """The modules that have the weight of this name as their own, by name; a buffer's is the one that it is in."""
-    owner, _, attribute = name.rpartition(".")
-    module = model.get_submodule(owner)
-    weight = module._parameters.get(attribute)
-    return {owner: module} if weight is None else modules_sharing(model, weight)
-
-
 def layers_sharing(model: nn.Module, layer: nn.Module) -> dict[str, nn.Module]:
     """A convolution's or Linear's own name, and those of other layers that have its weight, with their modules.
 
@@ -46,25 +38,44 @@ def layers_sharing(model: nn.Module, layer: nn.Module) -> dict[str, nn.Module]:
     return {} if weight is None else {n: m for n, m in modules_sharing(model, weight).items() if _is_layer(m, weight)}
 
 
-def is_read_by_others(model: nn.Module, weight: str) -> bool:
-    """Whether a layer's weight is also that of a module that is no convolution or Linear, such as an embedding."""
-    parameter = dict(model.named_parameters(remove_duplicate=False)).get(weight)
-    if parameter is None:
-        return False
-    layers = [_is_layer(module, parameter) for module in modules_sharing(model, parameter).values()]
-    return any(layers) and not all(layers)  # a bare weight of the model's own code has no layer
-
-
 def _is_layer(module: nn.Module, weight: nn.Parameter) -> bool:
     """Whether a module is a convolution or Linear with this weight."""
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
     return isinstance(module, kinds) and module._parameters.get("weight") is weight
 
 
-def freeze_tied(state: TraceState) -> None:
+class WeightOwners:
+    """The modules that have each parameter of a model as their own, found in one walk."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._owners: dict[int, dict[str, nn.Module]] = {}
+        for name, module in model.named_modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self._owners.setdefault(id(parameter), {})[name] = module
+
+    def of(self, weight: str) -> dict[str, nn.Module]:
+        """The modules that have the weight of this name, by name; a buffer's is the one that it is in."""
+        owner, _, attribute = weight.rpartition(".")
+        module = self.model.get_submodule(owner)
+        parameter = module._parameters.get(attribute)
+        return {owner: module} if parameter is None else self._owners[id(parameter)]
+
+    def is_read_by_others(self, weight: str) -> bool:
+        """Whether a layer's weight is also that of a module that is no convolution or Linear, such as an embedding."""
+        owner, _, attribute = weight.rpartition(".")
+        parameter = self.model.get_submodule(owner)._parameters.get(attribute)
+        if parameter is None:
+            return False
+        layers = [_is_layer(module, parameter) for module in self._owners[id(parameter)].values()]
+        return any(layers) and not all(layers)  # a bare weight of the model's own code has no layer
+
+
+def freeze_tied(state: TraceState, owners_of_weights: WeightOwners) -> None:
     """Keep all channels of layers whose weight is also another module's."""
     for weight in dict.fromkeys(call.weight for call in state.calls if not call.float_reason):
-        owners = list(owners_of(state.model, weight))
+        owners = list(owners_of_weights.of(weight))
         owner = weight.rpartition(".")[0]
         others = [name for name in owners if name != owner]
         if others:

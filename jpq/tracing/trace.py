@@ -31,7 +31,7 @@ from jpq.tracing.pruning_masks import without_pruning_masks
 from jpq.tracing.remaining_work import record_remaining_work
 from jpq.tracing.rules import RULES
 from jpq.tracing.shrink import freeze_unshrinkable
-from jpq.tracing.tied_weights import freeze_tied, owners_of, parameter_names
+from jpq.tracing.tied_weights import WeightOwners, freeze_tied, parameter_names
 from jpq.types import JpqError, Labels
 
 __all__ = ["Layer", "Network", "trace"]
@@ -108,7 +108,8 @@ def build_network(state: TraceState, unknown_ops: list[str], batch: int, idle: C
             for labels in (labels for call in calls for labels in (call.inputs, call.outputs)):
                 state.classes.freeze(labels, "its module owns several weights; give each a module of its own")
         _unify_positions(state, calls)
-    freeze_tied(state)
+    owners_of_weights = WeightOwners(state.model)
+    freeze_tied(state, owners_of_weights)
     if any(_is_unbatched(call) for call in state.calls):
         batch = 1  # the example is one sample without a batch dim
     find = state.classes.find
@@ -116,9 +117,12 @@ def build_network(state: TraceState, unknown_ops: list[str], batch: int, idle: C
     forms = integer_forms([call.node for call in plain])
     once = [calls[0] for calls in by_key.values() if len(calls) == 1 and not calls[0].float_reason]
     points = find_output_quant_points({c.node: c.weight.rpartition(".")[0] for c in once}, forms, state.model)
-    stored, tables = count_stored_numbers(state, by_key)
+    stored, tables = count_stored_numbers(state, by_key, owners_of_weights)
     layers = tuple(
-        _build_layer(name, calls, batch, state, forms, points.get(calls[0].node), stored.get(key))
+        replace(
+            _build_layer(name, calls, batch, state, forms, points.get(calls[0].node), stored.get(key)),
+            shared=len(owners_of_weights.of(calls[0].weight)) > 1,
+        )
         for (key, calls), name in zip(by_key.items(), names, strict=True)
     )
     axes: dict[str, dict[int, Labels]] = {
@@ -314,7 +318,6 @@ def _build_layer(
         positions=tuple(state.classes.find(labels) for labels in first_call.positions),
         float_reason=first_call.float_reason,
         stored=stored,
-        shared=len(owners_of(state.model, first_call.weight)) > 1,
     )
 
 

@@ -84,7 +84,7 @@ def test_every_method_lands_on_its_budget_in_a_users_own_loop(method, small_task
     "method", ["djpq", *(pytest.param(method, marks=pytest.mark.slow) for method in ("pdp", "admm"))]
 )
 def test_methods_keep_the_accuracy_in_a_users_own_loop(method, digits, float_model):
-    search, tuning = (epochs(digits, n) for n in (5, 3))
+    search, tuning = (epochs(digits, n) for n in (5, 5))  # steps that became powers of two take an epoch or two
     small, used = land(float_model, search, method, search, tuning)
     assert used <= 1
     assert accuracy(small, digits.held_out) > 0.9

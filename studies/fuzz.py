@@ -43,11 +43,10 @@ from typing import Any
 import onnxruntime
 import pandas as pd
 import torch
+from support.independent_count import count_macs
 from support.random_networks import random_network
 from support.result_rows import RESULTS, append_row, provenance, read_rows
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import jpq
 from jpq.costs import bops
@@ -79,28 +78,6 @@ SAMPLES = 8
 MARGIN = 2**-12  # steps of a quantizer: 16 roundings to 24 binary digits of its largest integer, 127
 
 
-def independent_macs(model: nn.Module, x: Tensor) -> int:
-    """Multiply-accumulates of one sample, counted by torch while the model runs.
-
-    Fused kernels are off, since the counter does not look into them: those of attention and of recurrent layers.
-    """
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    model.requires_grad_(False)  # the counter's hooks fail on parametrized weights that learn
-    try:
-        with (
-            torch.no_grad(),
-            torch.backends.mkldnn.flags(enabled=False),
-            sdpa_kernel(SDPBackend.MATH),
-            FlopCounterMode(display=False) as counter,
-        ):
-            model(x)
-    finally:
-        model.requires_grad_(True)
-        torch.backends.mha.set_fastpath_enabled(fused)
-    return counter.get_total_flops() // 2 // len(x)
-
-
 def relative_difference(a: Tensor, b: Tensor) -> float:
     """The largest difference over the largest value."""
     return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
@@ -110,7 +87,7 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
 def check_float(row: dict[str, Any], model: nn.Module, x: Tensor, seed: int) -> nn.Module:
     """Count the model, decompose it, and drop half of its units; gives the decomposed model."""
     row["step"] = "decompose"
-    row["macs"] = independent_macs(model, x)
+    row["macs"] = count_macs(model, x) // len(x)
     wide = copy.deepcopy(model).double()
     decomposed = jpq.decompose(wide, x.double()).eval()
     row["decomposed"] = relative_difference(wide(x.double()), decomposed(x.double()))

@@ -41,4 +41,6 @@ def count_macs(model: nn.Module, example: Any) -> int:
             call_model(copy.deepcopy(model).eval().requires_grad_(False), example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-    return counter.get_total_flops() // 2
+    flops = counter.get_total_flops()
+    assert flops % 2 == 0, "a multiplication and an addition each"
+    return flops // 2

@@ -7,8 +7,8 @@ from fractions import Fraction
 
 import pytest
 import torch
-from multiplications import counted_macs
 from multiplying_nets import IMAGE, NETS, ROWS, TOKENS, Code
+from support.independent_count import count_macs
 from thinned import thinned
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
@@ -42,7 +42,7 @@ def counted(model: nn.Module, example: object, name: str) -> int:
     """MACs of one sample by torch's own counter; where work depends on no input, of the first sample alone."""
     if name == "low_rank":
         example = example[:1]  # type: ignore[index]
-    return counted_macs(model, example) // batch_size(example)
+    return count_macs(model, example) // batch_size(example)
 
 
 @pytest.mark.parametrize("name", [name for name in NETS if name != "pruned"])
@@ -159,7 +159,7 @@ def test_work_on_constants_is_done_once_for_all_samples() -> None:
 
     model = Positions().eval()
     of_one = 9 * 2 * 6 + 6 * 5 + 4 * 6 * 6
-    assert counted_macs(model, torch.randn(1, 6)) == of_one
+    assert count_macs(model, torch.randn(1, 6)) == of_one
     for samples in (1, 2, 3):
         example = torch.randn(samples, 6)
         assert trace(model, example).macs == of_one == measure(model, example)["macs"]
@@ -179,7 +179,7 @@ def test_two_sines_are_no_batch_of_two() -> None:
 
     for of_batch in (False, True):
         model = Fourier(of_batch).eval()
-        of_one = counted_macs(model, torch.randn(1, 3, 4, 4))
+        of_one = count_macs(model, torch.randn(1, 3, 4, 4))
         assert of_one == 16 * 6 * (8 + 3)
         for samples in (1, 2, 3):
             example = torch.randn(samples, 3, 4, 4)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 import pickle
 from typing import Any
 
 import pytest
 import torch
+from carried import through_torch_save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -126,14 +126,6 @@ def intercepted() -> tuple[nn.Module, Tensor, Tensor]:
     replace_calls(model[0], {"mul:0": ReplaceArguments({(1,): 5.0})})
     replace_calls(model[0].child, {"mul:0": ReplaceArguments({(1,): 0.5})})
     return model, x, model(x)
-
-
-def through_torch_save(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded: nn.Module = torch.load(file, weights_only=False)
-    return loaded
 
 
 @pytest.mark.parametrize(

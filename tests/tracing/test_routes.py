@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from carried import through_torch_save
 from outputs import gap
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -222,17 +222,9 @@ def test_compress_to_a_runtime(name: str, tmp_path: Path) -> None:
     assert gap(small(x), rebuilt.eval()(x)) == 0.0
 
 
-def saved(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded: nn.Module = torch.load(file, weights_only=False)
-    return loaded
-
-
 def test_a_small_model_is_carried() -> None:
     _, small, x = compressed("gain")
-    for carry in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved):
+    for carry in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_torch_save):
         carried = carry(small)
         assert gap(small(x), carried(x)) == 0.0
         assert set(carried.state_dict()) == set(small.state_dict())

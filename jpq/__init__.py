@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from jpq.recipe import optimize
     from jpq.results.front.front import front
     from jpq.results.run_folder import load
+    from jpq.results.sensitivity import sensitivity
     from jpq.session import CompressionSession, compress
     from jpq.tracing.decompose import decompose
     from jpq.tracing.sites import channels
     from jpq.tracing.trace import trace
     from jpq.training.loop import fit
+    from jpq.trials.accuracy_target import find_cheapest
     from jpq.trials.settings import Study
     from jpq.trials.study import study
     from jpq.types import JpqError
@@ -46,6 +48,7 @@ __all__ = [
     "decompose",
     "discretize",
     "export_onnx",
+    "find_cheapest",
     "fit",
     "front",
     "load",
@@ -53,6 +56,7 @@ __all__ = [
     "optimize",
     "rebuild",
     "save",
+    "sensitivity",
     "study",
     "trace",
     "verify",
@@ -74,6 +78,7 @@ _HOMES = {
     "decompose": "tracing.decompose",
     "discretize": "compression.discretize",
     "export_onnx": "export.onnx.export",
+    "find_cheapest": "trials.accuracy_target",
     "fit": "training.loop",
     "front": "results.front.front",
     "load": "results.run_folder",
@@ -81,6 +86,7 @@ _HOMES = {
     "optimize": "recipe",
     "rebuild": "export.rebuild",
     "save": "export.saved_model",
+    "sensitivity": "results.sensitivity",
     "study": "trials.study",
     "trace": "tracing.trace",
     "verify": "export.verify",

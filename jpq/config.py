@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 MASKED = "masked"  # --method: set where --mask is given
 MANUAL = "by-hand"  # --method: set where --bits or --densities are given
+MEASURED = "measured"  # --method: decided by measurement
 CHANNELS = "channels"  # --structure: units are channels that leave the network; all others are masks inside a layer
 RULES = "rules"  # --structure: a mask structure for each layer, by rules
 SEARCH = "search"  # --structure: a mask structure for each layer, by search on held-out data
@@ -40,9 +41,46 @@ PROXIES = ("projected", "trained")  # --proxy
 BOPS = ("bops", "bops-structured")  # --cost, names in jpq.costs.COSTS
 TARGETS = ("target_bops", "target_macs", "target_size", "target_latency")  # fields of Budget
 ONNX_WEIGHTS = ("int8", "int4", "int2")  # --onnx-weights
+TRAINING, MINUTES = EFFORTS = ("training", "minutes")  # --effort
+RECONSTRUCTION = "reconstruction"  # --warm-start
+AUTO, BATCH, FROZEN = BATCHNORM = ("auto", "batch", "frozen")  # --batchnorm
+MINIMIZED = ("bops", "size", "latency", "macs")  # --minimize
 
 # settings that version 0.1 did not have: left out of files and hashes at their defaults, so that those stay the same
-ADDED = {"task": ("image_size", "mean", "std", "skip_bad"), "run": ("name",)}
+ADDED = {
+    "task": (
+        "image_size",
+        "mean",
+        "std",
+        "skip_bad",
+        "task",
+        "cache",
+        "void",
+        "noise",
+        "scale",
+        "crop",
+        "target_column",
+    ),
+    "run": (
+        "name",
+        "embed_normalization",
+    ),
+    "decide": (
+        "weight_levels",
+        "keep_float",
+        "sensitivity",
+        "contest",
+        "search_contest",
+        "contest_share",
+        "start",
+        "resolve_at",
+    ),
+    "train": ("effort", "warm_start", "reconstruction_steps", "reconstruction_samples", "batchnorm"),
+    "budget": ("max_drop", "min_metric", "minimize", "most_runs"),
+}
+
+WEIGHT_LEVELS = ("all", "narrow")  # --weight-levels
+STARTS = UNIFORM_START, MEASURED_START = ("uniform", "measured")  # --start
 
 LARGEST_FILE = 2**20  # largest size of a settings file in bytes
 LARGEST_SIDE = 2**14  # --image-size
@@ -63,11 +101,15 @@ class Task(TextPaths):
     """What is made smaller, and the data that say how good it is."""
 
     model: str = "convnet"
-    """convnet, lenet5, vgg7, resnet8/20/32/44/56, torchvision:NAME, or module:callable (runs your code)."""
+    """convnet, lenet5, vgg7, resnet8/20/32/44/56, torchvision:NAME, timm:NAME, smp:ARCHITECTURE:ENCODER, hf:FOLDER (or
+    a config.json of transformers), or module:callable (runs your code)."""
     weights: Path | None = None
-    """Trained weights (.pth, .th, .safetensors). Without them a float model is trained first, in this run."""
+    """Trained weights (.pth, .th, .safetensors), or imagenet: those that torchvision or timm publishes for the model.
+    Without them a float model is trained first, in this run."""
     data: str = "digits"
-    """digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH, or module:callable (runs your code)."""
+    """digits, mnist, fashion-mnist, cifar10, cifar100; folder:PATH (images in class folders, with masks, or to be
+    restored), text:PATH, table:FILE.csv, sklearn:NAME, series:PATH, coco:PATH, hf-dataset:PATH;
+    or module:callable (runs your code; it may return DataLoaders)."""
     data_root: Path = Path("data")
     """Where data sets lie, or are downloaded to."""
     held_out: float = 0.1
@@ -84,6 +126,25 @@ class Task(TextPaths):
     """Standard deviation of each channel, by which images are divided after --mean is subtracted."""
     skip_bad: bool = False
     """Leave out images of folder:PATH that cannot be read, with a note, in place of an error that lists them."""
+    task: str = ""
+    """What the model is for: classification, multi-label, segmentation, regression, restoration, text-classification,
+    sequence-classification, detection, or module:callable (a jpq.tasks.base.Task of your own; runs your code). Default:
+    what the data are for."""
+    cache: str = "auto"
+    """Where decoded images of folder:PATH are kept. memory; disk: bytes in ~/.cache/jpq, read as batches need them;
+    none: files are decoded for every batch. auto: memory where they fit into a quarter of what is free, else disk where
+    half of it stays free, else none. The batches are the same."""
+    void: int = 255
+    """For masks: the class of pixels that have none; they are not trained on and not counted."""
+    noise: float = 0.0
+    """For restoration: standard deviation, of 255, of the noise that is added to clean images."""
+    scale: int = 1
+    """For restoration: how many times smaller the input is than the image, by bicubic scaling (super-resolution)."""
+    crop: tuple[int, ...] = ()
+    """For masks and restoration: size of the random part of an image that is trained on, as 40 or 192 256."""
+    target_column: str = ""
+    """For table:FILE.csv: the column to predict. Numbers mean regression, texts and whole numbers of few values mean
+    classes; --task says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +165,20 @@ class Budget(TextPaths):
     """Time for one sample as --latency-table predicts it: "3ms", "250us", or "50%" of the fp32 model."""
     latency_table: Path | None = None
     """Measured layers of this model, from jpq bench --table FILE. Without a target the prediction is only reported."""
+    max_drop: str | None = None
+    """In place of targets: the cheapest model whose held-out metric is at most so much below the float model's, by
+    several runs: "1%" is one point of an accuracy, and a share of a metric that is not in percent; "0.2" is 0.2 dB."""
+    min_metric: str | None = None
+    """In place of targets: the cheapest model of at least this held-out accuracy ("91%"), or other metric ("32")."""
+    minimize: str = "bops"
+    """The cost that --max-drop and --min-accuracy minimize: bops, size, latency (with --latency-table) or macs."""
+    most_runs: int = 6
+    """Runs, at most, by which --max-drop and --min-accuracy find the cheapest model."""
+
+    @property
+    def has_accuracy_target(self) -> bool:
+        """Whether an accuracy stands in place of targets."""
+        return bool(self.max_drop or self.min_metric)
 
 
 @dataclass(frozen=True)
@@ -132,6 +207,10 @@ class Decide(TextPaths):
     """Smallest and largest bit-width of weights."""
     a_bits: tuple[int, int] = (2, 8)
     """Smallest and largest bit-width of activations."""
+    weight_levels: str = "all"
+    """Levels of the weights' grids. all: 2^b of them, with the side of the one beyond the symmetric range chosen per
+    output channel (at 2 bits -2..1 or -1..2; 8 bits are narrow). narrow: 2^b - 1 around 0, as in version 0.1. Methods
+    that search on a grid of their own (gated widths, dead zones) are narrow."""
     image_bits: int = 8
     """Bit-width of the model's input, which is not learned."""
     output_bits: int = 0
@@ -161,6 +240,26 @@ class Decide(TextPaths):
     """Share of the channels that stay by hand, the best by --score: "0.75,layer1=0.5" (sites of jpq inspect)."""
     skip: tuple[str, ...] = ()
     """Layers whose channels or weights are not pruned."""
+    keep_float: tuple[str, ...] = ()
+    """Layers (or all whose names begin so) that stay at 32 bits: no quantizer, 32 x 32 in costs, floating point in
+    exported files. --bits conv1=32/32 says the same."""
+    start: str = "uniform"
+    """Widths that a search begins with, a quarter above its budget. uniform: one for all tensors. measured: those of
+    least divergence by a sensitivity table, by which landing then spends the rest of the budget."""
+    sensitivity: Path | None = None
+    """A sensitivity table of this model to decide from (sensitivity.csv in the folder of a run with --method measured
+    or --start measured, or from jpq sensitivity --out FILE), in place of measuring one."""
+    contest: bool = True
+    """For --method measured: before training, train the plan and those of uniform bits, uniform bits with 8-bit ends
+    and two stages for a short while each, and keep the best on held-out data. --no-contest keeps the measured plan."""
+    search_contest: bool = False
+    """Hold the same contest at the end of a search, with the plan that was learned."""
+    contest_share: float = 0.05
+    """Share of --epochs for which plans of a contest are trained: half of it each, at least 60 steps, then the better
+    half of them for as much again as all had."""
+    resolve_at: float = 0.0
+    """Share of the fine-tuning after which bits are solved for again around the network as it has trained: widths move
+    by single steps under the same budget, where that helps (docs/deciding.md). 0: never."""
     mask: Path | None = None
     """A mask to hold while weights and bits learn, in place of a method: the folder of `jpq prune-private` (training
     begins with the weights in it; --weights names the dense model), or the file of a mask alone (mask.json, a run's
@@ -173,13 +272,25 @@ class Decide(TextPaths):
     bit_lr: float = 0.02
     """Learning rate of the bit-widths (Adam)."""
     gate_weight: float = 0.03
-    """Weight of the gates' own regulariser (nats, mean over units), times the budget's pressure."""
+    """Weight of the gates' own regulariser, times the budget's pressure: a mean over units in nats (dpp), or the sum
+    over units of their KL or probability, each times its price in the budget (djpq, l0, bayesian-bits, dais)."""
 
 
 @dataclass(frozen=True)
 class Train:
     """The training loop."""
 
+    effort: str = "training"
+    """training; or minutes: no training, the rounding of the weights is learned block by block from a few hundred
+    samples without labels. The method is then measured, or one that decides without training (uniform, two-stage,
+    by-hand)."""
+    warm_start: str = ""
+    """reconstruction: learn the rounding of the weights block by block, as with --effort minutes, before the
+    fine-tuning."""
+    reconstruction_steps: int = 500
+    """Steps of the reconstruction for each block. 0: weights are rounded to nearest, and BatchNorm measured anew."""
+    reconstruction_samples: int = 512
+    """Training samples that the reconstruction looks at."""
     epochs: int = 40
     """Epochs of search and fine-tuning together. Several budgets share the search; the last is fine-tuned for the rest,
     as if it were alone, and each before it adds --tune-epochs."""
@@ -201,6 +312,10 @@ class Train:
     """Temperature of the distillation."""
     augment: bool = True
     """Random shifts, crops and flips, as is usual for the data set."""
+    batchnorm: str = "auto"
+    """What BatchNorm normalises by in search and fine-tuning. batch: the statistics of each batch, measured anew at the
+    end; frozen: those of the float model, which stay; auto: frozen where statistics that are measured anew cost the
+    float model a tenth of its metric above chance (few samples per batch, as in denoising)."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +344,9 @@ class Run(TextPaths):
     """Exit with code 1 where an exported file differs from its model by more than the fixed limits. The run stays."""
     tensorboard: bool = False
     """Also write the history as TensorBoard events into the run's folder (pip install "jpq[tensorboard]")."""
+    embed_normalization: bool = False
+    """Put (x - mean) / std into the exported files, so that they take pixels / 255 (float32, 0 to 1), or columns
+    of a table in their own units."""
     checkpoint_every: int = 0
     """Save after so many optimiser steps too; 0: after every epoch only. Ctrl-C and SIGTERM always save."""
 
@@ -250,14 +368,19 @@ class Config:
         """
         expanded = expand_homes(self)
         d = expanded.decide
-        if d.bits or d.densities or d.method == MANUAL:
+        pins_only = d.method == MEASURED and not d.densities  # --bits names widths that the solver keeps
+        if (d.bits and not pins_only) or d.densities or d.method == MANUAL:
             d = _with_manual_method(d)
         elif d.mask is not None or d.method == MASKED:
             d = _with_masked_method(d, expanded.task.weights)
+        if expanded.train.effort == MINUTES:  # a contest would train
+            d = replace(d, method=MEASURED if d.method == Decide.method else d.method, contest=False)
         config = expanded if d is expanded.decide else replace(expanded, decide=d)
         _check_decide(d)
         _check_train(config.train, config.task)
         _check_images(config.task)
+        _check_data(config.task)
+        _check_effort(config.train, d)
         _check_rates(config.train, d)
         _check_run(config.run)
         _check_budget(config)
@@ -278,6 +401,11 @@ class Config:
             for i, value in enumerate(next(iter(lists.values())))
         }
 
+    def without_accuracy_target(self) -> Config:
+        """The config of one run: without --max-drop, --min-accuracy and what belongs to them."""
+        names = ADDED["budget"]
+        return replace(self, budget=replace(self.budget, **{name: getattr(Budget, name) for name in names}))
+
     def folder(self) -> Path:
         """The run's folder: its name, or the hash of its settings, in the folder for runs."""
         return self.run.out / (self.run.name or self.hash())
@@ -287,6 +415,7 @@ class Config:
         tree = to_tree(self)
         tree["run"] = {"seed": self.run.seed}
         tree["task"].pop("data_root", None)
+        tree["task"].pop("cache", None)  # the batches are the same
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -348,11 +477,34 @@ def _check_decide(d: Decide) -> None:
         raise JpqError(f"--image-bits {d.image_bits} is outside 2 to 8.")
     if d.output_bits and not 2 <= d.output_bits <= 8:
         raise JpqError(f"--output-bits {d.output_bits} is outside 2 to 8; 0 leaves results in floating point.")
+    if d.weight_levels not in WEIGHT_LEVELS:
+        raise unknown("choice of --weight-levels", d.weight_levels, WEIGHT_LEVELS)
+    _check_measuring(d)
     if d.proxy not in PROXIES:
         raise unknown("proxy", d.proxy, PROXIES)
 
 
+def _check_measuring(d: Decide) -> None:
+    if not 0 < d.contest_share <= 1:
+        raise JpqError(
+            f"--contest-share {d.contest_share} must lie above 0 and be at most 1: it is a share of --epochs."
+        )
+    if not 0 <= d.resolve_at < 1:
+        raise JpqError(f"--resolve-at {d.resolve_at} must lie from 0 to below 1: it is a share of the fine-tuning.")
+    if d.resolve_at and d.open_norms:
+        raise JpqError("--resolve-at cannot be with --open-norms, which fine-tunes the rebuilt model. Leave one out.")
+    if d.start not in STARTS:
+        raise unknown("choice of --start", d.start, STARTS)
+    if d.sensitivity is not None and d.method != MEASURED and d.start != MEASURED_START:
+        raise JpqError(
+            f"--sensitivity {d.sensitivity}: only --method {MEASURED}, and a search with --start {MEASURED_START}, "
+            "decide from a table. Choose one of them."
+        )
+
+
 def _check_train(t: Train, task: Task) -> None:
+    if t.batchnorm not in BATCHNORM:
+        raise unknown("choice of --batchnorm", t.batchnorm, BATCHNORM)
     for flag, share in (("--search", t.search), ("--held-out", task.held_out)):
         if not 0 < share < 1:
             raise JpqError(f"{flag} {share} must lie between 0 and 1.")
@@ -365,6 +517,42 @@ def _check_train(t: Train, task: Task) -> None:
         raise JpqError(f"--tune-epochs {t.tune_epochs}: at least 1 is needed.")
     if task.limit is not None and task.limit < 20:
         raise JpqError(f"--limit {task.limit}: at least 20 samples are needed to split off a held-out part.")
+
+
+CACHES = ("auto", "memory", "disk", "none")  # --cache
+
+
+def _check_data(task: Task) -> None:
+    if task.cache not in CACHES:
+        raise unknown("choice of --cache", task.cache, CACHES)
+    if not 0 <= task.noise <= 255:
+        raise JpqError(f"--noise {task.noise}: give a standard deviation from 0 to 255, as 25.")
+    if not 1 <= task.scale <= 16:
+        raise JpqError(f"--scale {task.scale}: give 1 to 16, as 2.")
+    if len(task.crop) > 2 or any(not 0 < side <= LARGEST_SIDE for side in task.crop):
+        raise JpqError(
+            f"--crop {' '.join(map(str, task.crop))}: give one number of pixels, as 40, or height and width."
+        )
+
+
+def _check_effort(t: Train, d: Decide) -> None:
+    if t.effort not in EFFORTS:
+        raise unknown("effort", t.effort, EFFORTS)
+    if t.warm_start not in ("", RECONSTRUCTION):
+        raise unknown("kind of --warm-start", t.warm_start, (RECONSTRUCTION,))
+    for flag, number, least in (
+        ("--reconstruction-steps", t.reconstruction_steps, 0),
+        ("--reconstruction-samples", t.reconstruction_samples, 2),
+    ):
+        if number < least:
+            raise JpqError(f"{flag} {number}: give {least} or more.")
+    if t.effort == MINUTES and t.warm_start:
+        raise JpqError(f"--warm-start {t.warm_start}: with --effort minutes nothing is trained after it. Leave it out.")
+    if d.open_norms and (t.effort == MINUTES or t.warm_start):
+        raise JpqError(
+            "--open-norms is repaired by fine-tuning the rebuilt model, which a reconstruction cannot do: leave out "
+            "--effort minutes and --warm-start."
+        )
 
 
 def _check_images(task: Task) -> None:
@@ -423,16 +611,42 @@ def _check_budget(config: Config) -> None:
     if b.cost not in BOPS:
         raise unknown("cost", b.cost, BOPS)
     config.each()
+    if b.has_accuracy_target:
+        _check_accuracy_target(config)
+        return
     if not any(getattr(b, name) for name in TARGETS) and config.decide.method != MANUAL:
         raise JpqError(
-            "No target: give --target-bops 1% (or 12M, 1.2G), --target-size 50KB, --target-macs 50% or "
-            "--target-latency 3ms."
+            "No target: give --target-bops 1% (or 12M, 1.2G), --target-size 50KB, --target-macs 50%, "
+            "--target-latency 3ms, or --max-drop 1% for the cheapest model within it."
         )
     if b.target_latency and b.latency_table is None:
         raise JpqError(
             f"--target-latency {b.target_latency} needs measured layers: run `jpq bench --table FILE.csv "
             f"--model {config.task.model}`, then add --latency-table FILE.csv."
         )
+
+
+def _check_accuracy_target(config: Config) -> None:
+    """Raise JpqError where --max-drop or --min-accuracy stands beside what it replaces, or cannot be minimized for."""
+    b = config.budget
+    flag = f"--max-drop {b.max_drop}" if b.max_drop else f"--min-accuracy {b.min_metric}"
+    if b.max_drop and b.min_metric:
+        raise JpqError(f"{flag} and --min-accuracy {b.min_metric} both say how good the model must be. Give one.")
+    for name in TARGETS:
+        if getattr(b, name):
+            given = f"--{name.replace('_', '-')} {getattr(b, name)}"
+            raise JpqError(f"{flag} finds the budget, and {given} gives one. Leave one of them out.")
+    if config.decide.method == MANUAL:
+        raise JpqError(f"{flag} finds a budget for a method to meet: leave out --bits and --densities.")
+    if b.minimize not in MINIMIZED:
+        raise unknown("cost to --minimize", b.minimize, MINIMIZED)
+    if b.minimize == "latency" and b.latency_table is None:
+        raise JpqError(
+            "--minimize latency needs measured layers: run `jpq bench --table FILE.csv "
+            f"--model {config.task.model}`, then add --latency-table FILE.csv."
+        )
+    if b.most_runs < 2:
+        raise JpqError(f"--most-runs {b.most_runs}: at least 2 are needed to find a budget.")
 
 
 def _check_lists(lists: Mapping[str, list[str]], flags: Mapping[str, str]) -> None:

@@ -18,6 +18,8 @@ from jpq.types import JpqError, Units
 
 FORMAT = 1  # version of the JSON file
 
+ALL_LEVELS, NARROW = "all", "narrow"  # `Plan.weight_levels`
+
 MOST_UNITS = 2**32  # largest number of units of all masks together
 
 MOST_CHANNELS = 2**24  # largest number of channels of one layer
@@ -132,12 +134,14 @@ class Plan:
     ends: Mapping[str, EndPlan] = field(default_factory=dict)  # module -> grid of its output
     model: Mapping[str, Any] = field(default_factory=dict)  # how to build the dense model: name, classes, channels
     routes: tuple[LayerRoute, ...] = ()  # layers that the model's own code was given before it was sliced
+    weight_levels: str = NARROW  # levels of the weights' grids: all 2^b of them, or 2^b - 1 around 0
 
     def to_json(self) -> str:
         """The JSON text that `from_json` reads."""
         tree = asdict(self)
-        if not self.routes:
-            del tree["routes"]
+        for name, default in (("routes", ()), ("weight_levels", NARROW)):  # as version 0.1 wrote them
+            if tree[name] == default:
+                del tree[name]
         return json.dumps({"format": FORMAT, **tree}, indent=1)
 
 
@@ -164,6 +168,7 @@ def from_json(text: str, source: str) -> Plan:
             ends={name: _end(value) for name, value in untrusted.as_dict(tree.get("ends", {})).items()},
             model=_model(untrusted.as_dict(tree["model"])),
             routes=tuple(_route(value) for value in untrusted.as_list(tree.get("routes", []))),
+            weight_levels=_weight_levels(tree.get("weight_levels", NARROW)),
         )
     except (ValueError, KeyError) as error:
         raise JpqError(f"{source} is not a plan that jpq wrote ({type(error).__name__}: {error}).") from error
@@ -173,6 +178,12 @@ def _layer(value: Any) -> LayerPlan:
     layer = untrusted.as_dict(value)
     w_bits, a_bits = (untrusted.as_int(layer[name], 1, 32) for name in ("w_bits", "a_bits"))
     return LayerPlan(w_bits, a_bits, untrusted.as_bool(layer["signed"]))
+
+
+def _weight_levels(value: Any) -> str:
+    if value not in (ALL_LEVELS, NARROW):
+        raise ValueError(f"weight_levels are {ALL_LEVELS} or {NARROW}, not {str(value)[:40]!r}")
+    return str(value)
 
 
 def _end(value: Any) -> EndPlan:
@@ -211,7 +222,7 @@ def _indices(value: Any) -> list[int]:
 
 def _model(tree: dict[str, Any]) -> dict[str, Any]:
     for name, value in tree.items():
-        if name in ("classes", "channels"):
+        if name in ("classes", "channels", "vocabulary", "length"):
             untrusted.as_int(value, 1, MOST_CHANNELS)
         elif name == "name":
             untrusted.as_str(value)

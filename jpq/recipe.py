@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from jpq import costs
 from jpq.allocation import structure_mapping, structure_search
 from jpq.allocation.decision_data import calibration_batches, check_classes
+from jpq.allocation.measured.table import read_table
 from jpq.allocation.prepare import Prepared, check_decide, prepare
 from jpq.allocation.procedures import procedure_of
 from jpq.compression.build import budget_targets
@@ -27,7 +28,7 @@ from jpq.compression.calibration import recalibrate
 from jpq.compression.masking import original
 from jpq.compression.model import CompressedModel
 from jpq.compression.power_of_two_steps import round_activation_steps
-from jpq.config import RULES, SEARCH, Config, Run, parse_formats
+from jpq.config import MEASURED_START, MINUTES, RULES, SEARCH, Config, Run, parse_formats
 from jpq.costs.latency_table import LatencyTable
 from jpq.costs.target import Target
 from jpq.export.timing import layer_table
@@ -35,18 +36,26 @@ from jpq.export.trial_export import check_exportable
 from jpq.files import tensors
 from jpq.files.paths import mark_latest
 from jpq.results import budget_folders, run_folder, run_status
-from jpq.results.announce import check_float_metric, describe_run
+from jpq.results.announce import check_float_metric, describe_run, note_batchnorm
 from jpq.results.description import NullAnnouncer, RunAnnouncer
+from jpq.results.embedding import check_embedding
 from jpq.results.finish import finish
 from jpq.results.record import Result
 from jpq.tasks.data import Data
 from jpq.tasks.load import load_dense_model, read_data
 from jpq.training import checkpoint, distributed
+from jpq.training.batchnorm_choice import choose_batchnorm
 from jpq.training.environment import full_precision, pick_device, set_threads
 from jpq.training.epochs import BudgetEpochs, Phase, budget_epochs
 from jpq.training.history import NullObserver, TensorBoardObserver, TrainingObserver, import_writer
 from jpq.training.loop import Objective, build_optimizer
+from jpq.training.loss_scale import scale_loss
+from jpq.training.measured_decision import take_contest_weights
+from jpq.training.measured_start import with_measured_start
 from jpq.training.phases import SearchState, fine_tune, rebuild_opened, search, train
+from jpq.training.pruning_report import report_pruning_price
+from jpq.training.reconstruction_phase import reconstruct_weights
+from jpq.training.resolve_bits import BitsResolver
 from jpq.training.run_state import RunState, create_folder
 from jpq.types import JpqError
 
@@ -75,10 +84,13 @@ def optimize(
     Raises JpqError for settings, files or targets that cannot work, and when a check of the result fails.
     """
     config = config.check()
+    if config.budget.has_accuracy_target:
+        raise JpqError("--max-drop and --min-accuracy take several runs: call jpq.find_cheapest(config).")
     check_decide(config.decide)
     run = open_run(config, observer)
     data, model = load_task(config, run)  # 1 model and data
     table = load_table(config, run)
+    check_sensitivity(config)
     prepared, targets = prepare_run(model, data, config, table)  # 2 trace, sites, targets
     epochs = budget_epochs(config, prepared.method)
     check_all_budgets(prepared, targets, model, data, config)  # 3 can each budget be met?
@@ -91,12 +103,17 @@ def optimize(
     if final:
         check_float_metric(model, data, config, run, announcer)
     check_mask(prepared, model, run)
+    note_batchnorm(choose_batchnorm(model, data, config), data.task, run)
+    scale_loss(model, data, run)
     if prepared.method.structure == SEARCH:
         prepared = search_structures(prepared, model, data, config, run)  # 5 mask structures, with --structure search
         check_all_budgets(prepared, targets, model, data, config)
     if prepared.structures is not None:
         run.schemes = prepared.method.structure if prepared.method.structure in (RULES, SEARCH) else "hand"
     net = attach_model(prepared, model, calibration_batches(data), config)  # 6 gates and quantizers
+    if config.decide.start == MEASURED_START:
+        prepared = with_measured_start(prepared, net, model, data, next(iter(targets.values())), config, run)
+        net = attach_model(prepared, model, calibration_batches(data), config)
     run.recorder.full_bops, run.recorder.cost = costs.baseline(net.exact_usage())["bops"], config.budget.cost
     setup = RunSetup(config, data, model, prepared, targets, epochs, table, command, final)
     return run_budgets(setup, net, run)  # 7 to 10, for each budget
@@ -141,7 +158,7 @@ def run_budgets(setup: RunSetup, net: CompressedModel, run: RunState) -> Result:
             weights = resumed_weights(weights, budget_run)
             state = SearchState(setup.reattach(weights))
         result, tuned = run_budget(setup, config, state, weights, budget_run, last=place == len(configs) - 1)
-        if tuned is not None and not searches:
+        if tuned is not None and not searches and config.train.effort != MINUTES:  # a reconstruction begins in float
             weights = with_trained_weights(setup.model, tuned)
     if len(configs) == 1:
         return result
@@ -161,7 +178,10 @@ def run_budget(
     def with_weights() -> dict[str, Any]:
         return {} if searches or not run.budget else {"first": weights.state_dict()}
 
-    plan = search(state, model, data, targets, config, run, searching, with_weights)  # 7 search and discretize
+    float_net = partial(setup.reattach, model) if run.budget else None
+    plan = search(state, model, data, targets, config, run, searching, with_weights, float_net)  # 7 search, discretize
+    if setup.final:
+        report_pruning_price(state.net, plan, model, data, targets, run)
     if searches and run.is_past("search") and run.saved and run.saved.get("soft"):
         state.restore(run.saved["soft"], config, run)
     net = state.net if last or not searches else copy_with_state(state.net, setup.reattach(weights))
@@ -169,12 +189,17 @@ def run_budget(
         recalibrate(net, calibration_batches(data))  # the search has changed what layers read
     net.freeze(plan)  # 8 take the plan's decisions
     round_activation_steps(net)
+    take_contest_weights(net, config, run)
 
     def with_search() -> dict[str, Any]:
         return with_weights() if last or not searches else {"soft": state.state()}
 
     tuned = rebuild_opened(net, model, data, run) if net.opened else net
-    fine_tune(tuned, model, data, config, run, plan, state.moments(net), tuning, with_search)  # 9 weights alone
+    reconstruct_weights(net, model, data, config, run)  # 9 rounding alone, with --effort minutes or as a warm start
+    resolver = None
+    if config.decide.resolve_at:
+        resolver = BitsResolver(net, plan, model, data, targets, config, run, tuning.epochs)
+    fine_tune(tuned, model, data, config, run, plan, state.moments(net), tuning, with_search, resolver)  # weights alone
     last_step = partial(finish, net, tuned, model, data, targets, config, run, setup.command, setup.table, setup.final)
     with full_precision():
         result = distributed.run_on_first(last_step)  # 10 rebuild, export, verify, report
@@ -197,7 +222,7 @@ def begin_folder(config: Config, table: LatencyTable | None, run: RunState) -> N
 
     def begin() -> None:
         if config.run.overwrite:
-            inputs = (config.task.weights, config.decide.mask, config.budget.latency_table)
+            inputs = (config.task.weights, config.decide.mask, config.decide.sensitivity, config.budget.latency_table)
             run_status.clear_folder(run.folder, keep=[path for path in inputs if path is not None])
         create_folder(config)
         if config.run.out == Run.out:
@@ -218,6 +243,7 @@ def load_task(config: Config, run: RunState) -> tuple[Data, nn.Module]:
     run.check_data(data.checksum)
     run.notes.extend(data.notes)
     check_classes(config.decide.classes, data)
+    check_embedding(data, config)
     return data, load_dense_model(config, data, device, run.notes)
 
 
@@ -235,6 +261,13 @@ def load_table(config: Config, run: RunState) -> LatencyTable | None:
         return table
 
     return distributed.first_then_others(load)
+
+
+def check_sensitivity(config: Config) -> None:
+    """Raise JpqError where --sensitivity is no table; whether it is of this model is known after float training."""
+    path = config.decide.sensitivity
+    if path is not None:
+        distributed.first_then_others(lambda: read_table(path))
 
 
 def prepare_run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +13,12 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from jpq.allocation import two_stage
 from jpq.allocation.allocators import PlanEvaluator
+from jpq.allocation.measured.calibration import Measurement
+from jpq.allocation.measured.table import SensitivityTable, model_checksum, read_table
 from jpq.allocation.prepare import Prepared, check_decide, prepare
 from jpq.allocation.ranking.evidence import Batches
 from jpq.allocation.ranking.scheduled_pruning import ScheduledPruning
@@ -23,23 +27,31 @@ from jpq.compression.calibration import recalibrate
 from jpq.compression.float_work import float_work_warning
 from jpq.compression.model import CompressedModel, Trainable
 from jpq.compression.power_of_two_steps import round_activation_steps
-from jpq.config import SEARCH, Budget, Config, Decide, Task
+from jpq.config import MEASURED_START, SEARCH, Budget, Config, Decide, Task
 from jpq.costs import COSTS, baseline
 from jpq.costs.latency_table import LatencyTable
-from jpq.costs.target import Controller
+from jpq.costs.target import Controller, Target
 from jpq.export.exact_steps import round_weight_steps
 from jpq.export.origin import note_origin
 from jpq.export.rebuild import rebuild
-from jpq.files.paths import find_run
+from jpq.files.paths import expand_home, find_run
 from jpq.methods.schedules import pick_schedule
 from jpq.plan import Plan, from_json
+from jpq.tasks import CLASSIFICATION
+from jpq.tasks.base import Task as MetricTask
 from jpq.tracing.decompose import decompose
+from jpq.training.distillation import distill
 from jpq.training.loop import pressure
 from jpq.training.loop_use import LoopUse
+from jpq.training.measured_start import measure_start
+from jpq.training.reconstruction import BlockError, reconstruct
+from jpq.training.session_history import SessionHistory
 from jpq.types import JpqError, unknown
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from jpq.results.session_report import SessionReport
 
 TARGETS = {"bops": "target_bops", "macs": "target_macs", "size": "target_size", "latency": "target_latency"}
 
@@ -62,7 +74,7 @@ class SecondStage:
 
     def __call__(self) -> None:
         """Begin the stage: freeze the plan with its bits."""
-        two_stage.start_second_stage(self.net, self.plan, self.batches)
+        two_stage.start_second_stage(self.net, self.plan, _moved(self.batches, self.net))
 
 
 class CompressionSession(nn.Module):
@@ -95,6 +107,10 @@ class CompressionSession(nn.Module):
         self.second_stage = second_stage  # quantizes the pruned network of a two-stage method
         self.done = 0
         self.use = LoopUse()
+        self.history = SessionHistory(steps)
+        self.targets: tuple[Target, ...] = () if controller is None else controller.targets
+        self.sensitivities: SensitivityTable | None = None  # by which discretization spends the rest, start="measured"
+        self._pressed_at = -1  # step of the last `pressure()`: multipliers move once in a step
         self._example = example
         self._settings: Mapping[str, Any] = {"settings": {}, "layers": {}}  # which a state that is loaded must have
 
@@ -131,17 +147,67 @@ class CompressionSession(nn.Module):
         return [g for g in groups if g["params"]]
 
     def pressure(self) -> Tensor:
-        """The term of budget and gates in the loss, a scalar; 0 once discretized, and where only weights learn."""
+        """The term of budget and gates in the loss, a scalar; 0 once discretized, and where only weights learn.
+
+        Where gradients of k batches are accumulated, call it for each and divide it by k as the loss is.
+        """
         self.use.pressures += 1
         if self.controller is None or self.turn == "weights":
             return torch.zeros((), device=next(self.parameters()).device)
-        return pressure(self.net, self.controller, self.progress, self.gate_weight)
+        multipliers = dict(self.controller.pressure)
+        term = pressure(self.net, self.controller, self.progress, self.gate_weight)
+        if self._pressed_at == self.done:
+            self.controller.pressure = multipliers
+        self._pressed_at = self.done
+        return term
+
+    def distill(
+        self,
+        output: Any,
+        inputs: Any,
+        temperature: float = 2.0,
+        task: MetricTask = CLASSIFICATION,
+        pick: Callable[[Any], Tensor] | None = None,
+    ) -> Tensor:
+        """Distance of an output from the float model's output for the same inputs, a scalar, to add to the loss.
+
+        Args:
+            output: what this session gave for `inputs`: a tensor, or any output with one tensor or with `logits`.
+            inputs: a batch as `example_inputs` is one: a tensor, a tuple of arguments, or a dict of keywords.
+            temperature: softens both outputs, where the task has probabilities.
+            task: whose distillation loss is taken (`jpq.tasks.TASKS`): for classes T^2 KL, in nats.
+            pick: takes the tensor to compare from an output with several.
+
+        The float model runs in evaluation mode and without gradients. Raises JpqError where it is not clear which
+        tensors to compare, and for a temperature that is not positive.
+        """
+        return distill(self._teacher(), output, inputs, temperature, task, pick)
+
+    def _teacher(self) -> nn.Module:
+        """The float model, on this session's device; the user's own module stays where it is."""
+        device = next(self.net.parameters()).device
+        if any(p.device != device for p in self._dense[0].parameters()):
+            self._dense = [copy.deepcopy(self._dense[0]).to(device)]
+        return self._dense[0]
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Call `step()` by itself after each step that `optimizer` takes; then the loop must not call it.
+
+        Steps that a GradScaler skips, or that accelerate leaves out while gradients accumulate, are not counted.
+        Raises JpqError for anything but an optimizer of torch.
+        """
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise JpqError(f"follow takes an optimizer of torch, and got {type(optimizer).__name__}.")
+        optimizer.register_step_post_hook(lambda *_: self.step())
 
     def step(self) -> None:
         """Advance the search; call it after every `optimizer.step()`."""
         self.net.after_step(self.progress)
         self.done += 1
         self.use.steps += 1
+        if self.controller is not None:
+            self.history.record(self.done, self.controller)
 
     def get_extra_state(self) -> Tensor:
         """What `state_dict` holds beside the tensors: settings, progress, multipliers, decisions; bytes, uint8."""
@@ -189,17 +255,33 @@ class CompressionSession(nn.Module):
         uses = self.net.exact_usage()
         return float(COSTS[cost](uses)) / baseline(uses)[cost]
 
+    def report(self, folder: str | Path | None = None) -> SessionReport:
+        """Costs, targets, layers and the search so far, as they stand.
+
+        Its `table` is a DataFrame, a row per layer, its `record` plain data. With a `folder` it is written there:
+        layers.csv, report.json, layers.png, curves.png. Raises JpqError where the folder cannot be written.
+        """
+        from jpq.results.session_report import report_session, save_report
+
+        steps, decided = (self.done, self.steps), self.controller is None and self.second_stage is None
+        report = report_session(self.net, self.targets, steps, decided, self.history.rows)
+        if folder is not None:
+            save_report(report, expand_home(folder))
+        return report
+
     @_shortcut_names()
     def discretize(self) -> Plan:
         """Discretize the decisions within the budget, for good; go on training with a new optimiser to fine-tune.
 
-        Warns where the loop has not called `step` or `pressure`, or ends before the search does.
+        Warns where the loop has not called `step` or `pressure`, or ends before the search does. Raises JpqError where
+        training has made a parameter NaN.
         """
         if self.controller is not None:
+            _check_numbers(self.net)
             for text in self.use.describe_mistakes(self.done, self.steps):
                 warnings.warn(text, UserWarning, stacklevel=3)
             self.net.finish_search()
-            plan = discretize.discretize(self.net, self.controller.targets)
+            plan = discretize.discretize(self.net, self.controller.targets, divergences=self.sensitivities)
             if self.recalibrate is not None:
                 self.recalibrate()
             self.net.freeze(plan)
@@ -211,6 +293,20 @@ class CompressionSession(nn.Module):
             self.second_stage = None
         return self.net.plan()
 
+    def reconstruct(self, batches: Batches, steps: int = 500, seed: int = 0) -> tuple[BlockError, ...]:
+        """Learn the rounding of the weights block by block from inputs without labels, after `discretize()`.
+
+        Args:
+            batches: inputs as `example_inputs` is one, a few hundred samples together.
+            steps: of Adam for each block.
+            seed: of the samples of each step.
+
+        Returns the squared error of each block's output before and after. Raises JpqError before `discretize()`.
+        """
+        if self.controller is not None or self.second_stage is not None:
+            raise JpqError("reconstruct() rounds the weights of final decisions: call discretize() first.")
+        return reconstruct(self.net, self._teacher(), list(batches), steps, seed)
+
     def finalize(self) -> nn.Module:
         """The small model: an ordinary module in eval mode, physically smaller, with brevitas layers.
 
@@ -221,8 +317,8 @@ class CompressionSession(nn.Module):
         self.discretize()
         self.net.eval()
         if not self.net.opened and self._example is not None:
-            round_weight_steps(self.net.model, self._example)
-        small, plan = rebuild(self.net, self._dense[0])
+            round_weight_steps(self.net.model, _moved(self._example, self.net))
+        small, plan = rebuild(self.net, self._teacher())
         settings = self._settings["settings"]
         budget = {name: settings[field] for name, field in TARGETS.items() if settings.get(field)}
         note_origin(small, plan, self._example, {"budget": budget})
@@ -243,6 +339,7 @@ class Shortcuts(TypedDict, total=False):
     allocator: str
     w_bits: tuple[int, int]
     a_bits: tuple[int, int]
+    weight_levels: str
     image_bits: int
     output_bits: int
     channel_multiple: int | None
@@ -255,6 +352,8 @@ class Shortcuts(TypedDict, total=False):
     mask: str | Path | None
     open_norms: bool
     gate_weight: float
+    start: str
+    sensitivity: Path | None
 
 
 @_shortcut_names()
@@ -282,7 +381,8 @@ def compress(
         budget: the targets, one value each.
         steps: optimiser steps that the search may take.
         evidence: training batches for scores that look at data, (inputs, classes) pairs, iterated at each decision
-            (a list, a DataLoader); default: the example inputs, without classes.
+            (a list, a DataLoader); default: the example inputs, without classes. With `method="measured"`, and with
+            `start="measured"`, sensitivities are measured on them: 256 samples or more are good.
         table: measured layers for a target of latency (`jpq.export.timing.read_table`).
         shortcuts: targets (`bops="1%"`, `macs`, `size`, `latency`, and `cost`) and fields of `Decide` by name
             (`w_bits=(2, 8)`, `density=0.5`, `skip=["fc"]` ...), in place of whole sections.
@@ -304,19 +404,36 @@ def compress(
     steps = max(1, steps)
     settings = session_state.describe_settings(net, decide, budget, steps)
     batches = [(example_inputs, None)] if evidence is None else evidence
+    measurement = Measurement(
+        lambda: (x for x, _ in batches),
+        CLASSIFICATION.divergence,
+        model_checksum(model),
+        table=None if decide.sensitivity is None else read_table(decide.sensitivity),
+        source=str(decide.sensitivity),
+        main_output=CLASSIFICATION.main_output,
+    )
     if prepared.procedure.searches:
-        fit_ranges = partial(recalibrate, net, [example_inputs])
+        table_of_start = None
+        if decide.start == MEASURED_START:
+            found = measure_start(
+                prepared, net, model, [example_inputs], batches, measurement, prepared.targets, CLASSIFICATION
+            )
+            prepared, table_of_start = replace(prepared, starts=found.starts), found.table
+            net = prepared.attach(model, [example_inputs])
+        fit_ranges = partial(_fit_ranges, net, example_inputs)
         session = _start_search(prepared, net, model, batches, steps, fit_ranges, example_inputs)
-        session._settings = settings
+        session._settings, session.sensitivities = settings, table_of_start
         return session
-    plan = prepared.procedure.decide(net, prepared.targets, decide, PlanEvaluator(lambda: batches))
+    plan = prepared.procedure.decide(
+        net, prepared.targets, decide, PlanEvaluator(lambda: batches, measurement=measurement)
+    )
     stage_plan = prepared.procedure.first_stage(net, plan)
     net.freeze(plan if stage_plan is None else stage_plan)
     second_stage = None if stage_plan is None else SecondStage(net, plan, [example_inputs])
     if stage_plan is None:
         round_activation_steps(net)
     session = CompressionSession(net, model, None, steps, 0.0, second_stage, example=example_inputs)
-    session._settings = settings
+    session._settings, session.targets = settings, prepared.targets
     return session
 
 
@@ -341,6 +458,27 @@ def _start_search(
     return CompressionSession(
         net, model, controller, steps, decide.gate_weight, recalibrate=fit_ranges, example=example
     )
+
+
+def _check_numbers(net: CompressedModel) -> None:
+    """Raise JpqError where a parameter holds NaN, of which nothing can be decided."""
+    name = next((name for name, p in net.named_parameters() if bool(p.isnan().any())), None)
+    if name is not None:
+        raise JpqError(
+            f"Training has made '{name}' NaN, so there is nothing to decide by: go back to a checkpoint, leave out "
+            "steps whose loss is not finite, and lower the learning rate."
+        )
+
+
+def _fit_ranges(net: CompressedModel, example: Any) -> None:
+    """Fit the ranges of the quantizers anew, on the device that the network is on by now."""
+    recalibrate(net, [_moved(example, net)])
+
+
+def _moved(example: Any, net: nn.Module) -> Any:
+    """An example with its tensors on the network's device, which trainers move after `compress`."""
+    device = next(net.parameters()).device
+    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, example)
 
 
 class _SameBatches:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from support.result_rows import RESULTS, append_row, provenance
+from support.task_models import UNet
 from torch import Tensor, nn
 
 import jpq
@@ -48,33 +49,7 @@ class Case:
     small: nn.Module
     example: Tensor
     test: Sequence[Batch]
-
-
-class UNet(nn.Module):
-    """U-Net with two steps down: convolutions with BatchNorm, pooling, transposed convolutions, concatenation."""
-
-    def __init__(self, classes: int = CLASSES, width: int = 16):
-        super().__init__()
-        self.first, self.second, self.third = block(3, width), block(width, 2 * width), block(2 * width, 4 * width)
-        self.up_second, self.up_first = (nn.ConvTranspose2d(2 * n, n, 2, 2) for n in (2 * width, width))
-        self.back_second, self.back_first = block(4 * width, 2 * width), block(2 * width, width)
-        self.head = nn.Conv2d(width, classes, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores [batch, classes, height, width]; both sizes are multiples of 4."""
-        first = self.first(x)
-        second = self.second(F.max_pool2d(first, 2))
-        third = self.third(F.max_pool2d(second, 2))
-        second = self.back_second(torch.cat([second, self.up_second(third)], 1))
-        return self.head(self.back_first(torch.cat([first, self.up_first(second)], 1)))
-
-
-def block(inputs: int, outputs: int) -> nn.Sequential:
-    """Two convolutions with BatchNorm and ReLU."""
-    layers: list[nn.Module] = []
-    for channels in (inputs, outputs):
-        layers += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-    return nn.Sequential(*layers)
+    task: tasks.Task = tasks.TASKS["classification"]
 
 
 def train(net: nn.Module, batches: Iterator[Batch], steps: int, lr: float) -> None:
@@ -120,12 +95,12 @@ def unet(args: argparse.Namespace) -> Case:
     training, test = (read_camvid(args.data_root / "camvid", split, args.images) for split in ("train", "test"))
     generator = torch.Generator().manual_seed(0)
     batches = (training[int(i)] for _ in range(99) for i in torch.randperm(len(training), generator=generator))
-    model = UNet()
+    model = UNet(CLASSES, channels=3, width=16)
     train(model, batches, 2 * args.steps, 3e-3)
     example = training[0][0]
     settings = {"method": "uniform", "w_bits": (8, 8), "a_bits": (8, 8), "output_bits": 8}
     small = compressed(model, example, batches, args.steps, "100%", **settings)
-    return Case("unet", "camvid", "W8A8, results rounded", small, example[:2], test)
+    return Case("unet", "camvid", "W8A8, results rounded", small, example[:2], test, tasks.TASKS["segmentation"])
 
 
 def read_camvid(folder: Path, split: str, most: int) -> list[Batch]:
@@ -171,7 +146,7 @@ def measure(case: Case, command: str) -> None:
             }
             for runtime, session in sessions.items():
                 answers = [session(x) for x, _ in case.test]
-                found = compare(Replay(outputs), Replay(answers), case.test)
+                found = compare(Replay(outputs), Replay(answers), case.test, case.task)
                 row = {
                     "model": case.name,
                     "data": case.data,

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -91,7 +90,8 @@ def main() -> None:
     WEIGHTS.mkdir(exist_ok=True)
     path = WEIGHTS / f"{args.model}_cifar10_45000.safetensors"
     save_tensors(net.to(memory_format=torch.contiguous_format), path)
-    command = shlex.join(["python", "studies/float_weights.py", *sys.argv[1:]])
+    given = ["--data-root", "DIR", "--model", args.model, "--epochs", str(args.epochs)]
+    command = shlex.join(["python", "studies/float_weights.py", *given])
     row = {
         "model": args.model,
         "epochs": args.epochs,

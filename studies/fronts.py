@@ -322,9 +322,7 @@ def _run_way(study: FrontStudy, args: argparse.Namespace, way: str, seed: int, p
         task = replace(study.base.task, data_root=args.data_root, weights=args.weights)
         run = replace(study.base.run, seed=seed, out=Path(folder), threads=1)
         config = replace(study.base, task=task, run=run)
-        if config.task.weights is None:
-            path = Path("runs") / f"front_{study.name}" / f"float-{seed}.safetensors"
-            config = with_float_weights(config, path)
+        config = with_float_weights(config, Path("runs") / f"front_{study.name}" / f"float-{seed}.safetensors")
         flags = ["--ways", way, "--seeds", str(seed), "--each", str(plan.each), "--trial", str(plan.trial)]
         command = shlex.join(["python", "studies/fronts.py", study.name, *flags])
         for row in front_rows(way, config, plan, command):

@@ -10,6 +10,7 @@ density: `bops_structured` says what hardware pays that cannot skip zeros that l
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -31,9 +32,7 @@ METHODS = [name for name in jpq.METHODS if name != "upscale"]  # which is not tr
 BASELINES = ("uniform", "two-stage")  # drawn with dashed lines
 
 
-def with_shared_weights(config: jpq.Config) -> jpq.Config:
-    """The config with the float weights that all runs share."""
-    return config if config.task.weights else with_float_weights(config, WEIGHTS)
+with_shared_weights = partial(with_float_weights, path=WEIGHTS)  # those of all runs
 
 
 def sort_by_cost(means: pd.DataFrame, column: str) -> pd.DataFrame:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-pytest_plugins = ("finished", "commands")  # fixtures finished_run, finished_budgets, finished_study, empty_folder
+# fixtures finished_run, finished_budgets, finished_study, empty_folder, traced
+pytest_plugins = ("finished", "commands", "small_sessions")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,7 +12,7 @@ ORDER = (
     ("cli",),
     ("trials",),
     ("recipe",),
-    ("results", "session", "detection", "data_free", "testing"),
+    ("results", "session", "detection", "data_free", "testing", "integrations"),
     ("training",),
     ("allocation", "export"),
     ("compression", "tasks"),
@@ -23,7 +23,13 @@ ORDER = (
     ("types", "lazy"),
 )
 FLOOR = {name: floor for floor, names in enumerate(ORDER) for name in names}
-BESIDE = {("session", "results"), ("detection", "results"), ("data_free", "results"), ("plan", "config")}
+BESIDE = {
+    ("session", "results"),
+    ("detection", "results"),
+    ("data_free", "results"),
+    ("integrations", "session"),
+    ("plan", "config"),
+}
 ANNEXES = {"detection", "data_free"}  # imported by the command line alone
 FACES = {"__init__", "__main__"}
 
@@ -38,6 +44,12 @@ THIRD_PARTIES = {
     "onnx": ("export/",),
     "onnxruntime": ("export/",),
     "openvino": ("export/",),
+    "lightning": ("integrations/",),
+    "accelerate": ("integrations/",),
+    "ultralytics": ("integrations/",),
+    "transformers": ("integrations/", "tasks/"),
+    "timm": ("tasks/",),
+    "segmentation_models_pytorch": ("tasks/",),
 }
 
 
@@ -139,7 +151,8 @@ def test_public_names_are_not_hidden_by_modules():
     import pkgutil
 
     for module in pkgutil.walk_packages(jpq.__path__, "jpq."):
-        if not module.name.endswith("__main__"):
+        needs_extra = module.name.startswith("jpq.integrations.")
+        if not module.name.endswith("__main__") and not needs_extra:
             importlib.import_module(module.name)
     assert all(not hasattr(getattr(jpq, name), "__path__") for name in jpq.__all__)
     for name in jpq.__all__:
@@ -194,6 +207,8 @@ def imported_names(tree: ast.AST) -> list[tuple[str, str]]:
 def is_public(module: str, name: str) -> bool:
     """Whether a user may import this: from jpq, a module at the root, or what a package's `__init__` offers."""
     place = "/".join(parts(module))
+    if place.startswith("integrations/"):
+        return True  # each module is an extra's, and is imported by its name
     if place in MODULES_OF_THE_ROOT or module == "jpq":
         return not name or place != "" or name in {*jpq.__all__, *FLOOR}
     is_package = (ROOT / place / "__init__.py").is_file()
@@ -208,3 +223,11 @@ def test_studies_import_public_names_only():
         if not is_public(module, name)
     ]
     assert not wrong
+
+
+def test_modules_on_the_path_of_tests_have_a_name_each():
+    """One process imports all of them: of two that share a name, whichever test runs first decides which one is seen."""
+    folders = (ROOT.parent / "tests" / "support", ROOT.parent / "studies")
+    names = [path.stem for folder in folders for path in sorted(folder.glob("*.py"))]
+    assert len(names) > 40
+    assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})

@@ -5,6 +5,7 @@ The blocks of README.md run with the fast tests, those of docs with the slow one
 
 import dataclasses
 import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -12,12 +13,21 @@ from pathlib import Path
 
 import pytest
 
+import jpq
 from jpq.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.M | re.S)
 DEMO = "jpq optimize --target-bops 1% --target-macs 20% --channel-multiple 8"
+EXTRAS = {
+    "lightning",
+    "transformers",
+    "accelerate",
+    "timm",
+    "segmentation_models_pytorch",
+    "ultralytics",
+}  # blocks that need them skip
 SHORTER = {  # appended, to take seconds
     DEMO: ["--epochs", "2", "--float-epochs", "2"],
     "jpq bench runs/latest --threads 1": ["--repeats", "3"],
@@ -58,6 +68,8 @@ def test_block_runs_on_its_own(language, code, tmp_path, monkeypatch):
 
 def check_runs(language, code, folder):
     """Run a block in an empty folder; what it raises, or a command that fails in it, fails the test."""
+    for package in set(re.findall(r"^(?:import|from) (\w+)", code, re.M)) & EXTRAS:
+        pytest.importorskip(package, reason=f"the block needs the extra with {package}")
     if language == "python":
         exec(compile(code, "block", "exec"), {"__name__": "__main__"})
     else:
@@ -147,15 +159,18 @@ def test_flags_exist():
     from jpq.cli.export import Export
     from jpq.cli.list import ListFlags
     from jpq.cli.pareto import Pareto
+    from jpq.cli.parse_errors import ALIASES
+    from jpq.cli.sensitivity import Sensitivity
     from jpq.config import Config
     from jpq.data_free import DataFreeSettings
     from jpq.trials import Study
 
-    parts = [*vars(Config()).values(), DataFreeSettings, Pareto, Export, Study, Bench, Evaluate, ListFlags]
+    parts = [*vars(Config()).values(), DataFreeSettings, Pareto, Export, Study, Bench, Evaluate, ListFlags, Sensitivity]
     fields = [f for part in parts for f in dataclasses.fields(part)]
     known = {f"--{f.name.replace('_', '-')}" for f in fields}
     known |= {f"--no-{f.name.replace('_', '-')}" for f in fields if f.type == "bool"}
     known |= {"--config", "--help", "--input-shape", "--all", "--table", "--index-url", "--extra-index-url"}
+    known |= {f"--{name}" for name in ALIASES.values()}
     foreign = (
         r"`?python studies/[^`\n]*|torchrun .* -m(?= jpq)|optuna-dashboard .*|sbatch .* \"(?=jpq)|kubectl .* --(?= jpq)"
         r"|^\s*(?:ruff|git|pytest|mypy|python -m (?:pip|pytest)) .*$"
@@ -204,6 +219,8 @@ def resolves(dotted):
                 thing = importlib.import_module(".".join(names[: i + 1]))
             except ImportError:
                 return False
+            except jpq.JpqError:  # a module of jpq.integrations whose extra is missing
+                return importlib.util.find_spec(dotted) is not None
     return True
 
 

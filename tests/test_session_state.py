@@ -7,32 +7,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from small_net import Small
+from small_sessions import X, Y, build_small
 from torch import nn
 
 import jpq
-from jpq.allocation import prepare
-from jpq.tracing.trace import trace
 
-X = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-Y = torch.arange(8) // 2
 PATTERNS = {"scheme-mapping", "pdp-2:4", "upscale"}  # whose layers, sites or outputs another setting would change
-
-
-@pytest.fixture(scope="module")
-def network():
-    return trace(_small(), (X,))
-
-
-@pytest.fixture
-def traced(network, monkeypatch):
-    """Sessions of `Small` are made without tracing it anew."""
-    monkeypatch.setattr(prepare, "trace", lambda *_, **__: network)
-
-
-def _small():
-    torch.manual_seed(0)
-    return Small().eval()
 
 
 def session_of(method="djpq", model=None, steps=6, bops="4%", **settings):
@@ -40,7 +20,9 @@ def session_of(method="djpq", model=None, steps=6, bops="4%", **settings):
     torch.manual_seed(0)
     if method not in PATTERNS:
         settings.setdefault("output_bits", 8)
-    session = jpq.compress(model or _small(), X, method, bops=bops, steps=steps, evidence=[(X, Y)], **settings).train()
+    session = jpq.compress(
+        model or build_small(), X, method, bops=bops, steps=steps, evidence=[(X, Y)], **settings
+    ).train()
     return session, torch.optim.Adam(session.groups())
 
 

@@ -69,6 +69,28 @@ def test_every_row_that_a_study_writes_has_its_provenance():
         assert "provenance" in names, path
 
 
+@pytest.mark.parametrize(
+    ("task", "score", "shown"),
+    [
+        ("restoration", 29.527, "held-out PSNR 29.53 dB BOPs"),
+        ("regression", 0.4321, "held-out R² 0.4321 BOPs"),
+        ("segmentation", 0.4321, "held-out mIoU 43.21 % BOPs"),
+        (None, 0.9911, "held-out accuracy 99.11 % BOPs"),
+    ],
+)
+def test_epochs_are_printed_in_the_unit_of_the_task(task, score, shown, capsys):
+    from support.grid import EpochPrinter
+
+    from jpq.tasks import TASKS
+    from jpq.training import EpochRecord
+
+    printer = EpochPrinter()
+    if task:
+        printer.begin(TASKS[task])
+    printer.epoch(EpochRecord("search", 1, 4, 0.5, score, 1e6, 0.02, 0.02, 1.0, 4.0, 4.0, 0.9, 1e-3, 3.0))
+    assert shown in capsys.readouterr().out
+
+
 def test_a_new_column_leaves_old_rows_empty(tmp_path):
     from support.result_rows import append_row
 
@@ -163,3 +185,29 @@ def test_fronts_have_equal_epochs_and_read_the_test_split_once():
         table = pd.read_csv(path)
         assert table.epochs.nunique() == 1, "all ways have the same number of epochs"
         assert (table.accuracy.notna() == table.front).all(), "only what held-out accuracy chose was measured on test"
+
+
+def test_tasks_meet_their_budgets_and_their_files_have_the_models_metric():
+    import tasks
+
+    table = pd.read_csv(RESULTS / "tasks.csv")
+    assert set(table.case) <= set(tasks.CASES)
+    assert set(table.method) <= set(tasks.METHODS)
+    assert not table.duplicated(tasks.KEY).any()
+    assert (table.used <= 1).all()
+    for runtime in tasks.RUNTIMES:
+        assert ((table[f"metric_{runtime}"] - table.metric).abs() <= 0.005 * table.metric.abs()).all()
+
+
+def test_estimators_are_compared_on_the_same_plans():
+    table = pd.read_csv(RESULTS / "estimators.csv")
+    predictions = pd.read_csv(RESULTS / "estimators_predictions.csv")
+    plans = pd.read_csv(RESULTS / "estimators_plans.csv")
+    for key, rows in table.groupby(["model", "budget"]):
+        assert len(rows) == rows.estimator.nunique() == 18
+        assert (rows.n >= 20).all()
+        assert (rows.spearman.between(rows.low, rows.high)).all()
+        ours = predictions[(predictions.model == key[0]) & (predictions.budget == key[1])]
+        assert {tuple(sorted(part.plan)) for _, part in ours.groupby("estimator")} == {tuple(sorted(set(plans.plan)))}
+    costs = plans.groupby(["model", "budget"]).bops_share.agg(["min", "max"])
+    assert (costs["min"] / costs["max"] > 0.98).all()  # plans of equal cost

@@ -182,11 +182,13 @@ def test_commands_in_texts_stand_between_backticks() -> None:
 def test_flags_in_texts_are_settings() -> None:
     sections = [type(section) for section in vars(Config()).values()]
     from jpq.cli.bench import Bench
+    from jpq.cli.parse_errors import ALIASES
     from jpq.cli.run_selection import RunSelection
+    from jpq.cli.sensitivity import Sensitivity
 
-    parts = (*sections, DataFreeSettings, Study, Bench, RunSelection)
+    parts = (*sections, DataFreeSettings, Study, Bench, RunSelection, Sensitivity)
     known = {f"--{f.name.replace('_', '-')}" for part in parts for f in dataclasses.fields(part)}
-    known |= {"--no-synthetic", "--run-code", "--config"}
+    known |= {"--no-synthetic", "--run-code", "--config", *(f"--{name}" for name in ALIASES.values())}
     flags = flags_of_errors()
     assert len(flags) > 100, "the texts were not found"
     assert {(place, flag) for place, flag in flags if flag not in known} == set()

@@ -16,6 +16,7 @@ from jpq import costs
 from jpq.allocation import channels
 from jpq.allocation.bit_sensitivity import Key, bits_by_noise, sensitivities
 from jpq.allocation.channels import NEEDS_DATA, AllocationProblem, Allocator, Margins, margins_of_sequence
+from jpq.allocation.measured.calibration import Measurement
 from jpq.allocation.ranking.evidence import Batches, Loss
 from jpq.allocation.ranking.rank import quantiles, rank_units, score_units, write_margins
 from jpq.allocation.reinforce import Counts, Policy, learn_allocation
@@ -140,6 +141,7 @@ class PlanEvaluator:
     accuracy: Callable[[Plan], float] | None = None  # in [0, 1]; None where there are no held-out data
     seed: int = 0
     loss: Loss = F.cross_entropy  # loss that scores differentiate: (output, labels) -> mean over the batch
+    measurement: Measurement | None = None  # what sensitivities are measured on; None: they cannot be
 
     def require_accuracy(self, allocator: str) -> Callable[[Plan], float]:
         """The held-out accuracy of a plan. Raises JpqError, naming the allocator, where nothing measures it."""

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jpq.compression.model import CompressedModel
-from jpq.methods.quantizers import BitWidth, IntegerQuantizer, Learned, fit_threshold
+from jpq.methods.quantizers import BitWidth, IntegerQuantizer, Learned, fit_threshold, fit_weight_grid
 from jpq.methods.quantizers.uniform_integer import quantize_tensor
 from jpq.plan import Plan
 from jpq.tracing.forward import call_model, eval_mode, hook_modules
@@ -80,7 +80,8 @@ def sensitivities(
             if "/".join(key) in calls:
                 x, out = calls["/".join(key)]
                 assert out.grad is not None
-                error = quantize_tensor(x, ranges[key], bits, module.signed) - x
+                threshold, side = ranges[key]
+                error = quantize_tensor(x, threshold, bits, module.signed, side) - x
                 rises[key] += 0.5 * len(logits) * float((out.grad * error).square().sum())
         count += 1
     net.zero_grad()
@@ -134,10 +135,13 @@ def _quantizers(net: CompressedModel) -> dict[Key, IntegerQuantizer]:
     return quantizers
 
 
-def _fitted_range(net: CompressedModel, key: Key, module: IntegerQuantizer, bits: int) -> Tensor:
-    """The range that discretization would fit at this width."""
+def _fitted_range(net: CompressedModel, key: Key, module: IntegerQuantizer, bits: int) -> tuple[Tensor, Tensor | None]:
+    """(range, side) that discretization would fit at this width."""
     layer, side = key
     if side == "w":
-        return fit_threshold(net.layer(layer).weight.detach(), bits, True, module.log_threshold.dim() > 0)
+        weight = net.layer(layer).weight.detach()
+        return fit_weight_grid(weight, bits, module.log_threshold.dim() > 0, module.all_levels)
     samples = net.calibration_samples.get(layer)
-    return module.threshold.detach() if samples is None else fit_threshold(samples, bits, module.signed, False)
+    if samples is None:
+        return module.threshold.detach(), None
+    return fit_threshold(samples, bits, module.signed, False), None

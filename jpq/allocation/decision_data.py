@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from functools import cache, partial
 from itertools import islice
+from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +14,8 @@ from jpq.allocation.allocators import PlanEvaluator
 from jpq.compression.calibration import reestimate_batchnorm
 from jpq.compression.model import CompressedModel
 from jpq.plan import Plan
-from jpq.tasks.data import Batches, Data
+from jpq.tasks.batches import SplitBatches
+from jpq.tasks.data import Data
 from jpq.types import JpqError
 
 CALIBRATION_BATCHES = 8  # training batches that fit the quantizers' ranges
@@ -24,6 +26,11 @@ SCORE_EPOCH = 10**6  # number of the epoch whose batches scores read, beyond tho
 def calibration_batches(data: Data) -> list[Tensor]:
     """The inputs of the first few training batches, to which the ranges of quantizers are fitted."""
     return [x for x, _ in islice(data.train.epoch(0), CALIBRATION_BATCHES)]
+
+
+def calibration_inputs(data: Data) -> Iterator[Tensor]:
+    """Batches of training inputs that sensitivities are measured on, the same at every call."""
+    return (x for x, _ in data.train.epoch(0))
 
 
 def score_batches(data: Data, decision: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -38,7 +45,7 @@ def plan_evaluator(net: CompressedModel, data: Data, seed: int) -> PlanEvaluator
     """
 
     @cache
-    def batches() -> tuple[list[tuple[Tensor, Tensor]], Batches]:
+    def batches() -> tuple[list[tuple[Any, Any]], SplitBatches]:
         training = list(islice(data.train.epoch(0), CALIBRATION_BATCHES))
         return training, data.held_out.first(EVALUATED_IMAGES)
 
@@ -49,7 +56,7 @@ def plan_evaluator(net: CompressedModel, data: Data, seed: int) -> PlanEvaluator
         reestimate_batchnorm(trial, training)
         return data.task.evaluate(trial, held_out)
 
-    return PlanEvaluator(partial(score_batches, data), metric, seed, data.task.loss)
+    return PlanEvaluator(partial(score_batches, data), metric, seed, data.task.output_loss)
 
 
 def check_classes(classes: str, data: Data) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from jpq.allocation.ranking.evidence import Batches
 from jpq.allocation.ranking.rank import rank_units
@@ -23,9 +23,14 @@ from jpq.config import Decide
 from jpq.costs.target import Target, all_met, parse_share, used_share
 from jpq.methods.scores import Score
 from jpq.plan import Plan
+from jpq.tracing.network import Network
 from jpq.types import JpqError, unknown
 
 T = TypeVar("T")
+
+Key = tuple[str, Literal["w", "a"]]  # (layer, its weight or its input)
+
+FLOAT_BITS = 32  # in --bits: a layer that stays in floating point
 
 
 def parse_named_values(flag: str, text: str, known: Sequence[str], parse: Callable[[str], T], rest: T) -> dict[str, T]:
@@ -71,11 +76,52 @@ def _parent_names(known: Collection[str]) -> set[str]:
 
 
 def parse_widths(text: str) -> tuple[int, int]:
-    """`4/3` as (weight bits, activation bits). Raises ValueError for any other text."""
-    parts = text.split("/")
+    """`4/3` as (weight bits, activation bits), `32/32` for floating point. Raises ValueError for any other text."""
+    parts = [part.strip() for part in text.split("/")]
+    if parts == [str(FLOAT_BITS)] * 2:
+        return FLOAT_BITS, FLOAT_BITS
     if len(parts) == 2 and all(p.strip().isdigit() and 2 <= int(p) <= 8 for p in parts):
         return int(parts[0]), int(parts[1])
-    raise ValueError("give weight bits / activation bits, each from 2 to 8, such as 4/3")
+    raise ValueError("give weight bits / activation bits, each from 2 to 8, such as 4/3, or 32/32 for floating point")
+
+
+def float_layers(network: Network, decide: Decide) -> set[str]:
+    """The layers that `--keep-float` and `--bits NAME=32/32` keep in floating point.
+
+    Raises JpqError for names that fit no layer.
+    """
+    names = [layer.name for layer in network.layers if not layer.float_reason]
+    kept: set[str] = set()
+    for name in decide.keep_float:
+        matching = {item for item in names if name_matches(item, name)}
+        if not matching:
+            raise unknown("layer in --keep-float", name, {*names, *_parent_names(names)})
+        kept |= matching
+    widths = parse_named_values("--bits", decide.bits or "", names, parse_widths, (0, 0))
+    return kept | {name for name, (w, _) in widths.items() if w == FLOAT_BITS}
+
+
+def pinned_widths(net: CompressedModel, decide: Decide) -> dict[Key, int]:
+    """The widths that `--bits` fixes beside a method that decides the others; the image keeps its own.
+
+    Raises JpqError for a value without a name, which would leave nothing to decide.
+    """
+    names = [layer.name for layer in net.network.layers if not layer.float_reason]
+    entries = [part.strip() for part in (decide.bits or "").split(",")]
+    if any(entry and "=" not in entry for entry in entries):
+        raise JpqError(
+            f"--bits {decide.bits} with --method {net.method}: name the layers whose bits are given, as conv1=8/8; the "
+            "method decides the others."
+        )
+    widths = parse_named_values("--bits", decide.bits or "", names, parse_widths, (0, 0))
+    image = {layer.name for layer in net.network.layers if layer.reads_input}
+    pinned: dict[Key, int] = {}
+    for name, (w, a) in widths.items():
+        if w and net.quantizers(name):
+            pinned[name, "w"] = w
+            if name not in image:
+                pinned[name, "a"] = a
+    return pinned
 
 
 def parse_density(text: str) -> float:
@@ -110,7 +156,8 @@ def manual_plan(net: CompressedModel, decide: Decide) -> Plan:
         "--densities", decide.densities or "", [site.name for site in net.sites], parse_density, 1.0
     )
     widest = (decide.w_bits[1], decide.a_bits[1])
-    widths = parse_named_values("--bits", decide.bits or "", list(current.layers), parse_widths, widest)
+    quantizable = [layer.name for layer in net.network.layers if not layer.float_reason]
+    widths = parse_named_values("--bits", decide.bits or "", quantizable, parse_widths, widest)
     kept = {}
     for name, margins in decisions.margins.items():
         best = set(decisions.order[name][: kept_count(densities[name], decisions.counts[name])])

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from jpq.allocation.allocators import check_allocator
+from jpq.allocation.manual import float_layers
 from jpq.allocation.procedures import PROCEDURES, Procedure, score_of
 from jpq.allocation.structure_mapping import map_structures
 from jpq.allocation.uniform_bits import start_bits
@@ -18,13 +19,15 @@ from jpq.compression.build import fixed_share, gate_factory, method_sites, netwo
 from jpq.compression.channel_counts import channel_multiple
 from jpq.compression.external_mask import ExternalMask
 from jpq.compression.model import CompressedModel
-from jpq.config import Budget, Decide
+from jpq.config import MEASURED_START, Budget, Decide
 from jpq.costs.latency_table import LatencyTable
 from jpq.costs.target import Target
 from jpq.methods.compatibility import compose_method
+from jpq.methods.quantizers import Fixed
 from jpq.methods.scores import Score
 from jpq.methods.table import Method
-from jpq.tracing.network import Network, with_layer_times
+from jpq.plan import ALL_LEVELS
+from jpq.tracing.network import Network, with_float_layers, with_layer_times
 from jpq.tracing.open_norms import check_open_norms
 from jpq.tracing.sites import Site
 from jpq.tracing.trace import trace
@@ -42,6 +45,7 @@ class Prepared:
     targets: tuple[Target, ...]  # of the first budget, where a run has several
     structures: Mapping[str, str] | None = None  # layer -> mask structure, where layers have their own
     mask: ExternalMask | None = None
+    starts: Mapping[tuple[str, str], float] | None = None  # (layer, "w" | "a") -> initial width, for --start measured
 
     @property
     def procedure(self) -> Procedure:
@@ -68,11 +72,12 @@ class Prepared:
             self.network,
             self.sites,
             gate_factory(self.method, d.density),
-            width_factory(self.method, d.w_bits, d.a_bits, d.image_bits, bits),
+            width_factory(self.method, d.w_bits, d.a_bits, d.image_bits, bits, self.starts),
             calibration,
             d.method,
             d.output_bits,
             channel_multiple(d.method, self.method, d.channel_multiple),
+            d.weight_levels == ALL_LEVELS,
         )
         return mask.put(net) if mask else net
 
@@ -90,11 +95,27 @@ def check_decide(decide: Decide) -> Method:
     method = compose_method(
         decide.method, decide.structure, decide.width, decide.score, decide.schedule, decide.classes
     )
+    check_start(decide, method)
     check_allocator(decide.method, decide.allocator)
     channel_multiple(decide.method, method, decide.channel_multiple)
     if decide.mask:
         external_mask.read(decide.mask)
     return method
+
+
+def check_start(decide: Decide, method: Method) -> None:
+    """Raise JpqError where widths cannot start from measurements, or be solved for again."""
+    procedure = PROCEDURES[method.procedure]
+    if decide.resolve_at and not procedure.measures and (not procedure.searches or method.width is Fixed):
+        raise JpqError(
+            f"--resolve-at {decide.resolve_at}: --method {decide.method} does not choose bits one by one, so there is "
+            "nothing to solve again. Leave --resolve-at out, or choose measured or a method that learns bits."
+        )
+    if decide.start == MEASURED_START and (not PROCEDURES[method.procedure].searches or method.width is Fixed):
+        raise JpqError(
+            f"--start {decide.start}: --method {decide.method} does not search for bits, so they start nowhere. Leave "
+            "--start out, or choose a method that learns them, such as djpq."
+        )
 
 
 def prepare(
@@ -127,6 +148,7 @@ def prepare(
             f"{type(model).__name__} has no convolution and no Linear layer, so there is nothing to compress. Give the "
             "model that holds the layers."
         )
+    network = with_float_layers(network, float_layers(network, decide))
     if decide.open_norms:
         check_open_norms(network, method.gate is not None)
     if table is not None:

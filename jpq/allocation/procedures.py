@@ -8,16 +8,20 @@ from typing import ClassVar
 
 from jpq.allocation import manual, two_stage
 from jpq.allocation.allocators import PlanEvaluator, allocate_bits, allocate_channels
+from jpq.allocation.measured.candidates import AllowedWidths, with_pinned_widths
+from jpq.allocation.measured.decide import Decision, decide_by_measurement
+from jpq.allocation.measured.measure import quantizer_keys
 from jpq.allocation.ranking.rank import rank_units
 from jpq.allocation.ranking.scheduled_pruning import macs_limit, uniform_keep_share
 from jpq.allocation.uniform_bits import decide_uniform_bits
-from jpq.compression.discretize import check_reachable, density_target, discretize
+from jpq.compression.discretize import cheapest_plan, check_reachable, density_target, discretize
 from jpq.compression.model import CompressedModel
 from jpq.config import Decide
 from jpq.costs.target import Target, all_met
 from jpq.methods.scores import Score, pick_score
 from jpq.methods.table import method_row
 from jpq.plan import Plan
+from jpq.types import JpqError
 
 
 class Procedure(ABC):
@@ -26,6 +30,7 @@ class Procedure(ABC):
     searches: ClassVar[bool] = False  # decisions are learned with the weights, and go on softly from budget to budget
     has_search_phase: ClassVar[bool] = False  # epochs are trained before the plan is taken
     fills_budget: ClassVar[bool] = True  # the plan is meant to use up the tightest target
+    measures: ClassVar[bool] = False  # sensitivities are measured, and several plans compared
 
     @abstractmethod
     def check_feasible(self, net: CompressedModel, targets: Sequence[Target], decide: Decide) -> None:
@@ -67,8 +72,9 @@ class Search(Procedure):
     def decide(
         self, net: CompressedModel, targets: Sequence[Target], decide: Decide, data: PlanEvaluator | None = None
     ) -> Plan:
-        """The learned decisions, rounded to whole units and bits that meet every target."""
-        return discretize(net, targets)
+        """The learned decisions, rounded to whole units and bits that meet every target; by a table where known."""
+        known = data.measurement.table if data is not None and data.measurement is not None else None
+        return discretize(net, targets, divergences=known)
 
 
 class OneShot(Procedure):
@@ -149,11 +155,52 @@ class Manual(Procedure):
         return plan
 
 
+class Measured(Procedure):
+    """Procedure by measurement: bits and channels from a sensitivity table and an exact solver, before training."""
+
+    measures: ClassVar[bool] = True
+
+    def check_feasible(self, net: CompressedModel, targets: Sequence[Target], decide: Decide) -> None:
+        """Raise JpqError, naming the smallest possible cost, where no bits and channels meet the targets."""
+        _rank_without_data(net, decide)
+        cheapest = cheapest_plan(net)
+        check_reachable(net, targets, with_pinned_widths(cheapest, manual.pinned_widths(net, decide)))
+
+    def decide(
+        self, net: CompressedModel, targets: Sequence[Target], decide: Decide, data: PlanEvaluator | None = None
+    ) -> Plan:
+        """The plan of least divergence as measured, of those that were compared."""
+        return discretize(net, targets) if data is None else self.compare(net, targets, decide, data).best.plan
+
+    def compare(self, net: CompressedModel, targets: Sequence[Target], decide: Decide, data: PlanEvaluator) -> Decision:
+        """The plans that measuring compares, the least divergence first; arguments and errors as for `decide`."""
+        if data.measurement is None:
+            raise JpqError(f"--method {net.method} measures on training batches, and there are none.")
+        measured = data.measurement.net() if data.measurement.net else net
+        rank_units(measured, score_of(net.method, decide), data.batches(), loss=data.loss)
+        return decide_by_measurement(
+            measured, targets, allowed_widths(measured, decide), decide.density, data.measurement
+        )
+
+
+def allowed_widths(net: CompressedModel, decide: Decide) -> AllowedWidths:
+    """The widths that the attached quantizers may take, of weights and of activations."""
+    choices: dict[str, set[int]] = {"w": set(), "a": set()}
+    image = {layer.name for layer in net.network.layers if layer.reads_input}
+    for (layer, side), quantizer in quantizer_keys(net).items():
+        if side == "w" or layer not in image:
+            choices[side] |= set(quantizer.width.choices)
+    rows = {"w": decide.w_bits, "a": decide.a_bits}
+    w, a = (tuple(sorted(choices[side])) or tuple(range(low, high + 1)) for side, (low, high) in rows.items())
+    return AllowedWidths(w, a, manual.pinned_widths(net, decide))
+
+
 PROCEDURES: Mapping[str, Procedure] = {
     "search": Search(),
     "one-shot": OneShot(),
     "two-stage": TwoStage(),
     "manual": Manual(),
+    "measured": Measured(),
 }
 
 

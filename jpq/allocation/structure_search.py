@@ -27,11 +27,13 @@ from torch import Tensor, nn
 from jpq.allocation.structure_latency import Latency, layer_ms, mapping_ms
 from jpq.allocation.structure_projection import kept_share, project
 from jpq.allocation.structure_rules import allowed_structures, apply_rules, is_hard_task
+from jpq.compression.batchnorm import start_training
 from jpq.compression.calibration import reestimate_batchnorm
 from jpq.methods.compatibility import is_allowed
 from jpq.methods.structures import parse_structure
 from jpq.methods.table import Method
-from jpq.tasks.data import Batches, Data
+from jpq.tasks.data import Data
+from jpq.tracing.forward import call_model
 from jpq.tracing.network import Network
 from jpq.tracing.sites import weight_layout
 from jpq.types import DENSE, JpqError
@@ -195,8 +197,8 @@ class MappingEvaluator:
         self.model = copy.deepcopy(model).eval()
         self.before = {name: t.clone() for name, t in self.model.state_dict().items()}
         self.train = [batch for _, batch in zip(range(BATCHNORM_BATCHES), data.train.epoch(0), strict=False)]
-        self.lesson = list(fixed_part(data.train, TRAINED_SHARE).epoch(0)) if pretrain else []
-        self.held_out = fixed_part(data.held_out, EVALUATED_SAMPLES / data.held_out.size)
+        self.lesson = list(data.train.fixed_part(TRAINED_SHARE).epoch(0)) if pretrain else []
+        self.held_out = data.held_out.fixed_part(EVALUATED_SAMPLES / data.held_out.size)
         self.known: dict[tuple[str, str], Tensor] = {}  # (layer, structure) -> projected weight
 
     def __call__(self, mapping: Mapping[str, str]) -> float:
@@ -224,30 +226,15 @@ class MappingEvaluator:
 
     def _train(self, masked: Mapping[str, str]) -> None:
         """Train for one short epoch; masked weights stay zero."""
-        self.model.train()
+        start_training(self.model)
         optim = torch.optim.AdamW(self.model.parameters(), lr=self.lr, weight_decay=0.0)
         zeros = {name: self.projected(name, s) == 0 for name, s in masked.items()}
         with torch.random.fork_rng():
             torch.manual_seed(0)  # of dropout
             for x, y in self.lesson:
                 optim.zero_grad()
-                self.task.loss(self.model(x), y).backward()
+                self.task.output_loss(call_model(self.model, x), y).backward()
                 optim.step()
                 for name, zero in zeros.items():
                     self.weight(name).data[zero] = 0
         self.model.eval()
-
-
-def fixed_part(batches: Batches, share: float) -> Batches:
-    """A fixed random part of the samples, without augmentation and always in one order; all samples from share 1 on."""
-    count = max(1, min(batches.size, round(share * batches.size)))
-    generator = torch.Generator().manual_seed(0)
-    indices = torch.randperm(batches.size, generator=generator)[:count].to(batches.images.device)
-    return Batches(
-        batches.images[indices],
-        batches.labels[indices],
-        mean=batches.mean,
-        std=batches.std,
-        batch_size=batches.batch_size,
-        seed=batches.seed,
-    )

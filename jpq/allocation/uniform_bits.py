@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from jpq.compression.model import CompressedModel
 from jpq.compression.usage import exact_usage
@@ -16,19 +17,28 @@ from jpq.types import JpqError
 
 Kept = Mapping[str, tuple[bool, ...]]  # channel site -> unit -> whether it stays
 
+Pinned = Mapping[tuple[str, Literal["w", "a"]], int]  # (layer, its weight or its input) -> width
+
 Bounds = tuple[int, int]  # smallest and largest width, in bits
 
 HEADROOM = 1.25  # cost at the initial widths of a search, in multiples of the tightest target
 
 
-def uniform_plan(net: CompressedModel, w: int, a: int, kept: Kept | None = None) -> Plan:
+def uniform_plan(net: CompressedModel, w: int, a: int, kept: Kept | None = None, pinned: Pinned | None = None) -> Plan:
     """The plan with one width for all weights and one for all activations; the image keeps its own width.
 
-    kept: the units that stay; default: all.
+    Args:
+        net: attached.
+        w, a: the widths, in bits.
+        kept: the units that stay; default: all.
+        pinned: tensors with a width of their own.
     """
-    current = net.plan()
+    current, own = net.plan(), pinned or {}
     image = {layer.name for layer in net.network.layers if layer.reads_input}
-    layers = {n: replace(x, w_bits=w, a_bits=x.a_bits if n in image else a) for n, x in current.layers.items()}
+    layers = {
+        n: replace(x, w_bits=own.get((n, "w"), w), a_bits=x.a_bits if n in image else own.get((n, "a"), a))
+        for n, x in current.layers.items()
+    }
     all_units = {site: (True,) * len(units) for site, units in current.kept.items()}
     return replace(current, layers=layers, kept=all_units if kept is None else dict(kept))
 
@@ -39,17 +49,18 @@ def decide_uniform_bits(
     w_bits: Sequence[int],
     a_bits: Sequence[int],
     kept: Kept | None = None,
+    pinned: Pinned | None = None,
 ) -> Plan:
     """The plan of the costliest balanced widths (weight and activation bits at most 1 apart) that meet every target.
 
     Of pairs of equal cost the more balanced is taken; an unbalanced one (W2A5) only where no balanced one fits. The
-    image keeps its width. All units stay, unless `kept` says which ones.
+    image keeps its width, and so do the tensors of `pinned`. All units stay, unless `kept` says which ones.
     Raises JpqError, naming the smallest possible cost, if no pair does.
     """
     fits: list[tuple[bool, float, int, Plan]] = []
     for w in w_bits:
         for a in a_bits:
-            plan = uniform_plan(net, w, a, kept)
+            plan = uniform_plan(net, w, a, kept, pinned)
             uses = net.exact_usage(plan)
             if all_met(targets, uses):
                 fits.append((abs(w - a) <= 1, float(bops(uses)), -abs(w - a), plan))
@@ -111,6 +122,6 @@ def start_bits(
 
 def _cost(network: Network, shares: ChannelShares, bits: float, image_bits: int, target: Target) -> float:
     """A target's cost of the network at one real-valued width."""
-    layers = [x for x in network.layers if not x.float_reason]
+    layers = [x for x in network.layers if not x.float_reason and not x.kept_float]
     plans = {x.name: LayerPlan(bits, image_bits if x.reads_input else bits, False) for x in layers}  # type: ignore[arg-type]
     return float(COSTS[target.cost](exact_usage(network, shares, Plan("", plans, {}))))

@@ -1,13 +1,13 @@
-"""`jpq bench`: measure a model's layers into a latency table, or the time of runs and ONNX files."""
+"""`jpq bench`: measure a model's layers into a latency table, or the time and the metric of runs and ONNX files."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,8 +19,11 @@ from jpq.cli.output import Column, print_line, table
 from jpq.results.formatting import format_number
 from jpq.types import JpqError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # --help shows without torch
+    from torch import nn
+
     from jpq.export.timing.compare import Timing
+    from jpq.tasks.data import Data
 
 DEFAULT_RUNTIMES = ("onnxruntime",)
 
@@ -39,9 +42,13 @@ class Bench:
     model: str | None = None
     """Whose layers are measured: each distinct one at a grid of channel counts, in float and quantized."""
     data: str | None = None
-    """A data set that says what the model takes and gives. Default: what it usually has."""
-    data_root: Path = Path("data")
-    """Where data sets lie, or are downloaded to."""
+    """With --model: a data set that says what it takes and gives; default: what it usually has. With runs: the data on
+    whose test split their files are judged; default: those of the run."""
+    data_root: Path | None = None
+    """Where data sets lie, or are downloaded to. Default: where the run read them, else data."""
+    metric: bool = True
+    """Beside the times of a run, show the task's metric of its file, of its float model and of that at 8 bits, in the
+    runtime that is timed, on the test split."""
     input_shape: tuple[int, ...] | None = None
     """One sample without the batch: channels, (frames,) height and width."""
     classes: int | None = None
@@ -56,7 +63,8 @@ class Bench:
     repeats: int = 60
     """Timed calls of everything; the median counts."""
     run_code: bool = False
-    """Run the code that a run's folder names as its model (module:callable): only for folders that you trust."""
+    """Run the code that a run's folder names as its model, data or task (module:callable): only for folders that you
+    trust."""
 
 
 def bench_command(args: list[str], console: Console) -> None:
@@ -94,7 +102,7 @@ def measure_layers(flags: Bench, console: Console) -> None:
     if len(flags.threads) > 1:
         raise JpqError(f"A table is for one number of threads, not for {' and '.join(map(str, flags.threads))}.")
     threads = flags.threads[0] if flags.threads else 1
-    model, example = model_and_example(flags)
+    model, example = model_and_example(dataclasses.replace(flags, data_root=flags.data_root or Path("data")))
     network = trace(decompose(model, example), example)
     start = time.perf_counter()
     with Bar(console=console, transient=True) as bar:
@@ -152,6 +160,8 @@ def time_models(flags: Bench, console: Console) -> None:
             True,
         ):
             _time_file(path, flags, runtimes, console)
+        if path.is_file():
+            _print_file_metric(path, flags, runtimes, console)
 
 
 def _time_file(file: Path, flags: Bench, runtimes: Sequence[str], console: Console) -> None:
@@ -164,16 +174,34 @@ def _time_file(file: Path, flags: Bench, runtimes: Sequence[str], console: Conso
         print_line(console, escape(line))
 
 
+def _print_file_metric(file: Path, flags: Bench, runtimes: Sequence[str], console: Console) -> None:
+    """Print the metric of a run's file in each runtime, where the folder that it lies in is that of a run."""
+    if not flags.metric or not (file.parent / "config.toml").is_file():
+        return
+    try:
+        data = _read_test_data(file.parent, flags)
+        metrics = _measure_metrics({str(file): file}, data, runtimes, file)
+    except JpqError as error:
+        print_line(console, f"[yellow]note[/] {escape(_no_metric(error))}")
+        return
+    for (_, runtime), metric in metrics.items():
+        print_line(console, escape(f"{data.task.report(metric, _samples(data))} ({file} in {runtime})."))
+
+
 def _compare_models(folder: Path, flags: Bench, runtimes: Sequence[str], console: Console) -> None:
-    """Print the times of a run's compressed model beside its float models, and its layers in floating point."""
+    """Print the times of a run's compressed model beside its float models, and its layers in floating point.
+
+    With the task's metric of the files, where the run's data are there.
+    """
     from jpq.export.timing import compare
     from jpq.export.timing.kernels import find_float_layers
     from jpq.export.timing.runner import Runner
 
     compressed = folder / "model.onnx"
-    shape = Runner(compressed).shapes[0][1:]
+    data, trained, note = _read_run(folder, flags)
     with TemporaryDirectory() as place:
-        paths = compare.model_files(folder, shape, Path(place), flags.run_code)
+        batches = [Runner(compressed).two_samples()] if data is None else _calibration(data)
+        paths = compare.model_files(folder, (), Path(place), flags.run_code, trained, batches)
         threads = flags.threads or (1, 2)
         with Bar(console=console, transient=True) as bar:
             total = len(paths) * len(runtimes) * len(threads) * len(flags.batch) * flags.repeats
@@ -183,13 +211,94 @@ def _compare_models(folder: Path, flags: Bench, runtimes: Sequence[str], console
                 bar.update(task, advance=calls)
 
             times = compare.time_in_turns(paths, runtimes, threads, flags.batch, flags.repeats, report)
+        judged = {compare.SMALL: compressed}
+        if trained is not None:
+            judged = {name: path for name, path in paths.items() if name != compare.PRUNED}
+        metrics = {} if data is None else _measure_metrics(judged, data, runtimes, compressed)
+    metric_name = "" if data is None else data.task.metric_name
     for start in range(0, len(times), len(paths)):
-        console.print(_timing_table(times[start : start + len(paths)]))
+        console.print(_timing_table(times[start : start + len(paths)], metric_name, metrics))
+    if data is not None:
+        meaning = (
+            "fp32 is the run's float model, int8 that one with ranges fitted to training batches and no training"
+            if trained is not None
+            else "the float model's weights are no longer there"
+        )
+        print_line(console, escape(f"{metric_name} on {_samples(data)}; {meaning}."))
+    if note:
+        print_line(console, f"[yellow]note[/] {escape(note)}")
     left = find_float_layers(compressed)[1]
     for name, reason in list(left.items())[:MAX_FLOAT_LAYERS]:
         print_line(console, f"in floating point: {escape(name)}: {escape(reason)}")
     if len(left) > MAX_FLOAT_LAYERS:
         print_line(console, f"... and {len(left) - MAX_FLOAT_LAYERS} more")
+
+
+def _read_run(folder: Path, flags: Bench) -> tuple[Data | None, nn.Module | None, str]:
+    """(data that judge a run, its float model, a note where there are none); None for what is not there.
+
+    Raises JpqError where the run's model is code, which needs --run-code.
+    """
+    import torch
+
+    from jpq.config import read_toml
+    from jpq.files.untrusted import check_no_code
+    from jpq.results.finalize import read_float_model
+
+    if not flags.metric or not (folder / "config.toml").is_file():
+        return None, None, ""
+    config = read_toml(folder / "config.toml")
+    if not flags.run_code:
+        check_no_code("model", config.task.model, folder / "plan.json", "add --run-code")
+    try:
+        data = _read_test_data(folder, flags)
+        with torch.random.fork_rng():
+            return data, read_float_model(folder, config, data), ""
+    except JpqError as error:
+        return None, None, _no_metric(error)
+
+
+def _read_test_data(folder: Path, flags: Bench) -> Data:
+    """The data of a run, or those of --data, whose metric can be measured."""
+    from jpq.cli.evaluate import Evaluate, read_data_of
+
+    asked = Evaluate(data=flags.data, data_root=flags.data_root, run_code=flags.run_code)
+    data: Data = read_data_of(folder, asked, folder)
+    data.task.check_packages()
+    return data
+
+
+def _no_metric(error: JpqError) -> str:
+    return f"No metric is shown: {error}"
+
+
+def _samples(data: Data) -> str:
+    """The test split in words."""
+    return f"{data.test.size} test {data.task.sample_name}s of {data.name}"
+
+
+def _calibration(data: Data) -> list[Any]:
+    """Inputs of training batches, to which the ranges of the int8 model are fitted."""
+    from jpq.allocation.decision_data import calibration_batches
+
+    return list(calibration_batches(data))
+
+
+def _measure_metrics(
+    files: Mapping[str, Path], data: Data, runtimes: Sequence[str], compressed: Path
+) -> dict[tuple[str, str], str]:
+    """(name, runtime) -> the task's metric of a file in a runtime on the test split, with its unit."""
+    from jpq.cli.evaluate import as_file_takes
+    from jpq.export.runtimes import open_session
+    from jpq.results.formatting import format_metric
+
+    metrics = {}
+    for name, path in files.items():
+        taken = as_file_takes(path, data) if path == compressed else data
+        for runtime in runtimes:
+            session = open_session(runtime, path)
+            metrics[name, runtime] = format_metric(data.task, data.task.evaluate(session, taken.test))
+    return metrics
 
 
 def _setting(t: Timing) -> str:
@@ -198,18 +307,20 @@ def _setting(t: Timing) -> str:
     return f"{t.runtime}, {threads}, batch {t.batch}, median of {t.n} turns"
 
 
-def _timing_table(times: Sequence[Timing]) -> Table:
-    """Times of several models in one setting, a row each."""
+def _timing_table(times: Sequence[Timing], metric_name: str, metrics: Mapping[tuple[str, str], str]) -> Table:
+    """Times of several models in one setting, a row each, with their metrics where the data were read."""
     rows = [
         (
             t.model,
             f"{t.median_ms:#.3g} ms",
             f"{t.p95_ms:#.3g} ms",
             f"{t.over_full:.2f}x",
+            *((metrics.get((t.model, t.runtime), "-"),) if metrics else ()),
             f"{t.float_layers} of {t.layers}" if t.runtime == "onnxruntime" else "-",
             format_number(t.bytes, "B"),
         )
         for t in times
     ]
-    columns = (Column("model", align="left"), "median", "p95", "speed", "in float", "file")
+    metric = (metric_name,) if metrics else ()
+    columns = (Column("model", align="left"), "median", "p95", "speed", *metric, "in float", "file")
     return table(columns, rows, title=_setting(times[0]))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ class Evaluate:
     saved: tuple[Path, ...] = ()
     """Folders of earlier runs, such as runs/0123456789ab or runs/latest, or exported files, such as its model.onnx."""
     split: Literal["test", "held-out"] = "test"
-    """Which images: the test split, or the part of the training data that steered the run."""
+    """Which samples: the test split, or the part of the training data that steered the run."""
     runtime: str = ""
     """Where the exported file is run: onnxruntime, openvino, or both (onnxruntime,openvino). Default: the PyTorch model
     for a folder, onnxruntime for a file."""
@@ -29,8 +31,11 @@ class Evaluate:
     """Data set for a file, normalised as for training. Default: that of the run whose folder the file lies in."""
     data_root: Path | None = None
     """Where data sets lie, or are downloaded to. Default: where the run read them, else data."""
+    task: str = ""
+    """What the model is for, as jpq optimize has it. Default: what the run is for, or the data."""
     run_code: bool = False
-    """Run the code that the folder names as its model or data (module:callable): only for folders that you trust."""
+    """Run the code that the folder names as its model, data or task (module:callable): only for folders that you
+    trust."""
 
 
 def evaluate_command(args: list[str], console: Console) -> None:
@@ -51,12 +56,10 @@ def run_evaluate(flags: Evaluate, console: Console) -> None:
 
 def evaluate_saved(saved: Path, flags: Evaluate, console: Console) -> None:
     """Print the metric of one model or file."""
-    import torch
-
     from jpq.export.runtimes import open_session, parse_runtimes
-    from jpq.results.formatting import format_metric
     from jpq.results.run_folder import load
     from jpq.tasks import models
+    from jpq.tasks.load import fit_sizes
 
     is_file = saved.is_file()
     if is_file and (saved.suffix == ".pt2" or saved.name.endswith(".qonnx.onnx")):
@@ -66,45 +69,74 @@ def evaluate_saved(saved: Path, flags: Evaluate, console: Console) -> None:
     if not is_run and not is_file:
         raise JpqError(f"{folder} is not the folder of a run: it has no config.toml. Give one like runs/0123456789ab.")
     runtimes = parse_runtimes(flags.runtime or "onnxruntime") if flags.runtime or is_file else ()
-    data = _data(saved, flags, folder if is_run else None)
-    for note in data.notes:
+    data = read_data_of(saved, flags, folder if is_run else None)
+    file = saved if is_file else folder / "model.onnx"
+    sessions = {name: open_session(name, file) for name in runtimes}
+    model = load(folder, flags.run_code)[0] if is_run and not (is_file and flags.data) else None
+    cut = [note for each in (model, *sessions.values()) if each is not None for note in fit_sizes(data, each)]
+    for note in (*data.notes, *cut):
         print_line(console, f"[yellow]note[/] {escape(note)}")
     batches = data.test if flags.split == "test" else data.held_out
-    task, samples = data.task, f"{batches.size} {flags.split} images of {data.name}"
     outputs: dict[str, list[Any]] = {}  # model that was run -> a tensor per batch
-    if is_run and not (is_file and flags.data):
-        model, _ = load(folder, flags.run_code)
+    if model is not None:
         models.check_fits(model, data.example, data.classes, data.task)
-        with torch.no_grad():
-            outputs["the PyTorch model"] = [model(x) for x, _ in batches]
+        outputs["the PyTorch model"] = _run(model, batches)
         if not is_file:
-            metric = format_metric(task, task.evaluate(model, batches))
-            print_line(console, escape(f"{task.report(metric, samples)} ({saved})."))
-    file = saved if is_file else folder / "model.onnx"
-    for name in runtimes:
-        session = open_session(name, file)
-        _check_fits(file, session, data)
-        computed = [session(x) for x, _ in batches]
-        replayed = iter(computed)
-        metric = format_metric(task, task.evaluate(lambda _, replayed=replayed: next(replayed), batches))
+            sentence = describe_metric(data, flags.split, outputs["the PyTorch model"])
+            print_line(console, escape(f"{sentence} ({saved})."))
+    for name, session in sessions.items():
+        seen = as_file_takes(file, data)
+        _check_fits(file, session, seen)
+        computed = _run(session, seen.test if flags.split == "test" else seen.held_out)
         agreement = ", ".join(
-            f"{_agreement(task, computed, reference_outputs)} as {model}"
+            f"{_agreement(data.task, computed, reference_outputs)} as {model}"
             for model, reference_outputs in outputs.items()
         )
-        agrees = f" The same {task.decision_name} for {agreement}." if agreement else ""
-        print_line(console, escape(f"{task.report(metric, samples)} ({file} in {name}).{agrees}"))
+        agrees = f" The same {data.task.decision_name} for {agreement}." if agreement else ""
+        print_line(console, escape(f"{describe_metric(data, flags.split, computed)} ({file} in {name}).{agrees}"))
         outputs[name] = computed
+
+
+def as_file_takes(file: Path, data: Any) -> Any:
+    """The data with inputs as a file takes them: not normalised, where its graph does that (--embed-normalization)."""
+    from jpq.export.onnx.metadata import read_metadata
+    from jpq.tasks.data import without_normalisation
+
+    return without_normalisation(data) if "embedded_mean" in read_metadata(file) else data
+
+
+def _run(model: Any, batches: Any) -> list[Any]:
+    """The output for each batch of a split, as the task reads it, of a module in evaluation mode or a session."""
+    import torch
+
+    from jpq.tracing.forward import call_model
+
+    with torch.no_grad():
+        return [call_model(model, x) for x, _ in batches]
+
+
+def describe_metric(data: Any, split: str, outputs: list[Any]) -> str:
+    """A sentence on the task's metric of a split, others in brackets, from a model's output for each batch of it."""
+    from jpq.results.formatting import format_metric, format_value
+
+    batches, task = data.test if split == "test" else data.held_out, data.task
+    replayed = iter(outputs)
+    score, others = task.evaluate_all(lambda *_, **__: next(replayed), batches)
+    more = ", ".join(f"{name} {format_value(value, unit)}" for name, (value, unit) in others.items())
+    metric = format_metric(task, score) + (f" ({more})" if more else "")
+    return str(task.report(metric, f"{batches.size} {split} {task.sample_name}s of {data.name}"))
 
 
 def _agreement(task: Any, outputs: list[Any], reference_outputs: list[Any]) -> str:
     """Number of equal decisions in two models' outputs (a tensor per batch), as text."""
     import torch
 
-    same = torch.cat([task.same_decision(a, b).flatten() for a, b in zip(outputs, reference_outputs, strict=True)])
+    pairs = zip(outputs, reference_outputs, strict=True)
+    same = torch.cat([task.same_decision(*map(task.main_output, pair)).flatten() for pair in pairs])
     return f"{int(same.sum())} of {len(same)}"
 
 
-def _data(saved: Path, flags: Evaluate, folder: Path | None) -> Any:
+def read_data_of(saved: Path, flags: Evaluate, folder: Path | None) -> Any:
     """The data set that --data names, or that of the run in `folder`."""
     from dataclasses import replace
 
@@ -112,20 +144,26 @@ def _data(saved: Path, flags: Evaluate, folder: Path | None) -> Any:
 
     from jpq.config import read_toml
     from jpq.files.untrusted import check_no_code
+    from jpq.tasks import with_task
     from jpq.tasks.data import load
     from jpq.tasks.load import read_data
 
     if flags.data is not None:
         root = flags.data_root or Path("data")
         try:
-            return load(flags.data, root, **_preparation(saved, flags.data))
+            data = load(flags.data, root, task=flags.task, **_preparation(saved, flags.data))
         except JpqError:  # images of other channels: the file is held to them as they are
-            return load(flags.data, root)
+            data = load(flags.data, root, task=flags.task)
+        return with_task(data, flags.task)
     if folder is None:
         raise JpqError(f"Say which images {saved} is to be tried on: --data digits (or cifar10, folder:PATH ...).")
     config = read_toml(folder / "config.toml")
     if not flags.run_code:
         check_no_code("data", config.task.data, folder / "config.toml", "add --run-code")
+        if not flags.task:
+            check_no_code("task", config.task.task, folder / "config.toml", "add --run-code")
+    if flags.task:
+        config = replace(config, task=replace(config.task, task=flags.task))
     if flags.data_root is not None:
         config = replace(config, task=replace(config.task, data_root=flags.data_root))
     return read_data(config, torch.device("cpu"))
@@ -133,16 +171,23 @@ def _data(saved: Path, flags: Evaluate, folder: Path | None) -> Any:
 
 def _preparation(saved: Path, data: str) -> dict[str, Any]:
     """How the metadata of an ONNX file say that its images are prepared, as arguments of `jpq.tasks.data.load`."""
+    from jpq.export.onnx.dynamic_sizes import takes_any_size
     from jpq.export.onnx.metadata import read_metadata
-    from jpq.files.untrusted import names_code
 
-    if not saved.is_file() or saved.suffix != ".onnx" or names_code(data):  # data of the user's are prepared already
+    kind, colon, _ = data.partition(":")
+    if not saved.is_file() or saved.suffix != ".onnx" or (colon and kind != "folder"):  # others are prepared already
         return {}
     stored = read_metadata(saved)
     mean, std, size = (stored.get(key) for key in ("mean", "std", "input_size"))
     found: dict[str, Any] = {}
     if all(isinstance(part, list) and all(type(n) in (int, float) for n in part) for part in (mean, std)):
         found |= {"mean": mean, "std": std}
+    readings: dict[str, Callable[[str], float]] = {"noise": float, "scale": int}  # what is done to clean images
+    for key, read in readings.items():
+        with contextlib.suppress(KeyError, ValueError):
+            found[key] = read(stored[key])
+    if takes_any_size(saved):
+        return found
     if data.startswith("folder:") and isinstance(size, list) and len(size) == 3 and all(type(n) is int for n in size):
         found["image_size"] = size[1:]
     return found
@@ -150,16 +195,21 @@ def _preparation(saved: Path, data: str) -> dict[str, Any]:
 
 def _check_fits(file: Path, session: Any, data: Any) -> None:
     """Raise JpqError where the file takes other images or knows other classes than the data have."""
+    from jpq.tracing.forward import batch_size, call_model
+
     x, _ = next(iter(data.test))
     try:
-        out = session(x)
+        out = data.task.main_output(call_model(session, x))
     except JpqError:
         raise
     except Exception as error:  # a runtime has classes of its own for every kind of failure
         size = "x".join(map(str, data.shape))
         reason = " ".join(str(error).split())[:160]
-        raise JpqError(f"{file} cannot take batches of {size} images, as {data.name} has them: {reason}") from error
-    if not data.task.fits(out, len(x), data.classes):
+        raise JpqError(
+            f"{file} cannot take batches of {size} {data.task.sample_name}s, as {data.name} has them: {reason}"
+        ) from error
+    samples = batch_size(x)
+    if not data.task.fits(out, samples, data.classes):
         shape = "several tensors" if isinstance(out, tuple) else "x".join(map(str, out.shape))
         row = data.task.row_text(data.classes)
-        raise JpqError(f"{file} gives {shape} for {len(x)} images, not {row} for each.")
+        raise JpqError(f"{file} gives {shape} for {samples} {data.task.sample_name}s, not {row} for each.")

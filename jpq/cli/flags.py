@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hi
 
 import tyro
 
-from jpq.cli.parse_errors import explain_parse_error
+from jpq.cli.parse_errors import ALIASES, explain_parse_error
 from jpq.files.paths import expand_paths, find_run
 from jpq.types import JpqError
 
@@ -33,6 +33,7 @@ COMMANDS = {
     "optimize": "Prune and quantize a model together, onto a budget.",
     "study": "Search a front, accuracy against cost, by many runs; many workers may share it.",
     "prune-private": "Prune a trained model without any data; the mask is for jpq optimize --mask.",
+    "sensitivity": "Measure which layers and channels the outputs depend on: table and heat map.",
     "inspect": "What jpq sees in a model: layers, channels that can go, why others stay, costs.",
     "pareto": "Show runs and studies as one front, table and picture, and choose a point.",
     "export": "Make a chosen run final: export, verify, and measure it on the test split.",
@@ -45,6 +46,8 @@ EXAMPLES = {
     "optimize": (
         "jpq optimize --target-bops 1% --target-macs 20% --channel-multiple 8",
         "jpq optimize --model resnet20 --weights w.th --data cifar10 --target-bops 0.9%",
+        "jpq optimize --max-drop 1% --minimize size",
+        "jpq optimize --model resnet20 --weights w.th --data cifar10 --target-bops 1.6% --effort minutes",
         "jpq optimize --target-bops 12M --target-size 50KB --method djpq-pow2",
         "jpq optimize --config runs/0123456789ab/config.toml --seed 1",
         "jpq optimize --data folder:PHOTOS --image-size 64 --target-bops 2% --name a",
@@ -59,6 +62,13 @@ EXAMPLES = {
     "prune-private": (
         "jpq prune-private --model resnet20 --weights w.th --synthetic --out private",
         "jpq optimize --mask private --model resnet20 --weights w.th --data cifar10 --target-bops 0.5%",
+    ),
+    "sensitivity": (
+        "jpq sensitivity --out digits.csv",
+        "jpq sensitivity --model resnet20 --weights w.th --data cifar10 --out resnet20.csv",
+        "jpq sensitivity --model resnet20 --weights w.th --data cifar10 --out resnet20.csv --resume",
+        "jpq sensitivity --model torchvision:resnet18 --weights w.pth --data folder:PHOTOS --image-size 224 "
+        "--estimator fisher --samples 256",
     ),
     "inspect": (
         "jpq inspect --model lenet5 --data fashion-mnist",
@@ -100,6 +110,8 @@ METAVARS = {
     name: metavar
     for metavar, names in {
         "COST": "target_bops target_macs max_bops max_macs",
+        "DROP": "max_drop",
+        "METRIC": "min_metric",
         "SIZE": "target_size max_size",
         "TIME": "target_latency max_latency",
         "MIN MAX": "w_bits a_bits density_range bops_range lr_range",
@@ -108,13 +120,14 @@ METAVARS = {
         "URL": "storage",
         "SHARE": "density min_accuracy",
         "[COST ...]": "costs",
-        "INT": "limit tune_epochs channel_multiple",
+        "FROM": "warm_start",
+        "INT": "limit most_runs reconstruction_steps reconstruction_samples tune_epochs channel_multiple",
         "CLASSES": "classes",
         "C H W": "input_shape",
         "PIXELS [PIXELS]": "image_size",
         "VALUE [VALUE ...]": "mean std",
-        "[LAYER ...]": "skip",
-        "FILE": "weights config mask latency_table table",
+        "[LAYER ...]": "skip keep_float",
+        "FILE": "weights config mask latency_table table sensitivity",
         "FOLDER": "data_root out",
         "[RUN_FOLDER|FILE.onnx ...]": "what",
         "RUN_FOLDER|FILE.onnx ...": "saved",
@@ -122,8 +135,8 @@ METAVARS = {
         "FORM[,FORM ...]": "formats",
         "TYPE": "onnx_weights",
         "RUNTIME[,RUNTIME]": "runtime",
-        "NAME": "method score schedule allocator structure width model data device cost like proxy inputs "
-        "name sampler per",
+        "NAME": "estimator method score schedule allocator structure width model data device cost like proxy inputs "
+        "name sampler per minimize effort batchnorm",
     }.items()
     for name in names.split()
 }
@@ -192,7 +205,7 @@ def _parse_config(
         parts.append(("all", Annotated[bool, describe_setting("all", note)], False))
     flags = dataclasses.make_dataclass("Flags", parts, frozen=True)
     parsed: Any = parse_flags(flags, command, args)
-    for what in ("model", "data") if source else ():
+    for what in ("model", "data", "task") if source else ():
         if not any(arg.partition("=")[0] == f"--{what}" for arg in args):
             name = getattr(defaults.task, what)
             check_no_code(what, name, str(source), f"say so: --{what} {name}")
@@ -276,7 +289,11 @@ def read_setting_texts(settings: type[Any]) -> dict[str, str]:
 
 def describe_setting(name: str, text: str | None = None) -> Any:
     """The metavar, text and default that the help page shows for one setting; empty defaults are left out."""
+    other: dict[str, Any] = (
+        {"name": ALIASES[name], "aliases": [f"--{name.replace('_', '-')}"]} if name in ALIASES else {}
+    )
     return tyro.conf.arg(
+        **other,
         metavar=METAVARS.get(name),
         help=text,
         help_behavior_hint=lambda default: "" if default in ("None", "", "''") else f"(default: {default})",

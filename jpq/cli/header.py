@@ -33,7 +33,7 @@ def header(run: RunDescription) -> RenderableType:
         ("data", f"{escape(run.data)}: {sizes}; samples of {shape}, {run.classes} outputs"),
         ("method", escape(run.method)),
         ("target", escape(describe_targets(run.targets)) or "none: bits and channels are given"),
-        ("epochs", escape(epochs)),
+        ("epochs", escape(epochs) or "none: nothing is trained"),
         ("device", f"{run.device}, {threads}{processes}"),
         ("folder", escape(os.path.relpath(run.folder)) + (" (goes on from its checkpoint)" if run.resumed else "")),
     ]

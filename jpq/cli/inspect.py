@@ -22,7 +22,7 @@ from jpq.results.formatting import format_number
 from jpq.types import JpqError
 
 if TYPE_CHECKING:  # --help shows without torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from jpq.tracing.network import Layer, Network
     from jpq.tracing.sites import Site
@@ -40,9 +40,11 @@ class Inspect:
 
     model: str = "convnet"
     """convnet, lenet5, vgg7, resnet8/20/32/44/56, torchvision:NAME (classification, segmentation, video; a detector's
-    NAME.backbone), or module:callable (runs your code)."""
+    NAME.backbone), timm:NAME, smp:ARCHITECTURE:ENCODER, hf:FOLDER (or a config.json of transformers), or
+    module:callable (runs your code)."""
     input_shape: tuple[int, ...] | None = None
-    """One sample without the batch: channels, (frames,) height and width. Default: what the model usually takes."""
+    """One sample without the batch: channels, (frames,) height and width; of a text its number of tokens. Default: what
+    the model usually takes."""
     classes: int | None = None
     """Number of classes. Default: what the model usually has."""
     data: str | None = None
@@ -59,6 +61,7 @@ def inspect_command(args: list[str], console: Console) -> None:
     """Run `jpq inspect`."""
     flags = parse_flags(with_help(Inspect), "inspect", args)
     from jpq.tracing.decompose import decompose
+    from jpq.tracing.forward import collect_tensors
     from jpq.tracing.sites import channels
     from jpq.tracing.trace import trace
 
@@ -68,11 +71,11 @@ def inspect_command(args: list[str], console: Console) -> None:
     network = trace(model, example, open_norms=flags.open_norms)
     sites = channels(network)
     seconds = time.perf_counter() - start
-    title = f"{flags.model}, {' x '.join(map(str, example.shape[1:]))}"
+    title = f"{flags.model}, {' x '.join(map(str, collect_tensors(example)[0].shape[1:]))}"
     console.print(show_inspection(title, model, network, sites, seconds, flags.all, flags.open_norms))
 
 
-def model_and_example(flags: Any) -> tuple[nn.Module, Tensor]:
+def model_and_example(flags: Any) -> tuple[nn.Module, Any]:
     """The model that --model, --data, --input-shape and --classes describe, and a batch of two noise samples."""
     import torch
 
@@ -80,14 +83,16 @@ def model_and_example(flags: Any) -> tuple[nn.Module, Tensor]:
     from jpq.tasks.data import load
 
     shape, classes = models.usual_input(flags.model) or (None, 1000)
-    if flags.data is not None:
-        data = load(flags.data, flags.data_root)
+    data = None if flags.data is None else load(flags.data, flags.data_root)
+    if data is not None:
         shape, classes = data.shape, data.classes
     shape, classes = flags.input_shape or shape, flags.classes or classes
     if shape is None:
         raise JpqError(f"Say what {flags.model} takes: --input-shape 3 224 224, or a data set with --data NAME.")
-    example = torch.randn(2, *shape)
-    model = models.build(flags.model, classes, shape[0]).eval()
+    model = models.build(flags.model, classes, shape[0], data.arguments if data else None).eval()
+    example = models.noise(model, 2, shape)
+    if data is not None and not (isinstance(data.example, torch.Tensor) and data.example.is_floating_point()):
+        example = data.example  # token ids, or several inputs: no noise stands for them
     models.check_runs(model, example)
     return model, example
 

@@ -128,8 +128,11 @@ def build_table(rows: Sequence[RunRow], width: int) -> Table:
             break
         widths[widest] -= 1
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    metrics = [row[HEADS.index("accuracy")] for row in cells]
+    named = any(text[:1].isalpha() for text in metrics)  # those of other tasks than classification
     for head in HEADS:
-        table.add_column(head, justify="right" if head == "accuracy" else "left", no_wrap=True)
+        title = "metric" if named and head == "accuracy" else head
+        table.add_column(title, justify="right" if head == "accuracy" else "left", no_wrap=True)
     for row in cells:
         short = [escape(shorten_middle(text, widths[head])) for head, text in zip(HEADS, row, strict=True)]
         colour = COLOURS.get(row[-1], "dim")
@@ -199,7 +202,8 @@ def _format_result(status: RunStatus) -> str:
     from jpq.tasks import recorded_task  # imports torch
 
     try:
-        return format_metric(recorded_task(data), number)
+        task = recorded_task(data)
+        return f"{task.metric_name} {format_metric(task, number)}"
     except JpqError:  # a task of the user's own
         return f"{number:.4g}"
 

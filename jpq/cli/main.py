@@ -65,7 +65,7 @@ def _print_any_character() -> None:
 def _report_stop(args: Sequence[str], stopped: KeyboardInterrupt, errors: Console) -> int:
     """Print the command that goes on with a stopped run; returns the exit code."""
     resume_args = [arg for arg in args if arg not in ("--resume", "--no-resume")]
-    hint = f" Go on with: jpq {shlex.join(resume_args)} --resume" if args[:1] == ["optimize"] else ""
+    hint = f" Go on with: jpq {shlex.join(resume_args)} --resume" if args[:1] in (["optimize"], ["sensitivity"]) else ""
     hint = f" Go on with: jpq {shlex.join(args)}" if args[:1] == ["study"] else hint
     _print_once(errors, f"Stopped.{escape(hint)}")
     return 128 + getattr(stopped, "number", 2)

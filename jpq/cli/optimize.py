@@ -20,6 +20,11 @@ STRICT_EXIT = 1  # exit code of --strict where a file differs from its model
 def optimize_command(args: list[str], console: Console) -> None:
     """Run `jpq optimize`."""
     config = parse_optimize_flags(args).check()
+    if config.budget.has_accuracy_target:
+        from jpq.cli.accuracy_target import accuracy_target_command
+
+        accuracy_target_command(config, console, wants_all_layers(args))
+        return
     from jpq.cli.progress import ProgressDisplay
     from jpq.methods.compatibility import compose_method
     from jpq.recipe import optimize
@@ -50,6 +55,7 @@ def optimize_command(args: list[str], console: Console) -> None:
 
 def print_result(result: Result, console: Console, all_rows: bool = False) -> None:
     """Print a run's layers (the dearest, or all) and summary, or the table of its budgets where it has several."""
+    from jpq.cli.contest import contest_table
     from jpq.cli.summary import layer_table, summary
 
     for warning in _file_warnings(result):
@@ -58,6 +64,8 @@ def print_result(result: Result, console: Console, all_rows: bool = False) -> No
         console.print(front_table(result))
         return
     console.print(layer_table(result, all_rows))
+    if result.contest:
+        console.print(contest_table(result))
     console.print(summary(result))
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+ALIASES = {"min_metric": "min-accuracy"}  # setting -> the name of its flag, where that differs; both are read
+
 KINDS = {int: "a whole number", float: "a number", str: "a value", Path: "a path"}  # type -> its name in a sentence
 
 
@@ -58,6 +60,8 @@ def flag_types(flags: type[Any]) -> dict[str, Any]:
             continue
         name = field.name.replace("_", "-")
         found[name] = hint
+        if field.name in ALIASES:
+            found[ALIASES[field.name]] = hint
         if hint is bool:
             found[f"no-{name}"] = hint
     return found

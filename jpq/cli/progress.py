@@ -95,7 +95,7 @@ class ProgressDisplay:
         self.record = None
         self.loss = self.bops_share = self.limit_share = math.nan
         if self.live is not None:
-            total = epochs * steps or None
+            total = max(epochs, 1) * steps or None
             self.live.add_task(name, total=total, position="" if epochs else "...", left="", numbers="")
             self._update_bar()
         elif not epochs:
@@ -123,7 +123,7 @@ class ProgressDisplay:
         if not self.timed or not self.steps:
             return None
         per_step = (time.monotonic() - self.began) / self.timed
-        left = max(0, self.epochs * self.steps - self.done) * per_step
+        left = max(0, max(self.epochs, 1) * self.steps - self.done) * per_step
         factor = SEARCH_STEP_FACTOR if self.name == "float" else 1.0
         names = list(self.planned)
         later = names[names.index(self.name) + 1 :] if self.name in names else []
@@ -148,14 +148,14 @@ class ProgressDisplay:
 
     def _update_bar(self) -> None:
         """Show the state of this phase on the terminal."""
-        if self.live is None or not self.live.task_ids or not self.epochs:
+        if self.live is None or not self.live.task_ids or not self.steps:
             return
-        total = self.epochs * self.steps
+        total = max(self.epochs, 1) * self.steps
         epoch = min(self.epochs, self.done // max(self.steps, 1) + 1)
         self.live.update(
             self.live.task_ids[-1],
             completed=min(self.done, total),
-            position=f"epoch {epoch}/{self.epochs}",
+            position=f"epoch {epoch}/{self.epochs}" if self.epochs else f"{min(self.done, total)}/{total}",
             left="  ".join(self._left_text()),
             numbers="   ".join(self._numbers(self.loss, self.bops_share, self.limit_share)),
         )

@@ -27,12 +27,13 @@ class RunSelection:
     runs: tuple[Path, ...] = ()
     """Folders of runs, of studies, or that hold several; they are merged."""
     costs: tuple[str, ...] = ("bops",)
-    """What counts beside held-out accuracy: one or two of bops, bops-structured, macs, size, latency."""
-    min_accuracy: str | None = None
-    """The cheapest point with at least this held-out accuracy: "91%" or 0.91."""
+    """What counts beside the held-out metric: one or two of bops, bops-structured, macs, size, latency."""
+    min_metric: str | None = None
+    """The cheapest point with at least this held-out accuracy: "91%" or 0.91. Of other tasks, at least this metric in
+    its unit: "60%" of mIoU, 29dB of PSNR, 0.9 of R² (at most this, where a lower metric is better)."""
     max_bops: str | None = None
     """Only points with at most so many bit-operations: "1%" of the fp32 model, or "12M". Of the points within limits
-    the most accurate is picked, or with --min-accuracy the cheapest."""
+    the most accurate is picked, or with --min-accuracy or --min-metric the cheapest."""
     max_macs: str | None = None
     """Only points with at most so many multiply-accumulates: "50%" or "12M"."""
     max_size: str | None = None
@@ -59,7 +60,9 @@ def choose_point(selection: RunSelection, front: Front) -> Choice | None:
     """The point of the front that the flags describe; None where no flag does."""
     from jpq.results.front.select import LIMITS, parse_limits, pick_point
 
-    bounds = parse_limits({name: getattr(selection, name) for name in LIMITS}, front.full_costs)
+    smallest = "min_accuracy" if front.task.metric_name == "accuracy" else "min_metric"
+    texts = {name: getattr(selection, name) for name in LIMITS if name.startswith("max")}
+    bounds = parse_limits({smallest: selection.min_metric, **texts}, front.full_costs, front.task)
     return pick_point(front, bounds, selection.knee) if bounds or selection.knee else None
 
 
@@ -72,12 +75,11 @@ def print_skipped(messages: Sequence[str], console: Console) -> None:
 def print_choice(choice: Choice, console: Console) -> None:
     """Print the chosen point, and the reasons, a line each."""
     from jpq.results.front.select import format_point_cost
-    from jpq.tasks import pick_task
 
     point = choice.point
     costs = ", ".join(format_point_cost(point, cost) for cost in ("bops", "size", "latency") if cost in point.costs)
     folder = "" if point.folder is None else f" ({escape(os.path.relpath(point.folder))})"
-    metric = format_metric(pick_task(point.task), point.accuracy)
+    metric = format_metric(point.metric, point.accuracy)
     print_line(console, f"[bold]Chosen: {escape(point.name)}[/]{folder}, {metric} held-out, {costs}.")
     for reason in choice.why:
         print_line(console, escape(reason))

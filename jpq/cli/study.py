@@ -20,6 +20,7 @@ from jpq.config import Config
 from jpq.results.formatting import format_duration, format_metric, format_percent
 from jpq.training.history import EpochRecord
 from jpq.trials.settings import Study
+from jpq.types import JpqError
 
 if TYPE_CHECKING:  # --help shows without torch
     from jpq.tasks.base import Task
@@ -29,7 +30,9 @@ if TYPE_CHECKING:  # --help shows without torch
 def study_command(args: list[str], console: Console) -> None:
     """Run `jpq study`."""
     config, settings = parse_study_flags(args)
-    settings.check(config)
+    if config.budget.max_drop and config.budget.min_metric:
+        raise JpqError("--max-drop and --min-accuracy both say how good the chosen trial must be. Give one.")
+    settings.check(config.without_accuracy_target())
     run_study(config, settings, console)
 
 
@@ -138,12 +141,33 @@ def run_study(config: Config, settings: Study, console: Console) -> None:
             f"The study ends at {status.done} of {settings.trials} trials: {status.spare} proposals were repeated "
             "or ruled out.",
         )
+    if config.budget.has_accuracy_target:
+        print_recommended(config, settings, console)
     where = settings.storage or "journal.log"
     console.print(
         f"[bold]{escape(os.path.relpath(config.run.out / settings.name))}[/]: study.toml, float.safetensors, "
         f"trials/; the study itself in {escape(without_password(where))}",
         highlight=False,
     )
+
+
+def print_recommended(config: Config, settings: Study, console: Console) -> None:
+    """Print the cheapest trial, by the study's first cost, within --max-drop or --min-accuracy, with the reasons.
+
+    Raises JpqError where no trial keeps the limit.
+    """
+    from jpq.cli.run_selection import print_choice
+    from jpq.results.accuracy_limit import read_limit
+    from jpq.results.front.front import build_front, float_accuracy
+    from jpq.results.front.points import read_points
+    from jpq.results.front.select import ACCURACY, Limit, pick_point
+
+    cost = next(name for name in settings.objective_names() if name != "accuracy")
+    front = build_front(read_points(config.run.out / settings.name).points, [cost])
+    limit, full = read_limit(config.budget, front.task), float_accuracy(front)
+    if full is None:
+        raise JpqError(f"{limit.flag}: no trial says how good the float model is.")
+    print_choice(pick_point(front, [Limit(ACCURACY, limit.flag, limit.least(full))]), console)
 
 
 def front_table(status: StudyStatus) -> Table:

@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -27,6 +27,9 @@ from jpq.results.intervals import format_interval
 from jpq.results.record import LayerRecord, Result
 from jpq.results.run_folder import size_rows
 from jpq.types import DENSE
+
+if TYPE_CHECKING:  # --help shows without torch
+    from jpq.tasks.base import Task
 
 FLOAT_BITS = 32  # of products of computed tensors
 
@@ -170,7 +173,7 @@ def _facts_grid(result: Result) -> Table:
         rows.append(("schemes", f"by {s['by']}: {s['ms']:.3g} ms a sample, {s['dense_ms']:.3g} ms dense ({source})"))
     if result.float_work.get("parts"):
         rows.append(("32-bit work", escape(float_work_line(result.float_work))))
-    rows += [("verified", line) for line in verified_lines(result.verified)]
+    rows += [("verified", line) for line in verified_lines(result.verified, result.task)]
     rows += [(label, escape(line)) for label, line in export_lines(result)]
     if result.latency:
         rows.append(("measured", latency_line(result.latency)))
@@ -237,8 +240,12 @@ def metrics_line(metrics: Mapping[str, Mapping[str, float]]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {mean:.3g}" for name, mean in means.items()) + " (means over sites)"
 
 
-def verified_lines(verified: Mapping[str, Any]) -> list[str]:
-    """Results of the checks, a line each; a check without a sentence here is listed by its name."""
+def verified_lines(verified: Mapping[str, Any], task: Task | None = None) -> list[str]:
+    """Results of the checks, a line each; a check without a sentence here is listed by its name.
+
+    `task` names decisions and samples, which are images with a class each where it is None.
+    """
+    sample = "image" if task is None else task.sample_name
     lines = []
     for name, value in verified.items():
         if name == OPENED:
@@ -249,26 +256,38 @@ def verified_lines(verified: Mapping[str, Any]) -> list[str]:
         elif name == "masked_vs_rebuilt_float64":
             lines.append(f"rebuilt model = masked model (largest relative difference {value:.2g} in float64)")
         elif name == "rebuilt_vs_onnxruntime":
-            same = value["images"] - value["argmax_differs"]
             lines.append(
-                f"onnxruntime agrees on {same} of {value['images']} test images "
+                f"onnxruntime agrees on {_agreement_text(value, task)} "
                 f"({value['at_a_rounding_boundary']} with a value at a rounding boundary)"
             )
         elif name == "rebuilt_vs_onnxruntime_optimised":
-            same = value["images"] - value["argmax_differs"]
-            lines.append(
-                f"a default session of onnxruntime, with its integer kernels, agrees on {same} of {value['images']}"
-            )
+            same, total = _decisions(value) - value["argmax_differs"], _decisions(value)
+            lines.append(f"a default session of onnxruntime, with its integer kernels, agrees on {same} of {total}")
         elif name in ("metric", "warning"):  # the metric of the file stands at the top, a warning before all else
             continue
         elif name == "rebuilt_float32_vs_float64":
             lines.append(
                 f"the model itself in float64 instead of float32: {value['at_a_rounding_boundary']} of "
-                f"{value['images']} test images with a value at a rounding boundary"
+                f"{value['images']} test {sample}s with a value at a rounding boundary"
             )
         else:
             lines.append(f"{escape(name.replace('_', ' '))}: {escape(str(value))}")
     return lines
+
+
+def _decisions(check: Mapping[str, Any]) -> int:
+    """Number of decisions that a check compared; records of earlier versions name that of the images alone."""
+    return int(check.get("decisions", check["images"]))
+
+
+def _agreement_text(check: Mapping[str, Any], task: Task | None) -> str:
+    """How many decisions are equal: "449 of 449 test images", or "38,000 of 38,400 pixels of 10 test images"."""
+    images, total = check["images"], _decisions(check)
+    samples = f"test {'image' if task is None else task.sample_name}s"
+    same = total - check["argmax_differs"]
+    if task is None or total == images:
+        return f"{same} of {total} {samples}"
+    return f"{same:,} of {total:,} decisions ({task.decision_name}) of {images} {samples}"
 
 
 def export_lines(result: Result) -> list[tuple[str, str]]:
@@ -296,6 +315,5 @@ def export_lines(result: Result) -> list[tuple[str, str]]:
     for name, form in e["forms"].items():
         check = form.get("verified", {})
         if name != "onnx" and "images" in check:
-            same = check["images"] - check["argmax_differs"]
-            lines.append(("verified", f"{form['file']} agrees on {same} of {check['images']} test images"))
+            lines.append(("verified", f"{form['file']} agrees on {_agreement_text(check, result.task)}"))
     return lines

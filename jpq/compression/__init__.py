@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jpq.compression.external_mask import write as write_mask
     from jpq.compression.hypernetwork import Generated, generate_weight
     from jpq.compression.model import CompressedModel
+    from jpq.compression.power_of_two_steps import round_activation_steps
     from jpq.compression.usage import exact_usage
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "read_mask",
     "recalibrate",
     "reestimate_batchnorm",
+    "round_activation_steps",
     "write_mask",
 ]
 
@@ -34,6 +36,7 @@ _HOMES = {
     "read_mask": "external_mask:read",
     "recalibrate": "calibration",
     "reestimate_batchnorm": "calibration",
+    "round_activation_steps": "power_of_two_steps",
     "write_mask": "external_mask:write",
 }
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -20,11 +19,13 @@ from jpq.methods.quantizers import (
     IntegerQuantizer,
     can_quantize,
     fit_threshold,
+    fit_weight_grid,
     quantize_layer,
     quantize_results,
     replace_everywhere,
 )
 from jpq.methods.structures import Axis, Structure
+from jpq.tracing.copy_model import copy_model
 from jpq.tracing.model_checks import check_full_precision, unwrap_model
 from jpq.tracing.network import Layer, Network
 from jpq.tracing.pruning_masks import has_pruning_masks
@@ -45,6 +46,7 @@ def attach(
     method: str,
     output_bits: int = 0,
     channel_multiple: int = 1,
+    all_levels: bool = False,
 ) -> CompressedModel:
     """A copy of `model` with a gate for each site and quantizers on each layer, ranges fitted to `calibration`.
 
@@ -58,6 +60,7 @@ def attach(
         output_bits: width to which outputs of convolutions are rounded before sums, poolings and several consumers,
             so that integer kernels compute those (`jpq.tracing.integer_io`); 0: they stay in floating point.
         channel_multiple: discretization keeps multiples of so many channels at each site (`channel_counts`).
+        all_levels: whether weights use all 2^b levels of their widths (`jpq.methods.quantizers.fit_weight_grid`).
 
     Raises JpqError for weights in half precision and parametrized ones. DataParallel and torch.compile come off.
     """
@@ -77,7 +80,8 @@ def attach(
     taps = _taps_by_layer(net)
     hypernetworks = Hypernetworks(sites, list(net.gates))
     for layer in network.layers:
-        quantize(model, layer, widths(layer), inputs.get(layer.name))
+        if not layer.kept_float:
+            quantize(model, layer, widths(layer), inputs.get(layer.name), all_levels)
         hypernetworks.register(model, layer)
         if layer.name in taps:
             _mask_layer(net, layer, taps[layer.name])
@@ -93,17 +97,23 @@ def _checked_copy(model: nn.Module, network: Network) -> nn.Module:
     if any(parametrize.is_parametrized(m) for m in model.modules()):
         raise JpqError(
             "The model already carries parametrizations; remove them before compressing it. "
-            "jpq.decompose folds weight_norm and spectral_norm."
+            "jpq.decompose folds those of torch.nn.utils.parametrize."
         )
     if has_pruning_masks(model):
         raise JpqError(
             "The model carries masks of torch.nn.utils.prune. jpq.decompose folds them; or do it yourself: "
             "prune.remove(module, 'weight')."
         )
-    return copy.deepcopy(model)
+    return copy_model(model)
 
 
-def quantize(model: nn.Module, layer: Layer, widths: tuple[BitWidth, BitWidth], inputs: Tensor | None) -> None:
+def quantize(
+    model: nn.Module,
+    layer: Layer,
+    widths: tuple[BitWidth, BitWidth],
+    inputs: Tensor | None,
+    all_levels: bool = False,
+) -> None:
     """Replace one layer of `model` by its quantized form, ranges fitted to its weight and to samples of its inputs.
 
     Layers that share the weight share its quantizers. Layers of other classes stay as they are, and so do layers whose
@@ -119,7 +129,10 @@ def quantize(model: nn.Module, layer: Layer, widths: tuple[BitWidth, BitWidth], 
     weight: Tensor = module.weight.detach()
     x = inputs if inputs.numel() else torch.ones(1, device=weight.device)
     signed = bool(x.min() < -1e-6 * x.abs().max())
-    w = IntegerQuantizer(fit_threshold(weight, widths[0].soft(), True, layer.kind.output_dim == 0), widths[0], True)
+    all_levels = all_levels and not widths[0].own_grid
+    bits = float(widths[0]().detach()) if all_levels else widths[0].soft()
+    threshold, side = fit_weight_grid(weight, bits, layer.kind.output_dim == 0, all_levels)
+    w = IntegerQuantizer(threshold, widths[0], True, side)
     a = IntegerQuantizer(fit_threshold(x, widths[1].soft(), signed, False), widths[1], signed)
     for other in tied:
         replace_everywhere(model, other, quantize_layer(other, w.to(weight), a.to(weight)))

@@ -90,20 +90,33 @@ def fixed_share(sites: Collection[Site], method: Method, density: float) -> dict
 
 
 def width_factory(
-    method: Method, w_bits: Bounds, a_bits: Bounds, image_bits: int, start: tuple[float, float]
+    method: Method,
+    w_bits: Bounds,
+    a_bits: Bounds,
+    image_bits: int,
+    start: tuple[float, float],
+    starts: Mapping[tuple[str, str], float] | None = None,
 ) -> Callable[[Layer], tuple[BitWidth, BitWidth]]:
     """A factory, layer -> (bit-width of its weight, of its input); the image has a fixed width.
 
-    `start` holds the initial bits of widths that are learned (weights, activations).
+    Args:
+        method: its kind of widths.
+        w_bits, a_bits: smallest and largest widths.
+        image_bits: width of the model's input.
+        start: initial bits of widths that are learned (weights, activations).
+        starts: (layer, "w" | "a") -> initial bits of single tensors, in place of these.
     """
+    single = starts or {}
 
     def width(bounds: Bounds, bits: float) -> BitWidth:
         low, high = bounds
         if method.width is Fixed:
-            return Fixed(high) if method.gate else Fixed(high, tuple(range(low, high + 1)))
+            chosen_later = method.gate is None or method.procedure == "measured"
+            return Fixed(high, tuple(range(low, high + 1))) if chosen_later else Fixed(high)
         return method.width(bits, low, high)
 
     def pair(layer: Layer) -> tuple[BitWidth, BitWidth]:
-        return width(w_bits, start[0]), Fixed(image_bits) if layer.reads_input else width(a_bits, start[1])
+        w, a = single.get((layer.name, "w"), start[0]), single.get((layer.name, "a"), start[1])
+        return width(w_bits, w), Fixed(image_bits) if layer.reads_input else width(a_bits, a)
 
     return pair

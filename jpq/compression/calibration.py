@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jpq.compression.batchnorm import moving_norms
 from jpq.compression.model import CompressedModel
 from jpq.tracing.export_graph import forward_error
 from jpq.tracing.forward import call_model, eval_mode, hook_modules, split_arguments
@@ -30,7 +31,7 @@ def observe_activations(model: nn.Module, network: Network, batches: Batches) ->
     for name in list(names):
         if isinstance(modules.get(name), (nn.Linear, nn.modules.conv._ConvNd)):
             names |= dict.fromkeys(layers_sharing(model, modules[name]), name)  # they share a grid
-    return _observe(model, names, batches, before=True)
+    return observe_modules(model, names, batches, before=True)
 
 
 def recalibrate(net: CompressedModel, batches: Batches) -> None:
@@ -47,11 +48,11 @@ def recalibrate(net: CompressedModel, batches: Batches) -> None:
 def observe_outputs(model: nn.Module, network: Network, batches: Batches) -> dict[str, Tensor]:
     """Module -> samples of its output, where that could be rounded (`Layer.output_quant_point`)."""
     points = [layer.output_quant_point for layer in network.layers if layer.output_quant_point]
-    return _observe(model, {point.module: point.module for point in points}, batches, before=False)
+    return observe_modules(model, {point.module: point.module for point in points}, batches, before=False)
 
 
 @torch.no_grad()
-def _observe(model: nn.Module, names: Mapping[str, str], batches: Batches, before: bool) -> dict[str, Tensor]:
+def observe_modules(model: nn.Module, names: Mapping[str, str], batches: Batches, before: bool) -> dict[str, Tensor]:
     """Samples under the names on the right of what the modules on the left read, or give."""
     draw = torch.Generator().manual_seed(0)
     samples: dict[str, list[Tensor]] = {name: [] for name in names.values()}
@@ -74,9 +75,9 @@ def _observe(model: nn.Module, names: Mapping[str, str], batches: Batches, befor
 
 
 @torch.no_grad()
-def reestimate_batchnorm(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], count: int = 100) -> None:
-    """Set BatchNorm's running statistics to plain averages over the first `count` batches."""
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+def reestimate_batchnorm(net: nn.Module, batches: Iterable[tuple[Any, Any]], count: int = 100) -> None:
+    """Set BatchNorm's running statistics to plain averages over the first `count` batches, where they do not stay."""
+    norms = moving_norms(net)
     if not norms:
         return
     momenta = [m.momentum for m in norms]
@@ -88,7 +89,7 @@ def reestimate_batchnorm(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]
     for i, (x, _) in enumerate(batches):
         if i == count:
             break
-        net(x)
+        call_model(net, x)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     net.eval()

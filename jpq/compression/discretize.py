@@ -6,14 +6,15 @@ channels stay in multiples: the units of largest margin, as many as their number
 
 The cost grows with the shift (except the bytes of a mask, which shrink as it fills up), so bisection finds the largest
 shift that meets every target. The rest of the budget is spent on single decisions, those nearest to their next step
-first. Where single steps are too coarse for a small network, steps back elsewhere pay for a step forward. At shift 0
-the plan is that of the present decisions, so a search that ended on its budget is changed little.
+first, or where a sensitivity table is known those that gain most for their cost (`gains`). Where single steps are too
+coarse for a small network, steps back elsewhere pay for a step forward. At shift 0 the plan is that of the present
+decisions, so a search that ended on its budget is changed little.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
@@ -24,6 +25,7 @@ from jpq import costs
 from jpq.compression import ladders
 from jpq.compression.channel_counts import nearest_count
 from jpq.compression.float_work import describe_float_work, find_float_work
+from jpq.compression.gains import Divergences, Gains, spend_by_gain, trade_by_gain
 from jpq.compression.ladders import Ladders
 from jpq.compression.model import CompressedModel
 from jpq.costs.target import FULL_USE, Target, all_met, used_share
@@ -91,10 +93,21 @@ def soft_decisions(net: CompressedModel) -> SoftDecisions:
     return SoftDecisions(plan, widths, margins, counts, masks)
 
 
-def discretize(net: CompressedModel, targets: Sequence[Target], decisions: SoftDecisions | None = None) -> Plan:
+def discretize(
+    net: CompressedModel,
+    targets: Sequence[Target],
+    decisions: SoftDecisions | None = None,
+    divergences: Divergences | None = None,
+) -> Plan:
     """The plan that meets every target and leaves as little of the tightest unused as single steps allow.
 
-    `decisions`: those of the model unless given. Raises JpqError if no plan meets the targets.
+    Args:
+        net: attached.
+        targets: all of them are met.
+        decisions: those of the model unless given.
+        divergences: measured, of single changes: single steps are then taken by their gain per cost.
+
+    Raises JpqError if no plan meets the targets.
     """
     decisions = decisions or soft_decisions(net)
     check_reachable(net, targets, decisions.plan_at(-BOTTOM))
@@ -107,23 +120,55 @@ def discretize(net: CompressedModel, targets: Sequence[Target], decisions: SoftD
     plan = decisions.plan_at(low)
     if not all_met(targets, net.exact_usage(plan)):  # margins or bits beyond REACH
         plan = decisions.plan_at(-BOTTOM)
-    plan = fill_masks(net, decisions, spend_slack(net, decisions, plan, targets), targets)
-    return plan if _used(targets, net, plan) >= FULL_USE else trade_steps(net, decisions, plan, targets)
+    plan = fill_masks(net, decisions, spend_slack(net, decisions, plan, targets, divergences), targets)
+    return plan if _used(targets, net, plan) >= FULL_USE else trade_steps(net, decisions, plan, targets, divergences)
 
 
-def spend_slack(net: CompressedModel, decisions: SoftDecisions, plan: Plan, targets: Sequence[Target]) -> Plan:
-    """The plan after steps that keep more, nearest first, until no single step fits into the targets."""
-    return ladders.spend(Ladders(decisions, NATS), plan, lambda p: all_met(targets, net.exact_usage(p)))
+def spend_slack(
+    net: CompressedModel,
+    decisions: SoftDecisions,
+    plan: Plan,
+    targets: Sequence[Target],
+    divergences: Divergences | None = None,
+) -> Plan:
+    """The plan after steps that keep more until no single step fits: nearest first, or by gain per cost where known."""
+    steps, fits = Ladders(decisions, NATS), _within(net, targets)
+    if divergences is None:
+        return ladders.spend(steps, plan, fits)
+    return spend_by_gain(_gains(net, steps, targets, divergences), plan, fits)
 
 
-def trade_steps(net: CompressedModel, decisions: SoftDecisions, plan: Plan, targets: Sequence[Target]) -> Plan:
+def trade_steps(
+    net: CompressedModel,
+    decisions: SoftDecisions,
+    plan: Plan,
+    targets: Sequence[Target],
+    divergences: Divergences | None = None,
+) -> Plan:
     """The plan after one step forward and the steps back that pay for it, where 97 % of a target are then used."""
-    return ladders.trade(
-        Ladders(decisions, NATS),
-        plan,
-        lambda p: all_met(targets, net.exact_usage(p)),
-        lambda p: _used(targets, net, p) >= FULL_USE,
-    )
+    steps, fits = Ladders(decisions, NATS), _within(net, targets)
+
+    def is_full(plan: Plan) -> bool:
+        return _used(targets, net, plan) >= FULL_USE
+
+    if divergences is None:
+        return ladders.trade(steps, plan, fits, is_full)
+    return trade_by_gain(_gains(net, steps, targets, divergences), plan, fits, is_full)
+
+
+def _within(net: CompressedModel, targets: Sequence[Target]) -> Callable[[Plan], bool]:
+    """The test whether a plan meets every target."""
+    return lambda plan: all_met(targets, net.exact_usage(plan))
+
+
+def _gains(net: CompressedModel, steps: Ladders, targets: Sequence[Target], divergences: Divergences) -> Gains:
+    """What single steps gain, and cost as shares of all targets together."""
+
+    def cost(plan: Plan) -> float:
+        uses = net.exact_usage(plan)
+        return float(sum(used_share(target, uses) for target in targets))
+
+    return Gains(steps, divergences, cost)
 
 
 def fill_masks(net: CompressedModel, decisions: SoftDecisions, plan: Plan, targets: Sequence[Target]) -> Plan:

@@ -13,6 +13,7 @@ from jpq.tracing.network import Network
 
 NOTEWORTHY = 0.01  # share of the MACs at 32 bits above which a run, and `compress`, warn
 
+KEPT = "a layer that --keep-float keeps in floating point"
 OTHER_CLASS = "a layer of a class that has no quantized form, or that its module does not apply itself"
 
 PRODUCT = "a product of two computed tensors"
@@ -49,7 +50,7 @@ def find_float_work(network: Network, uses: Sequence[LayerUse], quantized: Colle
         uses: their uses, in exact numbers.
         quantized: names of the layers that have quantizers.
     """
-    reasons = {layer.name: layer.float_reason or OTHER_CLASS for layer in network.layers}
+    reasons = {x.name: x.float_reason or (KEPT if x.kept_float else OTHER_CLASS) for x in network.layers}
     in_float = [u for u in uses if u.part == "product" or (u.part == "layer" and u.name not in quantized)]
     every, bops = max(1, costs.macs(uses)), max(1, costs.bops(uses))
     parts = [

@@ -106,7 +106,7 @@ def spend(ladders: Ladders, plan: Plan, fits: Fits) -> Plan:
     size = 1
     while len(queue):
         block = queue[:size].tolist()
-        trial = _moved(positions, block, 1)
+        trial = moved(positions, block, 1)
         candidate = ladders.plan(plan, trial, block)
         if fits(candidate):
             positions, plan, queue, size = trial, candidate, queue[size:], 2 * size
@@ -140,13 +140,20 @@ def trade(ladders: Ladders, plan: Plan, fits: Fits, is_full: Callable[[Plan], bo
 
 def _paid(ladders: Ladders, plan: Plan, positions: Positions, step: int, shift: float, fits: Fits) -> Plan | None:
     """The plan after a step forward and as few steps back of other decisions, nearest first, as pay for it."""
-    moved = _moved(positions, [step], 1)
-    shifts, back = ladders.steps(moved, forward=False)
+    shifts, back = ladders.steps(moved(positions, [step], 1), forward=False)
     back = back[(back != step) & (shift - shifts <= LARGEST_GAP)]
+    return fewest_steps_back(ladders, plan, positions, step, back.tolist(), fits)
+
+
+def fewest_steps_back(
+    ladders: Ladders, plan: Plan, positions: Positions, step: int, back: Sequence[int], fits: Fits
+) -> Plan | None:
+    """The plan after a step forward and the first few of these steps back that pay for it; None where all do not."""
+    ahead = moved(positions, [step], 1)
 
     def after(count: int) -> Plan:
-        steps = back[:count].tolist()
-        return ladders.plan(plan, _moved(moved, steps, -1), [step, *steps])
+        steps = list(back[:count])
+        return ladders.plan(plan, moved(ahead, steps, -1), [step, *steps])
 
     few, enough = 0, 1
     if fits(after(0)):
@@ -161,12 +168,12 @@ def _paid(ladders: Ladders, plan: Plan, positions: Positions, step: int, shift: 
     return after(enough)
 
 
-def _moved(positions: Positions, steps: Sequence[int], by: int) -> Positions:
+def moved(positions: Positions, steps: Sequence[int], by: int) -> Positions:
     """Positions after one step of each of these ladders, in either direction."""
-    moved = list(positions)
+    after = list(positions)
     for ladder in steps:
-        moved[ladder] += by
-    return moved
+        after[ladder] += by
+    return after
 
 
 def _bits(plan: Plan, layer: str, side: str) -> int:

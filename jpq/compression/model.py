@@ -22,7 +22,7 @@ from jpq.methods.quantizers import (
     result_quantizer,
     weight_quantizer,
 )
-from jpq.plan import EndPlan, LayerPlan, MaskPlan, Plan
+from jpq.plan import ALL_LEVELS, NARROW, EndPlan, LayerPlan, MaskPlan, Plan
 from jpq.tracing.channel_shares import ChannelShares
 from jpq.tracing.checkpointing import without_reentrant_checkpoints
 from jpq.tracing.network import Layer, Network
@@ -98,11 +98,16 @@ class CompressedModel(nn.Module):
         pair = self.quantizers(layer.name)
         return pair[0](weight)[0] if pair else weight
 
-    def soft_usage(self) -> list[LayerUse]:
-        """The present use of each layer, product and table: values of hard decisions, gradients of soft ones."""
-        keep_probabilities = [
-            g.keep() if g.fixed_count else straight_through(g.keep(), g.keep_probability()) for g in self.gates
-        ]
+    def unit_decisions(self) -> list[Tensor]:
+        """The present decisions of each gate, `[rows, n]` of 0 and 1, with the gradients of soft ones."""
+        return [g.keep() if g.fixed_count else straight_through(g.keep(), g.keep_probability()) for g in self.gates]
+
+    def soft_usage(self, decisions: Sequence[Tensor] | None = None) -> list[LayerUse]:
+        """The present use of each layer, product and table: values of hard decisions, gradients of soft ones.
+
+        decisions: the `unit_decisions`, where the caller differentiates by them.
+        """
+        keep_probabilities = self.unit_decisions() if decisions is None else decisions
         channels = [a for a, s in zip(keep_probabilities, self.sites, strict=True) if not s.is_mask]
         inputs, outputs = self.shares.soft_shares(channels)
         work = self.shares.soft_work(channels)
@@ -130,11 +135,30 @@ class CompressedModel(nn.Module):
         return (pair[0].width(), pair[1].width()) if pair else (FLOAT_BITS, FLOAT_BITS)
 
     def penalty(self) -> Tensor:
-        """The gates' own regulariser, averaged over all units (nats per unit)."""
-        parts = [p for p in (g.penalty() for g in self.gates) if p is not None]
+        """The regulariser of gates that is not priced, averaged over all units (nats per unit)."""
+        parts = [p for p in (g.penalty() for g in self.gates if not g.priced_penalty) if p is not None]
         units = sum(g.n * g.rows for g in self.gates)
         device = next(self.model.parameters()).device
         return sum((p.sum() for p in parts), torch.zeros((), device=device)) / max(1, units)
+
+    def priced_penalty(self, weighted_cost: Tensor, decisions: Sequence[Tensor]) -> Tensor:
+        """The regulariser of gates with `priced_penalty`, each unit's times its price: a scalar.
+
+        Args:
+            weighted_cost: what the costs weigh in the loss, as a differentiable function of `decisions`. Its derivative
+                by a unit's decision is the unit's price in nats, whether the unit is open or closed at present.
+            decisions: the `unit_decisions`.
+        """
+        total = torch.zeros((), device=next(self.model.parameters()).device)
+        pairs = [(g, d) for g, d in zip(self.gates, decisions, strict=True) if g.priced_penalty]
+        if not pairs or not weighted_cost.requires_grad:
+            return total
+        prices = torch.autograd.grad(weighted_cost, [d for _, d in pairs], retain_graph=True, allow_unused=True)
+        for (gate, _), price in zip(pairs, prices, strict=True):
+            penalty = gate.penalty()
+            if penalty is not None and price is not None:
+                total = total + (price.clamp_min(0.0) * penalty).sum()
+        return total
 
     def metrics(self) -> dict[str, dict[str, float]]:
         """Site -> named numbers about its gate's decisions, for the report; only of gates that have any."""
@@ -231,7 +255,12 @@ class CompressedModel(nn.Module):
             for name, module in self.model.named_modules()
             if (grid := result_quantizer(module)) is not None
         }
-        return Plan(self.method, layers, kept, masks, structures, ends=ends)
+        return Plan(self.method, layers, kept, masks, structures, ends=ends, weight_levels=self._weight_levels())
+
+    def _weight_levels(self) -> str:
+        """Which levels of their grids weights use, as the plan says it."""
+        pairs = [self.quantizers(layer.name) for layer in self.network.layers]
+        return ALL_LEVELS if any(pair and pair[0].all_levels for pair in pairs) else NARROW
 
     @torch.no_grad()
     def freeze(self, plan: Plan) -> None:
@@ -279,6 +308,4 @@ class CompressedModel(nn.Module):
         changed = bits != round(float(quantizer.width()))
         quantizer.fix(bits)
         if changed:
-            weight = self.layer(layer.name).weight
-            per_channel = quantizer.log_threshold.dim() > 0
-            quantizer.log_threshold.copy_(fit_threshold(weight, bits, True, per_channel).clamp_min(1e-8).log())
+            quantizer.refit(self.layer(layer.name).weight, bits)

@@ -10,23 +10,30 @@ at first; the range goes on learning, and the step follows it from power to powe
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 from jpq.compression.model import CompressedModel
 from jpq.methods.quantizers import IntegerQuantizer, result_quantizer
-from jpq.methods.quantizers.uniform_integer import levels, quantize_tensor
+from jpq.methods.quantizers.uniform_integer import quantize_tensor
 
 WIDER = 0.25  # distance above a power of two, in octaves, from which the next one is taken where there are no samples
 
 
 @torch.no_grad()
-def round_activation_steps(net: CompressedModel) -> None:
-    """Round the steps of all inputs and rounded results of layers to powers of two; `net` is frozen."""
+def round_activation_steps(net: CompressedModel, names: Collection[str] | None = None) -> None:
+    """Round the steps of all inputs and rounded results of layers to powers of two; `net` is frozen.
+
+    `names`: of the layers whose inputs alone are rounded; default: all, and results too.
+    """
     for layer in net.network.layers:
         pair = net.quantizers(layer.name)
-        if pair is not None:
+        if pair is not None and (names is None or layer.name in names):
             _round_step(pair[1], net.calibration_samples.get(layer.name))
+    if names is not None:
+        return
     for module in net.model.modules():
         grid = result_quantizer(module)
         if grid is not None:
@@ -48,5 +55,5 @@ def _round_step(grid: IntegerQuantizer, samples: Tensor | None) -> None:
 def _squared_error(grid: IntegerQuantizer, samples: Tensor, step: Tensor) -> float:
     """Sum of the squared differences that rounding with a step makes."""
     bits = grid.width()
-    threshold = (step * levels(bits, grid.signed)).to(samples)
+    threshold = (step * grid.largest_integer()).to(samples)
     return float((quantize_tensor(samples, threshold, float(bits), grid.signed) - samples).double().square().sum())

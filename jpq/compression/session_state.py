@@ -28,7 +28,7 @@ PADDING = 4096  # the record's size is a multiple of so many bytes
 def describe_settings(net: CompressedModel, decide: Decide, budget: Budget, steps: int) -> dict[str, Any]:
     """What must be equal where a state is loaded, in JSON's types: settings, and the network's layers and grids."""
     settings = {**asdict(decide), **asdict(budget), "steps": steps}
-    for path in ("mask", "latency_table"):  # a file may lie elsewhere
+    for path in ("mask", "latency_table", "sensitivity"):  # a file may lie elsewhere
         settings.pop(path)
     layers = {}
     for layer in net.network.layers:

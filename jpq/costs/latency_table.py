@@ -23,6 +23,7 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from jpq.types import DENSE, JpqError, unknown
@@ -96,7 +97,9 @@ def sides(lengths: Iterable[int]) -> str:
 def parse_table(text: str, source: str) -> LatencyTable:
     """The table in the text of a CSV file. Raises JpqError, naming the line, for missing and for senseless cells."""
     lines = csv.DictReader(io.StringIO(text))
-    columns = [c.strip() for c in lines.fieldnames or []]
+    columns: list[str] = []
+    with suppress(csv.Error):  # Python 3.10 refuses the byte 0, newer ones take it for text
+        columns = [c.strip() for c in lines.fieldnames or []]
     lines.fieldnames = columns
     missing = [c for c in NEEDED if c not in columns]
     if missing:

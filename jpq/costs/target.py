@@ -169,6 +169,20 @@ class Controller:
                 total = total.to(excess.device) + multiplier * excess
         return total
 
+    def weighted_cost(self, uses: Sequence[LayerUse]) -> Tensor:
+        """Sum of multiplier * ln(cost) over the targets, a scalar: the budget's term without its limits.
+
+        A cost below 1, where all channels are closed, counts as 1.
+
+        Its derivative by a decision is what that decision costs, in nats of the task's loss.
+        """
+        total = torch.zeros(())
+        for target in self.targets:
+            cost = COSTS[target.cost](uses)
+            if isinstance(cost, Tensor):
+                total = total.to(cost.device) + self.pressure[target.cost] * cost.clamp_min(1.0).log()
+        return total
+
     def multiplier(self) -> float:
         """The largest multiplier: the price of one unit of ln(cost), in nats of the task's loss."""
         return max(self.pressure.values(), default=0.0)

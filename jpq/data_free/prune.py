@@ -27,6 +27,7 @@ from jpq.files.paths import expand_paths
 from jpq.methods.gates.admm import Admm
 from jpq.tasks import models
 from jpq.tasks.data import IMAGENET, PREPROCESSING
+from jpq.tasks.published_weights import load_named_weights
 from jpq.tracing.decompose import decompose
 from jpq.tracing.forward import call_model, collect_tensors
 from jpq.tracing.model_checks import check_full_precision
@@ -74,7 +75,7 @@ def prune_private(
         raise JpqError(f"Say what {settings.model} takes: --input-shape 3 224 224.")
     moments = input_moments(settings.like, shape)
     assert settings.weights is not None
-    models.load_weights(model, settings.weights)
+    load_named_weights(model, settings.model, settings.weights)
     draw_images = random_images(shape, moments, settings.seed, device)
     example = draw_images(2)
     models.check_runs(model, example)

@@ -32,6 +32,8 @@ from torchvision.ops import box_iou
 from jpq.compression.model import CompressedModel
 from jpq.detection.saliency import BOXES, SaliencyBatch, channel_saliency, rank_network, utility
 from jpq.methods.scores import Score
+from jpq.tasks.detectors import DetectorCore as DetectorCore
+from jpq.tasks.detectors import feature_maps
 from jpq.tracing.forward import eval_mode
 from jpq.tracing.network import Network
 from jpq.tracing.sites import Site
@@ -44,24 +46,6 @@ Target = Mapping[str, Tensor]  # "boxes" [k, 4], "labels" [k]
 Batch = tuple[Sequence[Tensor], Sequence[Target] | None]  # images [3, height, width] in [0, 1], and their objects
 
 Counts = Literal["topk", "assigned"]  # which boxes of an image count
-
-
-class DetectorCore(nn.Module):
-    """A detector's backbone and head: [batch, 3, height, width], resized and normalised, to raw outputs per box."""
-
-    def __init__(self, backbone: nn.Module, head: nn.Module):
-        super().__init__()
-        self.backbone, self.head = backbone, head
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """The head's outputs; the boxes of all scales stand one after the other."""
-        return self.head(_feature_maps(self.backbone, images))
-
-
-def _feature_maps(backbone: Callable[[Tensor], Any], images: Tensor) -> list[Tensor]:
-    """The backbone's maps, fine scales first; a backbone may give one map or several by name."""
-    maps = backbone(images)
-    return [maps] if isinstance(maps, Tensor) else list(maps.values())
 
 
 def extract_core(detector: nn.Module) -> DetectorCore:
@@ -80,7 +64,7 @@ def _check_one_stage(detector: nn.Module) -> None:
     if not isinstance(detector, (SSD, RetinaNet, FCOS)):
         raise JpqError(
             f"{type(detector).__name__} is not a one-stage detector of torchvision (SSD, SSDlite, RetinaNet, FCOS), "
-            "whose head reads whole maps. Of a two-stage one (Faster R-CNN) prune .backbone with jpq.trace."
+            "whose head reads whole maps. Of a two-stage one (Faster R-CNN) prune .backbone: docs/detectors.md."
         )
 
 
@@ -189,7 +173,7 @@ def assigned_labels(detector: nn.Module, images: Sequence[Tensor], targets: Sequ
     any_detector: Any = detector
     batch, resized = _transform(detector, images, targets)
     with torch.no_grad(), eval_mode(detector):
-        maps = _feature_maps(any_detector.backbone, batch.tensors)
+        maps = feature_maps(any_detector.backbone, batch.tensors)
     rows = []
     for anchors, target in zip(any_detector.anchor_generator(batch, maps), resized, strict=True):
         row = torch.full((len(anchors),), -1, device=anchors.device)
@@ -250,7 +234,7 @@ class _CoreAsBackbone(nn.Module):
         if (height, width) not in self._known:
             dense = self._dense[0]
             with torch.no_grad(), eval_mode(dense):
-                maps = _feature_maps(dense.backbone, images[:1].to(next(dense.parameters())))
+                maps = feature_maps(dense.backbone, images[:1].to(next(dense.parameters())))
                 sizes = [(int(m.shape[2]), int(m.shape[3])) for m in maps]
                 self._known[height, width] = sizes, list(dense.head(maps))
         return self._known[height, width]

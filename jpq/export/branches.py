@@ -149,6 +149,7 @@ def _branch(layer: Any, channels: list[int], filters: list[int]) -> nn.Module:
     ).to(weight)
     new_weight_grid.log_threshold.copy_(ranges)  # exp and log do not cancel to the last bit
     new_act_grid.log_threshold.copy_(act_grid.log_threshold)
+    new_weight_grid.side.copy_(weight_grid.side[filters] if weight_grid.side.dim() else weight_grid.side)
     new_weight_grid.step.copy_(weight_grid.step[filters] if weight_grid.step.dim() else weight_grid.step)
     new_act_grid.step.copy_(act_grid.step)
     new_act_grid.power_of_two.copy_(act_grid.power_of_two)

@@ -13,7 +13,10 @@ Per output channel k gets as many digits (1 to `DIGITS`) as the largest sum leav
 sign times the largest input. With 4-bit weights that is all of them; with 8 bits it may be one or two, where the
 weights' own resolution makes up for it. Weights are rounded anew, to the nearest point of the new grid.
 
-A BatchNorm that alone reads a layer is folded: its gain goes into the weight and its step, its shift is the bias b,
+Sums are those of the integers a weight has, so a grid with one more level on a side needs no rule of its own.
+
+A BatchNorm that alone reads a layer is folded: its gain goes into the weight and its step (a negative one also mirrors
+the grid, whose longer side changes), its shift is the bias b,
 and the norm stays as one that adds b (mean 0, variance 1, gain 1), so that modules and state dicts keep their form.
 
 What stays inexact: sums that are not a layer's own (averages over positions, softmax), functions (GELU, sigmoid),
@@ -34,7 +37,6 @@ from jpq.compression.masking import original
 from jpq.export.packed.batchnorm_folding import Pair, find_pairs
 from jpq.export.verify import EXACT, difference
 from jpq.methods.quantizers import IntegerQuantizer, act_quantizer, result_quantizer, weight_quantizer
-from jpq.methods.quantizers.uniform_integer import levels
 from jpq.tracing.forward import eval_mode
 
 DIGITS = 6  # binary digits of a weight's step, at most: it moves by 1.6 % at most
@@ -95,6 +97,7 @@ def _is_neutral(model: nn.Module, pairs: list[Pair], example: Any) -> bool:
         gain, shift = _gain_and_shift(layer, norm)
         grid = weight_quantizer(layer)
         gain = gain.reshape(grid.log_threshold.shape)
+        grid.flip(gain)
         grid.fix_step(grid.scale() * gain.abs())
         original(layer, "weight").mul_(gain)
         _set_shift(layer, norm, shift)
@@ -134,8 +137,9 @@ def _round_layer(layer: Any, norm: Any) -> bool:
         gain, bias = _gain_and_shift(layer, norm)
         gain = gain.reshape(step.shape)
         integers, step = integers * gain.sign(), step * gain.abs()
+        grid.flip(gain)
     input_step = inputs.scale().double()
-    room = _Room(layer, float(levels(inputs.width(), inputs.signed)), inputs.signed, bias, input_step)
+    room = _Room(layer, float(inputs.largest_integer()), inputs.signed, bias, input_step)
     finer = room.bias_digits(integers, step, _shift(grid)) if bias is not None else torch.zeros_like(step)
     new_step, new_integers, exact = _nearest_step(integers * step, integers, step, finer, room, grid)
     grid.fix_step(new_step)
@@ -152,14 +156,14 @@ def _round_layer(layer: Any, norm: Any) -> bool:
 
 
 def _nearest_integers(weight: Tensor, step: Tensor, grid: IntegerQuantizer) -> Tensor:
-    """The integers of a weight on a grid of this step, clipped to its width."""
-    highest = float(levels(grid.width(), True))
-    return (weight / step).round().clamp(-highest, highest)
+    """The integers of a weight on a grid of this step, clipped to its levels."""
+    low, high = grid.integers()
+    return (weight / step).round().clamp(low.double(), high.double())
 
 
 def _shift(grid: IntegerQuantizer) -> int:
     """Number of places by which a file can shift integers of this width to the left."""
-    return max(0, math.floor(math.log2(LARGEST_STORED / float(levels(grid.width(), True)))))
+    return max(0, math.floor(math.log2(LARGEST_STORED / float(grid.largest_integer().max()))))
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from jpq.files import untrusted
 from jpq.tracing.export_graph import restore_attributes
 from jpq.tracing.forward import batch_size, collect_tensors, name_inputs, plain_outputs, split_arguments
+from jpq.tracing.inline_subgraphs import inline_subgraphs
+from jpq.tracing.traced_lengths import traced_lengths
 from jpq.types import JpqError
 
 FORMAT = 1  # version of the record
@@ -74,9 +76,11 @@ def capture_program(model: nn.Module, example: Any) -> tuple[dict[str, Any], dic
     size = batch_size((args, kwargs))
     shapes = _free_sizes(model, args, kwargs, size)
     if size == 1:  # torch.export takes a dim of size 1 for a constant
-        args, kwargs = tree_map(lambda v: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() else v, (args, kwargs))
+        args, kwargs = tree_map(
+            lambda v: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() and len(v) == 1 else v, (args, kwargs)
+        )
     names = list(name_inputs(model, args, kwargs))
-    with _quiet_export(model), plain_outputs(model):
+    with _quiet_export(model), plain_outputs(model), traced_lengths():
         try:
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # torch.export has no common class of errors
@@ -120,6 +124,7 @@ class _Capture:
 
     def record(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(record, tensors). Raises ValueError for what no record can hold."""
+        inline_subgraphs(self.exported.graph_module, autocast=False)
         self.exported.graph.eliminate_dead_code()
         leaves = self._read_placeholders()
         results: list[Any] = []
@@ -205,9 +210,14 @@ def describe(value: Any) -> Any:
 def _describe_leaf(value: Any) -> Any:
     """The type and shape of a tensor; a constant as it is."""
     if isinstance(value, Tensor):
-        shape = [n if isinstance(n, int) else BATCH for n in value.shape]
+        shape = [BATCH if is_free_size(n) else int(n) for n in value.shape]
         return {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
     return {"value": encode_argument(value)}
+
+
+def is_free_size(n: Any) -> bool:
+    """Whether a size in an exported graph may differ from the example's; torch keeps a symbol of one value, too."""
+    return isinstance(n, torch.SymInt) and not n.node.expr.is_number
 
 
 def encode_argument(value: Any) -> Any:
@@ -282,15 +292,15 @@ class Program(nn.Module):
     def _store(self, name: str, tensor: Tensor, learns: bool, persistent: bool) -> None:
         """Keep a tensor under its dotted name, as a parameter or as a buffer."""
         *path, leaf = name.split(".")
-        owner: nn.Module = self
-        for part in path:
-            if part not in dict(owner.named_children()):
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
+        owner: Any = self
+        for part in path:  # not by add_module, which takes no part of the name of an attribute, such as `record`
+            owner = owner._modules.setdefault(part, nn.Module())
         if learns:
-            owner.register_parameter(leaf, nn.Parameter(tensor))
-        else:
-            owner.register_buffer(leaf, tensor, persistent)
+            owner._parameters[leaf] = nn.Parameter(tensor)
+            return
+        owner._buffers[leaf] = tensor
+        if not persistent:
+            owner._non_persistent_buffers_set.add(leaf)
 
     def constants(self) -> dict[str, Tensor]:
         """The tensors that the graph reads and that the state dict has not."""
@@ -340,8 +350,11 @@ class Program(nn.Module):
         return assemble(self.record["output"], results)
 
     def _tensor(self, source: Mapping[str, Any]) -> Tensor:
-        owner, _, leaf = source["tensor"].rpartition(".")
-        value: Tensor = getattr(self.get_submodule(owner), leaf)
+        *path, leaf = source["tensor"].split(".")
+        owner: Any = self
+        for part in path:
+            owner = owner._modules[part]
+        value: Tensor = owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
         return value
 
     def _leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -410,7 +423,7 @@ def _check_record(record: Any) -> dict[str, Any]:
         untrusted.as_str(source["node"])
         if "leaf" in source:
             untrusted.as_int(source["leaf"], 0, len(tree["leaves"]) - 1)
-        elif not all(part.isidentifier() or part.isdigit() for part in untrusted.as_str(source["tensor"]).split(".")):
+        elif not all(untrusted.as_str(source["tensor"]).split(".")):  # names as setattr and ModuleDict take them
             raise ValueError(f"a tensor of the name {source['tensor'][:40]!r}")
     for step in untrusted.as_list(tree["steps"]):
         untrusted.as_str(step["node"])

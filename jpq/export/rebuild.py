@@ -125,9 +125,10 @@ def _copy_ranges(net: CompressedModel, small: nn.Module, plan: Plan) -> None:
 
 
 def _copy_range(trained: IntegerQuantizer, small: IntegerQuantizer, rows: Any = None) -> None:
-    """Copy a quantizer's range and step, of a weight those of the kept `rows`."""
+    """Copy a quantizer's range, side and step, of a weight those of the kept `rows`."""
     for old, new in ((trained.log_threshold, small.log_threshold), (trained.step, small.step)):
         new.copy_(old[rows] if rows is not None and old.dim() else old)
+    small.side.copy_(trained.side[rows] if rows is not None and trained.side.dim() else trained.side)
     small.power_of_two.copy_(trained.power_of_two)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +13,68 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from jpq.export.onnx.external_data import check_external_data
 from jpq.tracing.forward import collect_tensors
 from jpq.types import JpqError, unknown
+
+_NEWER_FORMAT = re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)")  # onnxruntime's
+
+
+def start_session(
+    model: str | Path | onnx.ModelProto, threads: int = 0, optimised: bool = True
+) -> onnxruntime.InferenceSession:
+    """onnxruntime's own session on the CPU; arguments and errors as for `Session`, and what onnxruntime raises."""
+    options = onnxruntime.SessionOptions()
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if isinstance(model, onnx.ModelProto):
+        source: str | bytes = model.SerializeToString()
+    else:
+        check_external_data(model)
+        source = str(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a class of its own for every kind of failure
+        versions = _NEWER_FORMAT.search(str(error))
+        if versions is None:
+            raise
+        raise JpqError(
+            f"onnxruntime {onnxruntime.__version__} reads ONNX files up to format {versions[2]}, and this one has "
+            f"format {versions[1]}. Install a newer onnxruntime, or export with --onnx-weights int8 or int4."
+        ) from error
 
 
 class Session:
     """An ONNX file in onnxruntime, called like the model that it was exported from.
 
+    A file that takes one sample at a time is run once for each.
+
     Args:
         path: the file, or an ONNX model in memory.
         threads: of one operator; 0 leaves the choice to onnxruntime.
         optimised: apply onnxruntime's fusions, which round biases to integers; else run the graph as it is written.
+
+    Raises JpqError where the file's format is newer than this onnxruntime, as that of int2 weights may be, and where it
+    asks for weights outside of its folder.
     """
 
     def __init__(self, path: str | Path | onnx.ModelProto, threads: int = 0, optimised: bool = True):
-        options = onnxruntime.SessionOptions()
-        if not optimised:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        source = path.SerializeToString() if isinstance(path, onnx.ModelProto) else str(path)
-        self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        self._session = start_session(path, threads, optimised)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         """The output for one batch, on the CPU: a tensor, or a tuple of all output tensors."""
         names = [i.name for i in self._session.get_inputs()]
         by_name = set(names) >= set(kwargs)
         inputs = [*args, *(kwargs[name] for name in names if name in kwargs)] if by_name else kwargs
-        feed = dict(zip(names, [_to_array(value) for value in collect_tensors(inputs)], strict=True))
-        return _as_output([np.asarray(value) for value in self._session.run(None, feed)])
+        arrays = [_to_array(value) for value in collect_tensors(inputs)]
+        single = [bool(i.shape) and i.shape[0] == 1 for i in self._session.get_inputs()]
+
+        def run(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+            return [np.asarray(v) for v in self._session.run(None, dict(zip(names, arrays, strict=True)))]
+
+        return _as_output(_run_singly(run, arrays, single))
 
 
 class OpenVinoSession:
@@ -53,6 +87,7 @@ class OpenVinoSession:
         openvino = _import_openvino()
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         options |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
+        check_external_data(path)
         try:
             self.compiled = openvino.Core().compile_model(str(path), "CPU", options)
         except Exception as error:  # openvino has one class for every kind of failure
@@ -63,8 +98,15 @@ class OpenVinoSession:
         names = [port.get_any_name() for port in self.compiled.inputs]
         by_name = set(names) >= set(kwargs)
         inputs = [*args, *(kwargs[name] for name in names if name in kwargs)] if by_name else [*args, kwargs]
-        results = self.compiled([_to_array(value) for value in collect_tensors(inputs)])
-        return _as_output([np.array(results[port]) for port in self.compiled.outputs])
+        arrays = [_to_array(value) for value in collect_tensors(inputs)]
+        shapes = [port.get_partial_shape() for port in self.compiled.inputs]
+        single = [bool(len(shape)) and str(shape[0]) == "1" for shape in shapes]
+
+        def run(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+            results = self.compiled(list(arrays))
+            return [np.array(results[port]) for port in self.compiled.outputs]
+
+        return _as_output(_run_singly(run, arrays, single))
 
 
 RUNTIMES: dict[str, Any] = {"onnxruntime": Session, "openvino": OpenVinoSession}
@@ -114,6 +156,28 @@ def _to_array(value: Tensor) -> np.ndarray:
     """A tensor as a contiguous array on the CPU, floating-point numbers in single precision."""
     value = value.detach().cpu()
     return np.asarray((value.float() if value.is_floating_point() else value).numpy(), order="C")  # scalars stay so
+
+
+def _run_singly(
+    run: Callable[[Sequence[np.ndarray]], list[np.ndarray]], arrays: Sequence[np.ndarray], single: Sequence[bool]
+) -> list[np.ndarray]:
+    """The outputs for a batch: of one run, or of one for each sample where the file takes a single one.
+
+    Args:
+        run: the file's outputs for its inputs.
+        arrays: the inputs; single: which of them the file holds to one row.
+    """
+    samples = max((len(a) for a, one in zip(arrays, single, strict=True) if one and a.ndim), default=1)
+    if samples == 1:
+        return run(arrays)
+    runs = [
+        run([a[i : i + 1] if one and len(a) == samples else a for a, one in zip(arrays, single, strict=True)])
+        for i in range(samples)
+    ]
+    return [
+        np.concatenate(parts) if parts[0].ndim and len(parts[0]) == 1 else parts[-1]
+        for parts in zip(*runs, strict=True)
+    ]
 
 
 def _as_output(arrays: Sequence[np.ndarray]) -> Tensor | tuple[Tensor, ...]:

@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
+from jpq.export.program import is_free_size
 from jpq.files.atomic import replace_file
 from jpq.methods.quantizers import act_quantizer, plain_layer, replace_everywhere, result_quantizer, weight_quantizer
-from jpq.methods.quantizers.uniform_integer import IntegerQuantizer, levels
+from jpq.methods.quantizers.uniform_integer import IntegerQuantizer
 from jpq.tracing.forward import batch_size, plain_outputs, split_arguments
+from jpq.tracing.traced_lengths import traced_lengths
 from jpq.types import JpqError
 
 
@@ -31,21 +33,50 @@ def export_pt2(small: nn.Module, example: Any, path: str | Path) -> None:
     model = replace_quantizers(small)
     args, kwargs = split_arguments(tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, example))
     size = batch_size((args, kwargs))
-    batch = Dim("batch", min=1)
-    shapes = tree_map(
-        lambda v: {0: batch} if isinstance(v, Tensor) and v.dim() and len(v) == size else None, (args, kwargs)
-    )
     if size == 1:  # torch.export takes a dim of size 1 for a constant
-        args, kwargs = tree_map(lambda v: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() else v, (args, kwargs))
+        args, kwargs = tree_map(
+            lambda v: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() and len(v) == 1 else v, (args, kwargs)
+        )
+        size = 2
     try:
-        with plain_outputs(model):
-            program = torch.export.export(
-                model, args, kwargs, dynamic_shapes=(*shapes[0], *shapes[1].values()), strict=False
-            )
+        with plain_outputs(model), traced_lengths():
+            program = _export_any_batch(model, args, kwargs, size)
         replace_file(path, lambda part: _save(program, part))
     except (RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise JpqError(f"torch.export cannot write this model as .pt2 ({reason}). Choose the other forms.") from error
+
+
+def _export_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> ExportedProgram:
+    """The program of a model for batches of any size, or of the sizes that its code allows.
+
+    Raises JpqError where it allows that of the example alone.
+    """
+
+    def export(dim: Any) -> ExportedProgram:
+        shapes = tree_map(
+            lambda v: {0: dim} if isinstance(v, Tensor) and v.dim() and len(v) == size else None, (args, kwargs)
+        )
+        return torch.export.export(model, args, kwargs, dynamic_shapes=(*shapes[0], *shapes[1].values()), strict=False)
+
+    try:
+        return export(Dim("batch", min=1))
+    except (RuntimeError, ValueError) as error:  # constraints that the code sets, as `assert len(x) < 1000` does
+        program = export(Dim.AUTO)
+        inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+        if not any(is_free_size(n) for v in inputs if isinstance(v, Tensor) for n in v.shape):
+            raise JpqError(
+                f"This model's code fixes the number of samples at {size}, so that no .pt2 file takes any other: a "
+                "loop over samples, int(x.shape[0]) or the like. Replace it by x.shape[0] and operations on the whole "
+                "batch, or choose the other forms."
+            ) from error
+    most = min(limits.upper for limits in program.range_constraints.values())
+    if not most.is_number or most.is_infinite:
+        return program
+    try:
+        return export(Dim("batch", min=1, max=int(most)))  # with one sample too, which AUTO leaves out
+    except (RuntimeError, ValueError):
+        return program
 
 
 def _save(program: Any, part: Path) -> None:
@@ -80,8 +111,7 @@ class Rounding(nn.Module):
     def __init__(self, grid: IntegerQuantizer):
         super().__init__()
         self.register_buffer("step", grid.scale().detach().clone())
-        self.high = float(levels(grid.width(), grid.signed))
-        self.low = -self.high if grid.signed else 0.0
+        self.low, self.high = (float(end) for end in grid.integers())
 
     def forward(self, x: Tensor) -> Tensor:
         """Rounded x, of the same shape."""
@@ -97,10 +127,10 @@ class StoredIntegerLayer(nn.Module):
     def __init__(self, layer: Any):
         super().__init__()
         grid = weight_quantizer(layer)
-        high = float(levels(grid.width(), True))
-        dtype = torch.int8 if high < 2**7 else torch.int32
+        low, high = grid.integers()
+        dtype = torch.int8 if float(grid.largest_integer().max()) < 2**7 else torch.int32
         steps = grid.scale().detach().clone()
-        self.register_buffer("integers", torch.div(layer.weight.detach(), steps).round().clamp(-high, high).to(dtype))
+        self.register_buffer("integers", torch.div(layer.weight.detach(), steps).round().clamp(low, high).to(dtype))
         self.register_buffer("steps", steps)
         self.bias = layer.bias
         self.grid = Rounding(act_quantizer(layer))

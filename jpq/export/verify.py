@@ -32,7 +32,9 @@ WRONG = 0.05  # share of decisions beyond which no rounding of an unstable netwo
 
 CROSSED = 0.2  # share of samples that may have a value at a rounding boundary
 
-NEARLY_ALL = 0.9  # share of samples beyond which a scale or a bias must be wrong: the file is refused
+NEARLY_ALL = 0.9  # share of samples beyond which the file is refused, where decisions differ or outputs are far off too
+
+FAR_OFF = 0.1  # largest difference, as a share of the outputs' range, that boundaries explain where no decision differs
 
 FEW = 2  # samples or decisions that may differ however few there are
 
@@ -78,10 +80,12 @@ def exported(small: nn.Module, path: str | Path, batches: Iterable[Pair], task: 
 
     The file is run as written, without onnxruntime's optimisations. At most the share `RARE` of the decisions may come
     out differently, and at most the share `CROSSED` of the samples may have a value at a rounding boundary: limits that
-    are the same for every network. Beyond them the record holds a "warning" (unstable networks); beyond `WRONG` and
-    `NEARLY_ALL` the file is refused. How often the rebuilt model crosses boundaries by itself, in float64 instead of
-    float32 on the first batch, is reported beside them and decides nothing. onnxruntime's default optimisations replace
-    layers by integer kernels and round biases to 32-bit integers for them; their effect is reported as well.
+    are the same for every network. Beyond them the record holds a "warning" (unstable networks); beyond `WRONG` the
+    file is refused, and beyond `NEARLY_ALL` where decisions differ beyond their limit as well, or an output by more
+    than `FAR_OFF`: in a large network some value of every sample may lie at a boundary without any harm. How often the
+    rebuilt model crosses boundaries by itself, in float64 instead of float32 on the first batch, is reported beside
+    them and decides nothing. onnxruntime's default optimisations replace layers by integer kernels and round biases to
+    32-bit integers for them; their effect is reported as well.
     `batches` are read three times.
     """
     path = Path(path)
@@ -115,16 +119,28 @@ def compare_metrics(small: nn.Module, path: Path, batches: Any, task: Task) -> d
         task: gives the metric.
     """
     session: Any = Session(path)
-    file, model = task.evaluate(lambda x: session(x).to(x.device), batches), task.evaluate(small, batches)
-    low, high = task.metric_bounds
+    file, model = task.evaluate(_OnDevice(session), batches), task.evaluate(small, batches)
+    low, high = task.score_bounds
     span = high - low if math.isfinite(high - low) else max(1.0, abs(model))
     record: dict[str, Any] = {"file": file, "model": model}
     if not abs(file - model) <= span * max(METRIC_DIFFERS, 1 / batches.size) * (1 + 1e-6):
         record["warning"] = (
-            f"{path.name} in a default onnxruntime session has {task.metric_name} {file:.4g}, the PyTorch model "
-            f"{model:.4g}."
+            f"{path.name} in a default onnxruntime session has {task.metric_name} {task.score(file):.4g}, the "
+            f"PyTorch model {task.score(model):.4g}."
         )
     return record
+
+
+class _OnDevice:
+    """A session whose outputs lie where its inputs do."""
+
+    def __init__(self, session: Any):
+        self.session = session
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs for one batch."""
+        device = collect_tensors((args, kwargs))[0].device
+        return tree_map(lambda t: t.to(device), self.session(*args, **kwargs))
 
 
 def _beyond_limits(outside: dict[str, Any], itself: str) -> str:
@@ -137,16 +153,18 @@ def _beyond_limits(outside: dict[str, Any], itself: str) -> str:
         f"onnxruntime and the rebuilt model differ on {outside['at_a_rounding_boundary']} of {outside['images']} "
         "samples, more than {:.0%}: this is more than rounding. "
     )
-    checks = (
-        (outside["argmax_differs"], outside["decisions"], RARE, WRONG, decisions),
-        (outside["at_a_rounding_boundary"], outside["images"], CROSSED, NEARLY_ALL, samples),
-    )
+    differing, crossing = outside["argmax_differs"], outside["at_a_rounding_boundary"]
+    many_differ = differing > max(FEW, RARE * outside["decisions"])
+    far_off = outside["largest_relative_difference"] > FAR_OFF
     warnings = []
-    for count, total, limit, wrong, text in checks:
-        if count > max(FEW, wrong * total):
-            raise JpqError(text.format(wrong) + itself)
-        if count > max(FEW, limit * total):
-            warnings.append(text.format(limit))
+    if differing > max(FEW, WRONG * outside["decisions"]):
+        raise JpqError(decisions.format(WRONG) + itself)
+    if (many_differ or far_off) and crossing > max(FEW, NEARLY_ALL * outside["images"]):
+        raise JpqError(samples.format(NEARLY_ALL) + itself)
+    if many_differ:
+        warnings.append(decisions.format(RARE))
+    if crossing > max(FEW, CROSSED * outside["images"]):
+        warnings.append(samples.format(CROSSED))
     return "".join(warnings) + itself if warnings else ""
 
 

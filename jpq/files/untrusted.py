@@ -79,15 +79,21 @@ def _finite(text: str) -> float:
     return float(text)
 
 
-def names_code(name: str) -> bool:
-    """Whether the name of a model or data set is `module:callable`, which imports and runs code."""
+KINDS = {  # what is named -> kinds before a colon that are no module
+    "model": ("timm", "smp", "hf", "torchvision"),
+    "data": ("folder", "text", "table", "sklearn", "series", "coco", "hf-dataset"),
+}
+
+
+def names_code(name: str, what: str = "model") -> bool:
+    """Whether the name of a "model", of "data" or of a "task" is `module:callable`, which imports and runs code."""
     kind, colon, _ = name.partition(":")
-    return bool(colon) and kind not in ("torchvision", "folder") and not is_windows_path(name)
+    return bool(colon) and kind not in KINDS.get(what, ()) and not is_windows_path(name)
 
 
 def check_no_code(what: str, name: str, source: Path | str, way_out: str) -> None:
     """Raise JpqError where a file names code to run: only the user of jpq may ask for that."""
-    if names_code(name):
+    if names_code(name, what):
         raise JpqError(
             f"{source} names code to run for its {what}, {name[:80]}, and files are not trusted with that. "
             f"If you do, {way_out}."

@@ -14,6 +14,8 @@ from jpq.methods.structures import STRUCTURES, Structure, parse_layers, parse_st
 from jpq.methods.table import MANUAL_ROW, MASKED_ROW, METHODS, Method
 from jpq.types import DENSE, JpqError, unknown
 
+MEASURED_WIDTHS = ("fixed", "power-of-two")  # --width of methods that measure: any whole bits, or 2, 4 and 8
+
 SHOWN = 6  # largest number of alternatives that an error message lists
 
 
@@ -48,11 +50,7 @@ def compose_method(
     searching = [name for name, m in METHODS.items() if m.procedure == "search"]
     if row.gate is None and structure:
         raise JpqError(f"--structure {structure}: method {method} prunes nothing. Choose --method {any_of(searching)}.")
-    if row.procedure != "search" and method_row.width is not row.width:
-        raise JpqError(
-            f"--width {width}: method {method} does not search, so its bits are fixed. "
-            f"Choose --method {any_of(searching)}."
-        )
+    _check_width(method, row, method_row)
     _check_ranking(method, row, score, schedule, classes)
     reason = incompatibility(row.gate, method_row.structure, method_row.width) if row.gate else None
     if reason:
@@ -60,6 +58,24 @@ def compose_method(
             f"--method {method}, --structure {method_row.structure}, --width {_name(method_row.width)}: {reason}"
         )
     return method_row
+
+
+def _check_width(method: str, row: Method, method_row: Method) -> None:
+    """Raise JpqError where a method without a search is given another kind of width than it can decide about."""
+    if row.procedure == "search" or method_row.width is row.width:
+        return
+    width = _name(method_row.width)
+    if row.procedure != "measured":
+        searching = [name for name, m in METHODS.items() if m.procedure == "search"]
+        raise JpqError(
+            f"--width {width}: method {method} does not search, so its bits are fixed. "
+            f"Choose --method {any_of(searching)}."
+        )
+    if width not in MEASURED_WIDTHS:
+        raise JpqError(
+            f"--width {width}: method {method} chooses whole bits before it trains. Choose --width "
+            f"{any_of(list(MEASURED_WIDTHS))}."
+        )
 
 
 def _learns(width: str) -> type[BitWidth]:

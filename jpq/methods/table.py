@@ -28,7 +28,7 @@ from jpq.methods.gates import (
 )
 from jpq.methods.quantizers import BitWidth, Fixed, Gated, Learned, PowerOfTwo, SigmoidWidth
 
-ProcedureName = Literal["search", "one-shot", "two-stage", "manual"]
+ProcedureName = Literal["search", "one-shot", "two-stage", "manual", "measured"]
 
 
 @dataclass(frozen=True)
@@ -233,6 +233,15 @@ METHODS: Mapping[str, Method] = {
         "Hu et al., CATRO: Channel Pruning via Class-Aware Trace Ratio Optimization, TNNLS 2023, arXiv:2110.10921",
         score="catro",
         schedule="one-shot",
+    ),
+    "measured": Method(
+        "channels by a score (--score) and any whole bit-width per tensor, by a measured table and an exact solver",
+        Ranked,
+        Fixed,
+        "measured",
+        "short trainings: decisions are measured and solved before training, so all epochs train the small model",
+        "Zandonati et al., FIT, ICLR 2023, arXiv:2210.08502; Peters et al., QBitOpt, ICCV workshop 2023",
+        score="l1",
     ),
     "uniform": Method(
         "one width for all weights and one for all activations; nothing is pruned",

@@ -17,9 +17,13 @@ from jpq.plan import Plan
 from jpq.results.description import RunAnnouncer, RunDescription, TargetDescription
 from jpq.results.formatting import format_metric
 from jpq.results.intervals import is_near_chance
+from jpq.results.unseen import held_out_warning
+from jpq.tasks.base import Task
 from jpq.tasks.data import Data
 from jpq.tracing.channel_shares import ChannelShares
+from jpq.tracing.forward import collect_tensors
 from jpq.training import distributed
+from jpq.training.batchnorm_choice import BatchStatistics
 from jpq.training.epochs import all_phases
 from jpq.training.run_state import RunState
 
@@ -49,7 +53,7 @@ def describe_run(
         sizes={"train": data.train.size, "held-out": data.held_out.size, "test": data.test.size},
         shape=tuple(data.shape),
         classes=data.classes,
-        device=str(data.example.device),
+        device=str(collect_tensors(data.example)[0].device),
         threads=torch.get_num_threads(),
         processes=distributed.count(),
         method=config.decide.method,
@@ -61,9 +65,12 @@ def describe_run(
 
 
 def check_float_metric(model: nn.Module, data: Data, config: Config, run: RunState, announcer: RunAnnouncer) -> None:
-    """Warn where the float model is hardly better than guessing: nothing is there to be kept."""
-    task, samples, chance = data.task, data.held_out.size, data.task.chance(data.classes)
-    if not math.isfinite(chance):
+    """Warn where the float model is hardly better than guessing, and note where it has seen the held-out samples."""
+    if config.task.weights is not None and (optimistic := held_out_warning(model, data)) is not None:
+        run.notes.append(optimistic)
+    task, samples, chance = data.task, data.held_out.size, data.task.score(data.task.chance(data.classes))
+    unknown = type(task).chance is Task.chance and not task.higher_is_better  # no model has an error of 0 by guessing
+    if unknown or not math.isfinite(chance):
         return
     metric = task.evaluate(model, data.held_out)
     if not is_near_chance(task, metric, samples, chance):
@@ -75,3 +82,14 @@ def check_float_metric(model: nn.Module, data: Data, config: Config, run: RunSta
     )
     run.notes.append(f"warning: {text}")
     announcer.warn(text)
+
+
+def note_batchnorm(found: BatchStatistics | None, task: Task, run: RunState) -> None:
+    """Note that BatchNorm keeps the float model's statistics, and why, where that was found to be better."""
+    if found is not None:
+        run.notes.append(
+            "BatchNorm keeps the float model's statistics: measured anew on batches of "
+            f"{found.samples} {task.sample_name}s they change its {task.metric_name} from "
+            f"{format_metric(task, found.own)} to {format_metric(task, found.batches)}. --batchnorm batch measures "
+            "them anew all the same."
+        )

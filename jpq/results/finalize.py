@@ -22,13 +22,14 @@ from jpq.files import tensors
 from jpq.files.untrusted import check_no_code
 from jpq.plan import Plan
 from jpq.results import run_folder
+from jpq.results.embedding import as_exported
 from jpq.results.finish import export_model
 from jpq.results.formatting import format_metric
 from jpq.results.record import UNREAD, WARNING, Result
 from jpq.results.run_folder import load
 from jpq.tasks.base import Task
 from jpq.tasks.data import Data
-from jpq.tasks.load import load_dense_model, read_data
+from jpq.tasks.load import fit_sizes, load_dense_model, read_data
 from jpq.types import JpqError
 
 FINAL_FILES = ("model.onnx", "model.packed")  # files that only final runs have
@@ -69,6 +70,7 @@ def finalize(
     config = read_final_config(folder, data_root, formats, onnx_weights, run_code)
     small, plan = load(folder, run_code)
     data = read_data(config, torch.device("cpu"))
+    fit_sizes(data, small)
     check_costs(small, plan, before, data)
     notes = [*before.notes, *check_held_out(before, data.task.evaluate(small, data.held_out), data.task)]
     if config.decide.open_norms and verify.OPENED not in before.verified:
@@ -77,8 +79,9 @@ def finalize(
     if out is not None:
         copy_run(folder, config, out)
     path, export_record = export_model(small, plan, data, target, config)
-    checked = verify.exported(small, path, data.test, data.task)
-    checked["metric"] = verify.compare_metrics(small, path, data.test, data.task)
+    seen, raw = as_exported(small, data, config)
+    checked = verify.exported(seen, path, raw.test, data.task)
+    checked["metric"] = verify.compare_metrics(seen, path, raw.test, data.task)
     for record in (checked, checked["metric"]):
         if "warning" in record:
             notes.insert(0, f"{WARNING}{record['warning']}")
@@ -113,6 +116,7 @@ def read_final_config(folder: Path, data_root: Path | None, formats: str, onnx_w
     check_formats(config.run.formats, config.run.onnx_weights)
     if not run_code:
         check_no_code("data", config.task.data, folder / "config.toml", "add --run-code")
+        check_no_code("task", config.task.task, folder / "config.toml", "add --run-code")
     return config
 
 

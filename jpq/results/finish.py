@@ -30,18 +30,24 @@ from jpq.export.onnx.narrow_weights import WEIGHTS
 from jpq.export.origin import note_origin
 from jpq.export.packed.model import pack_model
 from jpq.export.rebuild import complete_plan, rebuild
+from jpq.export.runtimes import Session
 from jpq.export.timing import layer_table
 from jpq.export.timing.kernels import find_float_layers
 from jpq.files import tensors
 from jpq.files.atomic import replace_file
 from jpq.plan import Plan
 from jpq.results import run_folder
+from jpq.results.embedding import as_exported, describe_normalisation
 from jpq.results.record import UNREAD, WARNING, LayerRecord, ModelMetrics, Result
 from jpq.tasks import task_record
 from jpq.tasks.data import Data
+from jpq.tasks.load import fit_sizes
+from jpq.tracing.forward import collect_tensors
 from jpq.training import checkpoint, environment
 from jpq.training.run_state import RunState
 from jpq.types import DENSE, JpqError
+
+SHORT = 1000  # entries of a list that result.json holds; longer ones, as vocabularies, are in model.onnx alone
 
 SPLITS = ("train", "held_out", "test")
 
@@ -112,10 +118,12 @@ def finish(
         seed=config.run.seed,
         notes=tuple(run.notes),
         metrics=run.metrics,
+        contest=run.contest,
+        pruning=run.pruning,
         schemes=structure_record(net, plan, uses, run),
         data=data_record(data),
         uniform=uniform_costs(net, uses),
-        machine=environment.record_environment(data.example.device),
+        machine=environment.record_environment(collect_tensors(data.example)[0].device),
         final=final,
         **export_record,
     )
@@ -130,7 +138,8 @@ def rebuild_model(
 ) -> tuple[nn.Module, Plan]:
     """(small quantized model in eval mode, its plan with the model's name, classes and input channels)."""
     small, plan = rebuild(net, model) if tuned is net else (tuned.eval(), complete_plan(net))
-    return small, replace(plan, model={"name": config.task.model, "classes": data.classes, "channels": data.shape[0]})
+    about = {"name": config.task.model, "classes": data.classes, "channels": data.shape[0], **data.arguments}
+    return small, replace(plan, model=about)
 
 
 def check_counts(
@@ -170,10 +179,10 @@ def describe_inputs(data: Data, config: Config) -> dict[str, Any]:
         "task": data.task.name,
         "budget": {name: text for name, text in targets.items() if text},
         "input_size": list(data.shape),
-        "mean": list(data.train.mean),
-        "std": list(data.train.std),
-        "colour_order": {1: "grey", 3: "RGB"}.get(data.shape[0], ""),
+        **describe_normalisation(data, config),
+        "colour_order": {1: "grey", 3: "RGB"}.get(data.shape[0], "") if len(data.shape) == 3 else "",
         "class_names": list(data.class_names),
+        **data.about,
     }
 
 
@@ -185,12 +194,18 @@ def export_model(small: nn.Module, plan: Plan, data: Data, folder: Path, config:
     note_origin(small, plan, about=describe_inputs(data, config))
     stored = pack_model(small, plan, data.example, folder / "model.packed")
     path, weights = folder / formats.FORMATS["onnx"].file_name, config.run.onnx_weights
-    export_onnx(with_branches(small, plan, data.example), data.example, path, weights)
+    exported, seen = as_exported(with_branches(small, plan, data.example), data, config)
+    free = export_onnx(exported, seen.example, path, weights, any_size=data.task.any_size)
+    if not free:  # figures of file and model are of the same samples
+        fit_sizes(data, Session(path))
     other_formats = [form for form in parse_formats(config.run.formats) if form != "onnx"]
     forms = {"onnx": {"file": path.name, "bytes": path.stat().st_size}}
-    forms |= formats.write(small, data.example, folder, other_formats, data.test, task=data.task)
+    small, _ = as_exported(small, data, config)
+    forms |= formats.write(small, seen.example, folder, other_formats, seen.test.one_size(), task=data.task)
     integer, in_float = find_float_layers(path)
     about = {"opset": WEIGHTS[weights][0], "weights": weights, "integer_layers": integer, "float_layers": in_float}
+    about |= {"normalization": "embedded"} if config.run.embed_normalization else {}
+    about |= {"sizes": "any"} if free else {}
     return path, {"packed": asdict(stored), "export": {**about, "forms": forms}}
 
 
@@ -201,8 +216,10 @@ def verify_models(
 
     The record's "metric" holds the metric of the file in a default session and that of the model.
     """
+    masked, _ = as_exported(net, data, run.config)
+    small, data = as_exported(small, data, run.config)
     if tuned is net:
-        record = verify.verify(net, small, path, data.test, data.example, data.task)
+        record = verify.verify(masked, small, path, data.test, data.example, data.task)
     else:
         record = {verify.OPENED: run.opened, **verify.exported(small, path, data.test, data.task)}
     record["metric"] = verify.compare_metrics(small, path, data.test, data.task)
@@ -277,7 +294,13 @@ def data_record(data: Data) -> dict[str, Any]:
     """Name, checksum and split sizes of the data, their preprocessing, and their task."""
     sizes = {split: getattr(data, split).size for split in SPLITS}
     images = {"shape": list(data.shape), "mean": list(data.train.mean), "std": list(data.train.std)}
-    return {"name": data.name, "checksum": data.checksum, **sizes, **images, **task_record(data.task)}
+    names = {"class_names": list(data.class_names)} if data.class_names else {}
+    about = {
+        key: value for key, value in data.about.items() if not isinstance(value, (list, dict)) or len(value) <= SHORT
+    }
+    tree = {"name": data.name, "checksum": data.checksum, **sizes, **images, **task_record(data.task, data.classes)}
+    inputs = len(collect_tensors(data.example))
+    return {**tree, **names, **about, **({"inputs": inputs} if inputs > 1 else {})}
 
 
 def layer_records(net: CompressedModel, plan: Plan, cost: str = "bops") -> tuple[LayerRecord, ...]:

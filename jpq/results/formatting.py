@@ -92,23 +92,29 @@ def format_percent(share: float) -> str:
     return f"{value:.2f} %" if abs(value) >= 0.1 or value == 0 else f"{value:.2g} %"
 
 
-def format_metric(task: Task, value: float) -> str:
-    """A task's metric with its unit: 0.9911 of classification is "99.11 %"."""
-    if task.metric_unit == "%":
+def format_metric(task: Task, score: float) -> str:
+    """A task's metric with its unit, from its score: 0.9911 of classification is "99.11 %"."""
+    return format_value(task.score(score), task.metric_unit)
+
+
+def format_value(value: float, unit: str) -> str:
+    """A metric with its unit, where "%" means that it is a share: 0.9911 is "99.11 %"."""
+    if unit == "%":
         return format_percent(value)
-    return f"{value:.4g} {task.metric_unit}".rstrip() if math.isfinite(value) else "-"
+    return f"{value:.4g} {unit}".rstrip() if math.isfinite(value) else "-"
 
 
 def format_change(task: Task, change: float) -> str:
-    """A difference of two metrics: "+0.22 points" where they are in percent, else with the task's unit."""
+    """The metrics' difference for one of two scores: "+0.22 points" where they are in percent, else with their unit."""
+    change = task.score(change)
     if task.metric_unit == "%":
         return f"{100 * change:+.2f} points"
     return f"{change:+.3g} {task.metric_unit}".rstrip()
 
 
 def metric_scale(task: Task) -> float:
-    """Factor from a metric to the number that plots show: 100 where it is in percent."""
-    return 100.0 if task.metric_unit == "%" else 1.0
+    """Factor from a score to the metric that plots show: 100 where it is in percent, negative where lower is better."""
+    return task.score(100.0 if task.metric_unit == "%" else 1.0)
 
 
 def metric_label(task: Task) -> str:

@@ -32,9 +32,13 @@ def wilson_interval(share: float, samples: int) -> Interval:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def metric_interval(task: Task, value: float, samples: int) -> Interval | None:
-    """Interval of a task's metric; None where it is no share of samples, was not measured, or on nothing."""
-    if task.metric_unit != "%" or not 0 <= value <= 1 or samples < 1:
+def metric_interval(task: Task, score: float, samples: int) -> Interval | None:
+    """Interval of a task's metric, from its score; None where it is no mean share, was not measured, or on nothing.
+
+    mIoU and average precision are in percent and no means over samples: they have no interval.
+    """
+    value = task.score(score)
+    if task.metric_unit != "%" or not task.is_mean_over_samples or not 0 <= value <= 1 or samples < 1:
         return None
     return wilson_interval(value, samples)
 
@@ -50,19 +54,22 @@ def difference_interval(first: float, second: float, samples: int) -> Interval:
 
 
 def is_within_noise(task: Task, first: float, second: float, samples: int) -> bool:
-    """Whether a difference of two metrics is too small to be told from none with so few samples."""
+    """Whether the difference of two scores is too small to be told from none with so few samples."""
     if metric_interval(task, first, samples) is None or metric_interval(task, second, samples) is None:
         return False
-    low, high = difference_interval(first, second, samples)
+    low, high = difference_interval(task.score(first), task.score(second), samples)
     return low <= 0 <= high
 
 
-def is_near_chance(task: Task, value: float, samples: int, chance: float) -> bool:
-    """Whether a metric is hardly better than guessing: by less than a tenth of the way, or not measurably."""
-    interval = metric_interval(task, value, samples)
-    if interval is None or not 0 <= chance < 1:
-        return False
-    return value < min(chance + 0.1 * (1 - chance), 3 * chance) or interval[0] <= chance
+def is_near_chance(task: Task, score: float, samples: int, chance: float) -> bool:
+    """Whether a score is hardly better than that of guessing: by less than a tenth of the way, or not measurably.
+
+    One that is no share of samples (`metric_interval`) is near chance where it is not above it.
+    """
+    interval = metric_interval(task, score, samples)
+    if interval is None or not task.higher_is_better or not 0 <= chance < 1:
+        return math.isfinite(chance) and score <= chance
+    return score < min(chance + 0.1 * (1 - chance), 3 * chance) or interval[0] <= chance
 
 
 def format_interval(interval: Interval, between: str = " to ") -> str:

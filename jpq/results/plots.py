@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -14,12 +15,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from jpq.config import Config
 from jpq.files.atomic import replace_file
 from jpq.results.formatting import format_metric, format_number, format_percent, metric_label, metric_scale, shorten
-from jpq.results.record import Result
+from jpq.results.record import LayerRecord, Result
 from jpq.training.history import EpochRecord
 
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#E69F00", "#009E73", "#E3E3E3", "#333333"  # Okabe and Ito's palette
 
-SHADES = {"search": "#F1F5F9", "fine-tune": "#FFFFFF"}
+SHADES = {"search": "#F1F5F9", "reconstruction": "#E8EEF4", "fine-tune": "#FFFFFF"}
 
 
 def save_picture(figure: Figure, path: Path) -> None:
@@ -29,10 +30,10 @@ def save_picture(figure: Figure, path: Path) -> None:
 
 
 def draw_curves(result: Result, config: Config) -> Figure:
-    """Plot of BOPs against the target, and held-out accuracy, over the epochs of search and fine-tuning."""
-    figure = Figure(figsize=(9, 6.2), layout="constrained")
+    """Plot of BOPs against the target, of bits and kept units, and of the held-out metric, over the epochs."""
+    figure = Figure(figsize=(9, 8.4), layout="constrained")
     figure.suptitle(_title(result, config), fontsize=12, color=INK)
-    cost, quality = figure.subplots(2, 1, sharex=True)
+    cost, decisions, quality = figure.subplots(3, 1, sharex=True, height_ratios=(1.2, 1, 1))
     rows = [row for row in result.history if row.phase in SHADES]
     x = list(range(1, len(rows) + 1))
     mark = "o" if len(rows) <= 60 else ""
@@ -57,13 +58,35 @@ def draw_curves(result: Result, config: Config) -> Figure:
     quality.set_ylabel(f"held-out {metric_label(result.task)}")
     quality.set_xlabel("epoch")
     quality.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _shade_phases(rows, (cost, quality))
+    masked = any(row.density < 1 for row in result.layers)
+    _draw_decisions(decisions, rows, x, mark, "weights" if masked else "channels")
+    _shade_phases(rows, (cost, decisions, quality))
+    style_axes(decisions)
+    decisions.grid(True, color="#D8D8D8", lw=0.6)
     for axes, where in ((cost, "upper right"), (quality, "lower right")):
         style_axes(axes)
         axes.grid(True, color="#D8D8D8", lw=0.6)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc=where, fontsize=9, framealpha=0.9, edgecolor="none")
     return figure
+
+
+def _draw_decisions(axes: Axes, rows: Sequence[EpochRecord], x: Sequence[int], mark: str, units: str) -> None:
+    """Mean bits of weights and activations on one side, the share of units that stay on the other."""
+    style: dict[str, Any] = {"lw": 2, "marker": mark, "ms": 3.5}
+    lines = axes.plot(x, [row.w_bits for row in rows], color=BLUE, label="bits of weights", **style)
+    lines += axes.plot(x, [row.a_bits for row in rows], color=ORANGE, label="bits of activations", **style)
+    axes.set_ylabel("bits, mean over layers")
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    share = axes.twinx()
+    shares = [100 * row.kept for row in rows]
+    lines += share.plot(x, shares, color=GREEN, ls="-.", label=f"{units} kept", **style)
+    least = min((s for s in shares if s == s), default=100.0)
+    share.set_ylim(min(90.0, least - 5), 102)
+    share.set_ylabel(f"{units} kept, %")
+    share.spines[["top", "left"]].set_visible(False)
+    share.tick_params(colors=INK)
+    share.legend(handles=lines, loc="lower right", bbox_to_anchor=(1, 0.98), fontsize=9, ncols=3, frameon=False)
 
 
 def _shade_phases(rows: Sequence[EpochRecord], panels: Sequence[Axes]) -> None:
@@ -105,10 +128,14 @@ def set_log_ticks(axis: Axis) -> None:
 
 def draw_layers(result: Result, config: Config) -> Figure:
     """Bar chart of bits, kept channels and share of the BOPs of each layer, from the input down to the output."""
-    layers = result.layers
+    return draw_layer_bars(result.layers, _title(result, config))
+
+
+def draw_layer_bars(layers: Sequence[LayerRecord], title: str) -> Figure:
+    """The bar chart of `draw_layers`, of any records of layers."""
     n = max(len(layers), 1)
     figure = Figure(figsize=(10, 1.5 + max(1.4, n * (0.42 if n <= 12 else 0.24))), layout="constrained")
-    figure.suptitle(_title(result, config), fontsize=12, color=INK)
+    figure.suptitle(title, fontsize=12, color=INK)
     bits, kept, work = figure.subplots(1, 3, sharey=True, width_ratios=(1.1, 1, 1))
     y = range(len(layers))
     small = 9 if n <= 12 else 7.5

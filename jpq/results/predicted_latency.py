@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from jpq import costs
 from jpq.allocation.prepare import prepare
 from jpq.compression.usage import Densities, exact_usage
@@ -33,7 +31,7 @@ def predicted_ms(folder: str | Path, table: LatencyTable, run_code: bool = False
     plan = read(folder / "plan.json")
     dense = models.of_plan(plan, folder / "plan.json", folder / "model.safetensors", run_code)
     model = apply_routes(decompose(dense), plan.routes)
-    example = torch.zeros(2, *Runner(folder / "model.onnx").shapes[0][1:])
+    example = Runner(folder / "model.onnx").two_samples()
     decide = replace(read_toml(folder / "config.toml").decide, mask=None)  # the plan holds the mask
     prepared = prepare(model, example, decide, Budget(), table=table, structures=plan.structures or None)
     shares = ChannelShares(prepared.network, [s for s in prepared.sites if not s.is_mask])

@@ -95,6 +95,8 @@ class Result:
     latency: dict[str, Any] = field(default_factory=dict)  # model.onnx: predicted_ms, measured_ms, their ratio ...
     export: dict[str, Any] = field(default_factory=dict)  # opset, type of weights, forms, layers left in float
     packed: dict[str, int] = field(default_factory=dict)  # bytes of model.packed: total, header, promised, others
+    pruning: dict[str, Any] = field(default_factory=dict)  # price of closing more channels, beside that of fewer bits
+    contest: dict[str, Any] = field(default_factory=dict)  # plans that were compared before training, and their cost
     schemes: dict[str, Any] = field(default_factory=dict)  # structures per layer: how chosen, modelled ms
     data: dict[str, Any] = field(default_factory=dict)  # name, checksum, sizes of the splits
     machine: dict[str, Any] = field(default_factory=dict)  # platform, device, threads, peak memory

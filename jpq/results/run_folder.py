@@ -25,6 +25,7 @@ from jpq.files.atomic import replace_file
 from jpq.files.paths import find_run
 from jpq.plan import Plan
 from jpq.plan import read as read_plan
+from jpq.results import readme
 from jpq.results.plots import draw_curves, draw_layers, save_picture
 from jpq.results.record import BudgetRecord, LayerRecord, ModelMetrics, Result
 from jpq.tasks import models
@@ -111,6 +112,7 @@ def write_run(result: Result, config: Config) -> None:
     replace_file(folder / "result.json", lambda path: path.write_text(text, encoding="utf-8"))
     if result.export:
         write_sizes(result)
+        replace_file(folder / readme.NAME, lambda path: path.write_text(readme.readme_text(result), encoding="utf-8"))
     if result.final:
         draw_run(result, config)
 

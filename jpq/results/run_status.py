@@ -25,13 +25,14 @@ TRIAL = "trial"  # finished as a trial of a study: not exported, and its test sp
 BROKEN = "broken"  # settings or result that cannot be read
 
 CHECKPOINT, RESULT, FRONT_TABLE = "checkpoint.pt", "result.json", "front.csv"
+LADDER = "ladder.csv"  # table of the runs of an accuracy target
 
 LARGEST_RESULT = 2**26  # bytes of result.json
 
 FILES = (  # that runs write into their folders
     *(SETTINGS_FILE, CHECKPOINT, RESULT, FRONT_TABLE, "front.png", "float.safetensors", "history.csv", "layers.csv"),
     *("sizes.csv", "plan.json", "model.safetensors", "model.packed", "curves.png", "layers.png", "latency.csv"),
-    *("schemes.json",),
+    *("schemes.json", "sensitivity.csv", "sensitivity.csv.part", "reconstruction.csv", LADDER),
 )
 
 EVENTS = "events.out.tfevents.*"  # of --tensorboard

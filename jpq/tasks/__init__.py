@@ -1,11 +1,19 @@
 """Data, models, and tasks (loss and metric): TASKS holds one instance per task, by name."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jpq.lazy import lazy_names
 from jpq.tasks.base import Task
-from jpq.tasks.classification import Classification
+from jpq.tasks.classification import Classification, SequenceClassification, TextClassification
+from jpq.tasks.detection import Detection
+from jpq.tasks.multi_label import MultiLabel
+from jpq.tasks.recorded import RecordedTask, metric_record
+from jpq.tasks.regression import Regression
+from jpq.tasks.restoration import Restoration
+from jpq.tasks.segmentation import Segmentation
 from jpq.types import JpqError, unknown
 
 if TYPE_CHECKING:
@@ -22,7 +30,15 @@ __all__ = [
     "Batches",
     "Classification",
     "Data",
+    "Detection",
+    "MultiLabel",
+    "RecordedTask",
+    "Regression",
+    "Restoration",
+    "Segmentation",
+    "SequenceClassification",
     "Task",
+    "TextClassification",
     "build_model",
     "load_data",
     "load_dense_model",
@@ -31,13 +47,26 @@ __all__ = [
     "read_data",
     "recorded_task",
     "task_record",
+    "with_task",
 ]
 
 CLASSIFICATION = Classification()
 
 TASKS: dict[str, Task] = {
-    "classification": CLASSIFICATION,
+    task.name: task
+    for task in (
+        CLASSIFICATION,
+        MultiLabel(),
+        Segmentation(),
+        Regression(),
+        Restoration(),
+        Detection(),
+        TextClassification(),
+        SequenceClassification(),
+    )
 }
+
+BUILT_IN = {name: type(task) for name, task in TASKS.items()}
 
 _HOMES = {
     "Batches": "data",
@@ -53,26 +82,64 @@ __getattr__, __dir__ = lazy_names(__name__, _HOMES)
 
 
 def pick_task(name: str) -> Task:
-    """The task of this name. Raises JpqError for an unknown one."""
-    if name not in TASKS:
-        raise unknown("task", name, TASKS)
-    return TASKS[name]
+    """The task of this name, or the one that the user's own `module:callable` returns: that code is imported and RUN.
+
+    Raises JpqError for an unknown name, and for code that returns no task.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    if ":" not in name:
+        raise unknown("task", name, [*TASKS, "module:callable"])
+    from jpq.tasks.datasets import call_user_code, import_callable
+
+    task = call_user_code("task", name, import_callable("task", name))
+    if not isinstance(task, Task):
+        raise JpqError(f"Task '{name}' returned {type(task).__name__}; it must return a jpq.tasks.base.Task.")
+    return task
+
+
+def with_task(data: Data, name: str = "") -> Data:
+    """The data with the task of this name, "" for their own. Raises JpqError where targets are not of the task."""
+    from dataclasses import replace
+
+    if name and name not in (data.task.name, CLASSIFICATION.name if data.task is CLASSIFICATION else ""):
+        data = replace(data, task=pick_task(name))
+    if isinstance(data.task, Detection) and len(data.shape) == 3:  # anchors are for one size of images
+        sides = dict(zip(("height", "width"), data.shape[1:], strict=True))
+        data = replace(data, arguments={**data.arguments, **sides})
+    if data.task is CLASSIFICATION:  # its labels were checked when they were read
+        return data
+    data.task.check_packages()
+    for split in (data.train, data.held_out, data.test):
+        for _, target in split:
+            data.task.check_target(target, data.classes)
+            break
+    return data
 
 
 def recorded_task(data: Mapping[str, Any]) -> Task:
     """The task that a run's record of its data names; classification where it names none.
 
-    Raises JpqError for a task that is not in TASKS, which says how to make it known.
+    A task that is not in TASKS is known by its record (`RecordedTask`). Raises JpqError where there is no such record.
     """
     name = str(data.get("task", CLASSIFICATION.name))
-    if name not in TASKS:
+    if name in TASKS:
+        return TASKS[name]
+    try:
+        return RecordedTask(name, data["metric"])
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         raise JpqError(
             f"Unknown task '{name}': first import the module that adds it to jpq.tasks.TASKS, as in "
             "python -c \"import MODULE; from jpq.cli.main import main; main(['pareto', 'runs'])\"."
-        )
-    return TASKS[name]
+        ) from error
 
 
-def task_record(task: Task) -> dict[str, str]:
-    """The entry for `recorded_task` in a run's record of its data; empty for classification."""
-    return {} if task.name == CLASSIFICATION.name else {"task": task.name}
+def task_record(task: Task, classes: int = 1) -> dict[str, Any]:
+    """The entries for `recorded_task` in a run's record of its data; empty for classification.
+
+    A task of the user's own gets the record of its metric, with the chance level for so many outputs per sample.
+    """
+    if task.name == CLASSIFICATION.name:
+        return {}
+    own = BUILT_IN.get(task.name) is not type(task)
+    return {"task": task.name, **({"metric": metric_record(task, classes)} if own else {})}

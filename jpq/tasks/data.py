@@ -9,133 +9,44 @@ operations.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 from jpq.files.paths import expand_home, is_windows_path
-from jpq.tasks import CLASSIFICATION, datasets, folders
+from jpq.tasks import CLASSIFICATION, datasets, pick_task
 from jpq.tasks.base import Task
-from jpq.tasks.datasets import Pair, Source
+from jpq.tasks.batches import Augment as Augment
+from jpq.tasks.batches import Batches as Batches
+from jpq.tasks.batches import (
+    Preprocessing,
+    SplitBatches,
+    column_length,
+    select_rows,
+    strata,
+    stratified,
+    take_rows,
+)
+from jpq.tasks.datasets import ReadOptions, Source
+from jpq.tasks.loaders import sample_of
+from jpq.tasks.user_loaders import (
+    CLASS_TASKS,
+    LoaderSource,
+    check_targets,
+    count_outputs,
+    find_loaders,
+    guess_task,
+    open_loaders,
+)
 from jpq.types import JpqError, unknown
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of ImageNet's channels
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Augmentation: a random crop of the image padded by `pad` zero pixels, and a horizontal flip half the time."""
-
-    pad: int
-    flip: bool = False
-
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw a random move per image, [count, 3] on the CPU: row and column of the crop's start, flipped or not."""
-        corners = torch.randint(2 * self.pad + 1, (count, 2), generator=generator)
-        return torch.cat([corners, torch.randint(1 + self.flip, (count, 1), generator=generator)], 1)
-
-    def apply(self, images: Tensor, moves: Tensor) -> Tensor:
-        """Move every image of [B, C, H, W] by its row of `moves`, [B, 3]."""
-        rows, columns, flipped = moves.unbind(1)
-        if self.pad:
-            windows = F.pad(images, [self.pad] * 4).unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)
-            samples = torch.arange(len(images), device=images.device)
-            images = windows[samples, :, rows.to(images.device), columns.to(images.device)]
-        flips = flipped.nonzero()[:, 0].to(images.device)  # counted on the CPU: no wait for an accelerator
-        return images.index_copy(0, flips, images.index_select(0, flips).flip(3))
-
-
-class Batches:
-    """A split in memory, an iterable of batches (normalised float32 [B, C, H, W], targets [B, ...]) on their device.
-
-    `epoch(e)` depends on (seed, e) alone, so a run can be resumed. Shuffled batches are training batches: a remainder
-    of one sample is dropped, as BatchNorm cannot use it.
-    """
-
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        batch_size: int,
-        augment: Augment | None = None,
-        shuffle: bool = False,
-        seed: int = 0,
-    ) -> None:
-        if batch_size < 1:
-            raise JpqError(f"The batch size is {batch_size}; give at least 1 with --batch-size.")
-        self.images, self.labels = images, labels
-        self.batch_size, self.augment, self.shuffle, self.seed = batch_size, augment, shuffle, seed
-        self.mean, self.std = tuple(mean), tuple(std)
-        white = 255 if images.dtype == torch.uint8 else 1
-        self._mean = (torch.tensor(mean, dtype=torch.float64) * white).float().view(-1, 1, 1).to(images.device)
-        self._std = (torch.tensor(std, dtype=torch.float64) * white).float().view(-1, 1, 1).to(images.device)
-
-    @property
-    def size(self) -> int:
-        """Number of samples."""
-        return len(self.labels)
-
-    def __len__(self) -> int:
-        """Batches per epoch."""
-        full, rest = divmod(self.size, self.batch_size)
-        return full + (rest > (1 if self.shuffle else 0))
-
-    def __iter__(self) -> Iterator[Pair]:
-        return self.epoch(0)
-
-    def epoch(self, epoch: int) -> Iterator[Pair]:
-        """The batches of one epoch: order and augmentation depend on (seed, epoch) alone."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        order = torch.randperm(self.size, generator=generator) if self.shuffle else torch.arange(self.size)
-        moves = self.augment.draw(self.size, generator) if self.augment else None
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            part = slice(start, start + self.batch_size)
-            samples = order[part].to(self.images.device)
-            images = self.images.index_select(0, samples)
-            if self.augment and moves is not None:
-                images = self.augment.apply(images, moves[part])
-            yield self.normalise(images), self.labels.index_select(0, samples)
-
-    def first(self, count: int) -> Batches:
-        """The first `count` samples alone."""
-        return self._part(slice(count), self.seed)
-
-    def halves(self) -> tuple[Batches, Batches]:
-        """Two disjoint halves of the samples for bi-level methods, the same ones in every epoch and every run.
-
-        They are stratified by class, whatever the seed, and each is shuffled within itself: no sample of one half is
-        ever given by the other. Raises JpqError below 4 samples.
-        """
-        if self.size < 4:
-            raise JpqError(
-                f"{self.size} training samples cannot be halved for a bi-level method: at least 4 are needed."
-            )
-        mask = stratified(self.labels.cpu(), self.size // 2, seed=0).to(self.labels.device)
-        return self._part(mask, self.seed), self._part(~mask, self.seed + 1)
-
-    def _part(self, samples: slice | Tensor, seed: int) -> Batches:
-        """The batches of some samples, with the same batch size and augmentation."""
-        return Batches(
-            self.images[samples],
-            self.labels[samples],
-            mean=self.mean,
-            std=self.std,
-            batch_size=self.batch_size,
-            augment=self.augment,
-            shuffle=self.shuffle,
-            seed=seed,
-        )
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """Stored images -> (x - mean) / std in float32, where bytes count as x / 255."""
-        return images.float().sub(self._mean).div_(self._std)
 
 
 @dataclass(frozen=True)
@@ -143,25 +54,18 @@ class Data:
     """A data set for one task, split and on its device."""
 
     name: str
-    train: Batches
-    held_out: Batches
-    test: Batches
-    example: Tensor  # a few normalised training images, for tracing, [2, C, H, W]
+    train: SplitBatches
+    held_out: SplitBatches
+    test: SplitBatches
+    example: Any  # inputs of a few training samples, for tracing, such as [2, C, H, W]
     classes: int  # of the labels; for other tasks the number of outputs per sample
-    shape: tuple[int, int, int]  # channels, height, width of an image
+    shape: tuple[int, ...]  # of a sample's (first) input, such as channels, height, width of an image
     checksum: str  # sha256 over images and labels of the three splits as they are used
     task: Task = CLASSIFICATION
     class_names: tuple[str, ...] = ()  # by class number, where they are known
     notes: tuple[str, ...] = ()  # sentences on what was left out or looks wrong
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """Normalisation and augmentation of a data set's images."""
-
-    mean: Sequence[float]
-    std: Sequence[float]
-    augment: Augment | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)  # facts on inputs and targets, for records and files
+    arguments: Mapping[str, int] = field(default_factory=dict)  # what a model may want to know: vocabulary, length
 
 
 PREPROCESSING = {
@@ -170,6 +74,17 @@ PREPROCESSING = {
     "fashion-mnist": Preprocessing((0.2860,), (0.3530,), Augment(pad=2, flip=True)),
     "cifar10": Preprocessing(*IMAGENET, Augment(pad=4, flip=True)),  # what the public ResNet weights expect
     "cifar100": Preprocessing((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), Augment(pad=4, flip=True)),
+}
+
+
+READERS: dict[str, str] = {  # kind:PATH -> module:function that gives a Source of a path and ReadOptions
+    "folder": "folders:read",
+    "text": "readers.text:read",
+    "table": "readers.table:read",
+    "sklearn": "readers.table:read_sklearn",
+    "series": "readers.series:read",
+    "coco": "readers.coco:read",
+    "hf-dataset": "readers.hf_dataset:read",
 }
 
 
@@ -187,11 +102,12 @@ def load(
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     skip_bad: bool = False,
+    **options: Any,
 ) -> Data:
     """Read, split and normalise a data set.
 
     Args:
-        name: digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH or module:callable.
+        name: digits, mnist, fashion-mnist, cifar10, cifar100, KIND:PATH (READERS) or module:callable.
         root: folder of torchvision's data sets.
         held_out: share of the training samples that steers a run; stratified, drawn by `seed`.
         augment: whether training images are augmented.
@@ -202,6 +118,7 @@ def load(
             is usual for the data set.
         std: standard deviation of each channel.
         skip_bad: leave out images of a folder that cannot be read.
+        options: other fields of `jpq.tasks.datasets.ReadOptions`.
 
     Raises JpqError for unknown names, files that cannot be read, and data that are too small.
     """
@@ -209,24 +126,30 @@ def load(
         raise JpqError(f"The held-out share is {held_out}; it must lie between 0 and 1 (--held-out 0.1).")
     if limit is not None and limit < 3:
         raise JpqError(f"The limit is {limit}; at least 3 training samples are needed (--limit 1000).")
-    source = _read_source(name, expand_home(root), image_size, skip_bad)
+    colour = len(mean) == 3
+    reading = ReadOptions(image_size, skip_bad, colour=colour, batch_size=batch_size, seed=seed, **options)
+    source = _read_source(name, expand_home(root), reading)
+    if isinstance(source, LoaderSource):
+        _check_no_normalisation(name, mean, std, "gives batches")
+        return from_loaders(name, source, held_out, seed, torch.device(device), limit)
     if isinstance(source, Data):
-        if mean or std:
-            raise JpqError(f"--mean and --std: '{name}' returns a jpq.tasks.data.Data, which is normalised by itself.")
+        _check_no_normalisation(name, mean, std, "returns a jpq.tasks.data.Data")
         return source
-    if len(mean) == 3:
+    if colour:
         source = _with_colour(source)
-    preprocessing = _preprocessing(name, source.train[0], mean, std)
+    _check_classes(name, source.task, source.classes, source.class_names)
+    preprocessing = _preprocessing(name, source, mean, std)
     train, held_out_part, test = _split_source(source, held_out, seed, limit)
-    if min(len(train[1]) - 1, len(held_out_part[1]), len(test[1])) < 1:
+    sizes = [column_length(part[1]) for part in (train, held_out_part, test)]
+    if min(sizes[0] - 1, sizes[1], sizes[2]) < 1:
         raise JpqError(
-            f"Data '{name}' is too small: {len(train[1])} training, {len(held_out_part[1])} held-out and "
-            f"{len(test[1])} test samples are left, and at least 2, 1 and 1 are needed."
+            f"Data '{name}' is too small: {sizes[0]} training, {sizes[1]} held-out and "
+            f"{sizes[2]} test samples are left, and at least 2, 1 and 1 are needed."
         )
 
-    def batches(pair: Pair, augment: Augment | None = None, shuffle: bool = False) -> Batches:
-        return Batches(
-            *(part.to(device) for part in pair),
+    def batches(pair: tuple[Any, Any], augment: Augment | None = None, shuffle: bool = False) -> SplitBatches:
+        return source.make(
+            *(tree_map(lambda column: column.to(device), part) for part in pair),
             mean=preprocessing.mean,
             std=preprocessing.std,
             batch_size=batch_size,
@@ -236,28 +159,94 @@ def load(
         )
 
     training = batches(train, preprocessing.augment if augment else None, shuffle=True)
-    channels, height, width = train[0].shape[1:]
+    tested = batches(test)
+    example = example_inputs(training, tested)
     return Data(
         name=name,
         train=training,
         held_out=batches(held_out_part),
-        test=batches(test),
-        example=training.normalise(training.images[:2]),
+        test=tested,
+        example=example,
         classes=source.classes,
-        shape=(channels, height, width),
+        shape=tuple(tree_leaves(example)[0].shape[1:]),
         checksum=_checksum([train, held_out_part, test]),
+        task=pick_task(source.task),
         class_names=source.class_names,
         notes=source.notes,
+        about=source.about,
+        arguments=source.arguments,
     )
 
 
-def _read_source(name: str, root: Path, size: Sequence[int], skip_bad: bool) -> Source | Data:
+def without_normalisation(data: Data) -> Data:
+    """The data with inputs that are not normalised: bytes as x / 255."""
+    train, test = data.train.raw(), data.test.raw()
+    example = example_inputs(train, test)
+    return replace(data, train=train, held_out=data.held_out.raw(), test=test, example=example)
+
+
+def example_inputs(training: SplitBatches, tested: SplitBatches) -> Any:
+    """Inputs of two samples, of the training split where they are numbered (not augmented), else of the test split."""
+    if isinstance(training, Batches):
+        rows = torch.arange(2, device=training.labels.device)
+        return training.normalise(take_rows(training.images, rows))
+    return sample_of(tested.one_size(), 2)[0]
+
+
+def from_loaders(
+    name: str, source: LoaderSource, held_out: float, seed: int, device: torch.device, limit: int | None = None
+) -> Data:
+    """The data set of a user's own loaders; a held-out part that is missing is split off a DataLoader's dataset."""
+    parts = open_loaders(name, source, held_out, seed, device, limit)
+    x, y = sample_of(parts["train"], 2)
+    task = source.task or guess_task(x, y)
+    classes = source.classes or count_outputs(task, parts["train"], f"The train part of '{name}'")
+    check_targets(task, classes, parts, name)
+    _check_classes(name, task, classes, source.class_names)
+    digest = hashlib.sha256()
+    for part in parts.values():
+        for leaf in tree_leaves(next(iter(part))):
+            digest.update(str((tuple(leaf.shape), part.size)).encode())
+            digest.update(leaf.contiguous().cpu().numpy().data)
+    return Data(
+        name=name,
+        **parts,
+        example=x,
+        classes=classes,
+        shape=tuple(tree_leaves(x)[0].shape[1:]),
+        checksum=digest.hexdigest(),
+        task=pick_task(task),
+        class_names=tuple(source.class_names),
+        notes=tuple(note for note in dict.fromkeys(part.note for part in parts.values()) if note),
+        about=source.about,
+        arguments=source.arguments,
+    )
+
+
+def _check_classes(name: str, task: str, classes: int, names: Sequence[str]) -> None:
+    """Raise JpqError for a single class, of which nothing can be learnt, and for names of too few classes."""
+    if task in CLASS_TASKS and classes < 2:
+        raise JpqError(
+            f"All training samples of '{name}' are of one class, so there is nothing to tell apart. Add another."
+        )
+    if task in CLASS_TASKS and 0 < len(names) < classes:
+        raise JpqError(f"'{name}' names {len(names)} classes ({', '.join(names[:5])}), and its labels have {classes}.")
+
+
+def _check_no_normalisation(name: str, mean: Sequence[float], std: Sequence[float], reason: str) -> None:
+    if mean or std:
+        raise JpqError(f"--mean and --std: '{name}' {reason}, which is normalised by itself. Leave them out.")
+
+
+def _read_source(name: str, root: Path, options: ReadOptions) -> Source | LoaderSource | Data:
     kind, colon, path = name.partition(":")
-    if kind == "folder" and path:
-        return folders.read_folder(Path(path), size, skip_bad)
-    if skip_bad:
+    if kind in READERS and path and not is_windows_path(name):
+        module, _, function = READERS[kind].partition(":")
+        reader: Callable[[str, ReadOptions], Source] = getattr(import_module(f"jpq.tasks.{module}"), function)
+        return reader(path, options)
+    if options.skip_bad:
         raise JpqError(f"--skip-bad is for image files, folder:PATH, and the data are '{name}'. Leave it out.")
-    if size and (not colon or name in datasets.TORCHVISION):
+    if options.image_size and (not colon or name in datasets.TORCHVISION):
         raise JpqError(
             f"--image-size is for folder:PATH and pictures of your own, and the data are '{name}'. Leave it out."
         )
@@ -267,30 +256,34 @@ def _read_source(name: str, root: Path, size: Sequence[int], skip_bad: bool) -> 
         return datasets.digits()
     if name in datasets.TORCHVISION:
         return datasets.torchvision(name, root)
-    if not colon or kind == "folder":
-        raise unknown("data set", name, [*PREPROCESSING, "folder:PATH", "module:callable"])
+    if not colon or kind in READERS:
+        raise unknown("data set", name, [*PREPROCESSING, *(f"{kind}:PATH" for kind in READERS), "module:callable"])
     value = datasets.call_user_code("data", name, datasets.import_callable("data", name))
-    return value if isinstance(value, Data) else datasets.convert_user_data(name, value, size)
+    if isinstance(value, Data):
+        return value
+    return find_loaders(name, value, options) or datasets.convert_user_data(name, value, options.image_size)
 
 
 def _with_colour(source: Source) -> Source:
     """The source with grey images repeated to three channels."""
 
-    def colour(pair: Pair | None) -> Pair | None:
+    def colour(pair: Any) -> Any:
         return pair and (pair[0].expand(-1, 3, -1, -1).contiguous(), pair[1])
 
-    if source.train[0].shape[1] != 1:
+    images = source.train[0]
+    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != 1:
         return source
-    train = source.train[0].expand(-1, 3, -1, -1).contiguous(), source.train[1]
-    return replace(source, train=train, held_out=colour(source.held_out), test=colour(source.test))
+    return replace(source, train=colour(source.train), held_out=colour(source.held_out), test=colour(source.test))
 
 
-def _preprocessing(name: str, images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
+def _preprocessing(name: str, source: Source, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
     """The preprocessing of a data set, with the mean and standard deviation that were given, if any."""
-    usual = _usual_preprocessing(name, images)
+    usual = source.preprocessing or _usual_preprocessing(name, source.train[0])
     if not mean and not std:
         return usual
-    channels = images.shape[1]
+    if not usual.mean:
+        raise JpqError(f"--mean and --std are for images, and the inputs of '{name}' are none. Leave them out.")
+    channels = len(usual.mean)
     if {len(mean), len(std)} != {channels}:
         raise JpqError(
             f"--mean and --std have {len(mean)} and {len(std)} values, and the images of '{name}' {channels} channels. "
@@ -310,41 +303,32 @@ def _usual_preprocessing(name: str, images: Tensor) -> Preprocessing:
     return Preprocessing(mean, std, Augment(pad=max(1, min(height, width) // 8), flip=True))
 
 
-def _split_source(source: Source, held_out: float, seed: int, limit: int | None) -> tuple[Pair, Pair, Pair]:
+def _split_source(source: Source, held_out: float, seed: int, limit: int | None) -> tuple[Any, Any, Any]:
     """(train, held-out, test) parts of a source; a missing test split is a quarter that does not depend on the seed."""
     train, held_out_part, test = source.train, source.held_out, source.test
     if test is None:
-        mask = stratified(train[1], round(len(train[1]) / 4), seed=0)
+        mask = stratified(strata(train[1]), round(column_length(train[1]) / 4), seed=0)
         train, test = _select(train, ~mask), _select(train, mask)
-    if limit is not None and limit < len(train[1]):
-        train = _select(train, stratified(train[1], limit, seed=0))
+    if limit is not None and limit < column_length(train[1]):
+        train = _select(train, stratified(strata(train[1]), limit, seed=0))
     if held_out_part is None:
-        mask = stratified(train[1], max(1, round(held_out * len(train[1]))), seed)
+        mask = stratified(strata(train[1]), max(1, round(held_out * column_length(train[1]))), seed)
         train, held_out_part = _select(train, ~mask), _select(train, mask)
     return train, held_out_part, test
 
 
-def stratified(labels: Tensor, count: int, seed: int) -> Tensor:
-    """A boolean mask of exactly `count` samples, [N], with the same share of every class to within one sample.
-
-    Targets of several numbers per sample count by the first of them.
-    """
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    by_class = shuffled[labels[shuffled].reshape(len(labels), -1)[:, 0].argsort(stable=True)]
-    step = torch.arange(len(labels) + 1) * count // len(labels)  # rises `count` times, evenly
-    mask = torch.zeros(len(labels), dtype=torch.bool)
-    mask[by_class] = step.diff() > 0
-    return mask
+def _select(pair: tuple[Any, Any], mask: Tensor) -> tuple[Any, Any]:
+    return select_rows(pair[0], mask), select_rows(pair[1], mask)
 
 
-def _select(pair: Pair, mask: Tensor) -> Pair:
-    return pair[0][mask], pair[1][mask]
-
-
-def _checksum(splits: list[Pair]) -> str:
+def _checksum(splits: list[tuple[Any, Any]]) -> str:
+    """sha256 over inputs and targets; of images that are read later over their files' names, sizes and times."""
     digest = hashlib.sha256()
     for images, labels in splits:
-        digest.update(str(tuple(images.shape)).encode())
-        digest.update(images.contiguous().numpy().data)
-        digest.update(labels.contiguous().numpy().data)
+        digest.update(str(tuple(tree_leaves(images)[0].shape)).encode())
+        for column in tree_leaves((images, labels)):
+            if isinstance(column, Tensor):
+                digest.update(column.contiguous().numpy().data)
+            else:
+                digest.update(column.fingerprint())
     return digest.hexdigest()

@@ -6,9 +6,9 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
@@ -20,6 +20,7 @@ from torchvision import datasets
 from torchvision.datasets.utils import check_integrity, extract_archive
 
 from jpq.files.paths import is_windows_path
+from jpq.tasks.batches import Batches, Preprocessing, SplitBatches
 from jpq.tasks.images import GREY, image_bytes
 from jpq.tasks.labels import class_numbers, count_classes, gap_note
 from jpq.types import JpqError, unknown
@@ -35,15 +36,39 @@ TORCHVISION: dict[str, Callable[..., Any]] = {
 
 
 @dataclass(frozen=True)
+class ReadOptions:
+    """Settings of the readers; each takes those that are its own."""
+
+    image_size: Sequence[int] = ()  # (height, width), or one number for squares
+    skip_bad: bool = False  # leave out images that cannot be read
+    cache: str = "auto"  # where decoded images are kept: auto, memory, disk, none
+    colour: bool = False  # grey images become colour ones
+    task: str = ""  # name of the task; "": what the data say
+    void: int = 255  # class of pixels that have none
+    noise: float = 0.0  # standard deviation of added noise, of 255
+    scale: int = 1  # factor by which inputs are smaller than targets
+    crop: Sequence[int] = ()  # (height, width), or one number for squares, of training crops
+    target_column: str = ""  # column of a table
+    attention_mask: bool = False  # texts come with a mask, as models of transformers want them
+    batch_size: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Source:
     """A data set as it is stored; a held-out or test part that is None is split off the training part later."""
 
-    train: Pair
-    held_out: Pair | None
-    test: Pair | None
+    train: tuple[Any, Any]  # columns of inputs and targets (jpq.tasks.batches)
+    held_out: tuple[Any, Any] | None
+    test: tuple[Any, Any] | None
     classes: int
     class_names: tuple[str, ...] = ()  # by class number, where they are known
     notes: tuple[str, ...] = ()  # sentences on what was left out or looks wrong
+    task: str = "classification"  # name in TASKS
+    preprocessing: Preprocessing | None = None  # None: by the name of the data set
+    about: Mapping[str, Any] = field(default_factory=dict)  # facts on inputs and targets, for records and files
+    arguments: Mapping[str, int] = field(default_factory=dict)  # what a model may want to know: vocabulary, length
+    make: Callable[..., SplitBatches] = Batches  # (inputs, targets, **settings) -> batches
 
 
 def digits() -> Source:
@@ -94,6 +119,9 @@ def _open_torchvision(reader: Callable[..., Any], name: str, root: Path, train: 
         ) from error
 
 
+MOST_SHOWN = 5  # members of a value whose types a sentence names
+
+
 def convert_user_data(name: str, parts: Any, size: Sequence[int] = ()) -> Source:
     """The value of a user's callable, (train, test) or (train, held out, test), each a Dataset or a pair (x, y).
 
@@ -125,7 +153,8 @@ def convert_user_data(name: str, parts: Any, size: Sequence[int] = ()) -> Source
 def _type_text(value: Any) -> str:
     """The type of a value, of a tuple or list those of its members."""
     if isinstance(value, tuple | list):
-        return f"({', '.join(type(member).__name__ for member in value)})"
+        more = ", ..." if len(value) > MOST_SHOWN else ""
+        return f"({', '.join(type(member).__name__ for member in value[:MOST_SHOWN])}{more})"
     return type(value).__name__
 
 
@@ -142,15 +171,15 @@ def _as_pair(name: str, part: str, data: Any, size: Sequence[int]) -> tuple[Any,
     if not samples or any(not isinstance(sample, Sequence) or len(sample) != 2 for sample in samples):
         raise JpqError(f"The {part} part of '{name}' is empty, or its samples are not pairs (image, label).")
     what = f"The {part} part of '{name}'"
-    return _stack_images([x for x, _ in samples], what, size), [label for _, label in samples]
+    return stack_images([x for x, _ in samples], what, size), [label for _, label in samples]
 
 
-def _stack_images(images: Sequence[Any], what: str, size: Sequence[int]) -> Tensor:
+def stack_images(images: Sequence[Any], what: str, size: Sequence[int]) -> Tensor:
     """The images of a Dataset, tensors, arrays or pictures, as one tensor. Raises JpqError where sizes differ."""
     tensors: list[Tensor] = []
     for place, image in enumerate(images):
         try:
-            tensors.append(_picture_bytes(image, size) if isinstance(image, Image.Image) else torch.as_tensor(image))
+            tensors.append(picture_bytes(image, size) if isinstance(image, Image.Image) else torch.as_tensor(image))
         except (TypeError, ValueError, RuntimeError) as error:
             raise JpqError(
                 f"{what} has an image, sample {place}, that is no tensor, array or picture ({type(image).__name__}: "
@@ -165,7 +194,7 @@ def _stack_images(images: Sequence[Any], what: str, size: Sequence[int]) -> Tens
     return torch.stack(tensors)
 
 
-def _picture_bytes(picture: Image.Image, size: Sequence[int]) -> Tensor:
+def picture_bytes(picture: Image.Image, size: Sequence[int]) -> Tensor:
     """A picture of a Dataset as bytes, [3, H, W], or [1, H, W] where it is stored as grey."""
     pixels = image_bytes(picture, size)
     return pixels[:1] if picture.mode in GREY else pixels

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from jpq.files.paths import expand_home
-from jpq.tasks.datasets import Source
-from jpq.tasks.images import SUFFIXES, read_images
+from jpq.tasks.datasets import ReadOptions, Source
+from jpq.tasks.images import SUFFIXES
+from jpq.tasks.lazy_images import open_images
 from jpq.types import JpqError
 
 PARTS = {  # part -> names of its folder, in any case
@@ -21,8 +23,29 @@ PARTS = {  # part -> names of its folder, in any case
 SYSTEM = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"})  # lower case
 
 
-def read_folder(path: Path, size: Sequence[int] = (), skip_bad: bool = False) -> Source:
-    """The images of a folder, in memory; class numbers are the places of the class folders' names in sorted order.
+def read(path: str, options: ReadOptions) -> Source:
+    """The images of a folder, by what it holds: with masks, to be restored, or in class folders (`read_folder`).
+
+    Folders called `images` and `masks` are judged by their files, unless --task says what they are.
+    """
+    from jpq.tasks.readers import pairs, restoration, segmentation  # they read folders by this module
+
+    if options.task == "restoration" or options.noise or options.scale > 1:
+        return restoration.read(path, options)
+    has_masks, sentence = options.task == "segmentation", ""
+    if not options.task and pairs.is_arranged(path, pairs.MASKS):
+        has_masks, sentence = segmentation.judge_contents(path)
+    if has_masks:
+        source = segmentation.read(path, options)
+    else:
+        source = read_folder(Path(path), options.image_size, options.skip_bad, options.cache, options.colour)
+    return replace(source, notes=(*source.notes, sentence)) if sentence else source
+
+
+def read_folder(
+    path: Path, size: Sequence[int] = (), skip_bad: bool = False, cache: str = "memory", colour: bool = False
+) -> Source:
+    """The images of a folder; class numbers are the places of the class folders' names in sorted order.
 
     PATH/val is held out, or is the test part where there is none. Hidden files and folders, and those that systems put
     beside images (._NAME, Thumbs.db, __MACOSX), are left out.
@@ -31,19 +54,20 @@ def read_folder(path: Path, size: Sequence[int] = (), skip_bad: bool = False) ->
         path: holds parts, or class folders without parts, which are split later.
         size: (height, width) or one number for squares that images are scaled and cropped to; () leaves them.
         skip_bad: leave out images that cannot be read.
+        cache, colour: see `jpq.tasks.lazy_images.open_images`.
     """
     path = expand_home(path)
     parts = _find_parts(path)
-    classes = [folder.name for folder in _folders(parts["train"])]
+    classes = [folder.name for folder in list_folders(parts["train"])]
     files = {part: _labelled_files(folder, classes, parts["train"]) for part, folder in parts.items()}
     listed = [(part, *entry) for part, entries in files.items() for entry in entries]
-    images = read_images([file for _, file, _ in listed], size, skip_bad)
+    images = open_images([file for _, file, _ in listed], size, skip_bad, cache, colour)
     pairs = {}
     for part in parts:
         own = [place for place, number in enumerate(images.read) if listed[number][0] == part]
         labels = [listed[images.read[place]][2] for place in own]
         _check_complete(labels, files[part], classes, parts[part])
-        pairs[part] = images.pixels[own], torch.tensor(labels)
+        pairs[part] = images.pixels[torch.tensor(own)], torch.tensor(labels)
     val, test = pairs.get("val"), pairs.get("test")
     held_out, test = (val, test) if test else (None, val)
     notes = (images.note,) if images.note else ()
@@ -56,7 +80,7 @@ def _find_parts(path: Path) -> dict[str, Path]:
         what = "is a file" if path.exists() else "is not there"
         raise JpqError(f"The folder '{path}' {what}; images are read from PATH/train/CLASS/*.png or PATH/CLASS/*.png.")
     parts: dict[str, Path] = {}
-    for folder in _folders(path):
+    for folder in list_folders(path):
         part = next((part for part, names in PARTS.items() if folder.name.casefold() in names), None)
         if part in parts:
             raise JpqError(f"'{parts[part].name}' and '{folder.name}' in '{path}' are both a {part} part. Remove one.")
@@ -74,10 +98,10 @@ def _find_parts(path: Path) -> dict[str, Path]:
 def _labelled_files(part: Path, classes: list[str], train: Path) -> list[tuple[Path, int]]:
     """(image file, class number) of every image in a part's class folders."""
     labelled = []
-    for entry in _folders(part):
+    for entry in list_folders(part):
         if entry.name not in classes:
             raise JpqError(f"Class '{entry.name}' of '{part}' has no folder under '{train}'. Add it there.")
-        images = sorted(_image_files(entry))
+        images = sorted(image_files(entry))
         if not images:
             raise JpqError(
                 f"The class folder '{entry}' holds no image (.png, .jpg, .tif, .webp ...). Fill or remove it."
@@ -100,16 +124,16 @@ def _check_complete(labels: list[int], files: list[tuple[Path, int]], classes: l
         )
 
 
-def _folders(path: Path) -> list[Path]:
+def list_folders(path: Path) -> list[Path]:
     """The folders in a folder, sorted by name, without those of the system."""
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and not _is_ignored(entry))
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
+def image_files(folder: Path) -> Iterator[Path]:
     """Every image in and below a class folder."""
     for entry in folder.iterdir():
         if entry.is_dir() and not _is_ignored(entry):
-            yield from _image_files(entry)
+            yield from image_files(entry)
         elif _is_image(entry):
             yield entry
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ LISTED = 20  # bad files that a sentence names
 class Images:
     """Images of one size, and which files they come from."""
 
-    pixels: Tensor  # uint8 [N, 3, H, W], or [N, 1, H, W] where all files are grey
+    pixels: Any  # a column (jpq.tasks.batches) of uint8 [N, 3, H, W], or [N, 1, H, W] where all files are grey
     read: tuple[int, ...]  # index of each image's file
     note: str  # a sentence on files that were left out; "" where there are none
 
@@ -61,13 +62,13 @@ def read_images(files: Sequence[Path], size: Sequence[int] = (), skip_bad: bool 
                 is_grey = image.mode in GREY
                 tensor = image_bytes(image, size)
         except Exception as error:  # Pillow raises nearly anything on a damaged file
-            bad.append(f"'{file}' ({_reason(error, file)})")
+            bad.append(f"'{file}' ({reason(error, file)})")
             continue
         grey = grey and is_grey
         pixels.append(tensor)
         read.append(number)
-    note = _check_bad(bad, len(files), skip_bad)
-    _check_one_size([files[n] for n in read], pixels)
+    note = check_bad(bad, len(files), skip_bad)
+    check_one_size([files[n] for n in read], pixels)
     channels = slice(1) if grey else slice(3)
     return Images(torch.stack([tensor[channels] for tensor in pixels]), tuple(read), note)
 
@@ -82,10 +83,12 @@ def image_bytes(image: Image.Image, size: Sequence[int] = ()) -> Tensor:
     return pil_to_tensor(scale_and_crop(colour, size) if size else colour)
 
 
-def scale_and_crop(image: Image.Image, size: Sequence[int]) -> Image.Image:
+def scale_and_crop(
+    image: Image.Image, size: Sequence[int], resampling: Image.Resampling = Image.Resampling.BILINEAR
+) -> Image.Image:
     """The image at (height, width), or a square of one side: scaled to just cover it, then cropped to its centre.
 
-    Both are one bilinear resampling, antialiased where the image shrinks, of the largest central part that has the
+    Both are one (bilinear) resampling, antialiased where the image shrinks, of the largest central part that has the
     proportions of `size`.
     """
     height, width = size if len(size) == 2 else (size[0], size[0])
@@ -94,7 +97,7 @@ def scale_and_crop(image: Image.Image, size: Sequence[int]) -> Image.Image:
     scale = max(height / image.height, width / image.width)
     left, top = (image.width - width / scale) / 2, (image.height - height / scale) / 2
     part = (max(0.0, left), max(0.0, top), min(image.width, image.width - left), min(image.height, image.height - top))
-    return image.resize((width, height), Image.Resampling.BILINEAR, box=part)
+    return image.resize((width, height), resampling, box=part)
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -115,27 +118,27 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.round(values * (255 / WIDE)).astype(np.uint8))
 
 
-def _reason(error: Exception, file: Path) -> str:
+def reason(error: Exception, file: Path) -> str:
+    """Why a file cannot be read, without its name."""
     text = " ".join(str(error).replace(repr(str(file)), "it").split())[:100]
     return text or type(error).__name__
 
 
-def _check_bad(bad: Sequence[str], count: int, skip_bad: bool) -> str:
+def check_bad(bad: Sequence[str], count: int, skip_bad: bool, what: str = "images") -> str:
     """The note on files that cannot be read. Raises JpqError for them unless they are to be skipped."""
     if not bad:
         return ""
     listed = ", ".join(bad[:LISTED]) + (f", and {len(bad) - LISTED} more" if len(bad) > LISTED else "")
     if skip_bad and len(bad) < count:
-        return f"{len(bad)} of {count} images cannot be read and are left out: {listed}."
+        return f"{len(bad)} of {count} {what} cannot be read and are left out: {listed}."
     if skip_bad:
-        raise JpqError(f"None of {count} images can be read: {listed}. Repair them, or convert them to PNG or JPEG.")
-    raise JpqError(
-        f"{len(bad)} of {count} images cannot be read: {listed}. Repair or remove them, or leave them "
-        "out with --skip-bad."
-    )
+        raise JpqError(f"None of {count} {what} can be read: {listed}. Repair them, or convert them to PNG or JPEG.")
+    way_out = ", or leave them out with --skip-bad" if what == "images" else ""
+    raise JpqError(f"{len(bad)} of {count} {what} cannot be read: {listed}. Repair or remove them{way_out}.")
 
 
-def _check_one_size(files: Sequence[Path], pixels: Sequence[Tensor]) -> None:
+def check_one_size(files: Sequence[Path], pixels: Sequence[Tensor]) -> None:
+    """Raise JpqError, with two files of different sizes, where images [C, H, W] have not all the same."""
     shapes = [tuple(tensor.shape[1:]) for tensor in pixels]
     sizes = Counter(shapes)
     if len(sizes) < 2:

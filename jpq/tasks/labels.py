@@ -121,7 +121,7 @@ def _as_column(values: np.ndarray[Any, Any], what: str) -> np.ndarray[Any, Any]:
             raise JpqError(f"{what} has one-hot labels y {shape}. Give class numbers: y.argmax(1).")
         raise JpqError(
             f"{what} has labels y {shape} of several classes at once, and classification takes one class number for "
-            "each sample, [N]. Train such a model in your own loop, with jpq.compress."
+            "each sample, [N]. Say --task multi-label, and give them as floats."
         )
     if values.ndim == 2 and values.dtype.kind == "f":
         raise JpqError(
@@ -144,7 +144,7 @@ def _whole_numbers(values: np.ndarray[Any, Any], what: str) -> np.ndarray[Any, A
         fraction = values[values != np.floor(values)][0]
         raise JpqError(
             f"{what} has label {fraction:g}, which is no whole number: y must hold class numbers. For targets that are "
-            "real numbers use jpq.compress in your own loop."
+            "real numbers say --task regression."
         )
     if np.abs(values).max(initial=0) > 2**31:
         raise _id_error(what, int(values.max()), len(np.unique(values)))

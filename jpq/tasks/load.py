@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import nn
 
 from jpq.config import Config
-from jpq.tasks import models
+from jpq.tasks import models, with_task
 from jpq.tasks.data import Data
 from jpq.tasks.data import load as load_data
-from jpq.tasks.weights import load_weights
+from jpq.tasks.published_weights import load_named_weights
 from jpq.tracing.decompose import decompose
+from jpq.tracing.forward import call_model
+from jpq.types import JpqError
 
 
 def read_data(config: Config, device: torch.device) -> Data:
-    """The data set that a config names, on the device."""
-    return load_data(
+    """The data set that a config names, on the device, for its task. Raises JpqError where they do not match."""
+    data = load_data(
         config.task.data,
         config.task.data_root,
         batch_size=config.train.batch_size,
@@ -28,7 +34,16 @@ def read_data(config: Config, device: torch.device) -> Data:
         mean=config.task.mean,
         std=config.task.std,
         skip_bad=config.task.skip_bad,
+        task=config.task.task,
+        cache=config.task.cache,
+        void=config.task.void,
+        noise=config.task.noise,
+        scale=config.task.scale,
+        crop=config.task.crop,
+        target_column=config.task.target_column,
+        attention_mask=config.task.model.startswith("hf:"),
     )
+    return with_task(data, config.task.task)
 
 
 def load_dense_model(config: Config, data: Data, device: torch.device, notes: list[str] | None = None) -> nn.Module:
@@ -36,10 +51,50 @@ def load_dense_model(config: Config, data: Data, device: torch.device, notes: li
 
     Sentences on the weights, such as that they were cast, are added to `notes`.
     """
-    model = models.build(config.task.model, data.classes, data.shape[0]).to(device)
+    model = models.build(config.task.model, data.classes, data.shape[0], data.arguments).to(device)
+    plain = None
     if config.task.weights is not None:
-        about = load_weights(model, config.task.weights)
+        plain, about = load_plain_or_own(model, config.task.model, config.task.weights, data.example)
         if notes is not None:
             notes.extend(about)
     models.check_fits(model, data.example, data.classes, data.task)
-    return decompose(model, data.example).eval()
+    cut = fit_sizes(data, model.eval())
+    if notes is not None:
+        notes.extend(cut)
+    return (plain or decompose(model, data.example)).eval()
+
+
+def fit_sizes(data: Data, model: Callable[..., Any]) -> tuple[str, ...]:
+    """Cut held-out and test samples to one size where a model cannot compute each at its own; sentences on that."""
+    if not data.task.any_size:
+        return ()
+
+    def compute(x: Any) -> Any:
+        return data.task.main_output(call_model(model, x))
+
+    found = {name: split.fit_sizes(compute) for name, split in (("Held-out", data.held_out), ("Test", data.test))}
+    return tuple(f"{name} split: {sentence}" for name, sentence in found.items() if sentence)
+
+
+def load_plain_or_own(
+    model: nn.Module, name: str, weights: Path, example: Any
+) -> tuple[nn.Module | None, tuple[str, ...]]:
+    """Copy weights into a model as it was built; or into its plain layers, where they are those of a finished run.
+
+    A run keeps float.safetensors of the model that `decompose` made: where that has other names (attention, GRU), the
+    weights fit only the plain layers. Returns these, or None where the model itself took the weights, and sentences on
+    the weights. Raises JpqError as `load_named_weights` does.
+    """
+    try:
+        return None, load_named_weights(model, name, weights)
+    except JpqError as misfit:
+        try:
+            plain = decompose(model.eval(), example)
+        except Exception:  # a model that cannot take the data: the weights' error comes first
+            raise misfit from None
+        if plain.state_dict().keys() == model.state_dict().keys():
+            raise
+        try:
+            return plain, load_named_weights(plain, name, weights)
+        except JpqError:
+            raise misfit from None

@@ -1,13 +1,14 @@
 """Models by name, and the check that a model fits the data.
 
 `lenet5`, `vgg7`, `convnet`, `resnet8` .. `resnet56` are in `jpq.tasks.zoo`; `torchvision:NAME` is torchvision's;
-`module:callable` imports and runs the user's own code.
+`timm:NAME`, `smp:ARCHITECTURE:ENCODER` and `hf:FOLDER_OR_CONFIG` are in `jpq.tasks.third_party`; `module:callable`
+imports and runs the user's own code.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from jpq.plan import Plan
 from jpq.tasks import CLASSIFICATION, zoo
 from jpq.tasks.base import Task
 from jpq.tasks.datasets import call_user_code, import_callable
+from jpq.tasks.third_party import build_third_party, is_third_party, usual_third_party_input
+from jpq.tasks.third_party import noise as noise
 from jpq.tasks.weights import load_weights as load_weights
 from jpq.tasks.zoo import cifar_resnet, convnet, lenet5, vgg7
 from jpq.tracing.export_graph import locate_failure
-from jpq.tracing.forward import name_inputs
+from jpq.tracing.forward import batch_size, call_model, collect_tensors, name_inputs, split_arguments
 from jpq.tracing.model_checks import accept_model
 from jpq.types import JpqError, unknown
 
@@ -37,11 +40,19 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet56": cifar_resnet(9),
 }
 
+NAMED_KINDS = ("torchvision:NAME", "timm:NAME", "smp:ARCHITECTURE:ENCODER", "hf:FOLDER")  # not code of the user's
+
+MODEL_ARGUMENTS = ("vocabulary", "length", "height", "width")  # numbers that some data have besides
+
 ONE_CHANNEL = frozenset({"lenet5", "convnet"})  # usually fed grey images
 
 
-def build(name: str, classes: int, channels: int | None = None) -> nn.Module:
+def build(
+    name: str, classes: int, channels: int | None = None, arguments: Mapping[str, int] | None = None
+) -> nn.Module:
     """A new model with random weights; `channels` of the image by default 1 for lenet5 and convnet, else 3.
+
+    `arguments` are other numbers that the user's own builder may want, such as `vocabulary`.
 
     Raises JpqError for unknown names, and for numbers of classes or channels that the model cannot have.
     """
@@ -55,15 +66,21 @@ def build(name: str, classes: int, channels: int | None = None) -> nn.Module:
         raise unknown("model", name, [f"torchvision:{name}"])
     kind, colon, architecture = name.partition(":")
     if not colon:
-        raise unknown("model", name, [*MODELS, "torchvision:NAME", "module:callable"])
+        raise unknown("model", name, [*MODELS, *NAMED_KINDS, "module:callable"])
+    if is_third_party(name):
+        return accept_model(build_third_party(name, classes, channels, arguments))
     if kind != "torchvision":
-        return _user_model(name, classes, channels)
+        return _user_model(name, {"classes": classes, "channels": channels, **(arguments or {})})
     zoo.kind_of(architecture)
     if channels != 3:
         raise JpqError(
             f"torchvision:{architecture} takes images of 3 channels; the data has {channels}. "
             "Choose convnet or a resnet of jpq, or give the model as module:callable."
         )
+    if arguments and {"height", "width"} <= set(arguments) and zoo.is_detector(architecture):
+        from jpq.tasks.detectors import build_detector
+
+        return build_detector(architecture, classes, (arguments["height"], arguments["width"]))
     return zoo.build_torchvision(architecture, classes)
 
 
@@ -84,12 +101,13 @@ def of_plan(plan: Plan, source: Path, weights: Path, run_code: bool = False) -> 
     if not run_code:
         check_no_code("model", name, source, "add --run-code")
     most = check_file(weights) // 4  # each class and channel has at least one number of 32 bits
-    if max(classes, channels) > most:
+    others = {key: int(plan.model[key]) for key in MODEL_ARGUMENTS if key in plan.model}
+    if max(classes, channels, *others.values()) > most:
         raise JpqError(
             f"{source} declares {classes:,} classes and {channels:,} channels, and {weights} holds at most "
             f"{most:,} numbers: they do not belong together."
         )
-    return build(name, classes, channels)
+    return build(name, classes, channels, others)
 
 
 def usual_input(name: str) -> tuple[tuple[int, ...], int] | None:
@@ -97,16 +115,17 @@ def usual_input(name: str) -> tuple[tuple[int, ...], int] | None:
     if name in MODELS:
         shape = {"lenet5": (1, 28, 28), "convnet": (1, 8, 8)}.get(name, (3, 32, 32))
         return shape, 10
+    if is_third_party(name):
+        return usual_third_party_input(name)
     kind, _, architecture = name.partition(":")
     if kind != "torchvision":
         return None
     return zoo.usual_shape(architecture), zoo.CLASSES[zoo.kind_of(architecture)]
 
 
-def _user_model(spec: str, classes: int, channels: int) -> nn.Module:
+def _user_model(spec: str, arguments: Mapping[str, int]) -> nn.Module:
     builder = import_callable("model", spec)
     names = _parameter_names(builder)
-    arguments = {"classes": classes, "channels": channels}
     model = call_user_code("model", spec, builder, **{k: v for k, v in arguments.items() if k in names})
     if not isinstance(model, nn.Module):
         raise JpqError(f"Model '{spec}' returned {type(model).__name__}; it must return a torch.nn.Module.")
@@ -122,41 +141,49 @@ def _parameter_names(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
 
 
-def check_fits(model: nn.Module, example: Tensor, classes: int | None = None, task: Task = CLASSIFICATION) -> None:
+def check_fits(model: nn.Module, example: Any, classes: int | None = None, task: Task = CLASSIFICATION) -> None:
     """Raise JpqError where a model cannot take a batch [B, C, H, W] in evaluation mode, or gives a wrong form.
 
     `classes` is the number of outputs per sample that the data want; None accepts any number.
     """
-    out = check_runs(model, example)
-    if not task.fits(out, len(example), classes):
+    out = task.main_output(check_runs(model, example))
+    if not task.fits(out, batch_size(example), classes):
         form = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        expected = [len(example), classes if classes is not None else "classes"]
+        expected: Any = [batch_size(example), classes if classes is not None else "classes"]
+        if task.name != CLASSIFICATION.name:
+            expected = f"{task.row_text(classes or 1)} for each of {batch_size(example)} samples"
         raise JpqError(
-            f"The model gives {form} for a batch of shape {list(example.shape)}; it must give {expected}: jpq optimize "
-            f"trains on {task.output_name}. For other outputs use jpq.compress in your own loop."
+            f"The model gives {form} for a batch of shape {_shape_text(example)}; it must give {expected}: jpq "
+            f"optimize trains on {task.output_name}. For other outputs use jpq.compress in your own loop."
         )
 
 
-def check_runs(model: nn.Module, example: Tensor) -> Any:
+def check_runs(model: nn.Module, example: Any) -> Any:
     """The model's output for one batch [B, C, H, W] in evaluation mode; JpqError names the layer where it fails."""
     try:
-        name_inputs(model, (example,), {})
+        named = name_inputs(model, *split_arguments(example))
     except TypeError as error:
+        inputs = f"the inputs {', '.join(example)}" if isinstance(example, Mapping) else f"{len(example)} inputs"
         raise JpqError(
-            f"The model does not take one image tensor ({error}), which is all that the command line feeds "
-            "it. Use jpq.trace and jpq.compress in Python."
+            f"The model does not take {'one image tensor' if isinstance(example, Tensor) else inputs} ({error}), which "
+            "is all that the data feed it. Use jpq.trace and jpq.compress in Python, or give data that fit."
         ) from error
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
-            return model(example)
+            return call_model(model, example)
     except Exception as error:
-        reason = locate_failure(model, {"image": example}, error)
+        reason = locate_failure(model, {"image": example} if isinstance(example, Tensor) else named, error)
         raise JpqError(
-            f"The model cannot take a batch of shape {list(example.shape)}: {reason} "
+            f"The model cannot take a batch of shape {_shape_text(example)}: {reason} "
             "Choose a model made for images of this size, channels and type, or resize the data."
         ) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def _shape_text(example: Any) -> str:
+    """The shapes of a batch's inputs, in words."""
+    return ", ".join(str(list(tensor.shape)) for tensor in collect_tensors(example))

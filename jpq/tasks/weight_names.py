@@ -22,7 +22,7 @@ COUNTER = "num_batches_tracked"  # which weights from before PyTorch 0.4.1 lack,
 
 NO_WEIGHTS = frozenset({"total_ops", "total_params", "n_averaged", "position_ids", COUNTER})  # last parts of names
 
-AUXILIARY = ("aux_classifier.",)  # beginnings of names of what only training uses
+AUXILIARY = ("aux_classifier.", "aux1.", "aux2.", "AuxLogits.")  # beginnings of names of what only training uses
 
 AVERAGED = re.compile(r"(^|[._])ema($|[._])")  # in the place, or prefix, of weights averaged over training
 

@@ -39,7 +39,12 @@ def load_weights(model: nn.Module, path: str | Path) -> tuple[str, ...]:
     several models which fit, or none.
     """
     path = expand_home(path)
-    tensors_by_place = dict(tensor_dicts(read_weights(path)))
+    return load_content(model, read_weights(path), path)
+
+
+def load_content(model: nn.Module, content: Any, path: Path) -> tuple[str, ...]:
+    """Copy weights from the content of a weights file, which `path` names in errors: see `load_weights`."""
+    tensors_by_place = dict(tensor_dicts(content))
     if not tensors_by_place:
         raise JpqError(f"Weights '{path}' hold no dict of tensors. Save them as {SAVE}.")
     named = NamedState({name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)})

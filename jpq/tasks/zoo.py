@@ -41,6 +41,11 @@ def kind_of(name: str) -> str:
     return known[plain]
 
 
+def is_detector(name: str) -> bool:
+    """Whether an architecture is a whole detector, not its backbone."""
+    return kind_of(name) == "detection" and not name.endswith(BACKBONE)
+
+
 def build_torchvision(name: str, classes: int) -> nn.Module:
     """A torchvision model with random weights; of a detector only its backbone, since its forward cannot be traced.
 
@@ -53,10 +58,11 @@ def build_torchvision(name: str, classes: int) -> nn.Module:
     if name in ("googlenet", "inception_v3"):
         # their training-only heads return tuples, and their own initialisation takes minutes or warns
         arguments |= {"aux_logits": False, "init_weights": False}
-    if kind == "detection" and not name.endswith(BACKBONE):
+    if is_detector(name):
         raise JpqError(
             f"torchvision:{name} is a detector, whose code chooses boxes by their values, which no exported graph can "
-            f"hold. Its backbone can be read: give torchvision:{name}{BACKBONE}."
+            f"hold. Its backbone can be read: give torchvision:{name}{BACKBONE}; data of --task detection train an SSD "
+            "or a RetinaNet as a whole."
         )
     model = torchvision.models.get_model(name.removesuffix(BACKBONE), weights=None, num_classes=classes, **arguments)
     return model.backbone if kind == "detection" else model

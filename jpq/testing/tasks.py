@@ -9,6 +9,7 @@ from torch import Tensor
 
 from jpq.tasks.base import Task
 from jpq.testing.expectation import expect
+from jpq.types import JpqError
 
 SAMPLES, OUTPUTS = 8, 3  # of the example batch: samples, and numbers per sample
 TEMPERATURE = 2.0  # of the distillation
@@ -27,10 +28,11 @@ class Example:
 def check_task(task: Task, output: Tensor | None = None, target: Tensor | None = None) -> None:
     """Check the laws of tasks on outputs that are right for their targets.
 
-    Names are texts; the loss is finite, a scalar, and has a gradient; the metric is one number per sample within its
-    bounds, and larger for right outputs than for random ones and than chance; `distill` is smallest where student and
-    teacher are equal, and leaves the teacher alone; `same_decision` has booleans per sample, and an output agrees with
-    itself but not with random ones.
+    Names are texts; the loss is finite, a scalar, and has a gradient; the metric is one number per sample (unless the
+    task has a `summarize` of its own), within its bounds, and better for right outputs than for random ones and than
+    chance; `distill` and `divergence` are smallest where student and teacher are equal, and leave the teacher alone,
+    and `divergence` is 0 there; the targets pass `check_target`; `same_decision` has booleans per sample, and an output
+    agrees with itself but not with random ones.
 
     Args:
         task: an instance.
@@ -50,7 +52,7 @@ def check_task(task: Task, output: Tensor | None = None, target: Tensor | None =
 
 
 def _names_are_texts(task: Task, _: Example, name: str) -> None:
-    for key in ("name", "metric_name", "output_name", "decision_name"):
+    for key in ("name", "metric_name", "output_name", "decision_name", "sample_name"):
         text = getattr(task, key, "")
         expect(isinstance(text, str) and text.strip(), f"{name}: {key} is empty.")
     expect(isinstance(task.metric_unit, str), f"{name}: metric_unit is not a text; one without a unit has ''.")
@@ -73,24 +75,41 @@ def _check_gradient(loss: Tensor, student: Tensor, what: str) -> None:
     expect(gradient.abs().sum() > 0, f"{what} has a gradient of zero at a random output.")
 
 
-def _a_larger_metric_is_better(task: Task, example: Example, name: str) -> None:
-    low, high = task.metric_bounds
-    for output in (example.right, example.random[0]):
+def _a_better_metric_is_told_from_a_worse_one(task: Task, example: Example, name: str) -> None:
+    low, high = task.score_bounds
+    for output in (example.right, example.random[0]) if task.is_mean_over_samples else ():
         values = task.metric(output, example.target)
         samples = len(output)
         expect(values.shape == (samples,), f"{name}: the metric of {samples} samples is of {tuple(values.shape)}.")
         expect(values.double().isfinite(), f"{name}: a sample's metric is not finite.")
     right, wrong = (_evaluate(task, output, example.target) for output in (example.right, example.random[0]))
     expect(low <= wrong <= high and low <= right <= high, f"{name}: a metric lies outside of metric_bounds.")
-    expect(right > wrong, f"{name}: the metric of right outputs is not larger than that of random ones.")
-    chance = task.chance(example.right[0].numel())
+    expect(right > wrong, f"{name}: the metric of right outputs is not better than that of random ones.")
+    chance = task.score(task.chance(task.count_outputs(example.right)))
     expect(low <= chance <= high, f"{name}: chance lies outside of metric_bounds.")
-    expect(right > chance, f"{name}: the metric of right outputs is not larger than chance.")
+    expect(right > chance, f"{name}: the metric of right outputs is not better than chance.")
 
 
 def _evaluate(task: Task, output: Tensor, target: Tensor) -> float:
-    """Metric of a network that answers with this output."""
+    """Score of a network that answers with this output."""
     return task.evaluate(lambda _: output, [(output, target)])
+
+
+def _the_example_has_the_tasks_targets(task: Task, example: Example, name: str) -> None:
+    try:
+        task.check_target(example.target, task.count_outputs(example.right))
+    except JpqError as error:
+        raise AssertionError(f"{name}: check_target refuses the example's targets: {error}") from error
+
+
+def _a_divergence_is_a_distance_from_the_reference(task: Task, example: Example, name: str) -> None:
+    reference = example.right
+    least = task.divergence(reference, reference.clone())
+    expect(least.dim() == 0, f"{name}: divergence is of shape {tuple(least.shape)}, not a scalar.")
+    expect(least.abs() <= 1e-6, f"{name}: divergence of an output from itself is {float(least):.3g}, not 0.")
+    for output in example.random:
+        distance = task.divergence(output, reference)
+        expect(distance.isfinite() & (distance > least), f"{name}: divergence of other outputs is not above 0.")
 
 
 def _a_student_is_nearest_to_its_teacher_where_they_are_equal(task: Task, example: Example, name: str) -> None:
@@ -125,7 +144,7 @@ def _an_output_agrees_with_itself(task: Task, example: Example, name: str) -> No
 
 
 def _one_tensor_of_outputs_fits(task: Task, example: Example, name: str) -> None:
-    output, samples, count = example.right, len(example.right), example.right[0].numel()
+    output, samples, count = example.right, len(example.right), task.count_outputs(example.right)
     for classes in (count, None):
         expect(task.fits(output, samples, classes), f"{name}: fits refuses the example's outputs.")
         expect(not task.fits((output, output), samples, classes), f"{name}: fits accepts a pair of outputs.")
@@ -135,7 +154,9 @@ def _one_tensor_of_outputs_fits(task: Task, example: Example, name: str) -> None
 LAWS = (
     _names_are_texts,
     _the_loss_can_be_trained_on,
-    _a_larger_metric_is_better,
+    _a_better_metric_is_told_from_a_worse_one,
+    _the_example_has_the_tasks_targets,
+    _a_divergence_is_a_distance_from_the_reference,
     _a_student_is_nearest_to_its_teacher_where_they_are_equal,
     _a_teacher_gets_no_gradient,
     _an_output_agrees_with_itself,

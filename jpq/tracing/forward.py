@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import SUPPORTED_NODES, register_dataclass, tree_leaves
+from torch.utils._pytree import SUPPORTED_NODES, register_dataclass, tree_leaves, tree_map
 
 Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -140,6 +140,25 @@ def register_dataclasses(value: Any) -> None:
 def batch_size(example: Any) -> int:
     """Samples in an example: the first size of its first tensor that has one, else 1."""
     return next((max(int(t.shape[0]), 1) for t in collect_tensors(example) if t.dim() > 0), 1)
+
+
+def take_samples(example: Any, first: int, last: int) -> Any:
+    """The samples `first` to `last` - 1 of an example; what has no row for each sample stays as it is."""
+    if isinstance(example, Tensor):
+        return example[first:last]
+    register_dataclasses(example)
+    samples = batch_size(example)
+
+    def part(leaf: Any) -> Any:
+        rows = isinstance(leaf, Tensor) and leaf.shape[:1] == (samples,)
+        return leaf[first:last] if rows else leaf
+
+    return tree_map(part, example)
+
+
+def split_samples(example: Any, size: int) -> tuple[Any, ...]:
+    """An example in parts of at most `size` samples."""
+    return tuple(take_samples(example, i, i + size) for i in range(0, batch_size(example), size))
 
 
 def name_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

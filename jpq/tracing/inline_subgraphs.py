@@ -12,15 +12,21 @@ from torch.fx.node import map_arg
 _WRAPPERS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 
 
-def inline_subgraphs(module: GraphModule) -> None:
+def inline_subgraphs(module: GraphModule, autocast: bool = True) -> None:
     """Replace every call of a wrapped region by the nodes of its subgraph, in place and at every depth.
 
-    The ops are those of the region; only the mode in which it ran is no longer to be seen.
+    The ops are those of the region; only the mode in which it ran is no longer to be seen. With `autocast` False,
+    regions under an autocast that is enabled stay: they compute in other types than their ops say.
     """
     for node in list(module.graph.nodes):
-        if node.op == "call_function" and _is_wrapper(node.target):
-            _inline(module, node)
+        if node.op == "call_function" and _is_wrapper(node.target) and (autocast or not _autocasts(node)):
+            _inline(module, node, autocast)
     module.graph.lint()
+
+
+def _autocasts(call: Node) -> bool:
+    """Whether a call of a region enables autocast in it."""
+    return "autocast" in str(call.target) and call.args[2] is not False
 
 
 def _is_wrapper(target: Any) -> bool:
@@ -28,12 +34,12 @@ def _is_wrapper(target: Any) -> bool:
     return isinstance(target, torch._ops.HigherOrderOperator) and target.name() in _WRAPPERS
 
 
-def _inline(module: GraphModule, call: Node) -> None:
+def _inline(module: GraphModule, call: Node, autocast: bool) -> None:
     """Replace one call of a region by its nodes."""
     place = next(k for k, arg in enumerate(call.args) if isinstance(arg, Node) and arg.op == "get_attr")
     region = module.get_submodule(str(call.args[place].target))  # type: ignore[union-attr]
     assert isinstance(region, GraphModule)
-    inline_subgraphs(region)
+    inline_subgraphs(region, autocast)
     inputs = iter(call.args[place + 1 :])
     copies: dict[Node, Any] = {}
     results: Any = ()

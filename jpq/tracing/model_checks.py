@@ -34,25 +34,35 @@ def accept_model(model: Any) -> nn.Module:
     quantized already, and for parameters that have no shape yet, lie on several devices or on the meta device.
     """
     model = unwrap_model(model)
+    check_module(model)
+    _check_parameters(model)
+    return model
+
+
+def check_module(model: Any) -> None:
+    """Raise JpqError for what is no module, or one whose code or weights are no longer there to be changed.
+
+    And for names with a dot (setattr allows them), by which torch finds no part.
+    """
     if not isinstance(model, nn.Module):
         raise JpqError(
             f"jpq takes a torch.nn.Module; this is a {type(model).__name__}. Give the module itself, "
             "before it is exported or wrapped in a function."
         )
-    for name, module in model.named_modules():
+    if isinstance(model, torch.fx.GraphModule) and "eval" in vars(model):  # torch.export puts one there that raises
+        raise JpqError(f"The {type(model).__name__} has no evaluation mode. Give the module that it was exported from.")
+    for path, module in model.named_modules():
         problem = _describe_problem(module)
         if problem:
-            place = f"Submodule '{name}'" if name else "The model"
+            place = f"Submodule '{path}'" if path else "The model"
             raise JpqError(f"{place} ({type(module).__name__}) {problem}.")
-        for key, value in vars(module).items():
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                path = f"{name}.{key}".lstrip(".")
+        for name, part in module._modules.items():
+            if part is not None and "." in name:
+                owner = f"'{path}'" if path else "the model"
                 raise JpqError(
-                    f"Attribute '{path}' holds a tensor that an earlier forward pass computed, and cannot "
-                    f"be copied. Delete it, or detach it (self.{key} = y.detach())."
+                    f"A part of {owner} is named '{name}': torch finds no part whose name has a dot. Name it "
+                    f"'{name.replace('.', '_')}', in the weights file too."
                 )
-    _check_parameters(model)
-    return model
 
 
 def check_full_precision(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from fractions import Fraction
@@ -65,6 +65,7 @@ class Layer:
     positions: tuple[Labels, ...] = ()  # other dims with classes by which the work shrinks, such as heads
     float_reason: str = ""  # why it stays at 32 bits, where its weight is computed or its op is no layer's
     shared: bool = False  # whether its weight is another module's too: its channels stay, and it has no mask
+    kept_float: bool = False  # whether it stays at 32 bits because it was asked to (`--keep-float`)
     stored: int | None = None  # numbers of the parameter that this layer counts as its own, where not the whole weight
 
     @property
@@ -161,6 +162,12 @@ def with_layer_times(network: Network, table: LatencyTable) -> Network:
             f"({latency_shape(missing[0])}). Measure this model: `jpq bench --table FILE.csv --model NAME`."
         )
     return replace(network, layers=tuple(layers))
+
+
+def with_float_layers(network: Network, names: Collection[str]) -> Network:
+    """A copy of the network in which layers of these names stay at 32 bits."""
+    layers = tuple(replace(layer, kept_float=layer.name in names) for layer in network.layers)
+    return replace(network, layers=layers) if names else network
 
 
 def _with_parsed_scheme(entry: Entry, source: str) -> Entry:

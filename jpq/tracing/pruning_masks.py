@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
+
+from jpq.tracing.copy_model import computed_tensors, copy_model
 
 
 def has_pruning_masks(model: nn.Module) -> bool:
@@ -16,11 +17,17 @@ def has_pruning_masks(model: nn.Module) -> bool:
 
 
 def without_pruning_masks(model: Any) -> Any:
-    """The model, or what is given for one, itself where nothing masks it; else a copy with the masked weights."""
-    if not isinstance(model, nn.Module) or not has_pruning_masks(model):
+    """The model, or what is given for one, itself where nothing masks it; else a copy with the masked weights.
+
+    What keeps tensors of an earlier forward pass, or was built in inference mode, is copied too.
+    """
+    if not isinstance(model, nn.Module):
         return model
-    computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
-    model = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})  # copy refuses computed tensors
+    lazy = nn.parameter.UninitializedParameter
+    in_inference_mode = any(not isinstance(p, lazy) and p.is_inference() for p in model.parameters())
+    if not (in_inference_mode or has_pruning_masks(model) or computed_tensors(model)):
+        return model
+    model = copy_model(model)
     for module in model.modules():
         fold_pruning_masks(module)
     return model

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from jpq.tracing.call_sizes import CallSizes, is_call_size, parse_size, resize_calls
+from jpq.tracing.copy_model import copy_model
 from jpq.tracing.model_checks import unwrap_model
 from jpq.tracing.network import Network
 from jpq.tracing.open_norms import NormsWithoutStatistics
@@ -273,13 +274,7 @@ def _copy_with(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Modul
         memo[id(p)] = nn.Parameter(change(p).detach(), requires_grad=False)
     for b in model.buffers():
         memo[id(b)] = change(b)
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise JpqError(
-            f"{type(model).__name__} cannot be copied, and jpq works on copies: {error}. Make its "
-            "attributes such that copy.deepcopy(model) works."
-        ) from error
+    return copy_model(model, memo)
 
 
 def compute_slices(

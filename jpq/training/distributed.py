@@ -31,7 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
+from torch.utils._pytree import tree_map
 
+from jpq.tracing.forward import batch_size
 from jpq.types import JpqError
 
 T = TypeVar("T")
@@ -232,17 +234,17 @@ class Split:
         """Factor of the mean loss over these rows, so that the mean over the processes is the mean over the batch."""
         return self.share * count()
 
-    def take(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def take(self, x: Any, y: Any) -> tuple[Any, Any]:
         """This process's rows of a batch; of a batch with fewer samples than processes, all rows."""
         if count() == 1:
             return x, y
-        n, rank = len(y), dist.get_rank()
+        n, rank = batch_size(x), dist.get_rank()
         start, stop = (n * rank // count(), n * (rank + 1) // count()) if n >= count() else (0, n)
         self.samples, self.local_samples = n, stop - start
         self.share = self.local_samples / n if n >= count() else 1 / count()
         for draw in self.draws:
             draw.part = (n, start, stop)
-        return x[start:stop], y[start:stop]
+        return _rows(x, start, stop), _rows(y, start, stop)
 
     def _normalise(self, norm: Any, x: Tensor) -> Tensor:
         """Batch normalisation by the mean and variance of the whole batch; running statistics as torch has them."""
@@ -262,6 +264,13 @@ class Split:
                 norm.running_var.lerp_(variance.detach().to(running) * (n / max(1, n - 1)), rate)
         out = centred * torch.rsqrt(variance + norm.eps).view(shape)
         return out if norm.weight is None else out * norm.weight.view(shape) + norm.bias.view(shape)
+
+
+def _rows(value: Any, start: int, stop: int) -> Any:
+    """Samples of a batch: of its tensors, or of its list of dicts with one for each sample."""
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], dict):
+        return value[start:stop]
+    return tree_map(lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) else leaf, value)
 
 
 class _SumOverProcesses(torch.autograd.Function):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from jpq.allocation.procedures import PROCEDURES
-from jpq.config import Config
+from jpq.config import MINUTES, Config
 from jpq.methods.table import Method
 from jpq.types import JpqError
 
@@ -26,7 +26,7 @@ class BudgetEpochs:
     def phases(self, budget: str, is_first: bool) -> tuple[Phase, Phase]:
         """(search phase, fine-tuning phase); the rate of fine-tuning begins where the search ended, and ends at 0."""
         after = self.before + self.search
-        stretch = (self.total - after) / self.tune
+        stretch = (self.total - after) / max(1, self.tune)
         return (
             Phase("search", self.search, self.before, self.total, budget=budget, anneals=is_first),
             Phase("fine-tune", self.tune, after, self.total, stretch=stretch, budget=budget),
@@ -34,7 +34,17 @@ class BudgetEpochs:
 
 
 def split_epochs(config: Config, method: Method) -> tuple[int, int]:
-    """(epochs of the search phase, epochs of fine-tuning) of a run with one budget."""
+    """(epochs of the search phase, epochs of fine-tuning) of a run with one budget; (0, 0) where nothing is trained.
+
+    Raises JpqError for a method that has to train, with --effort minutes.
+    """
+    if config.train.effort == MINUTES:
+        if PROCEDURES[method.procedure].searches:
+            raise JpqError(
+                f"--effort minutes trains nothing, and --method {config.decide.method} decides by training: choose "
+                "measured, uniform, two-stage or --bits, or leave --effort out."
+            )
+        return 0, 0
     if not PROCEDURES[method.procedure].has_search_phase:
         return 0, config.train.epochs
     search = min(config.train.epochs - 1, max(1, round(config.train.search * config.train.epochs)))
@@ -53,7 +63,7 @@ def budget_epochs(config: Config, method: Method) -> dict[str, BudgetEpochs]:
             f"--epochs {config.train.epochs}: {search} epochs of search are too few for {len(budgets)} "
             "budgets. Give more --epochs, or a larger --search."
         )
-    less = config.train.tune_epochs or max(1, tune // 4)
+    less = min(tune, config.train.tune_epochs or max(1, tune // 4))
     parts, before = {}, 0
     for i, budget in enumerate(budgets):
         part = search // len(budgets) + (i < search % len(budgets))

@@ -70,7 +70,7 @@ class TrainingObserver(Protocol):
         """Receive the start of training; the task's metric stands in `EpochRecord.accuracy`. May come several times."""
 
     def phase(self, name: str, epochs: int, steps: int) -> None:
-        """Receive the start of a phase and its numbers of epochs (0: none, such as verify) and of steps per epoch."""
+        """Receive the start of a phase, its epochs (0: none, such as verify), and its steps per epoch or in all."""
 
     def step(self, loss: float, bops_share: float, limit_share: float) -> None:
         """Receive a finished optimizer step: loss, BOPs and their ramped limit as shares of the fp32 model."""

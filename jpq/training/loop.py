@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from jpq import costs
+from jpq.compression.batchnorm import start_training
 from jpq.compression.model import CompressedModel, Trainable
 from jpq.costs.target import Controller
 from jpq.methods.quantizers import IntegerQuantizer
 from jpq.tasks import CLASSIFICATION
 from jpq.tasks.base import Task
-from jpq.tasks.data import Batches, Data
+from jpq.tasks.batches import SplitBatches
+from jpq.tasks.data import Data
+from jpq.tracing.forward import call_model
 from jpq.tracing.missing_gradients import name_missing_gradient
 from jpq.training import distributed
 from jpq.training.distributed import Split
@@ -43,8 +46,11 @@ def fit(
     save: Callable[[Phase], None] = lambda phase: None,
     save_every: int = 0,
     stop: Interruption | None = None,
+    begin_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> None:
     """Train for one phase; after each epoch measure the held-out metric, record a row and `save`.
+
+    `begin_epoch` is told the number of each epoch, from 0, before its first step.
 
     Saves within an epoch too: after `save_every` steps (0: never), and where the run is asked to `stop`, or the
     observer ends it by a KeyboardInterrupt, which then passes through. A phase goes on at its `done` and `losses`.
@@ -71,8 +77,10 @@ def fit(
 
     try:
         for epoch in range(phase.done, phase.epochs):
+            if not phase.losses:
+                begin_epoch(epoch)
             distributed.share_state(net)
-            net.train()
+            start_training(net)
             for i, (side, x, y) in enumerate(_batches_with_sides(parts, phase.before + epoch)):
                 if i < len(phase.losses):
                     continue  # an earlier part of this run did it
@@ -99,7 +107,7 @@ def _is_bilevel(net: nn.Module, objective: Objective) -> bool:
     return objective.controller is not None and isinstance(net, CompressedModel) and net.bilevel
 
 
-def _batches_with_sides(parts: Sequence[Batches], epoch: int) -> Iterator[tuple[Trainable, Tensor, Tensor]]:
+def _batches_with_sides(parts: Sequence[SplitBatches], epoch: int) -> Iterator[tuple[Trainable, Any, Any]]:
     """The batches of one epoch with the parameters that learn from each: both, or weights and decisions in turn."""
     sides: tuple[Trainable, ...] = ("both",) if len(parts) == 1 else ("weights", "decisions")
     for pairs in zip(*(part.epoch(epoch) for part in parts), strict=False):  # halves may differ by one batch
@@ -146,23 +154,24 @@ class Objective:
     gate_weight: float = 0.0
     controller: Controller | None = None  # None outside the search: decisions are fixed
     split: Split | None = None  # this process's rows, where several share a batch
+    scale: float = 1.0  # factor of the task's loss
     task: Task = CLASSIFICATION  # `fit` sets the task of its data
 
-    def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, side: Trainable = "both") -> Tensor:
+    def __call__(self, net: nn.Module, x: Any, y: Any, progress: float, side: Trainable = "both") -> Tensor:
         """The loss of one batch, a scalar; progress of the phase in [0, 1]. Weights alone learn without the budget."""
         if self.split is not None:
             x, y = self.split.take(x, y)
-        output = net(x)
+        output = self.task.main_output(call_model(net, x))
         if not isinstance(output, Tensor):
             raise JpqError(
                 f"In training the model gives a {type(output).__name__}, and jpq trains on one tensor of "
                 f"{self.task.output_name}. Build it without auxiliary outputs (aux_logits=False), or use jpq.compress "
                 "in your own loop."
             )
-        loss = self.task.loss(output, y)
+        loss = self.scale * self.task.loss(output, y)
         if self.teacher is not None and self.distill > 0:
             with torch.no_grad():
-                target = self.teacher(x)
+                target = self.task.main_output(call_model(self.teacher, x))
             loss = loss + self.distill * self.task.distill(output, target, self.temperature)
         if self.split is not None:
             loss = loss * self.split.weight
@@ -173,8 +182,13 @@ class Objective:
 
 def pressure(net: CompressedModel, controller: Controller, progress: float, gate_weight: float) -> Tensor:
     """The budget's loss, the gates' own loss, and their regulariser times the budget's multiplier: a scalar."""
-    loss = controller.loss(net.soft_usage(), progress) + net.own_loss()
-    return loss + gate_weight * controller.multiplier() * net.penalty() if gate_weight else loss
+    decisions = net.unit_decisions()
+    uses = net.soft_usage(decisions)
+    loss = controller.loss(uses, progress) + net.own_loss()
+    if not gate_weight:
+        return loss
+    mean = gate_weight * controller.multiplier() * net.penalty()
+    return loss + mean + gate_weight * net.priced_penalty(controller.weighted_cost(uses), decisions)
 
 
 def build_optimizer(
@@ -230,8 +244,9 @@ class Recorder:
         if isinstance(net, CompressedModel):
             uses = net.exact_usage()
             bops = float(costs.COSTS[self.cost](uses))
-            w_bits = sum(u.w_bits for u in uses) / len(uses)
-            a_bits = sum(u.a_bits for u in uses) / len(uses)
+            layers = uses[: len(net.network.layers)]  # products and tables, which stay at 32 bits, follow them
+            w_bits = sum(u.w_bits for u in layers) / len(layers)
+            a_bits = sum(u.a_bits for u in layers) / len(layers)
             kept = _kept_share(net, uses)
         limit, multiplier = self._target_state(objective.controller, epoch / phase.epochs)
         row = EpochRecord(

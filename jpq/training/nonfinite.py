@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq.tracing.forward import hook_modules
+from jpq.tracing.forward import call_model, hook_modules
 from jpq.types import JpqError
 
 
-def check_finite(net: nn.Module, x: Tensor, phase: str, done: int) -> None:
+def check_finite(net: nn.Module, x: Any, phase: str, done: int) -> None:
     """Raise JpqError where a parameter or buffer is NaN or infinite, with the first layer that is so on the batch `x`.
 
     BatchNorm's running variance overflows before any loss does: it is of squares.
@@ -41,7 +41,7 @@ def nonfinite_names(net: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def divergence_error(net: nn.Module, x: Tensor, phase: str, done: int) -> str:
+def divergence_error(net: nn.Module, x: Any, phase: str, done: int) -> str:
     """The error message for a loss that is not a number, after `done` epochs of a phase, with the first bad layer."""
     parameters = [name for name, p in net.named_parameters() if not p.isfinite().all()]
     layers: list[str] = []
@@ -51,7 +51,7 @@ def divergence_error(net: nn.Module, x: Tensor, phase: str, done: int) -> str:
             layers.append(name)
 
     with hook_modules({n: m for n, m in net.named_modules() if not list(m.children())}, note_nonfinite):
-        net(x)
+        call_model(net, x)
     place = "the loss itself"
     if layers:
         place = f"the output of layer '{layers[0]}'"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from jpq.allocation.decision_data import calibration_batches, plan_evaluator, score_batches
-from jpq.allocation.procedures import procedure_of, score_of
+from jpq.allocation.procedures import Measured, procedure_of, score_of
 from jpq.allocation.ranking.scheduled_pruning import ScheduledPruning
 from jpq.compression import discretize
 from jpq.compression.calibration import recalibrate, reestimate_batchnorm
 from jpq.compression.model import CompressedModel
-from jpq.config import Config
+from jpq.config import MEASURED_START, Config
 from jpq.costs.target import Controller, Target
 from jpq.export import verify
 from jpq.export.rebuild import rebuild
@@ -29,8 +29,11 @@ from jpq.tasks.data import Data
 from jpq.training import checkpoint, distributed
 from jpq.training.epochs import Phase
 from jpq.training.loop import Objective, build_optimizer, fit
+from jpq.training.measured_decision import compare_plans, confirmed_plan, run_measurement
 from jpq.training.nonfinite import check_buffers
+from jpq.training.resolve_bits import BitsResolver
 from jpq.training.run_state import RunState
+from jpq.training.search_contest import contest_of_search
 
 Moments = Mapping[Tensor, Any]  # Adam's moving averages, by parameter
 CheckpointExtra = Callable[[], dict[str, Any]]  # entries of a checkpoint beside the network and its optimiser
@@ -78,6 +81,7 @@ def train(
     optim: torch.optim.Optimizer,
     run: RunState,
     extra: CheckpointExtra = dict,
+    begin_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> None:
     """Train one phase from the run's current state; a checkpoint after every epoch holds `extra` too."""
 
@@ -89,7 +93,9 @@ def train(
     with run.stop, distributed.Split(net, net.draws if isinstance(net, CompressedModel) else ()) as objective.split:
         run.timed(
             phase.name,
-            lambda: fit(net, data, phase, objective, optim, run.recorder, run.observer, save, every, run.stop),
+            lambda: fit(
+                net, data, phase, objective, optim, run.recorder, run.observer, save, every, run.stop, begin_epoch
+            ),
         )
 
 
@@ -108,6 +114,7 @@ def search(
     run: RunState,
     phase: Phase,
     extra: CheckpointExtra = dict,
+    float_net: Callable[[], CompressedModel] | None = None,
 ) -> Plan:
     """The plan of one budget: learned in a search phase and discretized, or decided at once; nothing is frozen yet.
 
@@ -116,17 +123,19 @@ def search(
         model: float, the teacher of distillation.
         phase: of the search.
         extra: what checkpoints of the phase hold besides.
+        float_net: gives the network attached to `model`, where that of `state` has other weights by now.
     """
     net, procedure = state.net, procedure_of(state.net.method)
     if run.is_past("search"):
         run.metrics = run.saved["metrics"]  # type: ignore[index]
+        run.contest = run.saved.get("contest", {})  # type: ignore[union-attr]
         plan = from_json(run.saved["plan"], str(run.top / checkpoint.NAME))  # type: ignore[index]
     else:
         if procedure.searches:
             learn_decisions(state, model, data, targets, config, run, phase)
-        plan = procedure.decide(net, targets, config.decide, plan_evaluator(net, data, config.run.seed))
+        plan = decide_plan(net, model, data, targets, config, run, float_net)
         stage_plan = procedure.first_stage(net, plan)
-        if stage_plan is not None:
+        if stage_plan is not None and phase.epochs:
             train_first_stage(state, stage_plan, model, data, config, run, phase, extra)
     if config.decide.classes:
         run.notes.append(
@@ -136,6 +145,29 @@ def search(
     note = discretize.underuse_note(targets, net, plan) if procedure.fills_budget else ""
     if note:
         run.notes.append(note)
+    return plan
+
+
+def decide_plan(
+    net: CompressedModel,
+    model: nn.Module,
+    data: Data,
+    targets: tuple[Target, ...],
+    config: Config,
+    run: RunState,
+    float_net: Callable[[], CompressedModel] | None,
+) -> Plan:
+    """The plan of the method's procedure, after the contest that it holds or was asked for."""
+    procedure = procedure_of(net.method)
+    if isinstance(procedure, Measured):
+        decision = compare_plans(procedure, net, model, data, targets, config, run, float_net)
+        return confirmed_plan(net, decision, model, data, config, run)
+    evaluator = plan_evaluator(net, data, config.run.seed)
+    if procedure.searches and config.decide.start == MEASURED_START:
+        evaluator = replace(evaluator, measurement=run_measurement(data, model, run, measured=True))
+    plan = procedure.decide(net, targets, config.decide, evaluator)
+    if procedure.searches and config.decide.search_contest:
+        return contest_of_search(net, plan, model, data, targets, config, run)
     return plan
 
 
@@ -155,14 +187,14 @@ def learn_decisions(
         schedule = pick_schedule(d.schedule or method.schedule)
         score = score_of(net.method, d)
         net.scheduled_pruning = ScheduledPruning(
-            net, score, schedule, d.density, partial(score_batches, data), data.task.loss
+            net, score, schedule, d.density, partial(score_batches, data), data.task.output_loss
         )
         if not run.is_within("search"):
             net.scheduled_pruning(0.0)
     controller = Controller(targets)
     controller.begin(net.exact_usage())
     controller.pressure.update(state.pressure)
-    objective = Objective(model, t.distill, t.temperature, d.gate_weight, controller)
+    objective = Objective(model, t.distill, t.temperature, d.gate_weight, controller, scale=run.loss_scale)
     optim = state.optim = state.optim or search_optimizer(net, config)
     if run.is_within("search"):
         saved, source = run.saved or {}, run.top / checkpoint.NAME
@@ -188,7 +220,8 @@ def train_first_stage(
     t, net = config.train, state.net
     net.freeze(plan)
     state.optim = build_optimizer(net, t.lr, t.weight_decay)
-    train(net, data, phase, Objective(model, t.distill, t.temperature), state.optim, run, extra)
+    objective = Objective(model, t.distill, t.temperature, scale=run.loss_scale)
+    train(net, data, phase, objective, state.optim, run, extra)
     recalibrate(net, calibration_batches(data))
 
 
@@ -210,19 +243,28 @@ def fine_tune(
     moments: Moments,
     phase: Phase,
     extra: CheckpointExtra = dict,
+    resolver: BitsResolver | None = None,
 ) -> None:
     """Train the discretized network with its decisions fixed, then re-estimate BatchNorm's statistics.
 
+    With a `resolver` bits are solved for once more on the way. Nothing is done in a phase of no epochs (`--effort
+    minutes`).
     The learning rate is high where the search ends, so parameters that trained in it keep their Adam `moments`.
     """
+    if not phase.epochs:
+        return
     t = config.train
     optim = build_optimizer(net, t.lr, t.weight_decay)
     optim.state.update({p: moments[p] for group in optim.param_groups for p in group["params"] if p in moments})
-    objective = Objective(model, t.distill, t.temperature)
+    objective = Objective(model, t.distill, t.temperature, scale=run.loss_scale)
 
     def settled() -> dict[str, Any]:
-        return {"plan": plan.to_json(), "opened": run.opened, "metrics": run.metrics, **extra()}
+        record: dict[str, Any] = {"metrics": run.metrics, "contest": run.contest, "pruning": run.pruning}
+        if resolver is not None:
+            record |= {"resolved": resolver.record}
+        final = plan if resolver is None else resolver.plan
+        return {"plan": final.to_json(), "opened": run.opened, **record, **extra()}
 
-    train(net, data, phase, objective, optim, run, settled)
+    train(net, data, phase, objective, optim, run, settled, resolver or (lambda epoch: None))
     run.timed("fine-tune", lambda: reestimate_batchnorm(net, data.train.epoch(phase.before + phase.epochs)))
     check_buffers(net, "after its statistics were measured anew")

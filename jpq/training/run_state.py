@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from jpq.config import Config, write_toml
 from jpq.files import tensors
@@ -53,10 +53,14 @@ class RunState:
     notes: list[str] = field(default_factory=list)
     saved: dict[str, Any] | None = None  # the checkpoint that this run resumes
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # site -> its gate's numbers at discretization
+    contest: dict[str, Any] = field(default_factory=dict)  # plans that were measured and compared (`Result.contest`)
+    pruning: dict[str, Any] = field(default_factory=dict)  # what more pruning would cost (`Result.pruning`)
+    trained: Mapping[str, Tensor] | None = None  # state of the network that a contest kept, as it has trained it
     schemes: str = ""  # origin of the structures of the layers: rules, search or hand; empty where all have one
     stop: Interruption = field(default_factory=Interruption)
     budget: int = 0  # index among the budgets
     label: str = ""  # name of the budget; empty where there is one
+    loss_scale: float = 1.0  # factor of the task's loss beside distillation and budget
     opened: float = 0.0  # difference of rebuilt and masked model at discretization, by opened averages
 
     def __post_init__(self) -> None:
@@ -96,7 +100,8 @@ class RunState:
         """A view of the run at one of several budgets, with a folder and notes of its own; all else is shared."""
         state = copy.copy(self)
         state.budget, state.label, state.folder, state.top = budget, label, folder, self.top
-        state.notes, state.metrics = list(self.notes), {}
+        state.notes, state.metrics, state.contest, state.pruning = list(self.notes), {}, {}, {}
+        state.trained = None
         return state
 
     def lineage(self) -> tuple[EpochRecord, ...]:

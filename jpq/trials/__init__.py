@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from jpq.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from jpq.trials.accuracy_target import AccuracyResult, Attempt, NullAccuracyTargetObserver
     from jpq.trials.attributes import is_counted
     from jpq.trials.preview import Preview, prepare_float_weights
     from jpq.trials.samplers import build_sampler
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from jpq.trials.trial import NullStudyObserver, StudyObserver
 
 __all__ = [
+    "AccuracyResult",
+    "Attempt",
+    "NullAccuracyTargetObserver",
     "NullStudyObserver",
     "Preview",
     "Space",
@@ -30,6 +34,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AccuracyResult": "accuracy_target",
+    "Attempt": "accuracy_target",
+    "NullAccuracyTargetObserver": "accuracy_target",
     "NullStudyObserver": "trial",
     "Preview": "preview",
     "Space": "space",

@@ -24,7 +24,7 @@ from jpq.files.tensors import save_tensors
 from jpq.plan import Plan
 from jpq.tasks import models
 from jpq.tasks.data import Data
-from jpq.tasks.load import load_dense_model, read_data
+from jpq.tasks.load import fit_sizes, load_dense_model, load_plain_or_own, read_data
 from jpq.tracing.channel_shares import ChannelShares
 from jpq.training.environment import pick_device, set_threads
 from jpq.training.epochs import Phase
@@ -116,12 +116,13 @@ def prepare_float_weights(config: Config, file: Path, observer: TrainingObserver
     torch.manual_seed(config.run.seed)
     data = read_data(config, device)
     path = config.task.weights or file
-    model = models.build(config.task.model, data.classes, data.shape[0]).to(device)
+    model = models.build(config.task.model, data.classes, data.shape[0], data.arguments).to(device)
     if not path.exists() and config.task.weights is None:
         models.check_fits(model, data.example, data.classes, data.task)
+        fit_sizes(data, model.eval())
         _train(model, data, config, observer)
         save_tensors(model, path)
-    models.load_weights(model, path)
+    model = load_plain_or_own(model, config.task.model, path, data.example)[0] or model
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())

@@ -87,7 +87,8 @@ def study(
     Raises JpqError for settings that cannot work, for a study of other settings under the same name, and where every
     trial failed.
     """
-    settings, config, observer = settings or Study(), expand_homes(config or Config()), observer or NullStudyObserver()
+    settings, observer = settings or Study(), observer or NullStudyObserver()
+    config = expand_homes(config or Config()).without_accuracy_target()  # which chooses among trials, once they ended
     check_names(settings.check(config))
     folder = config.run.out / settings.name
     try:
@@ -146,9 +147,9 @@ def _open_study(
         check_is_ours(shared, directions)
         if not is_recorded(shared):  # also where the first worker was killed on its way through here
             shared.set_user_attr(WEIGHTS, digest)
-            for key, value in task_record(preview.task).items():
+            for key, value in task_record(preview.task, preview.classes).items():
                 shared.set_user_attr(key, value)
-            shared.set_user_attr(CHANCE, preview.task.chance(preview.classes))
+            shared.set_user_attr(CHANCE, preview.task.score(preview.task.chance(preview.classes)))
             shared.set_user_attr(FULL, preview.full)
             shared.set_metric_names([objective_unit(name, preview.task)[0] for name in objective_names])
             for values in space.anchors():

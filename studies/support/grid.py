@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 
 import jpq
 from jpq.config import Budget, Decide
-from jpq.results import Result
+from jpq.results import Result, format_metric, format_percent
+from jpq.tasks import CLASSIFICATION, Task
 from jpq.training import EpochRecord, NullObserver, split_epochs
 from support.figures import plain_log_ticks, save_figure
 from support.result_rows import RESULTS, append_row, provenance
@@ -35,12 +36,18 @@ KEY = ["method", "target", "seed", "epochs", "search_epochs"]
 
 
 class EpochPrinter(NullObserver):
-    """Observer of a run that prints one line per epoch."""
+    """Observer of a run that prints one line per epoch, with the metric as the run's task writes it."""
+
+    task: Task = CLASSIFICATION
+
+    def begin(self, task: Task) -> None:
+        self.task = task
 
     def epoch(self, record: EpochRecord) -> None:
+        metric = f"{self.task.metric_name} {format_metric(self.task, record.accuracy)}"
         print(
             f"  {record.phase} {record.epoch}/{record.epochs} loss {record.loss:.3f} "
-            f"held-out {record.accuracy:.2%} BOPs {record.bops_share:.3%} kept {record.kept:.0%} "
+            f"held-out {metric} BOPs {format_percent(record.bops_share)} kept {format_percent(record.kept)} "
             f"{record.seconds:.0f} s",
             flush=True,
         )
@@ -159,7 +166,9 @@ def channels_kept(result: Result) -> float:
 
 
 def with_float_weights(config: jpq.Config, path: Path) -> jpq.Config:
-    """The config with the float weights at `path`, which are trained here where they are not there yet."""
+    """The config with its own float weights, else with those at `path`, trained here where they are not there yet."""
+    if config.task.weights is not None:
+        return config
     if not path.exists():
         with tempfile.TemporaryDirectory() as folder:
             short = replace(
@@ -198,7 +207,8 @@ def _missing(grid: Grid, args: argparse.Namespace) -> Iterator[tuple[str, str, i
     train = replace(grid.base.train, epochs=args.epochs)
     for seed, target, method in product(args.seeds, args.targets, args.methods):
         decide = grid.decide(method)
-        search_epochs = split_epochs(replace(grid.base, train=train), jpq.METHODS[decide.method])[0]
+        by_hand = decide.bits and decide.method != "measured"
+        search_epochs = 0 if by_hand else split_epochs(replace(grid.base, train=train), jpq.METHODS[decide.method])[0]
         if (method, target, str(seed), str(args.epochs), str(search_epochs)) not in _known_keys(grid.path):
             yield method, target, seed
 
@@ -222,7 +232,7 @@ def _run_cell(grid: Grid, args: argparse.Namespace, method: str, target: str, se
             train=replace(base.train, epochs=args.epochs),
             run=replace(base.run, seed=seed, out=Path(folder), threads=args.threads),
         )
-        flags = f"--methods {method} --targets {shlex.quote(target)} --seeds {seed} --epochs {args.epochs}"
+        flags = f"--methods {shlex.quote(method)} --targets {shlex.quote(target)} --seeds {seed} --epochs {args.epochs}"
         command = f"python studies/{grid.script} {flags}"
         result = jpq.optimize(config, EpochPrinter(), command)
         return run_row(result, config, command) | {"method": method}

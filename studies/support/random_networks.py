@@ -757,6 +757,8 @@ def random_network(seed: int) -> tuple[nn.Module, Tensor]:
     """A random network in evaluation mode, and an example of two samples; the same for the same seed."""
     model, x = _draw_network(seed)
     _keep_signals(model)
+    with torch.no_grad():
+        model(x)  # else weights that torch.nn.utils.prune computes have a gradient, and cannot be copied
     return model, x
 
 

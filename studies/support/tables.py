@@ -18,6 +18,7 @@ import claims
 import coverage
 import coverage_third_party
 import detection
+import estimators
 import faults
 import fronts
 import fuzz
@@ -28,6 +29,8 @@ import pandas as pd
 import scores
 import speed
 import step_cost
+import tasks
+import trainers
 import unconstrained
 
 import jpq
@@ -196,6 +199,9 @@ SECTIONS: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {  # name -> (t
     "kernels": (kernels.kernels_table, ("kernels",)),
     "detection": (detection.detection_table, ("detection",)),
     "one run": (one_run.one_run_table, ("one_run",)),
+    "estimators": (estimators.estimators_table, ("estimators",)),
+    "tasks": (tasks.tasks_table, ("tasks",)),
+    "trainers": (trainers.trainers_table, ("trainers",)),
     "faults": (faults.faults_table, ("faults",)),
     "fronts": (fronts.hypervolume_table, ("front_digits", "front_fashion_mnist", "front_resnet20")),
 }

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -157,7 +158,7 @@ def test_bits_and_units_are_the_best_of_all(seed, share):
     best = min(
         value[0]
         for counts in product(*(solver.grids[name] for name in names))
-        if (value := solver._solve_bits(dict(zip(names, counts, strict=True)))) is not None
+        if (value := solver._solve_bits(dict(zip(names, counts, strict=True)), math.inf)) is not None
     )
     assert found.divergence == pytest.approx(best, rel=1e-9)
 

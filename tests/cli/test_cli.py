@@ -157,7 +157,7 @@ def test_unknown_command_names_the_closest(capsys: Captured) -> None:
     ("args", "words"),
     [
         (["optimize", "--lrr", "1"], "Unknown flag --lrr. Did you mean --lr"),
-        (["optimize", "--target", "1%"], "Unknown flag --target. Did you mean --target-bops or --target-macs"),
+        (["optimize", "--target", "1%"], "Unknown flag --target. Did you mean --target-column or --target-bops or"),
         (["optimize", "--xyzzy"], "Unknown flag --xyzzy. See jpq optimize --help."),
         (["optimize", "--no-lr"], "Unknown flag --no-lr."),
         (["optimize", "-x"], "Unknown flag -x."),

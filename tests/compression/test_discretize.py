@@ -161,7 +161,7 @@ def test_a_step_back_pays_for_a_step_forward_where_single_steps_are_too_coarse(s
     plan = discretize.discretize(network, targets)
     assert FULL_USE <= used_share(targets[0], network.exact_usage(plan)) <= 1
     assert discretize.underuse_note(targets, network, plan) is None
-    monkeypatch.setattr(discretize, "trade_steps", lambda net, decisions, plan, targets: plan)
+    monkeypatch.setattr(discretize, "trade_steps", lambda net, decisions, plan, *_: plan)
     single = discretize.discretize(network, targets)
     assert (
         plan == single or used_share(targets[0], network.exact_usage(single)) < FULL_USE

@@ -175,3 +175,14 @@ def test_several_targets_push_only_where_they_are_exceeded():
     grads = torch.autograd.grad(controller.loss([use], 1.0), (use.w_bits, use.a_bits), allow_unused=True)
     assert grads[0] > 0
     assert grads[1] is None
+
+
+def test_a_network_that_costs_nothing_has_no_price():
+    keep = torch.zeros((), requires_grad=True)
+    use = costs.LayerUse("a", 100, 100, 10, keep, keep, 1, torch.tensor(8.0), torch.tensor(8.0))
+    controller = Controller((Target("bops", "1000", 1000),))
+    controller.pressure["bops"] = 1.0
+    weighted = controller.weighted_cost([use])
+    assert weighted == 0
+    (price,) = torch.autograd.grad(weighted, keep)
+    assert price == 0

@@ -9,6 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 from quantized_nets import EXAMPLE, IMAGES, Residual, Small, quantized
+from storage import STORAGES
 from torch import nn
 from zoo import ZOO
 
@@ -47,7 +48,7 @@ def is_power_of_two(number):
 
 @pytest.mark.parametrize("kind", [Residual, Small, Upsampling])
 @pytest.mark.parametrize(
-    ("bits", "output_bits", "weights"), [(8, 0, "int8"), (8, 8, "int8"), (4, 8, "int4"), (2, 0, "int2")]
+    ("bits", "output_bits", "weights"), [(8, 0, "int8"), (8, 8, "int8"), (4, 8, "int4"), (2, 0, STORAGES[-1])]
 )
 def test_file_and_model_give_the_same_numbers(kind, bits, output_bits, weights, tmp_path):
     small = quantized(kind, bits, output_bits).finalize()

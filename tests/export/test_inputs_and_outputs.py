@@ -287,3 +287,23 @@ def test_flags_with_defaults_stay_flags_in_the_file(tmp_path):
     session = Session(tmp_path / "model.onnx")
     assert [i.name for i in onnx.load(tmp_path / "model.onnx").graph.input] == ["input"]
     torch.testing.assert_close(session(x), small(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+class CountsToo(Two):
+    def forward(self, image: Tensor, depth: Tensor) -> Any:
+        score, place = self.both(image, depth)
+        return score, image.shape[0], 1.5, {"place": place, "side": place.shape[-1]}
+
+
+def test_numbers_among_the_outputs_are_no_outputs_of_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = jpq.compress(CountsToo(), (IMAGES, DEPTHS), "uniform", bops="10%", steps=1).finalize()
+    jpq.export_onnx(small, (IMAGES, DEPTHS), tmp_path / "m.onnx")
+    assert [o.name for o in onnx.load(tmp_path / "m.onnx").graph.output] == ["output_0", "output_1"]
+    for size in (8, 3):
+        expected, found = (
+            small(IMAGES[:size], DEPTHS[:size]),
+            Session(tmp_path / "m.onnx")(IMAGES[:size], DEPTHS[:size]),
+        )
+        assert [t.shape for t in collect_tensors(found)] == [t.shape for t in collect_tensors(expected)]
+        assert torch.allclose(found[0], expected[0], atol=1e-5)

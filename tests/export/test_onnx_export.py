@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from quantized_nets import EXAMPLE, IMAGES, Residual, Small, quantized
+from storage import STORAGES
 from thinned import thinned
 from torch import Tensor, nn
 
@@ -158,10 +159,14 @@ def test_narrow_weights_are_stored_narrow_and_read_the_same(bits, weights, kind,
     assert sum(np.prod(t.dims) for t in stored) == 3 * 8 * 9 + 8 * 8 * 9 + 8 * 8 + 8 * 4
     share = {"INT4": 2, "INT2": 4}[kind]
     assert all(len(t.raw_data) == -(-np.prod(t.dims) // share) for t in stored)
-    x = IMAGES[0][0]
-    assert torch.equal(Session(wide, optimised=False)(x), Session(narrow, optimised=False)(x))
-    assert count_kernels(narrow)["QLinearConv"] == count_kernels(wide)["QLinearConv"] == 3
     assert onnx.load(narrow).opset_import[0].version == {"INT4": 21, "INT2": 25}[kind]
+    if weights in STORAGES:
+        x = IMAGES[0][0]
+        assert torch.equal(Session(wide, optimised=False)(x), Session(narrow, optimised=False)(x))
+        assert count_kernels(narrow)["QLinearConv"] == count_kernels(wide)["QLinearConv"] == 3
+    else:
+        with pytest.raises(JpqError, match="reads ONNX files up to format"):
+            Session(narrow)
 
 
 def test_weights_that_need_8_bits_keep_them(tmp_path):

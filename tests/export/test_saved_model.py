@@ -306,3 +306,59 @@ def test_torch_onnx_with_dynamo_follows_small_models(method):
 def test_folder_may_be_moved(folder, small, tmp_path):
     moved = Path(shutil.move(folder, tmp_path / "a name with spaces"))
     assert same(jpq.load(moved)[0], small, X)
+
+
+class OddNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleDict({"3x3": nn.Linear(8, 8), "a/b c": nn.Linear(8, 8), "é": nn.Linear(8, 4)})
+
+    def forward(self, x):
+        for part in self.parts.values():
+            x = part(torch.relu(x))
+        return x
+
+
+class NamedLikeAProgram(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.record, self.constants, self.args = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.args(torch.relu(self.constants(torch.relu(self.record(x)))))
+
+
+class Guarded(nn.Module):
+    """Parts in single precision whatever the caller's autocast, and a part without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False), torch.no_grad():
+            x = torch.relu(self.a(x.float()))
+        return self.b(x)
+
+
+@pytest.mark.parametrize("make", [OddNames, NamedLikeAProgram, Guarded])
+def test_odd_names_and_guarded_regions_are_saved_with_their_graph(make, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    small = finalized("uniform", make(), x, bops="20%")
+    jpq.save(small, tmp_path / "kept")
+    for loaded in (jpq.load(tmp_path / "kept"), jpq.load(tmp_path / "kept", model=make())):
+        assert same(loaded[0], small, x)
+        assert same(copy.deepcopy(loaded[0]), small, x)
+
+
+def test_a_region_under_autocast_is_saved_without_its_graph(tmp_path):
+    class Narrow(Guarded):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                x = torch.relu(self.a(x))
+            return self.b(x.float())
+
+    small = finalized("uniform", Narrow(), torch.randn(4, 8), bops="20%")
+    with pytest.warns(UserWarning, match="The graph was not stored"):
+        jpq.save(small, tmp_path / "kept")

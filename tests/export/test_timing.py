@@ -1,6 +1,8 @@
 """Measuring: what is measured, the files that come of it, and exported models that run integer kernels."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from jpq.export.timing import layer_table
 from jpq.export.timing.compare import FULL, INT8, PRUNED, model_files, reference_models
 from jpq.export.timing.kernels import count_kernels, find_float_layers
 from jpq.export.timing.layer_model import layer_model
-from jpq.export.timing.runner import Runner, take_turns
+from jpq.export.timing.runner import Runner, describe_hardware, take_turns
 from jpq.recipe import optimize
 from jpq.results.predicted_latency import predicted_ms
 from jpq.tasks.models import build
@@ -89,7 +91,7 @@ def test_the_layer_alone_does_the_work_of_the_layer(key, inputs, outputs, form):
     model = layer_model(key, inputs, outputs, 2, form)
     session = Runner(model)
     out = session._session.run(
-        None, {"x": np.zeros(session.shapes[0], np.uint8 if form and form[0] == "i" else np.float32)}
+        None, {"x": np.zeros(session.samples["x"].shape, np.uint8 if form and form[0] == "i" else np.float32)}
     )
     places = (
         key.size if key.kind != "conv_transpose" else tuple(n * s for n, s in zip(key.size, key.stride, strict=True))
@@ -144,7 +146,8 @@ def test_a_run_from_the_table_to_the_measured_model(tmp_path, capsys, monkeypatc
     assert main(["bench", str(result.folder), str(result.folder / "model.onnx"), "--repeats", "5"]) == 0
     out = capsys.readouterr().out
     assert "times as long" in out
-    assert out.count("in onnxruntime") == 2
+    assert out.count(" ms in onnxruntime") == 2
+    assert "% of 449 test images of digits are right" in out
 
 
 @pytest.mark.parametrize(
@@ -269,6 +272,32 @@ def test_a_run_is_raced_against_what_it_began_with(run, capsys):
     assert len(rows) == 8
     assert [" ".join(row[-5:-2]) for row in rows if row[0] == "compressed"] == ["0 of 4"] * 2
     assert [" ".join(row[-5:-2]) for row in rows if row[0] == "fp32"] == ["4 of 4"] * 2
+    shares = {row[0]: float(row[-7]) for row in rows if row[-6] == "%"}  # the pruned float model has none
+    assert set(shares) == {"fp32", "int8", "compressed"}
+    assert "accuracy on 449 test images of digits" in " ".join(out.split())
+    assert shares["fp32"] == pytest.approx(100 * run.float.accuracy, abs=0.01)
+    assert abs(shares["int8"] - shares["fp32"]) < 1  # 8 bits lose next to nothing where ranges fit
+    assert main(["evaluate", str(run.folder / "model.onnx")]) == 0
+    assert float(capsys.readouterr().out.split(" %")[0]) == shares["compressed"]
+    assert main(["bench", str(run.folder), "--repeats", "2", "--threads", "1", "--no-metric"]) == 0
+    assert "accuracy" not in capsys.readouterr().out
+
+
+def test_a_run_whose_data_or_float_weights_are_gone_is_timed_and_says_so(run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run.folder, copy)
+    (copy / "float.safetensors").unlink()
+    assert main(["bench", str(copy), "--repeats", "2", "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "the float model's weights are no longer there" in " ".join(out.split())
+    rows = [line.split() for line in out.splitlines() if line.strip().startswith(("fp32", "int8", "compressed"))]
+    assert [row[0] for row in rows if row[-6] == "%"] == ["compressed"]
+    config = (copy / "config.toml").read_text()
+    (copy / "config.toml").write_text(config.replace('data = "digits"', 'data = "folder:gone"'))
+    assert main(["bench", str(copy), str(copy / "model.onnx"), "--repeats", "2", "--threads", "1"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("note No metric is shown: The folder 'gone' is not there") == 2
+    assert "1 thread, batch 1, median of 2 turns" in out
 
 
 def one_node(sides):
@@ -283,7 +312,9 @@ def test_a_file_is_timed_in_every_setting(run, capsys):
     assert main(["bench", file, "--repeats", "3", "--threads", "1", "2", "--batch", "1", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     settings = [f"onnxruntime, {t}, batch {b}, median of 3 turns" for t in ("1 thread", "2 threads") for b in (1, 4)]
-    assert [line.partition(" ms in ")[2] for line in lines[1:]] == settings
+    assert [line.partition(" ms in ")[2] for line in lines[1:5]] == settings
+    assert "% of 449 test images of digits are right" in lines[5]
+    assert f"({file} in onnxruntime)" in " ".join(lines[5:])
 
 
 def test_the_pruned_float_model_has_the_channels_of_the_plan(tmp_path):
@@ -341,3 +372,20 @@ def test_bad_files_and_names_are_one_sentence(args, why, capsys, tmp_path, monke
     )
     export_float(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), EXAMPLE, Path("few.onnx"))
     assert why in refused(args, capsys)
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("flags : fma avx2 avx512bw avx512_vnni", ", AVX-512 VNNI)"),
+        ("flags : fma avx avx2", ", AVX2 without VNNI)"),
+        ("Features : fp asimd asimddp", ", dot products)"),
+        ("flags : sse2", ")"),
+    ],
+)
+def test_the_hardware_names_the_instructions_of_integer_kernels(tmp_path, line, shown):
+    path = tmp_path / "cpuinfo"
+    path.write_text(f"processor : 0\nmodel name : Some CPU\n{line}\n")
+    described = describe_hardware(path)
+    assert described.startswith("Some CPU (")
+    assert f"{shown}, {os.cpu_count()} cores" in described

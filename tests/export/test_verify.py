@@ -95,7 +95,6 @@ def test_another_rebuilt_model_or_file_is_refused(exported, tmp_path):
         with pytest.raises(JpqError, match="decisions come out differently"):
             verify.exported(small, path, [(example, None)])
         bias.copy_(before * 1.001 + 0.01 * before.abs().max())  # the same classes, but every output is off
-        with pytest.raises(JpqError, match="this is more than rounding"):
-            verify.exported(small, path, [(example, None)])
+        assert "this is more than rounding" in verify.exported(small, path, [(example, None)])["warning"]
     finally:
         bias.copy_(before)

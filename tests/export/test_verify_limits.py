@@ -38,7 +38,7 @@ def test_an_unstable_network_is_held_to_the_same_limits(tmp_path):
         (8, 50.0, "8 of 400 decisions come out differently, more than 0.5%", False),
         (40, 50.0, "40 of 400 decisions come out differently, more than 5.0%", True),
         (120, 0.1, "120 of 400 samples, more than 20%: this is more than rounding", False),
-        (380, 0.1, "380 of 400 samples, more than 90%: this is more than rounding", True),
+        (380, 0.1, "380 of 400 samples, more than 20%: this is more than rounding", False),
         (60, 0.1, "", False),
     ],
 )
@@ -60,3 +60,29 @@ def test_files_beyond_the_limits_warn_and_wrong_ones_are_refused(marked, change,
         warning = verify.exported(model, path, [(x, None)]).get("warning", "")
         assert words in warning
         assert bool(warning) == bool(words)
+
+
+@pytest.mark.parametrize(
+    ("changed", "samples", "refused"),
+    [(0, 3, False), (2, 400, False), (3, 400, True), (3, 1000, False)],
+)
+def test_nearly_all_samples_at_a_boundary_are_refused_only_where_decisions_differ_too(changed, samples, refused):
+    """`changed` samples of a file whose every sample is rounded otherwise have another class (0.5 % are allowed)."""
+    output = torch.tensor([[1.0, 0.97]]).repeat(samples, 1)
+    other = output + torch.tensor([0.0, 0.01])
+    other[:changed, 1] = 1.03
+    outside = verify.compare(lambda _: output, lambda _: other, [(torch.zeros(samples, 1), None)])
+    assert outside["at_a_rounding_boundary"] == samples
+    if refused:
+        with pytest.raises(JpqError, match="more than 90%"):
+            verify._beyond_limits(outside, "")
+    else:
+        assert (f"{samples} of {samples} samples, more than 20%" in verify._beyond_limits(outside, "")) == (samples > 2)
+
+
+def test_nearly_all_samples_at_a_boundary_are_refused_where_outputs_are_far_off():
+    output = torch.tensor([[1.0, 0.2]]).repeat(40, 1)
+    outside = verify.compare(lambda _: output, lambda _: 0.7 * output, [(torch.zeros(40, 1), None)])
+    assert outside["argmax_differs"] == 0
+    with pytest.raises(JpqError, match="more than 90%"):
+        verify._beyond_limits(outside, "")

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from quantized_nets import EXAMPLE, IMAGES, Residual, Small, quantized
+from storage import STORAGES
 from torch import nn
 from zoo import ZOO
 
@@ -129,7 +130,7 @@ def weight_model(integers, scale, zero_points, axis, op, **options):
     st.booleans(),
     st.sampled_from([1, 8, 16]),
     st.integers(-3, 3),
-    st.sampled_from(["int8", "int4", "int2"]),
+    st.sampled_from(STORAGES),
 )
 def test_storage_changes_no_number(op, per_channel, factor, zero, weights):
     """int8 around any zero point before, uint8 or fewer bits after: the same outputs, to the bit."""

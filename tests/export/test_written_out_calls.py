@@ -41,6 +41,54 @@ CALLS = {
     "average by a divisor, larger": nn.AvgPool2d(3, 2, 1, ceil_mode=True, divisor_override=4),
     "average by a divisor, window behind the end": nn.AvgPool2d(1, 5, ceil_mode=True, divisor_override=4),
     "average of a volume by a divisor": lambda x: F.avg_pool3d(x[:, None], 2, ceil_mode=True, divisor_override=3),
+    **{
+        f"pool over the whole image, {name}": call
+        for name, call in {
+            "shape": lambda x: F.avg_pool2d(x, x.size()[2:]),
+            "one size": lambda x: F.avg_pool2d(x, x.size(2)),
+            "keyword": lambda x: F.avg_pool2d(x, kernel_size=x.shape[-2:]),
+            "maximum": lambda x: F.max_pool2d(x, kernel_size=(x.size(2), x.size(3))),
+            "signal": lambda x: F.avg_pool1d(x.flatten(2), x.size(2) * x.size(3)),
+            "maximum of a signal": lambda x: F.max_pool1d(x.flatten(2), x.size(2) * x.size(3)),
+        }.items()
+    },
+    "pool by half of the size": lambda x: F.avg_pool2d(x, x.size(2) // 2, stride=x.size(3) // 3),
+    "windows by half of the size": lambda x: F.unfold(x, x.size(2) // 2, stride=x.size(2) // 2),
+    "layer_norm by shape": lambda x: F.layer_norm(x, x.shape[1:]),
+    "instance_norm of unknown channels": lambda x: F.instance_norm(F.unfold(x, 3).view(-1, 8, 9, 16)),
+    "nn.InstanceNorm1d": lambda x: nn.InstanceNorm1d(72)(F.unfold(x, 3)),
+    "interpolate by area": lambda x: F.interpolate(x, scale_factor=0.5, mode="area"),
+    "interpolate by area to a size": lambda x: F.interpolate(x, size=(4, 9), mode="area"),
+    "interpolate to the nearest": lambda x: F.interpolate(x, scale_factor=1.7, mode="nearest-exact"),
+    "interpolate to the nearest of a size": lambda x: F.interpolate(x, size=(4, 9), mode="nearest-exact"),
+    "softplus with a threshold": nn.Softplus(2.0, 0.5),
+    "floor division": lambda x: x // 0.7 + torch.floor_divide(x, 0.3) + x.floor_divide(-0.4),
+    "distance by p = 1": lambda x: torch.cdist(x, x.flip(1), p=1.0),
+    "distance by p = 3": lambda x: torch.cdist(x, x.flip(1), p=3.0),
+    "largest distance": lambda x: torch.cdist(x, x.flip(1), p=float("inf")),
+    "inner": lambda x: torch.inner(x, torch.arange(36).to(x).reshape(6, 6) / 36),
+    "addmv": lambda x: torch.addmv(x[0, 0, 0], x[0, 0], x[0, 0, 1], beta=0.5, alpha=2),
+    "addbmm": lambda x: torch.addbmm(x[0, 0], x[0], x[0].mT, alpha=0.5),
+    "addr": lambda x: torch.addr(x[0, 0], x[0, 0, 0], x[0, 0, 1], beta=2),
+    "multi_dot": lambda x: torch.linalg.multi_dot([x[0, 0], x[0, 1], x[0, 2]]),
+    "diag": lambda x: torch.diag(x[0, 0]) + torch.diag(x[0, 0, 0]).sum(0),
+    "diag_embed": lambda x: torch.diag_embed(x[:, 0]).sum(-1),
+    "fill_diagonal_": lambda x: x @ torch.zeros(6, 6).to(x).fill_diagonal_(-5.0),
+    "parts of numbers": lambda x: (x * 3).trunc() + (x * 3).frac() * 2 + torch.fix(x * 5),
+    "exponentials": lambda x: (
+        torch.expm1(x) + torch.exp2(x) + x.sinh() + torch.cosh(x) + torch.asinh(x) + torch.erfc(x)
+    ),
+    "sinc": lambda x: torch.sinc(F.relu(x)),
+    "xlogy, hypot": lambda x: torch.xlogy(F.relu(x), x.abs() + 1) + torch.hypot(x, x + 1),
+    "heaviside": lambda x: torch.heaviside(F.relu(x), torch.full((1,), 0.5).to(x)),
+    "addcdiv": lambda x: torch.addcdiv(x, x, x.abs() + 1, value=0.5),
+    "logaddexp": lambda x: torch.logaddexp(x * 50, x + 1),
+    "nansum": lambda x: torch.where(x > 0, x, torch.full_like(x, torch.nan)).nansum(-1),
+    "diff": lambda x: torch.diff(x, dim=2) + x.diff(n=2, dim=2, prepend=x[:, :, :1]),
+    "column_stack, ravel": lambda x: torch.column_stack([x[0, 0].ravel(), x[0, 1].ravel()]),
+    "fliplr, flipud": lambda x: x.fliplr() + torch.flipud(x[0]),
+    "adjoint": lambda x: x.adjoint() + x.mH,
+    "degrees": lambda x: torch.deg2rad(x) + torch.rad2deg(x).sgn(),
     "fold, not square": lambda x: F.fold(F.unfold(x, (2, 3), dilation=(1, 2)), (6, 6), (2, 3), dilation=(1, 2)),
 }
 
@@ -55,6 +103,14 @@ class Called(nn.Module):
     def forward(self, x):
         y = self.call(x)
         return y + torch.zeros_like(y)
+
+
+@pytest.mark.parametrize("call", [F.hardswish, F.hardsigmoid, nn.Hardswish(inplace=True), nn.Hardsigmoid(inplace=True)])
+def test_hard_activations_are_the_same_to_the_bit(call, tmp_path):
+    x = 4 * torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
+    export_float(Called(lambda v: call(v + 0.1)), x[:2], tmp_path / "m.onnx")
+    for optimised in (False, True):
+        assert torch.equal(Session(tmp_path / "m.onnx", optimised=optimised)(x), call(x + 0.1))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -94,3 +150,30 @@ def test_nothing_is_printed_where_an_export_fails(capfd, tmp_path):
     with pytest.raises(JpqError, match="affine_grid"):
         export_float(model, torch.randn(1, 2, 3, 3), tmp_path / "m.onnx")
     assert capfd.readouterr().out == ""
+
+
+class OfEachSample(nn.Module):
+    """A convolution whose weight is mixed for each sample (CondConv, WeightNet)."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts, self.out = (
+            nn.Linear(3, 4),
+            nn.Parameter(torch.randn(4, 8, 3, 3, 3)),
+            nn.Conv2d(8, 2, 1),
+        )
+
+    def forward(self, x):
+        shares = self.gate(x.mean((2, 3))).softmax(1)
+        weight = torch.einsum("bk,koihw->boihw", shares, self.experts).reshape(-1, 3, 3, 3)
+        y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), weight, padding=1, groups=x.shape[0])
+        return self.out(F.relu(y.view(x.shape[0], 8, *x.shape[2:])))
+
+
+def test_a_convolution_with_a_weight_of_each_sample_takes_one_at_a_time(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6, 6)
+    small = jpq.compress(OfEachSample(), x, "uniform", bops="90%", steps=1).finalize()
+    with pytest.warns(UserWarning, match="takes one sample at a time"):
+        jpq.export_onnx(small, x, tmp_path / "m.onnx")
+    torch.testing.assert_close(Session(tmp_path / "m.onnx")(x[:1]), small(x[:1]), rtol=1e-4, atol=1e-4)

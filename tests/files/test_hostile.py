@@ -33,6 +33,7 @@ from jpq.compression import external_mask
 from jpq.config import read_toml
 from jpq.costs.target import parse_target
 from jpq.export.packed.file import load_packed
+from jpq.export.runtimes import OpenVinoSession, Session
 from jpq.export.timing import layer_table
 from jpq.export.timing.runner import Runner
 from jpq.files import tensors
@@ -688,7 +689,10 @@ def test_onnx_files_cannot_reach_out(files: Path, tmp_path: Path) -> None:
     tensor = max(model.graph.initializer, key=lambda t: t.ByteSize())
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="../secret")
-    (tmp_path / "models" / "reaches.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(JpqError, match="cannot load"):
-        Runner(tmp_path / "models" / "reaches.onnx")
+    for location in ("../secret", "a/../../secret", "..\\secret", str(tmp_path / "secret"), "C:\\secret"):
+        tensor.ClearField("external_data")
+        tensor.external_data.add(key="location", value=location)
+        (tmp_path / "models" / "reaches.onnx").write_bytes(model.SerializeToString())
+        for reader in (Runner, Session, OpenVinoSession):
+            with pytest.raises(JpqError, match="lies outside of its folder"):
+                reader(tmp_path / "models" / "reaches.onnx")

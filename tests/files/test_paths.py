@@ -124,7 +124,20 @@ def test_windows_paths_are_no_code():
     assert is_windows_path("C:\\data")
     assert is_windows_path("d:/data")
     assert not is_windows_path("C:make")
-    for name in ("folder:C:\\data", "folder:d:/a b", "C:\\data", "torchvision:resnet18", "digits"):
-        assert not names_code(name)
+    for name in ("folder:C:\\data", "folder:d:/a b", "C:\\data", "digits"):
+        assert not names_code(name, "data")
+    assert not names_code("torchvision:resnet18")
     assert names_code("mycode:make")
     assert names_code("c:make")
+
+
+def test_readers_of_data_are_no_code_as_data_and_are_code_as_models():
+    from jpq.files.untrusted import KINDS
+    from jpq.tasks.data import READERS
+
+    assert set(KINDS["data"]) == set(READERS)
+    for kind in READERS:
+        assert not names_code(f"{kind}:reviews", "data")
+        assert names_code(f"{kind}:make", "model")  # a module of that name would be imported
+    assert names_code("timm:resnet18", "data")
+    assert names_code("mine:Temperature", "task")

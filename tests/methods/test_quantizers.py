@@ -1,6 +1,8 @@
 """The integer quantizer against plain autograd, against brute force, and inside brevitas's layers."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -18,7 +20,14 @@ from jpq.methods.quantizers import (
     quantize_layer,
     weight_quantizer,
 )
-from jpq.methods.quantizers.uniform_integer import _Quantize, fit_threshold, levels
+from jpq.methods.quantizers.uniform_integer import (
+    _Quantize,
+    fit_threshold,
+    fit_weight_grid,
+    levels,
+    quantize_tensor,
+    round_to_grid,
+)
 from jpq.types import JpqError
 
 
@@ -256,3 +265,153 @@ def test_a_layer_that_is_called_twice_trains(rounded):
     y.square().sum().backward()
     assert quantizer.log_threshold.grad.abs() > 0
     assert quantizer.width.bits.grad.abs() > 0
+
+
+def sided(x, threshold, bits, side):
+    """The formulas of a signed grid whose additional level lies on `side`, as a chain of differentiable operations."""
+    n = torch.exp2(bits - 1) - 1
+    low, high = -(n + (side < 0)), n + (side > 0)
+    scale = threshold / torch.maximum(-low, high)
+    u = x / scale
+    rounded = u + (u.round() - u).detach()
+    return torch.where(u < low, low, torch.where(u > high, high, rounded)) * scale
+
+
+SIDES = torch.tensor([-1, 1, 0, 1, -1], dtype=torch.int8)[:, None]
+
+
+@pytest.mark.parametrize("side", [SIDES, torch.tensor(-1, dtype=torch.int8), torch.tensor(1, dtype=torch.int8)])
+@pytest.mark.parametrize("bits", [2.0, 3.0, 7.0])
+def test_gradients_of_all_levels_equal_autograd_of_the_plain_chain(side, bits):
+    torch.manual_seed(0)
+    x = (1.5 * torch.randn(5, 40, dtype=torch.float64)).requires_grad_()
+    threshold = (torch.rand(side.shape, dtype=torch.float64) + 0.7).requires_grad_()
+    b = torch.tensor(bits, dtype=torch.float64, requires_grad=True)
+    g, inputs = torch.randn(5, 40, dtype=torch.float64), (x, threshold, b)
+    want, got = sided(x, threshold, b, side), _Quantize.apply(x, threshold, b, True, None, side)
+    assert torch.allclose(got, want, atol=1e-12)
+    pairs = zip(torch.autograd.grad(got, inputs, g), torch.autograd.grad(want, inputs, g), strict=True)
+    for ours, theirs in pairs:
+        assert torch.allclose(ours, theirs, atol=1e-10)
+    assert torch.equal(round_to_grid(x, threshold, b, True, side), got)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("side", [-1, 1])
+def test_all_levels_of_a_width_are_used(bits, side):
+    x = torch.linspace(-3, 3, 5001).expand(2, -1)  # 0 in the middle
+    ranges, sides = torch.full((2, 1), 1.3), torch.full((2, 1), side, dtype=torch.int8)
+    y, scale, _, _ = IntegerQuantizer(ranges, Fixed(bits), True, sides)(x)
+    n = 2 ** (bits - 1) - 1
+    low, high = (-n, n) if bits == 8 else (-n - (side < 0), n + (side > 0))
+    assert (y[0] / scale[0]).round().unique().tolist() == list(range(low, high + 1))
+    assert not y[:, 2500].any()
+    assert float(y.abs().max()) == pytest.approx(1.3, rel=1e-6)  # the range is the end of the longer side
+    quantizer = IntegerQuantizer(ranges, Fixed(bits), True, sides)
+    assert torch.equal(quantizer(y)[0], y)
+    assert quantizer.all_levels
+
+
+@given(bits=st.integers(2, 7), seed=st.integers(0, 10**6), spread=st.floats(0.1, 3.0))
+@settings(max_examples=30, deadline=None)
+def test_all_levels_never_have_a_larger_error_and_take_the_better_side(bits, seed, spread):
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(6, 30, generator=generator) + spread * torch.rand(6, 1, generator=generator)
+    w[0], w[1] = 0, w[1].sign()
+
+    def errors(weight, ranges, side):
+        return (quantize_tensor(weight, ranges, bits, True, side) - weight).double().square().sum(1)
+
+    narrow, none = fit_weight_grid(w, bits, True, False)
+    assert not none.any()
+    assert torch.equal(narrow, fit_threshold(w, bits, True, True))
+    ranges, side = fit_weight_grid(w, bits, True, True)
+    assert set(side.flatten().tolist()) <= {-1, 1}
+    best = errors(w, ranges, side)
+    assert bool((best <= errors(w, narrow, None) * (1 + 1e-5) + 1e-9).all())
+    n = 2 ** (bits - 1) - 1
+    for fraction in torch.linspace(1, 1 / 40, 40).tolist():  # brute force over the same steps and both sides
+        step = w.abs().amax(1, keepdim=True).clamp_min(1e-6) * fraction / n
+        for other in (-1, 1):
+            assert bool((best <= errors(w, step * (n + 1), torch.full_like(side, other)) * (1 + 1e-5) + 1e-9).all())
+    mirrored, other = fit_weight_grid(-w, bits, True, True)
+    torch.testing.assert_close(errors(-w, mirrored, other), best, rtol=1e-5, atol=1e-9)
+
+
+def test_a_long_tail_decides_the_side_at_any_width():
+    w = torch.cat([torch.rand(2, 40) * 0.5, torch.tensor([[1.0], [1.0]])], 1) * torch.tensor([[1.0], [-1.0]])
+    for bits in (2, 3, 4, 8, 16):
+        assert fit_weight_grid(w, bits, True, True)[1].tolist() == [[1], [-1]], bits
+    assert fit_weight_grid(w[:1], 3, False, True)[1].item() == 1
+
+
+def test_the_side_stays_when_bits_change_and_fixing_them_changes_nothing():
+    torch.manual_seed(0)
+    w = torch.randn(6, 50)
+    ranges, side = fit_weight_grid(w, 8, True, True)
+    quantizer = IntegerQuantizer(ranges, Learned(8, 2, 8), True, side)
+    steps = []
+    for bits in (8, 4, 3, 2):
+        quantizer.width.bits.data.fill_(bits)
+        steps.append(quantizer.scale())
+        assert torch.equal(quantizer.side, side)
+    assert torch.equal(steps[2], 2 * steps[1])  # a bit less doubles the step
+    before = quantizer(w)[0]
+    quantizer.fix(2)
+    assert torch.equal(quantizer(w)[0], before)
+    quantizer.refit(w, 2)
+    assert float((quantizer(w)[0] - w).square().sum()) < float((before - w).square().sum())
+    assert quantizer.all_levels
+    quantizer.fix_step(quantizer.scale())
+    assert torch.equal(quantizer(w)[0], quantizer(quantizer(w)[0])[0])
+
+
+def test_sides_are_kept_in_states_copies_and_pickles_and_old_states_are_narrow():
+    torch.manual_seed(0)
+    w = torch.randn(4, 30)
+    ranges, side = fit_weight_grid(w, 3, True, True)
+    quantizer = IntegerQuantizer(ranges, Fixed(3), True, side)
+    fresh = IntegerQuantizer(torch.ones(4, 1), Fixed(3), True)
+    fresh.load_state_dict(quantizer.state_dict())
+    for other in (fresh, copy.deepcopy(quantizer), pickle.loads(pickle.dumps(quantizer))):
+        assert torch.equal(other.side, side)
+        assert torch.equal(other(w)[0], quantizer(w)[0])
+    old = {name: t for name, t in quantizer.state_dict().items() if name != "side"}
+    quantizer.load_state_dict(old)
+    narrow = (w / (ranges / 3)).round().clamp(-3, 3) * (ranges / 3)
+    torch.testing.assert_close(quantizer(w)[0], narrow)
+    del quantizer._buffers["side"]  # a pickle of a version that had none
+    assert not pickle.loads(pickle.dumps(quantizer)).all_levels
+
+
+def test_a_mirrored_grid_rounds_the_mirrored_weight():
+    torch.manual_seed(0)
+    w, signs = torch.randn(4, 30), torch.tensor([[1.0], [-1.0], [-1.0], [1.0]])
+    quantizer = IntegerQuantizer(fit_weight_grid(w, 2, True, True)[0], Fixed(2), True, SIDES[:4])
+    before = quantizer(w)[0]
+    quantizer.flip(signs)
+    assert torch.equal(quantizer(w * signs)[0], before * signs)
+
+
+def test_widths_with_a_grid_of_their_own_and_dead_zones_are_narrow():
+    sides = torch.ones(3, 1, dtype=torch.int8)
+    assert not IntegerQuantizer(torch.ones(3, 1), WIDTHS["gated"](8, 2, 8), True, sides).all_levels
+    quantizer = IntegerQuantizer(torch.ones(3, 1), Fixed(4), True, sides)
+    quantizer.use_dead_zone(lambda: (torch.tensor(1.0), torch.tensor(0.2)))
+    assert not quantizer.all_levels
+    assert not IntegerQuantizer(torch.ones(()), Fixed(4), False).all_levels
+
+
+def test_brevitas_is_told_whether_the_range_is_narrow():
+    ranges = torch.ones(4, 1, 1, 1)
+    sides = -torch.ones(4, 1, 1, 1, dtype=torch.int8)
+    act = IntegerQuantizer(torch.ones(()), Fixed(8), False)
+    twin = quantize_layer(nn.Conv2d(3, 4, 3), IntegerQuantizer(ranges, Fixed(4), True, sides), act)
+    assert not twin.weight_quant.is_narrow_range
+    weight_quantizer(twin).fix(8)
+    assert twin.weight_quant.is_narrow_range
+    again = pickle.loads(pickle.dumps(copy.deepcopy(twin)))
+    weight_quantizer(again).fix(4)
+    assert not again.weight_quant.is_narrow_range
+    weight_quantizer(again).side.zero_()
+    assert again.weight_quant.is_narrow_range

@@ -46,6 +46,8 @@ def test_result_json_holds_what_it_promises(tmp_path: Path) -> None:
         "machine",
         "intervals",
         "float_work",
+        "pruning",
+        "contest",
     }
     assert tree["compressed"] == {
         "accuracy": 0.9778,
@@ -115,11 +117,17 @@ def test_pictures_grow_with_the_number_of_layers(tmp_path: Path) -> None:
 
 
 def test_curves_put_both_phases_on_one_axis_with_budget_and_float_model(tmp_path: Path) -> None:
-    cost, quality = plots.draw_curves(result(tmp_path), Config()).axes
+    made = result(tmp_path)
+    cost, decisions, quality, kept = plots.draw_curves(made, Config()).axes
     now = next(line for line in cost.lines if line.get_label() == "BOPs now")
     assert list(now.get_xdata()) == list(range(1, 15))
     assert {line.get_label() for line in cost.lines} >= {"budget 1.00 %", "aim of the controller"}
     assert {line.get_label() for line in quality.lines} >= {"held-out", "float model 98.50 %"}
+    lines = {line.get_label(): list(line.get_ydata()) for line in (*decisions.lines, *kept.lines)}
+    rows = [row for row in made.history if row.phase != "float"]
+    assert lines["bits of weights"] == [row.w_bits for row in rows]
+    assert lines["bits of activations"] == [row.a_bits for row in rows]
+    assert lines["channels kept"] == [100 * row.kept for row in rows]
     assert cost.get_yscale() == "log"
     assert [text.get_text() for text in cost.texts] == ["search", "fine-tune"]
 

@@ -1,6 +1,6 @@
 """A second task for tests: regression on a seeded table, with a small fully connected network.
 
-`--data regression:table --model regression:network` of `jpq optimize`, once `Regression` is in TASKS.
+`--data regression:table --model regression:network` of `jpq optimize`, with a task that is not in TASKS.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ SPLITS = (600, 100, 200)  # samples of train, held-out, test
 class Regression(Task):
     """One real number per sample, with targets of mean 0 and variance 1; judged by R^2."""
 
-    name = "regression"
+    name = "table-regression"
     metric_name = "R^2"
     metric_bounds = (-float("inf"), 1.0)
     output_name = "one number per sample"
     decision_name = "number"
+    sample_name = "sample"
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Mean squared error."""

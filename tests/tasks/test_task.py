@@ -78,45 +78,75 @@ def test_the_metric_of_a_split_is_the_mean_over_its_samples_in_evaluation_mode()
 def test_records_name_tasks_but_classification(monkeypatch):
     assert task_record(CLASSIFICATION) == {}
     assert recorded_task({"name": "digits"}) is CLASSIFICATION
+    assert task_record(TASKS["segmentation"]) == {"task": "segmentation"}
     with pytest.raises(JpqError, match="Unknown task 'regresion'"):
         pick_task("regresion")
-    with pytest.raises(JpqError, match="Unknown task 'regression': first import the module that adds it"):
-        recorded_task(task_record(Regression()))
-    monkeypatch.setitem(TASKS, "regression", Regression())
-    assert recorded_task(task_record(Regression())) is TASKS["regression"]
+    with pytest.raises(JpqError, match="Unknown task 'table-regression': first import the module that adds it"):
+        recorded_task({"task": "table-regression"})
+    monkeypatch.setitem(TASKS, "table-regression", Regression())
+    assert recorded_task(task_record(Regression())) is TASKS["table-regression"]
+
+
+def test_a_task_of_the_users_own_is_known_by_its_record():
+    record = json.loads(json.dumps(task_record(Regression(), 1)))
+    task = recorded_task(record)
+    assert (task.name, task.metric_name, task.metric_unit, task.higher_is_better) == (
+        "table-regression",
+        "R^2",
+        "",
+        True,
+    )
+    assert (task.score_bounds, task.chance(7), task.is_mean_over_samples) == ((-math.inf, 1.0), 0.0, True)
+    with pytest.raises(JpqError, match="known here by the record of a run alone"):
+        task.loss(SCORES, CLASSES)
+    for broken in ({"bounds": [0]}, {"name": "[red]R"}, {"chance": "much"}):
+        with pytest.raises(JpqError, match="Unknown task 'table-regression'"):
+            recorded_task({**record, "metric": {**record["metric"], **broken}})
 
 
 def test_a_second_task_runs_through_training_verification_reports_and_fronts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(TASKS, "regression", Regression())
+    monkeypatch.setitem(TASKS, "table-regression", Regression())
     asked = config(tmp_path, train=Train(epochs=12, float_epochs=12, lr=1e-2), target_bops="3%")
     asked = replace(asked, task=replace(asked.task, model="regression:network", data="regression:table", limit=None))
     result = jpq.optimize(asked)
-    assert result.data["task"] == "regression"
-    assert result.task is TASKS["regression"]
+    assert result.data["task"] == "table-regression"
+    assert result.task is TASKS["table-regression"]
     assert result.float.accuracy > 0.9
     assert result.compressed.accuracy > 0.7
     assert result.compressed.bops_share <= 0.03
     agreement = result.verified["rebuilt_vs_onnxruntime"]
     assert (agreement["decisions"], agreement["argmax_differs"]) == (200, 0)
     saved = json.loads((result.folder / "result.json").read_text())
-    assert saved["data"]["task"] == "regression"
+    assert saved["data"]["task"] == "table-regression"
 
     small, _ = jpq.load(result.folder, run_code=True)
     data = table()
     assert data.task.evaluate(small, data.test) == pytest.approx(result.compressed.accuracy)
     assert main(["evaluate", str(result.folder), "--run-code", "--runtime", "onnxruntime"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"R^2 {result.compressed.accuracy:.4g} on 200 test images of table" in printed
+    assert f"R^2 {result.compressed.accuracy:.4g} on 200 test samples of table" in printed
     assert "The same number for 200 of 200 as the PyTorch model." in printed
 
     front = build_front(read_points(tmp_path).points)
-    assert front.task is TASKS["regression"]
+    assert front.task is TASKS["table-regression"]
     assert front.points[0].accuracy == result.held_out["compressed"]
     assert front.points[0].chance == 0.0
     assert main(["pareto", str(tmp_path), "--out", str(tmp_path / "front")]) == 0
     assert "on the front of held-out R^2 and BOPs" in " ".join(capsys.readouterr().out.split())
 
-    monkeypatch.delitem(TASKS, "regression")
-    assert main(["pareto", str(tmp_path), "--out", str(tmp_path / "front")]) == 2
-    printed = " ".join(capsys.readouterr().err.split())
-    assert "Unknown task 'regression': first import the module that adds it to jpq.tasks.TASKS" in printed
+    monkeypatch.delitem(TASKS, "table-regression")
+    assert main(["pareto", str(tmp_path), "--out", str(tmp_path / "front")]) == 0  # by the record of its metric
+    assert "on the front of held-out R^2 and BOPs" in " ".join(capsys.readouterr().out.split())
+
+
+def test_divergence_is_the_kl_divergence_over_dim_1_and_otherwise_the_squared_error_over_the_variance():
+    reference, output = torch.tensor([[0.0, 2.0], [1.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    p, q = torch.softmax(reference, 1), torch.softmax(output, 1)
+    expected = float((p * (p / q).log()).sum(1).mean())
+    assert float(CLASSIFICATION.divergence(output, reference)) == pytest.approx(expected, rel=1e-6)
+    maps = [t[:, :, None, None].expand(-1, -1, 3, 5) for t in (output, reference)]
+    assert float(CLASSIFICATION.divergence(*maps)) == pytest.approx(expected, rel=1e-6)
+    numbers = torch.tensor([[1.0], [3.0]])
+    for task in (Regression(), CLASSIFICATION):
+        assert float(task.divergence(torch.full_like(numbers, 2.0), numbers)) == pytest.approx(1.0)
+        assert float(task.divergence(numbers, numbers)) == 0.0

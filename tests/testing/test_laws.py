@@ -265,6 +265,16 @@ class CertainChance(Classification):
         return 1.0
 
 
+class RefusesItsTargets(Classification):
+    def check_target(self, target, classes):
+        super().check_target(target, classes - 1)
+
+
+class DivergenceOfNothing(Classification):
+    def divergence(self, output, reference):
+        return super().divergence(output, reference) + 0.1
+
+
 class DistillsToNothing(Classification):
     def distill(self, student, teacher, temperature):
         return student.square().mean()
@@ -308,9 +318,11 @@ class FitsAnything(Classification):
         (LossWithoutGradient, "loss has no gradient"),
         (RisingLoss, "loss of right outputs is not below"),
         (MetricOfTheBatch, "the metric of 8 samples is of"),
-        (ErrorRate, "not larger than that of random"),
+        (ErrorRate, "not better than that of random"),
         (Percent, "outside of metric_bounds"),
-        (CertainChance, "not larger than chance"),
+        (CertainChance, "not better than chance"),
+        (RefusesItsTargets, "check_target refuses the example's targets"),
+        (DivergenceOfNothing, "divergence of an output from itself is"),
         (DistillsToNothing, "not smallest where the student is the teacher"),
         (TeachesTheTeacher, r"use teacher\.detach"),
         (OneDecision, "no boolean per sample"),
@@ -323,6 +335,16 @@ class FitsAnything(Classification):
 def test_a_broken_task_is_noticed(task, law):
     with pytest.raises(AssertionError, match=law):
         check_task(task())
+
+
+def test_a_task_whose_metric_is_better_where_it_is_lower():
+    class RightErrorRate(ErrorRate):
+        higher_is_better = False
+
+        def chance(self, classes):
+            return 1 - super().chance(classes)
+
+    check_task(RightErrorRate())
 
 
 def test_a_task_is_checked_on_a_batch_of_its_own():

@@ -234,12 +234,60 @@ def test_masks_of_torch_prune_are_folded(ran: bool) -> None:
         attach(model, read[0], [], HardConcrete, lambda _: (Fixed(8), Fixed(8)), [x], "djpq")
 
 
-def test_other_parametrizations_stay_and_are_refused() -> None:
-    model = nn.Sequential(parametrizations.spectral_norm(parametrizations.orthogonal(nn.Linear(4, 4))), nn.Linear(4, 3))
+class Symmetric(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return w.triu() + w.triu(1).mT
+
+
+class LowRank(nn.Module):
+    def __init__(self, size: int):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(size, 2)), nn.Parameter(torch.randn(2, size))
+
+    def forward(self, w: Tensor) -> Tensor:
+        return w + self.a @ self.b
+
+
+@pytest.mark.parametrize("steps", ["orthogonal, spectral", "symmetric", "low rank", "buffer"])
+def test_all_parametrizations_are_folded(steps: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 8)
+    if steps == "orthogonal, spectral":
+        parametrizations.spectral_norm(parametrizations.orthogonal(layer))
+    elif steps == "buffer":
+        layer = nn.BatchNorm1d(8)  # type: ignore[assignment]
+        parametrize.register_parametrization(layer, "running_var", nn.Softplus(), unsafe=True)
+    else:
+        parametrize.register_parametrization(layer, "weight", Symmetric() if steps == "symmetric" else LowRank(8))
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), layer, nn.ReLU(), nn.Linear(8, 3)).eval()
+    x = torch.randn(8, 8)
+    expected = model(x)
     new = decompose(model)
-    assert parametrize.is_parametrized(new[0])
-    with pytest.raises(JpqError, match="carries parametrizations"):
-        jpq.compress(model, torch.randn(8, 4), bops="50%")
+    assert not any(parametrize.is_parametrized(m) for m in new.modules())
+    assert set(new[2].state_dict()) == set((nn.BatchNorm1d(8) if steps == "buffer" else nn.Linear(8, 8)).state_dict())
+    assert torch.equal(new(x), expected)
+    assert torch.equal(model(x), expected), "the model itself must stay as it is"
+    session = jpq.compress(model, x, bops="20%", steps=1)
+    small = session.finalize()
+    session.eval()
+    assert relative_difference(session.double()(x.double()), small.double()(x.double())) < 1e-12
+
+
+def test_a_model_under_compression_is_refused() -> None:
+    x = torch.randn(8, 4)
+    session = jpq.compress(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), x, bops="50%", steps=1)
+    with pytest.raises(JpqError):
+        jpq.compress(session.net.model, x, bops="50%")
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_norms_by_hooks_leave_nothing_that_asks_for_their_parameters(norm: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Flatten(), norm(nn.Linear(32, 4)))
+    x = torch.randn(8, 3, 4, 4)
+    new = decompose(model)
+    new.load_state_dict(new.state_dict())
+    assert set(jpq.compress(model, x, bops="20%", steps=1).finalize().state_dict()) >= {"0.weight", "3.weight"}
 
 
 def torchvision_model(name: str, size: int) -> tuple[nn.Module, Tensor]:
@@ -297,10 +345,10 @@ def test_compress_a_vision_transformer_and_export_it(tmp_path: Any) -> None:
     torch.manual_seed(0)
     model, (x, y) = Vision(4, 1, depth=1), images(512)
     keys = set(model.state_dict())
-    net = jpq.compress(model.eval(), x[:64], method="djpq", bops="7%", steps=60)
+    net = jpq.compress(model.eval(), x[:64], method="djpq", bops="7%", steps=160)
     optimizer = torch.optim.Adam(net.groups(lr=3e-3))
     net.train()
-    for step in range(60):
+    for step in range(160):
         at = torch.arange(64) + 64 * (step % 8)
         loss = F.cross_entropy(net(x[at]), y[at]) + net.pressure()
         optimizer.zero_grad()

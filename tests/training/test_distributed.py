@@ -126,7 +126,10 @@ def test_two_processes_end_where_one_does(both):
     assert {p.name for p in folder.iterdir()} == {p.name for p in alone.folder.iterdir()}
     two, one = (pd.read_csv(f / "history.csv") for f in (folder, alone.folder))
     assert list(two.phase) == list(one.phase)
-    assert two.loss[:3].to_numpy() == pytest.approx(one.loss[:3].to_numpy(), rel=1e-5)  # before rounding adds up
+    # Gradients are the same to 1e-9 in float64 (above). In float32 rounding adds up, and Adam divides it by small
+    # gradients: how fast depends on the processor's kernels (7e-5 in three epochs with AVX2, below 1e-5 elsewhere).
+    assert two.loss[0] == pytest.approx(one.loss[0], rel=1e-4)
+    assert two.loss[:3].to_numpy() == pytest.approx(one.loss[:3].to_numpy(), rel=1e-3)
     assert two.loss.to_numpy() == pytest.approx(one.loss.to_numpy(), rel=0.02)
     small, _ = jpq.load(folder)
     assert jpq.measure(small, torch.rand(2, 1, 8, 8))["bops"] <= alone.targets["bops"]["limit"]

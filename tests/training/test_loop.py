@@ -1,6 +1,7 @@
 """The training loop: terms of the loss, parameter groups of the optimizer, learning rate, BatchNorm after training."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from support import kills
 from torch import Tensor, nn
 
 import jpq
+from jpq import costs
 from jpq.compression.calibration import reestimate_batchnorm
 from jpq.methods.quantizers import IntegerQuantizer
 from jpq.tasks import data, load
@@ -73,7 +75,7 @@ def test_distillation_teaches_the_student_alone():
 
 
 def test_the_gates_regulariser_is_weighted_by_the_budgets_multiplier():
-    joint = session("djpq")
+    joint = session("dpp")
     net, controller = joint.net, joint.controller
     penalty = float(net.penalty())
     assert penalty > 0
@@ -85,6 +87,23 @@ def test_the_gates_regulariser_is_weighted_by_the_budgets_multiplier():
         without = pressure(net, controller, 0.5, 0.0)
         assert controller.multiplier() == pytest.approx(multiplier, rel=0.2)  # one step has moved it
         assert float(with_penalty - without) == pytest.approx(0.1 * controller.multiplier() * penalty, rel=1e-3)
+
+
+def test_a_priced_regulariser_pulls_each_unit_as_hard_as_its_cost_weighs_in_the_loss():
+    net, controller = (joint := session("djpq")).net, joint.controller
+    controller.pressure.update(dict.fromkeys(controller.pressure, 2.0))
+    decisions = net.unit_decisions()
+    uses = net.soft_usage(decisions)
+    cost = float(costs.bops(net.exact_usage()))
+    net.priced_penalty(controller.weighted_cost(uses), decisions).backward()
+    for site, gate in zip(net.sites, net.gates, strict=True):
+        plan = net.plan()
+        without_one = replace(plan, kept={**plan.kept, site.name: (False, *plan.kept[site.name][1:])})
+        price = 2.0 * (cost - float(costs.bops(net.exact_usage(without_one)))) / cost
+        alpha = gate.margin().exp()
+        expected = -0.5 * price * alpha / (1 + alpha)  # KL by ln sigma^2
+        assert torch.allclose(gate.log_var.grad, expected, rtol=2e-3)
+    assert float(net.penalty()) == 0  # counted once
 
 
 # the optimizer

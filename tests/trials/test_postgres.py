@@ -15,7 +15,7 @@ import optuna
 import pytest
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
-from workers import kill, said, training, until, worker
+from study_workers import kill, said, training, until, worker
 
 from jpq.trials.attributes import is_counted
 

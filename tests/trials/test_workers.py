@@ -12,7 +12,7 @@ from optuna.artifacts import get_all_artifact_meta
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
-from workers import kill, said, training, until, worker
+from study_workers import kill, said, training, until, worker
 
 from jpq.trials.attributes import is_counted
 

@@ -1,29 +1,47 @@
 """Measuring a sensitivity table: one tensor rounded, or one site pruned, at a time, in an attached network.
 
-The quantizer, its grid and the fit of its range are those of training (`fit_threshold`); BatchNorm's statistics are
-measured anew where units are dropped. Calibration samples are mixed in pairs, x = (x_i + x_j) / 2: the float network
-has been trained on them, and is so sure of them that rounding activations looks a third cheaper than on images it has
-not seen; on mixed images the ratio of activations to weights is that of unseen ones.
+The quantizer, its grid and the fit of its range are those of training (`fit_weight_grid`, `fit_threshold`);
+BatchNorm's statistics are measured anew where units are dropped. Calibration samples are mixed in pairs, x = (x_i +
+x_j) / 2: the float network has been trained on them, and is so sure of them that rounding activations looks a third
+cheaper than on images it has not seen; on mixed images the ratio of activations to weights is that of unseen ones.
+
+Where the model is a chain of blocks, only the part behind a change runs again (`prefix_cache`): the same figures, to
+the bit, in about half the time. Layers keep their rounded weight from pass to pass (`direct_layers`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_map
 
+from jpq.allocation.measured.direct_layers import DirectLayers
+from jpq.allocation.measured.prefix_cache import MOST_BYTES, Calls, Cut, answering, find_cuts, output_at
 from jpq.allocation.measured.table import Key, SensitivityTable, tensors_checksum
+from jpq.compression.batchnorm import moving_norms
 from jpq.compression.calibration import reestimate_batchnorm
+from jpq.compression.masking import MaskParametrization, original
 from jpq.compression.model import CompressedModel
-from jpq.methods.quantizers import IntegerQuantizer, fit_threshold
+from jpq.methods.quantizers import IntegerQuantizer, fit_threshold, fit_weight_grid
 from jpq.methods.quantizers.uniform_integer import quantize_tensor
+from jpq.tracing.forward import (
+    batch_size,
+    call_model,
+    collect_tensors,
+    register_dataclasses,
+    split_samples,
+    take_samples,
+)
 from jpq.types import JpqError
 
 Divergence = Callable[[Tensor, Tensor], Tensor]  # (output, the float model's output) -> scalar, 0 where they are equal
@@ -35,20 +53,46 @@ Widths = Mapping[Key, "int | None"]  # None: floating point
 ESTIMATORS = {
     "single": "each change alone, in the float model",
     "around": "each change alone, in the model at the bits and units of the present plan",
+    "coarse": "half of the changes, on a quarter of the samples; other widths are interpolated",
+    "fisher": "squared gradients times squared rounding errors, from one backward pass over the calibration",
 }
 
 SAMPLES = 512  # of the calibration
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # of a site's units, beside all of them
-NORM_BATCHES = 8  # that BatchNorm's statistics are measured on
+NORM_BATCHES = 4  # that BatchNorm's statistics are measured on
+PART = 16  # samples that a CPU computes at a time: their activations stay in its caches
 
 
-def mix_pairs(x: Tensor) -> Tensor:
-    """Each sample averaged with its neighbour, [B, ...]; whole numbers (token numbers) stay as they are."""
+def _without_masks(module: nn.Module, weight: Tensor) -> Tensor:
+    """The float weight of a layer whose `weight` is masked at most; that weight itself, where more is done to it."""
+    if parametrize.is_parametrized(module, "weight"):
+        steps: Any = module.parametrizations["weight"]  # type: ignore[index]
+        return original(module, "weight").detach() if all(isinstance(p, MaskParametrization) for p in steps) else weight
+    return weight
+
+
+def mix_pairs(x: Any) -> Any:
+    """Each sample averaged with its neighbour, for a tensor [B, ...] or inputs of several.
+
+    Samples of which a part is no real number (token numbers, with or without a mask) stay as they are.
+    """
+    if not isinstance(x, Tensor):
+        register_dataclasses(x)
+        mixable = all(t.is_floating_point() for t in collect_tensors(x))
+        samples = batch_size(x)
+
+        def mixed(leaf: Any) -> Any:
+            rows = isinstance(leaf, Tensor) and leaf.shape[:1] == (samples,)
+            return mix_pairs(leaf) if rows else leaf
+
+        return tree_map(mixed, x) if mixable else x
     return 0.5 * (x + x.roll(1, 0)) if x.is_floating_point() and len(x) > 1 else x
 
 
 def class_divergence(output: Tensor, reference: Tensor) -> Tensor:
     """KL(softmax(reference) || softmax(output)) in nats, the mean over samples, for outputs [B, classes, ...]."""
+    if output.dim() == 2:  # few numbers: float32 would leave an error of 1e-8, the size of 8-bit entries
+        output, reference = output.double(), reference.double()
     log_q, log_p = F.log_softmax(output, 1), F.log_softmax(reference, 1)
     return (log_p.exp() * (log_p - log_q)).sum(1).mean()
 
@@ -64,17 +108,19 @@ class Probe:
 
     Args:
         net: attached; it is not changed.
-        batches: inputs of the calibration, mixed already where they should be.
+        batches: inputs of the calibration (`call_model` says of which form), mixed already where they should be.
         norm_batches: inputs on which BatchNorm's statistics are measured anew where units are dropped, not mixed.
         divergence: the task's distance of two outputs.
         orders: site -> its units, the most important first.
+        main_output: the tensor that divergences are of, out of what the model returns (`Task.main_output`).
     """
 
     net: CompressedModel
-    batches: Sequence[Tensor]
-    norm_batches: Sequence[Tensor]
+    batches: Sequence[Any]
+    norm_batches: Sequence[Any]
     divergence: Divergence
     orders: Mapping[str, Sequence[int]]
+    main_output: Callable[[Any], Any] = lambda output: output
     widths: dict[Key, int | None] = field(default_factory=dict)  # of tensors that are not in floating point
     kept: dict[str, int] = field(default_factory=dict)  # of sites that do not keep all units
     norms_anew: bool = False  # BatchNorm's statistics are measured anew even where all units stay
@@ -83,17 +129,25 @@ class Probe:
     def __post_init__(self) -> None:
         self.net = copy.deepcopy(self.net).eval()
         self._quantizers = quantizer_keys(self.net)
-        self._ranges: dict[tuple[Key, int], Tensor] = {}
+        self._ranges: dict[tuple[Key, int], tuple[Tensor, Tensor | None]] = {}
         self._places = {site.name: i for i, site in enumerate(self.net.sites)}
+        self._start = _Start()
+        self._seen: dict[Key, list[Tensor]] | None = None
         for key, quantizer in self._quantizers.items():
-            quantizer.register_forward_hook(partial(self._round, key))
+            quantizer.__dict__["forward"] = partial(self._round, key, quantizer)
+        keys = {id(quantizer): key for key, quantizer in self._quantizers.items()}
+        self.direct = DirectLayers(self.net.model, keys, lambda key: self.widths.get(key), self.rounded)
+        self._masks: dict[tuple[str, int], Tensor] = {}
         self._norms = {
             name: buffer.clone()
             for name, buffer in self.net.model.named_buffers()
             if name.endswith(("running_mean", "running_var", "num_batches_tracked"))
         }
         self._set_units()
-        self.references = [self._output(x) for x in self.batches]
+        few = take_samples(self.batches[0], 0, 2)
+        self.direct.try_channels_last(lambda: self.output_of(self.net.model, few))
+        with torch.no_grad():
+            self.references = [self._output(x) for x in self.batches]
         self.passes = 0
 
     @property
@@ -105,12 +159,97 @@ class Probe:
     @torch.no_grad()
     def measure(self) -> float:
         """The divergence of the network as it stands from the float one, with nothing rounded and nothing dropped."""
+        total = 0.0
+        with answering(self.net.model, self._start.cut) as feed:
+            self._set_units(feed)
+            for i, (x, reference) in enumerate(zip(self.batches, self.references, strict=True)):
+                known = self._start.outputs[i] if self._start.cut is not None else None
+                total += float(self.divergence(self._output(x, feed, known), reference)) * batch_size(x)
+        return total / self.samples
+
+    @property
+    def samples(self) -> int:
+        """Number of samples of the calibration."""
+        return sum(batch_size(x) for x in self.batches)
+
+    def cut_before(self, keys: Sequence[Key], sites: Sequence[str]) -> int:
+        """The number of the last cut before the first of these tensors, and the layers of these sites; -1 for none."""
+        cuts, calls = self._cuts
+        layers = [key[0] for key in keys]
+        for name in sites:
+            layers += [tap.layer for tap in self.net.sites[self._places[name]].taps]
+        first = min((self._first_call(layer, calls) for layer in layers), default=0)
+        usable = [i for i, cut in enumerate(cuts) if cut.end < first and self._fits(cut, calls)]
+        return max(usable, default=-1)
+
+    def share_behind(self, number: int) -> float:
+        """The share of the MACs that a pass from this cut computes; 1 from the input (-1)."""
+        cuts, calls = self._cuts
+        end = cuts[number].end if number >= 0 else -1
+        macs = {layer.name: layer.macs for layer in self.net.network.layers}
+        behind = sum(count for name, count in macs.items() if self._first_call(name, calls) > end)
+        return behind / max(1, sum(macs.values()))
+
+    def kept_bytes(self) -> int:
+        """The most memory that samples, outputs and what is kept at a cut take, in bytes."""
+        cuts, calls = self._cuts
+        samples = self._kept_samples
+        at_cuts = [4 * prod(calls.shapes[cut.name] or ()) * samples for cut in cuts if self._fits(cut, calls)]
+        tensors = collect_tensors((self.batches, self.norm_batches, self.references))
+        return max(at_cuts, default=0) + sum(x.numel() * x.element_size() for x in tensors)
+
+    def _first_call(self, layer: str, calls: Calls) -> int:
+        """The place of the first call of a layer, and of those that share its weight; 0 where it is never called."""
+        owner = self.net.network.layer(layer).weight.rpartition(".")[0]
+        module, present = self.net.layer(layer), dict(self.net.model.named_modules())
+        own = [id(part) for part in (module, getattr(module, "weight_quant", None)) if part is not None]
+        names = {layer, owner}
+        names |= {n for n, m in present.items() if id(m) in own or id(getattr(m, "weight_quant", None)) in own}
+        return min((calls.starts.get(name, 0) for name in names if name in calls.starts), default=0)
+
+    def _fits(self, cut: Cut, calls: Calls) -> bool:
+        """Whether the outputs of a cut's module may be kept."""
+        shape = calls.shapes[cut.name]
+        return shape is not None and 4 * prod(shape) * self._kept_samples <= MOST_BYTES
+
+    @property
+    def _kept_samples(self) -> int:
+        """Number of samples whose outputs are kept at a cut, at most."""
+        return 2 * self.samples + sum(batch_size(x) for x in self.norm_batches[:NORM_BATCHES])
+
+    @cached_property
+    def _cuts(self) -> tuple[list[Cut], Calls]:
+        """The places where a pass can begin, and the order of calls, of the network as it stands."""
         self._set_units()
-        total = sum(
-            float(self.divergence(self._output(x), reference)) * len(x)
-            for x, reference in zip(self.batches, self.references, strict=True)
-        )
-        return total / sum(len(x) for x in self.batches)
+        layers = [layer.name for layer in self.net.network.layers]
+        return find_cuts(self.net.model, layers, take_samples(self.batches[0], 0, 2))
+
+    @contextmanager
+    def starting_at(self, number: int) -> Iterator[None]:
+        """A context in which passes begin behind a cut, with its outputs as the network stands when it is entered."""
+        if number >= 0:
+            self._start = self._outputs_at(self._cuts[0][number])
+        try:
+            yield
+        finally:
+            self._start = _Start()
+
+    @torch.no_grad()
+    def _outputs_at(self, cut: Cut) -> _Start:
+        self._set_units()
+        start = _Start(cut, [self._parts_at(cut, x) for x in self.batches])
+        if self._statistics_move:
+            norms = moving_norms(self.net.model)
+            for norm in norms:
+                norm.train()
+            start.norm_outputs = [output_at(self.net.model, cut, x) for x in self.norm_batches[:NORM_BATCHES]]
+            for norm in norms:
+                norm.eval()
+        return start
+
+    def _parts_at(self, cut: Cut, x: Any) -> list[Tensor]:
+        """The outputs of a cut's module for the parts of a batch."""
+        return [output_at(self.net.model, cut, part) for part in _parts(x)]
 
     @contextmanager
     def changed(self, widths: Widths | None = None, kept: Mapping[str, int] | None = None) -> Iterator[None]:
@@ -123,45 +262,135 @@ class Probe:
         finally:
             self.widths, self.kept = before
 
-    def _round(self, key: Key, quantizer: nn.Module, args: tuple[Tensor], out: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """The quantizer's answer at the width of its tensor: the input itself in floating point."""
-        width, x = self.widths.get(key), args[0]
-        if width is None:
-            return (x, *out[1:])
-        return (quantize_tensor(x, self._range(key, width, x), width, bool(quantizer.signed)), *out[1:])
+    @contextmanager
+    def statistics_anew(self) -> Iterator[None]:
+        """A context in which BatchNorm's statistics are measured anew even where all units stay."""
+        before, self.norms_anew = self.norms_anew, True
+        try:
+            yield
+        finally:
+            self.norms_anew = before
 
-    def _range(self, key: Key, width: int, x: Tensor) -> Tensor:
-        """The range that training would start from at this width."""
+    def _round(self, key: Key, quantizer: IntegerQuantizer, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The quantizer's answer at the width of its tensor: the input itself in floating point."""
+        width = self.widths.get(key)
+        if self._seen is not None and x.requires_grad:
+            self._seen.setdefault(key, []).append(x)
+        rounded = x if width is None else self.rounded(key, width, x)
+        one = quantizer.zero_point + 1
+        return rounded, one, quantizer.zero_point, one * float(width or 32)
+
+    @torch.no_grad()
+    def rounded(self, key: Key, width: int, x: Tensor) -> Tensor:
+        """A value of one tensor, rounded to a width as training would start with it."""
+        threshold, side = self._range(key, width, x)
+        return quantize_tensor(x, threshold, width, bool(self._quantizers[key].signed), side)
+
+    def weight(self, key: Key) -> Tensor:
+        """The float weight of a layer, with the units that stay."""
+        weight: Tensor = self.net.layer(key[0]).weight
+        return weight.detach()
+
+    @contextmanager
+    def tensors_seen(self) -> Iterator[dict[Key, list[Tensor]]]:
+        """A context that collects what quantizers are given, where it carries a gradient."""
+        self._seen = {}
+        try:
+            yield self._seen
+        finally:
+            self._seen = None
+
+    def unit_factors(self) -> dict[str, Tensor]:
+        """Site -> new factors of its units, 1 each, [1, units], that the next pass multiplies weights by."""
+        factors = {}
+        for name in self.orders:
+            i = self._places[name]
+            device = next(self.net.model.parameters()).device
+            self.net.draws[i].z = factors[name] = torch.ones(1, self.net.gates[i].n, device=device)
+        return factors
+
+    def _range(self, key: Key, width: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(range, side of the additional level) that training would start from at this width."""
         if (key, width) not in self._ranges:
             layer, side = key
             quantizer = self._quantizers[key]
             if side == "w":
-                self._ranges[key, width] = fit_threshold(x, width, True, quantizer.log_threshold.dim() > 0)
+                per_channel = quantizer.log_threshold.dim() > 0
+                weight = _without_masks(self.net.layer(layer), x)  # whatever is dropped when it is first asked for
+                self._ranges[key, width] = fit_weight_grid(weight, width, per_channel, quantizer.all_levels)
             else:
                 samples = self.net.calibration_samples.get(layer, x)
-                self._ranges[key, width] = fit_threshold(samples, width, quantizer.signed, False)
+                self._ranges[key, width] = fit_threshold(samples, width, quantizer.signed, False), None
         return self._ranges[key, width]
 
+    @property
+    def _statistics_move(self) -> bool:
+        """Whether BatchNorm's statistics are measured anew."""
+        dropped = any(self.kept.get(name, len(order)) < len(order) for name, order in self.orders.items())
+        return dropped or self.norms_anew
+
     @torch.no_grad()
-    def _set_units(self) -> None:
+    def _set_units(self, feed: Callable[[Tensor], None] | None = None) -> None:
         """Let every site keep its number of best units; BatchNorm's statistics follow."""
-        for name, i in self._places.items():
-            keep = torch.zeros(self.net.gates[i].n)
-            keep[list(self.orders[name][: self.kept.get(name, len(keep))])] = 1.0
-            self.net.draws[i].z = keep[None].to(next(self.net.model.parameters()).device)
+        for name in self.orders:
+            self.net.draws[self._places[name]].z = self._mask(name, self.kept.get(name, len(self.orders[name])))
         state = dict(self.net.model.named_buffers())
         for name, value in self._norms.items():
             state[name].copy_(value)
-        dropped = any(self.kept.get(name, len(order)) < len(order) for name, order in self.orders.items())
-        if dropped or self.norms_anew:
-            reestimate_batchnorm(self.net.model, ((x, x) for x in self.norm_batches[:NORM_BATCHES]))
+        if self._statistics_move:
+            reestimate_batchnorm(self.net.model, self._norm_pairs(feed))
 
-    def _output(self, x: Tensor) -> Tensor:
+    def _mask(self, name: str, count: int) -> Tensor:
+        """The mask of a site that keeps its best units, [1, units]; the same tensor at every call."""
+        if (name, count) not in self._masks:
+            keep = torch.zeros(1, self.net.gates[self._places[name]].n)
+            keep[0, list(self.orders[name][:count])] = 1.0
+            self._masks[name, count] = keep.to(next(self.net.model.parameters()).device)
+        return self._masks[name, count]
+
+    def _norm_pairs(self, feed: Callable[[Tensor], None] | None) -> Iterator[tuple[Any, Any]]:
+        """The inputs on which statistics are measured, each after what it gives at the cut."""
+        for i, x in enumerate(self.norm_batches[:NORM_BATCHES]):
+            if feed is not None and self._start.cut is not None:
+                feed(self._start.norm_outputs[i])
+            yield x, x
+
+    def _output(
+        self, x: Any, feed: Callable[[Tensor], None] | None = None, known: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """The network's output for a batch; `known`: what `feed` is given at the cut for each part of it."""
         self.passes += 1
-        output = self.net.model(x)
+        outputs = []
+        for i, part in enumerate(_parts(x)):
+            if feed is not None and known is not None:
+                feed(known[i])
+            outputs.append(self.output_of(self.net.model, part))
+        return torch.cat(outputs)
+
+    def output_of(self, model: nn.Module, x: Any) -> Tensor:
+        """The main output of a model for some inputs. Raises JpqError where it is not one tensor."""
+        output = self.main_output(call_model(model, x))
         if not isinstance(output, Tensor):
-            raise JpqError("Sensitivities need a model with one output tensor; compress a part of it that has one.")
+            raise JpqError(
+                "Sensitivities need a model whose main output is one tensor; compress a part of it that has one, or "
+                "give a task whose main_output picks it."
+            )
         return output
+
+
+def _parts(x: Any) -> tuple[Any, ...]:
+    """The parts of a batch that are computed at a time."""
+    first = next(iter(collect_tensors(x)), None)
+    return split_samples(x, PART) if first is not None and first.is_cpu else (x,)
+
+
+@dataclass
+class _Start:
+    """Where passes begin: a cut (None: the input), and the output of its module for every batch."""
+
+    cut: Cut | None = None
+    outputs: list[list[Tensor]] = field(default_factory=list)  # of the parts of each batch of the calibration
+    norm_outputs: list[Tensor] = field(default_factory=list)  # of the inputs that statistics are measured on
 
 
 def quantizer_keys(net: CompressedModel) -> dict[Key, IntegerQuantizer]:
@@ -174,9 +403,62 @@ def quantizer_keys(net: CompressedModel) -> dict[Key, IntegerQuantizer]:
     return found
 
 
-def unit_counts(n: int) -> list[int]:
-    """The numbers of units that a site is measured at, ascending, without all of them."""
-    return sorted({max(1, round(share * n)) for share in SHARES} - {n})
+def unit_counts(n: int, allowed: Sequence[int] = ()) -> list[int]:
+    """The numbers of units that a site is measured at, ascending, without all of them: the fewest, and shares of n.
+
+    `allowed`: the numbers that may be kept, ascending; default: any from 1 to n.
+    """
+    allowed = allowed or range(1, n + 1)
+    wanted = [share * n for share in SHARES]
+    return sorted({min(allowed), *(min(allowed, key=lambda k: (abs(k - count), k)) for count in wanted)} - {n})
+
+
+@dataclass(frozen=True)
+class Change:
+    """One entry of a table: the tensor that takes another width, or the site that keeps another number of units."""
+
+    what: str  # "weight", "input" or "units"
+    name: str  # of the layer or site
+    value: int  # width in bits, or number of units
+
+    @property
+    def key(self) -> Key:
+        """The tensor of a change of width."""
+        return self.name, "w" if self.what == "weight" else "a"
+
+    @property
+    def widths(self) -> dict[Key, int | None]:
+        """The widths that it changes."""
+        return {} if self.what == "units" else {self.key: self.value}
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """The numbers of units that it changes."""
+        return {self.name: self.value} if self.what == "units" else {}
+
+
+def changes_of(
+    probe: Probe,
+    w_bits: Bounds,
+    a_bits: Bounds,
+    around: Mapping[Key, int] | None = None,
+    counts: Mapping[str, int] | None = None,
+    step: int | None = None,
+) -> list[Change]:
+    """The entries of a table that are to be measured (see `measure_table`)."""
+    changes = []
+    for key in probe.keys:
+        low, high = w_bits if key[1] == "w" else a_bits
+        centre = (around or {}).get(key)
+        for width in range(low, high + 1):
+            if centre is None or step is None or abs(width - centre) <= step:
+                changes.append(Change("weight" if key[1] == "w" else "input", key[0], width))
+    allowed = {site.name: probe.net.counts(site) for site in probe.net.sites}
+    for name, order in probe.orders.items():
+        present = (counts or {}).get(name, len(order))
+        for count in sorted({*unit_counts(len(order), allowed[name]), len(order)} - {present}):
+            changes.append(Change("units", name, count))
+    return changes
 
 
 def measure_table(
@@ -188,6 +470,9 @@ def measure_table(
     counts: Mapping[str, int] | None = None,
     step: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    known: Mapping[Change, float] | None = None,
+    record: Callable[[Change, float], None] = lambda change, divergence: None,
+    wanted: Collection[Change] | None = None,
 ) -> SensitivityTable:
     """Measure the table of an attached network.
 
@@ -199,39 +484,59 @@ def measure_table(
         counts: with `around`, the units that the plan keeps of each site; default: all of them.
         step: with `around`, the widths tried are those at most so far from the plan's; None: all.
         progress: is told how many of the changes are measured.
+        known: divergences that an interrupted measurement of the same table has found; they are not measured again.
+        record: is given each divergence as soon as it is found.
+        wanted: the entries that the table gets; default: all of them.
 
-    The time is that of one pass over the calibration per change, 2 L B + sum of the sites' counts of them.
+    The time is that of one pass over the calibration per change, 2 L B + sum of the sites' counts of them; less where
+    the model is a chain, of which the part before a change does not run again.
     """
     base_widths: dict[Key, int | None] = dict.fromkeys(probe.keys) | dict(around or {})
-    bits: dict[Key, dict[int, float]] = {key: {} for key in probe.keys}
     base_counts = {name: len(order) for name, order in probe.orders.items()} | dict(counts or {})
-    units: dict[str, dict[int, float]] = {name: {count: 0.0} for name, count in base_counts.items()}
-    changes: list[tuple[Widths, dict[str, int], Callable[[float], None]]] = []
-    for key in probe.keys:
-        low, high = w_bits if key[1] == "w" else a_bits
-        centre = base_widths[key]
-        for width in range(low, high + 1):
-            if centre is None or step is None or abs(width - centre) <= step:
-                changes.append(({key: width}, {}, partial(bits[key].__setitem__, width)))
-    for name, order in probe.orders.items():
-        for count in sorted({*unit_counts(len(order)), len(order)} - {base_counts[name]}):
-            changes.append(({}, {name: count}, partial(units[name].__setitem__, count)))
+    changes = changes_of(probe, w_bits, a_bits, around, counts, step)
+    if wanted is not None:
+        changes = [change for change in changes if change in wanted]
+    found = {change: value for change, value in (known or {}).items() if change in set(changes)}
     with probe.changed(base_widths, base_counts):
         base = probe.measure() if around else 0.0
-        probe.norms_anew = True  # what new statistics alone change is no price of a unit
-        base_of_units = probe.measure()
-        probe.norms_anew = False
-        for done, (widths, kept, record) in enumerate(changes, 1):
-            with probe.changed(widths, kept):
-                record(probe.measure() - (base_of_units if kept else base))
-            progress(done, len(changes))
+        base_of_units = base
+        if any(change.what == "units" and change not in found for change in changes):
+            with probe.statistics_anew():  # what new statistics alone change is no price of a unit
+                base_of_units = probe.measure()
+        for change, value in _measure_changes(probe, [c for c in changes if c not in found]):
+            found[change] = value - (base_of_units if change.kept else base)
+            record(change, found[change])
+            progress(len(found), len(changes))
+    bits: dict[Key, dict[int, float]] = {key: {} for key in probe.keys}
+    units: dict[str, dict[int, float]] = {name: {count: 0.0} for name, count in base_counts.items()}
+    for change in changes:
+        row = units[change.name] if change.kept else bits[change.key]
+        row[change.value] = found[change]
     return SensitivityTable(
         bits,
         units,
         {name: tuple(order) for name, order in probe.orders.items()},
         "around" if around else "single",
         model,
-        tensors_checksum(probe.batches),
-        sum(len(x) for x in probe.batches),
-        {"divergence": base, "bits": {f"{layer}/{side}": b for (layer, side), b in (around or {}).items()}},
+        tensors_checksum(collect_tensors(probe.batches)),
+        probe.samples,
+        {
+            "divergence": base,
+            "bits": {f"{layer}/{side}": b for (layer, side), b in (around or {}).items()},
+            "weight_levels": probe.net.plan().weight_levels,
+        },
     )
+
+
+def _measure_changes(probe: Probe, changes: Sequence[Change]) -> Iterator[tuple[Change, float]]:
+    """The divergence after each change alone, those of widths first, from the input of the network to its output."""
+    for units in (False, True):
+        part = [change for change in changes if bool(change.kept) == units]
+        cuts = [probe.cut_before(list(change.widths), list(change.kept)) for change in part]
+        with probe.statistics_anew() if units else nullcontext():
+            for number in sorted(set(cuts)):
+                with probe.starting_at(number):
+                    for change, cut in zip(part, cuts, strict=True):
+                        if cut == number:
+                            with probe.changed(change.widths, change.kept):
+                                yield change, probe.measure()

@@ -5,7 +5,8 @@
 
 each as the divergence of the outputs from the float model's, in the unit of the task's own distance (nats for classes),
 minus the divergence of the base from which one change at a time is made. It is kept as a CSV file, whose first line
-says for which network and calibration it holds.
+says for which network, weights and calibration it holds, by which version of jpq it was measured, and a checksum of
+the rows, so that a file that was cut short is known.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from jpq.files import untrusted
+from jpq.files import replace_file, untrusted
 from jpq.tracing.network import Network
 from jpq.types import JpqError
 
@@ -31,7 +33,7 @@ Side = Literal["w", "a"]
 
 Key = tuple[str, Side]  # (layer, its weight or its input)
 
-FORMAT = 1  # version of the file
+FORMAT = 2  # version of the file, and of the grids and fits that it was measured with
 
 COLUMNS = ("what", "name", "value", "of", "divergence", "macs")
 
@@ -50,6 +52,7 @@ class SensitivityTable:
     calibration: str  # checksum of the samples
     samples: int
     base: Mapping[str, Any] = field(default_factory=dict)  # divergence of the base, its bits
+    measured_by: str = field(default_factory=lambda: version("jpq"))  # version of jpq
 
     def most_sensitive(self, count: int = 5) -> list[tuple[Key, int, float]]:
         """The tensors whose smallest width changes the outputs most: (tensor, width, divergence)."""
@@ -62,25 +65,31 @@ class SensitivityTable:
             key: {b: s * (activations if key[1] == "a" else 1.0) for b, s in row.items()}
             for key, row in self.bits.items()
         }
-        return SensitivityTable(
-            bits, self.units, self.orders, self.estimator, self.model, self.calibration, self.samples, self.base
-        )
+        return replace(self, bits=bits)
 
 
 def write_table(path: str | Path, table: SensitivityTable, network: Network) -> None:
-    """Write the table as a CSV file, `COLUMNS` wide, after one comment line of JSON."""
-    macs = {layer.name: layer.macs for layer in network.layers}
+    """Write the table as a CSV file, `COLUMNS` wide, after one comment line of JSON; a file is replaced as a whole."""
+    rows = _text_of_rows(table, network)
     head = {
         "format": FORMAT,
+        "jpq": table.measured_by,
         "estimator": table.estimator,
         "model": table.model,
         "calibration": table.calibration,
         "samples": table.samples,
         "base": dict(table.base),
         "orders": {site: list(order) for site, order in table.orders.items()},
+        "rows": _text_checksum(rows),
     }
+    text = _MARK + json.dumps(head) + "\n" + rows
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _text_of_rows(table: SensitivityTable, network: Network) -> str:
+    """The rows of the file, with their header."""
+    macs = {layer.name: layer.macs for layer in network.layers}
     out = io.StringIO()
-    out.write(_MARK + json.dumps(head) + "\n")
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
     for (layer, side), row in table.bits.items():
@@ -90,7 +99,11 @@ def write_table(path: str | Path, table: SensitivityTable, network: Network) -> 
     for site, row in table.units.items():
         for kept, divergence in sorted(row.items()):
             writer.writerow(["units", site, kept, len(table.orders[site]), repr(divergence), ""])
-    Path(path).write_text(out.getvalue(), encoding="utf-8")
+    return out.getvalue()
+
+
+def _text_checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_table(path: str | Path) -> SensitivityTable:
@@ -106,6 +119,8 @@ def read_table(path: str | Path) -> SensitivityTable:
             raise JpqError(
                 f"{path} has format {head['format']} and this version of jpq reads {FORMAT}: measure it anew."
             )
+        if head["rows"] != _text_checksum(rest):
+            raise ValueError("its rows are not those that were written")
         orders = {str(site): tuple(int(u) for u in order) for site, order in head["orders"].items()}
         bits, units = _parse_rows(csv.DictReader(io.StringIO(rest)))
         for site, order in orders.items():
@@ -120,8 +135,9 @@ def read_table(path: str | Path) -> SensitivityTable:
             str(head["calibration"]),
             int(head["samples"]),
             dict(head["base"]),
+            str(head["jpq"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
         raise JpqError(f"{path} is damaged or was cut short ({error}): measure it anew.") from error
 
 
@@ -142,13 +158,34 @@ def _parse_rows(
     return bits, units
 
 
-def check_table(table: SensitivityTable, network: Network, model: str, source: str | Path) -> None:
-    """Raise JpqError where the table is of another network or of other weights."""
-    missing = {layer for layer, _ in table.bits} - {layer.name for layer in network.layers}
+def check_table(
+    table: SensitivityTable, network: Network, model: str, source: str | Path, calibration: str | None = None
+) -> None:
+    """Raise JpqError where the table is of another network, of other weights, or of another version of jpq.
+
+    Args:
+        table: as it was read.
+        network: that it is to be used for.
+        model: checksum of that network's float weights.
+        source: the table's file, for messages.
+        calibration: checksum of the samples that it must have been measured on; None: any.
+    """
+    names = {layer.name for layer in network.layers}
+    missing = {layer for layer, _ in table.bits} - names
     if missing:
         raise JpqError(f"{source} is the table of another model: this one has no layer '{min(missing)}'.")
     if table.model != model:
         raise JpqError(f"{source} was measured with other weights of this model: measure it anew with jpq sensitivity.")
+    if table.measured_by != version("jpq"):
+        raise JpqError(
+            f"{source} was measured by jpq {table.measured_by}, and this is {version('jpq')}: measure it anew with "
+            "jpq sensitivity."
+        )
+    if calibration is not None and table.calibration != calibration:
+        raise JpqError(
+            f"{source} was measured on other samples than these: measure it anew, or give the same --data, --seed and "
+            "--batch-size."
+        )
 
 
 def tensors_checksum(tensors: Iterable[Tensor]) -> str:

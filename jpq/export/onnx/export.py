@@ -21,9 +21,11 @@ import torch
 from brevitas.export import export_onnx_qcdq
 from brevitas.export import export_qonnx as brevitas_qonnx
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from jpq.export.onnx.dynamic_sizes import add_sides, computes_other_size, is_image
 from jpq.export.onnx.fold_norms import fold_norms
+from jpq.export.onnx.free_batch import batch_is_free, first_samples
 from jpq.export.onnx.graph import fold_constants, share_equal_weights, unlist_initializers, write_out_same_padding
 from jpq.export.onnx.grouped_queries import RepeatedHeads
 from jpq.export.onnx.integer_kernels import prepare_integer_kernels
@@ -31,6 +33,7 @@ from jpq.export.onnx.metadata import Metadata, gather_metadata, store_metadata
 from jpq.export.onnx.naming import name_nodes
 from jpq.export.onnx.narrow_weights import store_narrow_weights
 from jpq.export.onnx.plain_norms import replace_norms
+from jpq.export.onnx.reported_grids import report_weight_grid
 from jpq.export.onnx.separate_additions import separate_additions
 from jpq.export.onnx.twice_rounded_weights import round_weights_twice
 from jpq.export.onnx.unsupported_ops import name_unsupported_op
@@ -39,13 +42,14 @@ from jpq.files.atomic import replace_file
 from jpq.methods.quantizers import act_quantizer, result_quantizer, weight_quantizer
 from jpq.tracing.checkpointing import without_reentrant_checkpoints
 from jpq.tracing.forward import (
-    batch_size,
+    as_plain_nest,
     collect_tensors,
     hook_modules,
     name_inputs,
     plain_outputs,
     split_arguments,
 )
+from jpq.tracing.traced_lengths import traced_lengths
 from jpq.types import JpqError
 
 OPSET = 17
@@ -54,9 +58,17 @@ MAX_BITS = 8  # of QuantizeLinear's integers
 
 
 def export_onnx(
-    small: nn.Module, example: Any, path: str | Path, weights: str = "int8", metadata: Metadata | None = None
-) -> None:
+    small: nn.Module,
+    example: Any,
+    path: str | Path,
+    weights: str = "int8",
+    metadata: Metadata | None = None,
+    any_size: bool = False,
+) -> bool:
     """Write a rebuilt model as QCDQ to `path`, with a dynamic batch dimension and norms folded into convolutions.
+
+    Where the model's code fixes the number of samples (a loop over them), the file takes one at a time, and a warning
+    says so.
 
     Args:
         small: the rebuilt model.
@@ -66,6 +78,9 @@ def export_onnx(
             the narrowest of those that holds a layer's integers (opset 21 or 25; see narrow_weights.py).
         metadata: text, numbers, lists and dicts that the file says of itself, beside what is known of the model, such
             as `mean`, `std`, `class_names` (see metadata.py).
+        any_size: leave height and width of images free too, if the file then computes another size as the model does.
+
+    Returns whether height and width are free in the file.
 
     A single input is called "input", a single output "output". Several inputs have the names that `forward` gives
     them, several outputs the keys of their dict, or output_0, output_1, ...
@@ -86,7 +101,14 @@ def export_onnx(
         bits = max(float(grid.width()) for grid in (weight_quantizer(layer), act_quantizer(layer)))
         if bits > MAX_BITS:
             raise JpqError(f"QCDQ export holds at most 8 bits; a layer has {bits:.0f}. Lower --w-bits or --a-bits.")
-    _write(small, example, Path(path), export_onnx_qcdq, rewrite, metadata=metadata)
+    write = partial(_write, small, example, Path(path), export_onnx_qcdq, rewrite, metadata=metadata)
+    if any_size and is_image(example):
+        with contextlib.suppress(Exception):  # what cannot be exported at all is said by the export below
+            write(any_size=True)
+            if computes_other_size(Path(path), small, example):
+                return True
+    write()
+    return False
 
 
 def export_qonnx(small: nn.Module, example: Any, path: str | Path) -> None:
@@ -96,14 +118,12 @@ def export_qonnx(small: nn.Module, example: Any, path: str | Path) -> None:
     (otherwise a stored weight of zero costs it nothing, while jpq counts what a mask keeps). That tool and the flows
     accept no dynamic batch: the file holds one sample.
     """
-    batch = batch_size(example)
-    sample = tree_map(lambda v: v[:1] if isinstance(v, Tensor) and v.dim() and len(v) == batch else v, example)
 
     def rewrite(model: onnx.ModelProto) -> onnx.ModelProto:
         fold_constants(model)
         return model
 
-    _write(small, sample, Path(path), brevitas_qonnx, rewrite, dynamic=False)
+    _write(small, first_samples(example, 1), Path(path), brevitas_qonnx, rewrite, dynamic=False)
 
 
 def export_float(model: nn.Module, example: Any, path: str | Path) -> None:
@@ -119,10 +139,11 @@ def _write(
     rewrite: Callable[[onnx.ModelProto], onnx.ModelProto],
     dynamic: bool = True,
     metadata: Metadata | None = None,
+    any_size: bool = False,
 ) -> None:
     """Export a copy of a model with one of the exporters, rewrite its graph, check it, and put the file in place."""
     texts = gather_metadata(source, metadata)
-    model = _with_quant_tensors(source)
+    model = _with_quant_tensors(source, exporter is brevitas_qonnx)
     args, kwargs = split_arguments(tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, example))
     inputs = collect_tensors((args, kwargs))
     unbatched: set[str] = set()
@@ -132,6 +153,9 @@ def _write(
     input_names, output_names = _input_names(model, args, kwargs), _output_names(output)
     values = zip([*input_names, *output_names], [*inputs, *collect_tensors(output)], strict=True)
     axes = {name: {0: "batch"} for name, t in values if t.dim() > 0 and len(t) == len(inputs[0])}
+    if any_size:
+        outputs = dict(zip(output_names, collect_tensors(output), strict=True))
+        axes = add_sides(axes, dict(zip(input_names, inputs, strict=True)), outputs)
     path_argument = "f" if exporter is torch.onnx.export else "export_path"
 
     def write(part: Path) -> None:
@@ -141,10 +165,11 @@ def _write(
             plain_outputs(model),
             RepeatedHeads(),
             WrittenOutCalls(),
+            traced_lengths(),
             without_reentrant_checkpoints(),
         ):
             exporter(
-                model if plain else _TensorsOnly(model, args, kwargs),
+                model if plain else _TensorsOnly(model, args, kwargs, output),
                 args=tuple(inputs),
                 dynamo=False,
                 opset_version=OPSET,
@@ -164,6 +189,13 @@ def _write(
         onnx.checker.check_model(str(part))
 
     replace_file(path, write)
+    if dynamic and axes and not unbatched and not batch_is_free(path, model, args, kwargs):
+        warnings.warn(
+            f"{path.name} takes one sample at a time: the model's code loops over samples, or makes a number of their "
+            "count, as int(x.shape[0]) does. With x.shape[0] and operations on the whole batch it takes any batch.",
+            stacklevel=3,
+        )
+        _write(source, first_samples(example, 1), path, exporter, rewrite, dynamic=False, metadata=metadata)
 
 
 def _has_other_defaults(model: nn.Module, given: int) -> bool:
@@ -188,13 +220,17 @@ def _note_unbatched(names: set[str], name: str, layer: Any, x: Any, _: Any) -> N
             )
 
 
-def _with_quant_tensors(source: nn.Module) -> nn.Module:
-    """A copy on the CPU, in evaluation mode, whose quantizers make the quantized tensors that brevitas exports."""
+def _with_quant_tensors(source: nn.Module, quant_nodes: bool) -> nn.Module:
+    """A copy on the CPU, in evaluation mode, whose quantizers make the quantized tensors that brevitas exports.
+
+    `quant_nodes`: whether that export is QONNX.
+    """
     model = copy.deepcopy(source).cpu().eval()
     replace_norms(model)
     module: Any
     for module in model.modules():
         if hasattr(module, "weight_quant"):
+            report_weight_grid(module, quant_nodes)
             module.weight_quant.skip_create_quant_tensor = False
             module.input_quant.skip_create_quant_tensor = False
         if result_quantizer(module) is not None:
@@ -203,19 +239,24 @@ def _with_quant_tensors(source: nn.Module) -> nn.Module:
 
 
 class _TensorsOnly(nn.Module):
-    """A model as ONNX sees it: tensors in, tensors out. Arguments that are no tensors are those of the example."""
+    """A model as ONNX sees it: tensors in, tensors out. Arguments that are no tensors are those of the example.
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+    `output` is what the model gives: numbers in it, such as x.shape[0], are tensors while torch.onnx traces.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any):
         super().__init__()
         self.model = model
         self._leaves, self._spec = tree_flatten((args, kwargs))
+        self._is_tensor = [isinstance(leaf, Tensor) for leaf in tree_leaves(as_plain_nest(output))]
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The output's tensors, alone or in order."""
         remaining = iter(inputs)
         leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         args, kwargs = tree_unflatten(leaves, self._spec)
-        outputs = collect_tensors(self.model(*args, **kwargs))
+        leaves = tree_leaves(as_plain_nest(self.model(*args, **kwargs)))
+        outputs = [leaf for leaf, is_tensor in zip(leaves, self._is_tensor, strict=True) if is_tensor]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 

@@ -1,8 +1,9 @@
 """INT4 and INT2 storage of weights in an ONNX file (opset 21 and 25): `--onnx-weights`.
 
 The stored integers go through Cast, Mul by a power of two, Add of 128, and Cast to the uint8 that kernels read (see
-integer_kernels.py). All of that is constant: onnxruntime and OpenVINO compute it once, when they load the file.
-Nothing is rounded.
+integer_kernels.py). A channel whose grid has its additional level above zero (-1..2) is stored mirrored, as -2..1, and
+multiplied by minus the power of two, one factor per channel. All of that is constant: onnxruntime and OpenVINO compute
+it once, when they load the file. Nothing is rounded.
 """
 
 from __future__ import annotations
@@ -60,14 +61,22 @@ def _store_narrow(graph: Graph, dequantize: onnx.NodeProto, weights: str) -> Non
     wide = graph.array(name).astype(np.int32) - UINT8_MIDDLE
     divisor = int(np.gcd.reduce(np.abs(wide), axis=None))
     factor = divisor & -divisor if divisor else 1  # the largest power of two that divides every integer
-    values = wide // factor
+    axis = next((a.i for a in dequantize.attribute if a.name == "axis"), 1)
+    per_channel = graph.array(dequantize.input[1]).ndim > 0
     kinds = ["int2", "int4"] if weights == "int2" else ["int4"]
-    fitting = [_RANGES[k] for k in kinds if _RANGES[k][0] <= values.min() and values.max() <= _RANGES[k][1]]
-    if not fitting:
+    for kind in kinds:
+        low, high, data_type = _RANGES[kind]
+        signs = _mirrored(wide // factor, high, axis if per_channel else None)
+        values = wide // factor * signs
+        if low <= values.min() and values.max() <= high:
+            break
+    else:
         return
-    tensor = helper.make_tensor(f"{name}.narrow", fitting[0][2], values.shape, values.ravel().tolist())
+    tensor = helper.make_tensor(f"{name}.narrow", data_type, values.shape, values.ravel().tolist())
     steps: list[tuple[str, str, dict[str, Any]]] = [("Cast", "", {"to": TensorProto.FLOAT})]
-    if factor > 1:
+    if (signs < 0).any():
+        steps.append(("Mul", graph.add_constant(f"{name}.factors", (factor * signs).astype(np.float32)), {}))
+    elif factor > 1:
         steps.append(("Mul", graph.add_constant(f"times.{factor}", np.array(factor, np.float32)), {}))
     steps.append(("Add", graph.add_constant("plus.128", np.array(UINT8_MIDDLE, np.float32)), {}))
     nodes: list[onnx.NodeProto] = []
@@ -79,6 +88,12 @@ def _store_narrow(graph: Graph, dequantize: onnx.NodeProto, weights: str) -> Non
         source = result
     graph.insert(dequantize, nodes)
     dequantize.input[0] = source
+
+
+def _mirrored(values: np.ndarray, high: int, axis: int | None) -> np.ndarray:
+    """-1 for the channels along an axis (None: for the tensor) with integers above `high`, else 1; broadcasts."""
+    others = None if axis is None else tuple(i for i in range(values.ndim) if i != axis % values.ndim)
+    return np.where(values.max(axis=others, keepdims=True) > high, -1, 1)
 
 
 def _is_symmetric_uint8(graph: Graph, dequantize: onnx.NodeProto) -> bool:

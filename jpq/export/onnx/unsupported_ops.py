@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,9 +20,8 @@ def name_unsupported_op() -> Iterator[None]:
     except JpqError:
         raise
     except UnsupportedOperatorError as error:
-        match = re.search(r"\w+::\w+", str(error))
         raise JpqError(
-            f"torch.onnx cannot export the operator {match[0] if match else error}: translate it to ONNX's operators "
+            f"torch.onnx cannot export the operator {_operator_name(error)}: translate it to ONNX's operators "
             "with torch.onnx.register_custom_op_symbolic, or compute the same with torch's own operators."
         ) from error
     except Exception as error:  # torch.onnx and its symbolic functions raise classes of every kind
@@ -29,3 +29,12 @@ def name_unsupported_op() -> Iterator[None]:
         raise JpqError(
             f"torch.onnx cannot export this model ({reason}). Replace that part by other operators of torch."
         ) from error
+
+
+def _operator_name(error: UnsupportedOperatorError) -> str:
+    """The operator that an error is about: from its message, or (torch 2.9 leaves it out) from where it was raised."""
+    match = re.search(r"\w+::\w+", str(error))
+    if match:
+        return match[0]
+    frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((str(names["ns_op_name"]) for names in reversed(frames) if "ns_op_name" in names), str(error))

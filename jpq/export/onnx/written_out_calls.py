@@ -5,6 +5,9 @@
 - Adaptive pools, for which the exporter must know the input's size and it must be a multiple of the output's: fixed
   pools, or a reduction of each window.
 - Average pools with a divisor of their own, which the exporter leaves out.
+- hardswish and hardsigmoid, whose operators runtimes compute with a factor of 1/6 where torch divides by 6: a third of
+  the results differ in their last digit, enough to fall on the other side of a rounding boundary in the next layer.
+- Interpolation by areas and to the nearest-exact pixels, and what formulas.py writes out.
 - `rms_norm`, `channel_shuffle`, `mT`, `rot90`, `threshold`, `bilinear` and `fold` have no translation up to opset 17.
 """
 
@@ -19,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from jpq.export.onnx.formulas import FORMULAS, as_number
 
 
 class WrittenOutCalls(TorchFunctionMode):
@@ -109,6 +114,24 @@ def _fold(
     return y if input.dim() == 3 else y.squeeze(0)
 
 
+def _hardswish(input: Tensor, inplace: bool = False) -> Tensor:
+    """x min(max(x + 3, 0), 6) / 6, in the order in which torch computes it."""
+    gate = (input + 3).clamp(0, 6)
+    return input.mul_(gate).div_(6) if inplace else input * gate / 6
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """min(max(x + 3, 0), 6) / 6, in the order in which torch computes it."""
+    return input.add_(3).clamp_(0, 6).div_(6) if inplace else (input + 3).clamp(0, 6) / 6
+
+
+_GLOBAL_AVERAGES: dict[int, Callable[..., Tensor]] = {
+    1: F.adaptive_avg_pool1d,
+    2: F.adaptive_avg_pool2d,
+    3: F.adaptive_avg_pool3d,
+}
+
+
 def _average_by(dims: int, average: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A function for average pools over the last `dims` dims, which divides by `divisor_override` itself."""
 
@@ -121,7 +144,11 @@ def _average_by(dims: int, average: Callable[..., Tensor]) -> Callable[..., Tens
         count_include_pad: bool = True,
         divisor_override: int | None = None,
     ) -> Tensor:
+        whole = (kernel_size,) * dims if isinstance(kernel_size, (int, Tensor)) else tuple(kernel_size)
+        kernel_size, stride, padding = as_number(kernel_size), as_number(stride), as_number(padding)
         if divisor_override is None:
+            if any(isinstance(k, Tensor) for k in whole) and as_number(whole) == as_number(input.shape[-dims:]):
+                return _GLOBAL_AVERAGES[dims](input, 1)  # of any size
             return average(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
         kernel, strides, pads = (
             (v,) * dims if isinstance(v, int) else tuple(v) for v in (kernel_size, stride or kernel_size, padding)
@@ -181,7 +208,31 @@ _ADAPTIVE_POOLS: dict[Any, Callable[..., Any]] = {
     )
 }
 
+
+def _interpolate(
+    input: Tensor, size: Any = None, scale_factor: Any = None, mode: str = "nearest", *args: Any, **kwargs: Any
+) -> Tensor:
+    """`input` at another size: averages of areas by adaptive pools, "nearest-exact" by the indices of its pixels."""
+    if mode not in ("area", "nearest-exact") or args:
+        return F.interpolate(input, size, scale_factor, mode, *args, **kwargs)
+    before = as_number(tuple(input.shape[2:]))
+    factors = scale_factor if isinstance(scale_factor, (tuple, list)) else [scale_factor] * len(before)
+    if size is None:
+        wanted = [math.floor(n * float(factor)) for n, factor in zip(before, factors, strict=True)]
+    else:
+        wanted = as_number(size if isinstance(size, (tuple, list)) else [size] * len(before))
+    if mode == "area":
+        return _ADAPTIVE_POOLS[_GLOBAL_AVERAGES[len(before)]](input, wanted)
+    for dim, (n, m, factor) in enumerate(zip(before, wanted, factors, strict=True), start=2):
+        step = n / m if factor is None or kwargs.get("recompute_scale_factor") else 1 / float(factor)
+        nearest = ((torch.arange(m, dtype=torch.float64) + 0.5) * step).floor().long().clamp(max=n - 1)
+        input = input.index_select(dim, nearest)
+    return input
+
+
 _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+    **FORMULAS,
+    F.interpolate: _interpolate,
     torch.unflatten: _unflatten,
     Tensor.unflatten: _unflatten,
     F.rms_norm: _rms_norm,
@@ -196,6 +247,9 @@ _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     F.bilinear: _bilinear,
     torch.bilinear: _bilinear,
     F.fold: _fold,
+    F.hardswish: _hardswish,
+    F.hardsigmoid: _hardsigmoid,
+    torch.avg_pool1d: _average_by(1, torch.avg_pool1d),
     F.avg_pool2d: _average_by(2, F.avg_pool2d),
     F.avg_pool3d: _average_by(3, F.avg_pool3d),
     **_ADAPTIVE_POOLS,

@@ -89,6 +89,7 @@ def _fold(model: nn.Module, pairs: list[Pair]) -> nn.Module:
         grid = weight_quantizer(layer)
         shape = grid.log_threshold.shape
         layer.weight.mul_(factor.reshape(shape))
+        grid.flip(factor.reshape(shape))
         grid.log_threshold.add_(factor.abs().log().reshape(shape))
         grid.step.mul_(factor.abs().reshape(shape))
         layer.bias = nn.Parameter(bias)

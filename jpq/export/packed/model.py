@@ -1,6 +1,8 @@
 """`pack_model` and `unpack_model`: a rebuilt model as one bit-packed file, and back.
 
 Integers are stored at their widths, masks in their smallest form, with one scale and one bias for each output channel.
+A channel whose grid has its additional level above zero (2 at 2 bits) is stored mirrored, its integers and its scale
+negative: the scale's sign is the one bit that says so.
 BatchNorm is folded into these scales and biases first. What is left is stored as it is: layers and tables at 32 bits,
 which `costs.size` counts; norms with no layer to fold into and ranges of activations, which it does not.
 """
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from jpq.export.packed.batchnorm_folding import fold_batchnorms, remove_norm
 from jpq.export.packed.file import PackedLayer, header_bytes, load_packed, packed_bytes, save_packed
 from jpq.methods.quantizers import act_quantizer, weight_quantizer
-from jpq.methods.quantizers.uniform_integer import levels
+from jpq.methods.quantizers.uniform_integer import NARROW_FROM
 from jpq.methods.structures import WeightLayout, parse_structure
 from jpq.plan import Plan
 from jpq.types import JpqError
@@ -59,7 +61,7 @@ def pack_model(small: nn.Module, plan: Plan, example: Any, path: str | Path) -> 
         layers[name] = _packed_layer(name, layer, plan)
         transposed = bool(getattr(layer, "transposed", False))
         outputs = layer.weight.shape[1] * layer.groups if transposed else len(layer.weight)
-        scales_and_biases[f"{name}.scale"] = weight_quantizer(layer).scale().detach().flatten().expand(outputs).float()
+        scales_and_biases[f"{name}.scale"] = _signed_scale(layer).flatten().expand(outputs).float()
         scales_and_biases[f"{name}.bias"] = torch.zeros(outputs) if layer.bias is None else layer.bias.float()
         for key in [
             k for k in other_tensors if k.startswith(f"{name}.") and k[len(name) + 1 :].split(".")[0] in _LAYER_STATE
@@ -128,11 +130,20 @@ def _quantized_layers(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]
     return first, again
 
 
+def _signed_scale(layer: Any) -> Tensor:
+    """Steps of a layer's weight, shaped like its range; negative where the integers are stored mirrored."""
+    grid = weight_quantizer(layer)
+    low, high = grid.integers()
+    scale = grid.scale().detach()
+    return torch.where(high > -low, -scale, scale)
+
+
 def _packed_layer(name: str, layer: Any, plan: Plan) -> PackedLayer:
     """A layer's integers, clipped to its grid, with its mask if it has one."""
     grid = weight_quantizer(layer)
-    highest = float(levels(grid.width(), True))
-    integers = (layer.weight / grid.scale().detach()).round().clamp(-highest, highest).to(torch.int16)
+    low, high = grid.integers()
+    integers = (layer.weight / grid.scale().detach()).round().clamp(low, high)
+    integers = torch.where(high > -low, -integers, integers).to(torch.int16)
     structure, kept = None, None
     if name in plan.masks:
         layout = WeightLayout(bool(getattr(layer, "transposed", False)), getattr(layer, "groups", 1))
@@ -149,7 +160,10 @@ def _fill_layer(name: str, layer: Any, integers: Tensor, tensors: dict[str, Tens
     scale = tensors.pop(f"{name}.scale")
     scale = scale[0] if grid.log_threshold.dim() == 0 else scale.reshape(grid.log_threshold.shape)
     layer.weight.copy_(integers * scale)
-    grid.fix_step(scale)
+    bits = round(float(grid.width()))
+    lowest = bits < NARROW_FROM and bool((integers == -(2 ** (bits - 1))).any())
+    grid.side.copy_(torch.where(scale < 0, 1, -1) if lowest or bool((scale < 0).any()) else torch.zeros_like(scale))
+    grid.fix_step(scale.abs())
     inputs = act_quantizer(layer)
-    inputs.fix_step(tensors.pop(f"{name}.range") / levels(inputs.width(), inputs.signed))
+    inputs.fix_step(tensors.pop(f"{name}.range") / inputs.largest_integer())
     layer.bias = nn.Parameter(tensors.pop(f"{name}.bias").to(layer.weight))

@@ -7,7 +7,9 @@
 | int8            | all channels, every layer at 8 bits, exported like the compressed model                   |
 | compressed      | the run's model.onnx                                                                      |
 
-Weights do not matter for time: the first three have those of a fresh model.
+Weights do not matter for time: the first three have those of a fresh model, unless the run's float model is given. Then
+"fp32" computes what that does, and "int8" rounds it with ranges fitted to batches, without training; "fp32, pruned" has
+nothing but a time, since its weights were never trained without quantizers.
 """
 
 from __future__ import annotations
@@ -18,17 +20,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from jpq.compression.calibration import observe_modules
 from jpq.export.onnx.export import export_float, export_onnx
 from jpq.export.rebuild import build_from_plan
 from jpq.export.timing.kernels import find_float_layers
 from jpq.export.timing.runner import OpenVinoRunner, Runner, take_turns
 from jpq.export.unconstrained.select import insert_selects
-from jpq.methods.quantizers import IntegerQuantizer
+from jpq.methods.quantizers import (
+    IntegerQuantizer,
+    act_quantizer,
+    fit_threshold,
+    result_quantizer,
+    weight_quantizer,
+)
 from jpq.plan import EndPlan, LayerPlan, Plan, read
 from jpq.tasks import models
 from jpq.tracing.decompose import decompose
@@ -56,7 +66,14 @@ class Timing:
     n: int  # number of rounds
 
 
-def model_files(run: str | Path, shape: Sequence[int], folder: str | Path, run_code: bool = False) -> dict[str, Path]:
+def model_files(
+    run: str | Path,
+    shape: Sequence[int],
+    folder: str | Path,
+    run_code: bool = False,
+    trained: nn.Module | None = None,
+    batches: Sequence[Any] = (),
+) -> dict[str, Path]:
     """Paths of a run's four models as ONNX files, three of them written into `folder`.
 
     Args:
@@ -64,6 +81,8 @@ def model_files(run: str | Path, shape: Sequence[int], folder: str | Path, run_c
         shape: of one sample, without the batch.
         folder: for the files.
         run_code: see `models.of_plan`.
+        trained: the float model of the run, in plain layers; None: a fresh one, of the plan's name.
+        batches: see `reference_models`.
 
     Raises JpqError where the run's plan does not say which model it belongs to.
     """
@@ -71,15 +90,26 @@ def model_files(run: str | Path, shape: Sequence[int], folder: str | Path, run_c
     folder = Path(folder)
     source = run / "plan.json"
     plan = read(source)
-    dense = models.of_plan(plan, source, run / "model.safetensors", run_code)
-    dense = apply_routes(decompose(dense).eval(), plan.routes)
-    return {**reference_models(dense, plan, shape, folder), SMALL: run / "model.onnx"}
+    dense = trained or decompose(models.of_plan(plan, source, run / "model.safetensors", run_code))
+    dense = apply_routes(dense.eval(), plan.routes)
+    return {**reference_models(dense, plan, shape, folder, batches), SMALL: run / "model.onnx"}
 
 
-def reference_models(dense: nn.Module, plan: Plan, shape: Sequence[int], folder: str | Path) -> dict[str, Path]:
-    """Write the float, the pruned float and the int8 model that a compressed one is compared with; returns paths."""
+def reference_models(
+    dense: nn.Module, plan: Plan, shape: Sequence[int], folder: str | Path, batches: Sequence[Any] = ()
+) -> dict[str, Path]:
+    """Write the float, the pruned float and the int8 model that a compressed one is compared with; returns paths.
+
+    Args:
+        dense: the float model, in plain layers.
+        plan: of the compressed one.
+        shape: of one sample, without the batch; not needed with batches.
+        folder: for the files.
+        batches: inputs, as `call_model` takes them, to which the int8 ranges are fitted; (): those are arbitrary,
+            and the input is one tensor of real numbers.
+    """
     folder = Path(folder)
-    example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    example = batches[0] if batches else torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     pruned = insert_selects(apply_slices(copy.deepcopy(dense), plan.slices), plan.selects)
     int8_layers = {name: LayerPlan(8, 8, layer.signed) for name, layer in plan.layers.items()}
     ends = {name: EndPlan(8, end.signed) for name, end in plan.ends.items()}
@@ -87,11 +117,37 @@ def reference_models(dense: nn.Module, plan: Plan, shape: Sequence[int], folder:
     grids = [m for m in int8.modules() if isinstance(m, IntegerQuantizer)]
     for i, grid in enumerate(grids):  # no two alike: a runtime would merge them
         grid.log_threshold.data.fill_(i / len(grids))
+    if batches:
+        _fit_ranges(int8, dense, plan, batches)
     paths = {name: folder / f"{i}.onnx" for i, name in enumerate((FULL, PRUNED, INT8))}
     export_float(dense, example, paths[FULL])
     export_float(pruned.eval(), example, paths[PRUNED])
     export_onnx(int8, example, paths[INT8])
     return paths
+
+
+@torch.no_grad()
+def _fit_ranges(int8: nn.Module, dense: nn.Module, plan: Plan, batches: Sequence[Any]) -> None:
+    """Fit the ranges of the int8 model's weights, inputs and rounded outputs to what the float model computes."""
+    inputs = observe_modules(dense, {name: name for name in plan.layers}, batches, before=True)
+    outputs = observe_modules(dense, {name: name for name in plan.ends}, batches, before=False)
+    for name, layer in plan.layers.items():
+        module = int8.get_submodule(name)
+        weight: Any = module.weight
+        _set_range(weight_quantizer(module), weight, per_channel=True)
+        if name in inputs:
+            _set_range(act_quantizer(module), inputs[name], signed=layer.signed)
+    for name, samples in outputs.items():
+        grid = result_quantizer(int8.get_submodule(name))
+        if grid is not None:
+            _set_range(grid, samples, signed=plan.ends[name].signed)
+
+
+def _set_range(grid: IntegerQuantizer, values: Tensor, signed: bool = True, per_channel: bool = False) -> None:
+    """Give a quantizer of 8 bits the range with the least squared error on some values."""
+    per_channel = per_channel and grid.log_threshold.dim() > 0
+    threshold = fit_threshold(values, 8, signed, per_channel).clamp_min(1e-8)
+    grid.log_threshold.copy_(threshold.log().reshape(grid.log_threshold.shape))
 
 
 def time_in_turns(

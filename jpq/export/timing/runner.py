@@ -8,12 +8,14 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
+import torch
 
-from jpq.export.runtimes import OpenVinoSession
+from jpq.export.runtimes import OpenVinoSession, start_session
 from jpq.types import JpqError
 
 MAX_INPUT_NUMBERS = 2**28  # largest number of elements of one input
@@ -42,7 +44,7 @@ class Runner:
         name = _model_name(model)
         self._session = _open_session(model, threads, name)
         self._binding = self._session.io_binding()
-        self.shapes: list[tuple[int, ...]] = []  # of each input
+        self.samples: dict[str, np.ndarray] = {}  # random ones, by the name of their input
         rng = np.random.default_rng(0)
         inputs = self._session.get_inputs()
         for entry in inputs:
@@ -50,13 +52,19 @@ class Runner:
                 kinds = ", ".join(SAMPLE_TYPES)
                 raise JpqError(f"{name}: input '{entry.name}' is a {entry.type}; {kinds} can be made up.")
             shape = [n if isinstance(n, int) and n > 0 else batch for n in entry.shape]  # where the batch is free
-            self.shapes.append(tuple(shape))
             if shape and len(inputs) == 1 and shape[0] != batch > 1:
                 raise JpqError(f"{name} takes {shape[0]} samples at a time, not --batch {batch}.")
             check_input_size(shape, f"{name}: input '{entry.name}'")
-            self._binding.bind_cpu_input(entry.name, _random_samples(rng, shape, SAMPLE_TYPES[entry.type]))
+            self.samples[entry.name] = _random_samples(rng, shape, SAMPLE_TYPES[entry.type])
+            self._binding.bind_cpu_input(entry.name, self.samples[entry.name])
         for entry in self._session.get_outputs():
             self._binding.bind_output(entry.name, "cpu")
+
+    def two_samples(self) -> Any:
+        """Inputs of two equal samples for the model that the file was made from: a tensor, or several by name."""
+        values = {name: value if not value.ndim else value[:1].repeat(2, 0) for name, value in self.samples.items()}
+        tensors = {name: torch.from_numpy(value) for name, value in values.items()}
+        return next(iter(tensors.values())) if len(tensors) == 1 else tensors
 
     def __call__(self) -> None:
         """Compute once."""
@@ -119,24 +127,35 @@ def check_input_size(shape: Sequence[int], what: str) -> None:
         )
 
 
-def describe_hardware() -> str:
-    """This machine's processor and number of cores."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = [line.partition(":") for line in info.read_text(encoding="utf-8").splitlines()]
-        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
-    return f"{name} ({platform.machine()}), {os.cpu_count()} cores"
+INTEGER_INSTRUCTIONS = {  # flag of Linux -> name; the first that a processor has decides what integer kernels compute
+    "amx_int8": "AMX",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx_vnni": "AVX VNNI",
+    "avx512bw": "AVX-512 without VNNI",
+    "avx2": "AVX2 without VNNI",
+    "i8mm": "I8MM",
+    "asimddp": "dot products",
+}
+
+
+def describe_hardware(processors: Path = Path("/proc/cpuinfo")) -> str:
+    """This machine's processor, its instructions for integer products where Linux names them, and number of cores."""
+    name, instructions = platform.processor() or platform.machine(), ""
+    if processors.is_file():
+        lines = [line.partition(":") for line in processors.read_text(encoding="utf-8").splitlines()]
+        facts = {key.strip().lower(): value.strip() for key, _, value in lines}
+        name = facts.get("model name", name)
+        known = set(facts.get("flags", facts.get("features", "")).split())
+        instructions = next((f", {shown}" for flag, shown in INTEGER_INSTRUCTIONS.items() if flag in known), "")
+    return f"{name} ({platform.machine()}{instructions}), {os.cpu_count()} cores"
 
 
 def _open_session(model: Path | onnx.ModelProto, threads: int, name: str) -> onnxruntime.InferenceSession:
     """An optimized session on the CPU. Raises JpqError where the model cannot be loaded."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return start_session(model, threads)
+    except JpqError:
+        raise
     except Exception as error:  # onnxruntime has a class of its own for every kind of failure
         raise JpqError(f"onnxruntime cannot load {name}: {str(error).splitlines()[0]}") from error
 

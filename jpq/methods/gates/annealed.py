@@ -8,7 +8,7 @@ Annealing Indicator Search", IEEE TNNLS 34(12), arXiv:2011.02166.
 | alpha | `alpha`, in units of COLD | [1, n], starts in U(0, 5), the paper's U(0, 0.1) |
 | T = 1 / (1 + 49 progress) | `temperature` = T / COLD | 50 -> 1 over the search |
 | I = sigmoid(alpha / T) (eq. 7) | `relaxed()`, `keep_probability()`, `scale()` | [1, n] |
-| R_1 = sum of I (eq. 8) | `penalty()` | [1, n] |
+| R_1 = sum of I (eq. 8) | `penalty()` at the unit's price (`priced_penalty`), STRENGTH times | [1, n] |
 | E, bilinear in neighbouring I (eq. 9); R_f = ln E (eq. 10) | the budget's pressure | |
 | keep iff I > 0.5 | `margin()` = alpha / T > 0 | [1, n] |
 | I_a = I_b where an add joins two layers (eq. 11) | one site, one gate | |
@@ -34,6 +34,8 @@ from jpq.types import Units
 
 COLD = 1 / 50  # T when the search ends
 
+STRENGTH = 1 / 0.03  # factor of R_1: at the default --gate-weight it counts exactly at the unit's price
+
 SPREAD = 0.1 / COLD  # largest alpha at the start
 
 
@@ -41,6 +43,7 @@ class Annealed(Gate):
     """Gate that keeps unit i iff alpha_i > 0."""
 
     bilevel: ClassVar[bool] = True
+    priced_penalty: ClassVar[bool] = True
     temperature: Tensor
 
     def __init__(self, rows: int, n: int):
@@ -65,8 +68,8 @@ class Annealed(Gate):
         return self.relaxed().detach()
 
     def penalty(self) -> Tensor | None:
-        """Indicator I: the lasso R_1."""
-        return self.relaxed()
+        """Indicator I: the lasso R_1, STRENGTH times."""
+        return STRENGTH * self.relaxed()
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:

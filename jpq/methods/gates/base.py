@@ -47,6 +47,7 @@ class Gate(nn.Module, ABC):
     channels_only: ClassVar[bool] = False  # a unit must be a channel
     enforces_quota: ClassVar[Holds] = "never"  # when each row keeps as many units as its structure prescribes
     straight_through: ClassVar[bool] = False  # dropped weights get the gradient of kept ones, and may come back
+    priced_penalty: ClassVar[bool] = False  # `penalty` counts for what the unit costs, not as a mean over units
 
     def __init__(self, rows: int, n: int):
         super().__init__()
@@ -106,7 +107,11 @@ class Gate(nn.Module, ABC):
         return None
 
     def penalty(self) -> Tensor | None:
-        """Regulariser of each unit, `[rows, n]` in nats, scaled by the gate weight and the budget; None for none."""
+        """Regulariser of each unit, `[rows, n]` in nats; None for none.
+
+        The loss holds its mean over units, times the gate weight and the budget's multiplier. With `priced_penalty` it
+        holds the sum over units instead, each times what its cost weighs in the loss (`jpq.training.loop.pressure`).
+        """
         return None
 
     def after_step(self, progress: float) -> None:

@@ -10,14 +10,16 @@ arXiv:1712.01312.
 | u ~ U(0, 1) | drawn in `relaxed` from the open interval | [1, n] |
 | P(z > 0) = sigmoid(log alpha - beta ln(-gamma/zeta)) | `keep_probability()` | [1, n] |
 | test-time z | `scale()` where `keep()` | [1, n] |
+| lambda * |g| * P(z > 0), the L0 norm | `penalty()` at the unit's price (`priced_penalty`), STRENGTH times | [1, n] |
 
-We differ: the budget's pressure takes the place of lambda * |g|, so the price of a unit is its share of the cost, not
-its number of weights; from a pretrained network log alpha starts at 2 (P(z > 0) = 0.97) instead of drop rate 0.5.
+We differ: the price of a unit is what its cost weighs in the budget's term, not its number of weights; from a
+pretrained network log alpha starts at 2 (P(z > 0) = 0.97) instead of drop rate 0.5.
 """
 
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -29,11 +31,15 @@ BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
 
 EDGE = math.log(-HIGH / LOW)  # ln 11: evaluation gives exactly 0 at log alpha <= -EDGE, exactly 1 from +EDGE
 
+STRENGTH = 1 / 0.03  # factor of the L0 norm: at the default --gate-weight it counts exactly at the unit's price
+
 BOUND = math.log(100.0)  # bound of |log alpha|, beyond which the gradient vanishes
 
 
 class HardConcrete(Gate):
     """Gate that keeps unit i iff its test-time value is above 0, that is log alpha_i > -ln 11."""
+
+    priced_penalty: ClassVar[bool] = True
 
     def __init__(self, rows: int, n: int, start: float = 2.0):
         super().__init__(rows, n)
@@ -51,6 +57,10 @@ class HardConcrete(Gate):
     def keep_probability(self) -> Units:
         """Probability P(z > 0) in closed form."""
         return torch.sigmoid(self.log_alpha + BETA * EDGE)
+
+    def penalty(self) -> Units:
+        """L0 norm P(z > 0), STRENGTH times: closed units still move away from the threshold where a budget is met."""
+        return STRENGTH * self.keep_probability()
 
     def scale(self) -> Units:
         """Test-time value of the gate in [0, 1], without gradient."""

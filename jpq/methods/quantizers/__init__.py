@@ -15,7 +15,7 @@ from jpq.methods.quantizers.brevitas_layers import (
 )
 from jpq.methods.quantizers.dead_zone import DeadZoneGrid
 from jpq.methods.quantizers.gated import Gated
-from jpq.methods.quantizers.uniform_integer import IntegerQuantizer, fit_threshold
+from jpq.methods.quantizers.uniform_integer import IntegerQuantizer, fit_threshold, fit_weight_grid
 from jpq.methods.quantizers.widths import Fixed, Learned, PowerOfTwo, SigmoidWidth
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "act_quantizer",
     "can_quantize",
     "fit_threshold",
+    "fit_weight_grid",
     "plain_layer",
     "quantize_layer",
     "quantize_results",

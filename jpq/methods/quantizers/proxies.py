@@ -11,7 +11,7 @@ from __future__ import annotations
 import copyreg
 from typing import Any
 
-from brevitas.inject import ExtendedInjector
+from brevitas.inject import ExtendedInjector, value
 from brevitas.inject.enum import FloatToIntImplType, QuantType
 from brevitas.proxy import ActQuantProxyFromInjector, BiasQuantProxyFromInjector, WeightQuantProxyFromInjector
 from brevitas.quant.none import NoneActQuant, NoneBiasQuant
@@ -23,8 +23,13 @@ class WeightGrid(ExtendedInjector):
     proxy_class = WeightQuantProxyFromInjector
     quant_type = QuantType.INT
     float_to_int_impl_type = FloatToIntImplType.ROUND
-    narrow_range = True
     signed = True
+
+    @value
+    def narrow_range(tensor_quant):  # type: ignore[no-untyped-def]
+        """Whether the grid of the moment is symmetric: no channel uses all levels of its width."""
+        low, high = tensor_quant.integers()
+        return not bool((low != -high).any())
 
 
 class ActGrid(ExtendedInjector):

@@ -17,7 +17,6 @@ from jpq.costs.latency import NS
 from jpq.files.atomic import replace_file
 from jpq.results.front import pareto
 from jpq.results.front.points import RunPoint, read_points
-from jpq.tasks import pick_task
 from jpq.tasks.base import Task
 from jpq.types import JpqError, unknown
 
@@ -48,8 +47,8 @@ class Front:
 
     @property
     def task(self) -> Task:
-        """The task of the runs; its metric stands in their `accuracy`."""
-        return pick_task(self.points[0].task)
+        """The task of the runs; its score stands in their `accuracy`."""
+        return self.points[0].metric
 
     def number(self, i: int) -> int | None:
         """Number of a point in tables and pictures: 1 for the cheapest of the front, None off the front."""

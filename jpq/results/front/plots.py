@@ -17,7 +17,6 @@ from jpq.results.front.front import Front, float_accuracy, write_table
 from jpq.results.front.points import RunPoint
 from jpq.results.front.select import COST_NAMES, Choice
 from jpq.results.plots import BLUE, GREEN, INK, ORANGE, save_picture, set_log_ticks, style_axes
-from jpq.tasks import pick_task
 
 RED, PALE = "#D55E00", "#9AA5B1"  # Okabe and Ito's vermillion; grey for what is dominated
 
@@ -186,7 +185,7 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 
 def _coordinates(points: list[RunPoint] | tuple[RunPoint, ...], cost: str) -> tuple[list[float], list[float]]:
-    scale = metric_scale(pick_task(points[0].task)) if points else 1.0
+    scale = metric_scale(points[0].metric) if points else 1.0
     return [100 * p.share(cost) for p in points], [scale * p.accuracy for p in points]
 
 

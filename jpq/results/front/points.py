@@ -192,7 +192,8 @@ class RunPoint:
     decisions: Mapping[str, Any] = field(default_factory=dict)  # method, target, learning rates, ...
     layers: tuple[LayerDecision, ...] = ()
     uniform: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # "W4A4" -> costs of the whole model
-    task: str = CLASSIFICATION.name  # in TASKS; the accuracies are its metric
+    task: str = CLASSIFICATION.name  # in TASKS, or the user's own; the accuracies are its scores
+    metric: Task = CLASSIFICATION  # the task, or what the run recorded of its metric
     held_out_samples: int = 0  # that the held-out metric was measured on; 0: not known
 
     def share(self, cost: str) -> float:
@@ -228,6 +229,7 @@ def read_point(folder: Path) -> RunPoint:
             data=str(data.get("name", config.task.data)),
             chance=_chance(task, folder / "plan.json"),
             task=task.name,
+            metric=task,
             held_out_samples=untrusted.as_int(data.get("held_out", 0), 0, 2**63),
             packed_bytes=untrusted.as_int(tree["packed"]["total"], 0, 2**63) if tree.get("packed") else None,
             final=bool(tree.get("final", True)),
@@ -284,7 +286,7 @@ def _share(value: Any, what: str) -> float:
 
 
 def _metric(task: Task, value: Any, what: str) -> float:
-    number, (low, high) = float(value), task.metric_bounds
+    number, (low, high) = float(value), task.score_bounds
     if not (low <= number <= high and math.isfinite(number)):
         raise ValueError(f"{what} of {value}")
     return number
@@ -309,9 +311,10 @@ def _layers(path: Path) -> Iterator[tuple[LayerDecision, float]]:
 
 
 def _chance(task: Task, path: Path) -> float:
-    """Metric of guessing, from the plan's number of classes; 0 where there is no plan."""
+    """Score of guessing, from the plan's number of classes; 0 where there is no plan."""
     try:
-        return task.chance(int(untrusted.parse_json(untrusted.read_text(path), RESULT_FILE)["model"]["classes"]))
+        classes = int(untrusted.parse_json(untrusted.read_text(path), RESULT_FILE)["model"]["classes"])
+        return task.score(task.chance(classes))
     except (JpqError, ValueError, KeyError, TypeError):
         return 0.0
 
@@ -378,6 +381,7 @@ def from_attributes(
             data=str(settings.get("data", "")),
             chance=_metric(task, study_attributes.get("accuracy of guessing", 0.0), f"{task.metric_name} of guessing"),
             task=task.name,
+            metric=task,
             final=False,
             decisions={"method": attributes.get("method"), "settings": place.rpartition("/")[2] or None, **params},
             layers=tuple(_parse_layer(layer, str(text)) for layer, text in attributes.get("layers", {}).items()),

@@ -6,17 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jpq.costs.latency import NS
-from jpq.costs.target import parse_amount, parse_share
+from jpq.costs.target import parse_amount
 from jpq.results.formatting import format_change, format_metric, format_number, format_percent
 from jpq.results.front.front import Front, build_front, check_one_table
 from jpq.results.front.points import RunPoint
-from jpq.tasks import pick_task
+from jpq.tasks import CLASSIFICATION
+from jpq.tasks.base import Task
+from jpq.tasks.metric_text import parse_score
 from jpq.types import JpqError
 
 ACCURACY = "accuracy"
 
 LIMITS = {
     "min_accuracy": ACCURACY,
+    "min_metric": ACCURACY,
     "max_bops": "bops",
     "max_macs": "macs",
     "max_size": "size",
@@ -29,7 +32,6 @@ COST_NAMES = {
     "macs": "MACs",
     "size": "size",
     "latency": "predicted latency",
-    ACCURACY: "held-out accuracy",
 }
 
 
@@ -39,7 +41,7 @@ class Limit:
 
     cost: str  # a name in COSTS, or ACCURACY
     text: str  # the limit with its flag, such as "--max-bops 1%"
-    value: float  # in [0, 1], or in the cost's unit
+    value: float  # the smallest score, or in the cost's unit
 
     def met(self, point: RunPoint) -> bool:
         """Whether a point keeps the limit; one that does not know the cost does not."""
@@ -57,12 +59,15 @@ class Choice:
     why: tuple[str, ...]
 
 
-def parse_limits(texts: Mapping[str, str | None], full_costs: Mapping[str, float]) -> tuple[Limit, ...]:
+def parse_limits(
+    texts: Mapping[str, str | None], full_costs: Mapping[str, float], task: Task = CLASSIFICATION
+) -> tuple[Limit, ...]:
     """Limits from the texts of flags.
 
     Args:
         texts: name of the flag -> its text, such as {"min_accuracy": "91%", "max_size": "60KB"}.
         full_costs: of the fp32 model, for percentages.
+        task: whose metric a smallest one is.
 
     Raises JpqError for amounts of another form.
     """
@@ -72,7 +77,7 @@ def parse_limits(texts: Mapping[str, str | None], full_costs: Mapping[str, float
             continue
         flag, cost = f"--{name.replace('_', '-')}", LIMITS[name]
         if cost == ACCURACY:
-            value = _parse_accuracy(flag, text)
+            value = parse_score(task, text, flag)
         elif "%" in text and cost not in full_costs:
             raise JpqError(f"{flag} {text}: no run says what the fp32 model costs there. Give an amount, such as 3ms.")
         else:
@@ -81,18 +86,11 @@ def parse_limits(texts: Mapping[str, str | None], full_costs: Mapping[str, float
     return tuple(bounds)
 
 
-def _parse_accuracy(flag: str, text: str) -> float:
-    share = parse_share(text)
-    if share is None:
-        raise JpqError(f"{flag} '{text}' is not an accuracy. Write it like 91% or 0.91.")
-    return float(share)
-
-
 def pick_point(front: Front, limits: Sequence[Limit], knee: bool = False) -> Choice:
     """The best of the points that keep every limit.
 
-    Where an accuracy is asked for, the cheapest in the front's first cost; else the most accurate. With `knee`, the
-    knee of the front of these points. Raises JpqError where there is none, naming the nearest that there are.
+    Where a metric is asked for, the cheapest in the front's first cost; else the one with the best metric. With `knee`,
+    the knee of the front of these points. Raises JpqError where there is none, naming the nearest that there are.
     """
     cost = front.costs[0]
     if any(limit.cost == "latency" for limit in limits):
@@ -119,9 +117,13 @@ def pick_point(front: Front, limits: Sequence[Limit], knee: bool = False) -> Cho
         why.append(_extreme_text(f"the least {COST_NAMES[cost]}", len(fit)))
     else:
         best = max(fit, key=lambda p: (p.accuracy, -p.costs[cost]))
-        why.append(_extreme_text(f"the highest held-out {front.task.metric_name}", len(fit)))
+        why.append(_extreme_text(f"the {_best_word(front.task)} held-out {front.task.metric_name}", len(fit)))
     index = next(i for i, p in enumerate(front.points) if p is best)
     return Choice(index, best, (*why, *_neighbour_texts(front, best, limits)))
+
+
+def _best_word(task: Task) -> str:
+    return "highest" if task.higher_is_better else "lowest"
 
 
 def _extreme_text(what: str, n: int) -> str:
@@ -180,6 +182,8 @@ def _nearest_text(front: Front, limits: Sequence[Limit]) -> str:
 def _best_text(points: Sequence[RunPoint], limit: Limit, scope: str = "") -> str:
     if limit.cost == ACCURACY:
         best = max(points, key=lambda p: p.accuracy)
-        return f"the most accurate{scope} is {best.name} with {format_metric(pick_task(best.task), best.accuracy)}"
+        words = f"the {_best_word(best.metric)} {best.metric.metric_name}"
+        words = "the most accurate" if best.metric is CLASSIFICATION else words
+        return f"{words}{scope} is {best.name} with {format_metric(best.metric, best.accuracy)}"
     best = min(points, key=lambda p: p.costs[limit.cost])
     return f"the least{scope} is {best.name} with {format_point_cost(best, limit.cost)}"

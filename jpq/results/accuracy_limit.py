@@ -1,0 +1,87 @@
+"""How good a model must be: the limits that `--max-drop` and `--min-accuracy` set on a held-out metric.
+
+All numbers here are scores, of which larger ones are better (`Task.score` turns errors round).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jpq.results.formatting import format_metric
+from jpq.results.intervals import Interval, difference_interval, metric_interval
+from jpq.tasks.metric_text import parse_score
+from jpq.types import JpqError
+
+if TYPE_CHECKING:
+    from jpq.config import Budget
+    from jpq.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class AccuracyLimit:
+    """The least score of a model, or the largest drop below the float model's."""
+
+    flag: str  # with its text, such as "--max-drop 1%"
+    task: Task
+    amount: float  # the least score, or the drop
+    is_drop: bool
+    is_share: bool = False  # the drop is a share of the float model's metric
+
+    def least(self, float_score: float) -> float:
+        """The least score beside a float model of this one. Raises JpqError where the float model is below it."""
+        if self.is_drop:
+            return float_score - self.amount * (abs(float_score) if self.is_share else 1.0)
+        if float_score < self.amount:
+            raise JpqError(
+                f"{self.flag}: the float model itself has a held-out {self.task.metric_name} of "
+                f"{format_metric(self.task, float_score)}. Ask for less, or train it longer (--float-epochs)."
+            )
+        return self.amount
+
+
+def read_limit(budget: Budget, task: Task) -> AccuracyLimit:
+    """The limit that `--max-drop` or `--min-accuracy` names, for a task's metric.
+
+    Raises JpqError for texts that are no amount of that metric, and for drops of nothing and of everything.
+    """
+    if budget.max_drop:
+        return _read_drop(budget.max_drop, task)
+    flag = "--min-accuracy" if task.metric_name == "accuracy" else "--min-metric"
+    least = parse_score(task, budget.min_metric or "", flag)
+    return AccuracyLimit(f"{flag} {budget.min_metric}", task, least, is_drop=False)
+
+
+def _read_drop(text: str, task: Task) -> AccuracyLimit:
+    flag, (number, percent) = f"--max-drop {text}", _number(text.strip())
+    in_percent = task.metric_unit == "%"
+    if number is None or (in_percent and not percent):
+        example = "1%, one point of accuracy" if in_percent else f"0.2{_unit_words(task)} or 1% of the float model's"
+        raise JpqError(f"{flag} is not a drop of {task.metric_name}. Write it like {example}.")
+    if number <= 0:
+        raise JpqError(f"{flag} allows no difference at all, which noise alone exceeds. Give a drop above 0, as 0.5%.")
+    if percent and number >= 100:
+        raise JpqError(f"{flag} allows a model that knows nothing. Give a drop below 100 %, as 1%.")
+    amount = number / 100 if percent else number
+    return AccuracyLimit(flag, task, amount, is_drop=True, is_share=percent and not in_percent)
+
+
+def _number(text: str) -> tuple[float | None, bool]:
+    """(the number in a text, whether it is in percent); None for other texts."""
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        return None, False
+    return (value if abs(value) < float("inf") else None), text.endswith("%")  # NaN is not below infinity
+
+
+def _unit_words(task: Task) -> str:
+    return f" of {task.metric_unit}" if task.metric_unit not in ("", "%") else ""
+
+
+def drop_interval(task: Task, float_score: float, score: float, samples: int) -> Interval | None:
+    """95 % interval of the drop from the float model's score, in scores; None for metrics that have none."""
+    if metric_interval(task, float_score, samples) is None or metric_interval(task, score, samples) is None:
+        return None
+    low, high = difference_interval(float_score, score, samples)
+    return -high, -low

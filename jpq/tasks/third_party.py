@@ -1,0 +1,256 @@
+"""Models of other libraries by name: `timm:NAME`, `smp:ARCHITECTURE:ENCODER`, `hf:FOLDER_OR_CONFIG`; random weights.
+
+Nothing is downloaded, and no code of a model's folder runs. Each library is an extra of jpq.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jpq.files.paths import expand_home
+from jpq.types import JpqError, unknown
+
+SMP_ENCODER = "resnet34"  # where `smp:ARCHITECTURE` names none
+
+TEXT_LENGTH = 128  # usual number of tokens, where the model takes so many
+
+HEADS = {  # end of a class's name in transformers -> the kind of its inputs and outputs
+    "ForSequenceClassification": "text",
+    "ForImageClassification": "image",
+    "ForSemanticSegmentation": "map",
+}
+
+
+def is_third_party(name: str) -> bool:
+    """Whether a model's name begins with one of these libraries."""
+    return name.partition(":")[0] in LIBRARIES
+
+
+def build_third_party(name: str, classes: int, channels: int, arguments: Mapping[str, int] | None = None) -> nn.Module:
+    """A model of another library with random weights.
+
+    Args:
+        name: such as `timm:resnet18`.
+        classes, channels: of the data.
+        arguments: of the data's texts: "vocabulary" and "length".
+
+    Raises JpqError for an extra that is missing, an unknown name, and data that the model cannot take.
+    """
+    kind, _, rest = name.partition(":")
+    return LIBRARIES[kind].build(rest, classes, channels, arguments or {})
+
+
+def usual_third_party_input(name: str) -> tuple[tuple[int, ...], int]:
+    """The usual (shape of one sample, number of classes); texts have the shape (tokens,)."""
+    kind, _, rest = name.partition(":")
+    return LIBRARIES[kind].usual_input(rest)
+
+
+def import_extra(package: str, extra: str, what: str) -> Any:
+    """A package of an extra. Raises JpqError, with the command that installs it, where it is missing."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise JpqError(f"Model '{what}' needs a package that is missing: pip install \"jpq[{extra}]\".") from error
+
+
+def _build_timm(name: str, classes: int, channels: int, _: Mapping[str, int]) -> nn.Module:
+    timm = _timm(name)
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise JpqError(
+            f"timm cannot make {name} for {classes} classes and {channels} channels ({reason}). Choose another model."
+        ) from error
+    return model
+
+
+def _usual_timm(name: str) -> tuple[tuple[int, ...], int]:
+    config = _timm(name).get_pretrained_cfg(name)
+    return (tuple(config.input_size), int(config.num_classes)) if config else ((3, 224, 224), 1000)
+
+
+def _timm(name: str) -> Any:
+    """The package timm, which knows this model. Raises JpqError for an unknown one."""
+    timm = import_extra("timm", "timm", f"timm:{name}")
+    if ":" in name or not timm.is_model(name):
+        raise unknown("timm model", name, timm.list_models())
+    return timm
+
+
+def _build_smp(name: str, classes: int, channels: int, _: Mapping[str, int]) -> nn.Module:
+    smp, architecture, encoder = _smp(name)
+    try:
+        model: nn.Module = smp.create_model(
+            architecture, encoder_name=encoder, encoder_weights=None, in_channels=channels, classes=classes
+        )
+    except (KeyError, ValueError, TypeError, NotImplementedError) as error:
+        reason = str(error).strip("'\" \n").partition("\n")[0].rstrip(".")
+        raise JpqError(
+            f"segmentation_models_pytorch cannot make {architecture} with encoder {encoder} ({reason[:200]}). Choose "
+            "another encoder."
+        ) from error
+    return model
+
+
+def _usual_smp(name: str) -> tuple[tuple[int, ...], int]:
+    _smp(name)
+    return (3, 224, 224), 21
+
+
+def _smp(name: str) -> tuple[Any, str, str]:
+    """(package, architecture, encoder) of `unet:resnet18`. Raises JpqError for unknown ones."""
+    smp = import_extra("segmentation_models_pytorch", "smp", f"smp:{name}")
+    architecture, _, encoder = name.partition(":")
+    encoder = encoder or SMP_ENCODER
+    if architecture.lower() not in smp.MODEL_ARCHITECTURES_MAPPING:
+        raise unknown("smp architecture", architecture, smp.MODEL_ARCHITECTURES_MAPPING)
+    if encoder not in smp.encoders.get_encoder_names() and not encoder.startswith("tu-"):
+        raise unknown("smp encoder", encoder, smp.encoders.get_encoder_names())
+    return smp, architecture, encoder
+
+
+def _build_hf(name: str, classes: int, channels: int, arguments: Mapping[str, int]) -> nn.Module:
+    transformers, config = _hf_config(name)
+    head = _hf_head(transformers, config, name)
+    config.num_labels = classes
+    if head == "text":
+        _check_texts(config, arguments, name)
+    elif hasattr(config, "num_channels"):
+        config.num_channels = channels
+    end = next(end for end, kind in HEADS.items() if kind == head)
+    try:
+        model = getattr(transformers, f"AutoModel{end}").from_config(config)
+    except (ValueError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise JpqError(
+            f"transformers cannot make a model of {name} ({reason[:200]}). Correct its config.json."
+        ) from error
+    return TextModel(model) if head == "text" else ImageModel(model, whole_map=head == "map")
+
+
+def _usual_hf(name: str) -> tuple[tuple[int, ...], int]:
+    transformers, config = _hf_config(name)
+    if _hf_head(transformers, config, name) == "text":
+        return (min(TEXT_LENGTH, getattr(config, "max_position_embeddings", TEXT_LENGTH)),), int(config.num_labels)
+    side = getattr(config, "image_size", 224)
+    height, width = side if isinstance(side, (tuple, list)) else (side, side)
+    return (int(getattr(config, "num_channels", 3)), int(height), int(width)), int(config.num_labels)
+
+
+def _hf_config(name: str) -> tuple[Any, Any]:
+    """(package, configuration) of a folder with a config.json, or of such a file."""
+    transformers = import_extra("transformers", "transformers", f"hf:{name}")
+    path = expand_home(name)
+    if not (path / "config.json" if path.is_dir() else path).is_file():
+        raise JpqError(
+            f"There is no config.json in '{name}', and jpq downloads no models: give hf: a folder that save_pretrained "
+            "wrote, or its config.json."
+        )
+    try:
+        return transformers, transformers.AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise JpqError(f"'{name}' is no configuration that transformers reads ({reason[:200]}).") from error
+
+
+def _hf_head(transformers: Any, config: Any, name: str) -> str:
+    """ "text", "image" or "map": by the class that the configuration names, else by what its model type can do."""
+    for architecture in config.architectures or ():
+        for end, kind in HEADS.items():
+            if architecture.endswith(end):
+                return kind
+    mappings = (
+        ("text", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"),
+        ("image", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING"),
+        ("map", "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING"),
+    )
+    for kind, mapping in mappings:
+        if type(config) in getattr(transformers, mapping):
+            return kind
+    raise JpqError(
+        f"hf:{name} is a {config.model_type}, which transformers has for no classification or segmentation: use "
+        "jpq.compress in your own loop."
+    )
+
+
+def _check_texts(config: Any, arguments: Mapping[str, int], name: str) -> None:
+    """Raise JpqError for texts with more tokens, or longer ones, than a model's tables have."""
+    for key, field, what in (
+        ("vocabulary", "vocab_size", "different tokens"),
+        ("length", "max_position_embeddings", "tokens in a text"),
+    ):
+        most, wanted = getattr(config, field, None), arguments.get(key, 0)
+        if most is not None and wanted > most:
+            raise JpqError(
+                f"The data have {wanted:,} {what}, and hf:{name} takes {most:,}: set {field} in its config.json to "
+                f"{wanted} or more."
+            )
+
+
+class TextModel(nn.Module):
+    """A text classifier of transformers that gives its logits; its inputs are ids, and a mask where texts are padded.
+
+    Without a mask the tokens that equal the configuration's `pad_token_id` are padding.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        config: Any = model.config
+        self.padding = config.pad_token_id
+        self.vocabulary = int(config.vocab_size)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Ids, int64 [B, T] -> logits [B, classes]."""
+        if attention_mask is None and self.padding is not None:
+            attention_mask = (input_ids != self.padding).to(input_ids.dtype)
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits
+
+
+class ImageModel(nn.Module):
+    """An image model of transformers that gives its logits; those of a segmenter are scaled up to the image."""
+
+    def __init__(self, model: nn.Module, whole_map: bool) -> None:
+        super().__init__()
+        self.model, self.whole_map = model, whole_map
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Images [B, C, H, W] -> logits [B, classes], or [B, classes, H, W]."""
+        logits: Tensor = self.model(pixel_values=pixel_values).logits
+        if self.whole_map:
+            return F.interpolate(logits, size=pixel_values.shape[2:], mode="bilinear", align_corners=False)
+        return logits
+
+
+def noise(model: nn.Module, samples: int, shape: tuple[int, ...]) -> Tensor:
+    """A batch of noise that a model takes: token ids for a text model, else normal numbers [samples, *shape]."""
+    if isinstance(model, TextModel):
+        return torch.randint(1, model.vocabulary, (samples, *shape))
+    return torch.randn(samples, *shape)
+
+
+@dataclass(frozen=True)
+class Library:
+    """How a library's models are made."""
+
+    build: Callable[[str, int, int, Mapping[str, int]], nn.Module]
+    usual_input: Callable[[str], tuple[tuple[int, ...], int]]
+
+
+LIBRARIES: dict[str, Library] = {
+    "timm": Library(_build_timm, _usual_timm),
+    "smp": Library(_build_smp, _usual_smp),
+    "hf": Library(_build_hf, _usual_hf),
+}

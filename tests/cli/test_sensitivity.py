@@ -1,0 +1,87 @@
+"""`jpq sensitivity` as a user calls it: files, interruption and bad input; and `jpq.sensitivity`."""
+
+import pytest
+import torch
+from convnet import EXAMPLE, convnet
+
+import jpq
+from jpq.allocation import read_table
+from jpq.allocation.measured.partial import partial_path
+from jpq.cli.main import main
+from jpq.results.sensitivity import measure, probe_model
+from jpq.tasks import CLASSIFICATION
+from jpq.types import JpqError
+
+
+def test_the_frame_is_the_file(tmp_path):
+    path = tmp_path / "table.csv"
+    frame = jpq.sensitivity(convnet().model, EXAMPLE, w_bits=(2, 3), a_bits=(3, 4), out=path)
+    table = read_table(path)
+    weights = frame[frame.what == "weight"]
+    assert set(weights.value) == {2, 3}
+    assert {(row["name"], row.value): row.divergence for _, row in weights.iterrows()} == {
+        (layer, b): s for (layer, side), by_width in table.bits.items() if side == "w" for b, s in by_width.items()
+    }
+    assert (frame[frame.what == "units"].of == [len(table.orders[n]) for n in frame[frame.what == "units"].name]).all()
+
+
+def test_an_interrupted_file_goes_on_to_the_same_bits(tmp_path):
+    def probed():
+        return probe_model(convnet().model, [EXAMPLE], CLASSIFICATION.divergence, w_bits=(2, 3), a_bits=(2, 3))
+
+    def stop(done, total):
+        if done == 7:
+            raise KeyboardInterrupt
+
+    partial = partial_path(tmp_path / "table.csv")
+    with pytest.raises(KeyboardInterrupt):
+        measure(probed(), "single", partial, progress=stop)
+    lines = partial.read_text().splitlines()
+    assert len(lines) == 1 + 7
+    partial.write_text("\n".join(lines)[:-5])  # cut within its last line
+    again = []
+    table = measure(probed(), "single", partial, resume=True, progress=lambda done, total: again.append(done))
+    assert again[0] == 7
+    assert table == measure(probed(), "single")
+    assert not partial.exists()
+    partial.write_text("\n".join(lines))
+    with pytest.raises(JpqError, match="Run without"):
+        measure(probe_model(convnet().model, [EXAMPLE[:3]], CLASSIFICATION.divergence), "single", partial, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--samples", "1"], "--samples 1"),
+        (["--w-bits", "8", "2"], "--w-bits 8 2"),
+        (["--out", "nowhere/table.csv"], "no folder"),
+        (["--out", "table.txt"], "table.csv"),
+        (["--estimator", "hessian"], "hessian"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sensitivity", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert says in error
+
+
+def test_a_task_without_a_divergence_is_refused():
+    class Bare:
+        name = "bare"
+
+    with pytest.raises(JpqError, match="no divergence"):
+        jpq.sensitivity(convnet().model, EXAMPLE, task=Bare())
+
+
+@pytest.mark.slow
+def test_the_command_writes_table_and_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    flags = ["--float-epochs", "1", "--samples", "64", "--w-bits", "2", "3", "--a-bits", "2", "3", "--out", "t.csv"]
+    assert main(["sensitivity", *flags]) == 0
+    assert "most sensitive" in capsys.readouterr().out
+    assert (tmp_path / "t.png").stat().st_size > 1000
+    assert read_table(tmp_path / "t.csv").samples == 64
+    assert (tmp_path / "t.float.safetensors").is_file()

@@ -1,0 +1,168 @@
+"""Batch sizes that code reads in any way: exported files take any batch and compute the same."""
+
+import builtins
+import math
+import threading
+import warnings
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import jpq
+from jpq.export.onnx.export import export_float
+from jpq.export.onnx.free_batch import first_samples
+from jpq.export.program import Program, capture_program
+from jpq.export.runtimes import Session
+from jpq.export.torch_export import export_pt2
+from jpq.tracing.traced_lengths import traced_lengths
+from jpq.types import JpqError
+
+ROW = torch.arange(8.0)[None] / 8
+
+READERS = {  # x: [batch, 8]
+    "len": lambda x: x.reshape(len(x), -1),
+    "slice to len": lambda x: torch.cat([x, x * 2])[: len(x)] * 3,
+    "shape[0]": lambda x: x.reshape(x.shape[0], 2, 4).flatten(1),
+    "size(0)": lambda x: x.view(x.size(0), -1),
+    "expand(len)": lambda x: x + ROW.expand(len(x), -1),
+    "repeat(len)": lambda x: x + ROW.repeat(len(x), 1),
+    "zeros(len)": lambda x: x + torch.zeros(len(x), 8),
+    "full(len)": lambda x: x + torch.full((len(x), 8), 0.5),
+    "arange(len)": lambda x: x[torch.arange(len(x))] * (torch.arange(len(x))[:, None] + 1),
+    "windows of len": lambda x: (x.unflatten(1, (2, 4)).flatten(0, 1) * 2).reshape(len(x), 8),
+    "prod of the shape": lambda x: x.reshape(math.prod(x.shape[:2])).reshape(-1, 8),
+    "len of a list": lambda x: x * len([x, x]),
+    "divided by len": lambda x: x / len(x),
+}
+
+
+class Reads(nn.Module):
+    """A layer, and code that reads the batch size of its output."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.layer, self.read = nn.Linear(4, 8), read
+
+    def forward(self, x):
+        return self.read(self.layer(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", READERS)
+def test_files_take_any_batch(name, tmp_path):
+    torch.manual_seed(0)
+    model = Reads(READERS[name]).eval()
+    example = torch.randn(2, 4)
+    export_float(model, example, tmp_path / "m.onnx")
+    export_pt2(model, example, tmp_path / "m.pt2")
+    session, program = Session(tmp_path / "m.onnx"), torch.export.load(tmp_path / "m.pt2").module()
+    for batch in (2, 1, 5):
+        x = torch.randn(batch, 4)
+        torch.testing.assert_close(session(x), model(x))
+        torch.testing.assert_close(program(x), model(x))
+
+
+@torch.no_grad()
+def test_a_saved_model_takes_any_batch(tmp_path):
+    example, x = torch.randn(2, 4), torch.randn(5, 4)
+    small = jpq.compress(Reads(READERS["expand(len)"]).eval(), example, bops="20%", steps=1).finalize()
+    jpq.save(small, tmp_path / "kept", example)
+    loaded, _ = jpq.load(tmp_path / "kept")
+    torch.testing.assert_close(loaded(x), small(x), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_a_pt2_file_keeps_the_limits_that_code_sets(tmp_path):
+    def limited(x):
+        assert len(x) < 100
+        return x * 2
+
+    model = Reads(limited).eval()
+    export_pt2(model, torch.randn(2, 4), tmp_path / "m.pt2")
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    for x in (torch.randn(1, 4), torch.randn(99, 4)):
+        torch.testing.assert_close(program(x), model(x))
+    with pytest.raises((RuntimeError, AssertionError)):
+        program(torch.randn(100, 4))
+
+
+LOOPS = {
+    "range": lambda x: torch.stack([x[i] for i in range(len(x))]),
+    "split": lambda x: torch.cat(list(x.split(1))),
+    "int": lambda x: x.reshape(int(x.shape[0]), -1),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LOOPS)
+def test_an_onnx_file_of_code_that_loops_over_samples_takes_them_one_by_one(name, tmp_path):
+    torch.manual_seed(0)
+    model, path = Reads(LOOPS[name]).eval(), tmp_path / "m.onnx"
+    with pytest.warns(UserWarning, match=r"m.onnx takes one sample at a time"):
+        export_float(model, torch.randn(2, 4), path)
+    shapes = [[d.dim_value for d in v.type.tensor_type.shape.dim] for v in onnx.load(path).graph.input]
+    assert shapes == [[1, 4]], "the file says so"
+    for batch in (1, 3):
+        x = torch.randn(batch, 4)
+        torch.testing.assert_close(Session(path)(x), model(x))
+
+
+def test_first_samples_are_repeated_where_there_are_fewer():
+    x, table = torch.arange(3.0)[:, None], torch.zeros(5, 2)
+    assert first_samples((x, {"t": table}), 2)[0].tolist() == [[0.0], [1.0]]
+    more, unchanged = first_samples((x, {"t": table}), 7)
+    assert more.flatten().tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert unchanged["t"] is table
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("read", "batches"),
+    [(lambda x: x.reshape(2, 8), (2,)), (lambda x: x[:, :, None].squeeze() * 2, (2, 3))],
+    ids=["a fixed batch", "squeeze"],
+)
+def test_a_model_that_takes_no_other_batch_or_not_one_is_exported_without_a_warning(read, batches, tmp_path):
+    model = Reads(read).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        export_float(model, torch.randn(2, 4), tmp_path / "m.onnx")
+    for batch in batches:
+        x = torch.randn(batch, 4)
+        torch.testing.assert_close(Session(tmp_path / "m.onnx")(x), model(x))
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_pt2_file_of_code_that_loops_over_samples_is_refused(name, tmp_path):
+    with pytest.raises(JpqError, match=r"fixes the number of samples at 2.*loop over samples"):
+        export_pt2(Reads(LOOPS[name]).eval(), torch.randn(2, 4), tmp_path / "m.pt2")
+
+
+def test_a_graph_of_code_that_loops_over_samples_takes_the_samples_of_its_example_alone():
+    example = torch.randn(2, 4)
+    record, tensors = capture_program(Reads(LOOPS["range"]).eval(), example)
+    program = Program(record, {}, tensors)
+    assert program(example).shape == (2, 8)
+    with pytest.raises(JpqError, match=r"takes torch.float32 \[2, 4\], as it was saved; it got .*\[3, 4\]"):
+        program(torch.randn(3, 4))
+
+
+def test_len_is_pythons_own_in_other_threads_and_for_other_objects():
+    seen = []
+    with traced_lengths():
+        assert len([1, 2]) == 2
+        other = threading.Thread(target=lambda: seen.append(len(torch.zeros(3, 2))))
+        other.start()
+        other.join()
+        with pytest.raises(TypeError, match="0-d tensor"):
+            len(torch.tensor(1))
+    assert seen == [3]
+    assert type(seen[0]) is int
+
+
+def test_len_is_pythons_own_after_an_error():
+    own = builtins.len
+    with pytest.raises(ZeroDivisionError), traced_lengths():
+        raise ZeroDivisionError
+    assert builtins.len is own

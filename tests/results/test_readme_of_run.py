@@ -1,0 +1,174 @@
+"""README.md of a run's folder, which is executed, and `--embed-normalization`."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from jpq.cli.main import main
+from jpq.config import Budget, Config, Run, Task, Train
+from jpq.export.onnx.metadata import read_metadata
+from jpq.recipe import optimize
+from jpq.results.readme import run_code
+from jpq.types import JpqError
+
+
+def run(folder: Path, data: str, model: str = "convnet", **settings):
+    run_settings = {k: settings.pop(k) for k in list(settings) if k in ("embed_normalization", "formats")}
+    config = Config(
+        task=Task(data=data, model=model, **settings),
+        budget=Budget(target_bops="20%"),
+        train=Train(epochs=2, float_epochs=2, batch_size=32),
+        run=Run(out=folder, name="run", threads=1, **run_settings),
+    )
+    return optimize(config)
+
+
+def execute(folder: Path) -> str:
+    """What the block of a folder's README prints."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(code.splitlines()) < 22
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=environment, check=False
+    )
+    assert not done.returncode, done.stderr
+    return done.stdout.strip()
+
+
+def picture(folder: Path, image: torch.Tensor) -> None:
+    pixels = (image * 255).round().to(torch.uint8)
+    Image.fromarray(pixels.permute(1, 2, 0).squeeze().numpy()).save(folder / "image.png")
+
+
+def photographs(folder: Path) -> str:
+    """Colour images of two classes: red and blue."""
+    draw = np.random.default_rng(0)
+    for n in range(60):
+        array = draw.integers(0, 90, (8, 8, 3)).astype(np.uint8)
+        array[:, :, 0 if n % 2 else 2] += 120
+        place = folder / ("red" if n % 2 else "blue")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(place / f"{n}.png")
+    return f"folder:{folder}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("embed", [False, True])
+def test_the_readme_of_images_names_the_class_that_the_model_gives(tmp_path, embed):
+    data = photographs(tmp_path / "photos")
+    result = run(tmp_path, data, "readme_nets:images", embed_normalization=embed)
+    folder = result.folder
+    file = next((tmp_path / "photos" / "red").iterdir())
+    Image.open(file).save(folder / "image.png")
+    about = read_metadata(folder / "model.onnx")
+    assert about["class_names"] == ["blue", "red"]
+    if embed:
+        assert (about["mean"], about["embedded_mean"][0]) == ([0.0] * 3, 0.485)
+        assert "normalises its input itself" in (folder / "README.md").read_text()
+    x = torch.from_numpy(np.asarray(Image.open(file))).permute(2, 0, 1)[None].float() / 255
+    mean, std = (torch.tensor(about[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    (scores,) = session.run(None, {"input": ((x - mean) / std).numpy()})
+    assert execute(folder) == about["class_names"][scores.argmax()]
+
+
+@pytest.mark.slow
+def test_embedded_normalisation_changes_no_output(tmp_path):
+    data = photographs(tmp_path / "photos")
+    plain = run(tmp_path / "a", data, "readme_nets:images")
+    embedded = run(tmp_path / "b", data, "readme_nets:images", embed_normalization=True)
+    x = torch.rand(5, 3, 8, 8)
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    sessions = [onnxruntime.InferenceSession(str(r.folder / "model.onnx")) for r in (plain, embedded)]
+    one = sessions[0].run(None, {"input": ((x - mean) / std).numpy()})[0]
+    two = sessions[1].run(None, {"input": x.numpy()})[0]
+    assert np.abs(one - two).max() < 0.02 * np.abs(one).max()
+    assert embedded.verified["rebuilt_vs_onnxruntime"]["argmax_differs"] == 0
+
+
+@pytest.mark.slow
+def test_the_readme_of_a_table_gives_the_target_in_its_units(tmp_path):
+    result = run(tmp_path, "sklearn:diabetes", "readme_nets:table")
+    (result.folder / "row.csv").write_text(",".join(["0.01"] * 10))
+    value = float(execute(result.folder).strip("[]"))
+    assert 20 < value < 350  # the targets go from 25 to 346
+
+
+@pytest.mark.slow
+def test_the_readme_of_texts_names_a_class(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    lines = "a moving and funny film\tgood\na dull film , dull and long\tbad\nfunny and moving\tgood\nso long\tbad\n"
+    (folder / "train.tsv").write_text(lines * 20)
+    result = run(tmp_path, f"text:{folder}", "readme_nets:text")
+    assert execute(result.folder) in ("good", "bad")
+    assert result.data["class_names"] == ["bad", "good"]
+
+
+def test_every_kind_of_data_has_code_that_compiles():
+    records = [
+        {"shape": [3, 8, 8], "mean": [0.5] * 3},
+        {"shape": [3, 8, 8], "mean": [0.5] * 3, "task": "segmentation"},
+        {"shape": [1, 8, 8], "task": "restoration"},
+        {"shape": [4], "columns": ["a"], "mean": [0.0], "task": "regression"},
+        {"shape": [2, 9], "mean": [0.0] * 2, "task": "sequence-classification"},
+        {"shape": [9], "task": "text-classification", "tokenizer": "words"},
+        {"shape": [9], "inputs": 2},
+    ]
+    codes = [run_code(record) for record in records]
+    assert len(set(codes)) == len(records)
+    for code in codes:
+        compile(code, "README.md", "exec")
+
+
+def test_data_without_a_mean_has_no_normalisation_to_embed(tmp_path):
+    with pytest.raises(JpqError, match="not normalised by a mean"):
+        run(tmp_path, "own_loaders:digits", embed_normalization=True)
+
+
+@pytest.mark.slow
+def test_the_readme_of_restoration_writes_an_image(tmp_path):
+    draw = np.random.default_rng(0)
+    (tmp_path / "clean").mkdir()
+    for n in range(12):
+        image = Image.fromarray(draw.integers(0, 255, (3, 3)).astype(np.uint8))
+        image.resize((24, 20), Image.Resampling.BICUBIC).save(tmp_path / "clean" / f"{n}.png")
+    result = run(tmp_path, f"folder:{tmp_path / 'clean'}", "readme_nets:denoiser", noise=25.0, crop=(10,))
+    assert result.data["noise"] == 25
+    assert result.verified["rebuilt_vs_onnxruntime"]["images"] == 3
+    Image.open(tmp_path / "clean" / "0.png").save(result.folder / "image.png")
+    execute(result.folder)
+    assert Image.open(result.folder / "restored.png").size == (24, 20)
+
+
+@pytest.mark.slow
+def test_the_readme_of_series_names_a_class(tmp_path):
+    draw = np.random.default_rng(0)
+    x = draw.normal(0, 1, (80, 2, 12)).astype(np.float32)
+    y = np.array(["down", "up"])[(x[:, 0].mean(1) > 0).astype(int)]
+    np.savez(tmp_path / "s.npz", x=x, y=y)
+    result = run(tmp_path, f"series:{tmp_path / 's.npz'}", "readme_nets:series")
+    np.save(result.folder / "window.npy", x[0])
+    assert execute(result.folder) in ("down", "up")
+
+
+@pytest.mark.slow
+def test_a_file_with_its_normalisation_is_evaluated_and_exported_again(tmp_path, capsys):
+    data = photographs(tmp_path / "photos")
+    result = run(tmp_path, data, "readme_nets:images", embed_normalization=True, formats="onnx,pt2")
+    evaluated = ["evaluate", str(result.folder), "--run-code", "--runtime", "onnxruntime,openvino"]
+    assert main(evaluated) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "15 of 15 as the PyTorch model" in said
+    assert main(["export", str(result.folder), "--run-code", "--formats", "onnx"]) == 0
+    assert "embedded_mean" in read_metadata(result.folder / "model.onnx")

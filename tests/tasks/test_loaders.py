@@ -1,0 +1,269 @@
+"""Data of any iterable of batches: DataLoaders, lists, several inputs; order, laziness, and what is refused."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import own_loaders
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import jpq
+from jpq.config import Budget, Config, Run, Task, Train
+from jpq.recipe import optimize
+from jpq.tasks.data import load
+from jpq.tasks.loaders import LoaderBatches
+from jpq.types import JpqError
+
+CPU = torch.device("cpu")
+
+
+def batches(loader, training: bool = False, seed: int = 0) -> LoaderBatches:
+    return LoaderBatches(loader, "The train part", device=CPU, seed=seed, training=training)
+
+
+def equal(one, two) -> bool:
+    pairs = list(zip(one, two, strict=True))
+    return all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in pairs)
+
+
+def served(monkeypatch, value) -> str:
+    """A --data that returns this value."""
+    module = ModuleType("served")
+    module.data = lambda: value  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "served", module)
+    return "served:data"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_depends_on_seed_and_epoch_alone_and_moves_no_other_draw(workers):
+    one, two = (
+        batches(DataLoader(own_loaders.Noisy(), batch_size=6, shuffle=True, num_workers=workers)) for _ in range(2)
+    )
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = list(one.epoch(3))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    list(two.epoch(1))
+    assert equal(first, two.epoch(3))
+    assert not equal(first, two.epoch(4))
+    samples = torch.cat([x[:, 0] for x, _ in first])
+    assert sorted(samples.tolist()) == list(range(20))
+
+
+def test_draws_of_training_between_batches_do_not_change_the_batches():
+    loader = DataLoader(own_loaders.Noisy(), batch_size=6, shuffle=True)
+    quiet = list(batches(loader).epoch(2))
+    disturbed = []
+    for pair in batches(loader).epoch(2):
+        torch.rand(3)
+        disturbed.append(pair)
+    assert equal(quiet, disturbed)
+
+
+def test_sizes_are_known_without_reading_where_a_loader_has_them():
+    data = own_loaders.Noisy(21)
+    split = batches(DataLoader(data, batch_size=5, shuffle=True), training=True)
+    assert (split.size, len(split), split.batch_size) == (20, 4, 5)  # the single left-over sample is dropped
+    assert data.reads == 5  # of the first batch alone
+    assert [len(y) for _, y in split] == [5, 5, 5, 5]
+    stream = batches(DataLoader(own_loaders.Stream(), batch_size=6))
+    assert (stream.size, len(stream)) == (20, 4)
+
+
+def test_a_batch_is_read_when_it_is_asked_for():
+    data = own_loaders.Noisy(1000)
+    split = batches(DataLoader(data, batch_size=10))
+    data.reads = 0
+    epoch = split.epoch(0)
+    next(epoch), next(epoch)
+    assert data.reads == 20
+
+
+def test_the_first_samples_and_a_fixed_part():
+    split = batches(DataLoader(own_loaders.Noisy(), batch_size=6))
+    assert torch.cat([x[:, 0] for x, _ in split.first(8)]).tolist() == list(range(8))
+    assert (split.first(8).size, len(split.first(8))) == (8, 2)
+    part = split.fixed_part(0.5)
+    assert part.size == 10
+    assert torch.equal(torch.cat([x[:, 0] for x, _ in part]), torch.cat([x[:, 0] for x, _ in part.epoch(3)]))
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_halves_are_disjoint_and_stay_the_same(indexed):
+    rows = torch.arange(24.0)[:, None]
+    pairs = TensorDataset(rows, torch.arange(24) % 2)
+    loader = DataLoader(pairs, batch_size=4, shuffle=True) if indexed else [pairs[i : i + 4] for i in range(0, 24, 4)]
+    halves = batches(loader).halves()
+    seen = [[set(torch.cat([x[:, 0] for x, _ in half.epoch(e)]).tolist()) for e in (0, 1)] for half in halves]
+    assert seen[0][0] == seen[0][1]
+    assert seen[1][0] == seen[1][1]
+    assert not seen[0][0] & seen[1][0]
+    assert len(seen[0][0] | seen[1][0]) == 24
+
+
+def small_run(data: str, folder, **settings) -> jpq.Result:
+    config = Config(
+        task=Task(data=data, **settings),
+        budget=Budget(target_bops="5%"),
+        train=Train(epochs=2, float_epochs=1, batch_size=32, augment=False),
+        run=Run(out=folder, threads=1),
+    )
+    return optimize(config)
+
+
+def test_a_loader_in_the_same_order_gives_the_run_of_batches_in_memory(tmp_path):
+    memory = small_run("digits", tmp_path / "memory", limit=200)
+    loaders = small_run("own_loaders:digits", tmp_path / "loaders")
+    assert loaders.data["train"] == memory.data["train"]
+    assert [row.loss for row in loaders.history] == [row.loss for row in memory.history]
+    assert loaders.compressed == memory.compressed
+    assert loaders.held_out == memory.held_out
+
+
+@pytest.mark.parametrize("kind", ["two_inputs", "tuples"])
+def test_a_model_of_two_inputs_goes_through_the_whole_run(kind, tmp_path):
+    result = small_run(f"own_loaders:{kind}", tmp_path, model="own_loaders:TwoInputs")
+    assert result.export["forms"]["onnx"]["bytes"] > 0
+    assert result.verified["rebuilt_vs_onnxruntime"]["images"] == 60
+
+
+def test_held_out_samples_are_split_off_a_loader_with_a_dataset(monkeypatch):
+    pairs = TensorDataset(torch.rand(40, 1, 4, 4), torch.arange(40) % 3)
+    loader = DataLoader(pairs, batch_size=8, shuffle=True)
+    data = load(served(monkeypatch, (loader, DataLoader(pairs, batch_size=8))), held_out=0.25)
+    assert (data.train.size, data.held_out.size, data.test.size, data.classes) == (30, 10, 40, 3)
+    rows = [{x.numpy().tobytes() for batch, _ in split for x in batch} for split in (data.train, data.held_out)]
+    assert not rows[0] & rows[1]
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "task"),
+    [
+        (torch.rand(4, 3, 5, 5), torch.arange(4), "classification"),
+        (torch.rand(4, 3, 5, 5), torch.arange(25).view(5, 5).expand(4, 5, 5) % 2, "segmentation"),
+        (torch.rand(4, 3, 5, 5), torch.rand(4, 3, 5, 5), "restoration"),
+        (torch.randint(9, (4, 7)), torch.arange(4), "text-classification"),
+        (torch.rand(4, 2, 9), torch.arange(4), "sequence-classification"),
+        (torch.rand(4, 6), torch.rand(4, 1), "regression"),
+        (torch.rand(4, 6), torch.tensor([[0.0, 1.0]] * 4), "multi-label"),
+    ],
+)
+def test_the_task_is_that_of_the_first_batch(monkeypatch, x, y, task):
+    data = load(served(monkeypatch, {"train": [(x, y)], "held_out": [(x, y)], "test": [(x, y)]}))
+    assert data.task.name == task
+
+
+def once():
+    return iter([(torch.rand(4, 2), torch.arange(4))])
+
+
+FINE = [(torch.rand(4, 2), torch.arange(4))]
+NAN = [(torch.full((4, 2), torch.nan), torch.arange(4))]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"train": [], "held_out": FINE, "test": FINE}, "gives no batches"),
+        ({"train": once(), "held_out": FINE, "test": FINE}, "only once"),
+        ({"train": [*FINE, (torch.rand(4, 3), torch.arange(4))], "held_out": FINE, "test": FINE}, "float32"),
+        ({"train": NAN, "held_out": FINE, "test": FINE}, "NaN"),
+        ({"train": [torch.rand(4, 2)], "held_out": FINE, "test": FINE}, "must be a pair"),
+        ({"train": [(torch.rand(4, 2), None)], "held_out": FINE, "test": FINE}, "NoneType"),
+        ({"train": FINE, "held_out": FINE}, "no 'test'"),
+        ({"train": FINE, "checking": FINE, "test": FINE}, "checking"),
+        ({"train": FINE, "test": FINE}, "Return \\(train, held_out, test\\)"),
+        ({"train": FINE, "held_out": FINE, "test": [(torch.rand(4, 2), torch.arange(4) + 3)]}, "label 6"),
+        ({"train": FINE, "held_out": FINE, "test": [(torch.rand(4, 5), torch.arange(4))]}, "one shape"),
+        ({"train": 3, "held_out": FINE, "test": FINE}, "int"),
+    ],
+)
+def test_bad_loaders_are_refused_in_one_sentence(monkeypatch, value, words):
+    with pytest.raises(JpqError, match=words):
+        for _ in load(served(monkeypatch, value)).train:
+            pass
+
+
+def test_a_loader_whose_order_is_unknown_is_noted(monkeypatch):
+    class Own:
+        def __iter__(self):
+            return iter(FINE)
+
+    data = load(served(monkeypatch, {"train": Own(), "held_out": FINE, "test": FINE}))
+    assert "whose order jpq cannot set" in data.notes[0]
+
+
+def test_a_dataset_is_read_lazily_without_a_cache(monkeypatch):
+    train, test = own_loaders.Noisy(30), own_loaders.Noisy(30)
+    data = load(served(monkeypatch, (train, test)), cache="none", batch_size=5)
+    assert isinstance(data.train, LoaderBatches)
+    assert (data.train.size, data.held_out.size) == (27, 3)
+
+
+ROWS, MAPS = torch.rand(30, 6), torch.rand(30, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "task", "classes"),
+    [
+        (ROWS, ROWS[:, :2], "regression", 2),
+        (ROWS.numpy(), ROWS.sum(1).numpy(), "regression", 1),
+        (ROWS, torch.arange(30) % 3, "classification", 3),
+        (ROWS.view(30, 2, 3), torch.arange(30) % 3, "sequence-classification", 3),
+        (torch.randint(0, 9, (30, 5)), torch.arange(30) % 2, "text-classification", 2),
+        (MAPS, torch.arange(30)[:, None, None].expand(30, 8, 8) % 3, "segmentation", 3),
+        (MAPS, MAPS / 2, "restoration", 3),
+    ],
+)
+def test_samples_in_memory_are_of_any_task(monkeypatch, x, y, task, classes):
+    for part in ((x, y), TensorDataset(torch.as_tensor(x), torch.as_tensor(y))):
+        data = load(served(monkeypatch, (part, part)), batch_size=10)
+        assert (data.task.name, data.classes, data.train.size, data.held_out.size) == (task, classes, 27, 3)
+
+
+def test_bytes_of_images_with_other_targets_are_divided(monkeypatch):
+    part = ((255 * MAPS).byte(), MAPS.mean((1, 2, 3)))
+    data = load(served(monkeypatch, (part, part)), task="regression", batch_size=30)
+    x, _ = next(iter(data.test))
+    assert torch.equal(x, part[0].float() / 255)
+
+
+def test_labels_beyond_those_of_training_are_refused_in_any_batch(monkeypatch):
+    y = torch.arange(30) % 3
+    late = torch.cat([y[:-1], torch.tensor([7])])
+    train, test = (DataLoader(TensorDataset(ROWS, labels), batch_size=10) for labels in (y, late))
+    with pytest.raises(JpqError, match=r"test part of .* has label 7; training labels end at 2"):
+        load(served(monkeypatch, (train, test)))
+
+
+@pytest.mark.parametrize("sampler", [torch.utils.data.SubsetRandomSampler(range(20)), [3, 4, 5, 6]])
+def test_no_held_out_samples_are_split_off_beside_a_sampler(monkeypatch, sampler):
+    """They would be drawn from all samples of the Dataset, those of the test part among them."""
+    whole = TensorDataset(ROWS, torch.arange(30) % 3)
+    train = DataLoader(whole, batch_size=5, sampler=sampler)
+    test = DataLoader(whole, batch_size=5, sampler=torch.utils.data.SubsetRandomSampler(range(20, 30)))
+    with pytest.raises(JpqError, match=r"chooses among the samples.*Return \(train, held_out, test\)"):
+        load(served(monkeypatch, (train, test)))
+    assert load(served(monkeypatch, (train, test, test))).held_out.size == 10
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_limit_holds_for_loaders(monkeypatch, indexed):
+    y = torch.arange(30) % 3
+    loader = DataLoader(TensorDataset(ROWS, y), batch_size=3, shuffle=True)
+    value = (loader, loader) if indexed else ([*loader], loader, loader)
+    data = load(served(monkeypatch, value), limit=10)
+    assert data.train.size + (data.held_out.size if indexed else 0) == 10
+    first, second = (torch.cat([x for x, _ in data.train.epoch(epoch)])[:, 0].sort().values for epoch in (0, 1))
+    assert torch.equal(first, second)
+
+
+def test_other_names_of_the_held_out_part_and_names_of_classes(monkeypatch):
+    loader = DataLoader(TensorDataset(ROWS, torch.arange(30) % 3), batch_size=5)
+    assert load(served(monkeypatch, {"train": loader, "val": loader, "test": loader})).held_out.size == 30
+    with pytest.raises(JpqError, match="names 2 classes"):
+        load(served(monkeypatch, {"train": loader, "test": loader, "class_names": ["a", "b"]}))

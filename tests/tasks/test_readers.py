@@ -1,0 +1,554 @@
+"""Readers of masks, images to be restored, texts, tables and series, on tiny files that are written here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from jpq.tasks.batches import MaskAugment
+from jpq.tasks.data import load
+from jpq.tasks.readers.restoration import Degradation
+from jpq.tasks.readers.text import build_vocabulary, encode, split_words
+from jpq.types import JpqError
+
+
+def save(array: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def camvid(folder: Path, parts=("train", "val", "test"), void: int = 7, size=(12, 16)) -> dict[str, list]:
+    """Images whose red is 10 times the class of their pixel, with masks beside each part."""
+    draw = np.random.default_rng(0)
+    masks = {}
+    for part in parts:
+        masks[part] = [draw.integers(0, 4, size).astype(np.uint8) for _ in range(6)]
+        for n, mask in enumerate(masks[part]):
+            mask[0, 0] = void
+            save(np.stack([mask * 10, mask, mask], 2).astype(np.uint8), folder / part / f"{n}.png")
+            save(mask, folder / f"{part}_labels" / f"{n}.png")
+    return masks
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk", "none"])
+def test_masks_are_those_of_the_files_and_void_is_255(tmp_path, monkeypatch, cache):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    masks = camvid(tmp_path / "data")
+    data = load(f"folder:{tmp_path / 'data'}", void=7, cache=cache, batch_size=4)
+    assert (data.task.name, data.classes, data.shape) == ("segmentation", 4, (3, 12, 16))
+    assert (data.train.size, data.held_out.size, data.test.size) == (6, 6, 6)
+    expected = torch.from_numpy(np.stack(masks["test"])).long()
+    expected[expected == 7] = 255
+    assert torch.equal(torch.cat([y for _, y in data.test]), expected)
+    reds = torch.cat([x for x, _ in data.test])[:, 0] * 0.229 + 0.485
+    inside = expected != 255
+    torch.testing.assert_close(reds[inside] * 255, 10.0 * expected[inside], atol=1e-3, rtol=0)
+
+
+def test_masks_move_with_their_images(tmp_path):
+    camvid(tmp_path)
+    data = load(f"folder:{tmp_path}", void=7, crop=(8, 10))
+    for x, y in data.train.epoch(3):
+        assert y.shape[1:] == (8, 10)
+        reds = (x[:, 0] * 0.229 + 0.485) * 255
+        inside = y != 255
+        torch.testing.assert_close(reds[inside], 10.0 * y[inside], atol=1e-3, rtol=0)
+        assert {0, 1, 2, 3} <= set(y.unique().tolist()) <= {0, 1, 2, 3, 255}
+    moved = MaskAugment(2, True, 255)
+    images = torch.ones(50, 1, 6, 6)
+    moves = moved.draw(50, torch.Generator().manual_seed(0))
+    x, y = moved.apply_pair(images, torch.zeros(50, 6, 6, dtype=torch.int64), moves)
+    assert torch.equal(y == 255, x[:, 0] == 0)  # outside of the image is void
+
+
+def test_two_folders_without_parts_are_split(tmp_path):
+    camvid(tmp_path / "source", parts=("train",))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "source" / "train").rename(tmp_path / "data" / "images")
+    (tmp_path / "source" / "train_labels").rename(tmp_path / "data" / "masks")
+    data = load(f"folder:{tmp_path / 'data'}", void=7, held_out=0.25)
+    assert (data.train.size, data.held_out.size, data.test.size) == (3, 1, 2)
+
+
+def two_classes(folder: Path, second: str = "masks") -> None:
+    """Photos, which have many colours, in folders called as images and their masks are."""
+    draw = np.random.default_rng(2)
+    for name in ("images", second):
+        for n in range(12):
+            save(draw.integers(0, 256, (12, 16, 3)).astype(np.uint8), folder / name / f"{n}.png")
+
+
+@pytest.mark.parametrize("second", ["masks", "labels"])
+def test_classes_called_images_and_masks_are_classes_and_the_run_says_why(tmp_path, second):
+    two_classes(tmp_path, second)  # of the same names
+    data = load(f"folder:{tmp_path}")
+    assert (data.task.name, data.class_names) == ("classification", ("images", second))
+    assert "has more than 64 different values, as masks do not. --task segmentation" in data.notes[-1]
+    with pytest.raises(JpqError, match="RGB image"):
+        load(f"folder:{tmp_path}", task="segmentation")
+    for n, file in enumerate(sorted((tmp_path / second).iterdir())):
+        save(np.full((12, 16), n % 2, np.uint8), file.with_name(f"other{n}.png"))
+        file.unlink()
+    data = load(f"folder:{tmp_path}", mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert data.task.name == "classification"
+    assert "12 of 12 images in" in data.notes[-1]
+
+
+def test_images_with_masks_are_told_from_classes_by_their_files_unless_the_task_says_it(tmp_path):
+    camvid(tmp_path / "source", parts=("train",))
+    for part, name in (("train", "images"), ("train_labels", "masks")):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "source" / part).rename(tmp_path / "data" / name)
+    data = load(f"folder:{tmp_path / 'data'}", void=7)
+    assert data.task.name == "segmentation"
+    assert data.notes[-1].endswith("--task classification reads the two folders as classes.")
+    assert load(f"folder:{tmp_path / 'data'}", task="classification", mean=(0.5,) * 3, std=(0.5,) * 3).class_names == (
+        "images",
+        "masks",
+    )
+    (tmp_path / "data" / "masks" / "0.png").unlink()  # most still have their mask: one that lacks it is an error
+    with pytest.raises(JpqError, match="1 of 6 images have no file of the same name"):
+        load(f"folder:{tmp_path / 'data'}", void=7)
+
+
+def wrong_masks(folder: Path, kind: str) -> None:
+    camvid(folder)
+    file = folder / "test_labels" / "3.png"
+    if kind == "size":
+        save(np.zeros((5, 5), np.uint8), file)
+    elif kind == "class":
+        save(np.full((12, 16), 9, np.uint8), file)
+    elif kind == "colour":
+        save(np.zeros((12, 16, 3), np.uint8), file)
+    elif kind == "damaged":
+        file.write_bytes(b"no image")
+        (folder / "test_labels" / "4.png").write_bytes(b"no image")
+    else:
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("size", "is 5x5 and its image"),
+        ("class", "class 9; training masks end at 3"),
+        ("colour", "RGB image"),
+        ("damaged", "2 of 6 masks cannot be read"),
+        ("missing", "1 of 6 images have no file"),
+    ],
+)
+def test_bad_masks_are_refused_in_one_sentence(tmp_path, kind, words):
+    wrong_masks(tmp_path, kind)
+    with pytest.raises(JpqError, match=words):
+        load(f"folder:{tmp_path}", void=7)
+
+
+def photos(folder: Path, sizes=((20, 24),) * 8, part: str = "", colour: bool = False) -> None:
+    draw = np.random.default_rng(1)
+    for n, size in enumerate(sizes):
+        smooth = draw.integers(0, 200, (3, 3, 3) if colour else (3, 3)).astype(np.uint8)
+        image = Image.fromarray(smooth).resize(size[::-1], Image.Resampling.BICUBIC)
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        image.save(folder / part / f"{n}.png")
+
+
+def test_noise_is_new_in_each_epoch_and_fixed_in_evaluation(tmp_path):
+    photos(tmp_path)
+    one, two = (load(f"folder:{tmp_path}", noise=25.0, crop=(10,), seed=seed) for seed in (0, 0))
+    assert data_facts(one) == ("restoration", 1, (1, 20, 24))
+    (x, y), (u, v) = next(iter(one.train.epoch(2))), next(iter(two.train.epoch(2)))
+    assert torch.equal(x, u)
+    assert torch.equal(y, v)
+    assert not torch.equal(x, next(iter(one.train.epoch(3)))[0])
+    assert abs(float((x - y).std()) * 255 - 25) < 1.5
+    other = load(f"folder:{tmp_path}", noise=25.0, crop=(10,), seed=5)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(one.test, other.test, strict=True))
+    assert one.train.size == 5 * (20 * 24 // 100)  # of 8 images 2 are tested and 1 is held out
+
+
+def data_facts(data) -> tuple:
+    return data.task.name, data.classes, data.shape
+
+
+def test_crops_are_windows_of_the_images(tmp_path):
+    photos(tmp_path)
+    data = load(f"folder:{tmp_path}", scale=2, crop=(8,), augment=False)
+    whole = [target.float() / 255 for _, target in data.train.images.entries]
+    windows = torch.cat([image.unfold(1, 8, 1).unfold(2, 8, 1).reshape(-1, 8, 8) for image in whole])
+    _, y = next(iter(data.train.epoch(1)))
+    apart = torch.cdist(y.flatten(1), windows.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+    assert apart.amin(1).max() == 0
+
+
+def test_smaller_inputs_are_bicubic_and_antialiased(tmp_path):
+    photos(tmp_path, colour=True)
+    data = load(f"folder:{tmp_path}", scale=2)
+    x, y = next(iter(data.test))
+    assert (x.shape[1:], y.shape[1:], data.shape) == ((3, 10, 12), (3, 20, 24), (3, 10, 12))
+    image = Image.fromarray((y[0] * 255).round().byte().permute(1, 2, 0).numpy())
+    expected = np.asarray(image.resize((12, 10), Image.Resampling.BICUBIC)).astype(float)
+    assert np.abs(x[0].permute(1, 2, 0).numpy() * 255 - expected).max() <= 1.01  # Pillow rounds between the two passes
+
+
+def test_degradation_without_noise_or_scale_is_the_image():
+    x = torch.rand(2, 1, 4, 4)
+    assert torch.equal(Degradation().apply(x, []), x)
+
+
+def test_with_image_size_images_of_different_sizes_are_cut_to_the_common_one(tmp_path):
+    photos(tmp_path, part="train")
+    photos(tmp_path, ((30, 30), (26, 40)), "test")
+    data = load(f"folder:{tmp_path}", noise=10.0, image_size=(40,))
+    assert [tuple(x.shape[1:]) for x, _ in data.test] == [(1, 26, 30)]
+    assert [tuple(x.shape[1:]) for x, _ in data.held_out] == [(1, 20, 24)]
+    assert data.notes == ("2 of 2 test images are cut to 26 x 30 around their centre.",)
+
+
+def test_pairs_of_images_are_read_from_two_folders(tmp_path):
+    photos(tmp_path, ((10, 12),) * 6, "input")
+    photos(tmp_path, ((20, 24),) * 6, "target")
+    data = load(f"folder:{tmp_path}", task="restoration", crop=(8,))
+    x, y = next(iter(data.train))
+    assert (x.shape[1:], y.shape[1:]) == ((1, 4, 4), (1, 8, 8))
+    assert data.about["scale"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"task": "restoration"}, "noise.*25 or .*scale.*2"),
+        ({"noise": 25.0, "crop": (64,)}, "larger than the smallest"),
+        ({"scale": 2, "crop": (9,)}, "no multiple"),
+    ],
+)
+def test_bad_settings_of_restoration(tmp_path, options, words):
+    photos(tmp_path)
+    with pytest.raises(JpqError, match=words):
+        load(f"folder:{tmp_path}", **options)
+
+
+def texts(folder: Path, **parts: str) -> str:
+    folder.mkdir(exist_ok=True)
+    for part, content in parts.items():
+        (folder / f"{part}.tsv").write_text(content, encoding="utf-8")
+    return f"text:{folder}"
+
+
+TRAIN = "a good film , good\t1\nbad , so bad\t0\n" * 6
+
+
+def test_texts_are_numbered_by_the_words_of_training(tmp_path):
+    data = load(texts(tmp_path / "t", train=TRAIN, dev=TRAIN, test="good unseen film\t1\n"))
+    vocabulary = data.about["vocabulary"]
+    assert vocabulary == ["<padding>", "<unknown>", ",", "bad", "good", "a", "film", "so"]
+    assert data_facts(data) == ("text-classification", 2, (5,))
+    assert data.arguments == {"vocabulary": 8, "length": 5}
+    x, y = next(iter(data.test))
+    assert x.tolist() == [[4, 1, 6, 0, 0]]
+    assert y.tolist() == [1]
+    assert x.dtype == torch.int64
+
+
+def test_words_and_vocabularies():
+    assert split_words("It's GOOD, naïve!") == ["it", "'", "s", "good", ",", "naïve", "!"]
+    assert build_vocabulary(["b a a", "c b"]) == ("<padding>", "<unknown>", "a", "b")
+    assert build_vocabulary(["b a"]) == ("<padding>", "<unknown>", "a", "b")  # all occur once
+    assert encode(["a b a"], ("<padding>", "<unknown>", "a"), 2).tolist() == [[2, 1]]
+
+
+def test_models_of_transformers_get_a_mask(tmp_path):
+    data = load(texts(tmp_path / "t", train=TRAIN), attention_mask=True)
+    x, _ = next(iter(data.train))
+    assert set(x) == {"input_ids", "attention_mask"}
+    assert torch.equal(x["attention_mask"], (x["input_ids"] != 0).long())
+    assert set(data.example) == set(x)
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"train": "no tab here\n"}, "Line 1 of .* has no tab"),
+        ({"train": ""}, "is empty"),
+        ({"test": TRAIN}, "no train.tsv"),
+        ({"train": TRAIN, "test": "fine\t5\n"}, "class '5'"),
+        ({"train": "a\tb\tc\n"}, "name the two"),
+        ({"train": "good\t\nbad\t0\n"}, "line 1 of .* has no class"),
+        ({"train": TRAIN + "\na\tb\t1\n"}, "line 14 of .* has 3 columns, and the first row 2"),
+        (
+            {"train": "".join(f"{n % 2}\ttext {n}\n" for n in range(30))},
+            "30 classes in 30 rows; the class seems to come",
+        ),
+        ({"train": "\t1\n\t0\n" * 6}, "no word in any text, so there is no vocabulary"),
+        ({"train": "good film\t1\n" * 8}, "are of one class"),
+        ({"train": "text\tlabel\n" + TRAIN, "test": TRAIN}, "Add the same header"),
+    ],
+)
+def test_bad_texts_are_refused_in_one_sentence(tmp_path, parts, words):
+    with pytest.raises(JpqError, match=words):
+        load(texts(tmp_path / "t", **parts))
+
+
+def quoted(file: Path, content: str) -> str:
+    """A text: of a .csv file with this content."""
+    file.write_bytes(content.encode())
+    return f"text:{file}"
+
+
+def test_quoted_texts_hold_separators_and_line_ends(tmp_path):
+    rows = '"one\ntwo, three",good\r\n"he said ""no""",bad\r\n' * 6
+    data = load(quoted(tmp_path / "t.csv", "tweet,label\r\n" + rows))  # the one name that is known tells the other
+    assert data.class_names == ("bad", "good")
+    assert set(data.about["vocabulary"]) >= {"one", "two", "three", "no", '"'}
+    again = load(quoted(tmp_path / "s.csv", "text;label\n" + "a, b;1\nc;0\n" * 6))
+    assert again.class_names == ("0", "1")
+    long = load(quoted(tmp_path / "l.csv", f'text,label\n"{"word " * 40_000}",1\n' + "b,0\n" * 9))
+    assert long.arguments["length"] == 64
+
+
+def test_line_ends_of_other_alphabets_are_no_line_ends(tmp_path):
+    data = load(texts(tmp_path / "t", train="one\u2028two\x0c three\t1\nfour\t0\n" * 6))
+    assert data.train.size + data.held_out.size + data.test.size == 12
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('text,label\n"good,1\nbad,0\n', "row that begins on line 2 of .* is wrongly quoted"),
+        ("text,label\n" + "good, really,1\n" * 9, "line 2 of .* has 3 columns, and the first row 2"),
+        ('text,label\n"a\nb",1\nc,\n', "line 4 of .* has no class"),
+    ],
+)
+def test_badly_quoted_texts_are_refused_in_one_sentence(tmp_path, content, words):
+    with pytest.raises(JpqError, match=words):
+        load(quoted(tmp_path / "t.csv", content))
+
+
+def table(file: Path, rows: list[list[object]]) -> str:
+    with file.open("w", newline="") as opened:
+        csv.writer(opened).writerows(rows)
+    return f"table:{file}"
+
+
+def house_rows(count: int = 60) -> list[list[object]]:
+    draw = np.random.default_rng(0)
+    sizes = draw.uniform(50, 200, count)
+    towns = draw.choice(["here", "there"], count)
+    rooms = draw.integers(1, 4, count)
+    prices = 3 * sizes + 100 * (towns == "here")
+    return [["size", "town", "price", "rooms"], *map(list, zip(sizes, towns, prices, rooms, strict=True))]
+
+
+def test_tables_are_standardised_by_their_training_part(tmp_path):
+    data = load(table(tmp_path / "t.csv", house_rows()), target_column="price", held_out=0.1)
+    assert data_facts(data) == ("regression", 1, (4,))
+    assert data.about["columns"] == ["size", "town=here", "town=there", "rooms"]
+    inputs = torch.cat([*(x for x, _ in data.train), *(x for x, _ in data.held_out)])
+    torch.testing.assert_close(inputs.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(inputs.std(0, correction=0), torch.ones(4), atol=1e-5, rtol=0)
+    raw, y = data.test.images, torch.cat([y for _, y in data.test])[:, 0]
+    price = y * data.about["target_std"] + data.about["target_mean"]
+    torch.testing.assert_close(price, 3 * raw[:, 0] + 100 * raw[:, 1], atol=1e-2, rtol=0)
+
+
+def test_classes_of_a_table_are_its_few_whole_numbers_or_texts(tmp_path):
+    name = table(tmp_path / "t.csv", house_rows())
+    assert load(name, target_column="rooms").class_names == ("1", "2", "3")
+    assert load(name, target_column="town").class_names == ("here", "there")
+    assert load(name, target_column="rooms", task="regression").task.name == "regression"
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_tables_of_other_separators(tmp_path, separator):
+    file = tmp_path / "t.csv"
+    file.write_text("\n".join(separator.join(map(str, row)) for row in house_rows()))
+    assert load(f"table:{file}", target_column="price").about["columns"][0] == "size"
+
+
+@pytest.mark.parametrize(("name", "classes"), [("diabetes", 1), ("iris", 3), ("wine", 3), ("breast_cancer", 2)])
+def test_bundled_tables(name, classes):
+    data = load(f"sklearn:{name}")
+    assert data.classes == classes
+    assert len(data.about["columns"]) == data.shape[0]
+    assert data.task.name == ("regression" if name == "diabetes" else "classification")
+
+
+def changed(row: int, column: int, value: object) -> list[list[object]]:
+    rows = house_rows()
+    rows[row][column] = value
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "target", "words"),
+    [
+        (house_rows(), "", "target.*rooms \\(size"),
+        (house_rows(), "prize", "price"),
+        (changed(3, 0, ""), "price", "Row 4 .* no value in column 'size'"),
+        (changed(3, 0, "nan"), "price", "Row 4"),
+        (changed(3, 0, "inf"), "price", "Column 'size' of .* holds numbers, and 'inf' in row 3"),
+        (changed(3, 0, "1e40"), "price", "'1e40' in row 3"),
+        (changed(3, 2, "unknown"), "price", "Column 'price' of .* holds numbers, and 'unknown'"),
+        ([row if n == 0 else [*row[:2], 5, row[3]] for n, row in enumerate(house_rows())], "price", "'5' in every row"),
+        (changed(0, 0, "price"), "price", "two columns of one name"),
+        (house_rows()[:1], "price", "no rows"),
+        ([*house_rows(), [1, 2]], "price", "Row 62 .* has 2 values"),
+        ([["name", "y"], *([f"n{i}", 1.5 * i] for i in range(60))], "y", "60 different texts"),
+    ],
+)
+def test_bad_tables_are_refused_in_one_sentence(tmp_path, rows, target, words):
+    with pytest.raises(JpqError, match=words):
+        load(table(tmp_path / "t.csv", rows), target_column=target)
+
+
+def test_california_is_not_bundled():
+    with pytest.raises(JpqError, match="needs no network"):
+        load("sklearn:california_housing")
+
+
+def test_series_are_windows_standardised_by_channel(tmp_path):
+    draw = np.random.default_rng(0)
+    x = draw.normal(3, 2, (40, 2, 9)).astype(np.float32)
+    y = np.array(["up", "down"])[draw.integers(0, 2, 40)]
+    np.savez(tmp_path / "s.npz", x_train=x, y_train=y, x_test=x[:10], y_test=y[:10])
+    data = load(f"series:{tmp_path / 's.npz'}")
+    assert data_facts(data) == ("sequence-classification", 2, (2, 9))
+    assert data.class_names == ("down", "up")
+    torch.testing.assert_close(data.train.mean, tuple(x.mean((0, 2)).tolist()), atol=1e-4, rtol=1e-4)
+    got = torch.cat([x for x, _ in data.test])
+    scaled = (x[:10] - x.mean((0, 2), keepdims=True)) / x.std((0, 2), keepdims=True)
+    torch.testing.assert_close(got, torch.from_numpy(scaled), atol=1e-4, rtol=1e-4)
+
+
+def test_series_of_the_ucr_archive(tmp_path):
+    lines = "".join(f"{n % 2 + 1}\t{math.sin(n)}\t{n}\t1.0\n" for n in range(20))
+    (tmp_path / "Toy_TRAIN.tsv").write_text(lines)
+    (tmp_path / "Toy_TEST.tsv").write_text(lines)
+    data = load(f"series:{tmp_path}")
+    assert data_facts(data) == ("sequence-classification", 2, (1, 3))
+    assert torch.cat([y for _, y in data.test]).tolist() == [0, 1] * 10
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"a": np.zeros(3)}, "it must hold x and y"),
+        ({"x": np.zeros((4, 2, 3, 3)), "y": np.zeros(4)}, "numbers \\[N, C, T\\]"),
+        ({"x": np.full((4, 3), np.nan), "y": np.zeros(4)}, "NaN"),
+        ({"x": np.zeros((4, 3)), "y": np.zeros(3)}, "y must be|and y"),
+        ({"x": np.zeros((4, 3)), "y": np.zeros(())}, r"y of train in .* is float64 \[\]"),
+        ({"x": np.zeros((4, 3)), "y": np.full(4, np.nan)}, "y of train in .* holds NaN"),
+        ({"x": np.zeros((4, 3)), "y": np.eye(4)}, "one-hot rows"),
+        ({"x": np.zeros((9, 3)), "y": np.zeros(9)}, "are of one class"),
+    ],
+)
+def test_bad_series_are_refused_in_one_sentence(tmp_path, arrays, words):
+    np.savez(tmp_path / "s.npz", **arrays)
+    with pytest.raises(JpqError, match=words):
+        load(f"series:{tmp_path / 's.npz'}")
+
+
+def test_targets_of_series_in_other_shapes(tmp_path):
+    x, y = np.random.default_rng(0).random((20, 2, 5)), np.arange(20) % 2
+    np.savez(tmp_path / "column.npz", x=x, y=y[:, None])  # as Keras has them
+    np.savez(tmp_path / "several.npz", x=x, y=x.mean(2))
+    assert load(f"series:{tmp_path / 'column.npz'}").class_names == ("0", "1")
+    several = load(f"series:{tmp_path / 'several.npz'}")
+    assert (several.task.name, several.classes) == ("regression", 2)
+
+
+@pytest.mark.parametrize(("label", "words"), [("1.a", ""), ("caf\xe9", "no text in UTF-8")])
+def test_names_of_classes_in_lines_of_series(tmp_path, label, words):
+    (tmp_path / "train.csv").write_bytes(f"{label},0.5,0.6\n2.b,0.1,0.2\n".encode("latin-1") * 8)
+    if not words:
+        assert load(f"series:{tmp_path}").class_names == ("1.a", "2.b")
+        return
+    with pytest.raises(JpqError, match=words):
+        load(f"series:{tmp_path}")
+
+
+def coco(folder: Path, parts=("train", "test"), **changes: object) -> str:
+    """Three images a part, of 20 x 40, with a box each; the category ids are 7 (cat) and 3 (dog)."""
+    for part in parts:
+        annotations = [
+            {"image_id": n, "category_id": 7 if n % 2 else 3, "bbox": [10, 5, 10, 10], "iscrowd": 0} for n in range(3)
+        ]
+        annotations.append({"image_id": 0, "category_id": 3, "bbox": [0, 0, 5, 5], "iscrowd": 1})
+        record = {
+            "images": [{"id": n, "file_name": f"{n}.png"} for n in range(3)],
+            "annotations": annotations,
+            "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}],
+        }
+        if part == "train":
+            record |= changes
+        for n in range(3):
+            save(np.full((20, 40, 3), 10 * n, np.uint8), folder / part / f"{n}.png")
+        (folder / part / "_annotations.coco.json").write_text(json.dumps(record))
+    return f"coco:{folder}"
+
+
+def test_boxes_are_corners_and_move_with_their_images(tmp_path):
+    name = coco(tmp_path)
+    (_, targets) = next(iter(load(name).test))
+    assert [target["boxes"].tolist() for target in targets] == [[[10, 5, 20, 15]]] * 3
+    assert [target["labels"].tolist() for target in targets] == [[1], [2], [1]]  # ids 3 and 7 in order
+    x, targets = next(iter(load(name, image_size=(20,)).test))
+    assert x.shape == (3, 3, 20, 20)  # the middle of 20 x 40
+    assert targets[0]["boxes"].tolist() == [[0, 5, 10, 15]]
+
+
+def test_boxes_end_at_the_edges_of_their_images(tmp_path):
+    boxes = [[30, 10, 50, 50], [100, 100, 5, 5], [3, 4, 0.5, 0.5]]
+    annotations = [{"image_id": 0, "category_id": 3, "bbox": box} for box in boxes]
+    (_, targets) = next(iter(load(coco(tmp_path, annotations=annotations)).train))
+    found = [target["boxes"].tolist() for target in targets if len(target["boxes"])]
+    assert found in ([], [[[30, 10, 40, 20], [3, 4, 3.5, 4.5]]])  # the image may be the held-out one
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"annotations": [{"image_id": 0, "category_id": 3, "bbox": [0, float("nan"), 5, 5]}]}, "NaN or infinity"),
+        ({"annotations": []}, "train/_annotations.coco.json' has no box"),
+        ({"categories": [{"id": 3, "name": "dog"}, {"id": 3, "name": "cat"}]}, "lists category 3 twice"),
+        (
+            {"categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]},
+            "calls category 3 'dog', and the training",
+        ),
+        ({"images": [{"id": 0, "file_name": "0.png"}, {"id": 0, "file_name": "1.png"}]}, "image 0 twice"),
+        ({"categories": []}, "names no categories"),
+        ({"annotations": [{"image_id": 9, "category_id": 3, "bbox": [0, 0, 1, 1]}]}, "image 9"),
+        ({"annotations": [{"image_id": 0, "category_id": 5, "bbox": [0, 0, 1, 1]}]}, "category 5"),
+        ({"annotations": [{"image_id": 0, "category_id": 3, "bbox": [0, 0]}]}, "not of COCO's form"),
+        ({"images": [{"id": 0, "file_name": "lost.png"}], "annotations": []}, "1 are not there"),
+        ({"images": 3}, "no annotation file of COCO's form"),
+    ],
+)
+def test_bad_annotations_are_refused_in_one_sentence(tmp_path, changes, words):
+    with pytest.raises(JpqError, match=words):
+        load(coco(tmp_path, **changes))
+
+
+def test_data_sets_of_hugging_face_are_read_from_the_disk(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    labels = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"sentence": datasets.Value("string"), "label": labels})
+    rows = {"sentence": ["a good film", "so bad"] * 10, "label": [1, 0] * 10}
+    split = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "d"))
+    data = load(f"hf-dataset:{tmp_path / 'd'}")
+    assert data_facts(data) == ("text-classification", 2, (3,))
+    assert data.class_names == ("no", "yes")
+
+
+def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(JpqError, match=r"python -m pip install \"jpq\[datasets\]\""):
+        load(f"hf-dataset:{tmp_path}")

@@ -1,0 +1,152 @@
+"""The ladder of an accuracy target: which budgets it tries, what it keeps, and its bad input."""
+
+import csv
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jpq
+from jpq.cli.main import main
+from jpq.config import Budget, Config, Decide, Run, Task, Train
+from jpq.results.accuracy_limit import drop_interval, read_limit
+from jpq.tasks import CLASSIFICATION
+from jpq.tasks.restoration import Restoration
+from jpq.trials.accuracy_target import CLOSE, Attempt, next_share
+
+
+def attempt(share, within):
+    return Attempt(1, f"{100 * share:.4g}%", share, 1.0, 0.9, 0.0, math.nan, math.nan, within, 1.0, "a")
+
+
+def climb(threshold, low, high, runs):
+    """The attempts of a ladder where every budget from a threshold on keeps the accuracy."""
+    attempts = []
+    while len(attempts) < runs:
+        share = next_share(attempts, low, high, runs - len(attempts), first=4)
+        if share is None:
+            break
+        attempts.append(attempt(share, share >= threshold))
+    return attempts
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(0.003, 0.0625), st.floats(0.0001, 0.003), st.integers(4, 12))
+def test_a_ladder_finds_the_threshold_and_never_leaves_its_range(threshold, low, runs):
+    attempts = climb(threshold, low, 0.0625, runs)
+    kept, missed = ([a.share for a in attempts if a.within is side] for side in (True, False))
+    assert min(a.share for a in attempts) >= low * 0.999
+    assert max(a.share for a in attempts) <= 0.0625 * 1.0001
+    assert kept, "the largest budget keeps it"
+    assert len({a.budget for a in attempts}) == len(attempts)
+    if runs >= 12:
+        assert min(kept) <= CLOSE * max([*missed, low]) * 1.001
+    elif missed:
+        assert min(kept) <= 4.001 * max(missed)
+
+
+def test_a_ladder_ends_where_the_largest_budget_misses():
+    attempts = climb(1.0, 0.001, 0.0625, 8)
+    assert [a.within for a in attempts] == [False] * len(attempts)
+    assert attempts[-1].share == pytest.approx(0.0625)
+    assert len(attempts) == 3
+
+
+def test_a_ladder_ends_at_the_least_budget_where_all_keep():
+    attempts = climb(0.0, 0.01, 0.0625, 20)
+    assert all(a.within for a in attempts)
+    assert attempts[-1].share == pytest.approx(0.01, rel=CLOSE - 1)
+
+
+def test_limits_are_in_the_unit_of_the_metric():
+    assert read_limit(Budget(max_drop="1%"), CLASSIFICATION).least(0.95) == pytest.approx(0.94)
+    assert read_limit(Budget(min_metric="91%"), CLASSIFICATION).least(0.95) == pytest.approx(0.91)
+    decibels = Restoration()
+    assert decibels.metric_unit == "dB"
+    assert read_limit(Budget(max_drop="0.2"), decibels).least(30.0) == pytest.approx(29.8)
+    assert read_limit(Budget(max_drop="1%"), decibels).least(30.0) == pytest.approx(29.7)
+    assert read_limit(Budget(min_metric="29"), decibels).least(30.0) == pytest.approx(29.0)
+
+
+@pytest.mark.parametrize("drop", ["0%", "-1%", "100%", "250%", "1", "much", "nan%", "inf%", ""])
+def test_drops_that_make_no_sense(drop):
+    if not drop:
+        with pytest.raises(jpq.JpqError, match="needs a limit"):
+            jpq.find_cheapest(Config(budget=Budget(target_bops="1%", max_drop=drop)))
+        return
+    with pytest.raises(jpq.JpqError):
+        read_limit(Budget(max_drop=drop), CLASSIFICATION)
+
+
+def test_the_interval_of_a_drop_holds_it():
+    low, high = drop_interval(CLASSIFICATION, 0.95, 0.93, 500)
+    assert low < 0.02 < high
+    assert drop_interval(Restoration(), 30.0, 29.0, 500) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--max-drop 0%", "--max-drop 0% allows no difference"),
+        ("--max-drop 100%", "knows nothing"),
+        ("--max-drop 1% --min-accuracy 91%", "both say"),
+        ("--max-drop 1% --target-bops 1%", "Leave one of them out"),
+        ("--max-drop 1% --bits 4/4", "leave out --bits"),
+        ("--min-accuracy 91% --minimize latency", "jpq bench --table"),
+        ("--min-accuracy 91% --minimize energy", "cost to --minimize"),
+        ("--max-drop 1% --most-runs 1", "at least 2"),
+        ("--min-metric 291%", "Write it like 91%"),
+    ],
+)
+def test_bad_flags_end_in_one_sentence(flags, words, tmp_path, capsys):
+    assert main(["optimize", "--out", str(tmp_path), *flags.split()]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert error.startswith("error: ")
+    assert words in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_single_run_does_not_take_an_accuracy_target(tmp_path):
+    with pytest.raises(jpq.JpqError, match="find_cheapest"):
+        jpq.optimize(Config(budget=Budget(max_drop="1%"), run=Run(out=tmp_path)))
+
+
+def target(tmp_path, **budget):
+    return Config(
+        task=Task(limit=400),
+        budget=Budget(most_runs=3, **budget),
+        decide=Decide(method="uniform"),
+        train=Train(effort="minutes", float_epochs=5, reconstruction_steps=10, reconstruction_samples=64),
+        run=Run(out=tmp_path, name="a"),
+    )
+
+
+@pytest.mark.slow
+def test_the_chosen_model_alone_reads_the_test_split_and_a_ladder_goes_on(tmp_path):
+    config = target(tmp_path, max_drop="30%")
+    result = jpq.find_cheapest(config)
+    assert result.attempt.within
+    assert result.attempt.share == min(a.share for a in result.attempts if a.within)
+    assert result.chosen.final
+    assert result.chosen.folder == tmp_path / "a" / result.attempt.folder
+    with (tmp_path / "a" / "front.csv").open() as file:
+        rows = {row["folder"]: row for row in csv.DictReader(file)}
+    assert [name for name, row in rows.items() if row["accuracy"]] == [result.attempt.folder]
+    with (tmp_path / "a" / "ladder.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(result.attempts)
+    with pytest.raises(jpq.JpqError, match="resume"):
+        jpq.find_cheapest(config)
+    last = tmp_path / "a" / result.attempts[-1].folder
+    (last / "result.json").unlink()
+    (last / "plan.json").unlink()
+    again = jpq.find_cheapest(replace(config, run=replace(config.run, resume=True)))
+    assert [a.held_out for a in again.attempts] == [a.held_out for a in result.attempts]
+    assert again.chosen.compressed.accuracy == result.chosen.compressed.accuracy
+
+
+@pytest.mark.slow
+def test_what_no_budget_keeps_is_said(tmp_path):
+    with pytest.raises(jpq.JpqError, match="float model itself"):
+        jpq.find_cheapest(target(tmp_path, min_metric="99.9%"))

@@ -133,7 +133,7 @@ def _agreement(task: Any, outputs: list[Any], reference_outputs: list[Any]) -> s
 
     pairs = zip(outputs, reference_outputs, strict=True)
     same = torch.cat([task.same_decision(*map(task.main_output, pair)).flatten() for pair in pairs])
-    return f"{int(same.sum())} of {len(same)}"
+    return f"{int(same.sum()):,} of {len(same):,}"
 
 
 def read_data_of(saved: Path, flags: Evaluate, folder: Path | None) -> Any:

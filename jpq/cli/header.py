@@ -1,4 +1,4 @@
-"""The header of a run, printed once before it begins: model, data, method, targets, epochs, device and folder."""
+"""The header of a run, printed before it begins: model, data, task, targets, epochs, device, folder and notes."""
 
 from __future__ import annotations
 
@@ -31,13 +31,15 @@ def header(run: RunDescription) -> RenderableType:
             f"{format_number(run.macs)} MACs a sample",
         ),
         ("data", f"{escape(run.data)}: {sizes}; samples of {shape}, {run.classes} outputs"),
+        *([("task", escape(run.task))] if run.task else []),
         ("method", escape(run.method)),
         ("target", escape(describe_targets(run.targets)) or "none: bits and channels are given"),
         ("epochs", escape(epochs) or "none: nothing is trained"),
         ("device", f"{run.device}, {threads}{processes}"),
         ("folder", escape(os.path.relpath(run.folder)) + (" (goes on from its checkpoint)" if run.resumed else "")),
     ]
-    return label_grid([(f"[dim]{label}[/]", text) for label, text in rows])
+    notes = [("[yellow]note[/]", escape(note)) for note in run.notes]
+    return label_grid([(f"[dim]{label}[/]", text) for label, text in rows] + notes)
 
 
 def describe_targets(targets: Sequence[TargetDescription]) -> str:

@@ -262,7 +262,7 @@ def verified_lines(verified: Mapping[str, Any], task: Task | None = None) -> lis
             )
         elif name == "rebuilt_vs_onnxruntime_optimised":
             same, total = _decisions(value) - value["argmax_differs"], _decisions(value)
-            lines.append(f"a default session of onnxruntime, with its integer kernels, agrees on {same} of {total}")
+            lines.append(f"a default session of onnxruntime, with its integer kernels, agrees on {same:,} of {total:,}")
         elif name in ("metric", "warning"):  # the metric of the file stands at the top, a warning before all else
             continue
         elif name == "rebuilt_float32_vs_float64":
@@ -286,7 +286,7 @@ def _agreement_text(check: Mapping[str, Any], task: Task | None) -> str:
     samples = f"test {'image' if task is None else task.sample_name}s"
     same = total - check["argmax_differs"]
     if task is None or total == images:
-        return f"{same} of {total} {samples}"
+        return f"{same:,} of {total:,} {samples}"
     return f"{same:,} of {total:,} decisions ({task.decision_name}) of {images} {samples}"
 
 

@@ -18,6 +18,7 @@ from jpq.results.description import RunAnnouncer, RunDescription, TargetDescript
 from jpq.results.formatting import format_metric
 from jpq.results.intervals import is_near_chance
 from jpq.results.unseen import held_out_warning
+from jpq.tasks import CLASSIFICATION
 from jpq.tasks.base import Task
 from jpq.tasks.data import Data
 from jpq.tracing.channel_shares import ChannelShares
@@ -61,6 +62,8 @@ def describe_run(
         phases={phase.title: phase.epochs for phase in all_phases(config, prepared.method)},
         folder=run.folder,
         resumed=bool(run.saved),
+        task="" if data.task.name == CLASSIFICATION.name else f"{data.task.name}, judged by {data.task.metric_name}",
+        notes=data.notes,
     )
 
 

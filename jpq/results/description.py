@@ -38,6 +38,8 @@ class RunDescription:
     phases: Mapping[str, int]  # phase -> epochs, in the order of training
     folder: Path
     resumed: bool
+    task: str = ""  # name and metric of the task, where it is not classification
+    notes: tuple[str, ...] = ()  # sentences on how the data were read
 
 
 class RunAnnouncer(Protocol):

@@ -22,14 +22,14 @@ about = {{key: json.loads(text) if text[:1] in "[{{" else text for key, text in 
 
 IMAGE = """\
 channels, height, width = about["input_size"]
-image = Image.open("image.png").convert("L" if channels == 1 else "RGB")
+image = ImageOps.exif_transpose(Image.open("image.png")).convert("L" if channels == 1 else "RGB")
 image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
 x = np.asarray(image, np.float32).reshape(height, width, channels).transpose(2, 0, 1)[None] / 255
 """
 
 WHOLE = """\
 channels = about["input_size"][0]
-image = Image.open("image.png").convert("L" if channels == 1 else "RGB")
+image = ImageOps.exif_transpose(Image.open("image.png")).convert("L" if channels == 1 else "RGB")
 x = np.asarray(image, np.float32).reshape(image.height, image.width, channels).transpose(2, 0, 1)[None] / 255
 """
 
@@ -87,7 +87,7 @@ def run_code(data: Mapping[str, Any], any_size: bool = False) -> str:
     task, shape = str(data.get("task", "classification")), list(data.get("shape", ()))
     start, imports, dims = _input_code(task, shape, data)
     if start == IMAGE and any_size:
-        start, imports = WHOLE, "from PIL import Image\n"
+        start, imports = WHOLE, "from PIL import Image, ImageOps\n"
     if start == OTHER:
         return START.format(imports="") + OTHER
     normalise = NORMALISE.format(shape=(1, -1, *[1] * (dims - 1))) if data.get("mean") else ""

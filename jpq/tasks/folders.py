@@ -35,6 +35,8 @@ def read(path: str, options: ReadOptions) -> Source:
     has_masks, sentence = options.task == "segmentation", ""
     if not options.task and pairs.is_arranged(path, pairs.MASKS):
         has_masks, sentence = segmentation.judge_contents(path)
+    elif not options.task:
+        sentence = restoration.classes_note(path)
     if has_masks:
         source = segmentation.read(path, options)
     else:

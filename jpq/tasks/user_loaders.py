@@ -64,10 +64,14 @@ def find_loaders(name: str, value: Any, options: ReadOptions) -> LoaderSource | 
 
 
 def _from_dict(name: str, value: Mapping[str, Any], options: ReadOptions) -> LoaderSource:
-    value = {HELD_OUT_NAMES.get(key, key): part for key, part in value.items()}
     for key in value:
-        if key not in (*PARTS, *FACTS):
+        if key not in (*PARTS, *HELD_OUT_NAMES, *FACTS):
             raise unknown(f"key in the dict of '{name}'", str(key), (*PARTS, *FACTS))
+    held_out = [key for key in value if HELD_OUT_NAMES.get(key, key) == "held_out"]
+    if len(held_out) > 1:
+        named = " and ".join(f"'{key}'" for key in held_out)
+        raise JpqError(f"The dict of '{name}' has {named}, which are names of one part. Give one of them.")
+    value = {HELD_OUT_NAMES.get(key, key): part for key, part in value.items()}
     missing = [key for key in ("train", "test") if value.get(key) is None]
     if missing:
         raise JpqError(f"The dict of '{name}' has no '{missing[0]}'. Give loaders for train and test, and held_out.")

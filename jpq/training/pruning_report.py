@@ -37,6 +37,7 @@ def report_pruning_price(
     if run.is_past("search"):
         run.pruning = (run.saved or {}).get("pruning", {})
     elif _searches_channels(net):
+        run.observer.phase("price of pruning", 0, 0)
         run.pruning = run.timed(
             "search", lambda: distributed.run_on_first(partial(_measure, net, plan, model, data, targets))
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,17 @@ def shown(width: int, terminal: bool = False) -> str:
         display.warn("The float model is near chance.")
     text = console.file.getvalue()  # type: ignore[attr-defined]
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+def test_the_header_says_what_the_data_were_taken_for() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    notes = ("Read as images with masks [0].",)
+    console.print(header(replace(ABOUT, task="segmentation, judged by mIoU", notes=notes)))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    lines = [line.rstrip() for line in text.splitlines()]
+    assert "task    segmentation, judged by mIoU" in lines
+    assert lines[-1] == "note    Read as images with masks [0]."
+    assert not any(line.startswith(("task", "note")) for line in shown(100).splitlines())
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -12,13 +12,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from jpq.cli.main import main
 from jpq.config import Budget, Config, Run, Task, Train
 from jpq.export.onnx.metadata import read_metadata
 from jpq.recipe import optimize
-from jpq.results.readme import run_code
+from jpq.results.readme import IMAGE, WHOLE, run_code
+from jpq.tasks.images import image_bytes
 from jpq.types import JpqError
 
 
@@ -113,6 +114,20 @@ def test_the_readme_of_texts_names_a_class(tmp_path):
     result = run(tmp_path, f"text:{folder}", "readme_nets:text")
     assert execute(result.folder) in ("good", "bad")
     assert result.data["class_names"] == ["bad", "good"]
+
+
+@pytest.mark.parametrize(("code", "size"), [(IMAGE, (12, 16)), (WHOLE, ())])
+def test_the_code_reads_a_photo_as_training_does(tmp_path, monkeypatch, code, size):
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3)).astype(np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation: taken with the camera on its side
+    Image.fromarray(pixels).save("image.png", exif=turned)
+    names = {"about": {"input_size": [3, *size]}, "Image": Image, "ImageOps": ImageOps, "np": np}
+    exec(code, names)
+    expected = image_bytes(Image.open("image.png"), size).numpy()[None] / np.float32(255)
+    assert names["x"].shape == ((1, 3, 12, 16) if size else (1, 3, 30, 40))
+    assert np.array_equal(names["x"], expected)
 
 
 def test_every_kind_of_data_has_code_that_compiles():

@@ -176,6 +176,8 @@ NAN = [(torch.full((4, 2), torch.nan), torch.arange(4))]
         ({"train": [(torch.rand(4, 2), None)], "held_out": FINE, "test": FINE}, "NoneType"),
         ({"train": FINE, "held_out": FINE}, "no 'test'"),
         ({"train": FINE, "checking": FINE, "test": FINE}, "checking"),
+        ({"train": FINE, "val": FINE, "held_out": FINE, "test": FINE}, "'val' and 'held_out', which are names of one"),
+        ({"train": FINE, "dev": FINE, "valid": None, "test": FINE}, "'dev' and 'valid', which are names of one"),
         ({"train": FINE, "test": FINE}, "Return \\(train, held_out, test\\)"),
         ({"train": FINE, "held_out": FINE, "test": [(torch.rand(4, 2), torch.arange(4) + 3)]}, "label 6"),
         ({"train": FINE, "held_out": FINE, "test": [(torch.rand(4, 5), torch.arange(4))]}, "one shape"),

@@ -221,6 +221,18 @@ def test_pairs_of_images_are_read_from_two_folders(tmp_path):
     assert data.about["scale"] == 2
 
 
+def test_two_folders_of_one_name_each_are_classes_and_the_run_says_how_to_restore(tmp_path):
+    photos(tmp_path, ((10, 12),) * 6, "input")
+    photos(tmp_path, ((10, 12),) * 6, "target")
+    data = load(f"folder:{tmp_path}")
+    assert (data.task.name, data.class_names) == ("classification", ("input", "target"))
+    assert "have the same names. --task restoration reads them as pairs" in data.notes[-1]
+    assert not load(f"folder:{tmp_path}", task="classification").notes
+    for file in (tmp_path / "target").iterdir():
+        file.rename(file.with_name(f"other_{file.name}"))
+    assert not load(f"folder:{tmp_path}").notes
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -82,7 +82,7 @@ def test_a_detector_runs_through_training_export_and_runtimes(tmp_path, capsys):
     assert main(["evaluate", str(result.folder), "--run-code", "--runtime", "onnxruntime"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count("AP50") == 2
-    assert "The same box for 2560 of 2560 as the PyTorch model." in printed
+    assert "The same box for 2,560 of 2,560 as the PyTorch model." in printed
 
 
 def test_a_task_of_the_users_own_whose_metric_falls(tmp_path, capsys):

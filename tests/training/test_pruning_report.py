@@ -5,12 +5,25 @@ from runs import config, resumed, shortened
 
 import jpq
 from jpq.results import run_folder
+from jpq.training.history import NullObserver
+
+
+class Phases(NullObserver):
+    """Keeps the names of the phases."""
+
+    def __init__(self, names: list[str]):
+        self.names = names
+
+    def phase(self, name: str, epochs: int, steps: int) -> None:
+        self.names.append(name)
 
 
 @pytest.mark.slow
 def test_a_resumed_run_keeps_the_figures_of_its_search(tmp_path):
     asked = shortened(config(tmp_path / "whole"), epochs=4)
-    whole = jpq.optimize(asked)
+    phases: list[str] = []
+    whole = jpq.optimize(asked, Phases(phases))
+    assert phases == ["float", "search", "price of pruning", "fine-tune", "verify"]
     assert whole.pruning["sentence"] in whole.notes
     assert whole.pruning["closed"] == round(0.1 * whole.pruning["open"])
     assert run_folder.read_run(whole.folder).pruning == whole.pruning

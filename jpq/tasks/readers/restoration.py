@@ -36,7 +36,7 @@ from jpq.tasks.batches import (
 from jpq.tasks.datasets import ReadOptions, Source
 from jpq.tasks.folders import PARTS, image_files, list_folders
 from jpq.tasks.images import GREY, check_bad, image_bytes, reason
-from jpq.tasks.readers.pairs import TARGETS, find_pairs
+from jpq.tasks.readers.pairs import TARGETS, find_pairs, paired_names, two_folders
 from jpq.types import JpqError
 
 Entry = tuple[Tensor | None, Tensor]  # (input, or None where it is made; target), uint8 [C, H, W]
@@ -281,6 +281,21 @@ def read(path: str, options: ReadOptions) -> Source:
         preprocessing=Preprocessing(augment=Augment(0, flip=True)),
         about={"noise": options.noise, "scale": scale, "colour_order": "grey" if channels == 1 else "RGB"},
         make=make,
+    )
+
+
+def classes_note(path: str) -> str:
+    """A sentence where two folders that are read as classes look like images to be restored and clean ones; else ""."""
+    folders = two_folders(path, TARGETS) if expand_home(Path(path)).is_dir() else {}
+    if not folders:
+        return ""
+    first, second = folders.get("train") or next(iter(folders.values()))
+    pairs, images = paired_names(first, second)
+    if 2 * len(pairs) < images:
+        return ""
+    return (
+        f"Read as images of the classes of '{path}', though files in '{first}' and '{second}' have the same names. "
+        "--task restoration reads them as pairs, of an image and what it shall become."
     )
 
 

@@ -155,6 +155,19 @@ def _shape(resize: Resize, function: Any, args: tuple[Any, ...], kwargs: dict[st
     return function, (args[0], resize.apply(sizes, infer=True)), kwargs
 
 
+def _repeat(resize: Resize, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """x.repeat(2, 3), x.tile((2, 3)), torch.tile(x, dims=(2, 3))."""
+    first = _take(args, kwargs, 1, "repeats", "dims")
+    times = args[1:] if len(args) > 2 or isinstance(first, int) else first
+    return torch.Tensor.repeat, (args[0], resize.apply(times)), {}
+
+
+def _repeat_interleave(resize: Resize, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """x.repeat_interleave(times, dim)."""
+    times = resize.apply([_take(args, kwargs, 1, "repeats")])
+    return function, (args[0], *times, *args[2:]), kwargs
+
+
 def _unflatten(resize: Resize, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     """x.unflatten(dim, sizes)."""
     dim, sizes = _take(args, kwargs, 1, "dim"), _take(args, kwargs, 2, "sizes")
@@ -214,6 +227,8 @@ def _index(resize: Resize, function: Any, args: tuple[Any, ...], kwargs: dict[st
 
 _RESIZE: dict[str, Callable[[Resize, Any, tuple[Any, ...], dict[str, Any]], Arguments]] = {
     **dict.fromkeys(("reshape", "view", "expand", "broadcast_to"), _shape),
+    **dict.fromkeys(("repeat", "tile"), _repeat),
+    "repeat_interleave": _repeat_interleave,
     "unflatten": _unflatten,
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "chunk", "unsafe_chunk"), _split),
     "narrow": _narrow,

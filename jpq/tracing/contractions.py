@@ -164,7 +164,7 @@ def _fused_attention(call: OpCall) -> list[Contraction]:
 def _einsum(call: OpCall) -> list[Contraction]:
     """Einsum: operands are contracted in pairs; an index that only one of them has is summed before."""
     nodes = list(call["tensors"])
-    terms, result = _einsum_terms(call["equation"], [len(shape_of(node)) for node in nodes])
+    terms, result = einsum_terms(call["equation"], [len(shape_of(node)) for node in nodes])
     operands: list[tuple[Node | None, str]] = list(zip(nodes, terms, strict=True))
     whole = _contract(call, "", [*operands, (None, "")], result)
     found = []
@@ -183,7 +183,7 @@ def _einsum(call: OpCall) -> list[Contraction]:
     return found
 
 
-def _einsum_terms(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+def einsum_terms(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
     """The indices of each operand and of the result, `...` written out as unused letters."""
     text, arrow, result = equation.replace(" ", "").partition("->")
     terms = text.split(",")

@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from jpq.tracing.call_sizes import Pattern, can_resize, name_size
+from jpq.tracing.call_sizes import COUNT, Pattern, can_resize, name_size
 from jpq.tracing.channel_labels import ChannelClasses
 from jpq.tracing.network import LayerKind
 from jpq.tracing.own_calls import call_of_node
@@ -224,13 +224,16 @@ class OpCall:
     def add_size(self, pattern: Pattern, labels: Labels | None) -> bool:
         """Record that the model's code names the number of these channels in this call; whether that can be rewritten.
 
-        `pattern` has an entry per number of the call (see `jpq.tracing.call_sizes`), COUNT where the channels count.
-        Where the call is not known, an attribute of the module may hold the number.
+        `pattern` has an entry per number of the call (see `jpq.tracing.call_sizes`), COUNT where the channels count;
+        without any, the numbers are held wherever these channels go. Where the call is not known, an attribute of the
+        module may hold the number.
         """
         own = call_of_node(self.node)
         if labels is None or (own is not None and not can_resize(own)):
             return False
-        name = self._counting_attribute(len(labels)) if own is None else name_size(own, pattern)
+        name = name_size(own, pattern) if own is not None else ""
+        if own is None and COUNT in pattern:
+            name = self._counting_attribute(len(labels))
         if name:
             self.state.sizes.setdefault(name, []).append(labels)
         return bool(name)
@@ -261,8 +264,7 @@ class OpCall:
 
     def module(self) -> tuple[str, nn.Module]:
         """Path and module whose code makes this call; the model itself where that is not known."""
-        stack = list((self.node.meta.get("nn_module_stack") or {}).values())
-        path = stack[-1][0].split("@")[0] if stack else ""
+        path = module_path(self.node)
         return path, self.state.model.get_submodule(path)
 
     def merge(self, nodes: Sequence[Node]) -> Dims:
@@ -293,6 +295,12 @@ class OpCall:
             partner = "the model's input" if is_input else "a tensor whose size is fixed"
             self.freeze(labelled[0], f"{self.op} joins it with {partner}")
         return labelled[0]
+
+
+def module_path(node: Node) -> str:
+    """The path of the module whose code makes this call; empty for the model itself, and where it is not known."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return stack[-1][0].split("@")[0] if stack else ""
 
 
 def shape_of(node: Node) -> tuple[int, ...]:

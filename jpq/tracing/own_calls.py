@@ -1,8 +1,9 @@
 """A module's own torch calls: recognised, numbered, and replaced by something else at run time.
 
-A call of a torch function belongs to the module whose `forward` makes it, itself or in a helper function, but not in a
-child's forward. Calls of one forward are numbered by the function's name: "reshape:1" is the second `reshape`. Calls
-of children do not count, so replacing children leaves the numbers as they are, and so does every other call.
+A call of a torch function belongs to the module whose `forward` makes it, itself, in a helper function or in a method
+of another module, but not in a child's forward. Calls of one forward are numbered by the function's name: "reshape:1"
+is the second `reshape`. Calls in forwards of children do not count, so replacing children leaves the numbers as they
+are, and so does every other call.
 
     with annotate_own_calls(model):              # nodes of the ATen graph know their call
         program = torch.export.export(model, args)
@@ -289,7 +290,7 @@ def _find_forward(frame: FrameType | None) -> tuple[nn.Module, FrameType] | None
             return None
         module = _first_argument(frame)
         if module is not None:
-            if owner is not None and module is not owner:
+            if owner is not module and forward is not None:
                 break
             owner = module
             forward = frame if frame.f_code.co_name == "forward" else forward

@@ -23,6 +23,7 @@ from brevitas.export import export_qonnx as brevitas_qonnx
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from jpq.export.onnx.constant_inputs import read_constants_as_rows
 from jpq.export.onnx.dynamic_sizes import add_sides, computes_other_size, is_image
 from jpq.export.onnx.fold_norms import fold_norms
 from jpq.export.onnx.free_batch import batch_is_free, first_samples
@@ -92,6 +93,7 @@ def export_onnx(
         fold_norms(model)
         fold_constants(model)
         prepare_integer_kernels(model)
+        read_constants_as_rows(model)
         model = store_narrow_weights(model, weights)
         round_weights_twice(model)
         separate_additions(model)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import Node
 
 from jpq.tracing.call_sizes import COUNT
+from jpq.tracing.contractions import einsum_terms
 from jpq.tracing.network import LayerKind
 from jpq.tracing.op_call import Dims, LayerCall, OpCall, rule, shape_of
 from jpq.types import NONE, Labels
@@ -229,25 +230,32 @@ def _join_grouped_heads(call: OpCall, q: Node, k: Node, v: Node) -> None:
     heads = shape_of(q)[-3]
     for node in (k, v):
         labels, times = call.dims(node)[-3], heads // shape_of(node)[-3]
-        if times > 1:
+        if times == heads:
+            call.freeze(labels, f"{call.op} spreads this one head over many")
+        elif times > 1:
             call.join(call.dims(q)[-3], None if labels is None else np.repeat(labels, times))
 
 
 @rule("aten.einsum")
 def einsum(call: OpCall) -> Dims:
     """Einsum: dims of one letter are tied; a letter that is summed over keeps all of its channels."""
-    equation, operands = call["equation"].replace(" ", ""), list(call["tensors"])
-    terms, _, result = equation.partition("->")
-    if not result or "." in equation:
-        for node in operands:
-            for labels in call.dims(node):
-                call.freeze(labels, "aten.einsum without an explicit result has no rule")
-        return [None] * len(call.shape)
+    operands: list[Node] = list(call["tensors"])
+    terms, result = einsum_terms(call["equation"], [len(shape_of(node)) for node in operands])
+    placed = [(letter, node, d) for term, node in zip(terms, operands, strict=True) for d, letter in enumerate(term)]
+    sizes: dict[str, int] = {}
+    for letter, node, d in placed:
+        sizes[letter] = max(sizes.get(letter, 1), shape_of(node)[d])
     by_letter: dict[str, Labels | None] = {}
-    for term, node in zip(terms.split(","), operands, strict=True):
-        for letter, labels in zip(term, call.dims(node), strict=True):
-            by_letter[letter] = call.join(by_letter[letter], labels) if letter in by_letter else labels
-    for letter, labels in by_letter.items():
+    for letter, node, d in placed:
+        labels = call.dims(node)[d]
+        if shape_of(node)[d] != sizes[letter]:
+            call.freeze(labels, f"{call.op} spreads this one channel over many")
+        elif letter in by_letter:
+            joined = by_letter[letter]
+            by_letter[letter] = joined if joined is None and labels is None else call.join(joined, labels)
+        else:
+            by_letter[letter] = labels
+    for letter, summed in by_letter.items():
         if letter not in result:
-            call.freeze(labels, "summed over by aten.einsum")
+            call.freeze(summed, "summed over by aten.einsum")
     return [by_letter[letter] for letter in result]

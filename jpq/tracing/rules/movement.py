@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 from torch.fx import Node
 
-from jpq.tracing.call_sizes import COUNT, KEEP
+from jpq.tracing.call_sizes import COUNT, KEEP, Pattern
 from jpq.tracing.op_call import Dims, OpCall, rule, shape_of
 from jpq.tracing.own_calls import call_of_node
 from jpq.tracing.pad_channels import PadChannels
+from jpq.tracing.rules.reshape import feeds_attention
 from jpq.types import NONE, Labels
 
 
@@ -154,12 +155,32 @@ def stack(call: OpCall) -> Dims:
     return out
 
 
-@rule("aten.expand", "aten.expand_as", "aten.broadcast_to")
+@rule("aten.expand", "aten.broadcast_to")
 def expand(call: OpCall) -> Dims:
     """Expand: dims of size 1 grow; labelled dims pass, though the code may name their size."""
+    return _expanded(call)
+
+
+@rule("aten.expand_as")
+def expand_as(call: OpCall) -> Dims:
+    """Expand to another tensor's shape: dims of size 1 grow to its channels, if it has any there."""
+    other, out, shape = call.dims(call["other"]), _expanded(call), shape_of(call["self"])
+    new = len(out) - len(shape)
+    for d, labels in enumerate(call.x):
+        if labels is None and shape[d] == 1:
+            out[d + new] = other[d + new]
+        elif labels is not None and shape[d] > 1:
+            call.join(labels, other[d + new])
+    return [*other[:new], *out[new:]]
+
+
+def _expanded(call: OpCall) -> Dims:
+    """The labels of an expanded tensor."""
     dims, shape = call.x, call.shape
     new = len(shape) - len(dims)
+    added: Dims = [None] * new
     sizes = call["size"] or [-1] * len(shape)
+    copied = _copied_heads(call, added + dims)
     for d, labels in enumerate(dims):
         if labels is None:
             continue
@@ -169,7 +190,32 @@ def expand(call: OpCall) -> Dims:
         elif sizes[d + new] != -1:
             call.suspect(labels)
             call.add_size([COUNT if k == d + new else KEEP for k in range(len(shape))], labels)
-    return [None] * new + dims
+    out = added + dims
+    if copied is not None:
+        out[copied] = _copies(call, copied, [COUNT if k == copied else KEEP for k in range(len(shape))])
+    return out
+
+
+def _copied_heads(call: OpCall, dims: Dims) -> int | None:
+    """The dim in which one head, of keys or a mask, is copied to all heads of an attention; None where none is.
+
+    It is the only one that grows of those between the batch and the last two, and none of these has channels.
+    """
+    shape, rank = shape_of(call.tensors[0]), len(dims)
+    shape = (1,) * (rank - len(shape)) + shape
+    between = range(1, rank - 2)
+    grown = [d for d in between if shape[d] == 1 != call.shape[d]]
+    if len(grown) != 1 or any(dims[d] is not None for d in between) or not feeds_attention(call.node):
+        return None
+    return grown[0]
+
+
+def _copies(call: OpCall, dim: int, pattern: Pattern) -> Labels:
+    """New labels for the copies of one head along `dim`: their number, which the code names, may follow the heads."""
+    copies = call.classes.fresh(call.shape[dim])
+    reason = f"{call.op} copies one head to a number that is fixed in the code"
+    call.freeze_unless_followed(copies, reason, call.add_size(pattern, copies))
+    return copies
 
 
 @rule("aten.repeat", "aten.tile")
@@ -178,7 +224,11 @@ def repeat(call: OpCall) -> Dims:
     times = list(call["repeats"] or call["dims"])
     times = [1] * (len(call.x) - len(times)) + times
     dims = [None] * (len(times) - len(call.x)) + call.x
-    return [None if labels is None else np.tile(labels, n) for labels, n in zip(dims, times, strict=True)]
+    out: Dims = [None if labels is None else np.tile(labels, n) for labels, n in zip(dims, times, strict=True)]
+    copied = _copied_heads(call, dims)
+    if copied is not None and len(call["repeats"] or call["dims"]) == len(dims):
+        out[copied] = _copies(call, copied, [COUNT if k == copied else KEEP for k in range(len(dims))])
+    return out
 
 
 @rule("aten.repeat_interleave")
@@ -194,7 +244,9 @@ def repeat_interleave(call: OpCall) -> Dims:
         return [None] * len(call.shape)
     d = call.dim(call["dim"])
     labels = dims[d]
-    dims[d] = None if labels is None else np.repeat(labels, times)
+    copied = _copied_heads(call, dims) if labels is None else None
+    call.add_size([times], labels)  # held, where the code computes it from a number of heads that shrinks
+    dims[d] = _copies(call, d, [COUNT]) if copied == d else None if labels is None else np.repeat(labels, times)
     return dims
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 from torch.fx import Node
 
 from jpq.tracing.call_sizes import COUNT, KEEP
-from jpq.tracing.op_call import Dims, OpCall, rule, shape_of
+from jpq.tracing.op_call import Dims, OpCall, module_path, rule, shape_of
 from jpq.tracing.own_calls import call_of_node
-from jpq.types import Labels
+from jpq.types import NONE, Labels
 
 _HEADS = ("heads", "num_heads", "n_heads", "nheads", "n_head", "num_attention_heads")
+
+_SPLITS = ("aten.view", "aten.reshape", "aten.unflatten", "aten._unsafe_view")
 
 _WIDTH = "hidden_dim"  # attribute of torchvision's ViT: the number of channels that it reshapes by
 
@@ -21,7 +25,8 @@ _PRODUCTS = ("matmul", "bmm", "scaled_dot_product_attention", "einsum")
 
 _PASSING = """view reshape permute transpose swapaxes select unbind getitem mul div contiguous chunk split unsqueeze
 squeeze expand clone softmax slice t numpy_T cat neg add to _to_copy layer_norm rms_norm repeat_interleave dropout
-split_with_sizes unsafe_split unsafe_chunk narrow"""  # what may lie between a reshape and the product it prepares
+split_with_sizes unsafe_split unsafe_chunk narrow flatten unflatten index broadcast_to expand_as repeat tile movedim
+moveaxis mT"""  # what may lie between a reshape and the product it prepares
 
 
 @rule("aten.view", "aten.reshape", "aten.flatten", "aten.unflatten", "aten._unsafe_view")
@@ -31,12 +36,9 @@ def reshape(call: OpCall) -> Dims:
     inferred = _inferred_dims(call)
     out: Dims = [None] * len(call.shape)
     for source_dims, target_dims in _match_dims(shape_of(call.tensors[0]), call.shape):
-        labelled = [(d, labels) for d in source_dims if (labels := dims[d]) is not None]
-        if len(labelled) > 1:
-            for _, labels in labelled:
-                call.freeze(labels, f"{call.op} merges two dims that both hold channels")
-        elif labelled:
-            ((d, labels),) = labelled
+        labelled = {d: labels for d in source_dims if (labels := dims[d]) is not None}
+        if labelled:
+            d, labels = _leading_dim(call, labelled)
             target, moved = _regroup(call, labels, d, source_dims, target_dims)
             if target is not None:
                 out[target] = moved
@@ -56,6 +58,26 @@ def reshape_as(call: OpCall) -> Dims:
     for labels, other in zip(out, call.dims(call["other"]), strict=True):
         joined.append(labels if labels is None and other is None else call.join(labels, other))  # type: ignore[arg-type]
     return joined
+
+
+def _leading_dim(call: OpCall, labelled: dict[int, Labels]) -> tuple[int, Labels]:
+    """The one dim whose channels can go, of those that a reshape merges or splits together; the others are frozen.
+
+    A merged channel (h, s) can follow h or s, not both: it follows the first dim that is not frozen yet, which is the
+    heads before their size, and channels before positions.
+    """
+    candidates = [d for d, labels in labelled.items() if len(labelled) > 1 and not _is_frozen(call, labels)]
+    leading = next(iter([*(d for d in candidates if len(labelled[d]) > 1), *candidates, *labelled]))
+    for d, labels in labelled.items():
+        if d != leading:
+            call.freeze(labels, f"{call.op} merges it with another dim that holds channels, such as heads")
+    return leading, labelled[leading]
+
+
+def _is_frozen(call: OpCall, labels: Labels) -> bool:
+    """Whether every channel is frozen already."""
+    frozen = call.classes.frozen()
+    return all(c in frozen or c == NONE for c in call.classes.find(labels).tolist())
 
 
 def _record_size(call: OpCall, source: list[int], target: list[int], counted: int, labels: Labels | None) -> None:
@@ -124,20 +146,52 @@ def _regroup(
         rows = np.moveaxis(blocks, axis, -1).reshape(-1, blocks.shape[axis])
         if (rows == rows[0]).all():
             return k, rows[0].copy()
-    axis = _shrinkable_axis(call, blocks.shape)
+    axis = _shrinkable_axis(call, long_dims)
     tied = call.tie(np.moveaxis(blocks, axis, -1).reshape(-1, blocks.shape[axis])).copy()
-    if _feeds_attention(call.node):
+    if feeds_attention(call.node):
         _record_heads(call, tied)
     return long_dims[axis], tied
 
 
-def _shrinkable_axis(call: OpCall, shape: tuple[int, ...]) -> int:
-    """The dim that can lose entries, of those that channels are split into: heads before attention, or the longest."""
-    if len(shape) > 1 and _feeds_attention(call.node):
-        module = vars(call.module()[1])
-        heads = [k for k, n in enumerate(shape) if any(module.get(name) == n for name in _HEADS)]
-        return heads[0] if heads and len(shape) - 2 not in heads else len(shape) - 2
-    return max(range(len(shape)), key=lambda k: (shape[k], k))
+def _shrinkable_axis(call: OpCall, target: list[int]) -> int:
+    """Which of the dims `target`, that channels are split into, loses entries: heads before attention, or the longest.
+
+    Heads are the dim whose size the module names so, that whose size the code leaves open (-1), or that which another
+    split of the module has before a head's size, too: keys and values, where queries are split into groups of heads.
+    Otherwise they are the last but one.
+    """
+    shape = [call.shape[d] for d in target]
+    if len(shape) == 1 or not feeds_attention(call.node):
+        return max(range(len(shape)), key=lambda k: (shape[k], k))
+    module: Mapping[str, Any] = vars(call.module()[1])
+    inferred, others = _inferred_dims(call) & {*target}, _numbers_of_heads(call)
+    for found in (
+        _named_heads(module, shape),
+        [k for k, d in enumerate(target[:-1]) if inferred == {d}],
+        [k for k, n in enumerate(shape[:-1]) if n in others][:1],
+    ):
+        if found:
+            return found[-1]
+    return len(shape) - 2
+
+
+def _named_heads(module: Mapping[str, Any], shape: Sequence[int]) -> list[int]:
+    """The dim whose size is the module's number of heads: the last but one of several, or else the first."""
+    found = [k for k, n in enumerate(shape) if any(module.get(name) == n for name in _HEADS)]
+    return [len(shape) - 2] if len(shape) - 2 in found else found[:1]
+
+
+def _numbers_of_heads(call: OpCall) -> set[int]:
+    """The numbers of heads of the calling module's other splits: channels become heads of this call's head size."""
+    path, size = call.module()[0], call.shape[-1]
+    found = set()
+    for node in call.node.graph.nodes:
+        if node is call.node or node.op != "call_function" or not str(node.target).startswith(_SPLITS):
+            continue
+        shape, source = shape_of(node), shape_of(node.all_input_nodes[0])
+        if len(shape) > 2 and shape[-1] == size and source[-1:] == (shape[-2] * size,) and module_path(node) == path:
+            found.add(shape[-2])
+    return found
 
 
 def _record_heads(call: OpCall, labels: Labels) -> None:
@@ -148,7 +202,7 @@ def _record_heads(call: OpCall, labels: Labels) -> None:
             call.state.add_attribute(f"{path}.{name}".lstrip("."), labels)
 
 
-def _feeds_attention(node: Node) -> bool:
+def feeds_attention(node: Node) -> bool:
     """Whether the value reaches a product of two tensors through nothing but moves and scaling."""
     visited, todo, passing = {node}, [node], _PASSING.split()
     while todo:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms, box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
 from jpq.tasks.base import Pair, Task, check_classes, check_targets
+from jpq.types import JpqError
 
 COLUMNS = 8  # of an output beside the scores: corners of the box, and corners of its anchor
 
@@ -185,6 +186,23 @@ def assign(anchors: Tensor, boxes: Tensor) -> Tensor:
     matched = torch.where(best >= OBJECT, number, matched)
     matched[overlap.argmax(1)] = torch.arange(len(boxes), device=anchors.device)
     return matched
+
+
+def check_inside(target: Any, height: int, width: int, what: str) -> None:
+    """Raise JpqError for boxes that lie outside of their images, or are shares of them in place of pixels."""
+    boxes = torch.cat([entry["boxes"].reshape(-1, 4) for entry in target])
+    outside = (boxes[:, 2:] <= 0).any(1) | (boxes[:, 0] >= width) | (boxes[:, 1] >= height)
+    if bool(outside.any()):
+        corners = ", ".join(f"{value:g}" for value in boxes[outside][0].tolist())
+        raise JpqError(
+            f"{what} has a box ({corners}) outside of its image of {height} x {width} pixels. Give x1, y1, x2, y2 in "
+            "pixels of the image as the model sees it."
+        )
+    if len(boxes) and float(boxes.max()) <= 1:
+        raise JpqError(
+            f"{what} has boxes that end at {float(boxes.max()):g} at most, which look like shares of the image of "
+            f"{height} x {width} pixels. Give x1, y1, x2, y2 in pixels."
+        )
 
 
 def detect(output: Tensor) -> list[dict[str, Tensor]]:

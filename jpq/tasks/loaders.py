@@ -32,6 +32,9 @@ UNKNOWN_ORDER = (
 )
 
 
+UNEQUAL = "stack expects each tensor to be equal size"  # torch's words where samples cannot be stacked
+
+
 @dataclass
 class _Draws:
     """The state of all random numbers of this process that code outside of jpq draws from."""
@@ -147,7 +150,7 @@ class LoaderBatches(SplitBatches):
             batches = iter(self.loader)
         while True:
             with draws.active():
-                batch = next(batches, None)
+                batch = self._next(batches)
             if batch is None:
                 return
             pair = _checked(batch, self.what, reference)
@@ -155,6 +158,19 @@ class LoaderBatches(SplitBatches):
                 self.check_targets(pair[1])
             if not (self.training and _samples(pair[0]) == 1):
                 yield pair
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        """The next batch, None after the last. Raises JpqError for samples that a DataLoader cannot stack."""
+        try:
+            return next(batches, None)
+        except RuntimeError as error:
+            if UNEQUAL not in str(error):
+                raise
+            shapes = str(error)[str(error).index(UNEQUAL) + len(UNEQUAL) :].strip(" ,").splitlines()[0]
+            raise JpqError(
+                f"{self.what} has samples of different shapes in one batch ({shapes}). Bring them to one shape in the "
+                "Dataset, or give the DataLoader a collate_fn that does."
+            ) from error
 
     def _begin(self, epoch: int) -> None:
         """Set the loader's own random numbers for an epoch."""

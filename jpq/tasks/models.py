@@ -44,6 +44,8 @@ NAMED_KINDS = ("torchvision:NAME", "timm:NAME", "smp:ARCHITECTURE:ENCODER", "hf:
 
 MODEL_ARGUMENTS = ("vocabulary", "length", "height", "width")  # numbers that some data have besides
 
+ROW_DIMS, WINDOW_DIMS, IMAGE_DIMS = 2, 3, 4  # of batches of rows (or texts), of windows of series, and of images
+
 ONE_CHANNEL = frozenset({"lenet5", "convnet"})  # usually fed grey images
 
 
@@ -72,11 +74,7 @@ def build(
     if kind != "torchvision":
         return _user_model(name, {"classes": classes, "channels": channels, **(arguments or {})})
     zoo.kind_of(architecture)
-    if channels != 3:
-        raise JpqError(
-            f"torchvision:{architecture} takes images of 3 channels; the data has {channels}. "
-            "Choose convnet or a resnet of jpq, or give the model as module:callable."
-        )
+    _check_colour_images(name, channels, arguments or {})
     if arguments and {"height", "width"} <= set(arguments) and zoo.is_detector(architecture):
         from jpq.tasks.detectors import build_detector
 
@@ -126,6 +124,12 @@ def usual_input(name: str) -> tuple[tuple[int, ...], int] | None:
 def _user_model(spec: str, arguments: Mapping[str, int]) -> nn.Module:
     builder = import_callable("model", spec)
     names = _parameter_names(builder)
+    wanted = [key for key in ("vocabulary", "length") if key in _needed_names(builder) and key not in arguments]
+    if wanted:
+        raise JpqError(
+            f"The model '{spec}' needs {' and '.join(wanted)}, which only texts have, and the data are none. Choose a "
+            "model made for the data."
+        )
     model = call_user_code("model", spec, builder, **{k: v for k, v in arguments.items() if k in names})
     if not isinstance(model, nn.Module):
         raise JpqError(f"Model '{spec}' returned {type(model).__name__}; it must return a torch.nn.Module.")
@@ -139,6 +143,28 @@ def _parameter_names(function: Callable[..., Any]) -> frozenset[str]:
     except ValueError:  # some built-in callables have no signature
         return frozenset()
     return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+
+
+def _check_colour_images(name: str, channels: int, arguments: Mapping[str, int]) -> None:
+    """Raise JpqError for data that a model of torchvision cannot take: texts, and images without three channels."""
+    if "vocabulary" in arguments:
+        raise JpqError(
+            f"{name} takes images, and the data are texts. Choose a model of texts (module:callable, or hf:FOLDER)."
+        )
+    if channels != 3:
+        raise JpqError(
+            f"{name} takes images of 3 channels; the data has {channels}. "
+            "Choose convnet or a resnet of jpq, or give the model as module:callable."
+        )
+
+
+def _needed_names(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of the parameters that have no default."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # some built-in callables have no signature
+        return frozenset()
+    return frozenset(p.name for p in parameters if p.default is p.empty)
 
 
 def check_fits(model: nn.Module, example: Any, classes: int | None = None, task: Task = CLASSIFICATION) -> None:
@@ -174,14 +200,27 @@ def check_runs(model: nn.Module, example: Any) -> Any:
         with torch.no_grad():
             return call_model(model, example)
     except Exception as error:
-        reason = locate_failure(model, {"image": example} if isinstance(example, Tensor) else named, error)
+        name = "image" if isinstance(example, Tensor) and example.dim() == IMAGE_DIMS else "input"
+        reason = locate_failure(model, {name: example} if isinstance(example, Tensor) else named, error)
         raise JpqError(
-            f"The model cannot take a batch of shape {_shape_text(example)}: {reason} "
-            "Choose a model made for images of this size, channels and type, or resize the data."
+            f"The model cannot take a batch of shape {_shape_text(example)}: {reason} {_fitting_models(example)}"
         ) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def _fitting_models(example: Any) -> str:
+    """A sentence on what kind of model takes such inputs."""
+    first = collect_tensors(example)[0]
+    if first.dtype == torch.uint8:
+        return "The inputs are bytes: let the data give floats, such as x.float() / 255."
+    if not first.is_floating_point() and first.dim() == ROW_DIMS:
+        return "The inputs are word numbers [samples, length]: choose a model of texts (module:callable, or hf:FOLDER)."
+    if first.is_floating_point() and first.dim() in (ROW_DIMS, WINDOW_DIMS):
+        kind = "rows of numbers" if first.dim() == ROW_DIMS else "windows [samples, channels, time]"
+        return f"The inputs are {kind}: choose a model made for these (module:callable)."
+    return "Choose a model made for images of this size, channels and type, or resize the data."
 
 
 def _shape_text(example: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 from jpq.tasks import CLASSIFICATION, TASKS
 from jpq.tasks.batches import stratified
 from jpq.tasks.datasets import ReadOptions, picture_bytes
+from jpq.tasks.detection import check_inside
 from jpq.tasks.labels import class_numbers, count_classes
 from jpq.tasks.loaders import LoaderBatches, with_dataset
 from jpq.types import JpqError, unknown
@@ -280,6 +282,8 @@ def count_outputs(task: str, batches: LoaderBatches, what: str) -> int:
             numbers = numbers[numbers != 255]
         return count_classes(class_numbers(numbers, what), what)
     targets = batches.example[1]
+    if task not in TASKS and isinstance(targets, Tensor) and targets.dim() == 1 and not targets.is_floating_point():
+        return max(1, 1 + max(int(y.max()) for _, y in batches))  # an own task whose targets are class numbers
     if task == "detection" or not isinstance(targets, Tensor):
         raise JpqError(f"{what}: say the number of classes in a dict, {{'train': ..., 'test': ..., 'classes': 3}}.")
     return 1 if targets.dim() == 1 else int(targets.shape[1])
@@ -290,6 +294,8 @@ def check_targets(task: str, classes: int, parts: Mapping[str, LoaderBatches], n
 
     Raises JpqError where targets of a part are no class numbers, or beyond the training classes.
     """
+    if task == "detection":
+        _check_boxes(parts, name)
     if task not in CLASS_TASKS or task == "segmentation":
         return
     for part, batches in parts.items():
@@ -303,3 +309,18 @@ def check_targets(task: str, classes: int, parts: Mapping[str, LoaderBatches], n
         batches.check_targets = check
         for _ in batches if part != "train" else ():  # the training part was read when its classes were counted
             pass
+
+
+def _check_boxes(parts: Mapping[str, LoaderBatches], name: str) -> None:
+    """Let the boxes of each batch that is read be checked: they lie in their images."""
+    for part, batches in parts.items():
+        image = tree_leaves(batches.example[0])[0]
+        if image.dim() == 4:
+            what, sides = f"The {part.replace('_', '-')} part of '{name}'", tuple(image.shape[2:])
+            batches.check_targets = partial(_check_inside, sides=sides, what=what)
+
+
+def _check_inside(targets: Any, sides: Sequence[int], what: str) -> None:
+    """Raise JpqError for boxes outside of images of these sides; targets of other forms are refused elsewhere."""
+    if all(isinstance(entry, Mapping) and "boxes" in entry for entry in targets):
+        check_inside(targets, sides[0], sides[1], what)

@@ -8,11 +8,12 @@ from types import ModuleType
 import own_loaders
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import jpq
 from jpq.config import Budget, Config, Run, Task, Train
 from jpq.recipe import optimize
+from jpq.tasks import Task as AnyTask
 from jpq.tasks.data import load
 from jpq.tasks.loaders import LoaderBatches
 from jpq.types import JpqError
@@ -269,3 +270,67 @@ def test_other_names_of_the_held_out_part_and_names_of_classes(monkeypatch):
     assert load(served(monkeypatch, {"train": loader, "val": loader, "test": loader})).held_out.size == 30
     with pytest.raises(JpqError, match="names 2 classes"):
         load(served(monkeypatch, {"train": loader, "test": loader, "class_names": ["a", "b"]}))
+
+
+class Uneven(Dataset):
+    """Samples of two shapes."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, number):
+        return torch.rand(3 + number % 2), 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_samples_that_cannot_be_stacked_are_refused_in_one_sentence(monkeypatch, workers):
+    loader = DataLoader(Uneven(), batch_size=4, num_workers=workers)
+    with pytest.raises(JpqError, match=r"samples of different shapes in one batch \(.*\[3\].*\[4\].*\)\. Bring them"):
+        load(served(monkeypatch, {"train": loader, "held_out": FINE, "test": FINE}))
+
+
+def boxed(*boxes):
+    objects = [{"boxes": torch.tensor([box]), "labels": torch.tensor([1])} for box in boxes]
+    return [(torch.rand(len(boxes), 3, 20, 30), objects)]
+
+
+INSIDE = boxed([2.0, 2.0, 40.0, 19.0], [0.0, 0.0, 9.0, 9.0])
+
+
+@pytest.mark.parametrize("part", ["train", "held_out", "test"])
+@pytest.mark.parametrize(
+    ("box", "words"),
+    [
+        ([31.0, 2.0, 40.0, 9.0], r"a box \(31, 2, 40, 9\) outside of its image of 20 x 30 pixels"),
+        ([2.0, 20.0, 9.0, 29.0], r"outside of its image"),
+        ([-9.0, 2.0, -1.0, 9.0], r"outside of its image"),
+        ([0.1, 0.1, 0.5, 0.9], r"end at 0.9 at most, which look like shares of the image of 20 x 30 pixels"),
+    ],
+)
+def test_boxes_outside_of_their_images_are_refused(monkeypatch, part, box, words):
+    parts = {"train": INSIDE, "held_out": INSIDE, "test": INSIDE, "classes": 2}
+    data = load(served(monkeypatch, parts))
+    assert [len(y) for _, y in data.train] == [2]
+    for batches_of_part in (boxed(box, box), [*INSIDE, *boxed(box, box)]):
+        with pytest.raises(JpqError, match=f"The {part.replace('_', '-')} part of .*{words}"):
+            list(getattr(load(served(monkeypatch, {**parts, part: batches_of_part})), part))
+
+
+class Own(AnyTask):
+    """A task of the user's own with class numbers."""
+
+    name, metric_name = "own", "score"
+
+    def loss(self, output, target):
+        return torch.nn.functional.cross_entropy(output, target)
+
+    def metric(self, output, target):
+        return (output.argmax(1) == target).float()
+
+
+@pytest.mark.parametrize(("targets", "outputs"), [(torch.arange(30) % 4, 4), (ROWS[:, 0], 1), (ROWS[:, :2], 2)])
+def test_class_numbers_of_an_own_task_are_counted(monkeypatch, targets, outputs):
+    loader = DataLoader(TensorDataset(ROWS, targets), batch_size=7)
+    name = served(monkeypatch, {"train": loader, "held_out": loader, "test": loader})
+    monkeypatch.setattr(sys.modules["served"], "Own", Own, raising=False)
+    assert load(name, task="served:Own").classes == outputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import safetensors.torch
@@ -267,6 +268,32 @@ class Two(nn.Module):
 def test_models_that_do_not_fit_the_data(model, shape, match):
     with pytest.raises(JpqError, match=match):
         check_fits(model, torch.zeros(shape), classes=10)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (torch.zeros(2, 5, dtype=torch.int64), r"the input 'input'\). The inputs are word numbers .* a model of texts"),
+        (torch.zeros(2, 5), "The inputs are rows of numbers: choose"),
+        (torch.zeros(2, 3, 9), r"The inputs are windows \[samples, channels, time\]: choose"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), r"The inputs are bytes: let the data give floats"),
+    ],
+)
+def test_what_to_choose_depends_on_the_inputs(inputs, words):
+    with pytest.raises(JpqError, match=words) as caught:
+        check_fits(build("resnet20", 10), inputs, classes=10)
+    assert "image" not in str(caught.value)
+
+
+def test_models_of_texts_and_of_images_are_told_from_each_other(monkeypatch):
+    own = ModuleType("own_models")
+    own.of_texts = lambda classes, vocabulary, length=5: nn.Linear(5, 2)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "own_models", own)
+    with pytest.raises(JpqError, match="'own_models:of_texts' needs vocabulary, which only texts have"):
+        build("own_models:of_texts", 2, 3)
+    assert isinstance(build("own_models:of_texts", 2, 3, {"vocabulary": 9, "length": 5}), nn.Linear)
+    with pytest.raises(JpqError, match="torchvision:resnet18 takes images, and the data are texts"):
+        build("torchvision:resnet18", 2, 5, {"vocabulary": 9, "length": 5})
 
 
 def test_checking_leaves_the_model_as_it_was():

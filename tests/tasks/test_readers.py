@@ -269,6 +269,14 @@ def test_texts_are_numbered_by_the_words_of_training(tmp_path):
     assert x.dtype == torch.int64
 
 
+def test_texts_without_a_word_are_noted(tmp_path):
+    rows = "good film\t1\nbad film\t0\n \t1\n"
+    data = load(texts(tmp_path / "x", train=rows * 4, test=rows))
+    assert [note.split(" of '")[0] for note in data.notes] == ["4 of 12 texts", "1 of 3 texts"]
+    assert "have no word; the model sees padding alone" in data.notes[0]
+    assert not load(texts(tmp_path / "y", train=TRAIN)).notes
+
+
 def test_words_and_vocabularies():
     assert split_words("It's GOOD, naïve!") == ["it", "'", "s", "good", ",", "naïve", "!"]
     assert build_vocabulary(["b a a", "c b"]) == ("<padding>", "<unknown>", "a", "b")
@@ -528,6 +536,11 @@ def test_boxes_end_at_the_edges_of_their_images(tmp_path):
     ("changes", "words"),
     [
         ({"annotations": [{"image_id": 0, "category_id": 3, "bbox": [0, float("nan"), 5, 5]}]}, "NaN or infinity"),
+        ({"annotations": [{"image_id": 0, "category_id": 3, "bbox": [0.1, 0.2, 0.5, 0.5]}]}, "look like shares of the"),
+        (
+            {"annotations": [{"image_id": 0, "category_id": 3, "bbox": [90, 90, 5, 5]}]},
+            "All boxes in .* lie outside of their images",
+        ),
         ({"annotations": []}, "train/_annotations.coco.json' has no box"),
         ({"categories": [{"id": 3, "name": "dog"}, {"id": 3, "name": "cat"}]}, "lists category 3 twice"),
         (

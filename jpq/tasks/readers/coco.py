@@ -52,10 +52,19 @@ def read(path: str, options: ReadOptions) -> Source:
         entries = _entries(record, found[part], categories)
         if not any(len(target["labels"]) for _, target in entries):
             raise JpqError(f"'{found[part][0]}' has no box, beside crowds and empty ones, so there is nothing to find.")
+        if max(float(target["boxes"].max()) for _, target in entries if len(target["labels"])) <= 1:
+            raise JpqError(
+                f"The boxes in '{found[part][0]}' end at 1 at most, which look like shares of the images. Give x, y, "
+                "width, height in pixels."
+            )
         images = open_images(
             [file for file, _ in entries], options.image_size, options.skip_bad, options.cache, colour=True
         )
         targets = [_fit_boxes(*entries[n], options.image_size) for n in images.read]
+        if not any(len(target["labels"]) for target in targets):
+            raise JpqError(
+                f"All boxes in '{found[part][0]}' lie outside of their images. Give them in pixels of these."
+            )
         columns[part] = images.pixels, ListColumn(targets)
         notes += [images.note] if images.note else []
     val, test = columns.get("val"), columns.get("test")

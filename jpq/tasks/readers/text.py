@@ -66,13 +66,16 @@ def source_of_rows(parts: dict[str, list[Row]], names: dict[str, str], options: 
     length = min(LONGEST, max(len(split_words(text)) for text, _ in parts["train"]))
     if not length:
         raise JpqError(f"{names['train']} has no word in any text, so there is no vocabulary. Check the columns.")
-    pairs = {}
+    pairs, notes = {}, []
     for part, rows in parts.items():
         unknown = next((label for _, label in rows if label not in classes), None)
         if unknown is not None:
             raise JpqError(
                 f"{names[part]} has the class '{unknown}', and training has {', '.join(classes[:10])}. Use one set."
             )
+        empty = sum(not split_words(text) for text, _ in rows)
+        if empty:
+            notes.append(f"{empty} of {len(rows)} texts of {names[part]} have no word; the model sees padding alone.")
         ids = encode([text for text, _ in rows], vocabulary, length)
         pairs[part] = _inputs(ids, options), torch.tensor([classes.index(label) for _, label in rows])
     val, test = pairs.get("val"), pairs.get("test")
@@ -89,6 +92,7 @@ def source_of_rows(parts: dict[str, list[Row]], names: dict[str, str], options: 
         test or val,
         len(classes),
         tuple(classes),
+        tuple(notes),
         task="text-classification",
         preprocessing=Preprocessing(),
         about=about,

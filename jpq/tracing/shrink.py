@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from jpq.tracing.call_sizes import CallSizes, is_call_size, parse_size, resize_calls
 from jpq.tracing.copy_model import copy_model
+from jpq.tracing.forward import collect_tensors
 from jpq.tracing.model_checks import unwrap_model
 from jpq.tracing.network import Network
 from jpq.tracing.open_norms import NormsWithoutStatistics
@@ -212,11 +213,12 @@ class _Trial:
                     outputs = [
                         m(*tree_map(_widen, self.args), **tree_map(_widen, self.kwargs)) for m in (masked, small)
                     ]
-                leaves = [tree_flatten(output)[0] for output in outputs]
+                tensors = [collect_tensors(output) for output in outputs]
         except Exception:
             return False
-        pairs = [(a, b) for a, b in zip(*leaves, strict=True) if isinstance(a, Tensor) and isinstance(b, Tensor)]
-        return all(a.shape == b.shape and _are_close(a, b) for a, b in pairs)
+        if len(tensors[0]) != len(tensors[1]):
+            return False
+        return all(a.shape == b.shape and _are_close(a, b) for a, b in zip(*tensors, strict=True))
 
     def _mask_weights(self, model: nn.Module, sites: Sequence[Site], dropped: Collection[int]) -> None:
         """Set all weights that read a dropped class to zero."""

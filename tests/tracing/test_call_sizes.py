@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -313,6 +314,28 @@ def test_a_size_that_is_also_a_number_stays_frozen() -> None:
     assert channels(network) == ()
     assert "fixed sizes" in network.frozen[int(network.layer("a").outputs[0])]
     assert not network.attributes
+
+
+@dataclass
+class Outcome:
+    values: Tensor
+
+
+class WrongInADataclass(Wrong):
+    def forward(self, x: Tensor) -> Outcome:  # type: ignore[override]
+        return Outcome(super().forward(x))
+
+
+def test_outputs_in_a_dataclass_are_compared_too() -> None:
+    model = WrongInADataclass()
+    network = trace(model, TOKENS)
+    assert channels(network) == (), "the smaller copy runs, and computes something else"
+    free = nn.Sequential(nn.Linear(8, 12), WrongInADataclass())
+    free[1].a = nn.Linear(12, 12)
+    network = trace(free, TOKENS)
+    assert [s.n for s in channels(network)] == [12]
+    randomize(free, TOKENS)
+    assert check_equivalence(free, network, channels(network), TOKENS, 0).difference < 1e-12
 
 
 def test_sizes_that_the_code_computes_itself_are_left_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from zoo import IMAGE, Head, conv
 
 from jpq.tracing import shrink
-from jpq.tracing.shrink import FIXED_SIZE_REASON
+from jpq.tracing.shrink import FIXED_SIZE_REASON, remove_channels
 from jpq.tracing.sites import Site, channels
 from jpq.tracing.trace import trace
 
@@ -84,3 +85,14 @@ def test_the_check_counts_runs_of_a_deep_network(monkeypatch: pytest.MonkeyPatch
     network = trace(Culprits(32, [17]), torch.zeros(1, 3, 4, 4))
     assert len(channels(network)) == 31
     assert len(runs) <= 20, "not one run for each of 32 sites"
+
+
+def test_norms_without_parameters_know_how_many_channels_are_left() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.InstanceNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    network = trace(model, x)
+    small = remove_channels(model, network, channels(network)[0].labels[:3].tolist())
+    assert small[1].num_features == 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of another number of channels than the norm has
+        assert small(x).shape == (2, 4, 6, 6)

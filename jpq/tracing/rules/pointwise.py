@@ -97,6 +97,8 @@ def batch_norm(call: OpCall) -> Dims | list[Dims]:
     dims = call.x
     for name in ("weight", "bias", "running_mean", "running_var"):
         call.bind(call[name], 0, dims[1])
+    if dims[1] is not None and call["weight"] is None and call["running_mean"] is None:
+        call.add_attribute("num_features", len(dims[1]), dims[1])  # torch.nn's InstanceNorm warns of another number
     if call.op in ("aten.batch_norm", "aten.instance_norm"):
         return dims
     statistics: list[Dims] = [[None], [None]]

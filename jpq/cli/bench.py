@@ -150,7 +150,8 @@ def time_models(flags: Bench, console: Console) -> None:
         else:
             file = path / "model.onnx" if path.is_dir() else path
             threads = flags.threads[0] if flags.threads else 1
-            line = f"{format_ms(layer_table.time_model(file, threads, flags.repeats))} in onnxruntime, less an empty call"
+            ms = layer_table.time_model(file, threads, flags.repeats)
+            line = f"{format_ms(ms)} in onnxruntime, less an empty call"
         print_line(console, f"{escape(str(path))}: {line}")
         if path.is_dir() and (path / "plan.json").is_file():
             _compare_models(path, flags, runtimes, console)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from jpq.compression.calibration import observe_modules
 from jpq.export.onnx.export import export_float, export_onnx
+from jpq.export.packed.batchnorm_folding import fold_batchnorms
 from jpq.export.rebuild import build_from_plan
 from jpq.export.timing.kernels import find_float_layers
 from jpq.export.timing.runner import OpenVinoRunner, Runner, take_turns
@@ -122,7 +123,7 @@ def reference_models(
     paths = {name: folder / f"{i}.onnx" for i, name in enumerate((FULL, PRUNED, INT8))}
     export_float(dense, example, paths[FULL])
     export_float(pruned.eval(), example, paths[PRUNED])
-    export_onnx(int8, example, paths[INT8])
+    export_onnx(fold_batchnorms(int8, example), example, paths[INT8])
     return paths
 
 

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from jpq.files import untrusted
 from jpq.tracing.export_graph import restore_attributes
-from jpq.tracing.forward import batch_size, collect_tensors, name_inputs, plain_outputs, split_arguments
+from jpq.tracing.forward import batch_dim, batch_size, collect_tensors, name_inputs, plain_outputs, split_arguments
 from jpq.tracing.inline_subgraphs import inline_subgraphs
 from jpq.tracing.traced_lengths import traced_lengths
 from jpq.types import JpqError
@@ -94,9 +94,12 @@ def capture_program(model: nn.Module, example: Any) -> tuple[dict[str, Any], dic
 
 def _free_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int) -> dict[str, Any]:
     """The dims of each argument that lie along a batch of that size, in torch.export's terms."""
-    sizes = tree_map(
-        lambda v: {0: Dim.AUTO} if isinstance(v, Tensor) and v.dim() and len(v) == size else None, (args, dict(kwargs))
-    )
+
+    def free(leaf: Any) -> dict[int, Any] | None:
+        dim = batch_dim(leaf, size) if isinstance(leaf, Tensor) else None
+        return None if dim is None else {dim: Dim.AUTO}
+
+    sizes = tree_map(free, (args, dict(kwargs)))
     return dict(inspect.signature(model.forward).bind(*sizes[0], **sizes[1]).arguments)
 
 

@@ -13,14 +13,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from jpq.files.paths import expand_home
-from jpq.files.tensors import one_line, read_safetensors, read_torch
+from jpq.files.tensors import ZIP_MAGIC, one_line, read_safetensors, read_torch
 from jpq.files.untrusted import check_file
 from jpq.tasks.weight_names import AVERAGED, Match, Misfit, NamedState, Tensors, equal
 from jpq.types import JpqError
 
 SUFFIXES = (".pth", ".pt", ".th", ".bin", ".ckpt", ".tar", ".pkl", ".safetensors")
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
 DEEP = 4  # dicts within dicts that are searched
+
+HEAD = 64  # bytes that tell what a file is
 
 NAMED = 3  # names that an error lists
 
@@ -64,15 +68,41 @@ def read_weights(path: Path) -> Any:
         raise JpqError(f"There is no weights file '{path}'. Check --weights.")
     if path.name.endswith(".index.json"):
         raise JpqError(f"Weights '{path}' are the index of several files. Save the model's weights in one: {SAVE}.")
+    if path.suffix.lower() == ".npz":
+        raise JpqError(
+            f"Weights '{path}' are arrays of NumPy. Where their names are those of the model's state_dict, save them "
+            f"as tensors: torch.save({{name: torch.from_numpy(a) for name, a in numpy.load('{path.name}').items()}}, "
+            "'weights.pth')."
+        )
     if path.suffix.lower() not in SUFFIXES:
         raise JpqError(f"Weights '{path}' end in '{path.suffix}'; jpq reads {', '.join(SUFFIXES)}, of PyTorch.")
     if not check_file(path):
         raise JpqError(f"Weights '{path}' cannot be read: the file is empty. Copy or download it again.")
+    other = _other_content(path)
+    if other:
+        raise JpqError(f"Weights '{path}' cannot be read: the file is {other}.")
     try:
         return read_safetensors(path) if path.suffix.lower() == ".safetensors" else read_torch(path, True)
     except JpqError as error:
-        reason = one_line(error.__cause__ or error)
+        cause = error.__cause__ or error  # a KeyError's text is the byte that no pickle has there
+        reason = "it is no pickle" if isinstance(cause, KeyError) else one_line(cause).rstrip(".")
         raise JpqError(f"Weights '{path}' cannot be read: {reason}. {_advice(path)}") from error
+
+
+def _other_content(path: Path) -> str:
+    """What a file is where its first bytes show something else than its name, and what to do; else ""."""
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    is_safetensors = path.suffix.lower() == ".safetensors"
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the weights themselves: fetch them with git lfs pull"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, not weights: download it again from its direct link, logged in where that is needed"
+    if not is_safetensors and head[8:10] == b'{"':
+        return "of safetensors: name it so that it ends in .safetensors"
+    if is_safetensors and (head.startswith(ZIP_MAGIC) or (head[:1] == b"\x80" and head[8:9] != b"{")):
+        return "one that torch.save wrote: name it so that it ends in .pth"
+    return ""
 
 
 def tensor_dicts(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -133,9 +163,16 @@ def _misfit_error(by_place: Mapping[str, Tensors], named: NamedState, path: Path
 def _misfit_advice(misfit: Misfit, named: NamedState) -> str:
     """What to do about weights that do not fit: other classes or channels, a part of the model, or another model."""
     layers = {name.rpartition(".")[0] for name in (*misfit.shapes, *misfit.missing)}
+    if not misfit.shapes and misfit.missing and all(name.endswith(STATISTICS) for name in misfit.missing):
+        return f"The file lacks the statistics of norms, which are no parameters: save the whole state, {SAVE}."
     if not misfit.unexpected and not misfit.shapes and len(layers) <= 2 and len(layers) < len(named.own) / 4:
         return (
             f"The file lacks {' and '.join(sorted(layers))}: train the whole model first, and give all of its weights."
+        )
+    if not misfit.shapes and not misfit.missing:
+        return (
+            "All weights of this model are there, and more: give the model that has the others too with --model, or "
+            "save the weights without them."
         )
     weights = [name for name in misfit.shapes if misfit.tensors[name].dim() > 1]
     if misfit.missing or misfit.unexpected or len(layers) != 1 or not weights:
@@ -252,6 +289,12 @@ def _advice(path: Path) -> str:
         return (
             f"It is a whole model ({summary.outer}), not its weights alone: where you trust the file, and its code can "
             f"be imported, model = torch.load('{path.name}', weights_only=False); {SAVE}."
+        )
+    if summary.foreign.startswith("numpy."):
+        return (
+            "Beside tensors it holds arrays of NumPy: where you trust the file, save its weights as tensors, content = "
+            f"torch.load('{path.name}', weights_only=False); torch.save({{name: torch.as_tensor(w) for name, w in "
+            "content.items()}, 'weights.pth'), with content['state_dict'], or the key that they lie under, for content."
         )
     if summary.foreign:
         return (

@@ -18,6 +18,8 @@ UNMASKABLE = "made with a weight that is computed in the model's code, or applie
 
 _MOVES = ("t", "transpose", "permute", "view", "reshape", "contiguous", "unsqueeze", "squeeze", "mT", "numpy_T")
 
+_EXPANSIONS = ("flatten", "unflatten", "expand", "expand_as", "repeat")  # of a weight that stays what it is
+
 _SPREADING = [[op] for op in ("expand", "expand_as", "repeat", "tile", "new_zeros", "new_ones", "new_full")]
 
 _RESHAPING = [[op] for op in ("view", "reshape", "_unsafe_view", "unflatten")]  # they name sizes too
@@ -65,6 +67,13 @@ def _part(state: TraceState, call: LayerCall) -> str:
         if text and state.parameters.get(node) == call.weight:
             return text
     return ""
+
+
+def is_bare_parameter(state: TraceState, weight: Node) -> bool:
+    """Whether a weight is a parameter as it is, or merely moved and expanded."""
+    while weight not in state.parameters and _op_name(weight) in (*_MOVES, *_EXPANSIONS) and weight.all_input_nodes:
+        weight = weight.all_input_nodes[0]
+    return weight in state.parameters
 
 
 def _op_name(node: Node) -> str:

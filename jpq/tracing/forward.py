@@ -142,6 +142,15 @@ def batch_size(example: Any) -> int:
     return next((max(int(t.shape[0]), 1) for t in collect_tensors(example) if t.dim() > 0), 1)
 
 
+def batch_dim(tensor: Tensor, size: int) -> int | None:
+    """The dim of an input or output that lies along a batch of that size; None where there is none.
+
+    It is the first, or the second of three: states of recurrent layers are [layers, batch, units].
+    """
+    dims = [d for d in (0, *([1] if tensor.dim() == 3 else [])) if tensor.dim() and tensor.shape[d] == size]
+    return dims[0] if dims else None
+
+
 def take_samples(example: Any, first: int, last: int) -> Any:
     """The samples `first` to `last` - 1 of an example; what has no row for each sample stays as it is."""
     if isinstance(example, Tensor):

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from jpq.tracing.contractions import Contraction, contractions
+from jpq.tracing.float_work import is_bare_parameter
 from jpq.tracing.network import LayerKind
 from jpq.tracing.op_call import Dims, LayerCall, OpCall, ProductCall, TraceState, shape_of
 from jpq.types import NONE, Labels
@@ -73,7 +74,7 @@ def _layer(call: OpCall, contraction: Contraction, place: int) -> LayerCall:
     sizes, labels = contraction.sizes, contraction.labels
     for n in summed:
         call.freeze(labels.get(n), f"summed over by {call.op}")
-    is_parameter = weight in call.state.parameters
+    what = "bare parameter" if is_bare_parameter(call.state, weight) else "computed weight"
     return LayerCall(
         node=call.node,
         weight=source,
@@ -86,7 +87,7 @@ def _layer(call: OpCall, contraction: Contraction, place: int) -> LayerCall:
         stride=(),
         size=(),
         positions=tuple(labels[n] for n in rest if n in labels),
-        float_reason=f"{call.op} {'with a bare parameter' if is_parameter else 'with a computed weight'}",
+        float_reason=f"{call.op} with a {what}",
         key=f"{call.op} {contraction.name} {call.state.expression(weight)}",
     )
 

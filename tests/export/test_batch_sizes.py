@@ -166,3 +166,32 @@ def test_len_is_pythons_own_after_an_error():
     with pytest.raises(ZeroDivisionError), traced_lengths():
         raise ZeroDivisionError
     assert builtins.len is own
+
+
+class Streaming(nn.Module):
+    """A recurrent layer that takes its last states, [1, batch, units], and gives the new ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x, h, c):
+        y, (h, c) = self.cells(x, (h, c))
+        return self.head(y), h, c
+
+
+@torch.no_grad()
+def test_states_of_recurrent_layers_take_any_batch(tmp_path):
+    def inputs(count):
+        return torch.randn(count, 5, 4), torch.randn(1, count, 6), torch.randn(1, count, 6)
+
+    torch.manual_seed(0)
+    small = jpq.compress(Streaming().eval(), inputs(2), bops="6%", steps=1).finalize().eval()
+    jpq.export_onnx(small, inputs(2), tmp_path / "m.onnx")
+    jpq.save(small, tmp_path / "kept")
+    loaded, _ = jpq.load(tmp_path / "kept")
+    for count in (1, 2, 7):
+        x = inputs(count)
+        expected = small(*x)
+        for found in (loaded(*x), Session(tmp_path / "m.onnx", optimised=False)(*x), Session(tmp_path / "m.onnx")(*x)):
+            torch.testing.assert_close(tuple(found), expected)

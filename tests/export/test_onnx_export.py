@@ -263,3 +263,11 @@ def test_quant_nodes_written_out_are_those_of_the_specification():
 def test_output_bits_outside_are_refused(bits):
     with pytest.raises(JpqError, match="outside 2 to 8"):
         quantized(Residual, 4, bits)
+
+
+@pytest.mark.parametrize("write", [export_onnx, export_qonnx])
+def test_files_of_other_precisions_are_refused_in_a_sentence(write, tmp_path):
+    small = quantized(Small, 4).finalize().double()
+    with pytest.raises(JpqError, match=r"float64.*model\.float\(\)"):
+        write(small, EXAMPLE.double(), tmp_path / "m.onnx")
+    write(small.float(), EXAMPLE, tmp_path / "m.onnx")

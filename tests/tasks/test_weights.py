@@ -147,7 +147,11 @@ def test_half_precision_is_cast_exactly(tmp_path):
         (net(7).state_dict(), "They have 7 outputs in layer '5', and the data 4 classes: .* with 4 outputs"),
         (net(4, 1).state_dict(), "They take 1 channels in layer '0', and the images have 3"),
         ({n: v for n, v in GIVEN.items() if not n.startswith("5")}, "2 missing .*The file lacks 5: train the whole"),
-        ({**GIVEN, "6.weight": torch.ones(3)}, r"1 unexpected \(6.weight\)"),
+        (
+            {**GIVEN, "6.weight": torch.ones(3)},
+            r"1 unexpected \(6.weight\).*All weights of this model are there",
+        ),
+        (dict(TRAINED.named_parameters()), "missing .*lacks the statistics of norms, .*save the whole state"),
         (behind("model.", net(7).state_dict()), "7 outputs in layer '5'"),
         ({"student": GIVEN, "teacher": shifted()}, r"'student' and 'teacher'.*torch.load\('w.pth'\)\['student'\]"),
         ({**behind("a."), **behind("b.", shifted())}, "names behind 'a.' and 'b.'"),
@@ -177,7 +181,7 @@ def follow(advice: str, folder: Path) -> Tensors:
     )
     assert statements, advice
     code = statements[1].replace("'w.", f"'{folder}/w.").replace("'weights.pth'", f"'{folder}/weights.pth'")
-    exec(code, {"torch": torch})
+    exec(code, {"torch": torch, "numpy": np})
     return torch.load(folder / "weights.pth")
 
 
@@ -198,6 +202,37 @@ def test_the_advice_for_other_objects_and_programs_is_right(tmp_path):
     with pytest.raises(JpqError, match="It is a TorchScript program") as caught:
         load_weights(net(), tmp_path / "w.pt")
     assert follow(str(caught.value), tmp_path).keys() == GIVEN.keys()
+
+
+def test_the_advice_for_arrays_is_right(tmp_path):
+    arrays = {name: value.numpy() for name, value in GIVEN.items()}
+    torch.save(arrays, tmp_path / "w.pth")
+    np.savez(tmp_path / "w.npz", **arrays)
+    for name, words in (("w.pth", "Beside tensors it holds arrays of NumPy"), ("w.npz", "are arrays of NumPy")):
+        with pytest.raises(JpqError, match=words) as caught:
+            load_weights(net(), tmp_path / name)
+        assert follow(str(caught.value), tmp_path).keys() == GIVEN.keys()
+        load_weights(net(), tmp_path / "weights.pth")
+
+
+def test_files_whose_names_say_something_else(tmp_path):
+    safetensors.torch.save_file(GIVEN, tmp_path / "w.safetensors")
+    torch.save(GIVEN, tmp_path / "w.pt")
+    torch.save(GIVEN, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    contents = {
+        "p.safetensors": (pointer, "a pointer of Git LFS.*git lfs pull"),
+        "p.bin": (pointer, "a pointer of Git LFS.*git lfs pull"),
+        "page.pth": (b"\n<!DOCTYPE html><html>Sign in</html>", "a web page.*download it again"),
+        "words.pth": (b"<weights>", "it is no pickle"),
+        "s.pth": ((tmp_path / "w.safetensors").read_bytes(), "ends in .safetensors"),
+        "t.safetensors": ((tmp_path / "w.pt").read_bytes(), "torch.save wrote.*ends in .pth"),
+        "u.safetensors": ((tmp_path / "old.pt").read_bytes(), "torch.save wrote.*ends in .pth"),
+    }
+    for name, (content, words) in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(JpqError, match=words):
+            load_weights(net(), tmp_path / name)
 
 
 def test_files_that_are_no_weights(tmp_path):

@@ -197,6 +197,23 @@ def test_layers_with_bare_and_computed_weights_have_names() -> None:
     assert names("multihead") == ["a.in_proj_weight", "a.out_proj"] or names("multihead") == ["a", "a.out_proj"]
 
 
+@pytest.mark.parametrize(("scale", "words"), [(None, "with a bare parameter"), (0.5, "with a computed weight")])
+def test_learned_queries_are_named_as_what_they_are(scale: float | None, words: str) -> None:
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key = nn.Parameter(torch.randn(5, 16)), nn.Linear(6, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            query = self.query if scale is None else (self.query * scale).tanh()
+            query, key = (t.unflatten(-1, (4, 4)).transpose(-2, -3) for t in (query, self.key(x)))
+            return query @ key.mT
+
+    layers = {layer.name: layer for layer in trace(Queries().eval(), torch.randn(2, 3, 6)).layers}
+    assert layers["query"].float_reason == f"aten.matmul {words}"
+    assert layers["query"].macs == 5 * 16 * 3
+
+
 def test_products_are_named_after_their_module() -> None:
     network = trace(*built("windows"))
     assert [(p.name, p.macs) for p in network.products] == [("matmul", 4 * 2 * 16 * 16 * 4), ("matmul_2", 8192)]

@@ -44,6 +44,7 @@ from jpq.methods.quantizers import act_quantizer, result_quantizer, weight_quant
 from jpq.tracing.checkpointing import without_reentrant_checkpoints
 from jpq.tracing.forward import (
     as_plain_nest,
+    batch_dim,
     collect_tensors,
     hook_modules,
     name_inputs,
@@ -86,7 +87,8 @@ def export_onnx(
     A single input is called "input", a single output "output". Several inputs have the names that `forward` gives
     them, several outputs the keys of their dict, or output_0, output_1, ...
 
-    Raises JpqError for widths above 8 bits, and for a file that onnx cannot store in narrower types.
+    Raises JpqError for widths above 8 bits, for weights that are not float32, and for a file that onnx cannot store in
+    narrower types.
     """
 
     def rewrite(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -99,6 +101,7 @@ def export_onnx(
         separate_additions(model)
         return model
 
+    _check_single_precision(small)
     for layer in [m for m in small.modules() if hasattr(m, "weight_quant")]:
         bits = max(float(grid.width()) for grid in (weight_quantizer(layer), act_quantizer(layer)))
         if bits > MAX_BITS:
@@ -125,7 +128,18 @@ def export_qonnx(small: nn.Module, example: Any, path: str | Path) -> None:
         fold_constants(model)
         return model
 
+    _check_single_precision(small)
     _write(small, first_samples(example, 1), Path(path), brevitas_qonnx, rewrite, dynamic=False)
+
+
+def _check_single_precision(small: nn.Module) -> None:
+    """Raise JpqError where weights are in another precision than QuantizeLinear takes."""
+    for name, p in small.named_parameters():
+        if p.is_floating_point() and p.dtype is not torch.float32:
+            raise JpqError(
+                f"Parameter '{name}' is in {p.dtype}, and ONNX quantizes float32 only. Export model.float() with "
+                "float32 examples."
+            )
 
 
 def export_float(model: nn.Module, example: Any, path: str | Path) -> None:
@@ -154,7 +168,8 @@ def _write(
     plain = len(inputs) == len(args) and isinstance(output, Tensor) and not _has_other_defaults(model, len(args))
     input_names, output_names = _input_names(model, args, kwargs), _output_names(output)
     values = zip([*input_names, *output_names], [*inputs, *collect_tensors(output)], strict=True)
-    axes = {name: {0: "batch"} for name, t in values if t.dim() > 0 and len(t) == len(inputs[0])}
+    dims = {name: batch_dim(t, len(inputs[0])) for name, t in values}
+    axes = {name: {dim: "batch"} for name, dim in dims.items() if dim is not None}
     if any_size:
         outputs = dict(zip(output_names, collect_tensors(output), strict=True))
         axes = add_sides(axes, dict(zip(input_names, inputs, strict=True)), outputs)

@@ -275,7 +275,7 @@ def _no_metric(error: JpqError) -> str:
 
 def _samples(data: Data) -> str:
     """The test split in words."""
-    return f"{data.test.size} test {data.task.sample_name}s of {data.name}"
+    return f"{data.test.size} test {data.task.sample_names} of {data.name}"
 
 
 def _calibration(data: Data) -> list[Any]:
@@ -323,5 +323,5 @@ def _timing_table(times: Sequence[Timing], metric_name: str, metrics: Mapping[tu
         for t in times
     ]
     metric = (metric_name,) if metrics else ()
-    columns = (Column("model", align="left"), "median", "p95", "speed", *metric, "in float", "file")
+    columns = (Column("model", align="left"), "median", Column("p95", optional=1), "speed", *metric, "in float", "file")
     return table(columns, rows, title=_setting(times[0]))

@@ -122,9 +122,21 @@ def describe_metric(data: Any, split: str, outputs: list[Any]) -> str:
     batches, task = data.test if split == "test" else data.held_out, data.task
     replayed = iter(outputs)
     score, others = task.evaluate_all(lambda *_, **__: next(replayed), batches)
-    more = ", ".join(f"{name} {format_value(value, unit)}" for name, (value, unit) in others.items())
+    more = ", ".join(
+        f"{name} {format_value(value, unit)}{_in_unit(data, name, value)}" for name, (value, unit) in others.items()
+    )
     metric = format_metric(task, score) + (f" ({more})" if more else "")
-    return str(task.report(metric, f"{batches.size} {split} {task.sample_name}s of {data.name}"))
+    return str(task.report(metric, f"{batches.size} {split} {task.sample_names} of {data.name}"))
+
+
+def _in_unit(data: Any, name: str, value: float) -> str:
+    """What an error of standardised targets is in the target's own unit, in words; "" for other metrics and data."""
+    from jpq.results.formatting import format_value
+
+    std = data.about.get("target_std")
+    if name != "RMSE" or std is None:
+        return ""
+    return f" standard deviations, {format_value(value * float(std), '')} in the target's unit"
 
 
 def _agreement(task: Any, outputs: list[Any], reference_outputs: list[Any]) -> str:
@@ -206,10 +218,10 @@ def _check_fits(file: Path, session: Any, data: Any) -> None:
         size = "x".join(map(str, data.shape))
         reason = " ".join(str(error).split())[:160]
         raise JpqError(
-            f"{file} cannot take batches of {size} {data.task.sample_name}s, as {data.name} has them: {reason}"
+            f"{file} cannot take batches of {size} {data.task.sample_names}, as {data.name} has them: {reason}"
         ) from error
     samples = batch_size(x)
     if not data.task.fits(out, samples, data.classes):
         shape = "several tensors" if isinstance(out, tuple) else "x".join(map(str, out.shape))
         row = data.task.row_text(data.classes)
-        raise JpqError(f"{file} gives {shape} for {samples} {data.task.sample_name}s, not {row} for each.")
+        raise JpqError(f"{file} gives {shape} for {samples} {data.task.sample_names}, not {row} for each.")

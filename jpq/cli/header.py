@@ -30,7 +30,7 @@ def header(run: RunDescription) -> RenderableType:
             f"{escape(run.model)}: {format_number(run.parameters)} parameters, {layers}, "
             f"{format_number(run.macs)} MACs a sample",
         ),
-        ("data", f"{escape(run.data)}: {sizes}; samples of {shape}, {run.classes} outputs"),
+        ("data", f"{escape(run.data)}: {sizes}; samples of {shape}, {run.classes} output{'s' * (run.classes != 1)}"),
         *([("task", escape(run.task))] if run.task else []),
         ("method", escape(run.method)),
         ("target", escape(describe_targets(run.targets)) or "none: bits and channels are given"),

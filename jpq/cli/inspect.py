@@ -31,6 +31,8 @@ MAX_ROWS = 26  # largest number of rows of a table; longer models are summed up 
 MAX_PARTS = 16  # largest number of parts of a model that is summed up
 MAX_NAMES = 3  # largest number of layers that a cell names
 
+READING = ("task", "image_size", "noise", "scale", "target_column")  # flags that say how --data are read
+
 T = TypeVar("T")
 
 
@@ -51,6 +53,16 @@ class Inspect:
     """A data set that says both instead."""
     data_root: Path = Path("data")
     """Where data sets lie, or are downloaded to."""
+    task: str = ""
+    """What the data are for, as for jpq optimize (restoration, say). Default: as the data say."""
+    image_size: tuple[int, ...] = ()
+    """Size that images of --data are brought to, as 224 (a square) or 192 256 (height, width)."""
+    noise: float = 0.0
+    """For --data that are clean images to be restored: the noise that jpq optimize adds, of 255."""
+    scale: int = 1
+    """For --data that are clean images to be restored: how many times smaller the input is."""
+    target_column: str = ""
+    """For --data table:FILE.csv: the column that is predicted."""
     open_norms: bool = False
     """Count channels inside the averages of LayerNorm, RMSNorm and GroupNorm as free (see jpq optimize --help)."""
     all: bool = False
@@ -83,7 +95,8 @@ def model_and_example(flags: Any) -> tuple[nn.Module, Any]:
     from jpq.tasks.data import load
 
     shape, classes = models.usual_input(flags.model) or (None, 1000)
-    data = None if flags.data is None else load(flags.data, flags.data_root)
+    reading = {key: getattr(flags, key) for key in READING if getattr(flags, key, None)}
+    data = None if flags.data is None else load(flags.data, flags.data_root, **reading)
     if data is not None:
         shape, classes = data.shape, data.classes
     shape, classes = flags.input_shape or shape, flags.classes or classes

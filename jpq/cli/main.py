@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code of one command: 0, 2 for bad input, 130 and 143 for Ctrl-C and SIGTERM."""
     args = list(sys.argv[1:] if argv is None else argv)
     _print_any_character()
-    console, errors = Console(), Console(stderr=True)
+    console, errors = (Console(stderr=stderr, emoji=False) for stderr in (False, True))  # else text:notes: is a note
     try:
         with Interruption() as stop:
             try:
@@ -101,7 +101,7 @@ def _dispatch(args: list[str], console: Console) -> int:
     else:
         close = difflib.get_close_matches(args[0], COMMANDS, n=2, cutoff=0.4)
         hint = f"Did you mean {' or '.join(close)}?" if close else f"Choose from {', '.join(COMMANDS)}."
-        _print_error(Console(stderr=True), f"Unknown command '{args[0]}'. {hint} See jpq --help.")
+        _print_error(Console(stderr=True, emoji=False), f"Unknown command '{args[0]}'. {hint} See jpq --help.")
         return 2
     return 0
 

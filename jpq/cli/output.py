@@ -35,7 +35,7 @@ class Column:
 
     def width(self, cells: Sequence[str]) -> int:
         """Characters of the widest cell, heading included."""
-        return max(cell_len(Text.from_markup(cell).plain) for cell in (self.name, self.footer, *cells))
+        return max(cell_len(Text.from_markup(cell, emoji=False).plain) for cell in (self.name, self.footer, *cells))
 
 
 def text_column(name: str, footer: str = "", optional: int = 0) -> Column:
@@ -130,7 +130,7 @@ class FittedTable(Table):
         for i, column in enumerate(specs):
             if not column.shorten or over <= 0:
                 continue
-            names = [Text.from_markup(row[i]).plain for row in cells]
+            names = [Text.from_markup(row[i], emoji=False).plain for row in cells]
             room = max(min(widths[i], LEAST_TEXT), widths[i] - over)
             over -= widths[i] - room
             for row, name in zip(cells, shorten_names(names, room), strict=True):

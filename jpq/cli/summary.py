@@ -283,7 +283,7 @@ def _decisions(check: Mapping[str, Any]) -> int:
 def _agreement_text(check: Mapping[str, Any], task: Task | None) -> str:
     """How many decisions are equal: "449 of 449 test images", or "38,000 of 38,400 pixels of 10 test images"."""
     images, total = check["images"], _decisions(check)
-    samples = f"test {'image' if task is None else task.sample_name}s"
+    samples = f"test {'images' if task is None else task.sample_names}"
     same = total - check["argmax_differs"]
     if task is None or total == images:
         return f"{same:,} of {total:,} {samples}"

@@ -287,8 +287,8 @@ def underuse_note(targets: Sequence[Target], net: CompressedModel, plan: Plan) -
     tightest = max(targets, key=lambda t: used_share(t, uses))
     more = "one more unit" if net.multiple == 1 else f"{net.multiple} more channels"
     return (
-        f"{float(used):.1%} of {tightest.flag} {tightest.text} is used: every decision is at its largest, or the next "
-        f"single step (one more bit somewhere, or {more}) would exceed a target."
+        f"{100 * float(used):.1f} % of {tightest.flag} {tightest.text} is used: every decision is at its largest, or "
+        f"the next single step (one more bit somewhere, or {more}) would exceed a target."
     )
 
 

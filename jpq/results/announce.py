@@ -92,7 +92,7 @@ def note_batchnorm(found: BatchStatistics | None, task: Task, run: RunState) -> 
     if found is not None:
         run.notes.append(
             "BatchNorm keeps the float model's statistics: measured anew on batches of "
-            f"{found.samples} {task.sample_name}s they change its {task.metric_name} from "
+            f"{found.samples} {task.sample_names} they change its {task.metric_name} from "
             f"{format_metric(task, found.own)} to {format_metric(task, found.batches)}. --batchnorm batch measures "
             "them anew all the same."
         )

@@ -114,6 +114,8 @@ def readme_text(result: Result) -> str:
     metric = f"Made by `{result.command}`."
     embedded = "The file normalises its input itself: give pixels / 255." if result.export.get("normalization") else ""
     lines = [f"# {data.get('name', 'model')}: {result.method}", "", metric, embedded, ""]
-    lines += ["`model.onnx` on one input (`python -m pip install onnxruntime pillow`):", ""]
-    lines += ["```python", run_code(data, result.export.get("sizes") == "any").rstrip("\n"), "```", ""]
+    code = run_code(data, result.export.get("sizes") == "any")
+    packages = "onnxruntime pillow" if "PIL" in code else "onnxruntime"
+    lines += [f"`model.onnx` on one input (`python -m pip install {packages}`):", ""]
+    lines += ["```python", code.rstrip("\n"), "```", ""]
     return "\n".join(line for n, line in enumerate(lines) if line or not n or lines[n - 1])

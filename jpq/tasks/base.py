@@ -69,7 +69,10 @@ class Task(ABC):
 
     def metric(self, output: Tensor, target: Tensor) -> Tensor:
         """Metric of each sample's output, `[B]`; the metric of a split is the mean over its samples."""
-        raise NotImplementedError(f"{type(self).__name__} has neither metric nor summarize.")
+        raise JpqError(
+            f"Task '{self.name}' has no metric: give its class metric(output, target), a number per sample, or "
+            "summarize(pairs)."
+        )
 
     def summarize(self, pairs: Iterable[Pair]) -> float:
         """Metric of a split from the (outputs, targets) of its batches, which are read once and in order.
@@ -148,6 +151,11 @@ class Task(ABC):
         return metric if self.higher_is_better else -metric
 
     @property
+    def sample_names(self) -> str:
+        """Several samples, in words."""
+        return self.sample_name + ("es" if self.sample_name.endswith(("s", "x", "ch", "sh")) else "s")
+
+    @property
     def score_bounds(self) -> tuple[float, float]:
         """Smallest and largest score."""
         low, high = sorted(self.score(bound) for bound in self.metric_bounds)
@@ -185,9 +193,10 @@ class Task(ABC):
             raise JpqError(f"A split without a single batch has no {self.metric_name}; give data with samples in it.")
         value = float(self.summarize(_before(first, pairs)))
         if math.isnan(value):
+            batches = f"{pairs.batches} batch{'es' * (pairs.batches != 1)}"
             raise JpqError(
-                f"The {self.metric_name} of {pairs.batches} batches is not a number; look for NaN in the model's "
-                f"outputs and in the targets, and for a split in which {self.metric_name} is not defined."
+                f"The {self.metric_name} of {batches} is not a number; look for NaN in the model's outputs and in the "
+                f"targets, and for a split in which {self.metric_name} is not defined."
             )
         return value
 

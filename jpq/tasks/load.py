@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from jpq.config import Config
-from jpq.tasks import models, with_task
+from jpq.tasks import CLASSIFICATION, models, with_task
 from jpq.tasks.data import Data
 from jpq.tasks.data import load as load_data
+from jpq.tasks.loaders import sample_of
 from jpq.tasks.published_weights import load_named_weights
 from jpq.tracing.decompose import decompose
 from jpq.tracing.forward import call_model
@@ -59,9 +60,31 @@ def load_dense_model(config: Config, data: Data, device: torch.device, notes: li
             notes.extend(about)
     models.check_fits(model, data.example, data.classes, data.task)
     cut = fit_sizes(data, model.eval())
+    check_targets_fit(data, model)
     if notes is not None:
         notes.extend(cut)
     return (plain or decompose(model, data.example)).eval()
+
+
+def check_targets_fit(data: Data, model: nn.Module) -> None:
+    """Raise JpqError where the targets of two samples of a part do not fit the model's outputs, as of other sizes.
+
+    And where the loss is not one number.
+
+    So a part that is read last of all ends the run before its training begins.
+    """
+    if data.task is CLASSIFICATION:  # class numbers have no size
+        return
+    for name, split in (("training", data.train), ("held-out", data.held_out), ("test", data.test)):
+        x, target = sample_of(split, 2)
+        try:
+            with torch.no_grad():
+                loss = data.task.output_loss(call_model(model, x), target)
+            if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+                shape = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+                raise JpqError(f"The loss of task '{data.task.name}' is {shape}; it must be one number, the mean.")
+        except JpqError as error:
+            raise JpqError(f"The {name} part of '{data.name}': {error}") from error
 
 
 def fit_sizes(data: Data, model: Callable[..., Any]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import refused
 from rich.console import Console
 
 from jpq.cli.header import describe_targets, header
@@ -50,6 +51,17 @@ def shown(width: int, terminal: bool = False) -> str:
         display.warn("The float model is near chance.")
     text = console.file.getvalue()  # type: ignore[attr-defined]
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+def test_names_with_colons_are_no_pictures(capsys: Captured) -> None:
+    """Rich shows :notes: as a picture."""
+    assert "':notes:' is not there" in refused(["inspect", "--data", "folder::notes:"], capsys)
+
+
+def test_one_output_is_no_outputs() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(header(replace(ABOUT, classes=1)))
+    assert ", 1 output\n" in re.sub(" +\n", "\n", console.file.getvalue())  # type: ignore[attr-defined]
 
 
 def test_the_header_says_what_the_data_were_taken_for() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,3 +184,19 @@ def test_inspect(args: list[str], words: list[str], capsys: Captured, monkeypatc
 )
 def test_bad_input(args: list[str], words: str, capsys: Captured) -> None:
     assert words in refused(["inspect", *args], capsys)
+
+
+def test_data_that_need_flags_are_inspected_with_them(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("t.csv").write_text("a,b,price\n" + "".join(f"{i},{i % 7},{i * 1.5}\n" for i in range(40)))
+    Path("rowsnet.py").write_text(
+        "from torch import nn\ndef net(classes, channels):\n"
+        "    return nn.Sequential(nn.Linear(channels, 8), nn.ReLU(), nn.Linear(8, classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    args = ["inspect", "--model", "rowsnet:net", "--data", "table:t.csv"]
+    assert "--target-column price" in refused(args, capsys)
+    assert main([*args, "--target-column", "price"]) == 0
+    assert "rowsnet:net, 2" in capsys.readouterr().out

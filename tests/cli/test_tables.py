@@ -11,9 +11,11 @@ import pytest
 from made_runs import result
 from rich.console import Console, RenderableType
 
+from jpq.cli.bench import _timing_table
 from jpq.cli.main import main
 from jpq.cli.output import Column, name_column, table, text_column
 from jpq.cli.summary import MAX_ROWS, layer_table, summary
+from jpq.export.timing.compare import Timing
 from jpq.results.formatting import format_number, shorten_middle, shorten_names
 from jpq.results.record import LayerRecord
 
@@ -135,3 +137,10 @@ def test_inspection_of_a_deep_model_fits(capsys: pytest.CaptureFixture[str], mon
     assert max(map(len, out.splitlines())) <= 80
     layers = out[: out.index("can go together")]
     assert len(re.findall(r" \d\S* [KMG]  +\d+\.\d % *$", layers, re.M)) == 53, "whole figures for each layer"
+
+
+def test_times_with_a_long_metric_fit_the_screen() -> None:
+    timing = Timing("fp32, pruned", "onnxruntime", 1, 1, 0.00911, 0.0181, 0.009, 1.22, 3, 3, 5110, 5)
+    shown = render(_timing_table([timing], "angle error", {("fp32, pruned", "onnxruntime"): "3.735 deg"}), 70)
+    assert all(cell in shown for cell in ("0.00911 ms", "1.22x", "3.735 deg", "3 of 3", "5.11 KB"))
+    assert "p95" not in shown

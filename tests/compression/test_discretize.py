@@ -94,6 +94,8 @@ def test_uses_97_percent_at_the_budgets_that_people_ask_for():
             plan = discretize.discretize(shared_net(), targets)
             assert FULL_USE <= used_share(targets[0], shared_net().exact_usage(plan)) <= 1
             assert discretize.underuse_note(targets, shared_net(), plan) is None
+    loose = parse_targets({"bops": "50%"}, shared_net().exact_usage())
+    assert str(discretize.underuse_note(loose, shared_net(), plan)).startswith("0.5 % of --target-bops 50% is used: ")
 
 
 def test_changes_nothing_where_the_decisions_already_fit():

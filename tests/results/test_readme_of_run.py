@@ -103,6 +103,7 @@ def test_the_readme_of_a_table_gives_the_target_in_its_units(tmp_path):
     (result.folder / "row.csv").write_text(",".join(["0.01"] * 10))
     value = float(execute(result.folder).strip("[]"))
     assert 20 < value < 350  # the targets go from 25 to 346
+    assert "pip install onnxruntime`" in (result.folder / "README.md").read_text()  # and no package for images
 
 
 @pytest.mark.slow

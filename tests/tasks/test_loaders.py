@@ -15,6 +15,7 @@ from jpq.config import Budget, Config, Run, Task, Train
 from jpq.recipe import optimize
 from jpq.tasks import Task as AnyTask
 from jpq.tasks.data import load
+from jpq.tasks.load import load_dense_model, read_data
 from jpq.tasks.loaders import LoaderBatches
 from jpq.types import JpqError
 
@@ -334,3 +335,62 @@ def test_class_numbers_of_an_own_task_are_counted(monkeypatch, targets, outputs)
     name = served(monkeypatch, {"train": loader, "held_out": loader, "test": loader})
     monkeypatch.setattr(sys.modules["served"], "Own", Own, raising=False)
     assert load(name, task="served:Own").classes == outputs
+
+
+class Rowwise(Own):
+    """A loss that is no mean."""
+
+    def loss(self, output, target):
+        return torch.nn.functional.cross_entropy(output, target, reduction="none")
+
+
+class Unmeasured(AnyTask):
+    """A task without a metric."""
+
+    name, metric_name, sample_name = "unmeasured", "score", "patch"
+
+    def loss(self, output, target):
+        return Own().loss(output, target)
+
+
+def shifted(images):
+    """Pairs of an image and its target; targets are the images themselves."""
+    return DataLoader(TensorDataset(images, images), batch_size=7)
+
+
+IMAGES = torch.rand(14, 3, 8, 8)
+NUMBERS = torch.arange(30) % 4
+
+
+@pytest.mark.parametrize(
+    ("test", "task", "words"),
+    [
+        ([(IMAGES[:7], IMAGES[:7, :, :7])], "", "^The test part of 'served:data': Task 'restoration' reads images"),
+        ([(IMAGES[:7], torch.rand(7, 3, 8, 7))], "", "^The test part of .* \\[2, 3, 8, 7\\]"),
+    ],
+)
+def test_targets_of_any_part_are_compared_with_the_outputs_before_training(monkeypatch, tmp_path, test, task, words):
+    name = served(monkeypatch, {"train": shifted(IMAGES), "held_out": shifted(IMAGES), "test": test})
+    monkeypatch.setattr(sys.modules["served"], "net", lambda: torch.nn.Conv2d(3, 3, 3, padding=1), raising=False)
+    config = Config(task=Task(data=name, model="served:net", task=task), run=Run(out=tmp_path))
+    with pytest.raises(JpqError, match=words):
+        load_dense_model(config, read_data(config, CPU), CPU)
+
+
+def test_a_loss_that_is_no_single_number_is_refused_before_training(monkeypatch, tmp_path):
+    loader = DataLoader(TensorDataset(ROWS, NUMBERS), batch_size=7)
+    name = served(monkeypatch, {"train": loader, "held_out": loader, "test": loader})
+    monkeypatch.setattr(sys.modules["served"], "Rowwise", Rowwise, raising=False)
+    monkeypatch.setattr(sys.modules["served"], "net", lambda: torch.nn.Linear(ROWS.shape[1], 4), raising=False)
+    config = Config(task=Task(data=name, model="served:net", task="served:Rowwise"), run=Run(out=tmp_path))
+    with pytest.raises(JpqError, match=r"The loss of task 'own' is \[2\]; it must be one number"):
+        load_dense_model(config, read_data(config, CPU), CPU)
+
+
+def test_a_task_without_a_metric_is_refused_in_a_sentence():
+    with pytest.raises(JpqError, match="Task 'unmeasured' has no metric: give its class metric"):
+        Unmeasured().evaluate(lambda x: x, [(torch.rand(4, 2), torch.zeros(4))])
+
+
+def test_the_plural_of_samples():
+    assert (Unmeasured().sample_names, Own().sample_names) == ("patches", "images")

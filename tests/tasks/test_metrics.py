@@ -80,7 +80,7 @@ def test_r2_is_that_of_the_split_and_rmse_is_shown_beside_it():
     assert float(NUMBERS.loss(output, target)) == pytest.approx(0.25)
     with pytest.raises(JpqError, match=r"numbers \[4, 1\], as the outputs are, and the targets of a batch are .*\[3\]"):
         NUMBERS.loss(output, target[:3])
-    with pytest.raises(JpqError, match="R² of 1 batches is not a number"):
+    with pytest.raises(JpqError, match="R² of 1 batch is not a number"):
         evaluated(NUMBERS, (output, torch.ones(4)))
 
 

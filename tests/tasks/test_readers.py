@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from jpq.cli.evaluate import describe_metric
 from jpq.tasks.batches import MaskAugment
 from jpq.tasks.data import load
 from jpq.tasks.readers.restoration import Degradation
@@ -234,6 +236,23 @@ def test_two_folders_of_one_name_each_are_classes_and_the_run_says_how_to_restor
 
 
 @pytest.mark.parametrize(
+    ("names", "task"), [(("images", "masks"), "segmentation"), (("input", "target"), "restoration")]
+)
+def test_pairs_of_folders_inside_of_parts_are_classes_and_the_run_says_where_they_belong(tmp_path, names, task):
+    for part in ("train", "test"):
+        for name in names:
+            photos(tmp_path, ((10, 12),) * 6, f"{part}/{name}")
+    data = load(f"folder:{tmp_path}")
+    assert (data.task.name, data.class_names) == ("classification", names)
+    wanted = f"For {task} put the parts into these folders: PATH/{names[0]}/test and PATH/{names[1]}/test."
+    assert data.notes[-1].endswith(wanted)
+    for part in ("train", "test"):
+        for file in (tmp_path / part / names[1]).iterdir():
+            file.rename(file.with_name(f"other_{file.name}"))
+    assert not load(f"folder:{tmp_path}").notes
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"task": "restoration"}, "noise.*25 or .*scale.*2"),
@@ -421,11 +440,22 @@ def changed(row: int, column: int, value: object) -> list[list[object]]:
         (house_rows()[:1], "price", "no rows"),
         ([*house_rows(), [1, 2]], "price", "Row 62 .* has 2 values"),
         ([["name", "y"], *([f"n{i}", 1.5 * i] for i in range(60))], "y", "60 different texts"),
+        (changed(3, 2, "7,5"), "price", "Column 'price' of .* holds numbers, and '7,5'"),
+        ([["x", "y"], *([i, f"{i},5"] for i in range(60))], "y", "Column 'y' of .* holds decimal commas, as '0,5'"),
+        ([["x", "y"], *([f"{i % 9},5", i] for i in range(60))], "y", "Column 'x' of .* holds decimal commas"),
     ],
 )
 def test_bad_tables_are_refused_in_one_sentence(tmp_path, rows, target, words):
     with pytest.raises(JpqError, match=words):
         load(table(tmp_path / "t.csv", rows), target_column=target)
+
+
+def test_the_error_of_a_table_is_given_in_the_unit_of_its_target(tmp_path):
+    data = load(table(tmp_path / "t.csv", house_rows()), target_column="price")
+    sentence = describe_metric(data, "test", [torch.zeros(len(y), 1) for _, y in data.test])
+    figures = re.search(r"RMSE (\S+) standard deviations, (\S+) in the target's unit", sentence).groups()
+    share, error = map(float, figures)
+    assert error == pytest.approx(share * data.about["target_std"], rel=1e-3)
 
 
 def test_california_is_not_bundled():
@@ -467,6 +497,7 @@ def test_series_of_the_ucr_archive(tmp_path):
         ({"x": np.zeros((4, 3)), "y": np.full(4, np.nan)}, "y of train in .* holds NaN"),
         ({"x": np.zeros((4, 3)), "y": np.eye(4)}, "one-hot rows"),
         ({"x": np.zeros((9, 3)), "y": np.zeros(9)}, "are of one class"),
+        ({"x": np.zeros((9, 2, 0)), "y": np.arange(9) % 2}, r"x \[9, 2, 0\], which holds nothing"),
     ],
 )
 def test_bad_series_are_refused_in_one_sentence(tmp_path, arrays, words):

@@ -72,6 +72,25 @@ def paired_names(first: Path, second: Path) -> tuple[list[tuple[Path, Path]], in
     return [(file, right[key]) for key, file in left.items() if key in right], len(left)
 
 
+def inside_parts_note(path: str) -> str:
+    """A sentence where the two class folders of a part, as train/images and train/masks, look like pairs; else ""."""
+    folder = expand_home(Path(path))
+    for part in list_folders(folder) if folder.is_dir() else ():
+        for names, task in ((MASKS, "segmentation"), (TARGETS, "restoration")) if _part_of(part.name) else ():
+            both = _two_folders(part, names).get("train")
+            if both is None or len(list_folders(part)) != len(both):
+                continue
+            found, images = paired_names(*both)
+            if 2 * len(found) >= max(images, 1):
+                first, second = both
+                return (
+                    f"Read as images of the classes of '{path}', though files in '{first}' and '{second}' have the "
+                    f"same names. For {task} put the parts into these folders: PATH/{first.name}/{part.name} and "
+                    f"PATH/{second.name}/{part.name}."
+                )
+    return ""
+
+
 def _part_of(name: str) -> str:
     """The part that a folder's name means; "" for none."""
     return next((part for part, names in PARTS.items() if name.casefold() in names), "")

@@ -34,6 +34,8 @@ def read(path: str, options: ReadOptions) -> Source:
         part: (_windows(x, f"x of {part}", path), _labels(y, f"y of {part}", path)) for part, (x, y) in arrays.items()
     }
     shape = pairs["train"][0].shape[1:]
+    if not len(pairs["train"][0]) or 0 in shape:
+        raise JpqError(f"The train part of '{path}' has x {list(pairs['train'][0].shape)}, which holds nothing.")
     for part, (x, y) in pairs.items():
         if x.shape[1:] != shape or len(x) != len(y) or y.ndim > 2:
             raise JpqError(

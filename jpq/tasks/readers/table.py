@@ -8,6 +8,7 @@ deviations (`target_mean` and `target_std` in result.json and in the file turn o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from jpq.types import JpqError, unknown
 MOST_VALUES = 50  # of a column of texts
 MOST_CATEGORIES = 10  # values of a column of texts nearly all of which may be numbers
 MOST_CLASSES = 20  # of whole numbers that are taken for classes
+
+DECIMAL_COMMA = re.compile(r"[+-]?\d+(,\d+)?")  # a number, maybe as it is written in half of Europe
 
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?"})  # lower case
 
@@ -146,7 +149,9 @@ def _read_csv(file: Path) -> dict[str, list[str]]:
         raise JpqError(f"'{file}' has no rows below the names of its columns.")
     names = [name.strip() for name in rows[0][1]]
     if len(set(names)) < len(names):
-        raise JpqError(f"'{file}' has two columns of one name ({', '.join(names)}). Rename one.")
+        raise JpqError(
+            f"'{file}' has two columns of one name ({', '.join(names)}). Rename one; the first row must hold names."
+        )
     for number, row in rows[1:]:
         if len(row) != len(names):
             raise JpqError(f"Row {number} of '{file}' has {len(row)} values, and {len(names)} columns have names.")
@@ -168,6 +173,9 @@ def _numbers(values: Sequence[str]) -> Tensor | None:
 def _check_numbers(name: str, values: Sequence[str], path: str) -> None:
     """Raise JpqError for a column of numbers with a value that is none, or too large; a few values may be texts."""
     kinds = dict.fromkeys(values)
+    commas = next((kind for kind in kinds if "," in kind), None)
+    if commas is not None and all(DECIMAL_COMMA.fullmatch(kind) for kind in kinds):
+        raise JpqError(f"Column '{name}' of '{path}' holds decimal commas, as '{commas}'. Write them as points.")
     odd = [kind for kind in kinds if _numbers([kind]) is None]
     if odd and (all(_is_number(kind) for kind in kinds) or len(odd) < len(kinds) / 5 > MOST_CATEGORIES / 5):
         row = values.index(odd[0]) + 1

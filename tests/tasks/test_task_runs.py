@@ -54,7 +54,7 @@ def test_a_task_runs_through_training_export_reports_and_runtimes(
     assert printed.count(metric) == 2  # of the PyTorch model and of the file
     assert other in printed
     total = agreement["decisions"]
-    assert f"for {total} of {total} as the PyTorch model" in printed
+    assert f"for {total:,} of {total:,} as the PyTorch model" in printed
 
     front = build_front(read_points(tmp_path).points)
     assert (front.task.name, front.points[0].accuracy) == (task, result.held_out["compressed"])

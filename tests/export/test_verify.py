@@ -98,3 +98,35 @@ def test_another_rebuilt_model_or_file_is_refused(exported, tmp_path):
         assert "this is more than rounding" in verify.exported(small, path, [(example, None)])["warning"]
     finally:
         bias.copy_(before)
+
+
+class Casts(nn.Module):
+    """Reads bytes, and casts them to float32 in its code, which verification in float64 must follow."""
+
+    def __init__(self, cast):
+        super().__init__()
+        self.cast, self.conv, self.norm, self.head = cast, nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(self.cast(x))).relu().mean((2, 3)))
+
+
+CASTS = {
+    "float()": lambda x: x.float() / 255,
+    "to(float32)": lambda x: x.to(torch.float32) / 255,
+    "to(dtype=)": lambda x: x.to(dtype=torch.float32) / 255,
+    "of integers": lambda x: x / 255,
+}
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_models_that_cast_to_single_precision_are_verified(name, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    session = jpq.compress(Casts(CASTS[name]).eval(), x, bops="8%", steps=1)
+    small = session.finalize().eval()
+    jpq.export_onnx(small, x, tmp_path / "m.onnx")
+    record = jpq.verify(session.net, small, tmp_path / "m.onnx", [(x, None)], x)
+    assert record["masked_vs_rebuilt_float64"] < 1e-9
+    assert "warning" not in record
+    assert small(x).dtype == torch.float32 == torch.get_default_dtype()

@@ -226,7 +226,7 @@ def test_studies_import_public_names_only():
 
 
 def test_modules_on_the_path_of_tests_have_a_name_each():
-    """One process imports all of them: of two that share a name, whichever test runs first decides which one is seen."""
+    """One process imports all of them: of two that share a name, the test that runs first decides which one is seen."""
     folders = (ROOT.parent / "tests" / "support", ROOT.parent / "studies")
     names = [path.stem for folder in folders for path in sorted(folder.glob("*.py"))]
     assert len(names) > 40

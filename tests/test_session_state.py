@@ -91,6 +91,19 @@ def test_copies_of_a_session_train_on_alike_and_apart(method, traced):
         assert same(train(twin, twin_optimizer, 1, seed=2), after)
 
 
+def test_sessions_of_deep_networks_are_copied_pickled_and_finalized():
+    """Layers whose gates hold each other would be copied within each other: 60 layers exceed Python's recursion."""
+    layers = [layer for _ in range(60) for layer in (nn.Conv2d(2, 2, 1), nn.ReLU())]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), *layers, nn.Flatten(), nn.LazyLinear(10)).eval()
+    with torch.no_grad():
+        model(X)
+    session = jpq.compress(model, X, "djpq", bops="6%", steps=1)
+    assert same(copy.deepcopy(session).state_dict(), session.state_dict())
+    assert same(pickled(session).state_dict(), session.state_dict())
+    assert copy.deepcopy(session.finalize())(X).shape == (len(X), 10)
+
+
 @pytest.mark.parametrize("method", sorted(jpq.METHODS))
 def test_small_models_are_copied_and_pickled(method, traced):
     session, _ = session_of(method)

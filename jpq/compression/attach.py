@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from jpq.compression.calibration import Batches, observe_activations, observe_outputs
 from jpq.compression.hypernetwork import Hypernetworks
-from jpq.compression.masking import GateSample, InputNoise, MaskParametrization, parametrize_weight
+from jpq.compression.masking import GateSample, InputNoise, MaskParametrization, original, parametrize_weight
 from jpq.compression.model import CompressedModel
 from jpq.methods.gates import Gate
 from jpq.methods.quantizers import (
@@ -181,10 +181,10 @@ def _connect_gates(net: CompressedModel) -> None:
         draw.resample()
 
 
-def _masked_weights(net: CompressedModel, site: Site) -> list[tuple[nn.Module, str, Structure]]:
-    """The weights that a site's taps mask: (module, name of its weight, structure)."""
+def _masked_weights(net: CompressedModel, site: Site) -> list[tuple[Tensor, Structure]]:
+    """The float weights that a site's taps mask, each with its structure."""
     weights = []
     for tap in site.taps:
         owner, _, name = net.network.layer(tap.layer).weight.rpartition(".")
-        weights.append((net.model.get_submodule(owner), name, tap.structure))
+        weights.append((original(net.model.get_submodule(owner), name), tap.structure))
     return weights

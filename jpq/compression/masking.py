@@ -20,11 +20,12 @@ class GateSample:
 
     Args:
         gate: the gate.
-        reach: the weights that its taps mask, (module, name of its weight, structure), for gates that need weights.
+        reach: the float weights that its taps mask, each with its structure, for gates that need weights. They are no
+            modules: these hold the samples of other gates, and copies of a deep network would recurse through all.
         number: of the gate among those of the model.
     """
 
-    def __init__(self, gate: Gate, reach: Sequence[tuple[nn.Module, str, Structure]] = (), number: int = 0):
+    def __init__(self, gate: Gate, reach: Sequence[tuple[Tensor, Structure]] = (), number: int = 0):
         self.gate, self.reach = gate, list(reach)
         seed = (torch.initial_seed() + number) % 2**63
         self._seeds = torch.Generator().manual_seed(seed)  # of noise that is drawn inside checkpoints of activations
@@ -39,7 +40,7 @@ class GateSample:
     def show_weights(self) -> None:
         """Pass the present float weights to the gate (`Gate.observe_weights`)."""
         if self.gate.needs_weights and self.reach:
-            self.gate.observe_weights([(original(module, name), structure) for module, name, structure in self.reach])
+            self.gate.observe_weights(self.reach)
 
     def resample(self) -> None:
         """Draw a new sample, at the start of a forward pass."""

@@ -98,7 +98,7 @@ class LoaderBatches(SplitBatches):
         self.loader, self.what, self.device, self.seed, self.training = loader, what, device, seed, training
         self.count: int | None = None  # of the samples that are given; None: all
         self.share: tuple[int, int] | None = None  # (n, of how many): every so manieth batch alone
-        self.check_targets: Callable[[Any], None] | None = None  # raises JpqError for targets of a batch
+        self.check_targets: Callable[[Any], Any] | None = None  # the targets as the task takes them; raises JpqError
         self._sizes: list[int] | None = None  # samples of each batch of an epoch
         first = next(iter(self._read(0)), None)
         if first is None:
@@ -155,7 +155,7 @@ class LoaderBatches(SplitBatches):
                 return
             pair = _checked(batch, self.what, reference)
             if self.check_targets is not None:
-                self.check_targets(pair[1])
+                pair = pair[0], self.check_targets(pair[1])
             if not (self.training and _samples(pair[0]) == 1):
                 yield pair
 

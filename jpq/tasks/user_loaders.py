@@ -301,10 +301,11 @@ def check_targets(task: str, classes: int, parts: Mapping[str, LoaderBatches], n
     for part, batches in parts.items():
         what = f"The {part.replace('_', '-')} part of '{name}'"
 
-        def check(targets: Any, what: str = what) -> None:
-            largest = int(class_numbers(targets, what).max())
-            if largest >= classes:
-                raise JpqError(f"{what} has label {largest}; training labels end at {classes - 1}.")
+        def check(targets: Any, what: str = what) -> Tensor:
+            numbers = class_numbers(targets, what)  # also of booleans, and of one column
+            if int(numbers.max()) >= classes:
+                raise JpqError(f"{what} has label {int(numbers.max())}; training labels end at {classes - 1}.")
+            return numbers
 
         batches.check_targets = check
         for _ in batches if part != "train" else ():  # the training part was read when its classes were counted
@@ -320,7 +321,8 @@ def _check_boxes(parts: Mapping[str, LoaderBatches], name: str) -> None:
             batches.check_targets = partial(_check_inside, sides=sides, what=what)
 
 
-def _check_inside(targets: Any, sides: Sequence[int], what: str) -> None:
-    """Raise JpqError for boxes outside of images of these sides; targets of other forms are refused elsewhere."""
+def _check_inside(targets: Any, sides: Sequence[int], what: str) -> Any:
+    """The targets. Raises JpqError for boxes outside of images of these sides; other forms are refused elsewhere."""
     if all(isinstance(entry, Mapping) and "boxes" in entry for entry in targets):
         check_inside(targets, sides[0], sides[1], what)
+    return targets

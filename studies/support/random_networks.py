@@ -360,6 +360,7 @@ class Draw:
     tokens: bool = False  # [B, T, C]
     depth: int = 0  # of branches
     size: int = 0  # smallest spatial size left
+    halved: bool = False  # within a branch at half of that
 
     def channels(self) -> int:
         return self.rng.choice((4, 6, 8, 12, 16))
@@ -429,7 +430,10 @@ def _pool(draw: Draw, width: int) -> tuple[nn.Module, int]:
     if draw.size < 3:
         return _activation(draw, width)
     if draw.depth or draw.size < 4:
-        return draw.rng.choice((MAX_POOLS, AVERAGE_POOLS))[draw.dims](3, 1, 1), width
+        pools = draw.rng.choice((MAX_POOLS, AVERAGE_POOLS))
+        if draw.halved and draw.dims == 3:  # avg_pool3d refuses windows beyond the image, though it pads
+            pools = MAX_POOLS
+        return pools[draw.dims](3, 1, 1), width
     draw.size //= 2
     return draw.rng.choice((MAX_POOLS, AVERAGE_POOLS))[draw.dims](2), width
 
@@ -555,7 +559,9 @@ def _up_and_down(draw: Draw, width: int) -> tuple[nn.Module, int]:
     if draw.size < 4 or draw.depth:
         return _conv(draw, width)
     draw.depth += 1
+    draw.halved = True
     branch, outputs = sequence(draw, width, draw.rng.randint(1, 2))
+    draw.halved = False
     draw.depth -= 1
     return UpAndDown(draw.dims, branch), width + outputs
 

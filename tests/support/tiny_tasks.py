@@ -1,4 +1,4 @@
-"""Tiny data sets and networks, one of each task: `--data tiny_tasks:NAME --model tiny_tasks:NAME_net` of `jpq optimize`."""
+"""Tiny data sets and networks, one of each task: `jpq optimize --data tiny_tasks:NAME --model tiny_tasks:NAME_net`."""
 
 from __future__ import annotations
 

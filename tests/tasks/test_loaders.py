@@ -236,6 +236,19 @@ def test_bytes_of_images_with_other_targets_are_divided(monkeypatch):
     assert torch.equal(x, part[0].float() / 255)
 
 
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.bool, torch.Tensor.byte, lambda y: y[:, None], lambda y: y[:, None] * 1.0]
+)
+def test_labels_of_any_kind_are_class_numbers_in_every_batch(monkeypatch, change):
+    labels = torch.arange(8) % 2
+    part = [(torch.rand(8, 2), change(labels))]
+    data = load(served(monkeypatch, {"train": part, "held_out": part, "test": part}), task="classification")
+    assert data.classes == 2
+    for batches in (data.train, data.held_out, data.test):
+        ((_, y),) = batches
+        assert torch.equal(y, labels)
+
+
 def test_labels_beyond_those_of_training_are_refused_in_any_batch(monkeypatch):
     y = torch.arange(30) % 3
     late = torch.cat([y[:-1], torch.tensor([7])])

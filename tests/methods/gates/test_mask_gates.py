@@ -42,7 +42,7 @@ def test_patterns_are_never_piled_up(make):
     structure, conv = KernelPattern(), nn.Conv2d(3, 4, 3)
     gate = seen(make(*structure.shape(conv.weight.shape)), conv.weight, structure)
     for progress in (0.0, 0.3, 1.0):
-        masked = MaskParametrization([(GateSample(gate, [(conv, "weight", structure)]), structure)])
+        masked = MaskParametrization([(GateSample(gate, [(conv.weight, structure)]), structure)])
         share = (masked(conv.weight) / conv.weight).detach()
         assert bool(((share > -1e-6) & (share < 1 + 1e-6)).all())
         assert float(share.mean()) == pytest.approx(1.0 if make is Admm else 4 / 9, abs=1e-6)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from jpq.tracing.double_casts import double_casts
+from jpq.tracing.double_casts import in_double
 from jpq.tracing.forward import call_model, collect_tensors, hook_modules
 from jpq.tracing.network import Network
 from jpq.tracing.shrink import remove_channels
@@ -136,8 +136,7 @@ def masked_weights(model: nn.Module, network: Network, sites: Sequence[Site], ke
 def float64_outputs(model: nn.Module, example: Any) -> list[Tensor]:
     """All output tensors of a model for an example (a tensor, a tuple, or a dict of keywords) made float64."""
     double_example = tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, example)
-    with double_casts():
-        return collect_tensors(call_model(model, double_example))
+    return in_double(lambda: collect_tensors(call_model(model, double_example)))
 
 
 def relative_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:

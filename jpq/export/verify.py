@@ -16,7 +16,7 @@ from jpq.compression.model import CompressedModel
 from jpq.export.runtimes import Session
 from jpq.tasks import CLASSIFICATION, Classification
 from jpq.tasks.base import Task, sample_difference
-from jpq.tracing.double_casts import double_casts
+from jpq.tracing.double_casts import in_double
 from jpq.tracing.forward import batch_size, call_model, collect_tensors
 from jpq.types import JpqError
 
@@ -94,11 +94,12 @@ def exported(small: nn.Module, path: str | Path, batches: Iterable[Pair], task: 
     precise = copy.deepcopy(small).double()
     first_batch = [next(iter(batches))]
 
-    def in_double(*args: Any, **kwargs: Any) -> Any:
-        with double_casts():
-            return precise(*_widen(args), **_widen(kwargs))
-
-    rounding = compare(small, in_double, first_batch, task)
+    rounding = compare(
+        small,
+        lambda *args, **kwargs: in_double(lambda: precise(*_widen(args), **_widen(kwargs))),
+        first_batch,
+        task,
+    )
     itself = (
         f"The rebuilt model itself, in float64 instead of float32, changes {rounding['argmax_differs']} of "
         f"{rounding['decisions']} decisions and the numbers of {rounding['at_a_rounding_boundary']} of "
@@ -177,11 +178,8 @@ def _beyond_limits(outside: dict[str, Any], itself: str) -> str:
 @torch.no_grad()
 def difference(reference: nn.Module, model: nn.Module, x: Any) -> float:
     """Largest relative difference of two models' outputs in float64, evaluation mode; neither is changed."""
-    with double_casts():
-        wide = [
-            collect_tensors(call_model(copy.deepcopy(net).double().eval(), _widen(x)))  # the models stay in float32
-            for net in (reference, model)
-        ]
+    nets = [copy.deepcopy(net).double().eval() for net in (reference, model)]  # the models stay in float32
+    wide = in_double(lambda: [collect_tensors(call_model(net, _widen(x))) for net in nets])
     pairs = zip(*wide, strict=True)
     return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs)
 

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+T = TypeVar("T")
+
+
+def in_double(run: Callable[[], T]) -> T:
+    """What `run` gives, which calls models in double precision.
+
+    Where their code makes float32 numbers on the way, and layers then meet two precisions, it is run again with
+    `double_casts`. Other models run as they are: a graph that torch.export made holds float32 constants of its own, and
+    compares with the code that it was made of.
+    """
+    try:
+        return run()
+    except RuntimeError:
+        with double_casts():
+            return run()
 
 
 @contextmanager
@@ -24,16 +40,12 @@ def double_casts() -> Iterator[None]:
 
 
 class _Casts(TorchFunctionMode):
-    """Casts to float32 become casts to float64."""
+    """Casts to float32, and whatever else asks for that type, give float64: in code and in graphs of ATen operators."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if func is Tensor.float:
             return args[0].double()
-        if func in (Tensor.to, Tensor.type):
-            args = tuple(_wide(a) for a in args)
-            kwargs = {key: _wide(a) for key, a in kwargs.items()}
-        return func(*args, **kwargs)
+        return func(*map(_wide, args), **{key: _wide(value) for key, value in (kwargs or {}).items()})
 
 
 def _wide(argument: Any) -> Any:

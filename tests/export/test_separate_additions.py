@@ -61,3 +61,32 @@ def test_biases_of_layers_stay_additions(tmp_path):
     separate_additions(model)
     assert [node.op_type for node in model.graph.node].count("Add") == 2
     assert all(node.op_type != "Sub" for node in model.graph.node)
+
+
+class Centred(nn.Module):
+    """x less its mean over positions, and then its mean: nothing is left but rounding errors."""
+
+    def forward(self, x):
+        dims = tuple(range(2, x.dim()))
+        rest = (x - x.mean(dims, keepdim=True)).mean(dims, keepdim=True)
+        return rest if len(dims) > 1 else rest.flatten(1)
+
+
+NOTHING = {
+    "linear": (lambda: [Centred(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6)], (4, 9)),
+    "convolution": (lambda: [Centred(), nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 1)], (4, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_the_bias_of_a_layer_that_reads_zeros_is_not_counted_in_its_steps(name, tmp_path):
+    torch.manual_seed(0)
+    layers, shape = NOTHING[name]
+    model, x = nn.Sequential(*layers()).eval(), torch.randn(32, *shape)
+    bits = {"w_bits": (8, 8), "a_bits": (8, 8)}  # no Clip stands between the layers
+    small = jpq.compress(model, x, "uniform", bops="100%", **bits).finalize().eval()
+    jpq.export_onnx(small, x, tmp_path / "m.onnx")
+    with torch.no_grad():
+        expected = small(x)
+    assert expected.abs().max() > 0.1
+    assert (Session(tmp_path / "m.onnx")(x) - expected).abs().max() < 1e-5

@@ -4,17 +4,21 @@ onnxruntime merges a constant that is added to a matrix product into the product
 multiples of (step of inputs) x (step of weights). Biases of jpq's layers are such multiples (exact_steps.py). A vector
 that a module's own code adds, as in `self.linear(x) + self.shift`, is not: subtracting its negative is the same number
 to the bit, and is merged by nobody.
+
+So is a bias that is more steps than 32 bits count: that of a layer whose inputs are always nearly zero, for which their
+step is tiny.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import onnx
-from onnx import NodeProto
+from onnx import NodeProto, helper
 
 from jpq.export.onnx.graph import Graph, has_subgraphs, remove_unused_constants
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
+_LARGEST_BIAS = 2.0**30  # steps, of the 2^31 that an integer kernel counts
 _MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze")
 
 
@@ -23,6 +27,8 @@ def separate_additions(model: onnx.ModelProto) -> None:
     if has_subgraphs(model):
         return
     graph = Graph(model)
+    for layer in [node for node in graph.proto.node if node.op_type in _PRODUCTS and len(node.input) > 2]:
+        _separate_large_bias(graph, layer)
     for add in [node for node in graph.proto.node if node.op_type == "Add"]:
         for term, constant in (tuple(add.input), tuple(reversed(add.input))):
             layer = graph.producers.get(term)
@@ -35,6 +41,24 @@ def separate_additions(model: onnx.ModelProto) -> None:
                 add.op_type = "Sub"
                 break
     remove_unused_constants(model.graph)
+
+
+def _separate_large_bias(graph: Graph, layer: NodeProto) -> None:
+    """Subtract the negative of a layer's bias behind it, where integer kernels could not count its steps."""
+    bias, grid = layer.input[2], _grid_of(graph, layer)
+    if any(a.name in ("alpha", "beta") and a.f != 1 for a in layer.attribute):
+        return
+    if bias not in graph.constants or grid is None or grid.size not in (1, graph.array(bias).size):
+        return
+    value = graph.array(bias)
+    if (np.abs(value.reshape(-1) / grid) < _LARGEST_BIAS).all():
+        return
+    sides = next((len(a.ints) for a in layer.attribute if a.name == "kernel_shape"), 0)  # of a convolution
+    negative = graph.add_constant(f"{bias}.negative.{sides}", -value.reshape(-1, *[1] * sides))
+    result = layer.output[0]
+    del layer.input[2:]
+    layer.output[0] = f"{result}.products"
+    graph.insert(layer, [helper.make_node("Sub", [layer.output[0], negative], [result], f"{result}.bias")], behind=True)
 
 
 def _grid_of(graph: Graph, layer: NodeProto) -> np.ndarray | None:
@@ -51,9 +75,9 @@ def _grid_of(graph: Graph, layer: NodeProto) -> np.ndarray | None:
 
 
 def _is_on_grid(value: np.ndarray, grid: np.ndarray) -> bool:
-    """Whether a constant is whole multiples of a grid, channel by channel."""
+    """Whether a constant is whole multiples of a grid, channel by channel, that integer kernels can count."""
     flat = value.astype(np.float64).reshape(-1)
     if grid.size not in (1, flat.size) and flat.size != 1:
         return False
     multiples = flat / grid
-    return bool((multiples == np.rint(multiples)).all())
+    return bool((multiples == np.rint(multiples)).all() and (np.abs(multiples) < _LARGEST_BIAS).all())

@@ -149,7 +149,7 @@ def test_a_run_on_unequal_images_is_evaluated_in_both_runtimes(tmp_path, capsys)
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count("PSNR") == 3
     pixels = 3 * sum(height * width for height, width in SIZES)
-    assert f"for {pixels} of {pixels} as the PyTorch model" in printed
+    assert f"for {pixels:,} of {pixels:,} as the PyTorch model" in printed
     other = photos(tmp_path / "other", ((40, 31), (18, 22), (20, 20), (25, 30)))
     (tmp_path / "alone.onnx").write_bytes((result.folder / "model.onnx").read_bytes())
     assert main(["evaluate", str(tmp_path / "alone.onnx"), "--data", other, "--task", "restoration"]) == 0

@@ -206,6 +206,20 @@ class Folded(nn.Module):
         return self.head(y.view(-1, 6, 6, 6))
 
 
+class MergedHeads(nn.Module):
+    """BoTNet's attention: batch and heads are one dim, so its size is no number of channels alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.a, self.qkv, self.head = 3, conv(3, 4), nn.Conv2d(4, 36, 1), Head(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        q, k, v = (y.reshape(n * self.heads, 4, -1) for y in self.qkv(self.a(x)).split(12, 1))
+        y = (q.transpose(1, 2) @ k).softmax(-1) @ v.transpose(1, 2)
+        return self.head(y.transpose(1, 2).reshape(n, 12, 6, 6))
+
+
 FOLLOWING: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, int]]] = {
     "heads": (Heads, TOKENS, {"first": 24, "qkv": 4}),
     "rigid heads": (RigidHeads, TOKENS, {"first": 24, "qkv": 4}),
@@ -218,6 +232,7 @@ FOLLOWING: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, int]]] = {
     "sliced": (Sliced, IMAGES, {"a.0": 6, "a.0->c.0": 2, "c.0": 3}),
     "shortcut": (Shortcut, IMAGES, {"a.0": 4, "b.0": 4}),
     "folded": (Folded, IMAGES, {"a.0": 6}),
+    "merged heads": (MergedHeads, IMAGES, {"a.0": 4}),
 }
 
 

@@ -83,7 +83,7 @@ def _is_frozen(call: OpCall, labels: Labels) -> bool:
 def _record_size(call: OpCall, source: list[int], target: list[int], counted: int, labels: Labels | None) -> None:
     """Record that the size of dim `counted` follows its labels, and that other parts of the channels are held."""
     named = call["size"] or call["shape"] or call["sizes"] or []
-    if 0 in source and len(source) > 1 and target == [counted] and -1 in named:
+    if 0 in source and len(source) > 1 and (target == [counted] or counted == 0) and -1 in named:
         return  # the number would hold for this batch size only
     pattern: list[int | str] = [KEEP] * len(call.shape)
     for d in target:

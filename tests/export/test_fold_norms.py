@@ -1,5 +1,6 @@
 """Norms folded in the ONNX file: nothing changes but the kernels."""
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 import jpq
 from jpq.export.onnx.export import export_onnx
+from jpq.export.onnx.integer_kernels import UINT8_MIDDLE
 from jpq.export.runtimes import Session
 from jpq.export.timing.kernels import count_kernels
 from jpq.export.verify import compare
@@ -42,6 +44,12 @@ def test_folded_normalisations_change_nothing_but_the_kernels(bits, tmp_path):
     found = compare(model, Session(path, optimised=False), [(EXAMPLE, None)])
     assert found["argmax_agreement"] == 1
     assert found["at_a_rounding_boundary"] <= 1
+    tensors = [onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer if len(t.dims) == 4]
+    assert [t.dtype for t in tensors] == [np.uint8] * 3
+    stored = [t.astype(np.int16) - UINT8_MIDDLE for t in tensors]
+    largest = 127 if bits == 8 else 2 ** (bits - 1)  # of the longer side, where all levels are used
+    shift = 2 ** int(np.log2(127 / largest))  # as far as 8 bits allow
+    assert all((w % shift == 0).all() and abs(w // shift).max() <= largest for w in stored)
     whole = compare(model, Session(path), [(EXAMPLE, None)])
     assert whole["argmax_agreement"] == 1
 

@@ -339,8 +339,9 @@ def evil_pickles(mark: Path, path: Path) -> Iterator[None]:
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".th", ".safetensors"])
 def test_pickles_that_run_commands_run_nothing(suffix: str, tmp_path: Path) -> None:
     mark, path = tmp_path / "ran", tmp_path / f"w{suffix}"
+    words = r"runs nothing|runs no code|header" + (r"|torch\.save wrote" if suffix == ".safetensors" else "")
     for _ in evil_pickles(mark, path):
-        with pytest.raises(JpqError, match=r"runs nothing|runs no code|header|torch.save wrote"):
+        with pytest.raises(JpqError, match=words):
             models.load_weights(net(), path)
         shutil.copy(path, tmp_path / checkpoint.NAME)
         with pytest.raises(JpqError, match="Remove it"):

@@ -75,6 +75,7 @@ class TraceState:
     model: nn.Module
     parameters: dict[Node, str] = field(default_factory=dict)  # placeholder of a parameter or buffer -> first name
     origins: dict[Node, str] = field(default_factory=dict)  # "input" (merely moved and scaled), "constant", "computed"
+    called: dict[str, set[nn.Module]] = field(default_factory=dict)  # parameter -> its modules whose own code reads it
     classes: ChannelClasses = field(default_factory=ChannelClasses)
     values: dict[Node, tuple[Dims, ...]] = field(default_factory=dict)  # node -> labels of each output
     axes: dict[str, dict[int, Labels]] = field(default_factory=dict)  # parameter or buffer -> dim -> labels

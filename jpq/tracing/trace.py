@@ -25,7 +25,7 @@ from jpq.tracing.inline_subgraphs import inline_subgraphs
 from jpq.tracing.integer_io import OutputQuantPoint, find_output_quant_points, integer_forms
 from jpq.tracing.model_checks import accept_model
 from jpq.tracing.network import Layer, LayerKind, Network
-from jpq.tracing.op_call import Dims, LayerCall, OpCall, TraceState, as_outputs, shape_of
+from jpq.tracing.op_call import Dims, LayerCall, OpCall, TraceState, as_outputs, module_path, shape_of
 from jpq.tracing.own_calls import annotate_own_calls
 from jpq.tracing.pruning_masks import without_pruning_masks
 from jpq.tracing.remaining_work import record_remaining_work
@@ -80,6 +80,7 @@ def propagate_labels(state: TraceState, program: ExportedProgram) -> tuple[Trace
     missing = dict[str, None]()
     state.parameters.update(_parameter_names(state.model, program))
     state.origins.update(_origins(program))
+    state.called.update(_called_modules(state))
     for node in program.graph.nodes:
         if node in state.parameters:
             continue
@@ -245,6 +246,16 @@ def _parameter_names(model: nn.Module, program: ExportedProgram) -> dict[Node, s
             path, _, attribute = target.rpartition(".")
             names[node] = first_name.get(id(getattr(model.get_submodule(path), attribute)), target)
     return names
+
+
+def _called_modules(state: TraceState) -> dict[str, set[nn.Module]]:
+    """Parameter -> the modules that have it and read it in code of their own."""
+    owners_of_weights, called = WeightOwners(state.model), dict[str, set[nn.Module]]()
+    for node, name in state.parameters.items():
+        owners = set(owners_of_weights.of(name).values())
+        readers = {state.model.get_submodule(module_path(user)) for user in node.users}
+        called[name] = owners & readers
+    return called
 
 
 def _op_without_overload(node: Node) -> str:

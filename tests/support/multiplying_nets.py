@@ -122,6 +122,18 @@ def _standard() -> nn.Module:
     return nn.Sequential(Standardised(3, 16, 3), nn.ReLU(), Standardised(16, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
 
 
+def _read_past_module(net: Any, x: Tensor) -> Tensor:  # its quantizers do not see the second product
+    return net.o(F.linear(net.m(x).relu(), net.m.weight).relu())
+
+
+def _autoencoder(net: Any, x: Tensor) -> Tensor:  # the decoder has the encoder's weight
+    return F.conv_transpose2d(net.m(net.e(x).relu()).relu(), net.e.weight)
+
+
+def _two_ways(net: Any, x: Tensor) -> Tensor:
+    return F.conv_transpose2d(net.m(F.conv2d(x, net.w).relu()).relu(), net.w)
+
+
 def _dynamic(net: Any, x: Tensor) -> Tensor:  # a kernel for each sample
     weight = net.make(x.mean((2, 3))).reshape(-1, 3, 3, 3)
     return F.conv2d(x.reshape(1, -1, *x.shape[2:]), weight, groups=len(x)).flatten(1).view(len(x), -1)
@@ -134,6 +146,9 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "standardised_grouped": (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), Standardised(8, 8, 3, groups=4)), IMAGE),
     "pruned": (pruned, IMAGE),
     "tied_transpose": (TiedTranspose, ROWS),
+    "read_past_module": (lambda: Code(_read_past_module, m=nn.Linear(12, 12), o=nn.Linear(12, 3)), ROWS),
+    "tied_convolution": (lambda: Code(_autoencoder, e=nn.Conv2d(3, 8, 3), m=nn.Conv2d(8, 8, 1)), IMAGE),
+    "two_ways": (lambda: Code(_two_ways, w=(8, 3, 3, 3), m=nn.Conv2d(8, 8, 1)), IMAGE),
     "matmul": (lambda: Code(lambda s, x: s.o(F.relu(x @ s.w)), w=(12, 32), o=nn.Linear(32, 8)), ROWS),
     "matmul_from_left": (lambda: Code(lambda s, x: s.w @ x, w=(5, 6)), TOKENS),
     "addmm": (lambda: nn.Sequential(Conv1D(12, 16), nn.GELU(), Conv1D(16, 8), nn.Linear(8, 3)), TOKENS),

@@ -20,6 +20,7 @@ from jpq import costs
 from jpq.compression.attach import attach
 from jpq.export.count import measure
 from jpq.export.rebuild import rebuild
+from jpq.export.verify import difference
 from jpq.methods.gates import Frozen
 from jpq.methods.quantizers import Fixed
 from jpq.tracing.forward import batch_size
@@ -27,7 +28,10 @@ from jpq.tracing.sites import channels
 from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
-HARDEST = ("gru", "lstm_projected", "sdpa", "windows", "matmul", "standardised", "low_rank", "encoder", "einsum_three")
+HARDEST = (
+    *("gru", "lstm_projected", "sdpa", "windows", "matmul", "standardised", "low_rank", "encoder", "einsum_three"),
+    *("read_past_module", "tied_convolution", "two_ways"),
+)
 
 CASES = thinned(NETS, lambda _, name: name in HARDEST)
 
@@ -193,8 +197,22 @@ def test_layers_with_bare_and_computed_weights_have_names() -> None:
     assert names("two_bare_weights") == ["up", "down"]
     assert names("packed_weight") == [f"in_proj_weight[{i}]" for i in range(3)]
     assert names("addmm") == ["0", "2", "3"]
-    assert names("tied_transpose") == ["e", "m", "e.weight"]
+    assert names("tied_transpose") == names("tied_convolution") == ["e", "m", "e.weight"]
+    assert names("read_past_module") == ["m", "m.weight", "o"]
+    assert names("two_ways") == ["w", "m", "w#2"]
     assert names("multihead") == ["a.in_proj_weight", "a.out_proj"] or names("multihead") == ["a", "a.out_proj"]
+
+
+@pytest.mark.parametrize("name", ["tied_transpose", "read_past_module", "tied_convolution", "two_ways"])
+def test_a_weight_that_code_applies_again_stays_at_32_bits_there(name: str) -> None:
+    model, example = built(name)
+    session = jpq.compress(model, example, "uniform", bops="98%", steps=1)
+    again = next(layer for layer in session.net.network.layers if layer.float_reason)
+    if name != "tied_transpose":
+        assert again.float_reason == f"'{again.weight}' is applied in another way by another call"
+    small = session.finalize()
+    assert difference(session.net, small, example) <= 1e-9
+    assert measure(small, example)["bops"] == costs.bops(session.net.exact_usage())
 
 
 @pytest.mark.parametrize(("scale", "words"), [(None, "with a bare parameter"), (0.5, "with a computed weight")])

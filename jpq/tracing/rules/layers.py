@@ -31,12 +31,29 @@ def _labelled(dims: Dims) -> tuple[Labels, ...]:
     return tuple(labels for labels in dims if labels is not None)
 
 
+def _layer_weight(call: OpCall, weight: Node, kind: LayerKind, groups: int = 1) -> str | None:
+    """The name of a weight that is a parameter as it is; None where it is computed, or another call's too.
+
+    Such a call reads the weight of a module that is called itself, past its quantizers, or applies the weight of an
+    earlier call in another way, as an autoencoder does whose decoder is conv_transpose2d with the encoder's weight.
+    """
+    state = call.state
+    name = state.parameters.get(weight)
+    owners = state.called.get(name or "")
+    past_module = bool(owners and call.node.meta.get("nn_module_stack")) and call.module()[1] not in (owners or ())
+    earlier = ((c.kind, c.groups) for c in state.calls if c.weight == name and not c.float_reason)
+    return None if past_module or any(use != (kind, groups) for use in earlier) else name
+
+
 def _record_computed(call: OpCall, weight: Node, layer: LayerCall) -> None:
     """Record a layer whose weight is computed from parameters; one computed from the input makes a product."""
     source = call.state.weight_source(weight)
     if source is not None:
         reason = f"its weight is computed from '{source}'"
         key = call.state.expression(weight)
+        if weight in call.state.parameters:
+            reason = f"'{source}' is applied in another way by another call"
+            key = f"{source} {layer.kind} {layer.groups} {call.module()[0]}"
         call.state.calls.append(replace(layer, weight=source, float_reason=reason, key=key))
 
 
@@ -48,13 +65,13 @@ def conv(call: OpCall) -> Dims:
     dims, shape, groups = call.dims(x), shape_of(weight), call["groups"]
     transposed = "transpose" in call.op
     channel_dim = len(dims) - len(shape) + 1  # 0 in an example without a batch dim
-    inputs, name = dims[channel_dim], call.state.parameters.get(weight)
+    kind = LayerKind.CONV_TRANSPOSE if transposed else LayerKind.CONV
+    inputs, name = dims[channel_dim], _layer_weight(call, weight, kind, groups)
     for labels in dims[channel_dim + 1 :]:
         call.freeze(labels, f"{call.op} mixes neighbouring channels")
     n_in = shape_of(x)[channel_dim]
     applied = shape_of(x) if transposed else call.shape
     macs = prod(applied) // max(applied[channel_dim], 1) * prod(shape)
-    kind = LayerKind.CONV_TRANSPOSE if transposed else LayerKind.CONV
     stride = tuple(call["stride"])
     stride = stride * (len(shape) - 2) if len(stride) == 1 else stride
     size = applied[channel_dim + 1 :]
@@ -112,7 +129,7 @@ def linear(call: OpCall) -> Dims:
     """Linear: labels of the last dim go to its weight, new ones come out; all other dims pass."""
     x: Node = call["input"]
     weight: Node = call["weight"]
-    dims, shape, name = call.dims(x), shape_of(weight), call.state.parameters.get(weight)
+    dims, shape, name = call.dims(x), shape_of(weight), _layer_weight(call, weight, LayerKind.LINEAR)
     if name is None:
         for labels in (dims[-1], *call.dims(weight)):
             call.freeze(labels, "read by aten.linear with a weight that is computed")

@@ -307,3 +307,29 @@ def test_numbers_among_the_outputs_are_no_outputs_of_the_file(tmp_path: Path) ->
         )
         assert [t.shape for t in collect_tensors(found)] == [t.shape for t in collect_tensors(expected)]
         assert torch.allclose(found[0], expected[0], atol=1e-5)
+
+
+class Gain(nn.Module):
+    """A number that multiplies, rows, and an input that is not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.last = nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, gain: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+        return self.last(F.relu(self.hidden(rows) * gain))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_file_takes_numbers_and_inputs_that_nothing_reads(by_name: bool, tmp_path: Path) -> None:
+    values = {"gain": torch.tensor(2.0), "rows": torch.randn(4, 12, generator=G), "labels": torch.arange(4)}
+    example: Any = values if by_name else tuple(values.values())
+    small = jpq.compress(Gain(), example, "uniform", bops="30%", steps=1).finalize()
+    jpq.export_onnx(small, example, tmp_path / "gain.onnx")
+    inputs = onnx.load(tmp_path / "gain.onnx").graph.input
+    shapes = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in inputs}
+    assert shapes == {"gain": [], "rows": ["batch", 12], "labels": ["batch"]}
+    fewer = {"gain": values["gain"], "rows": values["rows"][:3], "labels": values["labels"][:3]}
+    for batch in (values, fewer):
+        given: Any = batch if by_name else tuple(batch.values())
+        assert torch.allclose(call_model(Session(tmp_path / "gain.onnx"), given), call_model(small, given), atol=1e-6)

@@ -27,7 +27,13 @@ from jpq.export.onnx.constant_inputs import read_constants_as_rows
 from jpq.export.onnx.dynamic_sizes import add_sides, computes_other_size, is_image
 from jpq.export.onnx.fold_norms import fold_norms
 from jpq.export.onnx.free_batch import batch_is_free, first_samples
-from jpq.export.onnx.graph import fold_constants, share_equal_weights, unlist_initializers, write_out_same_padding
+from jpq.export.onnx.graph import (
+    declare_unread_inputs,
+    fold_constants,
+    share_equal_weights,
+    unlist_initializers,
+    write_out_same_padding,
+)
 from jpq.export.onnx.grouped_queries import RepeatedHeads
 from jpq.export.onnx.integer_kernels import prepare_integer_kernels
 from jpq.export.onnx.metadata import Metadata, gather_metadata, store_metadata
@@ -45,6 +51,7 @@ from jpq.tracing.checkpointing import without_reentrant_checkpoints
 from jpq.tracing.forward import (
     as_plain_nest,
     batch_dim,
+    batch_size,
     collect_tensors,
     hook_modules,
     name_inputs,
@@ -168,11 +175,12 @@ def _write(
     plain = len(inputs) == len(args) and isinstance(output, Tensor) and not _has_other_defaults(model, len(args))
     input_names, output_names = _input_names(model, args, kwargs), _output_names(output)
     values = zip([*input_names, *output_names], [*inputs, *collect_tensors(output)], strict=True)
-    dims = {name: batch_dim(t, len(inputs[0])) for name, t in values}
+    dims = {name: batch_dim(t, batch_size(inputs)) for name, t in values}
     axes = {name: {dim: "batch"} for name, dim in dims.items() if dim is not None}
     if any_size:
         outputs = dict(zip(output_names, collect_tensors(output), strict=True))
         axes = add_sides(axes, dict(zip(input_names, inputs, strict=True)), outputs)
+    free = axes if dynamic and not unbatched else {}
     path_argument = "f" if exporter is torch.onnx.export else "export_path"
 
     def write(part: Path) -> None:
@@ -193,10 +201,11 @@ def _write(
                 input_names=input_names,
                 output_names=output_names,
                 **{path_argument: str(part)},
-                dynamic_axes=axes if dynamic and not unbatched else None,
+                dynamic_axes=free or None,
             )
         exported = onnx.load(str(part))
         unlist_initializers(exported.graph)
+        declare_unread_inputs(exported.graph, dict(zip(input_names, inputs, strict=True)), free)
         write_out_same_padding(exported.graph)
         rewritten = rewrite(exported)
         share_equal_weights(rewritten.graph)

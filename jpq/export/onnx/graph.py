@@ -6,12 +6,14 @@ Rewrites of an exported file work on it; this module holds those that only tidy 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from torch import Tensor
 
 _SUBGRAPH_TYPES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
@@ -87,6 +89,25 @@ def unlist_initializers(graph: Any) -> None:
     names = {t.name for t in graph.initializer}
     for entry in [i for i in graph.input if i.name in names]:
         graph.input.remove(entry)
+
+
+def declare_unread_inputs(graph: Any, inputs: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, str]]) -> None:
+    """List the model's inputs that nothing reads, which torch.onnx leaves out: the file takes what the model takes.
+
+    Args:
+        graph: with its other inputs.
+        inputs: all of them, in order; axes: the names of their dims that are free.
+    """
+    listed = {entry.name: entry for entry in graph.input}
+    for name, value in inputs.items():
+        if name not in listed:
+            kind = helper.np_dtype_to_tensor_dtype(value.detach().numpy().dtype)
+            free = axes.get(name, {})
+            shape = [free.get(dim, size) for dim, size in enumerate(value.shape)]
+            listed[name] = helper.make_tensor_value_info(name, kind, shape)
+    entries = [listed[name] for name in inputs]
+    del graph.input[:]
+    graph.input.extend(entries)
 
 
 def write_out_same_padding(graph: Any) -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # --help shows without torch
     from jpq.results.accuracy_limit import AccuracyLimit
     from jpq.trials.accuracy_target import AccuracyResult, Attempt
 
+INTERVAL = 6  # place of the column of intervals
+
 COSTS = {"bops": "BOPs", "size": "bytes", "latency": "predicted latency", "macs": "MACs"}
 
 
@@ -42,10 +44,10 @@ def accuracy_target_command(config: Config, console: Console, all_layers: bool =
     d, b = config.decide, config.budget
     method = compose_method(d.method, d.structure, d.width)
     planned = {phase.title: phase.epochs for phase in all_phases(config, method) if phase.name != "float"}
-    limit = f"--max-drop {b.max_drop}" if b.max_drop else f"--min-accuracy {b.min_metric}"
+    limit = f"within --max-drop {b.max_drop}" if b.max_drop else f"with a held-out metric of {b.min_metric} or better"
     print_line(
         console,
-        f"The model of the least {COSTS[b.minimize]} within {escape(limit)}: up to {b.most_runs} runs, each judged on "
+        f"The model of the least {COSTS[b.minimize]} {escape(limit)}: up to {b.most_runs} runs, each judged on "
         "held-out data.",
     )
     screen = LadderScreen(console, planned)
@@ -70,7 +72,7 @@ class LadderScreen(ProgressDisplay):
     def end_run(self, attempt: Attempt, limit: AccuracyLimit) -> None:
         """Print what the run came to."""
         self._close_phase()
-        verdict = "[green]within[/]" if attempt.within else "[yellow]too far below[/]"
+        verdict = "[green]within[/]" if attempt.within else f"[yellow]too far {_side(attempt, limit)}[/]"
         metric = format_metric(limit.task, attempt.held_out)
         print_line(
             self.console,
@@ -83,10 +85,15 @@ def _drop_words(attempt: Attempt, limit: AccuracyLimit) -> str:
     """The drop with its interval: "0.52 points below the float model (0.1 to 0.9)"."""
     from jpq.trials.accuracy_target import format_drop
 
-    words = f"{format_drop(limit.task, abs(attempt.drop))} {'below' if attempt.drop >= 0 else 'above'} the float model"
+    words = f"{format_drop(limit.task, abs(attempt.drop))} {_side(attempt, limit)} the float model"
     if math.isnan(attempt.drop_low):
         return words
     return f"{words} (95 % interval of the drop: {_interval_words(attempt, limit)})"
+
+
+def _side(attempt: Attempt, limit: AccuracyLimit) -> str:
+    """Where the metric lies, seen from the float model's; a worse one lies above it where a lower one is better."""
+    return "below" if (attempt.drop >= 0) == limit.task.higher_is_better else "above"
 
 
 def _interval_words(attempt: Attempt, limit: AccuracyLimit) -> str:
@@ -123,7 +130,7 @@ def attempts_table(result: AccuracyResult) -> Table:
     """A row per run, the dearest first."""
     task = result.limit.task
     unit = {"size": "B", "latency": "ns"}.get(result.cost, "")
-    columns = (
+    columns: list[str | Column] = [
         "run",
         "budget",
         Column(COSTS[result.cost], optional=3),
@@ -134,7 +141,7 @@ def attempts_table(result: AccuracyResult) -> Table:
         Column("within", align="left"),
         Column("time", optional=1),
         text_column("folder", optional=4),
-    )
+    ]
     rows = []
     for a in sorted(result.attempts, key=lambda attempt: -attempt.share):
         mark = " ★ chosen" if a is result.attempt else ""
@@ -152,6 +159,9 @@ def attempts_table(result: AccuracyResult) -> Table:
                 escape(a.folder),
             )
         )
+    if all(math.isnan(a.drop_low) for a in result.attempts):  # the metric has no interval
+        rows = [row[:INTERVAL] + row[INTERVAL + 1 :] for row in rows]
+        del columns[INTERVAL]
     return table(columns, rows)
 
 

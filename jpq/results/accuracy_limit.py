@@ -33,9 +33,11 @@ class AccuracyLimit:
         if self.is_drop:
             return float_score - self.amount * (abs(float_score) if self.is_share else 1.0)
         if float_score < self.amount:
+            easier = "lower" if self.task.higher_is_better else "higher"
             raise JpqError(
                 f"{self.flag}: the float model itself has a held-out {self.task.metric_name} of "
-                f"{format_metric(self.task, float_score)}. Ask for less, or train it longer (--float-epochs)."
+                f"{format_metric(self.task, float_score)}. Ask for a {easier} one, or train it "
+                "longer (--float-epochs, where no --weights are given)."
             )
         return self.amount
 
@@ -53,14 +55,15 @@ def read_limit(budget: Budget, task: Task) -> AccuracyLimit:
 
 
 def _read_drop(text: str, task: Task) -> AccuracyLimit:
-    flag, (number, percent) = f"--max-drop {text}", _number(text.strip())
     in_percent = task.metric_unit == "%"
+    unit = "" if in_percent else task.metric_unit
+    flag, (number, percent) = f"--max-drop {text}", _number(text.strip().removesuffix(unit))
     if number is None or (in_percent and not percent):
-        example = "1%, one point of accuracy" if in_percent else f"0.2{_unit_words(task)} or 1% of the float model's"
+        example = f"1%, one point of {task.metric_name}" if in_percent else f"0.2{unit}, or 1% of the float model's"
         raise JpqError(f"{flag} is not a drop of {task.metric_name}. Write it like {example}.")
     if number <= 0:
         raise JpqError(f"{flag} allows no difference at all, which noise alone exceeds. Give a drop above 0, as 0.5%.")
-    if percent and number >= 100:
+    if percent and number >= 100 and task.higher_is_better:
         raise JpqError(f"{flag} allows a model that knows nothing. Give a drop below 100 %, as 1%.")
     amount = number / 100 if percent else number
     return AccuracyLimit(flag, task, amount, is_drop=True, is_share=percent and not in_percent)
@@ -73,10 +76,6 @@ def _number(text: str) -> tuple[float | None, bool]:
     except ValueError:
         return None, False
     return (value if abs(value) < float("inf") else None), text.endswith("%")  # NaN is not below infinity
-
-
-def _unit_words(task: Task) -> str:
-    return f" of {task.metric_unit}" if task.metric_unit not in ("", "%") else ""
 
 
 def drop_interval(task: Task, float_score: float, score: float, samples: int) -> Interval | None:

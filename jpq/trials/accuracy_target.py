@@ -200,11 +200,14 @@ class _Ladder:
         kept = [a for a in attempts if a.within]
         if not kept:
             best = max(attempts, key=lambda a: a.held_out)
+            quick = self.config.train.effort == "minutes"
+            longer = "leave out --effort minutes" if quick else "train longer (--epochs)"
+            easier = "a larger drop" if self.limit.is_drop else f"a worse {self.data.task.metric_name}"
             raise JpqError(
                 f"{self.limit.flag}: no run kept it. The best of {len(attempts)} has a held-out "
                 f"{self.data.task.metric_name} of {format_metric(self.data.task, best.held_out)} at "
                 f"{format_share(best.share)} of the fp32 model, and {format_metric(self.data.task, self.least)} is "
-                "asked for: train longer (--epochs), allow more bits or a larger drop."
+                f"asked for: {longer}, allow more bits or {easier}."
             )
         best = min(kept, key=lambda a: (a.share, -a.held_out))
         self.observer.phase("verify", 0, 0)

@@ -1,6 +1,8 @@
-"""Objectives of a study: their names and units as Optuna and the screen show them."""
+"""Objectives of a study: their names, units and directions as Optuna and the screen have them."""
 
 from __future__ import annotations
+
+from optuna.study import StudyDirection
 
 from jpq.results.formatting import metric_scale
 from jpq.tasks.base import Task
@@ -20,3 +22,8 @@ def objective_unit(name: str, task: Task) -> tuple[str, float]:
         return UNITS[name]
     unit = f" ({task.metric_unit})" if task.metric_unit else ""
     return f"held-out {task.metric_name}{unit}", metric_scale(task)
+
+
+def objective_direction(name: str, task: Task) -> StudyDirection:
+    """Whether larger or smaller values of an objective are better: costs and errors are minimized."""
+    return StudyDirection.MAXIMIZE if name == "accuracy" and task.higher_is_better else StudyDirection.MINIMIZE

@@ -274,6 +274,15 @@ def check_is_ours(shared: optuna.Study, directions: Sequence[StudyDirection]) ->
         )
 
 
+def check_directions(shared: optuna.Study, directions: Sequence[StudyDirection]) -> None:
+    """Raises JpqError for a study of an earlier version, which maximized errors too."""
+    if shared.directions != list(directions):
+        raise JpqError(
+            f"Study '{shared.study_name}' was begun by an earlier version of jpq, which searched for a large error in "
+            "place of a small one. Choose another --name."
+        )
+
+
 def record_settings(config: Config, study: Study, shared: optuna.Study) -> None:
     """Record the settings in the storage. They come last: a study that has them has all else (`is_recorded`)."""
     shared.set_user_attr(SETTINGS, _shared_settings(config, study))

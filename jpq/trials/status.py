@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from jpq.costs.latency import NS
@@ -13,7 +14,7 @@ from jpq.results.front import pareto
 from jpq.tasks import CLASSIFICATION, recorded_task
 from jpq.tasks.base import Task
 from jpq.trials.attributes import REASON, RULED_OUT, SAME, STOPPED, is_counted
-from jpq.trials.objectives import objective_unit
+from jpq.trials.objectives import objective_direction, objective_unit
 from jpq.trials.settings import CHANCE, Study
 
 OptunaStudy = optuna.Study
@@ -43,10 +44,10 @@ class StudyStatus:
         completed = [
             t for t in trials if t.state == TrialState.COMPLETE and SAME not in t.user_attrs and meets_limits(t)
         ]
-        signs = [-1.0 if name == "accuracy" else 1.0 for name in settings.objective_names()]
+        task = recorded_task(study.user_attrs)
+        signs = [_sign(name, task) for name in settings.objective_names()]
         points = [[s * v for s, v in zip(signs, t.values, strict=True)] for t in completed]
         front = [t for t, on in zip(completed, pareto.non_dominated(points), strict=True) if on] if completed else []
-        task = recorded_task(study.user_attrs)
         names = tuple(objective_unit(name, task)[0] for name in settings.objective_names())
         best = {n: s * min(p[i] for p in points) for i, (n, s) in enumerate(zip(names, signs, strict=True)) if points}
         done = sum(map(is_counted, trials))
@@ -97,6 +98,11 @@ class StudyStatus:
         if trial.values is None:
             return trial.state.name.lower()
         return ", ".join(f"{name} {value:.4g}" for name, value in zip(self.names, trial.values, strict=True))
+
+
+def _sign(name: str, task: Task) -> float:
+    """Factor by which smaller values of an objective are better."""
+    return 1.0 if objective_direction(name, task) == StudyDirection.MINIMIZE else -1.0
 
 
 def meets_limits(trial: FrozenTrial) -> bool:

@@ -11,15 +11,15 @@ from pathlib import Path
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import fail_stale_trials
-from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from jpq.config import Config, expand_homes
+from jpq.results.accuracy_limit import read_limit
 from jpq.results.front import front, plots
 from jpq.results.front.points import read_points
 from jpq.tasks import task_record
 from jpq.trials.attributes import REASON, RULED_OUT, SAME, is_counted
-from jpq.trials.objectives import objective_unit
+from jpq.trials.objectives import objective_direction, objective_unit
 from jpq.trials.preview import Preview, prepare_float_weights
 from jpq.trials.samplers import build_sampler
 from jpq.trials.settings import (
@@ -28,6 +28,7 @@ from jpq.trials.settings import (
     WEIGHTS,
     Study,
     check_agreement,
+    check_directions,
     check_is_ours,
     is_recorded,
     record_settings,
@@ -88,7 +89,8 @@ def study(
     trial failed.
     """
     settings, observer = settings or Study(), observer or NullStudyObserver()
-    config = expand_homes(config or Config()).without_accuracy_target()  # which chooses among trials, once they ended
+    asked = expand_homes(config or Config())
+    config = asked.without_accuracy_target()  # which chooses among trials, once they ended
     check_names(settings.check(config))
     folder = config.run.out / settings.name
     try:
@@ -102,6 +104,8 @@ def study(
         weights, digest = prepare_float_weights(config, folder / "float.safetensors", observer)
     started = replace(config, task=replace(config.task, weights=weights.resolve()))  # --out may be spelled otherwise
     preview = Preview(started)
+    if asked.budget.has_accuracy_target:
+        read_limit(asked.budget, preview.task)
     space = Space.of(settings, started, preview.network, preview.prepared.sites)
     runner = TrialRunner(settings, started, space, preview, folder, observer)
     runner.check_limits_reachable()
@@ -134,7 +138,7 @@ def _open_study(
 ) -> optuna.Study:
     """The study in its storage; the first worker creates it and queues its anchors."""
     objective_names = settings.objective_names()
-    directions = [StudyDirection.MAXIMIZE if n == "accuracy" else StudyDirection.MINIMIZE for n in objective_names]
+    directions = [objective_direction(name, preview.task) for name in objective_names]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         shared = optuna.create_study(
@@ -157,6 +161,7 @@ def _open_study(
             if not is_recorded(shared):
                 record_settings(config, settings, shared)
         check_agreement(config, settings, digest, shared)  # another worker may have recorded its own last
+        check_directions(shared, directions)
     return shared
 
 

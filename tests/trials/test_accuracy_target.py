@@ -1,20 +1,26 @@
 """The ladder of an accuracy target: which budgets it tries, what it keeps, and its bad input."""
 
 import csv
+import io
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 import jpq
+from jpq.cli.accuracy_target import LadderScreen, attempts_table
 from jpq.cli.main import main
 from jpq.config import Budget, Config, Decide, Run, Task, Train
-from jpq.results.accuracy_limit import drop_interval, read_limit
+from jpq.results.accuracy_limit import AccuracyLimit, drop_interval, read_limit
 from jpq.tasks import CLASSIFICATION
+from jpq.tasks.regression import Regression
 from jpq.tasks.restoration import Restoration
-from jpq.trials.accuracy_target import CLOSE, Attempt, next_share
+from jpq.tasks.segmentation import Segmentation
+from jpq.trials.accuracy_target import CLOSE, AccuracyResult, Attempt, next_share
 
 
 def attempt(share, within):
@@ -68,6 +74,75 @@ def test_limits_are_in_the_unit_of_the_metric():
     assert read_limit(Budget(max_drop="0.2"), decibels).least(30.0) == pytest.approx(29.8)
     assert read_limit(Budget(max_drop="1%"), decibels).least(30.0) == pytest.approx(29.7)
     assert read_limit(Budget(min_metric="29"), decibels).least(30.0) == pytest.approx(29.0)
+
+
+class Degrees(Restoration):
+    """A metric in K that is better where it is lower."""
+
+    metric_name, metric_unit, higher_is_better = "MAE", "K", False
+
+
+@pytest.mark.parametrize(
+    ("drop", "task", "full", "least"),
+    [
+        ("0.2dB", Restoration(), 30.0, 29.8),
+        ("0.2 dB", Restoration(), 30.0, 29.8),
+        ("0.1K", Degrees(), -0.5, -0.6),
+        ("10%", Degrees(), -0.5, -0.55),
+        ("150%", Degrees(), -0.5, -1.25),
+        ("0.05", Regression(), 0.9, 0.85),
+    ],
+)
+def test_a_drop_may_have_its_unit_and_an_error_may_more_than_double(drop, task, full, least):
+    assert read_limit(Budget(max_drop=drop), task).least(full) == pytest.approx(least)
+
+
+@pytest.mark.parametrize(
+    ("drop", "task", "example"),
+    [
+        ("0.2K", Restoration(), "PSNR. Write it like 0.2dB, or 1% of the float model's."),
+        ("much", Regression(), "R². Write it like 0.2, or 1% of the float model's."),
+        ("0.01", Segmentation(), "mIoU. Write it like 1%, one point of mIoU."),
+    ],
+)
+def test_a_drop_of_another_form_is_refused_with_one_in_the_unit(drop, task, example):
+    with pytest.raises(jpq.JpqError) as error:
+        read_limit(Budget(max_drop=drop), task)
+    assert str(error.value).endswith(f" is not a drop of {example}")
+
+
+def test_a_limit_that_the_float_model_misses_says_in_which_direction_to_mend_it():
+    for task, text, word in ((Restoration(), "31", "lower"), (Degrees(), "0.1", "higher")):
+        with pytest.raises(jpq.JpqError, match=f"Ask for a {word} one, or train it longer"):
+            read_limit(Budget(min_metric=text), task).least(task.score(30.0))
+
+
+@pytest.mark.parametrize(
+    ("task", "line"),
+    [
+        (Degrees(), "run 1 held-out MAE 0.6 K, 0.1 K above the float model: too far above"),
+        (Restoration(), "run 1 held-out PSNR -0.6 dB, 0.1 dB below the float model: too far below"),
+    ],
+)
+def test_a_worse_metric_lies_above_the_float_model_s_where_lower_is_better(task, line):
+    text = io.StringIO()
+    limit = AccuracyLimit("--max-drop 0.05", task, 0.05, is_drop=True)
+    missed = Attempt(1, "1%", 0.01, 1.0, -0.6, 0.1, math.nan, math.nan, False, 1.0, "a")
+    console = Console(file=text, width=120)
+    LadderScreen(console, {}).end_run(missed, limit)
+    assert " ".join(text.getvalue().split()) == line
+
+
+def test_the_table_of_runs_has_a_column_of_intervals_only_where_there_are_some():
+    for task, low, high in ((Restoration(), math.nan, math.nan), (CLASSIFICATION, 0.01, 0.03)):
+        limit = AccuracyLimit("--max-drop 5%", task, 0.05, is_drop=True)
+        run = Attempt(1, "1%", 0.01, 1e6, 0.9, 0.02, low, high, True, 1.0, "bops-1pct")
+        result = AccuracyResult(None, run, (run,), limit, 0.85, 0.92, 100, "bops", Path())
+        console = Console(file=io.StringIO(), width=200, record=True)
+        console.print(attempts_table(result))
+        lines = console.export_text().splitlines()
+        assert any("95 %" in line for line in lines) is math.isfinite(low)
+        assert lines[-2].split()[-1] == "bops-1pct"
 
 
 @pytest.mark.parametrize("drop", ["0%", "-1%", "100%", "250%", "1", "much", "nan%", "inf%", ""])

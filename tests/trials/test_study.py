@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from made_runs import folder
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from rich.console import Console
 
@@ -27,14 +28,16 @@ import jpq
 from jpq.cli.main import main
 from jpq.cli.study import StudyScreen
 from jpq.config import Config, Run, Task, Train
-from jpq.tasks import CLASSIFICATION
+from jpq.tasks import CLASSIFICATION, task_record
+from jpq.tasks.classification import Classification
 from jpq.training.history import EpochRecord
 from jpq.trials import early_stopping, samplers, status
 from jpq.trials import study as trials_study
 from jpq.trials import trial as one_trial
 from jpq.trials.early_stopping import MetricCurve
+from jpq.trials.objectives import objective_direction
 from jpq.trials.preview import Preview, prepare_float_weights
-from jpq.trials.settings import PARTS, SAMPLERS, Study
+from jpq.trials.settings import PARTS, SAMPLERS, Study, check_directions
 from jpq.trials.space import Space, block_of, group_names
 from jpq.trials.storage import open_storage, record_worker, requeue, stored_url, without_password
 from jpq.trials.study import TrialCounts, _write_front
@@ -483,6 +486,38 @@ def test_pictures_show_what_keeps_to_the_limits(tmp_path):
         study.add_trial(optuna.create_trial(values=[100 * accuracy, 100 * share], user_attrs=attrs))
     _write_front(study, Study(), tmp_path)
     assert sorted(pd.read_csv(tmp_path / "pareto.csv")["accuracy"]) == [0.8, 0.9]
+
+
+def test_a_limit_of_another_form_is_refused_before_the_first_trial(tmp_path, weights, formula):
+    config = task(tmp_path, weights)
+    with pytest.raises(JpqError, match="Write it like 1%, one point of accuracy"):
+        jpq.study(replace(config, budget=jpq.config.Budget(max_drop="0.2dB")), Study(trials=2))
+    assert formula == []
+
+
+class Error(Classification):
+    """The share of wrong classes, which is better where it is lower."""
+
+    name, metric_name, higher_is_better = "errors", "error", False
+
+
+def test_a_metric_that_is_better_where_it_is_lower_is_minimized():
+    """Values and screen hold the metric itself: the largest is the worst, and the front is that of the scores."""
+    directions = [StudyDirection.MINIMIZE, StudyDirection.MINIMIZE]
+    assert [objective_direction(name, Error()) for name in ("accuracy", "bops")] == directions
+    assert objective_direction("accuracy", CLASSIFICATION) == StudyDirection.MAXIMIZE
+    study = optuna.create_study(directions=directions, study_name="errors")
+    for key, value in task_record(Error(), 10).items():
+        study.set_user_attr(key, value)
+    for values in ([40.0, 1.0], [50.0, 2.0], [20.0, 3.0]):
+        study.add_trial(optuna.create_trial(values=values))
+    now = status.StudyStatus.of(study, Study(trials=3))
+    assert [trial.number for trial in now.front] == [0, 2]
+    assert now.best == {"held-out error (%)": 20.0, "BOPs (% of fp32)": 1.0}
+    assert sorted(trial.number for trial in study.best_trials) == [0, 2]
+    check_directions(study, directions)
+    with pytest.raises(JpqError, match="Study 'errors' was begun by an earlier version of jpq, which searched for a"):
+        check_directions(study, [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE])
 
 
 def test_other_settings_under_the_same_name_are_refused(tmp_path, weights, formula):

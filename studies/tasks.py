@@ -188,7 +188,7 @@ def majority(data: Data) -> float:
     return data.task.evaluate(scores, data.test)
 
 
-DENOISE = Train(epochs=2, batch_size=4, lr=1e-3, distill=10.0)  # 90 steps
+DENOISE = Train(epochs=12, batch_size=4, lr=7e-4, distill=10.0)  # 540 steps
 SERIES = Train(epochs=30, float_epochs=40, batch_size=16, lr=3e-3)
 CAMVID_TRAIN = Train(epochs=4, float_epochs=6, batch_size=8, lr=4e-3)
 
@@ -225,6 +225,7 @@ CASES = {
         noisy("set12"),
         DENOISE,
         targets=("2%", "1%"),
+        methods=(*JOINT, "dhp"),
         baseline=untouched,
     ),
     "series-conv": Case(

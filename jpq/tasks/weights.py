@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor, nn
 
@@ -258,12 +258,21 @@ def summarize_pickle(path: Path) -> PickleSummary:
     return PickleSummary("" if is_dict else classes[0][0], foreign)
 
 
+def _is_plain_pickle(path: Path) -> bool:
+    """Whether Python's pickle wrote tensors into a file, without torch.save; nothing is imported or called."""
+    try:
+        with path.open("rb") as file:
+            return any(name == "torch.storage._load_from_bytes" for name, _ in _named_classes(file))
+    except Exception:  # whatever a damaged file raises: its reader has said so
+        return False
+
+
 def _is_torch(name: str) -> bool:
     """Whether a name is torch's own for a storage, type, size or device."""
     return name.startswith("torch.") and name.count(".") == 1
 
 
-def _named_classes(program: bytes) -> Iterator[tuple[str, int]]:
+def _named_classes(program: bytes | BinaryIO) -> Iterator[tuple[str, int]]:
     """(class or function, number of opcodes before it) for each that a pickle names."""
     texts: list[str] = []
     for number, (opcode, argument, _) in enumerate(pickletools.genops(program)):
@@ -301,6 +310,11 @@ def _advice(path: Path) -> str:
             f"Beside tensors it holds Python objects ({summary.foreign}): where you trust the file, save its tensors "
             f"alone, content = torch.load('{path.name}', weights_only=False); torch.save(content['state_dict'], "
             "'weights.pth'), with the key that they lie under (and .state_dict() behind it where that is a model)."
+        )
+    if _is_plain_pickle(path):
+        return (
+            "It was written by pickle.dump: where you trust the file, content = "
+            f"pickle.load(open('{path.name}', 'rb')); torch.save(content, 'weights.pth')."
         )
     if path.suffix.lower() == ".pkl":
         return f"Load it with the library that wrote it, and save the model's tensors: {SAVE}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -177,11 +178,11 @@ def test_a_file_without_the_classifier_says_so(tmp_path):
 def follow(advice: str, folder: Path) -> Tensors:
     """Run the Python in an error's advice in a folder; returns the weights that it saves."""
     statements = re.search(
-        r"((?:model|content) = torch\.load.*?'weights\.pth'\)|torch\.save\(.*'weights\.pth'\))", advice
+        r"((?:model|content) = (?:torch|pickle)\.load.*?'weights\.pth'\)|torch\.save\(.*'weights\.pth'\))", advice
     )
     assert statements, advice
     code = statements[1].replace("'w.", f"'{folder}/w.").replace("'weights.pth'", f"'{folder}/weights.pth'")
-    exec(code, {"torch": torch, "numpy": np})
+    exec(code, {"torch": torch, "numpy": np, "pickle": pickle})
     return torch.load(folder / "weights.pth")
 
 
@@ -202,6 +203,15 @@ def test_the_advice_for_other_objects_and_programs_is_right(tmp_path):
     with pytest.raises(JpqError, match="It is a TorchScript program") as caught:
         load_weights(net(), tmp_path / "w.pt")
     assert follow(str(caught.value), tmp_path).keys() == GIVEN.keys()
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.pkl"])
+def test_the_advice_for_pickled_tensors_is_right(name, tmp_path):
+    (tmp_path / name).write_bytes(pickle.dumps(GIVEN))
+    with pytest.raises(JpqError, match=r"It was written by pickle\.dump") as caught:
+        load_weights(net(), tmp_path / name)
+    assert follow(str(caught.value), tmp_path).keys() == GIVEN.keys()
+    load_weights(net(), tmp_path / "weights.pth")
 
 
 def test_the_advice_for_arrays_is_right(tmp_path):

@@ -46,6 +46,16 @@ class Bench:
     whose test split their files are judged; default: those of the run."""
     data_root: Path | None = None
     """Where data sets lie, or are downloaded to. Default: where the run read them, else data."""
+    task: str = ""
+    """With --model and --data: what the data are for, as for jpq optimize. Default: as the data say."""
+    image_size: tuple[int, ...] = ()
+    """With --model and --data: size that images are brought to, as 224 (a square) or 192 256 (height, width)."""
+    noise: float = 0.0
+    """With --model and --data that are clean images to be restored: the noise that jpq optimize adds, of 255."""
+    scale: int = 1
+    """With --model and --data that are clean images to be restored: how many times smaller the input is."""
+    target_column: str = ""
+    """With --model and --data table:FILE.csv: the column that is predicted."""
     metric: bool = True
     """Beside the times of a run, show the task's metric of its file, of its float model and of that at 8 bits, in the
     runtime that is timed, on the test split."""
@@ -122,10 +132,25 @@ def measure_layers(flags: Bench, console: Console) -> None:
         f"{flags.table}: {len(entries)} measurements of {shapes} kinds of layers (each the median of "
         f"{flags.repeats}; threads: {threads}) in {seconds:.0f} s.",
         f"All of {flags.model}'s layers: {float_ms:.3g} ms in float, {int8_ms:.3g} ms quantized.",
-        f"Next: jpq optimize --model {flags.model} --latency-table {flags.table} "
+        f"Next: jpq optimize --model {flags.model} {_data_words(flags)}--latency-table {flags.table} "
         f"--target-latency {0.7 * int8_ms:.2g}ms",
     ):
         print_line(console, escape(line))
+
+
+def _data_words(flags: Bench) -> str:
+    """The flags that name the data and say how they are read, with a blank behind them; "" without --data."""
+    from jpq.cli.inspect import READING
+
+    if flags.data is None:
+        return ""
+    given = {"data": flags.data} | {key: getattr(flags, key) for key in READING}
+    unset = {field.name: field.default for field in dataclasses.fields(Bench)}
+    words = {key: value for key, value in given.items() if value != unset[key]}
+    return "".join(
+        f"--{key.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, tuple) else value} "
+        for key, value in words.items()
+    )
 
 
 def time_models(flags: Bench, console: Console) -> None:

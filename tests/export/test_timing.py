@@ -122,6 +122,21 @@ def test_turns_are_taken_in_order_and_the_timed_call_is_warm():
     assert (seconds > 0).all()
 
 
+def test_a_latency_table_of_a_model_for_a_table_s_rows(tmp_path, capsys, monkeypatch):
+    """The flags that say how data are read hold for `jpq bench` too, and stand in the command that it advises."""
+    monkeypatch.chdir(tmp_path)
+    Path("t.csv").write_text("a,b,price\n" + "".join(f"{i},{i % 7},{i * 1.5}\n" for i in range(40)))
+    Path("benchnet.py").write_text(
+        "from torch import nn\ndef net(classes, channels):\n"
+        "    return nn.Sequential(nn.Linear(channels, 8), nn.ReLU(), nn.Linear(8, classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    args = ["bench", "--table", "l.csv", "--model", "benchnet:net", "--data", "table:t.csv", "--repeats", "5"]
+    assert main([*args, "--target-column", "price"]) == 0
+    advice = "jpq optimize --model benchnet:net --data table:t.csv --target-column price --latency-table l.csv --target"
+    assert advice in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_run_from_the_table_to_the_measured_model(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "--table", "t.csv", "--model", "convnet", "--repeats", "5"]) == 0

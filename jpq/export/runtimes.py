@@ -18,6 +18,7 @@ from jpq.tracing.forward import collect_tensors
 from jpq.types import JpqError, unknown
 
 _NEWER_FORMAT = re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)")  # onnxruntime's
+_NO_KERNEL = re.compile(r"Could not find an implementation for (\w+)\(\d+\) node with name '(.*?)'")  # onnxruntime's
 
 
 def start_session(
@@ -37,7 +38,13 @@ def start_session(
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a class of its own for every kind of failure
-        versions = _NEWER_FORMAT.search(str(error))
+        versions, missing = _NEWER_FORMAT.search(str(error)), _NO_KERNEL.search(str(error))
+        if missing is not None:
+            raise JpqError(
+                f"onnxruntime {onnxruntime.__version__} cannot compute the operator {missing[1]} of '{missing[2]}' in "
+                "the type of its numbers. Where the model's code computes in half precision (torch.autocast, .half()), "
+                "export it without."
+            ) from error
         if versions is None:
             raise
         raise JpqError(
@@ -56,8 +63,8 @@ class Session:
         threads: of one operator; 0 leaves the choice to onnxruntime.
         optimised: apply onnxruntime's fusions, which round biases to integers; else run the graph as it is written.
 
-    Raises JpqError where the file's format is newer than this onnxruntime, as that of int2 weights may be, and where it
-    asks for weights outside of its folder.
+    Raises JpqError where the file's format is newer than this onnxruntime, as that of int2 weights may be, where it has
+    no kernel for an operator and type, and where the file asks for weights outside of its folder.
     """
 
     def __init__(self, path: str | Path | onnx.ModelProto, threads: int = 0, optimised: bool = True):

@@ -56,6 +56,7 @@ def find_loaders(name: str, value: Any, options: ReadOptions) -> LoaderSource | 
     if not isinstance(value, (tuple, list)) or len(value) not in (2, 3):
         return None
     parts = dict(zip(("train", "test") if len(value) == 2 else PARTS, value, strict=True))
+    _refuse_dicts(name, parts)
     lazy = options.cache in ("none", "disk")
     if not any(_is_loader(part) or (lazy and _is_dataset(part)) for part in parts.values()) and (
         not all(_is_pair(part) or _is_dataset(part) for part in parts.values())
@@ -77,6 +78,7 @@ def _from_dict(name: str, value: Mapping[str, Any], options: ReadOptions) -> Loa
     missing = [key for key in ("train", "test") if value.get(key) is None]
     if missing:
         raise JpqError(f"The dict of '{name}' has no '{missing[0]}'. Give loaders for train and test, and held_out.")
+    _refuse_dicts(name, {key: value[key] for key in PARTS if key in value})
     parts = {key: _as_loader(name, value[key], key, options) for key in PARTS if value.get(key) is not None}
     words = {"vocabulary": int(value["vocabulary"])} if "vocabulary" in value else {}
     return LoaderSource(
@@ -87,6 +89,16 @@ def _from_dict(name: str, value: Mapping[str, Any], options: ReadOptions) -> Loa
         dict(value.get("about", {})),
         words,
     )
+
+
+def _refuse_dicts(name: str, parts: Mapping[str, Any]) -> None:
+    """Raise JpqError for a part that is a dict of tensors, such as {"x": x, "y": y}."""
+    for key, part in parts.items():
+        if isinstance(part, Mapping) and 0 not in part:
+            raise JpqError(
+                f"The {key.replace('_', '-')} part of '{name}' is a dict ({', '.join(map(str, part))}); it must be a "
+                "pair (x, y), a Dataset or a loader: give the inputs and the targets of the dict as a pair."
+            )
 
 
 def _is_dataset(value: Any) -> bool:

@@ -4,10 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from quantized_nets import EXAMPLE, IMAGES, Small, quantized
 from thinned import thinned
+from torch import nn
 
-from jpq.export.onnx.export import export_onnx
+from jpq.export.onnx.export import export_float, export_onnx
 from jpq.export.verify import compare
 from jpq.types import JpqError
 
@@ -39,3 +41,21 @@ def test_runtimes_are_named(tmp_path, monkeypatch):
         open_session("onnxruntime", tmp_path / "text.onnx")
     with pytest.raises(JpqError, match="is not there"):
         open_session("onnxruntime", Path("nothing.onnx"))
+
+
+def test_half_precision_inside_a_model_is_told(tmp_path):
+    from jpq.export.runtimes import Session
+
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                x = self.a(x).relu()
+            return self.b(x.float())
+
+    export_float(Half().eval(), torch.rand(2, 6), tmp_path / "half.onnx")
+    with pytest.raises(JpqError, match=r"cannot compute the operator \w+ of '.+' in the type .*torch\.autocast"):
+        Session(tmp_path / "half.onnx")

@@ -118,6 +118,7 @@ def bytes_pair(): return ((x * 255).byte().numpy(), y.numpy()), ((x[:8] * 255).b
 def triple(): return TensorDataset(x, y), TensorDataset(x[:6], y[:6]), TensorDataset(x[:8], y[:8])
 def lone(): return x, y
 def nothing(): return None
+def dicts(): return ({"x": x, "y": y},) * 2
 def text(): return "train", "test"
 def flat(): return ((x.flatten(1), y),) * 2
 def fractions(): return (x, y + 0.5), (x, y)
@@ -164,6 +165,7 @@ def test_user_code_gives_data_or_pairs_or_datasets(user):
     [
         ("lone", r"returned \(Tensor, Tensor\); it must return"),
         ("nothing", "returned NoneType"),
+        ("dicts", r"train part of .* is a dict \(x, y\); it must be a pair"),
         ("text", "train part of .* samples are not pairs"),
         ("fractions", "label 0.5, which is no whole number.*task regression"),
         ("short", r"y \[5\]"),

@@ -355,6 +355,11 @@ def _is_dict(value: Any) -> bool:
 
 
 def _refuse(what: str, leaf: Any, error: Exception) -> NoReturn:
+    if isinstance(leaf, str | bytes):
+        raise JpqError(
+            f"{what} gives text ({leaf!r:.40}) in its batches, and models read numbers. Number classes 0, 1, 2 ... "
+            "(names, y = numpy.unique(labels, return_inverse=True)), and give texts as token ids."
+        ) from error
     raise JpqError(f"{what} gives a {type(leaf).__name__} in its batches, which is no tensor ({error}).") from error
 
 

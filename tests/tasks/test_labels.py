@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from jpq.tasks.data import load
 from jpq.tasks.labels import class_numbers, count_classes, gap_note
@@ -124,6 +125,18 @@ def test_labels_of_users_data(monkeypatch, name, make, words):
         return
     with pytest.raises(JpqError, match=words):
         load("users_labels:make")
+
+
+def test_text_in_the_batches_of_a_loader_is_refused_with_how_to_number_it(monkeypatch):
+    module: Any = types.ModuleType("users_text")
+    module.make = lambda: (DataLoader(Samples(lambda i: "cat"), batch_size=8),) * 2
+    monkeypatch.setitem(sys.modules, "users_text", module)
+    with pytest.raises(JpqError) as error:
+        load("users_text:make")
+    assert str(error.value) == (
+        "The train part of 'users_text:make' gives text ('cat') in its batches, and models read numbers. Number "
+        "classes 0, 1, 2 ... (names, y = numpy.unique(labels, return_inverse=True)), and give texts as token ids."
+    )
 
 
 def test_arrays_with_channels_last_are_named(monkeypatch):

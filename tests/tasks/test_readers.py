@@ -506,6 +506,35 @@ def test_bad_series_are_refused_in_one_sentence(tmp_path, arrays, words):
         load(f"series:{tmp_path / 's.npz'}")
 
 
+def test_files_that_are_no_archives_of_numbers_are_refused_with_the_way_to_write_one(tmp_path):
+    way = "it with numpy.savez(FILE, x_train=x, y_train=y, x_test=..., y_test=...)."
+    np.savez(tmp_path / "cut.npz", x=np.zeros((20, 3)), y=np.arange(20) % 2)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:300])
+    (tmp_path / "text.npz").write_text("hello")
+    np.savez(tmp_path / "objects.npz", x=np.array([1, "a", None], dtype=object), y=np.arange(3))
+    objects = "holds an array of Python objects. Give all a type of numbers (x.astype(numpy.float32)), and save"
+    for name, reason in (
+        ("cut", "is no .npz file, or only a part of one. Write"),
+        ("text", "is no .npz file, or only a part of one. Write"),
+        ("objects", objects),
+    ):
+        file = tmp_path / f"{name}.npz"
+        with pytest.raises(JpqError) as error:
+            load(f"series:{file}")
+        assert str(error.value) == f"'{file}' {reason} {way}"
+
+
+def test_folders_of_series_in_another_format_say_how_to_save_them(tmp_path):
+    with pytest.raises(JpqError, match="Put the training part there"):
+        load(f"series:{tmp_path}")
+    (tmp_path / "waves.npz").write_bytes(b"")
+    with pytest.raises(JpqError, match=r"Name the file instead, as series:.*waves\.npz\.$"):
+        load(f"series:{tmp_path}")
+    (tmp_path / "Wave_TRAIN.ts").write_text("@data")
+    with pytest.raises(JpqError, match=r"'Wave_TRAIN\.ts' is of a format that is not read: .* numpy\.savez\(FILE"):
+        load(f"series:{tmp_path}")
+
+
 def test_targets_of_series_in_other_shapes(tmp_path):
     x, y = np.random.default_rng(0).random((20, 2, 5)), np.arange(20) % 2
     np.savez(tmp_path / "column.npz", x=x, y=y[:, None])  # as Keras has them

@@ -68,7 +68,13 @@ def _read_npz(file: Path) -> dict[str, tuple[Any, Any]]:
         with np.load(file, allow_pickle=False) as archive:
             arrays = {name.lower(): archive[name] for name in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
-        raise JpqError(f"'{file}' cannot be read as an .npz file of numbers ({str(error)[:80]}).") from error
+        if str(error).startswith("Object arrays"):
+            reason = "holds an array of Python objects. Give all a type of numbers (x.astype(numpy.float32)), and save"
+        else:
+            reason = "is no .npz file, or only a part of one. Write"
+        raise JpqError(
+            f"'{file}' {reason} it with numpy.savez(FILE, x_train=x, y_train=y, x_test=..., y_test=...)."
+        ) from error
     if {"x", "y"} <= set(arrays):
         return {"train": (arrays["x"], arrays["y"])}
     found = {p: (arrays[f"x_{p}"], arrays[f"y_{p}"]) for p in PARTS if {f"x_{p}", f"y_{p}"} <= set(arrays)}
@@ -93,9 +99,19 @@ def _read_folder(folder: Path) -> dict[str, tuple[Any, Any]]:
         if files:
             found[part] = _read_lines(files[0])
     if "train" not in found:
-        raise JpqError(
-            f"There is no train.csv in '{folder}' (or .tsv, or NAME_TRAIN.tsv). Put the training part there."
+        other = next(
+            (file.name for file in sorted(folder.iterdir()) if file.suffix.lower() in (".ts", ".arff", ".npz")), None
         )
+        if other is None:
+            advice = "Put the training part there."
+        elif other.lower().endswith(".npz"):
+            advice = f"Name the file instead, as series:{folder / other}."
+        else:
+            advice = (
+                f"'{other}' is of a format that is not read: load it with its own package, and save all parts with "
+                "numpy.savez(FILE, x_train=x, y_train=y, x_test=..., y_test=...)."
+            )
+        raise JpqError(f"There is no train.csv in '{folder}' (or .tsv, or NAME_TRAIN.tsv). {advice}")
     return found
 
 

@@ -142,7 +142,7 @@ def attempts_table(result: AccuracyResult) -> Table:
         Column("time", optional=1),
         text_column("folder", optional=4),
     ]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for a in sorted(result.attempts, key=lambda attempt: -attempt.share):
         mark = " ★ chosen" if a is result.attempt else ""
         rows.append(

@@ -192,7 +192,7 @@ def _title(result: Result, config: Config) -> str:
     what = f"{config.task.model} on {config.task.data}, {result.method}"
     metric = format_metric(result.task, now.accuracy if result.final else result.held_out["compressed"])
     split = "" if result.final else " (held-out)"
-    return f"{what}: {metric}{split} at {format_percent(now.bops_share)} of the fp32 BOPs"
+    return f"{what}: {result.task.metric_name} {metric}{split} at {format_percent(now.bops_share)} of the fp32 BOPs"
 
 
 def style_axes(axes: Axes) -> None:

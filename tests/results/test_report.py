@@ -118,7 +118,9 @@ def test_pictures_grow_with_the_number_of_layers(tmp_path: Path) -> None:
 
 def test_curves_put_both_phases_on_one_axis_with_budget_and_float_model(tmp_path: Path) -> None:
     made = result(tmp_path)
-    cost, decisions, quality, kept = plots.draw_curves(made, Config()).axes
+    figure = plots.draw_curves(made, Config())
+    assert f": {made.task.metric_name} " in figure.get_suptitle()
+    cost, decisions, quality, kept = figure.axes
     now = next(line for line in cost.lines if line.get_label() == "BOPs now")
     assert list(now.get_xdata()) == list(range(1, 15))
     assert {line.get_label() for line in cost.lines} >= {"budget 1.00 %", "aim of the controller"}

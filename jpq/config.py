@@ -392,7 +392,7 @@ class Config:
         Raises JpqError for lists that differ in length, and for values that are repeated or missing.
         """
         texts = {name: getattr(self.budget, name) for name in TARGETS}
-        lists = {name: [v.strip() for v in text.split(",")] for name, text in texts.items() if text and "," in text}
+        lists = {name: [v.strip() for v in text.split(",")] for name, text in texts.items() if "," in str(text)}
         if not lists:
             return {"": self}
         _check_lists(lists, {name: f"--{name.replace('_', '-')} {texts[name]}" for name in lists})

@@ -114,6 +114,8 @@ def test_pressure_is_zero_once_landed(digits, float_model):
     [
         ({}, "No target"),
         ({"bops": "0"}, "bops=0 "),
+        ({"bops": 0.01}, "^bops=0.01 allows nothing. Give an amount, or a share of the float model such as 5%.$"),
+        ({"bops": True}, "^bops 'True' is not an amount"),
         ({"bops": "1%", "method": "djqp"}, "djpq"),
         ({"bops": "1%", "cost": "bops-structure"}, "bops-structured"),
         ({"bops": "0.00001%"}, "smallest possible"),
@@ -123,6 +125,11 @@ def test_pressure_is_zero_once_landed(digits, float_model):
 def test_bad_requests(given, says, float_model):
     with pytest.raises(jpq.JpqError, match=says):
         jpq.compress(float_model, torch.rand(8, 1, 8, 8), **given)
+
+
+def test_numbers_are_amounts(float_model):
+    session = jpq.compress(float_model, torch.rand(8, 1, 8, 8), "uniform", bops=300_000_000, steps=1)
+    assert [(target.cost, target.limit) for target in session.targets] == [("bops", 300_000_000)]
 
 
 @pytest.mark.parametrize("method", ["dpf", "pdp", "dsp", "spp"])

@@ -53,7 +53,7 @@ RUNTIMES = ("onnxruntime", "openvino")
 
 METHODS = {  # names in the CSV -> settings
     "uniform": Decide(method="uniform"),
-    "bits 4/5": Decide(method="uniform", bits="4/5"),  # where uniform takes 5/4, of nearly the same cost
+    "bits 4/5": Decide(bits="4/5"),  # where uniform takes 5/4, of nearly the same cost
     "djpq": Decide(method="djpq"),
     "measured": Decide(method="measured"),
     "dhp": Decide(method="dhp"),

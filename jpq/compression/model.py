@@ -19,6 +19,7 @@ from jpq.methods.quantizers import (
     IntegerQuantizer,
     act_quantizer,
     fit_threshold,
+    is_quantized,
     result_quantizer,
     weight_quantizer,
 )
@@ -85,7 +86,7 @@ class CompressedModel(nn.Module):
     def quantizers(self, name: str) -> tuple[IntegerQuantizer, IntegerQuantizer] | None:
         """The quantizers of a layer's weight and of its input; None where it stays in floating point."""
         layer = self.layer(name)
-        return (weight_quantizer(layer), act_quantizer(layer)) if hasattr(layer, "weight_quant") else None
+        return (weight_quantizer(layer), act_quantizer(layer)) if is_quantized(layer) else None
 
     def counts(self, site: Site) -> tuple[int, ...]:
         """Numbers of units that discretization may keep of a site, ascending."""

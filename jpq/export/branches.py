@@ -19,6 +19,7 @@ from jpq.methods.quantizers import (
     Fixed,
     IntegerQuantizer,
     act_quantizer,
+    is_quantized,
     quantize_layer,
     replace_everywhere,
     weight_quantizer,
@@ -139,7 +140,7 @@ def _branch(layer: Any, channels: list[int], filters: list[int]) -> nn.Module:
     conv.weight = nn.Parameter(weight.clone())
     if layer.bias is not None:
         conv.bias = nn.Parameter(layer.bias[filters].clone())
-    if not hasattr(layer, "weight_quant"):
+    if not is_quantized(layer):
         return conv.train(layer.training)
     weight_grid, act_grid = weight_quantizer(layer), act_quantizer(layer)
     ranges = weight_grid.log_threshold[filters] if weight_grid.log_threshold.dim() else weight_grid.log_threshold

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from jpq.compression.usage import FLOAT_BITS
-from jpq.methods.quantizers import act_quantizer, weight_quantizer
+from jpq.methods.quantizers import act_quantizer, is_quantized, weight_quantizer
 from jpq.tracing.forward import batch_size, call_model, collect_tensors, eval_mode, hook_modules
 
 Widths = tuple[int, int, Fraction]  # of weight and input, and the share of the weights that a mask keeps
@@ -49,7 +49,7 @@ def measure(small: nn.Module, example: Any) -> dict[str, int]:
         if x is not None and x.dim() < rank:
             unbatched.append(name)  # one sample without a batch dim
 
-    layers = {n: m for n, m in small.named_modules() if hasattr(m, "weight_quant")}
+    layers = {n: m for n, m in small.named_modules() if is_quantized(m)}
     plain = {n: m for n, m in small.named_modules() if isinstance(m, _PLAIN_LAYERS)}
     hooks = hook_modules({**plain, **layers}, look, before=True)
     with eval_mode(small), hooks, _count_inside(layers, counter), _without_fused_attention(), counter:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from jpq.compression.masking import original
 from jpq.export.packed.batchnorm_folding import Pair, find_pairs
 from jpq.export.verify import EXACT, difference
-from jpq.methods.quantizers import IntegerQuantizer, act_quantizer, result_quantizer, weight_quantizer
+from jpq.methods.quantizers import IntegerQuantizer, act_quantizer, is_quantized, result_quantizer, weight_quantizer
 from jpq.tracing.forward import eval_mode
 
 DIGITS = 6  # binary digits of a weight's step, at most: it moves by 1.6 % at most
@@ -62,7 +62,7 @@ def round_weight_steps(model: nn.Module, example: Any) -> list[str]:
     """
     with eval_mode(model):
         pairs = dict(foldable_pairs(model, example))
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "weight_quant")}
+    layers = {name: module for name, module in model.named_modules() if is_quantized(module)}
     for grid in (*map(act_quantizer, layers.values()), *map(result_quantizer, model.modules())):
         if grid is not None and bool(grid.power_of_two):
             grid.fix_step(grid.scale())

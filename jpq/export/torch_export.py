@@ -18,7 +18,14 @@ from torch.utils._pytree import tree_map
 
 from jpq.export.program import is_free_size
 from jpq.files.atomic import replace_file
-from jpq.methods.quantizers import act_quantizer, plain_layer, replace_everywhere, result_quantizer, weight_quantizer
+from jpq.methods.quantizers import (
+    act_quantizer,
+    is_quantized,
+    plain_layer,
+    replace_everywhere,
+    result_quantizer,
+    weight_quantizer,
+)
 from jpq.methods.quantizers.uniform_integer import IntegerQuantizer
 from jpq.tracing.forward import batch_size, plain_outputs, split_arguments
 from jpq.tracing.traced_lengths import traced_lengths
@@ -93,7 +100,7 @@ def replace_quantizers(small: nn.Module) -> nn.Module:
         grid = result_quantizer(module)
         if grid is not None:
             module.results = Rounding(grid)
-    for layer in [m for m in model.modules() if hasattr(m, "weight_quant")]:
+    for layer in [m for m in model.modules() if is_quantized(m)]:
         replacement = StoredIntegerLayer(layer)
         for name in ("select", "results"):
             if name in dict(layer.named_children()):

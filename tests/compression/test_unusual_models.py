@@ -52,7 +52,22 @@ class Named(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "name", ["0", "weight", "forward_", "a-b", "a b", "é中", "class", "w" * 200, "model", "results", "input_quant", "T"]
+    "name",
+    [
+        "0",
+        "weight",
+        "forward_",
+        "a-b",
+        "a b",
+        "é中",
+        "class",
+        "w" * 200,
+        "model",
+        "results",
+        "input_quant",
+        "weight_quant",
+        "T",
+    ],
 )
 def test_any_name_of_a_module_will_do(name: str, tmp_path: Path) -> None:
     small = run_through(Named(name).eval(), IMAGES, tmp_path)

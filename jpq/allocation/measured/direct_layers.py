@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from jpq.allocation.measured.table import Key
 from jpq.compression.masking import MaskParametrization
-from jpq.methods.quantizers import act_quantizer, weight_quantizer
+from jpq.methods.quantizers import act_quantizer, is_quantized, weight_quantizer
 
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what direct layers compute; others run as they are
 
@@ -126,7 +126,7 @@ class DirectLayers:
 
 def _is_plain(module: Any) -> bool:
     """Whether a module is a quantized layer that a plain product gives, with no parametrization but masks."""
-    if not (hasattr(module, "weight_quant") and isinstance(module, PLAIN)):
+    if not (is_quantized(module) and isinstance(module, PLAIN)):
         return False
     if getattr(module, "is_same_padded_strided", False):
         return False

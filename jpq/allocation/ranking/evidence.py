@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jpq.allocation.ranking.neighbour_norms import NeighbourNorms, batchnorm_scales, norm_scales
 from jpq.compression.model import CompressedModel
+from jpq.methods.quantizers import is_quantized
 from jpq.methods.scores import Chain, Evidence
 from jpq.tracing.forward import call_model, eval_mode, hook_modules
 from jpq.tracing.missing_gradients import name_missing_gradient
@@ -172,7 +173,7 @@ def multiply_units(net: CompressedModel, gates: Sequence[Tensor]) -> Iterator[No
                 x = x * _broadcast(gate, tap.structure.index, x, dim)
             return x
 
-        if hasattr(layer, "input_quant"):
+        if is_quantized(layer):
             handles.append(layer.input_quant.register_forward_hook(lambda _, __, out, f=scale: f(out)))
         else:
             handles.append(layer.register_forward_pre_hook(lambda _, args, f=scale: (f(args[0]), *args[1:])))

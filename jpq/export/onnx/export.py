@@ -46,7 +46,7 @@ from jpq.export.onnx.twice_rounded_weights import round_weights_twice
 from jpq.export.onnx.unsupported_ops import name_unsupported_op
 from jpq.export.onnx.written_out_calls import WrittenOutCalls
 from jpq.files.atomic import replace_file
-from jpq.methods.quantizers import act_quantizer, result_quantizer, weight_quantizer
+from jpq.methods.quantizers import act_quantizer, is_quantized, result_quantizer, weight_quantizer
 from jpq.tracing.checkpointing import without_reentrant_checkpoints
 from jpq.tracing.forward import (
     as_plain_nest,
@@ -109,7 +109,7 @@ def export_onnx(
         return model
 
     _check_single_precision(small)
-    for layer in [m for m in small.modules() if hasattr(m, "weight_quant")]:
+    for layer in [m for m in small.modules() if is_quantized(m)]:
         bits = max(float(grid.width()) for grid in (weight_quantizer(layer), act_quantizer(layer)))
         if bits > MAX_BITS:
             raise JpqError(f"QCDQ export holds at most 8 bits; a layer has {bits:.0f}. Lower --w-bits or --a-bits.")
@@ -239,7 +239,7 @@ def _note_unbatched(names: set[str], name: str, layer: Any, x: Any, _: Any) -> N
     """Add the name of a layer that reads one sample without a batch dim. Raises JpqError for a vector."""
     if isinstance(x, Tensor) and x.dim() < layer.weight.dim():
         names.add(name)
-        if isinstance(layer, nn.Linear) and hasattr(layer, "weight_quant"):
+        if isinstance(layer, nn.Linear) and is_quantized(layer):
             raise JpqError(
                 f"Layer '{name}' reads a vector, a sample without a batch dim, which brevitas cannot export. Give an "
                 "example with a batch dim (x[None])."
@@ -255,7 +255,7 @@ def _with_quant_tensors(source: nn.Module, quant_nodes: bool) -> nn.Module:
     replace_norms(model)
     module: Any
     for module in model.modules():
-        if hasattr(module, "weight_quant"):
+        if is_quantized(module):
             report_weight_grid(module, quant_nodes)
             module.weight_quant.skip_create_quant_tensor = False
             module.input_quant.skip_create_quant_tensor = False

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from jpq.export.verify import EXACT, difference
-from jpq.methods.quantizers import quantize_results, replace_everywhere, result_quantizer, weight_quantizer
+from jpq.methods.quantizers import (
+    is_quantized,
+    quantize_results,
+    replace_everywhere,
+    result_quantizer,
+    weight_quantizer,
+)
 from jpq.tracing.forward import call_model, hook_modules
 
 Pair = tuple[str, str]  # (layer, the norm that reads it)
@@ -59,7 +65,7 @@ def find_pairs(model: nn.Module, example: Any) -> list[Pair]:
             pairs.append((layer_of[id(x)], name))
 
     for name, module in model.named_modules():
-        if hasattr(module, "weight_quant") and weight_quantizer(module).log_threshold.dim() > 0:
+        if is_quantized(module) and weight_quantizer(module).log_threshold.dim() > 0:
             channels[name], modules[name] = len(module.weight), module
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             modules[name] = module

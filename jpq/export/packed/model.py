@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from jpq.export.packed.batchnorm_folding import fold_batchnorms, remove_norm
 from jpq.export.packed.file import PackedLayer, header_bytes, load_packed, packed_bytes, save_packed
-from jpq.methods.quantizers import act_quantizer, weight_quantizer
+from jpq.methods.quantizers import act_quantizer, is_quantized, weight_quantizer
 from jpq.methods.quantizers.uniform_integer import NARROW_FROM
 from jpq.methods.structures import WeightLayout, parse_structure
 from jpq.plan import Plan
@@ -124,7 +124,7 @@ def _quantized_layers(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]
     again: dict[str, Any] = {}
     weights = set[int]()
     for name, module in model.named_modules():
-        if hasattr(module, "weight_quant"):
+        if is_quantized(module):
             (again if id(module.weight) in weights else first)[name] = module
             weights.add(id(module.weight))
     return first, again

@@ -6,6 +6,7 @@ from jpq.methods.quantizers.base import BitWidth, Grid
 from jpq.methods.quantizers.brevitas_layers import (
     act_quantizer,
     can_quantize,
+    is_quantized,
     plain_layer,
     quantize_layer,
     quantize_results,
@@ -33,6 +34,7 @@ __all__ = [
     "can_quantize",
     "fit_threshold",
     "fit_weight_grid",
+    "is_quantized",
     "plain_layer",
     "quantize_layer",
     "quantize_results",

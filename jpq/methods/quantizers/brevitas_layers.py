@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import brevitas.nn as qnn
+from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from torch import nn
 
 from jpq.methods.quantizers.proxies import NoActGrid, NoBiasGrid, act_injector, no_grid_proxy, weight_injector
@@ -104,6 +105,11 @@ def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None
     for alias in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
         owner, _, leaf = alias.rpartition(".")
         setattr(model.get_submodule(owner), leaf, new)
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether a module is a brevitas layer: a part of a user's own may be called `weight_quant` as well."""
+    return isinstance(layer, QuantWeightBiasInputOutputLayer)
 
 
 def weight_quantizer(layer: Any) -> IntegerQuantizer:

@@ -285,11 +285,45 @@ def underuse_note(targets: Sequence[Target], net: CompressedModel, plan: Plan) -
         return None
     uses = net.exact_usage(plan)
     tightest = max(targets, key=lambda t: used_share(t, uses))
+    share = f"{100 * float(used):.1f} % of {tightest.flag} {tightest.text} is used"
+    if _has_fitting_unit(net, targets, plan):
+        units = [unit for kept in plan.kept.values() for unit in kept]
+        return f"{share}: {len(units) - sum(units)} of {len(units)} units were closed by choice, not for the target."
+    if tensor := _tensor_with_fitting_bits(net, targets, plan):
+        return f"{share}: wider bits for {tensor} alone would fit, and were left out by choice."
     more = "one more unit" if net.multiple == 1 else f"{net.multiple} more channels"
     return (
-        f"{100 * float(used):.1f} % of {tightest.flag} {tightest.text} is used: every decision is at its largest, or "
-        f"the next single step (one more bit somewhere, or {more}) would exceed a target."
+        f"{share}: every decision is at its largest, or the next single step (one more bit somewhere, or {more}) would "
+        "exceed a target."
     )
+
+
+def _has_fitting_unit(net: CompressedModel, targets: Sequence[Target], plan: Plan) -> bool:
+    """Whether the next larger number of units at some site would keep to every target."""
+    for site in net.sites:
+        kept = plan.kept.get(site.name, ())
+        more = next((count for count in net.counts(site) if count > sum(kept)), None) if kept else None
+        if more is None:
+            continue
+        open_units = {unit for unit, stays in enumerate(kept) if stays}
+        closed = [unit for unit in range(len(kept)) if unit not in open_units]
+        open_units.update(closed[: more - len(open_units)])
+        wider = tuple(unit in open_units for unit in range(len(kept)))
+        if all_met(targets, net.exact_usage(replace(plan, kept={**plan.kept, site.name: wider}))):
+            return True
+    return False
+
+
+def _tensor_with_fitting_bits(net: CompressedModel, targets: Sequence[Target], plan: Plan) -> str:
+    """A weight or an input, in words, whose next wider bits alone would keep to every target; "" where none would."""
+    for name, layer in plan.layers.items():
+        w, a = [quantizer.width.choices for quantizer in net.quantizers(name) or ()] or [(), ()]
+        wider = [("weight", replace(layer, w_bits=bits)) for bits in w if bits > layer.w_bits][:1]
+        wider += [("input", replace(layer, a_bits=bits)) for bits in a if bits > layer.a_bits][:1]
+        for what, changed in wider:
+            if all_met(targets, net.exact_usage(replace(plan, layers={**plan.layers, name: changed}))):
+                return f"the {what} of {name}"
+    return ""
 
 
 def density_target(net: CompressedModel, density: float) -> Target:

@@ -1,5 +1,6 @@
 """Landing: under every target, at least 97 % of the tightest used, deterministic, and never above on any draw."""
 
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 
@@ -96,6 +97,26 @@ def test_uses_97_percent_at_the_budgets_that_people_ask_for():
             assert discretize.underuse_note(targets, shared_net(), plan) is None
     loose = parse_targets({"bops": "50%"}, shared_net().exact_usage())
     assert str(discretize.underuse_note(loose, shared_net(), plan)).startswith("0.5 % of --target-bops 50% is used: ")
+
+
+def test_the_reason_for_what_is_left_of_a_budget_is_true():
+    """Units that are closed, and widths that are narrower, though the target has room for them, are so by choice."""
+    scatter(shared_net(), 0)
+    full = discretize.soft_decisions(shared_net()).plan_at(discretize.BOTTOM)
+    uses = shared_net().exact_usage(full)
+    loose = parse_targets({"bops": str(4 * costs.bops(uses))}, uses)
+    site, units = max(full.kept.items(), key=lambda entry: len(entry[1]))
+    all_units = sum(len(kept) for kept in full.kept.values())
+    pruned = replace(full, kept={**full.kept, site: (False, False, *units[2:])})
+    note = discretize.underuse_note(loose, shared_net(), pruned)
+    assert str(note).endswith(f" is used: 2 of {all_units} units were closed by choice, not for the target.")
+    name = list(full.layers)[1]
+    narrow = replace(full, layers={**full.layers, name: replace(full.layers[name], w_bits=3)})
+    note = discretize.underuse_note(loose, shared_net(), narrow)
+    assert str(note).endswith(
+        f" is used: wider bits for the weight of {name} alone would fit, and were left out by choice."
+    )
+    assert "every decision is at its largest" in str(discretize.underuse_note(loose, shared_net(), full))
 
 
 def test_changes_nothing_where_the_decisions_already_fit():

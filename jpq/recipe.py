@@ -85,7 +85,7 @@ def optimize(
     """
     config = config.check()
     if config.budget.has_accuracy_target:
-        raise JpqError("--max-drop and --min-accuracy take several runs: call jpq.find_cheapest(config).")
+        raise JpqError("--max-drop and --min-metric take several runs: call jpq.find_cheapest(config).")
     check_decide(config.decide)
     run = open_run(config, observer)
     data, model = load_task(config, run)  # 1 model and data
@@ -103,7 +103,7 @@ def optimize(
     if final:
         check_float_metric(model, data, config, run, announcer)
     check_mask(prepared, model, run)
-    note_batchnorm(choose_batchnorm(model, data, config), data.task, run)
+    note_batchnorm(choose_batchnorm(model, data, config), data, run)
     scale_loss(model, data, run)
     if prepared.method.structure == SEARCH:
         prepared = search_structures(prepared, model, data, config, run)  # 5 mask structures, with --structure search

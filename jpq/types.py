@@ -75,6 +75,11 @@ def name_parameters(text: str, names: Mapping[str, str] | None = None) -> str:
     return FLAG.sub(write_parameter, COMMAND.sub(r"`\1`", text))
 
 
+def plural(noun: str) -> str:
+    """Several of what a noun names."""
+    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> JpqError:
     """The error for a name that a table does not have, with the closest names that it has."""
     known = sorted(known)

@@ -47,15 +47,15 @@ class Bench:
     data_root: Path | None = None
     """Where data sets lie, or are downloaded to. Default: where the run read them, else data."""
     task: str = ""
-    """With --model and --data: what the data are for, as for jpq optimize. Default: as the data say."""
+    """With --data: what the data are for, as for jpq optimize. Default: as the data say."""
     image_size: tuple[int, ...] = ()
-    """With --model and --data: size that images are brought to, as 224 (a square) or 192 256 (height, width)."""
+    """With --data: size that images are brought to, as 224 (a square) or 192 256 (height, width)."""
     noise: float = 0.0
-    """With --model and --data that are clean images to be restored: the noise that jpq optimize adds, of 255."""
+    """With --data that are clean images to be restored: the noise that jpq optimize adds, of 255."""
     scale: int = 1
-    """With --model and --data that are clean images to be restored: how many times smaller the input is."""
+    """With --data that are clean images to be restored: how many times smaller the input is."""
     target_column: str = ""
-    """With --model and --data table:FILE.csv: the column that is predicted."""
+    """With --data table:FILE.csv: the column that is predicted."""
     metric: bool = True
     """Beside the times of a run, show the task's metric of its file, of its float model and of that at 8 bits, in the
     runtime that is timed, on the test split."""
@@ -287,8 +287,10 @@ def _read_run(folder: Path, flags: Bench) -> tuple[Data | None, nn.Module | None
 def _read_test_data(folder: Path, flags: Bench) -> Data:
     """The data of a run, or those of --data, whose metric can be measured."""
     from jpq.cli.evaluate import Evaluate, read_data_of
+    from jpq.cli.inspect import READING
 
-    asked = Evaluate(data=flags.data, data_root=flags.data_root, run_code=flags.run_code)
+    reading = {key: getattr(flags, key) for key in READING if flags.data is not None}
+    asked = Evaluate(data=flags.data, data_root=flags.data_root, run_code=flags.run_code, **reading)
     data: Data = read_data_of(folder, asked, folder)
     data.task.check_packages()
     return data
@@ -300,7 +302,7 @@ def _no_metric(error: JpqError) -> str:
 
 def _samples(data: Data) -> str:
     """The test split in words."""
-    return f"{data.test.size} test {data.task.sample_names} of {data.name}"
+    return f"{data.test.size} test {data.sample_names} of {data.name}"
 
 
 def _calibration(data: Data) -> list[Any]:

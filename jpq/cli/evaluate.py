@@ -18,7 +18,7 @@ from jpq.types import JpqError
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Flags of `jpq evaluate`: saved models, and the images."""
+    """Flags of `jpq evaluate`: saved models, and the data."""
 
     saved: tuple[Path, ...] = ()
     """Folders of earlier runs, such as runs/0123456789ab or runs/latest, or exported files, such as its model.onnx."""
@@ -33,6 +33,15 @@ class Evaluate:
     """Where data sets lie, or are downloaded to. Default: where the run read them, else data."""
     task: str = ""
     """What the model is for, as jpq optimize has it. Default: what the run is for, or the data."""
+    image_size: tuple[int, ...] = ()
+    """With --data: size that images are brought to, as 224 or 192 256 (height, width). Default: as the file says."""
+    noise: float = 0.0
+    """With --data that are clean images to be restored: noise that is added, of 255. Default: as the file says."""
+    scale: int = 1
+    """With --data that are clean images to be restored: how many times smaller the input is. Default: as the file
+    says."""
+    target_column: str = ""
+    """With --data table:FILE.csv: the column that is predicted."""
     run_code: bool = False
     """Run the code that the folder names as its model, data or task (module:callable): only for folders that you
     trust."""
@@ -66,6 +75,8 @@ def evaluate_saved(saved: Path, flags: Evaluate, console: Console) -> None:
         raise JpqError(f"{saved} is for other tools than runtimes. Give the run's folder, or its model.onnx.")
     folder = saved.parent if is_file else saved
     is_run = (folder / "config.toml").is_file()
+    if not saved.exists():
+        raise JpqError(f"There is no file or folder {saved}. Give the folder of a run, or its model.onnx.")
     if not is_run and not is_file:
         raise JpqError(f"{folder} is not the folder of a run: it has no config.toml. Give one like runs/0123456789ab.")
     runtimes = parse_runtimes(flags.runtime or "onnxruntime") if flags.runtime or is_file else ()
@@ -126,7 +137,7 @@ def describe_metric(data: Any, split: str, outputs: list[Any]) -> str:
         f"{name} {format_value(value, unit)}{_in_unit(data, name, value)}" for name, (value, unit) in others.items()
     )
     metric = format_metric(task, score) + (f" ({more})" if more else "")
-    return str(task.report(metric, f"{batches.size} {split} {task.sample_names} of {data.name}"))
+    return str(task.report(metric, f"{batches.size} {split} {data.sample_names} of {data.name}"))
 
 
 def _in_unit(data: Any, name: str, value: float) -> str:
@@ -154,6 +165,7 @@ def read_data_of(saved: Path, flags: Evaluate, folder: Path | None) -> Any:
 
     import torch
 
+    from jpq.cli.inspect import READING
     from jpq.config import read_toml
     from jpq.files.untrusted import check_no_code
     from jpq.tasks import with_task
@@ -162,13 +174,15 @@ def read_data_of(saved: Path, flags: Evaluate, folder: Path | None) -> Any:
 
     if flags.data is not None:
         root = flags.data_root or Path("data")
+        unset = {field.name: field.default for field in dataclasses.fields(Evaluate)}
+        reading = {key: getattr(flags, key) for key in READING if getattr(flags, key) != unset[key]}
         try:
-            data = load(flags.data, root, task=flags.task, **_preparation(saved, flags.data))
+            data = load(flags.data, root, **(_preparation(saved, flags.data) | reading))
         except JpqError:  # images of other channels: the file is held to them as they are
-            data = load(flags.data, root, task=flags.task)
+            data = load(flags.data, root, **reading)
         return with_task(data, flags.task)
     if folder is None:
-        raise JpqError(f"Say which images {saved} is to be tried on: --data digits (or cifar10, folder:PATH ...).")
+        raise JpqError(f"Say which data {saved} is to be tried on: --data digits (or folder:PATH, table:FILE.csv ...).")
     config = read_toml(folder / "config.toml")
     if not flags.run_code:
         check_no_code("data", config.task.data, folder / "config.toml", "add --run-code")
@@ -218,10 +232,10 @@ def _check_fits(file: Path, session: Any, data: Any) -> None:
         size = "x".join(map(str, data.shape))
         reason = " ".join(str(error).split())[:160]
         raise JpqError(
-            f"{file} cannot take batches of {size} {data.task.sample_names}, as {data.name} has them: {reason}"
+            f"{file} cannot take batches of {size} {data.sample_names}, as {data.name} has them: {reason}"
         ) from error
     samples = batch_size(x)
     if not data.task.fits(out, samples, data.classes):
         shape = "several tensors" if isinstance(out, tuple) else "x".join(map(str, out.shape))
         row = data.task.row_text(data.classes)
-        raise JpqError(f"{file} gives {shape} for {samples} {data.task.sample_names}, not {row} for each.")
+        raise JpqError(f"{file} gives {shape} for {samples} {data.sample_names}, not {row} for each.")

@@ -26,7 +26,7 @@ from jpq.results.formatting import (
 from jpq.results.intervals import format_interval
 from jpq.results.record import LayerRecord, Result
 from jpq.results.run_folder import size_rows
-from jpq.types import DENSE
+from jpq.types import DENSE, plural
 
 if TYPE_CHECKING:  # --help shows without torch
     from jpq.tasks.base import Task
@@ -173,7 +173,7 @@ def _facts_grid(result: Result) -> Table:
         rows.append(("schemes", f"by {s['by']}: {s['ms']:.3g} ms a sample, {s['dense_ms']:.3g} ms dense ({source})"))
     if result.float_work.get("parts"):
         rows.append(("32-bit work", escape(float_work_line(result.float_work))))
-    rows += [("verified", line) for line in verified_lines(result.verified, result.task)]
+    rows += [("verified", line) for line in verified_lines(result.verified, result.task, result.sample_name)]
     rows += [(label, escape(line)) for label, line in export_lines(result)]
     if result.latency:
         rows.append(("measured", latency_line(result.latency)))
@@ -240,12 +240,11 @@ def metrics_line(metrics: Mapping[str, Mapping[str, float]]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {mean:.3g}" for name, mean in means.items()) + " (means over sites)"
 
 
-def verified_lines(verified: Mapping[str, Any], task: Task | None = None) -> list[str]:
+def verified_lines(verified: Mapping[str, Any], task: Task | None = None, sample: str = "image") -> list[str]:
     """Results of the checks, a line each; a check without a sentence here is listed by its name.
 
-    `task` names decisions and samples, which are images with a class each where it is None.
+    `task` names decisions, which are one class per sample where it is None; `sample` is one sample in words.
     """
-    sample = "image" if task is None else task.sample_name
     lines = []
     for name, value in verified.items():
         if name == OPENED:
@@ -257,7 +256,7 @@ def verified_lines(verified: Mapping[str, Any], task: Task | None = None) -> lis
             lines.append(f"rebuilt model = masked model (largest relative difference {value:.2g} in float64)")
         elif name == "rebuilt_vs_onnxruntime":
             lines.append(
-                f"onnxruntime agrees on {_agreement_text(value, task)} "
+                f"onnxruntime agrees on {_agreement_text(value, task, sample)} "
                 f"({value['at_a_rounding_boundary']} with a value at a rounding boundary)"
             )
         elif name == "rebuilt_vs_onnxruntime_optimised":
@@ -268,7 +267,7 @@ def verified_lines(verified: Mapping[str, Any], task: Task | None = None) -> lis
         elif name == "rebuilt_float32_vs_float64":
             lines.append(
                 f"the model itself in float64 instead of float32: {value['at_a_rounding_boundary']} of "
-                f"{value['images']} test {sample}s with a value at a rounding boundary"
+                f"{value['images']} test {escape(plural(sample))} with a value at a rounding boundary"
             )
         else:
             lines.append(f"{escape(name.replace('_', ' '))}: {escape(str(value))}")
@@ -280,10 +279,10 @@ def _decisions(check: Mapping[str, Any]) -> int:
     return int(check.get("decisions", check["images"]))
 
 
-def _agreement_text(check: Mapping[str, Any], task: Task | None) -> str:
+def _agreement_text(check: Mapping[str, Any], task: Task | None, sample: str) -> str:
     """How many decisions are equal: "449 of 449 test images", or "38,000 of 38,400 pixels of 10 test images"."""
     images, total = check["images"], _decisions(check)
-    samples = f"test {'images' if task is None else task.sample_names}"
+    samples = f"test {escape(plural(sample))}"
     same = total - check["argmax_differs"]
     if task is None or total == images:
         return f"{same:,} of {total:,} {samples}"
@@ -315,5 +314,7 @@ def export_lines(result: Result) -> list[tuple[str, str]]:
     for name, form in e["forms"].items():
         check = form.get("verified", {})
         if name != "onnx" and "images" in check:
-            lines.append(("verified", f"{form['file']} agrees on {_agreement_text(check, result.task)}"))
+            lines.append(
+                ("verified", f"{form['file']} agrees on {_agreement_text(check, result.task, result.sample_name)}")
+            )
     return lines

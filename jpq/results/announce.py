@@ -87,12 +87,13 @@ def check_float_metric(model: nn.Module, data: Data, config: Config, run: RunSta
     announcer.warn(text)
 
 
-def note_batchnorm(found: BatchStatistics | None, task: Task, run: RunState) -> None:
+def note_batchnorm(found: BatchStatistics | None, data: Data, run: RunState) -> None:
     """Note that BatchNorm keeps the float model's statistics, and why, where that was found to be better."""
     if found is not None:
+        task = data.task
         run.notes.append(
             "BatchNorm keeps the float model's statistics: measured anew on batches of "
-            f"{found.samples} {task.sample_names} they change its {task.metric_name} from "
+            f"{found.samples} {data.sample_names} they change its {task.metric_name} from "
             f"{format_metric(task, found.own)} to {format_metric(task, found.batches)}. --batchnorm batch measures "
             "them anew all the same."
         )

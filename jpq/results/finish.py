@@ -300,7 +300,7 @@ def data_record(data: Data) -> dict[str, Any]:
     }
     tree = {"name": data.name, "checksum": data.checksum, **sizes, **images, **task_record(data.task, data.classes)}
     inputs = len(collect_tensors(data.example))
-    return {**tree, **names, **about, **({"inputs": inputs} if inputs > 1 else {})}
+    return {**tree, "sample": data.sample_name, **names, **about, **({"inputs": inputs} if inputs > 1 else {})}
 
 
 def layer_records(net: CompressedModel, plan: Plan, cost: str = "bops") -> tuple[LayerRecord, ...]:

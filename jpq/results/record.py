@@ -131,3 +131,8 @@ class Result:
         from jpq.tasks import recorded_task
 
         return recorded_task(self.data)
+
+    @property
+    def sample_name(self) -> str:
+        """One sample of the data, in words; runs of earlier versions name those of their task."""
+        return str(self.data.get("sample", self.task.sample_name))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from jpq.tracing.forward import call_model, eval_mode
-from jpq.types import JpqError
+from jpq.types import JpqError, plural
 
 SAME_RANGE = 0.1  # share of the batch's largest output within which two outputs without classes agree
 
@@ -41,7 +41,7 @@ class Task(ABC):
     higher_is_better: ClassVar[bool] = True  # direction of the metric
     output_name: ClassVar[str] = "outputs"  # contents of the network's output tensor
     decision_name: ClassVar[str] = "output"  # unit of agreement: "the same class for 9 of 10 samples"
-    sample_name: ClassVar[str] = "image"  # one sample, in words: "449 test images of digits"
+    sample_name: ClassVar[str] = "image"  # one sample, in words, where neither the data nor the own task name it
     tolerance: ClassVar[float] = SAME_RANGE  # difference up to which outputs without classes agree (`same_decision`)
     any_size: ClassVar[bool] = False  # whether outputs have the size of their images, which may differ within a split
     packages: ClassVar[tuple[str, ...]] = ()  # Python packages that the metric needs, of the extra "metrics"
@@ -153,7 +153,7 @@ class Task(ABC):
     @property
     def sample_names(self) -> str:
         """Several samples, in words."""
-        return self.sample_name + ("es" if self.sample_name.endswith(("s", "x", "ch", "sh")) else "s")
+        return plural(self.sample_name)
 
     @property
     def score_bounds(self) -> tuple[float, float]:

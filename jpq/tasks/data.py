@@ -44,7 +44,7 @@ from jpq.tasks.user_loaders import (
     guess_task,
     open_loaders,
 )
-from jpq.types import JpqError, unknown
+from jpq.types import JpqError, plural, unknown
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of ImageNet's channels
 
@@ -66,6 +66,25 @@ class Data:
     notes: tuple[str, ...] = ()  # sentences on what was left out or looks wrong
     about: Mapping[str, Any] = field(default_factory=dict)  # facts on inputs and targets, for records and files
     arguments: Mapping[str, int] = field(default_factory=dict)  # what a model may want to know: vocabulary, length
+    read_as: str = ""  # one sample, in the words of the reader: "row" of a table; "": by the form of the inputs
+
+    @property
+    def sample_name(self) -> str:
+        """One sample, in words: as the user's own task says, else the reader of the data, else the form of the inputs.
+
+        Images have four dims and sequences three, the batch included.
+        """
+        owner = next(kind for kind in type(self.task).__mro__ if "sample_name" in vars(kind))
+        if not owner.__module__.startswith("jpq."):
+            return self.task.sample_name
+        if self.read_as or self.task.sample_name == "text":
+            return self.read_as or "text"
+        return {4: "image", 3: "sequence"}.get(tree_leaves(self.example)[0].dim(), "sample")
+
+    @property
+    def sample_names(self) -> str:
+        """Several samples, in words."""
+        return plural(self.sample_name)
 
 
 PREPROCESSING = {
@@ -175,6 +194,7 @@ def load(
         notes=source.notes,
         about=source.about,
         arguments=source.arguments,
+        read_as=source.sample_name,
     )
 
 
@@ -220,6 +240,7 @@ def from_loaders(
         notes=tuple(note for note in dict.fromkeys(part.note for part in parts.values()) if note),
         about=source.about,
         arguments=source.arguments,
+        read_as="",
     )
 
 

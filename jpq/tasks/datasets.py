@@ -65,6 +65,7 @@ class Source:
     class_names: tuple[str, ...] = ()  # by class number, where they are known
     notes: tuple[str, ...] = ()  # sentences on what was left out or looks wrong
     task: str = "classification"  # name in TASKS
+    sample_name: str = ""  # one sample, in words; "": by the form of the inputs
     preprocessing: Preprocessing | None = None  # None: by the name of the data set
     about: Mapping[str, Any] = field(default_factory=dict)  # facts on inputs and targets, for records and files
     arguments: Mapping[str, int] = field(default_factory=dict)  # what a model may want to know: vocabulary, length

@@ -190,8 +190,10 @@ def check_runs(model: nn.Module, example: Any) -> Any:
         named = name_inputs(model, *split_arguments(example))
     except TypeError as error:
         inputs = f"the inputs {', '.join(example)}" if isinstance(example, Mapping) else f"{len(example)} inputs"
+        if isinstance(example, Tensor):
+            inputs = "one image tensor" if example.dim() == IMAGE_DIMS else "one tensor"
         raise JpqError(
-            f"The model does not take {'one image tensor' if isinstance(example, Tensor) else inputs} ({error}), which "
+            f"The model does not take {inputs} ({error}), which "
             "is all that the data feed it. Use jpq.trace and jpq.compress in Python, or give data that fit."
         ) from error
     modes = {module: module.training for module in model.modules()}

@@ -154,7 +154,7 @@ class Study:
             if number < least:
                 raise JpqError(f"{flag} {number}: at least {least} is needed.")
         if not 0 <= self.margin < 1:
-            raise JpqError(f"--margin {self.margin} must lie between 0 and 1: it is a share of the held-out images.")
+            raise JpqError(f"--margin {self.margin} must lie between 0 and 1: it is a share of the held-out samples.")
         low, high = self.density_range
         if not 0 < low <= high <= 1 or any(abs(d / STEP - round(d / STEP)) > 1e-9 for d in (low, high)):
             raise JpqError(f"--density-range {low} {high}: give two shares above 0 and at most 1, multiples of {STEP}.")

@@ -183,7 +183,8 @@ def test_bad_flags_are_one_sentence(args: list[str], words: str, capsys: Capture
 
 
 def test_evaluate_wants_the_folder_of_a_run(capsys: Captured) -> None:
-    assert "not the folder of a run" in refused(["evaluate", "nowhere"], capsys)
+    assert "There is no file or folder nowhere." in refused(["evaluate", "nowhere"], capsys)
+    assert "not the folder of a run" in refused(["evaluate", "."], capsys)
     assert main(["evaluate"]) == 2
 
 

@@ -114,6 +114,23 @@ def test_layers_of_a_depthwise_network_are_known_by_their_own_names():
     with_layer_times(network, latency_table.LatencyTable("t", tuple(entries)))
 
 
+def test_a_file_for_a_table_s_rows_is_evaluated(tmp_path, capsys, monkeypatch):
+    """The flags that say how data are read hold for `jpq evaluate` too, and a file that is not there is named."""
+    monkeypatch.chdir(tmp_path)
+    Path("t.csv").write_text("price,kind,size\n" + "".join(f"{i},{'ab'[i % 2]},{i % 2}\n" for i in range(40)))
+    model = nn.Linear(2, 2).eval()  # the inputs are price and size, standardised; `kind` goes by the size alone
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.0, -1.0], [0.0, 1.0]]))
+        model.bias.zero_()
+    export_float(model, torch.zeros(2, 2), Path("m.onnx"))
+    assert main(["evaluate", "m.onnx", "--data", "table:t.csv", "--target-column", "kind"]) == 0
+    assert "100.00 % of 10 test rows of table:t.csv are right (m.onnx in onnxruntime)." in " ".join(
+        capsys.readouterr().out.replace("\u00a0", " ").split()
+    )
+    why = "There is no file or folder gone/model.onnx. Give the folder of a run, or its model.onnx."
+    assert why in refused(["evaluate", "gone/model.onnx"], capsys)
+
+
 def test_turns_are_taken_in_order_and_the_timed_call_is_warm():
     seen = []
     seconds = take_turns([lambda: seen.append("a"), lambda: seen.append("b")], 3)
@@ -355,7 +372,7 @@ def test_the_pruned_float_model_has_the_channels_of_the_plan(tmp_path):
 @pytest.mark.parametrize(
     ("args", "why"),
     [
-        (["evaluate", "text.onnx"], "Say which images text.onnx"),
+        (["evaluate", "text.onnx"], "Say which data text.onnx"),
         (["evaluate", "text.onnx", "--data", "digits"], "onnxruntime cannot load text.onnx"),
         (["evaluate", "text.onnx", "--data", "digits", "--runtime", "tvm"], "Unknown runtime 'tvm'"),
         (["evaluate", "wide.onnx", "--data", "digits"], "cannot take batches of 1x8x8 images"),

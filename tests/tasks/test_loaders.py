@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import own_loaders
@@ -403,6 +404,16 @@ def test_a_loss_that_is_no_single_number_is_refused_before_training(monkeypatch,
 def test_a_task_without_a_metric_is_refused_in_a_sentence():
     with pytest.raises(JpqError, match="Task 'unmeasured' has no metric: give its class metric"):
         Unmeasured().evaluate(lambda x: x, [(torch.rand(4, 2), torch.zeros(4))])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "name"), [(ROWS[:30], "sample"), (torch.rand(30, 2, 5), "sequence"), (torch.rand(30, 1, 4, 4), "image")]
+)
+def test_samples_of_one_s_own_data_are_called_by_their_form_or_as_the_task_says(monkeypatch, inputs, name):
+    loader = DataLoader(TensorDataset(inputs, NUMBERS), batch_size=7)
+    data = load(served(monkeypatch, {"train": loader, "held_out": loader, "test": loader}))
+    assert (data.sample_name, replace(data, task=Own()).sample_name) == (name, name)
+    assert replace(data, task=Unmeasured()).sample_names == "patches"
 
 
 def test_the_plural_of_samples():

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from jpq.cli.evaluate import describe_metric
+from jpq.results.finish import data_record
 from jpq.tasks.batches import MaskAugment
 from jpq.tasks.data import load
 from jpq.tasks.readers.restoration import Degradation
@@ -456,6 +457,25 @@ def test_the_error_of_a_table_is_given_in_the_unit_of_its_target(tmp_path):
     figures = re.search(r"RMSE (\S+) standard deviations, (\S+) in the target's unit", sentence).groups()
     share, error = map(float, figures)
     assert error == pytest.approx(share * data.about["target_std"], rel=1e-3)
+
+
+def test_samples_are_called_by_what_the_data_hold(tmp_path):
+    """Rows of tables, windows of series and texts, whatever their task; the record of a run names them too."""
+    np.savez(tmp_path / "s.npz", x=np.random.default_rng(0).normal(0, 1, (40, 2, 9)), y=np.arange(40) % 2)
+    (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"word {i},{'ab'[i % 2]}\n" for i in range(40)))
+    names = {
+        table(tmp_path / "h.csv", house_rows()): "row",
+        "sklearn:wine": "row",
+        f"series:{tmp_path / 's.npz'}": "window",
+        f"text:{tmp_path / 't.csv'}": "text",
+        "digits": "image",
+    }
+    found = {name: load(name, target_column="town" if name.startswith("table") else "") for name in names}
+    assert {name: data.sample_name for name, data in found.items()} == names
+    assert {name: data_record(data)["sample"] for name, data in found.items()} == names
+    wine = found["sklearn:wine"]
+    sentence = describe_metric(wine, "test", [torch.eye(3)[y] for _, y in wine.test])
+    assert sentence == f"100.00 % of {wine.test.size} test rows of sklearn:wine are right"
 
 
 def test_california_is_not_bundled():

@@ -58,6 +58,7 @@ def read(path: str, options: ReadOptions) -> Source:
         parts["train"][1].shape[1] if real else len(names),
         names,
         task="regression" if real else "sequence-classification",
+        sample_name="window",
         preprocessing=Preprocessing(tuple(mean.tolist()), tuple(std.tolist())),
     )
 

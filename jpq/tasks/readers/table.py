@@ -127,6 +127,7 @@ def make_source(
         len(classes) or 1,
         classes,
         task="classification" if classes else "regression",
+        sample_name="row",
         preprocessing=Preprocessing(tuple(mean.tolist()), tuple(std.tolist())),
         about=about,
     )

@@ -94,6 +94,7 @@ def source_of_rows(parts: dict[str, list[Row]], names: dict[str, str], options: 
         tuple(classes),
         tuple(notes),
         task="text-classification",
+        sample_name="text",
         preprocessing=Preprocessing(),
         about=about,
         arguments={"vocabulary": len(vocabulary), "length": length},

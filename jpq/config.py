@@ -171,9 +171,9 @@ class Budget(TextPaths):
     min_metric: str | None = None
     """In place of targets: the cheapest model of at least this held-out accuracy ("91%"), or other metric ("32")."""
     minimize: str = "bops"
-    """The cost that --max-drop and --min-accuracy minimize: bops, size, latency (with --latency-table) or macs."""
+    """The cost that --max-drop and --min-metric minimize: bops, size, latency (with --latency-table) or macs."""
     most_runs: int = 6
-    """Runs, at most, by which --max-drop and --min-accuracy find the cheapest model."""
+    """Runs, at most, by which --max-drop and --min-metric find the cheapest model."""
 
     @property
     def has_accuracy_target(self) -> bool:
@@ -402,7 +402,7 @@ class Config:
         }
 
     def without_accuracy_target(self) -> Config:
-        """The config of one run: without --max-drop, --min-accuracy and what belongs to them."""
+        """The config of one run: without --max-drop, --min-metric and what belongs to them."""
         names = ADDED["budget"]
         return replace(self, budget=replace(self.budget, **{name: getattr(Budget, name) for name in names}))
 
@@ -627,11 +627,11 @@ def _check_budget(config: Config) -> None:
 
 
 def _check_accuracy_target(config: Config) -> None:
-    """Raise JpqError where --max-drop or --min-accuracy stands beside what it replaces, or cannot be minimized for."""
+    """Raise JpqError where --max-drop or --min-metric stands beside what it replaces, or cannot be minimized for."""
     b = config.budget
-    flag = f"--max-drop {b.max_drop}" if b.max_drop else f"--min-accuracy {b.min_metric}"
+    flag = f"--max-drop {b.max_drop}" if b.max_drop else f"--min-metric {b.min_metric}"
     if b.max_drop and b.min_metric:
-        raise JpqError(f"{flag} and --min-accuracy {b.min_metric} both say how good the model must be. Give one.")
+        raise JpqError(f"{flag} and --min-metric {b.min_metric} both say how good the model must be. Give one.")
     for name in TARGETS:
         if getattr(b, name):
             given = f"--{name.replace('_', '-')} {getattr(b, name)}"

@@ -43,13 +43,15 @@ def export_run(flags: Export, console: Console) -> None:
     """Make the run final that the flags name or choose: export, verify, measure on the test split."""
     from jpq.cli.summary import layer_table, summary
     from jpq.results.finalize import finalize, is_final
+    from jpq.tasks.metric_text import example_metric, metric_flag
 
     front, skipped = read_front(flags)
     choice = choose_point(flags, front)
     print_skipped(skipped, console)
     if choice is None and len(front.points) > 1:
+        least = f"{metric_flag(front.task)} {example_metric(front.task)}"
         raise JpqError(
-            f"{len(front.points)} runs were found. Say which to export: --knee, --min-accuracy 91%, --max-bops 1%, "
+            f"{len(front.points)} runs were found. Say which to export: --knee, {least}, --max-bops 1%, "
             "--max-size 60KB ..., or name its folder."
         )
     point = front.points[0] if choice is None else choice.point

@@ -33,7 +33,7 @@ class RunSelection:
     its unit: "60%" of mIoU, 29dB of PSNR, 0.9 of R² (at most this, where a lower metric is better)."""
     max_bops: str | None = None
     """Only points with at most so many bit-operations: "1%" of the fp32 model, or "12M". Of the points within limits
-    the most accurate is picked, or with --min-accuracy or --min-metric the cheapest."""
+    that of the best metric is picked, or with --min-accuracy or --min-metric the cheapest."""
     max_macs: str | None = None
     """Only points with at most so many multiply-accumulates: "50%" or "12M"."""
     max_size: str | None = None
@@ -59,8 +59,9 @@ def read_front(selection: RunSelection) -> tuple[Front, tuple[str, ...]]:
 def choose_point(selection: RunSelection, front: Front) -> Choice | None:
     """The point of the front that the flags describe; None where no flag does."""
     from jpq.results.front.select import LIMITS, parse_limits, pick_point
+    from jpq.tasks.metric_text import metric_flag
 
-    smallest = "min_accuracy" if front.task.metric_name == "accuracy" else "min_metric"
+    smallest = metric_flag(front.task).removeprefix("--").replace("-", "_")
     texts = {name: getattr(selection, name) for name in LIMITS if name.startswith("max")}
     bounds = parse_limits({smallest: selection.min_metric, **texts}, front.full_costs, front.task)
     return pick_point(front, bounds, selection.knee) if bounds or selection.knee else None

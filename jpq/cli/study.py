@@ -31,7 +31,7 @@ def study_command(args: list[str], console: Console) -> None:
     """Run `jpq study`."""
     config, settings = parse_study_flags(args)
     if config.budget.max_drop and config.budget.min_metric:
-        raise JpqError("--max-drop and --min-accuracy both say how good the chosen trial must be. Give one.")
+        raise JpqError("--max-drop and --min-metric both say how good the chosen trial must be. Give one.")
     settings.check(config.without_accuracy_target())
     run_study(config, settings, console)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from jpq.results.formatting import format_metric
 from jpq.results.intervals import Interval, difference_interval, metric_interval
-from jpq.tasks.metric_text import parse_score
+from jpq.tasks.metric_text import metric_flag, parse_score
 from jpq.types import JpqError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def read_limit(budget: Budget, task: Task) -> AccuracyLimit:
     """
     if budget.max_drop:
         return _read_drop(budget.max_drop, task)
-    flag = "--min-accuracy" if task.metric_name == "accuracy" else "--min-metric"
+    flag = metric_flag(task)
     least = parse_score(task, budget.min_metric or "", flag)
     return AccuracyLimit(f"{flag} {budget.min_metric}", task, least, is_drop=False)
 

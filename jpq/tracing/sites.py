@@ -145,7 +145,8 @@ def _check_layer_names(network: Network, names: Collection[str]) -> None:
 
 def _masks_where_they_fit(network: Network, structure: str, skip: Collection[str]) -> tuple[Site, ...]:
     """A mask site with this structure for every layer that it fits."""
-    sites, misfit = [], ""
+    sites: list[Site] = []
+    misfits: dict[LayerKind, str] = {}  # the reason of the first layer of each kind
     for layer in network.layers:
         if layer.name in skip or not can_mask(layer):
             continue
@@ -153,9 +154,9 @@ def _masks_where_they_fit(network: Network, structure: str, skip: Collection[str
         try:
             sites.append(_mask_site(layer, parsed))
         except JpqError as reason:
-            misfit = reason.command_line
+            misfits.setdefault(layer.kind, f"Layer {layer.name}: {reason.command_line}")
     if not sites:
-        raise JpqError(f"--structure {structure} fits no layer of this model. {misfit}")
+        raise JpqError(" ".join((f"--structure {structure} fits no layer of this model.", *misfits.values())))
     return tuple(sites)
 
 

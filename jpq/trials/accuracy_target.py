@@ -152,7 +152,7 @@ def find_cheapest(config: Config, observer: AccuracyTargetObserver | None = None
     """
     config, observer = config.check(), observer or NullAccuracyTargetObserver()
     if not config.budget.has_accuracy_target:
-        raise JpqError("An accuracy target needs a limit: give --max-drop 1% or --min-accuracy 91%.")
+        raise JpqError("An accuracy target needs a limit: give --max-drop 1% or --min-metric 91%.")
     if distributed.count() > 1:
         raise JpqError("An accuracy target takes runs one after the other: start it without torchrun.")
     ladder = _Ladder(config, observer)

@@ -351,6 +351,12 @@ def test_other_structures(structure, trained, tmp_path):
         (["--weights", "nowhere.pth"], "nowhere.pth"),
         (["--weights", "W", "--structure", "patern"], "Did you mean pattern"),
         (["--weights", "W", "--structure", "pattern:5x5:1.2"], "fits no layer"),
+        (
+            ["--weights", "W", "--structure", "pattern:5:1.2"],
+            "fits no layer of this model. Layer 0: These patterns are for kernels of 5, and those of a weight "
+            "(32, 1, 3, 3) are of 3 x 3. Leave this layer dense, or use punched:AxB or block:AxB. Layer 11: "
+            "Kernel patterns need a convolution's kernels, and a linear weight (10, 64) has none",
+        ),
         (["--weights", "W", "--density", "0"], "--density 0.0"),
         (["--weights", "W", "--rho", "0.1", "-1"], "--rho 0.1 -1.0"),
         (["--weights", "W", "--steps", "19"], "--steps 19"),

@@ -18,6 +18,7 @@ from jpq.results.front.front import build_front, hypervolume_by_method, missing_
 from jpq.results.front.pareto import hypervolume_of
 from jpq.results.front.points import read_point, read_points
 from jpq.results.front.select import parse_limits, pick_point
+from jpq.tasks import TASKS
 from jpq.types import JpqError
 
 
@@ -37,6 +38,22 @@ def test_a_row_per_run_with_every_decision(tmp_path: Path) -> None:
         assert row[f"{layer['name']}: a_bits"] == layer.a_bits
         share = layer.inputs / layer.inputs_all * layer.outputs / layer.outputs_all
         assert row[f"{layer['name']}: density"] == pytest.approx(share)
+
+
+def test_runs_of_one_name_are_called_by_their_paths(tmp_path: Path) -> None:
+    """As runs of two accuracy targets of one name are."""
+    for place, model in (("a", "convnet"), ("b", "resnet20"), ("c", "convnet")):
+        made = folder(tmp_path / place, 0.9 if place == "a" else 0.8, 0.01, model=model)
+        made.rename(tmp_path / place / "bops-1pct")
+    a, b, c = (tmp_path / place for place in "abc")
+    with pytest.raises(JpqError) as error:
+        read_points([a, b])
+    assert str(error.value) == (
+        f"Runs of one front share model and data: {a}/bops-1pct has model convnet, {b}/bops-1pct has resnet20. Name "
+        "the folders of one task."
+    )
+    assert [point.name for point in read_points([a, c]).points] == [f"{place}/bops-1pct" for place in (a, c)]
+    assert [point.name for point in read_points([a, a]).points] == ["bops-1pct"]
 
 
 def test_the_front_comes_first_from_the_cheapest_on(tmp_path: Path) -> None:
@@ -320,6 +337,10 @@ def test_picking_the_knee(tmp_path: Path) -> None:
     assert pick_point(front, (), knee=True).point.accuracy == 0.95
     with pytest.raises(JpqError, match="no knee"):
         pick_point(front, parse_limits({"max_bops": "0.2%"}, front.points[0].full_costs), knee=True)
+    lone = [replace(p, task="restoration", metric=TASKS["restoration"]) for p in front.points[:1]]
+    for points, flag in ((front.points[:1], "min_accuracy"), (lone, "min_metric")):
+        with pytest.raises(JpqError, match=f"to the best. Choose by {flag} or max_bops.$"):
+            pick_point(build_front(points), (), knee=True)
 
 
 def test_the_float_model_costs_what_any_run_knows(tmp_path: Path) -> None:

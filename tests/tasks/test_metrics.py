@@ -195,7 +195,9 @@ def test_metrics_are_read_from_text(task, text, score):
     assert parse_score(task, text, "--min-metric") == pytest.approx(score)
 
 
-@pytest.mark.parametrize(("task", "example"), [(MAPS, "91% or 0.91"), (IMAGES, "11.3dB"), (NUMBERS, "0.5")])
+@pytest.mark.parametrize(
+    ("task", "example"), [(MAPS, "91% or 0.91"), (IMAGES, "11.3dB"), (NUMBERS, "0.5"), (Error(), "9% or 0.09")]
+)
 def test_a_metric_of_another_form_is_one_sentence(task, example):
     with pytest.raises(JpqError, match=f"min_metric 'good' .* {task.metric_name}. Write it like {example}."):
         parse_score(task, "good", "--min-metric")

@@ -112,7 +112,7 @@ def test_a_task_of_the_users_own_whose_metric_falls(tmp_path, capsys):
     assert main([*front, "0.0001 K"]) == 2
     assert "the lowest MAE is" in " ".join(capsys.readouterr().err.split())
     assert main([*front, "good"]) == 2
-    assert "'good' is not a number of MAE. Write it like 1.3K." in " ".join(capsys.readouterr().err.split())
+    assert "'good' is not a number of MAE. Write it like 0.4K." in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,7 @@ def test_the_interval_of_a_drop_holds_it():
         ("--max-drop 0%", "--max-drop 0% allows no difference"),
         ("--max-drop 100%", "knows nothing"),
         ("--max-drop 1% --min-accuracy 91%", "both say"),
+        ("--max-drop 0.2dB --min-metric 29dB", "--max-drop 0.2dB and --min-metric 29dB both say how good"),
         ("--max-drop 1% --target-bops 1%", "Leave one of them out"),
         ("--max-drop 1% --bits 4/4", "leave out --bits"),
         ("--min-accuracy 91% --minimize latency", "jpq bench --table"),

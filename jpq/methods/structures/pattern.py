@@ -69,8 +69,9 @@ class KernelPattern(Structure):
         check_has_kernel(weight, "Kernel patterns", "per-output or block:AxB")
         if tuple(weight[2:]) != self.kernel:
             raise JpqError(
-                f"These patterns are for kernels of {' x '.join(map(str, self.kernel))}; the weight is "
-                f"{tuple(weight)}. Leave this layer dense, or use punched:AxB or block:AxB."
+                f"These patterns are for kernels of {' x '.join(map(str, self.kernel))}, and those of a weight "
+                f"{tuple(weight)} are of {' x '.join(map(str, weight[2:]))}. Leave this layer dense, or use "
+                "punched:AxB or block:AxB."
             )
         return groups * outputs * inputs, len(self.patterns)
 

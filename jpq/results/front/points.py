@@ -6,6 +6,7 @@ import csv
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,8 +56,9 @@ def read_points(source: Any, folder: Path | str | None = None) -> RunCollection:
         reason = f" {skipped[0]}" if skipped else ""
         more = f" ({len(skipped) - 1} more were passed over.)" if len(skipped) > 1 else ""
         raise JpqError(f"No finished run was found in {_source_name(source)}.{reason}{more}")
-    check_one_task(points)
-    return RunCollection(_without_copies(points), tuple(dict.fromkeys(skipped)))
+    distinct = _with_distinct_names(_without_copies(points))
+    check_one_task(distinct)
+    return RunCollection(distinct, tuple(dict.fromkeys(skipped)))
 
 
 def _as_list(source: Any) -> list[Any]:
@@ -99,6 +101,15 @@ def _without_copies(points: Sequence[RunPoint]) -> tuple[RunPoint, ...]:
         if before is None or (point.final and not before.final):
             kept[key] = point
     return tuple(kept.values())
+
+
+def _with_distinct_names(points: Sequence[RunPoint]) -> tuple[RunPoint, ...]:
+    """The points, those of one name in several folders called by the paths of these."""
+    count = Counter(point.name for point in points)
+    return tuple(
+        replace(point, name=str(point.folder)) if point.folder is not None and count[point.name] > 1 else point
+        for point in points
+    )
 
 
 def _read_folders(path: Path) -> Iterator[RunPoint | str]:

@@ -12,7 +12,7 @@ from jpq.results.front.front import Front, build_front, check_one_table
 from jpq.results.front.points import RunPoint
 from jpq.tasks import CLASSIFICATION
 from jpq.tasks.base import Task
-from jpq.tasks.metric_text import parse_score
+from jpq.tasks.metric_text import metric_flag, parse_score
 from jpq.types import JpqError
 
 ACCURACY = "accuracy"
@@ -107,8 +107,8 @@ def pick_point(front: Front, limits: Sequence[Limit], knee: bool = False) -> Cho
         if inside.knee is None:
             raise JpqError(
                 f"There is no knee: of {_runs_text(len(fit))}, {len(inside.front_indices)} are on the front, and none "
-                "of them stands out above the line from the cheapest to the most accurate. "
-                "Choose by --min-accuracy or --max-bops."
+                "of them stands out above the line from the cheapest to the best. "
+                f"Choose by {metric_flag(front.task)} or --max-bops."
             )
         best = inside.points[inside.knee]
         why.append(f"It is the knee of {_runs_text(len(fit))}: farthest above the line from the cheapest to the best.")

@@ -5,17 +5,23 @@ All numbers here are scores, of which larger ones are better (`Task.score` turns
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jpq.results.formatting import format_metric
 from jpq.results.intervals import Interval, difference_interval, metric_interval
+from jpq.tasks import CLASSIFICATION, TASKS
+from jpq.tasks.data import PREPROCESSING
 from jpq.tasks.metric_text import metric_flag, parse_score
 from jpq.types import JpqError
 
 if TYPE_CHECKING:
-    from jpq.config import Budget
+    from jpq.config import Budget, Config
     from jpq.tasks.base import Task
+
+
+NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)  # at the start of a limit
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,22 @@ class AccuracyLimit:
         return self.amount
 
 
+def check_limit(config: Config) -> None:
+    """Raise JpqError for a limit that is wrong whatever the data are; they are not read."""
+    b, task = config.budget, config.task
+    if task.task in TASKS or (not task.task and task.data in PREPROCESSING):
+        read_limit(b, TASKS.get(task.task, CLASSIFICATION))
+        return
+    name, text = ("drop", b.max_drop) if b.max_drop else ("metric", b.min_metric or "")
+    flag = f"--{'max-drop' if b.max_drop else 'min-metric'} {text}"
+    found = NUMBER.match(text)
+    if found is None:
+        example = "1%, or 0.2dB in the metric's unit" if b.max_drop else "91%, or 29dB in the metric's unit"
+        raise JpqError(f"{flag} is no {name}: it does not begin with a number. Write it like {example}.")
+    if b.max_drop:
+        _check_above_zero(flag, float(found[0]))
+
+
 def read_limit(budget: Budget, task: Task) -> AccuracyLimit:
     """The limit that `--max-drop` or `--min-accuracy` names, for a task's metric.
 
@@ -61,12 +83,16 @@ def _read_drop(text: str, task: Task) -> AccuracyLimit:
     if number is None or (in_percent and not percent):
         example = f"1%, one point of {task.metric_name}" if in_percent else f"0.2{unit}, or 1% of the float model's"
         raise JpqError(f"{flag} is not a drop of {task.metric_name}. Write it like {example}.")
-    if number <= 0:
-        raise JpqError(f"{flag} allows no difference at all, which noise alone exceeds. Give a drop above 0, as 0.5%.")
+    _check_above_zero(flag, number)
     if percent and number >= 100 and task.higher_is_better:
         raise JpqError(f"{flag} allows a model that knows nothing. Give a drop below 100 %, as 1%.")
     amount = number / 100 if percent else number
     return AccuracyLimit(flag, task, amount, is_drop=True, is_share=percent and not in_percent)
+
+
+def _check_above_zero(flag: str, drop: float) -> None:
+    if drop <= 0:
+        raise JpqError(f"{flag} allows no difference at all, which noise alone exceeds. Give a drop above 0, as 0.5%.")
 
 
 def _number(text: str) -> tuple[float | None, bool]:

@@ -23,7 +23,7 @@ import torch
 
 from jpq import costs
 from jpq.allocation.decision_data import calibration_batches
-from jpq.allocation.prepare import Prepared, prepare
+from jpq.allocation.prepare import Prepared, check_decide, prepare
 from jpq.compression.model import CompressedModel
 from jpq.config import MEASURED, Config, write_toml
 from jpq.costs.target import Target
@@ -34,9 +34,9 @@ from jpq.export.runtimes import Session
 from jpq.export.timing import layer_table
 from jpq.files.rows import write_rows
 from jpq.plan import MaskPlan, Plan
-from jpq.recipe import optimize
+from jpq.recipe import check_sensitivity, optimize
 from jpq.results import run_folder
-from jpq.results.accuracy_limit import AccuracyLimit, drop_interval, read_limit
+from jpq.results.accuracy_limit import AccuracyLimit, check_limit, drop_interval, read_limit
 from jpq.results.finalize import finalize
 from jpq.results.finish import with_branches
 from jpq.results.formatting import format_change, format_metric
@@ -155,6 +155,9 @@ def find_cheapest(config: Config, observer: AccuracyTargetObserver | None = None
         raise JpqError("An accuracy target needs a limit: give --max-drop 1% or --min-metric 91%.")
     if distributed.count() > 1:
         raise JpqError("An accuracy target takes runs one after the other: start it without torchrun.")
+    check_limit(config)  # what flags alone show comes before data are read and the float model is trained
+    check_decide(config.decide)
+    check_sensitivity(config)
     ladder = _Ladder(config, observer)
     return ladder.climb()
 
@@ -166,6 +169,8 @@ class _Ladder:
         self.config, self.observer, self.folder = config, observer, config.folder()
         self.cost = config.budget.minimize
         self.device = pick_device(config.run.device)
+        path = config.budget.latency_table
+        table = None if path is None else layer_table.read_table(path)
         self.data = read_data(config, self.device)
         self.limit = read_limit(config.budget, self.data.task)
         begin_folder(config)
@@ -176,13 +181,12 @@ class _Ladder:
         model = load_dense_model(self.started, self.data, self.device)
         self.float_score = self.data.task.evaluate(model, self.data.held_out)
         self.least = self.limit.least(self.float_score)
-        table = config.budget.latency_table
         prepared = prepare(
             model,
             self.data.example,
             config.decide,
             config.without_accuracy_target().budget,
-            table=None if table is None else layer_table.read_table(table),
+            table=table,
         )
         net = prepared.attach(model, calibration_batches(self.data)[:1])
         self.full, self.range = budget_range(prepared, net, self.cost)

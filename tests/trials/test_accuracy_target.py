@@ -161,6 +161,36 @@ def test_the_interval_of_a_drop_holds_it():
     assert drop_interval(Restoration(), 30.0, 29.0, 500) is None
 
 
+@pytest.mark.parametrize("command", ["optimize", "study --name s"])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--max-drop 0K", "--max-drop 0K allows no difference at all"),
+        (
+            "--max-drop some",
+            "--max-drop some is no drop: it does not begin with a number. Write it like 1%, or 0.2dB in",
+        ),
+        ("--min-metric good", "--min-metric good is no metric: it does not begin with a number. Write it like 91%, or"),
+        ("--max-drop 1K --task restoration", "--max-drop 1K is not a drop of PSNR. Write it like 0.2dB"),
+        ("--min-metric 29dB --task regression", "'29dB' is not a number of R². Write it like 0.5"),
+    ],
+)
+def test_limits_that_flags_alone_show_to_be_wrong_are_refused_before_data_are_read(
+    flags, words, command, tmp_path, capsys
+):
+    assert main([*command.split(), "--out", str(tmp_path), "--data", "folder:gone", *flags.split()]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_an_accuracy_target_are_read_before_the_data(tmp_path, capsys):
+    flags = ["--max-drop", "1%", "--data", "folder:gone", "--out", str(tmp_path)]
+    assert main(["optimize", *flags, "--latency-table", "no.csv"]) == 2
+    assert "no.csv" in capsys.readouterr().err
+    assert main(["optimize", *flags, "--allocator", "greedi"]) == 2
+    assert "Did you mean greedy" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -25,6 +25,9 @@ interrupted run goes on, and two processes can share the work. Columns:
     failed               what did not hold: "macs", "decomposed", "shrunk", "rebuilt", "measured", "exported", or the
                          step that raised; "" where everything holds
     why                  the message, where there was one
+
+Seed 1416 has no row: plain training of its float network ends in memory that PyTorch corrupts (2.14 on a CPU, the
+gradient of `Conv2d(4, 4, 1, stride=2)` for 10 x 10 pixels).
 """
 
 from __future__ import annotations
@@ -240,8 +243,10 @@ def fuzz_table() -> str:
     compared = held[held.unstable == 0]
     same_macs, same_bops = int((table.macs == table.counted).sum()), int((held.planned == held.measured).sum())
     exact, unstable = int((compared.exported == 0).sum()), int((held.unstable > 0).sum())
+    absent = ", ".join(map(str, sorted(set(range(table.seed.min(), table.seed.max())) - set(table.seed))))
+    seeds = f"{table.seed.min()} to {table.seed.max()}" + (f" without {absent}" if absent else "")
     lines = [
-        f"{len(table)} random small networks (seeds {table.seed.min()} to {table.seed.max()}; each through one method "
+        f"{len(table):,} random small networks (seeds {seeds}; each through one method "
         f"and one training step): {len(held)} hold every law, {len(table) - len(held)} break one. Multiply-accumulates "
         f"equal torch's own counter in {same_macs}, the rebuilt model's bit-operations the plan's in {same_bops} of "
         f"{len(held)}. The largest difference of masked and rebuilt model is {held.rebuilt.max():.0e}, of masked and "

@@ -3,11 +3,11 @@
     python studies/joint_pruning.py --data-root DIR
     python studies/joint_pruning.py --data-root DIR --methods djpq "djpq, bits only" --seeds 0
 
-Joint decisions (`measured`, `djpq`) against each half of them: bits alone (`djpq` with every layer skipped, so that all
-channels stay) and channels alone, at 8, 4 and 2 bits everywhere (`--width fixed`). At 0.25 % bits alone have no plan: 2
-bits everywhere cost 0.39 %. All runs share the float weights (trained once by this script and kept in
-runs/joint_pruning), 3,000 training images, epochs, batches and rates; the accuracies are of the 10,000 test images, read
-once per run. `channels_kept` is the share of layers' output channels.
+Joint decisions (`measured`, `djpq`) against each half of them: bits alone (`djpq` with every layer skipped, so that
+all channels stay) and channels alone, at 8, 4 and 2 bits everywhere (`--width fixed`). At 0.25 % bits alone have no
+plan: 2 bits everywhere cost 0.39 %. All runs share the float weights (trained once by this script and kept in
+runs/joint_pruning), 3,000 training images, epochs, batches and rates; the accuracies are of the 10,000 test images,
+read once per run. `channels_kept` is the share of layers' output channels.
 """
 
 from functools import partial

@@ -1,6 +1,7 @@
 """README and docs: their code blocks run as they stand, each on its own; flags, links and dotted names exist.
 
-The blocks of README.md run with the fast tests, those of docs with the slow ones.
+The blocks of README.md run with the fast tests, those of docs with the slow ones. Blocks of docs/examples find real
+data in `data/`, as a reader has them, and train for fewer epochs here.
 """
 
 import dataclasses
@@ -12,12 +13,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import jpq
 from jpq.cli.main import main
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SHARED = ROOT.parent / "shared" / "data"
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.M | re.S)
 DEMO = "jpq optimize --target-bops 1% --target-macs 20% --channel-multiple 8"
 EXTRAS = {
@@ -28,9 +31,18 @@ EXTRAS = {
     "segmentation_models_pytorch",
     "ultralytics",
 }  # blocks that need them skip
+EXAMPLES = {  # what docs/examples say, and what is run here, to take seconds
+    r"--epochs \d+": "--epochs 2",
+    r"--float-epochs \d+": "--float-epochs 1",
+    r"--limit \d{3,}": "--limit 40",
+    r"images=20_000": "images=500",
+    r"400, 0\)": "24, 0)",  # images of training, to be drawn
+    r"100, 2\)": "8, 2)",  # of the test part
+}
 SHORTER = {  # appended, to take seconds
     DEMO: ["--epochs", "2", "--float-epochs", "2"],
     "jpq bench runs/latest --threads 1": ["--repeats", "3"],
+    "jpq bench runs/latest --run-code --threads 1": ["--repeats", "3"],
 }
 
 
@@ -40,7 +52,15 @@ def blocks():
         name = path.relative_to(ROOT).as_posix()
         for i, (language, code) in enumerate(BLOCK.findall(path.read_text())):
             marks = () if path.parent == ROOT else pytest.mark.slow
+            code = shortened(code) if path.parent.name == "examples" else code
             yield pytest.param(language, code, id=f"{name}-{i}-{language}", marks=marks)
+
+
+def shortened(code):
+    """A block of docs/examples with fewer samples and epochs."""
+    for said, run in EXAMPLES.items():
+        code = re.sub(rf"(?<![\w-]){said}", run, code)
+    return code
 
 
 @pytest.fixture
@@ -63,7 +83,26 @@ def tables_restored(tmp_path):
 @pytest.mark.parametrize(("language", "code"), blocks())
 def test_block_runs_on_its_own(language, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if re.search(r"\bdata/|\bdata-root data\b", code):
+        link_data(tmp_path / "data")
     check_runs(language, code, tmp_path)
+
+
+def link_data(folder):
+    """Make a folder with the real data sets, in which torchvision may unpack its own; skip where they are absent."""
+    if not SHARED.is_dir():
+        pytest.skip("../shared/data with the real data sets is absent")
+    packed = folder / "FashionMNIST" / "raw"
+    packed.mkdir(parents=True)
+    for file in (SHARED / "FashionMNIST" / "raw").glob("*.gz"):
+        (packed / file.name).symlink_to(file)
+    for name in ("camvid", "sst2", "weights"):
+        (folder / name).symlink_to(SHARED / name)
+    for name in ("train400", "set12"):  # 20 images, of which a corner will do here
+        cut = folder / "denoise" / name
+        cut.mkdir(parents=True)
+        for file in sorted((SHARED / "denoise" / name).glob("*.png"))[:20]:
+            Image.open(file).crop((0, 0, 60, 60)).save(cut / file.name)
 
 
 def check_runs(language, code, folder):
@@ -151,6 +190,11 @@ def test_there_are_blocks_of_both_kinds():
     languages = [parameters.values[0] for parameters in blocks()]
     assert languages.count("python") >= 15
     assert languages.count("sh") >= 8
+
+
+def test_examples_are_shortened_where_they_are_long():
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "examples").glob("*.md"))
+    assert all(re.search(said, text) for said in EXAMPLES)
 
 
 def test_flags_exist():

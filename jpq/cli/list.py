@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -34,8 +34,10 @@ from jpq.types import JpqError
 STUDY_FILE = "study.toml"  # the folder of a study has one
 
 HEADS = ("when", "run", "model", "data", "method", "target", "accuracy", "status")
-SHORTENED = ("run", "model", "data", "method", "target")  # columns whose texts give way where the screen is narrow
-LEAST = 6  # characters that a shortened text keeps
+SETTINGS = ("method", "target")  # columns whose texts are shortened before names are
+NAMES = ("run", "model", "data")
+LEAST = dict.fromkeys(SETTINGS, 6) | dict.fromkeys(NAMES, 11)  # characters that a shortened text keeps
+OPTIONAL = ("method", "when", "target")  # columns that are left out, in this order, where names need their room
 
 COLOURS = {UNFINISHED: "yellow", BROKEN: "red", FINISHED: "green"}
 
@@ -61,6 +63,7 @@ class RunRow:
     status: RunStatus
     target: str
     metric: str  # on the test split; of a trial on held-out data
+    metric_name: str = ""  # "" where the metric is not known
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -119,25 +122,61 @@ def read_rows(folders: Sequence[Path], with_trials: bool = False) -> tuple[list[
 
 
 def build_table(rows: Sequence[RunRow], width: int) -> Table:
-    """The table, with texts shortened in their middle so that it is at most `width` characters wide."""
-    cells = [row.cells for row in rows]
-    widths = {head: max(len(head), *(len(row[i]) for row in cells)) for i, head in enumerate(HEADS)}
-    while sum(widths.values()) + len(HEADS) - 1 > width:
-        widest = max(SHORTENED, key=lambda head: widths[head])
-        if widths[widest] <= LEAST:
-            break
-        widths[widest] -= 1
+    """The table, at most `width` characters wide: names of runs, models and data have the room that there is.
+
+    Where it is scarce the time of day goes first, then methods and targets are shortened in their middle. Columns are
+    left out if all names are whole then; else names are shortened too, and columns go where little of these would stay.
+    """
+    cells = {head: [row.cells[i] for row in rows] for i, head in enumerate(HEADS)}
+    named = any(row.metric_name not in ("", "accuracy") for row in rows)
+    if named:
+        cells["accuracy"] = [f"{row.metric_name} {row.metric}".strip() for row in rows]
+    if _table_width(_natural_widths(cells)) > width:
+        cells["when"] = [text.split()[0] for text in cells["when"]]
+    widths = _natural_widths(cells)
+    for head in _columns_to_drop(widths, width):
+        del widths[head]
+    for heads in (SETTINGS, NAMES):
+        _shorten_widest(widths, [head for head in heads if head in widths], width)
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    metrics = [row[HEADS.index("accuracy")] for row in cells]
-    named = any(text[:1].isalpha() for text in metrics)  # those of other tasks than classification
-    for head in HEADS:
+    for head in widths:
         title = "metric" if named and head == "accuracy" else head
         table.add_column(title, justify="right" if head == "accuracy" else "left", no_wrap=True)
-    for row in cells:
-        short = [escape(shorten_middle(text, widths[head])) for head, text in zip(HEADS, row, strict=True)]
-        colour = COLOURS.get(row[-1], "dim")
+    for i, row in enumerate(rows):
+        short = [escape(shorten_middle(cells[head][i], widths[head])) for head in widths]
+        colour = COLOURS.get(row.status.state, "dim")
         table.add_row(*short[:-1], f"[{colour}]{short[-1]}[/]")
     return table
+
+
+def _natural_widths(cells: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Characters of the widest text of each column, its head included."""
+    return {head: max(map(len, (head, *texts))) for head, texts in cells.items()}
+
+
+def _table_width(widths: Mapping[str, int]) -> int:
+    """Characters of a row, with a blank between two columns."""
+    return sum(widths.values()) + len(widths) - 1
+
+
+def _columns_to_drop(widths: Mapping[str, int], width: int) -> tuple[str, ...]:
+    """The fewest of `OPTIONAL` without which all names are whole; where that cannot be, each keeps `LEAST`."""
+    choices = [OPTIONAL[:count] for count in range(len(OPTIONAL) + 1)]
+    for shortened in (SETTINGS, SETTINGS + NAMES):
+        least = {head: min(widths[head], LEAST[head]) if head in shortened else widths[head] for head in widths}
+        for dropped in choices:
+            if _table_width({head: least[head] for head in widths if head not in dropped}) <= width:
+                return dropped
+    return OPTIONAL
+
+
+def _shorten_widest(widths: dict[str, int], heads: Sequence[str], width: int) -> None:
+    """Take characters from the widest of these columns until the table fits or they keep no more than `LEAST`."""
+    while _table_width(widths) > width:
+        long = [head for head in heads if widths[head] > LEAST[head]]
+        if not long:
+            return
+        widths[max(long, key=lambda head: widths[head])] -= 1
 
 
 def write_csv(rows: Sequence[RunRow], console: Console) -> None:
@@ -168,7 +207,8 @@ def _row(top: Path, place: Path) -> RunRow:
     status = read_status(place)
     name = place.resolve().name if place == top else str(place.relative_to(top))
     target = _format_targets(status.config) if status.config else ""
-    return RunRow(_last_written(place), name, status, target, _format_result(status))
+    metric_name, metric = _format_result(status)
+    return RunRow(_last_written(place), name, status, target, metric, metric_name)
 
 
 def _is_shown_by_budgets(status: RunStatus, finished: set[Path]) -> bool:
@@ -189,23 +229,23 @@ def _format_targets(config: Config) -> str:
     return ", ".join(text if name == "bops" else f"{text} {name}" for name, text in texts.items() if text)
 
 
-def _format_result(status: RunStatus) -> str:
-    """The metric of a run's compressed model; of a trial the held-out one. Empty where there is none."""
+def _format_result(status: RunStatus) -> tuple[str, str]:
+    """(name, text) of the metric of a run's compressed model; of a trial the held-out one. Empty where not known."""
     result = status.result or {}
     trial = status.state == TRIAL
     number = _number(result, "held_out", "compressed") if trial else _number(result, "compressed", "accuracy")
     if number is None:
-        return ""
+        return "", ""
     data = result.get("data")
     if not isinstance(data, dict) or "task" not in data:
-        return format_percent(number)
+        return "accuracy", format_percent(number)
     from jpq.tasks import recorded_task  # imports torch
 
     try:
         task = recorded_task(data)
-        return f"{task.metric_name} {format_metric(task, number)}"
+        return task.metric_name, format_metric(task, number)
     except JpqError:  # a task of the user's own
-        return f"{number:.4g}"
+        return "", f"{number:.4g}"
 
 
 def _number(result: dict[str, object], section: str, key: str) -> float | None:

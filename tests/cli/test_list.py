@@ -101,6 +101,26 @@ def test_rows_hold_what_the_folders_say(runs):
     assert [row.name for row in read_rows([runs / "done", runs])[0]].count("done") == 1
 
 
+def test_names_have_the_room_and_every_metric_its_name_where_they_differ(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    own = Config(
+        task=Task(model="mine:network", data="table:houses.csv"),
+        budget=Budget(target_bops="1%"),
+        decide=Decide(method="bayesian-bits"),
+    )
+    run(tmp_path / "runs" / "0123456789ab", 1, result(0.9876))
+    run(tmp_path / "runs" / "ba9876543210", 0, result(0.75, task="regression"), own)
+    assert main(["list"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "run          model        data             target           metric status  ",
+        "0123456789ab convnet      digits           1%     accuracy 98.76 % finished",
+        "ba9876543210 mine:network table:houses.csv 1%              R² 0.75 finished",
+    ]
+    row = read_rows([Path("runs")])[0][1]
+    assert (row.metric_name, row.metric) == ("R²", "0.75")
+
+
 def test_csv_shortens_nothing(runs, capsys):
     assert main(["list", "runs", "--csv"]) == 0
     table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))

@@ -101,7 +101,7 @@ def declare_unread_inputs(graph: Any, inputs: Mapping[str, Tensor], axes: Mappin
     listed = {entry.name: entry for entry in graph.input}
     for name, value in inputs.items():
         if name not in listed:
-            kind = helper.np_dtype_to_tensor_dtype(value.detach().numpy().dtype)
+            kind = helper.np_dtype_to_tensor_dtype(value.detach().cpu().numpy().dtype)
             free = axes.get(name, {})
             shape = [free.get(dim, size) for dim, size in enumerate(value.shape)]
             listed[name] = helper.make_tensor_value_info(name, kind, shape)

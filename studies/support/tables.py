@@ -85,6 +85,34 @@ def budget_table(name: str, title: str) -> list[str]:
     return [*lines, ""]
 
 
+JOINT = {  # CSV file -> what is shown of it
+    "joint_cifar": ("ResNet8, CIFAR-10, 8,000 images", "joint_cifar.py"),
+    "resnet20_joint": ("ResNet20, CIFAR-10, public weights", "budgets.py resnet20_joint"),
+    "joint_pruning": ("ResNet8 of twice its width, Fashion-MNIST, 3,000 images", "joint_pruning.py"),
+}
+
+
+def joint_table() -> str:
+    """Joint decisions beside bits alone, channels alone and two stages: accuracy, and channels that were kept."""
+    lines = [
+        "| network and data | BOPs asked | method | epochs | n | test accuracy % | channels kept % | float % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, (what, script) in JOINT.items():
+        table = pd.read_csv(RESULTS / f"{name}.csv")
+        means = table.groupby(["target", "method", "epochs"]).accuracy.mean().sort_values(ascending=False)
+        for key in sorted(means.index, key=lambda key: (-float(key[0].rstrip("%")), -means[key])):
+            target, method, epochs = key
+            runs = table[(table.target == target) & (table.method == method) & (table.epochs == epochs)]
+            accuracy = 100 * runs.accuracy
+            spread = f" ({accuracy.min():.2f} to {accuracy.max():.2f})" if len(runs) > 1 else ""
+            lines.append(
+                f"| {what} (`{script}`) | {target} | {method} | {epochs} | {len(runs)} | {accuracy.mean():.2f}{spread} "
+                f"| {100 * runs.channels_kept.mean():.0f} | {100 * runs.float_accuracy.mean():.2f} |"
+            )
+    return "\n".join([*lines, "", "Test split of 10,000 images, one processor thread a run.", ""])
+
+
 def methods_table() -> str:
     """Every method: what it decides, and what it reached beside the others."""
     table = pd.read_csv(RESULTS / "methods.csv")
@@ -184,6 +212,7 @@ def sort_budgets(targets: Sequence[str]) -> list[str]:
 
 
 SECTIONS: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {  # name -> (table, CSV files that it shows)
+    "joint": (joint_table, tuple(JOINT)),
     "figures": (
         figures,
         ("digits", "fashion_mnist", "resnet20_cifar10", "step_cost", "analysis_speed", "unconstrained"),

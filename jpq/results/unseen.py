@@ -29,7 +29,7 @@ def held_out_warning(model: nn.Module, data: Data) -> str | None:
         data: whose training and held-out splits are looked at; tasks whose metric is no share of samples are not.
     """
     task = data.task
-    if task.metric_unit != "%" or task.metric_bounds != (0.0, 1.0):
+    if task.metric_unit != "%" or task.metric_bounds != (0.0, 1.0) or not task.is_mean_over_samples:
         return None
     count = min(SAMPLES, data.held_out.size, data.train.size)
     held_out = _values(model, data, data.held_out, count)

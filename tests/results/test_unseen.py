@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from jpq.results.unseen import GAP, held_out_warning
-from jpq.tasks import load_data
+from jpq.tasks import TASKS, load_data
 
 
 class Memory(nn.Module):
@@ -66,3 +66,9 @@ def test_few_samples_cannot_tell(data):
     both = Memory([*data.train, *data.held_out], data.classes)
     assert held_out_warning(both, few) is None
     assert 0 < GAP < 0.1
+
+
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if not task.is_mean_over_samples])
+def test_metrics_of_a_whole_split_are_not_compared(data, name):
+    both = Memory([*data.train, *data.held_out], data.classes)
+    assert held_out_warning(both, replace(data, task=TASKS[name])) is None

@@ -114,7 +114,7 @@ def test_pressure_is_zero_once_landed(digits, float_model):
     [
         ({}, "No target"),
         ({"bops": "0"}, "bops=0 "),
-        ({"bops": 0.01}, "^bops=0.01 allows nothing. Give an amount, or a share of the float model such as 5%.$"),
+        ({"bops": 0.01}, "^bops=0.01 allows nothing. Give an amount above 0, or a share such as 5%.$"),
         ({"bops": True}, "^bops 'True' is not an amount"),
         ({"bops": "1%", "method": "djqp"}, "djpq"),
         ({"bops": "1%", "cost": "bops-structure"}, "bops-structured"),

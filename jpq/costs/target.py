@@ -44,7 +44,7 @@ def parse_amount(cost: str, text: str, full: float, flag: str) -> Fraction:
     number, unit = Fraction(match[1]), match[2]
     limit = number / 100 * Fraction(full) if unit == "%" else number * (_NANOSECONDS if is_time else _FACTORS)[unit]
     if limit < 1:
-        raise JpqError(f"{flag} {text} allows nothing. Give an amount, or a share of the float model such as 5%.")
+        raise JpqError(f"{flag} {text} allows nothing. Give an amount above 0, or a share such as 5%.")
     return limit
 
 

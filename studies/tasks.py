@@ -191,7 +191,7 @@ def majority(data: Data) -> float:
 
 DENOISE = Train(epochs=12, batch_size=4, lr=7e-4, distill=10.0)  # 540 steps
 SERIES = Train(epochs=30, float_epochs=40, batch_size=16, lr=3e-3)
-CAMVID_TRAIN = Train(epochs=4, float_epochs=6, batch_size=8, lr=4e-3)
+CAMVID_TRAIN = Train(epochs=8, float_epochs=40, batch_size=8, lr=4e-3)
 
 CASES = {
     "regression": Case(

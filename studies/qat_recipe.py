@@ -39,7 +39,9 @@ TODAY = "today"
 class Recipe:
     """Settings of one training; the defaults are those of `jpq optimize`."""
 
+    lr: float = LR  # peak rate of the weights
     range_lr: float = LR  # of the quantizers' ranges
+    batch: int = BATCH
     hard: float = 1.0  # weight of the cross entropy
     temperature: float = 2.0  # of the distillation
     weight_decay: float = 1e-4
@@ -64,6 +66,9 @@ LINES: Mapping[str, tuple[str, Recipe]] = {
     "freeze": ("weights that oscillate are frozen (2203.11086)", Recipe(freeze_above=0.02)),
     "no-decay": ("no weight decay", Recipe(weight_decay=0.0)),
     "average": ("moving average of the weights, 0.99", Recipe(average=0.99)),
+    "half-rate": ("weights at 1e-3", Recipe(lr=LR / 2)),
+    "double-rate": ("weights at 4e-3", Recipe(lr=2 * LR)),
+    "half-batch": ("batches of 50: twice the steps", Recipe(batch=BATCH // 2)),
 }
 
 
@@ -165,9 +170,9 @@ def optimizer_of(session: jpq.CompressionSession, recipe: Recipe) -> torch.optim
     ranges = {id(p) for name, p in session.net.named_parameters() if name.endswith("log_threshold")}
     weights = session.net.weights()
     groups = [
-        {"params": weights["decayed"], "peak": LR, "weight_decay": recipe.weight_decay},
+        {"params": weights["decayed"], "peak": recipe.lr, "weight_decay": recipe.weight_decay},
         {"params": [p for p in weights["plain"] if id(p) in ranges], "peak": recipe.range_lr, "weight_decay": 0.0},
-        {"params": [p for p in weights["plain"] if id(p) not in ranges], "peak": LR, "weight_decay": 0.0},
+        {"params": [p for p in weights["plain"] if id(p) not in ranges], "peak": recipe.lr, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([{**g, "lr": g["peak"]} for g in groups if g["params"]])
 
@@ -192,7 +197,7 @@ class Rules:
         self.session, self.recipe, self.steps = session, recipe, steps
         self.optimizer = optimizer_of(session, recipe)
         self.watch = LevelWatch(session) if recipe.freeze_above or recipe.transitions else None
-        self.rate = TransitionRate(recipe.transitions, LR) if recipe.transitions else None
+        self.rate = TransitionRate(recipe.transitions, recipe.lr) if recipe.transitions else None
         self.average = [p.detach().clone() for p in session.net.parameters()] if recipe.average else []
         if recipe.gradient_scaling:
             GradientScaling(session.net, recipe.gradient_scaling)
@@ -333,13 +338,16 @@ def main() -> None:
         print(pd.read_csv(SUMMARY)[["bits", "line", "accuracy", "gain", "standard_error", "kept", "n"]].to_string())
         return
     torch.set_num_threads(1)
-    data = load_data("cifar10", args.data_root, batch_size=BATCH, held_out=0.1, seed=0)
+    sizes = {BATCH} | {LINES[line][1].batch for line in args.lines}
+    data_of = {n: load_data("cifar10", args.data_root, batch_size=n, held_out=0.1, seed=0) for n in sizes}
+    data = data_of[BATCH]
     model = build_model(args.model, data.classes)
     load_weights(model, args.weights)
     model.eval()
     for seed, line in each_missing(args):
         begin = time.perf_counter()
-        accuracy = train(model, data, args.bits, LINES[line][1], seed, args.images, args.epochs)
+        recipe = LINES[line][1]
+        accuracy = train(model, data_of[recipe.batch], args.bits, recipe, seed, args.images, args.epochs)
         row = {"model": args.model, "bits": args.bits, "images": args.images, "epochs": args.epochs}
         row |= {"line": line, "seed": seed, "accuracy": round(accuracy, 4)}
         seconds = round(time.perf_counter() - begin, 1)

@@ -26,6 +26,7 @@ from jpq.methods.quantizers import (
 from jpq.plan import ALL_LEVELS, NARROW, EndPlan, LayerPlan, MaskPlan, Plan
 from jpq.tracing.channel_shares import ChannelShares
 from jpq.tracing.checkpointing import without_reentrant_checkpoints
+from jpq.tracing.forward import restore_modes
 from jpq.tracing.network import Layer, Network
 from jpq.tracing.open_norms import opened_units
 from jpq.tracing.sites import Site
@@ -267,8 +268,9 @@ class CompressedModel(nn.Module):
     def freeze(self, plan: Plan) -> None:
         """Fix the decisions of a plan: gates become 0 or 1 with their scales folded into the weights, widths fixed.
 
-        Under a plan of the present decisions, evaluation before and after agrees exactly.
+        Under a plan of the present decisions, evaluation before and after agrees exactly. Modules stay in their modes.
         """
+        modes = {module: module.training for module in self.model.modules()}
         self.set_trainable("both")
         self.scheduled_pruning = None
         for layer in self.network.layers:
@@ -293,7 +295,7 @@ class CompressedModel(nn.Module):
             bits = plan.layers[layer.name]
             self._fix_weight(layer, pair[0], bits.w_bits)
             self._fix_input(layer, pair[1], bits.a_bits)
-        self.model.train(self.training)
+        restore_modes(self.model, {**modes, self.model: self.training})
 
     def _fix_input(self, layer: Layer, quantizer: IntegerQuantizer, bits: int) -> None:
         """Fix the width of the input; where that changes it, refit its range to the samples of calibration."""

@@ -59,13 +59,24 @@ def hook_modules(modules: Mapping[str, nn.Module], observer: CallObserver, befor
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """A context in which the model is in evaluation mode; afterwards it is in its former mode."""
-    training = model.training
+    """A context in which the model is in evaluation mode; afterwards each of its modules is in its former mode.
+
+    Some modules stay in evaluation mode while the others train: BatchNorm whose statistics are kept.
+    """
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        restore_modes(model, modes)
+
+
+def restore_modes(model: nn.Module, modes: Mapping[nn.Module, bool]) -> None:
+    """Put the modules of a model into these modes (True: training), those that are new into that of the model."""
+    model.train(modes[model])  # by the model's own method, which may do more than set the mode
+    for module, training in modes.items():
+        if module.training != training:
+            module.training = training
 
 
 def collect_tensors(value: Any) -> list[Tensor]:

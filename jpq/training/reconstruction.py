@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from jpq.compression.masking import original
 from jpq.compression.model import CompressedModel
 from jpq.methods.quantizers import IntegerQuantizer
-from jpq.tracing.forward import batch_size, call_model
+from jpq.tracing.forward import batch_size, call_model, eval_mode
 from jpq.training.reconstruction_blocks import Block, find_blocks
 from jpq.types import JpqError
 
@@ -137,19 +137,16 @@ def reconstruct(
     names = {layer.name for layer in net.network.layers if net.quantizers(layer.name)}
     blocks = find_blocks(model, names, batches[0])
     errors = []
-    training = net.training
-    net.eval()
-    model.eval()
-    for number, block in enumerate(blocks):
-        inputs, _ = record_calls(net.model, block.name, batches)
-        _, targets = record_calls(model, block.name, batches, output=True)
+    with eval_mode(net), eval_mode(model):
+        for number, block in enumerate(blocks):
+            inputs, _ = record_calls(net.model, block.name, batches)
+            _, targets = record_calls(model, block.name, batches, output=True)
 
-        def tell(step: int, loss: float, number: int = number) -> None:
-            observe(number, len(blocks), step, loss)
+            def tell(step: int, loss: float, number: int = number) -> None:
+                observe(number, len(blocks), step, loss)
 
-        fit = _BlockFit(net, block, inputs, targets, steps, seed + number, regulariser)
-        errors.append(fit.run(tell))
-    net.train(training)
+            fit = _BlockFit(net, block, inputs, targets, steps, seed + number, regulariser)
+            errors.append(fit.run(tell))
     return tuple(errors)
 
 

@@ -38,6 +38,7 @@ from jpq.costs.target import Target
 from jpq.methods.quantizers import fit_threshold
 from jpq.plan import Plan, from_json
 from jpq.tasks.data import Data
+from jpq.tracing.forward import eval_mode
 from jpq.training import distributed
 from jpq.training.contest import JUDGED, NORM_BATCHES, TIED, sample_losses
 from jpq.training.run_state import RunState
@@ -233,8 +234,6 @@ def _probe(net: CompressedModel, model: nn.Module, data: Data) -> Probe:
     """A probe of the network whose divergence is that from the float model."""
     mixed, plain = calibration_samples(calibration_inputs(data))
     probe = Probe(net, mixed, plain, data.task.divergence, {}, data.task.main_output)
-    training = model.training
-    model.eval()
-    probe.references = [probe.output_of(model, x) for x in mixed]
-    model.train(training)
+    with eval_mode(model):
+        probe.references = [probe.output_of(model, x) for x in mixed]
     return probe

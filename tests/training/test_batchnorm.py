@@ -6,14 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 from bright_images import Identity, images
+from convnet import EXAMPLE, ranked
 from runs import config
 from safetensors.torch import save_file
 from torch import nn
 
 import jpq
+from jpq.allocation.ranking.rank import rank_units
 from jpq.compression.batchnorm import keep_statistics, moving_norms, start_training
 from jpq.compression.calibration import reestimate_batchnorm
 from jpq.config import Train
+from jpq.methods.scores import SCORES
+from jpq.tracing.forward import eval_mode
 from jpq.training.batchnorm_choice import BatchStatistics, choose_batchnorm, compare_statistics
 from jpq.types import JpqError
 
@@ -31,6 +35,28 @@ def test_kept_statistics_stay_in_training_and_in_copies():
     assert copied[1].weight.grad is not None  # norms go on learning
     reestimate_batchnorm(copied, batches)
     assert torch.equal(copied[1].running_mean, torch.zeros(4))
+
+
+def test_modules_that_stay_in_evaluation_mode_do_so_after_a_while_in_it():
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout()).train()
+    net[1].eval()
+    with eval_mode(net):
+        assert not any(module.training for module in net.modules())
+    assert [module.training for module in net.modules()] == [True, True, False, True]
+
+
+def test_rankings_and_discretization_amid_an_epoch_leave_kept_statistics_alone():
+    net = ranked()
+    keep_statistics(net)
+    start_training(net)
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = copy.deepcopy(norms[0].running_mean)
+    for work in (lambda: rank_units(net, SCORES["l1"]), lambda: net.freeze(net.plan())):
+        work()
+        net(EXAMPLE)
+        assert net.training
+        assert not any(norm.training for norm in norms)
+        assert torch.equal(norms[0].running_mean, before)
 
 
 def test_norms_without_a_mark_train_and_are_measured_anew():

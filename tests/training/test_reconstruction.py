@@ -1,5 +1,6 @@
 """Learned rounding: blocks, weights that stay on their grid, the optimum where it can be counted out, and bad input."""
 
+import copy
 import csv
 import itertools
 
@@ -114,6 +115,19 @@ def test_it_is_the_same_in_every_run(model, batches):
         reconstruct(net, model, batches, steps=10, seed=3)
         states.append(net.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+
+
+def test_models_stay_in_their_modes(model, batches):
+    teacher, net = copy.deepcopy(model).train(), attached(model, batches, bits="3/4")
+    norm = net.model.get_submodule("stem.1")
+    teacher.stem[1].eval()
+    net.train()
+    norm.eval()
+    reconstruct(net, teacher, batches, steps=2)
+    assert teacher.training
+    assert net.training
+    assert not teacher.stem[1].training
+    assert not norm.training
 
 
 def test_the_rounding_of_few_weights_is_far_better_than_nearest():

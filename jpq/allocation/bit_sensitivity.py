@@ -16,7 +16,7 @@ b_t = 1/2 * log2(S_t / c_t) + a constant for all tensors: the shift that discret
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,12 +56,12 @@ def sensitivities(
     modules = _quantizers(net)
     ranges = {key: _fitted_range(net, key, module, bits) for key, module in modules.items()}
     rises = dict.fromkeys(modules, 0.0)
-    calls: dict[str, tuple[Tensor, Tensor]] = {}  # quantizer -> (input, output)
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {}  # quantizer -> (input, output) of each of its calls
 
     def record(name: str, _: nn.Module, x: Any, out: Any) -> None:
         if out[0].requires_grad:
             out[0].retain_grad()
-            calls[name] = x.detach(), out[0]
+            calls.setdefault(name, []).append((x.detach(), out[0]))
 
     count = 0
     for batch in batches:
@@ -77,15 +77,21 @@ def sensitivities(
         with name_missing_gradient():
             F.cross_entropy(logits, labels).backward()
         for key, module in modules.items():
-            if "/".join(key) in calls:
-                x, out = calls["/".join(key)]
-                assert out.grad is not None
-                threshold, side = ranges[key]
+            threshold, side = ranges[key]
+            for x, gradient in _gradients(key, calls.get("/".join(key), ())):
                 error = quantize_tensor(x, threshold, bits, module.signed, side) - x
-                rises[key] += 0.5 * len(logits) * float((out.grad * error).square().sum())
+                rises[key] += 0.5 * len(logits) * float((gradient * error).square().sum())
         count += 1
     net.zero_grad()
     return {key: max(total / max(1, count), SMALLEST_RISE) * 4.0**bits for key, total in rises.items()}
+
+
+def _gradients(key: Key, calls: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """(value, gradient) pairs of a tensor: one for each call that the loss depends on, of a weight one for all."""
+    pairs = [(x, out.grad) for x, out in calls if out.grad is not None]
+    if key[1] == "w" and pairs:
+        return [(pairs[0][0], torch.stack([gradient for _, gradient in pairs]).sum(0))]
+    return pairs
 
 
 def bits_by_noise(
@@ -112,15 +118,6 @@ def bits_by_noise(
         level = {key: min(max(4.0 + value - middle, low), high) for key, value in ideal.items()}
     bounds = {"w": w_bits, "a": a_bits}
     return {key: Learned(4.0 + value - middle, *bounds[key[1]]) for key, value in ideal.items()}
-
-
-def expected_rise(noise: Mapping[Key, float], plan: Plan) -> float:
-    """Expected rise of the loss by a plan's bits, in nats: the sum of S_t * 4^-b_t."""
-    layers = plan.layers
-    return sum(
-        value * 4.0 ** -(layers[layer].w_bits if side == "w" else layers[layer].a_bits)
-        for (layer, side), value in noise.items()
-    )
 
 
 def _quantizers(net: CompressedModel) -> dict[Key, IntegerQuantizer]:

@@ -25,7 +25,7 @@ from jpq.allocation.allocators import (
     pick_allocator,
     search_offsets,
 )
-from jpq.allocation.bit_sensitivity import bits_by_noise, expected_rise, sensitivities
+from jpq.allocation.bit_sensitivity import bits_by_noise, sensitivities
 from jpq.allocation.channels import AllocationProblem, greedy, margins_of_sequence, threshold, uniform
 from jpq.allocation.ranking.rank import score_units
 from jpq.allocation.reinforce import (
@@ -39,6 +39,8 @@ from jpq.allocation.reinforce import (
 )
 from jpq.compression import discretize
 from jpq.costs.target import Target, all_met, parse_targets, used_share
+from jpq.methods.gates import Frozen
+from jpq.methods.quantizers import Fixed
 from jpq.methods.quantizers.uniform_integer import fit_threshold, quantize_tensor
 from jpq.methods.scores import SCORES
 from jpq.tasks import load
@@ -280,6 +282,54 @@ def test_noise_is_the_fisher_sum():
     assert (shared_net().network.layers[0].name, "a") not in found  # the image's width is given
 
 
+class Twice(torch.nn.Module):
+    """A layer that is called twice, or two layers of equal weights."""
+
+    def __init__(self, shared):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(6, 6)
+        self.inner = torch.nn.Linear(6, 6)
+        self.head = torch.nn.Linear(6, 3)
+        self.again = self.inner if shared else torch.nn.Linear(6, 6)
+        self.again.load_state_dict(self.inner.state_dict())
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.head(self.again(self.inner(x).relu()).relu())
+
+
+def test_every_call_of_a_layer_counts():
+    """The errors of a layer's inputs add up over its calls, those of its weight act on the sum of the gradients."""
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
+    found = []
+    for shared in (True, False):
+        model = Twice(shared)
+        network = jpq.trace(model, x)
+        net = jpq.attach(model, network, (), Frozen.all, lambda layer: (Fixed(8), Fixed(8)), [x], "uniform")
+        for name in ("inner", "again"):
+            if net.quantizers(name):  # both calls on one grid, as a shared layer has it
+                net.quantizers(name)[1].log_threshold.data.fill_(1.0)
+                net.calibration_samples.pop(name, None)
+        found.append(sensitivities(net, [x]))
+    assert found[0]["inner", "a"] == pytest.approx(found[1]["inner", "a"] + found[1]["again", "a"], rel=1e-3)
+    outputs = []
+
+    def keep(module, args, out):
+        out[0].retain_grad()
+        outputs.append(out[0])
+
+    for name in ("inner", "again"):
+        net.quantizers(name)[0].register_forward_hook(keep)
+    logits = net.eval()(x)
+    labels = torch.multinomial(logits.detach().softmax(1), 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    torch.nn.functional.cross_entropy(logits, labels).backward()
+    weight = net.layer("inner").weight.detach()
+    error = quantize_tensor(weight, fit_threshold(weight, 4, True, True), 4, True) - weight
+    by_hand = 0.5 * len(x) * float(((outputs[0].grad + outputs[1].grad) * error).square().sum())
+    assert found[0]["inner", "w"] == pytest.approx(by_hand * 4**4, rel=1e-3)
+
+
 def test_bits_by_noise_are_near_the_best_of_all():
     """Against every choice of widths in 2 to 4 of a net of four layers: the rise is within 15 % of the least."""
     noise = {key: 10.0 ** (i % 4 - 1) for i, key in enumerate(sensitivities(shared_net(), [EXAMPLE]))}
@@ -296,7 +346,8 @@ def test_bits_by_noise_are_near_the_best_of_all():
         cost = sum(m * chosen[n, "w"] * chosen.get((n, "a"), 8) for n, m in macs.items())
         if cost <= limit:
             least = min(least, sum(noise[k] * 4.0**-b for k, b in chosen.items()))
-    assert least <= expected_rise(noise, plan) <= 1.15 * least
+    rise = sum(s * 4.0 ** -getattr(plan.layers[layer], f"{side}_bits") for (layer, side), s in noise.items())
+    assert least <= rise <= 1.15 * least
 
 
 def test_a_pruned_networks_bits_follow_what_it_still_computes():

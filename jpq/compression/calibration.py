@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from jpq.tracing.export_graph import forward_error
 from jpq.tracing.forward import call_model, eval_mode, hook_modules, split_arguments
 from jpq.tracing.network import Network
 from jpq.tracing.tied_weights import layers_sharing
+from jpq.types import JpqError
 
 SAMPLES = 2**14  # activations per layer and batch
 
@@ -76,20 +78,28 @@ def observe_modules(model: nn.Module, names: Mapping[str, str], batches: Batches
 
 @torch.no_grad()
 def reestimate_batchnorm(net: nn.Module, batches: Iterable[tuple[Any, Any]], count: int = 100) -> None:
-    """Set BatchNorm's running statistics to plain averages over the first `count` batches, where they do not stay."""
+    """Set BatchNorm's running statistics to plain averages over the first `count` batches, where they do not stay.
+
+    The network is in evaluation mode then. `batches` are (inputs, anything) pairs; JpqError where there are none, which
+    would leave norms without statistics.
+    """
     norms = moving_norms(net)
     if not norms:
         return
+    pairs = islice(batches, count)
+    first = next(pairs, None)
+    if first is None:
+        raise JpqError("BatchNorm's statistics are measured on batches, and there are none: give at least one.")
     momenta = [m.momentum for m in norms]
     net.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
         norm.train()
-    for i, (x, _) in enumerate(batches):
-        if i == count:
-            break
-        call_model(net, x)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    net.eval()
+    try:
+        for x, _ in chain([first], pairs):
+            call_model(net, x)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        net.eval()

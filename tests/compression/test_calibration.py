@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from jpq.compression.calibration import reestimate_batchnorm
+from jpq.types import JpqError
 
 
 def two_norms():
@@ -58,3 +59,14 @@ def test_norms_without_running_statistics_and_nets_without_norms_stay_as_they_ar
     reestimate_batchnorm(net, batches(2))
     assert net.training
     assert net[1].running_mean is None
+
+
+def test_without_a_batch_statistics_stay_and_an_error_says_so():
+    net = two_norms()
+    before = net[1].running_mean.clone()
+    with pytest.raises(JpqError, match="there are none"):
+        reestimate_batchnorm(net, iter(()))
+    assert torch.equal(net[1].running_mean, before)
+    with pytest.raises(RuntimeError):
+        reestimate_batchnorm(net, [(torch.zeros(2, 1, 6, 6, dtype=torch.float64), None)])  # too few channels
+    assert net[1].momentum == 0.3

@@ -45,7 +45,7 @@ from jpq.tasks.data import Data
 from jpq.tasks.load import load_dense_model, read_data
 from jpq.training import checkpoint, distributed
 from jpq.training.batchnorm_choice import choose_batchnorm
-from jpq.training.environment import full_precision, pick_device, set_threads
+from jpq.training.environment import full_precision, pick_device, restored_threads, set_threads
 from jpq.training.epochs import BudgetEpochs, Phase, budget_epochs
 from jpq.training.history import NullObserver, TensorBoardObserver, TrainingObserver, import_writer
 from jpq.training.loop import Objective, build_optimizer
@@ -65,6 +65,7 @@ ALREADY_PRUNED = (
 )
 
 
+@restored_threads()
 def optimize(
     config: Config,
     observer: TrainingObserver | None = None,
@@ -112,7 +113,7 @@ def optimize(
         run.schemes = prepared.method.structure if prepared.method.structure in (RULES, SEARCH) else "hand"
     net = attach_model(prepared, model, calibration_batches(data), config)  # 6 gates and quantizers
     if config.decide.start == MEASURED_START:
-        prepared = with_measured_start(prepared, net, model, data, next(iter(targets.values())), config, run)
+        prepared = with_measured_start(prepared, net, model, data, next(iter(targets.values())), run)
         net = attach_model(prepared, model, calibration_batches(data), config)
     run.recorder.full_bops, run.recorder.cost = costs.baseline(net.exact_usage())["bops"], config.budget.cost
     setup = RunSetup(config, data, model, prepared, targets, epochs, table, command, final)
@@ -222,8 +223,7 @@ def begin_folder(config: Config, table: LatencyTable | None, run: RunState) -> N
 
     def begin() -> None:
         if config.run.overwrite:
-            inputs = (config.task.weights, config.decide.mask, config.decide.sensitivity, config.budget.latency_table)
-            run_status.clear_folder(run.folder, keep=[path for path in inputs if path is not None])
+            run_status.clear_folder(run.folder, keep=run_status.input_files(config))
         create_folder(config)
         if config.run.out == Run.out:
             mark_latest(run.folder)

@@ -203,6 +203,24 @@ def test_bad_input_ends_before_training(change, says, tmp_path):
     assert not hasattr(watch, "next")  # no phase had begun
 
 
+def test_a_run_leaves_the_number_of_threads_as_it_was(tmp_path, monkeypatch):
+    seen = []
+
+    def stop(*_):
+        seen.append(torch.get_num_threads())
+        raise JpqError("enough")
+
+    monkeypatch.setattr(recipe, "check_all_budgets", stop)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(JpqError, match="enough"):
+            jpq.optimize(config(tmp_path))
+        assert seen == [1]  # a small network
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(JpqError, match=r"\bout\b"):

@@ -34,7 +34,7 @@ from jpq.tracing.model_checks import check_full_precision
 from jpq.tracing.network import Network
 from jpq.tracing.sites import Site, masks
 from jpq.tracing.trace import trace
-from jpq.training.environment import pick_device, set_threads, versions
+from jpq.training.environment import pick_device, restored_threads, set_threads, versions
 from jpq.types import JpqError, Units, unknown
 
 ChannelMoments = tuple[Sequence[float], Sequence[float]]  # mean and deviation of each channel
@@ -133,6 +133,7 @@ def random_images(shape: Sequence[int], moments: ChannelMoments, seed: int, devi
     return draw
 
 
+@restored_threads()
 def prune_model(
     model: nn.Module,
     draw_images: DrawImages,
@@ -150,7 +151,9 @@ def prune_model(
         structure: where zeros may lie, a text as for `--structure`.
         density: share that stays in each layer: of the kernels, for patterns; of the weights, for other structures.
         skip: layers that stay dense.
+        settings: of ADMM; default: `AdmmSettings()`.
         report_layer: called with each layer's report as soon as it is done.
+        threads: CPU threads meanwhile; 0: one for a small network, else as many as there are.
     """
     settings = settings or AdmmSettings()
     check_full_precision(model)

@@ -34,13 +34,26 @@ def pick_device(name: str) -> torch.device:
 
 
 def set_threads(threads: int, macs: int) -> None:
-    """Set the number of CPU threads; with `threads` 0 one for a network of few MACs a batch, else torch's default."""
+    """Set the number of CPU threads; with `threads` 0 one for a network of few MACs a batch, else it stays.
+
+    Raises JpqError for a negative number.
+    """
     if threads < 0:
         raise JpqError(f"--threads {threads}: give a positive number, or 0 to let jpq choose.")
     if threads:
         torch.set_num_threads(threads)
     elif macs < SMALL_BATCH_MACS:  # more threads would wait longer than they work
         torch.set_num_threads(1)
+
+
+@contextmanager
+def restored_threads() -> Iterator[None]:
+    """A context, and a decorator, that restores the number of CPU threads: one run does not decide for the next."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from jpq.allocation.ranking.rank import rank_units
 from jpq.compression.attach import attach
 from jpq.compression.build import fixed_share, width_factory
 from jpq.compression.model import CompressedModel
-from jpq.config import MEASURED, Config, Decide
+from jpq.config import MEASURED, Decide
 from jpq.costs.target import Target
 from jpq.methods.gates import Ranked
 from jpq.methods.scores import pick_score
@@ -42,7 +42,6 @@ def with_measured_start(
     model: nn.Module,
     data: Data,
     targets: tuple[Target, ...],
-    config: Config,
     run: RunState,
 ) -> Prepared:
     """The set-up with the initial widths that a table says.
@@ -53,7 +52,7 @@ def with_measured_start(
         model: float, trained.
         data: its training split is measured on, never the held-out one.
         targets: of the first budget.
-        config, run: settings and state of the run.
+        run: state of the run.
     """
     measurement = run_measurement(data, model, run)
     found = run.timed(

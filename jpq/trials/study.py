@@ -18,6 +18,7 @@ from jpq.results.accuracy_limit import check_limit, read_limit
 from jpq.results.front import front, plots
 from jpq.results.front.points import read_points
 from jpq.tasks import task_record
+from jpq.training.environment import restored_threads
 from jpq.trials.attributes import REASON, RULED_OUT, SAME, is_counted
 from jpq.trials.objectives import objective_direction, objective_unit
 from jpq.trials.preview import Preview, prepare_float_weights
@@ -75,6 +76,7 @@ class TrialCounts:
         )
 
 
+@restored_threads()
 def study(
     config: Config | None = None, settings: Study | None = None, observer: StudyObserver | None = None
 ) -> optuna.Study:

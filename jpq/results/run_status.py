@@ -32,7 +32,8 @@ LARGEST_RESULT = 2**26  # bytes of result.json
 FILES = (  # that runs write into their folders
     *(SETTINGS_FILE, CHECKPOINT, RESULT, FRONT_TABLE, "front.png", "float.safetensors", "history.csv", "layers.csv"),
     *("sizes.csv", "plan.json", "model.safetensors", "model.packed", "curves.png", "layers.png", "latency.csv"),
-    *("schemes.json", "sensitivity.csv", "sensitivity.csv.part", "reconstruction.csv", LADDER),
+    *("schemes.json", "sensitivity.csv", "sensitivity.csv.part", "reconstruction.csv", "README.md"),
+    *(LADDER, "pareto.csv", "pareto.png"),
 )
 
 EVENTS = "events.out.tfevents.*"  # of --tensorboard
@@ -105,6 +106,12 @@ def check_rerun(config: Config) -> RunStatus:
         f"{status.folder} holds a finished run of these settings: --resume shows its result again, --overwrite removes "
         "it and runs anew, --name NAME keeps it and runs in another folder."
     )
+
+
+def input_files(config: Config) -> list[Path]:
+    """The files that a run reads, which may lie in the folder that it is to overwrite."""
+    paths = (config.task.weights, config.decide.mask, config.decide.sensitivity, config.budget.latency_table)
+    return [path for path in paths if path is not None]
 
 
 def clear_folder(folder: Path, keep: Sequence[Path] = ()) -> None:

@@ -43,7 +43,17 @@ from jpq.results.formatting import format_change, format_metric
 from jpq.results.front import front, plots
 from jpq.results.front.points import read_points
 from jpq.results.record import UNREAD, BudgetRecord, Result
-from jpq.results.run_status import BEGUN, EMPTY, FINISHED, LADDER, TRIAL, UNFINISHED, clear_folder, read_status
+from jpq.results.run_status import (
+    BEGUN,
+    EMPTY,
+    FINISHED,
+    LADDER,
+    TRIAL,
+    UNFINISHED,
+    clear_folder,
+    input_files,
+    read_status,
+)
 from jpq.tasks.data import Data
 from jpq.tasks.load import fit_sizes, load_dense_model, read_data
 from jpq.training import distributed
@@ -397,7 +407,7 @@ def begin_folder(config: Config) -> None:
     """
     folder, status = config.folder(), read_status(config.folder())
     if config.run.overwrite:
-        clear_folder(folder, keep=[path for path in (config.task.weights, config.budget.latency_table) if path])
+        clear_folder(folder, keep=input_files(config))
     elif status.state != EMPTY and status.config is not None and status.config.hash() != config.hash():
         raise JpqError(
             f"{folder} holds a run of other settings. Give this one another --name, or --overwrite to remove that one."

@@ -169,7 +169,8 @@ def test_clearing_spares_inputs_and_foreign_files(tmp_path):
     for path in (
         *(top / name for name in ("config.toml", "front.csv", "float.safetensors", "mine.txt", "data/result.json")),
         *(top / name for name in ("events.out.tfevents.1", "model.qonnx.onnx", "model.pt2")),
-        *(budget / name for name in ("config.toml", "result.json", "mine.txt")),
+        *(budget / name for name in ("config.toml", "result.json", "README.md", "mine.txt")),
+        *(top / name for name in ("ladder.csv", "pareto.csv", "pareto.png", "README.md")),
     ):
         path.write_text("x", encoding="utf-8")
     clear_folder(top, keep=[top / "float.safetensors"])

@@ -20,7 +20,7 @@ from jpq.tasks import CLASSIFICATION
 from jpq.tasks.regression import Regression
 from jpq.tasks.restoration import Restoration
 from jpq.tasks.segmentation import Segmentation
-from jpq.trials.accuracy_target import CLOSE, AccuracyResult, Attempt, next_share
+from jpq.trials.accuracy_target import CLOSE, AccuracyResult, Attempt, begin_folder, next_share
 
 
 def attempt(share, within):
@@ -58,6 +58,19 @@ def test_a_ladder_ends_where_the_largest_budget_misses():
     assert [a.within for a in attempts] == [False] * len(attempts)
     assert attempts[-1].share == pytest.approx(0.0625)
     assert len(attempts) == 3
+
+
+def test_overwriting_a_ladder_spares_the_files_that_it_reads(tmp_path):
+    config = Config(
+        budget=Budget(max_drop="1%", latency_table=tmp_path / "a" / "latency.csv"),
+        decide=Decide(method="measured", sensitivity=tmp_path / "a" / "sensitivity.csv"),
+        run=Run(out=tmp_path, name="a", overwrite=True),
+    )
+    config.folder().mkdir()
+    for name in ("config.toml", "sensitivity.csv", "latency.csv", "ladder.csv", "pareto.png"):
+        (config.folder() / name).write_text("x", encoding="utf-8")
+    begin_folder(config)
+    assert {p.name for p in config.folder().iterdir()} == {"config.toml", "sensitivity.csv", "latency.csv"}
 
 
 def test_a_ladder_ends_at_the_least_budget_where_all_keep():

@@ -12,13 +12,14 @@ import torch
 from convnet import EXAMPLE, convnet, ranked
 
 from jpq.allocation.measured import measure
-from jpq.allocation.measured.measure import Probe, class_divergence, measure_table, mix_pairs, squared_divergence
+from jpq.allocation.measured.measure import Probe, measure_table, mix_pairs
 from jpq.allocation.measured.solve import Solver, predicted_divergence
 from jpq.allocation.measured.table import SensitivityTable, check_table, model_checksum, read_table, write_table
 from jpq.compression.calibration import reestimate_batchnorm
 from jpq.costs.target import all_met, parse_targets
 from jpq.methods.quantizers import fit_threshold
 from jpq.methods.quantizers.uniform_integer import quantize_tensor
+from jpq.tasks import CLASSIFICATION
 from jpq.types import JpqError
 
 
@@ -31,7 +32,7 @@ def orders(net):
 @pytest.fixture(scope="module")
 def probe():
     net = ranked()
-    return Probe(net, [mix_pairs(EXAMPLE)], [EXAMPLE], class_divergence, orders(net))
+    return Probe(net, [mix_pairs(EXAMPLE)], [EXAMPLE], CLASSIFICATION.divergence, orders(net))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_an_entry_is_what_one_change_gives(table):
         reference = model(x)
         weight = model.get_submodule(layer.name).weight
         weight.copy_(quantize_tensor(weight, fit_threshold(weight, 2, True, True), 2, True))
-        expected = float(class_divergence(model(x), reference))
+        expected = float(CLASSIFICATION.divergence(model(x), reference))
     assert table.bits[layer.name, "w"][2] == pytest.approx(expected, rel=1e-4)
 
 
@@ -72,7 +73,7 @@ def test_a_count_of_units_is_what_dropping_the_others_gives(probe, table):
         reference = dense(x)
         for model in (dense, small):
             reestimate_batchnorm(model, [(EXAMPLE, EXAMPLE)])
-        expected = class_divergence(small(x), reference) - class_divergence(dense(x), reference)
+        expected = CLASSIFICATION.divergence(small(x), reference) - CLASSIFICATION.divergence(dense(x), reference)
     assert table.units[site.name][count] == pytest.approx(float(expected), rel=1e-3)
     assert table.units[site.name][site.n] == 0
     assert sorted(table.units[site.name]) == [*measure.unit_counts(site.n), site.n]
@@ -88,7 +89,7 @@ def test_dead_units_cost_nothing():
             weight = net.model.get_submodule(tap.layer).parametrizations.weight.original
             weight.mul_(tap.structure.expand((~dead).float()[None], weight.shape))
     best_first = [*range(site.n // 2, site.n), *range(site.n // 2)]
-    found = Probe(net, [EXAMPLE], [EXAMPLE], class_divergence, orders(net) | {site.name: best_first})
+    found = Probe(net, [EXAMPLE], [EXAMPLE], CLASSIFICATION.divergence, orders(net) | {site.name: best_first})
     row = measure_table(found, (8, 8), (8, 8), "-").units[site.name]
     assert row[site.n // 2] == pytest.approx(0, abs=1e-9)
     assert row[measure.unit_counts(site.n)[0]] > 1e-6
@@ -110,15 +111,6 @@ def test_mixed_pairs_are_averages_and_numbers_of_tokens_stay():
     torch.testing.assert_close(mix_pairs(x)[1], (x[0] + x[1]) / 2)
     tokens = torch.arange(4)[:, None]
     assert mix_pairs(tokens) is tokens
-
-
-def test_divergences_are_zero_at_equality_and_in_their_units():
-    p = torch.tensor([[0.0, 0.0]])
-    q = torch.tensor([[0.0, np.log(3.0)]])
-    assert float(class_divergence(p, p)) == 0
-    assert float(class_divergence(q, p)) == pytest.approx(0.5 * np.log(2.0) + 0.5 * np.log(0.5 / 0.75), rel=1e-5)
-    y = torch.tensor([0.0, 2.0])
-    assert float(squared_divergence(y + 1, y)) == pytest.approx(0.5)  # 1 over a variance of 2
 
 
 def synthetic(net, seed):

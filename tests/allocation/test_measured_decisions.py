@@ -13,7 +13,6 @@ from jpq.allocation.measured import decide as deciding
 from jpq.allocation.measured.calibration import Measurement
 from jpq.allocation.measured.candidates import MEASURED, TWO_STAGE, UNIFORM
 from jpq.allocation.measured.decide import decide_by_measurement
-from jpq.allocation.measured.measure import class_divergence
 from jpq.allocation.measured.table import model_checksum, read_table, write_table
 from jpq.allocation.prepare import prepare
 from jpq.allocation.procedures import Measured, allowed_widths
@@ -23,6 +22,7 @@ from jpq.config import Budget, Decide
 from jpq.costs.target import all_met
 from jpq.methods.scores import SCORES
 from jpq.plan import Plan
+from jpq.tasks import CLASSIFICATION
 from jpq.training.contest import Entry, Outcome, pick_entry, survivors
 from jpq.types import JpqError
 
@@ -58,7 +58,9 @@ def decision_of(model, batches, bops="1%", table=None, **settings):
     prepared = prepare(model, batches[0], decide, Budget(target_bops=bops))
     net = prepared.attach(model, batches)
     rank_units(net, SCORES["l1"])
-    measurement = Measurement(lambda: batches, class_divergence, model_checksum(model), table=table, source="a table")
+    measurement = Measurement(
+        lambda: batches, CLASSIFICATION.divergence, model_checksum(model), table=table, source="a table"
+    )
     widths = allowed_widths(net, decide)
     return net, prepared.targets, decide_by_measurement(net, prepared.targets, widths, decide.density, measurement)
 

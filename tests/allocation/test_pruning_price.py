@@ -8,7 +8,7 @@ import torch
 from convnet import EXAMPLE
 from torch import nn
 
-from jpq.allocation.measured.measure import class_divergence, mix_pairs
+from jpq.allocation.measured.measure import mix_pairs
 from jpq.allocation.measured.pruning_price import PruningPrice, price_pruning
 from jpq.allocation.uniform_bits import uniform_plan
 from jpq.compression.attach import attach
@@ -17,6 +17,7 @@ from jpq.costs import bops, macs
 from jpq.costs.target import Target, parse_targets
 from jpq.methods.gates import VIB
 from jpq.methods.quantizers import Fixed, Learned
+from jpq.tasks import CLASSIFICATION
 from jpq.tasks.models import build
 from jpq.tracing.sites import channels
 from jpq.tracing.trace import trace
@@ -60,7 +61,7 @@ def searched(bits: int, low: int = 2, dead: int = 16):
 
 def price(model, net, plan, target=None):
     targets = target or parse_targets({"bops": "90%"}, net.exact_usage())
-    return price_pruning(net, plan, model, targets, lambda: [X], class_divergence, "nats")
+    return price_pruning(net, plan, model, targets, lambda: [X], CLASSIFICATION.divergence, "nats")
 
 
 def test_dead_channels_are_the_cheaper_way_to_save():
@@ -93,7 +94,7 @@ def test_both_figures_are_what_the_plans_give():
         trial.freeze(changed)
         reestimate_batchnorm(trial, [(X, X)])
         with torch.no_grad():
-            return float(class_divergence(trial.eval()(mix_pairs(X)), model(mix_pairs(X))))
+            return float(CLASSIFICATION.divergence(trial.eval()(mix_pairs(X)), model(mix_pairs(X))))
 
     worst = sorted(
         (float(m), s.name, u) for s, g in zip(net.sites, net.gates, strict=True) for u, m in enumerate(g.margin()[0])

@@ -13,13 +13,12 @@ from jpq.allocation.measured.fisher import class_noise, fisher_table, noise_of, 
 from jpq.allocation.measured.measure import (
     Probe,
     changes_of,
-    class_divergence,
     measure_table,
     mix_pairs,
-    squared_divergence,
 )
 from jpq.allocation.measured.prefix_cache import answering, find_cuts, output_at
 from jpq.results.sensitivity import measure, probe_model
+from jpq.tasks import CLASSIFICATION, TASKS
 from jpq.types import JpqError
 
 
@@ -45,7 +44,7 @@ def orders(net):
 def make_probe():
     net = ranked()
     mixed, plain = calibration_samples([EXAMPLE])
-    return Probe(net, mixed, plain, class_divergence, orders(net))
+    return Probe(net, mixed, plain, CLASSIFICATION.divergence, orders(net))
 
 
 def test_a_pass_begins_only_where_nothing_before_is_read_again():
@@ -85,7 +84,7 @@ def test_layers_that_keep_their_weights_give_the_table_of_the_plain_ones(view):
     torch.manual_seed(0)
     model, x = Grouped(view).eval(), torch.randn(20, 3, 6, 6)
     batches = list(x.split(10))
-    kept, plain = (probe_model(model, batches, class_divergence, 20, (2, 3), (2, 3)) for _ in range(2))
+    kept, plain = (probe_model(model, batches, CLASSIFICATION.divergence, 20, (2, 3), (2, 3)) for _ in range(2))
     assert len(kept.probe.direct.layers) == 4  # all but the transposed convolution
     assert kept.probe.direct.channels_last != view
     plain.probe.direct.restore()
@@ -130,7 +129,7 @@ def test_fisher_is_the_second_order_of_small_changes():
     torch.manual_seed(0)
     net = ranked()
     x = torch.randn(64, *EXAMPLE.shape[1:])
-    probe = Probe(net, list(x.split(16)), [x], class_divergence, orders(net))
+    probe = Probe(net, list(x.split(16)), [x], CLASSIFICATION.divergence, orders(net))
     measured, fisher = (make(probe, (6, 8), (5, 8), "-") for make in (measure_table, fisher_table))
     for key, row in fisher.bits.items():
         assert all(value >= 0 for value in row.values())
@@ -144,21 +143,20 @@ def test_fisher_is_the_second_order_of_small_changes():
 
 
 @pytest.mark.parametrize(
-    ("noise", "divergence"), [(class_noise, class_divergence), (squared_noise, squared_divergence)]
+    ("noise", "divergence"),
+    [(class_noise, CLASSIFICATION.divergence), (squared_noise, TASKS["regression"].divergence)],
 )
 def test_noise_has_the_covariance_of_the_divergence(noise, divergence):
     output = torch.tensor([[0.3, -1.0, 0.8]])
     generator = torch.Generator().manual_seed(0)
     draws = torch.cat([noise(output, generator) for _ in range(6000)])
     hessian = torch.autograd.functional.hessian(lambda out: divergence(out, output), output)[0, :, 0]
-    if divergence is squared_divergence:  # its variance is that of the sample, not of the population
-        hessian = hessian * (len(output[0]) / (len(output[0]) - 1))
     torch.testing.assert_close(draws.T @ draws / len(draws), hessian, atol=0.06, rtol=0.06)
 
 
 def test_a_divergence_of_another_form_is_refused():
     output = torch.randn(4, 5)
-    assert noise_of(class_divergence, output) is class_noise
+    assert noise_of(CLASSIFICATION.divergence, output) is class_noise
     with pytest.raises(JpqError, match="estimator single"):
         noise_of(lambda out, reference: (out - reference).abs().mean(), output)
 

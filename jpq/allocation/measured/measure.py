@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
@@ -87,19 +86,6 @@ def mix_pairs(x: Any) -> Any:
 
         return tree_map(mixed, x) if mixable else x
     return 0.5 * (x + x.roll(1, 0)) if x.is_floating_point() and len(x) > 1 else x
-
-
-def class_divergence(output: Tensor, reference: Tensor) -> Tensor:
-    """KL(softmax(reference) || softmax(output)) in nats, the mean over samples, for outputs [B, classes, ...]."""
-    if output.dim() == 2:  # few numbers: float32 would leave an error of 1e-8, the size of 8-bit entries
-        output, reference = output.double(), reference.double()
-    log_q, log_p = F.log_softmax(output, 1), F.log_softmax(reference, 1)
-    return (log_p.exp() * (log_p - log_q)).sum(1).mean()
-
-
-def squared_divergence(output: Tensor, reference: Tensor) -> Tensor:
-    """Squared error over the variance of the reference, for outputs without classes."""
-    return (output - reference).square().mean() / reference.var().clamp_min(1e-30)
 
 
 @dataclass(eq=False)
@@ -496,7 +482,8 @@ def measure_table(
     changes = changes_of(probe, w_bits, a_bits, around, counts, step)
     if wanted is not None:
         changes = [change for change in changes if change in wanted]
-    found = {change: value for change, value in (known or {}).items() if change in set(changes)}
+    asked = set(changes)
+    found = {change: value for change, value in (known or {}).items() if change in asked}
     with probe.changed(base_widths, base_counts):
         base = probe.measure() if around else 0.0
         base_of_units = base

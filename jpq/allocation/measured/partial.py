@@ -15,6 +15,7 @@ from typing import Any
 from jpq.allocation.measured.measure import Bounds, Change, Probe, measure_table
 from jpq.allocation.measured.table import FORMAT, SensitivityTable, tensors_checksum
 from jpq.files import untrusted
+from jpq.files.atomic import replace_file
 from jpq.tracing.forward import collect_tensors
 from jpq.types import JpqError
 
@@ -49,16 +50,20 @@ def measure_noted(
     known = read_partial(notes.path, head) if notes.resume and notes.path.exists() else {}
     if not notes.writes:
         return measure_table(probe, w_bits, a_bits, model, progress=progress, known=known, wanted=wanted)
-    with notes.path.open("w", encoding="utf-8") as file:
+    lines = [json.dumps(head), *(_line(change, divergence) for change, divergence in known.items())]
+    replace_file(notes.path, lambda part: part.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    with notes.path.open("a", encoding="utf-8") as file:
 
         def note(change: Change, divergence: float) -> None:
-            file.write(json.dumps([change.what, change.name, change.value, divergence]) + "\n")
+            file.write(_line(change, divergence) + "\n")
             file.flush()
 
-        file.write(json.dumps(head) + "\n")
-        for change, value in known.items():
-            note(change, value)
         return measure_table(probe, w_bits, a_bits, model, progress=progress, known=known, record=note, wanted=wanted)
+
+
+def _line(change: Change, divergence: float) -> str:
+    """One noted entry."""
+    return json.dumps([change.what, change.name, change.value, divergence])
 
 
 def partial_head(estimator: str, model: str, probe: Probe, w_bits: Bounds, a_bits: Bounds) -> dict[str, Any]:

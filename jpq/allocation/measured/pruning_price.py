@@ -28,6 +28,7 @@ from jpq.compression.model import CompressedModel
 from jpq.costs import COSTS, macs
 from jpq.costs.target import Target, used_share
 from jpq.plan import Plan
+from jpq.tracing.forward import eval_mode
 from jpq.types import JpqError
 
 SHARE = 0.1  # of the open channels, which are closed
@@ -129,14 +130,14 @@ def price_pruning(
         return None
     pruned = replace(plan, kept={**plan.kept, **_masks(orders, closed)})
     before, after = (float(COSTS[target.cost](probe.net.exact_usage(p))) for p in (plan, pruned))
-    with probe.statistics_anew(), probe.changed(_widths(probe, plan), kept):
+    with probe.statistics_anew(), probe.changed(_widths(plan), kept):
         base = probe.measure()
         with probe.changed(kept=closed):
             channels = probe.measure() - base
         fewer_bits = _lower_bits(probe, plan, choices, replace(target, limit=math.floor(after)), base)
         bits = None
         if fewer_bits is not None:
-            with probe.changed(_widths(probe, fewer_bits)):
+            with probe.changed(_widths(fewer_bits)):
                 bits = probe.measure() - base
     return PruningPrice(
         closed=sum(kept.values()) - sum(closed.values()),
@@ -236,14 +237,12 @@ def _probe(
     frozen = copy.deepcopy(net)
     frozen.freeze(plan)
     probe = Probe(frozen, mixed, plain, divergence, orders, main_output)
-    training = model.training
-    model.eval()
-    probe.references = [probe.output_of(model, x) for x in mixed]
-    model.train(training)
+    with eval_mode(model):
+        probe.references = [probe.output_of(model, x) for x in mixed]
     return probe
 
 
-def _widths(probe: Probe, plan: Plan) -> dict[Key, int | None]:
+def _widths(plan: Plan) -> dict[Key, int | None]:
     """The widths of a plan by tensor."""
     found: dict[Key, int | None] = {}
     for name, layer in plan.layers.items():
@@ -263,7 +262,7 @@ def _lower_bits(
         target: to be met.
         base: divergence of the plan.
     """
-    bits: dict[Key, dict[int, float]] = {key: {w: 0.0} for key, w in _widths(probe, plan).items() if w is not None}
+    bits: dict[Key, dict[int, float]] = {key: {w: 0.0} for key, w in _widths(plan).items() if w is not None}
     for steps in STEPS:
         for key, allowed in choices.items():
             smaller = sorted((b for b in allowed if b < max(bits[key])), reverse=True)[:steps]

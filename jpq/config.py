@@ -245,7 +245,7 @@ class Decide(TextPaths):
     exported files. --bits conv1=32/32 says the same."""
     start: str = "uniform"
     """Widths that a search begins with, a quarter above its budget. uniform: one for all tensors. measured: those of
-    least divergence by a sensitivity table, by which landing then spends the rest of the budget."""
+    least divergence by a sensitivity table, which also says how the rest of the budget is spent."""
     sensitivity: Path | None = None
     """A sensitivity table of this model to decide from (sensitivity.csv in the folder of a run with --method measured
     or --start measured, or from jpq sensitivity --out FILE), in place of measuring one."""
@@ -295,7 +295,7 @@ class Train:
     """Epochs of search and fine-tuning together. Several budgets share the search; the last is fine-tuned for the rest,
     as if it were alone, and each before it adds --tune-epochs."""
     search: float = 0.5
-    """Share of the epochs that search; the rest fine-tunes the landed model."""
+    """Share of the epochs that search; the rest fine-tunes the discretized model."""
     tune_epochs: int | None = None
     """Epochs that fine-tune each of several budgets but the last. Default: a quarter of the last one's."""
     float_epochs: int = 40

@@ -111,7 +111,7 @@ def check_start(decide: Decide, method: Method) -> None:
             f"--resolve-at {decide.resolve_at}: --method {decide.method} does not choose bits one by one, so there is "
             "nothing to solve again. Leave --resolve-at out, or choose measured or a method that learns bits."
         )
-    if decide.start == MEASURED_START and (not PROCEDURES[method.procedure].searches or method.width is Fixed):
+    if decide.start == MEASURED_START and (not procedure.searches or method.width is Fixed):
         raise JpqError(
             f"--start {decide.start}: --method {decide.method} does not search for bits, so they start nowhere. Leave "
             "--start out, or choose a method that learns them, such as djpq."

@@ -249,7 +249,7 @@ def verified_lines(verified: Mapping[str, Any], task: Task | None = None, sample
     for name, value in verified.items():
         if name == OPENED:
             lines.append(
-                f"NOT exact, by --open-norms: at landing the rebuilt model was {value:.2g} (relative) off the "
+                f"NOT exact, by --open-norms: at discretization the rebuilt model was {value:.2g} (relative) off the "
                 "masked one; it was fine-tuned since"
             )
         elif name == "masked_vs_rebuilt_float64":

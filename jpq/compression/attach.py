@@ -64,7 +64,7 @@ def attach(
 
     Raises JpqError for weights in half precision and parametrized ones. DataParallel and torch.compile come off.
     """
-    model = _checked_copy(model, network)
+    model = _checked_copy(model)
     batches = list(calibration)
     inputs = observe_activations(model, network, batches)
     outputs = observe_outputs(model, network, batches) if output_bits else {}
@@ -90,7 +90,7 @@ def attach(
     return net
 
 
-def _checked_copy(model: nn.Module, network: Network) -> nn.Module:
+def _checked_copy(model: nn.Module) -> nn.Module:
     """A deep copy of the model. Raises JpqError where gates or quantizers could not act on its weights."""
     model = unwrap_model(model)
     check_full_precision(model)

@@ -1,4 +1,4 @@
-"""Landing by gain per cost: of the single steps that fit, that of largest predicted fall in divergence for its cost.
+"""Discretization by gain per cost: of single steps that fit, that of largest predicted fall in divergence for its cost.
 
 The prediction is a sum of measured divergences of single changes, one entry for the value of each decision: a width,
 or how many units of a site stay. Units whose absence costs nothing (dead ones) come last, after every width that may

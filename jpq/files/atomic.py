@@ -17,7 +17,6 @@ def replace_file(path: str | Path, write_to: Callable[[Path], object]) -> None:
     The new file is on the disk before it gets its name, and the name is on the disk before this returns. Where writing
     fails, the old file stays and nothing is left beside it. Raises JpqError where the system refuses to write.
     """
-    path = Path(path)
     path = expand_home(path)
     part = path.with_name(f".{path.name}.part")
     try:

@@ -20,7 +20,6 @@ LARGEST = 2**28  # default limit of a text file in bytes; enough for masks of 10
 
 def check_file(path: str | Path, what: str = "file") -> int:
     """The size of a regular file in bytes. Raises JpqError for anything else: pipes and devices may never end."""
-    path = Path(path)
     path = expand_home(path)
     try:
         exists, regular = path.exists(), path.is_file()
@@ -34,7 +33,6 @@ def check_file(path: str | Path, what: str = "file") -> int:
 
 def read_text(path: str | Path, what: str = "file", largest: int = LARGEST) -> str:
     """The content of a UTF-8 file. Raises JpqError for other content, and for more than `largest` bytes."""
-    path = Path(path)
     path = expand_home(path)
     if check_file(path, what) > largest:
         raise JpqError(f"The {what} {path} is larger than {largest / 2**20:g} MB: jpq wrote none of that size.")

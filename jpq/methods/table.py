@@ -77,7 +77,7 @@ METHODS: Mapping[str, Method] = {
         Polarized,
         Learned,
         "search",
-        "when landing must cost nothing: gates polarise to exact zeros while training",
+        "when discretization must cost nothing: gates polarise to exact zeros while training",
         "Guo et al., GDP: Gates with Differentiable Polarization, ICCV 2021, arXiv:2109.02220",
     ),
     "dais": Method(

@@ -85,7 +85,7 @@ def finish(
     round_weight_steps(tuned.model if tuned is net else tuned, data.example)
     small, plan = rebuild_model(net, tuned, model, data, config)
     uses = net.exact_usage(plan)
-    check_counts(small, plan, uses, targets, data)
+    check_counts(small, uses, targets, data)
     note_float_layers(net, plan, uses, run)
     save_model(small, plan, run.folder)
     predicted_ms = _to_ms(costs.latency_ns(uses)) if table is not None else None
@@ -142,9 +142,7 @@ def rebuild_model(
     return small, replace(plan, model=about)
 
 
-def check_counts(
-    small: nn.Module, plan: Plan, uses: Sequence[costs.LayerUse], targets: tuple[Target, ...], data: Data
-) -> None:
+def check_counts(small: nn.Module, uses: Sequence[costs.LayerUse], targets: tuple[Target, ...], data: Data) -> None:
     """Count the rebuilt model by running it. Raises JpqError where it costs more than its plan, or than a target."""
     measured = measure(small, data.example)
     if measured["bops"] != costs.bops(uses) or measured["macs"] != costs.macs(uses):
@@ -154,7 +152,7 @@ def check_counts(
         )
     over = [target for target in targets if not all_met([target], uses)]
     if over:
-        raise JpqError(f"The landed model misses {over[0].flag} {over[0].text}. This is a bug in jpq.")
+        raise JpqError(f"The discretized model misses {over[0].flag} {over[0].text}. This is a bug in jpq.")
 
 
 def note_float_layers(net: CompressedModel, plan: Plan, uses: Sequence[costs.LayerUse], run: RunState) -> None:

@@ -82,7 +82,7 @@ class Result:
     float: ModelMetrics
     compressed: ModelMetrics
     held_out: dict[str, Any]  # held-out accuracy of both
-    targets: dict[str, Any]  # target name -> {"asked", "limit", "reached", "used"}; and "note" where < 97 % is used
+    targets: dict[str, Any]  # target name -> {"asked", "limit", "reached", "used"}; of latency "unit"
     layers: tuple[LayerRecord, ...]
     history: tuple[EpochRecord, ...]
     seconds: dict[str, Any]  # phase -> seconds, "total"

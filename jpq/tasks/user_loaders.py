@@ -31,8 +31,6 @@ HELD_OUT_NAMES = dict.fromkeys(("val", "valid", "validation", "dev"), "held_out"
 FACTS = ("task", "classes", "class_names", "vocabulary", "about")
 CLASS_TASKS = ("classification", "text-classification", "sequence-classification", "segmentation")
 
-READ_IN_MEMORY = "auto"  # --cache at which a Dataset is read whole
-
 
 @dataclass(frozen=True)
 class LoaderSource:

@@ -118,12 +118,17 @@ def run_on_first(work: Callable[[], T]) -> T:
         try:
             outcome[0] = work()
         except (JpqError, OSError) as error:
-            outcome[1] = error if isinstance(error, JpqError) else JpqError(f"{error.filename}: {error.strerror}.")
+            outcome[1] = error if isinstance(error, JpqError) else JpqError(_system_error_text(error))
     with _lost_process_as_error():
         dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def _system_error_text(error: OSError) -> str:
+    """An error of the system as a sentence; some name no file, and have no text of the system's."""
+    return f"{error.filename or 'A file'}: {error.strerror or error}."
 
 
 def first_then_others(work: Callable[[], T]) -> T:

@@ -141,7 +141,7 @@ def search(
         run.notes.append(
             f"Channels were ranked for classes {config.decide.classes} alone; every accuracy is on all classes."
         )
-    distributed.check_same(plan.to_json(), "a landed plan")
+    distributed.check_same(plan.to_json(), "a plan")
     note = discretize.underuse_note(targets, net, plan) if procedure.fills_budget else ""
     if note:
         run.notes.append(note)

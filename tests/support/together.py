@@ -53,7 +53,7 @@ def main(task: str, folder: Path) -> None:
     elif task == "disagree":
         said = []
         for work in (
-            lambda: distributed.check_same(f"plan {rank}", "a landed plan"),
+            lambda: distributed.check_same(f"plan {rank}", "a plan"),
             lambda: distributed.run_on_first(fails),
         ):
             try:

@@ -214,8 +214,7 @@ def _unit_activations(
     if not set(needs) & {"activations", "means"} or not net.sites:
         return {}, {}
     with_means = "means" in needs
-    names = {tap.layer for site in net.sites for tap in (site.taps if with_means else site.taps[:1])}
-    names |= {tap.layer for site in net.sites for tap in site.taps}
+    names = {tap.layer for site in net.sites for tap in site.taps}
     layers = {name: layer for name in names if (layer := net.layer(name)) is not None}
     maps: dict[str, Any] = {}
     means: dict[str, list[Tensor]] = {site.name: [] for site in net.sites}

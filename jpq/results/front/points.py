@@ -371,7 +371,8 @@ def from_attributes(
     """The point of a trial without its folder, from its user attributes. Raises JpqError where that is not enough.
 
     Args:
-        name: of the point; about: the study's own attributes, which hold the task's settings.
+        name: of the point.
+        study_attributes: of the study, which hold the task's settings.
         attributes: of the trial (`held_out`, `bops`, `bops_share`, `macs`, `size_bytes`, `latency_ms`, `layers`).
         params: the sampler's choices.
     """

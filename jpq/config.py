@@ -230,9 +230,10 @@ class Decide(TextPaths):
     """How bits are chosen: learned, power-of-two, gated, squashed, or fixed (the largest of --w-bits and --a-bits, so
     that only pruning can reach the target). Default: the method's."""
     density: float = 0.5
-    """Share of the weights that stay, for methods that are told how many (dpp, pdp, smart, dpf, dsp, spp, admm); N:M
-    and patterns say it themselves. Share of the MACs that stays, for ranked, taylor, lookahead and catro when the
-    search ends, for two-stage before bits are chosen (what the bits leave of the budget then opens more channels)."""
+    """Share of the weights that stay, for methods that are told how many (dpp, pdp, smart, dpf, dsp, spp, admm,
+    scheme-mapping); N:M and patterns say it themselves. Share of the MACs that stays, for ranked, taylor, lookahead and
+    catro when the search ends, for two-stage before bits are chosen (what the bits leave of the budget then opens more
+    channels)."""
     bits: str | None = None
     """Weight and activation bits by hand, in place of a search: "4/4,conv1=8/8,layer1=4/3" (a layer, or all whose names
     begin so; 4/4 for the rest). No target is needed then; one that is given must hold."""

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
+from jpq.allocation.measured import choose as choose_module
 from jpq.allocation.measured.choose import Group, choose, prices, total_costs
+from jpq.types import JpqError
 
 
 def random_groups(seed: int, count: int, options: int, targets: int) -> list[Group]:
@@ -65,3 +68,60 @@ def test_price_is_what_a_little_more_budget_gains() -> None:
     gain = sum(float(g.values[a] - g.values[b]) for g, a, b in zip(groups, less, more, strict=True)) / 4
     assert prices(groups, [limit])[0] == pytest.approx(gain, rel=0.02)
     assert prices(groups, [1e6])[0] == pytest.approx(0)
+
+
+def realistic_groups(seed: int, count: int) -> list[Group]:
+    """Layers of very different size and divergence, 49 pairs of widths each, as networks have them."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for _ in range(count):
+        macs = 10.0 ** rng.uniform(5, 8)
+        w, a = (10 ** rng.uniform(-4, -1) * rng.uniform(2.5, 4.5) ** -np.arange(7.0) for _ in range(2))
+        bits = np.arange(2.0, 9.0)
+        groups.append(Group((w[:, None] + a).ravel(), (macs * bits[:, None] * bits).ravel()[:, None]))
+    return groups
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_price_of_one_target_is_that_of_the_linear_programme(seed: int) -> None:
+    groups = realistic_groups(seed, 60)
+    least, most = (sum(float(pick(g.costs)) for g in groups) for pick in (np.min, np.max))
+    for share in (0.05, 0.2, 0.6):
+        limit = least + share * (most - least)
+        values = np.concatenate([g.values for g in groups])
+        owner = np.repeat(np.arange(60), 49)
+        result = linprog(
+            values,
+            A_ub=np.concatenate([g.costs[:, 0] for g in groups])[None] / limit,
+            b_ub=[1.0],
+            A_eq=(owner == np.arange(60)[:, None]).astype(float),
+            b_eq=np.ones(60),
+        )
+        assert prices(groups, [limit])[0] == pytest.approx(-result.ineqlin.marginals[0] / limit, rel=1e-9)
+    assert prices(groups, [most])[0] == 0.0
+    with pytest.raises(JpqError):
+        prices(groups, [least * 0.99])
+
+
+@pytest.mark.parametrize("targets", [1, 2])
+def test_two_hundred_layers_are_solved_without_an_integer_programme(
+    targets: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = realistic_groups(3, 200)
+    if targets == 2:  # bit-operations and bytes
+        rng = np.random.default_rng(5)
+        bits = np.repeat(np.arange(2.0, 9.0), 7)
+        groups = [Group(g.values, np.column_stack([g.costs[:, 0], rng.uniform(1e3, 1e6) * bits])) for g in groups]
+    limits = [0.25 * sum(float(g.costs[:, t].max()) for g in groups) for t in range(targets)]
+    by_programme = choose_module._by_integer_programme(groups, np.array(limits), np.inf)
+    assert by_programme is not None
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("too many partial choices")
+
+    monkeypatch.setattr(choose_module, "_by_integer_programme", refuse)
+    choice = choose(groups, limits)
+    assert choice is not None
+    assert all(c <= limit for c, limit in zip(total_costs(groups, choice), limits, strict=True))
+    ours, theirs = (sum(float(g.values[i]) for g, i in zip(groups, p, strict=True)) for p in (choice, by_programme))
+    assert ours <= theirs * (1 + 1e-6)

@@ -5,8 +5,9 @@
 It is a multiple-choice knapsack with as many rows as there are targets. Groups are added one by one to partial choices,
 of which those are dropped that another one beats, that cannot meet the limits any more, or whose Lagrangian bound (at
 the prices of the linear relaxation) exceeds the value of a choice that is known: what is left is the best of all (H.
-Kellerer, U. Pferschy, D. Pisinger, "Knapsack Problems", 2004, chapter 11). Where too many partial choices are left, it
-is solved as an integer linear programme by HiGHS (Q. Huangfu and J. Hall, 2018; `scipy.optimize.milp`).
+Kellerer, U. Pferschy, D. Pisinger, "Knapsack Problems", 2004, chapter 11). Good choices become known by following a few
+partial ones only, at first. Where too many partial choices are left, it is solved as an integer linear programme by
+HiGHS (Q. Huangfu and J. Hall, 2018; `scipy.optimize.milp`).
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ TIGHTEN = (0.0, 1e-12, 1e-9, 1e-6)  # shares taken from the limits until no cost
 
 MOST_STATES = 20_000  # partial choices, beyond which an integer programme is solved instead
 
-SMALL_SET = 1500  # partial choices up to which every pair is compared, with several targets
+BEAMS = (300, 3000, None)  # partial choices that are followed; None: all
 
-BISECTIONS = 60  # of the price of a single target
+NEAREST = 16  # partial choices that one is compared with, where there are several targets
 
 SECONDS = 60.0  # of one exact solution; the best one so far is given after that
 
@@ -103,27 +104,38 @@ def _prices(groups: Sequence[Group], limits: Floats) -> Floats | None:
 
 
 def _single_price(groups: Sequence[Group], limit: float) -> Floats | None:
-    """The price of a single target, by bisection: the least at which the best options at that price meet it."""
-    values, costs = (np.full((len(groups), max(len(g.values) for g in groups)), np.inf) for _ in range(2))
-    for i, group in enumerate(groups):
-        values[i, : len(group.values)], costs[i, : len(group.values)] = group.values, group.costs[:, 0]
-    finite = np.where(np.isfinite(costs), costs, 0.0)
-    rows = np.arange(len(groups))
+    """The price of a single target: the gain per cost of the step that meets the limit, all larger gains taken before.
 
-    def cost_at(price: float) -> float:
-        return float(costs[rows, (values + price * finite).argmin(1)].sum())
-
-    if float(costs.min(1).sum()) > limit:
+    Steps lie along each group's lower convex hull of values over costs, as in Kellerer, Pferschy and Pisinger, 11.2.1.
+    """
+    gains, steps, least = [], [], 0.0
+    for group in groups:
+        hull = _lower_hull(group.costs[:, 0], group.values)
+        costs, values = group.costs[hull, 0], group.values[hull]
+        least += float(costs[0])
+        steps.append(np.diff(costs))
+        gains.append(-np.diff(values) / steps[-1])
+    if least > limit:
         return None
-    if cost_at(0.0) <= limit:
-        return np.zeros(1)
-    spread = float(np.where(np.isfinite(values), values, -np.inf).max() - values.min())
-    steps = np.diff(np.unique(finite))
-    low, high = 0.0, 2 * spread / float(steps.min()) if len(steps) else 0.0
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if cost_at(middle) <= limit else (middle, high)
-    return np.array([high])
+    gain, step = np.concatenate(gains), np.concatenate(steps)
+    order = np.argsort(-gain, kind="stable")
+    too_much = np.flatnonzero(least + np.cumsum(step[order]) > limit)
+    return gain[order[too_much[:1]]] if len(too_much) else np.zeros(1)
+
+
+def _lower_hull(costs: Floats, values: Floats) -> list[int]:
+    """The corners of the lower convex hull of values over costs, from the least cost to the least value."""
+    hull: list[int] = []
+    for i in np.lexsort((values, costs)).tolist():
+        if hull and values[i] >= values[hull[-1]]:
+            continue
+        while len(hull) > 1:
+            a, b = hull[-2:]
+            if (values[a] - values[b]) * (costs[i] - costs[b]) > (values[b] - values[i]) * (costs[b] - costs[a]):
+                break
+            hull.pop()
+        hull.append(i)
+    return hull
 
 
 def _part(group: Group, options: npt.NDArray[np.int64]) -> Group:
@@ -154,15 +166,18 @@ def _solve(groups: Sequence[Group], limits: Floats, below: float) -> list[int] |
     price = _prices(groups, limits)
     if price is None:
         return None
-    greedy = _greedy(groups, limits, price)
-    known = below if greedy is None else min(below, greedy[0])
-    try:
-        better = _best_below(groups, limits, price, known)
-    except _TooManyStatesError:
-        return _by_integer_programme(groups, limits, below)
-    if better is not None:
-        return better
-    return greedy[1] if greedy is not None and greedy[0] < below else None
+    found = _greedy(groups, limits, price)
+    value = below if found is None else min(below, found[0])
+    for width in BEAMS:  # a better known choice leaves fewer partial ones
+        try:
+            better, complete = _best_below(groups, limits, price, value, width)
+        except _TooManyStatesError:
+            return _by_integer_programme(groups, limits, below)
+        if better is not None:
+            value, found = better[0], better
+        if complete:
+            break
+    return found[1] if found is not None and found[0] < below else None
 
 
 class _TooManyStatesError(Exception):
@@ -201,52 +216,66 @@ def _greedy(groups: Sequence[Group], limits: Floats, price: Floats) -> tuple[flo
     return float(sum(group.values[i] for group, i in zip(groups, picks, strict=True))), picks
 
 
-def _best_below(groups: Sequence[Group], limits: Floats, price: Floats, known: float) -> list[int] | None:
-    """The best choice of a value less than `known`, by partial choices with bounds; None where there is none.
+def _best_below(
+    groups: Sequence[Group], limits: Floats, price: Floats, known: float, width: int | None
+) -> tuple[tuple[float, list[int]] | None, bool]:
+    """The best choice of a value less than `known`, by partial choices with bounds; and whether all were followed.
 
-    Raises _TooManyStatesError.
+    With `width` only so many partial choices are followed, those of the lowest bound: a good choice, soon. Without, all
+    are; raises _TooManyStatesError. The choice is (value, options), None where there is none.
     """
-    least_cost = np.array([group.costs.min(0) for group in groups])
-    least_priced = np.array([(group.values + group.costs @ price).min() for group in groups])
-    rest_cost = np.vstack([np.cumsum(least_cost[::-1], 0)[::-1][1:], np.zeros(len(limits))])
-    rest_priced = np.append(np.cumsum(least_priced[::-1])[::-1][1:], 0.0)
     worth = float(price @ limits)
-    values, costs = np.zeros(1), np.zeros((1, len(limits)))
+    slack = 1e-12 * (abs(known) + worth) if math.isfinite(known) else 0.0
+    regrets = []  # of each option over the best one of its group, at these prices
+    for group in groups:
+        priced = group.values + group.costs @ price
+        regrets.append(priced - priced.min())
+    room = known + slack - float(sum((g.values + g.costs @ price).min() for g in groups)) + worth
+    options = [np.flatnonzero(regret < room) for regret in regrets]
+    if not all(map(len, options)):
+        return None, True
+    complete = True
+    least_cost = np.array([group.costs[o].min(0) for group, o in zip(groups, options, strict=True)])
+    rest_cost = np.vstack([np.cumsum(least_cost[::-1], 0)[::-1][1:], np.zeros(len(limits))])
+    values, costs, lost = np.zeros(1), np.zeros((1, len(limits))), np.zeros(1)
     history: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []  # (state before, option) of every state
-    for g, group in enumerate(groups):
-        new_values = (values[:, None] + group.values).ravel()
-        new_costs = (costs[:, None] + group.costs).reshape(-1, len(limits))
-        bound = new_values + new_costs @ price + rest_priced[g] - worth
-        slack = 1e-12 * (abs(known) + worth) if math.isfinite(known) else 0.0
-        alive = np.flatnonzero((bound < known + slack) & (new_costs + rest_cost[g] <= limits).all(1))
+    for g, (group, few, regret) in enumerate(zip(groups, options, regrets, strict=True)):
+        new_lost = (lost[:, None] + regret[few]).ravel()
+        new_costs = (costs[:, None] + group.costs[few]).reshape(-1, len(limits))
+        alive = np.flatnonzero((new_lost < room) & (new_costs + rest_cost[g] <= limits).all(1))
         if not len(alive):
-            return None
+            return None, complete
+        new_values = (values[:, None] + group.values[few]).ravel()
         alive = alive[_unbeaten(new_values[alive], new_costs[alive])]
+        if width is not None and len(alive) > width:
+            alive = np.sort(alive[np.argpartition(new_lost[alive], width)[:width]])
+            complete = False
         if len(alive) > MOST_STATES:
             raise _TooManyStatesError
-        history.append((alive // len(group.values), alive % len(group.values)))
-        values, costs = new_values[alive], new_costs[alive]
+        history.append((alive // len(few), few[alive % len(few)]))
+        values, costs, lost = new_values[alive], new_costs[alive], new_lost[alive]
     state = int(values.argmin())
-    if values[state] >= known:
-        return None
+    value = float(values[state])
+    if value >= known:
+        return None, complete
     picks = []
     for before, option in reversed(history):
         picks.append(int(option[state]))
         state = int(before[state])
-    return picks[::-1]
+    return (value, picks[::-1]), complete
 
 
 def _unbeaten(values: Floats, costs: Floats) -> npt.NDArray[np.int64]:
-    """The states that none with lower costs beats in value; with several targets, of those of equal order only."""
+    """The states that none with lower costs beats in value; with several targets, none of the nearest ones."""
     order = np.lexsort((values, *costs.T[::-1]))
     if costs.shape[1] == 1:
         best = np.minimum.accumulate(values[order])
         first = np.r_[True, values[order][1:] < best[:-1]]
         return np.sort(order[first])
-    if len(order) > SMALL_SET:
-        return np.sort(order)
-    table = np.column_stack([values, costs])[order]
-    beaten = np.triu((table[:, None] <= table[None]).all(2), 1).any(0)
+    columns = [values[order], *costs[order].T]
+    beaten = np.zeros(len(order), bool)
+    for step in range(1, min(NEAREST, len(order) - 1) + 1):
+        beaten[step:] |= np.logical_and.reduce([column[:-step] <= column[step:] for column in columns])
     return np.sort(order[~beaten])
 
 

@@ -237,8 +237,14 @@ def _in_eval_mode(net: Callable[..., Any]) -> Iterator[None]:
 
 
 def sample_difference(a: Tensor, b: Tensor) -> Tensor:
-    """Largest difference of each sample, [B], relative to the largest output of the batch `a`."""
-    return (a - b).abs().reshape(len(a), -1).amax(1) / a.abs().amax().clamp_min(1e-30)
+    """Largest difference of each sample, [B], relative to the largest finite output of the batch `a`.
+
+    Equal infinities, and NaN in both, are no difference; NaN in one of them alone is an infinite one.
+    """
+    equal = (a == b) | (a.isnan() & b.isnan())
+    apart = torch.where(equal, 0.0, (a - b).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
+    largest = torch.where(a.isfinite(), a.abs(), 0.0).amax()
+    return apart.reshape(len(a), -1).amax(1) / largest.clamp_min(1e-30)
 
 
 def check_targets(fine: bool, task: Task, form: str, target: Any) -> None:

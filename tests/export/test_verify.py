@@ -51,6 +51,31 @@ def test_every_output_tensor_is_compared():
     assert (found["images"], found["decisions"], found["argmax_differs"]) == (2, 4, 4)
 
 
+def test_nan_in_one_of_two_models_is_a_difference_and_equal_infinities_are_none():
+    minus_inf = float("-inf")
+    a, b = constant([1.0, minus_inf], [0.0, 2.0]), constant([1.0, minus_inf], [float("nan"), 2.0])
+    found = verify.compare(a, a, BATCH)
+    assert (found["at_a_rounding_boundary"], found["largest_relative_difference"]) == (0, 0.0)
+    found = verify.compare(a, b, BATCH)
+    assert (found["at_a_rounding_boundary"], found["largest_relative_difference"]) == (1, float("inf"))
+
+
+class Two(nn.Module):
+    """Two outputs, the second times a number."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x):
+        return x, x * self.number
+
+
+def test_a_second_output_that_is_nan_is_refused():
+    assert verify.difference(Two(1.0), Two(1.0), torch.ones(2, 3)) == 0
+    assert verify.difference(Two(1.0), Two(float("nan")), torch.ones(2, 3)) == float("inf")
+
+
 def test_difference_is_taken_in_float64_and_leaves_the_models_as_they_are():
     torch.manual_seed(0)
     one, x = nn.Linear(4, 3), torch.rand(5, 4)

@@ -91,6 +91,7 @@ class Solver:
         self._choice_index = {choices.layer: i for i, choices in enumerate(self.choices)}
         sites = [site.name for site in net.sites if not site.is_mask and site.name in table.units]
         self.grids = {name: _thinned(table.units[name], net, name) for name in sites} if free_units else {}
+        self._kept_cache: dict[tuple[str, int], tuple[bool, ...]] = {}
         self._cost_cache: dict[tuple[Any, ...], Floats] = {}  # (layer, its shares) -> [pairs, targets]
         self._linear = LinearShares.of(self) if self.grids else None
         self._batches: dict[str | None, list[Batch]] = {}  # site -> the layers that it touches; None: all layers
@@ -147,7 +148,7 @@ class Solver:
         measured = sorted(row)
         fewer_costs, more_costs = np.interp([count, more], measured, [row[k] for k in measured])
         gain = float(fewer_costs - more_costs)
-        trial = replace(plan, kept={**plan.kept, **{name: self._kept({name: more})[name]}})
+        trial = replace(plan, kept={**plan.kept, name: self._kept_units(name, more)})
         if gain <= NO_GAIN * max(map(abs, row.values())) or not all_met(self.targets, self.net.exact_usage(trial)):
             return None
         return gain, trial
@@ -251,11 +252,15 @@ class Solver:
         return [_as_floats(use) for use in self.net.exact_usage(replace(self.present, kept=self._kept(counts)))]
 
     def _kept(self, counts: Counts) -> dict[str, tuple[bool, ...]]:
-        kept = dict(self.present.kept)
-        for name, count in counts.items():
-            best = set(self.table.orders[name][:count])
-            kept[name] = tuple(unit in best for unit in range(len(self.table.orders[name])))
-        return kept
+        return {**self.present.kept, **{name: self._kept_units(name, count) for name, count in counts.items()}}
+
+    def _kept_units(self, site: str, count: int) -> tuple[bool, ...]:
+        """Which units stay where so many of a site do: the first of its order."""
+        if (site, count) not in self._kept_cache:
+            order = self.table.orders[site]
+            best = set(order[:count])
+            self._kept_cache[site, count] = tuple(unit in best for unit in range(len(order)))
+        return self._kept_cache[site, count]
 
     def _groups(self, counts: Counts) -> tuple[list[Group], list[float]]:
         """The options of every layer at these units, and the costs that no choice changes."""

@@ -152,8 +152,14 @@ def open_images(
     return _open_lazily([files[n] for n in read], decode, (channels, *shape), where, skip_bad, read, note)
 
 
-def open_masks(files: Sequence[Path], decode: Decoder, cache: str) -> ClassMasks:
-    """Mask files as a column of class numbers; `decode` gives uint8 [1, H, W].
+def open_masks(files: Sequence[Path], decode: Decoder, cache: str, coding: str) -> ClassMasks:
+    """Mask files as a column of class numbers.
+
+    Args:
+        files: at least one.
+        decode: file -> uint8 [1, H, W].
+        cache: auto, memory, disk or none.
+        coding: what `decode` does to the bytes, in words, so that the cache tells it from others of the same files.
 
     Raises JpqError that lists all files that cannot be read, and where their sizes differ.
     """
@@ -165,8 +171,8 @@ def open_masks(files: Sequence[Path], decode: Decoder, cache: str) -> ClassMasks
     first, bad = _decode_all(files[:1], decode)
     check_bad(bad, len(files), False, "masks")
     everything = tuple(range(len(files)))
-    images = _open_lazily(files, decode, tuple(first[0].shape), cache, False, everything, "")  # type: ignore[arg-type]
-    return ClassMasks(images.pixels)
+    shape: Any = tuple(first[0].shape)
+    return ClassMasks(_open_lazily(files, decode, shape, cache, False, everything, "", coding).pixels)
 
 
 def choose_cache(files: Sequence[Path], size: Sequence[int]) -> str:
@@ -238,8 +244,9 @@ def _open_lazily(
     skip_bad: bool,
     numbers: tuple[int, ...],
     note: str,
+    coding: str = "",
 ) -> Images:
-    source = _source(files, shape)
+    source = _source(files, shape, coding)
     if cache == "none":
         column = LazyImages(lambda rows: _decode_batch(files, decode, rows), shape, torch.arange(len(files)), source)
         return Images(column, numbers, note)
@@ -249,9 +256,9 @@ def _open_lazily(
     return Images(column, tuple(numbers[n] for n in kept), more or note)
 
 
-def _source(files: Sequence[Path], shape: tuple[int, int, int]) -> bytes:
-    """A digest of the files' names, sizes and times, and of the shape that they are brought to."""
-    digest = hashlib.sha256(f"{FORMAT} {shape}".encode())
+def _source(files: Sequence[Path], shape: tuple[int, int, int], coding: str) -> bytes:
+    """A digest of the files' names, sizes and times, and of the shape and the coding that they are brought to."""
+    digest = hashlib.sha256(f"{FORMAT} {shape}{coding}".encode())
     for file in files:
         state = file.stat()
         digest.update(f"{file.parent.name}/{file.name} {state.st_size} {state.st_mtime_ns}\n".encode())

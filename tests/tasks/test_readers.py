@@ -18,8 +18,9 @@ from jpq.cli.evaluate import describe_metric
 from jpq.results.finish import data_record
 from jpq.tasks.batches import MaskAugment
 from jpq.tasks.data import load
+from jpq.tasks.readers.hf_dataset import _text_rows
 from jpq.tasks.readers.restoration import Degradation
-from jpq.tasks.readers.text import build_vocabulary, encode, split_words
+from jpq.tasks.readers.text import _label_order, build_vocabulary, encode, split_words
 from jpq.types import JpqError
 
 
@@ -54,6 +55,19 @@ def test_masks_are_those_of_the_files_and_void_is_255(tmp_path, monkeypatch, cac
     reds = torch.cat([x for x, _ in data.test])[:, 0] * 0.229 + 0.485
     inside = expected != 255
     torch.testing.assert_close(reds[inside] * 255, 10.0 * expected[inside], atol=1e-3, rtol=0)
+
+
+def test_cached_masks_are_those_of_their_void_class(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    masks = camvid(tmp_path / "data")
+    checksums = set()
+    for void in (7, 0):  # the files of the cache were those of the first void class
+        data = load(f"folder:{tmp_path / 'data'}", void=void, cache="disk")
+        expected = torch.from_numpy(np.stack(masks["test"])).long()
+        expected[expected == void] = 255
+        assert torch.equal(torch.cat([y for _, y in data.test]), expected)
+        checksums.add(data.checksum)
+    assert len(checksums) == 2
 
 
 def test_masks_move_with_their_images(tmp_path):
@@ -287,6 +301,13 @@ def test_texts_are_numbered_by_the_words_of_training(tmp_path):
     assert x.tolist() == [[4, 1, 6, 0, 0]]
     assert y.tolist() == [1]
     assert x.dtype == torch.int64
+
+
+def test_classes_of_texts_are_in_one_order_whatever_the_order_of_sets():
+    labels = ["10", "b", "1", "01", "2", "001", "a"]
+    for turn in range(len(labels)):
+        turned = labels[turn:] + labels[:turn]
+        assert sorted(turned, key=_label_order) == ["001", "01", "1", "2", "10", "a", "b"]
 
 
 def test_texts_without_a_word_are_noted(tmp_path):
@@ -555,11 +576,28 @@ def test_folders_of_series_in_another_format_say_how_to_save_them(tmp_path):
         load(f"series:{tmp_path}")
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "task", "words"),
+    [
+        (np.array(["a", "b"] * 10), np.array(["a", "b"] * 10), "regression", "has texts as y, as 'a', and regression"),
+        (np.zeros((20, 2)) + 0.5, np.zeros((20, 3)) + 0.5, "", r"test part of .* has y \[20, 3\], and training 2 a"),
+        (np.arange(20) % 2, np.zeros((20, 2)), "", r"test part of .* has y \[20, 2\], and training 1 a"),
+    ],
+)
+def test_targets_of_series_that_do_not_fit_are_refused_in_one_sentence(tmp_path, train, test, task, words):
+    x = np.random.default_rng(0).random((20, 2, 5))
+    np.savez(tmp_path / "s.npz", x_train=x, y_train=train, x_test=x, y_test=test)
+    with pytest.raises(JpqError, match=words):
+        load(f"series:{tmp_path / 's.npz'}", task=task)
+
+
 def test_targets_of_series_in_other_shapes(tmp_path):
     x, y = np.random.default_rng(0).random((20, 2, 5)), np.arange(20) % 2
     np.savez(tmp_path / "column.npz", x=x, y=y[:, None])  # as Keras has them
     np.savez(tmp_path / "several.npz", x=x, y=x.mean(2))
     assert load(f"series:{tmp_path / 'column.npz'}").class_names == ("0", "1")
+    np.savez(tmp_path / "mixed.npz", x_train=x, y_train=y, x_test=x, y_test=1.0 * y[:, None])
+    assert torch.cat([y for _, y in load(f"series:{tmp_path / 'mixed.npz'}").test]).tolist() == [0, 1] * 10
     several = load(f"series:{tmp_path / 'several.npz'}")
     assert (several.task.name, several.classes) == ("regression", 2)
 
@@ -651,6 +689,13 @@ def test_data_sets_of_hugging_face_are_read_from_the_disk(tmp_path):
     data = load(f"hf-dataset:{tmp_path / 'd'}")
     assert data_facts(data) == ("text-classification", 2, (3,))
     assert data.class_names == ("no", "yes")
+
+
+@pytest.mark.parametrize("label", [-1, None, 2])
+def test_texts_of_hugging_face_without_a_class_are_refused(label):
+    split = {"sentence": ["good", "bad"], "label": [1, label]}  # -1 would be the last class
+    with pytest.raises(JpqError, match=f"The test split has no class \\({label}\\) for sample 1"):
+        _text_rows(split, "sentence", "label", ("no", "yes"), "The test split")
 
 
 def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch):

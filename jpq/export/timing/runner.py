@@ -81,8 +81,7 @@ class OpenVinoRunner:
         for port in self._request.model_inputs:
             shape = [batch if side.is_dynamic else side.get_length() for side in port.partial_shape]
             check_input_size(shape, f"{path}: input '{port.any_name}'")
-            samples = rng.standard_normal(shape, np.float32)
-            self._feed.append(samples.astype(port.get_element_type().to_dtype(), copy=False))
+            self._feed.append(_random_samples(rng, shape, np.dtype(port.get_element_type().to_dtype()).type))
 
     def __call__(self) -> None:
         """Compute once."""

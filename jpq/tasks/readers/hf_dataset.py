@@ -45,14 +45,21 @@ def read(path: str, options: ReadOptions) -> Source:
         )
     if image is None:
         names = _class_names(splits["train"], label)
-        rows = {part: _text_rows(split, str(text), label, names) for part, split in splits.items()}
+        rows = {
+            part: _text_rows(split, str(text), label, names, f"The {part} split of '{folder}'")
+            for part, split in splits.items()
+        }
         return source_of_rows(rows, {part: f"The {part} split of '{folder}'" for part in splits}, options)
     return _images(splits, image, label, str(folder), options)
 
 
-def _text_rows(split: Any, text: str, label: str, names: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(text, name of its class) of each sample."""
-    pairs = zip(split[text], split[label], strict=True)
+def _text_rows(split: Any, text: str, label: str, names: tuple[str, ...], what: str) -> list[tuple[str, str]]:
+    """(text, name of its class) of each sample. Raises JpqError for samples without a class, which have None or -1."""
+    labels = list(split[label])
+    for place, number in enumerate(labels):
+        if number is None or (names and number not in range(len(names))):
+            raise JpqError(f"{what} has no class ({number}) for sample {place}. Label such samples, or leave them out.")
+    pairs = zip(split[text], labels, strict=True)
     return [(str(words), names[number] if names else str(number)) for words, number in pairs]
 
 

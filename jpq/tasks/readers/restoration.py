@@ -41,8 +41,6 @@ from jpq.types import JpqError
 
 Entry = tuple[Tensor | None, Tensor]  # (input, or None where it is made; target), uint8 [C, H, W]
 
-FIXED_NOISE = 2**40  # beside a sample's number: the seed of its noise outside of training
-
 MOST_PIXELS = 2**20  # of a batch of whole images, where it holds more than one
 
 TRIED = 64  # sides of images are tried on a network up to multiples of this number
@@ -153,7 +151,7 @@ class RestorationBatches(SplitBatches):
         if windows[0][0] is not None:
             noisy = torch.stack([x for x, _ in windows if x is not None]).float().div(255)
         else:
-            fixed = [torch.Generator().manual_seed(FIXED_NOISE + number) for number in numbers]
+            fixed = [torch.Generator().manual_seed(number) for number in numbers]
             noisy = self.degradation.apply(clean, [draw] * len(windows) if self.shuffle else fixed)
         return noisy.to(self.device), clean.to(self.device)
 

@@ -136,7 +136,7 @@ def _read_part(pairs: FilePairs, options: ReadOptions) -> tuple[Any, ClassMasks,
         with Image.open(file) as image:
             return mask_bytes(image, options.image_size, options.void)
 
-    masks = open_masks([pairs[n][1] for n in images.read], decode, options.cache)
+    masks = open_masks([pairs[n][1] for n in images.read], decode, options.cache, f"void {options.void}")
     return images.pixels, masks, images.note
 
 

@@ -43,6 +43,14 @@ def read(path: str, options: ReadOptions) -> Source:
                 f"{shape[1]}] as in training, and y [N]."
             )
     real = options.task == "regression" or _is_real(pairs["train"][1])
+    for part, (_, y) in pairs.items():
+        columns = pairs["train"][1].size // len(pairs["train"][1])
+        if y.size != columns * len(y):
+            raise JpqError(f"The {part} part of '{path}' has y {list(y.shape)}, and training {columns} a window.")
+        if real and y.dtype.kind in "US":
+            raise JpqError(
+                f"The {part} part of '{path}' has texts as y, as '{y.flat[0]}', and regression takes numbers."
+            )
     names = () if real else tuple(_class_name(label) for label in np.unique(pairs["train"][1]).tolist())
     parts = {
         part: (x, _targets(y, real, pairs["train"][1], f"{part} part of '{path}'")) for part, (x, y) in pairs.items()
@@ -178,4 +186,4 @@ def _targets(y: np.ndarray[Any, Any], real: bool, train: np.ndarray[Any, Any], w
     lost = np.setdiff1d(y, classes)
     if len(lost):
         raise JpqError(f"The {what} has the class {lost[0]}, which the training part lacks.")
-    return torch.from_numpy(np.searchsorted(classes, y).astype(np.int64))
+    return torch.from_numpy(np.searchsorted(classes, y.reshape(-1)).astype(np.int64))

@@ -220,4 +220,4 @@ def _check_classes(rows: Sequence[Row], name: str) -> None:
 
 def _label_order(label: str) -> tuple[int, str]:
     """Numbers by their value, then names."""
-    return (int(label), "") if label.isascii() and label.isdigit() else (10**9, label)
+    return (int(label) if label.isascii() and label.isdigit() else 10**9, label)

@@ -41,9 +41,9 @@ class Inspect:
     """Flags of `jpq inspect`: the model, its input, and how much is shown."""
 
     model: str = "convnet"
-    """convnet, lenet5, vgg7, resnet8/20/32/44/56, torchvision:NAME (classification, segmentation, video; a detector's
-    NAME.backbone), timm:NAME, smp:ARCHITECTURE:ENCODER, hf:FOLDER (or a config.json of transformers), or
-    module:callable (runs your code)."""
+    """convnet, lenet5, vgg7, resnet8/20/32/44/56, torchvision:NAME (classification, segmentation, video; an SSD or
+    RetinaNet with --data of boxes, else a detector's NAME.backbone), timm:NAME, smp:ARCHITECTURE:ENCODER, hf:FOLDER (or
+    a config.json of transformers), or module:callable (runs your code)."""
     input_shape: tuple[int, ...] | None = None
     """One sample without the batch: channels, (frames,) height and width; of a text its number of tokens. Default: what
     the model usually takes."""
@@ -91,12 +91,14 @@ def model_and_example(flags: Any) -> tuple[nn.Module, Any]:
     """The model that --model, --data, --input-shape and --classes describe, and a batch of two noise samples."""
     import torch
 
-    from jpq.tasks import models
+    from jpq.tasks import models, with_task
     from jpq.tasks.data import load
 
     shape, classes = models.usual_input(flags.model) or (None, 1000)
     reading = {key: getattr(flags, key) for key in READING if getattr(flags, key, None)}
-    data = None if flags.data is None else load(flags.data, flags.data_root, **reading)
+    data = None
+    if flags.data is not None:
+        data = with_task(load(flags.data, flags.data_root, **reading), str(reading.get("task", "")))
     if data is not None:
         shape, classes = data.shape, data.classes
     shape, classes = flags.input_shape or shape, flags.classes or classes

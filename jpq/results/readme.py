@@ -74,6 +74,12 @@ ENDS = {
     ),
     "regression": ('print(output * float(about.get("target_std", 1)) + float(about.get("target_mean", 0)))\n'),
     "multi-label": "print(1 / (1 + np.exp(-output)))\n",
+    "detection": (
+        "scores = 1 / (1 + np.exp(-output[:, 1:-8]))\n"
+        'names = about.get("class_names") or range(output.shape[1] - 8)\n'
+        "for n in scores.max(1).argsort()[::-1][:5]:  # jpq.tasks.detection.detect also drops boxes that overlap\n"
+        '    print(names[1 + scores[n].argmax()], scores[n].max(), "x1, y1, x2, y2 in pixels", output[n, -8:-4])\n'
+    ),
 }
 
 CLASS_END = 'names = about.get("class_names") or range(len(output))\nprint(names[output.argmax()])\n'
@@ -97,7 +103,7 @@ def run_code(data: Mapping[str, Any], any_size: bool = False) -> str:
 
 def _input_code(task: str, shape: list[int], data: Mapping[str, Any]) -> tuple[str, str, int]:
     """(code that makes x, imports that it needs, dims of one sample) for data of this kind."""
-    if len(shape) == 3 and shape[0] in (1, 3) and data.get("inputs", 1) == 1 and task != "detection":
+    if len(shape) == 3 and shape[0] in (1, 3) and data.get("inputs", 1) == 1:
         return IMAGE, "from PIL import Image, ImageOps\n", 3
     if task == "text-classification" and data.get("tokenizer") and data.get("inputs", 1) == 1:
         return TEXT, "import re\n", 1

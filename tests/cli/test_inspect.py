@@ -200,3 +200,14 @@ def test_data_that_need_flags_are_inspected_with_them(
     assert "--target-column price" in refused(args, capsys)
     assert main([*args, "--target-column", "price"]) == 0
     assert "rowsnet:net, 2" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_detector_is_inspected_with_the_boxes_that_it_is_for(tmp_path: Path, capsys: Captured) -> None:
+    from support.shapes import EASY
+    from support.shapes_coco import write_coco
+
+    name = write_coco(tmp_path, {"train": (2, 1), "test": (2, 2)}, EASY)
+    detector = "torchvision:ssdlite320_mobilenet_v3_large"
+    assert main(["inspect", "--model", detector, "--data", name, "--image-size", "64"]) == 0
+    assert "head.classification_head" in capsys.readouterr().out

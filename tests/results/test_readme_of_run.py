@@ -140,11 +140,44 @@ def test_every_kind_of_data_has_code_that_compiles():
         {"shape": [2, 9], "mean": [0.0] * 2, "task": "sequence-classification"},
         {"shape": [9], "task": "text-classification", "tokenizer": "words"},
         {"shape": [9], "inputs": 2},
+        {"shape": [3, 8, 8], "mean": [0.0] * 3, "task": "detection"},
     ]
     codes = [run_code(record) for record in records]
     assert len(set(codes)) == len(records)
     for code in codes:
         compile(code, "README.md", "exec")
+
+
+def test_the_code_for_detectors_names_the_surest_boxes_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (30, 20)).save("image.png")
+    output = np.zeros((1, 6, 3 + 8), np.float32)
+    output[0, :, 1:3] = -5.0
+    output[0, 4, 2], output[0, 1, 1] = 3.0, 2.0
+    output[0, :, 3:7] = np.arange(24).reshape(6, 4)
+
+    class Session:
+        def __init__(self, file):
+            self.get_modelmeta = lambda: self
+            names = '["none", "cat", "dog"]'
+            self.custom_metadata_map = {
+                "input_size": "[3, 8, 8]",
+                "mean": "[0, 0, 0]",
+                "std": "[1, 1, 1]",
+                "class_names": names,
+            }
+
+        def run(self, names, feed):
+            assert feed["input"].shape == (1, 3, 8, 8)
+            return [output]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    exec(run_code({"shape": [3, 8, 8], "mean": [0.0] * 3, "task": "detection"}), {})
+    first, second, *others = capsys.readouterr().out.splitlines()
+    assert first.split()[0] == "dog"
+    assert "[16. 17. 18. 19.]" in first
+    assert second.split()[0] == "cat"
+    assert len(others) == 3
 
 
 def test_data_without_a_mean_has_no_normalisation_to_embed(tmp_path):

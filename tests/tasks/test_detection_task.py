@@ -1,5 +1,6 @@
 """The task of detection: assignment, suppression, loss and average precision by hand, and torchvision's own scores."""
 
+import json
 import math
 
 import pytest
@@ -126,3 +127,42 @@ def test_drawn_shapes_are_read_from_a_folder_in_cocos_format_as_they_were_drawn(
         assert 4 <= len(target["boxes"]) <= 8
         assert torch.allclose(entry["boxes"], target["boxes"], atol=1e-4)
         assert torch.equal(entry["labels"], target["labels"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x, y, w, h: [x, y, x + w, y + h], "would fit as x1, y1, x2, y2. COCO's form is x, y, width, height"),
+        (lambda x, y, w, h: [8 * x, 8 * y, 8 * w, 8 * h], "lie outside of their images. Give them in pixels of these"),
+    ],
+    ids=["corners", "pixels of larger images"],
+)
+def test_boxes_in_cocos_format_that_are_no_boxes_of_their_images_are_refused(tmp_path, change, words):
+    name, file, record = shapes_record(tmp_path)
+    for entry in record["annotations"]:
+        entry["bbox"] = change(*entry["bbox"])
+    file.write_text(json.dumps(record))
+    with pytest.raises(JpqError, match=words):
+        load(name)
+
+
+def test_a_box_outside_of_its_image_is_left_out_with_a_note(tmp_path):
+    name, file, record = shapes_record(tmp_path)
+    boxes = len(record["annotations"])
+    record["annotations"][0]["bbox"] = [500, 500, 20, 20]
+    record["annotations"][1]["bbox"][0] -= 1  # beyond the border or not: this is no mistake
+    file.write_text(json.dumps(record))
+    data = load(name)
+    kept = [target for part in (data.train, data.held_out) for _, targets in part for target in targets]
+    assert sum(len(target["labels"]) for target in kept) == boxes - 1
+    assert any(f"1 of {boxes} boxes" in note and "left out" in note for note in data.notes)
+
+
+def shapes_record(folder):
+    """(data name, annotation file of the training part, its content) of drawn shapes."""
+    from support.shapes import EASY
+    from support.shapes_coco import write_coco
+
+    name = write_coco(folder, {"train": (8, 1), "test": (2, 2)}, EASY)
+    file = folder / "train" / "_annotations.coco.json"
+    return name, file, json.loads(file.read_text())

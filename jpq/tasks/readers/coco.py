@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,13 @@ def read(path: str, options: ReadOptions) -> Source:
         images = open_images(
             [file for file, _ in entries], options.image_size, options.skip_bad, options.cache, colour=True
         )
-        targets = [_fit_boxes(*entries[n], options.image_size) for n in images.read]
+        places = [(read_header(entries[n][0]).shape, entries[n][1]) for n in images.read]
+        outside = _check_places(places, found[part][0])
+        targets = [_fit_boxes(shape, target, options.image_size) for shape, target in places]
         if not any(len(target["labels"]) for target in targets):
-            raise JpqError(
-                f"All boxes in '{found[part][0]}' lie outside of their images. Give them in pixels of these."
-            )
+            raise JpqError(f"No box in '{found[part][0]}' lies in the part of its image that --image-size keeps.")
         columns[part] = images.pixels, ListColumn(targets)
-        notes += [images.note] if images.note else []
+        notes += [note for note in (images.note, outside) if note]
     val, test = columns.get("val"), columns.get("test")
     names = ("none", *(name for name, _ in categories.values()))
     return Source(
@@ -179,12 +179,39 @@ def _entries(
     ]
 
 
-def _fit_boxes(file: Path, target: dict[str, Tensor], size: Any) -> dict[str, Tensor]:
+def _check_places(places: Sequence[tuple[tuple[int, int], dict[str, Tensor]]], source: Path) -> str:
+    """A note on boxes that lie outside of their images, "" where there are none.
+
+    Args:
+        places: height and width of every image, and its boxes in pixels.
+        source: the annotation file.
+
+    Raises JpqError where most boxes lie outside, and where boxes end outside that fit as corners (x1, y1, x2, y2).
+    """
+    boxes = torch.cat([target["boxes"] for _, target in places])
+    ends = torch.cat([torch.tensor([[w, h]] * len(t["boxes"])).reshape(-1, 2) for (h, w), t in places])
+    beyond = (boxes[:, 2:] > ends + 1).any(1)  # by more than rounding
+    corners = boxes[:, 2:] - boxes[:, :2]  # what the file gives for width and height
+    if beyond.any() and ((corners > boxes[:, :2]) & (corners <= ends + 1)).all():
+        raise JpqError(
+            f"{int(beyond.sum())} of {len(boxes)} boxes in '{source}' end outside of their images, and all would fit "
+            "as x1, y1, x2, y2. COCO's form is x, y, width, height: give bbox so."
+        )
+    outside = int(((boxes[:, 2:] <= 0) | (boxes[:, :2] >= ends)).any(1).sum())
+    if 2 * outside > len(boxes):
+        share = "All" if outside == len(boxes) else f"{outside} of {len(boxes)}"
+        raise JpqError(f"{share} boxes in '{source}' lie outside of their images. Give them in pixels of these.")
+    if not outside:
+        return ""
+    return f"{outside} of {len(boxes)} boxes in '{source}' lie outside of their images and are left out."
+
+
+def _fit_boxes(shape: tuple[int, int], target: dict[str, Tensor], size: Any) -> dict[str, Tensor]:
     """The boxes inside their image, after it was scaled and cropped to `size`; those that lie outside are left out.
 
     Where the image is scaled, so are boxes of less than a pixel then.
     """
-    image_height, image_width = read_header(file).shape
+    image_height, image_width = shape
     height, width = (size[0], size[-1]) if size else (image_height, image_width)
     scale = max(height / image_height, width / image_width)
     left, top = (image_width * scale - width) / 2, (image_height * scale - height) / 2

@@ -6,8 +6,8 @@
 `digits`: convnet at 1 % of the BOPs, `jpq.optimize` and Lightning's Trainer. `sst2`: a BERT of one layer and width 64
 on 1,000 sentences of SST-2 (--sst2: the folder with train.tsv, dev.tsv and test.tsv) at 2 %, `jpq.optimize` and Hugging
 Face's Trainer. Adam with a cosine rate, distillation 1.0 at temperature 2, half of the steps search. The trainers have
-one cosine over all steps where jpq has one for each phase, their own order of the samples, and Lightning clips no
-gradients. Rows that the CSV has are not measured again. Columns:
+one cosine over all steps where jpq has one for each phase, and their own order of the samples. Lightning clips no
+gradients unless told so; here it is (at a norm of 5, as jpq does), and once it is not. Rows that the CSV has are not measured again. Columns:
 
     used        counted BOPs of the small model over the budget, at most 1
     accuracy    of the small model on the test split; float_accuracy: of the model that it was made from
@@ -22,8 +22,9 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,10 @@ def ids_of(x: Any) -> torch.Tensor:
     return tensor
 
 
-def train_lightning(model: nn.Module, data: Data, config: jpq.Config, settings: dict[str, Any]) -> nn.Module:
-    """The small model after Lightning's Trainer."""
+def train_lightning(
+    model: nn.Module, data: Data, config: jpq.Config, settings: dict[str, Any], max_norm: float | None = 5.0
+) -> nn.Module:
+    """The small model after Lightning's Trainer; gradients are clipped to a norm of `max_norm`, if it is given."""
     import lightning.pytorch as lightning
 
     from jpq.integrations.lightning import CompressionCallback
@@ -104,7 +107,9 @@ def train_lightning(model: nn.Module, data: Data, config: jpq.Config, settings: 
         "enable_model_summary": False,
         "enable_checkpointing": False,
     }
-    trainer = lightning.Trainer(accelerator="cpu", max_epochs=train.epochs, callbacks=[callback], **quiet)
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=train.epochs, callbacks=[callback], gradient_clip_val=max_norm, **quiet
+    )
     trainer.fit(Module(), DataLoader(Rows(data), train.batch_size, shuffle=True, drop_last=True))
     return checked(callback.small)
 
@@ -160,10 +165,10 @@ def checked(small: nn.Module | None) -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: model, data and budget, and the trainer beside jpq's own loop."""
+    """Model, data and budget, the trainers beside jpq's own loop, and the package that they are of."""
 
-    trainer: str
-    train: Callable[[nn.Module, Data, jpq.Config, dict[str, Any]], nn.Module]
+    trainers: Mapping[str, Callable[[nn.Module, Data, jpq.Config, dict[str, Any]], nn.Module]]
+    package: str
     target: str
     config: Callable[[Path, Path], jpq.Config]  # (folder for files, folder of SST-2) -> settings
 
@@ -182,8 +187,13 @@ def sst2_config(folder: Path, sst2: Path) -> jpq.Config:
 
 
 CASES = {
-    "digits": Case("lightning", train_lightning, "1%", digits_config),
-    "sst2": Case("transformers", train_transformers, "2%", sst2_config),
+    "digits": Case(
+        {"lightning": train_lightning, "lightning, gradients not clipped": partial(train_lightning, max_norm=None)},
+        "lightning",
+        "1%",
+        digits_config,
+    ),
+    "sst2": Case({"transformers": train_transformers}, "transformers", "2%", sst2_config),
 }
 
 
@@ -197,7 +207,7 @@ def rows_of(name: str, seed: int, known: list[list[object]], sst2: Path) -> None
         config = replace(config, budget=Budget(target_bops=case.target), decide=Decide())
         weights = folder / "float.safetensors"
         config = with_float_weights(config, weights)
-        for trainer in ("jpq", case.trainer):
+        for trainer in ("jpq", *case.trainers):
             if [name, trainer, seed] not in known:
                 append_row(PATH, measure(name, trainer, config))
 
@@ -215,12 +225,12 @@ def measure(name: str, trainer: str, config: jpq.Config) -> dict[str, object]:
     else:
         torch.manual_seed(config.run.seed)
         settings = {"bops": case.target, "distill": config.train.distill, "temperature": config.train.temperature}
-        small = case.train(model, data, config, settings)
+        small = case.trainers[trainer](model, data, config, settings)
         example = ids_of(data.example)
         full = sum(layer.macs for layer in jpq.trace(model, (example,)).layers)
         full += sum(product.macs for product in jpq.trace(model, (example,)).products)
         share = jpq.measure(small, example)["bops"] / (full * 32 * 32)
-        used, packages = share / (float(case.target.rstrip("%")) / 100), ["torch", trainer]
+        used, packages = share / (float(case.target.rstrip("%")) / 100), ["torch", case.package]
         accuracy = data.task.evaluate(plain(small), data.test)
     row = {
         "case": name,

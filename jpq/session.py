@@ -193,13 +193,20 @@ class CompressionSession(nn.Module):
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Call `step()` by itself after each step that `optimizer` takes; then the loop must not call it.
 
-        Steps that a GradScaler skips, or that accelerate leaves out while gradients accumulate, are not counted.
+        Steps that a GradScaler skips, or that accelerate leaves out while gradients accumulate, are not counted; nor is
+        a step counted twice where an optimizer is given twice.
         Raises JpqError for anything but an optimizer of torch.
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise JpqError(f"follow takes an optimizer of torch, and got {type(optimizer).__name__}.")
-        optimizer.register_step_post_hook(lambda *_: self.step())
+        if getattr(optimizer, "jpq_session", None) is not self:
+            optimizer.jpq_session = self  # type: ignore[attr-defined]
+            optimizer.register_step_post_hook(lambda *_: self._step_of_optimizer())
+
+    def _step_of_optimizer(self) -> None:
+        self.use.followed += 1
+        self.step()
 
     def step(self) -> None:
         """Advance the search; call it after every `optimizer.step()`."""

@@ -64,6 +64,23 @@ def scaled_loop(session, kind, scale, steps):
 
 
 @pytest.mark.usefixtures("traced")
+def test_steps_are_counted_once_where_an_optimizer_is_followed():
+    session = session_of("djpq", steps=4)
+    optimizer = torch.optim.Adam(session.groups())
+    session.follow(optimizer)
+    session.follow(optimizer)
+    for by_hand in (False, True):
+        optimizer.zero_grad()
+        (F.cross_entropy(session(X), Y) + session.pressure()).backward()
+        optimizer.step()
+        assert session.done == 1 + by_hand
+    session.step()
+    session.step()
+    with pytest.warns(UserWarning, match=r"2 times by the loop, and 2 times by the optimizer"):
+        session.discretize()
+
+
+@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize(("kind", "scale"), [(torch.bfloat16, 2.0**127), (torch.float16, 2.0**22)])
 def test_mixed_precision_with_a_scaler_counts_the_steps_that_were_taken(kind, scale):
     session = session_of("djpq", steps=100)

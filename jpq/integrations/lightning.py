@@ -19,6 +19,10 @@ except ImportError as error:
         'jpq.integrations.lightning needs a package that is missing: pip install "jpq[lightning]".'
     ) from error
 
+PRECISIONS = ("32-true", "bf16-mixed")  # of a Trainer; float16 scales gradients, and others cast the whole module
+
+AVERAGING = ("StochasticWeightAveraging", "WeightAveraging")  # callbacks; older Lightning lacks the second
+
 
 class CompressionCallback(Callback):
     """Compress a LightningModule's network while `Trainer.fit` trains it; afterwards `small` is the small model.
@@ -39,8 +43,9 @@ class CompressionCallback(Callback):
         method: a name in `jpq.METHODS`.
         settings: what `jpq.compress` takes, such as `bops="1%"`.
 
-    Raises JpqError when `fit` begins for a trainer with several processes, manual optimization or float16, and for what
-    `jpq.compress` refuses.
+    Raises JpqError when `fit` begins for a trainer with several processes, manual optimization, averaged weights or a
+    precision other than "32-true" and "bf16-mixed", and for what `jpq.compress` refuses; and where a checkpoint would
+    be loaded into the small model.
     """
 
     def __init__(
@@ -67,13 +72,17 @@ class CompressionCallback(Callback):
         self.small: nn.Module | None = None
         self._call: tuple[Any, Any] | None = None  # inputs and output of the network in this training step
         self._steps_seen = 0
+        self._watch: Any = None  # handle of the check of what is loaded outside of `fit`
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the session in the network's place, before Lightning makes the optimizer."""
-        if stage != "fit" or self.managed is not None:
+        if stage != "fit":
+            self._watch = pl_module.register_load_state_dict_pre_hook(self._check_loaded)
             return
         _check_trainer(trainer, pl_module)
         network = self._find_network(pl_module)
+        if self.managed is not None and network is self.managed:  # goes on with the search of an earlier fit
+            return
         example = _first_inputs(trainer) if self.example_inputs is None else self.example_inputs
         steps = self._search_steps(trainer) if self.steps is None else self.steps
         session = compress(network, example, steps=steps, **self._settings)
@@ -81,6 +90,16 @@ class CompressionCallback(Callback):
         if self.distill:
             session.register_forward_hook(self._keep_call, with_kwargs=True)
         self._place(pl_module, self.managed)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the module as it was found."""
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was found."""
+        self.teardown(trainer, pl_module, "")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the decisions out of the module's optimizer, before Lightning restores its state."""
@@ -121,10 +140,20 @@ class CompressionCallback(Callback):
         """Put the small model in the module, where the search came to its end."""
         if self.managed is None:
             return
-        self.small = self.managed.finish()
+        self.small = self.managed.finish("callback.managed.session")
         if self.small is not None:
             self._place(pl_module, self.small)
             self.managed = None
+
+    def _check_loaded(self, module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+        """Raise JpqError where a checkpoint of the model under compression is loaded into another one."""
+        saved = any(name.startswith(f"{self.network}.session.") for name in state_dict)
+        if saved and not isinstance(module.get_submodule(self.network), ManagedSession):
+            raise JpqError(
+                "The checkpoint holds the model under compression, and the module another one. Test the small model, "
+                "which stands in the module after fit, by a new Trainer without a checkpoint: Trainer().test(module, "
+                "...). To resume the training, give ckpt_path to fit."
+            )
 
     def _keep_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if module.training and torch.is_grad_enabled():
@@ -160,8 +189,14 @@ def _check_trainer(trainer: Trainer, pl_module: LightningModule) -> None:
             f"{type(pl_module).__name__} optimizes by hand (automatic_optimization=False): use jpq.compress in its "
             "training_step in place of CompressionCallback."
         )
-    if str(trainer.precision).startswith("16"):
-        raise JpqError('CompressionCallback needs precision="bf16-mixed" or "32-true": float16 scales gradients.')
+    if trainer.precision not in PRECISIONS:
+        raise JpqError(f"CompressionCallback needs precision={' or '.join(PRECISIONS)}, and got {trainer.precision}.")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if any(base.__name__ in AVERAGING for base in type(callback).__mro__):
+            raise JpqError(
+                f"{type(callback).__name__} would average weights from before discretization with those from after "
+                "it, which are on different grids: leave it out."
+            )
 
 
 def _first_inputs(trainer: Trainer) -> Any:

@@ -84,12 +84,15 @@ class ManagedSession(nn.Module):
             self.session.discretize()
             self._adam = None
 
-    def finish(self) -> nn.Module | None:
-        """The small model; None, with a warning, where the search has not come to its end."""
+    def finish(self, place: str) -> nn.Module | None:
+        """The small model; None, with a warning, where the search has not come to its end.
+
+        `place` is where the user finds the session, as code.
+        """
         if self.session.controller is not None and self.session.done < self.session.steps:
             warnings.warn(
                 f"Training ended at step {self.session.done} of {self.session.steps} of the search: resume it from its "
-                "last checkpoint, or call session.finalize() to decide now.",
+                f"last checkpoint, or call {place}.finalize() to decide now.",
                 UserWarning,
                 stacklevel=3,
             )

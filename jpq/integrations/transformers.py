@@ -36,8 +36,8 @@ class CompressionCallback(TrainerCallback):
         method: a name in `jpq.METHODS`.
         settings: what `jpq.compress` takes, such as `bops="2%"`.
 
-    Raises JpqError for what `jpq.compress` refuses, and when training begins for several processes, float16 and
-    `load_best_model_at_end`.
+    Raises JpqError for what `jpq.compress` refuses; and when the Trainer is made for several processes, float16,
+    `load_best_model_at_end`, `gradient_checkpointing` and `neftune_noise_alpha`.
     """
 
     def __init__(
@@ -61,9 +61,15 @@ class CompressionCallback(TrainerCallback):
             parameter.requires_grad_(False)  # until the Trainer has made its optimizer, which leaves them out so
         self.small: nn.Module | None = None
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check the arguments, and take the decisions out of an optimizer that the Trainer was given."""
+        _check_arguments(args)
+        self._leave_out_decisions(kwargs.get("optimizer"))
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let the decisions learn, now that the Trainer's optimizer is made."""
         _check_arguments(args)
+        self._leave_out_decisions(kwargs.get("optimizer"))
         if kwargs.get("model") is not self.model:
             raise JpqError(
                 "Give the Trainer the callback's own model: Trainer(model=callback.model, callbacks=[callback])."
@@ -81,7 +87,11 @@ class CompressionCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the small model, where the search came to its end."""
-        self.small = self.model.finish()
+        self.small = self.model.finish("callback.model.session")
+
+    def _leave_out_decisions(self, optimizer: Any) -> None:
+        if optimizer is not None:
+            self.model.leave_out_decisions(optimizer)
 
 
 class _TransformersSession(ManagedSession):
@@ -130,3 +140,9 @@ def _check_arguments(args: Any) -> None:
         raise JpqError(
             "load_best_model_at_end=True would bring back a model from before its budget was met: set it to False."
         )
+    for name in ("gradient_checkpointing", "neftune_noise_alpha"):
+        if getattr(args, name, None):
+            raise JpqError(
+                f"{name}={getattr(args, name)} needs methods of transformers' own model class, which a model under "
+                "compression lacks: leave it out."
+            )

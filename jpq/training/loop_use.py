@@ -15,6 +15,7 @@ class LoopUse:
     passes: int = 0  # forward passes in training mode, with gradients
     pressures: int = 0
     steps: int = 0
+    followed: int = 0  # steps among them that an optimizer called, by `follow`
 
     def describe_mistakes(self, done: int, steps: int) -> list[str]:
         """A sentence for each call that the loop forgot, and for a search that ends early.
@@ -35,6 +36,11 @@ class LoopUse:
             said.append(
                 f"step() was called {self.steps} times in {self.passes} training passes: call it after every "
                 "optimizer.step()."
+            )
+        if 0 < self.followed < self.steps:
+            said.append(
+                f"step() was called {self.steps - self.followed} times by the loop, and {self.followed} times by the "
+                "optimizer, which does so by itself after follow() and prepare(): leave step() out of the loop."
             )
         if not self.pressures:
             said.append(

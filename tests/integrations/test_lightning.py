@@ -130,12 +130,33 @@ class Draws(L.Callback):
 def test_a_search_that_is_cut_short_is_not_finalized(tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        callback, module, _ = fit(tmp_path, CompressionCallback("net", bops="4%", steps=100))
+        callback, _, _ = fit(tmp_path, CompressionCallback("net", bops="4%", steps=100))
     assert callback.small is None
     assert any("step 24 of 100 of the search" in str(w.message) for w in caught)
+    assert any("call callback.managed.session.finalize()" in str(w.message) for w in caught)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert used_share(module.net.session.finalize()) <= 1
+        assert used_share(callback.managed.session.finalize()) <= 1
+
+
+def test_a_callback_whose_search_was_cut_compresses_the_network_of_a_new_module(tmp_path):
+    callback = CompressionCallback("net", bops="4%", steps=12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(tmp_path, callback, max_epochs=1)
+    first, second = callback.managed, Module()
+    fit(tmp_path, callback, second, max_epochs=2)
+    assert second.net is callback.small
+    assert first.session.done == 8  # the second training did not go on with the first one's search
+
+
+def test_checkpoints_of_the_training_are_not_loaded_into_the_small_model(tmp_path):
+    callback = CompressionCallback("net", bops="4%")
+    _, module, used = fit(tmp_path, callback, callbacks=[callback, L.callbacks.ModelCheckpoint(tmp_path)])
+    with pytest.raises(jpq.JpqError, match=r"Trainer\(\)\.test\(module, \.\.\.\)"):
+        used.test(dataloaders=loader(), verbose=False)  # Lightning takes its best checkpoint without a module
+    (scores,) = trainer(tmp_path, callback).test(module, loader(), verbose=False)
+    assert 0 <= scores["right"] <= 1
 
 
 class ByHand(Module):
@@ -152,11 +173,21 @@ class ByHand(Module):
         ({"network": "net", "bops": "4%", "method": "dais"}, Module, {}, "different samples"),
         ({"network": "net", "bops": "4%"}, ByHand, {}, "optimizes by hand"),
         ({"network": "net", "bops": "4%"}, Module, {"max_epochs": -1}, "give CompressionCallback steps=N"),
+        (
+            {"network": "net", "bops": "4%"},
+            Module,
+            {"precision": "bf16-true"},
+            "32-true or bf16-mixed, and got bf16-true",
+        ),
+        ({"network": "net", "bops": "4%"}, Module, {"callbacks": "averaged"}, "average weights from before discret"),
     ],
 )
 def test_bad_requests_end_in_a_sentence(tmp_path, given, module, settings, says):
+    callback = CompressionCallback(**given)
+    if "callbacks" in settings:
+        settings = {"callbacks": [callback, L.callbacks.StochasticWeightAveraging(1e-3)]}
     with pytest.raises(jpq.JpqError, match=says):
-        trainer(tmp_path, CompressionCallback(**given), **settings).fit(module(), loader())
+        trainer(tmp_path, callback, **settings).fit(module(), loader())
 
 
 def test_batches_of_another_kind_need_example_inputs(tmp_path):

@@ -107,6 +107,19 @@ def test_a_checkpoint_resumes_to_the_same_bits(saved_at, tmp_path):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+def test_an_optimizer_that_the_trainer_is_given_leaves_the_decisions_alone(tmp_path):
+    callback = callback_of()
+    decided = {id(p) for p in callback.model.decisions}
+    optimizer = torch.optim.AdamW(callback.model.parameters(), 1e-3, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    arguments = trainer_of(callback, tmp_path).args
+    transformers.Trainer(
+        callback.model, arguments, train_dataset=Rows(), callbacks=[callback], optimizers=(optimizer, schedule)
+    ).train()
+    assert not decided & {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert 0.9 < used_share(callback) <= 1
+
+
 def test_training_that_ends_within_the_search_is_not_finalized(tmp_path):
     callback = callback_of(steps=100)
     with warnings.catch_warnings(record=True) as caught:
@@ -120,6 +133,8 @@ def test_training_that_ends_within_the_search_is_not_finalized(tmp_path):
     ("settings", "says"),
     [
         ({"fp16": True}, "bf16=True or full precision"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing=True needs methods"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 needs methods"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0"),
         (
             {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},

@@ -34,6 +34,7 @@ from jpq.files.tensors import one_line, read_finite, read_safetensors, save_tens
 from jpq.plan import Plan
 from jpq.plan import read as read_plan
 from jpq.tracing.decompose import decompose
+from jpq.tracing.forward import eval_mode
 from jpq.types import JpqError
 
 FORMAT = 1  # version of program.json
@@ -112,16 +113,12 @@ def _capture(small: nn.Module, example: Any, form: Any) -> tuple[dict[str, Any],
     """(record of the graph, its constants). Raises JpqError where there is none, or where it computes otherwise."""
     if isinstance(small, Program):
         return small.record, {name: t.cpu().contiguous().clone() for name, t in small.constants().items()}
-    training = small.training
     device = next((t.device for t in [*small.parameters(), *small.buffers()]), torch.device("cpu"))
     batch = example if example is not None else example_of(form, device)
-    try:
-        small.eval()
+    with eval_mode(small):
         record, tensors = capture_program(small, batch)
         if outputs_differ(small, Program(record, {}, tensors), batch):
             raise JpqError("the graph that torch.export gives computes something else, such as random numbers")
-    finally:
-        small.train(training)
     state = small.state_dict()
     others = {k: t.cpu().contiguous().clone() for k, t in tensors.items() if k not in state}
     return record, others

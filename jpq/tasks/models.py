@@ -25,7 +25,7 @@ from jpq.tasks.third_party import noise as noise
 from jpq.tasks.weights import load_weights as load_weights
 from jpq.tasks.zoo import cifar_resnet, convnet, lenet5, vgg7
 from jpq.tracing.export_graph import locate_failure
-from jpq.tracing.forward import batch_size, call_model, collect_tensors, name_inputs, split_arguments
+from jpq.tracing.forward import batch_size, call_model, collect_tensors, eval_mode, name_inputs, split_arguments
 from jpq.tracing.model_checks import accept_model
 from jpq.types import JpqError, unknown
 
@@ -196,10 +196,8 @@ def check_runs(model: nn.Module, example: Any) -> Any:
             f"The model does not take {inputs} ({error}), which "
             "is all that the data feed it. Use jpq.trace and jpq.compress in Python, or give data that fit."
         ) from error
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             return call_model(model, example)
     except Exception as error:
         name = "image" if isinstance(example, Tensor) and example.dim() == IMAGE_DIMS else "input"
@@ -207,9 +205,6 @@ def check_runs(model: nn.Module, example: Any) -> Any:
         raise JpqError(
             f"The model cannot take a batch of shape {_shape_text(example)}: {reason} {_fitting_models(example)}"
         ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _fitting_models(example: Any) -> str:

@@ -97,6 +97,14 @@ def test_saved_model_loads_with_and_without_its_code_to_the_same_bits(method, tm
     assert float(module.stem.weight.grad.abs().sum()) > 0
 
 
+def test_saving_leaves_modules_in_their_modes(small, tmp_path):
+    small = copy.deepcopy(small).train()
+    small.stem.eval()  # as BatchNorm whose statistics are kept, amid fine-tuning
+    modes = {name: module.training for name, module in small.named_modules()}
+    jpq.save(small, tmp_path / "kept", X)
+    assert {name: module.training for name, module in small.named_modules()} == modes
+
+
 def test_branches_are_saved_as_they_are(tmp_path):
     small = finalized("pdp", structure="kernels", density=0.3)
     layer = small.b

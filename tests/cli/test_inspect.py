@@ -207,7 +207,7 @@ def test_a_detector_is_inspected_with_the_boxes_that_it_is_for(tmp_path: Path, c
     from support.shapes import EASY
     from support.shapes_coco import write_coco
 
-    name = write_coco(tmp_path, {"train": (2, 1), "test": (2, 2)}, EASY)
+    name = write_coco(tmp_path, {"train": (6, 1), "test": (2, 2)}, EASY)
     detector = "torchvision:ssdlite320_mobilenet_v3_large"
     assert main(["inspect", "--model", detector, "--data", name, "--image-size", "64"]) == 0
-    assert "head.classification_head" in capsys.readouterr().out
+    assert f"{detector}, 3 x 64 x 64" in capsys.readouterr().out

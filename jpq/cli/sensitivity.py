@@ -160,8 +160,8 @@ def draw(found: SensitivityTable, probed: SensitivityProbe, flags: Sensitivity, 
     from jpq.results.sensitivity_plot import draw_sensitivity
 
     title = f"Sensitivity of {flags.model} on {flags.data} ({found.estimator}, {found.samples} samples)"
-    unit = "nats" if "classification" in data.task.name else "shares of the outputs' variance"
-    figure = draw_sensitivity(found, [layer.name for layer in probed.network.layers], title, unit)
+    layers = [layer.name for layer in probed.network.layers]
+    figure = draw_sensitivity(found, layers, title, data.task.divergence_unit)
     save_picture(figure, flags.out.with_suffix(".png"))
 
 

@@ -42,6 +42,7 @@ class Task(ABC):
     output_name: ClassVar[str] = "outputs"  # contents of the network's output tensor
     decision_name: ClassVar[str] = "output"  # unit of agreement: "the same class for 9 of 10 samples"
     sample_name: ClassVar[str] = "image"  # one sample, in words, where neither the data nor the own task name it
+    divergence_unit: ClassVar[str] = "shares of the outputs' variance"  # of `divergence`, on pictures
     tolerance: ClassVar[float] = SAME_RANGE  # difference up to which outputs without classes agree (`same_decision`)
     any_size: ClassVar[bool] = False  # whether outputs have the size of their images, which may differ within a split
     packages: ClassVar[tuple[str, ...]] = ()  # Python packages that the metric needs, of the extra "metrics"

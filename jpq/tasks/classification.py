@@ -19,6 +19,7 @@ class Classification(Task):
 
     name = "classification"
     metric_name = "accuracy"
+    divergence_unit = "nats"
     metric_unit = "%"
     metric_bounds = (0.0, 1.0)
     output_name = "class scores"

@@ -21,6 +21,7 @@ class MultiLabel(Task):
 
     name = "multi-label"
     metric_name = "mean AP"
+    divergence_unit = "nats"
     metric_unit = "%"
     metric_bounds = (0.0, 1.0)
     output_name = "label scores"
@@ -36,7 +37,7 @@ class MultiLabel(Task):
         return temperature**2 * self.divergence(student / temperature, teacher / temperature)
 
     def divergence(self, output: Tensor, reference: Tensor) -> Tensor:
-        """KL divergence of the labels' probabilities from the reference's, summed over labels, mean over samples."""
+        """KL divergence of the labels' probabilities in nats, summed over labels, mean over samples."""
         reference = reference.detach()
         p = reference.sigmoid()
         present = p * (F.logsigmoid(reference) - F.logsigmoid(output))

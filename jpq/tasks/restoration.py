@@ -34,6 +34,7 @@ class Restoration(Task):
 
     name = "restoration"
     metric_name = "PSNR"
+    divergence_unit = "shares of the squared peak"
     metric_unit = "dB"
     metric_bounds = (-math.inf, LARGEST_PSNR)
     output_name = "images"

@@ -48,6 +48,13 @@ def test_distillation_is_the_divergence_of_softened_scores_times_the_square_of_t
     assert float(CLASSIFICATION.distill(student, teacher, temperature)) == pytest.approx(16 * divergence, rel=1e-5)
 
 
+def test_divergences_of_probabilities_are_in_nats():
+    for name in ("classification", "segmentation", "multi-label"):
+        assert TASKS[name].divergence_unit == "nats"
+    assert "variance" in TASKS["regression"].divergence_unit
+    assert "peak" in TASKS["restoration"].divergence_unit
+
+
 def test_outputs_without_classes_agree_within_a_tenth_of_their_range():
     a = torch.tensor([[1.0], [10.0], [5.0]])
     b = torch.tensor([[1.9], [11.1], [5.0]])

@@ -7,7 +7,7 @@
 Every run starts from the same float weights, trained on 45,000 images of CIFAR-10, and sees the same batches; bits are
 fixed from the start. Judged by the accuracy on 5,000 images that no training has seen. A line is kept where its mean
 difference from today's recipe, paired by seed, exceeds two standard errors. Rows go to results/qat_recipe.csv, and may
-come from several processes (give each its own --seeds); --summary writes results/qat_recipe_summary.csv.
+come from several processes (give each its own --seeds); --summary prints the means and gains.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import jpq
 from jpq.compression import reestimate_batchnorm, round_activation_steps
 from jpq.tasks import CLASSIFICATION, Batches, Data, build_model, load_data, load_weights
 
-ROWS, SUMMARY = RESULTS / "qat_recipe.csv", RESULTS / "qat_recipe_summary.csv"
+ROWS = RESULTS / "qat_recipe.csv"
 LR, BATCH, MAX_NORM = 2e-3, 100, 5.0
 TODAY = "today"
 
@@ -263,42 +263,52 @@ def loss_of(output: Tensor, y: Tensor, teacher: nn.Module, x: Tensor, recipe: Re
     return loss + recipe.hard * F.cross_entropy(output, y) if recipe.hard else loss
 
 
-def summarise(known: pd.DataFrame) -> pd.DataFrame:
-    """Per line: the mean difference from today's recipe, paired by seed, its standard error, and whether to keep it."""
+def gains(known: pd.DataFrame) -> pd.DataFrame:
+    """Per setting and line: mean accuracy, and the gain over today's recipe, paired by seed, with its standard error.
+
+    `kept` says whether the gain exceeds two standard errors; "worse" where the loss does.
+    """
     rows = []
     for (model, bits, images, epochs), part in known.groupby(["model", "bits", "images", "epochs"], sort=False):
-        table = part.drop_duplicates(["line", "seed"], keep="last").pivot(
-            index="seed", columns="line", values="accuracy"
-        )
+        table = part.pivot(index="seed", columns="line", values="accuracy")
         for line in [name for name in LINES if name in table]:
             gain = (table[line] - table[TODAY]).dropna()
             error = float(gain.std() / math.sqrt(len(gain))) if len(gain) > 1 else math.nan
-            kept = (
-                ""
-                if line == TODAY
-                else "yes"
-                if gain.mean() > 2 * error
-                else "worse"
-                if gain.mean() < -2 * error
-                else "no"
-            )
+            sign = 1 if gain.mean() > 2 * error else -1 if gain.mean() < -2 * error else 0
             rows.append(
                 {
-                    "model": model,
-                    "bits": bits,
-                    "images": images,
-                    "epochs": epochs,
+                    "setting": f"{model}, bits {bits}, {images:,} images, {epochs} epochs",
                     "line": line,
-                    "what": LINES[line][0],
-                    "accuracy": round(float(table[line].mean()), 4),
-                    "gain": round(float(gain.mean()), 4),
-                    "standard_error": round(error, 4),
-                    "kept": kept,
-                    "seconds": round(float(part[part.line == line].seconds.median()), 1),
-                    **provenance("python studies/qat_recipe.py --summary", len(gain)),
+                    "n": len(gain),
+                    "accuracy": float(table[line].mean()),
+                    "gain": float(gain.mean()),
+                    "standard_error": error,
+                    "kept": "" if line == TODAY else {1: "yes", 0: "no", -1: "worse"}[sign],
+                    "seconds": float(part[part.line == line].seconds.median()),
                 }
             )
     return pd.DataFrame(rows)
+
+
+def recipe_table() -> str:
+    """What each line of the recipe gains over today's."""
+    table = gains(pd.read_csv(ROWS))
+    lines = []
+    for setting, part in table.groupby("setting", sort=False):
+        lines += [
+            f"{setting}; held-out accuracy:",
+            "",
+            "| line | instead of today's | n | accuracy % | gain, points | exceeds two standard errors | seconds |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in part.itertuples():
+            gain = "" if row.line == TODAY else f"{100 * row.gain:+.2f} +- {100 * row.standard_error:.2f}"
+            lines.append(
+                f"| {row.line} | {LINES[row.line][0]} | {row.n} | {100 * row.accuracy:.2f} | {gain} | {row.kept} "
+                f"| {row.seconds:.0f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -334,8 +344,7 @@ def main() -> None:
     """Run what is missing, or summarise."""
     args = parse()
     if args.summary:
-        summarise(pd.read_csv(ROWS)).to_csv(SUMMARY, index=False)
-        print(pd.read_csv(SUMMARY)[["bits", "line", "accuracy", "gain", "standard_error", "kept", "n"]].to_string())
+        print(recipe_table())
         return
     torch.set_num_threads(1)
     sizes = {BATCH} | {LINES[line][1].batch for line in args.lines}

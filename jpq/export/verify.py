@@ -178,9 +178,18 @@ def _beyond_limits(outside: dict[str, Any], itself: str) -> str:
 @torch.no_grad()
 def difference(reference: nn.Module, model: nn.Module, x: Any) -> float:
     """Largest relative difference of two models' outputs in float64, evaluation mode; neither is changed."""
-    nets = [copy.deepcopy(net).double().eval() for net in (reference, model)]  # the models stay in float32
-    wide = in_double(lambda: [collect_tensors(call_model(net, _widen(x))) for net in nets])
-    pairs = zip(*wide, strict=True)
+    return largest_difference(*outputs_in_double([reference, model], x))
+
+
+def outputs_in_double(models: Sequence[nn.Module], x: Any) -> list[list[Tensor]]:
+    """Every model's outputs in float64 and evaluation mode; the models themselves stay as they are."""
+    nets = [copy.deepcopy(net).double().eval() for net in models]
+    return in_double(lambda: [collect_tensors(call_model(net, _widen(x))) for net in nets])
+
+
+def largest_difference(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    """Largest difference of outputs from those of a reference, relative to the reference's spread."""
+    pairs = zip(reference, outputs, strict=True)
     return max(float(sample_difference(_with_rows(a), _with_rows(b)).amax()) for a, b in pairs)
 
 

@@ -26,6 +26,7 @@ import kernels
 import methods
 import one_run
 import pandas as pd
+import qat_recipe
 import scores
 import speed
 import step_cost
@@ -89,6 +90,7 @@ JOINT = {  # CSV file -> what is shown of it
     "joint_cifar": ("ResNet8, CIFAR-10, 8,000 images", "joint_cifar.py"),
     "resnet20_joint": ("ResNet20, CIFAR-10, public weights", "budgets.py resnet20_joint"),
     "joint_pruning": ("ResNet8 of twice its width, Fashion-MNIST, 3,000 images", "joint_pruning.py"),
+    "uneven": ("mobilenet_v2, Fashion-MNIST at 32 x 32, 4,000 images", "uneven.py"),
 }
 
 
@@ -229,6 +231,7 @@ SECTIONS: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {  # name -> (t
     "detection": (detection.detection_table, ("detection",)),
     "one run": (one_run.one_run_table, ("one_run",)),
     "estimators": (estimators.estimators_table, ("estimators",)),
+    "recipe": (qat_recipe.recipe_table, ("qat_recipe",)),
     "tasks": (tasks.tasks_table, ("tasks",)),
     "trainers": (trainers.trainers_table, ("trainers",)),
     "faults": (faults.faults_table, ("faults",)),

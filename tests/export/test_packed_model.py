@@ -17,6 +17,7 @@ import jpq
 from jpq import costs
 from jpq.compression.attach import attach
 from jpq.export.branches import Branches
+from jpq.export.packed import batchnorm_folding
 from jpq.export.packed.batchnorm_folding import fold_batchnorms
 from jpq.export.packed.file import load_packed
 from jpq.export.packed.model import pack_model, unpack_model
@@ -89,6 +90,22 @@ def test_a_norm_is_not_folded_where_something_else_reads_the_layer():
     net.freeze(net.plan())
     small, _ = rebuild(net, model)
     assert norms(fold_batchnorms(small, x)) == ["norm"]
+
+
+def test_one_norm_of_many_that_stays_is_found_in_few_runs(monkeypatch):
+    torch.manual_seed(0)
+    stages = [nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(16)]
+    peeks = Peeks()
+    model, x = nn.Sequential(*stages, peeks).eval(), torch.randn(4, 3, 6, 6)
+    peeks.norm.running_mean.normal_()
+    net = attach(model, trace(model, x), (), None, lambda layer: (Fixed(4), Fixed(8)), [x], "test")
+    net.freeze(net.plan())
+    small, _ = rebuild(net, model)
+    runs = []
+    outputs = batchnorm_folding.outputs_in_double
+    monkeypatch.setattr(batchnorm_folding, "outputs_in_double", lambda models, x: runs.append(1) or outputs(models, x))
+    assert norms(fold_batchnorms(small, x)) == ["16.norm"]
+    assert len(runs) <= 12  # the model, all norms, and two halves at each of five levels
 
 
 class Tokens(nn.Module):

@@ -103,8 +103,7 @@ def test_processes_that_disagree_are_told_and_what_the_first_says_holds(tmp_path
     first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
     assert first == second
     assert first.splitlines()[:2] == [
-        "Process 1 has a plan that differs from the first one's. All need the same code, versions, data and "
-        "settings.",
+        "Process 1 has a plan that differs from the first one's. All need the same code, versions, data and settings.",
         "there is no such file",
     ]
 

@@ -12,6 +12,7 @@ the bit, in about half the time. Layers keep their rounded weight from pass to p
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -164,16 +165,15 @@ class Probe:
         layers = [key[0] for key in keys]
         for name in sites:
             layers += [tap.layer for tap in self.net.sites[self._places[name]].taps]
-        first = min((self._first_call(layer, calls) for layer in layers), default=0)
+        first = min((self._first_calls[layer] for layer in layers), default=0)
         usable = [i for i, cut in enumerate(cuts) if cut.end < first and self._fits(cut, calls)]
         return max(usable, default=-1)
 
     def share_behind(self, number: int) -> float:
         """The share of the MACs that a pass from this cut computes; 1 from the input (-1)."""
-        cuts, calls = self._cuts
-        end = cuts[number].end if number >= 0 else -1
+        end = self._cuts[0][number].end if number >= 0 else -1
         macs = {layer.name: layer.macs for layer in self.net.network.layers}
-        behind = sum(count for name, count in macs.items() if self._first_call(name, calls) > end)
+        behind = sum(count for name, count in macs.items() if self._first_calls[name] > end)
         return behind / max(1, sum(macs.values()))
 
     def kept_bytes(self) -> int:
@@ -184,14 +184,22 @@ class Probe:
         tensors = collect_tensors((self.batches, self.norm_batches, self.references))
         return max(at_cuts, default=0) + sum(x.numel() * x.element_size() for x in tensors)
 
-    def _first_call(self, layer: str, calls: Calls) -> int:
-        """The place of the first call of a layer, and of those that share its weight; 0 where it is never called."""
-        owner = self.net.network.layer(layer).weight.rpartition(".")[0]
-        module, present = self.net.layer(layer), dict(self.net.model.named_modules())
-        own = [id(part) for part in (module, getattr(module, "weight_quant", None)) if part is not None]
-        names = {layer, owner}
-        names |= {n for n, m in present.items() if id(m) in own or id(getattr(m, "weight_quant", None)) in own}
-        return min((calls.starts.get(name, 0) for name in names if name in calls.starts), default=0)
+    @cached_property
+    def _first_calls(self) -> dict[str, int]:
+        """The place of the first call of each layer, and of those that share its weight; 0 where it is never called."""
+        starts = self._cuts[1].starts
+        names_of: dict[int, set[str]] = defaultdict(set)  # of a module or its weight's quantizer -> modules with it
+        for name, module in self.net.model.named_modules():
+            for part in (module, getattr(module, "weight_quant", None)):
+                names_of[id(part)].add(name)
+        places = {}
+        for layer in self.net.network.layers:
+            module = self.net.layer(layer.name)
+            names = {layer.name, layer.weight.rpartition(".")[0]}
+            for part in (module, getattr(module, "weight_quant", None)):
+                names |= names_of[id(part)] if part is not None else set()
+            places[layer.name] = min((starts[name] for name in names if name in starts), default=0)
+        return places
 
     def _fits(self, cut: Cut, calls: Calls) -> bool:
         """Whether the outputs of a cut's module may be kept."""

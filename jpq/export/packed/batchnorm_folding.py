@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq.export.verify import EXACT, difference
+from jpq.export.verify import EXACT, largest_difference, outputs_in_double
 from jpq.methods.quantizers import (
     is_quantized,
     quantize_results,
@@ -32,10 +32,27 @@ def fold_batchnorms(small: nn.Module, example: Any) -> nn.Module:
     """
     small = copy.deepcopy(small).eval()
     pairs = find_pairs(small, example)
-    folded = _fold(small, pairs)
-    if pairs and difference(small, folded, example) > EXACT:  # other modules read a layer too: find out which
-        folded = _fold(small, [p for p in pairs if difference(small, _fold(small, [p]), example) <= EXACT])
-    return folded
+    if not pairs:
+        return small
+    (expected,) = outputs_in_double([small], example)
+    return _fold(small, _exact_pairs(small, pairs, [], example, expected))
+
+
+def _exact_pairs(
+    small: nn.Module, pairs: list[Pair], others: list[Pair], example: Any, expected: list[Tensor]
+) -> list[Pair]:
+    """Those of `pairs` that can be folded beside `others` without a change; other modules may read a layer, too.
+
+    Halves are tried together, so that a few that cannot be folded among many cost few runs of the model.
+    """
+    (folded,) = outputs_in_double([_fold(small, [*others, *pairs])], example)
+    if largest_difference(expected, folded) <= EXACT:
+        return pairs
+    if len(pairs) == 1:
+        return []
+    middle = len(pairs) // 2
+    first = _exact_pairs(small, pairs[:middle], others, example, expected)
+    return first + _exact_pairs(small, pairs[middle:], [*others, *first], example, expected)
 
 
 def remove_norm(model: nn.Module, norm: nn.Module) -> None:

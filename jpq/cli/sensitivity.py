@@ -143,7 +143,9 @@ def load(flags: Sensitivity, console: Console) -> tuple[Data, nn.Module]:
         print_line(console, f"[yellow]note[/] {escape(note)}")
     if config.task.weights is None:
         kept = flags.out.with_name(f"{flags.out.stem}.float.safetensors")
-        print_line(console, escape(f"No --weights: the float model is trained for {flags.float_epochs} epochs first."))
+        count = flags.float_epochs
+        epochs = "1 epoch" if count == 1 else f"{count} epochs"
+        print_line(console, escape(f"No --weights: the float model is trained first, for {epochs}."))
         start = time.perf_counter()
         optimizer = build_optimizer(model, config.train.lr, config.train.weight_decay)
         recorder = Recorder(lambda: time.perf_counter() - start)

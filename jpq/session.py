@@ -356,6 +356,7 @@ class Shortcuts(TypedDict, total=False):
     bits: str | None
     densities: str | None
     skip: Collection[str]
+    keep_float: Collection[str]
     mask: str | Path | None
     open_norms: bool
     gate_weight: float
@@ -507,8 +508,8 @@ def _sections(
         if name in TARGETS or name == "cost":
             budget = replace(budget, **{TARGETS.get(name, name): value})
         elif name in decide_fields:
-            if name == "skip":
-                value = tuple(value)
+            if name in ("skip", "keep_float"):
+                value = (value,) if isinstance(value, str) else tuple(value)
             elif name == "mask" and value is not None:
                 value = find_run(value)
             changes: dict[str, Any] = {name: value}

@@ -12,6 +12,7 @@ from torch import nn
 
 import jpq
 from jpq.allocation import prepare
+from jpq.tasks import build_model
 from jpq.tasks.data import load
 from jpq.tracing.trace import trace
 
@@ -143,6 +144,17 @@ def test_landing_before_the_search_ends_keeps_the_density(method, float_model):
     uses = [u for u in net.net.exact_usage(plan) if u.name in plan.masks]
     kept = sum(u.weights * u.density for u in uses) / sum(u.weights for u in uses)
     assert 0.25 < kept < 0.4
+
+
+@pytest.mark.parametrize("names", ["conv1", ["conv1"], ("conv1",)])
+def test_layers_are_named_by_one_name_or_several(names):
+    model = build_model("resnet8", 10).eval()
+    x = torch.randn(4, 3, 32, 32)
+    net = jpq.compress(model, x, bops="30%", keep_float=names, steps=1)
+    assert "conv1" not in net.net.plan().layers
+    net = jpq.compress(model, x, bops="30%", skip=names, steps=1)
+    assert "conv1" in net.net.plan().layers
+    assert not any("conv1" in site.producers for site in net.net.sites)
 
 
 @pytest.mark.parametrize("method", ["pdp", "dpf", "smart"])

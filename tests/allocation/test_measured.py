@@ -70,10 +70,9 @@ def test_a_count_of_units_is_what_dropping_the_others_gives(probe, table):
         for tap in site.taps:
             weight = small.get_submodule(tap.layer).weight
             weight.mul_(tap.structure.expand(keep, weight.shape))
-        reference = dense(x)
         for model in (dense, small):
             reestimate_batchnorm(model, [(EXAMPLE, EXAMPLE)])
-        expected = CLASSIFICATION.divergence(small(x), reference) - CLASSIFICATION.divergence(dense(x), reference)
+        expected = CLASSIFICATION.divergence(small(x), dense(x))
     assert table.units[site.name][count] == pytest.approx(float(expected), rel=1e-3)
     assert table.units[site.name][site.n] == 0
     assert sorted(table.units[site.name]) == [*measure.unit_counts(site.n), site.n]
@@ -93,6 +92,21 @@ def test_dead_units_cost_nothing():
     row = measure_table(found, (8, 8), (8, 8), "-").units[site.name]
     assert row[site.n // 2] == pytest.approx(0, abs=1e-9)
     assert row[measure.unit_counts(site.n)[0]] > 1e-6
+
+
+def test_units_have_no_negative_price_where_the_models_own_statistics_are_off():
+    net = ranked()
+    for module in net.model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.mul_(3)
+            module.running_mean.add_(0.5)
+    found = Probe(net, [EXAMPLE], [EXAMPLE], CLASSIFICATION.divergence, orders(net))
+    before = [reference.clone() for reference in found.references]
+    units = measure_table(found, (8, 8), (8, 8), "-").units
+    assert min(value for row in units.values() for value in row.values()) >= -1e-9
+    assert max(value for row in units.values() for value in row.values()) > 1e-3
+    assert all(map(torch.equal, found.references, before))  # the probe is as it was
+    assert found.measure() == 0
 
 
 def test_around_a_plan_one_step_at_a_time(probe):

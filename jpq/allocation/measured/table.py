@@ -33,7 +33,7 @@ Side = Literal["w", "a"]
 
 Key = tuple[str, Side]  # (layer, its weight or its input)
 
-FORMAT = 2  # version of the file, and of the grids and fits that it was measured with
+FORMAT = 3  # version of the file, and of the grids and fits that it was measured with
 
 COLUMNS = ("what", "name", "value", "of", "divergence", "macs")
 

@@ -185,17 +185,19 @@ class CompressedModel(nn.Module):
 
     @torch.no_grad()
     def finish_search(self) -> None:
-        """Make gates with a fixed count decide, where the search ended before their schedule did."""
+        """Let gates take their final decisions, those with a fixed count also where the search ended too early."""
         if self.scheduled_pruning is not None:
             self.scheduled_pruning(1.0)
-        if float(self.progress) >= DECIDED_AT:
-            return
+        early = float(self.progress) < DECIDED_AT
         for draw in self.draws:
-            if draw.gate.fixed_count:
-                draw.show_weights()
+            draw.show_weights()
+            if early and draw.gate.fixed_count:
                 draw.gate.after_step(1.0)
-        for draw in self.draws:
-            draw.resample()
+        for gate in self.gates:
+            gate.finish()
+        if early:
+            for draw in self.draws:
+                draw.resample()
 
     def widths(self) -> list[BitWidth]:
         """All bit-widths of the model."""

@@ -75,6 +75,7 @@ class Placed:
             self.gate.multiplier()
             self.gate.after_step(step / STEPS)
         self.observe()
+        self.gate.finish()
 
     def mask(self) -> Tensor:
         """0 or 1 for each weight, by the decision."""

@@ -12,11 +12,15 @@ ECCV 2018, arXiv:1804.03294, and the pattern pruning of Y. Gong et al., GLSVLSI 
 | Pi: nearest point that keeps k units of each row | `project` | any structure; layer by layer |
 | rho | `rho` | 1e-4, 1e-3, 1e-2, 1e-1: a quarter of the search each |
 | Z and U updates | `updates` of them in the search | 5 for each rho |
+| the mask: Pi once more, of W alone | `finish` | when the search has ended |
 | connectivity: kernels dropped whole | `connected`: share of rows that keep anything | 1 in a search |
 
 When rho rises, U (the scaled dual) is divided by the same factor: unchanged, it would undo the progress. The mask comes
 from the chosen units, not from which weights are zero. Where patterns overlap no z expresses dense weights, so that
 `multiplier` is None in training.
+
+The rhos are those of trainings of hundreds of epochs, and weigh a sum of squares beside a loss that is a mean: a short
+training leaves the weights far from the structure (`metrics`).
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ UPDATES_PER_RHO = 5  # updates of Z and U
 
 
 class Admm(FixedCount):
-    """Gate that is dense during the search and keeps the units of the last projection."""
+    """Gate that is dense during the search, and at its end keeps the units of the projected weights."""
 
     needs_weights: ClassVar[bool] = True
     enforces_quota: ClassVar[Holds] = "always"
@@ -68,18 +72,28 @@ class Admm(FixedCount):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Set Z = Pi(W + U): rows keep their units of largest norm, and only the strongest rows keep any.
+        """Set Z = Pi(W + U)."""
+        sums = [(weight + self.dual(i), structure) for i, (weight, structure) in enumerate(self.observed)]
+        self._choose(sums)
+        for i, (total, structure) in enumerate(sums):
+            self.near(i).copy_(total * structure.expand(self.kept.to(total), total.shape))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Keep the units of Pi(W), the nearest point to the weights as they are: W + U chose them up to now."""
+        if self.observed:
+            self._choose(self.observed)
+
+    def _choose(self, values: Sequence[tuple[Weight, Structure]]) -> None:
+        """Keep the units of largest norm in each row, and those of the strongest rows only.
 
         Units at ragged edges rank by their mean square: by their norm the full ones would all come first, and more
         weights than `density` would stay.
         """
-        sums = [(weight + self.dual(i), structure) for i, (weight, structure) in enumerate(self.observed)]
-        norms = torch.stack([structure.pool(total.square()) for total, structure in sums]).sum(0)
+        norms = torch.stack([structure.pool(value.square()) for value, structure in values]).sum(0)
         self.kept.copy_(self.top(norms / self.sizes.clamp_min(1), self.density))
         if self.connected < 1:
             self.kept.copy_(strongest_rows(self.kept, norms, max(1, kept_count(self.connected, self.rows))))
-        for i, (total, structure) in enumerate(sums):
-            self.near(i).copy_(total * structure.expand(self.kept.to(total), total.shape))
 
     def dual(self, i: int) -> Tensor:
         """Scaled dual variable U of one tap, shaped like its weight."""
@@ -94,7 +108,7 @@ class Admm(FixedCount):
         return torch.ones_like(self.kept)
 
     def keep(self) -> Units:
-        """Units of the last projection, `[rows, n]` of 0 and 1."""
+        """Units of the last projection, or of `finish`: `[rows, n]` of 0 and 1."""
         return self.kept
 
     def multiplier(self) -> Units | None:

@@ -117,6 +117,9 @@ class Gate(nn.Module, ABC):
     def after_step(self, progress: float) -> None:
         """Anneal, project or re-rank after an optimizer step; progress of the search in [0, 1]."""
 
+    def finish(self) -> None:
+        """Take the final decision once the search has ended; by default the present one stands."""
+
     def multiplier(self) -> Units | None:
         """Multiplier of the weights: relaxed in training, `keep * scale` in evaluation; None: weights stay dense."""
         return self.relaxed() if self.training else self.keep() * self.scale()

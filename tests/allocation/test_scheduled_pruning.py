@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
 import torch.nn.functional as F
 from runs import QUICK, Stop, config, shortened
 from thinned import thinned
+from torch import nn
 
 import jpq
 from jpq import costs
@@ -18,6 +19,7 @@ from jpq.allocation.ranking.scheduled_pruning import ScheduledPruning, find_thre
 from jpq.config import Config, Decide
 from jpq.methods.compatibility import compose_method
 from jpq.methods.schedules import END, SCHEDULES, pick_schedule
+from jpq.methods.scores import Score
 from jpq.methods.table import METHODS
 from jpq.tasks.data import load
 from jpq.training import phases
@@ -142,6 +144,36 @@ def test_a_search_that_ends_early_still_comes_to_its_density():
     assert share(net) == 1
     net.net.finish_search()
     assert 0.3 < share(net) <= 0.4
+
+
+@pytest.mark.parametrize("density", [0.3, 0.45, 0.6, 0.75])
+def test_scores_of_sets_are_told_how_many_units_the_cut_leaves(density):
+    """Sites of different widths: half a unit is never rounded down, as the threshold on quantiles does not either."""
+
+    class Counting(Score):
+        def __init__(self):
+            self.told = {}
+
+        def __call__(self, site, evidence):
+            self.told[site.name] = site.kept_count
+            return torch.arange(len(site.weights))[None].float()
+
+    torch.manual_seed(0)
+    widths = (1, 10, 7, 16, 12)
+    layers = [nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(12 * 16, 10)).eval()
+    x = torch.randn(2, 1, 4, 4)
+    net = jpq.compress(
+        model, x, "ranked", steps=STEPS, bops="2%", density=0.9, evidence=[(x, torch.zeros(2).long())]
+    ).net
+    for gate in net.gates:
+        gate.margins.fill_(1)
+        gate.decisions.zero_()
+    score = Counting()
+    ScheduledPruning(net, score, SCHEDULES["one-shot"], density, lambda _: ())(0.0)
+    kept = {site.name: int(gate.keep().sum()) for site, gate in zip(net.sites, net.gates, strict=True)}
+    told = {site.name: score.told[site.taps[0].layer] for site in net.sites}
+    assert told == kept
 
 
 def test_threshold_is_the_lowest_that_fits():

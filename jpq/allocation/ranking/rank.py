@@ -22,6 +22,8 @@ from jpq.types import JpqError
 
 Member = tuple[int, Site, Ranked]  # index among the network's sites, site, its gate
 
+QUANTILE_ERROR = 1e-6  # rounding of quantiles, which are single precision
+
 Groups = dict[str, list[Member]]  # name -> sites whose units compete
 
 
@@ -150,7 +152,7 @@ def _score_in_order(
         scores[name] = _score_group(net, score, name, members, evidence, share)
         margins = quantiles(scores[name], _current_margins(members))
         for (i, _, gate), part in zip(members, margins.split([g.n for _, _, g in members]), strict=True):
-            net.draws[i].z = (part > 1 - share + 1e-6).to(gate.margins)[None]
+            net.draws[i].z = (part > 1 - share + QUANTILE_ERROR).to(gate.margins)[None]
     for draw in net.draws:
         draw.resample()
     return scores
@@ -162,12 +164,17 @@ def _score_group(
     """`[n]`: scores of one group's units; minus infinity for closed ones, which no longer compete."""
     open_ = _current_margins(members) > 0
     rows = _concatenate([_consumer_rows(net, site) for _, site, _ in members], 0, 1)
-    kept_count = max(1, min(round(share * len(open_)), int(open_.sum())))
+    kept_count = max(1, min(_count_above(1 - share, len(open_)), int(open_.sum())))
     view = SiteView(name, rows[open_.to(rows.device)], max(len(site.taps) for _, site, _ in members), kept_count)
     values = score(view, _select_units(_join_evidence([evidence[i] for i, _, _ in members]), open_))[0].double().cpu()
     if bool(values.isnan().any()):
         raise JpqError(f"The score of '{name}' is not a number: the network's weights or outputs are not finite.")
     return torch.full_like(open_, -torch.inf, dtype=torch.float64).masked_scatter(open_, values)
+
+
+def _count_above(threshold: float, n: int) -> int:
+    """Number of n ranked units whose quantile exceeds a threshold: those that a cut there leaves."""
+    return int((torch.arange(1, n + 1) / n > threshold + QUANTILE_ERROR).sum())
 
 
 def _current_margins(members: Sequence[Member]) -> Tensor:

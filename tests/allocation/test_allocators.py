@@ -15,7 +15,7 @@ from runs import config, shortened
 
 import jpq
 from jpq import costs, recipe
-from jpq.allocation import allocators, two_stage
+from jpq.allocation import allocators, reinforce, two_stage
 from jpq.allocation.allocators import (
     ALLOCATORS,
     CHANNEL_OFFSET,
@@ -211,6 +211,27 @@ def test_a_layer_that_costs_nothing_gives_most_and_a_seed_repeats():
     assert (first[-1] - first[-6])[0] / 500 > 0.6
     assert (path(0) == first).all()
     assert (path(1) != first).any()
+
+
+def test_random_draws_are_taken_in_the_first_tenth_of_the_steps_only(monkeypatch):
+    """The chance falls from `explore` to 0 over a tenth of the steps; from then on the best draw is taken."""
+    offered = []
+
+    def recorded(*arguments):
+        p, draws = try_draws(*arguments)
+        offered.append([removed for _, _, removed in draws])
+        return p, draws
+
+    monkeypatch.setattr(reinforce, "try_draws", recorded)
+    policy = Policy(rate=0.01, epochs=2, samples=5, noise=0.2, explore=1.0, fall=1.0)
+    toy = lambda gone: (1 - float(gone @ np.array([1.0, 2.0, 3.1, 4.3])) / 4000, 0.0)  # noqa: E731
+    path = learn_allocation([101] * 4, toy, lambda gone: gone.sum() >= 120, policy, 0)
+    taken = np.diff(np.stack([np.zeros(4, np.int64), *path]), axis=0)
+    best = [bool((k == draws[0]).all()) for k, draws in zip(taken, offered, strict=True)]
+    tenth = 400 // 4 // 10
+    assert len(best) == 30
+    assert not all(best[:tenth])
+    assert all(best[tenth:])
 
 
 def test_with_equal_accuracies_the_cheaper_draw_has_the_higher_reward():

@@ -1,6 +1,7 @@
 """Golden costs (the tables in the BOPs sheet, exact integers), the three ways to count, and targets."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 
@@ -48,6 +49,29 @@ def test_uniform_bits_cost_what_the_published_tables_say(name):
         assert costs.bops(uses) == want
         assert costs.macs(uses) == macs
     assert costs.baseline(uses)["bops"] == macs * 1024
+
+
+@pytest.mark.parametrize(("name", "want"), [("vgg7", 10_025_041_920), ("resnet20", 670_081_024)])
+def test_first_and_last_layer_at_eight_bits(name, want):
+    """The convention of HAWQ-V3: W4A4, with the first and the last layer at 8 bits."""
+    network = traced(name)
+    plan = uniform_plan(network, 4, 4)
+    ends = {x.name: LayerPlan(8, 8, False) for x in (network.layers[0], network.layers[-1])}
+    uses = exact_usage(network, ChannelShares(network, ()), replace(plan, layers={**plan.layers, **ends}))
+    assert costs.bops(uses) == want
+
+
+@pytest.mark.parametrize(
+    ("name", "w", "share"), [("vgg7", 2, 0.06223), ("lenet5", 2, 0.05744), ("vgg7", 1, 0.03112), ("resnet20", 4, 0.125)]
+)
+def test_weights_alone_at_few_bits(name, w, share):
+    """Published rows of Bayesian Bits' convention (image at 8 bits); 12.5 % for 4-bit weights under a 32-bit image."""
+    network = traced(name)
+    plan = uniform_plan(network, w, 32)
+    if w == 4:
+        plan = replace(plan, layers={x: LayerPlan(w, 32, False) for x in plan.layers})
+    uses = exact_usage(network, ChannelShares(network, ()), plan)
+    assert float(costs.bops(uses) / costs.baseline(uses)["bops"]) == pytest.approx(share, abs=5e-6)
 
 
 def test_resnet20_with_inner_channels_halved():

@@ -137,6 +137,14 @@ def test_evaluation_opens_a_gate_at_minus_0_935():
         assert (closed < 0.34) == (bits == 4)
 
 
+def test_expected_bits_fall_with_every_gate():
+    width = Gated(8, 2, 16)
+    for phi in ([2.0, 2.0, 2.0], [-3.0, 0.0, 3.0], [-4.0, -4.0, -4.0]):
+        width.phi.data = torch.tensor(phi)
+        (slope,) = torch.autograd.grad(width(), width.phi)
+        assert bool((slope > 0).all()), "a closed gate too must be able to return"
+
+
 def test_a_closed_gate_closes_all_finer_ones():
     width = Gated(8, 2, 8)
     width.phi.data = torch.tensor([-3.0, 3.0])

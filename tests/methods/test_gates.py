@@ -112,6 +112,14 @@ class TestHardConcrete:
         assert 0.99 < z[2] < 1
         assert z[3] == 1
 
+    def test_penalty_falls_with_log_alpha_and_never_loses_its_gradient(self):
+        gate = HardConcrete(1, 201)
+        gate.log_alpha.data = torch.linspace(-math.log(100), math.log(100), 201)[None]
+        penalty = gate.penalty()
+        penalty.sum().backward()
+        assert bool((penalty.diff(dim=1) > 0).all())
+        assert bool((gate.log_alpha.grad > 0).all())
+
     def test_bounded_where_it_can_return(self):
         gate = HardConcrete(1, 2)
         gate.log_alpha.data = torch.tensor([[-50.0, 50.0]])

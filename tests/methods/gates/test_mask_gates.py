@@ -134,6 +134,23 @@ def test_gumbel_draws_follow_the_temperature():
         assert torch.allclose(found, expected, atol=1e-6)
 
 
+def test_gumbel_penalty_is_the_entropy_of_each_row():
+    """H = -sum p ln p with p = softmax(Phi): ln n where nothing is preferred, 0 where a row is certain, no padding."""
+    gate = GumbelTopK(3, 4, density=0.25, start="random")
+    gate.set_site(torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]]), None)
+    with torch.no_grad():
+        gate.logits.copy_(torch.tensor([[0.0, 0, 0, 0], [50, 0, 0, 0], [0, 0, 0, 9]]))
+    assert gate.penalty().sum(1).tolist() == pytest.approx([math.log(4), 0.0, math.log(3)], abs=1e-5)
+
+
+def test_gumbel_keeps_k_of_every_tile():
+    torch.manual_seed(0)
+    structure, weight = PerOutput(tiles=2), nn.Parameter(torch.randn(3, 8))
+    gate = seen(GumbelTopK(*structure.shape(weight.shape), density=0.5), weight, structure)
+    mask = structure.expand(gate.relaxed().detach(), weight.shape)
+    assert torch.equal(mask.reshape(3, 2, 4).sum(2), torch.full((3, 2), 2.0))
+
+
 def test_gumbel_metrics_at_their_ends():
     gate = GumbelTopK(2, 4, density=0.25, start="random")
     with torch.no_grad():
@@ -374,3 +391,27 @@ def test_admm_keeps_a_chosen_unit_that_happens_to_be_zero():
     weight = nn.Parameter(torch.tensor([[5.0, 0.0, 0.0, 0.0]]))
     gate = seen(Admm(1, 4, density=0.5), weight, Elementwise())
     assert int(gate.keep().sum()) == 2
+
+
+def test_admm_decides_by_the_weights_alone_when_the_search_has_ended():
+    """The mask is that of Pi(W), the nearest point to the last weights, whatever U says and however W moved since."""
+    torch.manual_seed(0)
+    model, x = build("convnet", 10, 1).eval(), torch.randn(2, 1, 8, 8)
+    network = trace(model, x)
+    sites = masks(network, "pattern", ())
+    net = attach(model, network, sites, Admm, lambda _: (Fixed(8), Fixed(8)), [x], "admm").train()
+    net(x)
+    for i in range(1, 20):
+        for draw in net.draws:
+            for weight, _ in draw.reach:
+                weight.data.add_(0.3 * weight.abs().mean() * torch.randn_like(weight))
+        net.after_step(i / 20)
+    stale = [gate.keep().clone() for gate in net.gates]
+    net.finish_search()
+    assert any(not torch.equal(gate.keep(), before) for gate, before in zip(net.gates, stale, strict=True))
+    for draw in net.draws:
+        ((weight, structure),) = draw.reach
+        energy = structure.pool(weight.detach().square())
+        assert torch.equal(draw.gate.keep().argmax(1), energy.argmax(1))
+        assert bool((draw.gate.keep().sum(1) == 1).all())
+        assert draw.gate.dual(0).abs().max() > 0  # a search that goes on to the next budget has its U

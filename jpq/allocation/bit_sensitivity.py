@@ -11,6 +11,9 @@ arXiv:2210.08502; of Fisher for Hessian: Z. Dong et al., HAWQ, arXiv:1905.03696 
 
 With rise ~ S_t * 4^-b and a cost that grows by c_t per bit, the least rise at a given cost has
 b_t = 1/2 * log2(S_t / c_t) + a constant for all tensors: the shift that discretization chooses.
+
+The law 4^-b is rough: measured ratios are 3 to 4 per bit from 2 to 4 bits, near 1 above 6, and more than 10 where a
+layer breaks. One probe is enough for a baseline; `--method measured` measures every width instead.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ order serves every target, and a smaller budget keeps a subset of the units that
     threshold    one ranking of all units; a layer's scores are divided by their l2 norm where they cannot be compared
                  (P. Molchanov et al., ICLR 2017, arXiv:1611.06440)
     greedy       units are added by gain per MAC, f(d) = sum of the d largest max(score, 0) over the sum of all: stage 1
-                 of CATRO (W. Hu et al., IEEE TNNLS 2023, arXiv:2110.10921)
+                 of CATRO (W. Hu et al., IEEE TNNLS 2023, arXiv:2110.10921), from 5 % of each layer on
     reinforce    units are removed by a learned distribution over layers (`reinforce.py`)
     sampled      units are removed by their rank in their layer plus an offset per layer, chosen by Optuna
 """

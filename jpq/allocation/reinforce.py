@@ -43,7 +43,11 @@ AllocationDraw = tuple[float, float, Counts]  # (reward, accuracy, units that ar
 
 @dataclass(frozen=True)
 class Policy:
-    """Hyper-parameters of RL-Pruner; the defaults are the authors' for small budgets, with larger steps."""
+    """Hyper-parameters of RL-Pruner; the defaults are the authors', but for larger steps with fewer draws.
+
+    The authors remove 0.01 of the units in a step, with 10 updates of 10 draws. Every draw is a measurement, and theirs
+    take twenty times as many; with ours the distribution stays nearer to the uniform one.
+    """
 
     rate: float = 0.05  # share of all units that is removed in one step
     epochs: int = 5  # updates of the distribution in one step

@@ -14,7 +14,7 @@ Y. Gong et al., "Automatic Mapping of the Best-Suited DNN Pruning Schemes for Re
 
 We differ: a hard task is one of more than 100 classes, or with images above 64 pixels, and hard tasks get the finer
 scheme; the paper gives no numbers for either. A gate that cannot take patterns gets block-punched layers, and the other
-way round.
+way round. Of 1 x 1 and linear layers only columns of blocks go, never rows or both.
 """
 
 from __future__ import annotations

@@ -14,7 +14,9 @@ arXiv:2003.06513: the images may be random, so no data are needed.
 
 We differ: images are drawn anew for each rho, not for each step, so that the layers before run once for many steps; and
 weights are measured in their root mean square, the output's error in that of Ahat, so that rho and the learning rate
-mean the same in every layer. Only weights change; biases and norms do not.
+mean the same in every layer. A rho has 100 steps by default, 20 between two updates of Z and U. With `matched` images
+each BatchNorm is re-estimated on them in the copies that ADMM compares (random pixels hardly reach deep layers with the
+statistics of real images). Only weights change; biases and norms do not.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ In units of COLD = 1/50, the last temperature, Adam's usual 0.05 is the paper's 
 
 We differ: ln E weighs only while E is above what the budget's ramp allows; below it there is no -ln E, discretization
 spends what is left. Kept indicators are folded into the weights as they are (studies/claims.py measures how near to 1
-they come) instead of being set to 1, so that discretization changes nothing that trained. No look-ahead weights (first
-order).
+they come) instead of being set to 1, so that discretization changes nothing that trained. For the same reason weights
+are quantized after their product with I; the learned ranges follow T. No look-ahead weights (first order).
 """
 
 from __future__ import annotations

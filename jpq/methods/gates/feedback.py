@@ -10,6 +10,9 @@ T. Lin, S. Stich, L. Barba, D. Dmitriev, M. Jaggi, "Dynamic Model Pruning with F
 | g at m * w, applied to dense w | `straight_through` (see `compression/masking.py`) | |
 
 Filters, blocks and other units of several weights rank by their norm over the root of their size.
+
+We differ: the mask freezes by the position in the search, whatever the learning rate is there. The last layer is pruned
+like all others (--skip leaves it dense; the public codes disagree).
 """
 
 from __future__ import annotations

@@ -18,7 +18,9 @@ instead of score, so that the relaxed sum differs from the mask even at T -> 0; 
 
 We differ: from a pretrained network the logits start at the standardised log magnitudes of the units, not at N(0, 0.25)
 (random rows would first destroy what the network knows; `start="random"` gives the paper's); evaluation takes the top k
-without noise.
+without noise, where the authors' code draws there too. The noise is the same in all layers (the code has 0.1 in linear
+ones, 0.01 in convolutions). H counts as a mean over units, times the gate weight and the budget's multiplier, instead
+of a sum over rows times mu = 5e-5. A row of a convolution is all that one output reads, not the outputs of one tap.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ arXiv:1712.01312.
 | lambda * |g| * P(z > 0), the L0 norm | `penalty()` at the unit's price (`priced_penalty`), STRENGTH times | [1, n] |
 
 We differ: the price of a unit is what its cost weighs in the budget's term, not its number of weights; from a
-pretrained network log alpha starts at 2 (P(z > 0) = 0.97) instead of drop rate 0.5.
+pretrained network log alpha starts at 2 (P(z > 0) = 0.97) instead of drop rate 0.5. Weights decay alike whether their
+unit is open or not (the paper's L2 term counts open ones), and no averaged weights are evaluated.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ We differ: STRENGTH is 0.1 where the paper's values add up to about 2 in 47,000 
 to rebuild what it needs; in a few hundred steps that much takes the network down (measured on digits). The budget is a
 density of weights and beta comes from bisection to the last unit; the step on the task is the optimizer's (Adam), its
 difference taken for W2 - W1, and no step takes more than half of a kernel. Whole filters and dead parts are not
-searched for: channel methods do that. Layers with fewer than LEAST inputs stay.
+searched for: channel methods do that. Layers with fewer than LEAST inputs stay; shortcut convolutions, which the
+authors' code leaves dense, do not. alpha takes steps of RATE instead of 0.001, again for the shorter search.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ decay on top of the proximal step would shrink twice.
 
 We differ: lambda is the budget's pressure on each unit instead of one constant, so costly channels shrink faster and
 the search stops shrinking when the cost is met. Latents start at 1 instead of N(0, 1), because the hypernetwork starts
-at the pretrained weights, and a channel whose latent happens to be small could not be told from a useless one.
+at the pretrained weights, and a channel whose latent happens to be small could not be told from a useless one. RATE is
+1 without momentum, as far as the authors' 0.1 with momentum 0.9 moves in the end.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ We differ: the budget's pressure is lambda, so mu follows the cost that was aske
 length does not fall with the gradient: plain SGD at the paper's scale moves nothing in a search of a few hundred steps.
 Such a step can jump over 0, where the plain penalty oscillates or diverges (lr * lambda > eps): an x that would change
 its sign stops at exactly 0, and there, with g' = 0, it remains. START = 4 gives Adam's usual 0.05 the room that 0.0125
-has in the paper's units.
+has in the paper's units. g multiplies the weights that read a channel, before they are quantized, instead of the input:
+the same without quantizers, and folding it then changes nothing.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ M. Cho, S. Adya, D. Naik, "PDP: Parameter-free Differentiable Pruning is All You
 | r_l: per-layer share from one global quantile, then fixed | `link` | scalar |
 | ramp eps = 0.015 per epoch from epoch s = 16 of 100 | `RAMP`: the full ratio at 2/3 of the search | |
 
-A unit of several weights (a channel, a block) has the L2 norm of its weights for |w|.
+A unit of several weights (a channel, a block) has the L2 norm of its weights for |w|: a channel that of the weights
+that read it, where the paper takes the filter that makes it. A quota (2:4) holds from the start, without the ramp.
 
 We differ: tau = t^2 / 8 in every row (the ratio that tau = 1e-4 has for a layer of standard deviation 0.02 at 85 %), so
 that softness does not depend on how a layer is scaled or how many weights a unit has; `tau` sets a number instead. The

@@ -19,7 +19,8 @@ K is counted anew at each, so that no more groups ever rise than are still to go
 
 We differ: norms are those of the float weights; k = floor(density n + 1/2) units stay; evaluation sees every unit times
 1 - p, which is exact once p is 0 or 1, and what is still undecided at the end of the span is cut there. Weights of
-units that are out are masked for good instead of zeroed.
+units that are out are masked for good instead of zeroed. First, last and depthwise layers are pruned like all others
+(--skip leaves them dense).
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ Gradients (straight-through on round only), e = x_q - x, "in" where s low <= x <
     d x_q / d ln r  = e in,  x_q out
     d x_q / d b     = -ln 2 * (n + 1) / N * e in,  0 out          (from s = r / N at fixed r)
 
-    unsigned: (2^b) / N for (n + 1) / N; all levels: beyond the shorter end, ln 2 * s towards the longer one
+    unsigned: (2^b) / N for (n + 1) / N; all levels: beyond the shorter end, ln 2 * s away from zero
 
 Source: the learned quantizer of DJPQ (Wang et al., ECCV 2020, arXiv:2007.10463) as GETA's code gives it.
 We differ: exponent t = 1 (integer kernels and QCDQ need a uniform grid); all levels; one forward and backward of a few

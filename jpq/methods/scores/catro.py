@@ -14,6 +14,10 @@ b and w of units that several layers read are summed over these layers.
 
 The paper's own formulas were not available; the ratio is the classical one of the same name. Units without any scatter
 are removed before all others: with eps alone they would beat every unit with b < r w, live ones included.
+
+We differ: this is the second stage, the set of each layer. The first, how many units each layer keeps, is the allocator
+`greedy` of `--method two-stage`, which takes these scores, at the ratio of the set that stays, for its gains (a lower
+ratio would tell more units apart); `--method catro` keeps the same share of every layer.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ over the filters of all layers that make it.
 | LFP (following layer only), LBP (layer before only) | `Next`, `Previous` | |
 
 We differ: whole filters instead of single weights; neighbours come from the traced graph
-(`allocation/ranking/neighbour_norms.py`). Squares are summed in double precision.
+(`allocation/ranking/neighbour_norms.py`). Squares are summed in double precision. The paper's variants with activations
+or curvature, cuts in sub-steps, and one cut over all layers are left out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Scores that need no data: from the weights x_i that read unit i (a row each), norm scales, or random numbers."""
+"""Scores that need no data: from the weights x_i that read unit i (a row each), norm scales, or random numbers.
+
+We differ: the papers rank the filter that makes a channel. A channel goes from the layers that read it, each of which
+may have its own set (`--method upscale`), so it is ranked by the weights that go with it there.
+"""
 
 from __future__ import annotations
 

@@ -513,14 +513,14 @@ def measure_table(
     found = {change: value for change, value in (known or {}).items() if change in asked}
     with probe.changed(base_widths, base_counts):
         base = probe.measure() if around else 0.0
-        for units in (False, True):
-            missing = [change for change in changes if change not in found and bool(change.kept) == units]
+        for of_units in (False, True):
+            missing = [change for change in changes if change not in found and bool(change.kept) == of_units]
             with ExitStack() as stack:
-                if units and missing:
+                if of_units and missing:
                     if not around:
                         stack.enter_context(probe.compared_with_norms_anew())
                     stack.enter_context(probe.statistics_anew())
-                zero = probe.measure() if units and missing and around else base
+                zero = probe.measure() if of_units and missing and around else base
                 for change, value in _measure_changes(probe, missing):
                     found[change] = value - zero
                     record(change, found[change])

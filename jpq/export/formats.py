@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 from onnx import load
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from jpq.export import verify
 from jpq.export.onnx.export import export_onnx, export_qonnx
+from jpq.export.onnx.free_batch import pick_samples
 from jpq.export.onnx.quant_nodes import expand_quant_nodes
 from jpq.export.runtimes import Session
 from jpq.export.torch_export import export_pt2
 from jpq.export.verify import Pair
 from jpq.files.formats import FORMATS, Format
 from jpq.tasks.base import Task
-from jpq.tracing.forward import batch_size, collect_tensors
+from jpq.tracing.forward import batch_dim, batch_size, call_model, collect_tensors
 from jpq.types import JpqError
 
 __all__ = ["FORMATS", "Format", "check_agreement", "write", "write_onnx", "write_pt2", "write_qonnx"]
@@ -66,14 +66,18 @@ def write_qonnx(
     """Write a QONNX file and compare it on the first samples, its Quant nodes written out for onnxruntime."""
     export_qonnx(small, example, path)
     session = Session(expand_quant_nodes(load(str(path))), optimised=False)
+    x, y = next(iter(batches))
+    count = min(batch_size(x), QONNX_SAMPLES)
+    samples = pick_samples(x, range(count))
+    with torch.no_grad():
+        dims = [batch_dim(t, count) or 0 for t in collect_tensors(call_model(small, samples))]
 
     def run_one_by_one(*args: Any, **kwargs: Any) -> Any:
-        count = batch_size((args, kwargs))
-        outputs = [collect_tensors(session(*_samples(args, i), **_samples(kwargs, i))) for i in range(count)]
-        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+        singles = [pick_samples((args, kwargs), [i]) for i in range(count)]
+        outputs = [collect_tensors(session(*single[0], **single[1])) for single in singles]
+        return tuple(torch.cat(parts, dim) for dim, *parts in zip(dims, *outputs, strict=True))
 
-    x, y = next(iter(batches))
-    comparison = verify.compare(small, run_one_by_one, [(_samples(x, 0, QONNX_SAMPLES), y)], task)
+    comparison = verify.compare(small, run_one_by_one, [(samples, y)], task)
     check_agreement(comparison, "the QONNX file")
     return comparison
 
@@ -100,8 +104,3 @@ def check_agreement(comparison: dict[str, Any], what: str) -> None:
             f"{what} and the rebuilt model differ on {comparison['argmax_differs']} of {comparison['decisions']} "
             "decisions. This is a bug in jpq."
         )
-
-
-def _samples(batch: Any, start: int, count: int = 1) -> Any:
-    """`count` samples of a batch, in any nest of tensors."""
-    return tree_map(lambda v: v[start : start + count] if isinstance(v, Tensor) and v.dim() else v, batch)

@@ -27,7 +27,7 @@ from jpq.methods.quantizers import (
     weight_quantizer,
 )
 from jpq.methods.quantizers.uniform_integer import IntegerQuantizer
-from jpq.tracing.forward import batch_size, plain_outputs, split_arguments
+from jpq.tracing.forward import batch_dim, batch_size, plain_outputs, split_arguments
 from jpq.tracing.traced_lengths import traced_lengths
 from jpq.types import JpqError
 
@@ -61,9 +61,11 @@ def _export_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     """
 
     def export(dim: Any) -> ExportedProgram:
-        shapes = tree_map(
-            lambda v: {0: dim} if isinstance(v, Tensor) and v.dim() and len(v) == size else None, (args, kwargs)
-        )
+        def free(v: Any) -> Any:
+            along = batch_dim(v, size) if isinstance(v, Tensor) else None
+            return None if along is None else {along: dim}
+
+        shapes = tree_map(free, (args, kwargs))
         return torch.export.export(model, args, kwargs, dynamic_shapes=(*shapes[0], *shapes[1].values()), strict=False)
 
     try:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from jpq.compression.model import CompressedModel
 from jpq.export.onnx.export import MAX_BITS, export_onnx, export_qonnx
+from jpq.export.onnx.free_batch import first_samples
 from jpq.export.rebuild import build_from_plan
 from jpq.export.runtimes import Session
 from jpq.export.torch_export import export_pt2
@@ -21,7 +21,7 @@ from jpq.plan import Plan
 from jpq.tracing.forward import batch_size, call_model
 from jpq.types import JpqError
 
-SAMPLES = 2  # of the example that is exported
+SAMPLES = 5  # of the example that is exported; hardly a number of layers: states are [layers, batch, units]
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def check_exportable(
         for name, layer in plan.layers.items()
     }
     small = build_from_plan(Plan(plan.method, layers, {}, ends=plan.ends), model).eval()
-    samples = _first_samples(example)
+    samples = _first_samples(small, example)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
         export_onnx(small, samples, path, weights)
@@ -64,7 +64,11 @@ def check_exportable(
             export_pt2(small, samples, Path(folder, "model.pt2"))
 
 
-def _first_samples(example: Any) -> Any:
-    """The first samples of a batch, in any nest of tensors."""
-    size = batch_size(example)
-    return tree_map(lambda v: v[:SAMPLES] if isinstance(v, Tensor) and v.dim() and len(v) == size else v, example)
+def _first_samples(model: nn.Module, example: Any) -> Any:
+    """The first samples of a batch, in any nest of tensors; the whole batch where the model does not run on a part."""
+    samples = first_samples(example, min(SAMPLES, batch_size(example)))
+    try:
+        call_model(model, samples)
+    except Exception:  # whatever the model's code raises
+        return example
+    return samples

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 import jpq
+from jpq.export import FORMATS, write_formats
 from jpq.export.onnx.export import export_float
 from jpq.export.onnx.free_batch import first_samples
 from jpq.export.program import Program, capture_program
 from jpq.export.runtimes import Session
 from jpq.export.torch_export import export_pt2
+from jpq.export.trial_export import check_exportable
 from jpq.tracing.traced_lengths import traced_lengths
 from jpq.types import JpqError
 
@@ -109,12 +111,55 @@ def test_an_onnx_file_of_code_that_loops_over_samples_takes_them_one_by_one(name
         torch.testing.assert_close(Session(path)(x), model(x))
 
 
+@torch.no_grad()
+def test_a_count_that_only_values_depend_on_is_noticed(tmp_path):
+    torch.manual_seed(0)
+    model, path = Reads(lambda x: x / int(x.shape[0])).eval(), tmp_path / "m.onnx"
+    with pytest.warns(UserWarning, match=r"m.onnx takes one sample at a time"):
+        export_float(model, torch.randn(4, 4), path)
+    x = torch.randn(1, 4)
+    torch.testing.assert_close(Session(path)(x), model(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for free in (lambda x: x + torch.rand_like(x), lambda x: x - x.mean(0)):  # random, and rounding alone
+            export_float(Reads(free).eval(), torch.randn(1, 4), path)
+
+
 def test_first_samples_are_repeated_where_there_are_fewer():
     x, table = torch.arange(3.0)[:, None], torch.zeros(5, 2)
     assert first_samples((x, {"t": table}), 2)[0].tolist() == [[0.0], [1.0]]
     more, unchanged = first_samples((x, {"t": table}), 7)
     assert more.flatten().tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert unchanged["t"] is table
+
+
+class WithState(nn.Module):
+    """A recurrent layer whose first state is an input, [layers, batch, units]."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.cell, self.layer = nn.GRU(4, 5, layers, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x, state):
+        y, state = self.cell(x, state)
+        return self.layer(y), state
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_every_form_takes_states_of_recurrent_layers(layers, tmp_path):
+    torch.manual_seed(0)
+    example = torch.randn(3, 6, 4), torch.randn(layers, 3, 5)
+    model = jpq.decompose(WithState(layers).eval(), example)
+    session = jpq.compress(model, example, bops="30%", steps=1)
+    check_exportable(session.net, model, example, FORMATS, "int8")  # on the first two samples
+    small = session.finalize()
+    for name, record in write_formats(small, example, tmp_path, tuple(FORMATS), [(example, None)]).items():
+        found = record["verified"].get("rebuilt_vs_onnxruntime", record["verified"])
+        assert found["largest_relative_difference"] < 0.2, name
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    x, state = torch.randn(5, 6, 4), torch.randn(layers, 5, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(program(x, state), small(x, state))
 
 
 @torch.no_grad()

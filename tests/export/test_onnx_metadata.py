@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -101,6 +102,8 @@ def test_metadata_of_model_and_caller_are_stored(tmp_path):
     assert origin_of(small).about == {"budget": {"bops": "10%"}}
     with pytest.raises(jpq.JpqError, match="Metadata 'mean' is a Tensor"):
         jpq.export_onnx(small, X, tmp_path / "other.onnx", metadata={"mean": torch.ones(1)})
+    with pytest.raises(jpq.JpqError, match="Metadata 'mean' is a ndarray that JSON cannot hold"):
+        jpq.export_onnx(small, X, tmp_path / "other.onnx", metadata={"mean": np.ones(2)})
     (tmp_path / "no.onnx").write_text("no", encoding="utf-8")
     with pytest.raises(jpq.JpqError, match="no ONNX file"):
         read_metadata(tmp_path / "no.onnx")

@@ -16,12 +16,11 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from jpq.export.onnx.free_batch import SAME, mean_difference
 from jpq.export.runtimes import Session
 from jpq.tracing.forward import call_model, collect_tensors, eval_mode
 
 LARGER = (32, 64)  # pixels that the other image has more, in height and width: multiples of most strides
-
-SAME = 0.01  # mean difference over mean magnitude: rounding boundaries move few values, a wrong size moves all
 
 Axes = dict[str, dict[int, str]]
 
@@ -60,14 +59,11 @@ def computes_other_size(path: Path, model: nn.Module, images: Tensor) -> bool:
     other = images[:1].repeat(times)[:, :, :height, :width].contiguous()
     try:
         with eval_mode(model):
-            expected = [t.cpu().float() for t in collect_tensors(call_model(model, other))]
-        found = [t.float() for t in collect_tensors(Session(path, optimised=False)(other))]
+            expected = collect_tensors(call_model(model, other))
+        found = collect_tensors(Session(path, optimised=False)(other))
     except Exception:  # the model, the exporter's shapes or the runtime refuse it, each in its own way
         return False
-    pairs = list(zip(expected, found, strict=True))
-    return all(
-        a.shape == b.shape and bool((a - b).abs().mean() <= SAME * a.abs().mean().clamp_min(1e-30)) for a, b in pairs
-    )
+    return [t.shape for t in expected] == [t.shape for t in found] and mean_difference(expected, found) <= SAME
 
 
 def takes_any_size(path: str | Path) -> bool:

@@ -37,7 +37,7 @@ from jpq.export.onnx.graph import (
 from jpq.export.onnx.grouped_queries import RepeatedHeads
 from jpq.export.onnx.integer_kernels import prepare_integer_kernels
 from jpq.export.onnx.metadata import Metadata, gather_metadata, store_metadata
-from jpq.export.onnx.naming import name_nodes
+from jpq.export.onnx.naming import name_nodes, unique_name
 from jpq.export.onnx.narrow_weights import store_narrow_weights
 from jpq.export.onnx.plain_norms import replace_norms
 from jpq.export.onnx.reported_grids import report_weight_grid
@@ -92,7 +92,8 @@ def export_onnx(
     Returns whether height and width are free in the file.
 
     A single input is called "input", a single output "output". Several inputs have the names that `forward` gives
-    them, several outputs the keys of their dict, or output_0, output_1, ...
+    them, several outputs the keys of their dict, or output_0, output_1, ... A name that another has already gets a
+    number: the output "mask" of a model with an input of that name is "mask_1".
 
     Raises JpqError for widths above 8 bits, for weights that are not float32, and for a file that onnx cannot store in
     narrower types.
@@ -173,7 +174,7 @@ def _write(
     with torch.no_grad(), hook_modules(_layers(model), partial(_note_unbatched, unbatched), before=True):
         output = model(*args, **kwargs)
     plain = len(inputs) == len(args) and isinstance(output, Tensor) and not _has_other_defaults(model, len(args))
-    input_names, output_names = _input_names(model, args, kwargs), _output_names(output)
+    input_names, output_names = _distinct_names(_input_names(model, args, kwargs), _output_names(output))
     values = zip([*input_names, *output_names], [*inputs, *collect_tensors(output)], strict=True)
     dims = {name: batch_dim(t, batch_size(inputs)) for name, t in values}
     axes = {name: {dim: "batch"} for name, dim in dims.items() if dim is not None}
@@ -300,6 +301,20 @@ def _output_names(output: Any) -> list[str]:
         return ["output"]
     counts = {str(k): len(collect_tensors(v)) for k, v in output.items()} if isinstance(output, Mapping) else {}
     return _numbered_names(counts or {"output": count})
+
+
+def _distinct_names(inputs: list[str], outputs: list[str]) -> tuple[list[str], list[str]]:
+    """Names of inputs and outputs with numbers where a name is there already: a tensor of a file has a name of its own.
+
+    Args:
+        inputs, outputs: the names that they would have.
+    """
+    taken: set[str] = set()
+    for names in (inputs, outputs):
+        for i, name in enumerate(names):
+            names[i] = unique_name(name, taken)
+            taken.add(names[i])
+    return inputs, outputs
 
 
 def _numbered_names(counts: Mapping[str, int]) -> list[str]:

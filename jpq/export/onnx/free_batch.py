@@ -5,7 +5,7 @@ torch.onnx writes what ran: of code that loops over samples, or makes a number o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,42 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from jpq.export.runtimes import Session
-from jpq.tracing.forward import batch_size, collect_tensors
+from jpq.tracing.forward import batch_dim, batch_size, collect_tensors
+
+SAME = 0.01  # mean difference over mean magnitude: rounding boundaries move few values, a frozen count moves all
+
+LEAST = 1e-4  # mean magnitude; equal samples that are normalised by the batch give nothing but rounding
+
+TIMES = 3  # how often the difference at the example's own batch, as of low bits or random numbers
+
+
+def pick_samples(example: Any, numbers: Sequence[int]) -> Any:
+    """The samples of these numbers of an example, in any nest of tensors; they begin anew behind the last one.
+
+    A tensor without a dim along the batch (`batch_dim`) stays as it is.
+    """
+    size = batch_size(example)
+
+    def pick(v: Any) -> Any:
+        dim = batch_dim(v, size) if isinstance(v, Tensor) else None
+        if dim is None:
+            return v
+        return v.index_select(dim, torch.tensor(numbers, dtype=torch.long, device=v.device) % size)
+
+    return tree_map(pick, example)
 
 
 def first_samples(example: Any, count: int) -> Any:
     """An example's first `count` samples, in any nest of tensors; they are repeated where it has fewer."""
-    size = batch_size(example)
-
-    def take(v: Any) -> Any:
-        if not isinstance(v, Tensor) or not v.dim() or len(v) != size:
-            return v
-        return torch.cat([v] * -(-count // size))[:count]
-
-    return tree_map(take, example)
+    return pick_samples(example, range(count))
 
 
 @torch.no_grad()
 def batch_is_free(path: Path, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a file gives outputs of the model's shapes for another number of samples than the example has.
+    """Whether a file computes as the model does for another number of samples than the example has.
 
-    True, too, where the model itself takes no other number, and where onnxruntime cannot run the file at all.
+    By the shapes of the outputs and, but for what rounding moves, by their values. True, too, where the model itself
+    takes no other number, and where onnxruntime cannot run the file at all.
     """
     example = (args, dict(kwargs))
     other = first_samples(example, 2 if batch_size(example) != 2 else 3)  # not one, which code may squeeze away
@@ -41,15 +57,33 @@ def batch_is_free(path: Path, model: Callable[..., Any], args: tuple[Any, ...], 
         expected = collect_tensors(model(*other[0], **other[1]))
     except Exception:  # whatever the model's code raises
         return True
-    found = _output_shapes(path, other)
+    found = _outputs(path, other)
     if found is None:
-        return _output_shapes(path, example) is None  # the file does not run at all, which is no matter of the batch
-    return found == [t.shape for t in expected]
+        return _outputs(path, example) is None  # the file does not run at all, which is no matter of the batch
+    if [t.shape for t in found] != [t.shape for t in expected]:
+        return False
+    difference = mean_difference(expected, found, LEAST)
+    if not difference > SAME:
+        return True
+    own = mean_difference(collect_tensors(model(*args, **kwargs)), _outputs(path, example) or [], LEAST)
+    return not difference > TIMES * own
 
 
-def _output_shapes(path: Path, example: Any) -> list[torch.Size] | None:
-    """Shapes of a file's outputs as it is written; None where onnxruntime cannot run it."""
+def mean_difference(expected: Sequence[Tensor], found: Sequence[Tensor], least: float = 1e-30) -> float:
+    """The largest, over output tensors, of the mean difference over the mean magnitude; NaN where there is one.
+
+    Args:
+        expected, found: tensors of the same shapes; the magnitude is that of `expected`.
+        least: mean magnitude that smaller ones count as.
+    """
+    pairs = [(a.detach().cpu().float(), b.float()) for a, b in zip(expected, found, strict=False) if a.numel()]
+    shares = [(a - b).abs().mean() / a.abs().mean().clamp_min(least) for a, b in pairs]
+    return float(torch.stack(shares).amax()) if shares else 0.0
+
+
+def _outputs(path: Path, example: Any) -> list[Tensor] | None:
+    """A file's outputs as it is written; None where onnxruntime cannot run it."""
     try:
-        return [t.shape for t in collect_tensors(Session(path, optimised=False)(*collect_tensors(example)))]
+        return collect_tensors(Session(path, optimised=False)(*collect_tensors(example)))
     except Exception:  # onnxruntime has a class of its own for every kind of failure
         return None

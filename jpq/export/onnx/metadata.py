@@ -40,14 +40,22 @@ def gather_metadata(model: nn.Module, given: Metadata | None = None) -> dict[str
     if origin is not None:
         known |= {"method": origin.plan.method, **origin.about}
     known |= given or {}
-    return {str(key): _as_text(str(key), value) for key, value in known.items() if value not in (None, "", [], {}, ())}
+    return {str(key): _as_text(str(key), value) for key, value in known.items() if not _is_unknown(value)}
+
+
+def _is_unknown(value: Any) -> bool:
+    """Whether a value is None or an empty text or collection."""
+    return value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
 
 
 def _as_text(key: str, value: Any) -> str:
     try:
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise JpqError(f"Metadata '{key}' is a {type(value).__name__}: give text, numbers, lists or dicts.") from error
+        raise JpqError(
+            f"Metadata '{key}' is a {type(value).__name__} that JSON cannot hold ({error}): give text, finite numbers, "
+            "lists or dicts of them."
+        ) from error
 
 
 def _version() -> str:
@@ -67,7 +75,7 @@ def store_metadata(file: onnx.ModelProto, texts: Mapping[str, str]) -> None:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata of an ONNX file: JSON's values where the text is JSON, else the text.
+    """The metadata of an ONNX file: lists and dicts where the text is one in JSON, else the text, also of numbers.
 
     Raises JpqError for a file that is no ONNX model.
     """

@@ -35,7 +35,7 @@ def name_nodes(file: onnx.ModelProto, model: nn.Module) -> None:
             rest = rest[kinds.index(_RESULTS) :]
             owners.update(dict.fromkeys(node.output, module))
         if module or rest:
-            node.name = _unique(_node_name(node.op_type, module, rest), taken)
+            node.name = unique_name(_node_name(node.op_type, module, rest), taken)
         taken.add(node.name)
 
 
@@ -69,8 +69,8 @@ def _node_name(op: str, module: str, rest: Sequence[str]) -> str:
     return "/".join([part for part in (module, *parts) if part])
 
 
-def _unique(name: str, taken: Collection[str]) -> str:
-    """The name, with a number where another node has it: of a module that is called several times."""
+def unique_name(name: str, taken: Collection[str]) -> str:
+    """The name, with a number where it is taken, as that of a module that is called several times."""
     number, unique = 1, name
     while unique in taken:
         unique, number = f"{name}_{number}", number + 1

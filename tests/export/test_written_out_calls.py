@@ -48,6 +48,7 @@ CALLS = {
             "one size": lambda x: F.avg_pool2d(x, x.size(2)),
             "keyword": lambda x: F.avg_pool2d(x, kernel_size=x.shape[-2:]),
             "maximum": lambda x: F.max_pool2d(x, kernel_size=(x.size(2), x.size(3))),
+            "padded": lambda x: F.avg_pool2d(x, x.size()[2:], padding=1),
             "signal": lambda x: F.avg_pool1d(x.flatten(2), x.size(2) * x.size(3)),
             "maximum of a signal": lambda x: F.max_pool1d(x.flatten(2), x.size(2) * x.size(3)),
         }.items()
@@ -61,6 +62,7 @@ CALLS = {
     "interpolate by area to a size": lambda x: F.interpolate(x, size=(4, 9), mode="area"),
     "interpolate to the nearest": lambda x: F.interpolate(x, scale_factor=1.7, mode="nearest-exact"),
     "interpolate to the nearest of a size": lambda x: F.interpolate(x, size=(4, 9), mode="nearest-exact"),
+    "interpolate to the nearest of equally near ones": lambda x: F.interpolate(x, size=(37, 47), mode="nearest-exact"),
     "softplus with a threshold": nn.Softplus(2.0, 0.5),
     "floor division": lambda x: x // 0.7 + torch.floor_divide(x, 0.3) + x.floor_divide(-0.4),
     "distance by p = 1": lambda x: torch.cdist(x, x.flip(1), p=1.0),
@@ -83,6 +85,9 @@ CALLS = {
     "heaviside": lambda x: torch.heaviside(F.relu(x), torch.full((1,), 0.5).to(x)),
     "addcdiv": lambda x: torch.addcdiv(x, x, x.abs() + 1, value=0.5),
     "logaddexp": lambda x: torch.logaddexp(x * 50, x + 1),
+    "logaddexp of nothing": lambda x: torch.logaddexp(
+        torch.where(x < 0, -torch.inf, x), torch.where(x < 0.5, -torch.inf, 1 - x)
+    ),
     "nansum": lambda x: torch.where(x > 0, x, torch.full_like(x, torch.nan)).nansum(-1),
     "diff": lambda x: torch.diff(x, dim=2) + x.diff(n=2, dim=2, prepend=x[:, :, :1]),
     "column_stack, ravel": lambda x: torch.column_stack([x[0, 0].ravel(), x[0, 1].ravel()]),

@@ -136,7 +136,8 @@ def _addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 
 
 def _logaddexp(input: Tensor, other: Tensor) -> Tensor:
     larger = torch.maximum(input, other)
-    return larger + torch.log(torch.exp(input - larger) + torch.exp(other - larger))
+    sums = larger + torch.log(torch.exp(input - larger) + torch.exp(other - larger))
+    return torch.where(larger.abs() == math.inf, larger, sums)  # infinity less infinity is no number
 
 
 def _nansum(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -147,7 +147,9 @@ def _average_by(dims: int, average: Callable[..., Tensor]) -> Callable[..., Tens
         whole = (kernel_size,) * dims if isinstance(kernel_size, (int, Tensor)) else tuple(kernel_size)
         kernel_size, stride, padding = as_number(kernel_size), as_number(stride), as_number(padding)
         if divisor_override is None:
-            if any(isinstance(k, Tensor) for k in whole) and as_number(whole) == as_number(input.shape[-dims:]):
+            padded = any(padding) if isinstance(padding, list) else bool(padding)  # zeros would count, or move windows
+            is_whole = as_number(whole) == as_number(input.shape[-dims:]) and not padded
+            if any(isinstance(k, Tensor) for k in whole) and is_whole:
                 return _GLOBAL_AVERAGES[dims](input, 1)  # of any size
             return average(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
         kernel, strides, pads = (
@@ -224,8 +226,11 @@ def _interpolate(
     if mode == "area":
         return _ADAPTIVE_POOLS[_GLOBAL_AVERAGES[len(before)]](input, wanted)
     for dim, (n, m, factor) in enumerate(zip(before, wanted, factors, strict=True), start=2):
-        step = n / m if factor is None or kwargs.get("recompute_scale_factor") else 1 / float(factor)
-        nearest = ((torch.arange(m, dtype=torch.float64) + 0.5) * step).floor().long().clamp(max=n - 1)
+        real = np.float64 if input.dtype is torch.float64 else np.float32
+        by_sizes = factor is None or kwargs.get("recompute_scale_factor")
+        step = real(n) / real(m) if by_sizes else real(1 / float(factor))
+        places = np.floor(((np.arange(m) + 0.5) * step).astype(np.float32))  # as torch rounds, where two are as near
+        nearest = torch.from_numpy(np.minimum(places, n - 1).astype(np.int64)).to(input.device)
         input = input.index_select(dim, nearest)
     return input
 

@@ -73,9 +73,7 @@ class Session:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         """The output for one batch, on the CPU: a tensor, or a tuple of all output tensors."""
         names = [i.name for i in self._session.get_inputs()]
-        by_name = set(names) >= set(kwargs)
-        inputs = [*args, *(kwargs[name] for name in names if name in kwargs)] if by_name else kwargs
-        arrays = [_to_array(value) for value in collect_tensors(inputs)]
+        arrays = _to_arrays(names, args, kwargs)
         single = [bool(i.shape) and i.shape[0] == 1 for i in self._session.get_inputs()]
 
         def run(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -103,9 +101,7 @@ class OpenVinoSession:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         """The output for one batch: a tensor, or a tuple of all output tensors."""
         names = [port.get_any_name() for port in self.compiled.inputs]
-        by_name = set(names) >= set(kwargs)
-        inputs = [*args, *(kwargs[name] for name in names if name in kwargs)] if by_name else [*args, kwargs]
-        arrays = [_to_array(value) for value in collect_tensors(inputs)]
+        arrays = _to_arrays(names, args, kwargs)
         shapes = [port.get_partial_shape() for port in self.compiled.inputs]
         single = [bool(len(shape)) and str(shape[0]) == "1" for shape in shapes]
 
@@ -157,6 +153,16 @@ def _import_openvino() -> Any:
             "openvino is not installed: python -m pip install openvino (the extra of that name), or choose onnxruntime."
         ) from error
     return openvino
+
+
+def _to_arrays(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[np.ndarray]:
+    """The tensors of a call as arrays, in the order of the file's inputs.
+
+    Keywords that are not all names of inputs, as those of nests of several tensors, keep the order of the call.
+    """
+    by_name = set(names) >= set(kwargs)
+    inputs = [*args, *(kwargs[name] for name in names if name in kwargs)] if by_name else [*args, kwargs]
+    return [_to_array(value) for value in collect_tensors(inputs)]
 
 
 def _to_array(value: Tensor) -> np.ndarray:

@@ -333,3 +333,42 @@ def test_a_file_takes_numbers_and_inputs_that_nothing_reads(by_name: bool, tmp_p
     for batch in (values, fewer):
         given: Any = batch if by_name else tuple(batch.values())
         assert torch.allclose(call_model(Session(tmp_path / "gain.onnx"), given), call_model(small, given), atol=1e-6)
+
+
+class Passes(nn.Module):
+    """Gives its mask back under the same name; an input bears the name of a single output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, output: Tensor, mask: Tensor, pair: Any = None) -> Any:
+        y = self.layer(output) * mask
+        return {"y": y, "mask": 2 * mask} if pair is None else y + pair[0] - pair[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "names"),
+    [
+        ((), (["output", "mask"], ["y", "mask_1"])),
+        ((torch.randn(3, 4, generator=G), torch.randn(3, 4, generator=G)), ([], ["output_1"])),
+    ],
+)
+def test_inputs_and_outputs_of_one_name_are_told_apart(more: Any, names: Any, tmp_path: Path) -> None:
+    model, x, mask = Passes().eval(), torch.randn(3, 4, generator=G), torch.rand(3, 4, generator=G)
+    example = (x, mask, *([more] if more else []))
+    jpq.export_onnx(model, example, tmp_path / "m.onnx")
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    assert [o.name for o in graph.output] == names[1]
+    assert [i.name for i in graph.input] == (names[0] or ["output", "mask", "pair_0", "pair_1"])
+    found, expected = Session(tmp_path / "m.onnx")(*example), collect_tensors(model(*example))
+    for a, b in zip(collect_tensors(found), expected, strict=True):
+        torch.testing.assert_close(a, b.detach())
+
+
+def test_a_session_takes_positions_beside_keywords_that_hold_several_tensors(tmp_path: Path) -> None:
+    model, x, mask = Passes().eval(), torch.randn(3, 4, generator=G), torch.rand(3, 4, generator=G)
+    pair = (torch.randn(3, 4, generator=G), torch.randn(3, 4, generator=G))
+    jpq.export_onnx(model, (x, mask, pair), tmp_path / "m.onnx")
+    with torch.no_grad():
+        torch.testing.assert_close(Session(tmp_path / "m.onnx")(x, mask, pair=pair), model(x, mask, pair))

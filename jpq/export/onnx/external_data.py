@@ -6,7 +6,7 @@ not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 
@@ -14,31 +14,39 @@ import onnx
 
 from jpq.types import JpqError
 
+_IN_MEMORY = "_ORT_MEM_ADDR_"  # onnxruntime's mark of an address in memory in place of a file
+
 
 def check_external_data(path: str | Path) -> None:
     """Raise JpqError for an ONNX file that asks for data outside of its folder.
 
     What is no ONNX file passes: the runtime says why it cannot be loaded.
     """
-    graph = onnx.GraphProto()
+    model = onnx.ModelProto()
     with suppress(Exception):  # protobuf's and the system's errors
-        graph = onnx.load(str(path), load_external_data=False).graph
-    for tensor in _tensors(graph):
-        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-        parts = PureWindowsPath(location)  # which reads "/" as well
-        if parts.anchor or ".." in parts.parts:
-            raise JpqError(
-                f"jpq cannot load {path}: its weight '{tensor.name}' lies outside of its folder, in '{location}'."
-            )
+        model = onnx.load(str(path), load_external_data=False)
+    for tensor in _tensors(model.graph, *model.functions):
+        for location in (entry.value for entry in tensor.external_data if entry.key == "location"):  # any may count
+            parts = PureWindowsPath(location)  # which reads "/" as well
+            if parts.anchor or ".." in parts.parts or _IN_MEMORY in location:
+                raise JpqError(
+                    f"jpq cannot load {path}: its weight '{tensor.name}' lies outside of its folder, in '{location}'."
+                )
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """The constants of a graph, and of the graphs inside its nodes."""
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
+def _tensors(*graphs: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.TensorProto]:
+    """The constants of graphs and functions, and of the graphs inside their nodes."""
+    for graph in graphs:
+        if isinstance(graph, onnx.GraphProto):
+            yield from graph.initializer
+            for sparse in graph.sparse_initializer:
+                yield from (sparse.values, sparse.indices)
+        yield from _tensors_of_nodes(graph.node)
+
+
+def _tensors_of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    """The constants in the attributes of nodes."""
+    for node in nodes:
         for attribute in node.attribute:
             yield from (attribute.t, *attribute.tensors)
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _tensors(inner)
+            yield from _tensors(attribute.g, *attribute.graphs)

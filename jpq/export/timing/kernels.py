@@ -9,6 +9,8 @@ from pathlib import Path
 import onnx
 import onnxruntime
 
+from jpq.export.onnx.external_data import check_external_data
+
 _INTEGER_OPS = {
     "QLinearMatMul",
     "QGemm",
@@ -67,6 +69,10 @@ def _optimized_graph(model: str | Path | onnx.ModelProto) -> onnx.GraphProto:
     options.log_severity_level = 3
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+        if isinstance(model, onnx.ModelProto):
+            source: str | bytes = model.SerializeToString()
+        else:
+            check_external_data(model)
+            source = str(model)
         onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         return onnx.load(options.optimized_model_filepath, load_external_data=False).graph

@@ -17,6 +17,7 @@ from typing import Any
 from torch.fx import Node
 
 from jpq.tracing.op_call import OpCall, shape_of
+from jpq.tracing.products import einsum_terms
 from jpq.types import Labels
 
 EUCLIDEAN_ROWS = 25  # torch.cdist turns to a matrix product above so many rows, by |a|^2 + |b|^2 - 2 a b
@@ -181,21 +182,6 @@ def _einsum(call: OpCall) -> list[Contraction]:
             found.append(Contraction("", (a, b), (left, right), both, whole.sizes, whole.labels))
         operands.append((None, both))
     return found
-
-
-def einsum_terms(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
-    """The indices of each operand and of the result, `...` written out as unused letters."""
-    text, arrow, result = equation.replace(" ", "").partition("->")
-    terms = text.split(",")
-    free = [letter for letter in ascii_letters if letter not in equation]
-    ranked = list(zip(terms, ranks, strict=True))
-    wide = max((rank - len(term) + 3 for term, rank in ranked if "..." in term), default=0)
-    dots = "".join(free[:wide])
-    terms = [term.replace("...", dots[wide - (rank - len(term) + 3) :]) for term, rank in ranked]
-    if not arrow:
-        letters = "".join(terms)
-        result = "..." + "".join(sorted(n for n in set(letters) if letters.count(n) == 1 and n not in dots))
-    return terms, result.replace("...", dots)
 
 
 def _einsum_pairs(path: Sequence[int] | None, count: int) -> list[tuple[int, int]]:

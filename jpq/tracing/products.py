@@ -113,7 +113,8 @@ def _bind_matmul(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Oper
 def _bind_addmm(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Operands:
     values = _bound("input|self mat1 mat2", args, {k: v for k, v in kwargs.items() if k not in ("beta", "alpha")})
     bias = values["input"]
-    if {kwargs.get("beta", 1), kwargs.get("alpha", 1)} != {1} or bias.numel() != values["mat2"].shape[1]:
+    columns = values["mat2"].shape[1]
+    if {kwargs.get("beta", 1), kwargs.get("alpha", 1)} != {1} or not bias.numel() == columns == bias.shape[-1]:
         raise ValueError("what is added is no bias")
     return Operands((values["mat1"], values["mat2"]), bias, {"terms": ("XZ", "ZY"), "result": "XY"})
 
@@ -137,27 +138,25 @@ def _bind_einsum(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Oper
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
     a, b = operands
-    terms, result = _expand(equation, (a.dim(), b.dim()))
-    return Operands((a, b), None, {"terms": terms, "result": result})
-
-
-def _expand(equation: str, ranks: tuple[int, int]) -> tuple[tuple[str, str], str]:
-    """The letters of both operands and of the result, ellipses written out. Raises ValueError for other equations."""
-    left, arrow, result = equation.replace(" ", "").partition("->")
-    first, second = left.split(",")
-    if not arrow:
-        once = sorted(letter for letter in set(left) - {",", "."} if left.count(letter) == 1)
-        result = ("..." if "..." in left else "") + "".join(once)
-    spare = [letter for letter in ascii_letters if letter not in equation]
-    terms = []
-    for term, rank in zip((first, second), ranks, strict=True):
-        missing = rank - len(term.replace("...", ""))
-        terms.append(term.replace("...", "".join(spare[len(spare) - missing :]) if missing else ""))
-    longest = max(rank - len(t.replace("...", "")) for t, rank in zip((first, second), ranks, strict=True))
-    result = result.replace("...", "".join(spare[len(spare) - longest :]) if longest else "")
+    terms, result = einsum_terms(equation, (a.dim(), b.dim()))
     if any(len(set(term)) < len(term) for term in (*terms, result)):
         raise ValueError("a letter twice in one term")
-    return (terms[0], terms[1]), result
+    return Operands((a, b), None, {"terms": tuple(terms), "result": result})
+
+
+def einsum_terms(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """The indices of each operand and of the result, `...` written out as unused letters."""
+    text, arrow, result = equation.replace(" ", "").partition("->")
+    terms = text.split(",")
+    free = [letter for letter in ascii_letters if letter not in equation]
+    ranked = list(zip(terms, ranks, strict=True))
+    wide = max((rank - len(term) + 3 for term, rank in ranked if "..." in term), default=0)
+    dots = "".join(free[:wide])
+    terms = [term.replace("...", dots[wide - (rank - len(term) + 3) :]) for term, rank in ranked]
+    if not arrow:
+        letters = "".join(terms)
+        result = "..." + "".join(sorted(n for n in set(letters) if letters.count(n) == 1 and n not in dots))
+    return terms, result.replace("...", dots)
 
 
 _BINDERS: dict[str, Callable[[str, Sequence[Any], dict[str, Any]], Operands]] = {
@@ -197,8 +196,8 @@ def _contraction(found: Operands, weight: int) -> Product | None:
     rest = [letter for letter in in_letters if letter not in summed]
     if set(summed) & set(result) or set(w_letters) - set(summed) - set(outputs) or set(rest) - set(result):
         return None
-    if not summed or not outputs:
-        return None
+    if not summed or not outputs or (found.bias is not None and weight == 0):
+        return None  # addmm adds its bias along the columns of the second operand
     summed = [letter for letter in in_letters if letter in summed]
     view = w.permute([w_letters.index(letter) for letter in (*outputs, *summed)])
     sizes = [w.shape[w_letters.index(letter)] for letter in outputs]

@@ -376,6 +376,23 @@ def test_another_product_than_was_read_is_refused() -> None:
         plain(torch.randn(1, 3, 9, 9))
 
 
+def test_a_sum_along_the_other_operand_is_no_bias() -> None:
+    class Columns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.zeros(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, self.weight, x)
+
+    class Rows(Columns):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias[:, None], x.t(), self.weight.t())
+
+    for model in (Columns(), Rows()):  # zeros hide it in the outputs
+        assert find_routes(model, torch.randn(5, 6)) == ()
+
+
 def test_routes_of_another_model_are_refused() -> None:
     model, x = made("addmm")
     routes = find_routes(model, x)

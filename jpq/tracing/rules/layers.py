@@ -10,9 +10,9 @@ from torch import nn
 from torch.fx import Node
 
 from jpq.tracing.call_sizes import COUNT
-from jpq.tracing.contractions import einsum_terms
 from jpq.tracing.network import LayerKind
 from jpq.tracing.op_call import Dims, LayerCall, OpCall, rule, shape_of
+from jpq.tracing.products import einsum_terms
 from jpq.types import NONE, Labels
 
 

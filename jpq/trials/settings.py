@@ -31,6 +31,7 @@ STEP = 0.05  # step between the densities that trials choose from
 
 STUDY_FILE = "study.toml"
 SETTINGS, WEIGHTS, CHANCE = "settings", "float weights", "accuracy of guessing"  # user attributes of the study
+DATA_PATH = "data_path"  # beside the recorded settings: the data with their absolute path on the first worker's machine
 WORKER_SETTINGS = ("name", "trials", "storage", "dead_after", "pictures")  # each worker may choose its own
 
 
@@ -230,14 +231,34 @@ def parse_bops_share(text: str) -> Fraction:
 
 def write_study(config: Config, study: Study, path: Path) -> None:
     """Save the task's settings and a table [study] as TOML, with absolute paths and without passwords."""
-    task, weights = config.task, config.task.weights
-    task = replace(task, weights=weights and weights.resolve(), data_root=task.data_root.resolve())
-    table = config.budget.latency_table
-    config = replace(config, task=task, budget=replace(config.budget, latency_table=table and table.resolve()))
+    config = with_absolute_paths(config)
     values = asdict(replace(study, storage=stored_url(study.storage)))
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
     text = tomli_w.dumps({**to_tree(config), "study": plain})
     replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The config with absolute paths of all files that it names, its data KIND:PATH among them."""
+
+    def absolute(path: Path | None) -> Path | None:
+        return None if path is None else path.resolve()
+
+    task, budget, decide = config.task, config.budget, config.decide
+    data = _absolute_data(task.data)
+    task = replace(task, weights=absolute(task.weights), data=data, data_root=task.data_root.resolve())
+    budget = replace(budget, latency_table=absolute(budget.latency_table))
+    decide = replace(decide, sensitivity=absolute(decide.sensitivity), mask=absolute(decide.mask))
+    return replace(config, task=task, budget=budget, decide=decide)
+
+
+def _absolute_data(data: str) -> str:
+    """The name of data with an absolute path where it is KIND:PATH and they lie here; else as it is."""
+    from jpq.tasks.data import READERS  # imports torch, which --help does without
+
+    kind, _, path = data.partition(":")
+    is_here = kind in READERS and kind != "sklearn" and path and Path(path).exists()
+    return f"{kind}:{Path(path).resolve()}" if is_here else data
 
 
 def read_study(path: Path) -> tuple[Config, Study]:
@@ -285,7 +306,9 @@ def check_directions(shared: optuna.Study, directions: Sequence[StudyDirection])
 
 def record_settings(config: Config, study: Study, shared: optuna.Study) -> None:
     """Record the settings in the storage. They come last: a study that has them has all else (`is_recorded`)."""
-    shared.set_user_attr(SETTINGS, _shared_settings(config, study))
+    tree = _shared_settings(config, study)
+    tree["task"][DATA_PATH] = _absolute_data(config.task.data)
+    shared.set_user_attr(SETTINGS, tree)
 
 
 def _shared_settings(config: Config, study: Study) -> dict[str, dict[str, Any]]:
@@ -294,11 +317,22 @@ def _shared_settings(config: Config, study: Study) -> dict[str, dict[str, Any]]:
     tree["run"] = {"seed": config.run.seed}
     for name in ("weights", "data_root"):  # paths of this machine
         tree["task"].pop(name, None)
-    if config.budget.latency_table is not None:  # its content, not its path
-        tree["budget"]["latency_table"] = hashlib.sha256(config.budget.latency_table.read_bytes()).hexdigest()[:12]
+    for section, name in (("budget", "latency_table"), ("decide", "sensitivity"), ("decide", "mask")):
+        path = getattr(getattr(config, section), name)
+        if path is not None:  # its content, not its path
+            tree[section][name] = _content_digest(path)
     tree["study"] = {f.name: getattr(study, f.name) for f in fields(study) if f.name not in WORKER_SETTINGS}
     plain: dict[str, dict[str, Any]] = json.loads(json.dumps(tree))
     return plain
+
+
+def _content_digest(path: Path) -> str:
+    """The first twelve digits of the SHA-256 of a file; of a folder, of the files in it by their names."""
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update((file.name.encode() if path.is_dir() else b"") + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def check_agreement(config: Config, study: Study, weights: str, shared: optuna.Study) -> None:
@@ -309,12 +343,14 @@ def check_agreement(config: Config, study: Study, weights: str, shared: optuna.S
         weights: digest of its float weights.
         shared: the study in its storage.
     """
-    ours = _shared_settings(config, study)
-    theirs = shared.user_attrs[SETTINGS]
+    ours, spelled = _shared_settings(config, study), to_tree(config)  # earlier versions recorded paths as spelled
+    theirs = {section: dict(table) for section, table in shared.user_attrs[SETTINGS].items()}
+    if theirs["task"].pop(DATA_PATH, None) == _absolute_data(config.task.data):  # however they are spelled
+        theirs["task"]["data"] = config.task.data
     for section in ours:
         for key in sorted({*ours[section], *theirs.get(section, {})}):
             mine, recorded = ours[section].get(key), theirs.get(section, {}).get(key)
-            if mine != recorded:
+            if recorded not in (mine, spelled.get(section, {}).get(key, mine)):
                 raise JpqError(
                     f"Study '{study.name}' was begun with --{key.replace('_', '-')} {_format_setting(recorded)}, "
                     f"and here it is {_format_setting(mine)}. Go on with the study's own settings "

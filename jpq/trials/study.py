@@ -33,6 +33,7 @@ from jpq.trials.settings import (
     check_is_ours,
     is_recorded,
     record_settings,
+    with_absolute_paths,
     write_study,
 )
 from jpq.trials.space import Space, check_names
@@ -106,7 +107,8 @@ def study(
     with exclusive(folder):
         storage = open_storage(settings.storage, folder, settings.dead_after)
         weights, digest = prepare_float_weights(config, folder / "float.safetensors", observer)
-    started = replace(config, task=replace(config.task, weights=weights.resolve()))  # --out may be spelled otherwise
+    started = with_absolute_paths(config)  # which may be spelled otherwise when the study goes on
+    started = replace(started, task=replace(started.task, weights=weights.resolve()))
     preview = Preview(started)
     if asked.budget.has_accuracy_target:
         read_limit(asked.budget, preview.task)

@@ -32,6 +32,7 @@ from jpq.tasks import CLASSIFICATION, task_record
 from jpq.tasks.classification import Classification
 from jpq.training.history import EpochRecord
 from jpq.trials import early_stopping, samplers, status
+from jpq.trials import settings as study_settings
 from jpq.trials import study as trials_study
 from jpq.trials import trial as one_trial
 from jpq.trials.early_stopping import MetricCurve
@@ -611,6 +612,38 @@ def test_a_study_goes_on_from_another_folder(tmp_path, weights, formula, monkeyp
     assert len(formula) == 3
     assert not [*there.iterdir()]
     assert len({config.task.weights for config in formula}) == 1, "the run's folder depends on it"
+
+
+def test_files_of_a_study_are_found_and_compared_from_every_folder(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "photos").mkdir(parents=True)
+    there.mkdir()
+    monkeypatch.chdir(here)
+    for name in ("table.csv", "mask.json"):
+        Path(name).write_text(name, encoding="utf-8")
+    decide = jpq.config.Decide(method="measured", sensitivity=Path("table.csv"), mask=Path("mask.json"))
+    config = Config(task=Task(data="folder:photos"), decide=decide)
+    shared = optuna.create_study()
+    shared.set_user_attr(study_settings.WEIGHTS, "w")
+    study_settings.record_settings(config, Study(), shared)
+    study_settings.write_study(config, Study(), here / "study.toml")
+    monkeypatch.chdir(there)
+    again, _ = study_settings.read_study(here / "study.toml")
+    assert again.task.data == f"folder:{here / 'photos'}"
+    assert (again.decide.sensitivity, again.decide.mask) == (here / "table.csv", here / "mask.json")
+    study_settings.check_agreement(again, Study(), "w", shared)
+    Path("table.csv").write_text("another", encoding="utf-8")
+    other_table = replace(again, decide=replace(again.decide, sensitivity=Path("table.csv")))
+    other_data = replace(again, task=replace(again.task, data="folder:elsewhere"))
+    for other, flag in ((other_table, "sensitivity"), (other_data, "data folder:photos")):
+        with pytest.raises(JpqError, match=flag):
+            study_settings.check_agreement(other, Study(), "w", shared)
+    recorded = shared.user_attrs[study_settings.SETTINGS]  # as earlier versions did: paths as they were spelled
+    del recorded["task"]["data_path"]
+    recorded["decide"] |= {"sensitivity": "table.csv", "mask": "mask.json"}
+    shared.set_user_attr(study_settings.SETTINGS, recorded)
+    monkeypatch.chdir(here)
+    study_settings.check_agreement(config, Study(), "w", shared)
 
 
 def test_names_to_choose_from_are_read_once_and_without_spaces():

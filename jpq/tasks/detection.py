@@ -52,6 +52,7 @@ class Detection(Task):
     metric_bounds = (0.0, 1.0)
     output_name = "boxes with class scores"
     decision_name = "box"
+    divergence_unit = "nats and squared sides of anchors"
     packages = ("torchmetrics", "pycocotools")
 
     def loss(self, output: Tensor, target: Any) -> Tensor:

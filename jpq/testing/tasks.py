@@ -38,10 +38,12 @@ def check_task(task: Task, output: Tensor | None = None, target: Tensor | None =
         task: an instance.
         output: outputs that are right for each sample, and `target`: their targets. Default: `task.example_batch`.
 
-    Raises AssertionError with the law that is broken.
+    Raises AssertionError with the law that is broken, and JpqError where only one of output and target is given.
     """
-    if output is None or target is None:
+    if output is None and target is None:
         output, target = task.example_batch(SAMPLES, OUTPUTS)
+    if output is None or target is None:
+        raise JpqError("check_task takes outputs together with their targets: give both, or none of them.")
     generator = torch.Generator().manual_seed(1)  # not that of example_batch
     random = tuple(
         output.mean() + output.std() * torch.randn(output.shape, generator=generator, dtype=output.dtype)
@@ -52,7 +54,7 @@ def check_task(task: Task, output: Tensor | None = None, target: Tensor | None =
 
 
 def _names_are_texts(task: Task, _: Example, name: str) -> None:
-    for key in ("name", "metric_name", "output_name", "decision_name", "sample_name"):
+    for key in ("name", "metric_name", "output_name", "decision_name", "sample_name", "divergence_unit"):
         text = getattr(task, key, "")
         expect(isinstance(text, str) and text.strip(), f"{name}: {key} is empty.")
     expect(isinstance(task.metric_unit, str), f"{name}: metric_unit is not a text; one without a unit has ''.")

@@ -51,6 +51,8 @@ def test_distillation_is_the_divergence_of_softened_scores_times_the_square_of_t
 def test_divergences_of_probabilities_are_in_nats():
     for name in ("classification", "segmentation", "multi-label"):
         assert TASKS[name].divergence_unit == "nats"
+    assert "nats" in TASKS["detection"].divergence_unit
+    assert "anchors" in TASKS["detection"].divergence_unit
     assert "variance" in TASKS["regression"].divergence_unit
     assert "peak" in TASKS["restoration"].divergence_unit
 

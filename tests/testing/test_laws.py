@@ -409,6 +409,13 @@ def test_a_broken_structure_is_noticed(structure, law):
         check_structure(structure)
 
 
+def test_outputs_are_given_with_their_targets():
+    task = Classification()
+    with pytest.raises(JpqError, match="give both"):
+        check_task(task, torch.eye(3))
+    check_task(task, 9 * torch.eye(3), torch.arange(3))
+
+
 def test_a_structure_of_a_traced_network_needs_its_sizes():
     import numpy as np
 

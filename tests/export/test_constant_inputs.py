@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
+from onnx import helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import jpq
+from jpq.export.onnx.constant_inputs import read_constants_as_rows
 from jpq.export.runtimes import Session
 
 
@@ -57,3 +60,22 @@ def test_a_default_session_computes_what_the_model_computes(make, tmp_path: Path
     options.log_severity_level = 3
     onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     assert b"MatMulNBits" not in fused.read_bytes()
+
+
+@pytest.mark.parametrize("keys", [[8, 4], [2, 8, 4]])
+def test_constants_times_keys_of_each_sample_stay_as_they_are(keys: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    constants = {"c": rng.normal(size=(2, 5, 8)).astype(np.float32), "s": np.float32(0.05), "z": np.uint8(128)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["c", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("MatMul", ["d", "k"], ["y"]),
+    ]
+    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    sides = [helper.make_tensor_value_info(name, 1, dims) for name, dims in (("k", keys), ("y", [2, 5, 4]))]
+    graph = helper.make_graph(nodes, "g", sides[:1], sides[1:], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    k = torch.randn(*keys)
+    before = Session(model)(k)
+    read_constants_as_rows(model)
+    torch.testing.assert_close(Session(model)(k), before)

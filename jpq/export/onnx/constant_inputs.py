@@ -51,9 +51,19 @@ def _products_of(graph: Graph, quantize: NodeProto) -> list[NodeProto]:
         if len(products) > 1:
             return []
         node = products[0]
-    reads = [node.op_type == "MatMul" and node.input[0] != node.input[1] for node in products]
-    first = all(product.input[0] == node.output[0] for product in products)
-    return products if node.op_type == "DequantizeLinear" and first and all(reads) else []
+    first = all(product.op_type == "MatMul" and product.input[0] == node.output[0] for product in products)
+    matrices = first and all(_is_matrix(graph, p.input[1]) and p.input[0] != p.input[1] for p in products)
+    return products if node.op_type == "DequantizeLinear" and matrices else []
+
+
+def _is_matrix(graph: Graph, name: str) -> bool:
+    """Whether a tensor is a stored weight of two dims; keys of every sample, [batch, n, m], are none."""
+    while name not in graph.constants:
+        producer = graph.producers.get(name)
+        if producer is None or producer.op_type not in (*_ROUNDING, "Transpose"):
+            return False
+        name = producer.input[0]
+    return graph.array(name).ndim == 2
 
 
 def _multiply_rows(graph: Graph, quantize: NodeProto, products: list[NodeProto]) -> None:

@@ -284,7 +284,6 @@ def gains(known: pd.DataFrame) -> pd.DataFrame:
                     "gain": float(gain.mean()),
                     "standard_error": error,
                     "kept": "" if line == TODAY else {1: "yes", 0: "no", -1: "worse"}[sign],
-                    "seconds": float(part[part.line == line].seconds.median()),
                 }
             )
     return pd.DataFrame(rows)
@@ -298,14 +297,13 @@ def recipe_table() -> str:
         lines += [
             f"{setting}; held-out accuracy:",
             "",
-            "| line | instead of today's | n | accuracy % | gain, points | exceeds two standard errors | seconds |",
-            "|---|---|---|---|---|---|---|",
+            "| line | instead of today's | n | accuracy % | gain, points | exceeds two standard errors |",
+            "|---|---|---|---|---|---|",
         ]
         for row in part.itertuples():
             gain = "" if row.line == TODAY else f"{100 * row.gain:+.2f} +- {100 * row.standard_error:.2f}"
             lines.append(
-                f"| {row.line} | {LINES[row.line][0]} | {row.n} | {100 * row.accuracy:.2f} | {gain} | {row.kept} "
-                f"| {row.seconds:.0f} |"
+                f"| {row.line} | {LINES[row.line][0]} | {row.n} | {100 * row.accuracy:.2f} | {gain} | {row.kept} |"
             )
         lines.append("")
     return "\n".join(lines)

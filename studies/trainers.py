@@ -7,7 +7,8 @@
 on 1,000 sentences of SST-2 (--sst2: the folder with train.tsv, dev.tsv and test.tsv) at 2 %, `jpq.optimize` and Hugging
 Face's Trainer. Adam with a cosine rate, distillation 1.0 at temperature 2, half of the steps search. The trainers have
 one cosine over all steps where jpq has one for each phase, and their own order of the samples. Lightning clips no
-gradients unless told so; here it is (at a norm of 5, as jpq does), and once it is not. Rows that the CSV has are not measured again. Columns:
+gradients unless told so; here it is (at a norm of 5, as jpq does), and once it is not. Rows that the CSV has are not
+measured again. Columns:
 
     used        counted BOPs of the small model over the budget, at most 1
     accuracy    of the small model on the test split; float_accuracy: of the model that it was made from

@@ -61,7 +61,7 @@ ESTIMATORS = {
 SAMPLES = 512  # of the calibration
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # of a site's units, beside all of them
 NORM_BATCHES = 4  # that BatchNorm's statistics are measured on
-PART = 16  # samples that a CPU computes at a time: their activations stay in its caches
+PART = 16  # samples that each thread of a CPU computes at a time: their activations stay in its caches
 
 
 def _without_masks(module: nn.Module, weight: Tensor) -> Tensor:
@@ -394,7 +394,8 @@ class Probe:
 def _parts(x: Any) -> tuple[Any, ...]:
     """The parts of a batch that are computed at a time."""
     first = next(iter(collect_tensors(x)), None)
-    return split_samples(x, PART) if first is not None and first.is_cpu else (x,)
+    on_cpu = first is not None and first.is_cpu
+    return split_samples(x, PART * torch.get_num_threads()) if on_cpu else (x,)
 
 
 @dataclass

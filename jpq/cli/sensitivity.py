@@ -75,8 +75,8 @@ def run_sensitivity(flags: Sensitivity, console: Console) -> None:
     """Measure, write, draw and print a table. Raises JpqError for settings, files and tasks that cannot work."""
     check_flags(flags)
     from jpq.allocation.decision_data import calibration_inputs
-    from jpq.allocation.measured.estimate import check_estimator, check_samples, estimate_cost, pick_estimator
-    from jpq.allocation.measured.partial import partial_path
+    from jpq.allocation.measured.estimate import AUTO, check_estimator, check_samples, estimate_cost, pick_estimator
+    from jpq.allocation.measured.partial import noted_estimator, partial_path
     from jpq.allocation.measured.table import write_table
     from jpq.results import sensitivity as measuring
     from jpq.training.environment import set_threads
@@ -93,7 +93,8 @@ def run_sensitivity(flags: Sensitivity, console: Console) -> None:
     set_threads(flags.threads, probed.network.macs * flags.batch_size)
     partial = partial_path(flags.out)
     cost = estimate_cost(probed.probe, flags.w_bits, flags.a_bits)
-    estimator, why = pick_estimator(flags.estimator, cost)
+    noted = noted_estimator(partial) if flags.resume and flags.estimator == AUTO else None
+    estimator, why = pick_estimator(noted or flags.estimator, cost)
     print_line(console, escape(f"{estimator}: {why}."))
     print_line(console, escape(measuring.describe_cost(cost, estimator, probed.probe.samples) + "."))
     start = time.perf_counter()
@@ -142,7 +143,7 @@ def load(flags: Sensitivity, console: Console) -> tuple[Data, nn.Module]:
     for note in notes:
         print_line(console, f"[yellow]note[/] {escape(note)}")
     if config.task.weights is None:
-        kept = flags.out.with_name(f"{flags.out.stem}.float.safetensors")
+        kept = kept_weights(flags.out)
         count = flags.float_epochs
         epochs = "1 epoch" if count == 1 else f"{count} epochs"
         print_line(console, escape(f"No --weights: the float model is trained first, for {epochs}."))
@@ -154,6 +155,11 @@ def load(flags: Sensitivity, console: Console) -> tuple[Data, nn.Module]:
         save_tensors(model, kept)
         print_line(console, escape(f"Its weights: {kept}."))
     return data, model
+
+
+def kept_weights(out: Path) -> Path:
+    """The file beside a table that holds the float model that was trained for it."""
+    return out.with_name(f"{out.stem}.float.safetensors")
 
 
 def draw(found: SensitivityTable, probed: SensitivityProbe, flags: Sensitivity, data: Data) -> None:
@@ -185,7 +191,8 @@ def report(
     lines = (
         f"{cost.changes} entries in {seconds:.0f} s{memory}.",
         f"{flags.out}: the table; {flags.out.with_suffix('.png')}: the heat map.",
-        f"Next: jpq optimize --method measured --sensitivity {flags.out} --target-bops 1% and the same model and data",
+        f"Next: jpq optimize --method measured --sensitivity {flags.out} --target-bops 1% and the same model and data"
+        + (f", with --weights {kept_weights(flags.out)}" if flags.weights is None else ""),
     )
     for line in lines:
         print_line(console, escape(line))

@@ -125,3 +125,10 @@ def test_two_hundred_layers_are_solved_without_an_integer_programme(
     assert all(c <= limit for c, limit in zip(total_costs(groups, choice), limits, strict=True))
     ours, theirs = (sum(float(g.values[i]) for g, i in zip(groups, p, strict=True)) for p in (choice, by_programme))
     assert ours <= theirs * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("limits", [[2.0], [2.0, 3.0]])
+def test_no_choice_at_all_has_no_price(limits: list[float]) -> None:
+    assert prices([], limits).tolist() == [0.0] * len(limits)
+    with pytest.raises(JpqError, match="No choice of bits and channels meets the targets"):
+        prices([], [*limits[1:], -1.0])

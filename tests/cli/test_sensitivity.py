@@ -1,5 +1,7 @@
 """`jpq sensitivity` as a user calls it: files, interruption and bad input; and `jpq.sensitivity`."""
 
+import json
+
 import pytest
 import torch
 from convnet import EXAMPLE, convnet
@@ -81,7 +83,14 @@ def test_the_command_writes_table_and_picture(tmp_path, capsys, monkeypatch):
     torch.manual_seed(0)
     flags = ["--float-epochs", "1", "--samples", "64", "--w-bits", "2", "3", "--a-bits", "2", "3", "--out", "t.csv"]
     assert main(["sensitivity", *flags]) == 0
-    assert "most sensitive" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "most sensitive" in said
     assert (tmp_path / "t.png").stat().st_size > 1000
     assert read_table(tmp_path / "t.csv").samples == 64
     assert (tmp_path / "t.float.safetensors").is_file()
+    assert "--weights t.float.safetensors" in said
+    head = read_table(tmp_path / "t.csv")
+    notes = {"format": 3, "estimator": "coarse", "model": head.model, "calibration": head.calibration}
+    (tmp_path / "t.csv.part").write_text(json.dumps({**notes, "w_bits": [2, 3], "a_bits": [2, 3]}) + "\n")
+    assert main(["sensitivity", *flags, "--resume"]) == 0  # goes on as it began, whatever a pass takes now
+    assert read_table(tmp_path / "t.csv").estimator == "coarse"

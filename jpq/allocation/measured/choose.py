@@ -88,6 +88,8 @@ def prices(groups: Sequence[Group], limits: Sequence[float]) -> Floats:
 
 def _prices(groups: Sequence[Group], limits: Floats) -> Floats | None:
     """The prices of options that no other one beats; None where the linear relaxation has no solution."""
+    if not groups:
+        return np.zeros(len(limits)) if (limits >= 0).all() else None
     if len(limits) == 1:
         return _single_price(groups, float(limits[0]))
     values, matrix, picks = _programme(groups, limits)

@@ -100,6 +100,18 @@ def read_partial(path: Path, head: Mapping[str, Any]) -> dict[Change, float]:
     return known
 
 
+def noted_estimator(path: Path) -> str | None:
+    """The estimator whose entries an interrupted measurement has noted; None where no file says it."""
+    if not path.exists():
+        return None
+    first = untrusted.read_text(path, "list of measured entries").partition("\n")[0]
+    try:
+        name = json.loads(first)["estimator"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return name if isinstance(name, str) else None
+
+
 def partial_path(out: Path) -> Path:
     """The file beside a table that its entries are noted in."""
     return out.with_name(f"{out.name}.part")

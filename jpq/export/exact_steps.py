@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from jpq.compression.masking import original
-from jpq.export.packed.batchnorm_folding import Pair, find_pairs
+from jpq.export.packed.batchnorm_folding import Pair, exact_pairs, find_pairs
 from jpq.export.verify import EXACT, difference
 from jpq.methods.quantizers import IntegerQuantizer, act_quantizer, is_quantized, result_quantizer, weight_quantizer
 from jpq.tracing.forward import eval_mode
@@ -77,9 +77,7 @@ def round_weight_steps(model: nn.Module, example: Any) -> list[str]:
 def foldable_pairs(model: nn.Module, example: Any) -> list[Pair]:
     """(layer, norm) of each norm that alone reads a layer: folding it changes nothing but rounding."""
     pairs = [pair for pair in find_pairs(model, example) if _has_gains(model, *pair)]
-    if not pairs or _is_neutral(model, pairs, example):
-        return pairs
-    return [pair for pair in pairs if _is_neutral(model, [pair], example)]  # other modules read a layer too
+    return exact_pairs(pairs, lambda some: _is_neutral(model, some, example))
 
 
 def _has_gains(model: nn.Module, layer: str, norm: str) -> bool:

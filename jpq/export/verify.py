@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from jpq.compression.model import CompressedModel
 from jpq.export.runtimes import Session
 from jpq.tasks import CLASSIFICATION, Classification
 from jpq.tasks.base import Task, sample_difference
 from jpq.tracing.double_casts import in_double
-from jpq.tracing.forward import batch_size, call_model, collect_tensors
+from jpq.tracing.forward import batch_size, call_model, collect_tensors, eval_mode, register_dataclasses
 from jpq.types import JpqError
 
 OPENED = "masked_vs_rebuilt_at_landing_with_open_norms"  # key of the difference where the models cannot be equal
@@ -40,6 +42,8 @@ FAR_OFF = 0.1  # largest difference, as a share of the outputs' range, that boun
 FEW = 2  # samples or decisions that may differ however few there are
 
 METRIC_DIFFERS = 0.001  # share of the metric's range by which file and model may differ, or one sample's share
+
+KEPT_BYTES = 2**29  # of a network's outputs that are kept for the next comparison over the same batches
 
 CLOSE = 1e-3  # relative difference in float32 below which no rounding boundary was crossed
 
@@ -66,6 +70,11 @@ def verify(
         batches: samples for the comparison in float32 and onnxruntime; example: a batch for float64.
         task: says which outputs are the same decision; None where it is unknown (see `compare`).
     """
+    return rebuilt(masked, small, example) | exported(small, path, batches, task)
+
+
+def rebuilt(masked: nn.Module, small: nn.Module, example: Any) -> dict[str, Any]:
+    """Difference between masked and rebuilt model in float64, as `verify` has it. Raises JpqError as it does."""
     small.eval()
     exact = difference(masked, small, example)
     opened = isinstance(masked, CompressedModel) and masked.opened > 0
@@ -73,7 +82,7 @@ def verify(
         raise JpqError(
             f"The rebuilt model is not the masked one: they differ by {exact:.2e} in float64. This is a bug in jpq."
         )
-    return {OPENED if opened else "masked_vs_rebuilt_float64": exact} | exported(small, path, batches, task)
+    return {OPENED if opened else "masked_vs_rebuilt_float64": exact}
 
 
 def exported(small: nn.Module, path: str | Path, batches: Iterable[Pair], task: Task | None = None) -> dict[str, Any]:
@@ -87,15 +96,90 @@ def exported(small: nn.Module, path: str | Path, batches: Iterable[Pair], task: 
     rebuilt model crosses boundaries by itself, in float64 instead of float32 on the first batch, is reported beside
     them and decides nothing. onnxruntime's default optimisations replace layers by integer kernels and round biases to
     32-bit integers for them; their effect is reported as well.
-    `batches` are read three times.
+    `batches` are read three times. Sessions have as many threads as PyTorch has.
     """
-    path = Path(path)
-    outside = compare(small, Session(path, optimised=False), batches, task)
+    return _compare_file(small, KeptOutputs(small), _default_session(path), path, batches, task)
+
+
+def exported_with_metric(small: nn.Module, path: str | Path, batches: Any, task: Task) -> dict[str, Any]:
+    """What `exported` gives, and under "metric" what `compare_metrics` gives; each network runs once over the batches.
+
+    `batches` have their number of samples as `size`, and are read five times.
+    """
+    model, default = KeptOutputs(small), KeptOutputs(_default_session(path))
+    record = _compare_file(small, model, default, path, batches, task)
+    return record | {"metric": _compare_metrics(model, default, path, batches, task)}
+
+
+class KeptOutputs:
+    """A network or session whose outputs for batches that it has seen are kept: it runs once for each of them.
+
+    Batches are known by their numbers, in whatever order they come. Nothing is kept of batches with parts that have no
+    numbers to know them by, nor beyond `KEPT_BYTES` in all.
+    """
+
+    def __init__(self, net: Callable[..., Any]):
+        self.net = net
+        self._outputs: dict[str, Any] = {}
+        self._bytes = 0
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs for one batch, in evaluation mode; the caller may change them."""
+        key = _fingerprint((args, kwargs))
+        if key in self._outputs:
+            return _copied(self._outputs[key])
+        with eval_mode(self.net) if isinstance(self.net, nn.Module) else nullcontext():
+            output = self.net(*args, **kwargs)
+        size = sum(t.numel() * t.element_size() for t in collect_tensors(output))
+        if key and self._bytes + size <= KEPT_BYTES:
+            self._bytes += size
+            self._outputs[key] = _copied(output)
+        return output
+
+
+def _copied(output: Any) -> Any:
+    """A nested output with tensors of its own."""
+    register_dataclasses(output)
+    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, output)
+
+
+def _fingerprint(inputs: Any) -> str:
+    """A digest of the numbers, types and structure of nested inputs; "" where they hold something else."""
+    register_dataclasses(inputs)
+    leaves, structure = tree_flatten(inputs)
+    digest = hashlib.sha256(repr(structure).encode())
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+            digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif leaf is None or isinstance(leaf, (bool, int, float, str)):
+            digest.update(repr(leaf).encode())
+        else:
+            return ""
+    return digest.hexdigest()
+
+
+def _default_session(path: str | Path) -> Session:
+    """A session as users open it, with as many threads as PyTorch has."""
+    return Session(path, threads=torch.get_num_threads())
+
+
+def _compare_file(
+    small: nn.Module,
+    model: Callable[..., Any],
+    default: Callable[..., Any],
+    path: str | Path,
+    batches: Iterable[Pair],
+    task: Task | None,
+) -> dict[str, Any]:
+    """What `exported` gives; `model` and `default`: the rebuilt model and a default session, as they are to be run."""
+    outside = compare(model, Session(path, torch.get_num_threads(), optimised=False), batches, task)
     precise = copy.deepcopy(small).double()
     first_batch = [next(iter(batches))]
 
     rounding = compare(
-        small,
+        model,
         lambda *args, **kwargs: in_double(lambda: precise(*_widen(args), **_widen(kwargs))),
         first_batch,
         task,
@@ -108,7 +192,7 @@ def exported(small: nn.Module, path: str | Path, batches: Iterable[Pair], task: 
     warning = _beyond_limits(outside, itself)
     return {
         "rebuilt_vs_onnxruntime": outside,
-        "rebuilt_vs_onnxruntime_optimised": compare(small, Session(path), batches, task),
+        "rebuilt_vs_onnxruntime_optimised": compare(model, default, batches, task),
         "rebuilt_float32_vs_float64": rounding,
         **({"warning": warning} if warning else {}),
     }
@@ -125,15 +209,21 @@ def compare_metrics(small: nn.Module, path: Path, batches: Any, task: Task) -> d
         batches: (inputs, targets) pairs with their number of samples as `size`.
         task: gives the metric.
     """
-    session: Any = Session(path)
-    file, model = task.evaluate(_OnDevice(session), batches), task.evaluate(small, batches)
+    return _compare_metrics(small, _default_session(path), path, batches, task)
+
+
+def _compare_metrics(
+    model: Callable[..., Any], default: Callable[..., Any], path: str | Path, batches: Any, task: Task
+) -> dict[str, Any]:
+    """What `compare_metrics` gives; `model` and `default` as in `_compare_file`."""
+    file, score = task.evaluate(_OnDevice(default), batches), task.evaluate(model, batches)
     low, high = task.score_bounds
-    span = high - low if math.isfinite(high - low) else max(1.0, abs(model))
-    record: dict[str, Any] = {"file": file, "model": model}
-    if not abs(file - model) <= span * max(METRIC_DIFFERS, 1 / batches.size) * (1 + 1e-6):
+    span = high - low if math.isfinite(high - low) else max(1.0, abs(score))
+    record: dict[str, Any] = {"file": file, "model": score}
+    if not abs(file - score) <= span * max(METRIC_DIFFERS, 1 / batches.size) * (1 + 1e-6):
         record["warning"] = (
-            f"{path.name} in a default onnxruntime session has {task.metric_name} {task.score(file):.4g}, the "
-            f"PyTorch model {task.score(model):.4g}."
+            f"{Path(path).name} in a default onnxruntime session has {task.metric_name} {task.score(file):.4g}, the "
+            f"PyTorch model {task.score(score):.4g}."
         )
     return record
 

@@ -80,8 +80,7 @@ def finalize(
         copy_run(folder, config, out)
     path, export_record = export_model(small, plan, data, target, config)
     seen, raw = as_exported(small, data, config)
-    checked = verify.exported(seen, path, raw.test, data.task)
-    checked["metric"] = verify.compare_metrics(seen, path, raw.test, data.task)
+    checked = verify.exported_with_metric(seen, path, raw.test, data.task)
     for record in (checked, checked["metric"]):
         if "warning" in record:
             notes.insert(0, f"{WARNING}{record['warning']}")

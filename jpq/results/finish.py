@@ -216,11 +216,8 @@ def verify_models(
     """
     masked, _ = as_exported(net, data, run.config)
     small, data = as_exported(small, data, run.config)
-    if tuned is net:
-        record = verify.verify(masked, small, path, data.test, data.example, data.task)
-    else:
-        record = {verify.OPENED: run.opened, **verify.exported(small, path, data.test, data.task)}
-    record["metric"] = verify.compare_metrics(small, path, data.test, data.task)
+    record = verify.rebuilt(masked, small, data.example) if tuned is net else {verify.OPENED: run.opened}
+    record |= verify.exported_with_metric(small, path, data.test, data.task)
     for checked in (record, record["metric"]):
         if "warning" in checked:
             run.notes.insert(0, f"{WARNING}{checked['warning']}")

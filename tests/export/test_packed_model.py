@@ -17,6 +17,7 @@ import jpq
 from jpq import costs
 from jpq.compression.attach import attach
 from jpq.export.branches import Branches
+from jpq.export.exact_steps import round_weight_steps
 from jpq.export.packed import batchnorm_folding
 from jpq.export.packed.batchnorm_folding import fold_batchnorms
 from jpq.export.packed.file import load_packed
@@ -90,6 +91,22 @@ def test_a_norm_is_not_folded_where_something_else_reads_the_layer():
     net.freeze(net.plan())
     small, _ = rebuild(net, model)
     assert norms(fold_batchnorms(small, x)) == ["norm"]
+
+
+def test_norms_that_only_add_their_bias_are_folded_in_one_try(monkeypatch):
+    torch.manual_seed(0)
+    stages = [nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8, eps=1e-3), nn.ReLU6()) for _ in range(12)]
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 1), *stages).eval(), torch.randn(16, 3, 12, 12)
+    net = attach(model, trace(model, x), (), None, lambda layer: (Fixed(4), Fixed(4)), [x], "test")
+    net.freeze(net.plan())
+    small, _ = rebuild(net, model)
+    round_weight_steps(small, x)
+    runs = []
+    outputs = batchnorm_folding.outputs_in_double
+    monkeypatch.setattr(batchnorm_folding, "outputs_in_double", lambda models, x: runs.append(1) or outputs(models, x))
+    folded = fold_batchnorms(small, x)
+    assert (norms(small) != [], norms(folded), len(runs)) == (True, [], 2)
+    assert gap(folded(x), small(x)) < 1e-6
 
 
 def test_one_norm_of_many_that_stays_is_found_in_few_runs(monkeypatch):

@@ -8,6 +8,7 @@ from torch import nn
 import jpq
 from jpq.export import verify
 from jpq.export.onnx.export import export_onnx
+from jpq.tasks import CLASSIFICATION
 from jpq.types import JpqError
 
 
@@ -155,3 +156,64 @@ def test_models_that_cast_to_single_precision_are_verified(name, tmp_path):
     assert record["masked_vs_rebuilt_float64"] < 1e-9
     assert "warning" not in record
     assert small(x).dtype == torch.float32 == torch.get_default_dtype()
+
+
+class Split(list):
+    """Batches with their number of samples."""
+
+    size = 32
+
+
+@pytest.fixture
+def split(exported):
+    """The example's samples in four batches, with classes that the model gives."""
+    _, small, _, example = exported
+    with torch.no_grad():
+        classes = small(example).argmax(1)
+    return Split(zip(example.split(8), classes.split(8), strict=True))
+
+
+def test_file_and_metric_are_checked_in_one_pass_of_each_network(exported, split):
+    _, small, path, _ = exported
+    apart = verify.exported(small, path, split, CLASSIFICATION)
+    apart["metric"] = verify.compare_metrics(small, path, split, CLASSIFICATION)
+    calls = []
+    handle = small.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        together = verify.exported_with_metric(small, path, split, CLASSIFICATION)
+    finally:
+        handle.remove()
+    assert together == apart
+    assert together["metric"] == {"file": 1.0, "model": 1.0}
+    assert len(calls) == 4 + 1  # its double-precision copy has the hook too, and runs on the first batch
+
+
+def test_outputs_that_are_kept_are_known_by_their_batch_and_belong_to_the_caller():
+    runs = []
+    net = verify.KeptOutputs(lambda x, scale=1: runs.append(1) or {"y": x * scale})
+    one, two = torch.ones(2, 3), torch.zeros(2, 3)
+    net(one)["y"].add_(5)
+    assert torch.equal(net(two)["y"], two)
+    assert torch.equal(net(one.clone())["y"], one)
+    assert torch.equal(net(one, scale=2)["y"], 2 * one)
+    assert torch.equal(net(one.double())["y"], one.double())
+    assert len(runs) == 4
+
+
+def test_outputs_are_not_kept_beyond_the_limit_or_for_unknown_parts(monkeypatch):
+    runs = []
+    net = verify.KeptOutputs(lambda *inputs: runs.append(1) or inputs[0] + 1)
+    x, part = torch.ones(2, 3), object()
+    for _ in range(2):
+        assert torch.equal(net(x, part), x + 1)
+    assert len(runs) == 2
+    monkeypatch.setattr(verify, "KEPT_BYTES", 4 * 6)
+    for number in (0, 1, 0, 1):
+        assert torch.equal(net(x * number), x * number + 1)
+    assert len(runs) == 5  # the first is kept, the second is not
+
+
+def test_a_model_in_training_mode_is_judged_in_evaluation_mode():
+    net = nn.Dropout(0.5).train()
+    assert torch.equal(verify.KeptOutputs(net)(torch.ones(100)), torch.ones(100))
+    assert net.training

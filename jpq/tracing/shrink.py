@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from jpq.tracing.call_sizes import CallSizes, is_call_size, parse_size, resize_calls
@@ -23,13 +24,19 @@ from jpq.tracing.open_norms import NormsWithoutStatistics
 from jpq.tracing.sites import Site, channels
 from jpq.types import JpqError, Labels
 
-FIXED_SIZE_REASON = "the model's code has fixed sizes there, or lets them follow others"
+FIXED_SIZE_REASON = "the model's code has fixed sizes there, computes with their number, or lets them follow others"
 
 UNTRIED_REASON = "a copy of the model could not be tried with fewer channels there"
 
 TOLERANCE = 1e-6  # relative difference in float64; a wrong head size or shuffle differs by far more
 
 FEW = 8  # sites of which each is tried once more without rewritten sizes; more are tried together only
+
+Number = tuple[str, str, float]  # operator, name of its argument, value
+
+_NUMBER_TYPES = ("Tensor", "number", "Optional[number]")  # of arguments, in schemas; int is the type of sizes and dims
+
+_COUNTING = (torch.ops.aten.arange.default, torch.ops.aten.arange.start, torch.ops.aten.arange.start_step)
 
 Slices = Mapping[str, Mapping[int, list[int]]]  # parameter, buffer or counting attribute -> dim -> kept indices
 
@@ -61,7 +68,8 @@ def freeze_unshrinkable(
 ) -> Network:
     """The network with those sites frozen whose units the model's code cannot lose.
 
-    Shapes are tried for every site, on the meta device. Sites with suspect classes (whose sizes a reshape or split
+    Shapes are tried for every site, on the meta device, and so are numbers that the code computes with: of channels
+    whose count is one (`x / x.shape[1]`), none can go. Sites with suspect classes (whose sizes a reshape or split
     names) are also computed, on random weights: masked and shrunk must agree, apart from norms that were opened; so
     are all sites of a model whose code asks for values, which the meta device has not.
 
@@ -175,7 +183,9 @@ class _Trial:
 
     def with_sizes(self, sizes: Mapping[str, Labels]) -> _Trial:
         """The same trial with sizes in calls that follow the channels that they count."""
-        return replace(self, network=replace(self.network, attributes={**self.network.attributes, **sizes}))
+        trial = replace(self, network=replace(self.network, attributes={**self.network.attributes, **sizes}))
+        vars(trial)["numbers"] = self.numbers  # of the whole model, where no size changes
+        return trial
 
     def accepts(self, sites: Sequence[Site], uncertain: Collection[int]) -> bool:
         """Whether all these sites pass together: shapes, and outputs of those with uncertain classes."""
@@ -187,18 +197,29 @@ class _Trial:
     @cached_property
     def meta_works(self) -> bool:
         """Whether the meta device says anything about this model."""
-        return self.shapes_fit(())
+        return self.numbers is not None
 
     def shapes_fit(self, sites: Sequence[Site]) -> bool:
-        """Whether the smaller copy runs on the meta device, which computes shapes only."""
-        small = _copy_with(self.model, lambda t: torch.empty_like(t, device="meta"))
+        """Whether the smaller copy runs on the meta device, which computes shapes only, with no number of its own."""
+        found = self._numbers_without(sites)
+        return found is not None and self.numbers is not None and found <= self.numbers
+
+    @cached_property
+    def numbers(self) -> set[Number] | None:
+        """The numbers that the whole model computes with; None where it does not run on the meta device."""
+        return self._numbers_without(())
+
+    def _numbers_without(self, sites: Sequence[Site]) -> set[Number] | None:
+        """The numbers that the smaller copy computes with; None where it does not run on the meta device."""
+        small, record = _copy_with(self.model, lambda t: torch.empty_like(t, device="meta")), _NumberRecord()
         try:
             with torch.no_grad(), torch.device("meta"):  # where tensors that the model makes for itself belong too
                 apply_slices(small, compute_slices(self.network, _drop_third(sites)))
-                small(*tree_map(_to_meta, self.args), **tree_map(_to_meta, self.kwargs))
+                with record:
+                    small(*tree_map(_to_meta, self.args), **tree_map(_to_meta, self.kwargs))
         except Exception:
-            return False
-        return True
+            return None
+        return record.found
 
     def outputs_agree(self, sites: Sequence[Site]) -> bool:
         """Whether masked and smaller copy have equal outputs in float64, on random weights."""
@@ -227,6 +248,22 @@ class _Trial:
             for tap in site.taps:
                 weight = model.get_parameter(self.network.layer(tap.layer).weight)
                 weight.mul_(tap.structure.expand(keep.to(weight.device), weight.shape))
+
+
+class _NumberRecord(TorchDispatchMode):
+    """Notes the numbers that operators compute with, such as factors and exponents, but neither sizes nor dims."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = set[Number]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for i, argument in enumerate(func._schema.arguments if func not in _COUNTING else ()):
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            if type(value) in (int, float) and str(argument.type) in _NUMBER_TYPES:
+                self.found.add((str(func), argument.name, value))
+        return func(*args, **kwargs)
 
 
 def _drop_third(sites: Sequence[Site]) -> list[int]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from zoo import IMAGE, Head, conv
 
 from jpq.tracing import shrink
@@ -85,6 +86,36 @@ def test_the_check_counts_runs_of_a_deep_network(monkeypatch: pytest.MonkeyPatch
     network = trace(Culprits(32, [17]), torch.zeros(1, 3, 4, 4))
     assert len(channels(network)) == 31
     assert len(runs) <= 20, "not one run for each of 32 sites"
+
+
+class Scaled(nn.Module):
+    """Two convolutions, and code between them that may compute with their number of channels."""
+
+    def __init__(self, scale: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.scale = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.scale(F.relu(self.a(x)))).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("scale", "freed"),
+    [
+        (lambda h: h / h.shape[1], 0),
+        (lambda h: h * h.size(1) ** -0.5, 0),
+        (lambda h: h.clamp(max=h[0].numel() / 100), 0),
+        (lambda h: h * torch.full_like(h, 1 / h.shape[1]), 0),
+        (lambda h: h / 8, 1),  # the number stays
+        (lambda h: h / h[0, 0].numel(), 1),  # positions
+        (lambda h: h.clamp(0, 6) ** 2 + 1e-5, 1),
+    ],
+)
+def test_channels_whose_number_the_code_computes_with_stay(scale: Callable[[Tensor], Tensor], freed: int) -> None:
+    network = trace(Scaled(scale), IMAGE)
+    assert len(channels(network)) == freed
+    if not freed:
+        assert {network.frozen[c] for c in network.layer("a").outputs.tolist()} == {FIXED_SIZE_REASON}
 
 
 def test_norms_without_parameters_know_how_many_channels_are_left() -> None:

@@ -45,8 +45,7 @@ def measure(small: nn.Module, example: Any) -> dict[str, int]:
     unbatched: list[str] = []
 
     def look(name: str, layer: Any, x: Tensor | None, _: Any) -> None:
-        rank = layer.weight.dim() if layer.weight.dim() > 2 else 2
-        if x is not None and x.dim() < rank:
+        if x is not None and x.dim() < layer.weight.dim() and counter.depends_on_inputs(x):
             unbatched.append(name)  # one sample without a batch dim
 
     layers = {n: m for n, m in small.named_modules() if is_quantized(m)}
@@ -80,6 +79,10 @@ class _MultiplicationCounter(TorchDispatchMode):
         self._made = WeakTensorKeyDictionary()  # others with sizes that code names (zeros, expand): is one a batch's?
         for tensor in inputs:
             self._varying[tensor] = True
+
+    def depends_on_inputs(self, tensor: Tensor) -> bool:
+        """Whether a tensor was computed from the inputs, or is one of them."""
+        return tensor in self._varying
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

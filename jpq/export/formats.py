@@ -12,14 +12,13 @@ from torch import nn
 
 from jpq.export import verify
 from jpq.export.onnx.export import export_onnx, export_qonnx
-from jpq.export.onnx.free_batch import pick_samples
 from jpq.export.onnx.quant_nodes import expand_quant_nodes
 from jpq.export.runtimes import Session
 from jpq.export.torch_export import export_pt2
 from jpq.export.verify import Pair
 from jpq.files.formats import FORMATS, Format
 from jpq.tasks.base import Task
-from jpq.tracing.forward import batch_dim, batch_size, call_model, collect_tensors
+from jpq.tracing.forward import batch_dim, batch_size, call_model, collect_tensors, pick_samples
 from jpq.types import JpqError
 
 __all__ = ["FORMATS", "Format", "check_agreement", "write", "write_onnx", "write_pt2", "write_qonnx"]

@@ -26,7 +26,15 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from jpq.files import untrusted
 from jpq.tracing.export_graph import restore_attributes
-from jpq.tracing.forward import batch_dim, batch_size, collect_tensors, name_inputs, plain_outputs, split_arguments
+from jpq.tracing.forward import (
+    batch_dim,
+    batch_size,
+    collect_tensors,
+    first_samples,
+    name_inputs,
+    plain_outputs,
+    split_arguments,
+)
 from jpq.tracing.inline_subgraphs import inline_subgraphs
 from jpq.tracing.traced_lengths import traced_lengths
 from jpq.types import JpqError
@@ -74,11 +82,9 @@ def capture_program(model: nn.Module, example: Any) -> tuple[dict[str, Any], dic
     """
     args, kwargs = split_arguments(example)
     size = batch_size((args, kwargs))
-    shapes = _free_sizes(model, args, kwargs, size)
+    shapes = free_sizes(model, args, kwargs, size, Dim.AUTO)
     if size == 1:  # torch.export takes a dim of size 1 for a constant
-        args, kwargs = tree_map(
-            lambda v: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() and len(v) == 1 else v, (args, kwargs)
-        )
+        args, kwargs = first_samples((args, kwargs), 2)
     names = list(name_inputs(model, args, kwargs))
     with _quiet_export(model), plain_outputs(model), traced_lengths():
         try:
@@ -92,12 +98,14 @@ def capture_program(model: nn.Module, example: Any) -> tuple[dict[str, Any], dic
         raise JpqError(f"The graph of {type(model).__name__} cannot be stored: {error}.") from error
 
 
-def _free_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """The dims of each argument that lie along a batch of that size, in torch.export's terms."""
+def free_sizes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int, free_dim: Any
+) -> dict[str, Any]:
+    """The dims of each argument that lie along a batch of that size, in torch.export's terms: `free_dim` for each."""
 
     def free(leaf: Any) -> dict[int, Any] | None:
         dim = batch_dim(leaf, size) if isinstance(leaf, Tensor) else None
-        return None if dim is None else {dim: Dim.AUTO}
+        return None if dim is None else {dim: free_dim}
 
     sizes = tree_map(free, (args, dict(kwargs)))
     return dict(inspect.signature(model.forward).bind(*sizes[0], **sizes[1]).arguments)

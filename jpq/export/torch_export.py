@@ -7,6 +7,8 @@ they fit) and multiplied by their steps when the model runs. The numbers are tho
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from jpq.export.program import is_free_size
+from jpq.export.program import free_sizes, is_free_size
 from jpq.files.atomic import replace_file
 from jpq.methods.quantizers import (
     act_quantizer,
@@ -27,9 +29,17 @@ from jpq.methods.quantizers import (
     weight_quantizer,
 )
 from jpq.methods.quantizers.uniform_integer import IntegerQuantizer
-from jpq.tracing.forward import batch_dim, batch_size, plain_outputs, split_arguments
+from jpq.tracing.forward import (
+    batch_size,
+    first_samples,
+    note_missing_batch_dims,
+    plain_outputs,
+    split_arguments,
+)
 from jpq.tracing.traced_lengths import traced_lengths
 from jpq.types import JpqError
+
+_FLOAT_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 def export_pt2(small: nn.Module, example: Any, path: str | Path) -> None:
@@ -37,37 +47,46 @@ def export_pt2(small: nn.Module, example: Any, path: str | Path) -> None:
 
     Raises JpqError where torch.export cannot read the model.
     """
+    _check_signature(small, split_arguments(example)[1])
     model = replace_quantizers(small)
     args, kwargs = split_arguments(tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, example))
-    size = batch_size((args, kwargs))
-    if size == 1:  # torch.export takes a dim of size 1 for a constant
-        args, kwargs = tree_map(
-            lambda v: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() and len(v) == 1 else v, (args, kwargs)
-        )
-        size = 2
     try:
         with plain_outputs(model), traced_lengths():
-            program = _export_any_batch(model, args, kwargs, size)
+            program = _export_any_batch(model, args, kwargs)
         replace_file(path, lambda part: _save(program, part))
     except (RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise JpqError(f"torch.export cannot write this model as .pt2 ({reason}). Choose the other forms.") from error
 
 
-def _export_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> ExportedProgram:
-    """The program of a model for batches of any size, or of the sizes that its code allows.
+def _check_signature(model: nn.Module, keywords: Collection[str]) -> None:
+    """Raise JpqError where `forward` takes keywords that it does not name: torch writes a file that does not run."""
+    parameters = inspect.signature(model.forward).parameters
+    unnamed = [name for name in keywords if name not in parameters]
+    if unnamed:
+        raise JpqError(
+            f"The forward of {type(model).__name__} takes '{unnamed[0]}' by **keywords, and a .pt2 file of that cannot "
+            "be run. Name it among its arguments, or choose the other forms."
+        )
+
+
+def _export_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    """The program of a model for batches of any size, or of the sizes that its code allows; for one sample without.
 
     Raises JpqError where it allows that of the example alone.
     """
+    size = batch_size((args, kwargs))
+    batches = first_samples((args, kwargs), 2) if size == 1 else (args, kwargs)  # a dim of size 1 is a constant
 
     def export(dim: Any) -> ExportedProgram:
-        def free(v: Any) -> Any:
-            along = batch_dim(v, size) if isinstance(v, Tensor) else None
-            return None if along is None else {along: dim}
+        shapes = free_sizes(model, args, kwargs, size, dim)
+        return torch.export.export(model, *batches, dynamic_shapes=shapes, strict=False)
 
-        shapes = tree_map(free, (args, kwargs))
-        return torch.export.export(model, args, kwargs, dynamic_shapes=(*shapes[0], *shapes[1].values()), strict=False)
-
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (*_FLOAT_LAYERS, StoredIntegerLayer))}
+    with torch.no_grad(), note_missing_batch_dims(layers) as found:
+        model(*args, **kwargs)
+    if any(not isinstance(x, nn.Parameter) for x in found.values()):
+        return torch.export.export(model, args, kwargs, strict=False)
     try:
         return export(Dim("batch", min=1))
     except (RuntimeError, ValueError) as error:  # constraints that the code sets, as `assert len(x) < 1000` does
@@ -144,6 +163,8 @@ class StoredIntegerLayer(nn.Module):
         self.bias = layer.bias
         self.grid = Rounding(act_quantizer(layer))
         self._layer = [plain_layer(layer)]  # in a list, so that its weights are not parameters of this module
+        weight = layer.weight.detach()
+        self._unrounded = [] if torch.equal(self._rounded(), weight) else [weight]  # in a file only where code reads it
 
     def __getattr__(self, name: str) -> Any:
         """Sizes and options of the layer, such as `out_features`, which models' code may read."""
@@ -156,12 +177,16 @@ class StoredIntegerLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight, integers times steps."""
+        """The weight as other code reads it: not rounded where the layer's is not on its grid yet."""
+        return self._unrounded[0] if self._unrounded else self._rounded()
+
+    def _rounded(self) -> Tensor:
+        """Integers times steps."""
         return self.integers.to(self.steps.dtype) * self.steps
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output."""
-        parameters = {"weight": self.weight}
+        parameters = {"weight": self._rounded()}
         if self.bias is not None:
             parameters["bias"] = self.bias
         output: Tensor = functional_call(self._layer[0], parameters, (self.grid(x),))

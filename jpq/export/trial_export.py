@@ -13,12 +13,11 @@ from torch import nn
 
 from jpq.compression.model import CompressedModel
 from jpq.export.onnx.export import MAX_BITS, export_onnx, export_qonnx
-from jpq.export.onnx.free_batch import first_samples
 from jpq.export.rebuild import build_from_plan
 from jpq.export.runtimes import Session
 from jpq.export.torch_export import export_pt2
 from jpq.plan import Plan
-from jpq.tracing.forward import batch_size, call_model
+from jpq.tracing.forward import batch_size, call_model, first_samples
 from jpq.types import JpqError
 
 SAMPLES = 5  # of the example that is exported; hardly a number of layers: states are [layers, batch, units]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import SUPPORTED_NODES, register_dataclass, tree_leaves, tree_map
 
@@ -55,6 +56,22 @@ def hook_modules(modules: Mapping[str, nn.Module], observer: CallObserver, befor
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def note_missing_batch_dims(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """A context that notes the layers, each with a weight, that read a tensor without a batch dim, and that tensor.
+
+    It is one sample of an example without a batch, or a vector of parameters.
+    """
+    found: dict[str, Tensor] = {}
+
+    def look(name: str, layer: Any, x: Tensor | None, _: Any) -> None:
+        if x is not None and x.dim() < layer.weight.dim():
+            found[name] = x
+
+    with hook_modules(layers, look, before=True):
+        yield found
 
 
 @contextmanager
@@ -163,17 +180,30 @@ def batch_dim(tensor: Tensor, size: int) -> int | None:
 
 
 def take_samples(example: Any, first: int, last: int) -> Any:
-    """The samples `first` to `last` - 1 of an example; what has no row for each sample stays as it is."""
-    if isinstance(example, Tensor):
-        return example[first:last]
+    """The samples `first` to `last` - 1 of an example; a tensor without a dim along the batch stays as it is."""
+    return pick_samples(example, range(first, min(last, batch_size(example))))
+
+
+def pick_samples(example: Any, numbers: Sequence[int]) -> Any:
+    """The samples of these numbers of an example, in any nest of tensors; they begin anew behind the last one.
+
+    A tensor without a dim along the batch (`batch_dim`) stays as it is.
+    """
     register_dataclasses(example)
-    samples = batch_size(example)
+    size = batch_size(example)
 
-    def part(leaf: Any) -> Any:
-        rows = isinstance(leaf, Tensor) and leaf.shape[:1] == (samples,)
-        return leaf[first:last] if rows else leaf
+    def pick(v: Any) -> Any:
+        dim = batch_dim(v, size) if isinstance(v, Tensor) else None
+        if dim is None:
+            return v
+        return v.index_select(dim, torch.tensor(numbers, dtype=torch.long, device=v.device) % size)
 
-    return tree_map(part, example)
+    return tree_map(pick, example)
+
+
+def first_samples(example: Any, count: int) -> Any:
+    """An example's first `count` samples, in any nest of tensors; they are repeated where it has fewer."""
+    return pick_samples(example, range(count))
 
 
 def split_samples(example: Any, size: int) -> tuple[Any, ...]:

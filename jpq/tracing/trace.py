@@ -111,7 +111,7 @@ def build_network(state: TraceState, unknown_ops: list[str], batch: int, idle: C
         _unify_positions(state, calls)
     owners_of_weights = WeightOwners(state.model)
     freeze_tied(state, owners_of_weights)
-    if any(_is_unbatched(call) for call in state.calls):
+    if any(_is_unbatched(state, call) for call in state.calls):
         batch = 1  # the example is one sample without a batch dim
     find = state.classes.find
     plain = [call for call in state.calls if not call.float_reason]
@@ -280,10 +280,11 @@ def _origins(program: ExportedProgram) -> dict[Node, str]:
     return origins
 
 
-def _is_unbatched(call: LayerCall) -> bool:
-    """Whether a call of a layer reads one sample without a batch dim."""
+def _is_unbatched(state: TraceState, call: LayerCall) -> bool:
+    """Whether a call of a layer reads one sample without a batch dim; a vector of parameters is none."""
+    source = call.node.all_input_nodes[0]
     plain = not call.float_reason or call.kind is not LayerKind.LINEAR
-    return plain and len(shape_of(call.node.all_input_nodes[0])) < len(call.shape)
+    return plain and state.origins[source] != "constant" and len(shape_of(source)) < len(call.shape)
 
 
 def _unify_positions(state: TraceState, calls: list[LayerCall]) -> None:

@@ -4,6 +4,7 @@ import builtins
 import math
 import threading
 import warnings
+from pathlib import Path
 
 import onnx
 import pytest
@@ -12,12 +13,14 @@ from torch import nn
 
 import jpq
 from jpq.export import FORMATS, write_formats
-from jpq.export.onnx.export import export_float
-from jpq.export.onnx.free_batch import first_samples
+from jpq.export.onnx.export import export_float, export_qonnx
+from jpq.export.onnx.quant_nodes import expand_quant_nodes
 from jpq.export.program import Program, capture_program
 from jpq.export.runtimes import Session
 from jpq.export.torch_export import export_pt2
 from jpq.export.trial_export import check_exportable
+from jpq.tracing.forward import first_samples, split_samples, take_samples
+from jpq.tracing.trace import trace
 from jpq.tracing.traced_lengths import traced_lengths
 from jpq.types import JpqError
 
@@ -240,3 +243,48 @@ def test_states_of_recurrent_layers_take_any_batch(tmp_path):
         expected = small(*x)
         for found in (loaded(*x), Session(tmp_path / "m.onnx", optimised=False)(*x), Session(tmp_path / "m.onnx")(*x)):
             torch.testing.assert_close(tuple(found), expected)
+
+
+def test_samples_of_states_lie_along_their_second_dim() -> None:
+    x, states = torch.arange(4.0)[:, None], torch.arange(8.0).reshape(2, 4, 1)
+    taken = take_samples((x, states), 1, 3)
+    assert taken[0].flatten().tolist() == [1, 2]
+    assert taken[1].flatten().tolist() == [1, 2, 5, 6]
+    assert [len(part[0]) for part in split_samples((x, states), 3)] == [3, 1]
+
+
+class Conditioned(nn.Module):
+    """An image model whose channels are scaled by what a layer makes of a vector of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.scale = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1), nn.Linear(6, 8)
+        self.latent = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.a(x)) * self.scale(self.latent)[:, None, None]).mean((2, 3))
+
+
+def test_a_layer_that_reads_a_vector_of_parameters_does_not_make_the_batch_one_sample(tmp_path: Path) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    once = 6 * 8  # the same for any number of samples
+    macs = 64 * (27 * 8 + 8 * 4) + once
+    model = Conditioned().eval()
+    assert trace(model, x).macs == jpq.measure(model, x)["macs"] == macs
+    export_float(model, x, tmp_path / "m.onnx")
+    with torch.no_grad():
+        torch.testing.assert_close(Session(tmp_path / "m.onnx")(x[:3]), model(x[:3]), rtol=1e-4, atol=1e-5)
+    net = jpq.compress(model, x, method="uniform", bops="100%", steps=1)
+    with pytest.raises(JpqError, match=r"Layer 'scale' reads a parameter that is a vector.*p\[None\]"):
+        jpq.export_onnx(net.finalize(), x, tmp_path / "m.onnx")
+
+
+def test_files_of_one_sample_without_a_batch_dim(tmp_path: Path) -> None:
+    x = torch.randn(3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    small = jpq.compress(model, x, method="uniform", bops="100%", steps=1).finalize()
+    jpq.export_onnx(small, x, tmp_path / "m.onnx")
+    export_qonnx(small, x, tmp_path / "q.onnx")
+    with torch.no_grad():
+        for file in (tmp_path / "m.onnx", expand_quant_nodes(onnx.load(tmp_path / "q.onnx"))):
+            torch.testing.assert_close(Session(file, optimised=False)(x), small(x), rtol=1e-4, atol=1e-5)

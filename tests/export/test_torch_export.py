@@ -46,3 +46,82 @@ def test_pt2_of_code_that_reads_sizes_of_its_layers(tmp_path):
     torch_export.export_pt2(small, example, tmp_path / "m.pt2")
     with torch.no_grad():
         torch.testing.assert_close(torch.export.load(tmp_path / "m.pt2").module()(x), small(x))
+
+
+class Sums(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 4)
+
+    def forward(self, *parts):
+        return self.b(torch.relu(sum(self.a(part) for part in parts)))
+
+
+class Named(Sums):
+    def forward(self, x, **others):
+        return super().forward(x, *others.values())
+
+
+class Steps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.GRU(5, 8, 2, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x, state):
+        y, state = self.cell(x, state)
+        return self.head(y[:, -1]), state
+
+
+class Autoencoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(5, 8)
+
+    def forward(self, x):
+        return nn.functional.linear(torch.relu(self.encoder(x)), self.encoder.weight.t())
+
+
+def check_file(model, example, folder, *others):
+    torch_export.export_pt2(model, example, folder / "m.pt2")
+    loaded = torch.export.load(folder / "m.pt2").module()
+    for inputs in (example, *others):
+        torch.testing.assert_close(loaded(*inputs), model(*inputs), rtol=0, atol=0)
+
+
+def small(model, example):
+    return jpq.compress(model.eval(), example, method="uniform", bops="100%", steps=1).finalize()
+
+
+@torch.no_grad()
+def test_arguments_without_names_have_a_free_batch(tmp_path):
+    example = torch.randn(2, 5), torch.randn(2, 5)
+    check_file(small(Sums(), example), example, tmp_path, (torch.randn(3, 5), torch.randn(3, 5)))
+
+
+def test_a_file_of_keywords_that_the_signature_lacks_is_refused(tmp_path):
+    example = {"x": torch.randn(2, 5), "y": torch.randn(2, 5)}
+    with pytest.raises(JpqError, match=r"Named takes 'y' by \*\*keywords"):
+        torch_export.export_pt2(small(Named(), example), example, tmp_path / "m.pt2")
+
+
+@torch.no_grad()
+def test_an_example_of_one_sample_with_states_leaves_the_batch_free(tmp_path):
+    example, other = (torch.randn(1, 3, 5), torch.randn(2, 1, 8)), (torch.randn(3, 3, 5), torch.randn(2, 3, 8))
+    model = small(Steps(), example)
+    check_file(model, example, tmp_path, other)
+    jpq.save(model, tmp_path / "kept")
+    torch.testing.assert_close(jpq.load(tmp_path / "kept")[0](*other), model(*other), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_code_that_reads_a_weight_gets_that_of_a_model_trained_further(tmp_path):
+    example = (torch.randn(3, 5),)
+    model = small(Autoencoder(), example)
+    model.encoder.weight.add_(0.01)
+    check_file(model, example, tmp_path)
+
+
+@torch.no_grad()
+def test_one_sample_without_a_batch_dim(tmp_path):
+    example = (torch.randn(3, 8, 8),)
+    check_file(small(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), example), example, tmp_path)

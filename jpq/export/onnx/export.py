@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from jpq.export.onnx.constant_inputs import read_constants_as_rows
 from jpq.export.onnx.dynamic_sizes import add_sides, computes_other_size, is_image
 from jpq.export.onnx.fold_norms import fold_norms
-from jpq.export.onnx.free_batch import batch_is_free, first_samples
+from jpq.export.onnx.free_batch import batch_is_free
 from jpq.export.onnx.graph import (
     declare_unread_inputs,
     fold_constants,
@@ -53,8 +53,9 @@ from jpq.tracing.forward import (
     batch_dim,
     batch_size,
     collect_tensors,
-    hook_modules,
+    first_samples,
     name_inputs,
+    note_missing_batch_dims,
     plain_outputs,
     split_arguments,
 )
@@ -129,7 +130,7 @@ def export_qonnx(small: nn.Module, example: Any, path: str | Path) -> None:
 
     `qonnx.util.inference_cost` counts the same MACs and BOPs in it as jpq.measure, with `discount_sparsity=False`
     (otherwise a stored weight of zero costs it nothing, while jpq counts what a mask keeps). That tool and the flows
-    accept no dynamic batch: the file holds one sample.
+    accept no dynamic batch: the file holds one sample, the first of the example.
     """
 
     def rewrite(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -137,7 +138,7 @@ def export_qonnx(small: nn.Module, example: Any, path: str | Path) -> None:
         return model
 
     _check_single_precision(small)
-    _write(small, first_samples(example, 1), Path(path), brevitas_qonnx, rewrite, dynamic=False)
+    _write(small, example, Path(path), brevitas_qonnx, rewrite, dynamic=False)
 
 
 def _check_single_precision(small: nn.Module) -> None:
@@ -165,14 +166,23 @@ def _write(
     metadata: Metadata | None = None,
     any_size: bool = False,
 ) -> None:
-    """Export a copy of a model with one of the exporters, rewrite its graph, check it, and put the file in place."""
+    """Export a copy of a model with one of the exporters, rewrite its graph, check it, and put the file in place.
+
+    Without `dynamic` the file takes one sample.
+    """
     texts = gather_metadata(source, metadata)
     model = _with_quant_tensors(source, exporter is brevitas_qonnx)
     args, kwargs = split_arguments(tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, example))
+    with torch.no_grad(), note_missing_batch_dims(_layers(model)) as found:
+        try:
+            output = model(*args, **kwargs)
+        finally:  # brevitas' own error about a vector says nothing
+            unbatched = _has_no_batch_dim(model, found)
+    if not dynamic and not unbatched:
+        args, kwargs = first_samples((args, kwargs), 1)
+        with torch.no_grad():
+            output = model(*args, **kwargs)
     inputs = collect_tensors((args, kwargs))
-    unbatched: set[str] = set()
-    with torch.no_grad(), hook_modules(_layers(model), partial(_note_unbatched, unbatched), before=True):
-        output = model(*args, **kwargs)
     plain = len(inputs) == len(args) and isinstance(output, Tensor) and not _has_other_defaults(model, len(args))
     input_names, output_names = _distinct_names(_input_names(model, args, kwargs), _output_names(output))
     values = zip([*input_names, *output_names], [*inputs, *collect_tensors(output)], strict=True)
@@ -222,7 +232,7 @@ def _write(
             "count, as int(x.shape[0]) does. With x.shape[0] and operations on the whole batch it takes any batch.",
             stacklevel=3,
         )
-        _write(source, first_samples(example, 1), path, exporter, rewrite, dynamic=False, metadata=metadata)
+        _write(source, example, path, exporter, rewrite, dynamic=False, metadata=metadata)
 
 
 def _has_other_defaults(model: nn.Module, given: int) -> bool:
@@ -236,15 +246,22 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
 
 
-def _note_unbatched(names: set[str], name: str, layer: Any, x: Any, _: Any) -> None:
-    """Add the name of a layer that reads one sample without a batch dim. Raises JpqError for a vector."""
-    if isinstance(x, Tensor) and x.dim() < layer.weight.dim():
-        names.add(name)
+def _has_no_batch_dim(model: nn.Module, found: Mapping[str, Tensor]) -> bool:
+    """Whether an example is one sample without a batch dim, from what layers read without one.
+
+    Raises JpqError for a quantized Linear layer that reads a vector.
+    """
+    for name, x in found.items():
+        layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear) and is_quantized(layer):
-            raise JpqError(
-                f"Layer '{name}' reads a vector, a sample without a batch dim, which brevitas cannot export. Give an "
-                "example with a batch dim (x[None])."
+            what = (
+                "a parameter that is a vector, which brevitas cannot export. Let it read a matrix of one row (p[None])"
+                if isinstance(x, nn.Parameter)
+                else "a vector, a sample without a batch dim, which brevitas cannot export. Give an example with a "
+                "batch dim (x[None])"
             )
+            raise JpqError(f"Layer '{name}' reads {what}.")
+    return any(not isinstance(x, nn.Parameter) for x in found.values())
 
 
 def _with_quant_tensors(source: nn.Module, quant_nodes: bool) -> nn.Module:

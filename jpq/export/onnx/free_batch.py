@@ -11,37 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from jpq.export.runtimes import Session
-from jpq.tracing.forward import batch_dim, batch_size, collect_tensors
+from jpq.tracing.forward import batch_size, collect_tensors, first_samples
 
 SAME = 0.01  # mean difference over mean magnitude: rounding boundaries move few values, a frozen count moves all
 
 LEAST = 1e-4  # mean magnitude; equal samples that are normalised by the batch give nothing but rounding
 
 TIMES = 3  # how often the difference at the example's own batch, as of low bits or random numbers
-
-
-def pick_samples(example: Any, numbers: Sequence[int]) -> Any:
-    """The samples of these numbers of an example, in any nest of tensors; they begin anew behind the last one.
-
-    A tensor without a dim along the batch (`batch_dim`) stays as it is.
-    """
-    size = batch_size(example)
-
-    def pick(v: Any) -> Any:
-        dim = batch_dim(v, size) if isinstance(v, Tensor) else None
-        if dim is None:
-            return v
-        return v.index_select(dim, torch.tensor(numbers, dtype=torch.long, device=v.device) % size)
-
-    return tree_map(pick, example)
-
-
-def first_samples(example: Any, count: int) -> Any:
-    """An example's first `count` samples, in any nest of tensors; they are repeated where it has fewer."""
-    return pick_samples(example, range(count))
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from jpq.compression.masking import original
 from jpq.export.count import measure
 from jpq.export.rebuild import rebuild
 from jpq.export.verify import difference
-from jpq.methods.gates import Latent
-from jpq.methods.gates.latent import LEAST, RATE, THRESHOLD
+from jpq.methods.gates import Latent, latent
+from jpq.methods.gates.latent import LEAST, LONGEST, RATE, THRESHOLD
 from jpq.tracing.network import LayerKind
 from jpq.training.loop import build_optimizer
 
@@ -160,7 +160,8 @@ def test_proximal_step_gives_exact_zeros_and_changes_no_sign():
     assert not gate.price.any()
 
 
-def test_a_step_is_plain_gradient_then_prox():
+def test_a_step_is_plain_gradient_then_prox(monkeypatch):
+    monkeypatch.setattr(latent, "LONGEST", math.inf)
     gate = Latent(1, 6)
     gate.price.fill_(0.1 / RATE)
     gate.z.grad = torch.tensor([[0.0, 0.2, 0.5, 0.95, 1.05, 1.5]]) / RATE
@@ -233,3 +234,20 @@ def test_masks_inside_layers_are_refused():
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
     with pytest.raises(jpq.JpqError, match="channels"):
         jpq.compress(model, torch.randn(2, 1, 8, 8), method="dhp", structure="elementwise", bops="1%")
+
+
+def test_a_large_gradient_moves_latents_by_a_bounded_step_in_its_direction():
+    gate = Latent(1, 8)
+    grad = torch.linspace(-3e4, 5e4, 8)[None]
+    gate.z.grad = grad.clone()
+    gate.after_step(0.0)
+    step = 1 - gate.z.detach()
+    assert torch.allclose(step.square().mean().sqrt(), torch.tensor(LONGEST))
+    assert torch.allclose(step / step.norm(), grad / grad.norm(), atol=1e-5)
+
+
+def test_a_small_gradient_is_taken_as_it_is():
+    gate = Latent(1, 8)
+    gate.z.grad = torch.full((1, 8), 0.5 * LONGEST / RATE)
+    gate.after_step(0.0)
+    assert torch.allclose(gate.z.detach(), torch.full((1, 8), 1 - 0.5 * LONGEST))

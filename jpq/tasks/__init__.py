@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from jpq.lazy import lazy_names
 from jpq.tasks.base import Task
 from jpq.tasks.classification import Classification, SequenceClassification, TextClassification
@@ -17,6 +19,7 @@ from jpq.tasks.segmentation import Segmentation
 from jpq.types import JpqError, unknown
 
 if TYPE_CHECKING:
+    from jpq.tasks.batches import SplitBatches
     from jpq.tasks.data import PREPROCESSING, Batches, Data
     from jpq.tasks.data import load as load_data
     from jpq.tasks.load import load_dense_model, read_data
@@ -111,10 +114,35 @@ def with_task(data: Data, name: str = "") -> Data:
         return data
     data.task.check_packages()
     for split in (data.train, data.held_out, data.test):
-        for _, target in split:
-            data.task.check_target(target, data.classes)
-            break
+        _check_targets_of(split, data.task, data.classes)
     return data
+
+
+def _check_targets_of(split: SplitBatches, task: Task, classes: int) -> None:
+    """Check the targets of a split: the first batch, all that lie in memory, and each batch that a loader gives later.
+
+    Raises JpqError where they are not of the task.
+    """
+    from jpq.tasks.batches import Batches as NumberedBatches
+    from jpq.tasks.loaders import LoaderBatches
+
+    target = next((target for _, target in split), None)
+    task.check_target(target, classes)
+    if isinstance(split, LoaderBatches):
+        earlier = split.check_targets
+
+        def check(target: Any) -> Any:
+            target = target if earlier is None else earlier(target)
+            task.check_target(target, classes)
+            return target
+
+        split.check_targets = check
+        return
+    labels = split.labels if isinstance(split, NumberedBatches) else None
+    if not isinstance(labels, Tensor) or not isinstance(target, Tensor):
+        return
+    if (labels.dtype, labels.shape[1:]) == (target.dtype, target.shape[1:]):  # else targets are made of images
+        task.check_target(labels, classes)
 
 
 def recorded_task(data: Mapping[str, Any]) -> Task:

@@ -59,6 +59,12 @@ def load_dense_model(config: Config, data: Data, device: torch.device, notes: li
         if notes is not None:
             notes.extend(about)
     models.check_fits(model, data.example, data.classes, data.task)
+    spoilt = [weight for weight, value in model.named_parameters() if bool(value.isnan().any())]
+    if spoilt:
+        raise JpqError(
+            f"Model '{config.task.model}' holds NaN in {len(spoilt)} of its weights ({spoilt[0]}). Give it weights "
+            "without."
+        )
     cut = fit_sizes(data, model.eval())
     check_targets_fit(data, model)
     if notes is not None:

@@ -152,6 +152,11 @@ class LoaderBatches(SplitBatches):
             with draws.active():
                 batch = self._next(batches)
             if batch is None:
+                if not reference and hasattr(self, "example"):
+                    raise JpqError(
+                        f"{self.what} gave batches once and none when it was read again. Give an iterable whose "
+                        "__iter__ begins anew each time."
+                    )
                 return
             pair = _checked(batch, self.what, reference)
             if self.check_targets is not None:

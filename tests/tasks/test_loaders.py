@@ -193,6 +193,48 @@ def test_bad_loaders_are_refused_in_one_sentence(monkeypatch, value, words):
             pass
 
 
+@pytest.mark.parametrize("form", ["tensors", "batches"])
+def test_targets_of_a_task_are_checked_in_every_batch(monkeypatch, form):
+    labels = torch.stack([NUMBERS % 2, NUMBERS // 2], 1).float()
+    wrong = labels.clone()
+    wrong[-1, 0] = 2
+    fine, bad = ((ROWS, labels), (ROWS, wrong))
+    if form == "batches":
+        fine, bad = ([(x[:15], y[:15]), (x[15:], y[15:])] for x, y in (fine, bad))
+    config = Config(task=Task(data=served(monkeypatch, (fine, fine, bad)), task="multi-label"))
+    with pytest.raises(JpqError, match="a row of 2 zeros and ones per sample"):
+        for _ in read_data(config, CPU).test:
+            pass
+
+
+class ReadTwice:
+    """Gives its batches twice, and nothing after that."""
+
+    def __init__(self):
+        self.left = 2
+
+    def __iter__(self):
+        self.left -= 1
+        return iter([(ROWS, NUMBERS)] if self.left >= 0 else [])
+
+
+def test_batches_that_are_given_no_more_end_in_a_sentence():
+    given = batches(ReadTwice())
+    assert len([y for _, y in given]) == 1
+    with pytest.raises(JpqError, match="The train part gave batches once and none when it was read again"):
+        next(iter(given))
+
+
+def test_a_model_that_is_built_with_nan_is_refused(monkeypatch):
+    net = torch.nn.Linear(ROWS.shape[1], 4)
+    net.weight.data[0, 0] = torch.nan
+    name = served(monkeypatch, ((ROWS, NUMBERS), (ROWS, NUMBERS)))
+    monkeypatch.setattr(sys.modules["served"], "net", lambda: net, raising=False)
+    config = Config(task=Task(data=name, model="served:net"))
+    with pytest.raises(JpqError, match=r"Model 'served:net' holds NaN in 1 of its weights \(weight\)"):
+        load_dense_model(config, read_data(config, CPU), CPU)
+
+
 def test_a_loader_whose_order_is_unknown_is_noted(monkeypatch):
     class Own:
         def __iter__(self):

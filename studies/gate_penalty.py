@@ -50,7 +50,7 @@ def config_of(target: str, weight: float, seed: int, folder: Path, floats: Path)
 def held_out_loss(result: Result, seed: int) -> float:
     """Mean cross entropy of the small model of a run over its held-out samples."""
     data = load_data("digits", held_out=HELD_OUT, seed=seed)
-    model = jpq.load(result.folder).eval()
+    model, _ = jpq.load(result.folder)
     with torch.no_grad():
         pairs = [(torch.nn.functional.cross_entropy(model(x), y, reduction="sum"), len(y)) for x, y in data.held_out]
     return float(sum(loss for loss, _ in pairs)) / sum(n for _, n in pairs)

@@ -95,12 +95,14 @@ def summary(table: pd.DataFrame) -> str:
         shares = part.pivot(index="seed", columns="weight", values="held_out_accuracy")
         kept = part.pivot(index="seed", columns="weight", values="channels_kept").mean()
         for weight in losses:
-            differences = ((x[weight] - x[default]).dropna() for x in (losses, shares))
-            texts = [f"{d.mean():+.4f} +- {d.sem():.4f}" for d in differences]
-            lines.append(
+            line = (
                 f"{target} weight {weight}: n {losses[weight].count()}, loss {losses[weight].mean():.4f}, accuracy "
-                f"{shares[weight].mean():.4f}, channels {kept[weight]:.3f}; against {default}: {', '.join(texts)}"
+                f"{shares[weight].mean():.4f}, channels {kept[weight]:.3f}"
             )
+            if default in losses:
+                differences = ((x[weight] - x[default]).dropna() for x in (losses, shares))
+                line += f"; against {default}: {', '.join(f'{d.mean():+.4f} +- {d.sem():.4f}' for d in differences)}"
+            lines.append(line)
     return "\n".join(lines)
 
 

@@ -9,6 +9,9 @@ import jpq
 from jpq.export.onnx.export import export_float
 from jpq.export.onnx.written_out_calls import WrittenOutCalls
 from jpq.export.runtimes import Session
+from jpq.tracing.shrink import remove_channels
+from jpq.tracing.sites import channels
+from jpq.tracing.trace import trace
 from jpq.types import JpqError
 
 CALLS = {
@@ -182,3 +185,47 @@ def test_a_convolution_with_a_weight_of_each_sample_takes_one_at_a_time(tmp_path
     with pytest.warns(UserWarning, match="takes one sample at a time"):
         jpq.export_onnx(small, x, tmp_path / "m.onnx")
     torch.testing.assert_close(Session(tmp_path / "m.onnx")(x[:1]), small(x[:1]), rtol=1e-4, atol=1e-4)
+
+
+class ChangedParts(nn.Module):
+    """Channels of which code changes a part in place, by a call of its own."""
+
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.a, self.b, self.change = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), change
+
+    def forward(self, x):
+        y = self.a(x)
+        self.change(y)
+        return self.b(y)
+
+
+def double_nested(y):
+    part = y[:, 2:6]
+    part[:, 1] *= 2
+    part += 1
+
+
+CHANGES = {
+    "slice": lambda y: y[:, 2:5].mul_(2.0),
+    "activation": lambda y: F.relu(y[:, :4], inplace=True),
+    "narrow": lambda y: y.narrow(1, 2, 3).sigmoid_(),
+    "select": lambda y: y.select(-3, 2).add_(1.0),
+    "last": lambda y: y[..., :2].clamp_(0, 1),
+    "nested": double_nested,
+    "copied": lambda y: y[:, :3].copy_(y[:, 5:] * 2),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CHANGES)
+def test_parts_that_are_changed_in_place(name, tmp_path):
+    x = torch.randn(2, 3, 6, 6)
+    model = ChangedParts(CHANGES[name]).eval()
+    network = trace(model, x)
+    dropped = [int(site.labels[0]) for site in channels(network) if site.n > 1]
+    for net in (model, remove_channels(model, network, dropped)):
+        export_float(net, x, tmp_path / "m.onnx")
+        for batch in (x, torch.randn(3, 3, 6, 6)):
+            torch.testing.assert_close(Session(tmp_path / "m.onnx")(batch), net(batch), rtol=1e-4, atol=1e-5)
+    assert dropped or name not in ("slice", "activation", "narrow", "last"), "calls with other sizes were tried"

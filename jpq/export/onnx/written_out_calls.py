@@ -8,6 +8,8 @@
 - hardswish and hardsigmoid, whose operators runtimes compute with a factor of 1/6 where torch divides by 6: a third of
   the results differ in their last digit, enough to fall on the other side of a rounding boundary in the next layer.
 - Interpolation by areas and to the nearest-exact pixels, and what formulas.py writes out.
+- Changes in place of a part that was cut out of a tensor (`x[:, :4].relu_()`), which the exporter loses more often than
+  not: the part is put back by an assignment (`x[:, :4] = part`), which it knows.
 - `rms_norm`, `channel_shuffle`, `mT`, `rot90`, `threshold`, `bilinear` and `fold` have no translation up to opset 17.
 """
 
@@ -29,9 +31,63 @@ from jpq.export.onnx.formulas import FORMULAS, as_number
 class WrittenOutCalls(TorchFunctionMode):
     """A context in which such calls are made by other operators."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._parts: dict[int, tuple[Tensor, Tensor, Any]] = {}  # id of a part -> it, the tensor, its index there
+
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """The call itself, or the one in its place."""
-        return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        copied = func is Tensor.copy_ and id(args[0]) in self._parts
+        result = (_copy if copied else _REPLACEMENTS.get(func, func))(*args, **kwargs)
+        index = _index_of_part(func, args, result)
+        if index is not None:
+            self._parts[id(result)] = result, args[0], index
+        elif args and _changes_in_place(func, kwargs):
+            changed = args[0]
+            while id(changed) in self._parts:
+                part, changed, index = self._parts[id(changed)]
+                changed[index] = part
+        return result
+
+
+def _index_of_part(function: Any, args: tuple[Any, ...], result: Any) -> Any:
+    """The index of what a call cuts out of its first argument without a copy; None for other calls."""
+    name = getattr(function, "__name__", "")
+    if name not in ("__getitem__", "narrow", "select") or len(args) < 2 or not isinstance(result, Tensor):
+        return None
+    if result.untyped_storage().data_ptr() != args[0].untyped_storage().data_ptr():
+        return None  # picked by an index, which copies
+    if name == "__getitem__":
+        return args[1]
+    if len(args) < (4 if name == "narrow" else 3):
+        return None  # by keywords
+    place = slice(args[2], args[2] + args[3]) if name == "narrow" else args[2]
+    return (*[slice(None)] * (args[1] % args[0].dim()), place)
+
+
+def _changes_in_place(function: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call changes its first argument."""
+    name = getattr(function, "__name__", "")
+    return name in _AUGMENTED or (name.endswith("_") and not name.endswith("__")) or bool(kwargs.get("inplace"))
+
+
+def _copy(input: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """`input` with the numbers of another tensor, by operators that the exporter takes for changes of `input`."""
+    source = source.clone()
+    return input.zero_().add_(source)
+
+
+_AUGMENTED = (
+    "__setitem__",
+    "__iadd__",
+    "__isub__",
+    "__imul__",
+    "__itruediv__",
+    "__ifloordiv__",
+    "__imod__",
+    "__ipow__",
+)
 
 
 def _unflatten(input: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:

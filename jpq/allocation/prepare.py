@@ -27,6 +27,7 @@ from jpq.methods.quantizers import Fixed
 from jpq.methods.scores import Score
 from jpq.methods.table import Method
 from jpq.plan import ALL_LEVELS
+from jpq.tracing.forward import collect_tensors
 from jpq.tracing.network import Network, with_float_layers, with_layer_times
 from jpq.tracing.open_norms import check_open_norms
 from jpq.tracing.sites import Site
@@ -103,6 +104,15 @@ def check_decide(decide: Decide) -> Method:
     return method
 
 
+def check_example(example: Any) -> None:
+    """Raise JpqError for example inputs without samples, or with NaN: ranges of quantizers are fitted to them."""
+    for tensor in collect_tensors(example):
+        if not tensor.numel():
+            raise JpqError(f"The example inputs {list(tensor.shape)} hold no samples: give a batch of real ones.")
+        if bool(tensor.isnan().any()):
+            raise JpqError("The example inputs hold NaN: give a batch without.")
+
+
 def check_start(decide: Decide, method: Method) -> None:
     """Raise JpqError where widths cannot start from measurements, or be solved for again."""
     procedure = PROCEDURES[method.procedure]
@@ -141,6 +151,7 @@ def prepare(
     amounts.
     """
     method = check_decide(decide)
+    check_example(example)
     mask = external_mask.read(decide.mask) if decide.mask else None
     network = trace(model, example, open_norms=decide.open_norms)
     if not network.layers:

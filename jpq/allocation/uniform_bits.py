@@ -57,16 +57,41 @@ def decide_uniform_bits(
     image keeps its width, and so do the tensors of `pinned`. All units stay, unless `kept` says which ones.
     Raises JpqError, naming the smallest possible cost, if no pair does.
     """
-    fits: list[tuple[bool, float, int, Plan]] = []
+    return widest_uniform_plans(net, targets, w_bits, a_bits, kept, pinned)[0]
+
+
+def widest_uniform_plans(
+    net: CompressedModel,
+    targets: Sequence[Target],
+    w_bits: Sequence[int],
+    a_bits: Sequence[int],
+    kept: Kept | None = None,
+    pinned: Pinned | None = None,
+) -> list[Plan]:
+    """The balanced plans that meet every target with neither width larger in another, the costliest first.
+
+    Weights of 5 bits and inputs of 4 cost nearly as much as the reverse; which is better depends on the network.
+    Arguments, choice of unbalanced ones and errors as in `decide_uniform_bits`.
+    """
+    fits: list[tuple[int, int, float, Plan]] = []
     for w in w_bits:
         for a in a_bits:
             plan = uniform_plan(net, w, a, kept, pinned)
             uses = net.exact_usage(plan)
             if all_met(targets, uses):
-                fits.append((abs(w - a) <= 1, float(bops(uses)), -abs(w - a), plan))
+                fits.append((w, a, float(bops(uses)), plan))
             if (w, a) == (w_bits[0], a_bits[0]):
                 _check_smallest(targets, uses, w, a)
-    return max(fits, key=lambda fit: fit[:3])[3]
+    chosen = [fit for fit in fits if abs(fit[0] - fit[1]) <= 1] or fits
+    chosen.sort(key=lambda fit: (-fit[2], abs(fit[0] - fit[1])))
+    costliest = chosen[0]
+    widest = [(w, a, plan) for w, a, _, plan in chosen if not any(_wider(x, (w, a)) for x in chosen)]
+    return [costliest[3], *(plan for w, a, plan in widest if (w, a) != costliest[:2])]
+
+
+def _wider(fit: tuple[int, int, float, Plan], widths: tuple[int, int]) -> bool:
+    """Whether a plan has other widths, none of which is smaller."""
+    return fit[:2] != widths and fit[0] >= widths[0] and fit[1] >= widths[1]
 
 
 def _check_smallest(targets: Sequence[Target], uses: Sequence[LayerUse], w: int, a: int) -> None:

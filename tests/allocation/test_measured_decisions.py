@@ -11,12 +11,13 @@ from torch import nn
 import jpq
 from jpq.allocation.measured import decide as deciding
 from jpq.allocation.measured.calibration import Measurement
-from jpq.allocation.measured.candidates import MEASURED, TWO_STAGE, UNIFORM
+from jpq.allocation.measured.candidates import MEASURED, TWO_STAGE, UNIFORM, AllowedWidths, comparison_plans
 from jpq.allocation.measured.decide import decide_by_measurement
 from jpq.allocation.measured.table import model_checksum, read_table, write_table
 from jpq.allocation.prepare import prepare
 from jpq.allocation.procedures import Measured, allowed_widths
 from jpq.allocation.ranking.rank import rank_units
+from jpq.allocation.uniform_bits import widest_uniform_plans
 from jpq.compression.discretize import cheapest_plan
 from jpq.config import Budget, Decide
 from jpq.costs.target import all_met
@@ -78,6 +79,18 @@ def test_every_compared_plan_meets_the_target_and_the_least_divergence_comes_fir
     divergences = [c.divergence for c in decision.candidates]
     assert divergences == sorted(divergences)
     assert decision.best.plan == decision.candidates[0].plan
+
+
+def test_of_uniform_widths_those_of_the_least_divergence_are_compared(decided):
+    net, targets, decision = decided
+    widths = AllowedWidths((2, 3, 4, 5), (2, 3, 4, 5), {})
+    uniform = widest_uniform_plans(net, targets, widths.w, widths.a)
+    assert len(uniform) == 2  # such as 4 bits for weights and 3 for inputs, and the reverse
+    for wanted in uniform:
+        found = comparison_plans(net, targets, widths, 0.5, lambda plan, wanted=wanted: float(plan != wanted))
+        assert found[UNIFORM] == wanted
+    assert comparison_plans(net, targets, widths, 0.5)[UNIFORM] == uniform[0]
+    assert next(c.plan for c in decision.candidates if c.name == UNIFORM) in uniform
 
 
 def test_the_saved_table_gives_the_same_plans(decided, model, batches, tmp_path):

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jpq import costs
-from jpq.allocation.uniform_bits import decide_uniform_bits, start_bits
+from jpq.allocation.uniform_bits import decide_uniform_bits, start_bits, uniform_plan, widest_uniform_plans
 from jpq.compression import discretize
 from jpq.compression.attach import attach
-from jpq.costs.target import FULL_USE, parse_targets, used_share
+from jpq.costs.target import FULL_USE, all_met, parse_targets, used_share
 from jpq.methods.gates import VIB, DeadZone, Feedback, Frozen
 from jpq.methods.quantizers import Fixed, Learned, PowerOfTwo
 from jpq.tasks.models import build
@@ -208,6 +209,23 @@ def test_uniform_takes_the_dearest_balanced_pair_that_fits():
     assert plan.layers[convnet().network.layers[0].name].a_bits == 8
     with pytest.raises(JpqError, match="smallest possible"):
         decide_uniform_bits(network, parse_targets({"bops": "0.1%"}, network.exact_usage()), range(2, 9), range(2, 9))
+
+
+@pytest.mark.parametrize("share", ["0.7%", "1%", "1.3%", "2%", "3%", "90%"])
+def test_neither_width_of_the_widest_uniform_plans_can_be_larger(share):
+    network, widths = net(Fixed, Frozen.all), range(2, 9)
+    targets = parse_targets({"bops": share}, network.exact_usage())
+    plans = widest_uniform_plans(network, targets, widths, widths)
+    assert plans[0] == decide_uniform_bits(network, targets, widths, widths)
+    inner = list(plans[0].layers)[-1]  # not of the image
+    pairs = [(plan.layers[inner].w_bits, plan.layers[inner].a_bits) for plan in plans]
+    fitting = {
+        (w, a)
+        for w, a in product(widths, widths)
+        if abs(w - a) <= 1 and all_met(targets, network.exact_usage(uniform_plan(network, w, a)))
+    }
+    assert set(pairs) == {x for x in fitting if not any(y != x and y[0] >= x[0] and y[1] >= x[1] for y in fitting)}
+    assert len(set(pairs)) == len(pairs)
 
 
 def test_search_starts_above_the_budget_within_the_bounds():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from jpq.allocation.measured.table import Key
 from jpq.allocation.two_stage import decide_two_stage
-from jpq.allocation.uniform_bits import decide_uniform_bits
+from jpq.allocation.uniform_bits import widest_uniform_plans
 from jpq.compression.model import CompressedModel
 from jpq.costs.target import Target, all_met
 from jpq.plan import Plan
@@ -49,7 +49,11 @@ class Candidate:
 
 
 def comparison_plans(
-    net: CompressedModel, targets: Sequence[Target], widths: AllowedWidths, density: float
+    net: CompressedModel,
+    targets: Sequence[Target],
+    widths: AllowedWidths,
+    density: float,
+    divergence: Callable[[Plan], float] | None = None,
 ) -> dict[str, Plan]:
     """The plans of the usual methods that meet every target, by name; those that cannot are left out.
 
@@ -58,23 +62,28 @@ def comparison_plans(
         targets: all of them are met.
         widths: the allowed ones.
         density: share of the MACs that stays in the first of two stages.
+        divergence: of several pairs of uniform widths (5 and 4 bits, 4 and 5) that with the least is taken; without it,
+            the costliest.
     """
-    makers: dict[str, Callable[[], Plan]] = {
-        UNIFORM: lambda: decide_uniform_bits(net, targets, widths.w, widths.a, pinned=widths.pinned),
-        UNIFORM_ENDS: lambda: decide_uniform_bits(
-            net, targets, widths.w, widths.a, pinned={**end_widths(net, widths), **widths.pinned}
-        ),
-        TWO_STAGE: lambda: _two_stage(net, targets, widths, density),
-    }
     image = image_layers(net)
+
+    def uniform(pinned: Mapping[Key, int]) -> list[Plan]:
+        return widest_uniform_plans(net, targets, widths.w, widths.a, pinned=pinned)
+
+    makers: dict[str, Callable[[], list[Plan]]] = {
+        UNIFORM: lambda: uniform(widths.pinned),
+        UNIFORM_ENDS: lambda: uniform({**end_widths(net, widths), **widths.pinned}),
+        TWO_STAGE: lambda: [_two_stage(net, targets, widths, density)],
+    }
     plans: dict[str, Plan] = {}
     for name, make in makers.items():
         try:
-            plan = make()
+            found = make()
         except JpqError:  # this method has no plan within the targets
             continue
-        if widths.allow(plan, image) and all_met(targets, net.exact_usage(plan)):
-            plans[name] = plan
+        fit = [plan for plan in found if widths.allow(plan, image) and all_met(targets, net.exact_usage(plan))]
+        if fit:
+            plans[name] = min(fit, key=divergence) if divergence is not None and len(fit) > 1 else fit[0]
     return plans
 
 

@@ -84,7 +84,9 @@ def decide_by_measurement(
         rank_as_table(net, known_table(measurement.table, net, measurement))
     probe = calibrated_probe(net, measurement)
     table = measurement.table or measure_anew(net, probe, widths, measurement)
-    plans = solved_plans(net, table, targets, widths) | comparison_plans(net, targets, widths, density)
+    plans = solved_plans(net, table, targets, widths) | comparison_plans(
+        net, targets, widths, density, lambda plan: joint_divergence(probe, plan)
+    )
     candidates = [Candidate(name, plan, joint_divergence(probe, plan)) for name, plan in _distinct(plans).items()]
     candidates.sort(key=lambda candidate: candidate.divergence)  # of equal ones the first of `plans` stays first
     mixed = any(x is not y for x, y in zip(probe.batches, probe.norm_batches, strict=True))

@@ -216,7 +216,9 @@ def verify_models(
     """
     masked, _ = as_exported(net, data, run.config)
     small, data = as_exported(small, data, run.config)
-    record = verify.rebuilt(masked, small, data.example) if tuned is net else {verify.OPENED: run.opened}
+    record: dict[str, Any] = (
+        verify.rebuilt(masked, small, data.example) if tuned is net else {verify.OPENED: run.opened}
+    )
     record |= verify.exported_with_metric(small, path, data.test, data.task)
     for checked in (record, record["metric"]):
         if "warning" in checked:

@@ -72,8 +72,9 @@ def _with_single_precision_gains(model: nn.Module) -> nn.Module:
     """
     model = copy.deepcopy(model)
     for norm in model.modules():
-        fixed = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None
-        if fixed and bool((norm.running_var.float() + norm.eps == 1).all()):
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None:
+            continue
+        if bool((norm.running_var.float() + norm.eps == 1).all()):
             norm.running_var.fill_(1.0)
             norm.eps = 0.0
     return model

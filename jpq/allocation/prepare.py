@@ -106,9 +106,10 @@ def check_decide(decide: Decide) -> Method:
 
 def check_example(example: Any) -> None:
     """Raise JpqError for example inputs without samples, or with NaN: ranges of quantizers are fitted to them."""
-    for tensor in collect_tensors(example):
-        if not tensor.numel():
-            raise JpqError(f"The example inputs {list(tensor.shape)} hold no samples: give a batch of real ones.")
+    tensors = collect_tensors(example)
+    if tensors and not tensors[0].numel():
+        raise JpqError(f"The example inputs {list(tensors[0].shape)} hold no samples: give a batch of real ones.")
+    for tensor in tensors:
         if bool(tensor.isnan().any()):
             raise JpqError("The example inputs hold NaN: give a batch without.")
 

@@ -77,6 +77,12 @@ def test_a_task_without_a_divergence_is_refused():
         jpq.sensitivity(convnet().model, EXAMPLE, task=Bare())
 
 
+@pytest.mark.parametrize(("example", "says"), [(EXAMPLE[:0], "no samples"), (EXAMPLE * torch.nan, "hold NaN")])
+def test_examples_of_nothing_and_of_nan_are_refused(example, says):
+    with pytest.raises(JpqError, match=says):
+        jpq.compress(convnet().model, example, bops="10%", steps=2)
+
+
 @pytest.mark.slow
 def test_the_command_writes_table_and_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,7 @@
 """Calls that torch.onnx does not know, and sizes that it freezes: files take any batch and compute the same."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -229,3 +231,42 @@ def test_parts_that_are_changed_in_place(name, tmp_path):
         for batch in (x, torch.randn(3, 3, 6, 6)):
             torch.testing.assert_close(Session(tmp_path / "m.onnx")(batch), net(batch), rtol=1e-4, atol=1e-5)
     assert dropped or name not in ("slice", "activation", "narrow", "last"), "calls with other sizes were tried"
+
+
+class Lost(nn.Module):
+    """A change in place of a tensor that torch.onnx takes for one that shares no memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        y = self.a(x)
+        y.diagonal(0, 2, 3).mul_(2.0)
+        return self.b(y)
+
+
+def test_a_file_that_loses_a_change_in_place_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="m.onnx does not compute what the model does, not even for the example"):
+        export_float(Lost().eval(), torch.randn(2, 3, 6, 6), tmp_path / "m.onnx")
+    small = jpq.compress(Lost().eval(), torch.randn(2, 3, 6, 6), bops="50%", steps=1).finalize()
+    with pytest.warns(UserWarning, match="not even for the example"):
+        jpq.export_onnx(small, torch.randn(2, 3, 6, 6), tmp_path / "m.onnx")
+
+
+class Noisy(nn.Module):
+    """A layer whose outputs are other ones at every run, or of which one is no number."""
+
+    def __init__(self, factor) -> None:
+        super().__init__()
+        self.a, self.factor = nn.Linear(4, 4), factor
+
+    def forward(self, x):
+        return self.a(x) * self.factor(x)
+
+
+@pytest.mark.parametrize("factor", [torch.randn_like, lambda x: torch.log(x - x.amin())], ids=["random", "infinite"])
+def test_files_of_random_and_infinite_numbers_are_not_warned_of(factor, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export_float(Noisy(factor).eval(), torch.randn(3, 4), tmp_path / "m.onnx")

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from jpq.export.onnx.constant_inputs import read_constants_as_rows
 from jpq.export.onnx.dynamic_sizes import add_sides, computes_other_size, is_image
+from jpq.export.onnx.example_values import computes_example
 from jpq.export.onnx.fold_norms import fold_norms
 from jpq.export.onnx.free_batch import batch_is_free
 from jpq.export.onnx.graph import (
@@ -78,7 +79,7 @@ def export_onnx(
     """Write a rebuilt model as QCDQ to `path`, with a dynamic batch dimension and norms folded into convolutions.
 
     Where the model's code fixes the number of samples (a loop over them), the file takes one at a time, and a warning
-    says so.
+    says so. Another one says where the file does not compute what the model does for the example.
 
     Args:
         small: the rebuilt model.
@@ -233,6 +234,13 @@ def _write(
             stacklevel=3,
         )
         _write(source, example, path, exporter, rewrite, dynamic=False, metadata=metadata)
+    elif not any_size and not computes_example(path, model, args, kwargs):
+        warnings.warn(
+            f"{path.name} does not compute what the model does, not even for the example: torch.onnx loses a part of "
+            "its code. Mostly that is a change in place of a tensor that shares memory with another: write "
+            "y = x.relu(), not x.view(-1).relu_().",
+            stacklevel=3,
+        )
 
 
 def _has_other_defaults(model: nn.Module, given: int) -> bool:

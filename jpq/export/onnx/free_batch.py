@@ -35,15 +35,15 @@ def batch_is_free(path: Path, model: Callable[..., Any], args: tuple[Any, ...], 
         expected = collect_tensors(model(*other[0], **other[1]))
     except Exception:  # whatever the model's code raises
         return True
-    found = _outputs(path, other)
+    found = file_outputs(path, other)
     if found is None:
-        return _outputs(path, example) is None  # the file does not run at all, which is no matter of the batch
+        return file_outputs(path, example) is None  # the file does not run at all, which is no matter of the batch
     if [t.shape for t in found] != [t.shape for t in expected]:
         return False
     difference = mean_difference(expected, found, LEAST)
     if not difference > SAME:
         return True
-    own = mean_difference(collect_tensors(model(*args, **kwargs)), _outputs(path, example) or [], LEAST)
+    own = mean_difference(collect_tensors(model(*args, **kwargs)), file_outputs(path, example) or [], LEAST)
     return not difference > TIMES * own
 
 
@@ -59,7 +59,7 @@ def mean_difference(expected: Sequence[Tensor], found: Sequence[Tensor], least: 
     return float(torch.stack(shares).amax()) if shares else 0.0
 
 
-def _outputs(path: Path, example: Any) -> list[Tensor] | None:
+def file_outputs(path: Path, example: Any) -> list[Tensor] | None:
     """A file's outputs as it is written; None where onnxruntime cannot run it."""
     try:
         return collect_tensors(Session(path, optimised=False)(*collect_tensors(example)))

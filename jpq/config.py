@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import isfinite
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -469,9 +470,12 @@ def _with_masked_method(d: Decide, weights: Path | None) -> Decide:
 
 
 def _check_decide(d: Decide) -> None:
-    for flag, (low, high) in (("--w-bits", d.w_bits), ("--a-bits", d.a_bits)):
-        if not 2 <= low <= high <= 8:
-            raise JpqError(f"{flag} {low} {high}: give a smallest and a largest bit-width, 2 <= small <= large <= 8.")
+    for flag, given in (("--w-bits", d.w_bits), ("--a-bits", d.a_bits)):
+        bounds = tuple(given) if isinstance(given, Sequence) else (given,)
+        whole = len(bounds) == 2 and all(isinstance(width, Integral) for width in bounds)
+        if not whole or not 2 <= bounds[0] <= bounds[1] <= 8:
+            text = " ".join(map(str, bounds))
+            raise JpqError(f"{flag} {text}: give a smallest and a largest bit-width, 2 <= small <= large <= 8.")
     if not 0 < d.density <= 1:
         raise JpqError(f"--density {d.density} must lie above 0 and be at most 1: it is the share that stays.")
     if not 2 <= d.image_bits <= 8:

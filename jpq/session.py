@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -387,7 +388,7 @@ def compress(
             `discretize` then quantizes it.
         decide: how decisions are taken, the settings of `jpq optimize`; default: all of them at their defaults.
         budget: the targets, one value each.
-        steps: optimiser steps that the search may take.
+        steps: optimiser steps that the search may take, 1 or more.
         evidence: training batches for scores that look at data, (inputs, classes) pairs, iterated at each decision
             (a list, a DataLoader); default: the example inputs, without classes. With `method="measured"`, and with
             `start="measured"`, sensitivities are measured on them: 256 samples or more are good.
@@ -402,6 +403,8 @@ def compress(
         example_inputs = tuple(example_inputs)
     if table is not None and not isinstance(table, LatencyTable):
         raise JpqError("table must be a LatencyTable: read one with jpq.export.timing.read_table(Path(...)).")
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
+        raise JpqError(f"steps={steps!r}: give the number of optimiser steps of the search, a whole number above 0.")
     decide, budget = _sections(method, decide or Decide(), budget or Budget(), dict(shortcuts), table)
     example = example_inputs if isinstance(example_inputs, (tuple, dict)) else (example_inputs,)
     model = decompose(model, example)
@@ -409,7 +412,7 @@ def compress(
     net = prepared.attach(model, [example_inputs])
     if text := float_work_warning(net):
         warnings.warn(text, stacklevel=2)
-    steps = max(1, steps)
+    steps = int(steps)
     settings = session_state.describe_settings(net, decide, budget, steps)
     batches = [(example_inputs, None)] if evidence is None else evidence
     measurement = Measurement(

@@ -183,6 +183,15 @@ def test_impossible_targets_are_refused_before_training_where_layers_share_a_den
         ({"method": "two-stage", "allocator": "sampled"}, "needs data"),
         ({"method": "djpq", "allocator": "greedy"}, "two-stage or upscale"),
         ({"method": "admm", "structure": "3=channels"}, "for the whole network"),
+        ({"w_bits": 4}, "^w_bits=4: give a smallest and a largest bit-width, 2 <= small <= large <= 8.$"),
+        ({"a_bits": (2, 4.5)}, r"^a_bits=\(2, 4.5\): give a smallest and a largest bit-width"),
+        ({"w_bits": (2, 4, 8)}, r"^w_bits=\(2, 4, 8\): give a smallest"),
+        ({"a_bits": "48"}, "give a smallest and a largest bit-width"),
+        ({"steps": 0}, "^steps=0: give the number of optimiser steps of the search, a whole number above 0.$"),
+        ({"steps": -1}, "^steps=-1: give"),
+        ({"steps": 2.5}, "^steps=2.5: give"),
+        ({"steps": "10"}, "^steps='10': give"),
+        ({"steps": True}, "^steps=True: give"),
     ],
 )
 def test_arguments_that_make_no_sense_end_in_a_sentence(asked, words):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -35,6 +36,8 @@ FEW = 8  # sites of which each is tried once more without rewritten sizes; more 
 Number = tuple[str, str, float]  # operator, name of its argument, value
 
 _NUMBER_TYPES = ("Tensor", "number", "Optional[number]")  # of arguments, in schemas; int is the type of sizes and dims
+
+_FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 
 _COUNTING = (torch.ops.aten.arange.default, torch.ops.aten.arange.start, torch.ops.aten.arange.start_step)
 
@@ -215,7 +218,7 @@ class _Trial:
         try:
             with torch.no_grad(), torch.device("meta"):  # where tensors that the model makes for itself belong too
                 apply_slices(small, compute_slices(self.network, _drop_third(sites)))
-                with record:
+                with record, _TensorsOfNumbers(record.found):
                     small(*tree_map(_to_meta, self.args), **tree_map(_to_meta, self.kwargs))
         except Exception:
             return None
@@ -263,6 +266,26 @@ class _NumberRecord(TorchDispatchMode):
             value = args[i] if i < len(args) else kwargs.get(argument.name)
             if type(value) in (int, float) and str(argument.type) in _NUMBER_TYPES:
                 self.found.add((str(func), argument.name, value))
+        return func(*args, **kwargs)
+
+
+class _TensorsOfNumbers(TorchFunctionMode):
+    """Notes the numbers that the code makes tensors of (`torch.tensor(x.shape[1])`), which operators do not see.
+
+    Of a range of places, as indices are, a smaller copy's are among those of the whole model.
+    """
+
+    def __init__(self, found: set[Number]) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FROM_NUMBERS:
+            data = [*args, *kwargs.values()][1 if func is Tensor.new_tensor else 0]
+            if not isinstance(data, Tensor):
+                values = np.unique(np.asarray(data))
+                self._found |= {("tensor", "data", v) for v in values[values == values].tolist()}  # no NaN
         return func(*args, **kwargs)
 
 

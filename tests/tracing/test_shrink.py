@@ -106,7 +106,13 @@ class Scaled(nn.Module):
         (lambda h: h * h.size(1) ** -0.5, 0),
         (lambda h: h.clamp(max=h[0].numel() / 100), 0),
         (lambda h: h * torch.full_like(h, 1 / h.shape[1]), 0),
+        (lambda h: h / torch.tensor(h.shape[1]), 0),
+        (lambda h: h * torch.as_tensor([h.shape[1] ** -0.5]), 0),
+        (lambda h: h / torch.tensor(float(h.size(1))).sqrt(), 0),
+        (lambda h: h / h.new_tensor([2.0, h.shape[1]])[1], 0),
         (lambda h: h / 8, 1),  # the number stays
+        (lambda h: h / torch.tensor([8.0, float("nan")])[0], 1),
+        (lambda h: h / torch.as_tensor(h.new_tensor(h.shape[2])), 1),
         (lambda h: h / h[0, 0].numel(), 1),  # positions
         (lambda h: h.clamp(0, 6) ** 2 + 1e-5, 1),
     ],

@@ -113,3 +113,23 @@ def test_a_use_that_our_own_rule_does_not_cover_freezes() -> None:
     assert network.frozen[int(network.layer("a.0").outputs[0])] == (
         "op aten.index is used in a way that its rule does not cover"
     )
+
+
+class Added(nn.Module):
+    """A product of a tensor with itself, and something added to it."""
+
+    def __init__(self, added) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.a, self.b, self.added = nn.Linear(4, 8), nn.Linear(8, 3), added
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(torch.addmm(self.added(x, y), y, y))
+
+
+@pytest.mark.parametrize(
+    "added", [lambda x, y: y, lambda x, y: x[:, :1], lambda x, y: x[0, :1]], ids=["itself", "column", "number"]
+)
+def test_a_product_of_a_tensor_with_itself_has_two_operands(added) -> None:  # type: ignore[no-untyped-def]
+    network = trace(Added(added).eval(), torch.randn(8, 4))
+    assert {network.frozen[c] for c in network.layer("a").outputs.tolist()} == {"summed over by aten.addmm"}

@@ -189,7 +189,7 @@ def matmul(call: OpCall) -> Dims:
     for labels in (left[-1], right[max(len(right) - 2, 0)]):
         call.freeze(labels, f"summed over by {call.op}")
     if len(left) < 2 or len(right) < 2:
-        return [*left[:-1], *right[len(right) :]] if len(right) < 2 else [*right[:-2], right[-1]]
+        return left[:-1] if len(right) < 2 else [*right[:-2], right[-1]]
     return [*_join_batch_dims(call, [a, b]), left[-2], right[-1]]
 
 
@@ -214,7 +214,8 @@ def _join_batch_dims(call: OpCall, operands: list[Node]) -> Dims:
 @rule("aten.addmm", "aten.baddbmm")
 def add_product(call: OpCall) -> Dims:
     """A matrix product and a tensor added to it: as matmul; what is added shrinks with the result."""
-    added, a, b = call.tensors[0], call.tensors[-2], call.tensors[-1]
+    factors = ("mat1", "mat2") if call["mat1"] is not None else ("batch1", "batch2")
+    added, a, b = (call[name] for name in ("self", *factors))  # one tensor may be several of them
     left, right = call.dims(a), call.dims(b)
     for labels in (left[-1], right[-2]):
         call.freeze(labels, f"summed over by {call.op}")

@@ -246,3 +246,27 @@ def test_a_file_of_another_version_and_one_of_another_kind_are_refused(table, tm
     path.write_text("a,b\n1,2\n", encoding="utf-8")
     with pytest.raises(JpqError, match="no sensitivity table"):
         read_table(path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_divergences_that_are_no_numbers_are_told_with_the_change(value):
+    net = ranked()
+    layer, site = net.network.layers[1].name, net.sites[0].name
+    probe = Probe(net, [mix_pairs(EXAMPLE)], [EXAMPLE], lambda output, reference: torch.tensor(value), orders(net))
+    for change, text in (
+        (measure.Change("weight", layer, 2), f"^With the weight of layer '{layer}' at 2 bits .* is {value}, no number"),
+        (measure.Change("units", site, 1), f"^With 1 of the units of '{site}' the network's divergence"),
+    ):
+        with pytest.raises(JpqError, match=text):
+            measure_table(probe, (2, 4), (2, 4), "", wanted=[change])
+    with pytest.raises(JpqError, match="With the plan that the table is around"):
+        measure_table(probe, (2, 4), (2, 4), "", around=dict.fromkeys(probe.keys, 3))
+
+
+def test_a_float_model_that_gives_nan_has_no_sensitivities():
+    net = ranked()
+    with torch.no_grad():
+        for parameter in net.model.parameters():
+            parameter.fill_(math.nan)
+    with pytest.raises(JpqError, match="The float model gives NaN for samples of the calibration"):
+        Probe(net, [mix_pairs(EXAMPLE)], [EXAMPLE], CLASSIFICATION.divergence, orders(net))

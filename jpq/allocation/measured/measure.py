@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import torch
@@ -101,6 +101,8 @@ class Probe:
         divergence: the task's distance of two outputs.
         orders: site -> its units, the most important first.
         main_output: the tensor that divergences are of, out of what the model returns (`Task.main_output`).
+
+    Raises JpqError where the float model gives NaN for the calibration.
     """
 
     net: CompressedModel
@@ -136,6 +138,11 @@ class Probe:
         self.direct.try_channels_last(lambda: self.output_of(self.net.model, few))
         with torch.no_grad():
             self.references = [self._output(x) for x in self.batches]
+        if any(bool(reference.isnan().any()) for reference in self.references):
+            raise JpqError(
+                "The float model gives NaN for samples of the calibration, so that no sensitivity can be measured: "
+                "check its weights, and the samples."
+            )
         self.passes = 0
 
     @property
@@ -435,6 +442,11 @@ class Change:
     name: str  # of the layer or site
     value: int  # width in bits, or number of units
 
+    def __str__(self) -> str:
+        if self.what == "units":
+            return f"{self.value} of the units of '{self.name}'"
+        return f"the {self.what} of layer '{self.name}' at {self.value} bits"
+
     @property
     def key(self) -> Key:
         """The tensor of a change of width."""
@@ -502,6 +514,8 @@ def measure_table(
         record: is given each divergence as soon as it is found.
         wanted: the entries that the table gets; default: all of them.
 
+    Raises JpqError for a divergence that is NaN or infinite.
+
     The time is that of one pass over the calibration per change, 2 L B + sum of the sites' counts of them; less where
     the model is a chain, of which the part before a change does not run again.
     """
@@ -513,7 +527,7 @@ def measure_table(
     asked = set(changes)
     found = {change: value for change, value in (known or {}).items() if change in asked}
     with probe.changed(base_widths, base_counts):
-        base = probe.measure() if around else 0.0
+        base = _finite(probe.measure(), "the plan that the table is around") if around else 0.0
         for of_units in (False, True):
             missing = [change for change in changes if change not in found and bool(change.kept) == of_units]
             with ExitStack() as stack:
@@ -521,9 +535,10 @@ def measure_table(
                     if not around:
                         stack.enter_context(probe.compared_with_norms_anew())
                     stack.enter_context(probe.statistics_anew())
-                zero = probe.measure() if of_units and missing and around else base
+                again = of_units and missing and around
+                zero = _finite(probe.measure(), "BatchNorm's statistics measured anew") if again else base
                 for change, value in _measure_changes(probe, missing):
-                    found[change] = value - zero
+                    found[change] = _finite(value, str(change)) - zero
                     record(change, found[change])
                     progress(len(found), len(changes))
     bits: dict[Key, dict[int, float]] = {key: {} for key in probe.keys}
@@ -545,6 +560,16 @@ def measure_table(
             "weight_levels": probe.net.plan().weight_levels,
         },
     )
+
+
+def _finite(divergence: float, change: str) -> float:
+    """A divergence. Raises JpqError where it is NaN or infinite, which names the change that it was measured with."""
+    if not isfinite(divergence):
+        raise JpqError(
+            f"With {change} the network's divergence from the float model is {divergence}, no number that a table can "
+            "hold: a part of the model overflows or divides by zero there. Keep it as it is (--keep-float, --skip)."
+        )
+    return divergence
 
 
 def _measure_changes(probe: Probe, changes: Sequence[Change]) -> Iterator[tuple[Change, float]]:

@@ -107,7 +107,7 @@ def check_decide(decide: Decide) -> Method:
 def check_example(example: Any) -> None:
     """Raise JpqError for example inputs without samples, or with NaN: ranges of quantizers are fitted to them."""
     tensors = collect_tensors(example)
-    if tensors and not tensors[0].numel():
+    if tensors and tensors[0].dim() and not len(tensors[0]):
         raise JpqError(f"The example inputs {list(tensors[0].shape)} hold no samples: give a batch of real ones.")
     for tensor in tensors:
         if bool(tensor.isnan().any()):

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,20 +128,15 @@ class KeptOutputs:
         """The outputs for one batch, in evaluation mode; the caller may change them."""
         key = _fingerprint((args, kwargs))
         if key in self._outputs:
-            return _copied(self._outputs[key])
+            return copy.deepcopy(self._outputs[key])
         with eval_mode(self.net) if isinstance(self.net, nn.Module) else nullcontext():
             output = self.net(*args, **kwargs)
         size = sum(t.numel() * t.element_size() for t in collect_tensors(output))
         if key and self._bytes + size <= KEPT_BYTES:
-            self._bytes += size
-            self._outputs[key] = _copied(output)
+            with suppress(RuntimeError, TypeError):  # what cannot be copied is not kept
+                self._outputs[key] = copy.deepcopy(output)
+                self._bytes += size
         return output
-
-
-def _copied(output: Any) -> Any:
-    """A nested output with tensors of its own."""
-    register_dataclasses(output)
-    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, output)
 
 
 def _fingerprint(inputs: Any) -> str:

@@ -39,7 +39,12 @@ _NUMBER_TYPES = ("Tensor", "number", "Optional[number]")  # of arguments, in sch
 
 _FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 
-_COUNTING = (torch.ops.aten.arange.default, torch.ops.aten.arange.start, torch.ops.aten.arange.start_step)
+_NUMBERS_ELSEWHERE = (  # operators whose numbers are places, or the filling that a smaller copy adds of itself
+    torch.ops.aten.arange.default,
+    torch.ops.aten.arange.start,
+    torch.ops.aten.arange.start_step,
+    torch.ops.aten.constant_pad_nd.default,
+)
 
 Slices = Mapping[str, Mapping[int, list[int]]]  # parameter, buffer or counting attribute -> dim -> kept indices
 
@@ -262,7 +267,7 @@ class _NumberRecord(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for i, argument in enumerate(func._schema.arguments if func not in _COUNTING else ()):
+        for i, argument in enumerate(func._schema.arguments if func not in _NUMBERS_ELSEWHERE else ()):
             value = args[i] if i < len(args) else kwargs.get(argument.name)
             if type(value) in (int, float) and str(argument.type) in _NUMBER_TYPES:
                 self.found.add((str(func), argument.name, value))

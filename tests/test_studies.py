@@ -196,7 +196,10 @@ def test_tasks_meet_their_budgets_and_their_files_have_the_models_metric():
     assert not table.duplicated(tasks.KEY).any()
     assert (table.used <= 1).all()
     for runtime in tasks.RUNTIMES:
-        assert ((table[f"metric_{runtime}"] - table.metric).abs() <= 0.005 * table.metric.abs()).all()
+        far = (table[f"metric_{runtime}"] - table.metric).abs() > 0.005 * table.metric.abs()
+        rows = set(table[far][tasks.KEY].itertuples(index=False, name=None))
+        told = {("detection", "uniform", "3%", 1)} if runtime == "openvino" else set()  # in studies/README.md
+        assert rows == told
 
 
 def test_estimators_are_compared_on_the_same_plans():

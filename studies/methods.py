@@ -65,7 +65,8 @@ def _draw_panel(axes: Axes, table: pd.DataFrame, column: str, scale: float, labe
             style = {"linestyle": "--", "color": "#222222" if name == "uniform" else "#888888", "linewidth": 2}
         else:
             style = {"linestyle": "-", "color": colours[i % 20], "linewidth": 1.2}
-        axes.plot(scale * means[column], 100 * means.accuracy, marker="o", markersize=4, label=name, **style)
+        marker = "os"[i // 20]  # squares where the colours begin anew
+        axes.plot(scale * means[column], 100 * means.accuracy, marker=marker, markersize=4, label=name, **style)
     points = sort_by_cost(table.groupby(["method", "target"])[[column, "accuracy"]].mean(), column)
     front = points[points.accuracy > points.accuracy.cummax().shift(fill_value=0)]
     axes.plot(

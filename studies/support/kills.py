@@ -18,8 +18,8 @@ from pathlib import Path
 import jpq
 from jpq.compression import reestimate_batchnorm
 from jpq.config import Budget, Config, Run, Task, Train
+from jpq.export import compare
 from jpq.export.packed import pack_model
-from jpq.export.verify import exported_with_metric
 from jpq.files import save_tensors
 from jpq.results import write_run
 from jpq.training import NullObserver
@@ -116,7 +116,7 @@ def run(config: Config, moment: str = "", n: int = 0) -> None:
     killer.before(save_tensors, "weights to be written")
     killer.before(pack_model, "packing")
     killer.before(jpq.export_onnx, "export")
-    killer.before(exported_with_metric, "verification")
+    killer.before(compare, "verification")
     wrap_function(write_run, before=partial(killer, "report"), after=partial(killer, "all written"))
     optimize(config, StepReporter(killer))
 

@@ -24,9 +24,9 @@ def data(split: str) -> shapes.Shapes:
     return shapes.make(*{"train": (TRAIN, 1), "tune": (TUNE, 1), "held-out": (200, 2), "test": (300, 5)}[split])
 
 
-def detector() -> nn.Module:
-    """torchvision's SSDlite with MobileNetV3, random weights, for images of 128 x 128."""
-    model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=len(shapes.CLASSES))
+def detector(classes: int = len(shapes.CLASSES)) -> nn.Module:
+    """torchvision's SSDlite with MobileNetV3, random weights, for images of 128 x 128; `classes` with background."""
+    model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=classes)
     side = shapes.SIDE
     model.transform = GeneralizedRCNNTransform(
         side, side, [0.5] * 3, [0.5] * 3, size_divisible=1, fixed_size=(side, side)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from jpq.allocation import two_stage
@@ -21,7 +22,7 @@ from jpq.allocation.allocators import PlanEvaluator
 from jpq.allocation.measured.calibration import Measurement
 from jpq.allocation.measured.table import SensitivityTable, model_checksum, read_table
 from jpq.allocation.prepare import Prepared, check_decide, prepare
-from jpq.allocation.ranking.evidence import Batches
+from jpq.allocation.ranking.evidence import Batches, Loss
 from jpq.allocation.ranking.scheduled_pruning import ScheduledPruning
 from jpq.compression import discretize, session_state
 from jpq.compression.calibration import recalibrate
@@ -306,11 +307,13 @@ class CompressionSession(nn.Module):
 
         Args:
             batches: inputs as `example_inputs` is one, a few hundred samples together.
-            steps: of Adam for each block.
+            steps: of Adam for each block, 0 or more.
             seed: of the samples of each step.
 
         Returns the squared error of each block's output before and after. Raises JpqError before `discretize()`.
         """
+        if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 0:
+            raise JpqError(f"reconstruct(steps={steps!r}): give the steps for each block, a whole number, 0 or more.")
         if self.controller is not None or self.second_stage is not None:
             raise JpqError("reconstruct() rounds the weights of final decisions: call discretize() first.")
         return reconstruct(self.net, self._teacher(), list(batches), steps, seed)
@@ -376,6 +379,7 @@ def compress(
     steps: int = 1000,
     evidence: Batches | None = None,
     table: LatencyTable | None = None,
+    task: MetricTask | None = None,
     **shortcuts: Unpack[Shortcuts],
 ) -> CompressionSession:
     """Make a trainable copy of a trained `model`, with gates and quantizers, that will meet its budget.
@@ -393,6 +397,8 @@ def compress(
             (a list, a DataLoader); default: the example inputs, without classes. With `method="measured"`, and with
             `start="measured"`, sensitivities are measured on them: 256 samples or more are good.
         table: measured layers for a target of latency (`jpq.export.timing.read_table`).
+        task: whose distance sensitivities are measured in (`jpq.tasks.TASKS`), and whose loss scores differentiate;
+            default: that of classes (outputs of one column: squared errors).
         shortcuts: targets (`bops="1%"`, `macs`, `size`, `latency`, and `cost`) and fields of `Decide` by name
             (`w_bits=(2, 8)`, `density=0.5`, `skip=["fc"]` ...), in place of whole sections.
 
@@ -415,28 +421,30 @@ def compress(
     steps = int(steps)
     settings = session_state.describe_settings(net, decide, budget, steps)
     batches = [(example_inputs, None)] if evidence is None else evidence
+    judged, loss = (CLASSIFICATION, class_loss) if task is None else (task, task.output_loss)
     measurement = Measurement(
         lambda: (x for x, _ in batches),
-        CLASSIFICATION.divergence,
+        judged.divergence,
         model_checksum(model),
         table=None if decide.sensitivity is None else read_table(decide.sensitivity),
         source=str(decide.sensitivity),
-        main_output=CLASSIFICATION.main_output,
+        main_output=judged.main_output,
+        task="" if task is None else task.name,
     )
     if prepared.procedure.searches:
         table_of_start = None
         if decide.start == MEASURED_START:
             found = measure_start(
-                prepared, net, model, [example_inputs], batches, measurement, prepared.targets, CLASSIFICATION
+                prepared, net, model, [example_inputs], batches, measurement, prepared.targets, judged
             )
             prepared, table_of_start = replace(prepared, starts=found.starts), found.table
             net = prepared.attach(model, [example_inputs])
         fit_ranges = partial(_fit_ranges, net, example_inputs)
-        session = _start_search(prepared, net, model, batches, steps, fit_ranges, example_inputs)
+        session = _start_search(prepared, net, model, batches, loss, steps, fit_ranges, example_inputs)
         session._settings, session.sensitivities = settings, table_of_start
         return session
     plan = prepared.procedure.decide(
-        net, prepared.targets, decide, PlanEvaluator(lambda: batches, measurement=measurement)
+        net, prepared.targets, decide, PlanEvaluator(lambda: batches, loss=loss, measurement=measurement)
     )
     stage_plan = prepared.procedure.first_stage(net, plan)
     net.freeze(plan if stage_plan is None else stage_plan)
@@ -453,6 +461,7 @@ def _start_search(
     net: CompressedModel,
     model: nn.Module,
     batches: Batches,
+    loss: Loss,
     steps: int,
     fit_ranges: Callable[[], None],
     example: Any,
@@ -462,13 +471,37 @@ def _start_search(
     discretize.check_reachable(net, prepared.targets)
     if prepared.method.score:
         schedule = pick_schedule(prepared.method.schedule)
-        net.scheduled_pruning = ScheduledPruning(net, prepared.score, schedule, decide.density, _SameBatches(batches))
+        net.scheduled_pruning = ScheduledPruning(
+            net, prepared.score, schedule, decide.density, _SameBatches(batches), loss
+        )
         net.scheduled_pruning(0.0)
     controller = Controller(prepared.targets)
     controller.begin(net.exact_usage())
     return CompressionSession(
         net, model, controller, steps, decide.gate_weight, recalibrate=fit_ranges, example=example
     )
+
+
+def class_loss(output: Any, labels: Tensor) -> Tensor:
+    """Cross entropy, the loss of scores without a task, a scalar; labels are classes, or a row of probabilities each.
+
+    Raises JpqError where it says nothing: outputs of one column, and labels that are no probabilities.
+    """
+    scores = CLASSIFICATION.main_output(output)
+    advice = "give compress the task of your loss, such as task=jpq.tasks.TASKS['regression']."
+    if isinstance(scores, Tensor) and (scores.dim() < 2 or scores.shape[1] < 2):
+        raise JpqError(
+            f"This score differentiates the cross entropy of classes, and the outputs are {list(scores.shape)}: "
+            f"{advice}"
+        )
+    if labels.is_floating_point() and labels.dim() > 1:
+        sums = labels.sum(1)
+        if labels.min() < 0 or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
+            raise JpqError(
+                "This score differentiates the cross entropy of classes, and these labels are neither classes nor "
+                f"probabilities of them: {advice}"
+            )
+    return F.cross_entropy(scores, labels)
 
 
 def _check_numbers(net: CompressedModel) -> None:

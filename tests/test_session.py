@@ -12,9 +12,10 @@ from torch import nn
 
 import jpq
 from jpq.allocation import prepare
-from jpq.tasks import build_model
+from jpq.tasks import TASKS, build_model
 from jpq.tasks.data import load
 from jpq.tracing.trace import trace
+from jpq.types import JpqError
 
 
 @pytest.fixture(scope="module")
@@ -265,3 +266,74 @@ def test_accumulated_gradients_are_no_mistake():
     assert LoopUse(passes=64, pressures=64, steps=1).describe_mistakes(1, 1) == []
     assert "1 times in 65 training passes" in LoopUse(passes=65, pressures=65, steps=1).describe_mistakes(1, 1)[0]
     assert LoopUse(passes=2, pressures=2, steps=2).describe_mistakes(95, 100) == [], "a loaded state counts"
+
+
+@pytest.mark.parametrize("steps", [-1, 1.5, True])
+def test_steps_of_a_reconstruction_that_cannot_be_are_refused(steps):
+    x = torch.randn(8, 4)
+    net = jpq.compress(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), x, "uniform", bops="10%")
+    with pytest.raises(JpqError, match="0 or more"):
+        net.reconstruct([x], steps=steps)
+
+
+def regressor(outputs=1):
+    """A network of 16 hidden units, of which the first four alone reach the output, and samples for it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, outputs))
+    with torch.no_grad():
+        model[2].weight[:, 4:] = 0
+    return model, torch.randn(64, 4)
+
+
+def discretized(net):
+    """The plan of a session that has not trained, without the warnings that say so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return net.discretize()
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_scores_of_a_regression_need_its_task(outputs):
+    model, x = regressor(outputs)
+    pairs = [(x, model(x).detach() + 1)]
+    net = jpq.compress(model, x, "taylor", macs="50%", density=0.5, evidence=pairs)
+    with pytest.raises(JpqError, match="task="):
+        discretized(net)  # its cross entropy says nothing
+    net = jpq.compress(model, x, "taylor", macs="50%", density=0.5, evidence=pairs, task=TASKS["regression"])
+    kept = discretized(net).kept["0"]
+    assert all(kept[:4])
+    assert not all(kept)
+
+
+def test_probabilities_may_be_labels_of_scores():
+    model, x = regressor(3)
+    pairs = [(x, torch.rand(64, 3).softmax(1))]
+    net = jpq.compress(model, x, "taylor", macs="50%", density=0.5, evidence=pairs)
+    assert not all(discretized(net).kept["0"])
+
+
+def test_measuring_is_in_the_distance_of_the_task_that_is_given(tmp_path):
+    """Both outputs rise alike with the first unit: classes do not see it, and squared errors see nothing else."""
+    model, x = regressor(2)
+    with torch.no_grad():
+        model[2].weight.zero_()
+        model[2].weight[:, 0] = 1
+        model[2].weight[0, 1] = 1e-3
+    seen = {}
+    for name in ("classification", "regression"):
+        file = tmp_path / f"{name}.csv"
+        table = jpq.sensitivity(model, x, task=TASKS[name], out=file)
+        rows = table[(table.what == "weight") & (table["name"] == "0") & (table.value == 2)]
+        seen[name] = float(rows.divergence.iloc[0])
+        jpq.compress(model, x, "measured", bops="10%", evidence=[(x, None)], task=TASKS[name], sensitivity=file)
+    assert seen["regression"] > 100 * seen["classification"]
+    with pytest.raises(JpqError, match="for the task 'classification'"):
+        jpq.compress(
+            model,
+            x,
+            "measured",
+            bops="10%",
+            evidence=[(x, None)],
+            task=TASKS["regression"],
+            sensitivity=tmp_path / "classification.csv",
+        )

@@ -88,7 +88,7 @@ def run_sensitivity(flags: Sensitivity, console: Console) -> None:
     divergence = measuring.task_divergence(data.task)
     set_threads(flags.threads, 10**12)
     probed = measuring.probe_model(
-        model, batches, divergence, flags.samples, flags.w_bits, flags.a_bits, data.task.main_output
+        model, batches, divergence, flags.samples, flags.w_bits, flags.a_bits, data.task.main_output, data.task.name
     )
     set_threads(flags.threads, probed.network.macs * flags.batch_size)
     partial = partial_path(flags.out)

@@ -6,7 +6,7 @@ A measurement that is written to a file notes every entry beside it as soon as i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class SensitivityProbe:
     a_bits: Bounds
     net: CompressedModel  # that is probed
     inputs: Sequence[Any]  # batches of samples, not mixed
+    task: str = ""  # name of the task whose distance is measured; "": a distance of the caller's own
 
     def with_samples(self, count: int) -> Probe:
         """A probe of the same network on the first samples alone."""
@@ -91,7 +92,8 @@ def sensitivity(
     (`task.main_output`) is not one tensor, for tasks without a divergence, and where there are no inputs.
     """
     batches = list(inputs.split(64)) if isinstance(inputs, Tensor) else list(_without_targets(inputs))
-    probed = probe_model(model, batches, divergence or task_divergence(task), samples, w_bits, a_bits, task.main_output)
+    distance, name = (task_divergence(task), task.name) if divergence is None else (divergence, "")
+    probed = probe_model(model, batches, distance, samples, w_bits, a_bits, task.main_output, name)
     chosen, _ = pick_estimator(estimator, estimate_cost(probed.probe, w_bits, a_bits))
     table = measure(probed, chosen, progress=progress)
     if out is not None:
@@ -107,10 +109,11 @@ def probe_model(
     w_bits: Bounds = (2, 8),
     a_bits: Bounds = (2, 8),
     main_output: Callable[[Any], Any] = CLASSIFICATION.main_output,
+    task: str = "",
 ) -> SensitivityProbe:
     """A copy of a model with quantizers and gates, its units ranked, and the samples that it is measured on.
 
-    Arguments and errors as for `sensitivity`; `main_output` is that of its task.
+    Arguments and errors as for `sensitivity`; `main_output` is that of its task, and `task` its name.
     """
     check_samples(samples)
     inputs = list(batches)
@@ -121,7 +124,7 @@ def probe_model(
     net = prepared.attach(model, inputs[:CALIBRATION_BATCHES])
     rank_units(net, prepared.score)
     probe = Probe(net, mixed, plain, divergence, unit_orders(net), main_output)
-    return SensitivityProbe(probe, prepared.network, model_checksum(model), w_bits, a_bits, net, plain)
+    return SensitivityProbe(probe, prepared.network, model_checksum(model), w_bits, a_bits, net, plain, task)
 
 
 def measure(
@@ -144,15 +147,15 @@ def measure(
     """
     bounds = probed.w_bits, probed.a_bits
     if estimator == "fisher":
-        return fisher_table(probed.probe, *bounds, probed.model, progress=progress)
-    notes = None if partial is None else PartialTable(partial, resume)
+        return replace(fisher_table(probed.probe, *bounds, probed.model, progress=progress), task=probed.task)
+    notes = None if partial is None else PartialTable(partial, resume, task=probed.task)
     if estimator == COARSE:
         table = coarse_table(probed.with_samples(coarse.SAMPLES), *bounds, probed.model, notes, progress)
     else:
         table = measure_noted(probed.probe, *bounds, probed.model, notes, progress)
     if partial is not None:
         partial.unlink()
-    return table
+    return replace(table, task=probed.task)
 
 
 def table_frame(table: SensitivityTable, network: Network) -> pd.DataFrame:

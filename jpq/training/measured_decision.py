@@ -83,8 +83,9 @@ def run_measurement(data: Data, model: nn.Module, run: RunState, measured: bool 
         save=lambda table, network: distributed.run_on_first(lambda: write_table(kept, table, network)),
         progress=_Steps(run),
         main_output=data.task.main_output,
-        notes=PartialTable(partial_path(kept), run.config.run.resume, distributed.is_first()),
+        notes=PartialTable(partial_path(kept), run.config.run.resume, distributed.is_first(), data.task.name),
         same_samples=run.config.decide.sensitivity is not None,
+        task=data.task.name,
     )
 
 

@@ -225,6 +225,18 @@ def test_the_file_gives_the_same_table_and_plan(table, tmp_path):
         check_table(replace(again, bits=dict(again.bits) | {("none", "w"): {2: 0.0}}), net.network, again.model, path)
 
 
+def test_a_table_of_another_task_is_refused_and_one_that_names_none_is_not(table, tmp_path):
+    network, path = ranked().network, tmp_path / "table.csv"
+    write_table(path, replace(table, task="regression"), network)
+    named = read_table(path)
+    check_table(named, network, table.model, path, task="regression")
+    check_table(named, network, table.model, path)
+    with pytest.raises(JpqError, match="for the task 'regression', and this is 'classification'"):
+        check_table(named, network, table.model, path, task="classification")
+    path.write_text(path.read_text().replace('"task": "regression", ', ""))  # as files of before
+    check_table(read_table(path), network, table.model, path, task="classification")
+
+
 @pytest.mark.parametrize("cut", [0.3, 0.6, 0.97])
 def test_a_file_cut_short_is_refused(cut, table, tmp_path):
     path = tmp_path / "table.csv"

@@ -11,7 +11,7 @@ from jpq.allocation import read_table
 from jpq.allocation.measured.partial import partial_path
 from jpq.cli.main import main
 from jpq.results.sensitivity import measure, probe_model
-from jpq.tasks import CLASSIFICATION
+from jpq.tasks import CLASSIFICATION, TASKS
 from jpq.types import JpqError
 
 
@@ -49,6 +49,31 @@ def test_an_interrupted_file_goes_on_to_the_same_bits(tmp_path):
     partial.write_text("\n".join(lines))
     with pytest.raises(JpqError, match="Run without"):
         measure(probe_model(convnet().model, [EXAMPLE[:3]], CLASSIFICATION.divergence), "single", partial, resume=True)
+
+
+def test_file_and_entries_name_the_task(tmp_path):
+    path = tmp_path / "table.csv"
+    few = {"w_bits": (2, 3), "a_bits": (2, 3), "out": path}
+    for estimator in ("single", "coarse", "fisher"):
+        jpq.sensitivity(convnet().model, EXAMPLE, task=TASKS["regression"], estimator=estimator, **few)
+        assert read_table(path).task == "regression"
+    jpq.sensitivity(convnet().model, EXAMPLE, divergence=CLASSIFICATION.divergence, **few)
+    assert read_table(path).task == ""  # whose distance it is only the caller knows
+
+    def probed(task):
+        return probe_model(
+            convnet().model, [EXAMPLE], CLASSIFICATION.divergence, w_bits=(2, 3), a_bits=(2, 3), task=task
+        )
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    partial = partial_path(path)
+    with pytest.raises(KeyboardInterrupt):
+        measure(probed("classification"), "single", partial, progress=stop)
+    with pytest.raises(JpqError, match="Run without"):
+        measure(probed("regression"), "single", partial, resume=True)
+    assert measure(probed("classification"), "single", partial, resume=True).task == "classification"
 
 
 @pytest.mark.parametrize(

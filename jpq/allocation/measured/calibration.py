@@ -31,6 +31,7 @@ class Measurement:
         main_output: the tensor that divergences are of, out of what the model returns.
         notes: where the entries of a table are noted as soon as they are found; None: nowhere.
         same_samples: whether a table that is known must be of these very samples.
+        task: name of the task whose distance `divergence` is; "": of none.
     """
 
     inputs: Callable[[], Iterable[Any]]
@@ -44,6 +45,7 @@ class Measurement:
     main_output: Callable[[Any], Any] = lambda output: output
     notes: PartialTable | None = None
     same_samples: bool = False
+    task: str = ""
 
 
 def calibration_samples(inputs: Iterable[Any], count: int = SAMPLES) -> tuple[list[Any], list[Any]]:

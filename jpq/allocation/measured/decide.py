@@ -94,12 +94,12 @@ def decide_by_measurement(
 
 
 def known_table(table: SensitivityTable, net: CompressedModel, measurement: Measurement) -> SensitivityTable:
-    """The same table. Raises JpqError where it is of another network, weights, samples, version or levels."""
+    """The same table. Raises JpqError where it is of another task, network, weights, samples, version or levels."""
     calibration = None
     if measurement.same_samples:
         mixed, _ = calibration_samples(measurement.inputs(), table.samples)
         calibration = tensors_checksum(collect_tensors(mixed))
-    check_table(table, net.network, measurement.model, measurement.source, calibration)
+    check_table(table, net.network, measurement.model, measurement.source, calibration, measurement.task)
     levels = net.plan().weight_levels
     if table.base.get("weight_levels", levels) != levels:
         raise JpqError(
@@ -128,6 +128,7 @@ def measure_anew(
     )
     bounds = (widths.w[0], widths.w[-1]), (widths.a[0], widths.a[-1])
     table = measuring(used, *bounds, measurement.model, measurement.notes, measurement.progress)
+    table = replace(table, task=measurement.task)
     if used is not probe:
         probe.passes += used.passes
     measurement.save(table, net.network)

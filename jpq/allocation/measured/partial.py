@@ -27,6 +27,7 @@ class PartialTable:
     path: Path
     resume: bool = False  # begin with the entries that are there
     writes: bool = True  # False: they are read alone, as in all processes but the first
+    task: str = ""  # whose distance the entries are of
 
 
 def measure_noted(
@@ -46,7 +47,7 @@ def measure_noted(
     """
     if notes is None:
         return measure_table(probe, w_bits, a_bits, model, progress=progress, wanted=wanted)
-    head = partial_head(estimator, model, probe, w_bits, a_bits)
+    head = partial_head(estimator, model, probe, w_bits, a_bits, notes.task)
     known = read_partial(notes.path, head) if notes.resume and notes.path.exists() else {}
     if not notes.writes:
         return measure_table(probe, w_bits, a_bits, model, progress=progress, known=known, wanted=wanted)
@@ -66,11 +67,12 @@ def _line(change: Change, divergence: float) -> str:
     return json.dumps([change.what, change.name, change.value, divergence])
 
 
-def partial_head(estimator: str, model: str, probe: Probe, w_bits: Bounds, a_bits: Bounds) -> dict[str, Any]:
+def partial_head(estimator: str, model: str, probe: Probe, w_bits: Bounds, a_bits: Bounds, task: str) -> dict[str, Any]:
     """What the entries of an interrupted measurement must have in common with the one that goes on with them."""
     return {
         "format": FORMAT,
         "estimator": estimator,
+        "task": task,
         "model": model,
         "calibration": tensors_checksum(collect_tensors(probe.batches)),
         "w_bits": list(w_bits),
@@ -85,8 +87,8 @@ def read_partial(path: Path, head: Mapping[str, Any]) -> dict[Change, float]:
     """
     first, *lines = untrusted.read_text(path, "list of measured entries").splitlines() or [""]
     try:
-        same = json.loads(first) == dict(head)
-    except ValueError:
+        same = {"task": head["task"], **json.loads(first)} == dict(head)  # files of before did not name it
+    except (TypeError, ValueError):
         same = False
     if not same:
         raise JpqError(f"{path} is of another model, data or setting than this measurement. Run without --resume.")

@@ -5,8 +5,8 @@
 
 each as the divergence of the outputs from the float model's, in the unit of the task's own distance (nats for classes),
 minus the divergence of the base from which one change at a time is made. It is kept as a CSV file, whose first line
-says for which network, weights and calibration it holds, by which version of jpq it was measured, and a checksum of
-the rows, so that a file that was cut short is known.
+says for which task, network, weights and calibration it holds, by which version of jpq it was measured, and a checksum
+of the rows, so that a file that was cut short is known.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class SensitivityTable:
     samples: int
     base: Mapping[str, Any] = field(default_factory=dict)  # divergence of the base, its bits
     measured_by: str = field(default_factory=lambda: version("jpq"))  # version of jpq
+    task: str = ""  # name of the task whose distance it is in; "": a distance of the caller's own, or not recorded
 
     def most_sensitive(self, count: int = 5) -> list[tuple[Key, int, float]]:
         """The tensors whose smallest width changes the outputs most: (tensor, width, divergence)."""
@@ -75,6 +76,7 @@ def write_table(path: str | Path, table: SensitivityTable, network: Network) -> 
         "format": FORMAT,
         "jpq": table.measured_by,
         "estimator": table.estimator,
+        "task": table.task,
         "model": table.model,
         "calibration": table.calibration,
         "samples": table.samples,
@@ -136,6 +138,7 @@ def read_table(path: str | Path) -> SensitivityTable:
             int(head["samples"]),
             dict(head["base"]),
             str(head["jpq"]),
+            str(head.get("task", "")),
         )
     except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
         raise JpqError(f"{path} is damaged or was cut short ({error}): measure it anew.") from error
@@ -159,9 +162,14 @@ def _parse_rows(
 
 
 def check_table(
-    table: SensitivityTable, network: Network, model: str, source: str | Path, calibration: str | None = None
+    table: SensitivityTable,
+    network: Network,
+    model: str,
+    source: str | Path,
+    calibration: str | None = None,
+    task: str = "",
 ) -> None:
-    """Raise JpqError where the table is of another network, of other weights, or of another version of jpq.
+    """Raise JpqError where the table is of another task, network, weights, or version of jpq.
 
     Args:
         table: as it was read.
@@ -169,6 +177,7 @@ def check_table(
         model: checksum of that network's float weights.
         source: the table's file, for messages.
         calibration: checksum of the samples that it must have been measured on; None: any.
+        task: name of the task that it is to be used for; "": any.
     """
     names = {layer.name for layer in network.layers}
     missing = {layer for layer, _ in table.bits} - names
@@ -176,6 +185,11 @@ def check_table(
         raise JpqError(f"{source} is the table of another model: this one has no layer '{min(missing)}'.")
     if table.model != model:
         raise JpqError(f"{source} was measured with other weights of this model: measure it anew with jpq sensitivity.")
+    if task and table.task and table.task != task:
+        raise JpqError(
+            f"{source} was measured for the task '{table.task}', and this is '{task}': give the same task, or measure "
+            "it anew with jpq sensitivity."
+        )
     if table.measured_by != version("jpq"):
         raise JpqError(
             f"{source} was measured by jpq {table.measured_by}, and this is {version('jpq')}: measure it anew with "

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import jpq
+from jpq.export.onnx.example_values import computes_example
 from jpq.export.onnx.export import export_float
 from jpq.export.onnx.written_out_calls import WrittenOutCalls
 from jpq.export.runtimes import Session
@@ -272,3 +273,23 @@ def test_files_of_random_and_infinite_numbers_are_not_warned_of(factor, tmp_path
         export_float(Noisy(factor).eval(), torch.randn(3, 4), tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx").exists()
     assert [str(w.message) for w in told] == []
+
+
+class Rounded(nn.Module):
+    """A layer between two roundings, whose outputs all lie at the boundaries of the second."""
+
+    def __init__(self, scale=1.0) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4, bias=False)
+        self.layer.weight.data = 0.5 * scale * torch.eye(4)
+
+    def forward(self, x):
+        return self.layer(x.round()).round()
+
+
+def test_values_at_rounding_boundaries_of_inner_layers_are_no_lost_code(tmp_path):
+    x = torch.tensor([[1.1, 3.1, -0.9, 5.1]]).repeat(16, 1)
+    export_float(Rounded(1 + 1e-6).eval(), x, tmp_path / "m.onnx")
+    assert not torch.equal(Session(tmp_path / "m.onnx")(x), Rounded()(x)), "the file rounds other values up"
+    assert computes_example(tmp_path / "m.onnx", Rounded().eval(), (x,), {})
+    assert not computes_example(tmp_path / "m.onnx", Rounded(3).eval(), (x,), {}), "the model computes another thing"

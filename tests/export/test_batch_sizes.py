@@ -128,6 +128,31 @@ def test_a_count_that_only_values_depend_on_is_noticed(tmp_path):
             export_float(Reads(free).eval(), torch.randn(1, 4), path)
 
 
+class OtherInTraining(nn.Module):
+    """A network that gives other outputs in training, as Ultralytics' detectors do, with parts that differ there."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = nn.functional.dropout(self.norm(self.first(x)), 0.5, self.training)
+        scores = self.last(hidden)
+        return {"scores": scores} if self.training else {"scores": scores, "hidden": hidden}
+
+
+@torch.no_grad()
+def test_files_of_several_outputs_are_compared_with_the_model_in_evaluation_mode(tmp_path):
+    torch.manual_seed(0)
+    example, x = torch.randn(8, 4), torch.randn(3, 4)
+    small = jpq.compress(OtherInTraining().eval(), example, bops="20%", steps=1).finalize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jpq.export_onnx(small, example, tmp_path / "m.onnx")
+        export_float(OtherInTraining().eval(), example, tmp_path / "float.onnx")
+    torch.testing.assert_close(Session(tmp_path / "m.onnx")(x), tuple(small(x).values()))
+
+
 def test_first_samples_are_repeated_where_there_are_fewer():
     x, table = torch.arange(3.0)[:, None], torch.zeros(5, 2)
     assert first_samples((x, {"t": table}), 2)[0].tolist() == [[0.0], [1.0]]

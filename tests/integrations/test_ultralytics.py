@@ -1,9 +1,12 @@
 """A detector of Ultralytics (small configuration, random weights) in a loop of one's own: its loss, its budget."""
 
+import warnings
+
 import pytest
 import torch
 
 import jpq
+from jpq.export.runtimes import Session
 
 pytest.importorskip("ultralytics", reason="needs ultralytics: pip install ultralytics")
 
@@ -40,3 +43,8 @@ def test_a_detector_meets_its_budget_with_its_own_loss(tmp_path, monkeypatch):
     boxes, raw = small(IMAGES)
     assert boxes.shape == (4, 7, 84)
     assert raw["scores"].shape == (4, 3, 84)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*detector.onnx")
+        jpq.export_onnx(small, IMAGES, tmp_path / "detector.onnx")
+    found = Session(tmp_path / "detector.onnx")(IMAGES[:3])
+    torch.testing.assert_close(found[0], boxes[:3], rtol=1e-4, atol=1e-3)  # in pixels, and shares

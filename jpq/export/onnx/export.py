@@ -301,6 +301,7 @@ class _TensorsOnly(nn.Module):
         self.model = model
         self._leaves, self._spec = tree_flatten((args, kwargs))
         self._is_tensor = [isinstance(leaf, Tensor) for leaf in tree_leaves(as_plain_nest(output))]
+        self.train(model.training)  # the exporter leaves both in the wrapper's mode
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The output's tensors, alone or in order."""

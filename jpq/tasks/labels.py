@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,35 @@ def count_classes(labels: Tensor, what: str) -> int:
     if classes > MANY and classes > RARE * present:
         raise _id_error(what, classes - 1, present)
     return classes
+
+
+def unify_numbers(labels: Sequence[str], names: Sequence[str] = ()) -> list[str]:
+    """Written labels, with those that are equal as numbers ("1" and "1.0") in one spelling: one class.
+
+    Args:
+        labels: of one part.
+        names: the classes that are known already, whose spelling counts; else it is the shortest among the labels.
+
+    Where one of the names, or without these one of the labels, is no number, all stay as they are.
+    """
+    kinds = names or sorted(set(labels), key=lambda label: (len(label), label))
+    spellings: dict[Decimal, str] = {}
+    for kind in kinds:
+        number = _written_number(kind)
+        if number is None:
+            return list(labels)
+        spellings.setdefault(number, kind)
+    numbers = {label: _written_number(label) for label in set(labels)}
+    return [label if (n := numbers[label]) is None else spellings.get(n, label) for label in labels]
+
+
+def _written_number(label: str) -> Decimal | None:
+    """The finite number that a label is, with all its digits; None for other text."""
+    try:
+        number = Decimal(label.strip())
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None
 
 
 def gap_note(labels: Tensor, classes: int) -> str:

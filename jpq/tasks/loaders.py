@@ -79,7 +79,7 @@ class LoaderBatches(SplitBatches):
         what: the split in words, for errors, such as "The train part of 'mycode:data'".
         device: where batches go.
         seed: of the order.
-        training: a batch of one sample is left out, as BatchNorm cannot use it.
+        training: a batch of one sample is left out, as BatchNorm cannot use it, unless all are.
 
     Raises JpqError for an iterable that gives nothing or can be read only once, and for batches that are no pairs of
     tensors, that differ in structure, type or shape, or that hold NaN.
@@ -100,7 +100,11 @@ class LoaderBatches(SplitBatches):
         self.share: tuple[int, int] | None = None  # (n, of how many): every so manieth batch alone
         self.check_targets: Callable[[Any], Any] | None = None  # the targets as the task takes them; raises JpqError
         self._sizes: list[int] | None = None  # samples of each batch of an epoch
+        self._all_single = getattr(loader, "batch_size", None) == 1  # whether batches hold one sample each
         first = next(iter(self._read(0)), None)
+        if first is None and training and not self._all_single:
+            self._all_single = True
+            first = next(iter(self._read(0)), None)
         if first is None:
             raise JpqError(f"{what} gives no batches. Check its files, filters and drop_last.")
         self.example = first
@@ -142,7 +146,7 @@ class LoaderBatches(SplitBatches):
             yield x, y
 
     def _read(self, epoch: int) -> Iterator[tuple[Any, Any]]:
-        """The checked batches of one epoch as the loader gives them, a single left-over sample left out."""
+        """The checked batches of one epoch as the loader gives them, in training without a single left-over sample."""
         draws = _OwnDraws(epoch_seed(self.seed, epoch))
         reference: list[Any] = []
         with draws.active():
@@ -161,7 +165,7 @@ class LoaderBatches(SplitBatches):
             pair = _checked(batch, self.what, reference)
             if self.check_targets is not None:
                 pair = pair[0], self.check_targets(pair[1])
-            if not (self.training and _samples(pair[0]) == 1):
+            if self._all_single or not (self.training and _samples(pair[0]) == 1):
                 yield pair
 
     def _next(self, batches: Iterator[Any]) -> Any:
@@ -255,21 +259,37 @@ class LoaderBatches(SplitBatches):
         """Batches of some samples of the DataLoader's dataset, made as the DataLoader makes its own."""
         loader: Any = self.loader
         shuffled = shuffle and not isinstance(loader.sampler, SequentialSampler)
-        part = with_dataset(loader, Subset(loader.dataset, rows), shuffled)
+        part = with_dataset(loader, Subset(loader.dataset, rows), shuffled, drops_last=shuffle)
         batches = LoaderBatches(part, self.what, device=self.device, seed=seed, training=self.training)
         batches.check_targets = self.check_targets
         return batches
 
 
-def with_dataset(loader: DataLoader[Any], dataset: Any, shuffle: bool) -> DataLoader[Any]:
-    """A DataLoader like this one over another dataset."""
+def with_dataset(loader: DataLoader[Any], dataset: Any, shuffle: bool, drops_last: bool = False) -> DataLoader[Any]:
+    """A DataLoader like this one over another dataset.
+
+    drops_last: whether an incomplete last batch is left out as in `loader`; it stays where it is the only one.
+    """
+    batch_size = loader.batch_size or 1
+    workers = (
+        {
+            "multiprocessing_context": loader.multiprocessing_context,
+            "prefetch_factor": loader.prefetch_factor,
+            "timeout": loader.timeout,
+        }
+        if loader.num_workers
+        else {}
+    )
     return DataLoader(
         dataset,
-        batch_size=loader.batch_size or 1,
+        batch_size=batch_size,
         shuffle=shuffle,
+        drop_last=drops_last and loader.drop_last and len(dataset) >= batch_size,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         worker_init_fn=loader.worker_init_fn,
+        pin_memory=loader.pin_memory,
+        **workers,
     )
 
 

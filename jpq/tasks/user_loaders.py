@@ -258,7 +258,7 @@ def _split_off(name: str, loader: Any, held_out: float, seed: int) -> tuple[Any,
     if not kept:
         raise JpqError(f"The train part of '{name}' has {samples} samples; at least 2 are needed.")
     shuffled = not isinstance(loader.sampler, SequentialSampler)
-    train = with_dataset(loader, Subset(loader.dataset, kept), shuffled)
+    train = with_dataset(loader, Subset(loader.dataset, kept), shuffled, drops_last=True)
     return train, with_dataset(loader, Subset(loader.dataset, apart), False)
 
 

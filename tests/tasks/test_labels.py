@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from jpq.tasks.data import load
-from jpq.tasks.labels import class_numbers, count_classes, gap_note
+from jpq.tasks.labels import class_numbers, count_classes, gap_note, unify_numbers
 from jpq.types import JpqError
 
 Y = np.arange(12) % 4
@@ -161,3 +161,12 @@ def test_arrays_with_channels_last_are_named(monkeypatch):
         load("users_layout:flat")
     assert load("users_layout:signal").shape == (16, 100, 1)
     assert load("users_layout:small").shape == (3, 3, 3)
+
+
+def test_labels_that_are_equal_as_numbers_get_one_spelling():
+    assert unify_numbers(["1.0", "1", "2.50", "1e0", "02.50"]) == ["1", "1", "2.50", "1", "2.50"]
+    assert unify_numbers(["1.0", "3", "none"], ["1", "2"]) == ["1", "3", "none"]
+    for texts in (["1", "1.0", "one"], ["1", "1.0", "nan"], ["1", "1.0", "inf"]):
+        assert unify_numbers(texts) == texts
+    ids = ["12345678901234567890", "12345678901234567891"]
+    assert unify_numbers(ids) == ids

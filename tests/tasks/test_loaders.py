@@ -143,6 +143,25 @@ def test_held_out_samples_are_split_off_a_loader_with_a_dataset(monkeypatch):
     assert not rows[0] & rows[1]
 
 
+def test_parts_of_a_loader_drop_incomplete_batches_as_it_does(monkeypatch):
+    pairs = TensorDataset(torch.rand(45, 1, 4, 4), torch.arange(45) % 3)
+    loader = DataLoader(pairs, batch_size=8, shuffle=True, drop_last=True)
+    data = load(served(monkeypatch, (loader, DataLoader(pairs, batch_size=8))), held_out=0.25)
+    assert [len(y) for _, y in data.train] == [8, 8, 8, 8]  # of 34 samples
+    assert data.held_out.size == 11
+    assert [len(y) for _, y in data.train.halves()[0]] == [8, 8]
+    assert [len(y) for _, y in data.train.limited(13)] == [8]
+    assert [len(y) for _, y in data.train.limited(5)] == [5], "a single batch stays"
+    assert data.train.fixed_part(1.0).size == 34
+
+
+def test_a_loader_of_single_samples_is_trained_on():
+    x, y = torch.arange(5.0)[:, None], torch.arange(5)
+    for loader in (DataLoader(TensorDataset(x, y)), [(x[n : n + 1], y[n : n + 1]) for n in range(5)]):
+        split = batches(loader, training=True)
+        assert (split.size, len(split), len(list(split))) == (5, 5, 5)
+
+
 @pytest.mark.parametrize(
     ("x", "y", "task"),
     [

@@ -168,6 +168,24 @@ def test_bad_masks_are_refused_in_one_sentence(tmp_path, kind, words):
         load(f"folder:{tmp_path}", void=7)
 
 
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_masks_of_photos_that_exif_turns_are_as_large_as_the_upright_photo(tmp_path, cache):
+    masks = camvid(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees to be upright
+    for file in (tmp_path / "test").iterdir():
+        with Image.open(file) as image:
+            image.transpose(Image.Transpose.ROTATE_90).save(file, exif=exif)
+    data = load(f"folder:{tmp_path}", void=7, cache=cache)
+    (x, y), *_ = data.test
+    assert torch.equal(y[1, 1:], torch.from_numpy(masks["test"][1]).long()[1:])
+    reds = (x[:, 0] * 0.229 + 0.485) * 255
+    torch.testing.assert_close(reds[y != 255], 10.0 * y[y != 255], atol=1e-3, rtol=0)
+    save(masks["test"][0].T.copy(), tmp_path / "test_labels" / "0.png")  # as the photo's pixels are stored
+    with pytest.raises(JpqError, match=r"is 12x16 and its image '.*0.png' 16x12 once its EXIF orientation.* upright"):
+        load(f"folder:{tmp_path}", void=7, cache=cache, image_size=(8,))
+
+
 def photos(folder: Path, sizes=((20, 24),) * 8, part: str = "", colour: bool = False) -> None:
     draw = np.random.default_rng(1)
     for n, size in enumerate(sizes):
@@ -310,6 +328,13 @@ def test_classes_of_texts_are_in_one_order_whatever_the_order_of_sets():
         assert sorted(turned, key=_label_order) == ["001", "01", "1", "2", "10", "a", "b"]
 
 
+def test_classes_of_texts_that_are_equal_as_numbers_are_one(tmp_path):
+    train = "good film\t1\nfine film\t1.0\nbad film\t0\n" * 4
+    data = load(texts(tmp_path / "t", train=train, test="good\t1.00\nbad\t0.0\n"))
+    assert (data.classes, data.class_names) == (2, ("0", "1"))
+    assert torch.cat([y for _, y in data.test]).tolist() == [1, 0]
+
+
 def test_texts_without_a_word_are_noted(tmp_path):
     rows = "good film\t1\nbad film\t0\n \t1\n"
     data = load(texts(tmp_path / "x", train=rows * 4, test=rows))
@@ -424,6 +449,19 @@ def test_classes_of_a_table_are_its_few_whole_numbers_or_texts(tmp_path):
     assert load(name, target_column="rooms").class_names == ("1", "2", "3")
     assert load(name, target_column="town").class_names == ("here", "there")
     assert load(name, target_column="rooms", task="regression").task.name == "regression"
+
+
+def test_classes_of_a_table_that_are_equal_as_numbers_are_one(tmp_path):
+    rows = [["x", "y"], *[[n, ("1", "1.0", "2")[n % 3]] for n in range(30)]]
+    (tmp_path / "t").mkdir()
+    table(tmp_path / "t" / "train.csv", rows)
+    table(tmp_path / "t" / "test.csv", [["x", "y"], [1, "1.00"], [2, "2.0"]])
+    data = load(f"table:{tmp_path / 't'}", target_column="y")
+    assert (data.task.name, data.classes, data.class_names) == ("classification", 2, ("1", "2"))
+    assert torch.cat([y for _, y in data.test]).tolist() == [0, 1]
+    table(tmp_path / "t" / "test.csv", [["x", "y"], [1, "1.5"]])
+    with pytest.raises(JpqError, match=r"has the class '1\.5'"):
+        load(f"table:{tmp_path / 't'}", target_column="y")
 
 
 @pytest.mark.parametrize("separator", [";", "\t"])

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from jpq.files.paths import expand_home
 from jpq.tasks.batches import MaskAugment, Preprocessing
 from jpq.tasks.datasets import ReadOptions, Source
 from jpq.tasks.images import scale_and_crop
-from jpq.tasks.lazy_images import ClassMasks, open_images, open_masks
+from jpq.tasks.lazy_images import ORIENTATION, ClassMasks, open_images, open_masks, read_header
 from jpq.tasks.readers.delimited import read_utf8
 from jpq.tasks.readers.pairs import MASKS, FilePairs, find_pairs, paired_names, two_folders
 from jpq.types import JpqError
@@ -147,7 +147,7 @@ def mask_bytes(image: Image.Image, size: Sequence[int], void: int) -> Tensor:
     """
     if image.mode not in MODES:
         raise ValueError(f"it is a {image.mode} image: masks hold a class number in one channel, or a palette")
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
     if values.min() < 0 or values.max() > VOID or (void != VOID and values.max() == VOID):
         beside = "" if void == VOID else f" beside {void}, which is void (--void)"
         raise ValueError(
@@ -160,19 +160,28 @@ def mask_bytes(image: Image.Image, size: Sequence[int], void: int) -> Tensor:
 
 
 def _check_pair_sizes(pairs: FilePairs) -> None:
-    """Raise JpqError for masks of another size than their images; files that cannot be opened are reported later."""
+    """Raise JpqError for masks of another size than their images; files that cannot be opened are reported later.
+
+    An image counts as EXIF's orientation turns it; so does a mask, which mostly has none.
+    """
     for file, mask in pairs:
         try:
-            with Image.open(file) as one, Image.open(mask) as other:
-                sizes = one.size, other.size
+            (height, width), (mask_height, mask_width) = read_header(file).shape, read_header(mask).shape
         except Exception:  # Pillow raises nearly anything on a damaged file
             continue
-        if sizes[0] != sizes[1]:
-            (width, height), (mask_width, mask_height) = sizes
+        if (height, width) != (mask_height, mask_width):
+            turned = (height, width) == (mask_width, mask_height) and _is_turned(file)
+            upright = " once its EXIF orientation has turned it upright" if turned else ""
             raise JpqError(
-                f"The mask '{mask}' is {mask_width}x{mask_height} and its image '{file}' {width}x{height}. Give masks "
-                "of the size of their images."
+                f"The mask '{mask}' is {mask_width}x{mask_height} and its image '{file}' {width}x{height}{upright}. "
+                f"Give masks of the size of {'the upright images' if turned else 'their images'}."
             )
+
+
+def _is_turned(file: Path) -> bool:
+    """Whether an image's EXIF orientation turns or mirrors it."""
+    with Image.open(file) as image:
+        return image.getexif().get(ORIENTATION, 1) != 1
 
 
 def _check_same_sizes(pairs: dict[str, tuple[Any, ClassMasks]]) -> None:

@@ -2,8 +2,9 @@
 
 A folder may hold train.csv with test.csv, and val.csv. scikit-learn's bundled tables are `sklearn:NAME`. Columns of
 numbers are standardised by the training part; a column of texts becomes one column of 0 and 1 for each of its values
-there. The target of a regression is standardised as well, so R^2 is as it would be without, and errors are in standard
-deviations (`target_mean` and `target_std` in result.json and in the file turn outputs back).
+there. Classes that are equal as numbers ("1" and "1.0") are one. The target of a regression is standardised as well, so
+R^2 is as it would be without, and errors are in standard deviations (`target_mean` and `target_std` in result.json and
+in the file turn outputs back).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from jpq.tasks.batches import Preprocessing, select_rows, strata, stratified
 from jpq.tasks.datasets import ReadOptions, Source
+from jpq.tasks.labels import unify_numbers
 from jpq.tasks.readers.delimited import read_rows
 from jpq.tasks.readers.text import find_files
 from jpq.types import JpqError, unknown
@@ -66,6 +68,7 @@ def read(path: str, options: ReadOptions) -> Source:
     target = tables["train"][options.target_column]
     if options.task not in CLASSES:
         _check_numbers(options.target_column, target, path)
+    target = unify_numbers(target)
     if len(set(target)) < 2:
         raise JpqError(
             f"Column '{options.target_column}' of '{path}' holds '{target[0]}' in every row, so there is nothing to "
@@ -231,6 +234,7 @@ def _class_names(values: Sequence[str], options: ReadOptions) -> tuple[str, ...]
 def _encode_target(name: str, values: Sequence[str], classes: tuple[str, ...], file: Path) -> Tensor:
     """Class numbers, int64 [N], or real numbers, float32 [N, 1]."""
     if classes:
+        values = unify_numbers(values, classes)
         lost = next((value for value in values if value not in classes), None)
         if lost is not None:
             raise JpqError(f"'{file}' has the class '{lost}' in column '{name}', which the training part lacks.")

@@ -21,6 +21,7 @@ from jpq.files.paths import expand_home
 from jpq.tasks.batches import Preprocessing
 from jpq.tasks.datasets import ReadOptions, Source
 from jpq.tasks.folders import PARTS
+from jpq.tasks.labels import unify_numbers
 from jpq.tasks.readers import delimited
 from jpq.types import JpqError
 
@@ -59,16 +60,21 @@ def read(path: str, options: ReadOptions) -> Source:
 
 
 def source_of_rows(parts: dict[str, list[Row]], names: dict[str, str], options: ReadOptions) -> Source:
-    """The data set of texts with labels, by part; `names` are the parts in words, for errors."""
+    """The data set of texts with labels, by part; `names` are the parts in words, for errors.
+
+    Labels that are equal as numbers ("1" and "1.0") are one class.
+    """
     _check_classes(parts["train"], names["train"])
-    classes = sorted({label for _, label in parts["train"]}, key=_label_order)
+    training = unify_numbers([label for _, label in parts["train"]])
+    classes = sorted(set(training), key=_label_order)
+    labels = {part: unify_numbers([label for _, label in rows], classes) for part, rows in parts.items()}
     vocabulary = build_vocabulary([text for text, _ in parts["train"]])
     length = min(LONGEST, max(len(split_words(text)) for text, _ in parts["train"]))
     if not length:
         raise JpqError(f"{names['train']} has no word in any text, so there is no vocabulary. Check the columns.")
     pairs, notes = {}, []
     for part, rows in parts.items():
-        unknown = next((label for _, label in rows if label not in classes), None)
+        unknown = next((label for label in labels[part] if label not in classes), None)
         if unknown is not None:
             raise JpqError(
                 f"{names[part]} has the class '{unknown}', and training has {', '.join(classes[:10])}. Use one set."
@@ -77,7 +83,7 @@ def source_of_rows(parts: dict[str, list[Row]], names: dict[str, str], options: 
         if empty:
             notes.append(f"{empty} of {len(rows)} texts of {names[part]} have no word; the model sees padding alone.")
         ids = encode([text for text, _ in rows], vocabulary, length)
-        pairs[part] = _inputs(ids, options), torch.tensor([classes.index(label) for _, label in rows])
+        pairs[part] = _inputs(ids, options), torch.tensor([classes.index(label) for label in labels[part]])
     val, test = pairs.get("val"), pairs.get("test")
     about = {
         "vocabulary": list(vocabulary),

@@ -7,11 +7,13 @@ from jpq.lazy import lazy_names
 if TYPE_CHECKING:
     from jpq.allocation.allocators import ALLOCATORS, PlanEvaluator
     from jpq.allocation.channels import AllocationProblem
+    from jpq.allocation.measured.calibration import mix_pairs
     from jpq.allocation.measured.coarse import coarse_table
     from jpq.allocation.measured.decide import joint_divergence
     from jpq.allocation.measured.estimate import estimate_cost
     from jpq.allocation.measured.fisher import fisher_table
-    from jpq.allocation.measured.measure import Probe, measure_table, mix_pairs
+    from jpq.allocation.measured.measure import measure_table
+    from jpq.allocation.measured.probe import Probe
     from jpq.allocation.measured.solve import Solver, predicted_divergence
     from jpq.allocation.measured.table import SensitivityTable, read_table, write_table
     from jpq.allocation.ranking.rank import rank_units, site_scores
@@ -50,7 +52,7 @@ _HOMES = {
     "AllocationProblem": "channels",
     "MappingEvaluator": "structure_search",
     "PlanEvaluator": "allocators",
-    "Probe": "measured.measure",
+    "Probe": "measured.probe",
     "SensitivityTable": "measured.table",
     "Solver": "measured.solve",
     "allowed_structures": "structure_rules",
@@ -61,7 +63,7 @@ _HOMES = {
     "joint_divergence": "measured.decide",
     "mapping_ms": "structure_latency",
     "measure_table": "measured.measure",
-    "mix_pairs": "measured.measure",
+    "mix_pairs": "measured.calibration",
     "predicted_divergence": "measured.solve",
     "rank_units": "ranking.rank",
     "read_table": "measured.table",

@@ -10,7 +10,7 @@ from jpq.allocation import manual, two_stage
 from jpq.allocation.allocators import PlanEvaluator, allocate_bits, allocate_channels
 from jpq.allocation.measured.candidates import AllowedWidths, with_pinned_widths
 from jpq.allocation.measured.decide import Decision, decide_by_measurement
-from jpq.allocation.measured.measure import quantizer_keys
+from jpq.allocation.measured.probe import quantizer_keys
 from jpq.allocation.ranking.rank import rank_units
 from jpq.allocation.ranking.scheduled_pruning import macs_limit, uniform_keep_share
 from jpq.allocation.uniform_bits import decide_uniform_bits

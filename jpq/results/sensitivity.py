@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from jpq.allocation.decision_data import CALIBRATION_BATCHES
 from jpq.allocation.measured import coarse
-from jpq.allocation.measured.calibration import calibration_samples
+from jpq.allocation.measured.calibration import SAMPLES, calibration_samples
 from jpq.allocation.measured.coarse import COARSE, coarse_table
 from jpq.allocation.measured.decide import unit_orders
 from jpq.allocation.measured.estimate import AUTO, CostEstimate, check_samples, estimate_cost, pick_estimator
 from jpq.allocation.measured.fisher import fisher_table
-from jpq.allocation.measured.measure import SAMPLES, Bounds, Divergence, Probe
+from jpq.allocation.measured.measure import Bounds
 from jpq.allocation.measured.partial import PartialTable, measure_noted
+from jpq.allocation.measured.probe import Divergence, Probe
 from jpq.allocation.measured.table import SensitivityTable, model_checksum, write_table
 from jpq.allocation.prepare import prepare
 from jpq.allocation.ranking.rank import rank_units

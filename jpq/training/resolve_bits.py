@@ -26,7 +26,8 @@ from jpq.allocation.decision_data import calibration_batches, calibration_inputs
 from jpq.allocation.measured.calibration import calibration_samples
 from jpq.allocation.measured.candidates import AllowedWidths, image_layers
 from jpq.allocation.measured.decide import allowed_part, joint_divergence, plan_widths
-from jpq.allocation.measured.measure import Change, Probe, changes_of, measure_table
+from jpq.allocation.measured.measure import Change, changes_of, measure_table
+from jpq.allocation.measured.probe import Probe
 from jpq.allocation.measured.solve import Solver
 from jpq.allocation.measured.table import Key
 from jpq.allocation.procedures import allowed_widths

@@ -12,7 +12,9 @@ import torch
 from convnet import EXAMPLE, convnet, ranked
 
 from jpq.allocation.measured import measure
-from jpq.allocation.measured.measure import Probe, measure_table, mix_pairs
+from jpq.allocation.measured.calibration import mix_pairs
+from jpq.allocation.measured.measure import measure_table
+from jpq.allocation.measured.probe import Probe
 from jpq.allocation.measured.solve import Solver, predicted_divergence
 from jpq.allocation.measured.table import SensitivityTable, check_table, model_checksum, read_table, write_table
 from jpq.compression.calibration import reestimate_batchnorm

@@ -8,7 +8,7 @@ import torch
 from convnet import EXAMPLE
 from torch import nn
 
-from jpq.allocation.measured.measure import mix_pairs
+from jpq.allocation.measured.calibration import mix_pairs
 from jpq.allocation.measured.pruning_price import PruningPrice, price_pruning
 from jpq.allocation.uniform_bits import uniform_plan
 from jpq.compression.attach import attach

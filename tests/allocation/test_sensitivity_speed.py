@@ -6,17 +6,13 @@ from convnet import EXAMPLE, ranked
 from torch import nn
 
 import jpq
-from jpq.allocation.measured.calibration import calibration_samples
+from jpq.allocation.measured.calibration import calibration_samples, mix_pairs
 from jpq.allocation.measured.coarse import LEAST, coarse_changes, coarse_table, interpolate, measured_widths
 from jpq.allocation.measured.estimate import LONGEST, LONGEST_COARSE, CostEstimate, estimate_cost, pick_estimator
 from jpq.allocation.measured.fisher import class_noise, fisher_table, noise_of, squared_noise
-from jpq.allocation.measured.measure import (
-    Probe,
-    changes_of,
-    measure_table,
-    mix_pairs,
-)
+from jpq.allocation.measured.measure import changes_of, measure_table
 from jpq.allocation.measured.prefix_cache import answering, find_cuts, output_at
+from jpq.allocation.measured.probe import Probe
 from jpq.results.sensitivity import measure, probe_model
 from jpq.tasks import CLASSIFICATION, TASKS
 from jpq.types import JpqError

@@ -12,8 +12,9 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
-from jpq.allocation.measured.measure import Bounds, Change, Probe, changes_of
+from jpq.allocation.measured.measure import Bounds, Change, changes_of
 from jpq.allocation.measured.partial import PartialTable, measure_noted
+from jpq.allocation.measured.probe import Probe
 from jpq.allocation.measured.table import SensitivityTable
 
 COARSE = "coarse"  # name of the estimator

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from jpq.allocation.measured.calibration import Measurement, calibration_samples
+from jpq.allocation.measured.calibration import SAMPLES, Measurement, calibration_samples
 from jpq.allocation.measured.candidates import (
     BITS_ONLY,
     MEASURED,
@@ -31,8 +31,9 @@ from jpq.allocation.measured.candidates import (
 )
 from jpq.allocation.measured.coarse import SAMPLES as COARSE_SAMPLES
 from jpq.allocation.measured.coarse import coarse_table
-from jpq.allocation.measured.measure import SAMPLES, Probe, changes_of
+from jpq.allocation.measured.measure import changes_of
 from jpq.allocation.measured.partial import measure_noted
+from jpq.allocation.measured.probe import Probe
 from jpq.allocation.measured.solve import Solver
 from jpq.allocation.measured.table import Key, SensitivityTable, check_table, tensors_checksum
 from jpq.compression.model import CompressedModel

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jpq.allocation.measured.coarse import SAMPLES, coarse_changes
-from jpq.allocation.measured.measure import ESTIMATORS, NORM_BATCHES, Bounds, Change, Probe, changes_of
+from jpq.allocation.measured.measure import ESTIMATORS, Bounds, Change, changes_of
+from jpq.allocation.measured.probe import NORM_BATCHES, Probe
 from jpq.tracing.forward import batch_size
 from jpq.types import JpqError, unknown
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jpq.allocation.measured.measure import Bounds, Change, Divergence, Probe, changes_of
+from jpq.allocation.measured.measure import Bounds, Change, changes_of
+from jpq.allocation.measured.probe import Divergence, Probe
 from jpq.allocation.measured.table import Key, SensitivityTable, tensors_checksum
 from jpq.methods.gates import Frozen
 from jpq.tracing.forward import collect_tensors, split_samples

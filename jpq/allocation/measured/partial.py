@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jpq.allocation.measured.measure import Bounds, Change, Probe, measure_table
+from jpq.allocation.measured.measure import Bounds, Change, measure_table
+from jpq.allocation.measured.probe import Probe
 from jpq.allocation.measured.table import FORMAT, SensitivityTable, tensors_checksum
 from jpq.files import untrusted
 from jpq.files.atomic import replace_file

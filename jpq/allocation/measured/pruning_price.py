@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from jpq.allocation.measured.calibration import calibration_samples
-from jpq.allocation.measured.measure import Divergence, Probe
+from jpq.allocation.measured.probe import Divergence, Probe
 from jpq.allocation.measured.solve import Solver
 from jpq.allocation.measured.table import Key, SensitivityTable
 from jpq.compression.model import CompressedModel

@@ -220,6 +220,8 @@ def float_work_line(work: Mapping[str, Any]) -> str:
     """What the compressed model computes at 32 bits, with its share of the MACs and BOPs: layers, products, names."""
     from jpq.compression.float_work import describe_float_work
 
+    if work["share"] == 1:
+        return "all of it: nothing is quantized"
     return f"{describe_float_work(work)}; {format_percent(work['bops_share'])} of the BOPs"
 
 
@@ -306,11 +308,13 @@ def export_lines(result: Result) -> list[tuple[str, str]]:
     lines = [("on disk", "; ".join(parts))]
     left, total = len(e["float_layers"]), e["integer_layers"] + len(e["float_layers"])
     kernels = f"onnxruntime computes {e['integer_layers']} of {total} layers in integers"
-    hint = "" if not left else "; --output-bits 8 is for those before sums and poolings"
+    at_32_bits = len(result.float_work.get("parts", ()))  # by choice, or products: no other flag changes that
+    hint = "" if left <= at_32_bits else "; --output-bits 8 is for those before sums and poolings"
+    weights = "float32" if result.float_work.get("share") == 1 else e["weights"]
     odd = next((x.outputs for x in result.layers if x.outputs < x.outputs_all and x.outputs % 4), None)
     if odd:
         hint += f"; channels in multiples of 8 run faster than {odd} (--channel-multiple 8)"
-    lines.append(("ONNX", f"opset {e['opset']}, weights in {e['weights']}; {kernels}{hint}"))
+    lines.append(("ONNX", f"opset {e['opset']}, weights in {weights}; {kernels}{hint}"))
     for name, form in e["forms"].items():
         check = form.get("verified", {})
         if name != "onnx" and "images" in check:

@@ -158,7 +158,9 @@ def check_counts(small: nn.Module, uses: Sequence[costs.LayerUse], targets: tupl
 def note_float_layers(net: CompressedModel, plan: Plan, uses: Sequence[costs.LayerUse], run: RunState) -> None:
     """Add a note to the run where layers stay at 32 bits, or much of the work does."""
     work = find_float_work(net.network, uses, plan.layers)
-    if work.share > NOTEWORTHY or any(part.part == "layer" for part in work.parts):
+    if work.share == 1:
+        run.notes.append("All layers stay at 32 bits: nothing is quantized.")
+    elif work.share > NOTEWORTHY or any(part.part == "layer" for part in work.parts):
         run.notes.append(f"At 32 bits stay {describe_float_work(work)}.")
     if any(use.clock for use in uses) and net.network.products:
         run.notes.append(f"Latency is that of the layers: {len(net.network.products)} products are not in the table.")

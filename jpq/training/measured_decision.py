@@ -206,7 +206,7 @@ def decision_record(net: CompressedModel, decision: Decision) -> dict[str, Any]:
 def plan_costs(net: CompressedModel, plan: Plan) -> dict[str, float]:
     """Costs of a plan, and its mean widths and share of kept units."""
     uses = net.exact_usage(plan)
-    layers = list(plan.layers.values())
+    layers = [use for use in uses if use.part == "layer"]  # those kept in floating point count, with 32 bits
     units = [unit for kept in plan.kept.values() for unit in kept]
     return {
         "bops": int(costs.bops(uses)),

@@ -25,6 +25,7 @@ from jpq.methods.scores import SCORES
 from jpq.plan import Plan
 from jpq.tasks import CLASSIFICATION
 from jpq.training.contest import Entry, Outcome, pick_entry, survivors
+from jpq.training.measured_decision import plan_costs
 from jpq.types import JpqError
 
 
@@ -79,6 +80,17 @@ def test_every_compared_plan_meets_the_target_and_the_least_divergence_comes_fir
     divergences = [c.divergence for c in decision.candidates]
     assert divergences == sorted(divergences)
     assert decision.best.plan == decision.candidates[0].plan
+
+
+def test_mean_widths_of_plans_count_layers_in_floating_point(model, batches):
+    net, _, decision = decision_of(model, batches, bops="50%", keep_float=("fc",))
+    found, uses = plan_costs(net, decision.best.plan), net.exact_usage(decision.best.plan)
+    widths = [use.w_bits for use in uses if use.part == "layer"]
+    assert 32 in widths
+    assert found["w_bits"] == pytest.approx(sum(widths) / len(widths))
+    every = tuple(layer.name for layer in net.network.layers)
+    net, _, decision = decision_of(model, batches, bops="100%", keep_float=every)
+    assert plan_costs(net, decision.best.plan)["a_bits"] == 32
 
 
 def test_of_uniform_widths_those_of_the_least_divergence_are_compared(decided):

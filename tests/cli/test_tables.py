@@ -144,3 +144,21 @@ def test_times_with_a_long_metric_fit_the_screen() -> None:
     shown = render(_timing_table([timing], "angle error", {("fp32, pruned", "onnxruntime"): "3.735 deg"}), 70)
     assert all(cell in shown for cell in ("0.00911 ms", "1.22x", "3.735 deg", "3 of 3", "5.11 KB"))
     assert "p95" not in shown
+
+
+def test_a_model_at_32_bits_is_not_said_to_have_integers(tmp_path: Path) -> None:
+    part = {"name": "2", "part": "layer", "macs": 9, "share": 1.0, "reason": "a layer that --keep-float keeps"}
+    work = {"macs": 9, "share": 1.0, "bops_share": 1.0, "parts": [part]}
+    export = {"opset": 17, "weights": "int8", "integer_layers": 0, "float_layers": {"2": "-"}, "forms": {}}
+    run = replace(result(tmp_path), float_work=work, export=export)
+    shown = " ".join(render(summary(run), 200).split())
+    assert "all of it: nothing is quantized" in shown
+    assert "weights in float32; onnxruntime computes 0 of 1 layers in integers" in shown
+    assert "--output-bits" not in shown
+    some = replace(run, float_work={**work, "share": 0.5, "bops_share": 0.9})
+    shown = " ".join(render(summary(some), 200).split())
+    assert "1 layer, 50.0 % of the MACs: 2" in shown
+    assert "weights in int8" in shown
+    assert "--output-bits" not in shown, "the one layer in floating point is so by choice"
+    other = replace(some, export={**export, "float_layers": {"2": "-", "3": "-"}})
+    assert "--output-bits 8 is for those before sums" in " ".join(render(summary(other), 200).split())

@@ -66,6 +66,11 @@ RUN = """\
 output = session.run(None, {{"input": x.astype({type})}})[0][0]
 """
 
+RUN_MASKED = """\
+feed = {"input_ids": x, "attention_mask": (x != int(about["padding"])).astype(np.int64)}
+output = session.run(None, feed)[0][0]
+"""
+
 ENDS = {
     "segmentation": 'print(output.argmax(0).shape, "class numbers, one for each pixel")\n',
     "restoration": (
@@ -97,7 +102,10 @@ def run_code(data: Mapping[str, Any], any_size: bool = False) -> str:
     if start == OTHER:
         return START.format(imports="") + OTHER
     normalise = NORMALISE.format(shape=(1, -1, *[1] * (dims - 1))) if data.get("mean") else ""
-    run = RUN.format(type="np.int64" if task == "text-classification" else "np.float32")
+    if start == TEXT and data.get("inputs", 1) == 2:
+        run = RUN_MASKED
+    else:
+        run = RUN.format(type="np.int64" if task == "text-classification" else "np.float32")
     return START.format(imports=imports) + start + normalise + run + ENDS.get(task, CLASS_END)
 
 
@@ -105,7 +113,8 @@ def _input_code(task: str, shape: list[int], data: Mapping[str, Any]) -> tuple[s
     """(code that makes x, imports that it needs, dims of one sample) for data of this kind."""
     if len(shape) == 3 and shape[0] in (1, 3) and data.get("inputs", 1) == 1:
         return IMAGE, "from PIL import Image, ImageOps\n", 3
-    if task == "text-classification" and data.get("tokenizer") and data.get("inputs", 1) == 1:
+    inputs = data.get("inputs", 1)
+    if task == "text-classification" and data.get("tokenizer") and (inputs == 1 or (inputs == 2 and "padding" in data)):
         return TEXT, "import re\n", 1
     if len(shape) == 1 and data.get("columns"):
         return TABLE, "", 1

@@ -139,6 +139,7 @@ def test_every_kind_of_data_has_code_that_compiles():
         {"shape": [4], "columns": ["a"], "mean": [0.0], "task": "regression"},
         {"shape": [2, 9], "mean": [0.0] * 2, "task": "sequence-classification"},
         {"shape": [9], "task": "text-classification", "tokenizer": "words"},
+        {"shape": [9], "task": "text-classification", "tokenizer": "words", "padding": 0, "inputs": 2},
         {"shape": [9], "inputs": 2},
         {"shape": [3, 8, 8], "mean": [0.0] * 3, "task": "detection"},
     ]
@@ -146,6 +147,25 @@ def test_every_kind_of_data_has_code_that_compiles():
     assert len(set(codes)) == len(records)
     for code in codes:
         compile(code, "README.md", "exec")
+
+
+def test_the_code_for_texts_gives_models_with_a_mask_both_inputs(monkeypatch, capsys):
+    class Session:
+        def __init__(self, file):
+            self.get_modelmeta = lambda: self
+            words = '["<padding>", "<unknown>", "film", "a"]'
+            self.custom_metadata_map = {"vocabulary": words, "length": "7", "unknown": "1", "padding": "0"}
+
+        def run(self, names, feed):
+            assert feed["input_ids"].tolist() == [[3, 1, 1, 1, 2, 0, 0]]
+            assert feed["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0, 0]]
+            assert {array.dtype for array in feed.values()} == {np.dtype(np.int64)}
+            return [np.array([[0.5, 2.0, 1.0]], np.float32)]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    record = {"shape": [7], "inputs": 2, "task": "text-classification", "tokenizer": "words", "padding": 0}
+    exec(run_code(record), {})
+    assert capsys.readouterr().out.strip() == "1"
 
 
 def test_the_code_for_detectors_names_the_surest_boxes_first(tmp_path, monkeypatch, capsys):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,17 +34,20 @@ TOLERANCE = 1e-6  # relative difference in float64; a wrong head size or shuffle
 
 FEW = 8  # sites of which each is tried once more without rewritten sizes; more are tried together only
 
-Number = tuple[str, str, float]  # operator, name of its argument, value
+LEFT = 2  # units of every site in the smallest copy that is tried
 
-_NUMBER_TYPES = ("Tensor", "number", "Optional[number]")  # of arguments, in schemas; int is the type of sizes and dims
+_NUMBER_TYPES = ("Tensor", "number", "Optional[number]", "float", "Optional[float]")  # of arguments, in schemas
+
+_SIZE_TYPES = ("int", "SymInt", "List[int]", "List[SymInt]", "Optional[int]", "Optional[SymInt]")
 
 _FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 
-_NUMBERS_ELSEWHERE = (  # operators whose numbers are places, or the filling that a smaller copy adds of itself
-    torch.ops.aten.arange.default,
-    torch.ops.aten.arange.start,
-    torch.ops.aten.arange.start_step,
-    torch.ops.aten.constant_pad_nd.default,
+_NUMBERS_ELSEWHERE = ("aten.constant_pad_nd",)  # the filling that a smaller copy adds of itself
+
+_SHAPED = (  # operators whose sizes follow the channels, and those that a copy may need or not, by its strides
+    *("view", "_unsafe_view", "reshape", "expand", "as_strided", "clone", "contiguous", "t", "transpose", "permute"),
+    *("squeeze", "unsqueeze", "alias", "detach", "split", "split_with_sizes", "convolution", "empty"),
+    *("native_group_norm", "native_layer_norm", "_fused_rms_norm", "_to_copy"),
 )
 
 Slices = Mapping[str, Mapping[int, list[int]]]  # parameter, buffer or counting attribute -> dim -> kept indices
@@ -58,7 +62,7 @@ def remove_channels(model: nn.Module, network: Network, dropped: Collection[int]
     model = unwrap_model(model)
     tensors = [t for t in [*model.parameters(), *model.buffers()] if type(t) in (nn.Parameter, Tensor)]
     views = [t.detach() if type(t) is Tensor else nn.Parameter(t.detach(), t.requires_grad) for t in tensors]
-    copied = copy.deepcopy(model, dict(zip(map(id, tensors), views, strict=True)))
+    copied = copy_model(model, dict(zip(map(id, tensors), views, strict=True)))
     small = apply_slices(copied, compute_slices(network, dropped))
     for original, view in zip(tensors, views, strict=True):
         if view.data_ptr() == original.data_ptr():  # not sliced: copied only now, so that wide weights never are
@@ -76,10 +80,12 @@ def freeze_unshrinkable(
 ) -> Network:
     """The network with those sites frozen whose units the model's code cannot lose.
 
-    Shapes are tried for every site, on the meta device, and so are numbers that the code computes with: of channels
-    whose count is one (`x / x.shape[1]`), none can go. Sites with suspect classes (whose sizes a reshape or split
-    names) are also computed, on random weights: masked and shrunk must agree, apart from norms that were opened; so
-    are all sites of a model whose code asks for values, which the meta device has not.
+    Shapes are tried for every site, on the meta device, with about two thirds of its units and with LEFT of them, and
+    so are numbers that the code computes with: of channels whose count is one (`x / x.shape[1]`), none can go. Sites
+    with suspect classes (whose sizes a reshape or split names) are also computed, on random weights: masked and shrunk
+    must agree, apart from norms that were opened. So are sites without whose units the code calls other operators
+    (`if x.shape[1] > 4`), or makes other tensors from numbers (`torch.arange(x.shape[1])`), and all sites of a model
+    whose code asks for values, which the meta device has not.
 
     Where that fails, sizes that the code's calls name are rewritten to follow the kept channels; those with which
     more sites pass become `Network.attributes`.
@@ -180,9 +186,42 @@ def _passing_alone(test: Callable[[Sequence[Site]], bool], failing: list[Site]) 
     return [site for half in halves for site in (half if test(half) else _passing_alone(test, half))]
 
 
+def _drop_third(sites: Sequence[Site]) -> list[int]:
+    """A third of every site's units, and 0 to 3 more: sites that the code wants equally large must not stay so.
+
+    They lie irregularly: parts that the code cuts at wrong places must not be right by chance.
+    """
+    dropped: list[int] = []
+    for k, site in enumerate(sites):
+        n = len(site.labels)
+        count = min((n + 1) // 3 + k % 4, n - 1)
+        dropped += site.labels[np.random.default_rng(n).permutation(n)[:count]].tolist()
+    return dropped
+
+
+def _drop_most(sites: Sequence[Site]) -> list[int]:
+    """All but LEFT of every site's units (of two, one): the code may ask for the number of channels."""
+    dropped: list[int] = []
+    for site in sites:
+        n = len(site.labels)
+        dropped += site.labels[np.random.default_rng(n).permutation(n)[: max(n - LEFT, min(n - 1, 1))]].tolist()
+    return dropped
+
+
+@dataclass
+class _Calls:
+    """What the code of a model calls in one run: how often each number is computed with, and each operator called."""
+
+    numbers: Counter[tuple[str, str, Any]] = field(default_factory=Counter)  # operator, argument, value: factors
+    others: Counter[tuple[str, ...]] = field(default_factory=Counter)  # operator, its places, sizes of new tensors
+
+
+Drop = Callable[[Sequence[Site]], list[int]]  # the classes that a smaller copy is without
+
+
 @dataclass(frozen=True)
 class _Trial:
-    """Runs of copies of a model from which about a third of the units of some sites was removed."""
+    """Runs of copies of a model from which some units of some sites were removed."""
 
     model: nn.Module
     network: Network
@@ -192,7 +231,7 @@ class _Trial:
     def with_sizes(self, sizes: Mapping[str, Labels]) -> _Trial:
         """The same trial with sizes in calls that follow the channels that they count."""
         trial = replace(self, network=replace(self.network, attributes={**self.network.attributes, **sizes}))
-        vars(trial)["numbers"] = self.numbers  # of the whole model, where no size changes
+        vars(trial)["whole"] = self.whole  # where no size changes
         return trial
 
     def accepts(self, sites: Sequence[Site], uncertain: Collection[int]) -> bool:
@@ -205,33 +244,41 @@ class _Trial:
     @cached_property
     def meta_works(self) -> bool:
         """Whether the meta device says anything about this model."""
-        return self.numbers is not None
+        return self.whole is not None
 
     def shapes_fit(self, sites: Sequence[Site]) -> bool:
-        """Whether the smaller copy runs on the meta device, which computes shapes only, with no number of its own."""
-        found = self._numbers_without(sites)
-        return found is not None and self.numbers is not None and found <= self.numbers
+        """Whether smaller copies run on the meta device, which computes shapes only, and compute what the model does.
+
+        They must compute with no number of their own; where they call other operators, the outputs decide.
+        """
+        for drop in (_drop_third, _drop_most):
+            calls = self._calls_without(sites, drop)
+            if calls is None or self.whole is None or not calls.numbers <= self.whole.numbers:
+                return False
+            if calls.others != self.whole.others and not self.outputs_agree(sites, drop):
+                return False
+        return True
 
     @cached_property
-    def numbers(self) -> set[Number] | None:
-        """The numbers that the whole model computes with; None where it does not run on the meta device."""
-        return self._numbers_without(())
+    def whole(self) -> _Calls | None:
+        """What the whole model calls; None where it does not run on the meta device."""
+        return self._calls_without(())
 
-    def _numbers_without(self, sites: Sequence[Site]) -> set[Number] | None:
-        """The numbers that the smaller copy computes with; None where it does not run on the meta device."""
-        small, record = _copy_with(self.model, lambda t: torch.empty_like(t, device="meta")), _NumberRecord()
+    def _calls_without(self, sites: Sequence[Site], drop: Drop = _drop_third) -> _Calls | None:
+        """What the smaller copy calls; None where it does not run on the meta device."""
+        small, calls = _copy_with(self.model, lambda t: torch.empty_like(t, device="meta")), _Calls()
         try:
             with torch.no_grad(), torch.device("meta"):  # where tensors that the model makes for itself belong too
-                apply_slices(small, compute_slices(self.network, _drop_third(sites)))
-                with record, _TensorsOfNumbers(record.found):
+                apply_slices(small, compute_slices(self.network, drop(sites)))
+                with _OperatorRecord(calls), _TensorsOfNumbers(calls):
                     small(*tree_map(_to_meta, self.args), **tree_map(_to_meta, self.kwargs))
         except Exception:
             return None
-        return record.found
+        return calls
 
-    def outputs_agree(self, sites: Sequence[Site]) -> bool:
+    def outputs_agree(self, sites: Sequence[Site], drop: Drop = _drop_third) -> bool:
         """Whether masked and smaller copy have equal outputs in float64, on random weights."""
-        dropped = set(_drop_third(sites))
+        dropped = set(drop(sites))
         masked = _copy_with(self.model, lambda t: _random_like(t).double() if t.is_floating_point() else t.clone())
         small = copy.deepcopy(masked)
         try:
@@ -258,19 +305,31 @@ class _Trial:
                 weight.mul_(tap.structure.expand(keep.to(weight.device), weight.shape))
 
 
-class _NumberRecord(TorchDispatchMode):
-    """Notes the numbers that operators compute with, such as factors and exponents, but neither sizes nor dims."""
+class _OperatorRecord(TorchDispatchMode):
+    """Notes the operators that are called, with the numbers that they compute with, such as factors and exponents.
 
-    def __init__(self) -> None:
+    Sizes are noted of tensors that are made from numbers alone (`torch.ones(8)`), and of operators that cut or move at
+    a place; other sizes follow the channels.
+    """
+
+    def __init__(self, calls: _Calls) -> None:
         super().__init__()
-        self.found = set[Number]()
+        self._calls = calls
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for i, argument in enumerate(func._schema.arguments if func not in _NUMBERS_ELSEWHERE else ()):
+        kwargs, name, places = kwargs or {}, str(func).rpartition(".")[0], list[str]()
+        short = name.partition(".")[2]
+        for i, argument in enumerate(func._schema.arguments):
             value = args[i] if i < len(args) else kwargs.get(argument.name)
-            if type(value) in (int, float) and str(argument.type) in _NUMBER_TYPES:
-                self.found.add((str(func), argument.name, value))
+            if isinstance(value, Tensor) and value.dim() == 0 and value.device.type != "meta":
+                value = value.item()  # of a tensor that the model holds, or makes of numbers out of torch's sight
+            kind = str(argument.type)
+            if kind in _SIZE_TYPES or short in ("arange", "linspace"):
+                places.append(f"{argument.name} {value}")
+            elif type(value) in (int, float) and kind in _NUMBER_TYPES and name not in _NUMBERS_ELSEWHERE:
+                self._calls.numbers[str(func), argument.name, value] += 1
+        if short not in _SHAPED:
+            self._calls.others.update([(name, *places)])
         return func(*args, **kwargs)
 
 
@@ -280,31 +339,20 @@ class _TensorsOfNumbers(TorchFunctionMode):
     Of a range of places, as indices are, a smaller copy's are among those of the whole model.
     """
 
-    def __init__(self, found: set[Number]) -> None:
+    def __init__(self, calls: _Calls) -> None:
         super().__init__()
-        self._found = found
+        self._calls = calls
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _FROM_NUMBERS:
             data = [*args, *kwargs.values()][1 if func is Tensor.new_tensor else 0]
             if not isinstance(data, Tensor):
-                values = np.unique(np.asarray(data))
-                self._found |= {("tensor", "data", v) for v in values[values == values].tolist()}  # no NaN
+                array = np.asarray(data)
+                values = np.unique(array)
+                self._calls.numbers.update(("tensor", "data", v) for v in values[values == values].tolist())  # no NaN
+                self._calls.others["tensor", str(array.shape)] += 1
         return func(*args, **kwargs)
-
-
-def _drop_third(sites: Sequence[Site]) -> list[int]:
-    """A third of every site's units, and 0 to 3 more: sites that the code wants equally large must not stay so.
-
-    They lie irregularly: parts that the code cuts at wrong places must not be right by chance.
-    """
-    dropped: list[int] = []
-    for k, site in enumerate(sites):
-        n = len(site.labels)
-        count = min((n + 1) // 3 + k % 4, n - 1)
-        dropped += site.labels[np.random.default_rng(n).permutation(n)[:count]].tolist()
-    return dropped
 
 
 def _to_meta(value: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from jpq.tracing.call_sizes import CallSizes
 from jpq.tracing.channel_labels import unique_labels
@@ -37,6 +37,9 @@ from jpq.types import JpqError, Labels
 __all__ = ["Layer", "Network", "trace"]
 
 _CHECK_OPS = ("aten.sym_size", "aten._assert_async", "aten._assert_scalar", "aten._assert_tensor_metadata")
+
+_WORK = """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear matmul mm bmm mv addmm baddbmm
+einsum scaled_dot_product_attention"""  # layers and products
 
 _INPUT_OPS = """add sub mul div rsub to clone contiguous alias detach view reshape flatten unflatten permute transpose
 unsqueeze squeeze select unbind slice narrow chunk split split_with_sizes cat stack expand pad constant_pad_nd flip
@@ -76,7 +79,7 @@ def trace(model: nn.Module, example: Example, *, open_norms: bool = False) -> Ne
 def propagate_labels(state: TraceState, program: ExportedProgram) -> tuple[TraceState, list[str]]:
     """Carry labels through the graph, node by node; gives the state and the ops without a rule."""
     inline_subgraphs(program.graph_module)
-    program.graph.eliminate_dead_code()  # such as attention weights that nobody asked for
+    _remove_unused(program.graph)
     missing = dict[str, None]()
     state.parameters.update(_parameter_names(state.model, program))
     state.origins.update(_origins(program))
@@ -95,6 +98,27 @@ def propagate_labels(state: TraceState, program: ExportedProgram) -> tuple[Trace
             state.values[node] = _apply_rule(state, node, missing)
     record_remaining_work(state, program)
     return state, list(missing)
+
+
+def _remove_unused(graph: Graph) -> None:
+    """Remove what no output needs, such as attention weights that nobody asked for.
+
+    Layers and products that run in vain stay, with what reads them (the last skip connection of a WaveNet): the model
+    computes them, so they count, and their channels must fit.
+    """
+    needed = set[Node]()
+    todo = [node for node in graph.nodes if node.is_impure()]
+    while todo:
+        node = todo.pop()
+        if node not in needed:
+            needed.add(node)
+            todo += node.all_input_nodes
+    in_vain, work = set[Node](), {f"aten.{name}" for name in _WORK.split()}
+    for node in graph.nodes:
+        works = _op_without_overload(node) in work or not in_vain.isdisjoint(node.all_input_nodes)
+        if works and node not in needed:
+            in_vain.add(node)
+    graph.eliminate_dead_code(lambda node: node.is_impure() or node in in_vain)
 
 
 def build_network(state: TraceState, unknown_ops: list[str], batch: int, idle: Collection[str] = ()) -> Network:

@@ -23,6 +23,7 @@ from jpq.tracing.export_graph import export_graph
 from jpq.tracing.network import LayerKind, Network, latency_shape
 from jpq.tracing.op_call import Dims, OpCall, TraceState
 from jpq.tracing.rules import RULES, rule
+from jpq.tracing.shrink import remove_channels
 from jpq.tracing.sites import channels
 from jpq.tracing.trace import build_network, propagate_labels, trace
 from jpq.types import NONE, JpqError
@@ -248,6 +249,35 @@ class Gate(nn.Module):
         x = self.a(x)
         assert x.shape[1] == self.n, "fixed in the code"
         return self.head(x)
+
+
+class Skipping(nn.Module):
+    """Two gated layers of a WaveNet: of the last one only what it adds to the result is read, not its skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(3, 8, 1)
+        self.gates = nn.ModuleList(nn.Conv1d(8, 6, 3, padding=1) for _ in range(2))
+        self.skips = nn.ModuleList(nn.Conv1d(6, 8, 1) for _ in range(2))
+        self.last = nn.Conv1d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, total = self.first(x), 0
+        for gate, skip in zip(self.gates, self.skips, strict=True):
+            y = gate(x).tanh()
+            total, x = total + y, x + skip(y)
+        return self.last(total)
+
+
+def test_a_layer_that_is_computed_in_vain_counts_and_follows() -> None:
+    model, x = Skipping().eval(), torch.randn(2, 3, 8)
+    network = trace(model, x)
+    assert network.macs == sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv1d)) * 8
+    assert network.layer("skips.1").macs == 8 * 6 * 8
+    assert not network.idle
+    assert [(site.name, site.n) for site in channels(network)] == [("first", 8), ("gates.0", 6)]
+    small = remove_channels(model, network, [c for s in channels(network) for c in s.labels[:3].tolist()])
+    assert small(x).shape == (2, 4, 8)
 
 
 def test_an_assertion_on_shapes_freezes() -> None:

@@ -110,11 +110,23 @@ class Scaled(nn.Module):
         (lambda h: h * torch.as_tensor([h.shape[1] ** -0.5]), 0),
         (lambda h: h / torch.tensor(float(h.size(1))).sqrt(), 0),
         (lambda h: h / h.new_tensor([2.0, h.shape[1]])[1], 0),
+        (lambda h: h / torch.arange(1, h.shape[1] + 1)[-1], 0),
+        (lambda h: h / torch.tensor(list(range(1, h.shape[1] + 1)))[-1], 0),
+        (lambda h: h / torch.ones(h.shape[1]).sum(), 0),
+        (lambda h: h * torch.from_numpy(np.array(1 / h.shape[1])).to(h.dtype), 0),
+        (lambda h: F.avg_pool2d(h, 2, divisor_override=h.shape[1]), 0),
+        (lambda h: h.roll(h.shape[1] // 2, 2) * h, 0),
+        (lambda h: h.flatten(2).topk(h.shape[1] // 2)[0].mean(-1)[..., None, None], 0),
+        (lambda h: F.scaled_dot_product_attention(h, h, h, scale=h.shape[1] ** -0.5), 0),
         (lambda h: h / 8, 1),  # the number stays
         (lambda h: h / torch.tensor([8.0, float("nan")])[0], 1),
         (lambda h: h / torch.as_tensor(h.new_tensor(h.shape[2])), 1),
         (lambda h: h / h[0, 0].numel(), 1),  # positions
         (lambda h: h.clamp(0, 6) ** 2 + 1e-5, 1),
+        (lambda h: torch.arange(h.shape[1]).sum() * 0 + h, 1),
+        (lambda h: h.roll(2, 2) / torch.ones(h.shape[2]).sum(), 1),
+        (lambda h: h * 2 if h.shape[1] > 3 else h, 0),
+        (lambda h: h if h.shape[1] > 3 else h.neg().neg(), 1),
     ],
 )
 def test_channels_whose_number_the_code_computes_with_stay(scale: Callable[[Tensor], Tensor], freed: int) -> None:
@@ -122,6 +134,31 @@ def test_channels_whose_number_the_code_computes_with_stay(scale: Callable[[Tens
     assert len(channels(network)) == freed
     if not freed:
         assert {network.frozen[c] for c in network.layer("a").outputs.tolist()} == {FIXED_SIZE_REASON}
+
+
+class Averaged(nn.Module):
+    """Convolutions of 12 and 8 channels: a third fewer of the first are as many as the second has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = self.b(x / x.shape[1])
+        return self.c(x / x.shape[1]).mean((2, 3))
+
+
+def test_a_number_of_channels_that_another_layer_has_too_is_noticed() -> None:
+    assert not channels(trace(Averaged(), IMAGE))
+
+
+def test_channels_are_removed_from_a_model_that_holds_a_computed_weight() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    model.append(nn.utils.weight_norm(nn.Conv2d(2, 2, 1))).eval()  # its weight has a gradient's history
+    network = trace(model, IMAGE)
+    small = remove_channels(model, network, channels(network)[0].labels[:3].tolist())
+    assert small(IMAGE).shape == model(IMAGE).shape
 
 
 def test_norms_without_parameters_know_how_many_channels_are_left() -> None:

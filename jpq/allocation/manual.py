@@ -21,6 +21,7 @@ from jpq.compression.discretize import soft_decisions
 from jpq.compression.model import CompressedModel
 from jpq.config import Decide
 from jpq.costs.target import Target, all_met, parse_share, used_share
+from jpq.methods.gates.fixed_count import kept_count
 from jpq.methods.scores import Score
 from jpq.plan import Plan
 from jpq.tracing.network import Network
@@ -132,11 +133,6 @@ def parse_density(text: str) -> float:
     return float(share)
 
 
-def kept_count(density: float, counts: Sequence[int]) -> int:
-    """The allowed number of kept units nearest to a density; counts: the numbers that a site may keep, ascending."""
-    return nearest_count(counts, round(density * counts[-1]))
-
-
 def rank_and_plan(net: CompressedModel, decide: Decide, score: Score, batches: Batches) -> Plan:
     """Rank the units of each site by a score on training batches, and give the plan of `decide`."""
     rank_units(net, score, batches)
@@ -160,7 +156,8 @@ def manual_plan(net: CompressedModel, decide: Decide) -> Plan:
     widths = parse_named_values("--bits", decide.bits or "", quantizable, parse_widths, widest)
     kept = {}
     for name, margins in decisions.margins.items():
-        best = set(decisions.order[name][: kept_count(densities[name], decisions.counts[name])])
+        counts = decisions.counts[name]
+        best = set(decisions.order[name][: nearest_count(counts, kept_count(densities[name], counts[-1]))])
         kept[name] = tuple(u in best for u in range(len(margins)))
     image = {layer.name for layer in net.network.layers if layer.reads_input}
     layers = {

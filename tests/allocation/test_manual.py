@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import config, shortened
+from torch import nn
 
 import jpq
 from jpq.allocation import manual
@@ -96,6 +97,16 @@ def test_what_nothing_says_is_as_wide_as_allowed(net):
     inner = [x for name, x in plan.layers.items() if not net.network.layer(name).reads_input]
     assert {(x.w_bits, x.a_bits) for x in inner} == {(6, 5)}
     assert [name for name, kept in plan.kept.items() if not all(kept)] == ["conv1"]
+
+
+@pytest.mark.parametrize(("units", "density", "stay"), [(5, 0.5, 3), (7, 0.5, 4), (50, 0.29, 15), (5, 0.01, 1)])
+def test_shares_between_two_numbers_of_units_are_rounded_half_up_as_by_gates(units, density, stay):
+    model, x = nn.Sequential(nn.Conv2d(3, units, 3), nn.ReLU(), nn.Conv2d(units, 2, 3)).eval(), torch.randn(2, 3, 8, 8)
+    network = jpq.trace(model, x)
+    eight = Fixed(8)
+    net = jpq.attach(model, network, jpq.channels(network), Ranked, lambda _: (eight, eight), [x], MANUAL)
+    plan = manual.manual_plan(net, Decide(densities=str(density)))
+    assert [sum(kept) for kept in plan.kept.values()] == [stay]
 
 
 def test_a_run_costs_what_was_said_and_is_verified(tmp_path):

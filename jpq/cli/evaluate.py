@@ -25,8 +25,8 @@ class Evaluate:
     split: Literal["test", "held-out"] = "test"
     """Which samples: the test split, or the part of the training data that steered the run."""
     runtime: str = ""
-    """Where the exported file is run: onnxruntime, openvino, or both (onnxruntime,openvino). Default: the PyTorch model
-    for a folder, onnxruntime for a file."""
+    """Where the exported file is run: onnxruntime, openvino, or both (onnxruntime,openvino). Default: onnxruntime for a
+    file, none for a folder, whose model is always measured in PyTorch."""
     data: str | None = None
     """Data set for a file, normalised as for training. Default: that of the run whose folder the file lies in."""
     data_root: Path | None = None
@@ -79,6 +79,7 @@ def evaluate_saved(saved: Path, flags: Evaluate, console: Console) -> None:
         raise JpqError(f"There is no file or folder {saved}. Give the folder of a run, or its model.onnx.")
     if not is_run and not is_file:
         raise JpqError(f"{folder} is not the folder of a run: it has no config.toml. Give one like runs/0123456789ab.")
+    _refuse_pytorch(flags.runtime, is_file)
     runtimes = parse_runtimes(flags.runtime or "onnxruntime") if flags.runtime or is_file else ()
     data = read_data_of(saved, flags, folder if is_run else None)
     file = saved if is_file else folder / "model.onnx"
@@ -106,6 +107,20 @@ def evaluate_saved(saved: Path, flags: Evaluate, console: Console) -> None:
         agrees = f" The same {data.task.decision_name} for {agreement}." if agreement else ""
         print_line(console, escape(f"{describe_metric(data, flags.split, computed)} ({file} in {name}).{agrees}"))
         outputs[name] = computed
+
+
+def _refuse_pytorch(runtimes: str, is_file: bool) -> None:
+    """Raise JpqError where PyTorch is among the named runtimes, which run exported files."""
+    if not {name.strip().lower() for name in runtimes.split(",")} & {"torch", "pytorch"}:
+        return
+    if is_file:
+        raise JpqError(
+            "PyTorch does not run an exported file. Give the run's folder: its model is measured in PyTorch."
+        )
+    raise JpqError(
+        "PyTorch needs no --runtime: the model of a folder is always measured in it. Leave the flag away, or name what "
+        "runs its exported file beside it: onnxruntime, openvino."
+    )
 
 
 def as_file_takes(file: Path, data: Any) -> Any:

@@ -242,7 +242,14 @@ def _sample_form(inputs: Any) -> str:
 
 def _split_off(name: str, loader: Any, held_out: float, seed: int) -> tuple[Any, Any]:
     """Loaders of the training and the held-out samples of a DataLoader's dataset."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+    indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    if indexed and loader.batch_size is None:
+        batches = "come from a batch_sampler" if loader.batch_sampler else "are made by its Dataset (batch_size=None)"
+        raise JpqError(
+            f"The batches of the train part of '{name}' {batches}, so jpq cannot split off held-out samples beside "
+            "them. Return (train, held_out, test)."
+        )
+    if not indexed:
         raise JpqError(
             f"'{name}' gives no held-out batches, and jpq can split them off only from a DataLoader over a Dataset "
             "with a length. Return (train, held_out, test)."
@@ -252,7 +259,7 @@ def _split_off(name: str, loader: Any, held_out: float, seed: int) -> tuple[Any,
             f"The sampler of the train part of '{name}', a {type(loader.sampler).__name__}, chooses among the samples, "
             "so jpq cannot split off held-out ones beside it. Return (train, held_out, test)."
         )
-    samples = len(loader.dataset)  # type: ignore[arg-type]
+    samples = len(loader.dataset)
     mask = stratified(torch.zeros(samples), max(1, round(held_out * samples)), seed)
     kept, apart = (torch.arange(samples)[part].tolist() for part in (~mask, mask))
     if not kept:

@@ -188,6 +188,16 @@ def test_evaluate_wants_the_folder_of_a_run(capsys: Captured) -> None:
     assert main(["evaluate"]) == 2
 
 
+def test_evaluate_says_that_pytorch_is_measured_anyway(tmp_path: Path, capsys: Captured) -> None:
+    for name in ("config.toml", "model.onnx"):
+        (tmp_path / name).touch()
+    for runtimes in ("torch", "onnxruntime,PyTorch"):
+        said = refused(["evaluate", str(tmp_path), "--runtime", runtimes], capsys)
+        assert "the model of a folder is always measured in it. Leave the flag away, or name" in said
+    said = refused(["evaluate", str(tmp_path / "model.onnx"), "--runtime", "torch"], capsys)
+    assert "PyTorch does not run an exported file. Give the run's folder" in said
+
+
 def test_inspect_shows_layers_sites_and_why_parts_stay(capsys: Captured) -> None:
     assert main(["inspect", "--model", "lenet5", "--input-shape", "1", "28", "28", "--classes", "10"]) == 0
     out = capsys.readouterr().out

@@ -330,6 +330,20 @@ def test_no_held_out_samples_are_split_off_beside_a_sampler(monkeypatch, sampler
     assert load(served(monkeypatch, (train, test, test))).held_out.size == 10
 
 
+@pytest.mark.parametrize(
+    ("loader", "reason"),
+    [
+        ({"batch_sampler": [[0, 1, 2], [3, 4, 5]]}, "come from a batch_sampler"),
+        ({"batch_size": None}, r"are made by its Dataset \(batch_size=None\)"),
+    ],
+)
+def test_no_held_out_samples_are_split_off_batches_that_are_made_elsewhere(monkeypatch, loader, reason):
+    train = DataLoader(TensorDataset(ROWS, torch.arange(30) % 3), **loader)
+    test = DataLoader(TensorDataset(ROWS, torch.arange(30) % 3), batch_size=5)
+    with pytest.raises(JpqError, match=rf"train part of .* {reason}, so jpq cannot split.*Return \(train, held_out"):
+        load(served(monkeypatch, (train, test)))
+
+
 @pytest.mark.parametrize("indexed", [True, False])
 def test_a_limit_holds_for_loaders(monkeypatch, indexed):
     y = torch.arange(30) % 3

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from jpq import costs
 from jpq.allocation import structure_mapping, structure_search
-from jpq.allocation.decision_data import calibration_batches, check_classes
-from jpq.allocation.measured.table import read_table
+from jpq.allocation.decision_data import calibration_batches, calibration_inputs, check_classes
+from jpq.allocation.measured.calibration import Measurement
+from jpq.allocation.measured.decide import known_table
+from jpq.allocation.measured.table import model_checksum, read_table
 from jpq.allocation.prepare import Prepared, check_decide, prepare
 from jpq.allocation.procedures import procedure_of
 from jpq.compression.build import budget_targets
@@ -51,7 +53,7 @@ from jpq.training.history import NullObserver, TensorBoardObserver, TrainingObse
 from jpq.training.loop import Objective, build_optimizer
 from jpq.training.loss_scale import scale_loss
 from jpq.training.measured_decision import take_contest_weights
-from jpq.training.measured_start import with_measured_start
+from jpq.training.measured_start import ranked_network, with_measured_start
 from jpq.training.phases import SearchState, fine_tune, rebuild_opened, search, train
 from jpq.training.pruning_report import report_pruning_price
 from jpq.training.reconstruction_phase import reconstruct_weights
@@ -95,6 +97,7 @@ def optimize(
     prepared, targets = prepare_run(model, data, config, table)  # 2 trace, sites, targets
     epochs = budget_epochs(config, prepared.method)
     check_all_budgets(prepared, targets, model, data, config)  # 3 can each budget be met?
+    check_sensitivity_fits(prepared, model, data, config)
     if final and not run.saved:
         check_export(prepared, model, data, config)
     begin_folder(config, table, run)  # nothing is written before all checks have passed
@@ -264,10 +267,29 @@ def load_table(config: Config, run: RunState) -> LatencyTable | None:
 
 
 def check_sensitivity(config: Config) -> None:
-    """Raise JpqError where --sensitivity is no table; whether it is of this model is known after float training."""
+    """Raise JpqError where --sensitivity is no table; `check_sensitivity_fits` says whether it is one of this model."""
     path = config.decide.sensitivity
     if path is not None:
         distributed.first_then_others(lambda: read_table(path))
+
+
+def check_sensitivity_fits(prepared: Prepared, model: nn.Module, data: Data, config: Config) -> None:
+    """Raise JpqError where --sensitivity is the table of another task, network, weights, samples, version or levels.
+
+    Without --weights the model is still to be trained, so its weights are compared when the table is used.
+    """
+    path = config.decide.sensitivity
+    if path is None:
+        return
+    table = distributed.first_then_others(lambda: read_table(path))
+    with torch.random.fork_rng():
+        net = attach_model(prepared, model, [data.example], config)
+        if config.decide.start == MEASURED_START:
+            net = ranked_network(net, model, [data.example], config.decide)
+        weights = table.model if config.task.weights is None else model_checksum(model)
+        inputs, distance, name = partial(calibration_inputs, data), data.task.divergence, data.task.name
+        means = Measurement(inputs, distance, weights, source=str(path), same_samples=True, task=name)
+        known_table(table, net, means)
 
 
 def prepare_run(

@@ -18,16 +18,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
+from itertools import pairwise
 
 from torch import Tensor
 
 from jpq import costs
 from jpq.compression import ladders
 from jpq.compression.channel_counts import nearest_count
-from jpq.compression.float_work import describe_float_work, find_float_work
+from jpq.compression.float_work import KEPT, FloatPart, FloatWork, describe_float_work, find_float_work
 from jpq.compression.gains import Divergences, Gains, spend_by_gain, trade_by_gain
 from jpq.compression.ladders import Ladders
 from jpq.compression.model import CompressedModel
+from jpq.costs import LayerUse
 from jpq.costs.target import FULL_USE, Target, all_met, used_share
 from jpq.methods.quantizers import BitWidth
 from jpq.plan import MaskPlan, Plan
@@ -228,21 +230,35 @@ def check_reachable(net: CompressedModel, targets: Sequence[Target], cheapest: P
 
 
 def _float_work_text(net: CompressedModel, plan: Plan, target: Target) -> str:
-    """A sentence about what a plan leaves at 32 bits, with its cost; empty where there is nothing."""
+    """Sentences about what a plan leaves at 32 bits, with its cost: by itself, and as asked; empty where nothing."""
+    if target.cost == "latency":
+        return ""
     uses = net.exact_usage(plan)
     work = find_float_work(net.network, uses, plan.layers)
-    tables = [u for u in uses if u.part == "table"]
-    in_float = {part.name for part in work.parts}
-    parts = [u for u in uses if u.name in in_float] + tables
-    if not parts or (target.cost == "size" and not costs.size(parts)) or target.cost == "latency":
-        return ""
-    cost = target.format_cost(costs.COSTS[target.cost](parts))
-    names = describe_float_work(work)
+    asked = [part for part in work.parts if part.reason == KEPT]
+    text = _float_cost_text(uses, target, [part for part in work.parts if part.reason != KEPT], with_tables=True)
+    sentence = f" Of that {text[0]} are at 32 bits, which jpq cannot lower: {text[1]}." if text else ""
+    kept = _float_cost_text(uses, target, asked, with_tables=False)
+    if kept:
+        sentence += f" Of that {kept[0]} are at 32 bits because --keep-float, or 32/32 in --bits, says so: {kept[1]}."
+    return sentence
+
+
+def _float_cost_text(
+    uses: Sequence[LayerUse], target: Target, parts: Sequence[FloatPart], with_tables: bool
+) -> tuple[str, str] | None:
+    """(cost, names) of parts at 32 bits, and of parameters that are no layer's; None where there are none."""
+    tables = [u for u in uses if u.part == "table"] if with_tables else []
+    names = {part.name for part in parts}
+    counted = [u for u in uses if u.name in names] + tables
+    if not counted or (target.cost == "size" and not costs.size(counted)):
+        return None
+    text = describe_float_work(FloatWork(0, sum(part.share for part in parts), 0.0, tuple(parts)))
     if target.cost == "size" and tables:
         largest = max(tables, key=lambda u: u.weights)
         words = f"{len(tables)} parameters that are no layer's, such as '{largest.name}'"
-        names = f"{names}; {words}" if names else words
-    return f" Of that {cost} are at 32 bits, which jpq cannot lower: {names}."
+        text = f"{text}; {words}" if text else words
+    return target.format_cost(costs.COSTS[target.cost](counted)), text
 
 
 def _remedies(net: CompressedModel, target: Target, keep_less: str) -> list[str]:
@@ -252,7 +268,9 @@ def _remedies(net: CompressedModel, target: Target, keep_less: str) -> list[str]
     bits = "" if target.cost in ("macs", "latency") else "allow fewer bits (--w-bits, --a-bits)"
     drop = "choose a method that drops channels" if masks_only else "" if outside else "skip fewer layers"
     finer = "" if net.multiple == 1 else "lower --channel-multiple"
-    return ["" if masks_only or outside else keep_less, bits, drop, finer, "raise the target"]
+    asked = any(layer.kept_float for layer in net.network.layers)
+    quantize = "keep fewer layers in floating point (--keep-float, --bits)" if asked and bits else ""
+    return ["" if masks_only or outside else keep_less, bits, drop, finer, quantize, "raise the target"]
 
 
 def _either(remedies: Sequence[str]) -> str:
@@ -292,8 +310,11 @@ def underuse_note(targets: Sequence[Target], net: CompressedModel, plan: Plan) -
     if tensor := _tensor_with_fitting_bits(net, targets, plan):
         return f"{share}: wider bits for {tensor} alone would fit, and were left out by choice."
     more = "one more unit" if net.multiple == 1 else f"{net.multiple} more channels"
+    choices = [width.choices for width in net.widths()]
+    by_one = all(large - small == 1 for row in choices for small, large in pairwise(row))
+    bits = "one more bit" if by_one else "the next wider bits"
     return (
-        f"{share}: every decision is at its largest, or the next single step (one more bit somewhere, or {more}) would "
+        f"{share}: every decision is at its largest, or the next single step ({bits} somewhere, or {more}) would "
         "exceed a target."
     )
 

@@ -199,6 +199,9 @@ def test_powers_of_two_land_on_powers_of_two_and_say_what_they_leave():
     plan = discretize.discretize(network, targets)
     assert {x.w_bits for x in plan.layers.values()} | {x.a_bits for x in plan.layers.values()} <= {2, 4, 8}
     assert used_share(targets[0], network.exact_usage(plan)) <= 1
+    full = discretize.soft_decisions(network).plan_at(discretize.BOTTOM)
+    loose = parse_targets({"bops": str(4 * costs.bops(network.exact_usage(full)))}, network.exact_usage())
+    assert "(the next wider bits somewhere, or one more unit)" in str(discretize.underuse_note(loose, network, full))
 
 
 def test_uniform_takes_the_dearest_balanced_pair_that_fits():

@@ -258,6 +258,15 @@ def test_a_target_below_the_work_at_32_bits_is_refused_by_its_name() -> None:
         jpq.compress(model, example, bops="1%")
 
 
+def test_a_target_below_layers_that_were_kept_at_32_bits_names_the_flag() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    with pytest.raises(JpqError) as caught:
+        jpq.compress(model, torch.randn(4, 8), bops="1%", keep_float=["2"])
+    assert "are at 32 bits because --keep-float, or 32/32 in --bits, says so: 1 layer" in caught.value.command_line
+    assert "keep fewer layers in floating point (--keep-float, --bits)" in caught.value.command_line
+    assert "jpq cannot lower" not in caught.value.command_line
+
+
 def test_compress_warns_of_work_at_32_bits() -> None:
     model, example = built("sdpa")
     with pytest.warns(UserWarning, match=r"stays at 32 bits: 2 products, .* % of the MACs: q@k, weights@v"):

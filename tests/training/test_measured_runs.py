@@ -17,11 +17,13 @@ from support.kills import resumed
 
 import jpq
 from jpq import recipe
-from jpq.allocation.decision_data import calibration_batches
-from jpq.allocation.measured.table import read_table, write_table
+from jpq.allocation.decision_data import calibration_batches, calibration_inputs
+from jpq.allocation.measured.calibration import calibration_samples
+from jpq.allocation.measured.table import SensitivityTable, model_checksum, read_table, tensors_checksum, write_table
 from jpq.allocation.prepare import Prepared, prepare
 from jpq.config import Config
 from jpq.costs.target import all_met
+from jpq.files.tensors import save_tensors
 from jpq.tasks.load import load_dense_model, read_data
 from jpq.training import contest, resolve_bits
 from jpq.training.contest import Entry, hold_contest
@@ -156,6 +158,34 @@ def test_a_table_from_a_file_gives_the_same_start(tmp_path: Path, starts: list[d
     other = replace(given, run=replace(given.run, seed=1, out=tmp_path / "c"))
     with pytest.raises(JpqError, match="measured on other samples"):
         jpq.optimize(other, final=False)
+
+
+@pytest.mark.parametrize("decide", [{"method": "measured"}, {"start": "measured"}])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"calibration": "0" * 16}, "measured on other samples"),
+        ({"model": "0" * 16}, "with other weights"),
+        ({"task": "regression"}, "measured for the task 'regression'"),
+        ({"base": {"weight_levels": "narrow"}}, "measured with weight_levels narrow"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused_before_a_folder_is_made(
+    decide: dict[str, object], changes: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    config = asked(tmp_path / "runs", sensitivity=tmp_path / "table.csv", **decide)
+    torch.manual_seed(0)
+    data = read_data(config, torch.device("cpu"))
+    model = load_dense_model(config, data, torch.device("cpu"), [])
+    save_tensors(model, tmp_path / "float.safetensors")
+    mixed, _ = calibration_samples(calibration_inputs(data), 16)
+    fitting = SensitivityTable({}, {}, {}, "single", model_checksum(model), tensors_checksum(mixed), 16)
+    network = prepare(model, data.example, config.decide, config.budget).network
+    write_table(tmp_path / "table.csv", replace(fitting, **changes), network)
+    config = replace(config, task=replace(config.task, weights=tmp_path / "float.safetensors"))
+    with pytest.raises(JpqError, match=says):
+        jpq.optimize(config, final=False)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow

@@ -105,12 +105,13 @@ def with_task(data: Data, name: str = "") -> Data:
     """The data with the task of this name, "" for their own. Raises JpqError where targets are not of the task."""
     from dataclasses import replace
 
+    read_as = data.task
     if name and name not in (data.task.name, CLASSIFICATION.name if data.task is CLASSIFICATION else ""):
         data = replace(data, task=pick_task(name))
     if isinstance(data.task, Detection) and len(data.shape) == 3:  # anchors are for one size of images
         sides = dict(zip(("height", "width"), data.shape[1:], strict=True))
         data = replace(data, arguments={**data.arguments, **sides})
-    if data.task is CLASSIFICATION:  # its labels were checked when they were read
+    if data.task is CLASSIFICATION is read_as:  # its labels were checked when they were read
         return data
     data.task.check_packages()
     for split in (data.train, data.held_out, data.test):

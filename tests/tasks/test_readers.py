@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 
 from jpq.cli.evaluate import describe_metric
+from jpq.config import Config, Task
 from jpq.results.finish import data_record
 from jpq.tasks.batches import MaskAugment
 from jpq.tasks.data import load
+from jpq.tasks.load import read_data
 from jpq.tasks.readers.hf_dataset import _text_rows
 from jpq.tasks.readers.restoration import Degradation
 from jpq.tasks.readers.text import _label_order, build_vocabulary, encode, split_words
@@ -508,6 +510,33 @@ def changed(row: int, column: int, value: object) -> list[list[object]]:
 def test_bad_tables_are_refused_in_one_sentence(tmp_path, rows, target, words):
     with pytest.raises(JpqError, match=words):
         load(table(tmp_path / "t.csv", rows), target_column=target)
+
+
+@pytest.mark.parametrize(
+    ("value", "task", "words"),
+    [
+        (lambda i: 1.5 * i, "classification", "holds 60 different numbers in 60 rows, .* --task regression"),
+        (lambda i: 3 * i, "classification", "holds 60 different numbers in 60 rows, .* --task regression"),
+        (lambda i: i % 30 + 0.5, "classification", "holds 30 different numbers"),
+        (lambda i: f"person {i}", "", "holds 60 different texts in 60 rows, too many to be classes. Name another"),
+    ],
+)
+def test_targets_of_hardly_a_row_each_are_no_classes(tmp_path, value, task, words):
+    path = table(tmp_path / "t.csv", [["x", "y"], *([i % 7, value(i)] for i in range(60))])
+    with pytest.raises(JpqError) as caught:
+        load(path, target_column="y", task=task)
+    assert re.search(words, caught.value.command_line)
+
+
+def test_many_classes_of_some_rows_each_are_classes(tmp_path):
+    path = table(tmp_path / "t.csv", [["x", "y"], *([i % 7, i % 30] for i in range(60))])
+    assert load(path, target_column="y", task="classification").classes == 30
+
+
+def test_real_targets_are_no_classes():
+    config = Config(task=Task(data="sklearn:diabetes", task="classification"))
+    with pytest.raises(JpqError, match=r"'classification' reads class numbers.* are torch.float32"):
+        read_data(config, torch.device("cpu"))
 
 
 def test_the_error_of_a_table_is_given_in_the_unit_of_its_target(tmp_path):

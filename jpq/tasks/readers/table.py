@@ -75,6 +75,7 @@ def read(path: str, options: ReadOptions) -> Source:
             "predict. Name another column, or give other rows."
         )
     classes = _class_names(target, options)
+    _check_kinds(options.target_column, target, classes, path)
     parts = {}
     for part, table in tables.items():
         missing = [name for name in names if name not in table]
@@ -229,6 +230,19 @@ def _class_names(values: Sequence[str], options: ReadOptions) -> tuple[str, ...]
         return tuple(kinds if numbers is None else sorted(kinds, key=float))
     whole = bool((numbers == numbers.round()).all()) and len(kinds) <= min(MOST_CLASSES, len(values) // 4)
     return tuple(sorted(kinds, key=float)) if whole and options.task != "regression" else ()
+
+
+def _check_kinds(name: str, values: Sequence[str], classes: tuple[str, ...], path: str) -> None:
+    """Raise JpqError for classes of hardly a row each, and for many that are fractions: values that are measured."""
+    numbers = _numbers(values)
+    fractions = numbers is not None and bool((numbers != numbers.round()).any())
+    if len(classes) <= MOST_CLASSES or not (fractions or 2 * len(classes) > len(values)):
+        return
+    kind, other = ("texts", "") if numbers is None else ("numbers", "For real numbers say --task regression, or n")
+    raise JpqError(
+        f"Column '{name}' of '{path}' holds {len(classes)} different {kind} in {len(values)} rows, too many to be "
+        f"classes. {other or 'N'}ame another column."
+    )
 
 
 def _encode_target(name: str, values: Sequence[str], classes: tuple[str, ...], file: Path) -> Tensor:

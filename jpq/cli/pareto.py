@@ -183,11 +183,17 @@ def describe_front(front: Front) -> list[str]:
     lines = [f"{n} run{'s' * (n > 1)}, {on} on the front of held-out {metric} and {words}, {n - on} dominated."]
     chance = format_metric(front.task, max(p.chance for p in front.points))
     unit = f"{metric} x decades" + (" of each" if len(front.costs) > 1 else "")
-    lines.append(
-        f"Hypervolume {front.hypervolume:.4f} ({unit}; above {chance} {metric}, below the fp32 model's {words}, "
-        "log axis)."
-    )
-    alone = hypervolume_by_method(front)
+    if front.hypervolume > 0:
+        lines.append(
+            f"Hypervolume {front.hypervolume:.4f} ({unit}; better than {chance} {metric}, below the fp32 model's "
+            f"{words}, log axis)."
+        )
+    else:
+        lines.append(
+            f"No hypervolume: no run has a held-out {metric} better than {chance}, the task's chance level, and "
+            f"less {words} than the fp32 model."
+        )
+    alone = hypervolume_by_method(front) if front.hypervolume > 0 else {}
     if len(alone) > 1:
         each = (f"{escape(method)} {volume:.4f} ({runs})" for method, (volume, runs) in alone.items())
         lines.append(f"Of each method alone (and its runs): {', '.join(each)}.")

@@ -108,5 +108,5 @@ def drop_interval(task: Task, float_score: float, score: float, samples: int) ->
     """95 % interval of the drop from the float model's score, in scores; None for metrics that have none."""
     if metric_interval(task, float_score, samples) is None or metric_interval(task, score, samples) is None:
         return None
-    low, high = difference_interval(float_score, score, samples)
-    return -high, -low
+    low, high = difference_interval(task.score(float_score), task.score(score), samples)
+    return (-high, -low) if task.higher_is_better else (low, high)

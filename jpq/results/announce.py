@@ -19,7 +19,6 @@ from jpq.results.formatting import format_metric
 from jpq.results.intervals import is_near_chance
 from jpq.results.unseen import held_out_warning
 from jpq.tasks import CLASSIFICATION
-from jpq.tasks.base import Task
 from jpq.tasks.data import Data
 from jpq.tracing.channel_shares import ChannelShares
 from jpq.tracing.forward import collect_tensors
@@ -72,8 +71,7 @@ def check_float_metric(model: nn.Module, data: Data, config: Config, run: RunSta
     if config.task.weights is not None and (optimistic := held_out_warning(model, data)) is not None:
         run.notes.append(optimistic)
     task, samples, chance = data.task, data.held_out.size, data.task.score(data.task.chance(data.classes))
-    unknown = type(task).chance is Task.chance and not task.higher_is_better  # no model has an error of 0 by guessing
-    if unknown or not math.isfinite(chance):
+    if not task.knows_chance or not math.isfinite(chance):
         return
     metric = task.evaluate(model, data.held_out)
     if not is_near_chance(task, metric, samples, chance):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from jpq.results.formatting import format_metric
+from jpq.results.formatting import format_value
 from jpq.results.intervals import difference_interval
 from jpq.tasks.batches import SplitBatches
 from jpq.tasks.data import Data
@@ -37,10 +37,11 @@ def held_out_warning(model: nn.Module, data: Data) -> str | None:
     if min(len(held_out), len(training)) < 2:
         return None
     means = float(held_out.mean()), float(training.mean())
-    _, largest = difference_interval(*means, min(len(held_out), len(training)))
+    worse, better = means if task.higher_is_better else means[::-1]  # as unseen samples would have it
+    _, largest = difference_interval(worse, better, min(len(held_out), len(training)))
     if largest >= GAP:
         return None
-    shown = [format_metric(task, mean) for mean in means]
+    shown = [format_value(mean, task.metric_unit) for mean in means]
     return (
         f"Held-out figures are probably optimistic: the float model's {task.metric_name} is {shown[0]} on "
         f"{len(held_out)} held-out samples and {shown[1]} on {len(training)} training samples, so these weights seem "

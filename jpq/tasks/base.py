@@ -91,7 +91,10 @@ class Task(ABC):
         return {}
 
     def chance(self, classes: int) -> float:
-        """Metric of a model that knows nothing; `classes` is the number of outputs per sample. By default 0."""
+        """Metric of a model that knows nothing; `classes` is the number of outputs per sample. By default 0.
+
+        The default says nothing of a metric that is better where it is lower, or that may be below 0.
+        """
         return 0.0
 
     def same_decision(self, a: Tensor, b: Tensor) -> Tensor:
@@ -149,7 +152,7 @@ class Task(ABC):
 
     def score(self, metric: float) -> float:
         """The metric as a number that is larger for better models, and such a score as the metric: a change of sign."""
-        return metric if self.higher_is_better else -metric
+        return metric if self.higher_is_better else 0.0 - metric  # 0, not -0, of 0
 
     @property
     def sample_names(self) -> str:
@@ -161,6 +164,11 @@ class Task(ABC):
         """Smallest and largest score."""
         low, high = sorted(self.score(bound) for bound in self.metric_bounds)
         return low, high
+
+    @property
+    def knows_chance(self) -> bool:
+        """Whether `chance` is given, or its 0 is that of a metric that is larger for all models that know something."""
+        return type(self).chance is not Task.chance or (self.higher_is_better and self.metric_bounds[0] >= 0)
 
     @property
     def is_mean_over_samples(self) -> bool:

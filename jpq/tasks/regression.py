@@ -45,6 +45,10 @@ class Regression(Task):
         mean, std = target.mean(0), target.std(0, correction=0)  # torchmetrics takes sums of squares below 1e-4 for 0
         return float(r2_score((output - mean) / std, (target - mean) / std))
 
+    def chance(self, classes: int) -> float:
+        """R^2 of a model that always gives the mean."""
+        return 0.0
+
     def other_metrics(self, pairs: Sequence[Pair]) -> dict[str, tuple[float, str]]:
         """Root of the mean squared error, in the unit of the targets."""
         from torchmetrics.functional.regression import mean_squared_error

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from jpq.results.unseen import GAP, held_out_warning
-from jpq.tasks import TASKS, load_data
+from jpq.tasks import TASKS, Task, load_data
 
 
 class Memory(nn.Module):
@@ -59,6 +59,27 @@ def test_models_of_several_outputs_are_judged_by_the_main_one(data):
 
 def test_unseen_samples_are_not(data):
     assert held_out_warning(Memory(list(data.train), data.classes), data) is None
+
+
+class Errors(Task):
+    """The error rate of classes."""
+
+    name, metric_name, metric_unit = "errors", "error rate", "%"
+    metric_bounds, higher_is_better = (0.0, 1.0), False
+
+    def loss(self, output, target):
+        raise NotImplementedError
+
+    def metric(self, output, target):
+        return (output.argmax(1) != target).double()
+
+
+def test_errors_are_larger_on_unseen_samples(data):
+    judged = replace(data, task=Errors())
+    assert held_out_warning(Memory(list(data.train), data.classes), judged) is None
+    text = held_out_warning(Memory([*data.train, *data.held_out], data.classes), judged)
+    assert text is not None
+    assert "error rate is 0.00 % on" in text
 
 
 def test_few_samples_cannot_tell(data):

@@ -4,11 +4,16 @@ import math
 
 import pytest
 import torch
+from made_runs import folder
 from torch import Tensor
 
+from jpq.cli.pareto import describe_front
+from jpq.results.accuracy_limit import drop_interval
 from jpq.results.formatting import format_change, format_metric, metric_scale
+from jpq.results.front.front import build_front
+from jpq.results.front.points import read_points
 from jpq.results.intervals import is_near_chance, is_within_noise, metric_interval
-from jpq.tasks import TASKS, Restoration, Segmentation, Task
+from jpq.tasks import TASKS, Restoration, Segmentation, Task, task_record
 from jpq.tasks.metric_text import parse_score
 from jpq.types import JpqError
 
@@ -171,6 +176,34 @@ def test_a_lower_metric_is_a_larger_score():
     assert not is_within_noise(task, -0.10, -0.5, 100)
     assert is_near_chance(task, -0.5, 100, -0.5)
     assert not is_near_chance(task, -0.4, 100, -0.5)
+    drop, mirrored = drop_interval(task, -0.10, -0.14, 200), drop_interval(TASKS["classification"], 0.90, 0.86, 200)
+    assert drop == pytest.approx(mirrored)
+    assert drop[0] < 0.04 < drop[1]
+
+
+def test_chance_is_unknown_where_the_default_says_nothing_of_the_metric():
+    class Likelihood(Error):
+        higher_is_better, metric_bounds = True, (-math.inf, 0.0)
+
+    class WithChance(Likelihood):
+        def chance(self, classes: int) -> float:
+            return -1.0
+
+    assert not Error().knows_chance
+    assert not Likelihood().knows_chance
+    assert WithChance().knows_chance
+    assert all(task.knows_chance for task in TASKS.values())
+
+
+def test_a_front_without_a_chance_level_has_no_hypervolume(tmp_path):
+    data = {"name": "mine:data", **task_record(Error(), 2)}
+    for error, share in ((0.3, 0.01), (0.2, 0.02), (0.1, 0.04)):
+        folder(tmp_path, -error, share, held_out={"float": -0.05, "compressed": -error}, data=data)
+    front = build_front(read_points(tmp_path).points)
+    assert len(front.front_indices) == 3
+    text = " ".join(describe_front(front))
+    assert "No hypervolume: no run has a held-out error rate better than 0.00 %, the task's chance level, and" in text
+    assert "Hypervolume 0" not in text
 
 
 def test_metrics_that_are_no_means_over_samples_have_no_interval():

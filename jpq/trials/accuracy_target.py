@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from jpq import costs
 from jpq.allocation.decision_data import calibration_batches
@@ -34,7 +35,7 @@ from jpq.export.runtimes import Session
 from jpq.export.timing import layer_table
 from jpq.files.rows import write_rows
 from jpq.plan import MaskPlan, Plan
-from jpq.recipe import check_sensitivity, optimize
+from jpq.recipe import check_sensitivity, check_sensitivity_fits, optimize
 from jpq.results import run_folder
 from jpq.results.accuracy_limit import AccuracyLimit, check_limit, drop_interval, read_limit
 from jpq.results.finalize import finalize
@@ -180,24 +181,31 @@ class _Ladder:
         self.cost = config.budget.minimize
         self.device = pick_device(config.run.device)
         path = config.budget.latency_table
-        table = None if path is None else layer_table.read_table(path)
+        self.table = None if path is None else layer_table.read_table(path)
+        check_folder(config)
         self.data = read_data(config, self.device)
         self.limit = read_limit(config.budget, self.data.task)
+        model, prepared = self.prepare_model(config)  # what cannot work is refused before a folder is made
+        if config.task.weights is not None:
+            self.judge_float_model(model, prepared)
         begin_folder(config)
         weights, _ = prepare_float_weights(config, self.folder / "float.safetensors", observer)
-        started = replace(config.task, weights=weights)
-        self.started = replace(config, task=started)
+        self.started = replace(config, task=replace(config.task, weights=weights))
+        if config.task.weights is None:
+            self.judge_float_model(*self.prepare_model(self.started))
+
+    def prepare_model(self, config: Config) -> tuple[nn.Module, Prepared]:
+        """The float model, with the method set up on it."""
         torch.manual_seed(config.run.seed)
-        model = load_dense_model(self.started, self.data, self.device)
+        model, budget = load_dense_model(config, self.data, self.device), config.without_accuracy_target().budget
+        prepared = prepare(model, self.data.example, config.decide, budget, table=self.table)
+        check_sensitivity_fits(prepared, model, self.data, config)
+        return model, prepared
+
+    def judge_float_model(self, model: nn.Module, prepared: Prepared) -> None:
+        """Find the least score, and the budgets between which the ladder lies."""
         self.float_score = self.data.task.evaluate(model, self.data.held_out)
         self.least = self.limit.least(self.float_score)
-        prepared = prepare(
-            model,
-            self.data.example,
-            config.decide,
-            config.without_accuracy_target().budget,
-            table=table,
-        )
         net = prepared.attach(model, calibration_batches(self.data)[:1])
         self.full, self.range = budget_range(prepared, net, self.cost)
 
@@ -332,11 +340,18 @@ def budget_range(prepared: Prepared, net: CompressedModel, cost: str) -> tuple[f
     """(cost of the fp32 model, (least, largest) share of it that a budget may have).
 
     The largest is the cost of the whole model at the widest bits, the least what the method can reach, both rounded to
-    budgets of four digits that can be met.
+    budgets of four digits that can be met. Raises JpqError where no decision costs less than the fp32 model, as by a
+    table of layers that are slower when they are quantized.
     """
     full = float(costs.baseline(net.exact_usage())[cost])
     widest = float(costs.COSTS[cost](net.exact_usage(widest_plan(net, prepared))))
     high = min(1.0, math.ceil(1e5 * widest / full) / 1e5)
+    try:
+        target = Target(cost, f"{100 * high:.4g}%", math.floor(full * high))
+        prepared.procedure.check_feasible(net, (target,), prepared.decide)
+    except JpqError as error:
+        reason = error.command_line
+        raise JpqError(f"--minimize {cost} finds no model that costs less than the float one: {reason}") from error
     low = high
     inside, outside = math.log(high), math.log(high / 1e4)
     for _ in range(STEPS):
@@ -400,23 +415,27 @@ def budget_record(attempt: Attempt, folder: Path) -> BudgetRecord:
     )
 
 
-def begin_folder(config: Config) -> None:
-    """Make the ladder's folder with its settings.
-
-    Raises JpqError where it holds a ladder or another run that was not to be gone on with or overwritten.
-    """
+def check_folder(config: Config) -> None:
+    """Raise JpqError where the folder holds a ladder or another run that was not to be gone on with or overwritten."""
     folder, status = config.folder(), read_status(config.folder())
-    if config.run.overwrite:
-        clear_folder(folder, keep=input_files(config))
-    elif status.state != EMPTY and status.config is not None and status.config.hash() != config.hash():
+    if config.run.overwrite or status.state == EMPTY:
+        return
+    if status.config is not None and status.config.hash() != config.hash():
         raise JpqError(
             f"{folder} holds a run of other settings. Give this one another --name, or --overwrite to remove that one."
         )
-    elif status.state != EMPTY and not config.run.resume:
+    if not config.run.resume:
         raise JpqError(
             f"{folder} holds runs of these settings: --resume goes on with them (and shows a finished result again), "
             "--overwrite removes them and begins anew."
         )
+
+
+def begin_folder(config: Config) -> None:
+    """Make the ladder's folder with its settings. Raises JpqError where it cannot be written."""
+    folder = config.folder()
+    if config.run.overwrite:
+        clear_folder(folder, keep=input_files(config))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_toml(config, folder / "config.toml")

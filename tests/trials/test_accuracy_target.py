@@ -2,25 +2,34 @@
 
 import csv
 import io
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
 import jpq
+from jpq.allocation.measured.table import SensitivityTable, write_table
+from jpq.allocation.prepare import prepare
 from jpq.cli.accuracy_target import LadderScreen, attempts_table
 from jpq.cli.main import main
 from jpq.config import Budget, Config, Decide, Run, Task, Train
+from jpq.costs.latency_table import Entry, LatencyTable
+from jpq.files.tensors import save_tensors
 from jpq.results.accuracy_limit import AccuracyLimit, drop_interval, read_limit
 from jpq.tasks import CLASSIFICATION
+from jpq.tasks.load import load_dense_model, read_data
 from jpq.tasks.regression import Regression
 from jpq.tasks.restoration import Restoration
 from jpq.tasks.segmentation import Segmentation
-from jpq.trials.accuracy_target import CLOSE, AccuracyResult, Attempt, begin_folder, next_share
+from jpq.tracing.network import latency_shape
+from jpq.tracing.trace import trace
+from jpq.trials.accuracy_target import CLOSE, AccuracyResult, Attempt, begin_folder, budget_range, next_share
 
 
 def attempt(share, within):
@@ -240,6 +249,43 @@ def target(tmp_path, **budget):
         train=Train(effort="minutes", float_epochs=5, reconstruction_steps=10, reconstruction_samples=64),
         run=Run(out=tmp_path, name="a"),
     )
+
+
+@pytest.mark.parametrize("refused", ["table", "metric", "method"])
+def test_what_is_known_without_training_is_refused_before_a_folder_is_made(refused, tmp_path):
+    config = target(tmp_path / "runs", **({"min_metric": "99.9%"} if refused == "metric" else {"max_drop": "5%"}))
+    data = read_data(config, torch.device("cpu"))
+    torch.manual_seed(0)
+    model = load_dense_model(config, data, torch.device("cpu"))
+    save_tensors(model, tmp_path / "float.safetensors")
+    decide, says = config.decide, "the float model itself has a held-out accuracy"
+    if refused == "method":
+        decide, says = replace(decide, keep_float=("nowhere",)), "Unknown layer in --keep-float"
+    if refused == "table":
+        table = SensitivityTable({}, {}, {}, "single", "0" * 16, "0" * 16, 16)
+        write_table(tmp_path / "table.csv", table, trace(model, data.example))
+        decide, says = replace(decide, method="measured", sensitivity=tmp_path / "table.csv"), "with other weights"
+    task = replace(config.task, weights=tmp_path / "float.safetensors")
+    with pytest.raises(jpq.JpqError) as caught:
+        jpq.find_cheapest(replace(config, task=task, decide=decide))
+    assert says in caught.value.command_line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_layers_that_are_slower_when_quantized_are_told_before_the_first_run(tmp_path):
+    model, example = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)), torch.zeros(2, 1, 8, 8)
+    shape = latency_shape(trace(model, example).layers[0])
+    ms = {8: 0.2, 32: 0.1}
+    sizes = itertools.product((1, 64), (1, 10), (8, 32))
+    table = LatencyTable("made", tuple(Entry(shape, i, o, bits, ms[bits]) for i, o, bits in sizes))
+    decide = Decide(method="uniform")
+    prepared = prepare(model, example, decide, Budget(), table=table)
+    net = prepared.attach(model, [example])
+    with pytest.raises(jpq.JpqError, match=r"minimize latency finds no .* target_latency='100%'"):
+        budget_range(prepared, net, "latency")
+    full, (low, high) = budget_range(prepared, net, "bops")
+    assert (full, high) == (64 * 10 * 32 * 32, 0.0625)
+    assert low < 0.005
 
 
 @pytest.mark.slow

@@ -173,12 +173,13 @@ def float_row(model: nn.Module) -> dict[str, object]:
 
 
 def rounds_table() -> str:
-    """The table of the README: a row per score, number of rounds and target, means over seeds."""
+    """README's table: a row per score, number of rounds and target, means over seeds."""
     table = read_rows(TABLE, KEY)
-    lines = ["| ranked by | rounds | BOPs asked | n | AP50 % | AP % | MACs left % |", "|" + "---|" * 7]
-    for (target, rounds, score), runs in table.groupby(["target", "rounds", "score"], sort=False):
-        cells = [score, rounds, target, len(runs), *(_spread(100 * runs[name]) for name in ("ap50", "ap"))]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{100 * runs.macs_share.mean():.1f}"])) + " |")
+    lines = ["| ranked by | rounds | n | BOPs % | MACs % | AP50 % | AP % |", "|" + "---|" * 7]
+    for (score, rounds, _), runs in table.groupby(["score", "rounds", "target"], sort=False):
+        costs = [f"{100 * runs[name].mean():.2f}" for name in ("bops_share", "macs_share")]
+        precisions = [_spread(100 * runs[name]) for name in ("ap50", "ap")]
+        lines.append("| " + " | ".join(map(str, [score, rounds, len(runs), *costs, *precisions])) + " |")
     caption = f"{MODEL}, 8 bits, 200 test images of the harder shapes; `python studies/detection_rounds.py`."
     return "\n".join([*lines, "", caption, ""])
 

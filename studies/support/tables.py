@@ -18,6 +18,7 @@ import claims
 import coverage
 import coverage_third_party
 import detection
+import detection_rounds
 import estimators
 import faults
 import fronts
@@ -229,6 +230,7 @@ SECTIONS: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {  # name -> (t
     "speed": (speed.speed_table, ("speed",)),
     "kernels": (kernels.kernels_table, ("kernels",)),
     "detection": (detection.detection_table, ("detection",)),
+    "detection rounds": (detection_rounds.rounds_table, ("detection_rounds",)),
     "one run": (one_run.one_run_table, ("one_run",)),
     "estimators": (estimators.estimators_table, ("estimators",)),
     "recipe": (qat_recipe.recipe_table, ("qat_recipe",)),

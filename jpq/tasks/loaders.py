@@ -95,7 +95,8 @@ class LoaderBatches(SplitBatches):
                 f"{what} is a {type(loader).__name__} that can be read only once. Give a list of batches, a DataLoader "
                 "or an object whose __iter__ begins anew."
             )
-        self.loader, self.what, self.device, self.seed, self.training = loader, what, device, seed, training
+        self.loader, self.what, self.device = _with_new_workers(loader), what, device
+        self.seed, self.training = seed, training
         self.count: int | None = None  # of the samples that are given; None: all
         self.share: tuple[int, int] | None = None  # (n, of how many): every so manieth batch alone
         self.check_targets: Callable[[Any], Any] | None = None  # the targets as the task takes them; raises JpqError
@@ -291,6 +292,19 @@ def with_dataset(loader: DataLoader[Any], dataset: Any, shuffle: bool, drops_las
         pin_memory=loader.pin_memory,
         **workers,
     )
+
+
+def _with_new_workers(loader: Iterable[Any]) -> Iterable[Any]:
+    """The loader, or a copy of a DataLoader whose workers would outlive an epoch, which starts them anew in each.
+
+    Workers that persist keep drawing random numbers where the last epoch ended, whatever the seed of the next one, and
+    a second reading amid an epoch takes the batches of the first away from it.
+    """
+    if not isinstance(loader, DataLoader) or not loader.persistent_workers:
+        return loader
+    renewed = copy(loader)
+    vars(renewed).update(persistent_workers=False, _iterator=None)  # a DataLoader lets no code set the first
+    return renewed
 
 
 def _is_indexed(loader: Any) -> bool:

@@ -57,6 +57,22 @@ def test_an_epoch_depends_on_seed_and_epoch_alone_and_moves_no_other_draw(worker
     assert sorted(samples.tolist()) == list(range(20))
 
 
+def test_workers_that_persist_are_started_anew_for_each_epoch():
+    """Else they go on with the draws of the epoch before, and a reading amid an epoch ends it."""
+    made = [DataLoader(own_loaders.Noisy(), batch_size=6, num_workers=1, persistent_workers=True) for _ in range(2)]
+    one, two = map(batches, made)
+    first = list(one.epoch(3))
+    list(two.epoch(1))
+    assert equal(first, two.epoch(3))
+    outer = []
+    for pair in two.epoch(3):
+        if not outer:
+            list(two.epoch(4))
+        outer.append(pair)
+    assert equal(first, outer)
+    assert made[0].persistent_workers
+
+
 def test_draws_of_training_between_batches_do_not_change_the_batches():
     loader = DataLoader(own_loaders.Noisy(), batch_size=6, shuffle=True)
     quiet = list(batches(loader).epoch(2))

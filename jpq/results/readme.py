@@ -22,14 +22,20 @@ about = {{key: json.loads(text) if text[:1] in "[{{" else text for key, text in 
 
 IMAGE = """\
 channels, height, width = about["input_size"]
-image = ImageOps.exif_transpose(Image.open("image.png")).convert("L" if channels == 1 else "RGB")
+image = ImageOps.exif_transpose(Image.open("image.png"))
+if image.mode[0] == "I":  # 16 bits, which convert() clips
+    image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+image = image.convert("L" if channels == 1 else "RGB")
 image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
 x = np.asarray(image, np.float32).reshape(height, width, channels).transpose(2, 0, 1)[None] / 255
 """
 
 WHOLE = """\
 channels = about["input_size"][0]
-image = ImageOps.exif_transpose(Image.open("image.png")).convert("L" if channels == 1 else "RGB")
+image = ImageOps.exif_transpose(Image.open("image.png"))
+if image.mode[0] == "I":  # 16 bits, which convert() clips
+    image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+image = image.convert("L" if channels == 1 else "RGB")
 x = np.asarray(image, np.float32).reshape(image.height, image.width, channels).transpose(2, 0, 1)[None] / 255
 """
 

@@ -131,6 +131,18 @@ def test_the_code_reads_a_photo_as_training_does(tmp_path, monkeypatch, code, si
     assert np.array_equal(names["x"], expected)
 
 
+@pytest.mark.parametrize(("code", "size"), [(IMAGE, (12, 16)), (WHOLE, ())])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_code_scales_images_of_16_bits_as_training_does(tmp_path, monkeypatch, code, size, channels):
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 2**16, (40, 30)).astype(np.uint16)
+    Image.fromarray(pixels).save("image.png")
+    names = {"about": {"input_size": [channels, *size]}, "Image": Image, "ImageOps": ImageOps, "np": np}
+    exec(code, names)
+    expected = image_bytes(Image.open("image.png"), size)[:channels].numpy()[None] / np.float32(255)
+    assert np.array_equal(names["x"], expected)
+
+
 def test_every_kind_of_data_has_code_that_compiles():
     records = [
         {"shape": [3, 8, 8], "mean": [0.5] * 3},

@@ -14,6 +14,7 @@ from optuna.storages import fail_stale_trials
 from optuna.trial import TrialState
 
 from jpq.config import Config, expand_homes
+from jpq.recipe import check_sensitivity
 from jpq.results.accuracy_limit import check_limit, read_limit
 from jpq.results.front import front, plots
 from jpq.results.front.points import read_points
@@ -95,6 +96,7 @@ def study(
     asked = expand_homes(config or Config())
     config = asked.without_accuracy_target()  # which chooses among trials, once they ended
     check_names(settings.check(config))
+    check_sensitivity(config)
     if asked.budget.has_accuracy_target:
         check_limit(asked)
     folder = config.run.out / settings.name

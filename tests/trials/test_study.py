@@ -27,7 +27,7 @@ from rich.console import Console
 import jpq
 from jpq.cli.main import main
 from jpq.cli.study import StudyScreen
-from jpq.config import Config, Run, Task, Train
+from jpq.config import Config, Decide, Run, Task, Train
 from jpq.tasks import CLASSIFICATION, task_record
 from jpq.tasks.classification import Classification
 from jpq.training.history import EpochRecord
@@ -519,6 +519,13 @@ def test_a_metric_that_is_better_where_it_is_lower_is_minimized():
     check_directions(study, directions)
     with pytest.raises(JpqError, match="Study 'errors' was begun by an earlier version of jpq, which searched for a"):
         check_directions(study, [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE])
+
+
+def test_a_sensitivity_table_that_is_not_there_is_refused_before_the_study_has_a_folder(tmp_path):
+    decide = Decide(method="measured", sensitivity=tmp_path / "gone.csv")
+    with pytest.raises(JpqError, match="sensitivity table"):
+        jpq.study(Config(decide=decide, run=Run(out=tmp_path / "out")), Study(vary="target"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_settings_under_the_same_name_are_refused(tmp_path, weights, formula):

@@ -27,6 +27,7 @@ import argparse
 import copy
 import tempfile
 import time
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -54,7 +55,6 @@ from jpq.detection import (
 from jpq.export import difference
 from jpq.methods.gates import Ranked
 from jpq.methods.quantizers import Fixed
-from jpq.tracing.network import with_float_layers
 
 TABLE = RESULTS / "detection_rounds.csv"
 KEY = ["score", "rounds", "target", "seed"]
@@ -93,7 +93,7 @@ def prune(model: nn.Module, score: str, bits: int, share: float, draw: torch.Gen
     batches = [prepare_images(model, inputs) for inputs, _ in ranking.batches(8)]
     network = jpq.trace(core, batches[0][:2])
     if bits == FLOAT_BITS:  # no quantizers, which the next round could not trace
-        network = with_float_layers(network, [layer.name for layer in network.layers])
+        network = replace(network, layers=tuple(replace(layer, kept_float=True) for layer in network.layers))
     sites, boxes_only = rankable_sites(model, core, network, jpq.channels(network), batches[0])
     assert not boxes_only, boxes_only
     net = jpq.attach(core, network, sites, Ranked, lambda _: (Fixed(bits), Fixed(bits)), batches, "saliency").eval()

@@ -26,7 +26,7 @@ from jpq.types import JpqError
 
 MEASURED = 16  # batches that statistics are averaged over
 JUDGED = 8  # of them, on which the metric is measured
-LOST = 0.1  # share of its metric above chance that the float model may lose by the statistics of batches
+LOST = 0.1  # share of its metric above chance (of all of it, where none is known) that the statistics of batches may cost
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class BatchStatistics:
 
     own: float
     batches: float
-    chance: float
+    chance: float | None  # None: unknown
     samples: int  # of the largest batch
 
     @property
     def are_harmful(self) -> bool:
-        """Whether the model loses more than `LOST` of its metric above chance."""
-        gain = self.own - self.chance
+        """Whether the model loses more than `LOST` of its metric above chance, or of its size where none is known."""
+        gain = abs(self.own) if self.chance is None else self.own - self.chance
         return math.isfinite(gain) and gain > 0 and self.own - self.batches > LOST * gain
 
 
@@ -85,4 +85,5 @@ def compare_statistics(model: nn.Module, data: Data) -> BatchStatistics | None:
     except JpqError:  # no metric on so few samples
         return None
     samples = max(batch_size(x) for x, _ in batches)
-    return BatchStatistics(own, averaged, data.task.score(data.task.chance(data.classes)), samples)
+    known = data.task.knows_chance
+    return BatchStatistics(own, averaged, data.task.score(data.task.chance(data.classes)) if known else None, samples)

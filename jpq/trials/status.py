@@ -83,8 +83,8 @@ class StudyStatus:
         return ", ".join([f"{self.done}/{total} done", *(f"{n} {kind}" for kind, n in kinds.items() if n)])
 
     def hypervolume_text(self) -> str:
-        """The hypervolume, where it is known."""
-        return "" if self.hypervolume is None else f"hypervolume {self.hypervolume:.3f}"
+        """The hypervolume, where there is one: 0 says only that no model is better than chance, or none is known."""
+        return f"hypervolume {self.hypervolume:.3f}" if self.hypervolume else ""
 
     def outcome(self, number: int) -> str:
         """Values of a trial as text, or the reason why it has none."""

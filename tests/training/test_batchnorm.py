@@ -78,7 +78,14 @@ def test_small_batches_cost_the_model_its_metric_and_large_ones_do_not():
 
 @pytest.mark.parametrize(
     ("own", "batches", "chance", "harmful"),
-    [(0.9, 0.83, 0.1, False), (0.9, 0.81, 0.1, True), (0.05, 0.01, 0.1, False), (5.0, 1.0, float("-inf"), False)],
+    [
+        (0.9, 0.83, 0.1, False),
+        (0.9, 0.81, 0.1, True),
+        (0.05, 0.01, 0.1, False),
+        (5.0, 1.0, float("-inf"), False),
+        (-0.5, -0.54, None, False),  # an error of 0.5, which has no chance level
+        (-0.5, -0.56, None, True),
+    ],
 )
 def test_a_tenth_above_chance_is_the_limit(own, batches, chance, harmful):
     assert BatchStatistics(own, batches, chance, 4).are_harmful is harmful

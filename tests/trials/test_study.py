@@ -312,6 +312,11 @@ def test_trials_of_other_lengths_are_compared_at_the_same_share():
     assert early_stopping.should_stop(MetricCurve((0.5,) * 5, 10, (1.0,)), [short], 0.02, 1, 1)
 
 
+@pytest.mark.parametrize(("volume", "text"), [(None, ""), (0.0, ""), (1.25, "hypervolume 1.250")])
+def test_a_hypervolume_of_nothing_is_not_shown(volume, text):
+    assert status.StudyStatus((), (), 0, 0, 0, 0, 0, {}, (), volume).hypervolume_text() == text
+
+
 def test_hypervolume_against_optunas():
     from optuna._hypervolume import compute_hypervolume
 

@@ -26,7 +26,7 @@ from jpq.types import JpqError
 
 MEASURED = 16  # batches that statistics are averaged over
 JUDGED = 8  # of them, on which the metric is measured
-LOST = 0.1  # share of its metric above chance (of all of it, where none is known) that the statistics of batches may cost
+LOST = 0.1  # share of its metric above chance (where none is known: of all) that statistics of batches may cost
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def read(path: str, options: ReadOptions) -> Source:
     if not options.task and pairs.is_arranged(path, pairs.MASKS):
         has_masks, sentence = segmentation.judge_contents(path)
     elif not options.task:
-        sentence = restoration.classes_note(path) or pairs.inside_parts_note(path)
+        sentence = restoration.classes_note(path)
     if has_masks:
         source = segmentation.read(path, options)
     else:

@@ -273,18 +273,36 @@ def test_two_folders_of_one_name_each_are_classes_and_the_run_says_how_to_restor
 @pytest.mark.parametrize(
     ("names", "task"), [(("images", "masks"), "segmentation"), (("input", "target"), "restoration")]
 )
-def test_pairs_of_folders_inside_of_parts_are_classes_and_the_run_says_where_they_belong(tmp_path, names, task):
+def test_photos_in_two_folders_inside_of_parts_are_classes_and_the_run_says_how_they_are_pairs(tmp_path, names, task):
     for part in ("train", "test"):
         for name in names:
             photos(tmp_path, ((10, 12),) * 6, f"{part}/{name}")
     data = load(f"folder:{tmp_path}")
     assert (data.task.name, data.class_names) == ("classification", names)
-    wanted = f"For {task} put the parts into these folders: PATH/{names[0]}/test and PATH/{names[1]}/test."
-    assert data.notes[-1].endswith(wanted)
+    assert f"--task {task} reads " in data.notes[-1]
     for part in ("train", "test"):
         for file in (tmp_path / part / names[1]).iterdir():
             file.rename(file.with_name(f"other_{file.name}"))
-    assert not load(f"folder:{tmp_path}").notes
+    assert load(f"folder:{tmp_path}").task.name == "classification"
+
+
+def test_pairs_in_two_folders_inside_of_parts(tmp_path):
+    for part, count in (("train", 6), ("test", 3)):
+        photos(tmp_path, ((10, 12),) * count, f"{part}/input")
+        photos(tmp_path, ((20, 24),) * count, f"{part}/target")
+        photos(tmp_path / "marked", ((10, 12),) * count, f"{part}/images")
+        (tmp_path / "marked" / part / "masks").mkdir()
+        for file in (tmp_path / "marked" / part / "images").iterdir():
+            mask = (np.asarray(Image.open(file)) > 127).astype(np.uint8)
+            Image.fromarray(mask).save(tmp_path / "marked" / part / "masks" / f"{file.stem}.png")
+    x, y = next(iter(load(f"folder:{tmp_path}", task="restoration", crop=(8,)).test))
+    assert (x.shape, y.shape) == ((3, 1, 10, 12), (3, 1, 20, 24))
+    data = load(f"folder:{tmp_path / 'marked'}")
+    assert (data.task.name, data.classes, data.test.size) == ("segmentation", 2, 3)
+    assert "few values each. --task classification reads the two folders as classes." in data.notes[-1]
+    x, y = next(iter(data.test))
+    grey = np.stack([np.asarray(Image.open(f)) for f in sorted((tmp_path / "marked" / "test" / "images").iterdir())])
+    assert np.array_equal(y.numpy(), grey > 127)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 |---|---|
 | a folder beside each part | PATH/train/*.png with PATH/train_labels/*.png, PATH/val with PATH/val_labels ... |
 | two folders with parts | PATH/images/train/*.png with PATH/masks/train/*.png ... |
+| parts with two folders | PATH/train/images/*.png with PATH/train/masks/*.png ... |
 | two folders | PATH/images/*.png with PATH/masks/*.png, split here |
 
 Files belong together by their names without ending.
@@ -47,14 +48,14 @@ def find_pairs(path: str, names: Names) -> dict[str, FilePairs]:
     folder = expand_home(Path(path))
     if not folder.is_dir():
         raise JpqError(f"The folder '{folder}' is not there, or is a file.")
-    found = _beside_parts(folder, names) or _two_folders(folder, names)
+    found = _beside_parts(folder, names) or two_folders(path, names)
     return {part: _match(*pair, names) for part, pair in found.items()}
 
 
 def is_arranged(path: str, names: Names) -> bool:
     """Whether a folder is arranged in pairs."""
     folder = expand_home(Path(path))
-    return folder.is_dir() and bool(_beside_parts(folder, names) or _two_folders(folder, names))
+    return folder.is_dir() and bool(_beside_parts(folder, names) or two_folders(path, names))
 
 
 def two_folders(path: str, names: Names) -> dict[str, tuple[Path, Path]]:
@@ -63,32 +64,13 @@ def two_folders(path: str, names: Names) -> dict[str, tuple[Path, Path]]:
     {} where a folder beside each part says it, or where there are no such folders.
     """
     folder = expand_home(Path(path))
-    return {} if _beside_parts(folder, names) else _two_folders(folder, names)
+    return {} if _beside_parts(folder, names) else _two_folders(folder, names) or _inside_parts(folder, names)
 
 
 def paired_names(first: Path, second: Path) -> tuple[list[tuple[Path, Path]], int]:
     """(pairs of files of the same name in two folders, number of files in the first)."""
     left, right = ({_key(file, side): file for file in sorted(image_files(side))} for side in (first, second))
     return [(file, right[key]) for key, file in left.items() if key in right], len(left)
-
-
-def inside_parts_note(path: str) -> str:
-    """A sentence where the two class folders of a part, as train/images and train/masks, look like pairs; else ""."""
-    folder = expand_home(Path(path))
-    for part in list_folders(folder) if folder.is_dir() else ():
-        for names, task in ((MASKS, "segmentation"), (TARGETS, "restoration")) if _part_of(part.name) else ():
-            both = _two_folders(part, names).get("train")
-            if both is None or len(list_folders(part)) != len(both):
-                continue
-            found, images = paired_names(*both)
-            if 2 * len(found) >= max(images, 1):
-                first, second = both
-                return (
-                    f"Read as images of the classes of '{path}', though files in '{first}' and '{second}' have the "
-                    f"same names. For {task} put the parts into these folders: PATH/{first.name}/{part.name} and "
-                    f"PATH/{second.name}/{part.name}."
-                )
-    return ""
 
 
 def _part_of(name: str) -> str:
@@ -123,6 +105,15 @@ def _two_folders(folder: Path, names: Names) -> dict[str, tuple[Path, Path]]:
     if missing:
         raise JpqError(f"'{second}' has no folder for the part '{parts[missing[0]].name}' of '{first}'. Add it.")
     return {part: (entry, others[part]) for part, entry in parts.items()}
+
+
+def _inside_parts(folder: Path, names: Names) -> dict[str, tuple[Path, Path]]:
+    """train/images with train/masks, and so on, where a part holds nothing else."""
+    parts = {_part_of(entry.name): entry for entry in list_folders(folder)}
+    parts.pop("", None)
+    found = {part: _two_folders(entry, names) for part, entry in parts.items() if len(list_folders(entry)) == 2}
+    pairs = {part: both["train"] for part, both in found.items() if set(both) == {"train"}}
+    return pairs if "train" in pairs else {}
 
 
 def _match(first: Path, second: Path, names: Names) -> FilePairs:

@@ -260,12 +260,12 @@ def _beyond_limits(outside: dict[str, Any], itself: str) -> str:
     return "".join(warnings) + itself if warnings else ""
 
 
-@torch.no_grad()
 def difference(reference: nn.Module, model: nn.Module, x: Any) -> float:
     """Largest relative difference of two models' outputs in float64, evaluation mode; neither is changed."""
     return largest_difference(*outputs_in_double([reference, model], x))
 
 
+@torch.no_grad()
 def outputs_in_double(models: Sequence[nn.Module], x: Any) -> list[list[Tensor]]:
     """Every model's outputs in float64 and evaluation mode; the models themselves stay as they are."""
     nets = [copy.deepcopy(net).double().eval() for net in models]

@@ -77,6 +77,11 @@ def test_a_second_output_that_is_nan_is_refused():
     assert verify.difference(Two(1.0), Two(float("nan")), torch.ones(2, 3)) == float("inf")
 
 
+def test_outputs_in_float64_are_numbers_alone():
+    outputs = verify.outputs_in_double([nn.Linear(2, 3), nn.Linear(2, 3)], torch.ones(4, 2))
+    assert [(y.dtype, y.requires_grad) for (y,) in outputs] == [(torch.float64, False)] * 2
+
+
 def test_difference_is_taken_in_float64_and_leaves_the_models_as_they_are():
     torch.manual_seed(0)
     one, x = nn.Linear(4, 3), torch.rand(5, 4)

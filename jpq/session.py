@@ -398,7 +398,7 @@ def compress(
             `start="measured"`, sensitivities are measured on them: 256 samples or more are good.
         table: measured layers for a target of latency (`jpq.export.timing.read_table`).
         task: whose distance sensitivities are measured in (`jpq.tasks.TASKS`), and whose loss scores differentiate;
-            default: that of classes (outputs of one column: squared errors).
+            default: that of classes (distances of outputs of one column are squared errors; scores need a task there).
         shortcuts: targets (`bops="1%"`, `macs`, `size`, `latency`, and `cost`) and fields of `Decide` by name
             (`w_bits=(2, 8)`, `density=0.5`, `skip=["fc"]` ...), in place of whole sections.
 

@@ -8,8 +8,8 @@ for 16 epochs on 1,000 of the harder images of support/shapes.py: six classes, 4
 In each of `rounds` rounds the channels are ranked anew, the lowest ones are removed (equal steps in the remaining
 MACs), the detector is rebuilt smaller and trained for an epoch on 500 of these images; the last round gives it 8-bit
 weights and activations, lands on the target, and is followed by the rest of six epochs and by measuring batch norms
-anew. The ranking is one for the network, each layer's values divided by their root mean
-square, with a floor of 8 channels or a tenth of each site. A row per run; what is there already is skipped.
+anew. The ranking is one for the network, each layer's values divided by their root mean square, with a floor of 8
+channels or a tenth of each site. A row per run; what is there already is skipped.
 
     score               what ranks channels: saliency (of the 100 best boxes of 64 images), l1, or random; float: the
                         detector before; none: 8 bits alone, every channel kept, the same epochs
@@ -194,7 +194,7 @@ def main() -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scores", nargs="+", default=["saliency", "l1", "random", "none"])
-    parser.add_argument("--rounds", nargs="+", type=int, default=[5])
+    parser.add_argument("--rounds", nargs="+", type=int, choices=range(1, TUNE_EPOCHS + 1), default=[5])
     parser.add_argument("--targets", nargs="+", default=["3%"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--weights", type=Path, default=Path(tempfile.gettempdir()) / "jpq-hard-shapes.pt")

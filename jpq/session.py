@@ -24,7 +24,7 @@ from jpq.allocation.measured.table import SensitivityTable, model_checksum, read
 from jpq.allocation.prepare import Prepared, check_decide, prepare
 from jpq.allocation.ranking.evidence import Batches, Loss
 from jpq.allocation.ranking.scheduled_pruning import ScheduledPruning
-from jpq.compression import discretize, session_state
+from jpq.compression import discretize, feasibility, session_state
 from jpq.compression.calibration import recalibrate
 from jpq.compression.float_work import float_work_warning
 from jpq.compression.model import CompressedModel, Trainable
@@ -468,7 +468,7 @@ def _start_search(
 ) -> CompressionSession:
     """A session whose decisions are learned, with its controller, and its schedule where a ranking closes channels."""
     decide = prepared.decide
-    discretize.check_reachable(net, prepared.targets)
+    feasibility.check_reachable(net, prepared.targets)
     if prepared.method.score:
         schedule = pick_schedule(prepared.method.schedule)
         net.scheduled_pruning = ScheduledPruning(

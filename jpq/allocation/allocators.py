@@ -22,6 +22,7 @@ from jpq.allocation.ranking.rank import quantiles, rank_units, score_units, writ
 from jpq.allocation.reinforce import Counts, Policy, learn_allocation
 from jpq.compression import discretize
 from jpq.compression.model import CompressedModel
+from jpq.compression.soft_decisions import soft_decisions
 from jpq.config import MASKED
 from jpq.costs.target import Target, all_met
 from jpq.methods.compatibility import any_of
@@ -219,7 +220,7 @@ def _sampled_bits(
     bounds: Mapping[Key, Bounds],
 ) -> dict[Key, BitWidth]:
     """Four bits plus an offset for each tensor, chosen by a search over held-out accuracy within the targets."""
-    decisions = replace(discretize.soft_decisions(net), plan=plan, margins={})
+    decisions = replace(soft_decisions(net), plan=plan, margins={})
 
     def widths(offsets: Mapping[str, float]) -> dict[Key, BitWidth]:
         return {(name, side): Learned(4.0 + offsets[f"{name} {side}"], *b) for (name, side), b in bounds.items()}

@@ -17,8 +17,8 @@ from typing import Literal, TypeVar
 from jpq.allocation.ranking.evidence import Batches
 from jpq.allocation.ranking.rank import rank_units
 from jpq.compression.channel_counts import nearest_count
-from jpq.compression.discretize import soft_decisions
 from jpq.compression.model import CompressedModel
+from jpq.compression.soft_decisions import soft_decisions
 from jpq.config import Decide
 from jpq.costs.target import Target, all_met, parse_share, used_share
 from jpq.methods.gates.fixed_count import kept_count

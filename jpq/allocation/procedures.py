@@ -14,7 +14,8 @@ from jpq.allocation.measured.probe import quantizer_keys
 from jpq.allocation.ranking.rank import rank_units
 from jpq.allocation.ranking.scheduled_pruning import macs_limit, uniform_keep_share
 from jpq.allocation.uniform_bits import decide_uniform_bits
-from jpq.compression.discretize import cheapest_plan, check_reachable, density_target, discretize
+from jpq.compression.discretize import discretize
+from jpq.compression.feasibility import cheapest_plan, check_reachable, density_target
 from jpq.compression.model import CompressedModel
 from jpq.config import Decide
 from jpq.costs.target import Target, all_met

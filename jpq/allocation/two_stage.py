@@ -16,16 +16,10 @@ from typing import Any
 from jpq.allocation.ranking.rank import check_channels
 from jpq.allocation.uniform_bits import decide_uniform_bits, uniform_plan
 from jpq.compression.calibration import recalibrate
-from jpq.compression.discretize import (
-    BOTTOM,
-    SoftDecisions,
-    check_reachable,
-    density_target,
-    discretize,
-    soft_decisions,
-    underuse_note,
-)
+from jpq.compression.discretize import discretize
+from jpq.compression.feasibility import check_reachable, density_target, underuse_note
 from jpq.compression.model import CompressedModel
+from jpq.compression.soft_decisions import BOTTOM, SoftDecisions, soft_decisions
 from jpq.costs.target import Target, all_met
 from jpq.methods.quantizers import BitWidth, Fixed
 from jpq.plan import Plan

@@ -1,98 +1,30 @@
 """Discretization: from soft decisions to whole bits and 0/1 units that meet every target and use nearly all of one.
 
-Every decision has a soft value: a width its real-valued bits, a unit its margin (nats above the threshold). One number,
-`shift`, moves them all: bits become `nearest(soft + shift)`, a unit stays where `margin + NATS * shift > 0` (where
-channels stay in multiples: the units of largest margin, as many as their number rounds to).
-
-The cost grows with the shift (except the bytes of a mask, which shrink as it fills up), so bisection finds the largest
-shift that meets every target. The rest of the budget is spent on single decisions, those nearest to their next step
-first, or where a sensitivity table is known those that gain most for their cost (`gains`). Where single steps are too
-coarse for a small network, steps back elsewhere pay for a step forward. At shift 0 the plan is that of the present
-decisions, so a search that ended on its budget is changed little.
+The cost grows with the shift of the soft decisions (except the bytes of a mask, which shrink as it fills up), so
+bisection finds the largest shift that meets every target. The rest of the budget is spent on single decisions, those
+nearest to their next step first, or where a sensitivity table is known those that gain most for their cost (`gains`).
+Where single steps are too coarse for a small network, steps back elsewhere pay for a step forward. At shift 0 the plan
+is that of the present decisions, so a search that ended on its budget is changed little.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
-from functools import cached_property
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
-from jpq import costs
 from jpq.compression import ladders
-from jpq.compression.channel_counts import nearest_count
-from jpq.compression.float_work import KEPT, FloatPart, FloatWork, describe_float_work, find_float_work
+from jpq.compression.feasibility import check_reachable, tightest_share
 from jpq.compression.gains import Divergences, Gains, spend_by_gain, trade_by_gain
 from jpq.compression.ladders import Ladders
 from jpq.compression.model import CompressedModel
-from jpq.costs import LayerUse
+from jpq.compression.soft_decisions import BOTTOM, NATS, SoftDecisions, soft_decisions
 from jpq.costs.target import FULL_USE, Target, all_met, used_share
-from jpq.methods.quantizers import BitWidth
 from jpq.plan import MaskPlan, Plan
-from jpq.types import JpqError
-
-NATS = 2.0  # margin of a unit, in nats, that a shift of one bit moves
-
-BOTTOM = 1e6  # minus this shift, every decision is at its smallest
 
 REACH = 24.0  # shift that moves every width from one end of its range to the other
-
-
-@dataclass(frozen=True)
-class SoftDecisions:
-    """The soft values of all decisions, and the plans that rounding makes of them."""
-
-    plan: Plan  # of the present decisions: supplies signs, names and the order of layers
-    widths: Mapping[tuple[str, str], BitWidth]  # (layer, "w" | "a")
-    margins: Mapping[str, tuple[float, ...]]  # channel site -> unit -> nats above the threshold
-    counts: Mapping[str, tuple[int, ...]]  # channel site -> numbers of units that may stay, ascending
-    masks: Mapping[str, Tensor] = field(default_factory=dict)  # layer -> [rows, n] margins; no fixed counts
-
-    @cached_property
-    def order(self) -> dict[str, list[int]]:
-        """Channel site -> its units by falling margin; equal ones by index."""
-        return {site: sorted(range(len(m)), key=[-x for x in m].__getitem__) for site, m in self.margins.items()}
-
-    def plan_at(self, shift: float) -> Plan:
-        """The plan at a shift; every site keeps at least its best unit, or the smallest number that may stay."""
-        layers = {}
-        for name, layer in self.plan.layers.items():
-            w, a = (width.nearest(width.soft() + shift) for width in (self.widths[name, "w"], self.widths[name, "a"]))
-            layers[name] = replace(layer, w_bits=w, a_bits=a)
-        kept = dict(self.plan.kept)
-        for site, margins in self.margins.items():
-            above = sum(m + NATS * shift > 0 for m in margins)
-            best = set(self.order[site][: nearest_count(self.counts[site], above)])
-            kept[site] = tuple(u in best for u in range(len(margins)))
-        masks = {name: MaskPlan.of(_above(margins, -NATS * shift)) for name, margins in self.masks.items()}
-        return replace(self.plan, layers=layers, kept=kept, masks={**self.plan.masks, **masks})
-
-
-def _above(margins: Tensor, threshold: float) -> Tensor:
-    """The units above a threshold, and the unit of largest margin in any case; bool, shaped like the margins."""
-    keep = margins > threshold
-    keep.view(-1)[margins.argmax()] = True
-    return keep
-
-
-def soft_decisions(net: CompressedModel) -> SoftDecisions:
-    """The soft values of a model's decisions as they are now."""
-    widths = {}
-    for layer in net.network.layers:
-        pair = net.quantizers(layer.name)
-        if pair:
-            for side, quantizer in zip("wa", pair, strict=True):
-                widths[layer.name, side] = quantizer.width
-    plan = net.plan()  # also shows the present weights to the gates
-    free = [(s, g) for s, g in zip(net.sites, net.gates, strict=True) if not g.fixed_count]
-    margins = {s.name: tuple(g.margin()[0].tolist()) for s, g in free if not s.is_mask}
-    counts = {s.name: net.counts(s) for s, _ in free if not s.is_mask}
-    masks = {s.taps[0].layer: g.margin().detach().cpu() for s, g in free if s.is_mask}
-    return SoftDecisions(plan, widths, margins, counts, masks)
 
 
 def discretize(
@@ -123,7 +55,11 @@ def discretize(
     if not all_met(targets, net.exact_usage(plan)):  # margins or bits beyond REACH
         plan = decisions.plan_at(-BOTTOM)
     plan = fill_masks(net, decisions, spend_slack(net, decisions, plan, targets, divergences), targets)
-    return plan if _used(targets, net, plan) >= FULL_USE else trade_steps(net, decisions, plan, targets, divergences)
+    return (
+        plan
+        if tightest_share(net, targets, plan) >= FULL_USE
+        else trade_steps(net, decisions, plan, targets, divergences)
+    )
 
 
 def spend_slack(
@@ -151,7 +87,7 @@ def trade_steps(
     steps, fits = Ladders(decisions, NATS), _within(net, targets)
 
     def is_full(plan: Plan) -> bool:
-        return _used(targets, net, plan) >= FULL_USE
+        return tightest_share(net, targets, plan) >= FULL_USE
 
     if divergences is None:
         return ladders.trade(steps, plan, fits, is_full)
@@ -193,168 +129,3 @@ def _opened(plan: Plan, name: str, kept: Tensor, more: Tensor) -> Plan:
     keep = kept.clone()
     keep.view(-1)[more] = True
     return replace(plan, masks={**plan.masks, name: MaskPlan.of(keep)})
-
-
-def _used(targets: Sequence[Target], net: CompressedModel, plan: Plan) -> Fraction:
-    """Share of the tightest target that a plan uses."""
-    uses = net.exact_usage(plan)
-    return max((used_share(t, uses) for t in targets), default=Fraction(1))
-
-
-def cheapest_plan(net: CompressedModel) -> Plan:
-    """The cheapest possible plan: fewest bits, one unit at each site, or as many as a fixed count leaves."""
-    plan = soft_decisions(net).plan_at(-BOTTOM)
-    fixed = [(site, gate.least()) for site, gate in zip(net.sites, net.gates, strict=True) if gate.fixed_count]
-    kept = {site.name: tuple(units[0].bool().tolist()) for site, units in fixed if not site.is_mask}
-    masks = {site.taps[0].layer: MaskPlan.of(units) for site, units in fixed if site.is_mask}
-    return replace(plan, kept={**plan.kept, **kept}, masks={**plan.masks, **masks})
-
-
-def check_reachable(net: CompressedModel, targets: Sequence[Target], cheapest: Plan | None = None) -> None:
-    """Raise JpqError, naming the smallest possible cost, if no plan meets a target.
-
-    `cheapest`: a plan in place of `cheapest_plan`, for gates with a fixed count whose schedule has not ended, and for
-    decisions that are not the model's own.
-    """
-    plan = cheapest_plan(net) if cheapest is None else cheapest
-    uses = net.exact_usage(plan)
-    for target in targets:
-        share = used_share(target, uses)
-        if share > 1:
-            units, remedy = fewest_units_text(net, searching=cheapest is not None)
-            raise JpqError(
-                f"{target.flag} {target.text} ({target.format_cost(target.limit)}) cannot be met: the smallest "
-                f"possible is {target.format_cost(share * target.limit)}, with fewest bits and {units}. "
-                f"{_either(_remedies(net, target, remedy))}.{_float_work_text(net, plan, target)}"
-            )
-
-
-def _float_work_text(net: CompressedModel, plan: Plan, target: Target) -> str:
-    """Sentences about what a plan leaves at 32 bits, with its cost: by itself, and as asked; empty where nothing."""
-    if target.cost == "latency":
-        return ""
-    uses = net.exact_usage(plan)
-    work = find_float_work(net.network, uses, plan.layers)
-    asked = [part for part in work.parts if part.reason == KEPT]
-    text = _float_cost_text(uses, target, [part for part in work.parts if part.reason != KEPT], with_tables=True)
-    sentence = f" Of that {text[0]} are at 32 bits, which jpq cannot lower: {text[1]}." if text else ""
-    kept = _float_cost_text(uses, target, asked, with_tables=False)
-    if kept:
-        sentence += f" Of that {kept[0]} are at 32 bits because --keep-float, or 32/32 in --bits, says so: {kept[1]}."
-    return sentence
-
-
-def _float_cost_text(
-    uses: Sequence[LayerUse], target: Target, parts: Sequence[FloatPart], with_tables: bool
-) -> tuple[str, str] | None:
-    """(cost, names) of parts at 32 bits, and of parameters that are no layer's; None where there are none."""
-    tables = [u for u in uses if u.part == "table"] if with_tables else []
-    names = {part.name for part in parts}
-    counted = [u for u in uses if u.name in names] + tables
-    if not counted or (target.cost == "size" and not costs.size(counted)):
-        return None
-    text = describe_float_work(FloatWork(0, sum(part.share for part in parts), 0.0, tuple(parts)))
-    if target.cost == "size" and tables:
-        largest = max(tables, key=lambda u: u.weights)
-        words = f"{len(tables)} parameters that are no layer's, such as '{largest.name}'"
-        text = f"{text}; {words}" if text else words
-    return target.format_cost(costs.COSTS[target.cost](counted)), text
-
-
-def _remedies(net: CompressedModel, target: Target, keep_less: str) -> list[str]:
-    """Changes that would make a target reachable, in words; some are empty."""
-    outside = any(gate.decided_outside for gate in net.gates)
-    masks_only = target.cost == "latency" and bool(net.sites) and all(site.is_mask for site in net.sites)
-    bits = "" if target.cost in ("macs", "latency") else "allow fewer bits (--w-bits, --a-bits)"
-    drop = "choose a method that drops channels" if masks_only else "" if outside else "skip fewer layers"
-    finer = "" if net.multiple == 1 else "lower --channel-multiple"
-    asked = any(layer.kept_float for layer in net.network.layers)
-    quantize = "keep fewer layers in floating point (--keep-float, --bits)" if asked and bits else ""
-    return ["" if masks_only or outside else keep_less, bits, drop, finer, quantize, "raise the target"]
-
-
-def _either(remedies: Sequence[str]) -> str:
-    """`Keep less, skip fewer layers, or raise the target`."""
-    *most, last = filter(None, remedies)
-    text = f"{', '.join(most)}, or {last}" if most else last
-    return text[0].upper() + text[1:]
-
-
-def fewest_units_text(net: CompressedModel, searching: bool) -> tuple[str, str]:
-    """(fewest units that can stay, how to have fewer) in words; `searching`: the search has not ended yet."""
-    fixed = next((gate for gate in net.gates if gate.fixed_count), None)
-    if fixed is None:
-        return minimum_units_text(net), ""
-    until_end = searching and not fixed.decided_outside
-    return "the units that stand until the search ends" if until_end else fixed.least_text, "keep less"
-
-
-def minimum_units_text(net: CompressedModel) -> str:
-    """The fewest units that a site keeps, in words."""
-    return "one unit at each site" if net.multiple == 1 else f"{net.multiple} channels, or all, at each site"
-
-
-def underuse_note(targets: Sequence[Target], net: CompressedModel, plan: Plan) -> str | None:
-    """The reason why less than 97 % of the tightest target is used, for the report; None where 97 % are used."""
-    if not targets:
-        return None
-    used = _used(targets, net, plan)
-    if used >= FULL_USE:
-        return None
-    uses = net.exact_usage(plan)
-    tightest = max(targets, key=lambda t: used_share(t, uses))
-    share = f"{100 * float(used):.1f} % of {tightest.flag} {tightest.text} is used"
-    if _has_fitting_unit(net, targets, plan):
-        units = [unit for kept in plan.kept.values() for unit in kept]
-        return f"{share}: {len(units) - sum(units)} of {len(units)} units were closed by choice, not for the target."
-    if tensor := _tensor_with_fitting_bits(net, targets, plan):
-        return f"{share}: wider bits for {tensor} alone would fit, and were left out by choice."
-    more = "one more unit" if net.multiple == 1 else f"{net.multiple} more channels"
-    choices = [width.choices for width in net.widths()]
-    by_one = all(large - small == 1 for row in choices for small, large in pairwise(row))
-    bits = "one more bit" if by_one else "the next wider bits"
-    return (
-        f"{share}: every decision is at its largest, or the next single step ({bits} somewhere, or {more}) would "
-        "exceed a target."
-    )
-
-
-def _has_fitting_unit(net: CompressedModel, targets: Sequence[Target], plan: Plan) -> bool:
-    """Whether the next larger number of units at some site would keep to every target."""
-    for site in net.sites:
-        kept = plan.kept.get(site.name, ())
-        more = next((count for count in net.counts(site) if count > sum(kept)), None) if kept else None
-        if more is None:
-            continue
-        open_units = {unit for unit, stays in enumerate(kept) if stays}
-        closed = [unit for unit in range(len(kept)) if unit not in open_units]
-        open_units.update(closed[: more - len(open_units)])
-        wider = tuple(unit in open_units for unit in range(len(kept)))
-        if all_met(targets, net.exact_usage(replace(plan, kept={**plan.kept, site.name: wider}))):
-            return True
-    return False
-
-
-def _tensor_with_fitting_bits(net: CompressedModel, targets: Sequence[Target], plan: Plan) -> str:
-    """A weight or an input, in words, whose next wider bits alone would keep to every target; "" where none would."""
-    for name, layer in plan.layers.items():
-        w, a = [quantizer.width.choices for quantizer in net.quantizers(name) or ()] or [(), ()]
-        wider = [("weight", replace(layer, w_bits=bits)) for bits in w if bits > layer.w_bits][:1]
-        wider += [("input", replace(layer, a_bits=bits)) for bits in a if bits > layer.a_bits][:1]
-        for what, changed in wider:
-            if all_met(targets, net.exact_usage(replace(plan, layers={**plan.layers, name: changed}))):
-                return f"the {what} of {name}"
-    return ""
-
-
-def density_target(net: CompressedModel, density: float) -> Target:
-    """A density as a target for MACs. Raises JpqError where the smallest plan keeps more."""
-    full = costs.baseline(net.exact_usage())["macs"]
-    least = costs.macs(net.exact_usage(soft_decisions(net).plan_at(-BOTTOM)))
-    if density * full < least:
-        share = math.ceil(1000 * least / full) / 1000
-        raise JpqError(
-            f"--density {density} cannot be met: with {minimum_units_text(net)} {share} of the MACs stay. "
-            f"Raise --density, {'' if net.multiple == 1 else 'lower --channel-multiple, '}or skip fewer layers."
-        )
-    return Target("macs", str(density), math.floor(density * full))

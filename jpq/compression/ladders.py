@@ -10,15 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jpq.compression.channel_counts import rounding_point
+from jpq.compression.soft_decisions import SoftDecisions
 from jpq.plan import Plan
-
-if TYPE_CHECKING:
-    from jpq.compression.discretize import SoftDecisions
 
 LARGEST_GAP = 2.0  # bits between the shifts of a step forward and of a step back that pays for it
 

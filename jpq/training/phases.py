@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from jpq.allocation.decision_data import calibration_batches, plan_evaluator, score_batches
 from jpq.allocation.procedures import Measured, procedure_of, score_of
 from jpq.allocation.ranking.scheduled_pruning import ScheduledPruning
-from jpq.compression import discretize
+from jpq.compression import feasibility
 from jpq.compression.calibration import recalibrate, reestimate_batchnorm
 from jpq.compression.model import CompressedModel
 from jpq.config import MEASURED_START, Config
@@ -142,7 +142,7 @@ def search(
             f"Channels were ranked for classes {config.decide.classes} alone; every accuracy is on all classes."
         )
     distributed.check_same(plan.to_json(), "a plan")
-    note = discretize.underuse_note(targets, net, plan) if procedure.fills_budget else ""
+    note = feasibility.underuse_note(targets, net, plan) if procedure.fills_budget else ""
     if note:
         run.notes.append(note)
     return plan

@@ -37,7 +37,8 @@ from jpq.allocation.reinforce import (
     spread_units,
     try_draws,
 )
-from jpq.compression import discretize
+from jpq.compression import discretize, feasibility
+from jpq.compression.soft_decisions import soft_decisions
 from jpq.costs.target import Target, all_met, parse_targets, used_share
 from jpq.methods.gates import Frozen
 from jpq.methods.quantizers import Fixed
@@ -355,7 +356,7 @@ def test_bits_by_noise_are_near_the_best_of_all():
     """Against every choice of widths in 2 to 4 of a net of four layers: the rise is within 15 % of the least."""
     noise = {key: 10.0 ** (i % 4 - 1) for i, key in enumerate(sensitivities(shared_net(), [EXAMPLE]))}
     targets = parse_targets({"bops": "0.9%"}, shared_net().exact_usage())
-    ranking = two_stage.with_plan_bits(discretize.soft_decisions(shared_net()), shared_net().plan())
+    ranking = two_stage.with_plan_bits(soft_decisions(shared_net()), shared_net().plan())
     widths = bits_by_noise(shared_net(), noise, shared_net().plan(), (2, 4), (2, 4))
     plan = discretize.discretize(shared_net(), targets, two_stage.with_widths(ranking, shared_net().plan(), widths))
     assert all_met(targets, shared_net().exact_usage(plan))
@@ -397,7 +398,7 @@ def test_two_stages_with_every_allocator_use_the_budget(allocator):
         return float(sum(Fraction(u.w_bits) * u.outputs for u in uses)) / 100
 
     judge = PlanEvaluator(lambda: [(EXAMPLE, None)], accuracy)
-    allocate_channels(net, SCORES["l1"], allocator, judge, 0.5, discretize.density_target(net, 0.5))
+    allocate_channels(net, SCORES["l1"], allocator, judge, 0.5, feasibility.density_target(net, 0.5))
     plan = two_stage.decide_two_stage(
         net,
         targets,

@@ -18,7 +18,7 @@ from jpq.allocation.prepare import prepare
 from jpq.allocation.procedures import Measured, allowed_widths
 from jpq.allocation.ranking.rank import rank_units
 from jpq.allocation.uniform_bits import widest_uniform_plans
-from jpq.compression.discretize import cheapest_plan
+from jpq.compression.feasibility import cheapest_plan
 from jpq.config import Budget, Decide
 from jpq.costs.target import all_met
 from jpq.methods.scores import SCORES

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import jpq
-from jpq.compression import discretize
+from jpq.compression import discretize, feasibility
 from jpq.compression.attach import attach
 from jpq.compression.channel_counts import allowed_counts, channel_multiple, nearest_count
 from jpq.compression.ladders import Ladders
+from jpq.compression.soft_decisions import NATS, soft_decisions
 from jpq.config import Budget, Config, Decide, Run, Task, Train
 from jpq.costs.target import FULL_USE, all_met, parse_targets, used_share
 from jpq.methods.gates import VIB
@@ -94,7 +95,7 @@ def test_uses_97_percent_with_multiples_too(multiple):
 def test_a_larger_shift_closes_nothing_and_the_best_stay(seed, shift):
     network = net(8)
     scatter(network, seed)
-    soft = discretize.soft_decisions(network)
+    soft = soft_decisions(network)
     less, more = soft.plan_at(shift), soft.plan_at(shift + 0.5)
     for site, margins in soft.margins.items():
         assert all(b or not a for a, b in zip(less.kept[site], more.kept[site], strict=True))
@@ -109,8 +110,8 @@ def test_single_steps_stand_where_rounding_takes_them(seed, multiple):
     """A step's shift is the turning point: just above it that decision is taken, just below it is not."""
     network = net(multiple)
     scatter(network, seed)
-    soft = discretize.soft_decisions(network)
-    for ladder in Ladders(soft, discretize.NATS).all:
+    soft = soft_decisions(network)
+    for ladder in Ladders(soft, NATS).all:
         if ladder.site:
             for larger, shift in zip(ladder.values[1:], ladder.shifts, strict=True):
                 assert sum(soft.plan_at(shift + 1e-6).kept[ladder.site]) >= larger
@@ -239,7 +240,7 @@ def test_methods_that_are_told_how_many_channels_stay_refuse():
 
 def test_impossible_targets_name_the_fewest_channels():
     targets = parse_targets({"bops": "0.05%"}, net(8).exact_usage())
-    discretize.check_reachable(net(1), targets)
+    feasibility.check_reachable(net(1), targets)
     with pytest.raises(JpqError, match=r"8 channels, or all, at each site.*lower channel_multiple"):
-        discretize.check_reachable(net(8), targets)
+        feasibility.check_reachable(net(8), targets)
     assert not masks(resnet8().network, "elementwise")[0].labels.size

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from jpq import costs
 from jpq.allocation.uniform_bits import decide_uniform_bits, start_bits, uniform_plan, widest_uniform_plans
-from jpq.compression import discretize
+from jpq.compression import discretize, feasibility
 from jpq.compression.attach import attach
+from jpq.compression.soft_decisions import BOTTOM, soft_decisions
 from jpq.costs.target import FULL_USE, all_met, parse_targets, used_share
 from jpq.methods.gates import VIB, DeadZone, Feedback, Frozen
 from jpq.methods.quantizers import Fixed, Learned, PowerOfTwo
@@ -56,7 +57,7 @@ def test_lands_under_the_target_and_uses_it(seed, share):
 def test_no_unit_opens_below_one_that_stays_closed(seed, share):
     """Whatever single steps and trades opened or closed: of a site, the units of largest margin are kept."""
     scatter(shared_net(), seed)
-    margins = discretize.soft_decisions(shared_net()).margins
+    margins = soft_decisions(shared_net()).margins
     targets = parse_targets({"bops": f"{100 * share:.4f}%"}, shared_net().exact_usage())
     plan = discretize.discretize(shared_net(), targets)
     for site, units in plan.kept.items():
@@ -72,7 +73,7 @@ def test_no_weight_of_a_mask_opens_below_one_that_stays_closed(seed, share):
     torch.manual_seed(seed)
     for p in network.decisions()["gates"]:
         p.data.uniform_(0.1, 3)
-    soft = discretize.soft_decisions(network)
+    soft = soft_decisions(network)
     targets = parse_targets({"bops": f"{100 * share:.4f}%"}, network.exact_usage())
     plan = discretize.discretize(network, targets)
     for layer, margins in soft.masks.items():
@@ -95,36 +96,36 @@ def test_uses_97_percent_at_the_budgets_that_people_ask_for():
             targets = parse_targets({"bops": text}, shared_net().exact_usage())
             plan = discretize.discretize(shared_net(), targets)
             assert FULL_USE <= used_share(targets[0], shared_net().exact_usage(plan)) <= 1
-            assert discretize.underuse_note(targets, shared_net(), plan) is None
+            assert feasibility.underuse_note(targets, shared_net(), plan) is None
     loose = parse_targets({"bops": "50%"}, shared_net().exact_usage())
-    assert str(discretize.underuse_note(loose, shared_net(), plan)).startswith("0.5 % of --target-bops 50% is used: ")
+    assert str(feasibility.underuse_note(loose, shared_net(), plan)).startswith("0.5 % of --target-bops 50% is used: ")
 
 
 def test_the_reason_for_what_is_left_of_a_budget_is_true():
     """Units that are closed, and widths that are narrower, though the target has room for them, are so by choice."""
     scatter(shared_net(), 0)
-    full = discretize.soft_decisions(shared_net()).plan_at(discretize.BOTTOM)
+    full = soft_decisions(shared_net()).plan_at(BOTTOM)
     uses = shared_net().exact_usage(full)
     loose = parse_targets({"bops": str(4 * costs.bops(uses))}, uses)
     site, units = max(full.kept.items(), key=lambda entry: len(entry[1]))
     all_units = sum(len(kept) for kept in full.kept.values())
     pruned = replace(full, kept={**full.kept, site: (False, False, *units[2:])})
-    note = discretize.underuse_note(loose, shared_net(), pruned)
+    note = feasibility.underuse_note(loose, shared_net(), pruned)
     assert str(note).endswith(f" is used: 2 of {all_units} units were closed by choice, not for the target.")
     name = list(full.layers)[1]
     narrow = replace(full, layers={**full.layers, name: replace(full.layers[name], w_bits=3)})
-    note = discretize.underuse_note(loose, shared_net(), narrow)
+    note = feasibility.underuse_note(loose, shared_net(), narrow)
     assert str(note).endswith(
         f" is used: wider bits for the weight of {name} alone would fit, and were left out by choice."
     )
-    assert "every decision is at its largest" in str(discretize.underuse_note(loose, shared_net(), full))
+    assert "every decision is at its largest" in str(feasibility.underuse_note(loose, shared_net(), full))
 
 
 def test_changes_nothing_where_the_decisions_already_fit():
     scatter(shared_net(), 3)
     now = shared_net().plan()
     cost = costs.bops(shared_net().exact_usage(now))
-    soft = discretize.soft_decisions(shared_net())
+    soft = soft_decisions(shared_net())
     assert costs.bops(shared_net().exact_usage(soft.plan_at(0.0))) == cost
 
 
@@ -138,11 +139,11 @@ def test_several_targets_hold_together():
 
 def test_impossible_targets_name_the_smallest_possible():
     targets = parse_targets({"bops": "0.0001%"}, shared_net().exact_usage())
-    least = int(costs.bops(shared_net().exact_usage(discretize.cheapest_plan(shared_net()))))
-    assert {(x.w_bits, x.a_bits) for x in discretize.cheapest_plan(shared_net()).layers.values()} == {(2, 2), (2, 8)}
-    assert all(sum(units) == 1 for units in discretize.cheapest_plan(shared_net()).kept.values())
+    least = int(costs.bops(shared_net().exact_usage(feasibility.cheapest_plan(shared_net()))))
+    assert {(x.w_bits, x.a_bits) for x in feasibility.cheapest_plan(shared_net()).layers.values()} == {(2, 2), (2, 8)}
+    assert all(sum(units) == 1 for units in feasibility.cheapest_plan(shared_net()).kept.values())
     with pytest.raises(JpqError, match=f"{least:,}"):
-        discretize.check_reachable(shared_net(), targets)
+        feasibility.check_reachable(shared_net(), targets)
 
 
 def test_gates_that_count_are_judged_by_what_will_stay():
@@ -159,14 +160,14 @@ def test_gates_that_count_are_judged_by_what_will_stay():
         "dpf",
     )
     targets = parse_targets({"bops": "0.3%"}, network.exact_usage())
-    discretize.check_reachable(network, targets)
+    feasibility.check_reachable(network, targets)
     with pytest.raises(JpqError, match="until the search ends"):
         discretize.discretize(network, targets)
     for step in range(20):
         network.after_step(step / 19)
     assert FULL_USE <= used_share(targets[0], network.exact_usage(discretize.discretize(network, targets))) <= 1
     with pytest.raises(JpqError, match=r"units that density leaves. Keep less, allow fewer bits"):
-        discretize.check_reachable(network, parse_targets({"bops": "0.001%"}, network.exact_usage()))
+        feasibility.check_reachable(network, parse_targets({"bops": "0.001%"}, network.exact_usage()))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -184,7 +185,7 @@ def test_a_step_back_pays_for_a_step_forward_where_single_steps_are_too_coarse(s
     targets = parse_targets({"bops": "0.3%"}, network.exact_usage())
     plan = discretize.discretize(network, targets)
     assert FULL_USE <= used_share(targets[0], network.exact_usage(plan)) <= 1
-    assert discretize.underuse_note(targets, network, plan) is None
+    assert feasibility.underuse_note(targets, network, plan) is None
     monkeypatch.setattr(discretize, "trade_steps", lambda net, decisions, plan, *_: plan)
     single = discretize.discretize(network, targets)
     assert (
@@ -199,9 +200,9 @@ def test_powers_of_two_land_on_powers_of_two_and_say_what_they_leave():
     plan = discretize.discretize(network, targets)
     assert {x.w_bits for x in plan.layers.values()} | {x.a_bits for x in plan.layers.values()} <= {2, 4, 8}
     assert used_share(targets[0], network.exact_usage(plan)) <= 1
-    full = discretize.soft_decisions(network).plan_at(discretize.BOTTOM)
+    full = soft_decisions(network).plan_at(BOTTOM)
     loose = parse_targets({"bops": str(4 * costs.bops(network.exact_usage(full)))}, network.exact_usage())
-    assert "(the next wider bits somewhere, or one more unit)" in str(discretize.underuse_note(loose, network, full))
+    assert "(the next wider bits somewhere, or one more unit)" in str(feasibility.underuse_note(loose, network, full))
 
 
 def test_uniform_takes_the_dearest_balanced_pair_that_fits():

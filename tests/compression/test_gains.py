@@ -1,6 +1,6 @@
 """Landing by gain per cost: what a table says is raised first, dead units last, and nothing changes without a table."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import pytest
@@ -9,6 +9,7 @@ from gated import check_no_step_fits, scatter
 
 from jpq.compression import discretize
 from jpq.compression.attach import attach
+from jpq.compression.soft_decisions import soft_decisions
 from jpq.costs.target import parse_targets, used_share
 from jpq.methods.gates import VIB
 from jpq.methods.quantizers import Fixed, Learned
@@ -32,7 +33,7 @@ def net():
 
 def flat_but(network, key, fall=1.0):
     """Divergences that only the width of one tensor lowers."""
-    rows = {k: dict.fromkeys(range(2, 9), 0.0) for k in discretize.soft_decisions(network).widths}
+    rows = {k: dict.fromkeys(range(2, 9), 0.0) for k in soft_decisions(network).widths}
     rows[key] = {b: fall * (8 - b) for b in range(2, 9)}
     return Divergences(rows, {s.name: dict.fromkeys(range(1, s.n + 1), 0.0) for s in network.sites})
 
@@ -42,7 +43,7 @@ def landed(network, plan, factor, divergences):
     uses = network.exact_usage(plan)
     share = f"{100 * factor * float(used_share(parse_targets({'bops': '100%'}, uses)[0], uses)):.5f}%"
     targets = parse_targets({"bops": share}, uses)
-    after = discretize.spend_slack(network, discretize.soft_decisions(network), plan, targets, divergences)
+    after = discretize.spend_slack(network, soft_decisions(network), plan, targets, divergences)
     assert all(used_share(t, network.exact_usage(after)) <= 1 for t in targets)
     return after, targets
 
@@ -50,7 +51,7 @@ def landed(network, plan, factor, divergences):
 @pytest.mark.parametrize("side", ["w", "a"])
 def test_the_slack_goes_to_the_tensor_whose_bits_gain(side):
     network = net()
-    plan = discretize.soft_decisions(network).plan_at(0.0)
+    plan = soft_decisions(network).plan_at(0.0)
     names = [name for name in plan.layers if not network.network.layer(name).reads_input]
     for name in names:
         after, targets = landed(network, plan, 1.8, flat_but(network, (name, side)))
@@ -61,11 +62,11 @@ def test_the_slack_goes_to_the_tensor_whose_bits_gain(side):
 
 def test_dead_units_stay_closed_while_bits_can_grow():
     network = net()
-    decisions = discretize.soft_decisions(network)
+    decisions = soft_decisions(network)
     plan = decisions.plan_at(0.0)
     site = max(network.sites, key=lambda s: s.n)
     alive = set(decisions.order[site.name][: site.n - 1])
-    plan = discretize.replace(plan, kept={**plan.kept, site.name: tuple(u in alive for u in range(site.n))})
+    plan = replace(plan, kept={**plan.kept, site.name: tuple(u in alive for u in range(site.n))})
     rising = Divergences(
         {k: {b: float(2.0**-b) for b in range(2, 9)} for k in decisions.widths},
         {s.name: dict.fromkeys(range(1, s.n + 1), 0.0) for s in network.sites},
@@ -84,7 +85,7 @@ def test_dead_units_stay_closed_while_bits_can_grow():
 def test_landing_by_gain_meets_the_target_and_never_predicts_more_than_without(seed):
     network = net()
     scatter(network, seed)
-    keys = discretize.soft_decisions(network).widths
+    keys = soft_decisions(network).widths
     table = Divergences(
         {k: {b: (1 + i % 5) * 4.0**-b for b in range(2, 9)} for i, k in enumerate(keys)},
         {s.name: {k: (s.n - k) / s.n for k in range(1, s.n + 1)} for s in network.sites},
@@ -99,7 +100,7 @@ def test_landing_by_gain_meets_the_target_and_never_predicts_more_than_without(s
 def test_steps_follow_falling_gain_per_cost():
     """Spent in small portions, each portion's gain per cost is at most the one's before it (for convex rows)."""
     network = net()
-    decisions = discretize.soft_decisions(network)
+    decisions = soft_decisions(network)
     plan = decisions.plan_at(-1.0)
     table = Divergences({k: {b: 4.0**-b for b in range(2, 9)} for k in decisions.widths}, {})
 

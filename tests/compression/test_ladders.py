@@ -17,9 +17,9 @@ from torch import nn
 import jpq
 from jpq.compression import discretize, ladders
 from jpq.compression.channel_counts import rounding_point
-from jpq.compression.discretize import NATS, SoftDecisions
 from jpq.compression.ladders import LARGEST_GAP, Ladders
 from jpq.compression.model import CompressedModel
+from jpq.compression.soft_decisions import BOTTOM, NATS, SoftDecisions, soft_decisions
 from jpq.costs.target import FULL_USE, Target, all_met, parse_targets, used_share
 from jpq.plan import Plan
 
@@ -93,10 +93,10 @@ def test_blocks_give_the_plan_of_single_steps(name: str, seed: int, share: float
     net.multiple = multiple
     scatter(net, seed)
     targets = list(parse_targets({"bops": f"{100 * share:.4f}%", "size": "20%"}, net.exact_usage()))
-    decisions = discretize.soft_decisions(net)
+    decisions = soft_decisions(net)
     plan = decisions.plan_at(shift)
     if not all_met(targets, net.exact_usage(plan)):
-        plan = decisions.plan_at(-discretize.BOTTOM)
+        plan = decisions.plan_at(-BOTTOM)
     if not all_met(targets, net.exact_usage(plan)):
         return
     spent = discretize.spend_slack(net, decisions, plan, targets)
@@ -108,7 +108,7 @@ def test_thousands_of_units_take_few_evaluations() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 3000), nn.ReLU(), nn.Linear(3000, 2000), nn.ReLU(), nn.Linear(2000, 4))
     net = jpq.compress(model, torch.randn(4, 8), bops="2%", steps=2).net
-    decisions, count = discretize.soft_decisions(net), 0
+    decisions, count = soft_decisions(net), 0
     targets = parse_targets({"bops": "2%", "macs": "70%"}, net.exact_usage())
 
     def fits(plan: Plan) -> bool:
@@ -116,7 +116,7 @@ def test_thousands_of_units_take_few_evaluations() -> None:
         count += 1
         return all_met(targets, net.exact_usage(plan))
 
-    plan = ladders.spend(Ladders(decisions, NATS), decisions.plan_at(-discretize.BOTTOM), fits)
+    plan = ladders.spend(Ladders(decisions, NATS), decisions.plan_at(-BOTTOM), fits)
     assert sum(map(sum, plan.kept.values())) > 2000
     assert max(used_share(t, net.exact_usage(plan)) for t in targets) > 0.999
     assert count < 200, "not one for each of the units that opened"

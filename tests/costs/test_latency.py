@@ -14,7 +14,7 @@ from gated import check_no_step_fits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jpq.compression import discretize
+from jpq.compression import discretize, feasibility
 from jpq.compression.attach import attach
 from jpq.costs import baseline, latency_ns, layer_latency
 from jpq.costs.latency import NS, interpolate, isotonic
@@ -251,7 +251,7 @@ def test_uses_97_percent_of_a_latency(seed):
         targets = parse_targets({"latency": text}, shared_net().exact_usage())
         plan = discretize.discretize(shared_net(), targets)
         assert FULL_USE <= used_share(targets[0], shared_net().exact_usage(plan)) <= 1
-        assert discretize.underuse_note(targets, shared_net(), plan) is None
+        assert feasibility.underuse_note(targets, shared_net(), plan) is None
 
 
 def test_lands_on_latency_and_bops_together():
@@ -317,9 +317,9 @@ def test_quantized_layers_may_be_slower_than_float_and_still_be_a_target():
 
 
 def test_an_impossible_target_names_the_smallest_possible_in_milliseconds():
-    least = float(latency_ns(shared_net().exact_usage(discretize.cheapest_plan(shared_net())))) / NS
+    least = float(latency_ns(shared_net().exact_usage(feasibility.cheapest_plan(shared_net())))) / NS
     with pytest.raises(JpqError, match=rf"smallest possible is {least:.3f}\d* ms"):
-        discretize.check_reachable(shared_net(), parse_targets({"latency": "1us"}, shared_net().exact_usage()))
+        feasibility.check_reachable(shared_net(), parse_targets({"latency": "1us"}, shared_net().exact_usage()))
 
 
 def test_without_a_table_one_sentence_says_what_to_run():

@@ -11,7 +11,7 @@ from outputs import gap
 from torch import nn
 
 from jpq import costs
-from jpq.compression import discretize
+from jpq.compression import discretize, soft_decisions
 from jpq.compression.attach import attach
 from jpq.costs.target import FULL_USE, parse_targets, used_share
 from jpq.export.count import measure
@@ -163,7 +163,7 @@ def test_landing_moves_gates_by_what_they_lack():
             assert width.nearest(at + 1e-4) >= large > width.nearest(at - 1e-4)
             assert (at > width.soft()) == (float(width().detach()) < large)
         assert (width.nearest(-1e6), width.nearest(1e6)) == (2, 8)
-    assert NATS == discretize.NATS
+    assert NATS == soft_decisions.NATS
 
 
 @pytest.mark.parametrize(("low", "high", "choices"), [(2, 8, (2, 4, 8)), (3, 8, (4, 8)), (2, 5, (2, 4)), (4, 4, (4,))])

@@ -13,10 +13,10 @@ from traces import traced_network
 from zoo import ZOO, randomised
 
 from jpq import costs
-from jpq.compression import discretize
 from jpq.compression.attach import attach
 from jpq.compression.ladders import Ladders
 from jpq.compression.model import CompressedModel
+from jpq.compression.soft_decisions import NATS, soft_decisions
 from jpq.costs.target import Target, all_met
 from jpq.export import runtimes
 from jpq.export.onnx.export import export_onnx
@@ -99,7 +99,7 @@ def scatter(net: CompressedModel, seed: int) -> None:
 
 def check_no_step_fits(net: CompressedModel, targets: Sequence[Target], plan: Plan) -> None:
     """What a plan leaves of the targets pays for no single step: one more bit, or the next units of a site."""
-    ladders = Ladders(discretize.soft_decisions(net), discretize.NATS)
+    ladders = Ladders(soft_decisions(net), NATS)
     positions = ladders.positions(plan)
     for i in set(ladders.steps(positions, forward=True)[1].tolist()):
         one_more = [p + (k == i) for k, p in enumerate(positions)]

@@ -17,7 +17,7 @@ from torch import Tensor
 from jpq import costs
 from jpq.allocation.ranking.evidence import Batches, Loss
 from jpq.allocation.ranking.rank import rank_units
-from jpq.compression.discretize import density_target
+from jpq.compression.feasibility import density_target
 from jpq.compression.model import CompressedModel
 from jpq.methods.schedules import Schedule
 from jpq.methods.scores import Score

@@ -115,9 +115,9 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "discretization opens the worst closed unit first",
-        "jpq/compression/discretize.py",
-        "closed = [u for u in self.order[site] if not plan.kept[site][u]][",
-        "closed = [u for u in reversed(self.order[site]) if not plan.kept[site][u]][",
+        "jpq/compression/ladders.py",
+        "best = set(self.decisions.order[ladder.site][:value])",
+        "best = set(self.decisions.order[ladder.site][-value:])",
         "tests/compression/test_discretize.py -k unit_opens",
     ),
     Mutation(
@@ -129,9 +129,9 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "discretization spends no slack",
-        "jpq/compression/discretize.py",
-        "        for step in decisions.steps(plan):\n            if step.name in too_dear:",
-        "        for step in decisions.steps(plan)[:1]:\n            if step.name in too_dear:",
+        "jpq/compression/ladders.py",
+        "positions, plan, queue, size = trial, candidate, queue[size:], 2 * size",
+        "positions, plan, queue, size = trial, candidate, queue[:0], 2 * size",
         "tests/compression/test_discretize.py -k lands_under",
     ),
     Mutation(
@@ -158,8 +158,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "packed weights clipped one integer too low",
         "jpq/export/packed/model.py",
-        ".clamp(-highest, highest)",
-        ".clamp(-highest - 1, highest)",
+        ".round().clamp(low, high)",
+        ".round().clamp(low - 1, high)",
         "tests/export/test_packed_model.py -k beyond_its_range",
     ),
     Mutation(
@@ -179,8 +179,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "size counts scales of pruned channels",
         "jpq/costs/counts.py",
-        "u.mask_bits + u.outputs_all * u.outputs * 64",
-        "u.mask_bits + u.outputs_all * 64",
+        "u.mask_bits + u.outputs_all * u.outputs * _channel_bits(u)",
+        "u.mask_bits + u.outputs_all * _channel_bits(u)",
         "tests/costs/test_costs.py",
     ),
     Mutation(

@@ -22,6 +22,7 @@ from jpq.costs.target import parse_target
 from jpq.export.timing import layer_table
 from jpq.files.tensors import save_tensors
 from jpq.plan import Plan
+from jpq.recipe import check_sensitivity_fits
 from jpq.tasks import models
 from jpq.tasks.data import Data
 from jpq.tasks.load import fit_sizes, load_dense_model, load_plain_or_own, read_data
@@ -64,6 +65,13 @@ class Preview:
         self.full = {name: float(cost) for name, cost in self._dense().items()}
         self._net: CompressedModel | None = None
         self._start, self.classes, self.task = (model, data), data.classes, data.task
+
+    def check_sensitivity(self) -> None:
+        """Raise JpqError where --sensitivity is the table of another model, its weights or data than the trials'."""
+        if self.config.decide.sensitivity is not None:
+            model, data = self._start
+            prepared = prepare(model, data.example, self.config.decide, Budget())
+            check_sensitivity_fits(prepared, model, data, self.config)
 
     def _dense(self) -> Mapping[str, float]:
         """Costs of the fp32 model."""

@@ -117,6 +117,7 @@ def study(
     space = Space.of(settings, started, preview.network, preview.prepared.sites)
     runner = TrialRunner(settings, started, space, preview, folder, observer)
     runner.check_limits_reachable()
+    preview.check_sensitivity()
     with exclusive(folder):
         shared = _open_study(settings, space, config, digest, preview, storage)
         if not (folder / STUDY_FILE).exists():

@@ -1,6 +1,7 @@
 """Names of nodes by layer, and metadata, in exported ONNX files."""
 
 import json
+import time
 
 import numpy as np
 import onnx
@@ -12,7 +13,7 @@ from torch import nn
 import jpq
 from jpq.export import Session
 from jpq.export.onnx import read_metadata
-from jpq.export.onnx.naming import COMPUTING_OPS, split_scope
+from jpq.export.onnx.naming import COMPUTING_OPS, ModuleNames, split_scope
 from jpq.export.origin import origin_of
 
 X = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -77,13 +78,23 @@ def test_qonnx_and_float_files_are_named_too(tmp_path):
 
 
 def test_scopes_lead_to_modules():
-    modules = {"", "layer1", "layer1.0", "layer1.0.conv1", "conv1", "layer1.0.conv1.weight_quant"}
+    modules = ModuleNames({"", "layer1", "layer1.0", "layer1.0.conv1", "conv1", "layer1.0.conv1.weight_quant"})
     assert split_scope("/layer1/layer1.0/conv1/Conv", modules) == ("layer1.0.conv1", ["Conv"])
     assert split_scope("/conv1/Conv", modules) == ("conv1", ["Conv"])
     assert split_scope("/elsewhere/Conv", modules) == ("", ["elsewhere", "Conv"])
     assert split_scope("/layer1/conv1/Conv", modules) == ("layer1.0.conv1", ["Conv"])  # layer1.0 was not called
-    assert split_scope("/conv/Conv", {"a.conv", "b.conv"}) == ("", ["conv", "Conv"])  # which of both is not known
-    assert split_scope("/conv_1/Conv", {"conv", "conv.0"}) == ("conv", ["Conv"])
+    two = ModuleNames({"a.conv", "b.conv"})
+    assert split_scope("/conv/Conv", two) == ("", ["conv", "Conv"])  # which of both is not known
+    assert split_scope("/conv_1/Conv", ModuleNames({"conv", "conv.0"})) == ("conv", ["Conv"])
+
+
+def test_scopes_of_deep_networks_are_looked_up_at_once():
+    names = [f"features.{i}.block.{j}.weight_quant.{k}" for i in range(60) for j in range(8) for k in range(20)]
+    modules = ModuleNames({name.rsplit(".", n)[0] for name in names for n in range(6)})
+    started = time.process_time()
+    found = [split_scope(f"/{name.replace('.', '/')}/Mul", modules) for name in names]
+    assert time.process_time() - started < 2, "not all names for each node"
+    assert found == [(name, ["Mul"]) for name in names]
 
 
 def test_metadata_of_model_and_caller_are_stored(tmp_path):

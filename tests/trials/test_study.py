@@ -17,6 +17,7 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from made_runs import folder
@@ -25,11 +26,14 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 import jpq
+from jpq.allocation.measured.table import SensitivityTable, write_table
 from jpq.cli.main import main
 from jpq.cli.study import StudyScreen
 from jpq.config import Config, Decide, Run, Task, Train
 from jpq.tasks import CLASSIFICATION, task_record
 from jpq.tasks.classification import Classification
+from jpq.tasks.load import load_dense_model, read_data
+from jpq.tracing.trace import trace
 from jpq.training.history import EpochRecord
 from jpq.trials import early_stopping, samplers, status
 from jpq.trials import settings as study_settings
@@ -531,6 +535,17 @@ def test_a_sensitivity_table_that_is_not_there_is_refused_before_the_study_has_a
     with pytest.raises(JpqError, match="sensitivity table"):
         jpq.study(Config(decide=decide, run=Run(out=tmp_path / "out")), Study(vary="target"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sensitivity_table_of_other_weights_is_refused_once_before_the_trials(tmp_path, weights, formula):
+    config = task(tmp_path / "out", weights, method="measured", sensitivity=tmp_path / "table.csv")
+    data = read_data(config, torch.device("cpu"))
+    table = SensitivityTable({}, {}, {}, "single", "0" * 16, "0" * 16, 16)
+    network = trace(load_dense_model(config, data, torch.device("cpu")), data.example)
+    write_table(tmp_path / "table.csv", table, network)
+    with pytest.raises(JpqError, match="with other weights"):
+        jpq.study(config, Study(vary="target", trials=3))
+    assert formula == []
 
 
 def test_other_settings_under_the_same_name_are_refused(tmp_path, weights, formula):

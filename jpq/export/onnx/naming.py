@@ -8,7 +8,9 @@ slash and what they are. Names of tensors stay as they are.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from functools import cached_property
 
 import onnx
 from torch import nn
@@ -24,7 +26,7 @@ _RESULTS = "results"  # child of a module that rounds its result, in a hook that
 
 def name_nodes(file: onnx.ModelProto, model: nn.Module) -> None:
     """Name the nodes of a file after the modules of the model that it was exported from, in place."""
-    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    modules = ModuleNames(name for name, _ in model.named_modules(remove_duplicate=False))
     owners: dict[str, str] = {}  # output of a node that rounds a result -> module of that result
     taken: set[str] = set()
     for node in file.graph.node:
@@ -39,7 +41,41 @@ def name_nodes(file: onnx.ModelProto, model: nn.Module) -> None:
         taken.add(node.name)
 
 
-def split_scope(path: str, modules: Collection[str]) -> tuple[str, list[str]]:
+class ModuleNames:
+    """Names of modules, in which the parts of a path are looked up.
+
+    Args:
+        names: as of `named_modules`.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = {name for name in names if name}
+        self._found: dict[tuple[str, str], list[str]] = {}  # (module, part) -> what the part may mean
+
+    @cached_property
+    def by_ending(self) -> dict[str, list[str]]:
+        """What stands behind any dot of a name -> the names that end so."""
+        found = defaultdict(list)
+        for name in self.names:
+            _, _, ending = name.partition(".")
+            while ending:
+                found[ending].append(name)
+                _, _, ending = ending.partition(".")
+        return found
+
+    def meant(self, part: str, module: str) -> list[str]:
+        """The modules below `module` that a part of a path may mean: one beside or in it, else any that ends so."""
+        if (module, part) not in self._found:
+            nearest = {f"{owner}.{part}".lstrip(".") for owner in (module, module.rpartition(".")[0])}
+            names = self._below(nearest & self.names, module) or self._below(self.by_ending.get(part, ()), module)
+            self._found[module, part] = names
+        return self._found[module, part]
+
+    def _below(self, names: Iterable[str], module: str) -> list[str]:
+        return [name for name in names if not module or name.startswith(f"{module}.")]
+
+
+def split_scope(path: str, modules: ModuleNames) -> tuple[str, list[str]]:
     """(the module that a path of scopes leads to, the rest of the path) for a path such as /layer1/layer1.0/Add.
 
     A container whose own forward does not run, such as a ModuleDict, is no part of the path: the next part is then
@@ -47,18 +83,11 @@ def split_scope(path: str, modules: Collection[str]) -> tuple[str, list[str]]:
     """
     module, rest = "", [part for part in path.split("/") if part]
     while rest:
-        below = [name for name in modules if name and (not module or name.startswith(f"{module}."))]
-        meant = _meant(rest[0], module, below) or _meant(_NUMBER.sub("", rest[0]), module, below)
+        meant = modules.meant(rest[0], module) or modules.meant(_NUMBER.sub("", rest[0]), module)
         if len(meant) != 1:
             break
         module, rest = meant[0], rest[1:]
     return module, rest
-
-
-def _meant(part: str, module: str, below: Sequence[str]) -> list[str]:
-    """The modules below `module` that a part of a path may mean: one beside or in it, else any whose path ends so."""
-    nearest = {f"{owner}.{part}".lstrip(".") for owner in (module, module.rpartition(".")[0])}
-    return [name for name in below if name in nearest] or [name for name in below if name.endswith(f".{part}")]
 
 
 def _node_name(op: str, module: str, rest: Sequence[str]) -> str:

@@ -135,7 +135,7 @@ def convert_user_data(name: str, parts: Any, size: Sequence[int] = ()) -> Source
         )
     named = dict(zip(("train", "test") if len(parts) == 2 else ("train", "held-out", "test"), parts, strict=True))
     pairs = {
-        part: _checked_pair(f"The {part} part of '{name}'", _as_pair(name, part, samples, size))
+        part: checked_pair(f"The {part} part of '{name}'", _as_pair(name, part, samples, size))
         for part, samples in named.items()
     }
     classes = count_classes(pairs["train"][1], f"The train part of '{name}'")
@@ -176,7 +176,10 @@ def _as_pair(name: str, part: str, data: Any, size: Sequence[int]) -> tuple[Any,
 
 
 def stack_images(images: Sequence[Any], what: str, size: Sequence[int]) -> Tensor:
-    """The images of a Dataset, tensors, arrays or pictures, as one tensor. Raises JpqError where sizes differ."""
+    """The images of a Dataset, tensors, arrays or pictures, as one tensor. Raises JpqError where sizes differ.
+
+    Among pictures of which some have colour, grey ones get three channels.
+    """
     tensors: list[Tensor] = []
     for place, image in enumerate(images):
         try:
@@ -186,9 +189,11 @@ def stack_images(images: Sequence[Any], what: str, size: Sequence[int]) -> Tenso
                 f"{what} has an image, sample {place}, that is no tensor, array or picture ({type(image).__name__}: "
                 f"{error}). Give one [C, H, W]."
             ) from error
+    pictures = all(isinstance(image, Image.Image) for image in images)
+    if pictures and len({tensor.shape[0] for tensor in tensors}) > 1:
+        tensors = [tensor.expand(3, -1, -1) for tensor in tensors]
     shapes = {tensor.shape for tensor in tensors}
     if len(shapes) > 1:
-        pictures = all(isinstance(image, Image.Image) for image in images)
         advice = "with --image-size 224 (or another number of pixels)" if pictures else "in the Dataset"
         shown = " and ".join(str(list(shape)) for shape in sorted(shapes)[:2])
         raise JpqError(f"{what} has images that differ in size, such as {shown}. Resize them to one size {advice}.")
@@ -201,7 +206,7 @@ def picture_bytes(picture: Image.Image, size: Sequence[int]) -> Tensor:
     return pixels[:1] if picture.mode in GREY else pixels
 
 
-def _checked_pair(what: str, pair: tuple[Any, Any]) -> Pair:
+def checked_pair(what: str, pair: tuple[Any, Any]) -> Pair:
     """(images, labels) as tensors on the CPU. Raises JpqError for other shapes or types, NaN, or wrong labels."""
     try:
         images = torch.as_tensor(pair[0])

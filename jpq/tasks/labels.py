@@ -79,15 +79,17 @@ def _written_number(label: str) -> Decimal | None:
     return number if number.is_finite() else None
 
 
-def gap_note(labels: Tensor, classes: int) -> str:
+def gap_note(labels: Tensor, classes: int, sample: str = "image") -> str:
     """A sentence on classes of the training labels that have no sample; "" where all have one."""
     absent = sorted(set(range(classes)) - set(labels.unique().tolist()))
     if not absent:
         return ""
     if absent == [0]:
-        return f"No training image is of class 0: the labels seem to count from 1, and the model has {classes} outputs."
+        return (
+            f"No training {sample} is of class 0: the labels seem to count from 1, and the model has {classes} outputs."
+        )
     shown = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
-    return f"{len(absent)} of {classes} classes have no training image ({shown}): the largest label is {classes - 1}."
+    return f"{len(absent)} of {classes} classes have no training {sample} ({shown}): the last class is {classes - 1}."
 
 
 def _id_error(what: str, largest: int, present: int) -> JpqError:

@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -774,6 +775,111 @@ def test_data_sets_of_hugging_face_are_read_from_the_disk(tmp_path):
     data = load(f"hf-dataset:{tmp_path / 'd'}")
     assert data_facts(data) == ("text-classification", 2, (3,))
     assert data.class_names == ("no", "yes")
+
+
+class Split:
+    """What the reader uses of a split of `datasets`; `numpy` says in which form samples are given."""
+
+    def __init__(self, columns, names=(), numpy=False):
+        self.columns, self.numpy, self.column_names = columns, numpy, list(columns)
+        self.features = {name: SimpleNamespace(names=list(names) or None) for name in columns}
+        self.names = names
+
+    def __len__(self):
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, key):
+        if isinstance(key, str):
+            return self.columns[key]
+        sample = {name: values[key] for name, values in self.columns.items()}
+        for value in sample.values():
+            if isinstance(value, Exception):
+                raise value
+        return {name: np.asarray(value) for name, value in sample.items()} if self.numpy else sample
+
+    def select_columns(self, names):
+        return Split({name: self.columns[name] for name in names}, self.names, self.numpy)
+
+    def with_format(self, form):
+        return Split(self.columns, self.names, form == "numpy")
+
+
+def load_splits(monkeypatch, splits, **options):
+    """The data of splits that `datasets` would read from the disk."""
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_from_disk=lambda folder: splits))
+    return load("hf-dataset:photos", **options)
+
+
+def pictures(count, modes=("RGB",), labels=None, names=("cat", "dog", "eel"), numpy=False, label="label"):
+    images = [Image.new("RGB", (6, 5), (9 * n, 40, 200)).convert(modes[n % len(modes)]) for n in range(count)]
+    return Split({"image": images, label: labels or [n % 3 for n in range(count)]}, names, numpy)
+
+
+@pytest.mark.parametrize("modes", [("RGB", "L"), ("RGBA", "LA", "P")], ids=str)
+def test_grey_images_among_colour_ones_of_hugging_face_are_read_as_colour(monkeypatch, modes):
+    data = load_splits(monkeypatch, {"train": pictures(24, modes), "test": pictures(6)})
+    assert data.shape == (3, 5, 6)
+    data = load_splits(monkeypatch, {"train": pictures(24, ("L",)), "test": pictures(6)})
+    assert data.shape == (3, 5, 6)
+    assert load_splits(monkeypatch, {"train": pictures(24, ("L",)), "test": pictures(6, ("LA",))}).shape == (1, 5, 6)
+
+
+def test_pictures_of_hugging_face_saved_in_the_format_of_numpy_keep_their_channels_first(monkeypatch):
+    plain, saved = (
+        load_splits(monkeypatch, {"train": pictures(24, numpy=numpy), "test": pictures(6, numpy=numpy)})
+        for numpy in (False, True)
+    )
+    assert saved.shape == (3, 5, 6)
+    assert saved.checksum == plain.checksum
+
+
+def test_bytes_of_hugging_face_with_channels_last_are_refused(monkeypatch):
+    last = Split({"image": [np.zeros((8, 9, 3), np.uint8)] * 9, "label": [0, 1, 2] * 3})
+    with pytest.raises(JpqError, match=r"looks like \[N, H, W, C\]"):
+        load_splits(monkeypatch, {"train": last})
+
+
+def test_classes_of_hugging_face_keep_their_numbers_and_a_note_names_those_without_samples(monkeypatch):
+    data = load_splits(monkeypatch, {"train": pictures(24, labels=[0, 2] * 12), "test": pictures(6)})
+    assert (data.classes, data.class_names) == (3, ("cat", "dog", "eel"))
+    assert "1 of 3 classes have no training image (1): the last class is 2." in data.notes
+    texts = Split({"text": ["so fine", "so dull"] * 12, "labels": [0, 2] * 12}, ("world", "sport", "arts"))
+    data = load_splits(monkeypatch, {"train": texts})
+    assert data.class_names == ("world", "sport", "arts")
+    assert set(data.test.labels.tolist()) == {0, 2}
+    assert any("1 of 3 classes have no training text (1)" in note for note in data.notes)
+
+
+def test_images_of_hugging_face_that_cannot_be_decoded_are_listed_or_left_out(monkeypatch):
+    split = pictures(24)
+    split.columns["image"][3] = OSError("cannot identify image file <_io.BytesIO object at 0x7f>")
+    split.columns["image"][5] = None
+    says = r"2 of 24 images cannot be read: sample 3 \(cannot identify image file\), sample 5 \(None\)"
+    with pytest.raises(JpqError, match=says):
+        load_splits(monkeypatch, {"train": split, "test": pictures(6)})
+    data = load_splits(monkeypatch, {"train": split, "test": pictures(6)}, skip_bad=True)
+    assert data.train.size + data.held_out.size == 22
+    assert any("2 of 24 images cannot be read and are left out" in note for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    ("test", "says"),
+    [
+        (pictures(6, labels=[-1] * 6), r"no class \(-1\) for sample 0"),
+        (pictures(6, label="target"), "no column 'label', as training has: it has image, target"),
+        (pictures(6, names=("dog", "cat", "eel")), "numbers its classes dog, cat, eel, and training cat, dog, eel"),
+        (pictures(0), "test split of 'photos' has no samples"),
+    ],
+)
+def test_splits_of_hugging_face_that_do_not_fit_training_are_refused(monkeypatch, test, says):
+    with pytest.raises(JpqError, match=says):
+        load_splits(monkeypatch, {"train": pictures(24), "test": test})
+
+
+def test_missing_texts_of_hugging_face_are_refused():
+    split = {"sentence": ["good", None], "label": [1, 0]}
+    with pytest.raises(JpqError, match=r"The test split has no text \(None\) for sample 1"):
+        _text_rows(split, "sentence", "label", ("no", "yes"), "The test split")
 
 
 @pytest.mark.parametrize("label", [-1, None, 2])

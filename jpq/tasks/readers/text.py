@@ -20,8 +20,8 @@ from torch import Tensor
 from jpq.files.paths import expand_home
 from jpq.tasks.batches import Preprocessing
 from jpq.tasks.datasets import ReadOptions, Source
-from jpq.tasks.folders import PARTS
-from jpq.tasks.labels import unify_numbers
+from jpq.tasks.folder_parts import PARTS
+from jpq.tasks.labels import gap_note, unify_numbers
 from jpq.tasks.readers import delimited
 from jpq.types import JpqError
 
@@ -59,14 +59,22 @@ def read(path: str, options: ReadOptions) -> Source:
     return source_of_rows(parts, {part: f"'{file}'" for part, file in files.items()}, options)
 
 
-def source_of_rows(parts: dict[str, list[Row]], names: dict[str, str], options: ReadOptions) -> Source:
-    """The data set of texts with labels, by part; `names` are the parts in words, for errors.
+def source_of_rows(
+    parts: dict[str, list[Row]], names: dict[str, str], options: ReadOptions, classes: Sequence[str] = ()
+) -> Source:
+    """The data set of texts with labels, by part.
 
-    Labels that are equal as numbers ("1" and "1.0") are one class.
+    Args:
+        parts: the rows of each.
+        names: the parts in words, for errors.
+        options: of the readers.
+        classes: all names of classes, in the order of their numbers; (): those of the training part, sorted.
+
+    Without names of classes, labels that are equal as numbers ("1" and "1.0") are one class.
     """
     _check_classes(parts["train"], names["train"])
-    training = unify_numbers([label for _, label in parts["train"]])
-    classes = sorted(set(training), key=_label_order)
+    if not classes:
+        classes = sorted(set(unify_numbers([label for _, label in parts["train"]])), key=_label_order)
     labels = {part: unify_numbers([label for _, label in rows], classes) for part, rows in parts.items()}
     vocabulary = build_vocabulary([text for text, _ in parts["train"]])
     length = min(LONGEST, max(len(split_words(text)) for text, _ in parts["train"]))
@@ -84,6 +92,7 @@ def source_of_rows(parts: dict[str, list[Row]], names: dict[str, str], options: 
             notes.append(f"{empty} of {len(rows)} texts of {names[part]} have no word; the model sees padding alone.")
         ids = encode([text for text, _ in rows], vocabulary, length)
         pairs[part] = _inputs(ids, options), torch.tensor([classes.index(label) for label in labels[part]])
+    notes.extend(filter(None, [gap_note(pairs["train"][1], len(classes), "text")]))
     val, test = pairs.get("val"), pairs.get("test")
     about = {
         "vocabulary": list(vocabulary),

@@ -5,6 +5,7 @@ Nothing is downloaded, and no code of a model's folder runs. Each library is an 
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -128,7 +129,9 @@ def _build_hf(name: str, classes: int, channels: int, arguments: Mapping[str, in
         config.num_channels = channels
     end = next(end for end, kind in HEADS.items() if kind == head)
     try:
-        model = getattr(transformers, f"AutoModel{end}").from_config(config)
+        model = (
+            getattr(transformers, f"AutoModel{end}").from_config(config).float()
+        )  # some were saved in half precision
     except (ValueError, TypeError, RuntimeError, AttributeError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise JpqError(
@@ -232,6 +235,45 @@ class ImageModel(nn.Module):
         if self.whole_map:
             return F.interpolate(logits, size=pixel_values.shape[2:], mode="bilinear", align_corners=False)
         return logits
+
+
+def rename_saved_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that transformers saved, by the names that its model has in memory, where the two differ.
+
+    Newer releases read and write ViT, Swin, SegFormer and others under the names of older ones. Tensors of another
+    shape than the model's are on the device "meta". {} for other models, and for tensors that are not of this kind.
+    """
+    if not isinstance(model, TextModel | ImageModel):
+        return {}
+    logging = import_extra("transformers", "transformers", "hf:").utils.logging
+    inner: Any = model.model
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        loaded, found = type(inner).from_pretrained(
+            None,
+            config=copy.deepcopy(inner.config),
+            state_dict=dict(tensors),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except Exception:  # it raises many kinds for tensors of other models
+        return {}
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+    state = {name: value for name, value in loaded.state_dict().items() if name not in found["missing_keys"]}
+    if len(state) < len(found["missing_keys"]):
+        return {}
+    state.update({name: torch.empty(shape, device="meta") for name, shape, _ in found["mismatched_keys"]})
+    state.update({name: tensors[name] for name in found["unexpected_keys"] if name in tensors})
+    kinds = {value.dtype for value in tensors.values() if value.is_floating_point()}
+    if len(kinds) == 1:  # as it is in the file
+        kind = kinds.pop()
+        state = {name: value.to(kind) if value.is_floating_point() else value for name, value in state.items()}
+    return {f"model.{name}": value for name, value in state.items()}
 
 
 def noise(model: nn.Module, samples: int, shape: tuple[int, ...]) -> Tensor:

@@ -94,11 +94,14 @@ class NamedState:
                 yield match
 
     def misfit(self, tensors: Tensors) -> Misfit:
-        """What differs, behind the prefix that leaves most names of the model."""
+        """What differs, behind the prefix of the file, or with that of the model, that leaves most of its names."""
         plain = self.plain(tensors)
         ends = ((name, end) for name in plain for end in _ends(name) if end in self.own)
         counts = Counter(name[: len(name) - len(end)] for name, end in ends)
-        inside = self._inside(plain, max(counts, key=lambda prefix: (counts[prefix], -len(prefix)), default=""))
+        best = max(counts, key=lambda prefix: (counts[prefix], -len(prefix)), default="")
+        within = [{prefix + name: value for name, value in plain.items()} for prefix in self._common_prefixes()]
+        candidates = [self._inside(plain, best), *(self._inside(named, "") for named in within)]
+        inside = max(candidates, key=lambda tensors: len(self.own.keys() & tensors))
         return Misfit(
             inside,
             missing=tuple(name for name in self.own if name not in inside and not _may_be_missing(name)),
@@ -125,12 +128,15 @@ class NamedState:
 
     def _within_prefix(self, plain: Tensors) -> Match | None:
         """The match with a prefix of all of the model's names put before the file's."""
-        for prefix in _prefixes(self.own):
-            if all(name.startswith(prefix) for name in self.own):
-                match = self._behind({prefix + name: value for name, value in plain.items()}, "")
-                if match is not None:
-                    return match
+        for prefix in self._common_prefixes():
+            match = self._behind({prefix + name: value for name, value in plain.items()}, "")
+            if match is not None:
+                return match
         return None
+
+    def _common_prefixes(self) -> list[str]:
+        """Beginnings, each ending with a dot, that all of the model's names have."""
+        return [prefix for prefix in _prefixes(self.own) if all(name.startswith(prefix) for name in self.own)]
 
     def _behind_two(self, plain: Tensors) -> Match | None:
         """The match of parts of the model behind two prefixes, such as `backbone.` and `head.` of mmpretrain."""

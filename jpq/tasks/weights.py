@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from jpq.files.paths import expand_home
 from jpq.files.tensors import ZIP_MAGIC, one_line, read_safetensors, read_torch
 from jpq.files.untrusted import check_file
+from jpq.tasks.third_party import rename_saved_weights
 from jpq.tasks.weight_names import AVERAGED, Match, Misfit, NamedState, Tensors, equal
 from jpq.types import JpqError
 
@@ -52,7 +53,14 @@ def load_content(model: nn.Module, content: Any, path: Path) -> tuple[str, ...]:
     if not tensors_by_place:
         raise JpqError(f"Weights '{path}' hold no dict of tensors. Save them as {SAVE}.")
     named = NamedState({name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)})
-    place, match = _choose(tensors_by_place, named, path)
+    try:
+        place, match = _choose(tensors_by_place, named, path)
+    except JpqError:
+        renamed = {place: rename_saved_weights(model, tensors) for place, tensors in tensors_by_place.items()}
+        tensors_by_place = {place: tensors for place, tensors in renamed.items() if tensors}
+        if not tensors_by_place:
+            raise
+        place, match = _choose(tensors_by_place, named, path)
     _check_values(match.tensors, named.state, path)
     model.load_state_dict(dict(match.tensors), strict=False)
     return tuple(_notes(place, match, tensors_by_place, named.state, path))

@@ -109,6 +109,29 @@ def test_weights_that_transformers_wrote_load(tmp_path: Path) -> None:
 
 
 @transformers
+@pytest.mark.parametrize("config", [BERT, VIT, SEGFORMER], ids=["bert", "vit", "segformer"])
+@pytest.mark.parametrize("half", [False, True])
+def test_what_save_pretrained_wrote_loads_under_the_names_of_any_release(
+    tmp_path: Path, config: dict[str, object], half: bool
+) -> None:
+    saved = models.build(folder_of(tmp_path, config), 3).eval()
+    (saved.half() if half else saved).model.save_pretrained(tmp_path)
+    saved.float()  # config.json says float16 now
+    model = models.build(f"hf:{tmp_path}", 3).eval()
+    notes = load_named_weights(model, "hf:", tmp_path / "model.safetensors")
+    assert ["stored as float16" in note for note in notes] == [True] * half
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@transformers
+@pytest.mark.parametrize("config", [BERT, VIT], ids=["bert", "vit"])
+def test_weights_for_other_classes_are_told_as_such(tmp_path: Path, config: dict[str, object]) -> None:
+    models.build(folder_of(tmp_path, config), 3).model.save_pretrained(tmp_path)
+    with pytest.raises(JpqError, match=r"They have 3 outputs in layer 'model\.classifier', and the data 5 classes"):
+        load_named_weights(models.build(f"hf:{tmp_path}", 5), "hf:", tmp_path / "model.safetensors")
+
+
+@transformers
 def test_images_give_classes_and_maps_of_the_images_size(tmp_path: Path) -> None:
     name = folder_of(tmp_path, VIT)
     assert models.build(name, 4, 3).eval()(torch.rand(2, 3, 16, 16)).shape == (2, 4)

@@ -100,6 +100,7 @@ class AccuracyResult:
     samples: int  # held-out
     cost: str  # that was minimized
     folder: Path
+    least_budget: float  # that the method can reach, as a share of the fp32 model's cost
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -117,6 +118,12 @@ class AccuracyResult:
             notes.append(
                 f"Between {format_share(max(cheaper))} and {format_share(self.attempt.share)} nothing was tried: a "
                 "larger --most-runs looks there."
+            )
+        budget = min(_budget_share(a) for a in self.attempts)
+        if all(a.within for a in self.attempts) and budget > CLOSE * self.least_budget:
+            notes.append(
+                f"All runs kept the limit, and below {format_share(self.attempt.share)} nothing was tried: a larger "
+                "--most-runs looks there."
             )
         return tuple(notes)
 
@@ -247,6 +254,7 @@ class _Ladder:
             self.data.held_out.size,
             self.cost,
             self.folder,
+            self.range[0],
         )
 
     def next_share(self, attempts: Sequence[Attempt]) -> float | None:

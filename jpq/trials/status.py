@@ -32,7 +32,8 @@ class StudyStatus:
     running: int
     stopped: int  # stopped early
     failed: int
-    spare: int  # repeated, ruled out, or of dead workers
+    interrupted: int  # whose worker was stopped or died; each was queued again, as another trial
+    spare: int  # repeated, ruled out or too many
     best: dict[str, float]  # objective -> its best value
     front: tuple[FrozenTrial, ...]  # by their second objective
     hypervolume: float | None  # of the front, as `jpq.results.front.pareto.hypervolume_of` has it
@@ -53,6 +54,8 @@ class StudyStatus:
         done = sum(map(is_counted, trials))
         states = [t.state for t in trials]
         open_ = states.count(TrialState.RUNNING) + states.count(TrialState.WAITING)
+        failed = sum(t.state == TrialState.FAIL and REASON in t.user_attrs for t in trials)
+        interrupted = states.count(TrialState.FAIL) - failed
         full, chance = (study.user_attrs.get(key) for key in (FULL, CHANCE))
         hypervolume = (
             study_hypervolume(completed, settings.objective_names(), full, chance or 0.0, task)
@@ -65,8 +68,9 @@ class StudyStatus:
             done,
             states.count(TrialState.RUNNING),
             sum(t.state == TrialState.PRUNED and STOPPED in t.user_attrs for t in trials),
-            sum(t.state == TrialState.FAIL and REASON in t.user_attrs for t in trials),
-            len(trials) - done - open_,
+            failed,
+            interrupted,
+            len(trials) - done - open_ - interrupted,
             best,
             tuple(sorted(front, key=lambda t: t.values[1])),
             hypervolume,
@@ -78,6 +82,7 @@ class StudyStatus:
             "running": self.running,
             "stopped early": self.stopped,
             "failed": self.failed,
+            "interrupted": self.interrupted,
             "repeated or ruled out": self.spare,
         }
         return ", ".join([f"{self.done}/{total} done", *(f"{n} {kind}" for kind, n in kinds.items() if n)])

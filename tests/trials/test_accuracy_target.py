@@ -159,12 +159,27 @@ def test_the_table_of_runs_has_a_column_of_intervals_only_where_there_are_some()
     for task, low, high in ((Restoration(), math.nan, math.nan), (CLASSIFICATION, 0.01, 0.03)):
         limit = AccuracyLimit("--max-drop 5%", task, 0.05, is_drop=True)
         run = Attempt(1, "1%", 0.01, 1e6, 0.9, 0.02, low, high, True, 1.0, "bops-1pct")
-        result = AccuracyResult(None, run, (run,), limit, 0.85, 0.92, 100, "bops", Path())
+        result = AccuracyResult(None, run, (run,), limit, 0.85, 0.92, 100, "bops", Path(), 0.01)
         console = Console(file=io.StringIO(), width=200, record=True)
         console.print(attempts_table(result))
         lines = console.export_text().splitlines()
         assert any("95 %" in line for line in lines) is math.isfinite(low)
         assert lines[-2].split()[-1] == "bops-1pct"
+
+
+@pytest.mark.parametrize(
+    ("least", "within", "told"), [(0.001, True, True), (0.00499, True, False), (0.001, False, False)]
+)
+def test_a_search_whose_runs_all_kept_the_limit_says_that_less_may_do(least, within, told):
+    limit = AccuracyLimit("--max-drop 5%", CLASSIFICATION, 0.05, is_drop=True)
+    runs = [
+        Attempt(number, budget, share, 1e6, 0.9, 0.02, 0.01, 0.03, kept, 1.0, budget)
+        for number, (budget, share, kept) in enumerate([("1%", 0.0099, True), ("0.5%", 0.0049, within)], 1)
+    ]
+    chosen = runs[1] if within else runs[0]
+    result = AccuracyResult(None, chosen, tuple(runs), limit, 0.85, 0.92, 100, "bops", Path(), least)
+    note = "All runs kept the limit, and below 0.49 % nothing was tried: a larger --most-runs looks there."
+    assert (note in result.notes) is told
 
 
 @pytest.mark.parametrize("drop", ["0%", "-1%", "100%", "250%", "1", "much", "nan%", "inf%", ""])

@@ -318,7 +318,7 @@ def test_trials_of_other_lengths_are_compared_at_the_same_share():
 
 @pytest.mark.parametrize(("volume", "text"), [(None, ""), (0.0, ""), (1.25, "hypervolume 1.250")])
 def test_a_hypervolume_of_nothing_is_not_shown(volume, text):
-    assert status.StudyStatus((), (), 0, 0, 0, 0, 0, {}, (), volume).hypervolume_text() == text
+    assert status.StudyStatus((), (), 0, 0, 0, 0, 0, 0, {}, (), volume).hypervolume_text() == text
 
 
 def test_hypervolume_against_optunas():
@@ -450,6 +450,7 @@ def test_an_interrupted_trial_is_queued_with_its_decisions_and_its_curve(tmp_pat
     first, second = study.trials
     assert (first.state, second.state) == (TrialState.FAIL, TrialState.WAITING)
     assert TrialCounts.of(study).done == 0
+    assert status.StudyStatus.of(study, asked).counts_text(1) == "0/1 done, 1 interrupted"
     assert len(first.params) == 3
     assert second.system_attrs["fixed_params"] == first.params
     assert second.user_attrs == {"held_out_by_epoch": first.user_attrs["held_out_by_epoch"]}

@@ -255,12 +255,13 @@ def test_no_loader_is_touched(trained, tmp_path, monkeypatch, capsys):
     import torchvision.datasets
 
     from jpq import recipe
-    from jpq.tasks import data, datasets, folders
+    from jpq.tasks import data, datasets
+    from jpq.tasks.readers import class_folders
 
     for module, names in (
         (data, ("load", "Batches", "_read_source", "_split_source")),
         (datasets, ("digits", "torchvision", "convert_user_data", "_open_torchvision")),
-        (folders, ("read_folder",)),
+        (class_folders, ("read",)),
         (recipe, ("load_task", "read_data")),
         (sklearn.datasets, ("load_digits",)),
         (torchvision.datasets, ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "ImageFolder", "DatasetFolder")),

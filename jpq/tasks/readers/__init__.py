@@ -1,1 +1,1 @@
-"""Readers of data that are not images in class folders: each module turns a path into a `jpq.tasks.datasets.Source`."""
+"""Readers of data: each module turns a path into a `jpq.tasks.datasets.Source`."""

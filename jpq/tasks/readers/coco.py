@@ -25,7 +25,7 @@ from jpq.files import untrusted
 from jpq.files.paths import expand_home
 from jpq.tasks.batches import ListColumn, Preprocessing
 from jpq.tasks.datasets import ReadOptions, Source
-from jpq.tasks.folders import PARTS
+from jpq.tasks.folder_parts import PARTS
 from jpq.tasks.lazy_images import open_images, read_header
 from jpq.types import JpqError
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jpq.files.paths import expand_home
-from jpq.tasks.folders import PARTS, image_files, list_folders
+from jpq.tasks.folder_parts import PARTS, image_files, list_folders
 from jpq.types import JpqError
 
 LISTED = 5  # names that a sentence shows

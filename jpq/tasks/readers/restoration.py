@@ -34,7 +34,7 @@ from jpq.tasks.batches import (
     fixed_indices,
 )
 from jpq.tasks.datasets import ReadOptions, Source
-from jpq.tasks.folders import PARTS, image_files, list_folders
+from jpq.tasks.folder_parts import PARTS, image_files, list_folders
 from jpq.tasks.images import GREY, check_bad, image_bytes, reason
 from jpq.tasks.readers.pairs import TARGETS, find_pairs, paired_names, two_folders
 from jpq.types import JpqError

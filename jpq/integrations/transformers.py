@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
 
 from jpq.integrations.managed_session import ManagedSession
@@ -101,6 +102,18 @@ class _TransformersSession(ManagedSession):
     distill: float = 0.0
     temperature: float = 2.0
     config: Any = None  # of the model, for what reads it
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The state as the Trainer's files (safetensors) take it: contiguous, tied weights with memory of their own."""
+        state = super().state_dict(*args, **kwargs)
+        seen: set[int] = set()
+        for name, value in state.items():
+            place = value.untyped_storage().data_ptr()
+            if place in seen or not value.is_contiguous():
+                state[name] = value.clone(memory_format=torch.contiguous_format)
+            elif value.numel():
+                seen.add(place)
+        return state
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output."""

@@ -107,6 +107,26 @@ def test_a_checkpoint_resumes_to_the_same_bits(saved_at, tmp_path):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+class Words(Rows):
+    def __getitem__(self, n):
+        return {"input_ids": IDS[n], "attention_mask": (IDS[n] > 0).long(), "labels": IDS[n]}
+
+
+def test_checkpoints_of_a_model_with_tied_weights_are_written_and_resume(tmp_path):
+    config = transformers.GPT2Config(vocab_size=60, n_positions=12, n_embd=16, n_layer=1, n_head=2)
+    smalls = []
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        callback = CompressionCallback(transformers.GPT2LMHeadModel(config).eval(), EXAMPLE, steps=4, bops="20%")
+        trainer = trainer_of(callback, tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
+        trainer.train_dataset = Words()
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resumed else None)
+        smalls.append(callback.small)
+    assert smalls[0].lm_head.weight is smalls[0].transformer.wte.weight  # the tie is kept
+    other = smalls[1].state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in smalls[0].state_dict().items())
+
+
 def test_an_optimizer_that_the_trainer_is_given_leaves_the_decisions_alone(tmp_path):
     callback = callback_of()
     decided = {id(p) for p in callback.model.decisions}

@@ -1,6 +1,7 @@
 """The direction of imports, and who may import which third party: read from the source with `ast`."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import jpq
@@ -97,6 +98,14 @@ def test_imports_go_down_only():
             if up or (there in ANNEXES and here != "cli"):
                 wrong.append(f"{path} imports {name}")
     assert not sorted(set(wrong))
+
+
+def test_modules_import_each_other_in_no_circle():
+    """Also imports for types alone and inside functions count; faces of packages, which only hand names on, do not."""
+    trees = {path: tree for path, tree in modules().items() if path.split("/")[-1] not in FACES}
+    graph = {path: {"/".join(parts(name)) for name in imports(tree)} & set(trees) for path, tree in trees.items()}
+    assert sum(map(len, graph.values())) > len(graph)  # the imports were found
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
 
 
 def test_members_of_a_family_know_only_their_own_contract():

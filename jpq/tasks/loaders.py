@@ -8,7 +8,7 @@ its batch sampler is called. So a run that is resumed reads the same batches, wh
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
@@ -347,6 +347,8 @@ def _checked(batch: Any, what: str, reference: list[Any]) -> tuple[Any, Any]:
     """The pair (inputs, targets) of a batch, compared with the form of the first one, which is put into `reference`."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         shown = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, Sized) else type(batch).__name__
+        if isinstance(batch, Mapping):
+            shown = f"dict ({', '.join(map(str, batch))})"
         raise JpqError(
             f"{what} gives batches that are a {shown}; each must be a pair (inputs, targets), the inputs a tensor, a "
             "tuple of arguments, or a dict of keywords."

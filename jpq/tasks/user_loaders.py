@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from jpq.tasks import CLASSIFICATION, TASKS
@@ -192,10 +192,11 @@ class _Pictures(torch.utils.data.Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, number: int) -> Any:
-        sample = self.dataset[number]
-        if not isinstance(sample, (tuple, list)):
-            return sample
-        return tuple(picture_bytes(v, self.size) / 255 if isinstance(v, Image.Image) else v for v in sample)
+        return tree_map(self._as_tensor, self.dataset[number])
+
+    def _as_tensor(self, value: Any) -> Any:
+        """A picture as a tensor; other values as they are."""
+        return picture_bytes(value, self.size) / 255 if isinstance(value, Image.Image) else value
 
 
 def open_loaders(

@@ -9,6 +9,7 @@ from types import ModuleType
 import own_loaders
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import jpq
@@ -509,3 +510,35 @@ def test_samples_of_one_s_own_data_are_called_by_their_form_or_as_the_task_says(
 
 def test_the_plural_of_samples():
     assert (Unmeasured().sample_names, Own().sample_names) == ("patches", "images")
+
+
+class Photos(Dataset):
+    """Pictures with a class each: as rows of Hugging Face's `datasets`, or as keywords of its models."""
+
+    def __init__(self, as_rows: bool, modes: tuple[str, ...] = ("RGB",)):
+        self.as_rows, self.modes = as_rows, modes
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, n):
+        picture = Image.new("RGB", (6, 5), (9 * n, 40, 200)).convert(self.modes[n % len(self.modes)])
+        return {"image": picture, "label": n % 2} if self.as_rows else ({"pixel_values": picture}, n % 2)
+
+
+def test_pictures_within_dicts_are_read_and_rows_that_are_no_pairs_refused(monkeypatch):
+    data = load(served(monkeypatch, (Photos(as_rows=False), Photos(as_rows=False))))
+    assert data.example["pixel_values"].shape[1:] == (3, 5, 6)
+    with pytest.raises(JpqError, match=r"gives batches that are a dict \(image, label\); each must be a pair"):
+        load(served(monkeypatch, (Photos(as_rows=True), Photos(as_rows=True))))
+
+
+class Mixed(Photos):
+    def __getitem__(self, n):
+        (inputs, label) = super().__getitem__(n)
+        return inputs["pixel_values"], label
+
+
+def test_grey_pictures_among_colour_ones_become_colour_ones(monkeypatch):
+    split = Mixed(as_rows=False, modes=("RGB", "L"))
+    assert load(served(monkeypatch, (split, split))).shape == (3, 5, 6)

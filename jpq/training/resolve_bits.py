@@ -94,12 +94,14 @@ class BitsResolver:
     ) -> None:
         self.net, self.plan, self.model, self.data, self.targets = net, plan, model, data, targets
         self.config, self.run = config, run
-        self.at = max(1, round(config.decide.resolve_at * epochs))
+        self.at = max(1, min(round(config.decide.resolve_at * epochs), epochs - 1))  # some training before and after
         self.epochs = epochs
         self.record: dict[str, Any] = {}
         if run.is_past("search") and run.saved and run.saved.get("resolved"):
             self.record = run.saved["resolved"]
             run.notes.append(self.record["sentence"])
+        elif epochs < 2:
+            run.notes.append("Bits were not solved again (--resolve-at): that needs two epochs of fine-tuning or more.")
 
     def __call__(self, epoch: int) -> None:
         """Solve again, where this is the epoch for it; called before each epoch, which counts from 0."""

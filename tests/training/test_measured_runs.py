@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -291,10 +292,41 @@ def test_bits_that_cannot_be_solved_again(decide: dict[str, object], says: str, 
 
 @pytest.mark.parametrize(
     ("differences", "no_worse"),
-    [([0.0, 0.0], True), ([1.0, 1.0, 1.0], False), ([1.0, -1.0, 0.5], True), ([math.inf, 0.0], False), ([-1.0], True)],
+    [
+        *(([0.0, 0.0], True), ([1.0, 1.0, 1.0], False), ([1.0, -1.0, 0.5], True), ([math.inf, 0.0], False)),
+        *(([-1.0], True), ([0.2, 1.0], True), ([0.4, 1.0], False)),  # one sample; 1.5 and 2.3 standard errors
+    ],
 )
 def test_a_loss_is_no_worse_within_its_noise(differences: list[float], no_worse: bool) -> None:
     assert resolve_bits.is_no_worse(np.array(differences)) == no_worse
+
+
+@pytest.mark.parametrize(
+    ("share", "epochs", "expected"),
+    [(0.5, 4, [2]), (0.9, 4, [3]), (0.99, 2, [1]), (0.01, 40, [1]), (0.3, 10, [3]), (0.5, 1, [])],
+)
+def test_bits_are_solved_again_with_training_before_and_after(
+    share: float, epochs: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Solved(Exception):
+        pass
+
+    def solve(*_: object) -> None:
+        raise Solved
+
+    monkeypatch.setattr(resolve_bits, "solve_bits_again", solve)
+    config = Config(decide=replace(Config().decide, resolve_at=share))
+    run: Any = SimpleNamespace(is_past=lambda phase: False, saved=None, notes=[], timed=lambda name, work: work())
+    nothing: Any = None
+    resolver = resolve_bits.BitsResolver(nothing, nothing, nothing, nothing, (), config, run, epochs)
+    found = []
+    for epoch in range(epochs):
+        try:
+            resolver(epoch)
+        except Solved:
+            found.append(epoch)
+    assert found == expected
+    assert ["needs two epochs" in note for note in run.notes] == [True] * (not expected)
 
 
 class Small(torch.nn.Module):

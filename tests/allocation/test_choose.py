@@ -40,6 +40,35 @@ def test_choice_is_the_best_of_all(seed: int, count: int, options: int, targets:
         assert sum(float(g.values[i]) for g, i in zip(groups, choice, strict=True)) == pytest.approx(expected)
 
 
+@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.floats(0.1, 1.2))
+@settings(max_examples=25, deadline=None)
+def test_the_integer_programme_gives_the_best_of_all(
+    seed: int, count: int, options: int, targets: int, share: float
+) -> None:
+    groups = random_groups(seed, count, options, targets)
+    limits = [max(1.0, float(np.floor(share * sum(g.costs[:, t].max() for g in groups)))) for t in range(targets)]
+    expected = brute_force(groups, limits)
+    choice = choose_module._by_integer_programme(groups, np.array(limits), np.inf)
+    assert (choice is None) == (expected is None)
+    if choice is not None and expected is not None:
+        assert all(c <= limit for c, limit in zip(total_costs(groups, choice), limits, strict=True))
+        assert sum(float(g.values[i]) for g, i in zip(groups, choice, strict=True)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("most_states", [0, choose_module.MOST_STATES])  # 0: by an integer programme
+def test_only_choices_below_the_given_value_are_of_interest(most_states: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose_module, "MOST_STATES", most_states)
+    for seed in range(8):
+        groups = random_groups(seed, 4, 4, 1 + seed % 2)
+        limits = [1.1 * cost for cost in total_costs(groups, [0] * 4)]
+        best = brute_force(groups, limits)
+        assert best is not None
+        assert choose(groups, limits, best * (1 - 1e-9)) is None
+        choice = choose(groups, limits, best * (1 + 1e-9))
+        assert choice is not None
+        assert sum(float(g.values[i]) for g, i in zip(groups, choice, strict=True)) == pytest.approx(best)
+
+
 def test_a_limit_that_is_met_to_the_last_unit_counts_as_met() -> None:
     groups = [Group(np.array([1.0, 0.0]), np.array([[1.0], [3 * 2.0**53]])) for _ in range(3)]
     choice = choose(groups, [6 * 2.0**53 + 1.0])

@@ -1,5 +1,7 @@
 """Landing by gain per cost: what a table says is raised first, dead units last, and nothing changes without a table."""
 
+import math
+import random
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -9,6 +11,8 @@ from gated import check_no_step_fits, scatter
 
 from jpq.compression import discretize
 from jpq.compression.attach import attach
+from jpq.compression.gains import Gains, _payments, spend_by_gain, trade_by_gain
+from jpq.compression.ladders import Ladder
 from jpq.compression.soft_decisions import soft_decisions
 from jpq.costs.target import parse_targets, used_share
 from jpq.methods.gates import VIB
@@ -116,3 +120,108 @@ def test_steps_follow_falling_gain_per_cost():
     costs = [cost(p) for p in plans]
     assert all(f > 0 for f in falls)
     assert costs == sorted(costs)
+
+
+class Table:
+    """Ladders of a toy whose plans are tuples of positions."""
+
+    def __init__(self, *ladders):
+        self.all = list(ladders)
+
+    def positions(self, plan):
+        return list(plan)
+
+    def plan(self, base, positions, changed):
+        return tuple(positions)
+
+
+def toy(widths, units, prices, shifts=(0.5, 1.5)):
+    """Gains of widths of 2 to 4 bits and sites of 1 to 3 units with these rows; a step of ladder i costs prices[i]."""
+    ladders = [Ladder(f"layer{i}", "w", "", (2, 3, 4), shifts) for i in range(len(widths))]
+    ladders += [Ladder("", "", f"site{i}", (1, 2, 3), shifts) for i in range(len(units))]
+    bits = {(f"layer{i}", "w"): row for i, row in enumerate(widths) if row}
+    table = Divergences(bits, {f"site{i}": row for i, row in enumerate(units)})
+    return Gains(Table(*ladders), table, lambda plan: sum(p * x for p, x in zip(prices, plan, strict=True)))
+
+
+def test_steps_that_gain_come_first_and_units_that_nothing_misses_last():
+    gains = toy([{2: 1.0, 3: 0.99995, 4: 0.0}, {}], [{1: 1.0, 3: 0.0}, {1: 0.3, 3: 0.3}], [1.0] * 4)
+    gains.ladders.all[3] = replace(gains.ladders.all[3], shifts=(-3.0, -2.0))  # the search had nearly opened them
+    assert gains.fall(0, 0) == 0.0  # 0.005 % of the tensor's largest divergence: noise
+    assert gains.fall(0, 1) == pytest.approx(0.99995)
+    assert gains.fall(1, 0) == 0.0  # not measured
+    assert gains.fall(2, 0) == gains.fall(2, 1) == pytest.approx(0.5)  # between the counts that were measured
+    ranked = sorted(range(4), key=lambda i: gains.rank(i, [1, 0, 0, 0], 1.0))
+    assert ranked == [0, 2, 1, 3]
+    assert gains.rank(2, [0] * 4, 1.0) < gains.rank(0, [1, 0, 0, 0], 4.0)  # half the gain at a quarter of the cost
+
+
+def test_steps_back_of_a_decision_come_in_order_whatever_its_row():
+    gains = toy([{2: 1.02, 3: 1.0, 4: 0.0}, {2: 0.5, 3: 0.25, 4: 0.0}], [], [1.0, 1.0])
+    payments = _payments(gains, (2, 2), [2, 2])
+    assert [place for _, place, _ in payments] == [1, 1, 0, 0]  # the least loss first
+    assert [shift for _, place, shift in payments if place == 0] == [1.5, 0.5]  # the dear step leads to the cheap one
+
+
+@pytest.mark.parametrize(("behind", "after"), [(-1.0, (1, 0)), (-5.0, (0, 1))])
+def test_nothing_that_lies_far_behind_pays_for_a_step(behind, after):
+    gains = toy([{2: 1.0, 3: 0.0}, {2: 0.1, 3: 0.0}], [], [1.0, 1.0])
+    rows = zip(gains.ladders.all, [(0.5,), (behind,)], strict=True)
+    gains.ladders.all = [replace(ladder, values=(2, 3), shifts=shifts) for ladder, shifts in rows]
+    gains.values = [[1.0, 0.0], [0.1, 0.0]]
+    assert trade_by_gain(gains, (0, 1), *within(gains, 1)) == after
+
+
+def test_each_step_is_the_best_one_at_the_costs_that_the_steps_before_left():
+    """Costs are products, as those of bit-operations are: what one step costs depends on all others."""
+    rng = random.Random(1)
+    for _ in range(60):
+        rows = [sorted((rng.random() for _ in range(3)), reverse=True) for _ in range(4)]
+        gains = toy([dict(zip((2, 3, 4), row, strict=True)) for row in rows], [], [0.0] * 4)
+        prices = [rng.uniform(0.2, 3.0) for _ in range(4)]
+        gains.cost = lambda plan, prices=prices: math.prod(1 + p * x for p, x in zip(prices, plan, strict=True))
+        fits, _ = within(gains, rng.uniform(2, 60))
+        plan = (0,) * 4
+        while True:
+            more = [tuple(p + (k == i) for k, p in enumerate(plan)) for i in range(4)]
+            open_ = [i for i in range(4) if plan[i] < 2 and fits(more[i])]
+            if not open_:
+                break
+
+            def rate(i, plan=plan, more=more, gains=gains, rows=rows):
+                return (rows[i][plan[i]] - rows[i][plan[i] + 1]) / (gains.cost(more[i]) - gains.cost(plan))
+
+            plan = more[max(open_, key=rate)]
+        assert spend_by_gain(gains, (0,) * 4, fits) == plan
+
+
+def within(gains, limit):
+    """(whether a plan keeps to a limit, whether it uses 97 % of it)."""
+    return (lambda plan: gains.cost(plan) <= limit), (lambda plan: gains.cost(plan) >= 0.97 * limit)
+
+
+def test_a_trade_fills_the_budget_and_predicts_less_or_changes_nothing():
+    """Toys of random rows and prices: spending leaves room for no step, and no trade makes the prediction worse."""
+    rng, traded = random.Random(0), 0
+    for _ in range(300):
+        rows = [sorted((rng.random() ** 3 for _ in range(3)), reverse=True) for _ in range(4)]
+        gains = toy(
+            [dict(zip((2, 3, 4), row, strict=True)) for row in rows[:2]],
+            [dict(zip((1, 2, 3), row, strict=True)) for row in rows[2:]],
+            [rng.randint(1, 9) for _ in range(4)],
+        )
+        fits, is_full = within(gains, rng.randint(5, 40))
+        spent = spend_by_gain(gains, (0,) * 4, fits)
+        assert fits(spent)
+        for i in range(4):
+            more = tuple(p + (k == i) for k, p in enumerate(spent))
+            assert spent[i] == 2 or not fits(more)
+        if is_full(spent):
+            continue
+        after = trade_by_gain(gains, spent, fits, is_full)
+        assert fits(after)
+        if after != spent:
+            traded += 1
+            assert is_full(after)
+            assert sum(rows[i][p] for i, p in enumerate(after)) < sum(rows[i][p] for i, p in enumerate(spent))
+    assert traded > 10

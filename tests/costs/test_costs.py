@@ -119,6 +119,36 @@ def test_size_counts_weights_at_their_bits_and_two_numbers_per_channel():
     assert costs.size([use]) == (1000 / 2 * 4 + 5 * 64) / 8
 
 
+def test_size_counts_the_weights_that_a_mask_keeps_and_the_mask():
+    use = costs.LayerUse("x", 1, 1000, 10, 1, 1, Fraction(1, 4), 4, 8, mask_bits=811)
+    assert costs.size([use]) == Fraction(250 * 4 + 811 + 10 * 64, 8)
+
+
+def test_zeros_that_lie_anywhere_cost_a_device_as_much_as_other_weights():
+    masked = costs.LayerUse("x", 1000, 100, 10, 1, 1, Fraction(1, 4), 4, 8, mask_bits=100, scheme="elementwise")
+    regular = replace(masked, regular=True)
+    assert costs.bops([masked]) == costs.bops_structured([regular]) == 1000 * 32 // 4
+    assert costs.bops_structured([replace(masked, regular=False)]) == 1000 * 32
+
+
+def test_layers_in_floating_point_have_a_bias_and_no_scale():
+    use = costs.LayerUse("x", 1, 1000, 10, 1, 1, 1, 32, 32)
+    assert costs.size([use]) == 4 * (1000 + 10) == costs.baseline([use])["size"]
+
+
+def test_the_fp32_size_is_that_of_all_parameters():
+    uses = exact_usage(traced("lenet5"), ChannelShares(traced("lenet5"), ()), uniform_plan(traced("lenet5"), 4, 4))
+    assert costs.baseline(uses)["size"] == 4 * sum(p.numel() for p in build("lenet5", 10, 1).parameters())
+
+
+def test_the_fp32_baseline_keeps_all_of_a_pruned_and_masked_layer():
+    full = costs.LayerUse("x", 1000, 100, 10, 1, 1, 1, 4, 4)
+    half = Fraction(1, 2)
+    pruned = replace(full, inputs=half, outputs=half, density=half, positions=half, mask_bits=50, scheme="elementwise")
+    assert costs.baseline([pruned]) == costs.baseline([full])
+    assert costs.dense(pruned, 8) == costs.dense(full, 8)
+
+
 @pytest.mark.parametrize(
     ("text", "limit"),
     [("1%", 10_000), ("0.25%", 2_500), ("100%", 10**6), ("12k", 12_000), ("0.5M", 500_000), ("1e3", 1000)],
@@ -187,6 +217,57 @@ def test_controller_is_silent_at_or_below_the_aim_and_survives_a_checkpoint():
     twin.restore(controller.state())
     assert twin.pressure == controller.pressure
     assert twin.ramped_limit(goal, 0.3) == controller.ramped_limit(goal, 0.3)
+
+
+def uses_over(goal, excess):
+    """Uses of the toy whose cost is e^excess times the limit, as tensors."""
+    return goal_and_uses(torch.tensor(math.sqrt(goal.limit * math.exp(excess) / 100), dtype=torch.float64))[1]
+
+
+@pytest.mark.parametrize(("excess", "counted"), [(0.2, 0.2), (3.0, 0.5), (-0.3, -0.3), (-4.0, -0.5)])
+def test_the_multiplier_grows_with_the_excess_of_which_half_a_nat_counts_at_most(excess, counted):
+    goal, _ = goal_and_uses(32)
+    controller = Controller((goal,))
+    controller.begin(uses_over(goal, 0.0), multiplier=2.0)
+    loss = controller.loss(uses_over(goal, excess), 1.0)
+    assert float(loss) == pytest.approx(2.0 * max(excess, 0.0), rel=1e-9)  # by the multiplier before the step
+    assert controller.multiplier() == pytest.approx(2.0 * math.exp(controller.rate * counted), rel=1e-9)
+
+
+@pytest.mark.parametrize(("excess", "bound"), [(1.0, "high"), (-1.0, "low")])
+def test_the_multiplier_stays_where_it_can_come_back_from(excess, bound):
+    goal, _ = goal_and_uses(32)
+    controller = Controller((goal,))
+    controller.begin(uses_over(goal, 0.0), multiplier=1.0)
+    for _ in range(300):
+        controller.loss(uses_over(goal, excess), 1.0)
+    assert controller.multiplier() == getattr(controller, bound)
+
+
+def test_a_search_that_begins_below_its_target_may_use_all_of_it():
+    goal, uses = goal_and_uses(2.0)
+    controller = Controller((goal,))
+    controller.begin(uses)
+    assert controller.ramped_limit(goal, 0.0) == goal.limit
+
+
+def test_prices_weigh_every_target_by_its_own_multiplier():
+    bits = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
+    use = costs.LayerUse("x", 100, 1000, 1, 1, 1, 1, bits, torch.tensor(8.0, dtype=torch.float64))
+    controller = Controller((Target("bops", "", 10), Target("size", "", 10)))
+    controller.pressure = {"bops": 0.5, "size": 3.0}
+    weighted = controller.weighted_cost([use])
+    size = (1000 * 4 + 64) / 8
+    assert float(weighted) == pytest.approx(0.5 * math.log(100 * 4 * 8) + 3.0 * math.log(size), rel=1e-6)
+    (price,) = torch.autograd.grad(weighted, bits)
+    assert float(price) == pytest.approx(0.5 / 4 + 3.0 * 125 / size, rel=1e-6)
+    assert controller.multiplier() == 3.0
+
+
+def test_costs_in_messages_are_rounded_up():
+    """A limit that a message names is one that is met."""
+    assert Target("bops", "", 1).format_cost(Fraction(12_340_001, 10)) == "1,234,001"
+    assert Target("latency", "", 1).format_cost(512_301) == "0.5124 ms"
 
 
 def test_several_targets_push_only_where_they_are_exceeded():

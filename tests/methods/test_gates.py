@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from jpq.methods.gates import GATES, VIB, FixedMask, Frozen, HardConcrete
+from jpq.config import Decide
+from jpq.methods.gates import GATES, VIB, Annealed, FixedMask, Frozen, HardConcrete
 from jpq.methods.gates.hard_concrete import EDGE
 from jpq.testing import check_gate
 
@@ -41,7 +42,24 @@ def test_a_frozen_gate_repeats_the_decision():
     assert not list(frozen.parameters())
 
 
+@pytest.mark.parametrize("gate", [HardConcrete, Annealed])
+def test_at_the_default_weight_an_l0_norm_counts_exactly_at_the_price_of_a_unit(gate):
+    made = gate(1, 7)
+    assert torch.allclose(Decide().gate_weight * made.penalty(), made.keep_probability())
+
+
 class TestVIB:
+    def test_wherever_an_optimiser_puts_it_noise_is_finite_and_mu_can_be_folded(self):
+        gate = VIB(1, 4)
+        gate.mu.data = torch.tensor([[-3.0, 0.0, 1e-20, 1.0]])
+        gate.log_var.data = torch.tensor([[300.0, -300.0, 300.0, 300.0]])
+        gate.after_step(0.0)
+        assert bool((gate.scale() > 0).all())
+        assert bool(gate.input_noise(100).isfinite().all())
+        gate.penalty().sum().backward()
+        assert bool(gate.mu.grad.isfinite().all())
+        assert bool((gate.log_var.grad < 0).all())  # the penalty still pulls: no unit is stuck
+
     def test_dropped_iff_variance_exceeds_squared_mean(self):
         gate = VIB(1, 3)
         gate.mu.data = torch.tensor([[0.5, 0.5, 0.5]])

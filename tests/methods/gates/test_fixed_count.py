@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from jpq.methods.gates.fixed_count import SMALL, kept_count, kept_counts, topk_rows
+from jpq.methods.gates.fixed_count import SMALL, kept_count, kept_counts, strongest_rows, topk_rows
 from jpq.methods.structures import Window
 from jpq.types import JpqError
 
@@ -86,3 +86,10 @@ def test_densities_round_half_up():
     for bad in (-0.1, 1.1, math.nan):
         with pytest.raises(JpqError, match="share"):
             kept_count(bad, 5)
+
+
+def test_the_strongest_rows_are_those_whose_kept_units_weigh_most():
+    kept = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 1.0, 0.0]])
+    weights = torch.tensor([[1.0, 9.0, 9.0], [9.0, 1.0, 1.0], [9.0, 3.0, 9.0]])  # kept: 1, 2 and 3
+    assert strongest_rows(kept, weights, 2).tolist() == [[0.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 1.0, 0.0]]
+    assert torch.equal(strongest_rows(kept, weights, 3), kept)

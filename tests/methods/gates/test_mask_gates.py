@@ -9,14 +9,14 @@ from torch import nn
 
 from jpq.compression.attach import attach
 from jpq.compression.masking import GateSample, MaskParametrization
-from jpq.methods.gates import Admm, Feedback, GumbelTopK, LearnedTopK, SoftThreshold
+from jpq.methods.gates import Admm, Feedback, GumbelTopK, LearnedTopK, Reweighted, SoftThreshold
 from jpq.methods.gates.feedback import EVERY, FREEZE
 from jpq.methods.gates.fixed_count import best_of_all
 from jpq.methods.gates.gumbel_topk import draw_mass
 from jpq.methods.gates.learned_topk import soft_topk
 from jpq.methods.gates.soft_threshold import RAMP
 from jpq.methods.quantizers import Fixed
-from jpq.methods.structures import Elementwise, KernelPattern, PerOutput, Window
+from jpq.methods.structures import Elementwise, KernelPattern, PerOutput, Window, parse_structure
 from jpq.tasks.models import build
 from jpq.tracing.sites import masks
 from jpq.tracing.trace import trace
@@ -48,6 +48,25 @@ def test_patterns_are_never_piled_up(make):
         assert float(share.mean()) == pytest.approx(1.0 if make is Admm else 4 / 9, abs=1e-6)
         gate.after_step(progress)
     assert torch.equal(gate.keep().sum(1), torch.ones(12))
+
+
+@pytest.mark.parametrize("make", [*COUNTED, Reweighted])
+def test_every_row_keeps_a_unit_however_small_the_density(make):
+    torch.manual_seed(0)
+    gate = seen(make(3, 5, density=0.01), nn.Parameter(torch.randn(3, 5)), PerOutput())
+    for progress in (0.5, 1.0):
+        gate.after_step(progress)
+    assert gate.keep().sum(1).tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("make", [Admm, Feedback, GumbelTopK, LearnedTopK, Reweighted])
+def test_units_at_ragged_edges_rank_by_the_mean_of_their_weights(make):
+    """Of a block of four weights of 0.9 and one of two weights of 1, the smaller one has less energy and stays."""
+    structure, weight = parse_structure("block:2x2"), nn.Parameter(torch.tensor([[0.9, 0.9, 1.0], [0.9, 0.9, 1.0]]))
+    assert structure.sizes(weight.shape).tolist() == [[4.0, 2.0]]
+    gate = seen(make(1, 2, density=1 / 3), weight, structure)
+    gate.after_step(1.0)
+    assert gate.keep().tolist() == [[0.0, 1.0]]
 
 
 def test_best_of_all_counts_weights_not_units():
@@ -199,6 +218,25 @@ def test_pdp_turns_hard_as_tau_falls():
     assert torch.equal(gate.relaxed(), torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
 
 
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_pdp_is_as_soft_whatever_the_scale_of_a_layer(scale):
+    """tau = t^2 / 8, with t halfway between the magnitudes 2 and 1."""
+    squares = torch.tensor([[9.0, 4.0, 1.0, 0.25]])
+    gate = seen(SoftThreshold(1, 4, density=0.5), nn.Parameter(scale * squares.sqrt()), Elementwise())
+    gate.after_step(1.0)
+    assert torch.allclose(gate.relaxed(), torch.sigmoid(8 * (squares - 1.5**2) / 1.5**2), atol=1e-5)
+
+
+def test_pdp_shares_weigh_units_of_several_sizes_by_the_mean_of_their_weights():
+    """Two blocks of four weights of 0.9 against two of two weights of 1: the small ones stay, and one of the others."""
+    parts = [("block:2x2", torch.full((2, 4), 0.9)), ("block:1x2", torch.ones(2, 2))]
+    gates = [SoftThreshold(1, 2, density=1 / 3) for _ in parts]
+    for gate, (text, weight) in zip(gates, parts, strict=True):
+        seen(gate, nn.Parameter(weight), parse_structure(text))
+    gates[0].link(gates)
+    assert [gate.final for gate in gates] == [0.5, 1.0]
+
+
 def test_pdp_shares_come_from_one_quantile_and_ramp_up():
     torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(1, n) * scale) for n, scale in ((40, 1.0), (60, 0.1), (100, 0.5))]
@@ -245,6 +283,16 @@ def test_smart_gradient_is_exact(weighted):
     assert not torch.allclose(grad, f * (1 - f) * g / tau, atol=1e-3), "lambda was taken for a constant"
 
 
+def test_smart_gradient_is_scaled_by_tau_where_the_gate_asks_for_it():
+    """Steps do not explode as tau falls."""
+    torch.manual_seed(1)
+    m, sizes, tau = torch.randn(2, 6, requires_grad=True), torch.ones(2, 6), torch.tensor(0.3)
+    g, k = torch.randn(2, 6), torch.tensor([2.0, 3.0])
+    plain, scaled = (torch.autograd.grad((soft_topk(m, sizes, k, tau, s) * g).sum(), m)[0] for s in (False, True))
+    assert plain.abs().max() > 1e-3
+    assert torch.allclose(scaled, tau * plain, rtol=1e-5)
+
+
 def test_smart_becomes_the_hard_ranking():
     m = torch.tensor([[0.6, 0.5, 0.4, -0.2]], dtype=torch.double, requires_grad=True)
     one, k = torch.ones(1, 4, dtype=torch.double), torch.tensor([2.0], dtype=torch.double)
@@ -253,6 +301,14 @@ def test_smart_becomes_the_hard_ranking():
     assert torch.allclose(soft_topk(m, one, k, torch.tensor(1e-3)), torch.tensor([[1.0, 1, 0, 0]], dtype=torch.double))
     (grad,) = torch.autograd.grad(warm[0, 0], m)
     assert (grad != 0).all(), "blocks outside the top k learn too"
+
+
+def test_smart_cools_geometrically_to_a_thousandth():
+    gate = LearnedTopK(1, 4)
+    start = float(gate.temperature())
+    for progress, factor in ((0.0, 1.0), (0.5, 1000**-0.5), (1.0, 1e-3), (1.5, 1e-3)):
+        gate.after_step(progress)
+        assert float(gate.temperature()) == pytest.approx(start * factor, rel=1e-5)
 
 
 def test_smart_ranks_all_layers_at_once():
@@ -289,6 +345,16 @@ def test_dpf_gives_dropped_weights_the_gradient_of_kept_ones():
     assert masked.tolist() == [[1.0, 0.0]]
     ((masked - torch.tensor([[0.0, 1.0]])) ** 2).sum().backward()
     assert weight.grad.tolist() == [[2.0, -2.0]]
+
+
+def test_dpf_leaves_each_layer_its_own_part_of_the_common_mask():
+    weights = [nn.Parameter(torch.tensor([row])) for row in ([5.0, 0.1, 0.2], [3.0, 4.0])]
+    gates = [Feedback(1, weight.numel(), density=0.6) for weight in weights]
+    for gate, weight in zip(gates, weights, strict=True):
+        gate.observe_weights([(weight, Elementwise())])
+    for gate in gates:
+        gate.link(gates)
+    assert [gate.least().tolist() for gate in gates] == [[[1.0, 0.0, 0.0]], [[1.0, 1.0]]]
 
 
 def test_dpf_mask_swaps_and_then_stays():

@@ -219,6 +219,18 @@ def test_survivors_take_the_mean_of_their_masks_into_their_weights():
     assert torch.allclose(change_at, moved.expand(5, 4), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("p", "kept"), [([0.5, 0.5, 0.5, 0.5], [1.0, 0.0, 1.0, 0.0]), ([0.9, 0.1, 0.5, 0.5], [0.0, 1.0, 1.0, 0.0])]
+)
+def test_the_cut_at_the_end_takes_the_likeliest_and_of_equal_ones_the_least_important(p, kept):
+    gate, _ = columns(4)
+    gate.updates.fill_(UPDATES)
+    gate.p.copy_(torch.tensor([p]))
+    gate.rank.copy_(torch.tensor([[3.0, 0.0, 2.0, 1.0]]))
+    gate.after_step(1.0)
+    assert gate.keep().tolist() == [kept]
+
+
 def test_same_seed_same_run():
     runs = []
     for _ in range(2):

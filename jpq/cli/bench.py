@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:  # --help shows without torch
     from jpq.tasks.data import Data
 
 DEFAULT_RUNTIMES = ("onnxruntime",)
+
+DEFAULT_THREADS = (1, 2)  # for the comparison of a run's models
 
 MAX_FLOAT_LAYERS = 6  # largest number of float layers that are printed
 
@@ -87,6 +90,9 @@ def run_bench(flags: Bench, console: Console) -> None:
     for flag, numbers in (("threads", flags.threads), ("batch", flags.batch), ("repeats", (flags.repeats,))):
         if any(n < 1 for n in numbers):
             raise JpqError(f"--{flag} {' '.join(map(str, numbers))}: at least one is needed.")
+    most = max(*DEFAULT_THREADS, os.cpu_count() or 1)
+    if any(n > most for n in flags.threads):
+        raise JpqError(f"--threads {' '.join(map(str, flags.threads))}: this machine runs {most} at a time.")
     if flags.model is not None and flags.what:
         raise JpqError("Give either --model, to measure its layers into --table, or runs and ONNX files to time.")
     if flags.model is not None:
@@ -163,6 +169,8 @@ def time_models(flags: Bench, console: Console) -> None:
 
     runtimes = parse_runtimes(flags.runtime)
     for path in flags.what:
+        check_exported(path)
+    for path in flags.what:
         table_path = flags.table or path / layer_table.TABLE_NAME
         if path.is_dir() and (flags.table is not None or table_path.is_file()):
             measured = layer_table.read_table(table_path)
@@ -188,6 +196,20 @@ def time_models(flags: Bench, console: Console) -> None:
             _time_file(path, flags, runtimes, console)
         if path.is_file():
             _print_file_metric(path, flags, runtimes, console)
+
+
+def check_exported(path: Path) -> None:
+    """Raise JpqError for a run's folder without its ONNX file, and for one that holds runs, with what to do."""
+    if not path.is_dir() or (path / "model.onnx").is_file():
+        return
+    if (path / "result.json").is_file():
+        raise JpqError(
+            f"{path} has no model.onnx: it is a trial, which is not exported, or the file was removed. "
+            f"jpq export {path} writes it."
+        )
+    runs = sorted(file.parent for file in path.glob("**/model.onnx"))
+    if runs:
+        raise JpqError(f"{path} is not the folder of one run but holds several: name one or more, such as {runs[0]}.")
 
 
 def _time_file(file: Path, flags: Bench, runtimes: Sequence[str], console: Console) -> None:
@@ -228,7 +250,7 @@ def _compare_models(folder: Path, flags: Bench, runtimes: Sequence[str], console
     with TemporaryDirectory() as place:
         batches = [Runner(compressed).two_samples()] if data is None else _calibration(data)
         paths = compare.model_files(folder, (), Path(place), flags.run_code, trained, batches)
-        threads = flags.threads or (1, 2)
+        threads = flags.threads or DEFAULT_THREADS
         with Bar(console=console, transient=True) as bar:
             total = len(paths) * len(runtimes) * len(threads) * len(flags.batch) * flags.repeats
             task = bar.add_task("measuring", total=total)

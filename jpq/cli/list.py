@@ -97,7 +97,8 @@ def list_command(args: list[str], console: Console) -> None:
         if row.status.problem:
             print_line(console, f"[red]{BROKEN}[/] {escape(row.name)}: {escape(row.status.problem)}")
     if trials:
-        print_line(console, f"{trials} runs are trials of studies and not listed: --all lists them.")
+        runs = "1 run is a trial of a study" if trials == 1 else f"{trials} runs are trials of studies"
+        print_line(console, f"{runs} and not listed: --all lists {'it' if trials == 1 else 'them'}.")
 
 
 def read_rows(folders: Sequence[Path], with_trials: bool = False) -> tuple[list[RunRow], int]:

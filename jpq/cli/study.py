@@ -46,6 +46,7 @@ class StudyScreen:
         self.console, self.study = console, study
         self.began = time.monotonic()
         self.number = -1
+        self.told = -1  # number of the trial whose outcome was printed last
         self.record: EpochRecord | None = None  # of the last epoch of the trial that runs
         self.task: Task | None = None
         self.phase_name = ""
@@ -95,7 +96,9 @@ class StudyScreen:
             self.done_before = now.done
             self.began = time.monotonic()
         if self.live is None and self.number >= 0 and now != self.status:
-            outcome = f"trial {self.number}: {now.outcome(self.number)}"
+            others = "another worker's trial" if self.number == self.told else ""
+            outcome = others or f"trial {self.number}: {now.outcome(self.number)}"
+            self.told = self.number
             parts = (outcome, now.counts_text(self.study.trials), self._time_left(now))
             print_line(self.console, escape("  ".join(part for part in parts if part)))
         self.status = now

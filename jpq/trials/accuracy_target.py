@@ -197,6 +197,8 @@ class _Ladder:
             self.judge_float_model(model, prepared)
         begin_folder(config)
         weights, _ = prepare_float_weights(config, self.folder / "float.safetensors", observer)
+        if config.task.weights is None:
+            weights = weights.resolve()  # the ladder may go on from another working folder
         self.started = replace(config, task=replace(config.task, weights=weights))
         if config.task.weights is None:
             self.judge_float_model(*self.prepare_model(self.started))
@@ -271,8 +273,9 @@ class _Ladder:
         if status.state in (FINISHED, TRIAL):
             result = run_folder.read_run(folder)
         elif status.state in (EMPTY, BEGUN, UNFINISHED):
-            resumed = replace(config, run=replace(config.run, resume=status.state == UNFINISHED))
-            result = optimize(resumed, self.observer, final=False)
+            anew = status.config is not None and self.differs_by_own_paths(config, status.config)
+            started = replace(config.run, resume=status.state == UNFINISHED and not anew, overwrite=anew)
+            result = optimize(replace(config, run=started), self.observer, final=False)
         else:
             raise JpqError(f"{folder} holds a run that cannot be read: --overwrite begins anew.")
         score = judge_file(folder, self.data, config)
@@ -283,6 +286,20 @@ class _Ladder:
         within = score >= self.least - 1e-9
         seconds = float(result.seconds["total"])
         return Attempt(number, budget, cost / self.full, cost, score, drop, low, high, within, seconds, folder.name)
+
+    def differs_by_own_paths(self, config: Config, begun: Config) -> bool:
+        """Whether settings differ, and only in the paths of files that the ladder wrote: its folder was moved."""
+
+        def without_own_paths(settings: Config) -> Config:
+            task, decide = settings.task, settings.decide
+            if self.config.task.weights is None:
+                task = replace(task, weights=None)
+            if self.config.decide.sensitivity is None:
+                decide = replace(decide, sensitivity=None)
+            return replace(settings, task=task, decide=decide)
+
+        same = without_own_paths(config).hash() == without_own_paths(begun).hash()
+        return same and config.hash() != begun.hash()
 
     def run_config(self, share: float, table: Path | None) -> Config:
         """The settings of the run at this share of the fp32 model's cost."""
@@ -299,7 +316,7 @@ class _Ladder:
     def table_of_first_run(self) -> Path | None:
         """The sensitivity table that the first run has measured; None before it has, and for other methods."""
         first = self.run_config(self.next_share([]) or 1.0, None).folder()
-        path = first / "sensitivity.csv"
+        path = first.resolve() / "sensitivity.csv"
         return path if path.is_file() and (first / "result.json").is_file() else None
 
     def write_fronts(self, attempts: Sequence[Attempt]) -> None:

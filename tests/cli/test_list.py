@@ -82,7 +82,7 @@ def test_rows_newest_first_within_80_columns(runs, capsys):
     assert "2020-01-01" in table[5]
     assert below[0].startswith("broken damaged: ")
     assert "unread/config.toml is not valid TOML" in below[1]
-    assert "1 runs are trials of studies" in below[2]
+    assert below[2] == "1 run is a trial of a study and not listed: --all lists it."
 
 
 def test_rows_hold_what_the_folders_say(runs):

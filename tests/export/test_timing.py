@@ -190,7 +190,10 @@ def test_a_run_from_the_table_to_the_measured_model(tmp_path, capsys, monkeypatc
         (["bench", "--model", "convnet", "--table", "no/folder/t.csv"], "a file in a folder that is there"),
         (["bench", "--model", "convnett", "--table", "t.csv", "--data", "digits"], "Did you mean convnet"),
         (["bench", "--model", "convnet", "--table", "t.csv", "--threads", "0"], "at least one"),
+        (["bench", "--model", "convnet", "--table", "t.csv", "--threads", "100000"], "this machine runs"),
         (["bench", "nothing.onnx"], "nothing.onnx is not there"),
+        (["bench", "trial"], "it is a trial, which is not exported, or the file was removed. jpq export trial writes"),
+        (["bench", "study"], "study is not the folder of one run but holds several: name one or more, such as study/a"),
         (["bench", "text.onnx"], "onnxruntime cannot load text.onnx"),
         (["bench", "empty", "--table", "text.onnx"], "text.onnx is no table of latencies"),
         (["optimize", "--target-latency", "3ms"], "run `jpq bench --table"),
@@ -205,6 +208,9 @@ def test_bad_input_is_one_sentence(args, why, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("text.onnx").write_text("no model")
     Path("empty").mkdir()
+    for file in ("trial/result.json", "study/a/model.onnx"):
+        Path(file).parent.mkdir(parents=True)
+        Path(file).write_text("")
     assert why in refused(args, capsys)
 
 

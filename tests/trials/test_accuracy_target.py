@@ -29,7 +29,15 @@ from jpq.tasks.restoration import Restoration
 from jpq.tasks.segmentation import Segmentation
 from jpq.tracing.network import latency_shape
 from jpq.tracing.trace import trace
-from jpq.trials.accuracy_target import CLOSE, AccuracyResult, Attempt, begin_folder, budget_range, next_share
+from jpq.trials.accuracy_target import (
+    CLOSE,
+    AccuracyResult,
+    Attempt,
+    NullAccuracyTargetObserver,
+    begin_folder,
+    budget_range,
+    next_share,
+)
 
 
 def attempt(share, within):
@@ -285,6 +293,39 @@ def test_what_is_known_without_training_is_refused_before_a_folder_is_made(refus
         jpq.find_cheapest(replace(config, task=task, decide=decide))
     assert says in caught.value.command_line
     assert not (tmp_path / "runs").exists()
+
+
+class StoppedInSearch(NullAccuracyTargetObserver):
+    """Ctrl-C after the first epoch of the search."""
+
+    def epoch(self, row):
+        if row.phase == "search":
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_an_interrupted_ladder_goes_on_from_another_working_folder_and_where_it_was_moved_to(
+    moved, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    config = Config(
+        task=Task(limit=300),
+        budget=Budget(max_drop="60%", most_runs=2),
+        train=Train(epochs=4, float_epochs=1),
+        run=Run(out=Path("runs"), name="a"),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        jpq.find_cheapest(config, StoppedInSearch())
+    assert list(tmp_path.glob("runs/a/*/checkpoint.pt"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    out = tmp_path / "runs"
+    if moved:
+        out = out.rename(tmp_path / "moved")
+    result = jpq.find_cheapest(replace(config, run=replace(config.run, out=out, resume=True)))
+    assert (len(result.attempts), result.folder) == (2, out / "a")
+    searched = [row for row in result.chosen.history if row.phase == "search"]
+    assert len(searched) == 2
 
 
 def test_layers_that_are_slower_when_quantized_are_told_before_the_first_run(tmp_path):

@@ -489,6 +489,20 @@ def test_the_screen_shows_reasons_as_they_are():
     assert "reason no [/x] in [bold]here" in console.file.getvalue()
 
 
+def test_the_screen_tells_the_outcome_of_its_own_trial_once():
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    study.add_trial(optuna.create_trial(values=[90.0, 1.0]))
+    console = Console(file=io.StringIO(), width=200)
+    screen = StudyScreen(console, Study(trials=2))
+    screen.number = 0
+    screen.tally(study)
+    study.add_trial(optuna.create_trial(values=[80.0, 0.5]))
+    screen.tally(study)
+    first, second = console.file.getvalue().splitlines()
+    assert first.startswith("trial 0: held-out accuracy (%) 90, BOPs (% of fp32) 1  1/2 done")
+    assert second.startswith("another worker's trial  2/2 done")
+
+
 def test_pictures_show_what_keeps_to_the_limits(tmp_path):
     study = optuna.create_study(directions=["maximize", "minimize"])
     for accuracy, share, over in ((0.9, 0.01, -0.1), (0.95, 0.02, 0.1), (0.8, 0.005, -0.5)):

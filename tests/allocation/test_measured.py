@@ -18,7 +18,8 @@ from jpq.allocation.measured.probe import Probe
 from jpq.allocation.measured.solve import Solver, predicted_divergence
 from jpq.allocation.measured.table import SensitivityTable, check_table, model_checksum, read_table, write_table
 from jpq.compression.calibration import reestimate_batchnorm
-from jpq.costs.target import all_met, parse_targets
+from jpq.costs import bops
+from jpq.costs.target import Target, all_met, parse_targets
 from jpq.methods.quantizers import fit_threshold
 from jpq.methods.quantizers.uniform_integer import quantize_tensor
 from jpq.tasks import CLASSIFICATION
@@ -169,6 +170,75 @@ def test_bits_and_units_are_the_best_of_all(seed, share):
         if (value := solver._solve_bits(dict(zip(names, counts, strict=True)), math.inf)) is not None
     )
     assert found.divergence == pytest.approx(best, rel=1e-9)
+
+
+def test_only_numbers_of_units_that_may_stay_are_taken():
+    net = ranked()
+    table = synthetic(net, 0)
+    net.multiple = 8
+    grids = Solver(net, table, targets(net, bops="1%")).grids
+    for site in net.sites:
+        assert any(k % 8 for k in table.units[site.name])
+        assert set(grids[site.name]) <= set(net.counts(site))
+
+
+def test_room_is_filled_with_units_that_gain_and_no_others():
+    """Half of the first site is dead; the other sites open as far as the target allows."""
+    net = ranked()
+    table = synthetic(net, 3)
+    site, n = net.sites[0].name, net.sites[0].n
+    dead = {k: (0.0 if k >= n // 2 else 1.0 - k / n) for k in table.units[site]}
+    table = replace(table, units=table.units | {site: dead})
+    solver = Solver(net, table, targets(net, bops="3%"))
+    few = {s.name: tuple(u in table.orders[s.name][: s.n // 4] for u in range(s.n)) for s in net.sites}
+    start = replace(
+        net.plan(), kept=few, layers={k: replace(x, w_bits=4, a_bits=4) for k, x in net.plan().layers.items()}
+    )
+    plan = solver.fill(start)
+    assert all_met(solver.targets, net.exact_usage(plan))
+    assert sum(plan.kept[site]) <= n // 2
+    for s in net.sites:
+        count = sum(plan.kept[s.name])
+        assert count > s.n // 4
+        assert plan.kept[s.name] == tuple(u in table.orders[s.name][:count] for u in range(s.n))
+        if count < s.n:
+            more = tuple(u in table.orders[s.name][: count + 1] for u in range(s.n))
+            wider = replace(plan, kept={**plan.kept, s.name: more})
+            gain = predicted_divergence(table, plan) - predicted_divergence(table, wider)
+            assert gain <= 1e-4 or not all_met(solver.targets, net.exact_usage(wider))
+
+
+def test_room_goes_to_the_unit_of_largest_gain_for_its_cost():
+    net = ranked()
+    table = synthetic(net, 5)
+    half = {s.name: tuple(u in table.orders[s.name][: s.n // 2] for u in range(s.n)) for s in net.sites}
+    start = replace(net.plan(), kept=half)
+    steps = []
+    for s in net.sites:
+        more = tuple(u in table.orders[s.name][: s.n // 2 + 1] for u in range(s.n))
+        wider = replace(start, kept={**half, s.name: more})
+        gain = predicted_divergence(table, start) - predicted_divergence(table, wider)
+        cost = float(bops(net.exact_usage(wider)) - bops(net.exact_usage(start)))
+        steps.append((gain / cost, wider))
+    best = max(steps, key=lambda step: step[0])[1]
+    limit = Target("bops", "", int(bops(net.exact_usage(best))))  # room for this step and none after it
+    assert Solver(net, table, (limit,)).fill(start).kept == best.kept
+
+
+def test_bounds_lie_below_the_best_of_all_bits_and_near_it():
+    net = ranked()
+    solver = Solver(net, synthetic(net, 4), targets(net, bops="1%"))
+    rng = np.random.default_rng(0)
+    several = [{name: int(rng.choice(grid)) for name, grid in solver.grids.items()} for _ in range(30)]
+    near = 0
+    for base in [counts for counts in several if solver._solve_bits(counts, math.inf) is not None][:3]:
+        bounds = solver._by_bound([base, *several], solver._prices(base))
+        assert [bound for bound, _ in bounds] == sorted(bound for bound, _ in bounds)
+        for bound, counts in bounds:
+            found = solver._solve_bits(counts, math.inf)
+            assert found is None or bound <= found[0] * (1 + 1e-9)
+            near += counts == base and found is not None and bound > 0.5 * found[0]
+    assert near >= 3
 
 
 def test_several_targets_at_once_and_pinned_widths():

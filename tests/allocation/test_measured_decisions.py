@@ -254,6 +254,12 @@ def test_the_contest_says_what_the_samples_do_not_tell_apart_and_keeps_the_least
     assert pick_entry(alike, [better, same, worse], last=[1, 2]) == (1, (1,))
 
 
+def test_two_standard_errors_of_the_paired_difference_are_the_limit():
+    entries = [contest_entry(name) for name in "ab"]
+    for losses, tied in (([0.2, 1.0], (0, 1)), ([0.4, 1.0], (0,))):  # 1.5 and 2.3 standard errors above
+        assert pick_entry(entries, [outcome([0.0, 0.0]), outcome(losses)])[1] == tied
+
+
 @pytest.mark.parametrize(
     ("first", "second", "kept"),
     [

@@ -206,6 +206,7 @@ def test_a_coarse_table_has_the_measured_entries_and_those_between_them():
     ("row", "bounds", "expected"),
     [
         ({2: 1.0, 4: 0.01}, (2, 4), {3: 0.1}),
+        ({2: 1.0, 5: 1e-3}, (2, 5), {3: 0.1, 4: 0.01}),
         ({2: 8.0, 3: 4.0, 4: 2.0}, (2, 6), {5: 1.0, 6: 0.5}),  # on at its slope
         ({2: 100.0, 3: 1.0}, (2, 4), {4: 0.25}),  # by four at most
         ({4: 4.0, 6: 1.0}, (4, 8), {5: 2.0, 7: 0.5, 8: 0.25}),  # by what one bit of the last two gave

@@ -135,8 +135,33 @@ def test_power_of_two_only_gives_powers_of_two_and_switches_where_it_says():
         PowerOfTwo(6, 5, 7)
 
 
+@pytest.mark.parametrize("name", sorted(set(WIDTHS) - {"fixed", "gated"}))
+@pytest.mark.parametrize("start", [2.5, 4.6, 7.0])
+def test_a_learned_width_starts_where_it_is_asked_to(name, start):
+    assert WIDTHS[name](start, 2, 8).soft() == pytest.approx(start, rel=1e-5)
+
+
+@pytest.mark.parametrize("far", [-99.0, 99.0])
+def test_a_squashed_width_that_went_far_can_come_back(far):
+    width = WIDTHS["squashed"](5, 2, 8)
+    width.theta.data.fill_(far)
+    width.after_step()
+    assert torch.autograd.grad(width(), width.theta)[0] > 1e-3
+
+
+def test_a_rounded_step_moves_when_the_learned_one_has_reached_the_next_power():
+    quantizer = IntegerQuantizer(torch.tensor(1.0), Fixed(4), True).train()
+    quantizer.round_step(torch.tensor(0.125))
+    for learned, step in ((1.9, 0.125), (2.1, 0.25), (1.1, 0.25), (0.9, 0.125)):  # in units of 0.125
+        quantizer.log_threshold.data = (learned * 0.125 * quantizer.largest_integer()).log()
+        quantizer(torch.randn(5))
+        assert float(quantizer.step) == step
+
+
 def test_nearest_prefers_more_bits_on_a_tie():
     assert Learned(3, 2, 8).nearest(4.5) == 5
+    assert PowerOfTwo(3, 2, 8).nearest(2**1.5) == 4
+    assert PowerOfTwo(3, 2, 8).nearest(2**2.5) == 8
     assert Learned(3, 2, 8).nearest(-1e6) == PowerOfTwo(3, 2, 8).nearest(-1e6) == 2
 
 
@@ -147,6 +172,8 @@ def test_fitted_range_beats_the_maximum_and_survives_zeros():
     fitted = fit_threshold(w, 2, True, per_channel=True)
     assert fitted.shape == (8, 1)
     assert bool((fitted > 0).all())
+    others = w.abs().amax(1)[[0, 1, 2, 4, 5, 6, 7]]
+    assert float(fitted[3]) == pytest.approx(float(others.mean()))  # a row of zeros has the range of the others
 
     def error(ranges):
         return float((IntegerQuantizer(ranges, Fixed(2), True)(w)[0] - w).square().mean())

@@ -16,7 +16,7 @@ from made_runs import FULL, SPREAD, folder, spread
 import jpq
 from jpq.results.front.front import build_front, hypervolume_by_method, missing_cost_messages, write_table
 from jpq.results.front.pareto import hypervolume_of
-from jpq.results.front.points import read_point, read_points
+from jpq.results.front.points import LayerDecision, read_point, read_points
 from jpq.results.front.select import parse_limits, pick_point
 from jpq.tasks import TASKS
 from jpq.types import JpqError
@@ -330,6 +330,44 @@ def test_picking_by_limits(asked: dict[str, str], accuracy: float, words: list[s
     assert front.points[choice.index] is choice.point
     for word in words:
         assert word in " ".join(choice.why)
+
+
+def test_of_equally_cheap_points_the_best_and_of_equally_good_ones_the_cheapest_is_picked(tmp_path: Path) -> None:
+    first = read_point(folder(tmp_path, 0.9, 0.01))
+    points = [
+        replace(first, name=name, accuracy=accuracy, costs={**first.costs, "bops": share * FULL})
+        for name, accuracy, share in (("a", 0.9, 0.01), ("b", 0.95, 0.01), ("c", 0.95, 0.02))
+    ]
+    for given in (points, points[::-1]):
+        for asked in ({"min_accuracy": "80%"}, {"max_bops": "50%"}):
+            assert pick_point(build_front(given), parse_limits(asked, first.full_costs)).point.name == "b"
+
+
+def test_neighbours_of_the_picked_point_are_the_next_ones_of_the_front(tmp_path: Path) -> None:
+    front = spread(tmp_path)
+    why = " ".join(pick_point(front, parse_limits({"max_bops": "3%"}, front.points[0].full_costs)).why)
+    assert "at 0.20 times the BOPs" in why  # 0.002 beside 0.01, not 0.001
+    assert "at 4.00 times the BOPs; it misses" in why  # 0.04: the run at 0.02 is dominated
+    why = " ".join(pick_point(front, parse_limits({"min_accuracy": "94%"}, front.points[0].full_costs)).why)
+    assert "at 0.50 times the BOPs; it misses" in why
+    assert "at 5.00 times the BOPs." in why
+
+
+@pytest.mark.parametrize(
+    ("layers", "uniform"),
+    [
+        ([(4, 8, 1.0), (4, 4, 1.0), (4, 4, 1.0)], True),  # the image keeps its own bits
+        ([(4, 8, 1.0), (4, 4, 0.5), (4, 4, 1.0)], False),
+        ([(8, 8, 1.0), (4, 4, 1.0), (4, 4, 1.0)], False),
+        ([(4, 8, 1.0), (4, 4, 1.0), (4, 3, 1.0)], False),
+        ([(4, 8, 0.5), (4, 4, 1.0), (4, 4, 1.0)], False),
+    ],
+)
+def test_uniform_bits_are_those_of_all_layers_with_nothing_dropped(
+    layers: list[tuple[int, int, float]], uniform: bool, tmp_path: Path
+) -> None:
+    decided = tuple(LayerDecision(f"layer{i}", *layer) for i, layer in enumerate(layers))
+    assert replace(read_point(folder(tmp_path, 0.9, 0.01)), layers=decided).is_uniform == uniform
 
 
 def test_picking_the_knee(tmp_path: Path) -> None:

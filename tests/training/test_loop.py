@@ -64,6 +64,12 @@ def test_distillation_counts_its_weight_times_the_square_of_the_temperature():
     assert float(loss) == pytest.approx(cross_entropy + weight * temperature**2 * divergence, rel=1e-5)
 
 
+def test_the_factor_of_a_small_loss_multiplies_that_alone():
+    student, teacher = Scores(1.0, 0.0), Scores(0.0, 2.0)
+    plain, scaled = (Objective(teacher, 0.7, 2.0, scale=scale)(student, X, Y, 0.0) for scale in (1.0, 5.0))
+    assert float(scaled - plain) == pytest.approx(4 * math.log(1 + math.exp(-1)), rel=1e-5)
+
+
 def test_distillation_teaches_the_student_alone():
     student, teacher = Scores(1.0, 0.0), Scores(0.0, 2.0)
     Objective(teacher, 1.0, 2.0)(student, X, Y, 0.0).backward()

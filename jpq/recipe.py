@@ -50,6 +50,7 @@ from jpq.training.batchnorm_choice import choose_batchnorm
 from jpq.training.environment import full_precision, pick_device, restored_threads, set_threads
 from jpq.training.epochs import BudgetEpochs, Phase, budget_epochs
 from jpq.training.history import NullObserver, TensorBoardObserver, TrainingObserver, import_writer
+from jpq.training.job import Job
 from jpq.training.loop import Objective, build_optimizer
 from jpq.training.loss_scale import scale_loss
 from jpq.training.measured_decision import take_contest_weights
@@ -173,7 +174,7 @@ def run_budget(
     setup: RunSetup, config: Config, state: SearchState, weights: nn.Module, run: RunState, last: bool
 ) -> tuple[Result, CompressedModel | None]:
     """Run one budget: its result, and the fine-tuned network (None where the rebuilt one was fine-tuned instead)."""
-    data, model, targets = setup.data, setup.model, setup.targets[run.label]
+    job = Job(setup.model, setup.data, setup.targets[run.label], config, run)
     searches = procedure_of(state.net.method).searches
     searching, tuning = setup.epochs[run.label].phases(run.label, run.budget == 0)
     if run.label:
@@ -182,29 +183,29 @@ def run_budget(
     def with_weights() -> dict[str, Any]:
         return {} if searches or not run.budget else {"first": weights.state_dict()}
 
-    float_net = partial(setup.reattach, model) if run.budget else None
-    plan = search(state, model, data, targets, config, run, searching, with_weights, float_net)  # 7 search, discretize
+    float_net = partial(setup.reattach, setup.model) if run.budget else None
+    plan = search(state, job, searching, with_weights, float_net)  # 7 search, discretize
     if setup.final:
-        report_pruning_price(state.net, plan, model, data, targets, run)
+        report_pruning_price(state.net, plan, job)
     if searches and run.is_past("search") and run.saved and run.saved.get("soft"):
         state.restore(run.saved["soft"], config, run)
     net = state.net if last or not searches else copy_with_state(state.net, setup.reattach(weights))
     if searches and not run.is_past("search"):
-        recalibrate(net, calibration_batches(data))  # the search has changed what layers read
+        recalibrate(net, calibration_batches(setup.data))  # the search has changed what layers read
     net.freeze(plan)  # 8 take the plan's decisions
     round_activation_steps(net)
-    take_contest_weights(net, config, run)
+    take_contest_weights(net, job)
 
     def with_search() -> dict[str, Any]:
         return with_weights() if last or not searches else {"soft": state.state()}
 
-    tuned = rebuild_opened(net, model, data, run) if net.opened else net
-    reconstruct_weights(net, model, data, config, run)  # 9 rounding alone, with --effort minutes or as a warm start
+    tuned = rebuild_opened(net, job) if net.opened else net
+    reconstruct_weights(net, job)  # 9 rounding alone, with --effort minutes or as a warm start
     resolver = None
     if config.decide.resolve_at:
-        resolver = BitsResolver(net, plan, model, data, targets, config, run, tuning.epochs)
-    fine_tune(tuned, model, data, config, run, plan, state.moments(net), tuning, with_search, resolver)  # weights alone
-    last_step = partial(finish, net, tuned, model, data, targets, config, run, setup.command, setup.table, setup.final)
+        resolver = BitsResolver(net, plan, job, tuning.epochs)
+    fine_tune(tuned, job, plan, state.moments(net), tuning, with_search, resolver)  # weights alone
+    last_step = partial(finish, net, tuned, job, setup.command, setup.table, setup.final)
     with full_precision():
         result = distributed.run_on_first(last_step)  # 10 rebuild, export, verify, report
     return result, net if tuned is net else None

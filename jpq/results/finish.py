@@ -44,6 +44,7 @@ from jpq.tasks.data import Data
 from jpq.tasks.load import fit_sizes
 from jpq.tracing.forward import collect_tensors
 from jpq.training import checkpoint, environment
+from jpq.training.job import Job
 from jpq.training.run_state import RunState
 from jpq.types import DENSE, JpqError
 
@@ -57,11 +58,7 @@ UNIFORM_BITS = (2, 3, 4, 8)  # bit-widths of the uniform baselines drawn beside 
 def finish(
     net: CompressedModel,
     tuned: nn.Module,
-    model: nn.Module,
-    data: Data,
-    targets: tuple[Target, ...],
-    config: Config,
-    run: RunState,
+    job: Job,
     command: str,
     table: LatencyTable | None = None,
     final: bool = True,
@@ -71,21 +68,19 @@ def finish(
     Args:
         net: the model under compression, with frozen decisions.
         tuned: the fine-tuned module: `net`, or with opened norms the model rebuilt before fine-tuning.
-        model: the float model that the run began with.
-        data: whose test split is read here and only here, where the run is final.
-        targets: of this budget.
-        config, run: settings and state of the run.
+        job: what the run works on at this budget; its test data are read here and only here, where the run is final.
         command: the command line, for the report.
         table: measured layers that predict latency.
         final: export, verify and measure on the test split; trials of a study do so later (`finalize`).
     """
+    model, data, config, run = job.model, job.data, job.config, job.run
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # compare at full precision
     run.observer.phase("verify", 0, 0)
     trained_state = copy.deepcopy(tuned.state_dict())  # the next budget goes on with norms that are not folded
     round_weight_steps(tuned.model if tuned is net else tuned, data.example)
     small, plan = rebuild_model(net, tuned, model, data, config)
     uses = net.exact_usage(plan)
-    check_counts(small, uses, targets, data)
+    check_counts(small, uses, job.targets, data)
     note_float_layers(net, plan, uses, run)
     save_model(small, plan, run.folder)
     predicted_ms = _to_ms(costs.latency_ns(uses)) if table is not None else None
@@ -108,7 +103,7 @@ def finish(
             "float": data.task.evaluate(model, data.held_out),
             "compressed": data.task.evaluate(small, data.held_out),
         },
-        targets={target.cost: target_record(target, uses) for target in targets},
+        targets={target.cost: target_record(target, uses) for target in job.targets},
         layers=layer_records(net, plan, config.budget.cost),
         float_work=asdict(find_float_work(net.network, uses, plan.layers)),
         history=run.lineage(),

@@ -20,12 +20,12 @@ from jpq.allocation.measured.partial import PartialTable, partial_path
 from jpq.allocation.measured.table import SensitivityTable, model_checksum, read_table, write_table
 from jpq.allocation.procedures import Measured
 from jpq.compression.model import CompressedModel
-from jpq.config import RECONSTRUCTION, Config
-from jpq.costs.target import Target
+from jpq.config import RECONSTRUCTION
 from jpq.plan import Plan
 from jpq.tasks.data import Data
 from jpq.training import distributed
 from jpq.training.contest import Entry, Verdict, contest_steps, hold_contest, keeps_all
+from jpq.training.job import Job
 from jpq.training.run_state import RunState
 
 SOLVED_ENTRIES = 2  # of the solver's plans that take part in a contest
@@ -36,11 +36,7 @@ TABLE_NAME = "sensitivity.csv"  # in the run's folder
 def compare_plans(
     procedure: Measured,
     net: CompressedModel,
-    model: nn.Module,
-    data: Data,
-    targets: tuple[Target, ...],
-    config: Config,
-    run: RunState,
+    job: Job,
     float_net: Callable[[], CompressedModel] | None = None,
 ) -> Decision:
     """The plans that measuring compares, the least divergence first.
@@ -50,16 +46,15 @@ def compare_plans(
     Args:
         procedure: of the method.
         net: attached, its decisions open.
-        model: float, trained.
-        data: its training split is measured on, never the held-out one.
-        targets: of this budget.
-        config, run: settings and state of the run.
-        float_net: gives the network attached to `model`, where `net` has other weights by now.
+        job: what the run works on at this budget; its training data are measured on, never the held-out ones.
+        float_net: gives the network attached to the float model, where `net` has other weights by now.
     """
-    evaluator = plan_evaluator(net, data, config.run.seed)
-    evaluator = replace(evaluator, measurement=replace(run_measurement(data, model, run), net=float_net))
-    decision: Decision = run.timed("measure", lambda: procedure.compare(net, targets, config.decide, evaluator))
-    run.contest = decision_record(net, decision)
+    evaluator = plan_evaluator(net, job.data, job.config.run.seed)
+    evaluator = replace(evaluator, measurement=replace(run_measurement(job.data, job.model, job.run), net=float_net))
+    decision: Decision = job.run.timed(
+        "measure", lambda: procedure.compare(net, job.targets, job.config.decide, evaluator)
+    )
+    job.run.contest = decision_record(net, decision)
     return decision
 
 
@@ -72,20 +67,20 @@ def run_measurement(data: Data, model: nn.Module, run: RunState, measured: bool 
         run: whose observer is told how much is measured.
         measured: whether this run has measured its table before.
     """
-    kept = run.top / TABLE_NAME
+    task, kept = data.task, run.top / TABLE_NAME
     table, source = known_table(run, measured)
     return Measurement(
         inputs=lambda: calibration_inputs(data),
-        divergence=data.task.divergence,
+        divergence=task.divergence,
         model=model_checksum(model),
         table=table,
         source=str(source),
         save=lambda table, network: distributed.run_on_first(lambda: write_table(kept, table, network)),
         progress=_Steps(run),
-        main_output=data.task.main_output,
-        notes=PartialTable(partial_path(kept), run.config.run.resume, distributed.is_first(), data.task.name),
+        main_output=task.main_output,
+        notes=PartialTable(partial_path(kept), run.config.run.resume, distributed.is_first(), task.name),
         same_samples=run.config.decide.sensitivity is not None,
-        task=data.task.name,
+        task=task.name,
     )
 
 
@@ -105,17 +100,16 @@ class _Steps:
         self.told = max(done, self.told)
 
 
-def confirmed_plan(
-    net: CompressedModel, decision: Decision, model: nn.Module, data: Data, config: Config, run: RunState
-) -> Plan:
-    """The plan that a contest confirms, or that of least divergence with `--no-contest`; `run.contest` is completed."""
+def confirmed_plan(net: CompressedModel, decision: Decision, job: Job) -> Plan:
+    """The plan that a contest confirms, as the run's record then says; that of least divergence with `--no-contest`."""
     entries = contest_entries(decision)
-    if not config.decide.contest or len(entries) < 2:
+    if not job.config.decide.contest or len(entries) < 2:
         return decision.best.plan
+    run = job.run
     run.observer.phase("contest", 0, 0)
-    hold = partial(hold_contest, net, entries, model, data, config, scale=run.loss_scale)
+    hold = partial(hold_contest, net, entries, job.model, job.data, job.config, scale=run.loss_scale)
     verdict = run.timed("contest", lambda: distributed.run_on_first(hold))
-    record_contest(run, entries, verdict, contest_steps(config, data))
+    record_contest(run, entries, verdict, contest_steps(job.config, job.data))
     return entries[verdict.kept].plan
 
 
@@ -155,7 +149,7 @@ def record_contest(run: RunState, entries: Sequence[Entry], verdict: Verdict, fi
     run.trained = verdict.state
 
 
-def take_contest_weights(net: CompressedModel, config: Config, run: RunState) -> None:
+def take_contest_weights(net: CompressedModel, job: Job) -> None:
     """Go on from the weights that the contest has trained under the plan that it kept: its steps are not lost.
 
     Not where norms are opened, which train rebuilt, nor where the rounding of the weights is learned first, from the
@@ -163,9 +157,10 @@ def take_contest_weights(net: CompressedModel, config: Config, run: RunState) ->
 
     Args:
         net: frozen under that plan.
-        config, run: settings and state of the run.
+        job: what the run works on at this budget.
     """
-    if run.trained is not None and not net.opened and config.train.warm_start != RECONSTRUCTION:
+    run = job.run
+    if run.trained is not None and not net.opened and job.config.train.warm_start != RECONSTRUCTION:
         net.load_state_dict(run.trained)
     run.trained = None
 

@@ -18,7 +18,7 @@ from jpq.compression import feasibility
 from jpq.compression.calibration import recalibrate, reestimate_batchnorm
 from jpq.compression.model import CompressedModel
 from jpq.config import MEASURED_START, Config
-from jpq.costs.target import Controller, Target
+from jpq.costs.target import Controller
 from jpq.export import verify
 from jpq.export.rebuild import rebuild
 from jpq.files import tensors
@@ -28,6 +28,7 @@ from jpq.plan import Plan, from_json
 from jpq.tasks.data import Data
 from jpq.training import checkpoint, distributed
 from jpq.training.epochs import Phase
+from jpq.training.job import Job
 from jpq.training.loop import Objective, build_optimizer, fit
 from jpq.training.measured_decision import compare_plans, confirmed_plan, run_measurement
 from jpq.training.nonfinite import check_buffers
@@ -107,11 +108,7 @@ def search_optimizer(net: CompressedModel, config: Config) -> torch.optim.Optimi
 
 def search(
     state: SearchState,
-    model: nn.Module,
-    data: Data,
-    targets: tuple[Target, ...],
-    config: Config,
-    run: RunState,
+    job: Job,
     phase: Phase,
     extra: CheckpointExtra = dict,
     float_net: Callable[[], CompressedModel] | None = None,
@@ -120,29 +117,29 @@ def search(
 
     Args:
         state: the attached network, with the optimiser and multipliers of an earlier budget.
-        model: float, the teacher of distillation.
+        job: what the run works on at this budget.
         phase: of the search.
         extra: what checkpoints of the phase hold besides.
-        float_net: gives the network attached to `model`, where that of `state` has other weights by now.
+        float_net: gives the network attached to the float model, where that of `state` has other weights by now.
     """
-    net, procedure = state.net, procedure_of(state.net.method)
+    net, run, procedure = state.net, job.run, procedure_of(state.net.method)
     if run.is_past("search"):
         run.metrics = run.saved["metrics"]  # type: ignore[index]
         run.contest = run.saved.get("contest", {})  # type: ignore[union-attr]
         plan = from_json(run.saved["plan"], str(run.top / checkpoint.NAME))  # type: ignore[index]
     else:
         if procedure.searches:
-            learn_decisions(state, model, data, targets, config, run, phase)
-        plan = decide_plan(net, model, data, targets, config, run, float_net)
+            learn_decisions(state, job, phase)
+        plan = decide_plan(net, job, float_net)
         stage_plan = procedure.first_stage(net, plan)
         if stage_plan is not None and phase.epochs:
-            train_first_stage(state, stage_plan, model, data, config, run, phase, extra)
-    if config.decide.classes:
+            train_first_stage(state, stage_plan, job, phase, extra)
+    if job.config.decide.classes:
         run.notes.append(
-            f"Channels were ranked for classes {config.decide.classes} alone; every accuracy is on all classes."
+            f"Channels were ranked for classes {job.config.decide.classes} alone; every accuracy is on all classes."
         )
     distributed.check_same(plan.to_json(), "a plan")
-    note = feasibility.underuse_note(targets, net, plan) if procedure.fills_budget else ""
+    note = feasibility.underuse_note(job.targets, net, plan) if procedure.fills_budget else ""
     if note:
         run.notes.append(note)
     return plan
@@ -150,56 +147,47 @@ def search(
 
 def decide_plan(
     net: CompressedModel,
-    model: nn.Module,
-    data: Data,
-    targets: tuple[Target, ...],
-    config: Config,
-    run: RunState,
+    job: Job,
     float_net: Callable[[], CompressedModel] | None,
 ) -> Plan:
     """The plan of the method's procedure, after the contest that it holds or was asked for."""
-    procedure = procedure_of(net.method)
+    procedure, d = procedure_of(net.method), job.config.decide
     if isinstance(procedure, Measured):
-        decision = compare_plans(procedure, net, model, data, targets, config, run, float_net)
-        return confirmed_plan(net, decision, model, data, config, run)
-    evaluator = plan_evaluator(net, data, config.run.seed)
-    if procedure.searches and config.decide.start == MEASURED_START:
-        evaluator = replace(evaluator, measurement=run_measurement(data, model, run, measured=True))
-    plan = procedure.decide(net, targets, config.decide, evaluator)
-    if procedure.searches and config.decide.search_contest:
-        return contest_of_search(net, plan, model, data, targets, config, run)
+        return confirmed_plan(net, compare_plans(procedure, net, job, float_net), job)
+    evaluator = plan_evaluator(net, job.data, job.config.run.seed)
+    if procedure.searches and d.start == MEASURED_START:
+        evaluator = replace(evaluator, measurement=run_measurement(job.data, job.model, job.run, measured=True))
+    plan = procedure.decide(net, job.targets, d, evaluator)
+    if procedure.searches and d.search_contest:
+        return contest_of_search(net, plan, job)
     return plan
 
 
 def learn_decisions(
     state: SearchState,
-    model: nn.Module,
-    data: Data,
-    targets: tuple[Target, ...],
-    config: Config,
-    run: RunState,
+    job: Job,
     phase: Phase,
 ) -> None:
     """Train weights and decisions in one loss; gates anneal and rankings close units on the way to the first budget."""
-    d, t, net = config.decide, config.train, state.net
+    d, t, net, run = job.config.decide, job.config.train, state.net, job.run
     method = method_row(net.method)
     if method.score and phase.anneals:
         schedule = pick_schedule(d.schedule or method.schedule)
         score = score_of(net.method, d)
         net.scheduled_pruning = ScheduledPruning(
-            net, score, schedule, d.density, partial(score_batches, data), data.task.output_loss
+            net, score, schedule, d.density, partial(score_batches, job.data), job.data.task.output_loss
         )
         if not run.is_within("search"):
             net.scheduled_pruning(0.0)
-    controller = Controller(targets)
+    controller = Controller(job.targets)
     controller.begin(net.exact_usage())
     controller.pressure.update(state.pressure)
-    objective = Objective(model, t.distill, t.temperature, d.gate_weight, controller, scale=run.loss_scale)
-    optim = state.optim = state.optim or search_optimizer(net, config)
+    objective = Objective(job.model, t.distill, t.temperature, d.gate_weight, controller, scale=run.loss_scale)
+    optim = state.optim = state.optim or search_optimizer(net, job.config)
     if run.is_within("search"):
         saved, source = run.saved or {}, run.top / checkpoint.NAME
         tensors.apply_saved(lambda: controller.restore(saved["controller"]), source)
-    train(net, data, phase, objective, optim, run, lambda: {"controller": controller.state()})
+    train(net, job.data, phase, objective, optim, run, lambda: {"controller": controller.state()})
     state.pressure = dict(controller.pressure)
     net.finish_search()
     net.scheduled_pruning = None
@@ -209,36 +197,31 @@ def learn_decisions(
 def train_first_stage(
     state: SearchState,
     plan: Plan,
-    model: nn.Module,
-    data: Data,
-    config: Config,
-    run: RunState,
+    job: Job,
     phase: Phase,
     extra: CheckpointExtra,
 ) -> None:
     """Train the pruned network of a two-stage method before it is quantized."""
-    t, net = config.train, state.net
+    t, net = job.config.train, state.net
     net.freeze(plan)
     state.optim = build_optimizer(net, t.lr, t.weight_decay)
-    objective = Objective(model, t.distill, t.temperature, scale=run.loss_scale)
-    train(net, data, phase, objective, state.optim, run, extra)
-    recalibrate(net, calibration_batches(data))
+    objective = Objective(job.model, t.distill, t.temperature, scale=job.run.loss_scale)
+    train(net, job.data, phase, objective, state.optim, job.run, extra)
+    recalibrate(net, calibration_batches(job.data))
 
 
-def rebuild_opened(net: CompressedModel, model: nn.Module, data: Data, run: RunState) -> nn.Module:
+def rebuild_opened(net: CompressedModel, job: Job) -> nn.Module:
     """The rebuilt model, fine-tuned instead of `net` where norms were opened: only it has the changed averages."""
-    small, _ = rebuild(net, model)
+    small, _ = rebuild(net, job.model)
+    run = job.run
     resumed = run.saved if run.is_past("search") else None  # which never trained this `net`
-    run.opened = float(resumed["opened"]) if resumed else verify.difference(net, small, data.example)
+    run.opened = float(resumed["opened"]) if resumed else verify.difference(net, small, job.data.example)
     return small
 
 
 def fine_tune(
     net: nn.Module,
-    model: nn.Module,
-    data: Data,
-    config: Config,
-    run: RunState,
+    job: Job,
     plan: Plan,
     moments: Moments,
     phase: Phase,
@@ -253,10 +236,10 @@ def fine_tune(
     """
     if not phase.epochs:
         return
-    t = config.train
+    t, run = job.config.train, job.run
     optim = build_optimizer(net, t.lr, t.weight_decay)
     optim.state.update({p: moments[p] for group in optim.param_groups for p in group["params"] if p in moments})
-    objective = Objective(model, t.distill, t.temperature, scale=run.loss_scale)
+    objective = Objective(job.model, t.distill, t.temperature, scale=run.loss_scale)
 
     def settled() -> dict[str, Any]:
         record: dict[str, Any] = {"metrics": run.metrics, "contest": run.contest, "pruning": run.pruning}
@@ -265,6 +248,6 @@ def fine_tune(
         final = plan if resolver is None else resolver.plan
         return {"plan": final.to_json(), "opened": run.opened, **record, **extra()}
 
-    train(net, data, phase, objective, optim, run, settled, resolver or (lambda epoch: None))
-    run.timed("fine-tune", lambda: reestimate_batchnorm(net, data.train.epoch(phase.before + phase.epochs)))
+    train(net, job.data, phase, objective, optim, run, settled, resolver or (lambda epoch: None))
+    run.timed("fine-tune", lambda: reestimate_batchnorm(net, job.data.train.epoch(phase.before + phase.epochs)))
     check_buffers(net, "after its statistics were measured anew")

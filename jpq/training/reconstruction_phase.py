@@ -7,27 +7,27 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from jpq.compression.calibration import reestimate_batchnorm
 from jpq.compression.model import CompressedModel
-from jpq.config import MINUTES, RECONSTRUCTION, Config
+from jpq.config import MINUTES, RECONSTRUCTION
 from jpq.files.rows import write_rows
 from jpq.tasks.data import Data
 from jpq.tracing.forward import batch_size
 from jpq.training import distributed
 from jpq.training.epochs import Phase
+from jpq.training.job import Job
 from jpq.training.loop import Objective
 from jpq.training.nonfinite import check_buffers
 from jpq.training.reconstruction import BlockError, reconstruct
-from jpq.training.run_state import RunState
 
 EPOCH = 2 * 10**6  # number of the epoch whose batches are reconstructed, beyond those of training and of scores
 
 TABLE_NAME = "reconstruction.csv"  # in the run's folder
 
 
-def reconstruct_weights(net: CompressedModel, model: nn.Module, data: Data, config: Config, run: RunState) -> None:
+def reconstruct_weights(net: CompressedModel, job: Job) -> None:
     """Learn the rounding of the weights, where the config asks for it.
 
     Where channels are dropped, or nothing is learned, BatchNorm's statistics are measured anew first. They are not
@@ -35,11 +35,10 @@ def reconstruct_weights(net: CompressedModel, model: nn.Module, data: Data, conf
 
     Args:
         net: frozen.
-        model: the float model.
-        data: its training split is looked at, without labels.
-        config, run: settings and state of the run; the errors of the blocks are written into the run's folder.
+        job: what the run works on at this budget; its training data are looked at, without labels, and the errors of
+            the blocks are written into the run's folder.
     """
-    t = config.train
+    run, data, t = job.run, job.data, job.config.train
     if t.effort != MINUTES and t.warm_start != RECONSTRUCTION:
         return
     if run.is_past("search"):
@@ -61,7 +60,7 @@ def reconstruct_weights(net: CompressedModel, model: nn.Module, data: Data, conf
             reestimate_batchnorm(net, data.train.epoch(EPOCH + 1))
         if not t.reconstruction_steps:
             return ()
-        errors = reconstruct(net, model, batches, t.reconstruction_steps, config.run.seed, observe)
+        errors = reconstruct(net, job.model, batches, t.reconstruction_steps, job.config.run.seed, observe)
         distributed.share_state(net)
         return errors
 

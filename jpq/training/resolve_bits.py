@@ -34,7 +34,6 @@ from jpq.allocation.procedures import allowed_widths
 from jpq.compression.calibration import recalibrate, reestimate_batchnorm
 from jpq.compression.model import CompressedModel
 from jpq.compression.power_of_two_steps import round_activation_steps
-from jpq.config import Config
 from jpq.costs.target import Target
 from jpq.methods.quantizers import fit_threshold
 from jpq.plan import Plan, from_json
@@ -42,7 +41,7 @@ from jpq.tasks.data import Data
 from jpq.tracing.forward import eval_mode
 from jpq.training import distributed
 from jpq.training.contest import JUDGED, NORM_BATCHES, TIED, sample_losses
-from jpq.training.run_state import RunState
+from jpq.training.job import Job
 
 NORM_EPOCH = 3 * 10**6  # number of the epoch whose batches BatchNorm's statistics are measured on
 
@@ -74,10 +73,7 @@ class BitsResolver:
     Args:
         net: frozen, in training.
         plan: that it was frozen under; of a resumed run the one in its checkpoint.
-        model: float, from whose outputs divergences are.
-        data: training samples are measured on, held-out ones judge.
-        targets: of the budget.
-        config, run: settings and state of the run, whose notes get a sentence.
+        job: what the run works on at this budget; its notes get a sentence.
         epochs: of the fine-tuning.
     """
 
@@ -85,16 +81,12 @@ class BitsResolver:
         self,
         net: CompressedModel,
         plan: Plan,
-        model: nn.Module,
-        data: Data,
-        targets: tuple[Target, ...],
-        config: Config,
-        run: RunState,
+        job: Job,
         epochs: int,
     ) -> None:
-        self.net, self.plan, self.model, self.data, self.targets = net, plan, model, data, targets
-        self.config, self.run = config, run
-        self.at = max(1, min(round(config.decide.resolve_at * epochs), epochs - 1))  # some training before and after
+        self.net, self.plan, self.job = net, plan, job
+        run, wanted = job.run, round(job.config.decide.resolve_at * epochs)
+        self.at = max(1, min(wanted, epochs - 1))  # some training before and after
         self.epochs = epochs
         self.record: dict[str, Any] = {}
         if run.is_past("search") and run.saved and run.saved.get("resolved"):
@@ -111,16 +103,16 @@ class BitsResolver:
 
         def work() -> tuple[str, Moves]:
             with torch.random.fork_rng():
-                moves = solve_bits_again(self.net, self.model, self.data, self.targets, self.config)
+                moves = solve_bits_again(self.net, self.job)
             return moves.plan.to_json(), moves
 
-        text, moves = self.run.timed("measure", lambda: distributed.run_on_first(work))
+        text, moves = self.job.run.timed("measure", lambda: distributed.run_on_first(work))
         if moves.taken:
             self.plan = from_json(text, "the bits that were solved again")
             change_bits(self.net, self.plan, moves.samples)
         self.record = {"epoch": epoch, "seconds": round(time.perf_counter() - began, 2), **moves.record()}
         self.record["sentence"] = self._sentence(moves)
-        self.run.notes.append(self.record["sentence"])
+        self.job.run.notes.append(self.record["sentence"])
 
     def _sentence(self, moves: Moves) -> str:
         """What was found, for the report."""
@@ -142,23 +134,21 @@ class BitsResolver:
         return f"{start}: {count} widths moved ({shown}); divergence {before:.4g} to {after:.4g}, {losses}."
 
 
-def solve_bits_again(
-    net: CompressedModel, model: nn.Module, data: Data, targets: tuple[Target, ...], config: Config
-) -> Moves:
+def solve_bits_again(net: CompressedModel, job: Job) -> Moves:
     """The moves of single steps that the solver prefers in a network as it has trained; `net` stays as it is.
 
     Arguments as for `BitsResolver`.
     """
-    current = net.plan()
+    data, current = job.data, net.plan()
     trial = _with_norms(net, data)
     recalibrate(trial, calibration_batches(data))
-    probe = _probe(trial, model, data)
-    widths = allowed_widths(trial, config.decide)
+    probe = _probe(trial, job.model, data)
+    widths = allowed_widths(trial, job.config.decide)
     around = plan_widths(trial, current)
     images = image_layers(trial)
     image: dict[Key, int | None] = {(n, "a"): x.a_bits for n, x in current.layers.items() if n in images}
     with probe.changed(image):
-        plan = _solved(probe, widths, around, targets)
+        plan = _solved(probe, widths, around, job.targets)
         divergence = joint_divergence(probe, current), joint_divergence(probe, plan)
     after = plan_widths(trial, plan)
     moved = tuple((*key, width, after[key]) for key, width in around.items() if after[key] != width)

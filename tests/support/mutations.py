@@ -81,7 +81,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "BatchNorm not measured anew after fine-tuning",
         "jpq/training/phases.py",
-        'run.timed("fine-tune", lambda: reestimate_batchnorm(net, data.train.epoch(phase.before + phase.epochs)))',
+        'run.timed("fine-tune", lambda: reestimate_batchnorm(net, job.data.train.epoch(phase.before + phase.epochs)))',
         'run.timed("fine-tune", lambda: None)',
         "tests/training/test_loop.py -k batchnorm",
     ),

@@ -29,6 +29,7 @@ from jpq.tasks.load import load_dense_model, read_data
 from jpq.training import contest, resolve_bits
 from jpq.training.contest import Entry, hold_contest
 from jpq.training.history import EpochRecord, NullObserver
+from jpq.training.job import Job
 from jpq.types import JpqError
 
 STEPS = 4  # of each plan of a contest
@@ -318,7 +319,7 @@ def test_bits_are_solved_again_with_training_before_and_after(
     config = Config(decide=replace(Config().decide, resolve_at=share))
     run: Any = SimpleNamespace(is_past=lambda phase: False, saved=None, notes=[], timed=lambda name, work: work())
     nothing: Any = None
-    resolver = resolve_bits.BitsResolver(nothing, nothing, nothing, nothing, (), config, run, epochs)
+    resolver = resolve_bits.BitsResolver(nothing, nothing, Job(nothing, nothing, (), config, run), epochs)
     found = []
     for epoch in range(epochs):
         try:

@@ -187,14 +187,15 @@ def read_data_of(saved: Path, flags: Evaluate, folder: Path | None) -> Any:
     from jpq.tasks.data import load
     from jpq.tasks.load import read_data
 
+    place = saved.parent if saved.is_file() else saved
     if flags.data is not None:
         root = flags.data_root or Path("data")
         unset = {field.name: field.default for field in dataclasses.fields(Evaluate)}
         reading = {key: getattr(flags, key) for key in READING if getattr(flags, key) != unset[key]}
         try:
-            data = load(flags.data, root, **(_preparation(saved, flags.data) | reading))
+            data = load(flags.data, root, **(_preparation(saved, flags.data) | _tokenizer(place) | reading))
         except JpqError:  # images of other channels: the file is held to them as they are
-            data = load(flags.data, root, **reading)
+            data = load(flags.data, root, **(_tokenizer(place) | reading))
         return with_task(data, flags.task)
     if folder is None:
         raise JpqError(f"Say which data {saved} is to be tried on: --data digits (or folder:PATH, table:FILE.csv ...).")
@@ -207,7 +208,20 @@ def read_data_of(saved: Path, flags: Evaluate, folder: Path | None) -> Any:
         config = replace(config, task=replace(config.task, task=flags.task))
     if flags.data_root is not None:
         config = replace(config, task=replace(config.task, data_root=flags.data_root))
-    return read_data(config, torch.device("cpu"))
+    return read_data(config, torch.device("cpu"), folder)
+
+
+def _tokenizer(folder: Path) -> dict[str, Any]:
+    """How texts are read for the models in a run's folder that keeps the files of a model of transformers."""
+    from jpq.export.onnx.metadata import read_metadata
+    from jpq.files.model_files import KEPT, PREFIX, tokenizer_files
+
+    model, file = f"{PREFIX}{folder / KEPT}", folder / "model.onnx"
+    if not tokenizer_files(model):
+        return {}
+    length = read_metadata(file).get("length", "") if file.is_file() else ""
+    found = {"text_model": model, "attention_mask": True}
+    return found | ({"text_length": int(length)} if str(length).isdigit() else {})
 
 
 def _preparation(saved: Path, data: str) -> dict[str, Any]:

@@ -91,11 +91,14 @@ def model_and_example(flags: Any) -> tuple[nn.Module, Any]:
     """The model that --model, --data, --input-shape and --classes describe, and a batch of two noise samples."""
     import torch
 
+    from jpq.files.model_files import PREFIX
     from jpq.tasks import models, with_task
     from jpq.tasks.data import load
 
     shape, classes = models.usual_input(flags.model) or (None, 1000)
     reading = {key: getattr(flags, key) for key in READING if getattr(flags, key, None)}
+    if flags.model.startswith(PREFIX):
+        reading |= {"text_model": flags.model, "attention_mask": True}
     data = None
     if flags.data is not None:
         data = with_task(load(flags.data, flags.data_root, **reading), str(reading.get("task", "")))

@@ -19,6 +19,7 @@ from jpq.export import verify
 from jpq.export.count import measure
 from jpq.export.timing import layer_table
 from jpq.files import tensors
+from jpq.files.model_files import KEPT, kept_model
 from jpq.files.untrusted import check_no_code
 from jpq.plan import Plan
 from jpq.results import run_folder
@@ -69,7 +70,7 @@ def finalize(
     before = run_folder.read_run(folder)
     config = read_final_config(folder, data_root, formats, onnx_weights, run_code)
     small, plan = load(folder, run_code)
-    data = read_data(config, torch.device("cpu"))
+    data = read_data(config, torch.device("cpu"), folder)
     fit_sizes(data, small)
     check_costs(small, plan, before, data)
     notes = [*before.notes, *check_held_out(before, data.task.evaluate(small, data.held_out), data.task)]
@@ -159,6 +160,8 @@ def copy_run(folder: Path, config: Config, out: Path) -> None:
         for name in ("plan.json", "model.safetensors", FLOAT_WEIGHTS, layer_table.TABLE_NAME):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, out / name)
+        if (folder / KEPT).is_dir():
+            shutil.copytree(folder / KEPT, out / KEPT, dirs_exist_ok=True)
     except OSError as error:
         raise JpqError(f"Cannot write to {out}: {error.strerror}. Choose another folder with --out.") from error
 
@@ -191,6 +194,7 @@ def measure_float_model(folder: Path, config: Config, data: Data, before: Result
 def read_float_model(folder: Path, config: Config, data: Data) -> nn.Module | None:
     """The model that the run began with, from --weights or beside the run; None where its weights are gone."""
     weights, cpu = config.task.weights, torch.device("cpu")
+    config = replace(config, task=replace(config.task, model=kept_model(config.task.model, folder)))
     if weights is not None and weights.is_file():
         return load_dense_model(config, data, cpu)
     folders = (folder, *folder.resolve().parents[:2])  # of the budget or run, of the run, of the study

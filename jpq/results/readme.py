@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jpq.files.model_files import KEPT
 from jpq.results.record import Result
 
 NAME = "README.md"
@@ -50,6 +51,12 @@ x = np.zeros((1, int(about["length"])), np.int64)
 x[0, : len(words)] = [numbers.get(word, int(about["unknown"])) for word in words]
 """
 
+TOKENS = """\
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+form = {{"padding": "max_length", "truncation": True, "max_length": int(about["length"]), "return_tensors": "np"}}
+x = tokenizer(["a moving and funny film"], **form)
+"""
+
 TABLE = """\
 columns = about["columns"]  # the row holds their values, in this order
 x = np.array([[float(value) for value in open("row.csv").read().split(",")]])
@@ -74,6 +81,11 @@ output = session.run(None, {{"input": x.astype({type})}})[0][0]
 
 RUN_MASKED = """\
 feed = {"input_ids": x, "attention_mask": (x != int(about["padding"])).astype(np.int64)}
+output = session.run(None, feed)[0][0]
+"""
+
+RUN_TOKENS = """\
+feed = {"input_ids": x["input_ids"].astype(np.int64), "attention_mask": x["attention_mask"].astype(np.int64)}
 output = session.run(None, feed)[0][0]
 """
 
@@ -108,7 +120,9 @@ def run_code(data: Mapping[str, Any], any_size: bool = False) -> str:
     if start == OTHER:
         return START.format(imports="") + OTHER
     normalise = NORMALISE.format(shape=(1, -1, *[1] * (dims - 1))) if data.get("mean") else ""
-    if start == TEXT and data.get("inputs", 1) == 2:
+    if start == TOKENS:
+        run, start = RUN_TOKENS, TOKENS.format(folder=KEPT)
+    elif start == TEXT and data.get("inputs", 1) == 2:
         run = RUN_MASKED
     else:
         run = RUN.format(type="np.int64" if task == "text-classification" else "np.float32")
@@ -120,6 +134,8 @@ def _input_code(task: str, shape: list[int], data: Mapping[str, Any]) -> tuple[s
     if len(shape) == 3 and shape[0] in (1, 3) and data.get("inputs", 1) == 1:
         return IMAGE, "from PIL import Image, ImageOps\n", 3
     inputs = data.get("inputs", 1)
+    if task == "text-classification" and data.get("tokenizer_checksum") and inputs == 2:
+        return TOKENS, "from transformers import AutoTokenizer\n", 1
     if task == "text-classification" and data.get("tokenizer") and (inputs == 1 or (inputs == 2 and "padding" in data)):
         return TEXT, "import re\n", 1
     if len(shape) == 1 and data.get("columns"):
@@ -136,7 +152,8 @@ def readme_text(result: Result) -> str:
     embedded = "The file normalises its input itself: give pixels / 255." if result.export.get("normalization") else ""
     lines = [f"# {data.get('name', 'model')}: {result.method}", "", metric, embedded, ""]
     code = run_code(data, result.export.get("sizes") == "any")
-    packages = "onnxruntime pillow" if "PIL" in code else "onnxruntime"
+    packages = "onnxruntime"
+    packages += " pillow" if "PIL" in code else " transformers" if "transformers" in code else ""
     lines += [f"`model.onnx` on one input (`python -m pip install {packages}`):", ""]
     lines += ["```python", code.rstrip("\n"), "```", ""]
     return "\n".join(line for n, line in enumerate(lines) if line or not n or lines[n - 1])

@@ -22,6 +22,7 @@ from jpq.export.saved_model import is_saved_model, load_into, load_program
 from jpq.export.timing import layer_table
 from jpq.files import tensors, untrusted
 from jpq.files.atomic import replace_file
+from jpq.files.model_files import keep_files, kept_model
 from jpq.files.paths import find_run
 from jpq.plan import Plan
 from jpq.plan import read as read_plan
@@ -75,6 +76,7 @@ def prepare_folder(run: RunState, config: Config, table: LatencyTable | None) ->
     try:
         run.folder.mkdir(exist_ok=True)
         write_toml(config, run.folder / "config.toml")
+        keep_files(kept_model(config.task.model, run.top), run.folder)
     except OSError as error:
         raise JpqError(f"Cannot write to {run.folder}: {error.strerror}. Choose another folder with --out.") from error
     if table is not None:

@@ -14,6 +14,7 @@ from typing import Any
 from jpq.config import Config, read_toml
 from jpq.files import untrusted
 from jpq.files.formats import FORMATS
+from jpq.files.model_files import KEPT, KEPT_FILES, model_files
 from jpq.files.paths import SETTINGS_FILE
 from jpq.types import JpqError
 
@@ -111,7 +112,7 @@ def check_rerun(config: Config) -> RunStatus:
 def input_files(config: Config) -> list[Path]:
     """The files that a run reads, which may lie in the folder that it is to overwrite."""
     paths = (config.task.weights, config.decide.mask, config.decide.sensitivity, config.budget.latency_table)
-    return [path for path in paths if path is not None]
+    return [*(path for path in paths if path is not None), *model_files(config.task.model)]
 
 
 def clear_folder(folder: Path, keep: Sequence[Path] = ()) -> None:
@@ -126,7 +127,7 @@ def clear_folder(folder: Path, keep: Sequence[Path] = ()) -> None:
 
 
 def _remove_files(folder: Path, kept: Collection[Path]) -> None:
-    names = (*FILES, *(form.file_name for form in FORMATS.values()))
+    names = (*FILES, *(form.file_name for form in FORMATS.values()), *(f"{KEPT}/{name}" for name in KEPT_FILES))
     for path in (*(folder / name for name in names), *folder.glob(EVENTS)):
         if path.resolve() in kept:
             continue
@@ -134,3 +135,5 @@ def _remove_files(folder: Path, kept: Collection[Path]) -> None:
             path.unlink(missing_ok=True)
         except OSError as error:
             raise JpqError(f"Cannot remove {path}: {error.strerror or error}. Choose another folder.") from error
+    with suppress(OSError):  # it is not there, or other files are in it
+        (folder / KEPT).rmdir()

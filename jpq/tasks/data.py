@@ -188,7 +188,7 @@ def load(
         example=example,
         classes=source.classes,
         shape=tuple(tree_leaves(example)[0].shape[1:]),
-        checksum=_checksum([train, held_out_part, test]),
+        checksum=_checksum([train, held_out_part, test], source.about.get("tokenizer_checksum", "")),
         task=pick_task(source.task),
         class_names=source.class_names,
         notes=source.notes,
@@ -342,9 +342,12 @@ def _select(pair: tuple[Any, Any], mask: Tensor) -> tuple[Any, Any]:
     return select_rows(pair[0], mask), select_rows(pair[1], mask)
 
 
-def _checksum(splits: list[tuple[Any, Any]]) -> str:
-    """sha256 over inputs and targets; of images that are read later over their files' names, sizes and times."""
-    digest = hashlib.sha256()
+def _checksum(splits: list[tuple[Any, Any]], tokenizer: str) -> str:
+    """sha256 over inputs and targets; of images that are read later over their files' names, sizes and times.
+
+    `tokenizer` is the checksum of one that made the inputs, which is part of their identity, or "".
+    """
+    digest = hashlib.sha256(tokenizer.encode())
     for images, labels in splits:
         digest.update(str(tuple(tree_leaves(images)[0].shape)).encode())
         for column in tree_leaves((images, labels)):

@@ -50,6 +50,8 @@ class ReadOptions:
     crop: Sequence[int] = ()  # (height, width), or one number for squares, of training crops
     target_column: str = ""  # column of a table
     attention_mask: bool = False  # texts come with a mask, as models of transformers want them
+    text_model: str = ""  # hf:FOLDER whose tokenizer numbers the words of texts; "": jpq does
+    text_length: int = 0  # tokens that texts are cut or padded to; 0: by the texts
     batch_size: int = 64
     seed: int = 0
 

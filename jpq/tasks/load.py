@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from jpq.config import Config
+from jpq.files.model_files import text_model
 from jpq.tasks import CLASSIFICATION, models, with_task
 from jpq.tasks.data import Data
 from jpq.tasks.data import load as load_data
@@ -20,8 +21,11 @@ from jpq.tracing.forward import call_model
 from jpq.types import JpqError
 
 
-def read_data(config: Config, device: torch.device) -> Data:
-    """The data set that a config names, on the device, for its task. Raises JpqError where they do not match."""
+def read_data(config: Config, device: torch.device, folder: Path | None = None) -> Data:
+    """The data set that a config names, on the device, for its task. Raises JpqError where they do not match.
+
+    `folder` is that of a run that has begun: texts are then read with the copy of the tokenizer in it.
+    """
     data = load_data(
         config.task.data,
         config.task.data_root,
@@ -43,6 +47,7 @@ def read_data(config: Config, device: torch.device) -> Data:
         crop=config.task.crop,
         target_column=config.task.target_column,
         attention_mask=config.task.model.startswith("hf:"),
+        text_model=text_model(config.task.model, folder),
     )
     return with_task(data, config.task.task)
 

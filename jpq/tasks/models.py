@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jpq.files.model_files import kept_model
 from jpq.files.untrusted import check_file, check_no_code
 from jpq.plan import Plan
 from jpq.tasks import CLASSIFICATION, zoo
@@ -105,7 +106,7 @@ def of_plan(plan: Plan, source: Path, weights: Path, run_code: bool = False) -> 
             f"{source} declares {classes:,} classes and {channels:,} channels, and {weights} holds at most "
             f"{most:,} numbers: they do not belong together."
         )
-    return build(name, classes, channels, others)
+    return build(kept_model(name, source.parent), classes, channels, others)
 
 
 def usual_input(name: str) -> tuple[tuple[int, ...], int] | None:

@@ -123,27 +123,32 @@ def _build_hf(name: str, classes: int, channels: int, arguments: Mapping[str, in
     transformers, config = _hf_config(name)
     head = _hf_head(transformers, config, name)
     config.num_labels = classes
-    if head == "text":
-        _check_texts(config, arguments, name)
-    elif hasattr(config, "num_channels"):
+    if head != "text" and hasattr(config, "num_channels"):
         config.num_channels = channels
+    model = _make_hf(transformers, config, head, name).float()  # some were saved in half precision
+    if head == "text":
+        _check_texts(model, config, arguments, name)
+        return TextModel(model)
+    return ImageModel(model, whole_map=head == "map")
+
+
+def _make_hf(transformers: Any, config: Any, head: str, name: str) -> nn.Module:
+    """A model of transformers with random weights."""
     end = next(end for end, kind in HEADS.items() if kind == head)
     try:
-        model = (
-            getattr(transformers, f"AutoModel{end}").from_config(config).float()
-        )  # some were saved in half precision
+        model: nn.Module = getattr(transformers, f"AutoModel{end}").from_config(config)
     except (ValueError, TypeError, RuntimeError, AttributeError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise JpqError(
             f"transformers cannot make a model of {name} ({reason[:200]}). Correct its config.json."
         ) from error
-    return TextModel(model) if head == "text" else ImageModel(model, whole_map=head == "map")
+    return model
 
 
 def _usual_hf(name: str) -> tuple[tuple[int, ...], int]:
     transformers, config = _hf_config(name)
     if _hf_head(transformers, config, name) == "text":
-        return (min(TEXT_LENGTH, getattr(config, "max_position_embeddings", TEXT_LENGTH)),), int(config.num_labels)
+        return (min(TEXT_LENGTH, longest_text(name) or TEXT_LENGTH),), int(config.num_labels)
     side = getattr(config, "image_size", 224)
     height, width = side if isinstance(side, (tuple, list)) else (side, side)
     return (int(getattr(config, "num_channels", 3)), int(height), int(width)), int(config.num_labels)
@@ -187,17 +192,47 @@ def _hf_head(transformers: Any, config: Any, name: str) -> str:
     )
 
 
-def _check_texts(config: Any, arguments: Mapping[str, int], name: str) -> None:
+def longest_text(name: str) -> int | None:
+    """The largest number of tokens that a text model takes, `hf:` left away; None where it has no table of positions.
+
+    Raises JpqError for a folder that holds no text classifier.
+    """
+    transformers, config = _hf_config(name)
+    head = _hf_head(transformers, config, name)
+    if head != "text":
+        raise JpqError(f"hf:{name} takes images, and the data are texts. Choose a model of texts.")
+    with torch.device("meta"):
+        return _positions(_make_hf(transformers, config, head, name), config)
+
+
+def class_names(name: str) -> tuple[str, ...]:
+    """The names that a model of transformers gives its outputs, by their numbers; () where it names none."""
+    names = _hf_config(name)[1].id2label or {}
+    return tuple(str(names[number]) for number in sorted(names))
+
+
+def _positions(model: nn.Module, config: Any) -> int | None:
+    """Number of tokens for which a model has positions; in RoBERTa and its kin they begin behind that of padding."""
+    for name, table in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return table.num_embeddings - table.padding_idx - 1
+    most = getattr(config, "max_position_embeddings", None)
+    return most if most is not None and most > 0 else None
+
+
+def _check_texts(model: nn.Module, config: Any, arguments: Mapping[str, int], name: str) -> None:
     """Raise JpqError for texts with more tokens, or longer ones, than a model's tables have."""
-    for key, field, what in (
-        ("vocabulary", "vocab_size", "different tokens"),
-        ("length", "max_position_embeddings", "tokens in a text"),
+    positions = _positions(model, config)
+    above = getattr(config, "max_position_embeddings", 0) - positions if positions is not None else 0
+    for key, field, what, most, more in (
+        ("vocabulary", "vocab_size", "different tokens", config.vocab_size, 0),
+        ("length", "max_position_embeddings", "tokens in a text", positions, above),
     ):
-        most, wanted = getattr(config, field, None), arguments.get(key, 0)
+        wanted = arguments.get(key, 0)
         if most is not None and wanted > most:
             raise JpqError(
                 f"The data have {wanted:,} {what}, and hf:{name} takes {most:,}: set {field} in its config.json to "
-                f"{wanted} or more."
+                f"{wanted + more} or more."
             )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from jpq.config import Config, write_toml
 from jpq.files import tensors
+from jpq.files.model_files import keep_files, tokenizer_files
 from jpq.training import checkpoint, distributed, history
 from jpq.training.epochs import Phase
 from jpq.training.history import EpochRecord, TrainingObserver
@@ -28,13 +29,17 @@ BLOCK_BYTES = 2**20  # of a file that are read at a time for its checksum
 
 
 def create_folder(config: Config) -> Path:
-    """Make the run's folder with its config.toml. Raises JpqError where it cannot be written."""
+    """Make the run's folder with its config.toml, and copies of what a model of transformers is made from.
+
+    Raises JpqError where it cannot be written.
+    """
     folder = config.folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise JpqError(f"Cannot write to {folder}: {error.strerror}. Choose another folder with --out.") from error
     write_toml(config, folder / "config.toml")
+    keep_files(config.task.model, folder)
     return folder
 
 
@@ -94,7 +99,9 @@ class RunState:
         """Note the checksum of the training data. Raises JpqError where the run began with other data."""
         self.data = checksum
         if self.saved and self.saved.get("data", checksum) != checksum:
-            raise JpqError(_changed_error(f"--data {self.config.task.data}"))
+            task = self.config.task
+            tokenizer = f", or the tokenizer of --model {task.model}," if tokenizer_files(task.model) else ""
+            raise JpqError(_changed_error(f"--data {task.data}{tokenizer}"))
 
     def for_budget(self, budget: int, label: str, folder: Path) -> RunState:
         """A view of the run at one of several budgets, with a folder and notes of its own; all else is shared."""

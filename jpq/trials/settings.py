@@ -16,6 +16,7 @@ from optuna.study import StudyDirection
 
 from jpq.config import TARGETS, Config, Decide, fill_section, from_tree, read_tables, to_tree
 from jpq.files.atomic import replace_file
+from jpq.files.model_files import tokenizer_checksum
 from jpq.trials.storage import stored_url
 from jpq.types import JpqError, unknown
 
@@ -30,6 +31,7 @@ SAMPLERS = ("tpe", "nsga2", "gp", "random")
 STEP = 0.05  # step between the densities that trials choose from
 
 STUDY_FILE = "study.toml"
+TOKENIZER = "tokenizer"  # user attribute of the study: checksum of the model's own, "" without one
 SETTINGS, WEIGHTS, CHANCE = "settings", "float weights", "accuracy of guessing"  # user attributes of the study
 DATA_PATH = "data_path"  # beside the recorded settings: the data with their absolute path on the first worker's machine
 WORKER_SETTINGS = ("name", "trials", "storage", "dead_after", "pictures")  # each worker may choose its own
@@ -360,6 +362,11 @@ def check_agreement(config: Config, study: Study, weights: str, shared: optuna.S
         raise JpqError(
             f"Study '{study.name}' was begun with other float weights. Copy its float.safetensors into this folder, or "
             "name the same file with --weights."
+        )
+    if shared.user_attrs.get(TOKENIZER, "") != tokenizer_checksum(config.task.model):
+        raise JpqError(
+            f"Study '{study.name}' was begun with another tokenizer than that of --model {config.task.model}, or by an "
+            "earlier version, which used none. Choose another --name."
         )
 
 

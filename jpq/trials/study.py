@@ -14,6 +14,7 @@ from optuna.storages import fail_stale_trials
 from optuna.trial import TrialState
 
 from jpq.config import Config, expand_homes
+from jpq.files.model_files import tokenizer_checksum
 from jpq.recipe import check_sensitivity
 from jpq.results.accuracy_limit import check_limit, read_limit
 from jpq.results.front import front, plots
@@ -27,6 +28,7 @@ from jpq.trials.samplers import build_sampler
 from jpq.trials.settings import (
     CHANCE,
     STUDY_FILE,
+    TOKENIZER,
     WEIGHTS,
     Study,
     check_agreement,
@@ -160,6 +162,7 @@ def _open_study(
         check_is_ours(shared, directions)
         if not is_recorded(shared):  # also where the first worker was killed on its way through here
             shared.set_user_attr(WEIGHTS, digest)
+            shared.set_user_attr(TOKENIZER, tokenizer_checksum(config.task.model))
             for key, value in task_record(preview.task, preview.classes).items():
                 shared.set_user_attr(key, value)
             shared.set_user_attr(CHANCE, preview.task.score(preview.task.chance(preview.classes)))

@@ -3,6 +3,8 @@
 A row holds a sentence and its class, in two columns or under the names "text" (or "sentence") and "label". Sentences
 become word numbers, int64 [N, length]: words and punctuation marks in lower case, numbered by a vocabulary of the
 training part. 0 is padding at the end, 1 any word that the vocabulary lacks.
+
+For a model of transformers with a tokenizer in its folder they become its token ids, with a mask (jpq.tasks.tokenizer).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from jpq.tasks.datasets import ReadOptions, Source
 from jpq.tasks.folder_parts import PARTS
 from jpq.tasks.labels import gap_note, unify_numbers
 from jpq.tasks.readers import delimited
+from jpq.tasks.tokenizer import EncodedTexts, encode_texts
 from jpq.types import JpqError
 
 PADDING, UNKNOWN = 0, 1
@@ -73,14 +76,15 @@ def source_of_rows(
     Without names of classes, labels that are equal as numbers ("1" and "1.0") are one class.
     """
     _check_classes(parts["train"], names["train"])
+    if not any(split_words(text) for text, _ in parts["train"]):
+        raise JpqError(f"{names['train']} has no word in any text, so there is no vocabulary. Check the columns.")
+    encoded = _encode_parts({part: [text for text, _ in rows] for part, rows in parts.items()}, options)
     if not classes:
         classes = sorted(set(unify_numbers([label for _, label in parts["train"]])), key=_label_order)
+    if set(classes) == set(encoded.class_names):  # the model's outputs are in this order
+        classes = encoded.class_names
     labels = {part: unify_numbers([label for _, label in rows], classes) for part, rows in parts.items()}
-    vocabulary = build_vocabulary([text for text, _ in parts["train"]])
-    length = min(LONGEST, max(len(split_words(text)) for text, _ in parts["train"]))
-    if not length:
-        raise JpqError(f"{names['train']} has no word in any text, so there is no vocabulary. Check the columns.")
-    pairs, notes = {}, []
+    pairs, notes = {}, list(encoded.notes)
     for part, rows in parts.items():
         unknown = next((label for label in labels[part] if label not in classes), None)
         if unknown is not None:
@@ -90,17 +94,9 @@ def source_of_rows(
         empty = sum(not split_words(text) for text, _ in rows)
         if empty:
             notes.append(f"{empty} of {len(rows)} texts of {names[part]} have no word; the model sees padding alone.")
-        ids = encode([text for text, _ in rows], vocabulary, length)
-        pairs[part] = _inputs(ids, options), torch.tensor([classes.index(label) for label in labels[part]])
+        pairs[part] = encoded.inputs[part], torch.tensor([classes.index(label) for label in labels[part]])
     notes.extend(filter(None, [gap_note(pairs["train"][1], len(classes), "text")]))
     val, test = pairs.get("val"), pairs.get("test")
-    about = {
-        "vocabulary": list(vocabulary),
-        "length": length,
-        "tokenizer": "lower case, then every match of \\w+|[^\\w\\s]",
-        "padding": PADDING,
-        "unknown": UNKNOWN,
-    }
     return Source(
         pairs["train"],
         val if test else None,
@@ -111,9 +107,32 @@ def source_of_rows(
         task="text-classification",
         sample_name="text",
         preprocessing=Preprocessing(),
-        about=about,
-        arguments={"vocabulary": len(vocabulary), "length": length},
+        about=encoded.about,
+        arguments={"vocabulary": encoded.tokens, "length": encoded.length},
     )
+
+
+def _encode_parts(parts: dict[str, list[str]], options: ReadOptions) -> EncodedTexts:
+    """Texts by part as the model's own tokenizer has them, where there is one, else by a vocabulary of the training.
+
+    Then ids come without a mask for models that want none.
+    """
+    if options.text_model:
+        encoded = encode_texts(options.text_model, parts, options.text_length)
+        if encoded is not None:
+            return encoded
+    vocabulary = build_vocabulary(parts["train"])
+    length = min(LONGEST, max(len(split_words(text)) for text in parts["train"]))
+    about = {
+        "vocabulary": list(vocabulary),
+        "length": length,
+        "tokenizer": "lower case, then every match of \\w+|[^\\w\\s]",
+        "padding": PADDING,
+        "unknown": UNKNOWN,
+    }
+    inputs = {part: _inputs(encode(texts, vocabulary, length), options) for part, texts in parts.items()}
+    note = f"{options.text_model} has no tokenizer, so jpq numbers words itself: weights trained elsewhere do not fit."
+    return EncodedTexts(inputs, length, len(vocabulary), about, (note,) if options.text_model else (), ())
 
 
 def _inputs(ids: Tensor, options: ReadOptions) -> Any:

@@ -107,7 +107,10 @@ def model_and_example(flags: Any) -> tuple[nn.Module, Any]:
     shape, classes = flags.input_shape or shape, flags.classes or classes
     if shape is None:
         raise JpqError(f"Say what {flags.model} takes: --input-shape 3 224 224, or a data set with --data NAME.")
-    model = models.build(flags.model, classes, shape[0], data.arguments if data else None).eval()
+    sides = dict(zip(("height", "width"), shape[1:], strict=True)) if len(shape) == 3 else {}
+    known = data.arguments if data else {}
+    arguments = {**known, **sides} if flags.model.startswith("timm:") else known
+    model = models.build(flags.model, classes, shape[0], arguments).eval()
     example = models.noise(model, 2, shape)
     if data is not None and not (isinstance(data.example, torch.Tensor) and data.example.is_floating_point()):
         example = data.example  # token ids, or several inputs: no noise stands for them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,14 @@ def read_data(config: Config, device: torch.device, folder: Path | None = None) 
         attention_mask=config.task.model.startswith("hf:"),
         text_model=text_model(config.task.model, folder),
     )
-    return with_task(data, config.task.task)
+    return with_sizes(with_task(data, config.task.task), config.task.model)
+
+
+def with_sizes(data: Data, model: str) -> Data:
+    """The data with the sides of their images among the arguments of a model of timm, which may be built for them."""
+    if not model.startswith("timm:") or len(data.shape) != 3:
+        return data
+    return replace(data, arguments={**data.arguments, "height": data.shape[1], "width": data.shape[2]})
 
 
 def load_dense_model(config: Config, data: Data, device: torch.device, notes: list[str] | None = None) -> nn.Module:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jpq.files.paths import expand_home
+from jpq.tracing.forward import eval_mode
 from jpq.types import JpqError, unknown
 
 SMP_ENCODER = "resnet34"  # where `smp:ARCHITECTURE` names none
@@ -40,7 +41,7 @@ def build_third_party(name: str, classes: int, channels: int, arguments: Mapping
     Args:
         name: such as `timm:resnet18`.
         classes, channels: of the data.
-        arguments: of the data's texts: "vocabulary" and "length".
+        arguments: of the data's texts: "vocabulary" and "length"; of images for timm: "height" and "width".
 
     Raises JpqError for an extra that is missing, an unknown name, and data that the model cannot take.
     """
@@ -62,16 +63,47 @@ def import_extra(package: str, extra: str, what: str) -> Any:
         raise JpqError(f"Model '{what}' needs a package that is missing: pip install \"jpq[{extra}]\".") from error
 
 
-def _build_timm(name: str, classes: int, channels: int, _: Mapping[str, int]) -> nn.Module:
+def _build_timm(name: str, classes: int, channels: int, arguments: Mapping[str, int]) -> nn.Module:
     timm = _timm(name)
+    settings: dict[str, Any] = {"pretrained": False, "num_classes": classes, "in_chans": channels}
     try:
-        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
+        model: nn.Module = timm.create_model(name, **settings)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise JpqError(
             f"timm cannot make {name} for {classes} classes and {channels} channels ({reason}). Choose another model."
         ) from error
+    if {"height", "width"} <= arguments.keys():
+        return _sized_timm(timm, name, settings, model, (arguments["height"], arguments["width"]))
     return model
+
+
+def _sized_timm(timm: Any, name: str, settings: dict[str, Any], model: nn.Module, size: tuple[int, int]) -> nn.Module:
+    """A model of timm for images of this size: as it is where it takes them, else built for them where it can be.
+
+    One that resamples its table of positions in each call, which no file can hold, is built with a fixed table.
+    """
+    channels = settings["in_chans"]
+    fixed = {"dynamic_img_size": False} if getattr(model, "dynamic_img_size", False) else {}
+    if not fixed and _takes_size(model, channels, size):
+        return model
+    try:
+        sized: nn.Module = timm.create_model(name, **settings, img_size=size, **fixed)
+    except Exception:  # the builder knows no sizes, or not this one: the model's own error tells
+        return model
+    return sized if _takes_size(sized, channels, size) else model
+
+
+def _takes_size(model: nn.Module, channels: int, size: tuple[int, int]) -> bool:
+    """Whether a model computes images of this size."""
+    tensors = {name: x.to("meta") for name, x in (*model.named_parameters(), *model.named_buffers())}
+    image = torch.empty(1, channels, *size, device="meta")
+    try:
+        with torch.no_grad(), eval_mode(model):
+            torch.func.functional_call(model, tensors, image)
+    except Exception:  # models refuse sizes by errors of many kinds
+        return False
+    return True
 
 
 def _usual_timm(name: str) -> tuple[tuple[int, ...], int]:

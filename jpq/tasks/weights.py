@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickletools
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from jpq.tasks.weight_names import AVERAGED, Match, Misfit, NamedState, Tensors,
 from jpq.types import JpqError
 
 SUFFIXES = (".pth", ".pt", ".th", ".bin", ".ckpt", ".tar", ".pkl", ".safetensors")
+
+POSITIONS = re.compile(r"(?:^|[._])pos(?:ition|_|$)")  # in the name of a table with an entry for each position
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -183,6 +186,8 @@ def _misfit_advice(misfit: Misfit, named: NamedState) -> str:
             "save the weights without them."
         )
     weights = [name for name in misfit.shapes if misfit.tensors[name].dim() > 1]
+    if misfit.shapes and not misfit.missing and all(POSITIONS.search(name) for name in misfit.shapes):
+        return "Their table of positions has another length: give images of the size (--image-size) of their training."
     if misfit.missing or misfit.unexpected or len(layers) != 1 or not weights:
         return "Choose the model that they were trained for with --model."
     old, new = misfit.tensors[weights[0]].shape, named.shape(weights[0])

@@ -69,6 +69,26 @@ def test_timm_models_follow_classes_and_channels(channels: int) -> None:
     assert models.usual_input("timm:mobilenetv3_small_050") == ((3, 224, 224), 1000)
 
 
+@timm
+@pytest.mark.parametrize(("name", "size"), [("vit_tiny_patch16_224", (32, 48)), ("test_vit", (32, 32))])
+def test_timm_models_are_built_for_the_images_size(name: str, size: tuple[int, int]) -> None:
+    sides = dict(zip(("height", "width"), size, strict=True))
+    model = models.build(f"timm:{name}", 3, 1, sides).eval()
+    models.check_fits(model, torch.rand(2, 1, *size), classes=3)
+    tokens = size[0] * size[1] // 16**2
+    assert model.pos_embed.shape[1] == tokens + 1, "one for each patch, and the class token"
+    ops = {str(node.target) for node in torch.export.export(model, (torch.rand(2, 1, *size),)).graph.nodes}
+    assert not any("upsample" in op for op in ops)
+    usual = models.build(f"timm:{name}", 3, 1)
+    assert model.state_dict().keys() == usual.state_dict().keys()
+
+
+@timm
+def test_timm_models_that_take_any_size_stay_as_they_are() -> None:
+    model = models.build("timm:test_efficientnet", 3, 3, {"height": 32, "width": 32})
+    models.check_fits(model.eval(), torch.rand(2, 3, 32, 32), classes=3)
+
+
 @smp
 def test_smp_models_give_a_class_per_pixel() -> None:
     model = models.build("smp:unet:resnet18", 5, 1).eval()

@@ -169,6 +169,24 @@ def test_weights_that_do_not_fit_say_why(tmp_path, content, words):
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
+class Tokens(nn.Module):
+    """A table of positions before a classifier; `decomposed` is no table of positions."""
+
+    def __init__(self, positions: int, units: int = 3) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, 4))
+        self.decomposed = nn.Parameter(torch.zeros(units, 4))
+
+
+def test_weights_for_images_of_another_size_say_so(tmp_path):
+    torch.save(Tokens(197).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(JpqError, match=r"pos_embed \[1, 197, 4\] for \[1, 5, 4\].*images of the size"):
+        load_weights(Tokens(5), tmp_path / "w.pth")
+    torch.save(Tokens(5, units=2).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(JpqError, match=r"^(?!.*images of the size).*decomposed"):
+        load_weights(Tokens(5), tmp_path / "w.pth")
+
+
 def test_a_file_without_the_classifier_says_so(tmp_path):
     torch.save({n: v for n, v in build("resnet20", 10).state_dict().items() if "linear" not in n}, tmp_path / "w.pth")
     with pytest.raises(JpqError, match="The file lacks linear: train the whole model"):

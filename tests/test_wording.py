@@ -124,7 +124,10 @@ WRONG_CONFIGS = [
 
 
 @pytest.mark.parametrize("parts", WRONG_CONFIGS, ids=str)
-def test_errors_of_optimize_name_parameters(parts: dict[str, Any], tmp_path: Path) -> None:
+def test_errors_of_optimize_name_parameters(
+    parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # torchvision makes the folder of a data set before it asks for it
     config = Config(budget=Budget(target_bops="1%"), run=Run(out=tmp_path))
     run = dataclasses.replace(parts.get("run", config.run), out=tmp_path)
     config = dataclasses.replace(config, **{**parts, "run": run})

@@ -32,6 +32,7 @@ from jpq.tasks import CLASSIFICATION, Batches, Data, build_model, load_data, loa
 
 ROWS = RESULTS / "qat_recipe.csv"
 LR, BATCH, MAX_NORM = 2e-3, 100, 5.0
+RECONSTRUCTION_IMAGES = 512
 TODAY = "today"
 
 
@@ -51,6 +52,7 @@ class Recipe:
     freeze_above: float = 0.0  # frequency of oscillation above which a weight is frozen; 0: none
     transitions: float = 0.0  # share of weights that may change their level in a step, at the start; 0: Adam's steps
     weight_levels: str = ""  # of the grid; "": jpq's default
+    reconstruction: int = 0  # steps for each block whose rounding is learned before the training; 0: no warm start
 
 
 LINES: Mapping[str, tuple[str, Recipe]] = {
@@ -69,6 +71,7 @@ LINES: Mapping[str, tuple[str, Recipe]] = {
     "half-rate": ("weights at 1e-3", Recipe(lr=LR / 2)),
     "double-rate": ("weights at 4e-3", Recipe(lr=2 * LR)),
     "half-batch": ("batches of 50: twice the steps", Recipe(batch=BATCH // 2)),
+    "reconstruction": ("warm start: rounding learned, 500 steps a block, 512 images", Recipe(reconstruction=500)),
 }
 
 
@@ -236,6 +239,10 @@ def train(model: nn.Module, data: Data, bits: str, recipe: Recipe, seed: int, im
     steps = len(part) * epochs
     widths = [*recipe.stages, bits]
     session = start(model, data, widths[0], recipe)
+    if recipe.reconstruction:
+        still = part.first(RECONSTRUCTION_IMAGES).fixed_part(1.0)
+        session.discretize()
+        session.reconstruct([x for x, _ in still.epoch(0)], recipe.reconstruction, seed)
     changes = {round(steps * (i + 1) / (3 * len(recipe.stages))): b for i, b in enumerate(widths[1:])}
     rules = Rules(session, recipe, steps)
     session.train()

@@ -366,7 +366,8 @@ def main() -> None:
         row |= {"line": line, "seed": seed, "accuracy": round(accuracy, 4)}
         seconds = round(time.perf_counter() - begin, 1)
         print(f"{line} seed {seed}: {accuracy:.2%} in {seconds:.0f} s", flush=True)
-        flags = f"--data-root DIR --model {args.model} --weights {args.weights} --bits '{args.bits}'"
+        weights = f"DIR/{args.weights.name}" if args.weights.is_absolute() else args.weights
+        flags = f"--data-root DIR --model {args.model} --weights {weights} --bits '{args.bits}'"
         cell = f"--lines {line} --seeds {seed} --images {args.images} --epochs {args.epochs}"
         command = f"python studies/qat_recipe.py {flags} {cell}"
         append_row(ROWS, row | {"seconds": seconds} | provenance(command))

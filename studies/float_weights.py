@@ -4,10 +4,11 @@
 
 The 45,000 are jpq's own training split (held-out share 0.1, seed 0), so `jpq optimize --seed 0` judges its decisions
 on images that these weights have never seen, which it cannot do with published weights of the whole training split.
-SGD with Nesterov momentum 0.9, batches of 128, weight decay 5e-4, learning rate 0.1 after one epoch of warm-up, then a
-cosine down to 0; random crops and flips. With --bfloat16 layers compute in bfloat16 while they learn, which halves the
-seconds where the processor has instructions for it; weights and all accuracies are of float32. A checkpoint after each epoch; at the end studies/weights/NAME.safetensors and
-a row in studies/results/float_weights.csv with the test accuracy, read once.
+SGD with Nesterov momentum 0.9, batches of 128, weight decay 5e-4, learning rate 0.1 after one epoch of warm-up, then
+a cosine down to 0; random crops and flips. With --bfloat16 layers compute in bfloat16 while they learn, which halves
+the seconds where the processor has instructions for it; weights and all accuracies are of float32. A checkpoint after
+each epoch; at the end studies/weights/NAME.safetensors and a row in studies/results/float_weights.csv with the test
+accuracy, read once.
 """
 
 from __future__ import annotations

@@ -44,6 +44,8 @@ class Tool:
 
 TOOLS: Mapping[str, Tool] = {
     "brevitas": Tool("plain_brevitas", ("brevitas",), "training at one width for the body and one for the ends"),
+    "torch-pruning": Tool("torch_pruning_brevitas", ("torch-pruning", "brevitas"), "channels pruned, then one width"),
+    "oto": Tool("oto_brevitas", ("only_train_once", "brevitas"), "channels pruned while training, then one width"),
 }
 
 

@@ -334,7 +334,7 @@ def train_float(model: nn.Module, data: Data, config: Config, run: RunState) -> 
         else:
             phase = Phase("float", config.train.float_epochs)
             optim = build_optimizer(model, config.train.lr, config.train.weight_decay)
-            train(model, data, phase, Objective(), optim, run)
+            train(model, data, phase, Objective(precision=config.train.precision), optim, run)
             distributed.run_on_first(lambda: tensors.save_tensors(model, kept))
         model.eval()
     distributed.share_state(model)

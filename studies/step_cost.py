@@ -4,8 +4,8 @@
 
 Compared in one process, in turn, round by round: float; a bare fused autograd function for scale-round-clamp on
 weights and inputs (jpq's, without gates, bits or cost); jpq with everything on (VIB gates, learned bits on weights and
-activations, learned ranges, BOPs pressure); plain brevitas int8. Writes results/step_cost.csv with medians and ratios.
-ResNet20, x86-64 CPU, November 2026, n = 7 rounds; README's table has the ratios.
+activations, learned ranges, BOPs pressure), in float32 and in bfloat16; plain brevitas int8. Writes
+results/step_cost.csv with medians and ratios. ResNet20, x86-64 CPU; studies/README.md has the ratios.
 """
 
 from __future__ import annotations
@@ -53,13 +53,15 @@ def eight_bits(layer: Layer) -> tuple[Fixed, Fixed]:
     return Fixed(8), Fixed(8)
 
 
-def search_model(model: nn.Module, x: torch.Tensor) -> tuple[jpq.CompressedModel, Objective]:
+def search_model(
+    model: nn.Module, x: torch.Tensor, precision: str = "float32"
+) -> tuple[jpq.CompressedModel, Objective]:
     """The network and the loss of the search phase."""
     network = jpq.trace(model, x[:2])
     net = jpq.attach(model, network, jpq.channels(network), VIB, learned_widths, [x], "djpq")
     controller = Controller(parse_targets({"bops": "1%"}, net.exact_usage()))
     controller.begin(net.exact_usage())
-    return net, Objective(gate_weight=0.02, controller=controller)
+    return net, Objective(gate_weight=0.02, controller=controller, precision=precision)
 
 
 def bare_quantizers(model: nn.Module, x: torch.Tensor) -> jpq.CompressedModel:
@@ -93,11 +95,11 @@ def steps_to_time(batch: int) -> dict[str, Step]:
     torch.manual_seed(0)
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
     model = build_model("resnet20", 10, 3)
-    net, objective = search_model(model, x)
     return {
         "float": training_step(copy.deepcopy(model), Objective(), x, y),
         "bare fused quantizers": training_step(bare_quantizers(model, x), Objective(), x, y),
-        "jpq: gates, learned bits, ranges, BOPs": training_step(net, objective, x, y),
+        "jpq: gates, learned bits, ranges, BOPs": training_step(*search_model(model, x), x, y),
+        "jpq, --precision bfloat16": training_step(*search_model(model, x, "bfloat16"), x, y),
         "brevitas int8": training_step(brevitas_int8(model), Objective(), x, y),
     }
 

@@ -199,7 +199,7 @@ class Contestant:
     ) -> None:
         self.entry, self.data, self.config = entry, data, config
         t = config.train
-        self.objective = Objective(model, t.distill, t.temperature, scale=scale, task=data.task)
+        self.objective = Objective(model, t.distill, t.temperature, scale=scale, task=data.task, precision=t.precision)
         self.steps, self.rungs, self.finite, self.seconds = 0, 0, True, 0.0
         with self._alone():
             self.net = copy.deepcopy(net)

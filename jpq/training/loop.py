@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from jpq import costs
 from jpq.compression.batchnorm import start_training
 from jpq.compression.model import CompressedModel, Trainable
+from jpq.config import BFLOAT16, FLOAT32
 from jpq.costs.target import Controller
 from jpq.methods.quantizers import IntegerQuantizer
 from jpq.tasks import CLASSIFICATION
@@ -156,28 +158,41 @@ class Objective:
     split: Split | None = None  # this process's rows, where several share a batch
     scale: float = 1.0  # factor of the task's loss
     task: Task = CLASSIFICATION  # `fit` sets the task of its data
+    precision: str = FLOAT32  # in which layers compute; the loss is float32
 
     def __call__(self, net: nn.Module, x: Any, y: Any, progress: float, side: Trainable = "both") -> Tensor:
         """The loss of one batch, a scalar; progress of the phase in [0, 1]. Weights alone learn without the budget."""
         if self.split is not None:
             x, y = self.split.take(x, y)
-        output = self.task.main_output(call_model(net, x))
+        with self._autocast(net):
+            output = self.task.main_output(call_model(net, x))
         if not isinstance(output, Tensor):
             raise JpqError(
                 f"In training the model gives a {type(output).__name__}, and jpq trains on one tensor of "
                 f"{self.task.output_name}. Build it without auxiliary outputs (aux_logits=False), or use jpq.compress "
                 "in your own loop."
             )
+        output = _in_float32(output)
         loss = self.scale * self.task.loss(output, y)
         if self.teacher is not None and self.distill > 0:
-            with torch.no_grad():
+            with torch.no_grad(), self._autocast(net):
                 target = self.task.main_output(call_model(self.teacher, x))
-            loss = loss + self.distill * self.task.distill(output, target, self.temperature)
+            loss = loss + self.distill * self.task.distill(output, _in_float32(target), self.temperature)
         if self.split is not None:
             loss = loss * self.split.weight
         if self.controller is not None and isinstance(net, CompressedModel) and side != "weights":
             loss = loss + pressure(net, self.controller, progress, self.gate_weight)
         return loss
+
+    def _autocast(self, net: nn.Module) -> AbstractContextManager[object]:
+        """A context in which layers compute in this precision; float32 leaves all as it is."""
+        device = next(net.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.precision == BFLOAT16)
+
+
+def _in_float32(output: Tensor) -> Tensor:
+    """An output in float32, where it was computed in bfloat16."""
+    return output.float() if output.dtype == torch.bfloat16 else output
 
 
 def pressure(net: CompressedModel, controller: Controller, progress: float, gate_weight: float) -> Tensor:

@@ -182,7 +182,9 @@ def learn_decisions(
     controller = Controller(job.targets)
     controller.begin(net.exact_usage())
     controller.pressure.update(state.pressure)
-    objective = Objective(job.model, t.distill, t.temperature, d.gate_weight, controller, scale=run.loss_scale)
+    objective = Objective(
+        job.model, t.distill, t.temperature, d.gate_weight, controller, scale=run.loss_scale, precision=t.precision
+    )
     optim = state.optim = state.optim or search_optimizer(net, job.config)
     if run.is_within("search"):
         saved, source = run.saved or {}, run.top / checkpoint.NAME
@@ -205,7 +207,7 @@ def train_first_stage(
     t, net = job.config.train, state.net
     net.freeze(plan)
     state.optim = build_optimizer(net, t.lr, t.weight_decay)
-    objective = Objective(job.model, t.distill, t.temperature, scale=job.run.loss_scale)
+    objective = Objective(job.model, t.distill, t.temperature, scale=job.run.loss_scale, precision=t.precision)
     train(net, job.data, phase, objective, state.optim, job.run, extra)
     recalibrate(net, calibration_batches(job.data))
 
@@ -239,7 +241,7 @@ def fine_tune(
     t, run = job.config.train, job.run
     optim = build_optimizer(net, t.lr, t.weight_decay)
     optim.state.update({p: moments[p] for group in optim.param_groups for p in group["params"] if p in moments})
-    objective = Objective(job.model, t.distill, t.temperature, scale=run.loss_scale)
+    objective = Objective(job.model, t.distill, t.temperature, scale=run.loss_scale, precision=t.precision)
 
     def settled() -> dict[str, Any]:
         record: dict[str, Any] = {"metrics": run.metrics, "contest": run.contest, "pruning": run.pruning}

@@ -141,5 +141,6 @@ def prepare_float_weights(config: Config, file: Path, observer: TrainingObserver
 def _train(model: nn.Module, data: Data, config: Config, observer: TrainingObserver) -> None:
     t = config.train
     phase = Phase("float", t.float_epochs)
-    fit(model, data, phase, Objective(), build_optimizer(model, t.lr, t.weight_decay), Recorder(lambda: 0.0), observer)
+    objective = Objective(precision=t.precision)
+    fit(model, data, phase, objective, build_optimizer(model, t.lr, t.weight_decay), Recorder(lambda: 0.0), observer)
     model.eval()

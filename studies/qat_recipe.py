@@ -53,6 +53,8 @@ class Recipe:
     transitions: float = 0.0  # share of weights that may change their level in a step, at the start; 0: Adam's steps
     weight_levels: str = ""  # of the grid; "": jpq's default
     reconstruction: int = 0  # steps for each block whose rounding is learned before the training; 0: no warm start
+    free_steps: bool = False  # steps of activations are learned numbers, not powers of two: integers are not exact
+    precision: str = "float32"  # in which layers compute while they learn
 
 
 LINES: Mapping[str, tuple[str, Recipe]] = {
@@ -71,6 +73,8 @@ LINES: Mapping[str, tuple[str, Recipe]] = {
     "half-rate": ("weights at 1e-3", Recipe(lr=LR / 2)),
     "double-rate": ("weights at 4e-3", Recipe(lr=2 * LR)),
     "half-batch": ("batches of 50: twice the steps", Recipe(batch=BATCH // 2)),
+    "free-steps": ("steps of activations not rounded to powers of two", Recipe(free_steps=True)),
+    "bfloat16": ("layers compute in bfloat16 while they learn", Recipe(precision="bfloat16")),
     "reconstruction": ("warm start: rounding learned, 500 steps a block, 512 images", Recipe(reconstruction=500)),
 }
 
@@ -243,6 +247,8 @@ def train(model: nn.Module, data: Data, bits: str, recipe: Recipe, seed: int, im
         still = part.first(RECONSTRUCTION_IMAGES).fixed_part(1.0)
         session.discretize()
         session.reconstruct([x for x, _ in still.epoch(0)], recipe.reconstruction, seed)
+    if recipe.free_steps:
+        free_activation_steps(session)
     changes = {round(steps * (i + 1) / (3 * len(recipe.stages))): b for i, b in enumerate(widths[1:])}
     rules = Rules(session, recipe, steps)
     session.train()
@@ -252,7 +258,9 @@ def train(model: nn.Module, data: Data, bits: str, recipe: Recipe, seed: int, im
             round_activation_steps(session.net)
         rules.before_step(step)
         rules.optimizer.zero_grad()
-        loss_of(session(x), y, model, x, recipe).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+            output = session(x)
+        loss_of(output.float(), y, model, x, recipe).backward()
         nn.utils.clip_grad_norm_(rules.optimizer.param_groups[0]["params"], MAX_NORM)
         rules.optimizer.step()
         session.step()
@@ -260,6 +268,15 @@ def train(model: nn.Module, data: Data, bits: str, recipe: Recipe, seed: int, im
     rules.finish()
     reestimate_batchnorm(session.net, part.epoch(10**6))
     return CLASSIFICATION.evaluate(session.net, data.held_out)
+
+
+@torch.no_grad()
+def free_activation_steps(session: jpq.CompressionSession) -> None:
+    """Let the steps of activations be any numbers."""
+    for layer in session.net.network.layers:
+        if pair := session.net.quantizers(layer.name):
+            pair[1].step.zero_()
+            pair[1].power_of_two.fill_(False)
 
 
 def loss_of(output: Tensor, y: Tensor, teacher: nn.Module, x: Tensor, recipe: Recipe) -> Tensor:

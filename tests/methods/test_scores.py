@@ -10,11 +10,12 @@ from traces import traced
 from zoo.readers import IMAGE, READERS
 
 import jpq
-from jpq.allocation.ranking.rank import rank_units, site_scores
+from jpq.allocation.ranking.evidence import collect_evidence
+from jpq.allocation.ranking.rank import _concatenate, _join_evidence, _select_units, quantiles, rank_units, site_scores
 from jpq.compression.attach import attach
 from jpq.methods.gates import Ranked
 from jpq.methods.quantizers import Fixed
-from jpq.methods.scores import FPGM, L1, L2, LAMP, SCORES, Evidence, HRank, Random, SiteView, pick_score
+from jpq.methods.scores import FPGM, L1, L2, LAMP, SCORES, Chain, Evidence, HRank, Random, SiteView, pick_score
 from jpq.testing import check_score
 from jpq.testing.scores import example_evidence, example_site
 from jpq.tracing.forward import batch_size, collect_tensors
@@ -133,6 +134,65 @@ def test_a_layer_without_a_module_of_its_own_has_no_activations():
 
     with pytest.raises(JpqError, match="layer 'b' reads"):
         ranked(ByFunction(), torch.randn(2, 4), "hrank")
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_units_maps_are_those_of_all_its_channels_in_every_group(groups):
+    """Channels of a unit are alive in one group and dead in another: what is read of it is both."""
+    torch.manual_seed(0)
+    grouped = nn.Conv2d(8, 8, 1, groups=groups)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), grouped, nn.ReLU(), nn.Conv2d(8, 2, 1))
+    with torch.no_grad():
+        model[0].weight[:2], model[0].bias[:2] = 0, 0  # of the first group
+    x = torch.randn(4, 3, 5, 5)
+    network = trace(model.eval(), x)
+    net = attach(model, network, channels_per_consumer(network), Ranked, lambda _: (Fixed(8), Fixed(8)), [x], "upscale")
+    at = next(i for i, site in enumerate(net.sites) if site.taps[0].layer == "2")
+    found = collect_evidence(net, {"activations", "means"}, [(x, None)], 1, spread)[at]
+    read = model[:2](x).detach()
+    assert net.sites[at].n == 8 // groups
+    by_unit = read.reshape(4, groups, 8 // groups, 5, 5).mean((1, 3, 4))
+    assert torch.allclose(found.activations.mean((2, 3)), by_unit, atol=0.02)
+    assert torch.allclose(found.activations.mean((2, 3)), found.means[0], atol=1e-6)
+    ranks = site_scores(net, SCORES["hrank"], [(x, None)])[net.sites[at].name]
+    assert (ranks[:2] > 0).all() == (groups > 1)
+
+
+def test_quantiles_by_hand():
+    assert quantiles(torch.tensor([3.0, 1.0, 2.0, 1.0])).tolist() == [1.0, 0.25, 0.75, 0.5]  # the earlier one is lower
+    former = torch.tensor([0.7, -0.1, 0.2, -0.3, 0.0])  # three are closed: they keep their order, below all others
+    assert torch.allclose(quantiles(torch.tensor([1.0, 9.0, 5.0, 8.0, 7.0]), former), torch.tensor([4, 2, 5, 1, 3]) / 5)
+
+
+def evidence_of(units, side):
+    """Evidence of `units` units, whose maps have this many rows and columns; every entry tells its unit."""
+    of = torch.arange(float(units))
+    chain = Chain(*(torch.stack([of, -of]).double() + i for i in range(3)))
+    maps = of[None, :, None, None].repeat(2, 1, side, side)
+    return Evidence(maps, maps.mean((2, 3))[None], torch.arange(2), (maps.mean((2, 3)),), (of,), of.double(), chain)
+
+
+def test_evidence_of_sites_is_joined_unit_by_unit_and_units_are_selected_everywhere():
+    joined = _join_evidence([evidence_of(2, 3), evidence_of(3, 2)])
+    units = torch.tensor([0.0, 1.0, 0.0, 1.0, 2.0])
+    pick = torch.tensor([False, True, True, False, True])
+    for found, of in ((joined, units), (_select_units(joined, pick), units[pick])):
+        assert found.activations.shape == (2, len(of), 3, 3)
+        assert torch.equal(found.activations[0, :, 0, 0], of)
+        assert torch.equal(found.means[0, 1], of)
+        assert torch.equal(found.gradients[0][1], of)
+        assert torch.equal(found.curvature[0], of)
+        assert torch.equal(found.scales, of.double())
+        for i, norms in enumerate((found.chain.filter_norms, found.chain.producer_norms, found.chain.consumer_norms)):
+            assert torch.equal(norms, torch.stack([of, -of]).double() + i)
+        assert found.labels.tolist() == [0, 1]
+    assert joined.activations[0, 4, 2].tolist() == [0, 0, 0]  # smaller maps are padded with zeros
+    assert joined.activations[0, 4].tolist() == [[2, 2, 0], [2, 2, 0], [0, 0, 0]]
+
+
+def test_parts_of_other_lengths_are_padded_behind():
+    found = _concatenate([torch.ones(1, 2, 1), torch.full((2, 1, 3), 2.0)], 0, 1)
+    assert found.tolist() == [[[1, 0, 0], [1, 0, 0]], [[2, 2, 2], [0, 0, 0]], [[2, 2, 2], [0, 0, 0]]]
 
 
 def test_random_is_the_generators_and_nothing_else():

@@ -251,10 +251,13 @@ def _unit_means(tap: Tap, x: Tensor, n: int) -> Tensor:
 
 
 def _unit_maps(site: Site, inputs: dict[str, Tensor]) -> Tensor:
-    """[batch, n, height, width]: the units as the first tap reads them; a unit of a flattened map is one row."""
+    """[batch, n, height, width]: the units as the first tap reads them; a unit of a flattened map is one row.
+
+    Several channels of one unit, such as those of the groups of a grouped layer, lie below each other.
+    """
     tap = site.taps[0]
     x = inputs[tap.layer]  # [batch, positions, height, width]
-    index: np.ndarray = tap.structure.index  # type: ignore[attr-defined]
+    index = _unit_of_channels(tap.structure.index, x.shape[1], torch.device("cpu")).numpy()  # type: ignore[attr-defined]
     return group_by_unit(x.transpose(0, 1), index, site.n).permute(2, 0, 1, 3, 4).flatten(2, 3)
 
 

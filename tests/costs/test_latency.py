@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from jpq.compression import discretize, feasibility
 from jpq.compression.attach import attach
-from jpq.costs import baseline, latency_ns, layer_latency
+from jpq.costs import LayerUse, baseline, latency_ns, layer_latency
 from jpq.costs.latency import NS, interpolate, isotonic
-from jpq.costs.latency_table import MOST_ROWS, Entry, LatencyTable, Shape, format_table, parse_table
+from jpq.costs.latency_table import MODELLED, MOST_ROWS, Entry, LatencyTable, Shape, format_table, parse_table
 from jpq.costs.target import FULL_USE, Controller, parse_targets, used_share
 from jpq.methods.gates import VIB, Frozen
 from jpq.methods.quantizers import Fixed, Learned
@@ -187,6 +187,105 @@ def test_masks_cost_what_their_scheme_was_measured_at_and_the_dense_time_where_i
     assert (own.measured("block:8x4"), own.measured("2:4"), own.measured("dense")) == (True, False, True)
     density = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda d: own(1, 1, d, 8, 8, "block:8x4"), density, eps=1e-5, atol=1e-3)
+
+
+BLOCK = "block:8x4"
+
+
+def full(own, density=1, bits=8, scheme=BLOCK):
+    """Milliseconds of the whole layer of 16 and 32 channels under a mask."""
+    return float(own(1, 1, density, bits, bits, scheme)) / NS
+
+
+def test_a_mask_runs_at_the_share_of_the_next_wider_width_that_was_measured_and_else_of_the_nearest():
+    dense = [e for bits, ms in ((2, 1.0), (4, 2.0), (8, 4.0)) for e in grid([ms] * 6, bits)]
+    shares = {2: 0.9, 8: 0.25}
+    own = of([*dense, *(Entry(CONV, 16, 32, b, shares[b] * {2: 1.0, 8: 4.0}[b], BLOCK, 0.5) for b in shares)])
+    half = Fraction(1, 2)
+    assert [full(own, half, bits) for bits in (2, 3, 4, 8)] == [0.9, 0.5, 0.5, 1.0]  # 0.9 of 1, 0.25 of 2, 0.25 of 4
+    narrow = of([*dense, Entry(CONV, 16, 32, 2, 0.9, BLOCK, 0.5), Entry(CONV, 16, 32, 4, 0.8, BLOCK, 0.5)])
+    assert full(narrow, half, 8) == 1.6  # 0.4 of 4: of 2 and 4 bits, 4 are nearer
+
+
+def test_a_masks_times_are_those_beside_the_dense_layer_of_the_same_channels():
+    lines = [Entry(CONV, 16, 32, 8, 1.0, BLOCK, 0.5), Entry(CONV, 8, 32, 8, 0.9, BLOCK, 0.5)]
+    assert full(of([*RISING, *lines]), Fraction(1, 2)) == 1.0  # 1 of 2.5 ms; what 8 channels in took does not count
+    assert full(of([*RISING, *lines[::-1]]), Fraction(1, 2)) == 1.0
+    narrow = [Entry(CONV, 8, 32, 8, 0.25, BLOCK, 0.5), Entry(CONV, 16, 4, 8, 0.4, BLOCK, 0.5)]
+    assert full(of([*RISING, *narrow]), Fraction(1, 2)) == 2.5 * 0.25  # 8 and 32 channels: a quarter of the 1.0 ms
+    assert full(of([*RISING, *narrow], 16, 4), Fraction(1, 2)) == 0.5 * 0.8  # 16 and 4: four fifths of 0.5 ms
+
+
+def test_noisy_masks_never_run_faster_at_a_larger_density_and_repeats_count_by_their_median():
+    noisy = [Entry(CONV, 16, 32, 8, ms, BLOCK, d) for d, ms in ((0.25, 1.5), (0.5, 1.0), (0.75, 2.0))]
+    own = of([*RISING, *noisy])
+    assert [full(own, Fraction(d, 4)) for d in (1, 2, 3, 4)] == [1.25, 1.25, 2.0, 2.5]
+    again = of([*RISING, *(Entry(CONV, 16, 32, 8, ms, BLOCK, 0.5) for ms in (9.0, 0.5, 1.0))])
+    assert full(again, Fraction(1, 2)) == 1.0
+
+
+def test_a_line_that_was_measured_several_times_counts_by_its_median():
+    assert full(of([e for ms in (0.7, 0.1, 0.2) for e in grid([ms] * 6)]), scheme="dense") == 0.2
+
+
+def test_times_that_were_modelled_count_and_are_not_called_measured():
+    own = of([*RISING, Entry(CONV, 16, 32, 8, 1.0, BLOCK, 0.5, notes={"source": MODELLED})])
+    assert full(own, Fraction(1, 2)) == 1.0
+    assert not own.measured(BLOCK)
+
+
+def test_dense_lines_of_any_form_serve_beside_masks_of_the_layers_own():
+    own = of([*RISING, Entry(CONV, 16, 32, 8, 1.0, BLOCK, 0.5, form="float>float")])
+    assert full(own, Fraction(1, 2)) == 1.0
+    assert full(own, scheme="dense") == 2.5
+
+
+def test_the_wider_of_weight_and_input_says_the_time_and_gets_the_gradient():
+    own = of([*grid([0.1] * 6, 4), *grid([0.3] * 6, 8)])
+    for w, a in ((2, 8), (8, 2)):
+        assert float(own(1, 1, 1, w, a)) == 0.3 * NS
+        both = [torch.tensor(float(n), requires_grad=True) for n in (w, a)]
+        cost = own(1, 1, 1, *both)
+        cost.backward()
+        assert float(cost.detach()) == pytest.approx(0.3 * NS)
+        assert [float(n.grad) for n in both] == [pytest.approx(0.2 * NS / 4) if n == 8 else 0.0 for n in (w, a)]
+        assert float(own(1, 1, 1, both[0].detach(), a)) == pytest.approx(0.3 * NS)
+
+
+def test_widths_that_rounding_lifted_run_as_what_they_are_and_floats_have_no_slope():
+    own = of([*grid([0.1] * 6, 4), *grid([0.3] * 6, 8), *grid([0.2] * 6, 32)])
+    assert float(own(1, 1, 1, torch.tensor(4.0000005), 2)) == pytest.approx(0.1 * NS)
+    bits = torch.tensor(20.0, requires_grad=True)
+    own(1, 1, 1, bits, 2).backward()
+    assert float(bits.grad) == 0
+
+
+def test_a_depthwise_layers_time_depends_on_its_outputs_alone():
+    shape = replace(CONV, kind="depthwise")
+    lines = [Entry(shape, n, n, 8, ms) for n, ms in ((4, 0.2), (16, 0.8))]
+    own = interpolate(LatencyTable("t", tuple(lines)), shape, "float>float", 16, 16, Fraction(1))
+    assert [float(own(Fraction(i, 16), Fraction(10, 16), 1, 8, 8)) / NS for i in (1, 10, 16)] == [0.5] * 3
+
+
+def test_calls_of_a_layer_add_up_and_what_is_no_layer_takes_no_time():
+    table = LatencyTable("t", tuple(RISING))
+    twice = interpolate(table, CONV, "float>float", 16, 32, Fraction(2))
+    assert float(twice(1, 1, 1, 8, 8)) == 5.0 * NS
+    layer = LayerUse("a", 100, 100, 32, 1, 1, 1, 8, 8, clock=twice)
+    others = [LayerUse("b", 100, 0, 0, 1, 1, 1, 32, 32, part=part) for part in ("product", "table")]
+    assert latency_ns([layer, *others]) == 5.0 * NS
+
+
+def test_a_time_below_a_nanosecond_counts_as_one():
+    own = of([*grid([1e-8] * 6), Entry(CONV, 16, 32, 8, 1e-8, BLOCK, 0.5)])
+    assert own(1, 1, 1, 8, 8) == 1
+
+
+def test_groups_are_part_of_a_shape_where_they_change_the_work():
+    text = "kind,groups,kernel,stride,size,inputs,outputs,bits,ms\n"
+    rows = ("conv,4,3x3,1x1,8x8,8,8,8,1", "depthwise,8,3x3,1x1,8x8,8,8,8,1", "linear,2,,,,8,8,8,1")
+    entries = parse_table(text + "\n".join(rows), "t").entries
+    assert [e.shape.groups for e in entries] == [4, 1, 1]
 
 
 def test_a_masked_network_is_charged_by_its_scheme():
@@ -361,6 +460,8 @@ def test_a_table_survives_its_file():
         (f"{HEADER}\nconv,3x3,1x1,8x8,1,1,8,inf\n", "line 2: ms is 'inf'"),
         (f"{HEADER}\nconv,3x3,1x1,8x8,1,1,8,-0.1\n", "line 2: ms is -0.1"),
         (f"{HEADER}\nconv,3x3,1x1,8x8,1,1,8,1e9\n", "line 2: ms is 1e9"),
+        (f"{HEADER}\nconv,3x3,1x1,8x8,1,1,8,0\n", "line 2: ms is 0"),
+        (f"{HEADER}\nconv,3x3,1x1,8x8,1,1,65,1\n", "line 2: bits is '65'"),
         (f"{HEADER}\nconv,3x3,1x1,8x8,1,1,8,\n", "line 2: ms is ''"),
         (f"{HEADER}\nconv,3x3,1x1,8x8,0,1,8,1\n", "line 2: inputs is '0'"),
         (f"{HEADER}\nconv,3x3,1x1,8x8,1,{10**30},8,1\n", "line 2: outputs is"),

@@ -163,6 +163,21 @@ def test_steps_back_of_a_decision_come_in_order_whatever_its_row():
     assert [shift for _, place, shift in payments if place == 0] == [1.5, 0.5]  # the dear step leads to the cheap one
 
 
+def test_a_step_back_saves_what_it_saves_beyond_the_steps_before_it():
+    """Rows by hand: 4 to 3 bits loses 1 for a cost of 2, 3 to 2 bits loses 6 for 2; a unit loses 2 for 8."""
+    gains = toy([{2: 7.0, 3: 1.0, 4: 0.0}], [{1: 2.0, 2: 0.0, 3: 0.0}], [2.0, 8.0])
+    payments = _payments(gains, (2, 2), [2, 2])
+    assert [(place, shift) for _, place, shift in payments] == [(1, 1.5), (1, 0.5), (0, 1.5), (0, 0.5)]
+    assert [rate for rate, _, _ in payments] == pytest.approx([0.0, 2 / 8, 1 / 2, 6 / 2])
+    assert _payments(gains, (0, 0), [0, 0]) == []
+
+
+def test_steps_that_cost_nothing_come_first_and_are_taken():
+    gains = toy([{2: 0.2, 3: 0.1, 4: 0.0}, {2: 90.0, 3: 1.0, 4: 0.0}], [], [0.0, 1.0])
+    assert gains.rank(0, [0, 0], 0.0) < gains.rank(1, [0, 0], 1.0)
+    assert spend_by_gain(gains, (0, 0), within(gains, 1)[0]) == (2, 1)
+
+
 @pytest.mark.parametrize(("behind", "after"), [(-1.0, (1, 0)), (-5.0, (0, 1))])
 def test_nothing_that_lies_far_behind_pays_for_a_step(behind, after):
     gains = toy([{2: 1.0, 3: 0.0}, {2: 0.1, 3: 0.0}], [], [1.0, 1.0])

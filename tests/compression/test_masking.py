@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import jpq
+from jpq.compression.masking import GateSample
 from jpq.export.runtimes import Session
+from jpq.methods.gates import VIB
 from jpq.types import JpqError
 
 
@@ -88,3 +90,22 @@ def test_a_sample_without_a_batch_dim_trains_in_one_of_several_processes() -> No
     for draw in net.net.draws:
         draw.part = (8, 4, 8)  # samples 4 to 8 of a batch of 8
     assert net(x).shape == (4, 8, 8)
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_parts_of_a_batch_get_their_rows_of_the_noise_that_the_whole_batch_would(each: int) -> None:
+    """Where a layer splits each sample into several rows, these lie behind each other."""
+    draw = GateSample(VIB(1, 5))
+
+    def noise(part: tuple[int, int, int] | None, rows: int) -> Tensor:
+        draw.part = part
+        draw.resample()
+        torch.manual_seed(7)
+        found = draw.noise(rows * each)
+        assert found is not None
+        assert found is draw.noise(rows * each)  # one draw for all consumers
+        return found
+
+    whole = noise(None, 8)
+    assert whole.shape == (8 * each, 5)
+    assert torch.equal(torch.cat([noise((8, 0, 3), 3), noise((8, 3, 8), 5)]), whole)

@@ -235,6 +235,42 @@ def test_random_draws_are_taken_in_the_first_tenth_of_the_steps_only(monkeypatch
     assert all(best[tenth:])
 
 
+@pytest.mark.parametrize(("loss", "attempts"), [(0.099, 1), (0.101, 4)])
+def test_a_step_that_costs_a_tenth_of_the_accuracy_is_tried_four_times_at_most(loss, attempts, monkeypatch):
+    """Relative to the accuracy before the step; tried again it begins from the initial distribution."""
+    began, ended = [], []
+
+    def recorded(p, removed, *rest):
+        began.append((p, int(removed.sum())))
+        p, draws = try_draws(p, removed, *rest)
+        ended.append(p)
+        return p, draws
+
+    monkeypatch.setattr(reinforce, "try_draws", recorded)
+    toy = lambda gone: ((1 - loss) ** (gone.sum() / 10), 0.5)  # noqa: E731
+    path = learn_allocation([30, 50, 20], toy, lambda gone: gone.sum() >= 30, Policy(rate=0.1, noise=0.3), 0)
+    assert [int(gone.sum()) for gone in path] == [10, 20, 30]
+    assert [before for _, before in began] == [n for n in (0, 10, 20) for _ in range(attempts)]
+    for i, (p, _) in enumerate(began):
+        fresh = i == 0 or i % attempts > 0
+        assert p == pytest.approx([0.3, 0.5, 0.2] if fresh else ended[i - 1], rel=1e-9)
+        assert ended[i] != pytest.approx(p, rel=1e-9)
+
+
+def test_the_distribution_moves_only_towards_draws_that_beat_all_before_them():
+    """Rewards that are all equal: the first round's leader pulls, and none after it does."""
+    left = np.array([40, 40, 40])
+    p, first = np.full(3, 1 / 3), {}
+    for epochs in (1, 5):
+        policy = Policy(epochs=epochs, samples=4, noise=0.3)
+        first[epochs], draws = try_draws(
+            p, np.zeros(3, np.int64), left, 12, lambda _: (0.5, 0.5), policy, np.random.default_rng(3)
+        )
+        assert len(draws) == 4
+    assert first[5] == pytest.approx(first[1])
+    assert first[1] != pytest.approx(p, abs=1e-4)
+
+
 def test_with_equal_accuracies_the_cheaper_draw_has_the_higher_reward():
     """Only layer 0 costs anything: draws are rewarded by what they take from it, and the distribution moves to it."""
     policy, full = Policy(epochs=10, samples=10), np.array([50, 50])

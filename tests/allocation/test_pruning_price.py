@@ -8,12 +8,13 @@ import torch
 from convnet import EXAMPLE
 from torch import nn
 
+from jpq.allocation.measured import pruning_price
 from jpq.allocation.measured.calibration import mix_pairs
-from jpq.allocation.measured.pruning_price import PruningPrice, price_pruning
+from jpq.allocation.measured.pruning_price import PruningPrice, _close_cheapest, _orders, _priced_target, price_pruning
 from jpq.allocation.uniform_bits import uniform_plan
 from jpq.compression.attach import attach
 from jpq.compression.calibration import reestimate_batchnorm
-from jpq.costs import bops, macs
+from jpq.costs import COSTS, bops, macs
 from jpq.costs.target import Target, parse_targets
 from jpq.methods.gates import VIB
 from jpq.methods.quantizers import Fixed, Learned
@@ -105,6 +106,80 @@ def test_both_figures_are_what_the_plans_give():
     pruned = replace(plan, kept={name: tuple(units) for name, units in kept.items()})
     assert found.channels == pytest.approx(divergence(pruned) - divergence(plan), rel=0.05, abs=1e-4)
     assert found.saving == pytest.approx(1 - float(bops(net.exact_usage(pruned)) / bops(net.exact_usage(plan))))
+
+
+def test_bits_save_as_much_as_channels_do_and_cost_what_their_plan_gives(monkeypatch):
+    plans = []
+    lower = pruning_price._lower_bits
+    monkeypatch.setattr(pruning_price, "_lower_bits", lambda *given: plans.append(lower(*given)) or plans[-1])
+    model, net, plan = searched(bits=5, dead=0)
+    found = price(model, net, plan)
+    (fewer,) = plans
+    full, saved = (float(bops(net.exact_usage(p))) for p in (plan, fewer))
+    assert saved <= (1 - found.saving) * full
+    assert fewer.kept == plan.kept
+    assert all(
+        x.w_bits <= plan.layers[name].w_bits and x.a_bits <= plan.layers[name].a_bits
+        for name, x in fewer.layers.items()
+    )
+
+    def divergence(changed):
+        trial = copy.deepcopy(net)
+        trial.freeze(changed)
+        reestimate_batchnorm(trial, [(X, X)])
+        with torch.no_grad():
+            return float(CLASSIFICATION.divergence(trial.eval()(mix_pairs(X)), model(mix_pairs(X))))
+
+    assert found.bits == pytest.approx(divergence(fewer) - divergence(plan), rel=0.05, abs=1e-4)
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_the_cheapest_of_the_open_channels_close_and_those_that_are_closed_count_for_nothing(multiple):
+    _, net, plan = searched(bits=4, dead=0)
+    net.multiple = multiple
+    plan = replace(plan, kept={s.name: tuple(u >= 8 for u in range(s.n)) for s in net.sites})  # margins fall with u
+    kept = {s.name: s.n - 8 for s in net.sites}
+    counts = _close_cheapest(net, plan, kept)
+    asked = round(0.1 * sum(kept.values()))
+    assert asked % 4
+    assert asked <= sum(kept.values()) - sum(counts.values()) < asked + multiple
+    assert all(n % multiple == 0 for n in counts.values())
+    margins = {s.name: g.margin()[0] for s, g in zip(net.sites, net.gates, strict=True)}
+    gone = [float(m) for name, n in counts.items() for m in margins[name][8 + n :]]
+    left = [float(m) for name, n in counts.items() for m in margins[name][8 : 8 + n]]
+    assert multiple > 1 or max(gone) <= min(left)
+    for s in net.sites:  # the open ones first
+        assert _orders(net, plan)[s.name] == [*range(8, s.n), *range(8)]
+
+
+def test_a_step_of_a_site_costs_the_margins_of_the_channels_that_it_closes():
+    """One channel that is nearly closed, in a site whose others are the surest of all."""
+    _, net, plan = searched(bits=4, dead=0)
+    with torch.no_grad():
+        net.gates[0].log_var.fill_(-6)
+        net.gates[0].log_var[0, 3] = 3
+    kept = {s.name: s.n for s in net.sites}
+    assert _close_cheapest(net, plan, kept)[net.sites[0].name] == net.sites[0].n - 1
+
+
+def test_the_target_that_is_priced_is_the_tightest_of_those_that_bits_lower():
+    _, net, plan = searched(bits=4)
+    uses = net.exact_usage(plan)
+    loose, tight = (
+        Target(cost, "", round(factor * float(COSTS[cost](uses)))) for cost, factor in (("bops", 2), ("size", 1.1))
+    )
+    least = Target("macs", "", 1)
+    for targets in ((loose, tight, least), (least, tight, loose)):
+        assert _priced_target(net, plan, targets) is tight
+    assert _priced_target(net, plan, (loose, least)) is loose
+    assert _priced_target(net, plan, (least,)) is None
+
+
+def test_of_few_channels_there_is_no_tenth():
+    model, net, plan = searched(bits=3)
+    few = {s.name: tuple(u < (3 if i else 2) for u in range(s.n)) for i, s in enumerate(net.sites)}
+    assert sum(map(sum, few.values())) == 8
+    assert price(model, net, replace(plan, kept=few)) is None
 
 
 def test_widths_at_their_smallest_leave_pruning_alone():

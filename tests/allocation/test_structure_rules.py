@@ -17,7 +17,13 @@ import jpq
 from jpq.allocation import structure_mapping, structure_search
 from jpq.allocation.structure_latency import latency_source, layer_ms, modelled_ms, roofline_ms, weights_per_lookup
 from jpq.allocation.structure_projection import kept_share, project, strongest_units
-from jpq.allocation.structure_rules import allowed_structures, apply_rules, is_hard_task, smallest_fast_block
+from jpq.allocation.structure_rules import (
+    allowed_structures,
+    apply_rules,
+    cheapest_mapping,
+    is_hard_task,
+    smallest_fast_block,
+)
 from jpq.allocation.structure_search import reward, search_structures
 from jpq.config import Budget, Config, Decide, Run, Task, Train
 from jpq.export.packed.model import unpack_model
@@ -130,6 +136,39 @@ def test_what_one_look_up_serves():
     )  # a quarter of 64 filters has the same pattern
 
 
+def test_the_roofline_by_hand():
+    """A weight of 16 x 10, read once or at a hundred places; 8 million MACs and 4 million bytes take a millisecond."""
+    size, blocks = Size((16, 10)), parse_structure("block:8x1")
+    assert roofline_ms(160, size, None, 1.0) == pytest.approx(160 / 4e6)
+    assert roofline_ms(16_000, size, None, 0.5) == pytest.approx(16_000 / 8e6)  # without a mask all weights stay
+    assert roofline_ms(16_000, size, blocks, 0.5) == pytest.approx(16_000 * 0.5 * (1 + 8 / 8) / 8e6)
+    assert roofline_ms(160, size, blocks, 0.25) == pytest.approx(160 * 0.25 * (1 + 2 / 8) / 4e6)
+
+
+def test_a_record_adds_up_the_times_of_its_layers(seen):
+    mapping = {"plain": "punched:8x8", "head": "block:*x1"}
+    shares = {layer.name: 0.25 if layer.name in mapping else 1.0 for layer in seen.layers}
+    for density, share in (
+        (shares, shares.get),
+        (0.5, lambda n: kept_share(seen.layer(n), mapping.get(n, DENSE), 0.5)),
+    ):
+        record = structure_mapping.mapping_record(seen, mapping, density, "by hand")
+        times = {n.name: modelled_ms(n, mapping.get(n.name, DENSE), share(n.name)) for n in seen.layers}
+        assert {n: row["ms"] for n, row in record["layers"].items()} == pytest.approx(times)
+        assert {n: row["structure"] for n, row in record["layers"].items() if n in mapping} == mapping
+        assert record["ms"] == pytest.approx(sum(times.values()))
+        assert record["dense_ms"] == pytest.approx(sum(modelled_ms(n, DENSE, 1.0) for n in seen.layers))
+
+
+def test_no_mapping_keeps_fewer_weights_than_the_cheapest(seen):
+    found = cheapest_mapping(seen, 0.3, is_allowed=lambda structure: structure != "pattern", skip=["wide"])
+    assert found["wide"] == found["deep"] == DENSE
+    for layer in seen.layers:
+        choices = [s for kind in allowed_structures(layer).values() for s in kind if s not in (DENSE, "pattern")]
+        if found[layer.name] != DENSE:
+            assert kept_share(layer, found[layer.name], 0.3) == min(kept_share(layer, s, 0.3) for s in choices)
+
+
 @pytest.mark.parametrize("difficult", [False, True])
 def test_rules_by_kind_of_layer(difficult, seen):
     found = apply_rules(seen, 0.5, difficult)
@@ -228,6 +267,31 @@ def test_search_puts_most_mass_on_the_best_choices():
     assert any(not torch.equal(again.logits[x], other.logits[x]) for x in LAYERS)
 
 
+def test_updates_of_a_search_by_hand():
+    """Rewards 0 and 1: the first is the baseline and moves nothing; the second's advantage is 0.9 of its excess."""
+    one = search_structures({"a": {"x": 1.0, "y": 1.0}}, lambda _: 0.5, 1e9, samples=1)
+    assert one.logits["a"].tolist() == [0.0, 0.0]
+    for seed in range(20):
+        asked = []
+        found = search_structures(
+            {"a": {"x": 1.0, "y": 1.0, "z": 1.0}},
+            lambda m, asked=asked: asked.append(m["a"]) or float(len(asked) - 1),
+            1e9,
+            samples=2,
+            lr=0.1,
+            seed=seed,
+        )
+        if len(asked) < 2 or found.judged < 2 or not found.logits["a"].any():
+            continue  # the same mapping twice, which is judged once
+        advantage = 0.9 * 1.0
+        spread = (0.1 * advantage**2 / (1 - 0.9**2)) ** 0.5
+        wanted = torch.full((3,), -1 / 3, dtype=torch.float64)
+        wanted["xyz".index(asked[1])] += 1
+        assert torch.allclose(found.logits["a"], 0.1 * advantage / spread * wanted)
+        return
+    raise AssertionError("no seed drew two mappings")
+
+
 def test_search_without_a_rate_learns_nothing_and_keeps_the_best():
     asked = []
     found = search_structures(LAYERS, lambda m: asked.append(dict(m)) or planted(m), 1e9, lr=0.0, samples=30)
@@ -282,6 +346,23 @@ def test_the_search_reads_held_out_data_only_and_leaves_the_model(trained):
     assert limit > 0
     again, _ = structure_search.search_mapping(method, network, model, data, 0.5, ["3"], pretrain=trained, samples=3)
     assert (again.mapping, again.accuracy) == (found.mapping, found.accuracy)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_mapping_is_judged_alike_whatever_was_judged_before_it(trained):
+    data = load("digits", limit=300)
+    torch.manual_seed(0)
+    model = jpq.tasks.models.build("convnet", 10, 1).eval()
+    network = trace(model, data.example)
+    proxy = structure_search.MappingEvaluator(network, model, data, 0.5, pretrain=trained, lr=1e-2)
+    losses = []
+    for asked in (parse_layers(MIXED), dict.fromkeys(parse_layers(MIXED), DENSE), parse_layers(MIXED)):
+        proxy(asked)
+        losses.append({name: t.clone() for name, t in proxy.model.state_dict().items()})
+    first, other, again = losses
+    assert all(torch.equal(t, again[name]) for name, t in first.items())
+    assert any(not torch.equal(t, other[name]) for name, t in first.items())
+    assert any(not torch.equal(t, proxy.before[n]) for n, t in other.items() if "running" in n)  # measured anew
 
 
 def test_what_the_proxy_trains_stays_masked():

@@ -14,9 +14,15 @@ import pytest
 from made_runs import FULL, SPREAD, folder, spread
 
 import jpq
-from jpq.results.front.front import build_front, hypervolume_by_method, missing_cost_messages, write_table
+from jpq.results.front.front import (
+    build_front,
+    float_accuracy,
+    hypervolume_by_method,
+    missing_cost_messages,
+    write_table,
+)
 from jpq.results.front.pareto import hypervolume_of
-from jpq.results.front.points import LayerDecision, read_point, read_points
+from jpq.results.front.points import LayerDecision, from_attributes, read_point, read_points
 from jpq.results.front.select import parse_limits, pick_point
 from jpq.tasks import TASKS
 from jpq.types import JpqError
@@ -301,6 +307,35 @@ def test_an_optuna_study_by_what_its_trials_noted(tmp_path: Path) -> None:
     assert list(alone.name) == ["trial 0"]
     assert (alone.model[0], alone.data[0]) == ("convnet", "digits")
     assert alone.attrs["hypervolume"] == pytest.approx(1.6)
+
+
+def test_what_a_trial_noted_of_a_layer_keeps_both_its_channels_and_its_mask() -> None:
+    point = from_attributes("t", {}, {**NOTES, "layers": {"a": "W4 A3, 24/32 channels, density 0.50 (2:4)"}}, {})
+    assert point.layers == (LayerDecision("a", 4, 3, 0.375),)
+    assert point.full_costs == {"bops": 100_000_000.0}
+    assert point.share("bops") == 0.01
+
+
+def test_the_float_models_metric_is_the_mean_of_those_that_are_known(tmp_path: Path) -> None:
+    front = spread(tmp_path)
+    points = [replace(p, float_accuracy=a) for p, a in zip(front.points, (0.9, None, 0.8, None, 0.94), strict=True)]
+    assert float_accuracy(build_front(points)) == pytest.approx(0.88)
+    assert float_accuracy(build_front([replace(p, float_accuracy=None) for p in points])) is None
+
+
+def test_a_front_counts_from_the_highest_level_of_guessing_and_methods_come_by_size(tmp_path: Path) -> None:
+    front = spread(tmp_path)
+    points = [
+        replace(p, chance=c, decisions={"method": m})
+        for p, c, m in zip(front.points, (0.0, 0.1, 0.0, 0.0, 0.0), "abcba", strict=True)
+    ]
+    alone = hypervolume_by_method(build_front(points))
+    volumes = [volume for volume, _ in alone.values()]
+    assert volumes == sorted(volumes, reverse=True)
+    assert {method: n for method, (_, n) in alone.items()} == {"a": 2, "b": 2, "c": 1}
+    assert build_front(points).hypervolume == hypervolume_of(
+        [p.accuracy for p in points], [p.share("bops") for p in points], chance=0.1
+    )
 
 
 def test_costs_that_trials_did_not_note_need_their_folders(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import product
 
+import pandas as pd
 import torch
 from joint_cifar import BASE
 from support.result_rows import RESULTS, append_row, provenance, read_rows
@@ -31,6 +32,7 @@ from jpq.tasks import build_model, load_weights, read_data
 
 ROWS = RESULTS / "other_tools.csv"
 KEY = ("tool", "target", "seed", "epochs")
+OWN = ("djpq", "measured", "uniform")  # methods of jpq that are shown beside the tools
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ TOOLS: Mapping[str, Tool] = {
     "brevitas": Tool("plain_brevitas", ("brevitas",), "training at one width for the body and one for the ends"),
     "torch-pruning": Tool("torch_pruning_brevitas", ("torch-pruning", "brevitas"), "channels pruned, then one width"),
     "oto": Tool("oto_brevitas", ("only_train_once", "brevitas"), "channels pruned while training, then one width"),
+    "mct": Tool("sony_mct", ("model-compression-toolkit",), "widths of each layer by integer programming"),
+    "modelopt": Tool("nvidia_modelopt", ("nvidia-modelopt",), "training at one width for the body, one for the ends"),
+    "nncf": Tool("intel_nncf", ("nncf",), "training at 8 bits, or 4 for a target of 1.57% or more"),
 }
 
 
@@ -108,6 +113,36 @@ def run_tool(name: str, target: str, seed: int, epochs: int) -> dict[str, object
         "seconds": round(seconds, 1),
         "version": " ".join(f"{package} {version(package)}" for package in tool.packages),
     }
+
+
+def other_tools_table() -> str:
+    """Accuracy of each tool beside jpq's methods at the same targets, images and epochs."""
+    tools = pd.read_csv(ROWS)
+    own = pd.read_csv(RESULTS / "joint_cifar.csv")
+    own = own[own.method.isin(OWN) & own.target.isin(tools.target) & own.epochs.isin(tools.epochs)]
+    own = own.assign(tool="jpq, `" + own.method + "`", version="", note="channels kept: " + _percent(own.channels_kept))
+    columns = ["tool", "target", "epochs", "seed", "accuracy", "bops_share", "version", "note"]
+    both = pd.concat([tools[columns], own[columns]])
+    lines = [
+        "| BOPs asked | tool | n | test accuracy % | BOPs used % | versions | how, in the first run |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    groups = both.groupby(["target", "tool"])
+    means = groups.accuracy.mean()
+    for target, tool in sorted(means.index, key=lambda key: (-float(key[0].rstrip("%")), -means[key])):
+        runs = groups.get_group((target, tool)).sort_values("seed")
+        accuracy = 100 * runs.accuracy
+        spread = f" ({accuracy.min():.2f} to {accuracy.max():.2f})" if len(runs) > 1 else ""
+        lines.append(
+            f"| {target} | {tool} | {len(runs)} | {accuracy.mean():.2f}{spread} | {100 * runs.bops_share.mean():.3f} "
+            f"| {runs.version.iloc[0]} | {runs.note.iloc[0]} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def _percent(shares: pd.Series) -> pd.Series:
+    """Shares as texts."""
+    return shares.map(lambda share: f"{100 * share:.0f} %")
 
 
 def known_keys() -> set[tuple[str, ...]]:

@@ -29,6 +29,7 @@ from support.result_rows import RESULTS, append_row, provenance, read_rows
 from support.tools.job import Job, Small, accuracy, count_macs
 
 from jpq.tasks import build_model, load_weights, read_data
+from jpq.types import JpqError
 
 ROWS = RESULTS / "other_tools.csv"
 KEY = ("tool", "target", "seed", "epochs")
@@ -75,7 +76,11 @@ def main() -> None:
             continue
         print(f"other_tools: {name} {target} seed {seed}", flush=True)
         given = ["--tools", name, "--targets", target, "--seeds", str(seed), "--epochs", str(args.epochs)]
-        row = run_tool(name, target, seed, args.epochs)
+        try:
+            row = run_tool(name, target, seed, args.epochs)
+        except JpqError as error:  # such as a tool that has no bits so few
+            print(f"  not possible: {error}", flush=True)
+            continue
         command = shlex.join(["python", "studies/other_tools.py", *given])
         append_row(ROWS, row | provenance(command, 1, ("torch",)))
         print(f"  {row['accuracy']:.2%} at {row['bops_share']:.3%} of the BOPs: {row['note']}", flush=True)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from itertools import islice
+from unittest import mock
 
 import torch
 from torch import nn
@@ -50,9 +51,7 @@ def old_torch() -> Iterator[None]:
         torch.onnx._optimize_graph = utils._optimize_graph  # type: ignore[attr-defined]
         stack.callback(delattr, torch.onnx, "_optimize_graph")
         if not torch.cuda.is_available():
-            cuda = torch.Tensor.cuda
-            torch.Tensor.cuda = lambda tensor: tensor  # type: ignore[method-assign]
-            stack.callback(setattr, torch.Tensor, "cuda", cuda)
+            stack.enter_context(mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor))
         yield
 
 

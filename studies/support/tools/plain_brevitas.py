@@ -1,8 +1,10 @@
 """Quantization-aware training with brevitas's own layers: one pair of widths for the body, one for both ends.
 
 What a user of brevitas writes without a search: layers replaced by their quantized forms, calibration on 500 images,
-training. Scales are learned, of weights per output channel and of inputs per tensor. Of all bodies with 2 to 8 bits
-and ends with 4 to 8 bits (inputs as wide as weights or one bit wider), the costliest that keeps to the target.
+training. Scales are those of its quantizers of least squared error (`...FloatMSE`): of weights per output channel,
+searched anew in every step, of inputs per tensor, learned from there. With scales learned from the largest weight,
+2.3 points were lost on held-out images of a short trial. Of all bodies with 2 to 8 bits and ends with 4 to 8 bits
+(inputs as wide as weights or one bit wider), the costliest that keeps to the target.
 """
 
 from __future__ import annotations
@@ -11,19 +13,11 @@ from collections.abc import Iterator
 
 import torch
 from brevitas import nn as qnn
-from brevitas.core.scaling import ScalingImplType, ScalingPerOutputType
 from brevitas.graph.calibrate import calibration_mode
-from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerTensorFloat, Uint8ActPerTensorFloat
+from brevitas.quant import Int8ActPerTensorFloatMSE, Int8WeightPerChannelFloatMSE, Uint8ActPerTensorFloatMSE
 from torch import nn
 
 from support.tools.job import FLOAT_BITS, Job, Small, Widths, count_macs, layer_names, set_module
-
-
-class LearnedWeight(Int8WeightPerTensorFloat):
-    """Integer weights with a learned scale per output channel."""
-
-    scaling_impl_type = ScalingImplType.PARAMETER_FROM_STATS
-    scaling_per_output_type = ScalingPerOutputType.CHANNEL
 
 
 def choose_widths(job: Job) -> Widths:
@@ -48,9 +42,9 @@ def quantized(net: nn.Module, widths: Widths, signed: frozenset[str]) -> nn.Modu
     for name, (w_bits, a_bits) in widths.items():
         layer = net.get_submodule(name)
         quantizers = {
-            "weight_quant": LearnedWeight,
+            "weight_quant": Int8WeightPerChannelFloatMSE,
             "weight_bit_width": w_bits,
-            "input_quant": Int8ActPerTensorFloat if name in signed else Uint8ActPerTensorFloat,
+            "input_quant": Int8ActPerTensorFloatMSE if name in signed else Uint8ActPerTensorFloatMSE,
             "input_bit_width": a_bits,
             "bias": layer.bias is not None,
         }

@@ -4,7 +4,7 @@
 
 All runs start from studies/weights/resnet8_cifar10_45000.safetensors, train on 8,000 of its 45,000 images and judge
 decisions on 5,000 that it has not seen; accuracies are of the 10,000 test images, read once per run. Uniform bits with
-8-bit ends have 8 bits in the first and last layer, whose BOPs count too.
+wider ends have 8 bits for what the first and last layer read, and 5 or 4 for their weights, whose BOPs count too.
 """
 
 from __future__ import annotations
@@ -34,6 +34,14 @@ GRID = Grid(
     ["measured", "djpq", "uniform", "two-stage"],
     targets=["0.9%", "0.5%", "0.35%"],
     seeds=[0, 1, 2],
+    variants={
+        "measured": {"method": "measured"},
+        "djpq": {"method": "djpq"},
+        "uniform": {"method": "uniform"},
+        "two-stage": {"method": "two-stage"},
+        "uniform 3 bits, wider ends": {"bits": "3/3,conv1=5/8,linear=5/8"},
+        "uniform 2 bits, wider ends": {"bits": "2/2,conv1=4/8,linear=4/8"},
+    },
 )
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from jpq.types import JpqError
 
 ROWS = RESULTS / "other_tools.csv"
 KEY = ("tool", "target", "seed", "epochs")
-OWN = ("djpq", "measured", "uniform 3 bits, wider ends", "uniform 2 bits, wider ends")  # methods of jpq that are shown beside the tools
+OWN = ("djpq", "measured", "uniform 3 bits, wider ends", "uniform 2 bits, wider ends")  # of jpq, beside the tools
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from brevitas.graph.calibrate import calibration_mode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jpq.tracing.pad_channels import PadChannels
+from jpq.tracing import PadChannels
 from support.tools.job import Job, Small, Widths, count_macs, layer_names, set_module
 from support.tools.plain_brevitas import quantized
 

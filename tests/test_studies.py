@@ -214,3 +214,25 @@ def test_estimators_are_compared_on_the_same_plans():
         assert {tuple(sorted(part.plan)) for _, part in ours.groupby("estimator")} == {tuple(sorted(set(plans.plan)))}
     costs = plans.groupby(["model", "budget"]).bops_share.agg(["min", "max"])
     assert (costs["min"] / costs["max"] > 0.98).all()  # plans of equal cost
+
+
+def test_other_tools_are_counted_as_jpq_counts_and_keep_to_their_targets():
+    import torch
+    from support.tools.job import Small, count_macs
+
+    import jpq
+    from jpq.tasks import build_model
+
+    net, x = build_model("resnet8", 10, 3).eval(), torch.rand(1, 3, 32, 32)
+    macs = count_macs(net, x)
+    assert sum(macs.values()) == jpq.measure(net, x)["macs"] == 12_239_488
+    assert macs["conv1"] == 32 * 32 * 3 * 3 * 3 * 16
+    assert macs["linear"] == 640
+    plain = Small(net, {}).bops(x)
+    assert plain == 12_239_488 * 32 * 32
+    assert plain - Small(net, {"conv1": (4, 8)}).bops(x) == macs["conv1"] * (32 * 32 - 4 * 8)
+    rows = pd.read_csv(RESULTS / "other_tools.csv")
+    assert (rows.bops_share <= rows.target.str.rstrip("%").astype(float) / 100).all()
+    assert not rows.duplicated(["tool", "target", "seed", "epochs"]).any()
+    assert (rows.epochs_trained == rows.epochs).all()
+    assert rows.float_accuracy.nunique() == 1  # all begin from the same weights

@@ -26,6 +26,7 @@ import fuzz
 import kernels
 import methods
 import one_run
+import other_tools
 import pandas as pd
 import qat_recipe
 import scores
@@ -216,6 +217,7 @@ def sort_budgets(targets: Sequence[str]) -> list[str]:
 
 SECTIONS: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {  # name -> (table, CSV files that it shows)
     "joint": (joint_table, tuple(JOINT)),
+    "other tools": (other_tools.other_tools_table, ("other_tools", "joint_cifar")),
     "figures": (
         figures,
         ("digits", "fashion_mnist", "resnet20_cifar10", "step_cost", "analysis_speed", "unconstrained"),

@@ -320,9 +320,9 @@ class Train:
     end; frozen: those of the float model, which stay; auto: frozen where statistics that are measured anew cost the
     float model a tenth of its metric above chance (few samples per batch, as in denoising)."""
     precision: str = FLOAT32
-    """Numbers in which layers compute while they learn: float32; or bfloat16, which is faster where processors and GPUs
-    have instructions for it (ResNet20 on a CPU: three quarters of the time). Weights, decisions, and all that is
-    measured stay float32."""
+    """Numbers in which layers compute while they learn: float32; or bfloat16, which is faster where the processor has
+    instructions for it (ResNet20: three quarters of the time). Weights, decisions, and all that is measured stay
+    float32."""
 
 
 @dataclass(frozen=True)

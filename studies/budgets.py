@@ -91,12 +91,8 @@ def resnet20_joint() -> Grid:
     holds figures of the 10,000 test images, read once per run.
     """
     variants: dict[str, dict[str, Any]] = {
-        "measured": {"method": "measured"},
-        "djpq": {"method": "djpq"},
-        "uniform": {"method": "uniform"},
         "uniform 2 bits, 8-bit ends": {"bits": "2/2,conv1=8/8,linear=8/8"},
         "uniform 3 bits, 8-bit ends": {"bits": "3/3,conv1=8/8,linear=8/8"},
-        "two-stage": {"method": "two-stage"},
     }
     return Grid(
         "resnet20_joint",

@@ -5,7 +5,7 @@
 
 Float weights, 8,000 training images, batches, epochs and test images are those of joint_cifar.py, which makes jpq's
 own rows. A tool is driven as its documentation says, by its public functions; the training loop, which all of them
-leave to the user, is jpq's recipe for everyone (studies/support/tools/job.py). Bit-operations are counted the same
+leave to the user, is nearly jpq's for everyone (studies/support/tools/job.py). Bit-operations are counted the same
 way for all: MACs of convolutions and linear layers of the network as it came out, times bits of weights, times bits of
 inputs. Test accuracy is read once per run. Rows go to results/other_tools.csv; a run whose row is there is skipped.
 """
@@ -26,9 +26,9 @@ import pandas as pd
 import torch
 from joint_cifar import BASE
 from support.result_rows import RESULTS, append_row, provenance, read_rows
-from support.tools.job import Job, Small, accuracy, count_macs
+from support.tools.job import Job, Small, count_macs
 
-from jpq.tasks import build_model, load_weights, read_data
+from jpq.tasks import CLASSIFICATION, build_model, load_weights, read_data
 from jpq.types import JpqError
 
 ROWS = RESULTS / "other_tools.csv"
@@ -67,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.list:
         for name, tool in TOOLS.items():
-            print(f"{name:16} {tool.says}; pip install {' '.join(tool.packages)}")
+            print(f"{name:16} {tool.says}; {', '.join(tool.packages)}, see studies/support/tools/{tool.module}.py")
         return
     logging.disable(logging.WARNING)
     torch.set_num_threads(args.threads)
@@ -78,7 +78,7 @@ def main() -> None:
         given = ["--tools", name, "--targets", target, "--seeds", str(seed), "--epochs", str(args.epochs)]
         try:
             row = run_tool(name, target, seed, args.epochs)
-        except JpqError as error:  # such as a tool that has no bits so few
+        except (JpqError, ModuleNotFoundError) as error:  # such as a tool that has no bits so few, or is not installed
             print(f"  not possible: {error}", flush=True)
             continue
         command = shlex.join(["python", "studies/other_tools.py", *given])
@@ -95,7 +95,7 @@ def run_tool(name: str, target: str, seed: int, epochs: int) -> dict[str, object
     net = build_model(config.task.model, data.classes)
     assert config.task.weights is not None
     load_weights(net, config.task.weights)
-    job = Job(net.eval(), data, float(target.rstrip("%")) / 100, epochs, seed)
+    job = Job(net.eval(), data, float(target.rstrip("%")) / 100, epochs)
     begin = time.perf_counter()
     small: Small = importlib.import_module(f"support.tools.{tool.module}").run(job)
     seconds = time.perf_counter() - begin
@@ -107,8 +107,8 @@ def run_tool(name: str, target: str, seed: int, epochs: int) -> dict[str, object
         "seed": seed,
         "epochs": epochs,
         "epochs_trained": round(job.steps / len(data.train), 2),
-        "float_accuracy": round(accuracy(net, data.test), 4),
-        "accuracy": round(accuracy(small.net, data.test), 4),
+        "float_accuracy": round(CLASSIFICATION.evaluate(net, data.test), 4),
+        "accuracy": round(CLASSIFICATION.evaluate(small.net, data.test), 4),
         "bops_share": round(small.bops(job.sample()) / job.full_bops, 7),
         "macs_share": round(sum(macs.values()) / sum(count_macs(net, job.sample()).values()), 4),
         "w_bits_mean": round(sum(w for w, _ in bits) / len(bits), 2),

@@ -136,8 +136,7 @@ METAVARS = {
         "TYPE": "onnx_weights",
         "RUNTIME[,RUNTIME]": "runtime",
         "NAME": "estimator method score schedule allocator structure width model data device cost like proxy inputs "
-        "name sampler per minimize effort batchnorm "
-        "precision",
+        "name sampler per minimize effort batchnorm precision",
     }.items()
     for name in names.split()
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,9 +185,10 @@ class Objective:
         return loss
 
     def _autocast(self, net: nn.Module) -> AbstractContextManager[object]:
-        """A context in which layers compute in this precision; float32 leaves all as it is."""
-        device = next(net.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.precision == BFLOAT16)
+        """A context in which layers compute in this precision; float32 leaves all as it is, a caller's autocast too."""
+        if self.precision != BFLOAT16:
+            return nullcontext()
+        return torch.autocast(next(net.parameters()).device.type, torch.bfloat16)
 
 
 def _in_float32(output: Tensor) -> Tensor:

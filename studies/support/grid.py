@@ -107,7 +107,7 @@ class Grid:
 
     def decide(self, method: str) -> Decide:
         """The decision settings of a method or variant."""
-        return replace(self.base.decide, **({"method": method} if self.variants is None else self.variants[method]))
+        return replace(self.base.decide, **(self.variants or {}).get(method, {"method": method}))
 
 
 def run_grid(grid: Grid, argv: Sequence[str] | None = None) -> None:

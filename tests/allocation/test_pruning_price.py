@@ -84,18 +84,20 @@ def test_bits_with_room_are_the_cheaper_way_to_save():
     assert found.record()["pays"] is False
 
 
+def divergence(net, plan, model):
+    """That of a copy of the net under a plan, its BatchNorm measured anew, from the float model on mixed images."""
+    trial = copy.deepcopy(net)
+    trial.freeze(plan)
+    reestimate_batchnorm(trial, [(X, X)])
+    with torch.no_grad():
+        return float(CLASSIFICATION.divergence(trial.eval()(mix_pairs(X)), model(mix_pairs(X))))
+
+
 def test_both_figures_are_what_the_plans_give():
     model, net, plan = searched(bits=5, dead=0)
     before = copy.deepcopy(net.state_dict())
     found = price(model, net, plan)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())  # nothing is changed
-
-    def divergence(changed):
-        trial = copy.deepcopy(net)
-        trial.freeze(changed)
-        reestimate_batchnorm(trial, [(X, X)])
-        with torch.no_grad():
-            return float(CLASSIFICATION.divergence(trial.eval()(mix_pairs(X)), model(mix_pairs(X))))
 
     worst = sorted(
         (float(m), s.name, u) for s, g in zip(net.sites, net.gates, strict=True) for u, m in enumerate(g.margin()[0])
@@ -104,7 +106,9 @@ def test_both_figures_are_what_the_plans_give():
     for _, name, unit in worst[: found.closed]:
         kept[name][unit] = False
     pruned = replace(plan, kept={name: tuple(units) for name, units in kept.items()})
-    assert found.channels == pytest.approx(divergence(pruned) - divergence(plan), rel=0.05, abs=1e-4)
+    assert found.channels == pytest.approx(
+        divergence(net, pruned, model) - divergence(net, plan, model), rel=0.05, abs=1e-4
+    )
     assert found.saving == pytest.approx(1 - float(bops(net.exact_usage(pruned)) / bops(net.exact_usage(plan))))
 
 
@@ -123,14 +127,7 @@ def test_bits_save_as_much_as_channels_do_and_cost_what_their_plan_gives(monkeyp
         for name, x in fewer.layers.items()
     )
 
-    def divergence(changed):
-        trial = copy.deepcopy(net)
-        trial.freeze(changed)
-        reestimate_batchnorm(trial, [(X, X)])
-        with torch.no_grad():
-            return float(CLASSIFICATION.divergence(trial.eval()(mix_pairs(X)), model(mix_pairs(X))))
-
-    assert found.bits == pytest.approx(divergence(fewer) - divergence(plan), rel=0.05, abs=1e-4)
+    assert found.bits == pytest.approx(divergence(net, fewer, model) - divergence(net, plan, model), rel=0.05, abs=1e-4)
 
 
 @pytest.mark.parametrize("multiple", [1, 4])

@@ -1,7 +1,8 @@
 """What every tool is given, and what it gives back: the same float weights, images, epochs and loss for all.
 
-Training loops are the user's business in all of these tools, so all get jpq's own: AdamW, half a cosine, cross entropy
-plus distillation from the float model, BatchNorm statistics measured anew at the end.
+Training loops are the user's business in all of these tools, so all get nearly jpq's own: its AdamW and its loss, cross
+entropy plus distillation from the float model, BatchNorm statistics measured anew at the end. The rate falls by half a
+cosine from the first step on, and the gradient of all parameters is clipped.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from jpq.compression import reestimate_batchnorm
-from jpq.tasks import CLASSIFICATION, Batches, Data
+from jpq.tasks import Data
+from jpq.training import Objective, build_optimizer
 
 FLOAT_BITS = 32
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 1e-4
-TEMPERATURE = 2.0
+DISTILL, TEMPERATURE = 1.0, 2.0
 MAX_GRADIENT_NORM = 5.0
 Widths = Mapping[str, tuple[int, int]]  # name of a layer in the network -> bits of (weights, activations)
 
@@ -61,12 +62,6 @@ def layer_names(net: nn.Module) -> list[str]:
     return [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
 
 
-def set_module(net: nn.Module, name: str, module: nn.Module) -> None:
-    """Put another module at a name within a network."""
-    parent, _, last = name.rpartition(".")
-    setattr(net.get_submodule(parent), last, module)
-
-
 @dataclass(frozen=True)
 class Small:
     """What a tool made: a network that computes what its deployed form would, and the bits of its layers."""
@@ -92,7 +87,6 @@ class Job:
     data: Data
     target: float  # share of the float network's bit-operations
     epochs: int
-    seed: int
     steps: int = field(default=0, init=False)  # of training so far, for the report
 
     def fresh(self) -> nn.Module:
@@ -123,7 +117,6 @@ class Job:
         net: nn.Module,
         epochs: int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
-        extra_loss: Callable[[], Tensor] | None = None,
         after_step: Callable[[], None] | None = None,
         first_epoch: int = 0,
         lr: float = LEARNING_RATE,
@@ -134,15 +127,14 @@ class Job:
             net: the tool's network, in whatever form it is trained.
             epochs: default: the job's.
             optimizer: the tool's own where it brings one; default: AdamW. Its rates follow the same curve.
-            extra_loss: added to the loss of each batch, such as a tool's price of bits.
             after_step: called after each step.
             first_epoch: number by which images are shuffled, where epochs went before.
             lr: peak learning rate of the default optimizer.
         """
         epochs = self.epochs if epochs is None else epochs
-        optimizer = optimizer or default_optimizer(net, lr)
+        optimizer = optimizer or build_optimizer(net, lr, WEIGHT_DECAY)
         peaks = [group["lr"] for group in optimizer.param_groups]
-        teacher = self.fresh().eval()
+        objective = Objective(self.fresh().eval(), DISTILL, TEMPERATURE)
         steps = epochs * len(self.data.train)
         step = 0
         for epoch in range(first_epoch, first_epoch + epochs):
@@ -150,12 +142,7 @@ class Job:
             for x, y in self.data.train.epoch(epoch):
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     group["lr"] = peak * (1 + math.cos(math.pi * step / steps)) / 2
-                out = net(x)
-                with torch.no_grad():
-                    aim = teacher(x)
-                loss = F.cross_entropy(out, y) + CLASSIFICATION.distill(out, aim, TEMPERATURE)
-                if extra_loss is not None:
-                    loss = loss + extra_loss()
+                loss = objective(net, x, y, step / steps)
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(net.parameters(), MAX_GRADIENT_NORM)
@@ -166,18 +153,3 @@ class Job:
                 self.steps += 1
         reestimate_batchnorm(net, self.data.train.epoch(0))
         return net.eval()
-
-
-def default_optimizer(net: nn.Module, lr: float = LEARNING_RATE) -> torch.optim.Optimizer:
-    """AdamW; weights of layers decay, all else does not."""
-    decayed = [p for p in net.parameters() if p.dim() > 1]
-    plain = [p for p in net.parameters() if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr)
-
-
-@torch.no_grad()
-def accuracy(net: nn.Module, images: Batches) -> float:
-    """The share of images whose largest output is their class."""
-    net.eval()
-    return sum(int((net(x).argmax(1) == y).sum()) for x, y in images) / images.size

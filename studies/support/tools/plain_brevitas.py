@@ -17,7 +17,8 @@ from brevitas.graph.calibrate import calibration_mode
 from brevitas.quant import Int8ActPerTensorFloatMSE, Int8WeightPerChannelFloatMSE, Uint8ActPerTensorFloatMSE
 from torch import nn
 
-from support.tools.job import FLOAT_BITS, Job, Small, Widths, count_macs, layer_names, set_module
+from jpq.types import JpqError
+from support.tools.job import FLOAT_BITS, Job, Small, Widths, count_macs, layer_names
 
 
 def choose_widths(job: Job) -> Widths:
@@ -34,7 +35,10 @@ def choose_widths(job: Job) -> Widths:
     def share(widths: Widths) -> float:
         return sum(macs[n] * w * a for n, (w, a) in widths.items()) / (sum(macs.values()) * FLOAT_BITS**2)
 
-    return max((c for c in candidates() if share(c) <= job.target), key=share)
+    fitting = [c for c in candidates() if share(c) <= job.target]
+    if not fitting:
+        raise JpqError(f"A body of 2 bits and ends of 4 cost more than {job.target:.3%}: give a larger target.")
+    return max(fitting, key=share)
 
 
 def quantized(net: nn.Module, widths: Widths, signed: frozenset[str]) -> nn.Module:
@@ -57,7 +61,7 @@ def quantized(net: nn.Module, widths: Widths, signed: frozenset[str]) -> nn.Modu
             assert isinstance(layer, nn.Linear)
             new = qnn.QuantLinear(layer.in_features, layer.out_features, **quantizers)
         new.load_state_dict(layer.state_dict(), strict=False)
-        set_module(net, name, new)
+        net.set_submodule(name, new)
     return net
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jpq.tracing import PadChannels
-from support.tools.job import Job, Small, Widths, count_macs, layer_names, set_module
+from support.tools.job import Job, Small, Widths, count_macs, layer_names
 from support.tools.plain_brevitas import quantized
 
 END_BITS = 8  # inputs of both ends; their weights have those of the body, and 4 at least
@@ -44,7 +44,7 @@ def open_shortcuts(net: nn.Module) -> nn.Module:
             conv = nn.Conv2d(rows, module.before + rows + module.after, 1, bias=False)
             eye = F.pad(torch.eye(rows), [0, 0, module.before, module.after])
             conv.weight = nn.Parameter(eye[:, :, None, None])
-            set_module(net, name, conv)
+            net.set_submodule(name, conv)
     return net
 
 
@@ -55,7 +55,7 @@ def close_shortcuts(net: nn.Module, names: list[str]) -> nn.Module:
         assert isinstance(conv, nn.Conv2d)
         picks = conv.weight.detach()[:, :, 0, 0] > 0.5
         source = torch.where(picks.any(1), picks.float().argmax(1), -1)
-        set_module(net, name, Route(source, conv.in_channels))
+        net.set_submodule(name, Route(source, conv.in_channels))
     return net
 
 

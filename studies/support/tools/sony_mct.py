@@ -25,6 +25,7 @@ from model_compression_toolkit.trainable_infrastructure import TrainingMethod
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jpq.types import JpqError
 from support.tools.job import Job, Small, Widths
 
 BITS = (8, 6, 5, 4, 3, 2)
@@ -162,7 +163,8 @@ def run(job: Job) -> Small:
         if low == high:
             break
         asked = (low + high) / 2
-    assert best is not None, f"The tool has no network of {job.target:%}."
+    if best is None:
+        raise JpqError(f"MCT has no network of {job.target:.3%}: give a larger target.")
     _, asked, net = best
     job.fit(net, lr=LEARNING_RATE)
     net = mct.qat.pytorch_quantization_aware_training_finalize_experimental(net)

@@ -53,6 +53,12 @@ def test_layers_and_the_teachers_compute_in_bfloat16_and_the_loss_in_float32() -
     assert rounded == pytest.approx(exact, rel=0.02)  # bfloat16 has 8 binary digits: 0.4 % of each number
 
 
+def test_float32_leaves_a_callers_autocast_as_it_is() -> None:
+    net, x, y = small_net(), torch.rand(16, 1, 8, 8), torch.arange(16) % 10
+    with torch.autocast("cpu", torch.bfloat16):
+        assert types_of_layers(lambda: Objective()(net, x, y, 0.0))[True] == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("method", ["djpq", "measured"])
 def test_all_phases_of_a_run_learn_in_bfloat16_and_its_file_is_exact(tmp_path: Path, method: str) -> None:
     config = Config(

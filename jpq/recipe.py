@@ -260,7 +260,7 @@ def load_table(config: Config, run: RunState) -> LatencyTable | None:
     def load() -> LatencyTable:
         table = layer_table.read_table(path)
         kept = run.folder / layer_table.TABLE_NAME
-        if run.saved and kept.is_file() and kept.read_text(encoding="utf-8") != layer_table.table_text(table):
+        if run.saved and kept.is_file() and layer_table.read_table(kept).entries != table.entries:
             raise JpqError(f"{table.source} is no longer the table that this run began with. Run without --resume.")
         return table
 

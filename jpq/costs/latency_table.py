@@ -26,6 +26,8 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from jpq.types import DENSE, JpqError, unknown
 
 KINDS = ("conv", "depthwise", "conv_transpose", "linear")
@@ -132,8 +134,14 @@ def format_table(entries: Iterable[Entry]) -> str:
     for e in entries:
         s = e.shape
         key = [s.kind, s.groups, sides(s.kernel), sides(s.stride), sides(s.size), e.inputs, e.outputs, e.bits]
-        writer.writerow([*key, e.form, e.scheme, f"{e.density:g}", f"{e.ms:.6f}", *(e.notes.get(k, "") for k in notes)])
+        values = [e.form, e.scheme, _exact_text(e.density), _exact_text(e.ms)]
+        writer.writerow([*key, *values, *(e.notes.get(k, "") for k in notes)])
     return out.getvalue()
+
+
+def _exact_text(value: float) -> str:
+    """The fewest decimals that are read as the same number."""
+    return np.format_float_positional(value, trim="-")
 
 
 def _entry(cells: Mapping[str, str], where: str) -> Entry:

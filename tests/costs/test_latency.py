@@ -450,6 +450,13 @@ def test_a_table_survives_its_file():
     assert again.note("hardware") == "x, y"
 
 
+@pytest.mark.parametrize("ms", [5e-324, 1.2345e-7, 4.9e-7, 0.1 + 0.2, 1 / 3, 1e7])
+def test_a_table_keeps_every_time_and_density_that_it_may_hold(ms):
+    entry = replace(measured().entries[0], ms=ms, scheme="block:8x4", density=1 / 3)
+    again = parse_table(format_table([entry]), "again.csv").entries[0]
+    assert (again.ms, again.density) == (ms, 1 / 3)
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [

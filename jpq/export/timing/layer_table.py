@@ -151,17 +151,12 @@ def _parts_in_memory(benchmarks: list[LayerBenchmark]) -> Iterator[list[LayerBen
 
 def _table_entry(benchmark: LayerBenchmark, seconds: np.ndarray, call_s: float, notes: dict[str, str]) -> Entry:
     """The row of one layer from the seconds of its calls and those of an empty call."""
-    ms = max(1e-6, 1e3 * (float(np.median(seconds)) - call_s) / benchmark.copies)
+    ms = max(1e-6, round(1e3 * (float(np.median(seconds)) - call_s) / benchmark.copies, 6))
     least = max(0.0, 1e3 * (float(seconds.min()) - call_s) / benchmark.copies)
     columns = {"n": notes["n"], "ms_least": f"{least:.6f}", "copies": str(benchmark.copies), **notes}
     bits = FLOAT if benchmark.form is None else INT8
     form = benchmark.form or ""
     return Entry(benchmark.shape, benchmark.inputs, benchmark.outputs, bits, ms, form=form, notes=columns)
-
-
-def table_text(table: LatencyTable) -> str:
-    """The table as CSV, as `write_table` writes it."""
-    return format_table(table.entries)
 
 
 def write_table(entries: list[Entry], path: str | Path) -> None:

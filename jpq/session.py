@@ -109,8 +109,8 @@ class CompressionSession(nn.Module):
         self.second_stage = second_stage  # quantizes the pruned network of a two-stage method
         self.done = 0
         self.use = LoopUse()
-        self.history = SessionHistory(steps)
         self.targets: tuple[Target, ...] = () if controller is None else controller.targets
+        self.history = SessionHistory(steps, self.targets)
         self.sensitivities: SensitivityTable | None = None  # by which discretization spends the rest, start="measured"
         self._pressed_at = -1  # step of the last `pressure()`: multipliers move once in a step
         self._example = example
@@ -219,11 +219,12 @@ class CompressionSession(nn.Module):
             self.history.record(self.done, self.controller)
 
     def get_extra_state(self) -> Tensor:
-        """What `state_dict` holds beside the tensors: settings, progress, multipliers, decisions; bytes, uint8."""
+        """What `state_dict` holds beside the tensors: settings, progress, history, decisions; bytes, uint8."""
         searching = self.controller is not None
         return session_state.encode(
             {
                 "done": self.done,
+                "history": self.history.state(),
                 "searching": searching,
                 "controller": None if self.controller is None else self.controller.state(),
                 "plan": None if searching else self.net.plan().to_json(),
@@ -246,12 +247,13 @@ class CompressionSession(nn.Module):
                 "The state dict was saved before discretize(), and this session has been discretized: load it into a "
                 "new session of the same settings."
             )
-        if searching and self.controller is not None:
-            try:
+        try:
+            if searching and self.controller is not None:
                 self.controller.restore(record["controller"])
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise JpqError(f"The state dict is of a session with other targets ({error}).") from error
-        elif self.controller is not None or (self.second_stage is not None and not pending):
+            self.history.restore(record.get("history", ""))  # older states have none
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise JpqError(f"The state dict is of a session with other targets ({error}).") from error
+        if not searching and (self.controller is not None or (self.second_stage is not None and not pending)):
             self.net.freeze(from_json(record["plan"], "the state dict"))
             self.controller = self.recalibrate = self.second_stage = None
         if self.second_stage is not None:

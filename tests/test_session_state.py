@@ -159,7 +159,7 @@ def test_state_of_other_settings_or_of_another_network_is_refused(traced, monkey
         other.load_state_dict(state)
 
 
-@pytest.mark.parametrize("damage", ["text", "short", "format", "done", "controller"])
+@pytest.mark.parametrize("damage", ["text", "short", "format", "done", "history", "controller"])
 def test_damaged_state_is_refused_in_a_sentence(damage, traced):
     from jpq.compression import session_state
 
@@ -171,6 +171,7 @@ def test_damaged_state_is_refused_in_a_sentence(damage, traced):
         "short": state["_extra_state"][:40],
         "format": session_state.encode({**record, "format": 9}),
         "done": session_state.encode({**record, "done": -1}),
+        "history": session_state.encode({**record, "history": "AAAA"}),
         "controller": session_state.encode({**record, "controller": {"start": {"bops": "x"}}}),
     }[damage]
     with pytest.raises(jpq.JpqError):
@@ -198,3 +199,34 @@ def test_session_inside_another_module_resumes_with_it(traced):
     again.load_state_dict(outer.state_dict())
     assert again["net"].done == 2
     assert again["net"].controller.pressure == session.controller.pressure
+
+
+@pytest.mark.parametrize("discretized", [False, True])
+def test_history_of_a_resumed_search_is_whole(discretized, traced):
+    settings = {"steps": 4, "size": "30%"}
+    session, optimizer = session_of(**settings)
+    train(session, optimizer, 2)
+    middle = copy.deepcopy(session.state_dict())
+    train(session, optimizer, 2, seed=1)
+    if discretized:
+        session.discretize()
+        middle = session.state_dict()
+    again, restored = session_of(**settings)
+    again.load_state_dict(middle)
+    if not discretized:
+        restored.load_state_dict(optimizer.state_dict())
+        assert again.history.rows == session.history.rows[:2]
+        train(again, restored, 2, seed=1)
+    assert [row["step"] for row in again.report().record["history"]] == [1, 2, 3, 4]
+    assert {"bops_multiplier", "size_limit"} <= again.history.rows[0].keys()
+
+
+def test_states_from_before_histories_were_kept_are_read(traced):
+    from jpq.compression import session_state
+
+    session, optimizer = session_of()
+    train(session, optimizer, 1)
+    state = dict(session.state_dict())
+    record = session_state.decode(state["_extra_state"])
+    del record["history"]
+    session_of()[0].load_state_dict({**state, "_extra_state": session_state.encode(record)})

@@ -1,4 +1,4 @@
-"""State of a search beside its tensors, as bytes in a state dict: settings, progress, multipliers and decisions.
+"""State of a search beside its tensors, as bytes in a state dict: settings, progress, history and decisions.
 
 The record is JSON in a tensor of bytes, because every writer of checkpoints stores tensors (safetensors stores nothing
 else), and nothing in it is executed when it is read. It is padded with spaces, so that its size is the same all through
@@ -54,6 +54,7 @@ def decode(state: Any) -> dict[str, Any]:
             raise ValueError(f"format {str(record.get('format'))[:20]}")
         untrusted.as_int(record["done"], 0, 2**62)
         untrusted.as_bool(record["searching"])
+        untrusted.as_str(record.get("history", ""), untrusted.LARGEST)
         for name in ("plan", "second_plan"):
             if record[name] is not None:
                 untrusted.as_str(record[name], untrusted.LARGEST)

@@ -34,6 +34,7 @@ T = TypeVar("T")
 MASKED = "masked"  # --method: set where --mask is given
 MANUAL = "by-hand"  # --method: set where --bits or --densities are given
 MEASURED = "measured"  # --method: decided by measurement
+UNIFORM = "uniform"  # --method: one width for all weights and one for all activations
 CHANNELS = "channels"  # --structure: units are channels that leave the network; all others are masks inside a layer
 RULES = "rules"  # --structure: a mask structure for each layer, by rules
 SEARCH = "search"  # --structure: a mask structure for each layer, by search on held-out data
@@ -76,13 +77,14 @@ ADDED = {
         "contest_share",
         "start",
         "resolve_at",
+        "wider_ends",
     ),
     "train": ("effort", "warm_start", "reconstruction_steps", "reconstruction_samples", "batchnorm", "precision"),
     "budget": ("max_drop", "min_metric", "minimize", "most_runs"),
 }
 
 WEIGHT_LEVELS = ("all", "narrow")  # --weight-levels
-STARTS = UNIFORM_START, MEASURED_START = ("uniform", "measured")  # --start
+STARTS = UNIFORM_START, MEASURED_START = (UNIFORM, MEASURED)  # --start
 
 LARGEST_FILE = 2**20  # largest size of a settings file in bytes
 LARGEST_SIDE = 2**14  # --image-size
@@ -253,7 +255,7 @@ class Decide(TextPaths):
     """A sensitivity table of this model to decide from (sensitivity.csv in the folder of a run with --method measured
     or --start measured, or from jpq sensitivity --out FILE), in place of measuring one."""
     contest: bool = True
-    """For --method measured: before training, train the plan and those of uniform bits, uniform bits with 8-bit ends
+    """For --method measured: before training, train the plan and those of uniform bits, uniform bits with wider ends
     and two stages for a short while each, and keep the best on held-out data. --no-contest keeps the measured plan."""
     search_contest: bool = False
     """Hold the same contest at the end of a search, with the plan that was learned."""
@@ -263,6 +265,9 @@ class Decide(TextPaths):
     resolve_at: float = 0.0
     """Share of the fine-tuning after which bits are solved for again around the network as it has trained: widths move
     by single steps under the same budget, where that helps (docs/deciding.md). 0: never."""
+    wider_ends: bool = False
+    """For --method uniform: 8 bits for what the last layer reads, and one width of 4 to 8 bits, not below that of the
+    other layers, for the weights of the first and last one."""
     mask: Path | None = None
     """A mask to hold while weights and bits learn, in place of a method: the folder of `jpq prune-private` (training
     begins with the weights in it; --weights names the dense model), or the file of a mask alone (mask.json, a run's
@@ -503,6 +508,8 @@ def _check_measuring(d: Decide) -> None:
         raise JpqError(f"--resolve-at {d.resolve_at} must lie from 0 to below 1: it is a share of the fine-tuning.")
     if d.resolve_at and d.open_norms:
         raise JpqError("--resolve-at cannot be with --open-norms, which fine-tunes the rebuilt model. Leave one out.")
+    if d.wider_ends and d.method != UNIFORM:
+        raise JpqError(f"--wider-ends is for --method {UNIFORM}, not for {d.method}: leave one of them out.")
     if d.start not in STARTS:
         raise unknown("choice of --start", d.start, STARTS)
     if d.sensitivity is not None and d.method != MEASURED and d.start != MEASURED_START:

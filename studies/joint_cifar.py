@@ -35,6 +35,7 @@ GRID = Grid(
     targets=["0.9%", "0.5%", "0.35%"],
     seeds=[0, 1, 2],
     variants={
+        "uniform, wider ends": {"method": "uniform", "wider_ends": True},
         "uniform 3 bits, wider ends": {"bits": "3/3,conv1=5/8,linear=5/8"},
         "uniform 2 bits, wider ends": {"bits": "2/2,conv1=4/8,linear=4/8"},
     },

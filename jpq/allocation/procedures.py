@@ -13,7 +13,7 @@ from jpq.allocation.measured.decide import Decision, decide_by_measurement
 from jpq.allocation.measured.probe import quantizer_keys
 from jpq.allocation.ranking.rank import rank_units
 from jpq.allocation.ranking.scheduled_pruning import macs_limit, uniform_keep_share
-from jpq.allocation.uniform_bits import decide_uniform_bits
+from jpq.allocation.uniform_bits import widest_plans_with_wider_ends, widest_uniform_plans
 from jpq.compression.discretize import discretize
 from jpq.compression.feasibility import cheapest_plan, check_reachable, density_target
 from jpq.compression.model import CompressedModel
@@ -95,7 +95,8 @@ class OneShot(Procedure):
         """The widest uniform bits, or the best-ranked channels, that meet every target."""
         (w_low, w_high), (a_low, a_high) = decide.w_bits, decide.a_bits
         if method_row(net.method).gate is None:
-            return decide_uniform_bits(net, targets, range(w_low, w_high + 1), range(a_low, a_high + 1))
+            widest = widest_plans_with_wider_ends if decide.wider_ends else widest_uniform_plans
+            return widest(net, targets, range(w_low, w_high + 1), range(a_low, a_high + 1))[0]
         if data is not None:
             share = uniform_keep_share(net, lambda uses: all_met(targets, uses))
             allocate_channels(net, score_of(net.method, decide), decide.allocator, data, share, targets[0])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 
 from jpq.compression.model import CompressedModel
@@ -20,6 +21,9 @@ Kept = Mapping[str, tuple[bool, ...]]  # channel site -> unit -> whether it stay
 Pinned = Mapping[tuple[str, Literal["w", "a"]], int]  # (layer, its weight or its input) -> width
 
 Bounds = tuple[int, int]  # smallest and largest width, in bits
+
+END_BITS = 8  # of what the last layer reads, and at most of the weights of both ends, where ends are wider
+LEAST_END_BITS = 4  # of the weights of both ends there
 
 HEADROOM = 1.25  # cost at the initial widths of a search, in multiples of the tightest target
 
@@ -73,25 +77,83 @@ def widest_uniform_plans(
     Weights of 5 bits and inputs of 4 cost nearly as much as the reverse; which is better depends on the network.
     Arguments, choice of unbalanced ones and errors as in `decide_uniform_bits`.
     """
-    fits: list[tuple[int, int, float, Plan]] = []
-    for w in w_bits:
-        for a in a_bits:
+    return _widest(_fits(net, targets, w_bits, a_bits, kept, pinned))
+
+
+def widest_plans_with_wider_ends(
+    net: CompressedModel,
+    targets: Sequence[Target],
+    w_bits: Sequence[int],
+    a_bits: Sequence[int],
+    pinned: Pinned | None = None,
+) -> list[Plan]:
+    """The balanced plans with a wider first and last layer, no width larger in another, the costliest first.
+
+    What the last layer reads has `END_BITS` bits, and the weights of both have one width from `LEAST_END_BITS` to
+    `END_BITS` that is not below the body's, as far as `w_bits` and `a_bits` go. Published results of uniform bits
+    mostly keep both ends at 8 bits, which takes a large share of a small budget; so narrower ends are tried too.
+
+    Raises JpqError, naming the smallest possible cost, if no such plan meets the targets.
+    """
+    names = list(net.plan().layers)
+    ends = [b for b in w_bits if LEAST_END_BITS <= b <= END_BITS] or [max(w_bits)]
+    fits: list[_Fit] = []
+    for end in ends:
+        wider: dict[tuple[str, Literal["w", "a"]], int] = {(name, "w"): end for name in (*names[:1], *names[-1:])}
+        wider |= {(name, "a"): min(END_BITS, max(a_bits)) for name in names[-1:]} | dict(pinned or {})
+        try:
+            found = _fits(net, targets, [b for b in w_bits if b <= end], a_bits, None, wider)
+        except JpqError:
+            if end == ends[0]:
+                raise
+            break  # neither do wider ends
+        fits += [replace(fit, widths=(*fit.widths, end)) for fit in found]
+    return _widest(fits)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A plan within the targets."""
+
+    widths: tuple[int, ...]  # of weights and activations of the body, then of the ends where they have their own
+    bops: float
+    plan: Plan
+
+
+def _fits(
+    net: CompressedModel,
+    targets: Sequence[Target],
+    w_bits: Sequence[int],
+    a_bits: Sequence[int],
+    kept: Kept | None,
+    pinned: Pinned | None,
+) -> list[_Fit]:
+    """The balanced pairs of widths that meet every target, or unbalanced ones where no balanced pair does."""
+    smallest = uniform_plan(net, w_bits[0], a_bits[0], kept, pinned)
+    _check_smallest(targets, net.exact_usage(smallest), w_bits[0], a_bits[0])
+
+    def within(widths: Iterable[tuple[int, int]]) -> Iterator[_Fit]:
+        for w, a in widths:
             plan = uniform_plan(net, w, a, kept, pinned)
             uses = net.exact_usage(plan)
             if all_met(targets, uses):
-                fits.append((w, a, float(bops(uses)), plan))
-            if (w, a) == (w_bits[0], a_bits[0]):
-                _check_smallest(targets, uses, w, a)
-    chosen = [fit for fit in fits if abs(fit[0] - fit[1]) <= 1] or fits
-    chosen.sort(key=lambda fit: (-fit[2], abs(fit[0] - fit[1])))
-    costliest = chosen[0]
-    widest = [(w, a, plan) for w, a, _, plan in chosen if not any(_wider(x, (w, a)) for x in chosen)]
-    return [costliest[3], *(plan for w, a, plan in widest if (w, a) != costliest[:2])]
+                yield _Fit((w, a), float(bops(uses)), plan)
+
+    pairs = list(product(w_bits, a_bits))
+    balanced = [(w, a) for w, a in pairs if abs(w - a) <= 1]
+    return list(within(balanced)) or list(within(pair for pair in pairs if pair not in balanced))
 
 
-def _wider(fit: tuple[int, int, float, Plan], widths: tuple[int, int]) -> bool:
-    """Whether a plan has other widths, none of which is smaller."""
-    return fit[:2] != widths and fit[0] >= widths[0] and fit[1] >= widths[1]
+def _widest(fits: Sequence[_Fit]) -> list[Plan]:
+    """The costliest plan, the more balanced of two, and behind it those that no other one exceeds in its widths."""
+    ordered = sorted(fits, key=lambda fit: (-fit.bops, abs(fit.widths[0] - fit.widths[1])))
+    others = [fit for fit in ordered[1:] if not any(_exceeds(other, fit) for other in ordered)]
+    return [ordered[0].plan, *(fit.plan for fit in others)]
+
+
+def _exceeds(fit: _Fit, other: _Fit) -> bool:
+    """Whether a plan has other widths than another, none of which is smaller."""
+    return fit.widths != other.widths and all(x >= y for x, y in zip(fit.widths, other.widths, strict=True))
 
 
 def _check_smallest(targets: Sequence[Target], uses: Sequence[LayerUse], w: int, a: int) -> None:

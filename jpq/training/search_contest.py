@@ -27,7 +27,7 @@ def contest_of_search(
     learned: Plan,
     job: Job,
 ) -> Plan:
-    """The plan that a contest keeps: the learned one, uniform bits, those with 8-bit ends, or two stages.
+    """The plan that a contest keeps: the learned one, uniform bits, those with wider ends, or two stages.
 
     Args:
         net: attached, as the search has left it; every plan begins with its weights.

@@ -1,4 +1,4 @@
-"""The plans that a measured one is compared with: uniform bits, uniform bits with 8-bit ends, and two stages."""
+"""The plans that a measured one is compared with: uniform bits, uniform bits with wider ends, and two stages."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from dataclasses import dataclass, replace
 
 from jpq.allocation.measured.table import Key
 from jpq.allocation.two_stage import decide_two_stage
-from jpq.allocation.uniform_bits import widest_uniform_plans
+from jpq.allocation.uniform_bits import widest_plans_with_wider_ends, widest_uniform_plans
 from jpq.compression.model import CompressedModel
 from jpq.costs.target import Target, all_met
 from jpq.plan import Plan
 from jpq.types import JpqError
 
 MEASURED, BITS_ONLY = "measured", "measured, bits only"
-UNIFORM, UNIFORM_ENDS, TWO_STAGE = "uniform", "uniform, 8-bit ends", "two-stage"
-
-END_BITS = 8  # of the first and last layer in "uniform, 8-bit ends"
+UNIFORM, WIDER_ENDS, TWO_STAGE = "uniform", "uniform, wider ends", "two-stage"
 
 
 @dataclass(frozen=True)
@@ -66,13 +64,9 @@ def comparison_plans(
             the costliest.
     """
     image = image_layers(net)
-
-    def uniform(pinned: Mapping[Key, int]) -> list[Plan]:
-        return widest_uniform_plans(net, targets, widths.w, widths.a, pinned=pinned)
-
     makers: dict[str, Callable[[], list[Plan]]] = {
-        UNIFORM: lambda: uniform(widths.pinned),
-        UNIFORM_ENDS: lambda: uniform({**end_widths(net, widths), **widths.pinned}),
+        UNIFORM: lambda: widest_uniform_plans(net, targets, widths.w, widths.a, pinned=widths.pinned),
+        WIDER_ENDS: lambda: widest_plans_with_wider_ends(net, targets, widths.w, widths.a, widths.pinned),
         TWO_STAGE: lambda: [_two_stage(net, targets, widths, density)],
     }
     plans: dict[str, Plan] = {}
@@ -90,13 +84,6 @@ def comparison_plans(
 def image_layers(net: CompressedModel) -> set[str]:
     """The layers that read the model's input, whose width is not chosen."""
     return {layer.name for layer in net.network.layers if layer.reads_input}
-
-
-def end_widths(net: CompressedModel, widths: AllowedWidths) -> dict[Key, int]:
-    """8 bits (or the widest allowed) for the weights of the first and last layer and the input of the last."""
-    names = list(net.plan().layers)
-    ends: list[Key] = [(names[0], "w"), (names[-1], "w"), (names[-1], "a")] if names else []
-    return {key: min(END_BITS, max(widths.of(key))) for key in ends}
 
 
 def _two_stage(net: CompressedModel, targets: Sequence[Target], widths: AllowedWidths, density: float) -> Plan:

@@ -3,7 +3,7 @@
 1. the table of single changes on mixed training images (`measure_anew`), once for all budgets; a coarse one of networks
    whose whole table would take more than about a minute
 2. the plans of least predicted divergence within the targets (`Solver`), with units free, and of bits alone
-3. the divergence of each plan with all its decisions at once, beside uniform bits, uniform bits with 8-bit ends, and
+3. the divergence of each plan with all its decisions at once, beside uniform bits, uniform bits with wider ends, and
    two stages; the least comes first
 
 Changes around a plan are not measured: over random plans of equal cost they do not predict the accuracy after training

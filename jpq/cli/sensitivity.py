@@ -55,7 +55,8 @@ class Sensitivity(Task):
     threads: int = 0
     """CPU threads; 0: one for small nets, torch's choice for larger ones."""
     resume: bool = False
-    """Go on with a measurement that was interrupted: the entries that it found lie beside the table (.csv.part)."""
+    """Go on with a measurement that was interrupted: the entries that it found lie beside the table (.csv.part), and so
+    do the weights of the float model that it trained."""
 
     def config(self) -> Config:
         """The settings of a run on the same model and data."""
@@ -125,10 +126,13 @@ def check_flags(flags: Sensitivity) -> None:
 
 
 def load(flags: Sensitivity, console: Console) -> tuple[Data, nn.Module]:
-    """The data, and the float model that --weights holds, or that is trained here where there are none."""
+    """The data, and the float model that --weights holds.
+
+    Without --weights it is trained here; with --resume, its weights are read where an earlier part has trained them.
+    """
     import torch
 
-    from jpq.files.tensors import save_tensors
+    from jpq.files.tensors import load_tensors, save_tensors
     from jpq.tasks.load import load_dense_model, read_data
     from jpq.training.environment import pick_device
     from jpq.training.epochs import Phase
@@ -142,8 +146,11 @@ def load(flags: Sensitivity, console: Console) -> tuple[Data, nn.Module]:
     model = load_dense_model(config, data, device, notes)
     for note in notes:
         print_line(console, f"[yellow]note[/] {escape(note)}")
-    if config.task.weights is None:
-        kept = kept_weights(flags.out)
+    kept = kept_weights(flags.out)
+    if config.task.weights is None and flags.resume and kept.exists():
+        load_tensors(model, kept)
+        print_line(console, escape(f"The float model is the one that was trained before: {kept}."))
+    elif config.task.weights is None:
         count = flags.float_epochs
         epochs = "1 epoch" if count == 1 else f"{count} epochs"
         print_line(console, escape(f"No --weights: the float model is trained first, for {epochs}."))

@@ -10,6 +10,7 @@ import jpq
 from jpq.allocation import read_table
 from jpq.allocation.measured.partial import partial_path
 from jpq.cli.main import main
+from jpq.files.tensors import save_tensors
 from jpq.results.sensitivity import measure, probe_model
 from jpq.tasks import CLASSIFICATION, TASKS
 from jpq.types import JpqError
@@ -125,3 +126,37 @@ def test_the_command_writes_table_and_picture(tmp_path, capsys, monkeypatch):
     (tmp_path / "t.csv.part").write_text(json.dumps({**notes, "w_bits": [2, 3], "a_bits": [2, 3]}) + "\n")
     assert main(["sensitivity", *flags, "--resume"]) == 0  # goes on as it began, whatever a pass takes now
     assert read_table(tmp_path / "t.csv").estimator == "coarse"
+
+
+def test_a_measurement_that_goes_on_takes_the_float_model_that_was_trained_for_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--float-epochs", "1", "--samples", "8", "--w-bits", "2", "2", "--a-bits", "2", "2", "--out", "t.csv"]
+    found = 0
+
+    def stop(*_: object, **__: object) -> None:
+        nonlocal found
+        found += 1
+        if found == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rich.progress.Progress.update", stop)
+        assert main(["sensitivity", *flags]) == 130
+    trained = (tmp_path / "t.float.safetensors").read_bytes()
+    assert len((tmp_path / "t.csv.part").read_text().splitlines()) > 1
+    capsys.readouterr()
+    assert main(["sensitivity", *flags, "--resume"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the one that was trained before: t.float.safetensors" in said
+    assert "trained first" not in said
+    assert (tmp_path / "t.float.safetensors").read_bytes() == trained
+    interrupted = read_table(tmp_path / "t.csv")
+    assert main(["sensitivity", *flags]) == 0
+    assert read_table(tmp_path / "t.csv").bits == interrupted.bits
+
+
+def test_kept_float_weights_of_another_model_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tensors(torch.nn.Linear(2, 2), "t.float.safetensors")
+    assert main(["sensitivity", "--out", "t.csv", "--resume"]) == 2
+    assert "t.float.safetensors does not fit this model" in " ".join(capsys.readouterr().err.split())

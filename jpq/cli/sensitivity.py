@@ -133,6 +133,7 @@ def load(flags: Sensitivity, console: Console) -> tuple[Data, nn.Module]:
     import torch
 
     from jpq.files.tensors import load_tensors, save_tensors
+    from jpq.results.sensitivity import task_divergence
     from jpq.tasks.load import load_dense_model, read_data
     from jpq.training.environment import pick_device
     from jpq.training.epochs import Phase
@@ -142,6 +143,7 @@ def load(flags: Sensitivity, console: Console) -> tuple[Data, nn.Module]:
     device = pick_device(flags.device)
     torch.manual_seed(flags.seed)
     data = read_data(config, device)
+    task_divergence(data.task)  # a task without one is refused before the float model is trained
     notes = list(data.notes)
     model = load_dense_model(config, data, device, notes)
     for note in notes:

@@ -60,7 +60,7 @@ from jpq.tasks.load import fit_sizes, load_dense_model, read_data
 from jpq.training import distributed
 from jpq.training.environment import pick_device
 from jpq.training.history import NullObserver, TrainingObserver
-from jpq.trials.preview import prepare_float_weights
+from jpq.trials.preview import prepare_float_weights, tidy_refusal
 from jpq.types import JpqError
 
 CLOSE = 1.05  # factor between two budgets that are close enough
@@ -195,13 +195,14 @@ class _Ladder:
         model, prepared = self.prepare_model(config)  # what cannot work is refused before a folder is made
         if config.task.weights is not None:
             self.judge_float_model(model, prepared)
-        begin_folder(config)
-        weights, _ = prepare_float_weights(config, self.folder / "float.safetensors", observer)
-        if config.task.weights is None:
-            weights = weights.resolve()  # the ladder may go on from another working folder
-        self.started = replace(config, task=replace(config.task, weights=weights))
-        if config.task.weights is None:
-            self.judge_float_model(*self.prepare_model(self.started))
+        with tidy_refusal(self.folder) as kept:
+            begin_folder(config)
+            weights, _ = prepare_float_weights(config, kept, observer)
+            if config.task.weights is None:
+                weights = weights.resolve()  # the ladder may go on from another working folder
+            self.started = replace(config, task=replace(config.task, weights=weights))
+            if config.task.weights is None:
+                self.judge_float_model(*self.prepare_model(self.started))
 
     def prepare_model(self, config: Config) -> tuple[nn.Module, Prepared]:
         """The float model, with the method set up on it."""

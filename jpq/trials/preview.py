@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -116,6 +117,28 @@ class Preview:
             manual.rank_and_plan(net, self.prepared.decide, self.prepared.score, score_batches(data))
             self._net = net
         return self._net
+
+
+@contextmanager
+def tidy_refusal(folder: Path) -> Iterator[Path]:
+    """The file of float weights in a folder; an error within names it where it was trained within.
+
+    A new folder that holds no more than its lock goes.
+    """
+    file = folder / "float.safetensors"
+    is_new, is_trained = not folder.exists(), file.exists()
+    try:
+        yield file
+    except JpqError as error:
+        if file.exists() and not is_trained:
+            raise JpqError(
+                f"{error.command_line} The float model that was trained is kept, for --weights: {file}."
+            ) from error
+        if is_new:
+            with suppress(OSError):  # other files are in it
+                (folder / "lock").unlink(missing_ok=True)
+                folder.rmdir()
+        raise
 
 
 def prepare_float_weights(config: Config, file: Path, observer: TrainingObserver) -> tuple[Path, str]:

@@ -23,7 +23,7 @@ from jpq.tasks import task_record
 from jpq.training.environment import restored_threads
 from jpq.trials.attributes import REASON, RULED_OUT, SAME, is_counted
 from jpq.trials.objectives import objective_direction, objective_unit
-from jpq.trials.preview import Preview, prepare_float_weights
+from jpq.trials.preview import Preview, prepare_float_weights, tidy_refusal
 from jpq.trials.samplers import build_sampler
 from jpq.trials.settings import (
     CHANCE,
@@ -102,28 +102,27 @@ def study(
     if asked.budget.has_accuracy_target:
         check_limit(asked)
     folder = config.run.out / settings.name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise JpqError(f"Cannot write to {folder}: {error.strerror}. Choose another folder with --out.") from error
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    logging.getLogger("optuna").setLevel(logging.CRITICAL)  # failed trials: their reasons are kept in the study
-    with exclusive(folder):
-        storage = open_storage(settings.storage, folder, settings.dead_after)
-        weights, digest = prepare_float_weights(config, folder / "float.safetensors", observer)
     started = with_absolute_paths(config)  # which may be spelled otherwise when the study goes on
-    started = replace(started, task=replace(started.task, weights=weights.resolve()))
-    preview = Preview(started)
-    if asked.budget.has_accuracy_target:
-        read_limit(asked.budget, preview.task)
-    space = Space.of(settings, started, preview.network, preview.prepared.sites)
-    runner = TrialRunner(settings, started, space, preview, folder, observer)
-    runner.check_limits_reachable()
-    preview.check_sensitivity()
-    with exclusive(folder):
-        shared = _open_study(settings, space, config, digest, preview, storage)
-        if not (folder / STUDY_FILE).exists():
-            write_study(config, settings, folder / STUDY_FILE)
+    with tidy_refusal(folder) as kept:
+        runner = None
+        if config.task.weights is not None or not kept.exists():  # what cannot work is refused before a folder is made
+            runner = _set_up(started, asked, settings, folder, observer)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise JpqError(f"Cannot write to {folder}: {error.strerror}. Choose another folder with --out.") from error
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        logging.getLogger("optuna").setLevel(logging.CRITICAL)  # failed trials: their reasons are kept in the study
+        with exclusive(folder):
+            storage = open_storage(settings.storage, folder, settings.dead_after)
+            weights, digest = prepare_float_weights(config, kept, observer)
+        if runner is None or config.task.weights is None:
+            started = replace(started, task=replace(started.task, weights=weights.resolve()))
+            runner = _set_up(started, asked, settings, folder, observer)
+        with exclusive(folder):
+            shared = _open_study(settings, runner.space, config, digest, runner.preview, storage)
+            if not (folder / STUDY_FILE).exists():
+                write_study(config, settings, folder / STUDY_FILE)
     try:
         _run_trials(shared, runner, settings, observer)
     except StorageInternalError as error:
@@ -142,6 +141,18 @@ def study(
             f"{failed[-1].user_attrs[REASON]}"
         )
     return shared
+
+
+def _set_up(started: Config, asked: Config, settings: Study, folder: Path, observer: StudyObserver) -> TrialRunner:
+    """What runs the trials. Raises JpqError for settings, limits and tables that cannot work."""
+    preview = Preview(started)
+    if asked.budget.has_accuracy_target:
+        read_limit(asked.budget, preview.task)
+    space = Space.of(settings, started, preview.network, preview.prepared.sites)
+    runner = TrialRunner(settings, started, space, preview, folder, observer)
+    runner.check_limits_reachable()
+    preview.check_sensitivity()
+    return runner
 
 
 def _open_study(

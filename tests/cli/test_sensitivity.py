@@ -160,3 +160,15 @@ def test_kept_float_weights_of_another_model_are_refused(tmp_path, capsys, monke
     save_tensors(torch.nn.Linear(2, 2), "t.float.safetensors")
     assert main(["sensitivity", "--out", "t.csv", "--resume"]) == 2
     assert "t.float.safetensors does not fit this model" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_task_without_a_divergence_is_refused_before_the_float_model_is_trained(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    bare = (
+        "from jpq.tasks.classification import Classification\n\n\nclass Bare(Classification):\n    divergence = None\n"
+    )
+    (tmp_path / "task_without_divergence.py").write_text(bare)
+    assert main(["sensitivity", "--task", "task_without_divergence:Bare", "--out", "t.csv"]) == 2
+    assert "no divergence" in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.glob("t.*"))

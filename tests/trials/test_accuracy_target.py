@@ -6,12 +6,14 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from small_net import Small
 
 import jpq
 from jpq.allocation.measured.table import SensitivityTable, write_table
@@ -20,7 +22,9 @@ from jpq.cli.accuracy_target import LadderScreen, attempts_table
 from jpq.cli.main import main
 from jpq.config import Budget, Config, Decide, Run, Task, Train
 from jpq.costs.latency_table import Entry, LatencyTable
+from jpq.costs.target import Target
 from jpq.files.tensors import save_tensors
+from jpq.results import run_folder
 from jpq.results.accuracy_limit import AccuracyLimit, drop_interval, read_limit
 from jpq.tasks import CLASSIFICATION
 from jpq.tasks.load import load_dense_model, read_data
@@ -34,6 +38,7 @@ from jpq.trials.accuracy_target import (
     AccuracyResult,
     Attempt,
     NullAccuracyTargetObserver,
+    _Ladder,
     begin_folder,
     budget_range,
     next_share,
@@ -68,6 +73,29 @@ def test_a_ladder_finds_the_threshold_and_never_leaves_its_range(threshold, low,
         assert min(kept) <= CLOSE * max([*missed, low]) * 1.001
     elif missed:
         assert min(kept) <= 4.001 * max(missed)
+
+
+@pytest.mark.parametrize(
+    ("tried", "left", "share"),
+    [
+        ([], 8, 0.015),  # the largest over `first`
+        ([(0.015, True)], 7, 0.0075),  # half of the last
+        ([(0.015, True), (0.0075, True)], 6, 0.00375),
+        ([(0.015, True), (0.0075, False)], 6, math.sqrt(0.015 * 0.0075)),  # the geometric mean
+        ([(0.015, False), (0.03, True), (0.021, False)], 5, math.sqrt(0.021 * 0.03)),  # of the two that are nearest
+        ([(0.015, True), (0.0075, False), (0.03, False)], 5, math.sqrt(0.015 * 0.0075)),  # one missed by chance above
+        ([(0.015, False)], 7, math.sqrt(0.015 * 0.06)),
+        ([(0.015, False)], 1, 0.06),  # the last run is of the largest
+        ([(0.015, False), (0.03, False)], 6, 0.06),
+        ([(0.015, False), (0.03, False), (0.06, False)], 5, None),
+        ([(0.0015, True)], 7, 0.001),  # never below the least
+        ([(0.00104, True)], 7, None),
+        ([(0.015, True), (0.0144, False)], 6, None),  # close enough
+    ],
+)
+def test_the_next_budget_is_as_the_ladder_says(tried, left, share):
+    found = next_share([attempt(*run) for run in tried], 0.001, 0.06, left, first=4)
+    assert found == (None if share is None else pytest.approx(share, rel=1e-3))
 
 
 def test_a_ladder_ends_where_the_largest_budget_misses():
@@ -326,6 +354,15 @@ def test_an_interrupted_ladder_goes_on_from_another_working_folder_and_where_it_
     assert (len(result.attempts), result.folder) == (2, out / "a")
     searched = [row for row in result.chosen.history if row.phase == "search"]
     assert len(searched) == 2
+    for run in result.attempts:
+        assert run.drop == result.float_score - run.held_out
+        assert run.within == (run.held_out >= result.least)
+    data = read_data(config, torch.device("cpu"))
+    small, _ = jpq.load(result.chosen.folder)
+    assert result.attempt.held_out == pytest.approx(CLASSIFICATION.evaluate(small, data.held_out), abs=0.051)
+    with (out / "a" / "front.csv").open() as file:
+        rows = {row["folder"]: row["accuracy"] for row in csv.DictReader(file)}
+    assert [name for name, accuracy in rows.items() if accuracy] == [result.attempt.folder]
 
 
 def test_layers_that_are_slower_when_quantized_are_told_before_the_first_run(tmp_path):
@@ -342,6 +379,63 @@ def test_layers_that_are_slower_when_quantized_are_told_before_the_first_run(tmp
     full, (low, high) = budget_range(prepared, net, "bops")
     assert (full, high) == (64 * 10 * 32 * 32, 0.0625)
     assert low < high
+
+
+@pytest.mark.parametrize(("w_bits", "a_bits"), [((2, 8), (2, 8)), ((2, 4), (3, 6))])
+def test_the_range_of_budgets_is_that_of_the_widest_bits_and_of_the_least_that_can_be_met(w_bits, a_bits):
+    torch.manual_seed(0)
+    model, x = Small().eval(), torch.zeros(2, 1, 8, 8)
+    decide = Decide(method="uniform", w_bits=w_bits, a_bits=a_bits)
+    prepared = prepare(model, x, decide, Budget())
+    net = prepared.attach(model, [x])
+    full, (low, high) = budget_range(prepared, net, "bops")
+    widest = sum(u.macs * w_bits[1] * (8 if u.name == "stem" else a_bits[1]) for u in net.exact_usage())
+    assert full == 1024 * sum(u.macs for u in net.exact_usage())
+    assert high == pytest.approx(widest / full, abs=1.001e-5)
+    assert high * full >= widest
+
+    def can_be_met(share):
+        try:
+            prepared.procedure.check_feasible(net, (Target("bops", "", math.floor(full * share)),), decide)
+        except jpq.JpqError:
+            return False
+        return True
+
+    assert can_be_met(low)
+    assert not can_be_met(low / 1.02)  # which is 1 % above the least
+
+
+class Scripted(_Ladder):
+    """A ladder whose runs are written down: (budget, cost, held-out score) of each."""
+
+    def __init__(self, folder, least, runs):
+        self.folder, self.least, self.script = folder, least, runs
+        self.limit = AccuracyLimit("--max-drop 5%", CLASSIFICATION, 0.05, is_drop=True)
+        self.config = Config(budget=Budget(max_drop="5%", most_runs=len(runs)))
+        self.data, self.observer = read_data(Config(task=Task(limit=40)), torch.device("cpu")), StoppedInSearch()
+        self.cost, self.float_score, self.range = "bops", 0.95, (0.001, 0.06)
+
+    def next_share(self, attempts):
+        return self.script[len(attempts)][0]
+
+    def run(self, number, share):
+        _, cost, score = self.script[number - 1]
+        return replace(attempt(cost, score >= self.least), budget=f"{100 * share}%", held_out=score, folder=str(number))
+
+    def write_fronts(self, attempts):
+        pass
+
+
+def test_of_the_runs_that_kept_the_limit_the_cheapest_is_chosen_and_of_none_the_best_is_told(tmp_path, monkeypatch):
+    runs = [(0.02, 0.0199, 0.94), (0.01, 0.0099, 0.92), (0.005, 0.0049, 0.8), (0.011, 0.0099, 0.93)]
+    monkeypatch.setattr(run_folder, "read_run", lambda folder: SimpleNamespace(final=True, folder=folder))
+    result = Scripted(tmp_path, 0.9, runs).climb()
+    assert result.attempt.folder == "4"  # of two that cost the same the better one
+    assert result.chosen.folder == tmp_path / "4"
+    with (tmp_path / "ladder.csv").open() as file:
+        assert [float(row["held_out"]) for row in csv.DictReader(file)] == [score for _, _, score in runs]
+    with pytest.raises(jpq.JpqError, match=r"The best of 4 has a held-out accuracy of 94\S* % at 1.99 % of the fp32"):
+        Scripted(tmp_path, 0.945, runs).climb()
 
 
 @pytest.mark.slow
@@ -369,5 +463,5 @@ def test_the_chosen_model_alone_reads_the_test_split_and_a_ladder_goes_on(tmp_pa
 
 @pytest.mark.slow
 def test_what_no_budget_keeps_is_said(tmp_path):
-    with pytest.raises(jpq.JpqError, match="float model itself"):
+    with pytest.raises(jpq.JpqError, match=r"float model itself.*trained is kept, for weights: .*a/float\.safetensors"):
         jpq.find_cheapest(target(tmp_path, min_metric="99.9%"))

@@ -552,6 +552,34 @@ def test_a_sensitivity_table_that_is_not_there_is_refused_before_the_study_has_a
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("refused", ["table", "limit", "layer", "storage"])
+def test_what_cannot_work_is_refused_before_the_study_has_a_folder(refused, tmp_path):
+    config, settings = task(tmp_path / "out"), Study(trials=1)
+    if refused == "table":
+        (tmp_path / "table.csv").write_text("kind,ms\nconv,1\n")
+        config = replace(config, budget=jpq.config.Budget(latency_table=tmp_path / "table.csv"))
+        says = "no table of latencies"
+    elif refused == "limit":
+        settings, says = replace(settings, max_bops="0.0001%"), "cannot be met"
+    elif refused == "layer":
+        config, says = task(tmp_path / "out", keep_float=("nowhere",)), "Unknown layer"
+    else:
+        settings, says = replace(settings, storage=f"sqlite:///{tmp_path}/no/such/folder.db"), "does not answer"
+    with pytest.raises(JpqError, match=says):
+        jpq.study(config, settings)
+    assert not (tmp_path / "out" / "study").exists()
+
+
+def test_a_study_that_is_refused_after_its_float_model_was_trained_says_where_it_is(tmp_path):
+    url = f"sqlite:///{tmp_path}/theirs.db"
+    optuna.create_study(storage=url, study_name="study", directions=["maximize", "minimize"])
+    theirs = optuna.load_study(storage=url, study_name="study")
+    theirs.add_trial(optuna.create_trial(values=[1.0, 1.0]))
+    with pytest.raises(JpqError, match=r"The float model that was trained is kept, for weights: .*float\.safetensors"):
+        jpq.study(task(tmp_path / "out"), Study(trials=1, storage=url))
+    assert (tmp_path / "out" / "study" / "float.safetensors").is_file()
+
+
 def test_a_sensitivity_table_of_other_weights_is_refused_once_before_the_trials(tmp_path, weights, formula):
     config = task(tmp_path / "out", weights, method="measured", sensitivity=tmp_path / "table.csv")
     data = read_data(config, torch.device("cpu"))

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from jpq.compression.calibration import reestimate_batchnorm
 from jpq.config import Train
 from jpq.methods.scores import SCORES
 from jpq.tracing.forward import eval_mode
-from jpq.training.batchnorm_choice import BatchStatistics, choose_batchnorm, compare_statistics
+from jpq.training.batchnorm_choice import MEASURED, BatchStatistics, choose_batchnorm, compare_statistics
 from jpq.types import JpqError
 
 
@@ -74,6 +75,17 @@ def test_small_batches_cost_the_model_its_metric_and_large_ones_do_not():
     assert few.are_harmful
     assert many.own - many.batches < 1.2
     assert not many.are_harmful
+
+
+def test_statistics_that_are_measured_on_the_same_batches_score_the_same():
+    model, data = Identity(), images(2)
+    reestimate_batchnorm(model, list(islice(data.train.epoch(0), MEASURED)))
+    found = compare_statistics(model, data)
+    assert found.own == found.batches
+
+
+def test_the_largest_batch_is_named_where_the_last_one_is_smaller():
+    assert compare_statistics(Identity(), images(100)).samples == 100  # of 160: 100 and 60
 
 
 @pytest.mark.parametrize(

@@ -198,14 +198,24 @@ def test_a_pruned_plan_says_how_many_channels_went():
     record = PruningPrice(12, 120, 160, "bops", 0.15, 0.08, 0.03, "nats", 256, 0.5)
     assert record.sentence() == (
         "Closing the cheapest 10 % of the open channels (12 of 120) would cost 0.08 nats before training; taking the "
-        "same bit-operations (15.0 %) from the bits costs 0.03 nats: more pruning does not pay here, and the search "
-        "closed 40 of 160 channels."
+        "same bit-operations (15.0 %) from the bits would cost 0.03 nats: more pruning does not pay here, and the "
+        "search closed 40 of 160 channels."
     )
 
 
 @pytest.mark.parametrize(
-    ("unit", "shown"), [("nats", ("cost nothing", "costs nothing")), ("", ("cost 4.7e-05", "costs 4.9e-05"))]
+    ("unit", "shown"), [("nats", ("cost nothing", "neither is dearer")), ("", ("cost 4.7e-05", "cost 4.9e-05"))]
 )
 def test_small_errors_of_images_are_shown_where_small_divergences_of_classes_are_noise(unit, shown):
     found = PruningPrice(2, 24, 24, "bops", 0.147, 4.7e-5, 4.9e-5, unit, 128, 1.0)
     assert all(words in found.sentence() for words in shown)
+
+
+@pytest.mark.parametrize(("channels", "bits"), [(0.0, 0.0), (1e-5, -2e-4), (2e-4, 1e-4)])
+def test_where_neither_way_costs_anything_neither_is_said_to_pay(channels, bits):
+    found = PruningPrice(12, 120, 160, "bops", 0.15, channels, bits, "nats", 256, 0.5)
+    assert found.sentence() == (
+        "Closing the cheapest 10 % of the open channels (12 of 120) would cost nothing before training, and so would "
+        "taking the same bit-operations (15.0 %) from the bits: neither is dearer here, and the search closed 40 of "
+        "160 channels."
+    )

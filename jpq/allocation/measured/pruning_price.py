@@ -76,7 +76,9 @@ class PruningPrice:
             return f"{start}; the widths that bits may take cannot give {same}: only pruning makes this model cheaper."
         gone = self.all - self.open
         kept = f"the search closed {gone} of {self.all} channels" if gone else "all channels stay"
-        start = f"{start}; taking {same} from the bits costs {self._amount(self.bits)}"
+        if self._is_nothing(self.channels) and self._is_nothing(self.bits):
+            return f"{start}, and so would taking {same} from the bits: neither is dearer here, and {kept}."
+        start = f"{start}; taking {same} from the bits would cost {self._amount(self.bits)}"
         if self.pays:
             return (
                 f"{start}: pruning pays here, and {kept}. A longer --search or a larger --gate-weight would close more."
@@ -84,9 +86,12 @@ class PruningPrice:
         return f"{start}: more pruning does not pay here, and {kept}."
 
     def _amount(self, divergence: float) -> str:
-        """A divergence in words; noise about 0 is nothing."""
-        least = LEAST if self.unit else 0.0
-        return f"{divergence:.2g} {self.unit}".strip() if divergence > least else "nothing"
+        """A divergence in words."""
+        return "nothing" if self._is_nothing(divergence) else f"{divergence:.2g} {self.unit}".strip()
+
+    def _is_nothing(self, divergence: float) -> bool:
+        """Whether a divergence is noise about 0."""
+        return divergence <= (LEAST if self.unit else 0.0)
 
 
 def price_pruning(

@@ -13,6 +13,8 @@ SURPLUS = "surplus"  # the study had enough trials
 STOPPED = "stopped_early"  # epoch and metric at which the trial was stopped
 REASON = "reason"  # error of a failed trial
 
+AGAIN = "again"  # number of the interrupted trial whose decisions it takes up
+
 CURVE = "held_out_by_epoch"  # metric after each epoch of the fine-tuning
 EPOCHS = "fine_tuning_epochs"  # of the whole fine-tuning
 

@@ -1,7 +1,8 @@
 """Samplers by name, seeded for each trial by the study's seed and the trial's number.
 
-A new sampler is built for each trial. So the draws of a trial do not depend on which worker runs it, two workers never
-draw the same, and a study that was interrupted goes on as if it had not been.
+A new sampler is built for each trial, and trials that take up an interrupted one are left out of the numbers. So the
+draws of a trial do not depend on which worker runs it, two workers never draw the same, and a study that was
+interrupted goes on as if it had not been.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
+from jpq.trials.attributes import AGAIN
 from jpq.trials.settings import Study
 from jpq.types import unknown
 
@@ -88,7 +90,8 @@ class SeededSampler(BaseSampler):
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Build the sampler of a new trial."""
-        self.inner = self._sampler_of(trial.number)
+        again = sum(AGAIN in t.user_attrs for t in study.get_trials(deepcopy=False) if t.number < trial.number)
+        self.inner = self._sampler_of(trial.number - again)
         self.inner.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:

@@ -25,6 +25,7 @@ from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from jpq.trials.attributes import AGAIN
 from jpq.types import JpqError
 
 try:
@@ -110,7 +111,7 @@ def requeue(study: optuna.Study, dead: FrozenTrial) -> None:
                 state=TrialState.WAITING,
                 params=dead.params,
                 distributions=dead.distributions,
-                user_attrs={key: value for key, value in dead.user_attrs.items() if key != WORKER},
+                user_attrs={**{k: v for k, v in dead.user_attrs.items() if k != WORKER}, AGAIN: dead.number},
                 system_attrs={**dead.system_attrs, "failed_trial": history[0], "retry_history": history},
             )
         )

@@ -21,7 +21,7 @@ from jpq.results import run_folder
 from jpq.results.record import LayerRecord, Result
 from jpq.training import checkpoint
 from jpq.training.history import NullObserver, TrainingObserver
-from jpq.trials.attributes import CURVE, DECISIONS, REASON, RULED_OUT, SAME, STOPPED, SURPLUS, is_counted
+from jpq.trials.attributes import AGAIN, CURVE, DECISIONS, REASON, RULED_OUT, SAME, STOPPED, SURPLUS, is_counted
 from jpq.trials.early_stopping import EarlyStoppingObserver
 from jpq.trials.objectives import UNITS, objective_unit
 from jpq.trials.preview import Costs, Preview
@@ -219,7 +219,7 @@ def decisions_of(trial: Trial) -> dict[str, Any]:
 def queue_again(trial: Trial) -> None:
     """Queue a trial with its decisions and its curve, for this worker or another."""
     kept = {key: value for key, value in trial.user_attrs.items() if key == CURVE}
-    trial.study.enqueue_trial(decisions_of(trial), user_attrs=kept)
+    trial.study.enqueue_trial(decisions_of(trial), user_attrs={**kept, AGAIN: trial.number})
 
 
 def describe_layer(row: LayerRecord) -> str:

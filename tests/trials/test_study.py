@@ -187,6 +187,33 @@ def test_an_interrupted_study_goes_on_as_if_it_had_not_been(tmp_path, weights, f
     assert len(formula) == 9 + 9, "nothing is trained twice"
 
 
+@pytest.mark.parametrize(  # trials 0 to 3 are queued at first, later ones drawn
+    ("sampler", "interrupted"), [("random", 2), ("random", 6), ("tpe", 6)]
+)
+def test_a_study_whose_trial_was_interrupted_draws_the_trials_that_it_would_have_drawn(
+    sampler, interrupted, tmp_path, weights, formula, monkeypatch
+):
+    asked = Study(trials=12, sampler=sampler, per="block")
+    once = jpq.study(task(tmp_path / "once", weights), asked)
+    real = one_trial.optimize
+
+    def stop(config, watch, final):
+        if len(list((tmp_path / "parts" / "study" / "trials").glob("*"))) == interrupted:
+            raise KeyboardInterrupt
+        return real(config, watch, final)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one_trial, "optimize", stop)
+        with pytest.raises(KeyboardInterrupt):
+            jpq.study(task(tmp_path / "parts", weights), asked)
+    parts = jpq.study(task(tmp_path / "parts", weights), asked)
+    done = [[t.params for t in study.trials if t.state == TrialState.COMPLETE] for study in (once, parts)]
+    assert len(parts.trials) == len(once.trials) + 1
+    assert sorted(map(str, done[0])) == sorted(map(str, done[1]))
+    if interrupted == 6:
+        assert done[0] == done[1]
+
+
 def test_equal_decisions_are_trained_once(tmp_path, weights, formula):
     config = task(tmp_path, weights, w_bits=(2, 3), a_bits=(2, 3))
     study = jpq.study(config, Study(trials=10, sampler="random", vary="bits", per="network", early_stop=False))
@@ -453,7 +480,7 @@ def test_an_interrupted_trial_is_queued_with_its_decisions_and_its_curve(tmp_pat
     assert status.StudyStatus.of(study, asked).counts_text(1) == "0/1 done, 1 interrupted"
     assert len(first.params) == 3
     assert second.system_attrs["fixed_params"] == first.params
-    assert second.user_attrs == {"held_out_by_epoch": first.user_attrs["held_out_by_epoch"]}
+    assert second.user_attrs == {"held_out_by_epoch": first.user_attrs["held_out_by_epoch"], "again": 0}
     done = jpq.study(task(tmp_path, weights), asked).trials
     assert done[1].params == first.params
     assert len(done[1].user_attrs["held_out_by_epoch"]) == done[1].user_attrs["fine_tuning_epochs"] == 2

@@ -34,10 +34,22 @@ class AccuracyLimit:
     is_drop: bool
     is_share: bool = False  # the drop is a share of the float model's metric
 
-    def least(self, float_score: float) -> float:
-        """The least score beside a float model of this one. Raises JpqError where the float model is below it."""
+    def least(self, float_score: float, chance: float | None = None) -> float:
+        """The least score beside a float model of this one.
+
+        Raises JpqError where the float model is below it, and where `chance`, the score of a model that knows nothing,
+        is not.
+        """
         if self.is_drop:
-            return float_score - self.amount * (abs(float_score) if self.is_share else 1.0)
+            least = float_score - self.amount * (abs(float_score) if self.is_share else 1.0)
+            if chance is not None and least <= chance:
+                raise JpqError(
+                    f"{self.flag} allows a model that knows nothing: the float one has a held-out "
+                    f"{self.task.metric_name} of {format_metric(self.task, float_score)}, guessing has "
+                    f"{format_metric(self.task, chance)}. Give a smaller drop, or train the float model longer "
+                    "(--float-epochs, where no --weights are given)."
+                )
+            return least
         if float_score < self.amount:
             easier = "lower" if self.task.higher_is_better else "higher"
             raise JpqError(

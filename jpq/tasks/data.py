@@ -86,6 +86,11 @@ class Data:
         """Several samples, in words."""
         return plural(self.sample_name)
 
+    @property
+    def chance_score(self) -> float | None:
+        """Score of a model that knows nothing; None where it is unknown."""
+        return self.task.score(self.task.chance(self.classes)) if self.task.knows_chance else None
+
 
 PREPROCESSING = {
     "digits": Preprocessing((0.0,), (1.0,), Augment(pad=1)),

@@ -85,5 +85,4 @@ def compare_statistics(model: nn.Module, data: Data) -> BatchStatistics | None:
     except JpqError:  # no metric on so few samples
         return None
     samples = max(batch_size(x) for x, _ in batches)
-    known = data.task.knows_chance
-    return BatchStatistics(own, averaged, data.task.score(data.task.chance(data.classes)) if known else None, samples)
+    return BatchStatistics(own, averaged, data.chance_score, samples)

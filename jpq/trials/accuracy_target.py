@@ -215,7 +215,7 @@ class _Ladder:
     def judge_float_model(self, model: nn.Module, prepared: Prepared) -> None:
         """Find the least score, and the budgets between which the ladder lies."""
         self.float_score = self.data.task.evaluate(model, self.data.held_out)
-        self.least = self.limit.least(self.float_score)
+        self.least = self.limit.least(self.float_score, self.data.chance_score)
         net = prepared.attach(model, calibration_batches(self.data)[:1])
         self.full, self.range = budget_range(prepared, net, self.cost)
 

@@ -134,6 +134,13 @@ def test_limits_are_in_the_unit_of_the_metric():
     assert read_limit(Budget(min_metric="29"), decibels).least(30.0) == pytest.approx(29.0)
 
 
+def test_a_drop_to_what_guessing_reaches_is_refused():
+    limit = read_limit(Budget(max_drop="85%"), CLASSIFICATION)
+    assert limit.least(0.96, chance=0.1) == pytest.approx(0.11)
+    with pytest.raises(jpq.JpqError, match=r"allows a model that knows nothing: .* of 95.00 %, guessing has 10.00 %"):
+        limit.least(0.95, chance=0.1)
+
+
 class Degrees(Restoration):
     """A metric in K that is better where it is lower."""
 
@@ -339,7 +346,7 @@ def test_an_interrupted_ladder_goes_on_from_another_working_folder_and_where_it_
     config = Config(
         task=Task(limit=300),
         budget=Budget(max_drop="60%", most_runs=2),
-        train=Train(epochs=4, float_epochs=1),
+        train=Train(epochs=4, float_epochs=20),
         run=Run(out=Path("runs"), name="a"),
     )
     with pytest.raises(KeyboardInterrupt):

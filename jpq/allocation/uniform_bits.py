@@ -103,9 +103,9 @@ def widest_plans_with_wider_ends(
         wider |= {(name, "a"): min(END_BITS, max(a_bits)) for name in names[-1:]} | dict(pinned or {})
         try:
             found = _fits(net, targets, [b for b in w_bits if b <= end], a_bits, None, wider)
-        except JpqError:
+        except JpqError as error:
             if end == ends[0]:
-                raise
+                raise JpqError(f"{error.command_line} Or leave --wider-ends out: it costs more bits.") from error
             break  # neither do wider ends
         fits += [replace(fit, widths=(*fit.widths, end)) for fit in found]
     return _widest(fits)

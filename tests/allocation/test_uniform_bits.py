@@ -102,7 +102,7 @@ def test_wider_ends_use_the_widths_that_are_allowed_and_keep_pinned_ones(net):
 
 
 def test_a_budget_that_no_wider_ends_meet_names_the_smallest(net):
-    with pytest.raises(JpqError, match="cannot be met by uniform bits; smallest possible: 61,362,176, at 2 and 2 bits"):
+    with pytest.raises(JpqError, match=r"smallest possible: 61,362,176, at 2 and 2 bits\..* leave wider_ends out"):
         widest_plans_with_wider_ends(net, targets_of(net, "0.45%"), WIDTHS, WIDTHS)
 
 
@@ -119,5 +119,5 @@ def test_the_uniform_method_takes_wider_ends_when_asked():
 
 @pytest.mark.parametrize("settings", [{"method": "djpq"}, {"bits": "4/4"}])
 def test_wider_ends_of_another_method_are_refused(settings):
-    with pytest.raises(JpqError, match="wider_ends is for method uniform, not for (djpq|by-hand)"):
+    with pytest.raises(JpqError, match=r"wider_ends is for method uniform, not for (djpq|by-hand)"):
         Config(budget=Budget(target_bops="1%"), decide=Decide(wider_ends=True, **settings)).check()

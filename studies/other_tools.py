@@ -52,6 +52,7 @@ TOOLS: Mapping[str, Tool] = {
     "mct": Tool("sony_mct", ("model-compression-toolkit",), "widths of each layer by integer programming"),
     "modelopt": Tool("nvidia_modelopt", ("nvidia-modelopt",), "training at one width for the body, one for the ends"),
     "nncf": Tool("intel_nncf", ("nncf",), "training at 8 bits, or 4 for a target of 1.57% or more"),
+    "pquantml": Tool("pquantml", ("pquant-ml",), "training in fixed point at one width for the body, one for the ends"),
 }
 
 

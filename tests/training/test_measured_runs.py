@@ -263,6 +263,7 @@ def test_bits_are_solved_again_during_training_and_resumed_to_the_same_bits(
     for name in ("plan.json", "model.safetensors"):
         assert (second.folder / name).read_bytes() == (first.folder / name).read_bytes()
     assert notes[0] in second.notes
+    assert second.contest["candidates"] == first.contest["candidates"] != []
 
 
 def test_moves_that_held_out_samples_refuse_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ import other_tools
 import pandas as pd
 import qat_recipe
 import scores
+import search_share
 import speed
 import step_cost
 import tasks
@@ -236,6 +237,7 @@ SECTIONS: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {  # name -> (t
     "one run": (one_run.one_run_table, ("one_run",)),
     "estimators": (estimators.estimators_table, ("estimators",)),
     "recipe": (qat_recipe.recipe_table, ("qat_recipe",)),
+    "search share": (search_share.share_table, ("search_share",)),
     "tasks": (tasks.tasks_table, ("tasks",)),
     "trainers": (trainers.trainers_table, ("trainers",)),
     "faults": (faults.faults_table, ("faults",)),

@@ -229,4 +229,6 @@ def test_states_from_before_histories_were_kept_are_read(traced):
     state = dict(session.state_dict())
     record = session_state.decode(state["_extra_state"])
     del record["history"]
-    session_of()[0].load_state_dict({**state, "_extra_state": session_state.encode(record)})
+    again, _ = session_of()
+    again.load_state_dict({**state, "_extra_state": session_state.encode(record)})
+    assert (again.done, again.history.rows) == (session.done, [])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -55,6 +55,20 @@ def count_macs(net: nn.Module, x: Tensor) -> dict[str, int]:
     for hook in hooks:
         hook.remove()
     return macs
+
+
+@torch.no_grad()
+def inputs_of(net: nn.Module, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+    """What each of the named layers reads, in evaluation, for images [N, 3, 32, 32]."""
+    inputs: dict[str, Tensor] = {}
+    for name in names:
+
+        def keep(_: nn.Module, given: tuple[Tensor], name: str = name) -> None:
+            inputs[name] = given[0]
+
+        net.get_submodule(name).register_forward_pre_hook(keep)
+    net.eval()(x)
+    return inputs
 
 
 def layer_names(net: nn.Module) -> list[str]:

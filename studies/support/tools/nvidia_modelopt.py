@@ -18,7 +18,7 @@ import modelopt.torch.quantization as mtq
 import torch
 from torch import Tensor, nn
 
-from support.tools.job import Job, Small, Widths, layer_names
+from support.tools.job import Job, Small, Widths, inputs_of, layer_names
 from support.tools.plain_brevitas import choose_widths
 
 
@@ -36,15 +36,7 @@ def quantizer_config(widths: Widths, signed: str) -> dict[str, Any]:
 @torch.no_grad()
 def fit_inputs(net: nn.Module, float_net: nn.Module, x: Tensor, names: Iterable[str]) -> None:
     """Set the ranges of the layers' inputs so that the tool's quantizers err least on images [N, 3, 32, 32]."""
-    inputs: dict[str, Tensor] = {}
-    for name in names:
-
-        def keep(_: nn.Module, given: tuple[Tensor], name: str = name) -> None:
-            inputs[name] = given[0]
-
-        float_net.get_submodule(name).register_forward_pre_hook(keep)
-    float_net.eval()(x)
-    for name, value in inputs.items():
+    for name, value in inputs_of(float_net, x, names).items():
         quantizer: Any = net.get_submodule(f"{name}.input_quantizer")
         errors = {}
         for amax in torch.linspace(0.025, 1, 40) * quantizer.amax:

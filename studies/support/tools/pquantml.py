@@ -15,7 +15,6 @@ Works with pquant-ml 0.1.0.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from typing import Any
 
 os.environ["KERAS_BACKEND"] = "torch"  # read when pquant is imported
@@ -26,7 +25,7 @@ from pquant.layers import PQConv2d, PQDense
 from pquant.quantizer import Quantizer
 from torch import Tensor, nn
 
-from support.tools.job import Job, Small, Widths, layer_names
+from support.tools.job import Job, Small, Widths, inputs_of, layer_names
 from support.tools.plain_brevitas import choose_widths
 
 Bits = tuple[int, int, int]  # of a fixed-point number: sign, integer, fractional; integer bits may be negative
@@ -46,20 +45,6 @@ def fit_bits(x: Tensor, sign: int, bits: int, overflow: str) -> Bits:
         return float((quantizer(x) - x).square().mean())
 
     return min(((sign, i, bits - sign - i) for i in INTEGER_BITS), key=error)
-
-
-@torch.no_grad()
-def inputs_of(net: nn.Module, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-    """What each of the named layers reads, in evaluation, for images [N, 3, 32, 32]."""
-    inputs: dict[str, Tensor] = {}
-    for name in names:
-
-        def keep(_: nn.Module, given: tuple[Tensor], name: str = name) -> None:
-            inputs[name] = given[0]
-
-        net.get_submodule(name).register_forward_pre_hook(keep)
-    net.eval()(x)
-    return inputs
 
 
 def configuration() -> Any:

@@ -2,7 +2,7 @@
 
 A new sampler is built for each trial, and trials that take up an interrupted one are left out of the numbers. So the
 draws of a trial do not depend on which worker runs it, two workers never draw the same, and a study that was
-interrupted goes on as if it had not been.
+interrupted while it drew goes on as if it had not been.
 """
 
 from __future__ import annotations

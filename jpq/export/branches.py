@@ -21,7 +21,7 @@ from jpq.methods.quantizers import (
     act_quantizer,
     is_quantized,
     quantize_layer,
-    replace_everywhere,
+    replace_and_keep_rounding,
     weight_quantizer,
 )
 from jpq.types import JpqError
@@ -69,7 +69,8 @@ def split_into_branches(small: nn.Module) -> nn.Module:
     """
     small = copy.deepcopy(small)
     split_count = 0
-    for name, layer in list(small.named_modules()):
+    layer: Any
+    for layer in list(small.modules()):
         mask = getattr(layer, "mask", None)
         if mask is None or mask.dim() not in _CONVOLUTIONS or layer.groups != 1 or layer.transposed:
             continue
@@ -78,7 +79,7 @@ def split_into_branches(small: nn.Module) -> nn.Module:
             continue
         branches = _branches(layer, kernels.all(2))
         if branches is not None:
-            replace_everywhere(small, small.get_submodule(name), branches)
+            replace_and_keep_rounding(small, layer, branches)
             split_count += 1
     if not split_count:
         raise JpqError("No layer can be cut into branches: train with --method dsp, or another on whole kernels.")
@@ -102,7 +103,7 @@ def restore_branches(small: nn.Module, name: str, state: Mapping[str, Tensor]) -
         parts.append((_branch(layer, reads, computed), reads, computed))
         start += len(computed)
     bias = torch.zeros(len(order)).to(layer.weight) if f"{name}.constant" in state else None  # type: ignore[arg-type]
-    replace_everywhere(small, layer, Branches(parts, bias, len(order)))
+    replace_and_keep_rounding(small, layer, Branches(parts, bias, len(order)))
 
 
 def _branches(layer: Any, reads: Tensor) -> Branches | None:

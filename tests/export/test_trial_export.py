@@ -60,16 +60,16 @@ def test_what_the_exporter_raises_is_one_sentence():
 
 
 @pytest.mark.parametrize(
-    "norm",
+    ("norm", "output_bits"),
     [
-        nn.BatchNorm2d(16, track_running_stats=False),
-        nn.BatchNorm2d(16, affine=False, track_running_stats=False),
-        nn.InstanceNorm2d(16, affine=True, track_running_stats=True),
-        nn.InstanceNorm2d(16, track_running_stats=True),
+        (nn.BatchNorm2d(16, track_running_stats=False), 8),
+        (nn.BatchNorm2d(16, affine=False, track_running_stats=False), 0),
+        (nn.InstanceNorm2d(16, affine=True, track_running_stats=True), 8),
+        (nn.InstanceNorm2d(16, track_running_stats=True), 0),
     ],
-    ids=repr,
+    ids=str,
 )
-def test_norms_without_a_translation_are_exported(norm, tmp_path):
+def test_norms_without_a_translation_are_exported(norm, output_bits, tmp_path):
     torch.manual_seed(0)
     norm = copy.deepcopy(norm)
     for tensor in (*norm.parameters(), *(b for b in norm.buffers() if b.dim())):
@@ -79,7 +79,7 @@ def test_norms_without_a_translation_are_exported(norm, tmp_path):
     replace_norms(plain)
     assert type(plain[1]) is not type(norm)
     torch.testing.assert_close(plain(EXAMPLE.double()), copy.deepcopy(model).double()(EXAMPLE.double()))
-    small = jpq.compress(model, EXAMPLE, method="uniform", bops="10%").finalize()
+    small = jpq.compress(model, EXAMPLE, method="uniform", bops="10%", output_bits=output_bits).finalize()
     export_onnx(small, EXAMPLE, tmp_path / "m.onnx")
     found = compare(small, Session(tmp_path / "m.onnx"), [(EXAMPLE, None)])
     assert found["largest_relative_difference"] < 1e-2

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq.methods.quantizers import replace_everywhere
+from jpq.methods.quantizers import replace_and_keep_rounding, result_quantizer
 
 _BATCH_NORMS: tuple[type[Any], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE_NORMS: tuple[type[Any], ...] = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -36,15 +36,16 @@ class BatchStatisticsNorm(nn.Module):
 
 @torch.no_grad()
 def replace_norms(model: nn.Module) -> None:
-    """Replace such norms of a model in evaluation mode, in place. Norms whose result is rounded stay."""
+    """Replace such norms of a model in evaluation mode, in place. Norms with hooks of the user's own stay."""
     for norm in list(model.modules()):
-        if norm._forward_hooks or norm._forward_pre_hooks:
+        rounding_hooks = result_quantizer(norm) is not None
+        if len(norm._forward_hooks) > rounding_hooks or norm._forward_pre_hooks:
             continue
         if type(norm) in _BATCH_NORMS and norm.running_mean is None:
-            replace_everywhere(model, norm, BatchStatisticsNorm(norm))
+            replace_and_keep_rounding(model, norm, BatchStatisticsNorm(norm))
         elif type(norm) in _INSTANCE_NORMS and norm.running_mean is not None:
             kind = _BATCH_NORMS[_INSTANCE_NORMS.index(type(norm))]
             new = kind(norm.num_features, norm.eps, affine=norm.affine).to(norm.running_mean).eval()
             for name, tensor in [*norm.named_parameters(), *norm.named_buffers()]:
                 getattr(new, name).copy_(tensor)
-            replace_everywhere(model, norm, new)
+            replace_and_keep_rounding(model, norm, new)

@@ -14,13 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from jpq.export.verify import EXACT, largest_difference, outputs_in_double
-from jpq.methods.quantizers import (
-    is_quantized,
-    quantize_results,
-    replace_everywhere,
-    result_quantizer,
-    weight_quantizer,
-)
+from jpq.methods.quantizers import is_quantized, replace_and_keep_rounding, weight_quantizer
 from jpq.tracing.forward import call_model, hook_modules
 
 Pair = tuple[str, str]  # (layer, the norm that reads it)
@@ -80,14 +74,6 @@ def _with_single_precision_gains(model: nn.Module) -> nn.Module:
     return model
 
 
-def remove_norm(model: nn.Module, norm: nn.Module) -> None:
-    """Replace a folded norm by the identity, or by the rounding of its result where it has that."""
-    replacement, grid = nn.Identity(), result_quantizer(norm)
-    if grid is not None:
-        quantize_results(replacement, grid)
-    replace_everywhere(model, norm, replacement)
-
-
 @torch.no_grad()
 def find_pairs(model: nn.Module, example: Any) -> list[Pair]:
     """Layers and the norms that read exactly their output, each called once."""
@@ -141,5 +127,5 @@ def _fold(model: nn.Module, pairs: list[Pair]) -> nn.Module:
         grid.log_threshold.add_(factor.abs().log().reshape(shape))
         grid.step.mul_(factor.abs().reshape(shape))
         layer.bias = nn.Parameter(bias)
-        remove_norm(model, norm)
+        replace_and_keep_rounding(model, norm, nn.Identity())
     return model

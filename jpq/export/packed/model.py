@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq.export.packed.batchnorm_folding import fold_batchnorms, remove_norm
+from jpq.export.packed.batchnorm_folding import fold_batchnorms
 from jpq.export.packed.file import PackedLayer, header_bytes, load_packed, packed_bytes, save_packed
-from jpq.methods.quantizers import act_quantizer, is_quantized, weight_quantizer
+from jpq.methods.quantizers import act_quantizer, is_quantized, replace_and_keep_rounding, weight_quantizer
 from jpq.methods.quantizers.uniform_integer import NARROW_FROM
 from jpq.methods.structures import WeightLayout, parse_structure
 from jpq.plan import Plan
@@ -109,7 +109,7 @@ def unpack_model(small: nn.Module, path: str | Path) -> nn.Module:
     for name, module in list(small.named_modules()):
         has_statistics = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
         if has_statistics and f"{name}.running_mean" not in tensors:  # it was folded
-            remove_norm(small, module)
+            replace_and_keep_rounding(small, module, nn.Identity())
     places = {**dict(small.named_parameters()), **dict(small.named_buffers())}
     for name, tensor in tensors.items():  # one by one: load_state_dict lets brevitas make the quantizers anew
         if name not in places or places[name].shape != tensor.shape:

@@ -107,6 +107,14 @@ def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None
         setattr(model.get_submodule(owner), leaf, new)
 
 
+def replace_and_keep_rounding(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` under every name that `old` has in `model`, with its result rounded as that of `old` is."""
+    grid = result_quantizer(old)
+    if grid is not None:
+        quantize_results(new, grid)
+    replace_everywhere(model, old, new)
+
+
 def is_quantized(layer: nn.Module) -> bool:
     """Whether a module is a brevitas layer: a part of a user's own may be called `weight_quant` as well."""
     return isinstance(layer, QuantWeightBiasInputOutputLayer)

@@ -9,12 +9,13 @@ from gated import gated
 from torch import nn
 
 import jpq
-from jpq.export.branches import Branches, split_into_branches
+from jpq.export.branches import Branches, restore_branches, split_into_branches
 from jpq.export.count import measure
 from jpq.export.rebuild import rebuild
 from jpq.export.verify import difference
 from jpq.methods.gates import Lasso
 from jpq.methods.gates.lasso import LEAST, SPAN, STRENGTH, TAU, coefficients, regulariser, running_sums
+from jpq.methods.quantizers import Fixed, IntegerQuantizer, quantize_results
 from jpq.methods.structures import Inputs, Kernels
 from jpq.tracing.sites import masks
 
@@ -293,6 +294,21 @@ def test_filters_that_read_nothing_give_their_bias():
     assert isinstance(packed[0], Branches)
     assert torch.allclose(packed(x), conv(x), atol=1e-6)
     assert torch.equal(packed(x)[:, 0], conv.bias[0].expand(2, 5, 5))
+
+
+def test_branches_round_their_result_as_the_layer_does():
+    conv = nn.Conv2d(4, 6, 3)
+    mask = torch.ones(6, 4, 3, 3, dtype=torch.bool)
+    mask[2:, :2] = False
+    conv.weight.data *= mask
+    conv.register_buffer("mask", mask)
+    quantize_results(conv, IntegerQuantizer(torch.tensor(1.0), Fixed(3), True))
+    model, x = nn.Sequential(conv).eval(), torch.randn(2, 4, 5, 5)
+    branched = split_into_branches(model)
+    assert torch.allclose(branched(x), model(x))
+    restore_branches(model, "0", branched.state_dict())
+    model.load_state_dict(branched.state_dict())
+    assert torch.equal(model(x), branched(x))
 
 
 def test_nothing_to_cut_is_refused():

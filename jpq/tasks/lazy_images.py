@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from jpq.files.atomic import replace_file
+from jpq.files.lock import exclusive
 from jpq.tasks.images import GREY, Images, check_bad, check_one_size, image_bytes, read_images, reason
 
 MEMORY_SHARE = 0.25  # of the free memory that images may take with --cache auto
@@ -285,13 +286,25 @@ def _cache_path(source: bytes) -> Path:
 def _fill_cache(
     files: Sequence[Path], decode: Decoder, shape: tuple[int, int, int], skip_bad: bool, source: bytes
 ) -> tuple[list[int], str]:
-    """Decode all files into one file of the cache, unless it is there: the numbers of those that are in it, a note."""
+    """Decode all files into one file of the cache, unless it is there: the numbers of those that are in it, a note.
+
+    Of several processes that want it one decodes, and the others wait for it.
+    """
     path = _cache_path(source)
     record = path.with_suffix(".json")
-    if path.is_file() and record.is_file():
-        known = json.loads(record.read_text(encoding="utf-8"))
-        return [int(n) for n in known["kept"]], check_bad(known["bad"], len(files), skip_bad)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not (path.is_file() and record.is_file()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(path.with_suffix(".lock")):
+            if not (path.is_file() and record.is_file()):
+                _decode_into(path, record, files, decode, shape, skip_bad)
+    known = json.loads(record.read_text(encoding="utf-8"))
+    return [int(n) for n in known["kept"]], check_bad(known["bad"], len(files), skip_bad)
+
+
+def _decode_into(
+    path: Path, record: Path, files: Sequence[Path], decode: Decoder, shape: tuple[int, int, int], skip_bad: bool
+) -> None:
+    """Decode all files into one file, and write which of them are in it."""
     kept: list[int] = []
     bad: list[str] = []
 
@@ -314,7 +327,6 @@ def _fill_cache(
 
     replace_file(path, fill)
     replace_file(record, lambda part: part.write_text(json.dumps({"kept": kept, "bad": bad}), encoding="utf-8"))
-    return kept, check_bad(bad, len(files), skip_bad)
 
 
 def _read_each(files: Sequence[Path], read: Callable[[Path], Found]) -> list[Found | str]:

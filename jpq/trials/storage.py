@@ -13,8 +13,7 @@ import re
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from jpq.trials.attributes import AGAIN
 from jpq.types import JpqError
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: workers then must not begin at the same moment
-    fcntl = None  # type: ignore[assignment]
 
 WORKER = "worker"  # user attribute of a trial: host and process
 
@@ -199,12 +193,3 @@ def _missing_driver(shown_url: str, error: BaseException) -> str:
             "Use sqlite:///FILE, postgresql+psycopg://user@host/database, or leave --storage out for a journal file"
         )
     return f"--storage {shown_url}: its driver is not installed ({' '.join(str(error).split())[:120]}). {remedy}."
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Lock as a context: one worker of a study at a time; a killed process releases it at once."""
-    with (folder / "lock").open("w", encoding="utf-8") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

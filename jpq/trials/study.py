@@ -14,6 +14,7 @@ from optuna.storages import fail_stale_trials
 from optuna.trial import TrialState
 
 from jpq.config import Config, expand_homes
+from jpq.files.lock import exclusive
 from jpq.files.model_files import tokenizer_checksum
 from jpq.recipe import check_sensitivity
 from jpq.results.accuracy_limit import check_limit, read_limit
@@ -41,7 +42,7 @@ from jpq.trials.settings import (
 )
 from jpq.trials.space import Space, check_names
 from jpq.trials.status import FULL, meets_limits
-from jpq.trials.storage import exclusive, open_storage, without_password
+from jpq.trials.storage import open_storage, without_password
 from jpq.trials.trial import NullStudyObserver, StudyObserver, TrialFailed, TrialRunner, upload_pictures
 from jpq.types import JpqError
 
@@ -113,13 +114,13 @@ def study(
             raise JpqError(f"Cannot write to {folder}: {error.strerror}. Choose another folder with --out.") from error
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         logging.getLogger("optuna").setLevel(logging.CRITICAL)  # failed trials: their reasons are kept in the study
-        with exclusive(folder):
+        with exclusive(folder / "lock"):
             storage = open_storage(settings.storage, folder, settings.dead_after)
             weights, digest = prepare_float_weights(config, kept, observer)
         if runner is None or config.task.weights is None:
             started = replace(started, task=replace(started.task, weights=weights.resolve()))
             runner = _set_up(started, asked, settings, folder, observer)
-        with exclusive(folder):
+        with exclusive(folder / "lock"):
             shared = _open_study(settings, runner.space, config, digest, runner.preview, storage)
             if not (folder / STUDY_FILE).exists():
                 write_study(config, settings, folder / STUDY_FILE)
@@ -132,7 +133,7 @@ def study(
             f"{where} does not answer any more ({cause}). Start this worker again when it does: what was "
             "finished is kept, and its last trial will be run again."
         ) from error
-    with exclusive(folder):
+    with exclusive(folder / "lock"):
         _write_front(shared, settings, folder)
     failed = [t for t in shared.get_trials(deepcopy=False) if t.state == TrialState.FAIL and REASON in t.user_attrs]
     if failed and len(failed) == TrialCounts.of(shared).done:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +83,23 @@ def test_the_disk_cache_is_filled_once_and_anew_for_changed_files(photos, tmp_pa
     shutil.copy(files_of(photos)[0], files_of(photos)[1])
     open_images(files_of(photos), (16,), cache="disk")
     assert len(decoded) == 48
+
+
+def test_runs_that_begin_together_fill_the_disk_cache_once(photos, monkeypatch):
+    decoded = []
+    plain = lazy_images.image_bytes
+
+    def slowly(image, size):
+        time.sleep(0.005)
+        decoded.append(1)
+        return plain(image, size)
+
+    monkeypatch.setattr(lazy_images, "image_bytes", slowly)
+    with ThreadPoolExecutor(2) as runs:
+        columns = list(runs.map(lambda _: open_images(files_of(photos), (16,), cache="disk").pixels, range(2)))
+    assert len(decoded) == 24
+    rows = torch.arange(24)
+    assert torch.equal(*(column.index_select(0, rows) for column in columns))
 
 
 def test_images_beyond_memory_go_to_the_disk_and_beyond_that_nowhere(photos, monkeypatch):

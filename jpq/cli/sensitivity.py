@@ -121,8 +121,8 @@ def check_flags(flags: Sensitivity) -> None:
     if flags.out.is_dir() or flags.out.suffix != ".csv":
         raise JpqError(f"--out {flags.out}: give the table's file, such as {flags.out.with_suffix('.csv')}.")
     for name, (low, high) in (("w-bits", flags.w_bits), ("a-bits", flags.a_bits)):
-        if not 2 <= low <= high <= 16:
-            raise JpqError(f"--{name} {low} {high}: give the smallest and the largest width, between 2 and 16.")
+        if not 2 <= low <= high <= 8:
+            raise JpqError(f"--{name} {low} {high}: give the smallest and the largest width, between 2 and 8.")
 
 
 def load(flags: Sensitivity, console: Console) -> tuple[Data, nn.Module]:

@@ -52,6 +52,8 @@ SHORT = 1000  # entries of a list that result.json holds; longer ones, as vocabu
 
 SPLITS = ("train", "held_out", "test")
 
+TASK_KEYS = ("task", "metric", "inputs")  # of the record of the data, which has them for some tasks alone
+
 UNIFORM_BITS = (2, 3, 4, 8)  # bit-widths of the uniform baselines drawn beside a front
 
 
@@ -285,16 +287,22 @@ def structure_record(net: CompressedModel, plan: Plan, uses: Sequence[costs.Laye
 
 
 def data_record(data: Data) -> dict[str, Any]:
-    """Name, checksum and split sizes of the data, their preprocessing, and their task."""
+    """Name, checksum and split sizes of the data, their preprocessing, and their task.
+
+    Facts that the data give themselves (`about`) may say the preprocessing, and none of the others.
+    """
     sizes = {split: getattr(data, split).size for split in SPLITS}
-    images = {"shape": list(data.shape), "mean": list(data.train.mean), "std": list(data.train.std)}
+    preprocessing = {"mean": list(data.train.mean), "std": list(data.train.std)}
     names = {"class_names": list(data.class_names)} if data.class_names else {}
     about = {
-        key: value for key, value in data.about.items() if not isinstance(value, (list, dict)) or len(value) <= SHORT
+        key: value
+        for key, value in data.about.items()
+        if key not in TASK_KEYS and (not isinstance(value, (list, dict)) or len(value) <= SHORT)
     }
-    tree = {"name": data.name, "checksum": data.checksum, **sizes, **images, **task_record(data.task, data.classes)}
+    tree = {"name": data.name, "checksum": data.checksum, **sizes, "shape": list(data.shape)}
     inputs = len(collect_tensors(data.example))
-    return {**tree, "sample": data.sample_name, **names, **about, **({"inputs": inputs} if inputs > 1 else {})}
+    counted = {"sample": data.sample_name, **({"inputs": inputs} if inputs > 1 else {})}
+    return {**preprocessing, **about, **tree, **task_record(data.task, data.classes), **counted, **names}
 
 
 def layer_records(net: CompressedModel, plan: Plan, cost: str = "bops") -> tuple[LayerRecord, ...]:

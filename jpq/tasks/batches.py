@@ -275,7 +275,9 @@ class ListColumn:
 
     def __getitem__(self, rows: slice | Tensor) -> ListColumn:
         numbers = torch.arange(len(self))[rows.cpu() if isinstance(rows, Tensor) else rows]
-        return ListColumn([self.entries[i] for i in numbers.tolist()])
+        part = ListColumn([self.entries[i] for i in numbers.tolist()])
+        part.device = self.device
+        return part
 
     def index_select(self, _: int, rows: Tensor) -> list[Any]:
         """The entries of these numbers."""

@@ -63,7 +63,7 @@ class Detection(Task):
             matched = assign(anchors[i], objects["boxes"].to(output))
             found, read = matched >= 0, matched != AMBIGUOUS
             wanted = torch.zeros_like(scores[i])
-            labels = objects["labels"].to(output.device)[matched[found]]
+            labels = objects["labels"].to(output.device).long()[matched[found]]
             wanted[found, labels] = 1.0
             total = total + sigmoid_focal_loss(scores[i][read][:, 1:], wanted[read][:, 1:], reduction="sum")
             true_boxes = objects["boxes"].to(output)[matched[found]]

@@ -18,7 +18,8 @@ SYSTEM = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume informa
 
 def list_folders(path: Path) -> list[Path]:
     """The folders in a folder, sorted by name, without those of the system."""
-    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not _is_ignored(entry))
+    folders = (entry for entry in path.iterdir() if entry.is_dir() and not _is_ignored(entry))
+    return sorted(folders, key=lambda entry: entry.name)  # paths of Windows are in order whatever the case
 
 
 def image_files(folder: Path) -> Iterator[Path]:

@@ -190,7 +190,7 @@ class LoaderBatches(SplitBatches):
         for part in parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
-            if hasattr(part, "generator"):
+            if hasattr(part, "generator") and isinstance(part.generator, torch.Generator | None):
                 part.generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
 
     def _batch_sizes(self) -> list[int]:

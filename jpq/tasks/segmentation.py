@@ -38,7 +38,7 @@ class Segmentation(Classification):
         if output.shape[2:] != target.shape[1:]:
             check_targets(False, self, f"a map of {_size(output)} pixels per sample, as the outputs have", target)
         pixels = (target != self.void).sum().clamp_min(1)
-        return F.cross_entropy(output, target, ignore_index=self.void, reduction="sum") / pixels
+        return F.cross_entropy(output, target.long(), ignore_index=self.void, reduction="sum") / pixels
 
     def distill(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """T^2 times the KL divergence of the softened classes, the mean over pixels, in nats."""

@@ -22,6 +22,7 @@ from jpq.results.front.front import (
     write_table,
 )
 from jpq.results.front.pareto import hypervolume_of
+from jpq.results.front.plots import draw_decisions
 from jpq.results.front.points import LayerDecision, from_attributes, read_point, read_points
 from jpq.results.front.select import parse_limits, pick_point
 from jpq.tasks import TASKS
@@ -457,3 +458,10 @@ def test_what_nothing_meets_is_one_sentence_with_the_nearest(asked: dict[str, st
     front = spread(tmp_path)
     with pytest.raises(JpqError, match=words):
         pick_point(front, parse_limits(asked, front.points[0].full_costs))
+
+
+def test_decisions_are_drawn_where_a_run_knows_other_layers(tmp_path: Path) -> None:
+    made = spread(tmp_path)
+    points, dearest = list(made.points), made.front_indices[-1]
+    points[dearest] = replace(points[dearest], layers=points[dearest].layers[1:])
+    assert draw_decisions(replace(made, points=tuple(points))) is not None

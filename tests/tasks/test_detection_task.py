@@ -8,6 +8,7 @@ import torch
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 from jpq.tasks import TASKS, models
+from jpq.tasks.batches import ListColumn
 from jpq.tasks.data import load
 from jpq.tasks.detection import AMBIGUOUS, assign, detect, split_columns, sure_classes
 from jpq.tasks.detectors import DetectorNetwork
@@ -52,6 +53,20 @@ def test_the_loss_is_focal_loss_and_generalized_overlap_over_the_boxes_with_obje
     assert float(DETECTION.loss(net, target)) == pytest.approx(focal + 1 - 1 / 3, rel=1e-4)
     nothing = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}]
     assert float(DETECTION.loss(net, nothing)) > 0
+
+
+def test_labels_may_be_bytes():
+    net = output(((1.0, -2.0), SQUARE), ((-3.0, -3.0), shifted(100.0)))
+    losses = [
+        float(DETECTION.loss(net, [{"boxes": SQUARE[None], "labels": torch.tensor([2], dtype=kind)}]))
+        for kind in (torch.int64, torch.uint8)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_boxes_of_some_images_are_on_the_device_of_all():
+    column = ListColumn([{"boxes": SQUARE[None]}] * 3).to("meta")
+    assert column[:2].device == column[torch.tensor([True, False, True])].device == torch.device("meta")
 
 
 def test_average_precision_of_one_hit_and_one_miss():

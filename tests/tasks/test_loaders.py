@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from types import ModuleType
 
+import numpy as np
 import own_loaders
 import pytest
 import torch
@@ -542,3 +543,19 @@ class Mixed(Photos):
 def test_grey_pictures_among_colour_ones_become_colour_ones(monkeypatch):
     split = Mixed(as_rows=False, modes=("RGB", "L"))
     assert load(served(monkeypatch, (split, split))).shape == (3, 5, 6)
+
+
+class OwnDraws:
+    """Batches of an iterable whose `generator` is no generator of torch."""
+
+    def __init__(self):
+        self.generator = np.random.default_rng(0)
+
+    def __iter__(self):
+        return iter([(torch.from_numpy(self.generator.random((4, 3), np.float32)), torch.arange(4))])
+
+
+def test_a_generator_of_another_library_is_left_to_its_loader():
+    loader = OwnDraws()
+    assert len(batches(loader)) == 1
+    assert isinstance(loader.generator, np.random.Generator)

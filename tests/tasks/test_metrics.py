@@ -68,6 +68,15 @@ def test_the_loss_of_segmentation_is_a_mean_over_pixels_that_have_a_class():
     assert MAPS.chance(2) == pytest.approx(1 / 3)  # a quarter of the pixels in both, three quarters in one
 
 
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32, torch.bool])
+def test_masks_may_be_integers_of_any_type(kind):
+    output, target = MAPS.example_batch(2, 2)
+    target = target % 2
+    MAPS.check_target(target.to(kind), 2)
+    assert MAPS.loss(output, target.to(kind)) == MAPS.loss(output, target)
+    assert evaluated(MAPS, (output, target.to(kind))) == evaluated(MAPS, (output, target))
+
+
 @pytest.mark.parametrize("unit", [1e-9, 1e-3, 1.0, 1e6])
 def test_r2_does_not_depend_on_the_unit_of_the_targets(unit):
     target = torch.tensor([[1.0, 5.0], [2.0, 6.0], [4.0, 9.0]])

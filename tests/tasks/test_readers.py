@@ -7,7 +7,8 @@ import json
 import math
 import re
 import sys
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from jpq.config import Config, Task
 from jpq.results.finish import data_record
 from jpq.tasks.batches import MaskAugment
 from jpq.tasks.data import load
+from jpq.tasks.folder_parts import list_folders
 from jpq.tasks.load import read_data
 from jpq.tasks.readers.hf_dataset import _text_rows
 from jpq.tasks.readers.restoration import Degradation
@@ -239,6 +241,47 @@ def test_smaller_inputs_are_bicubic_and_antialiased(tmp_path):
 def test_degradation_without_noise_or_scale_is_the_image():
     x = torch.rand(2, 1, 4, 4)
     assert torch.equal(Degradation().apply(x, []), x)
+
+
+def test_facts_of_the_users_own_change_no_other_record(tmp_path):
+    for n in range(8):
+        save(np.full((4, 4), n, np.uint8), tmp_path / "ab"[n % 2] / f"{n}.png")
+    data = load(f"folder:{tmp_path}")
+    record = data_record(replace(data, about={"test": "of 2019", "task": "wafers", "mean": [0.5], "camera": "left"}))
+    assert (record["test"], record["mean"], record["camera"]) == (data.test.size, [0.5], "left")
+    assert "task" not in record
+
+
+class WindowsFolder(PureWindowsPath):
+    def is_dir(self):
+        return True
+
+
+def test_classes_have_the_same_order_on_every_system():
+    entries = [WindowsFolder(name) for name in ("banana", "Cat", "apple")]
+    folders = list_folders(SimpleNamespace(iterdir=lambda: iter(entries)))
+    assert [folder.name for folder in folders] == ["Cat", "apple", "banana"]
+
+
+def test_noise_is_added_on_the_device_of_the_images():
+    clean = torch.empty(2, 1, 4, 4, device="meta")  # as on an accelerator, sums with tensors of the CPU are errors
+    assert Degradation(noise=25.0).apply(clean, [torch.Generator()] * 2).device == clean.device
+
+
+def test_bad_images_to_be_restored_are_left_out_with_a_note(tmp_path):
+    photos(tmp_path, ((10, 12),) * 6, "input")
+    photos(tmp_path, ((20, 24),) * 6, "target")
+    for bad in ("input/0.png", "target/0.png", "target/1.png"):
+        (tmp_path / bad).write_bytes(b"no image")
+    with pytest.raises(JpqError, match="3 of 12 images cannot be read"):
+        load(f"folder:{tmp_path}", task="restoration", crop=(8,))
+    data = load(f"folder:{tmp_path}", task="restoration", crop=(8,), skip_bad=True)
+    assert sum(len(split.images) for split in (data.train, data.held_out, data.test)) == 4
+    assert "3 of 12 images cannot be read and are left out" in data.notes[0]
+    for file in (tmp_path / "input").iterdir():
+        file.write_bytes(b"no image")
+    with pytest.raises(JpqError, match="None of 8 images can be read"):
+        load(f"folder:{tmp_path}", task="restoration", crop=(8,), skip_bad=True)
 
 
 def test_with_image_size_images_of_different_sizes_are_cut_to_the_common_one(tmp_path):

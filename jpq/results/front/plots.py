@@ -250,7 +250,7 @@ def draw_decisions(front: Front, choice: Choice | None = None) -> Figure | None:
     )
     figure.suptitle(f"{_title(front)}: what each point decided", fontsize=12, color=INK)
     panels = figure.subplots(1, 3, sharey=True)
-    top = max(8, int(max(tables["w_bits"].max(), tables["a_bits"].max())))
+    top = max(8, int(max(np.nanmax(tables["w_bits"]), np.nanmax(tables["a_bits"]))))
     bits = BoundaryNorm(np.arange(1.5, min(top, 8) + 1), min(top, 8) - 1)
     shades = {"w_bits": _ramp(BLUE, 7), "a_bits": _ramp("#B87400", 7), "density": _ramp(GREEN, 256)}
     titles = {"w_bits": "bits of weights", "a_bits": "bits of activations", "density": "MACs kept, %"}

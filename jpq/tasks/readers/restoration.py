@@ -61,7 +61,7 @@ class Degradation:
             x = x.clamp(0, 1).mul(255).round().div(255)
         if self.noise:
             drawn = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators])
-            x = x + drawn * (self.noise / 255)
+            x = x + drawn.to(x.device) * (self.noise / 255)
         return x
 
 
@@ -251,13 +251,14 @@ def read(path: str, options: ReadOptions) -> Source:
             f"'{path}' holds clean images alone: say what is done to them with --noise 25 or --scale 2, or put inputs "
             "and targets into PATH/input and PATH/target."
         )
-    columns = {part: _read_images(entries, options) for part, entries in files.items()}
+    read = {part: _read_images(entries, options) for part, entries in files.items()}
+    columns = {part: entries for part, (entries, _) in read.items()}
     channels = _check_channels([entry for entries in columns.values() for entry in entries], path)
     scale = _scale_of_pairs(columns, path) if pairs else options.scale
     sizes = {part: _common_size(entries, scale, options.image_size) for part, entries in columns.items()}
     crop = _training_crop(options.crop, scale, sizes["train"], path)
     cut = [part for part in columns if part != "train" and options.image_size]
-    notes = [_cut_note(part, columns[part], sizes[part]) for part in cut]
+    notes = [note for _, note in read.values()] + [_cut_note(part, columns[part], sizes[part]) for part in cut]
     numbered = {part: (ListColumn(entries), torch.arange(len(entries))) for part, entries in columns.items()}
     val, test = numbered.get("val"), numbered.get("test")
     shared = _smallest([sizes[part] for part in sizes if part != "train"] or [sizes["train"]])
@@ -328,8 +329,11 @@ def _clean_files(folder: Path) -> dict[str, list[tuple[Path | None, Path]]]:
     return found
 
 
-def _read_images(files: Sequence[tuple[Path | None, Path]], options: ReadOptions) -> list[Entry]:
-    """The decoded images of one part. Raises JpqError that lists all that cannot be read."""
+def _read_images(files: Sequence[tuple[Path | None, Path]], options: ReadOptions) -> tuple[list[Entry], str]:
+    """(decoded images of one part, a note on those that are left out, with what they are paired with).
+
+    Raises JpqError that lists all that cannot be read, where they are not to be skipped or none is left.
+    """
     entries: list[Entry] = []
     bad: list[str] = []
     for pair in files:
@@ -341,8 +345,8 @@ def _read_images(files: Sequence[tuple[Path | None, Path]], options: ReadOptions
                 bad.append(f"'{file}' ({reason(error, file or Path())})")
         if len(images) == 2 and images[1] is not None:
             entries.append((images[0], images[1]))
-    check_bad(bad, len(files), options.skip_bad)
-    return entries
+    count = sum(file is not None for pair in files for file in pair)
+    return entries, check_bad(bad, count if entries else len(bad), options.skip_bad)
 
 
 def _decode(file: Path, colour: bool) -> Tensor:

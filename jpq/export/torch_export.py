@@ -41,6 +41,8 @@ from jpq.types import JpqError
 
 _FLOAT_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
+_HOOKS = [f"_forward{pre}_hooks{keywords}" for pre in ("", "_pre") for keywords in ("", "_with_kwargs")]
+
 
 def export_pt2(small: nn.Module, example: Any, path: str | Path) -> None:
     """Write a rebuilt model as a torch.export archive with a dynamic batch dimension.
@@ -126,7 +128,8 @@ def replace_quantizers(small: nn.Module) -> nn.Module:
         for name in ("select", "results"):
             if name in dict(layer.named_children()):
                 setattr(replacement, name, getattr(layer, name))
-        replacement._forward_pre_hooks, replacement._forward_hooks = layer._forward_pre_hooks, layer._forward_hooks
+        for hooks in _HOOKS:
+            setattr(replacement, hooks, getattr(layer, hooks))
         replace_everywhere(model, layer, replacement)
     return model.eval()
 
@@ -184,10 +187,10 @@ class StoredIntegerLayer(nn.Module):
         """Integers times steps."""
         return self.integers.to(self.steps.dtype) * self.steps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output."""
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output; other arguments are the layer's own, such as the `output_size` of a transposed one."""
         parameters = {"weight": self._rounded()}
         if self.bias is not None:
             parameters["bias"] = self.bias
-        output: Tensor = functional_call(self._layer[0], parameters, (self.grid(x),))
+        output: Tensor = functional_call(self._layer[0], parameters, (self.grid(input), *args), kwargs)
         return output

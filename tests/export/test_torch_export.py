@@ -10,6 +10,7 @@ from torch import nn
 
 import jpq
 from jpq.export import torch_export
+from jpq.export.unconstrained.select import insert_selects
 from jpq.types import JpqError
 
 
@@ -46,6 +47,28 @@ def test_pt2_of_code_that_reads_sizes_of_its_layers(tmp_path):
     torch_export.export_pt2(small, example, tmp_path / "m.pt2")
     with torch.no_grad():
         torch.testing.assert_close(torch.export.load(tmp_path / "m.pt2").module()(x), small(x))
+
+
+class Upsampling(nn.Module):
+    """Layers that are called with keywords, as a transposed convolution is that must give an odd size."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 3, stride=2)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(input=x)), output_size=(12, 12))
+
+
+def test_layers_that_are_called_with_keywords():
+    x = torch.randn(2, 3, 5, 5)
+    small = jpq.compress(Upsampling().eval(), x, method="uniform", bops="20%").finalize()
+    with torch.no_grad():
+        expected = small(x)
+        assert expected.shape == (2, 4, 12, 12)
+        insert_selects(small, {"a": [0, 1, 2]})  # of all its inputs
+        assert torch.equal(small(x), expected)
+        assert torch.equal(torch_export.replace_quantizers(small)(x), expected)
 
 
 class Sums(nn.Module):

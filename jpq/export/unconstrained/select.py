@@ -61,13 +61,15 @@ def insert_selects(model: nn.Module, selects: Mapping[str, Sequence[int]], alway
             )
         dim = -1 if layer.weight.dim() == 2 else 1 - layer.weight.dim()
         layer.select = Select(index, dim, always_gather).to(layer.weight.device)
-        layer.register_forward_pre_hook(_select_input)
+        layer.register_forward_pre_hook(_select_input, with_kwargs=True)
     return model
 
 
-def _select_input(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of a layer with the first one selected."""
-    return (layer.select(args[0]), *args[1:])
+def _select_input(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a layer with its input, the first one or a keyword, selected."""
+    if args:
+        return (layer.select(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "input": layer.select(kwargs["input"])}
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ def rebuild(net: CompressedModel, model: nn.Module) -> tuple[nn.Module, Plan]:
     small model must repair.
     """
     plan = complete_plan(net)
-    dense = copy.deepcopy(unwrap_model(model)).to(next(net.model.parameters()))
+    dense = copy.deepcopy(unwrap_model(model)).to(next(net.model.parameters()).device)
+    _take_types(net.model, dense)
     trained_state = {_PARAMETRIZED.sub(r"\1", name): t for name, t in net.model.state_dict().items()}
     dense.load_state_dict({name: trained_state[name] for name in dense.state_dict()})
     small = build_from_plan(plan, dense)
@@ -56,6 +57,14 @@ def rebuild(net: CompressedModel, model: nn.Module) -> tuple[nn.Module, Plan]:
     _apply_masks(net, small, plan)
     note_origin(small, plan)
     return small.eval(), plan
+
+
+def _take_types(trained: nn.Module, dense: nn.Module) -> None:
+    """Give each tensor of the float model the type that it has in the trained one: a complex buffer stays complex."""
+    tensors = (*trained.named_parameters(remove_duplicate=False), *trained.named_buffers(remove_duplicate=False))
+    types = {_PARAMETRIZED.sub(r"\1", name): tensor.dtype for name, tensor in tensors}
+    for name, tensor in (*dense.named_parameters(), *dense.named_buffers()):
+        tensor.data = tensor.data.to(types.get(name, tensor.dtype))
 
 
 def complete_plan(net: CompressedModel) -> Plan:

@@ -236,6 +236,25 @@ def test_checkpointed_activations_are_read_and_exported(reentrant: bool, tmp_pat
     run_through(model, IMAGES, tmp_path)
 
 
+class Rotary(nn.Module):
+    """Channels turned by complex factors, as in LLaMA's own code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 4), nn.Linear(4, 3)
+        self.register_buffer("turn", torch.polar(torch.ones(8, 2), torch.arange(16.0).reshape(8, 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.view_as_complex(self.a(x).unflatten(-1, (2, 2))) * self.turn
+        return self.b(torch.view_as_real(y).flatten(-2))
+
+
+def test_complex_buffers_stay_complex() -> None:
+    net = jpq.compress(Rotary().eval(), IMAGES, method="uniform", bops="20%")
+    small = net.finalize()
+    assert torch.equal(small(IMAGES), net.eval()(IMAGES))
+
+
 SINGLE: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "convolution": (lambda: nn.Conv2d(3, 4, 3), IMAGES),
     "transposed": (lambda: nn.ConvTranspose2d(3, 4, 2, 2), IMAGES),

@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from math import isfinite
 from numbers import Integral
 from pathlib import Path
@@ -425,7 +425,7 @@ class Config:
     def hash(self) -> str:
         """Twelve hex digits of all settings that change the result; the default name of the run's folder."""
         tree = to_tree(self)
-        tree["run"] = {"seed": self.run.seed}
+        tree["run"] = {"seed": tree["run"]["seed"]}
         tree["task"].pop("data_root", None)
         tree["task"].pop("cache", None)  # the batches are the same
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
@@ -699,13 +699,30 @@ def to_tree(config: Config) -> dict[str, dict[str, Any]]:
     is meant for one command alone.
     """
     tree = {}
-    defaults = asdict(Config())
-    for section, table in asdict(config).items():
-        plain = {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in table.items()}
-        omitted = {k for k in ADDED.get(section, ()) if table[k] == defaults[section][k]}
+    defaults = Config()
+    for section in (f.name for f in fields(config)):
+        plain, usual = (_plain_values(getattr(settings, section)) for settings in (config, defaults))
+        omitted = {k for k in ADDED.get(section, ()) if plain[k] == usual[k]}
         tree[section] = {k: v for k, v in plain.items() if v is not None and k not in omitted}
     tree["run"].pop("overwrite")
     return tree
+
+
+def _plain_values(section: Any) -> dict[str, Any]:
+    """The settings of a section in TOML's types, as a file gives them back."""
+    return {f.name: _plain_value(getattr(section, f.name), str(f.type)) for f in fields(section)}
+
+
+def _plain_value(value: Any, kind: str) -> Any:
+    """A setting of this type: a whole number is a float where the type is, so that settings are equal in every hash."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple | list):
+        entry = kind.removeprefix("tuple[").partition(",")[0]
+        return [_plain_value(v, entry) for v in value]
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return float(value) if kind == "float" else int(value)
+    return value
 
 
 def read_toml(path: str | Path) -> Config:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jpq.config import Budget, Config, Decide, Run, Task, Train, read_toml, write_toml
@@ -34,6 +35,21 @@ def test_hash_is_stable() -> None:
     assert ONE.hash() == Config(budget=Budget(target_bops="1%")).hash()
     assert len(ONE.hash()) == 12
     assert set(ONE.hash()) <= set("0123456789abcdef")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(train=Train(distill=0, weight_decay=0)),
+        Config(task=Task(mean=(0,), std=(1,))),
+        Config(task=Task(image_size=[])),  # type: ignore[arg-type]
+        Config(run=Run(seed=np.int64(3))),  # type: ignore[arg-type]
+    ],
+    ids=["whole", "whole-of-many", "list", "numpy"],
+)
+def test_the_hash_of_settings_is_that_of_their_file(config: Config, tmp_path: Path) -> None:
+    write_toml(config, tmp_path / "config.toml")
+    assert read_toml(tmp_path / "config.toml").hash() == config.hash()
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ Bounds = tuple[int, int]  # smallest and largest width, in bits
 END_BITS = 8  # of what the last layer reads, and at most of the weights of both ends, where ends are wider
 LEAST_END_BITS = 4  # of the weights of both ends there
 
+LOWERED_BY_BITS = ("bops", "bops-structured", "size")  # MACs count no bits, and int8 kernels gain no time from fewer
+
 HEADROOM = 1.25  # cost at the initial widths of a search, in multiples of the tightest target
 
 
@@ -178,8 +180,8 @@ def start_bits(
 ) -> tuple[float, float]:
     """Initial (weight, activation) widths of a search, where the network costs `headroom` times its tightest target.
 
-    Real numbers, at least one bit above the smallest width, so that widths can fall, and at most the largest. With a
-    target for latency alone: the largest.
+    Real numbers, at least one bit above the smallest width, so that widths can fall, and at most the largest. With
+    targets for MACs and latency alone: the largest.
 
     From 8 bits everywhere a short search spends its time reducing widths, and the weights learn for grids that they
     will not have. A little above the budget most widths start near their end, and bits move by exchange: the task's
@@ -190,7 +192,7 @@ def start_bits(
     """
     shares = ChannelShares(network, ())
     shares_left = left or {}
-    targets = [g for g in targets if g.cost != "latency"]  # int8 kernels gain no time from fewer bits
+    targets = [g for g in targets if g.cost in LOWERED_BY_BITS]
     if not targets:
         return float(w_bits[1]), float(a_bits[1])
 

@@ -358,8 +358,14 @@ def _budget_share(attempt: Attempt) -> float:
 
 
 def _four_digits(share: float) -> float:
-    """The share that a budget's text says."""
+    """The share that a budget's text says, the nearest to this one."""
     return float(f"{100 * share:.4g}") / 100
+
+
+def _four_digits_up(share: float) -> float:
+    """The smallest share that a budget's text can say, and that is not below this one."""
+    step = 10.0 ** (math.floor(math.log10(share)) - 3)
+    return _four_digits(math.ceil(share / step - 1e-9) * step)
 
 
 def budget_range(prepared: Prepared, net: CompressedModel, cost: str) -> tuple[float, tuple[float, float]]:
@@ -371,7 +377,7 @@ def budget_range(prepared: Prepared, net: CompressedModel, cost: str) -> tuple[f
     """
     full = float(costs.baseline(net.exact_usage())[cost])
     widest = float(costs.COSTS[cost](net.exact_usage(widest_plan(net, prepared))))
-    high = min(1.0, math.ceil(1e5 * widest / full) / 1e5)
+    high = min(1.0, _four_digits_up(widest / full))
     try:
         target = Target(cost, f"{100 * high:.4g}%", math.floor(full * high))
         prepared.procedure.check_feasible(net, (target,), prepared.decide)

@@ -1,8 +1,8 @@
 """Samplers by name, seeded for each trial by the study's seed and the trial's number.
 
-A new sampler is built for each trial, and trials that take up an interrupted one are left out of the numbers. So the
-draws of a trial do not depend on which worker runs it, two workers never draw the same, and a study that was
-interrupted while it drew goes on as if it had not been.
+A new sampler is built for each trial; one that takes up an interrupted trial draws as that one did, and is left out of
+the numbers of the others. So the draws of a trial do not depend on which worker runs it, two workers never draw the
+same, and a study that was interrupted while it drew goes on as if it had not been.
 """
 
 from __future__ import annotations
@@ -90,8 +90,11 @@ class SeededSampler(BaseSampler):
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Build the sampler of a new trial."""
-        again = sum(AGAIN in t.user_attrs for t in study.get_trials(deepcopy=False) if t.number < trial.number)
-        self.inner = self._sampler_of(trial.number - again)
+        trials, number = study.get_trials(deepcopy=False), trial.number
+        while AGAIN in trials[number].user_attrs:
+            number = trials[number].user_attrs[AGAIN]
+        again = sum(AGAIN in t.user_attrs for t in trials[:number])
+        self.inner = self._sampler_of(number - again)
         self.inner.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:

@@ -159,7 +159,7 @@ class TrialRunner:
         """The values of an equal trial, reported once more without training."""
         record_limits(trial, equal.user_attrs.get(LIMITS, {}))
         for key, value in equal.user_attrs.items():
-            if key not in (SAME, REASON, STOPPED, WORKER):
+            if key not in (AGAIN, SAME, REASON, STOPPED, WORKER):
                 trial.set_user_attr(key, value)
         if equal.values is None or equal.state != TrialState.COMPLETE:
             self._prune(trial, SAME, equal.number)

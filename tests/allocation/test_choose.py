@@ -69,6 +69,19 @@ def test_only_choices_below_the_given_value_are_of_interest(most_states: int, mo
         assert sum(float(g.values[i]) for g, i in zip(groups, choice, strict=True)) == pytest.approx(best)
 
 
+def test_a_choice_that_is_known_is_given_where_the_integer_programme_runs_out_of_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choose_module, "MOST_STATES", 10)
+    monkeypatch.setattr(choose_module, "SECONDS", 0.0)
+    groups = random_groups(0, 30, 6, 2)
+    limits = [0.5 * sum(float(g.costs[:, t].max()) for g in groups) for t in range(2)]
+    assert choose_module._by_integer_programme(groups, np.array(limits), np.inf) is None
+    choice = choose(groups, limits)
+    assert choice is not None
+    assert all(c <= limit for c, limit in zip(total_costs(groups, choice), limits, strict=True))
+
+
 def test_a_limit_that_is_met_to_the_last_unit_counts_as_met() -> None:
     groups = [Group(np.array([1.0, 0.0]), np.array([[1.0], [3 * 2.0**53]])) for _ in range(3)]
     choice = choose(groups, [6 * 2.0**53 + 1.0])

@@ -6,21 +6,30 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from convnet import ranked
 from torch import nn
 
 import jpq
 from jpq.allocation.measured import decide as deciding
 from jpq.allocation.measured.calibration import Measurement
-from jpq.allocation.measured.candidates import MEASURED, TWO_STAGE, UNIFORM, AllowedWidths, comparison_plans
+from jpq.allocation.measured.candidates import (
+    MEASURED,
+    TWO_STAGE,
+    UNIFORM,
+    AllowedWidths,
+    comparison_plans,
+    image_layers,
+)
 from jpq.allocation.measured.decide import decide_by_measurement
 from jpq.allocation.measured.table import model_checksum, read_table, write_table
 from jpq.allocation.prepare import prepare
 from jpq.allocation.procedures import Measured, allowed_widths
 from jpq.allocation.ranking.rank import rank_units
+from jpq.allocation.two_stage import decide_two_stage
 from jpq.allocation.uniform_bits import widest_uniform_plans
 from jpq.compression.feasibility import cheapest_plan
 from jpq.config import Budget, Decide
-from jpq.costs.target import all_met
+from jpq.costs.target import all_met, parse_targets
 from jpq.methods.scores import SCORES
 from jpq.plan import Plan
 from jpq.tasks import CLASSIFICATION
@@ -103,6 +112,16 @@ def test_of_uniform_widths_those_of_the_least_divergence_are_compared(decided):
         assert found[UNIFORM] == wanted
     assert comparison_plans(net, targets, widths, 0.5)[UNIFORM] == uniform[0]
     assert next(c.plan for c in decision.candidates if c.name == UNIFORM) in uniform
+
+
+def test_where_few_widths_are_allowed_two_stages_take_the_widest_that_fit_whatever_the_image_has():
+    net = ranked()
+    targets = parse_targets({"bops": "1%"}, net.exact_usage())
+    plan = comparison_plans(net, targets, AllowedWidths((2, 4, 8), (2, 4, 8), {}), 0.5)[TWO_STAGE]
+    free = decide_two_stage(net, targets, (2, 8), (2, 8), 0.5)
+    pairs = [{(x.w_bits, x.a_bits) for n, x in p.layers.items() if n not in image_layers(net)} for p in (free, plan)]
+    assert pairs == [{(5, 4)}, {(4, 4)}]
+    assert {plan.layers[name].a_bits for name in image_layers(net)} == {8}
 
 
 def test_the_saved_table_gives_the_same_plans(decided, model, batches, tmp_path):

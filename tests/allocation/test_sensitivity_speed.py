@@ -13,6 +13,8 @@ from jpq.allocation.measured.fisher import class_noise, fisher_table, noise_of, 
 from jpq.allocation.measured.measure import changes_of, measure_table
 from jpq.allocation.measured.prefix_cache import answering, find_cuts, output_at
 from jpq.allocation.measured.probe import Probe
+from jpq.allocation.prepare import prepare
+from jpq.config import Budget, Decide
 from jpq.results.sensitivity import measure, probe_model
 from jpq.tasks import CLASSIFICATION, TASKS
 from jpq.types import JpqError
@@ -119,6 +121,41 @@ def test_an_interrupted_measurement_gives_the_same_table():
     table = measure_table(make_probe(), (2, 3), (2, 3), "-", known=found, record=lambda change, _: again.append(change))
     assert table == measure_table(make_probe(), (2, 3), (2, 3), "-")
     assert not set(again) & set(found)
+
+
+class Residual(nn.Module):
+    """A layer that is called twice, each time beside its own input: little of the output comes through it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice, self.head = (nn.Linear(8, n) for n in (8, 8, 4))
+        self.twice.weight.data *= 0.1
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        for _ in range(2):
+            x = x + self.twice(x).relu()
+        return self.head(x)
+
+
+def test_fisher_counts_the_uses_of_a_tensor_that_are_rounded_alone():
+    torch.manual_seed(0)
+    model, x = Residual().eval(), 2 * torch.randn(256, 8)
+    net = prepare(model, x, Decide(method="measured"), Budget(target_bops="50%")).attach(model, [x])
+    probe = Probe(net, [x], [x], CLASSIFICATION.divergence, orders(net))
+    measured, fisher = (make(probe, (5, 6), (5, 6), "-") for make in (measure_table, fisher_table))
+    for width in (5, 6):
+        assert fisher.bits["twice", "a"][width] == pytest.approx(measured.bits["twice", "a"][width], rel=0.6)
+
+    with torch.no_grad():
+        error = probe.rounded(("twice", "w"), 6, model.twice.weight) - model.twice.weight
+    expected = 0.0  # over classes that are drawn: squared gradients by the weight, of both calls together
+    for row in x[:64].split(1):
+        scores = model(row)[0]
+        rows = torch.stack([torch.autograd.grad(s, model.twice.weight, retain_graph=True)[0] for s in scores])
+        p = scores.softmax(0).detach()[:, None, None]
+        expected += float((p * ((rows - (p * rows).sum(0)) * error).square()).sum()) / 128
+    assert fisher.bits["twice", "w"][6] == pytest.approx(expected, rel=0.3)
 
 
 def test_fisher_is_the_second_order_of_small_changes():

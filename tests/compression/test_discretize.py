@@ -245,6 +245,15 @@ def test_search_starts_above_the_budget_within_the_bounds():
     ) == (8.0, 6.0)
 
 
+@pytest.mark.parametrize(("alone", "with_macs"), [({}, (8.0, 6.0)), ({"bops": "1%"}, None), ({"size": "12%"}, None)])
+def test_a_target_for_macs_leaves_a_search_the_bits_that_it_starts_from(alone, with_macs):
+    uses, bounds = shared_net().exact_usage(), ((2, 8), (2, 6), 8)
+    expected = with_macs or start_bits(convnet().network, parse_targets(alone, uses), *bounds)
+    both = parse_targets({**alone, "macs": "20%"}, uses)
+    assert start_bits(convnet().network, both, *bounds) == expected
+    assert min(expected) > 3
+
+
 def test_exact_costs_are_whole_numbers():
     scatter(shared_net(), 7)
     assert Fraction(costs.bops(shared_net().exact_usage())).denominator == 1

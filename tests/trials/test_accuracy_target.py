@@ -16,6 +16,7 @@ from rich.console import Console
 from small_net import Small
 
 import jpq
+from jpq import costs
 from jpq.allocation.measured.table import SensitivityTable, write_table
 from jpq.allocation.prepare import prepare
 from jpq.cli.accuracy_target import LadderScreen, attempts_table
@@ -410,6 +411,19 @@ def test_the_range_of_budgets_is_that_of_the_widest_bits_and_of_the_least_that_c
 
     assert can_be_met(low)
     assert not can_be_met(low / 1.02)  # which is 1 % above the least
+
+
+@pytest.mark.parametrize("cost", ["bops", "size"])
+def test_the_largest_budget_is_one_that_its_text_says_so_that_the_ladder_ends_with_it(cost):
+    torch.manual_seed(0)
+    model, x = Small().eval(), torch.zeros(2, 1, 8, 8)
+    prepared = prepare(model, x, Decide(method="uniform"), Budget())
+    net = prepared.attach(model, [x])
+    full, (low, high) = budget_range(prepared, net, cost)
+    assert float(f"{100 * high:.4g}") / 100 == high
+    assert high * full >= costs.COSTS[cost](net.exact_usage())
+    missed = climb(2.0, low, high, 8)
+    assert [a.share for a in missed] == sorted({a.share for a in missed})
 
 
 class Scripted(_Ladder):

@@ -214,6 +214,35 @@ def test_a_study_whose_trial_was_interrupted_draws_the_trials_that_it_would_have
         assert done[0] == done[1]
 
 
+def test_a_trial_that_takes_up_another_draws_as_that_one_would_have():
+    def drawn(interrupted):
+        study = optuna.create_study(sampler=samplers.build_sampler(Study(sampler="random"), 0))
+        values = {}
+
+        def draw(trial):
+            if trial.number in interrupted:
+                one_trial.queue_again(trial)
+                raise one_trial.TrialFailed("interrupted")
+            first = trial.number
+            while "again" in study.trials[first].user_attrs:
+                first = study.trials[first].user_attrs["again"]
+            values[first] = [trial.suggest_float(name, 0, 1) for name in "ab"]
+            return 0.0
+
+        study.optimize(draw, n_trials=6 + len(interrupted), catch=(one_trial.TrialFailed,))
+        return list(values.values())
+
+    assert drawn(()) == drawn((2,)) == drawn((2, 3, 6))
+
+
+def test_a_repeat_of_a_trial_that_took_up_another_takes_up_none():
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    study.add_trial(optuna.create_trial(values=[90.0, 1.0], user_attrs={"again": 0, "held_out": 0.9}))
+    repeat = study.ask()
+    assert one_trial.TrialRunner._repeat_values(None, repeat, study.trials[0]) == [90.0, 1.0]
+    assert repeat.user_attrs == {"limits": {}, "held_out": 0.9, "same_as": 0}
+
+
 def test_equal_decisions_are_trained_once(tmp_path, weights, formula):
     config = task(tmp_path, weights, w_bits=(2, 3), a_bits=(2, 3))
     study = jpq.study(config, Study(trials=10, sampler="random", vary="bits", per="network", early_stop=False))

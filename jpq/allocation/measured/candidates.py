@@ -89,11 +89,13 @@ def image_layers(net: CompressedModel) -> set[str]:
 def _two_stage(net: CompressedModel, targets: Sequence[Target], widths: AllowedWidths, density: float) -> Plan:
     """The plan of two stages; where only some widths are allowed, at one of them for weights and for inputs."""
     plan = decide_two_stage(net, targets, (widths.w[0], widths.w[-1]), (widths.a[0], widths.a[-1]), density)
-    if widths.allow(plan, image_layers(net)):
+    image = image_layers(net)
+    if widths.allow(plan, image):
         return with_pinned_widths(plan, widths.pinned)
-    inner = [layer for name, layer in plan.layers.items() if (name, "w") not in widths.pinned]
-    w = max(b for b in widths.w if b <= max((x.w_bits for x in inner), default=widths.w[0]))
-    a = max(b for b in widths.a if b <= max((x.a_bits for x in inner), default=widths.a[0]) or b == widths.a[0])
+    inner = {name: layer for name, layer in plan.layers.items() if (name, "w") not in widths.pinned}
+    w_most = max((layer.w_bits for layer in inner.values()), default=widths.w[0])
+    a_most = max((layer.a_bits for name, layer in inner.items() if name not in image), default=widths.a[0])
+    w, a = (max(b for b in allowed if b <= most) for allowed, most in ((widths.w, w_most), (widths.a, a_most)))
     return with_pinned_widths(decide_two_stage(net, targets, (w, w), (a, a), density), widths.pinned)
 
 

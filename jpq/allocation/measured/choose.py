@@ -174,7 +174,10 @@ def _solve(groups: Sequence[Group], limits: Floats, below: float) -> list[int] |
         try:
             better, complete = _best_below(groups, limits, price, value, width)
         except _TooManyStatesError:
-            return _by_integer_programme(groups, limits, below)
+            better_picks = _by_integer_programme(groups, limits, value)
+            if better_picks is not None:
+                return better_picks
+            break
         if better is not None:
             value, found = better[0], better
         if complete:

@@ -171,15 +171,14 @@ def _add_part(
             if change.what == "input":
                 widths.setdefault(change.key, []).append(change.value)
         for key, tensors in seen.items():
-            for tensor in tensors:
-                gradient = by_tensor[id(tensor)]
-                if key[1] == "w":
-                    _add(sums.weights, key, gradient)
-                elif gradient is not None:
-                    for width in widths.get(key, ()):
-                        error = probe.rounded(key, width, tensor) - tensor
-                        value = float((gradient * error).square().sum(dtype=torch.float64))
-                        sums.inputs[key, width] = sums.inputs.get((key, width), 0.0) + value
+            used = [(tensor, g) for tensor in tensors if (g := by_tensor[id(tensor)]) is not None]
+            if key[1] == "w" and used:
+                _add(sums.weights, key, torch.stack([gradient for _, gradient in used]).sum(0))  # over all calls
+            for width in widths.get(key, ()):
+                for tensor, gradient in used:
+                    error = probe.rounded(key, width, tensor) - tensor
+                    value = float((gradient * error).square().sum(dtype=torch.float64))
+                    sums.inputs[key, width] = sums.inputs.get((key, width), 0.0) + value
 
 
 def _add(sums: dict[Key, Tensor] | dict[str, Tensor], key: Key | str, gradient: Tensor | None) -> None:

@@ -246,6 +246,7 @@ class Probe:
         """The quantizer's answer at the width of its tensor: the input itself in floating point."""
         width = self.widths.get(key)
         if self._seen is not None and x.requires_grad:
+            x = x.view_as(x)  # a tensor of its own, since others may read the same one
             self._seen.setdefault(key, []).append(x)
         rounded = x if width is None else self.rounded(key, width, x)
         one = quantizer.zero_point + 1
@@ -264,7 +265,7 @@ class Probe:
 
     @contextmanager
     def tensors_seen(self) -> Iterator[dict[Key, list[Tensor]]]:
-        """A context that collects what quantizers are given, where it carries a gradient."""
+        """A context that collects what quantizers give, where it carries a gradient: one tensor for each call."""
         self._seen = {}
         try:
             yield self._seen

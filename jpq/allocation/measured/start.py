@@ -10,7 +10,7 @@ from jpq.allocation.measured.candidates import AllowedWidths
 from jpq.allocation.measured.decide import allowed_part, plan_widths
 from jpq.allocation.measured.solve import Solver
 from jpq.allocation.measured.table import Key, SensitivityTable
-from jpq.allocation.uniform_bits import HEADROOM
+from jpq.allocation.uniform_bits import HEADROOM, LOWERED_BY_BITS
 from jpq.compression.model import CompressedModel
 from jpq.costs.target import Target
 from jpq.types import JpqError
@@ -40,7 +40,7 @@ def start_widths(
     wider = [
         replace(target, limit=ceil(headroom * target.limit / left.get(target.cost, 1.0)))
         for target in targets
-        if target.cost not in ("latency", "macs")
+        if target.cost in LOWERED_BY_BITS
     ]
     if not wider:
         return {}

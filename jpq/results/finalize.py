@@ -37,7 +37,7 @@ FINAL_FILES = ("model.onnx", "model.packed")  # files that only final runs have
 
 FLOAT_WEIGHTS = "float.safetensors"
 
-TOLERANCE = 0.005  # largest difference of a metric between machines
+TOLERANCE = 0.005  # largest difference of a metric between machines, absolute up to 1 and relative above
 
 
 def is_final(folder: Path) -> bool:
@@ -183,7 +183,7 @@ def measure_float_model(folder: Path, config: Config, data: Data, before: Result
         where = f"at {weights}" if weights is not None else f"in {folder}"
         return UNREAD, [f"The float model's weights are no longer {where}: its test {metric} was not read."]
     now, then = data.task.evaluate(model, data.held_out), before.held_out.get("float")
-    if then is not None and math.isfinite(then) and abs(now - then) > TOLERANCE:
+    if then is not None and math.isfinite(then) and abs(now - then) > TOLERANCE * max(1.0, abs(then)):
         return UNREAD, [
             f"The float weights have a held-out {metric} of {format_metric(data.task, now)} and those "
             f"of the run had {format_metric(data.task, then)}: their test {metric} was not read."

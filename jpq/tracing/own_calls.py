@@ -283,6 +283,8 @@ def _find_forward(frame: FrameType | None) -> tuple[nn.Module, FrameType] | None
     None where no forward does, where a provided attribute is read, and where a part of the forward is checkpointed:
     that part runs again in the backward pass, when nothing is intercepted.
     """
+    if not _runs_forward(frame):
+        return None
     owner: nn.Module | None = None
     forward: FrameType | None = None
     while frame is not None and frame.f_code.co_filename != _MODULE_FILE:
@@ -296,6 +298,15 @@ def _find_forward(frame: FrameType | None) -> tuple[nn.Module, FrameType] | None
             forward = frame if frame.f_code.co_name == "forward" else forward
         frame = frame.f_back
     return None if owner is None or forward is None else (owner, forward)
+
+
+def _runs_forward(frame: FrameType | None) -> bool:
+    """Whether a function named forward makes the call in `frame`; reads no local variables, which takes long."""
+    while frame is not None and frame.f_code.co_filename != _MODULE_FILE:
+        if frame.f_code.co_name == "forward":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _first_argument(frame: FrameType) -> nn.Module | None:

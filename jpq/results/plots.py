@@ -25,8 +25,9 @@ SHADES = {"search": "#F1F5F9", "reconstruction": "#E8EEF4", "fine-tune": "#FFFFF
 
 def save_picture(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
-    FigureCanvasAgg(figure)
-    replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
+    figure.set_dpi(110)
+    canvas = FigureCanvasAgg(figure)
+    replace_file(path, lambda part: canvas.print_png(part))  # savefig draws a figure twice to lay it out
 
 
 def draw_curves(result: Result, config: Config) -> Figure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import shutil
@@ -260,7 +261,7 @@ def with_help(settings: type[T], positional: str = "", hidden: Collection[str] =
     fixed: Any = tyro.conf.Fixed
     hints |= {name: without_any[fixed[hints[name]]] for name in hidden if name in hints}
     described: Any = settings
-    texts = read_setting_texts(settings)
+    texts = read_setting_texts(described)
     columns: list[Any] = [
         (
             f.name,
@@ -274,6 +275,7 @@ def with_help(settings: type[T], positional: str = "", hidden: Collection[str] =
     return subclass
 
 
+@functools.cache
 def read_setting_texts(settings: type[Any]) -> dict[str, str]:
     """The text below each setting in a dataclass and its bases, in one line, however its source is broken."""
     texts: dict[str, str] = {}

@@ -268,8 +268,13 @@ def difference(reference: nn.Module, model: nn.Module, x: Any) -> float:
 @torch.no_grad()
 def outputs_in_double(models: Sequence[nn.Module], x: Any) -> list[list[Tensor]]:
     """Every model's outputs in float64 and evaluation mode; the models themselves stay as they are."""
-    nets = [copy.deepcopy(net).double().eval() for net in models]
-    return in_double(lambda: [collect_tensors(call_model(net, _widen(x))) for net in nets])
+    return [run_in_double(copy.deepcopy(net).double().eval(), x) for net in models]
+
+
+@torch.no_grad()
+def run_in_double(model: nn.Module, x: Any) -> list[Tensor]:
+    """The outputs of a model that is in float64 and evaluation mode already."""
+    return in_double(lambda: collect_tensors(call_model(model, _widen(x))))
 
 
 def largest_difference(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:

@@ -102,8 +102,8 @@ def test_norms_that_only_add_their_bias_are_folded_in_one_try(monkeypatch):
     small, _ = rebuild(net, model)
     round_weight_steps(small, x)
     runs = []
-    outputs = batchnorm_folding.outputs_in_double
-    monkeypatch.setattr(batchnorm_folding, "outputs_in_double", lambda models, x: runs.append(1) or outputs(models, x))
+    run = batchnorm_folding.run_in_double
+    monkeypatch.setattr(batchnorm_folding, "run_in_double", lambda model, x: runs.append(1) or run(model, x))
     folded = fold_batchnorms(small, x)
     assert (norms(small) != [], norms(folded), len(runs)) == (True, [], 2)
     assert gap(folded(x), small(x)) < 1e-6
@@ -119,8 +119,8 @@ def test_one_norm_of_many_that_stays_is_found_in_few_runs(monkeypatch):
     net.freeze(net.plan())
     small, _ = rebuild(net, model)
     runs = []
-    outputs = batchnorm_folding.outputs_in_double
-    monkeypatch.setattr(batchnorm_folding, "outputs_in_double", lambda models, x: runs.append(1) or outputs(models, x))
+    run = batchnorm_folding.run_in_double
+    monkeypatch.setattr(batchnorm_folding, "run_in_double", lambda model, x: runs.append(1) or run(model, x))
     assert norms(fold_batchnorms(small, x)) == ["16.norm"]
     assert len(runs) <= 12  # the model, all norms, and two halves at each of five levels
 

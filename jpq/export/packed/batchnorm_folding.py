@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jpq.export.verify import EXACT, largest_difference, outputs_in_double
+from jpq.export.verify import EXACT, largest_difference, run_in_double
 from jpq.methods.quantizers import is_quantized, replace_and_keep_rounding, weight_quantizer
 from jpq.tracing.forward import call_model, hook_modules
 
@@ -30,11 +30,11 @@ def fold_batchnorms(small: nn.Module, example: Any) -> nn.Module:
     if not pairs:
         return small
     model = _with_single_precision_gains(small)
-    (expected,) = outputs_in_double([model], example)
+    expected = run_in_double(copy.deepcopy(model).double(), example)
 
     def changes_nothing(some: list[Pair]) -> bool:
-        (folded,) = outputs_in_double([_fold(model, some)], example)
-        return largest_difference(expected, folded) <= EXACT
+        folded = _fold(copy.deepcopy(model), some).double()
+        return largest_difference(expected, run_in_double(folded, example)) <= EXACT
 
     return _fold(small, exact_pairs(pairs, changes_nothing))
 
@@ -109,8 +109,7 @@ def _fits(norm: Any, channels: int) -> bool:
 
 @torch.no_grad()
 def _fold(model: nn.Module, pairs: list[Pair]) -> nn.Module:
-    """A copy in which each pair is one layer."""
-    model = copy.deepcopy(model)
+    """The model itself, in which each pair is now one layer."""
     for layer_name, norm_name in pairs:
         layer: Any = model.get_submodule(layer_name)
         norm: Any = model.get_submodule(norm_name)

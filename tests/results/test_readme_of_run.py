@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,8 +52,8 @@ def picture(folder: Path, image: torch.Tensor) -> None:
     Image.fromarray(pixels.permute(1, 2, 0).squeeze().numpy()).save(folder / "image.png")
 
 
-def photographs(folder: Path) -> str:
-    """Colour images of two classes: red and blue."""
+def photographs(folder: Path) -> None:
+    """Write colour images of two classes: red and blue."""
     draw = np.random.default_rng(0)
     for n in range(60):
         array = draw.integers(0, 90, (8, 8, 3)).astype(np.uint8)
@@ -60,16 +61,35 @@ def photographs(folder: Path) -> str:
         place = folder / ("red" if n % 2 else "blue")
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(array).save(place / f"{n}.png")
-    return f"folder:{folder}"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    photographs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_photos(tmp_path_factory, photos):
+    """Runs on the photographs: the model normalises its input itself, or not."""
+    return {
+        embed: run(
+            tmp_path_factory.mktemp("run"),
+            f"folder:{photos}",
+            "readme_nets:images",
+            embed_normalization=embed,
+            formats="onnx,pt2" if embed else "onnx",
+        )
+        for embed in (False, True)
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("embed", [False, True])
-def test_the_readme_of_images_names_the_class_that_the_model_gives(tmp_path, embed):
-    data = photographs(tmp_path / "photos")
-    result = run(tmp_path, data, "readme_nets:images", embed_normalization=embed)
-    folder = result.folder
-    file = next((tmp_path / "photos" / "red").iterdir())
+def test_the_readme_of_images_names_the_class_that_the_model_gives(photos, of_photos, embed):
+    folder = of_photos[embed].folder
+    file = next((photos / "red").iterdir())
     Image.open(file).save(folder / "image.png")
     about = read_metadata(folder / "model.onnx")
     assert about["class_names"] == ["blue", "red"]
@@ -84,10 +104,8 @@ def test_the_readme_of_images_names_the_class_that_the_model_gives(tmp_path, emb
 
 
 @pytest.mark.slow
-def test_embedded_normalisation_changes_no_output(tmp_path):
-    data = photographs(tmp_path / "photos")
-    plain = run(tmp_path / "a", data, "readme_nets:images")
-    embedded = run(tmp_path / "b", data, "readme_nets:images", embed_normalization=True)
+def test_embedded_normalisation_changes_no_output(of_photos):
+    plain, embedded = of_photos[False], of_photos[True]
     x = torch.rand(5, 3, 8, 8)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     sessions = [onnxruntime.InferenceSession(str(r.folder / "model.onnx")) for r in (plain, embedded)]
@@ -245,12 +263,11 @@ def test_the_readme_of_series_names_a_class(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_file_with_its_normalisation_is_evaluated_and_exported_again(tmp_path, capsys):
-    data = photographs(tmp_path / "photos")
-    result = run(tmp_path, data, "readme_nets:images", embed_normalization=True, formats="onnx,pt2")
-    evaluated = ["evaluate", str(result.folder), "--run-code", "--runtime", "onnxruntime,openvino"]
+def test_a_file_with_its_normalisation_is_evaluated_and_exported_again(tmp_path, of_photos, capsys):
+    folder = shutil.copytree(of_photos[True].folder, tmp_path / "run")
+    evaluated = ["evaluate", str(folder), "--run-code", "--runtime", "onnxruntime,openvino"]
     assert main(evaluated) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "15 of 15 as the PyTorch model" in said
-    assert main(["export", str(result.folder), "--run-code", "--formats", "onnx"]) == 0
-    assert "embedded_mean" in read_metadata(result.folder / "model.onnx")
+    assert main(["export", str(folder), "--run-code", "--formats", "onnx"]) == 0
+    assert "embedded_mean" in read_metadata(folder / "model.onnx")

@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
     from jpq.results.session_report import SessionReport
 
+LARGEST_FACTOR = 16.0  # of a loss in a backward pass; a GradScaler multiplies by thousands
+
 TARGETS = {"bops": "target_bops", "macs": "target_macs", "size": "target_size", "latency": "target_latency"}
 
 
@@ -151,7 +153,8 @@ class CompressionSession(nn.Module):
     def pressure(self) -> Tensor:
         """The term of budget and gates in the loss, a scalar; 0 once discretized, and where only weights learn.
 
-        Where gradients of k batches are accumulated, call it for each and divide it by k as the loss is.
+        Where gradients of k batches are accumulated, call it for each and divide it by k as the loss is. The backward
+        pass raises JpqError where a GradScaler multiplies the loss and the method reads gradients itself (gdp, dhp).
         """
         self.use.pressures += 1
         if self.controller is None or self.turn == "weights":
@@ -161,7 +164,17 @@ class CompressionSession(nn.Module):
         if self._pressed_at == self.done:
             self.controller.pressure = multipliers
         self._pressed_at = self.done
+        if term.requires_grad and any(gate.reads_gradients for gate in self.net.gates):
+            term.register_hook(self._check_factor)
         return term
+
+    def _check_factor(self, gradient: Tensor) -> None:
+        """Raise JpqError in the backward pass of a loss that was multiplied, as a GradScaler does it."""
+        if not abs(float(gradient)) <= LARGEST_FACTOR:
+            raise JpqError(
+                f"Method {self.net.method} takes gradients as they are, and this loss is multiplied by "
+                f"{float(gradient):g}: leave the GradScaler out and compute in bfloat16, or choose another method."
+            )
 
     def distill(
         self,

@@ -92,6 +92,14 @@ def test_mixed_precision_with_a_scaler_counts_the_steps_that_were_taken(kind, sc
 
 
 @pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("method", ["gdp", "dhp"])
+def test_methods_that_read_gradients_themselves_refuse_a_scaled_loss(method):
+    """A scaled price would close every channel in a few steps."""
+    with pytest.raises(jpq.JpqError, match=rf"Method {method} .* multiplied by 65536: leave the GradScaler out"):
+        scaled_loop(session_of(method), torch.bfloat16, 2.0**16, 3)
+
+
+@pytest.mark.usefixtures("traced")
 def test_a_search_in_bfloat16_meets_its_budget():
     session = session_of("djpq", steps=12)
     optimizer = torch.optim.Adam(session.groups())

@@ -39,6 +39,7 @@ class Gate(nn.Module, ABC):
     least_text: ClassVar[str] = ""  # fewest units that can stay, for error messages; "": a unit (or more) of each site
     bilevel: ClassVar[bool] = False  # decisions learn on other batches than the weights
     self_updating: ClassVar[bool] = False  # `after_step` moves its parameters; no optimizer does
+    reads_gradients: ClassVar[bool] = False  # takes gradients as the backward pass gives them: the loss is not scaled
 
     # what it needs, and the structures that suit it
     needs_weights: ClassVar[bool] = False  # `observe_weights` is called before every draw

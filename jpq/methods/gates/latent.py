@@ -50,6 +50,7 @@ class Latent(Gate):
     """Gate that keeps unit i iff abs(z_i) >= T, and the LEAST largest in any case."""
 
     self_updating: ClassVar[bool] = True
+    reads_gradients: ClassVar[bool] = True
     channels_only: ClassVar[bool] = True
     generates_weights: ClassVar[bool] = True
     price: Units

@@ -26,6 +26,7 @@ the same without quantizers, and folding it then changes nothing.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ TINY = 1e-12
 class Polarized(Gate):
     """Gate that keeps unit i iff g_i > 1e-3."""
 
+    reads_gradients: ClassVar[bool] = True
     eps: Tensor
     last: Units
     price: Units

@@ -21,7 +21,7 @@ two weights of each layer for no reason (public code lets it).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,12 +40,15 @@ class SoftThreshold(FixedCount):
     """Gate that keeps the largest units and fades the rest out."""
 
     needs_weights: ClassVar[bool] = True
+    now: Tensor
+    final: Tensor
 
     def __init__(self, rows: int, n: int, density: float = 0.5, tau: float | None = None):
         super().__init__(rows, n, density)
-        self.tau, self.final = tau, density
-        self.now: Tensor
-        self.register_buffer("now", torch.tensor(1.0))  # share that is kept at this point of the search
+        self.tau = tau
+        # shares that are kept, at this point of the search and in the end; float32 could round a count down
+        self.register_buffer("now", torch.tensor(1.0, dtype=torch.float64))
+        self.register_buffer("final", torch.tensor(density, dtype=torch.float64))
         self.squares: Units = torch.ones(rows, n)
 
     def observe_weights(self, weights: Sequence[tuple[Weight, Structure]]) -> None:
@@ -59,11 +62,11 @@ class SoftThreshold(FixedCount):
             sizes = [g.sizes for g in pool]
             scores = [g.squares / g.sizes.clamp_min(1) for g in pool]
             for gate, keep in zip(pool, best_of_all(scores, sizes, self.density), strict=True):
-                gate.final = float((keep * gate.sizes).sum() / gate.sizes.sum())
+                gate.final.copy_((keep * gate.sizes).double().sum() / gate.sizes.double().sum())
 
     def least(self) -> Units:
         """Mask of the share that the global quantile leaves of this layer."""
-        return self.top(self.sizes, self.final)
+        return self.top(self.sizes, float(self.final))
 
     def threshold(self) -> Units:
         """Squared threshold t^2 of each row, `[rows, 1]`; -1 where all units stay."""
@@ -91,5 +94,10 @@ class SoftThreshold(FixedCount):
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """Lower the present density; it reaches the final one at `RAMP` of the search."""
-        self.now.fill_(1 - (1 - self.final) * min(1.0, progress / RAMP))
+        self.now.copy_(1 - (1 - self.final) * min(1.0, progress / RAMP))
         self.squares = self.squares.detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Load as usual; states from before the final density was kept have none."""
+        state_dict.setdefault(f"{prefix}final", self.final)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -51,12 +51,13 @@ def test_patterns_are_never_piled_up(make):
 
 
 @pytest.mark.parametrize("make", [*COUNTED, Reweighted])
-def test_every_row_keeps_a_unit_however_small_the_density(make):
+@pytest.mark.parametrize(("density", "kept"), [(0.01, 1.0), (0.7, 4.0)])
+def test_every_row_keeps_a_unit_and_as_many_as_the_density_says_rounded_half_up(make, density, kept):
     torch.manual_seed(0)
-    gate = seen(make(3, 5, density=0.01), nn.Parameter(torch.randn(3, 5)), PerOutput())
+    gate = seen(make(3, 5, density=density), nn.Parameter(torch.randn(3, 5)), PerOutput())
     for progress in (0.5, 1.0):
         gate.after_step(progress)
-    assert gate.keep().sum(1).tolist() == [1.0] * 3
+    assert gate.keep().sum(1).tolist() == [kept] * 3
 
 
 @pytest.mark.parametrize("make", [Admm, Feedback, GumbelTopK, LearnedTopK, Reweighted])
@@ -252,6 +253,11 @@ def test_pdp_shares_come_from_one_quantile_and_ramp_up():
     assert float(gates[0].now) == pytest.approx((1 + gates[0].final) / 2)
     gates[0].after_step(RAMP)
     assert float(gates[0].now) == pytest.approx(gates[0].final)
+    # a state brings the share with it, into a session that began at other weights
+    state, other = gates[0].state_dict(), SoftThreshold(1, 40, density=0.3)
+    other.load_state_dict(state)
+    assert other.final == gates[0].final
+    SoftThreshold(1, 40).load_state_dict({"now": state["now"], "sizes": state["sizes"]})  # as older ones are
 
 
 # --- SMART

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import jpq
+from jpq.allocation.measured.table import tensors_checksum
 from jpq.export.verify import verify
 from jpq.tracing.forward import as_plain_nest, call_model, collect_tensors
 from jpq.types import JpqError
@@ -249,10 +250,18 @@ class Rotary(nn.Module):
         return self.b(torch.view_as_real(y).flatten(-2))
 
 
-def test_complex_buffers_stay_complex() -> None:
+def test_complex_buffers_stay_complex(tmp_path: Path) -> None:
     net = jpq.compress(Rotary().eval(), IMAGES, method="uniform", bops="20%")
     small = net.finalize()
     assert torch.equal(small(IMAGES), net.eval()(IMAGES))
+    with pytest.raises(JpqError, match="ONNX has no complex numbers"):
+        jpq.export_onnx(small, IMAGES, tmp_path / "model.onnx")
+
+
+def test_checksums_tell_complex_numbers_apart() -> None:
+    turn = torch.polar(torch.ones(4), torch.arange(4.0))
+    assert tensors_checksum([turn]) == tensors_checksum([turn.clone()])
+    assert tensors_checksum([turn]) != tensors_checksum([turn.conj()])  # which differ in the imaginary part alone
 
 
 SINGLE: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {

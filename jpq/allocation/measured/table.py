@@ -207,7 +207,8 @@ def tensors_checksum(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(tensor.detach().cpu().contiguous().to(torch.float64).numpy().tobytes())
+        real = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
+        digest.update(real.cpu().contiguous().to(torch.float64).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

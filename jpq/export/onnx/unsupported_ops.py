@@ -20,10 +20,14 @@ def name_unsupported_op() -> Iterator[None]:
     except JpqError:
         raise
     except UnsupportedOperatorError as error:
-        raise JpqError(
-            f"torch.onnx cannot export the operator {_operator_name(error)}: translate it to ONNX's operators "
-            "with torch.onnx.register_custom_op_symbolic, or compute the same with torch's own operators."
-        ) from error
+        name = _operator_name(error)
+        remedy = (
+            "ONNX has no complex numbers; compute the same with real ones, such as cos and sin."
+            if "complex" in name
+            else "translate it to ONNX's operators with torch.onnx.register_custom_op_symbolic, or compute the same "
+            "with torch's own operators."
+        )
+        raise JpqError(f"torch.onnx cannot export the operator {name}: {remedy}") from error
     except Exception as error:  # torch.onnx and its symbolic functions raise classes of every kind
         reason = " ".join(str(error).partition("[Caused by")[0].split())[:200] or type(error).__name__
         raise JpqError(

@@ -65,7 +65,9 @@ def test_all_phases_of_a_run_learn_in_bfloat16_and_its_file_is_exact(tmp_path: P
         task=Task(limit=300),
         budget=Budget(target_bops="4%"),
         decide=Decide(method=method),
-        train=Train(epochs=2, float_epochs=2, precision=BFLOAT16),
+        train=Train(
+            epochs=2, float_epochs=2, batch_size=16, precision=BFLOAT16
+        ),  # few samples for contests' many steps
         run=Run(out=tmp_path),
     )
     results: list[jpq.Result] = []

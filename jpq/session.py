@@ -274,10 +274,17 @@ class CompressionSession(nn.Module):
         self.done = record["done"]
 
     def share(self, cost: str = "bops") -> float:
-        """Cost of the decisions as they stand over the fp32 model's."""
+        """Cost of the decisions as they stand over the fp32 model's; `cost` is a name in `jpq.costs.COSTS`.
 
+        Raises JpqError for another name, and for a latency without a table of latencies.
+        """
+        if cost not in COSTS:
+            raise unknown("cost", cost, COSTS)
         uses = self.net.exact_usage()
-        return float(COSTS[cost](uses)) / baseline(uses)[cost]
+        full = baseline(uses)
+        if cost not in full:
+            raise JpqError(f"The float model has no {cost} to compare with: give jpq.compress a table of latencies.")
+        return float(COSTS[cost](uses)) / full[cost]
 
     def report(self, folder: str | Path | None = None) -> SessionReport:
         """Costs, targets, layers and the search so far, as they stand.

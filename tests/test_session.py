@@ -109,9 +109,9 @@ def test_pressure_is_zero_once_landed(digits, float_model):
     net.discretize()
     assert float(net.pressure()) == 0
     assert net.share() <= 0.01
-    with pytest.raises(JpqError, match="Unknown cost 'bop'. Did you mean bops"):
+    with pytest.raises(JpqError, match=r"Unknown cost 'bop'\. Did you mean bops"):
         net.share("bop")
-    with pytest.raises(JpqError, match="give jpq.compress a table of latencies"):
+    with pytest.raises(JpqError, match=r"give jpq\.compress a table of latencies"):
         net.share("latency")
 
 

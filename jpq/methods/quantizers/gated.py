@@ -27,7 +27,9 @@ We differ: the budget's pressure on expected bit-operations takes the place of m
 domain, so it stays positive, per output channel for weights, and starts at the least squared error instead of the
 extremes. phi starts where the search starts (2 or below, not 6: a search of a few hundred steps must be able to close a
 gate) and stays within ln 100. BatchNorm is not folded beforehand. Evaluation is the plain grid of the reached width,
-and discretization keeps exactly that. Granted US patents appear to cover the scheme: check before commercial use.
+and discretization keeps exactly that. The channel gate z_2 is that of `l0`: in evaluation it scales its channel by a
+number in [0, 1], which is 0 below phi = -ln 11, in place of 0 or 1 on either side of -0.935.
+Granted US patents appear to cover the scheme: check before commercial use.
 """
 
 from __future__ import annotations

@@ -57,6 +57,10 @@ class SplitBatches(ABC):
     def first(self: S, count: int) -> S:
         """The first `count` samples alone."""
 
+    def limited(self: S, count: int) -> S:
+        """At most `count` samples, the same ones in every epoch and every run; by default the first."""
+        return self.first(count) if count < self.size else self
+
     @abstractmethod
     def halves(self: S) -> tuple[S, S]:
         """Two disjoint halves of the samples for bi-level methods, the same ones in every epoch and every run.
@@ -212,6 +216,12 @@ class Batches(SplitBatches):
     def first(self, count: int) -> Batches:
         """The first `count` samples alone."""
         return self._part(slice(count), self.seed)
+
+    def limited(self, count: int) -> Batches:
+        """At most `count` samples, with about the same share of every class."""
+        if count >= self.size:
+            return self
+        return self._part(stratified(strata(self.labels), count, seed=0).to(self.labels.device), self.seed)
 
     def halves(self) -> tuple[Batches, Batches]:
         """Two disjoint halves of the samples for bi-level methods, the same ones in every epoch and every run.

@@ -111,13 +111,25 @@ READERS: dict[str, str] = {  # kind:PATH -> module:function that gives a Source 
     "hf-dataset": "readers.hf_dataset:read",
 }
 
+FLAGS_OF_KINDS = {  # option of a reader -> kinds of data that have a use for it
+    "image_size": ("folder", "coco", "hf-dataset"),
+    "skip_bad": ("folder", "coco", "hf-dataset"),
+    "void": ("folder",),
+    "noise": ("folder",),
+    "scale": ("folder",),
+    "crop": ("folder",),
+    "target_column": ("table", "sklearn"),
+}
+
+BATCH_SIZE, HELD_OUT = 64, 0.1  # what the flags are by default
+
 
 def load(
     name: str,
     root: str | Path = "data",
     *,
-    batch_size: int = 64,
-    held_out: float = 0.1,
+    batch_size: int = BATCH_SIZE,
+    held_out: float = HELD_OUT,
     augment: bool = True,
     seed: int = 0,
     device: str | torch.device = "cpu",
@@ -135,7 +147,7 @@ def load(
         root: folder of torchvision's data sets.
         held_out: share of the training samples that steers a run; stratified, drawn by `seed`.
         augment: whether training images are augmented.
-        limit: largest number of training samples (held-out ones included), for quick tries.
+        limit: largest number of training samples (held-out ones that are split off included), for quick tries.
         image_size: (height, width), or one number for squares, that the images of a folder, and pictures of the user's
             Dataset, are scaled and cropped to.
         mean: of each channel, where bytes count as 0 to 1; three values turn grey images into colour ones. Default: as
@@ -155,10 +167,13 @@ def load(
     source = _read_source(name, expand_home(root), reading)
     if isinstance(source, LoaderSource):
         _check_no_normalisation(name, mean, std, "gives batches")
-        return from_loaders(name, source, held_out, seed, torch.device(device), limit)
+        data = from_loaders(name, source, held_out, seed, torch.device(device), limit)
+        unused = _unused_flags(name, data.train, batch_size, held_out if "held_out" in source.parts else HELD_OUT)
+        return replace(data, notes=(*data.notes, *unused))
     if isinstance(source, Data):
         _check_no_normalisation(name, mean, std, "returns a jpq.tasks.data.Data")
-        return source
+        train = source.train if limit is None else source.train.limited(limit)
+        return replace(source, train=train, notes=(*source.notes, *_unused_flags(name, train, batch_size, held_out)))
     if colour:
         source = _with_colour(source)
     _check_classes(name, source.task, source.classes, source.class_names)
@@ -185,6 +200,7 @@ def load(
     training = batches(train, preprocessing.augment if augment else None, shuffle=True)
     tested = batches(test)
     example = example_inputs(training, tested)
+    unused = () if source.held_out is None else _unused_flags(name, training, held_out=held_out)
     return Data(
         name=name,
         train=training,
@@ -196,7 +212,7 @@ def load(
         checksum=_checksum([train, held_out_part, test], source.about.get("tokenizer_checksum", "")),
         task=pick_task(source.task),
         class_names=source.class_names,
-        notes=source.notes,
+        notes=(*source.notes, *unused),
         about=source.about,
         arguments=source.arguments,
         read_as=source.sample_name,
@@ -266,16 +282,11 @@ def _check_no_normalisation(name: str, mean: Sequence[float], std: Sequence[floa
 
 def _read_source(name: str, root: Path, options: ReadOptions) -> Source | LoaderSource | Data:
     kind, colon, path = name.partition(":")
+    _check_flags_apply(name, options)
     if kind in READERS and path and not is_windows_path(name):
         module, _, function = READERS[kind].partition(":")
         reader: Callable[[str, ReadOptions], Source] = getattr(import_module(f"jpq.tasks.{module}"), function)
         return reader(path, options)
-    if options.skip_bad:
-        raise JpqError(f"--skip-bad is for image files, folder:PATH, and the data are '{name}'. Leave it out.")
-    if options.image_size and (not colon or name in datasets.TORCHVISION):
-        raise JpqError(
-            f"--image-size is for folder:PATH and pictures of your own, and the data are '{name}'. Leave it out."
-        )
     if is_windows_path(name) or (name not in PREPROCESSING and expand_home(name).is_dir()):
         raise JpqError(f"Unknown data set '{name}'. For a folder of images give folder:{name}.")
     if name == "digits":
@@ -288,6 +299,35 @@ def _read_source(name: str, root: Path, options: ReadOptions) -> Source | Loader
     if isinstance(value, Data):
         return value
     return find_loaders(name, value, options) or datasets.convert_user_data(name, value, options.image_size)
+
+
+def _check_flags_apply(name: str, options: ReadOptions) -> None:
+    """Raise JpqError for a flag that is given and says nothing of data of this kind."""
+    kind, colon, _ = name.partition(":")
+    known = colon and not is_windows_path(name)
+    if not known and name not in PREPROCESSING:
+        return  # an unknown name is refused as such
+    for option, kinds in FLAGS_OF_KINDS.items():
+        own_code = known and kind not in READERS and option == "image_size"
+        if kind in kinds or own_code or getattr(options, option) in (getattr(ReadOptions, option), []):
+            continue
+        *others, last = [f"{each}:{'FILE.csv' if each == 'table' else 'PATH'}" for each in kinds]
+        words = f"{', '.join(others)} and {last}" if others else last
+        more = " (and pictures of your own)" if option == "image_size" else ""
+        flag = f"--{option.replace('_', '-')}"
+        raise JpqError(f"{flag} is for {words}{more}, and the data are '{name}'. Leave it out.")
+
+
+def _unused_flags(
+    name: str, train: SplitBatches, batch_size: int = BATCH_SIZE, held_out: float = HELD_OUT
+) -> tuple[str, ...]:
+    """Sentences on flags that are given and change nothing; those that are used are left at their defaults."""
+    notes = []
+    if batch_size not in (BATCH_SIZE, train.batch_size) and (len(train) > 1 or train.batch_size > batch_size):
+        notes.append(f"--batch-size {batch_size} is not used: '{name}' makes batches of {train.batch_size} by itself.")
+    if held_out != HELD_OUT:
+        notes.append(f"--held-out {held_out} is not used: '{name}' has a held-out part of its own.")
+    return tuple(notes)
 
 
 def _with_colour(source: Source) -> Source:

@@ -134,13 +134,13 @@ class LoaderBatches(SplitBatches):
             yield _to(x, self.device), _to(y, self.device)
 
     def _given(self, epoch: int) -> Iterator[tuple[Any, Any]]:
-        """The batches of one epoch that are this part's, on the CPU."""
+        """The batches of one epoch that are this part's, on the CPU; in training without one cut to a single sample."""
         remaining = self.count
         for place, (x, y) in enumerate(self._read(epoch)):
             if self.share is not None and place % self.share[1] != self.share[0]:
                 continue
             if remaining is not None:
-                if not remaining:
+                if not remaining or (remaining == 1 != self.count and self._leaves_single_out):
                     return
                 x, y = (_first_rows(part, remaining) for part in (x, y))
                 remaining -= _samples(x)
@@ -166,8 +166,13 @@ class LoaderBatches(SplitBatches):
             pair = _checked(batch, self.what, reference)
             if self.check_targets is not None:
                 pair = pair[0], self.check_targets(pair[1])
-            if self._all_single or not (self.training and _samples(pair[0]) == 1):
+            if _samples(pair[0]) > 1 or not self._leaves_single_out:
                 yield pair
+
+    @property
+    def _leaves_single_out(self) -> bool:
+        """Whether a batch of one sample is left out."""
+        return self.training and not self._all_single
 
     def _next(self, batches: Iterator[Any]) -> Any:
         """The next batch, None after the last. Raises JpqError for samples that a DataLoader cannot stack."""
@@ -210,7 +215,10 @@ class LoaderBatches(SplitBatches):
         full, rest = divmod(len(loader.sampler), loader.batch_size)
         kept = rest > (1 if self.training else 0) and not loader.drop_last
         sizes = [loader.batch_size] * full + [rest] * kept
-        return sizes if self.count is None else _limited(sizes, self.count)
+        if self.count is None:
+            return sizes
+        limited = _limited(sizes, self.count)
+        return limited[:-1] if self.count > 1 == limited[-1] and self._leaves_single_out else limited
 
     def first(self, count: int) -> LoaderBatches:
         """The first `count` samples alone."""
@@ -219,7 +227,7 @@ class LoaderBatches(SplitBatches):
         return part
 
     def limited(self, count: int) -> LoaderBatches:
-        """The same `count` samples in each epoch: drawn from a DataLoader's dataset, else those that come first."""
+        """At most `count` samples, drawn from a DataLoader's dataset, else those that come first."""
         if count >= self.size:
             return self
         if _is_indexed(self.loader) and self.count is None and self.share is None:

@@ -192,6 +192,27 @@ def test_bad_sizes_and_values_name_their_setting(photos):
         tasks_data.load("folder:C:\\data")
 
 
+@pytest.mark.parametrize("flag", [{"noise": 25.0}, {"scale": 2}, {"crop": (4,)}, {"void": 3}, {"target_column": "x"}])
+def test_a_flag_for_other_data_is_refused(flag):
+    with pytest.raises(JpqError, match=rf"^{next(iter(flag))} is for .*, and the data are 'digits'\. Leave it out"):
+        tasks_data.load("digits", **flag)
+
+
+@pytest.mark.parametrize(("flag", "words"), [({"crop": (4,)}, "masks or to be restored"), ({"void": 3}, "masks")])
+def test_flags_of_masks_are_refused_for_class_folders(photos, flag, words):
+    with pytest.raises(JpqError, match=f"^{next(iter(flag))} is for images with {words}, and .*has class folders"):
+        tasks_data.load(f"folder:{photos}", image_size=(16,), **flag)
+
+
+def test_a_held_out_share_is_noted_where_the_data_have_a_part_for_it(tmp_path):
+    for seed, part in enumerate(("train", "train", "val", "test")):
+        for name in ("cat", "dog"):
+            paint(tmp_path / part / name / f"{seed}.png", seed=seed)
+    note = f"--held-out 0.3 is not used: 'folder:{tmp_path}' has a held-out part of its own."
+    assert tasks_data.load(f"folder:{tmp_path}", held_out=0.3).notes == (note,)
+    assert tasks_data.load(f"folder:{tmp_path}").notes == ()
+
+
 def test_home_folders_are_expanded(photos, monkeypatch):
     monkeypatch.setenv("HOME", str(photos.parent))
     config = Config(task=Task(data="folder:~/photos", image_size=(16,)), budget=Budget(target_bops="1%")).check()

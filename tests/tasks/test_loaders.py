@@ -173,6 +173,30 @@ def test_parts_of_a_loader_drop_incomplete_batches_as_it_does(monkeypatch):
     assert data.train.fixed_part(1.0).size == 34
 
 
+def test_flags_that_loaders_have_no_use_for_are_noted(monkeypatch):
+    pairs = TensorDataset(torch.rand(40, 1, 4, 4), torch.arange(40) % 3)
+    loader = DataLoader(pairs, batch_size=8, shuffle=True)
+    name = served(monkeypatch, (loader, loader, loader))
+    assert load(name).notes == load(name, batch_size=8).notes == ()
+    assert load(name, batch_size=16, held_out=0.3).notes == (
+        f"--batch-size 16 is not used: '{name}' makes batches of 8 by itself.",
+        f"--held-out 0.3 is not used: '{name}' has a held-out part of its own.",
+    )
+    assert load(served(monkeypatch, (loader, loader)), held_out=0.3).notes == ()
+    assert load(served(monkeypatch, (pairs, pairs)), batch_size=16, cache="none").notes == ()
+
+
+def test_a_limit_holds_for_the_users_own_data_and_other_flags_are_noted(monkeypatch):
+    data = replace(load("digits", limit=300), notes=("Odd.",))
+    name = served(monkeypatch, data)
+    limited = load(name, limit=50, batch_size=16, held_out=0.3)
+    assert limited.train.size == 50
+    assert limited.train.labels.bincount().min() >= 4, "of each class about as many"
+    assert limited.notes[0] == "Odd."
+    assert [note.split()[0] for note in limited.notes[1:]] == ["--batch-size", "--held-out"]
+    assert load(name, limit=1000) == data
+
+
 def test_a_loader_of_single_samples_is_trained_on():
     x, y = torch.arange(5.0)[:, None], torch.arange(5)
     for loader in (DataLoader(TensorDataset(x, y)), [(x[n : n + 1], y[n : n + 1]) for n in range(5)]):
@@ -368,9 +392,19 @@ def test_a_limit_holds_for_loaders(monkeypatch, indexed):
     loader = DataLoader(TensorDataset(ROWS, y), batch_size=3, shuffle=True)
     value = (loader, loader) if indexed else ([*loader], loader, loader)
     data = load(served(monkeypatch, value), limit=10)
-    assert data.train.size + (data.held_out.size if indexed else 0) == 10
+    assert data.train.size + data.held_out.size * indexed == (10 if indexed else 9), "one sample is no batch"
     first, second = (torch.cat([x for x, _ in data.train.epoch(epoch)])[:, 0].sort().values for epoch in (0, 1))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_limit_leaves_no_batch_of_one_training_sample(lazy):
+    pairs = TensorDataset(ROWS, torch.arange(30) % 3)
+    loader = DataLoader(pairs, batch_size=4)
+    split = batches(loader if lazy else [*loader], training=True).first(9)
+    assert [len(y) for _, y in split] == [4, 4]
+    assert (split.size, len(split)) == (8, 2)
+    assert [len(y) for _, y in split.first(1)] == [1], "a single batch stays"
 
 
 def test_other_names_of_the_held_out_part_and_names_of_classes(monkeypatch):

@@ -132,7 +132,7 @@ def load(flags: Sensitivity, console: Console) -> tuple[Data, nn.Module]:
     """
     import torch
 
-    from jpq.files.tensors import load_tensors, save_tensors
+    from jpq.files.tensors import load_tensors, read_about, save_tensors
     from jpq.results.sensitivity import task_divergence
     from jpq.tasks.load import load_dense_model, read_data
     from jpq.training.environment import pick_device
@@ -148,8 +148,10 @@ def load(flags: Sensitivity, console: Console) -> tuple[Data, nn.Module]:
     model = load_dense_model(config, data, device, notes)
     for note in notes:
         print_line(console, f"[yellow]note[/] {escape(note)}")
-    kept = kept_weights(flags.out)
+    kept, about = kept_weights(flags.out), {"settings": float_settings(config), "data": data.checksum}
     if config.task.weights is None and flags.resume and kept.exists():
+        if read_about(kept) != about:
+            raise JpqError(f"{kept} holds weights of another model, data or setting. Run without --resume.")
         load_tensors(model, kept)
         print_line(console, escape(f"The float model is the one that was trained before: {kept}."))
     elif config.task.weights is None:
@@ -161,9 +163,14 @@ def load(flags: Sensitivity, console: Console) -> tuple[Data, nn.Module]:
         recorder = Recorder(lambda: time.perf_counter() - start)
         fit(model, data, Phase("float", flags.float_epochs), Objective(), optimizer, recorder)
         model.eval()
-        save_tensors(model, kept)
+        save_tensors(model, kept, about)
         print_line(console, escape(f"Its weights: {kept}."))
     return data, model
+
+
+def float_settings(config: Config) -> str:
+    """The hash of all settings that the float model's training depends on."""
+    return Config(task=config.task, train=config.train, run=config.run).hash()
 
 
 def kept_weights(out: Path) -> Path:

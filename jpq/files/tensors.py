@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialized
 from torch import Tensor, nn
@@ -74,10 +74,20 @@ DAMAGE = (  # errors that reading a damaged pickle or zip raises
 )
 
 
-def save_tensors(module: nn.Module, path: str | Path) -> None:
-    """Write the module's state dict as a .safetensors file."""
+def save_tensors(module: nn.Module, path: str | Path, about: dict[str, str] | None = None) -> None:
+    """Write the module's state dict as a .safetensors file, with facts about it, for `read_about`."""
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
-    replace_file(path, lambda part: part.write_bytes(serialized(state)))  # its errors are those of the system
+    content = serialized(state, about)
+    replace_file(path, lambda part: part.write_bytes(content))  # its errors are those of the system
+
+
+def read_about(path: str | Path) -> dict[str, str]:
+    """The facts in a .safetensors file, {} where it has none. Raises JpqError for a damaged file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise JpqError(f"Cannot read {path} ({one_line(error)}).") from error
 
 
 def load_tensors(module: nn.Module, path: str | Path) -> None:

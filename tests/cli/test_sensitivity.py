@@ -155,11 +155,16 @@ def test_a_measurement_that_goes_on_takes_the_float_model_that_was_trained_for_i
     assert read_table(tmp_path / "t.csv").bits == interrupted.bits
 
 
-def test_kept_float_weights_of_another_model_are_refused(tmp_path, capsys, monkeypatch):
+def test_float_weights_that_were_trained_otherwise_are_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    flags = ["--float-epochs", "1", "--samples", "8", "--w-bits", "2", "2", "--a-bits", "2", "2", "--out", "t.csv"]
+    assert main(["sensitivity", *flags, "--limit", "80"]) == 0
+    for other in (["--limit", "81"], ["--limit", "80", "--float-epochs", "2"]):
+        assert main(["sensitivity", *flags, *other, "--resume"]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "t.float.safetensors holds weights of another model, data or setting" in said
     save_tensors(torch.nn.Linear(2, 2), "t.float.safetensors")
-    assert main(["sensitivity", "--out", "t.csv", "--resume"]) == 2
-    assert "t.float.safetensors does not fit this model" in " ".join(capsys.readouterr().err.split())
+    assert main(["sensitivity", *flags, "--limit", "80", "--resume"]) == 2
 
 
 def test_a_task_without_a_divergence_is_refused_before_the_float_model_is_trained(tmp_path, capsys, monkeypatch):

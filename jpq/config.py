@@ -88,6 +88,7 @@ STARTS = UNIFORM_START, MEASURED_START = (UNIFORM, MEASURED)  # --start
 
 LARGEST_FILE = 2**20  # largest size of a settings file in bytes
 LARGEST_SIDE = 2**14  # --image-size
+LARGEST_SEED = 10**18 - 1  # --seed: others are derived from it, in 64 bits
 
 
 class TextPaths:
@@ -605,6 +606,8 @@ def _check_run(run: Run) -> None:
     if run.resume and run.overwrite:
         raise JpqError("--resume and --overwrite: the one goes on with what is there, the other removes it. Give one.")
     check_formats(run.formats, run.onnx_weights)
+    if abs(run.seed) > LARGEST_SEED:
+        raise JpqError(f"--seed {run.seed}: give a whole number of at most 18 digits.")
     if run.checkpoint_every < 0:
         raise JpqError(f"--checkpoint-every {run.checkpoint_every}: give a number of steps, or 0 for none.")
 
@@ -633,6 +636,10 @@ def _check_budget(config: Config) -> None:
     if b.has_accuracy_target:
         _check_accuracy_target(config)
         return
+    for name in ("minimize", "most_runs"):
+        if getattr(b, name) != getattr(Budget, name):
+            flag = f"--{name.replace('_', '-')} {getattr(b, name)}"
+            raise JpqError(f"{flag} is for --max-drop and --min-metric, and neither is given. Leave it out.")
     if not any(getattr(b, name) for name in TARGETS) and config.decide.method != MANUAL:
         raise JpqError(
             "No target: give --target-bops 1% (or 12M, 1.2G), --target-size 50KB, --target-macs 50%, "

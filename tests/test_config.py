@@ -84,6 +84,9 @@ def test_hash_feels_everything_that_changes_the_result(part: dict[str, Any]) -> 
     [
         ({"budget": Budget()}, "No target"),
         ({"budget": Budget(target_bops="1%", cost="bop")}, "cost .bop.*bops"),
+        ({"budget": Budget(target_bops="1%", minimize="size")}, "minimize size is for max_drop and min_metric"),
+        ({"budget": Budget(target_bops="1%", most_runs=3)}, "most_runs=3 is for max_drop and min_metric"),
+        ({"run": Run(seed=10**18)}, "seed=10{18}: give a whole number of at most 18 digits"),
         ({"decide": Decide(w_bits=(5, 3))}, r"w_bits=\(5, 3\)"),
         ({"decide": Decide(a_bits=(1, 8))}, r"a_bits=\(1, 8\)"),
         ({"decide": Decide(image_bits=40)}, "image_bits=40"),
@@ -104,6 +107,7 @@ def test_senseless_values_are_refused_by_their_name(part: dict[str, Any], words:
 
 def test_sensible_values_pass() -> None:
     assert ONE.check() is ONE
+    replace(ONE, run=Run(seed=1 - 10**18)).check()
 
 
 @pytest.mark.parametrize(

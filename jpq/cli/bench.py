@@ -16,6 +16,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from jpq.cli.flags import parse_flags, with_help
+from jpq.cli.inspect import READING, check_reading, model_and_example
 from jpq.cli.output import Column, print_line, table
 from jpq.results.formatting import format_number
 from jpq.types import JpqError
@@ -100,6 +101,7 @@ def run_bench(flags: Bench, console: Console) -> None:
             raise JpqError(f"Say where the table goes: jpq bench --table FILE.csv --model {flags.model}.")
         measure_layers(flags, console)
     elif flags.what:
+        check_reading(flags)
         time_models(flags, console)
     else:
         raise JpqError("Nothing to measure: give --table FILE.csv --model NAME, or runs and ONNX files.")
@@ -107,7 +109,6 @@ def run_bench(flags: Bench, console: Console) -> None:
 
 def measure_layers(flags: Bench, console: Console) -> None:
     """Measure every kind of layer of --model, and write the latency table."""
-    from jpq.cli.inspect import model_and_example
     from jpq.export.timing import layer_table
     from jpq.tracing.decompose import decompose
     from jpq.tracing.trace import trace
@@ -146,8 +147,6 @@ def measure_layers(flags: Bench, console: Console) -> None:
 
 def _data_words(flags: Bench) -> str:
     """The flags that name the data and say how they are read, with a blank behind them; "" without --data."""
-    from jpq.cli.inspect import READING
-
     if flags.data is None:
         return ""
     given = {"data": flags.data} | {key: getattr(flags, key) for key in READING}
@@ -309,7 +308,6 @@ def _read_run(folder: Path, flags: Bench) -> tuple[Data | None, nn.Module | None
 def _read_test_data(folder: Path, flags: Bench) -> Data:
     """The data of a run, or those of --data, whose metric can be measured."""
     from jpq.cli.evaluate import Evaluate, read_data_of
-    from jpq.cli.inspect import READING
 
     reading = {key: getattr(flags, key) for key in READING if flags.data is not None}
     asked = Evaluate(data=flags.data, data_root=flags.data_root, run_code=flags.run_code, **reading)

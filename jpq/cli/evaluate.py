@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from jpq.cli.flags import parse_flags, with_help
+from jpq.cli.inspect import READING, check_reading
 from jpq.cli.output import print_line
 from jpq.types import JpqError
 
@@ -56,6 +57,7 @@ def run_evaluate(flags: Evaluate, console: Console) -> None:
     """Print the metric of each named model or file. Raises JpqError for files and data that do not go together."""
     if not flags.saved:
         raise JpqError("Name RUN_FOLDER|FILE.onnx. See jpq evaluate --help.")
+    check_reading(flags, [name for name in READING if name != "task"])  # which a run's own data may have too
     distinct: dict[Path, Path] = {}
     for path in flags.saved:  # runs/* names a run twice, by runs/latest too
         distinct.setdefault(path.resolve(), path)
@@ -180,7 +182,6 @@ def read_data_of(saved: Path, flags: Evaluate, folder: Path | None) -> Any:
 
     import torch
 
-    from jpq.cli.inspect import READING
     from jpq.config import read_toml
     from jpq.files.untrusted import check_no_code
     from jpq.tasks import with_task

@@ -87,6 +87,14 @@ def inspect_command(args: list[str], console: Console) -> None:
     console.print(show_inspection(title, model, network, sites, seconds, flags.all, flags.open_norms))
 
 
+def check_reading(flags: Any, names: Sequence[str] = READING) -> None:
+    """Raise JpqError for one of these flags where there are no --data that it could say something of."""
+    unset = {field.name: field.default for field in dataclasses.fields(flags)}
+    for name in names:
+        if flags.data is None and getattr(flags, name) != unset[name]:
+            raise JpqError(f"--{name.replace('_', '-')} says how --data are read, and there are none. Leave it out.")
+
+
 def model_and_example(flags: Any) -> tuple[nn.Module, Any]:
     """The model that --model, --data, --input-shape and --classes describe, and a batch of two noise samples."""
     import torch
@@ -95,6 +103,7 @@ def model_and_example(flags: Any) -> tuple[nn.Module, Any]:
     from jpq.tasks import models, with_task
     from jpq.tasks.data import load
 
+    check_reading(flags)
     shape, classes = models.usual_input(flags.model) or (None, 1000)
     reading = {key: getattr(flags, key) for key in READING if getattr(flags, key, None)}
     if flags.model.startswith(PREFIX):
@@ -104,7 +113,7 @@ def model_and_example(flags: Any) -> tuple[nn.Module, Any]:
         data = with_task(load(flags.data, flags.data_root, **reading), str(reading.get("task", "")))
     if data is not None:
         shape, classes = data.shape, data.classes
-    shape, classes = flags.input_shape or shape, flags.classes or classes
+    shape, classes = flags.input_shape or shape, classes if flags.classes is None else flags.classes
     if shape is None:
         raise JpqError(f"Say what {flags.model} takes: --input-shape 3 224 224, or a data set with --data NAME.")
     sides = dict(zip(("height", "width"), shape[1:], strict=True)) if len(shape) == 3 else {}

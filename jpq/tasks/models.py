@@ -65,11 +65,8 @@ def build(
         channels = 1 if name in ONE_CHANNEL else 3
     if name in MODELS:
         return MODELS[name](classes, channels)
-    if name in zoo.kinds():
-        raise unknown("model", name, [f"torchvision:{name}"])
-    kind, colon, architecture = name.partition(":")
-    if not colon:
-        raise unknown("model", name, [*MODELS, *NAMED_KINDS, "module:callable"])
+    _refuse_unknown(name)
+    kind, _, architecture = name.partition(":")
     if is_third_party(name):
         return accept_model(build_third_party(name, classes, channels, arguments))
     if kind != "torchvision":
@@ -110,16 +107,28 @@ def of_plan(plan: Plan, source: Path, weights: Path, run_code: bool = False) -> 
 
 
 def usual_input(name: str) -> tuple[tuple[int, ...], int] | None:
-    """The usual (shape of one sample, number of classes) of a named model; None for the user's own code."""
+    """The usual (shape of one sample, number of classes) of a named model; None for the user's own code.
+
+    Raises JpqError for an unknown name.
+    """
     if name in MODELS:
         shape = {"lenet5": (1, 28, 28), "convnet": (1, 8, 8)}.get(name, (3, 32, 32))
         return shape, 10
+    _refuse_unknown(name)
     if is_third_party(name):
         return usual_third_party_input(name)
     kind, _, architecture = name.partition(":")
     if kind != "torchvision":
         return None
     return zoo.usual_shape(architecture), zoo.CLASSES[zoo.kind_of(architecture)]
+
+
+def _refuse_unknown(name: str) -> None:
+    """Raise JpqError for a name that is no model of jpq and names no kind."""
+    if name in zoo.kinds():
+        raise unknown("model", name, [f"torchvision:{name}"])
+    if ":" not in name:
+        raise unknown("model", name, [*MODELS, *NAMED_KINDS, "module:callable"])
 
 
 def _user_model(spec: str, arguments: Mapping[str, int]) -> nn.Module:

@@ -188,6 +188,12 @@ def test_evaluate_wants_the_folder_of_a_run(capsys: Captured) -> None:
     assert main(["evaluate"]) == 2
 
 
+@pytest.mark.parametrize("command", ["evaluate", "bench"])
+def test_flags_on_data_need_data(command: str, capsys: Captured) -> None:
+    said = refused([command, "nowhere", "--target-column", "x"], capsys)
+    assert "--target-column says how --data are read, and there are none. Leave it out." in said
+
+
 def test_evaluate_says_that_pytorch_is_measured_anyway(tmp_path: Path, capsys: Captured) -> None:
     for name in ("config.toml", "model.onnx"):
         (tmp_path / name).touch()

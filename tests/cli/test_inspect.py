@@ -179,6 +179,9 @@ def test_inspect(args: list[str], words: list[str], capsys: Captured, monkeypatc
         (["--model", "torchvision:ssd300_vgg16"], "give torchvision:ssd300_vgg16.backbone"),
         (["--model", "torchvision:s3e"], "Did you mean s3d"),
         (["--model", "mine:net"], "Say what mine:net takes"),
+        (["--model", "convnett"], "Unknown model 'convnett'. Did you mean convnet"),
+        (["--model", "convnet", "--classes", "0"], "at least 1 class"),
+        (["--model", "convnet", "--noise", "25"], "--noise says how --data are read, and there are none. Leave it out"),
         (["--model", "resnet20", "--input-shape", "3", "8"], "cannot take a batch of shape [2, 3, 8]"),
     ],
 )

@@ -108,6 +108,8 @@ def fewest_units_text(net: CompressedModel, searching: bool) -> tuple[str, str]:
 
 def minimum_units_text(net: CompressedModel) -> str:
     """The fewest units that a site keeps, in words."""
+    if not net.sites:
+        return "all channels, of which this method can remove none (`jpq inspect` says why)"
     return "one unit at each site" if net.multiple == 1 else f"{net.multiple} channels, or all, at each site"
 
 

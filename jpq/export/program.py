@@ -29,6 +29,7 @@ from jpq.tracing.export_graph import restore_attributes
 from jpq.tracing.forward import (
     batch_dim,
     batch_size,
+    call_model,
     collect_tensors,
     first_samples,
     name_inputs,
@@ -516,8 +517,7 @@ def assemble(structure: Any, results: Sequence[Any]) -> Any:
 
 def outputs_differ(model: nn.Module, program: nn.Module, example: Any) -> bool:
     """Whether two models give outputs on a batch that differ in any bit."""
-    args, kwargs = split_arguments(example)
     with torch.no_grad():
-        ours, theirs = (collect_tensors(tree_flatten(m(*args, **kwargs))[0]) for m in (model, program))
+        ours, theirs = (collect_tensors(tree_flatten(call_model(m, example))[0]) for m in (model, program))
     pairs = zip(ours, theirs, strict=False)
     return len(ours) != len(theirs) or not all(torch.allclose(a, b, 0, 0, equal_nan=True) for a, b in pairs)

@@ -31,6 +31,7 @@ from jpq.methods.quantizers import (
 from jpq.methods.quantizers.uniform_integer import IntegerQuantizer
 from jpq.tracing.forward import (
     batch_size,
+    copy_tensors,
     first_samples,
     note_missing_batch_dims,
     plain_outputs,
@@ -86,7 +87,7 @@ def _export_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (*_FLOAT_LAYERS, StoredIntegerLayer))}
     with torch.no_grad(), note_missing_batch_dims(layers) as found:
-        model(*args, **kwargs)
+        model(*copy_tensors(args), **copy_tensors(kwargs))
     if any(not isinstance(x, nn.Parameter) for x in found.values()):
         return torch.export.export(model, args, kwargs, strict=False)
     try:

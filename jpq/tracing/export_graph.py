@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind, TensorArgument
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from jpq.tracing import own_calls
-from jpq.tracing.forward import collect_tensors, name_inputs, plain_outputs
+from jpq.tracing.forward import collect_tensors, copy_tensors, name_inputs, plain_outputs
 from jpq.types import JpqError
 
 _LIBRARY_PATHS = (str(Path(torch.__file__).parent), sysconfig.get_paths()["stdlib"], __file__, own_calls.__file__)
@@ -95,7 +95,7 @@ def _dtypes_differ(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 def _check_example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run the model on a copy of the example. Raises JpqError if the example, rather than the model, is wrong."""
-    args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
+    args, kwargs = copy_tensors((args, kwargs))
     try:
         with torch.no_grad(), restore_attributes(model):
             model(*args, **kwargs)

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from jpq.plan import LayerRoute, RoutedCall, WeightSource
 from jpq.tracing.export_graph import restore_attributes
@@ -157,12 +156,7 @@ def _outputs_of(model: nn.Module, example: Example) -> list[Tensor]:
     """The output tensors of a model in evaluation."""
     with _unchanged(model), torch.no_grad():
         model.eval()
-        return collect_tensors(call_model(model, _cloned(example)))
-
-
-def _cloned(example: Example) -> Any:
-    """The example with tensors that a model may write into."""
-    return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, example)
+        return collect_tensors(call_model(model, example))
 
 
 def _are_close(a: Tensor, b: Tensor) -> bool:
@@ -208,7 +202,7 @@ def _observe(model: nn.Module, example: Example, seen: Observations) -> None:
     """Note the calls of one forward pass."""
     observer = Observer(model, seen)
     with observe_calls(model, observer):
-        output = call_model(model, _cloned(example))
+        output = call_model(model, example)
     returned = [observer.constants[id(t)] for t in collect_tensors(output) if id(t) in observer.constants]
     observer.note_reader(returned, _OTHER)
 

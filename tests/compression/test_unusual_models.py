@@ -237,6 +237,28 @@ def test_checkpointed_activations_are_read_and_exported(reentrant: bool, tmp_pat
     run_through(model, IMAGES, tmp_path)
 
 
+class WritesIntoItsInput(nn.Module):
+    """Images that the model's own code normalizes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 0.3
+        x *= 4
+        return self.b(F.relu(self.a(x)))
+
+
+def test_inputs_stay_as_they_are_though_the_model_writes_into_them(tmp_path: Path) -> None:
+    example = IMAGES.clone()
+    small = run_through(WritesIntoItsInput().eval(), example, tmp_path)
+    jpq.save(small, tmp_path / "kept")
+    graph, _ = jpq.load(tmp_path / "kept")
+    assert torch.equal(example, IMAGES)
+    assert torch.equal(graph(IMAGES.clone()), small(IMAGES.clone()))
+
+
 class Rotary(nn.Module):
     """Channels turned by complex factors, as in LLaMA's own code."""
 
@@ -277,6 +299,12 @@ def test_a_model_may_be_one_layer(name: str, tmp_path: Path) -> None:
     make, x = SINGLE[name]
     small = run_through(make().eval(), x, tmp_path)
     assert jpq.measure(small, x)["layers"] >= 1
+
+
+@pytest.mark.parametrize("target", [{"method": "ranked", "bops": "50%", "density": 0.5}, {"bops": 1}])
+def test_a_target_of_a_model_that_can_lose_no_channel_says_so(target: dict[str, Any]) -> None:
+    with pytest.raises(JpqError, match=r"cannot be met.*all channels, of which this method can remove none"):
+        jpq.compress(nn.Linear(8, 4).eval(), IMAGES, **target)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ from jpq.tracing.forward import (
     batch_dim,
     batch_size,
     collect_tensors,
+    copy_tensors,
     first_samples,
     name_inputs,
     note_missing_batch_dims,
@@ -176,13 +177,13 @@ def _write(
     args, kwargs = split_arguments(tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, example))
     with torch.no_grad(), note_missing_batch_dims(_layers(model)) as found:
         try:
-            output = model(*args, **kwargs)
+            output = model(*copy_tensors(args), **copy_tensors(kwargs))
         finally:  # brevitas' own error about a vector says nothing
             unbatched = _has_no_batch_dim(model, found)
     if not dynamic and not unbatched:
         args, kwargs = first_samples((args, kwargs), 1)
         with torch.no_grad():
-            output = model(*args, **kwargs)
+            output = model(*copy_tensors(args), **copy_tensors(kwargs))
     inputs = collect_tensors((args, kwargs))
     plain = len(inputs) == len(args) and isinstance(output, Tensor) and not _has_other_defaults(model, len(args))
     input_names, output_names = _distinct_names(_input_names(model, args, kwargs), _output_names(output))
@@ -207,7 +208,7 @@ def _write(
         ):
             exporter(
                 model if plain else _TensorsOnly(model, args, kwargs, output),
-                args=tuple(inputs),
+                args=tuple(copy_tensors(inputs)),
                 dynamo=False,
                 opset_version=OPSET,
                 input_names=input_names,

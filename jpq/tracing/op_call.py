@@ -18,7 +18,7 @@ from jpq.tracing.call_sizes import COUNT, Pattern, can_resize, name_size
 from jpq.tracing.channel_labels import ChannelClasses
 from jpq.tracing.network import LayerKind
 from jpq.tracing.own_calls import call_of_node
-from jpq.types import NONE, Labels
+from jpq.types import NONE, JpqError, Labels
 
 Dims = list[Labels | None]  # per dim of a tensor: a label per index, or None where the dim has no labels
 
@@ -305,10 +305,17 @@ def module_path(node: Node) -> str:
 
 
 def shape_of(node: Node) -> tuple[int, ...]:
-    """The shape of a node's first output; () where that is no tensor."""
+    """The shape of a node's first output; () where that is no tensor. Raises JpqError where values decide it."""
     value = node.meta.get("val")
     value = value[0] if isinstance(value, (tuple, list)) else value
-    return tuple(int(n) for n in value.shape) if isinstance(value, torch.Tensor) else ()
+    shape = value.shape if isinstance(value, torch.Tensor) else ()
+    if any(isinstance(n, torch.SymInt) for n in shape):
+        path = module_path(node)
+        raise JpqError(
+            f"A size{f' in {path}' if path else ''} depends on values, as that of x[mask] does, so that the layers "
+            "behind it have no fixed cost. Pick by torch.where, by a product with the mask, or by fixed places."
+        )
+    return tuple(int(n) for n in shape)
 
 
 def as_outputs(labels: Dims | list[Dims]) -> tuple[Dims, ...]:

@@ -463,7 +463,7 @@ def _clear_caches(model: nn.Module) -> None:
     for module in modes:
         if type(module).train is not nn.Module.train:
             with suppress(NotImplementedError):  # such as a graph of torch.export, which caches nothing
-                module.train()
+                module.train(True)
     for module, training in modes.items():
         module.training = training
 

@@ -47,6 +47,9 @@ FREE: dict[str, tuple[Callable[[Tensor], Tensor], int, int]] = {  # op, channels
     "gather": (lambda x: x.gather(3, pick(x)), 8, 8),
     "take_along_dim": (lambda x: x.take_along_dim(PERMUTATION[None, None, None], 3), 8, 8),
     "index_select": (lambda x: x.index_select(2, PERMUTATION), 8, 8),
+    "index": (lambda x: x[:, :, PERMUTATION], 8, 8),
+    "index of two dims": (lambda x: x[:, :, PERMUTATION, torch.arange(6)], 8, 8),
+    "index of each sample": (lambda x: x[torch.arange(2), :, torch.tensor([3, 1])], 8, 8),
     "rot90": (lambda x: torch.rot90(x, 1, (2, 3)), 8, 8),
     "rot90 with channels": (lambda x: torch.rot90(x, 3, (1, 2)).transpose(1, 2), 8, 8),
     "rot90 by half a turn": (lambda x: torch.rot90(x, 2, (1, 3)), 8, 8),
@@ -68,6 +71,8 @@ FREE: dict[str, tuple[Callable[[Tensor], Tensor], int, int]] = {  # op, channels
     "unflatten": (lambda x: x.unflatten(1, (2, 4)).flatten(1, 2), 8, 4),
     "moveaxis": (lambda x: x.moveaxis((1, 2), (3, 1)).moveaxis(3, 1), 8, 8),
     "grid_sample": (lambda x: F.grid_sample(x, x.new_zeros(2, 4, 4, 2) + 0.3, align_corners=False), 8, 8),
+    "max_unpool": (lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2), 8, 8),
+    "outer": (lambda x: x * torch.outer(x.mean((0, 2, 3)), torch.linspace(0, 1, 36)).view(8, 6, 6), 8, 8),
     "pointwise": (lambda x: torch.asinh(x) + torch.nan_to_num(x).frac() + x.atan2(x + 1), 8, 8),
 }
 
@@ -90,10 +95,12 @@ def test_masked_is_rebuilt(name: str) -> None:
 @pytest.mark.parametrize(
     ("op", "reason"),
     [
+        (lambda x: F.affine_grid(x.amax((2, 3)).unflatten(1, (2, 4))[..., :3], [2, 1, 8, 9], False), "affine_grid"),
         (lambda x: x.roll(1, 1), "rolled"),
         (lambda x: x.roll(5), "rolled"),
         (lambda x: x.topk(8, dim=1)[0], "aten.topk"),
         (lambda x: x.index_select(1, torch.arange(7, -1, -1)), "picked by index"),
+        (lambda x: x[:, [3, 1, 0, 2, 5, 4, 7, 6]], "picked by index"),
         (lambda x: x.gather(1, x.argsort(1)), "aten.argsort|picked by index"),
         (lambda x: x.take_along_dim(torch.arange(7, -1, -1)[None, :, None, None], 1), "picked by index"),
     ],

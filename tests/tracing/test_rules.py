@@ -115,6 +115,19 @@ def test_a_use_that_our_own_rule_does_not_cover_freezes() -> None:
     )
 
 
+def test_a_layer_behind_a_size_that_values_decide_is_a_sentence() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = conv(3, 6), conv(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x)[:, :, torch.tensor([True, False, True, True])])
+
+    with pytest.raises(JpqError, match=r"A size.* depends on values, as that of x\[mask\] does"):
+        trace(Masked(), IMAGE)
+
+
 class Added(nn.Module):
     """A product of a tensor with itself, and something added to it."""
 

@@ -43,6 +43,18 @@ def test_sites_that_pass_alone_but_not_together_all_stay() -> None:
     assert shrink._passing(lambda tried: len(tried) < 3, numbered_sites(8)) == []
 
 
+class Trained(nn.Sequential):
+    """A model whose own `train` must be told the mode."""
+
+    def train(self, mode: bool) -> Trained:
+        return super().train(mode)
+
+
+def test_a_train_method_without_a_default_is_called_with_its_mode() -> None:
+    model = Trained(conv(3, 6), Head(6)).eval()
+    assert [site.name for site in channels(trace(model, IMAGE))] == ["0.0"]
+
+
 class Culprits(nn.Module):
     """A chain of convolutions, of which some have widths that the code asserts."""
 

@@ -10,7 +10,8 @@
 - Interpolation by areas and to the nearest-exact pixels, and what formulas.py writes out.
 - Changes in place of a part that was cut out of a tensor (`x[:, :4].relu_()`), which the exporter loses more often than
   not: the part is put back by an assignment (`x[:, :4] = part`), which it knows.
-- `rms_norm`, `channel_shuffle`, `mT`, `rot90`, `threshold`, `bilinear` and `fold` have no translation up to opset 17.
+- `rms_norm`, `channel_shuffle`, `mT`, `rot90`, `threshold`, `bilinear`, `fold`, max-unpooling and `affine_grid` have no
+  translation up to opset 17.
 """
 
 from __future__ import annotations
@@ -170,6 +171,15 @@ def _fold(
     return y if input.dim() == 3 else y.squeeze(0)
 
 
+def _affine_grid(theta: Tensor, size: Sequence[Any], align_corners: bool | None = None) -> Tensor:
+    """The places, [batch, ..., 2 or 3], at which affine maps [batch, 2, 3] or [batch, 3, 4] sample an image."""
+    sides = as_number(size)[2:]
+    axes = [np.linspace(-1, 1, n) * (1 if align_corners else (n - 1) / n) if n > 1 else np.zeros(1) for n in sides]
+    x_first = np.meshgrid(*axes, indexing="ij")[::-1]
+    places = torch.from_numpy(np.stack([*x_first, np.ones(sides)], -1).reshape(-1, len(sides) + 1))
+    return (places.to(theta) @ theta.transpose(1, 2)).reshape(-1, *sides, len(sides))
+
+
 def _hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     """x min(max(x + 3, 0), 6) / 6, in the order in which torch computes it."""
     gate = (input + 3).clamp(0, 6)
@@ -254,6 +264,26 @@ def _pool_to(
     return write_out
 
 
+def _unpool(dims: int) -> Callable[..., Tensor]:
+    """A function for max-unpooling over the last `dims` dims: zeros, with each value at the place of its maximum."""
+
+    def write_out(
+        input: Tensor, indices: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, output_size: Any = None
+    ) -> Tensor:
+        kernel, strides, pads = (
+            (v,) * dims if isinstance(v, int) else tuple(v) for v in (kernel_size, stride or kernel_size, padding)
+        )
+        windows = zip(as_number(tuple(input.shape[-dims:])), kernel, strides, pads, strict=True)
+        sides = [(n - 1) * step + k - 2 * pad for n, k, step, pad in windows]
+        if output_size is not None:
+            sides = as_number(tuple(output_size))[-dims:]
+        rows = input.shape[:-dims]
+        zeros = input.new_zeros(*rows, math.prod(sides))
+        return zeros.scatter(-1, indices.flatten(-dims), input.flatten(-dims)).reshape(*rows, *sides)
+
+    return write_out
+
+
 _ADAPTIVE_POOLS: dict[Any, Callable[..., Any]] = {
     adaptive: _pool_to(dims, pool, reduce, adaptive)
     for dims, pool, reduce, adaptive in (
@@ -308,6 +338,10 @@ _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     F.bilinear: _bilinear,
     torch.bilinear: _bilinear,
     F.fold: _fold,
+    F.affine_grid: _affine_grid,
+    F.max_unpool1d: _unpool(1),
+    F.max_unpool2d: _unpool(2),
+    F.max_unpool3d: _unpool(3),
     F.hardswish: _hardswish,
     F.hardsigmoid: _hardsigmoid,
     torch.avg_pool1d: _average_by(1, torch.avg_pool1d),

@@ -349,17 +349,19 @@ def index_select(call: OpCall) -> Dims:
 
 @rule("aten.index")
 def index(call: OpCall) -> Dims:
-    """Index: rows of one dim picked by one index tensor; the dims that are not indexed pass."""
+    """Index: entries picked by an index tensor per dim, of which the first dim takes the place; other dims pass.
+
+    The picked entries come first where dims that are not indexed lie between those that are.
+    """
     source: Node = call["self"]
-    dims, picks = call.dims(source), list(call["indices"])
-    used = [d for d, pick in enumerate(picks) if pick is not None]
-    for d in used:
+    dims, picks = call.dims(source), dict(enumerate(call["indices"]))
+    picks = {d: pick for d, pick in picks.items() if pick is not None}
+    for d in picks:
         call.freeze(dims[d], "picked by index")
-    if len(used) != 1:
-        for labels in dims:
-            call.freeze(labels, "picked by several indices at once")
-        return [None] * len(call.shape)
-    return [*dims[: used[0]], *([None] * len(shape_of(picks[used[0]]))), *dims[used[0] + 1 :]]
+    picked: Dims = [None] * max(len(shape_of(pick)) for pick in picks.values())
+    others = [labels for d, labels in enumerate(dims) if d not in picks]
+    start = min(picks) if max(picks) - min(picks) + 1 == len(picks) else 0
+    return [*others[:start], *picked, *others[start:]]
 
 
 @rule("aten.pad", "aten.constant_pad_nd")

@@ -49,6 +49,18 @@ def pool(call: OpCall) -> Dims | list[Dims]:
     return call.for_each_output([*dims[:-n], *([None] * n)])
 
 
+@rule("aten.max_unpool2d", "aten.max_unpool3d")
+def unpool(call: OpCall) -> Dims:
+    """Max-unpooling: values return to the places of the maxima; channels of values and places go together."""
+    values, places = call["self"], call["indices"]
+    n = int(call.op[-2])
+    for node in (values, places):
+        for labels in call.dims(node)[-n:]:
+            call.freeze(labels, f"{call.op} mixes neighbouring channels")
+    pairs = zip(call.dims(values)[:-n], call.dims(places)[:-n], strict=True)
+    return [*(a if a is None and b is None else call.join(a, b) for a, b in pairs), *([None] * n)]
+
+
 @rule(*(f"aten.{name}" for name in _REDUCED.split()))
 def reduce(call: OpCall) -> Dims | list[Dims]:
     """Reductions: dims that are not reduced pass; a labelled dim that is reduced keeps all of its channels."""
@@ -82,6 +94,20 @@ def sample(call: OpCall) -> Dims:
     for labels in (*dims[2:], *call.dims(call["grid"])):
         call.freeze(labels, f"{call.op} mixes neighbouring channels")
     return [*dims[:2], *([None] * (len(dims) - 2))]
+
+
+@rule("aten.outer")
+def outer(call: OpCall) -> Dims:
+    """Outer product of two vectors: a dim of each."""
+    return [*call.dims(call["self"]), *call.dims(call["vec2"])]
+
+
+@rule("aten.affine_grid_generator")
+def affine_grid(call: OpCall) -> Dims:
+    """The places that an affine map samples at: all numbers of the map are needed."""
+    for labels in call.x:
+        call.freeze(labels, f"a number of the map of {call.op}")
+    return [None] * len(call.shape)
 
 
 @rule("aten.ones", "aten.zeros", "aten.full", "aten.arange", "aten.empty", "aten.rand", "aten.randn", "aten.eye")

@@ -24,6 +24,14 @@ OBJECTIVES = ("accuracy", "bops", "size", "latency", "macs")
 
 VARIED = ("density", "bits", "structure", "method", "lr", "target")  # kinds of decisions
 
+CHOICES = {  # setting that says what trials choose from -> kind of decision
+    "methods": "method",
+    "structures": "structure",
+    "bops_range": "target",
+    "lr_range": "lr",
+    "density_range": "density",
+}
+
 PARTS = ("layer", "block", "network")  # parts of the network that share a decision
 
 SAMPLERS = ("tpe", "nsga2", "gp", "random")
@@ -123,6 +131,7 @@ class Study:
             raise JpqError("A study goes on by itself: leave --resume out.")
         self._check_names(config)
         self._check_numbers()
+        self._check_choices()
         if self.is_manual():
             self._check_manual_decisions(config)
         else:
@@ -161,10 +170,20 @@ class Study:
         low, high = self.density_range
         if not 0 < low <= high <= 1 or any(abs(d / STEP - round(d / STEP)) > 1e-9 for d in (low, high)):
             raise JpqError(f"--density-range {low} {high}: give two shares above 0 and at most 1, multiples of {STEP}.")
-        if not 0 < self.lr_range[0] <= self.lr_range[1]:
+        if not 0 < self.lr_range[0] <= self.lr_range[1] < float("inf"):
             raise JpqError(f"--lr-range {self.lr_range[0]} {self.lr_range[1]}: give two factors, small and large.")
         if not parse_bops_share(self.bops_range[0]) < parse_bops_share(self.bops_range[1]):
             raise JpqError(f"--bops-range {' '.join(self.bops_range)}: give a smaller and a larger share.")
+
+    def _check_choices(self) -> None:
+        """Raises JpqError for choices of something that trials do not vary."""
+        for setting, decision in CHOICES.items():
+            if getattr(self, setting) != getattr(Study, setting) and decision not in self.varied_names():
+                flag = f"--{setting.replace('_', '-')}"
+                raise JpqError(
+                    f"{flag} says what to choose from, and trials do not vary it. Add {decision} to --vary, or leave "
+                    f"{flag} out."
+                )
 
     def _check_manual_decisions(self, config: Config) -> None:
         """Raises JpqError where the task's settings take decisions that the trials take by hand."""

@@ -1,6 +1,7 @@
 """Accuracy of pruned and quantized networks at a few budgets of bit-operations (BOPs), test split.
 
     python studies/budgets.py digits                    # convnet on the built-in digits, five seeds; minutes on a core
+    python studies/budgets.py digits_macs               # README's first command with other methods
     python studies/budgets.py fashion_mnist --data-root DIR
     python studies/budgets.py resnet20_cifar10 --data-root DIR --weights resnet20-12fca82f.th
     python studies/budgets.py resnet20_joint --data-root DIR --weights resnet20-12fca82f.th [--methods ...]
@@ -18,7 +19,7 @@ from typing import Any
 from support.grid import Grid, run_grid
 
 import jpq
-from jpq.config import Decide, Run, Task, Train
+from jpq.config import Budget, Decide, Run, Task, Train
 
 FASHION_MNIST = jpq.Config(
     task=Task(model="lenet5", data="fashion-mnist"),
@@ -48,6 +49,19 @@ def digits() -> Grid:
         jpq.Config(),
         methods,
         targets=["1%", "0.25%"],
+        seeds=[0, 1, 2, 3, 4],
+    )
+
+
+def digits_macs() -> Grid:
+    """README's first command, 1 % of the BOPs and 20 % of the MACs, with the default and other methods, five seeds."""
+    return Grid(
+        "digits_macs",
+        "budgets.py digits_macs",
+        "convnet on digits (8x8), 20 % of the MACs",
+        jpq.Config(budget=Budget(target_macs="20%"), decide=Decide(channel_multiple=8)),
+        ["djpq", "gdp", "l0", "measured", "two-stage"],
+        targets=["1%"],
         seeds=[0, 1, 2, 3, 4],
     )
 
@@ -108,6 +122,7 @@ def resnet20_joint() -> Grid:
 
 GRIDS: dict[str, Callable[[], Grid]] = {
     "digits": digits,
+    "digits_macs": digits_macs,
     "fashion_mnist": fashion_mnist,
     "resnet20_cifar10": resnet20_cifar10,
     "resnet20_joint": resnet20_joint,

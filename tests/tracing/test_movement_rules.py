@@ -164,3 +164,44 @@ def test_layers_in_regions_of_their_own_are_read() -> None:
     assert [s.name for s in sites] == ["a", "c"], "a sum over b's channels reaches the output"
     randomize(model, x)
     assert check_equivalence(model, network, sites, x, 0).difference < 1e-12
+
+
+class Mixer(nn.Module):
+    """A mixer whose products over tokens are convolutions with a kernel of one position, as in many implementations."""
+
+    def __init__(self, kernel: int = 1) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 2, 2)
+        self.up, self.down = nn.Conv1d(9, 12, kernel, padding=kernel // 2), nn.ConvTranspose1d(12, 9, 1)
+        self.norm, self.wide, self.narrow, self.head = (
+            nn.LayerNorm(8), nn.Linear(8, 10), nn.Linear(10, 8), nn.Linear(8, 4)
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.patches(x).flatten(2).transpose(1, 2)
+        y = y + self.down(self.up(y).relu())
+        y = y + self.narrow(self.wide(self.norm(y)).sigmoid())
+        return self.head(y.mean(1))
+
+
+def test_a_kernel_of_one_position_passes_the_channels_behind() -> None:
+    model = Mixer()
+    network = trace(model, IMAGES)
+    sites = channels(network)
+    assert [(s.name, s.n) for s in sites] == [("up", 12), ("wide", 10)], "all features are in LayerNorm's averages"
+    model.norm = nn.Identity()  # type: ignore[assignment]
+    network = trace(model, IMAGES)
+    sites = channels(network)
+    assert [(s.name, s.n) for s in sites] == [("patches", 8), ("up", 12), ("wide", 10)]
+    up = next(layer for layer in network.layers if layer.name == "up")
+    assert len(up.positions) == 1, "its work falls with the features"
+    randomize(model, IMAGES)
+    for seed in range(2):
+        result = check_equivalence(model, network, sites, IMAGES, seed)
+        assert result.difference < 1e-12 < 1e-6 < result.sensitivity
+
+
+def test_a_kernel_of_more_positions_keeps_the_channels_behind() -> None:
+    model = Mixer(3)
+    model.norm = nn.Identity()  # type: ignore[assignment]
+    assert [s.name for s in channels(trace(model, IMAGES))] == ["up", "wide"]

@@ -59,7 +59,10 @@ def _record_computed(call: OpCall, weight: Node, layer: LayerCall) -> None:
 
 @rule(*(f"aten.conv{n}d" for n in (1, 2, 3)), *(f"aten.conv_transpose{n}d" for n in (1, 2, 3)))
 def conv(call: OpCall) -> Dims:
-    """Convolution: input labels go to its weight, output labels are new; depthwise passes labels, groups tie them."""
+    """Convolution: input labels go to its weight, output labels are new; depthwise passes labels, groups tie them.
+
+    Where the kernel is one position (`nn.Conv1d(tokens, more, 1)` over dims of features) the dims behind pass.
+    """
     x: Node = call["input"]
     weight: Node = call["weight"]
     dims, shape, groups = call.dims(x), shape_of(weight), call["groups"]
@@ -67,8 +70,12 @@ def conv(call: OpCall) -> Dims:
     channel_dim = len(dims) - len(shape) + 1  # 0 in an example without a batch dim
     kind = LayerKind.CONV_TRANSPOSE if transposed else LayerKind.CONV
     inputs, name = dims[channel_dim], _layer_weight(call, weight, kind, groups)
-    for labels in dims[channel_dim + 1 :]:
-        call.freeze(labels, f"{call.op} mixes neighbouring channels")
+    behind: Dims = dims[channel_dim + 1 :]
+    padded = shape_of(x)[channel_dim + 1 :] != call.shape[channel_dim + 1 :]
+    if padded or {*shape[2:], *call["stride"]} != {1}:
+        for labels in behind:
+            call.freeze(labels, f"{call.op} mixes neighbouring channels")
+        behind = [None] * len(behind)
     n_in = shape_of(x)[channel_dim]
     applied = shape_of(x) if transposed else call.shape
     macs = prod(applied) // max(applied[channel_dim], 1) * prod(shape)
@@ -79,10 +86,10 @@ def conv(call: OpCall) -> Dims:
         for labels in (inputs, *call.dims(weight)):
             call.freeze(labels, f"read by {call.op} with a weight that is computed")
         made = shape[1] * groups if transposed else shape[0]
-        sides, rest = _unlabelled(n_in, made), _labelled(dims[:channel_dim])
+        sides, rest = _unlabelled(n_in, made), _labelled([*dims[:channel_dim], *behind])
         computed = LayerCall(call.node, "", kind, shape, groups, macs, *sides, stride, size, rest)
         _record_computed(call, weight, computed)
-        return [*dims[:channel_dim], *([None] * (len(dims) - channel_dim))]
+        return [*dims[:channel_dim], None, *behind]
     if groups > 1 and n_in == groups:
         multiplier = shape[1] if transposed else shape[0] // groups
         outputs = _depthwise_outputs(call, weight, inputs, n_in, multiplier, transposed)
@@ -91,9 +98,9 @@ def conv(call: OpCall) -> Dims:
     else:
         outputs = _dense_outputs(call, weight, name, inputs, groups, transposed)
     call.bind(call["bias"], 0, outputs)
-    known, rest = _or_none(inputs, n_in), _labelled(dims[:channel_dim])
+    known, rest = _or_none(inputs, n_in), _labelled([*dims[:channel_dim], *behind])
     call.state.calls.append(LayerCall(call.node, name, kind, shape, groups, macs, known, outputs, stride, size, rest))
-    return [*dims[:channel_dim], outputs, *([None] * (len(dims) - channel_dim - 1))]
+    return [*dims[:channel_dim], outputs, *behind]
 
 
 def _depthwise_outputs(

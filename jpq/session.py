@@ -271,7 +271,7 @@ class CompressionSession(nn.Module):
             self.controller = self.recalibrate = self.second_stage = None
         if self.second_stage is not None:
             self.second_stage.plan = from_json(record["second_plan"], "the state dict")
-        self.done = record["done"]
+        self.done, self._pressed_at = record["done"], -1
 
     def share(self, cost: str = "bops") -> float:
         """Cost of the decisions as they stand over the fp32 model's; `cost` is a name in `jpq.costs.COSTS`.

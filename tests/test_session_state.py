@@ -159,6 +159,27 @@ def test_state_of_other_settings_or_of_another_network_is_refused(traced, monkey
         other.load_state_dict(state)
 
 
+def test_names_in_another_order_are_the_same_settings(traced):
+    """A set has another order in each process."""
+    session, _ = session_of(skip=("a", "head"))
+    again, _ = session_of(skip=("head", "a"))
+    again.load_state_dict(session.state_dict())
+    with pytest.raises(jpq.JpqError, match="skip="):
+        session_of(skip=("a",))[0].load_state_dict(session.state_dict())
+
+
+def test_a_session_that_goes_back_to_a_checkpoint_goes_on_as_a_new_one(traced):
+    session, optimizer = session_of()
+    train(session, optimizer, 2)
+    state = copy.deepcopy(session.state_dict())
+    session.pressure()  # of a step that was not finished
+    again, _ = session_of()
+    for each in (session, again):
+        each.load_state_dict(state)
+        each.pressure()
+    assert session.controller.pressure == again.controller.pressure
+
+
 @pytest.mark.parametrize("damage", ["text", "short", "format", "done", "history", "controller"])
 def test_damaged_state_is_refused_in_a_sentence(damage, traced):
     from jpq.compression import session_state

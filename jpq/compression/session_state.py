@@ -30,6 +30,8 @@ def describe_settings(net: CompressedModel, decide: Decide, budget: Budget, step
     settings = {**asdict(decide), **asdict(budget), "steps": steps}
     for path in ("mask", "latency_table", "sensitivity"):  # a file may lie elsewhere
         settings.pop(path)
+    for names in ("skip", "keep_float"):  # in any order, as sets have none
+        settings[names] = sorted(settings[names])
     layers = {}
     for layer in net.network.layers:
         pair = net.quantizers(layer.name)

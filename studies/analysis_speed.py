@@ -16,7 +16,7 @@ leaves the model alone, whether it is a convolution net or not; Torch-Pruning se
 CSV says what each one left of the parameters and whether the pruned model runs. Writes results/analysis_speed.csv:
 medians over the rounds in seconds of the processor (so that a machine that others use, too, tells the same), the
 seconds that a clock on the wall showed, and the ratio Torch-Pruning / jpq per round. x86-64 CPU, one thread, November
-2026, n = 5; README's table has the ratios: above 1 on densely connected networks, below on small ones.
+2026, n = 3; README's table has the ratios: above 1 on densely connected networks, below on the others.
 """
 
 from __future__ import annotations

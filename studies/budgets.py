@@ -7,7 +7,7 @@
     python studies/budgets.py resnet20_joint --data-root DIR --weights resnet20-12fca82f.th [--methods ...]
 
 Each data set has its own function below, which says what is compared, and its own CSV. On two shared x86-64 cores,
-November 2026: digits 99.1 % at 1 % (`djpq`, n = 5, 449 test images), LeNet-5 91.0 % at 1 % (n = 1), ResNet20 91.2 % at
+November 2026: digits 98.9 % at 1 % (`djpq`, n = 5, 449 test images), LeNet-5 91.0 % at 1 % (n = 1), ResNet20 91.2 % at
 1.58 % (n = 1, 10,000 test images).
 """
 

@@ -509,9 +509,10 @@ def estimators_table() -> str:
             )
         lines += [
             "",
-            f"{model} on {data} at {budget} of the BOPs: {first.n} random plans, each trained once on {images:,} "
-            f"images; held-out accuracy of the best plan {100 * first.best_accuracy:.2f} %, of uniform bits "
-            f"{100 * first.uniform_accuracy:.2f} %; processor seconds of one core; {first.hardware} "
+            f"{model} on {data}, {first.n} random plans at the cost of the widest uniform bits within {budget} of the "
+            f"BOPs, each trained once on {images:,} images; held-out accuracy of the best plan "
+            f"{100 * first.best_accuracy:.2f} %, of uniform bits {100 * first.uniform_accuracy:.2f} %; processor seconds "
+            f"of one core; {first.hardware} "
             "(`python studies/estimators.py`).",
             "",
         ]
@@ -525,7 +526,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--data-root", type=Path, default=Path("data"))
-    parser.add_argument("--budget", default="0.9%", help="BOPs of the uniform plan, which all plans cost")
+    parser.add_argument("--budget", default="0.9%", help="budget of the widest uniform bits, whose cost all plans have")
     parser.add_argument("--plans", type=int, default=24)
     parser.add_argument("--images", type=int, default=10000, help="training images of a plan's one epoch")
     parser.add_argument("--seed", type=int, default=0)

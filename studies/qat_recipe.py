@@ -325,7 +325,8 @@ def recipe_table() -> str:
             "|---|---|---|---|---|---|",
         ]
         for row in part.itertuples():
-            gain = "" if row.line == TODAY else f"{100 * row.gain:+.2f} +- {100 * row.standard_error:.2f}"
+            gain = "" if row.line == TODAY else f"{100 * row.gain:+.2f}"
+            gain += f" +- {100 * row.standard_error:.2f}" if gain and row.n > 1 else ""
             lines.append(
                 f"| {row.line} | {LINES[row.line][0]} | {row.n} | {100 * row.accuracy:.2f} | {gain} | {row.kept} |"
             )

@@ -6,7 +6,7 @@
 `digits`: convnet at 1 % of the BOPs, `jpq.optimize` and Lightning's Trainer. `sst2`: a BERT of one layer and width 64
 on 1,000 sentences of SST-2 (--sst2: the folder with train.tsv, dev.tsv and test.tsv) at 2 %, `jpq.optimize` and Hugging
 Face's Trainer. Adam with a cosine rate, distillation 1.0 at temperature 2, half of the steps search. The trainers have
-one cosine over all steps where jpq has one for each phase, and their own order of the samples. Lightning clips no
+one cosine over all steps, as jpq has, and their own order of the samples. Lightning clips no
 gradients unless told so; here it is (at a norm of 5, as jpq does), and once it is not. Rows that the CSV has are not
 measured again. Columns:
 

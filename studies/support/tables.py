@@ -248,7 +248,7 @@ SECTIONS: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {  # name -> (t
 def section(name: str) -> str:
     """One section between its markers: the table, and the commits of its rows."""
     table, files = SECTIONS[name]
-    return f"<!-- {name} -->\n{table()}\n{commit_line(files)}\n<!-- end of {name} -->"
+    return f"<!-- {name} -->\n{table().rstrip()}\n\n{commit_line(files)}\n<!-- end of {name} -->"
 
 
 def commit_line(files: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from jpq.allocation.allocators import PlanEvaluator
 from jpq.allocation.measured.calibration import Measurement
 from jpq.allocation.measured.table import SensitivityTable, model_checksum, read_table
 from jpq.allocation.prepare import Prepared, check_decide, prepare
-from jpq.allocation.ranking.evidence import Batches, Loss
+from jpq.allocation.ranking.evidence import Batches, Loss, check_pairs
 from jpq.allocation.ranking.scheduled_pruning import ScheduledPruning
 from jpq.compression import discretize, feasibility, session_state
 from jpq.compression.calibration import recalibrate
@@ -129,6 +129,11 @@ class CompressionSession(nn.Module):
     def progress(self) -> float:
         """Position in the search, in [0, 1]."""
         return min(1.0, self.done / self.steps)
+
+    @property
+    def decided(self) -> bool:
+        """Whether `discretize()` has taken all decisions, or the method took them at the start."""
+        return self.controller is None and self.second_stage is None
 
     @property
     def turn(self) -> Trainable:
@@ -294,8 +299,8 @@ class CompressionSession(nn.Module):
         """
         from jpq.results.session_report import report_session, save_report
 
-        steps, decided = (self.done, self.steps), self.controller is None and self.second_stage is None
-        report = report_session(self.net, self.targets, steps, decided, self.history.rows)
+        steps = (self.done, self.steps)
+        report = report_session(self.net, self.targets, steps, self.decided, self.history.rows)
         if folder is not None:
             save_report(report, expand_home(folder))
         return report
@@ -328,17 +333,25 @@ class CompressionSession(nn.Module):
         """Learn the rounding of the weights block by block from inputs without labels, after `discretize()`.
 
         Args:
-            batches: inputs as `example_inputs` is one, a few hundred samples together.
+            batches: inputs as `example_inputs` is one, without labels, a few hundred samples together.
             steps: of Adam for each block, 0 or more.
             seed: of the samples of each step.
 
-        Returns the squared error of each block's output before and after. Raises JpqError before `discretize()`.
+        Returns the squared error of each block's output before and after. Raises JpqError before `discretize()`,
+        and for batches of another kind.
         """
         if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 0:
             raise JpqError(f"reconstruct(steps={steps!r}): give the steps for each block, a whole number, 0 or more.")
-        if self.controller is not None or self.second_stage is not None:
+        if not self.decided:
             raise JpqError("reconstruct() rounds the weights of final decisions: call discretize() first.")
-        return reconstruct(self.net, self._teacher(), list(batches), steps, seed)
+        inputs = list(batches)
+        arguments = len(self._example) if _is_several(self._example) else 1
+        if isinstance(batches, Tensor) or any(len(x) != arguments for x in inputs if _is_several(x)):
+            raise JpqError(
+                "reconstruct() takes batches of inputs as example_inputs is one, without labels: give "
+                "[x for x, _ in loader]."
+            )
+        return reconstruct(self.net, self._teacher(), inputs, steps, seed)
 
     def finalize(self) -> nn.Module:
         """The small model: an ordinary module in eval mode, physically smaller, with brevitas layers.
@@ -445,7 +458,7 @@ def compress(
     batches = [(example_inputs, None)] if evidence is None else evidence
     judged, loss = (CLASSIFICATION, class_loss) if task is None else (task, task.output_loss)
     measurement = Measurement(
-        lambda: (x for x, _ in batches),
+        lambda: (x for x, _ in check_pairs(batches)),
         judged.divergence,
         model_checksum(model),
         table=None if decide.sensitivity is None else read_table(decide.sensitivity),
@@ -545,6 +558,11 @@ def _moved(example: Any, net: nn.Module) -> Any:
     """An example with its tensors on the network's device, which trainers move after `compress`."""
     device = next(net.parameters()).device
     return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, example)
+
+
+def _is_several(inputs: Any) -> bool:
+    """Whether inputs are positional arguments."""
+    return isinstance(inputs, (tuple, list))
 
 
 class _SameBatches:

@@ -511,8 +511,8 @@ def estimators_table() -> str:
             "",
             f"{model} on {data}, {first.n} random plans at the cost of the widest uniform bits within {budget} of the "
             f"BOPs, each trained once on {images:,} images; held-out accuracy of the best plan "
-            f"{100 * first.best_accuracy:.2f} %, of uniform bits {100 * first.uniform_accuracy:.2f} %; processor seconds "
-            f"of one core; {first.hardware} "
+            f"{100 * first.best_accuracy:.2f} %, of uniform bits {100 * first.uniform_accuracy:.2f} %; processor "
+            f"seconds of one core; {first.hardware} "
             "(`python studies/estimators.py`).",
             "",
         ]

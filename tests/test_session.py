@@ -177,6 +177,7 @@ def test_impossible_targets_are_refused_before_training_where_layers_share_a_den
     [
         ({"table": "t.csv"}, "jpq.export.timing.read_table"),
         ({"method": "catro", "evidence": torch.zeros(3, 1, 8, 8)}, "batches of"),
+        ({"method": "measured", "evidence": [torch.zeros(4, 1, 8, 8)]}, "batches of"),
         (
             {"method": "two-stage", "score": "taylor", "evidence": [(torch.zeros(4, 1, 8, 8), torch.full((4,), 99))]},
             "classes as whole numbers",
@@ -278,6 +279,15 @@ def test_steps_of_a_reconstruction_that_cannot_be_are_refused(steps):
     net = jpq.compress(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), x, "uniform", bops="10%")
     with pytest.raises(JpqError, match="0 or more"):
         net.reconstruct([x], steps=steps)
+
+
+@pytest.mark.parametrize("batches", [[(torch.randn(8, 4), torch.zeros(8))], torch.randn(8, 4)], ids=["pairs", "tensor"])
+def test_batches_of_a_reconstruction_are_inputs_without_labels(batches):
+    x = torch.randn(8, 4)
+    net = jpq.compress(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), x, "uniform", bops="10%")
+    with pytest.raises(JpqError, match="without labels"):
+        net.reconstruct(batches, steps=1)
+    assert len(net.reconstruct([(x,)], steps=0)) == 2
 
 
 def regressor(outputs=1):

@@ -80,7 +80,7 @@ class ManagedSession(nn.Module):
                 self._adam.step()
             self._adam.zero_grad()
         self.session.step()
-        if self.session.controller is not None and self.session.done >= self.session.steps:
+        if not self.session.decided and self.session.done >= self.session.steps:
             self.session.discretize()
             self._adam = None
 
@@ -89,7 +89,7 @@ class ManagedSession(nn.Module):
 
         `place` is where the user finds the session, as code.
         """
-        if self.session.controller is not None and self.session.done < self.session.steps:
+        if not self.session.decided and self.session.done < self.session.steps:
             warnings.warn(
                 f"Training ended at step {self.session.done} of {self.session.steps} of the search: resume it from its "
                 f"last checkpoint, or call {place}.finalize() to decide now.",

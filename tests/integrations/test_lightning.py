@@ -100,6 +100,19 @@ def test_steps_are_those_of_the_optimizer_and_weights_follow_the_schedule(tmp_pa
     assert seen[-1][3] < seen[0][3]
 
 
+def test_the_second_of_two_stages_begins_when_the_first_share_of_the_steps_is_over(tmp_path):
+    callback = CompressionCallback("net", bops="4%", search=0.5, method="two-stage")
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            seen.append((module.net.session.done, module.net.session.decided))
+
+    trainer(tmp_path, callback, callbacks=[callback, Watch()]).fit(Module(), loader())
+    assert seen == [(step, step >= 12) for step in range(1, 25)]
+    assert used_share(callback.small) <= 1
+
+
 @pytest.mark.parametrize(
     ("search", "saved_at"),
     [

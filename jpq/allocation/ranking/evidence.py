@@ -75,9 +75,7 @@ def _batches_for(
     needs: Collection[str], batches: Batches, count: int
 ) -> tuple[list[tuple[Any, Tensor | None]], Tensor | None]:
     """(the first `count` batches, their labels), as far as they are needed. Raises JpqError where they are missing."""
-    pairs = list(islice(batches, count)) if set(needs) & NEEDS_BATCHES else []
-    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
-        raise JpqError("Evidence is batches of (inputs, classes): give jpq.compress evidence=[(inputs, classes), ...].")
+    pairs = list(check_pairs(islice(batches, count))) if set(needs) & NEEDS_BATCHES else []
     needs_labels = set(needs) & NEEDS_LABELS
     if needs_labels and any(y is None for _, y in pairs):
         raise JpqError(
@@ -87,6 +85,16 @@ def _batches_for(
         raise JpqError("This score needs batches of training data, and there are none.")
     labels = torch.cat([y for _, y in pairs if y is not None]) if needs_labels and pairs else None
     return pairs, labels
+
+
+def check_pairs(batches: Batches) -> Iterator[tuple[Any, Any]]:
+    """The batches one by one. Raises JpqError at the first that is no pair."""
+    for pair in batches:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise JpqError(
+                "Evidence is batches of (inputs, classes): give jpq.compress evidence=[(inputs, classes), ...]."
+            )
+        yield pair[0], pair[1]
 
 
 def closed_classes(net: CompressedModel) -> set[int]:

@@ -194,9 +194,9 @@ class Decide(TextPaths):
     """What prunes, such as djpq, l0, dpf, pdp-2:4, uniform, two-stage or upscale: see `jpq methods`. Every method also
     takes another --structure and --width, where they go together."""
     score: str = ""
-    """What ranks channels, for ranked, taylor, lookahead, catro, two-stage, measured and upscale: l1, l2, fpgm, lamp, hrank,
-    taylor, taylor-full, taylor2, lookahead, lookahead-forward, lookahead-backward, lfp, lbp, catro, bn-scale or random.
-    Default: the method's."""
+    """What ranks channels, for ranked, taylor, lookahead, catro, two-stage, measured and upscale: l1, l2, fpgm, lamp,
+    hrank, taylor, taylor-full, taylor2, lookahead, lookahead-forward, lookahead-backward, lfp, lbp, catro, bn-scale or
+    random. Default: the method's."""
     schedule: str = ""
     """When ranked channels close during the search: one-shot (at its start), iterative (ten steps) or cubic. Default:
     the method's."""

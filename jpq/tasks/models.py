@@ -26,7 +26,7 @@ from jpq.tasks.third_party import noise as noise
 from jpq.tasks.weights import load_weights as load_weights
 from jpq.tasks.zoo import cifar_resnet, convnet, lenet5, vgg7
 from jpq.tracing.export_graph import locate_failure
-from jpq.tracing.forward import batch_size, call_model, collect_tensors, eval_mode, name_inputs, split_arguments
+from jpq.tracing.forward import batch_size, collect_tensors, copy_tensors, eval_mode, name_inputs, split_arguments
 from jpq.tracing.model_checks import accept_model
 from jpq.types import JpqError, unknown
 
@@ -196,8 +196,9 @@ def check_fits(model: nn.Module, example: Any, classes: int | None = None, task:
 
 def check_runs(model: nn.Module, example: Any) -> Any:
     """The model's output for one batch [B, C, H, W] in evaluation mode; JpqError names the layer where it fails."""
+    args, kwargs = copy_tensors(split_arguments(example))
     try:
-        named = name_inputs(model, *split_arguments(example))
+        named = name_inputs(model, args, kwargs)
     except TypeError as error:
         inputs = f"the inputs {', '.join(example)}" if isinstance(example, Mapping) else f"{len(example)} inputs"
         if isinstance(example, Tensor):
@@ -208,10 +209,10 @@ def check_runs(model: nn.Module, example: Any) -> Any:
         ) from error
     try:
         with eval_mode(model), torch.no_grad():
-            return call_model(model, example)
+            return model(*args, **kwargs)
     except Exception as error:
         name = "image" if isinstance(example, Tensor) and example.dim() == IMAGE_DIMS else "input"
-        reason = locate_failure(model, {name: example} if isinstance(example, Tensor) else named, error)
+        reason = locate_failure(model, {name: args[0]} if isinstance(example, Tensor) else named, error)
         raise JpqError(
             f"The model cannot take a batch of shape {_shape_text(example)}: {reason} {_fitting_models(example)}"
         ) from error

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from jpq.compression.batchnorm import moving_norms
 from jpq.compression.model import CompressedModel
 from jpq.tracing.export_graph import forward_error
-from jpq.tracing.forward import call_model, eval_mode, hook_modules, split_arguments
+from jpq.tracing.forward import call_model, copy_tensors, eval_mode, hook_modules, split_arguments
 from jpq.tracing.network import Network
 from jpq.tracing.tied_weights import layers_sharing
 from jpq.types import JpqError
@@ -69,10 +69,11 @@ def observe_modules(model: nn.Module, names: Mapping[str, str], batches: Batches
     modules = {n: m for n, m in model.named_modules() if n in names}
     with eval_mode(model), hook_modules(modules, sample, before=before):
         for batch in batches:
+            args, kwargs = copy_tensors(split_arguments(batch))
             try:
-                call_model(model, batch)
+                model(*args, **kwargs)
             except Exception as error:
-                raise forward_error(model, *split_arguments(batch), error) from error
+                raise forward_error(model, args, kwargs, error) from error
     return {name: torch.cat(parts) for name, parts in samples.items() if parts}
 
 

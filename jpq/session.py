@@ -42,6 +42,7 @@ from jpq.plan import Plan, from_json
 from jpq.tasks import CLASSIFICATION
 from jpq.tasks.base import Task as MetricTask
 from jpq.tracing.decompose import decompose
+from jpq.tracing.forward import call_on_copies
 from jpq.training.distillation import distill
 from jpq.training.loop import pressure
 from jpq.training.loop_use import LoopUse
@@ -123,7 +124,7 @@ class CompressionSession(nn.Module):
         if self.training:
             self.net.set_trainable(self.turn)
             self.use.passes += torch.is_grad_enabled()
-        return self.net(*args, **kwargs)
+        return call_on_copies(self.net, args, kwargs)
 
     @property
     def progress(self) -> float:

@@ -26,7 +26,7 @@ from jpq.methods.quantizers import (
 from jpq.plan import ALL_LEVELS, NARROW, EndPlan, LayerPlan, MaskPlan, Plan
 from jpq.tracing.channel_shares import ChannelShares
 from jpq.tracing.checkpointing import without_reentrant_checkpoints
-from jpq.tracing.forward import copy_tensors, restore_modes
+from jpq.tracing.forward import restore_modes
 from jpq.tracing.network import Layer, Network
 from jpq.tracing.open_norms import opened_units
 from jpq.tracing.sites import Site
@@ -75,7 +75,7 @@ class CompressedModel(nn.Module):
         for draw in self.draws:
             draw.resample()
         with without_reentrant_checkpoints():
-            return self.model(*copy_tensors(args), **copy_tensors(kwargs))
+            return self.model(*args, **kwargs)
 
     def layer(self, name: str) -> Any:
         """The module of a layer in the attached model; None where its weight belongs to no module of that name."""

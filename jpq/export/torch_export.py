@@ -31,7 +31,7 @@ from jpq.methods.quantizers import (
 from jpq.methods.quantizers.uniform_integer import IntegerQuantizer
 from jpq.tracing.forward import (
     batch_size,
-    copy_tensors,
+    call_on_copies,
     first_samples,
     note_missing_batch_dims,
     plain_outputs,
@@ -87,7 +87,7 @@ def _export_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (*_FLOAT_LAYERS, StoredIntegerLayer))}
     with torch.no_grad(), note_missing_batch_dims(layers) as found:
-        model(*copy_tensors(args), **copy_tensors(kwargs))
+        call_on_copies(model, args, kwargs)
     if any(not isinstance(x, nn.Parameter) for x in found.values()):
         return torch.export.export(model, args, kwargs, strict=False)
     try:

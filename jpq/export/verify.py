@@ -19,7 +19,7 @@ from jpq.export.runtimes import Session
 from jpq.tasks import CLASSIFICATION, Classification
 from jpq.tasks.base import Task, sample_difference
 from jpq.tracing.double_casts import in_double
-from jpq.tracing.forward import batch_size, call_model, collect_tensors, copy_tensors, eval_mode, register_dataclasses
+from jpq.tracing.forward import batch_size, call_model, call_on_copies, collect_tensors, eval_mode, register_dataclasses
 from jpq.types import JpqError
 
 OPENED = "masked_vs_rebuilt_at_landing_with_open_norms"  # key of the difference where the models cannot be equal
@@ -130,7 +130,7 @@ class KeptOutputs:
         if key in self._outputs:
             return copy.deepcopy(self._outputs[key])
         with eval_mode(self.net) if isinstance(self.net, nn.Module) else nullcontext():
-            output = self.net(*copy_tensors(args), **copy_tensors(kwargs))
+            output = call_on_copies(self.net, args, kwargs)
         size = sum(t.numel() * t.element_size() for t in collect_tensors(output))
         if key and self._bytes + size <= KEPT_BYTES:
             with suppress(RuntimeError, TypeError):  # what cannot be copied is not kept

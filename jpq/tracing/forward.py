@@ -27,12 +27,16 @@ def split_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def call_model(model: Callable[..., Any], example: Any) -> Any:
     """The model's output for a tensor, a tuple of positional arguments, or a dict of keywords, which stay unchanged."""
-    args, kwargs = split_arguments(example)
+    return call_on_copies(model, *split_arguments(example))
+
+
+def call_on_copies(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The model's output for these arguments, which stay unchanged, though some models write into their input."""
     return model(*copy_tensors(args), **copy_tensors(kwargs))
 
 
 def copy_tensors(example: Any) -> Any:
-    """A nest of inputs with copies of its tensors, as some models write into their input."""
+    """A nest of inputs with copies of its tensors."""
     return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, example)
 
 

@@ -165,6 +165,7 @@ def test_float_weights_that_were_trained_otherwise_are_refused(tmp_path, capsys,
         assert "t.float.safetensors holds weights of another model, data or setting" in said
     save_tensors(torch.nn.Linear(2, 2), "t.float.safetensors")
     assert main(["sensitivity", *flags, "--limit", "80", "--resume"]) == 2
+    assert "t.float.safetensors holds weights of another model" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_task_without_a_divergence_is_refused_before_the_float_model_is_trained(tmp_path, capsys, monkeypatch):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from jpq.export.onnx.free_batch import LEAST, SAME, TIMES, file_outputs, mean_difference
-from jpq.tracing.forward import collect_tensors, copy_tensors
+from jpq.tracing.forward import call_on_copies, collect_tensors
 
 NUDGE = 1e-5  # relative change of what layers read: more values cross a rounding boundary by it than in a runtime
 
@@ -56,8 +56,7 @@ def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
 
 def _model_outputs(model: Callable[..., Any], example: Any) -> list[Tensor]:
     """The model's output tensors on the CPU."""
-    args, kwargs = copy_tensors(example)
-    return [t.detach().cpu() for t in collect_tensors(model(*args, **kwargs))]
+    return [t.detach().cpu() for t in collect_tensors(call_on_copies(model, *example))]
 
 
 @contextmanager

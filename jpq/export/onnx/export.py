@@ -53,6 +53,7 @@ from jpq.tracing.forward import (
     as_plain_nest,
     batch_dim,
     batch_size,
+    call_on_copies,
     collect_tensors,
     copy_tensors,
     first_samples,
@@ -177,13 +178,13 @@ def _write(
     args, kwargs = split_arguments(tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, example))
     with torch.no_grad(), note_missing_batch_dims(_layers(model)) as found:
         try:
-            output = model(*copy_tensors(args), **copy_tensors(kwargs))
+            output = call_on_copies(model, args, kwargs)
         finally:  # brevitas' own error about a vector says nothing
             unbatched = _has_no_batch_dim(model, found)
     if not dynamic and not unbatched:
         args, kwargs = first_samples((args, kwargs), 1)
         with torch.no_grad():
-            output = model(*copy_tensors(args), **copy_tensors(kwargs))
+            output = call_on_copies(model, args, kwargs)
     inputs = collect_tensors((args, kwargs))
     plain = len(inputs) == len(args) and isinstance(output, Tensor) and not _has_other_defaults(model, len(args))
     input_names, output_names = _distinct_names(_input_names(model, args, kwargs), _output_names(output))

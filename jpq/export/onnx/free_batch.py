@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from jpq.export.runtimes import Session
-from jpq.tracing.forward import batch_size, collect_tensors, copy_tensors, first_samples
+from jpq.tracing.forward import batch_size, call_on_copies, collect_tensors, first_samples
 
 SAME = 0.01  # mean difference over mean magnitude: rounding boundaries move few values, a frozen count moves all
 
@@ -32,7 +32,7 @@ def batch_is_free(path: Path, model: Callable[..., Any], args: tuple[Any, ...], 
     example = (args, dict(kwargs))
     other = first_samples(example, 2 if batch_size(example) != 2 else 3)  # not one, which code may squeeze away
     try:
-        expected = _outputs(model, other)
+        expected = collect_tensors(call_on_copies(model, *other))
     except Exception:  # whatever the model's code raises
         return True
     found = file_outputs(path, other)
@@ -43,14 +43,8 @@ def batch_is_free(path: Path, model: Callable[..., Any], args: tuple[Any, ...], 
     difference = mean_difference(expected, found, LEAST)
     if not difference > SAME:
         return True
-    own = mean_difference(_outputs(model, example), file_outputs(path, example) or [], LEAST)
+    own = mean_difference(collect_tensors(call_on_copies(model, *example)), file_outputs(path, example) or [], LEAST)
     return not difference > TIMES * own
-
-
-def _outputs(model: Callable[..., Any], example: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
-    """The output tensors for positional arguments and keywords."""
-    args, kwargs = copy_tensors(example)
-    return collect_tensors(model(*args, **kwargs))
 
 
 def mean_difference(expected: Sequence[Tensor], found: Sequence[Tensor], least: float = 1e-30) -> float:
